@@ -1,0 +1,189 @@
+"""Everything a training run can be told, as dataclasses: one section of the YAML each.
+
+The string below a field is its documentation: `docs/configuration.md` is made from it.
+`finetune.config` reads a file into these classes and checks the values.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from finetune.data.args import DataArgs
+from ttt.config import TTTArgs
+
+
+@dataclass
+class ModelPaths:
+    """Where the weights come from."""
+
+    hf_repo_id: str | None = "kyutai/moshiko-pytorch-bf16"
+    """A Hugging Face model repository, or a local folder of the same layout."""
+
+    mimi_path: str | None = None
+    """File of Mimi's weights; null: the one in `hf_repo_id`."""
+
+    moshi_path: str | None = None
+    """File of the language model's weights; null: the one in `hf_repo_id`."""
+
+    tokenizer_path: str | None = None
+    """File of the SentencePiece text tokenizer; null: the one in `hf_repo_id`."""
+
+    config_path: str | None = None
+    """JSON file with the language model's shape; null: the one in `hf_repo_id`, or Moshi 7B's
+    where there is none."""
+
+    mimi_config_path: str | None = None
+    """JSON file with Mimi's shape; null: the one in `hf_repo_id`, or that of Moshi's own Mimi
+    where there is none."""
+
+    random_init: bool = False
+    """Start the language model from random weights: for demonstrations and benchmarks."""
+
+
+@dataclass
+class OptimArgs:
+    """AdamW and its one-cycle schedule."""
+
+    lr: float = 1e-4
+    """Highest learning rate of everything that trains except the TTT parameters."""
+
+    ttt_lr: float = 3e-4
+    """Highest learning rate of the TTT parameters. Not `ttt.learning_rate`, the step size of the
+    fast weights."""
+
+    weight_decay: float = 0.1
+    """Weight decay."""
+
+    pct_start: float = 0.05
+    """Share of `max_steps` over which the learning rates rise, between 0 and 1."""
+
+
+@dataclass
+class LoraArgs:
+    """Low-rank adapters on the linear layers, instead of training all weights."""
+
+    enable: bool = False
+    """Whether to train LoRA adapters."""
+
+    rank: int = 64
+    """Rank of the adapters."""
+
+    scaling: float = 2.0
+    """Factor on the adapters' output."""
+
+    ft_embed: bool = False
+    """Whether the embeddings train as well, in full."""
+
+
+@dataclass
+class WandbArgs:
+    """Weights & Biases."""
+
+    project: str | None = None
+    """Project to log to; null: wandb is not used."""
+
+    offline: bool = False
+    """Log to files in the run folder, to be sent later with `wandb sync`."""
+
+    key: str | None = field(default=None, repr=False)
+    """API key; null: the one that wandb finds itself (`wandb login`, `WANDB_API_KEY`). It is never
+    written to the run folder or to a log."""
+
+    run_name: str | None = None
+    """Name of the run; null: the name of `run_dir`."""
+
+
+@dataclass
+class TrainArgs:
+    """A training run."""
+
+    data: DataArgs
+    """What to train and evaluate on: stereo audio and transcripts, see [data.md](data.md)."""
+
+    run_dir: str
+    """Folder for everything the run writes. It must be new or empty, unless `resume` or
+    `overwrite_run_dir` say otherwise."""
+
+    moshi_paths: ModelPaths = field(default_factory=ModelPaths)
+    """Where the weights come from."""
+
+    full_finetuning: bool = False
+    """Train all weights of the language model. With this and `lora.enable` both false, the TTT
+    parameters train alone."""
+
+    lora: LoraArgs = field(default_factory=LoraArgs)
+    """LoRA: low-rank adapters on the linear layers, trained instead of all weights."""
+
+    ttt: TTTArgs = field(default_factory=TTTArgs)
+    """Test-time training: layers whose weights keep learning while the model reads."""
+
+    first_codebook_weight_multiplier: float = 1.0
+    """Weight in the loss of the first (semantic) codebook of the audio; the others have 1."""
+
+    text_padding_weight: float = 0.5
+    """Weight in the loss of text padding and end-of-padding; words have 1."""
+
+    duration_sec: float = 10.0
+    """Length of a training sequence, in seconds (12.5 frames each)."""
+
+    batch_size: int = 1
+    """Sequences per device and forward pass."""
+
+    num_microbatches: int = 1
+    """Forward passes whose gradients are accumulated into one step."""
+
+    max_steps: int = 100
+    """Optimizer steps to train for."""
+
+    max_norm: float = 1.0
+    """Upper bound on the norm of the gradient; a larger gradient is scaled down to it."""
+
+    gradient_checkpointing: bool = True
+    """Compute each layer's activations again in the backward pass instead of keeping them: far less
+    memory, about a third more time."""
+
+    optim: OptimArgs = field(default_factory=OptimArgs)
+    """The optimizer, AdamW, with a one-cycle schedule."""
+
+    param_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Type of the parameters in the forward pass. The optimizer's own copy is always float32."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; `auto`: on the GPU if there is one."""
+
+    seed: int = 0
+    """Seed of the data order and of new parameters."""
+
+    log_freq: int = 1
+    """Steps between two logged lines of training metrics."""
+
+    do_eval: bool = False
+    """Whether to evaluate on `data.eval_data`."""
+
+    eval_freq: int = 0
+    """Steps between two evaluations, if `do_eval`; below 1: only after the last step."""
+
+    do_ckpt: bool = True
+    """Whether to write checkpoints."""
+
+    ckpt_freq: int = 0
+    """Steps between two checkpoints, if `do_ckpt`; below 1: only after the last step."""
+
+    num_ckpt_keep: int | None = 3
+    """How many of the latest checkpoints to keep, besides the best; null: all."""
+
+    save_adapters: bool = True
+    """With LoRA: write the adapters alone. False: merge them into the weights and write those."""
+
+    resume: bool | Literal["auto"] = False
+    """Continue from the latest checkpoint in `run_dir`. `true`: there must be one; `auto`: if there
+    is one, else start anew."""
+
+    overwrite_run_dir: bool = False
+    """Delete what an existing `run_dir` holds."""
+
+    max_nonfinite_steps: int = 10
+    """Steps in a row with a loss or gradient that is not finite (each is skipped) after which the
+    run stops with an explanation."""
+
+    wandb: WandbArgs = field(default_factory=WandbArgs)
+    """Logging to Weights & Biases."""

@@ -1,0 +1,349 @@
+"""From a YAML file and command line to a `TrainArgs`, with every problem named at once."""
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from operator import attrgetter
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from finetune.args import TrainArgs
+from finetune.errors import UserError
+
+# What is wrong, by dotted key ("optim.lr", or "full_finetuning, lora.enable"), with its remedy.
+Problem = tuple[str, str]
+
+_NULLS = ("", "~", "null", "Null", "NULL", "None")
+_BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+_NAMES = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    NoneType: "null",
+}
+
+
+def load_config(path: str | Path, overrides: Mapping[str, object] | None = None) -> TrainArgs:
+    """Read a run's configuration.
+
+    Args:
+        path: a YAML file.
+        overrides: values by dotted key (`{"optim.lr": "1e-4"}`) that replace the file's.
+
+    Raises:
+        UserError: naming every unknown key, wrong type, bad value and contradiction.
+    """
+    path = Path(path)
+    written = _flatten(_read_yaml(path))
+    from_command_line = _flatten(overrides or {})
+    emptied = tuple(f"{key}." for key, text in from_command_line.items() if text in _NULLS)
+    written = {key: text for key, text in written.items() if not key.startswith(emptied)}
+    args, problems = _parse_all(TrainArgs, written | from_command_line)
+
+    # A default stands where a value was rejected: what follows from it alone is not the user's.
+    settled = {key for key, _ in problems} | {_suggestion(TrainArgs, key) for key, _ in problems}
+    for keys, text in _cross_checks(args):
+        sections = {key.split(".")[0] for key in keys.split(", ")}
+        if not settled & (sections | set(keys.split(", "))):
+            problems.append((keys, text))
+    if problems:
+        count = "a problem" if len(problems) == 1 else f"{len(problems)} problems"
+        lines = [
+            f"  - {keys}: {text}" + (" (on the command line)" if keys in from_command_line else "")
+            for keys, text in problems
+        ]
+        raise UserError("\n".join([f"{path} has {count}:", *lines]))
+    return args
+
+
+def public_dict(args: TrainArgs) -> dict[str, Any]:
+    """`args` as nested dictionaries without secrets, for files and loggers."""
+    public = dataclasses.asdict(args)
+    del public["wandb"]["key"]
+    return public
+
+
+def save_config(args: TrainArgs, path: str | Path) -> None:
+    """Write `args` as YAML, without secrets; `load_config` reads it back."""
+    Path(path).write_text(
+        yaml.safe_dump(public_dict(args), sort_keys=False, allow_unicode=True), encoding="utf-8"
+    )
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.BaseLoader):
+    """Leaves scalars as text: the field's type decides what they mean, so `1e-3` is a number where
+    a number is wanted. A key that appears twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = str(key_node.value)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"the key {key!r} appears twice; keep one of them",
+                    problem_mark=key_node.start_mark,
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise UserError(f"There is no configuration file {path}.{_files_nearby(path)}")
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except OSError as error:
+        raise UserError(f"Cannot read the configuration {path}: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not a text file in UTF-8. Is it a YAML file?") from error
+    except yaml.MarkedYAMLError as error:
+        # The offending line itself is not shown: it may hold a secret.
+        mark = error.problem_mark or error.context_mark
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        context = f" ({error.context})" if error.context else ""
+        raise UserError(f"{path}{place}: not valid YAML: {error.problem}{context}.") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        found = "is empty" if content is None else "holds no `key: value` lines"
+        raise UserError(
+            f"{path} {found}. A configuration names at least `run_dir` and `data.train_data`; "
+            "start from a file in example/."
+        )
+    return content
+
+
+def _files_nearby(path: Path) -> str:
+    nearby = sorted(file.name for file in path.parent.glob("*.y*ml"))
+    if similar := difflib.get_close_matches(path.name, nearby, cutoff=0.5):
+        return f" Did you mean {' or '.join(str(path.parent / name) for name in similar)}?"
+    if nearby:
+        return f" {path.parent} has {', '.join(nearby[:8])}."
+    return " Give the path of a YAML file; there are some in example/ to start from."
+
+
+def _flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"optim": {"lr": 1}}` becomes `{"optim.lr": "1"}`; values as they are written in YAML."""
+    flat: dict[str, Any] = {}
+    for name, value in nested.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        elif isinstance(value, list | tuple | set):
+            flat[f"{prefix}{name}"] = value
+        else:
+            text = "null" if value is None else str(value)
+            flat[f"{prefix}{name}"] = text.lower() if isinstance(value, bool) else text
+    return flat
+
+
+# --- types ----------------------------------------------------------------------------------------
+
+
+def _fields(cls: type, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
+    """The dotted name and type of every field and section, and whether it must be given."""
+    types = get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        kind = types[field.name]
+        if dataclasses.is_dataclass(kind):
+            yield prefix + field.name, kind, False
+            yield from _fields(kind, f"{prefix}{field.name}.")  # type: ignore[arg-type]
+        else:
+            required = field.default is field.default_factory is dataclasses.MISSING
+            yield prefix + field.name, kind, required
+
+
+def _parse_all(cls: type[TrainArgs], flat: Mapping[str, Any]) -> tuple[TrainArgs, list[Problem]]:
+    """Typed values of `flat`, defaults for what is absent or wrong, and what is wrong."""
+    fields = {key: (kind, required) for key, kind, required in _fields(cls)}
+    values: dict[str, Any] = {}
+    problems: list[Problem] = []
+    for key, raw in flat.items():
+        if key not in fields:
+            similar = _suggestion(cls, key)
+            hint = f", did you mean {similar}?" if similar else "; remove it"
+            problems.append((key, f"unknown key{hint}"))
+        elif dataclasses.is_dataclass(fields[key][0]):
+            if raw not in _NULLS:
+                problems.append((key, "is a section: expected keys of its own below it"))
+        else:
+            try:
+                values[key] = _parse(raw, fields[key][0])
+            except ValueError as error:
+                problems.append((key, str(error)))
+    for key, (_, required) in fields.items():
+        if required and key not in flat:
+            problems.append((key, "missing, and it has no default; add it"))
+        if required and key not in values:
+            values[key] = ""  # what must be given is text: a stand-in, to go on checking
+    return _build(cls, values), problems
+
+
+def _suggestion(cls: type, unknown: str) -> str | None:
+    """The existing key that was probably meant."""
+    known = [key for key, _, _ in _fields(cls)]
+    last_part = unknown.split(".")[-1]
+    by_last_part = {key.split(".")[-1]: key for key in reversed(known)}
+    if unknown in known:
+        return None
+    if last_part in by_last_part:
+        return by_last_part[last_part]
+    if close := difflib.get_close_matches(unknown, known, n=1, cutoff=0.75):
+        return close[0]
+    close = difflib.get_close_matches(last_part, by_last_part, n=1, cutoff=0.75)
+    return by_last_part[close[0]] if close else None
+
+
+def _build(cls: Any, values: Mapping[str, Any], prefix: str = "") -> Any:
+    chosen = {}
+    for name, kind in get_type_hints(cls).items():
+        if dataclasses.is_dataclass(kind):
+            chosen[name] = _build(kind, values, f"{prefix}{name}.")
+        elif prefix + name in values:
+            chosen[name] = values[prefix + name]
+    return cls(**chosen)
+
+
+def _parse(raw: Any, kind: Any) -> Any:
+    """The value of type `kind` that the text `raw` means, or `ValueError`."""
+    options = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    if isinstance(raw, str):
+        # null first: as text it would be the word "null"
+        for option in sorted(options, key=lambda option: option is not NoneType):
+            try:
+                return _parse_one(raw, option)
+            except (ValueError, KeyError, OverflowError):
+                continue
+    expected = [
+        " or ".join(map(str, get_args(option))) if get_origin(option) is Literal else _NAMES[option]
+        for option in options
+    ]
+    got = "a list" if not isinstance(raw, str) else "nothing" if raw in _NULLS else repr(raw)
+    raise ValueError(f"expected {' or '.join(expected)}, got {got}")
+
+
+def _parse_one(raw: str, kind: Any) -> Any:
+    if kind is NoneType:
+        return {null: None for null in _NULLS}[raw]
+    if kind is bool:
+        return _BOOLS[raw.lower()]
+    if kind is int:
+        number = float(raw)
+        if not number.is_integer():
+            raise ValueError(raw)
+        return int(raw) if raw.lstrip("+-").isdecimal() else int(number)
+    if kind is float:
+        if not math.isfinite(float(raw)):
+            raise ValueError(raw)
+        return float(raw)
+    if kind is str:
+        if raw in _NULLS[1:]:
+            raise ValueError(raw)
+        return raw
+    assert get_origin(kind) is Literal, f"a field of type {kind} cannot be read from YAML"
+    return {str(choice): choice for choice in get_args(kind)}[raw]
+
+
+# --- values that contradict each other ------------------------------------------------------------
+
+
+def _cross_checks(args: TrainArgs) -> Iterator[Problem]:
+    yield from _check_what_trains(args)
+    yield from _check_ranges(args)
+    yield from _check_paths(args)
+    yield from _check_run(args)
+    yield from ((f"ttt.{field}", text) for field, text in args.ttt.problems())
+
+
+def _check_what_trains(args: TrainArgs) -> Iterator[Problem]:
+    if args.full_finetuning and args.lora.enable:
+        yield (
+            "full_finetuning, lora.enable",
+            "both are true, but LoRA is trained instead of the full weights; set one to false",
+        )
+    if not (args.full_finetuning or args.lora.enable or args.ttt.enabled):
+        yield (
+            "full_finetuning, lora.enable, ttt.enabled",
+            "all are false, so nothing would train; set at least one to true",
+        )
+
+
+def _at_least(low: float) -> tuple[str, Callable[[float], bool]]:
+    return f"{low} or more", lambda value: value >= low
+
+
+_POSITIVE: tuple[str, Callable[[float], bool]] = ("more than 0", lambda value: value > 0)
+_RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "batch_size": _at_least(1),
+    "num_microbatches": _at_least(1),
+    "max_steps": _at_least(1),
+    "log_freq": _at_least(1),
+    "num_ckpt_keep": _at_least(1),
+    "max_nonfinite_steps": _at_least(1),
+    "duration_sec": _POSITIVE,
+    "max_norm": _POSITIVE,
+    "seed": _at_least(0),
+    "first_codebook_weight_multiplier": _at_least(0),
+    "text_padding_weight": _at_least(0),
+    "optim.lr": _at_least(0),
+    "optim.ttt_lr": _at_least(0),
+    "optim.weight_decay": _at_least(0),
+    "optim.pct_start": ("more than 0 and less than 1", lambda value: 0 < value < 1),
+    "data.num_workers": _at_least(0),
+}
+_LORA_RANGES = {"lora.rank": _at_least(1), "lora.scaling": _POSITIVE}
+
+
+def _check_ranges(args: TrainArgs) -> Iterator[Problem]:
+    for key, (allowed, holds) in (_RANGES | (_LORA_RANGES if args.lora.enable else {})).items():
+        value = attrgetter(key)(args)
+        if value is not None and not holds(value):
+            yield key, f"must be {allowed}, got {value}"
+
+
+def _check_paths(args: TrainArgs) -> Iterator[Problem]:
+    if not args.run_dir:
+        yield "run_dir", "empty; name a new folder for what the run writes"
+    if not args.data.train_data:
+        yield "data.train_data", "empty; name a .jsonl file or a folder of them"
+    if args.do_eval and not args.data.eval_data:
+        yield (
+            "do_eval, data.eval_data",
+            "evaluation is on without data; name a .jsonl file, or set do_eval to false",
+        )
+    paths = args.moshi_paths
+    if paths.random_init and paths.moshi_path:
+        yield (
+            "moshi_paths.random_init, moshi_paths.moshi_path",
+            "random weights and weights from a file contradict; set one of the two only",
+        )
+    missing = [
+        f"moshi_paths.{name}"
+        for name in ("moshi_path", "mimi_path", "tokenizer_path")
+        if not getattr(paths, name)
+    ]
+    if missing and not paths.hf_repo_id and not paths.random_init:
+        yield (
+            f"moshi_paths.hf_repo_id, {', '.join(missing)}",
+            "without a repository each file must be named; name what is null, or set hf_repo_id",
+        )
+
+
+def _check_run(args: TrainArgs) -> Iterator[Problem]:
+    if args.resume and args.overwrite_run_dir:
+        yield (
+            "resume, overwrite_run_dir",
+            "one would continue from what the other deletes; set one of the two only",
+        )
+    if not args.wandb.project and (args.wandb.key or args.wandb.run_name or args.wandb.offline):
+        yield (
+            "wandb.project",
+            "empty, so nothing would be logged there; name a project, or remove the wandb section",
+        )

@@ -1,0 +1,73 @@
+"""Small models of Moshi's structure for the tests."""
+
+import torch
+
+from ttt import TTTArgs, TTTLMModel, build_model
+
+DELAYS = [0, 0, 1, 1, 1, 0, 1, 1, 1]
+"""Text, four Moshi codebooks, four user codebooks; delayed as in Moshi."""
+
+
+def tiny_lm_kwargs(**overrides):
+    """1 + 4 + 4 streams, two layers. LayerNorm and sine positions keep float64 throughout, where
+    the RMSNorm and RoPE of Moshi itself compute in float32."""
+    return {
+        "dim": 16,
+        "text_card": 30,
+        "existing_text_padding_id": 3,
+        "n_q": 8,
+        "dep_q": 4,
+        "card": 20,
+        "num_heads": 2,
+        "num_layers": 3,
+        "hidden_scale": 4,
+        "causal": True,
+        "context": 12,
+        "max_period": 10000,
+        "gating": "silu",
+        "norm": "layer_norm",
+        "positional_embedding": "sin",
+        "depformer_dim": 16,
+        "depformer_num_heads": 2,
+        "depformer_num_layers": 1,
+        "depformer_dim_feedforward": 64,
+        "depformer_multi_linear": True,
+        "depformer_context": 4,
+        "depformer_gating": "silu",
+        "depformer_pos_emb": "none",
+        "depformer_weights_per_step": True,
+        "delays": DELAYS,
+        **overrides,
+    }
+
+
+def moshi_like(**overrides):
+    """The same with the norm and positions of Moshi."""
+    return tiny_lm_kwargs(norm="rms_norm_f32", positional_embedding="rope", **overrides)
+
+
+def tiny_args(**overrides) -> TTTArgs:
+    """Layers 0 and 2 of the tiny model learn, every 5 frames, with a visible effect."""
+    options = {"start_layer": 0, "layer_frequency": 2, "chunk_size": 5, "learning_rate": 0.5}
+    return TTTArgs(**{"enabled": True, **options, **overrides})
+
+
+def tiny_model(
+    args: TTTArgs | None = None, *, dtype=torch.float64, seed=0, trained=True, **lm_overrides
+) -> TTTLMModel:
+    """`trained`: TTT's parameters are as after some training, so that TTT has an effect."""
+    torch.manual_seed(seed)
+    lm_kwargs = tiny_lm_kwargs(**lm_overrides)
+    model = build_model(lm_kwargs, args or tiny_args(), device="cpu", dtype=dtype).eval()
+    if trained:
+        for module in model.ttt_layers.values():
+            torch.nn.init.normal_(module.target_conv)
+            module.target_proj.data += 0.1 * torch.randn_like(module.target_proj)
+    return model
+
+
+def random_codes(batch=2, num_frames=23, seed=1, num_streams=9, text_card=30, card=20):
+    generator = torch.Generator().manual_seed(seed)
+    text = torch.randint(0, text_card, (batch, 1, num_frames), generator=generator)
+    audio = torch.randint(0, card, (batch, num_streams - 1, num_frames), generator=generator)
+    return torch.cat([text, audio], dim=1)

@@ -1,0 +1,313 @@
+"""What must always hold for a model with TTT (docs/mathematics.md lists the invariants)."""
+
+import pytest
+import torch
+from helpers import moshi_like, random_codes, tiny_args, tiny_lm_kwargs, tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from moshi.models.lm import LMGen, LMModel
+
+from ttt import TTTArgs, build_model, measuring, state_bytes, ttt_parameters
+
+ARGS = {
+    "text": tiny_args(),
+    "input": tiny_args(target="input"),
+    "hidden": tiny_args(target="hidden"),
+    "long kernel": tiny_args(conv_kernel_size=3, conv_lookahead=1),
+    "bounded": tiny_args(max_delta_norm=0.5),
+}
+every_method = pytest.mark.parametrize("args", ARGS.values(), ids=ARGS.keys())
+
+
+def stock_copy(model, **lm_overrides):
+    """The stock model with the same weights and no TTT."""
+    stock = LMModel(**tiny_lm_kwargs(**lm_overrides), device="cpu", dtype=model.dtype).eval()
+    own = ttt_parameters(model)
+    stock.load_state_dict({k: v for k, v in model.state_dict().items() if k not in own})
+    return stock
+
+
+def text_logits(model, codes):
+    """[B, T, card]: the text logits of the sequence read as it is, without delays."""
+    with torch.no_grad():
+        return model.forward_text(codes)[1][:, 0]
+
+
+def stream(model, codes, lengths):
+    """The same, in calls of the given numbers of frames."""
+    with torch.no_grad(), model.streaming(codes.shape[0]):
+        parts = [model.forward_text(part)[1][:, 0] for part in codes.split(lengths, dim=2)]
+        states = [module._streaming_state.change.clone() for module in model.ttt_layers.values()]
+    return torch.cat(parts, dim=1), states
+
+
+def assert_same(a, b, tolerance=1e-9):
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+@every_method
+def test_untrained_ttt_is_the_plain_model(args):
+    model = tiny_model(args, trained=False)
+    codes = random_codes()
+    ours, stock = model(codes), stock_copy(model)(codes)
+    assert torch.equal(ours.text_logits, stock.text_logits)
+    torch.testing.assert_close(ours.logits, stock.logits, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(ours.mask, stock.mask) and torch.equal(ours.text_mask, stock.text_mask)
+
+
+@every_method
+def test_trained_ttt_changes_the_output_beyond_the_first_chunk_only(args):
+    model = tiny_model(args)
+    codes = random_codes()
+    difference = (text_logits(model, codes) - text_logits(stock_copy(model), codes)).abs()
+    assert difference[:, :5].max() < 1e-12
+    assert difference[:, 5:].amax(dim=2).min() > 1e-3
+
+
+@pytest.mark.parametrize("args", [tiny_args(learning_rate=0.0), tiny_args(chunk_size=23)])
+def test_no_inner_learning_or_a_single_chunk_is_the_plain_model(args):
+    model = tiny_model(args)
+    codes = random_codes()
+    assert_same(text_logits(model, codes), text_logits(stock_copy(model), codes), 1e-12)
+
+
+@every_method
+def test_the_future_never_changes_the_past(args):
+    # A wide attention window, so that whatever leaks would be seen.
+    model = tiny_model(args, context=100)
+    codes = random_codes(batch=1)
+    before = text_logits(model, codes)
+    for t in range(codes.shape[2]):
+        changed = codes.clone()
+        changed[:, :, t] = (changed[:, :, t] + 1) % 20
+        after = text_logits(model, changed)
+        assert_same(after[:, :t], before[:, :t], 1e-12)
+        assert (after[:, t] - before[:, t]).abs().max() > 1e-6
+
+
+@every_method
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_any_split_into_calls_gives_the_same(args, data):
+    num_frames = 23
+    cuts = data.draw(st.sets(st.integers(1, num_frames - 1)))
+    edges = [0, *sorted(cuts), num_frames]
+    lengths = [b - a for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    # A streaming KV cache holds `context` frames, so no call may be longer than that.
+    model = tiny_model(args, context=num_frames)
+    codes = random_codes(num_frames=num_frames)
+    outputs, states = stream(model, codes, lengths)
+    assert_same(outputs, text_logits(model, codes))
+    for a, b in zip(states, stream(model, codes, [1] * num_frames)[1], strict=True):
+        assert_same(a, b)
+
+
+def test_streaming_equals_the_whole_sequence_with_moshis_own_norm_and_positions():
+    model = tiny_model(
+        dtype=torch.float32, **{k: moshi_like()[k] for k in ("norm", "positional_embedding")}
+    )
+    codes = random_codes(num_frames=60)
+    whole = text_logits(model, codes)
+    assert_same(stream(model, codes, [1] * 60)[0], whole, 1e-4)
+    assert (
+        whole
+        - text_logits(
+            stock_copy(model, **{k: moshi_like()[k] for k in ("norm", "positional_embedding")}),
+            codes,
+        )
+    ).abs().max() > 1e-2
+
+
+@every_method
+def test_every_row_equals_its_run_alone(args):
+    model = tiny_model(args)
+    codes = random_codes(batch=3)
+    together, _ = stream(model, codes, [1] * 23)
+    for row in range(3):
+        assert_same(together[row], stream(model, codes[row : row + 1], [1] * 23)[0][0])
+        assert_same(together[row], text_logits(model, codes[row : row + 1])[0])
+
+
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_paused_and_restarted_rows_touch_no_other(data):
+    """Three rows, each paused and restarted at random, equal three streams run alone."""
+    model = tiny_model()
+    streams = [random_codes(batch=1, num_frames=40, seed=row)[0] for row in range(3)]
+    position, heard, spoken = [0] * 3, [[] for _ in range(3)], [[] for _ in range(3)]
+    with torch.no_grad(), model.streaming(3):
+        for step in range(30):
+            runs = data.draw(st.lists(st.booleans(), min_size=3, max_size=3))
+            restarts = data.draw(
+                st.lists(st.sampled_from([False] * 5 + [True]), min_size=3, max_size=3)
+            )
+            if step and any(restarts):
+                model.reset_streaming(torch.tensor(restarts))
+                for row in range(3):
+                    if restarts[row]:
+                        heard[row], spoken[row] = [], []
+            model.set_exec_mask(torch.tensor(runs))
+            frame = torch.stack([streams[row][:, position[row]] for row in range(3)])[:, :, None]
+            out = model.forward_text(frame)[1][:, 0, 0]
+            for row in range(3):
+                if runs[row]:
+                    heard[row].append(frame[row])
+                    spoken[row].append(out[row])
+                    position[row] += 1
+    for row in range(3):
+        if heard[row]:
+            alone = text_logits(model, torch.cat(heard[row], dim=1)[None])[0]
+            assert_same(torch.stack(spoken[row]), alone)
+
+
+def test_rows_at_different_frames_take_many_frames_a_call():
+    model = tiny_model(context=40)
+    codes = random_codes(num_frames=30)
+    with torch.no_grad(), model.streaming(2):
+        model.set_exec_mask(torch.tensor([True, False]))
+        first = model.forward_text(codes[:, :, :3])[1][:1, 0]
+        model.set_exec_mask(torch.tensor([True, True]))
+        shifted = torch.stack([codes[0, :, 3:20], codes[1, :, :17]])
+        both = model.forward_text(shifted)[1][:, 0]
+    assert_same(torch.cat([first[0], both[0]]), text_logits(model, codes[:1, :, :20])[0])
+    assert_same(both[1], text_logits(model, codes[1:, :, :17])[0])
+
+
+def test_inference_never_changes_a_weight():
+    model = tiny_model()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    codes = random_codes()
+    model(codes)
+    stream(model, codes, [7, 1, 1, 1, 13])
+    with model.streaming(2):
+        text_logits(model, codes[:, :, :9])
+        model.reset_streaming()
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_a_restarted_stream_remembers_nothing():
+    model = tiny_model(context=20)
+    codes = random_codes(num_frames=12)
+    with torch.no_grad(), model.streaming(2):
+        first = model.forward_text(codes)[1]
+        model.reset_streaming()
+        assert torch.equal(model.forward_text(codes)[1], first)
+
+
+def test_padding_and_an_open_chunk_change_nothing():
+    model = tiny_model()
+    codes = random_codes(num_frames=18)
+    padded = torch.nn.functional.pad(codes, (0, 9), value=-1)
+    assert_same(text_logits(model, padded)[:, :18], text_logits(model, codes), 1e-12)
+
+
+@every_method
+def test_every_ttt_parameter_learns(args):
+    """From the untrained start: the conv first, the projection once the conv is not zero."""
+    model = tiny_model(args, trained=False).train()
+    optimizer = torch.optim.SGD(ttt_parameters(model).values(), lr=1.0)
+    assert len(ttt_parameters(model)) == 4
+    for step in range(2):
+        optimizer.zero_grad()
+        model(random_codes()).text_logits.square().mean().backward()
+        for name, parameter in ttt_parameters(model).items():
+            if step == 1 or name.endswith("conv"):
+                assert parameter.grad.abs().max() > 0, name
+        optimizer.step()
+
+
+def test_gradients_survive_checkpointing_and_compilation():
+    """Neither recomputing activations nor compiling the layers changes loss or gradients."""
+    results = []
+    for variant in ("plain", "checkpointed", "compiled"):
+        model = tiny_model(dtype=torch.float64).train()
+        model.transformer.checkpointing = variant == "checkpointed"
+        if variant == "compiled":
+            for layer in model.transformer.layers:
+                layer.compile(backend="aot_eager")
+        loss = model(random_codes()).text_logits.square().mean()
+        loss.backward()
+        grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        results.append((loss.detach(), grads))
+    for loss, grads in results[1:]:
+        assert_same(loss, results[0][0], 1e-12)
+        assert grads.keys() == results[0][1].keys()
+        for name in grads:
+            assert_same(grads[name], results[0][1][name], 1e-10)
+
+
+def test_stock_generation_runs_the_model_and_equals_the_whole_sequence():
+    """Greedy `LMGen`, one frame at a time: its tokens are those that the parallel pass prefers."""
+    model = tiny_model(context=40)
+    user = random_codes(num_frames=24, batch=2)[:, 5:]
+    generator = LMGen(model, use_sampling=False)
+    with generator.streaming(2):
+        frames = [generator.step(user[:, :, t : t + 1]) for t in range(24)]
+    tokens = torch.cat([frame for frame in frames if frame is not None], dim=2)
+    num_frames = tokens.shape[2]
+    # What the user says at step t is read at position t; the delayed streams one later.
+    heard = torch.stack(
+        [user[:, 0, 1 : num_frames + 1]] + [user[:, k, 1 : num_frames + 1] for k in range(1, 4)],
+        dim=1,
+    )
+    output = model(torch.cat([tokens, heard], dim=1))
+    assert torch.equal(output.text_logits[:, 0].argmax(-1), tokens[:, 0])
+    for k in range(4):
+        valid = output.mask[:, k]
+        assert torch.equal(output.logits[:, k].argmax(-1)[valid], tokens[:, 1 + k][valid])
+
+
+def test_measurements_say_whether_ttt_does_anything():
+    codes = random_codes()
+    with torch.no_grad(), measuring(tiny_model(trained=False)) as untrained:
+        pass
+    assert untrained == {}
+    model = tiny_model(tiny_args(max_delta_norm=1e-3))
+    with torch.no_grad(), measuring(model) as measured:
+        model(codes)
+    assert set(measured) == {
+        f"layer_{i:02d}/{k}" for i in (0, 2) for k in ("effect", "delta", "clip_rate")
+    }
+    assert measured["layer_00/clip_rate"] == 1.0
+    base = model.ttt_layers[0].base_weight.norm()
+    assert_same(measured["layer_00/delta"].double(), 0.5 * 1e-3 / base, 1e-6)
+    assert 0 < measured["layer_00/effect"] < 1
+
+
+def test_state_bytes_counts_what_streaming_allocates():
+    model = tiny_model(dtype=torch.float32)
+    with model.streaming(3):
+        allocated = sum(
+            t.numel() * t.element_size()
+            for module in model.ttt_layers.values()
+            for t in (
+                module._streaming_state.change,
+                module._streaming_state.pending_z,
+                module._streaming_state.pending_source,
+                module._streaming_state.num_pending,
+            )
+        )
+    assert state_bytes(model, 3) == allocated
+
+
+@pytest.mark.parametrize(
+    ("args", "lm_overrides", "message"),
+    [
+        (tiny_args(start_layer=3), {}, "beyond the model's last layer, 2"),
+        (tiny_args(chunk_size=0), {}, "ttt.chunk_size: must be at least 1"),
+        (tiny_args(conv_lookahead=2), {}, "ttt.conv_lookahead"),
+        (tiny_args(), {"gating": "none", "depformer_gating": "silu"}, "needs gated MLPs"),
+    ],
+)
+def test_what_cannot_be_built_is_one_clear_error(args, lm_overrides, message):
+    with pytest.raises(ValueError, match=message):
+        build_model(tiny_lm_kwargs(**lm_overrides), args, device="meta")
+
+
+def test_layers_are_where_they_are_configured():
+    args = TTTArgs(enabled=True)
+    assert args.layers(32) == [5, 11, 17, 23, 29]
+    model = tiny_model(tiny_args(start_layer=1, layer_frequency=1))
+    assert list(model.ttt_layers) == [1, 2]

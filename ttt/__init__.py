@@ -1,0 +1,6 @@
+"""Test-time training for Moshi: layers whose weights keep learning while the model listens."""
+
+from ttt.config import TTTArgs
+from ttt.model import TTTLMModel, build_model, measuring, state_bytes, ttt_parameters
+
+__all__ = ["TTTArgs", "TTTLMModel", "build_model", "measuring", "state_bytes", "ttt_parameters"]

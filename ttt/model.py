@@ -1,0 +1,178 @@
+"""Moshi with TTT: where the layers go, and how the embeddings reach them."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from moshi.models.lm import LMModel
+from moshi.modules.gating import ActivationGating
+from moshi.modules.transformer import StreamingTransformerLayer
+from moshi.utils.compile import no_compile
+from torch import Tensor, nn
+
+from ttt.config import TTTArgs
+from ttt.layers import InPlaceGating
+
+
+class TTTTransformerLayer(StreamingTransformerLayer):
+    """A stock layer that hands the token embeddings on to a gating that learns at test time."""
+
+    def forward(
+        self,
+        x: Tensor,
+        cross_attention_src: Tensor | None = None,
+        token_embeddings: Tensor | None = None,
+    ) -> Tensor:
+        if not isinstance(self.gating, InPlaceGating):
+            return super().forward(x, cross_attention_src)
+        assert token_embeddings is not None and cross_attention_src is None
+        with _eager_on_cpu(x.device):
+            x = self._sa_block(x)
+            update = self.gating(self.norm2(x), token_embeddings)
+            x = x.to(update) + self.layer_scale_2(update)
+        if self._streaming_state is not None:
+            self._streaming_state.offset_cpu += x.shape[1]
+        return x
+
+
+class TTTLMModel(LMModel):
+    """A stock `LMModel`, trainable and streamable as such, with TTT in some layers.
+
+    State-dict keys are the stock ones, plus `transformer.layers.N.gating.target_*`.
+    """
+
+    ttt_args: TTTArgs
+
+    @property
+    def ttt_layers(self) -> dict[int, InPlaceGating]:
+        """The TTT modules by layer index."""
+        return {
+            index: layer.gating
+            for index, layer in enumerate(self.transformer.layers)
+            if isinstance(layer.gating, InPlaceGating)
+        }
+
+    def forward_text(
+        self,
+        sequence: Tensor,
+        sum_condition: Tensor | None = None,
+        cross_attention_src: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """As stock, but the layers also get the embeddings that TTT makes its targets of.
+
+        Args:
+            sequence: [B, 17, T], the (delayed) codes that the model reads.
+
+        Returns:
+            The transformer's output [B, T, d] and the text logits [B, 1, T, text_card].
+        """
+        assert sum_condition is None and cross_attention_src is None
+        with _eager_on_cpu(sequence.device):
+            text = self.text_emb(sequence[:, 0])
+            # The order of summation is the stock one, for equality to the bit.
+            everything = None
+            for emb, codes in zip(
+                self.emb, sequence[:, self.audio_offset :].unbind(1), strict=True
+            ):
+                everything = emb(codes) if everything is None else everything + emb(codes)
+            everything = text if everything is None else everything + text
+            embeddings = everything if self.ttt_args.target == "input" else text
+            out = self.transformer(everything, token_embeddings=embeddings)
+            out = self.out_norm(out)
+            return out, self.text_linear(out)[:, None]
+
+
+def build_model(
+    lm_kwargs: Mapping[str, Any],
+    ttt_args: TTTArgs,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    gradient_checkpointing: bool = False,
+) -> TTTLMModel:
+    """A Moshi with random weights and TTT in the configured layers, in training mode.
+
+    Untrained TTT changes nothing: the outputs are those of the stock model with the same weights.
+
+    Args:
+        lm_kwargs: what stock `LMModel` takes; for Moshi 7B, `moshi.models.loaders._lm_kwargs`.
+        ttt_args: with `enabled: false` the model has no TTT layers.
+        device: `meta` to load weights later.
+        dtype: of the parameters.
+        gradient_checkpointing: keep only the layers' inputs for the backward pass.
+
+    Raises:
+        ValueError: an option out of range, no layer to put TTT in, or a layer without a gated MLP.
+    """
+    problems = ttt_args.problems()
+    if problems:
+        raise ValueError("; ".join(f"ttt.{name}: {problem}" for name, problem in problems))
+    indices = ttt_args.layers(lm_kwargs["num_layers"])
+    if indices and lm_kwargs.get("gating", "none") == "none":
+        raise ValueError(
+            "ttt.method: in_place needs gated MLPs, and this model has none (gating: none)."
+        )
+    if lm_kwargs.get("cross_attention") or lm_kwargs.get("fuser") is not None:
+        raise ValueError(
+            "models with conditioning (cross attention or a fuser, as Hibiki has) are not "
+            "supported; use a Moshi without it."
+        )
+    model = TTTLMModel(
+        device=device,
+        dtype=dtype,
+        gradient_checkpointing=gradient_checkpointing,
+        layer_class=TTTTransformerLayer,
+        depformer_layer_class=StreamingTransformerLayer,
+        **lm_kwargs,
+    )
+    model.ttt_args = ttt_args
+    for index in indices:
+        layer = model.transformer.layers[index]
+        assert isinstance(layer.gating, ActivationGating)
+        layer.gating = InPlaceGating(layer.gating, ttt_args)
+    return model
+
+
+def ttt_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """TTT's own parameters by their state-dict keys."""
+    return {
+        f"{name}.{key}": parameter
+        for name, module in model.named_modules()
+        if isinstance(module, InPlaceGating)
+        for key, parameter in module.ttt_parameters().items()
+    }
+
+
+def state_bytes(model: TTTLMModel, batch_size: int) -> int:
+    """Bytes that the streaming state of TTT takes for `batch_size` streams."""
+    total = 0
+    for module in model.ttt_layers.values():
+        per_frame = (module.hidden + module.width) * module.base_weight.element_size()
+        per_row = 4 * module.width * module.hidden + module.args.chunk_size * per_frame + 8
+        total += batch_size * per_row
+    return total
+
+
+@contextmanager
+def measuring(model: TTTLMModel) -> Iterator[dict[str, Tensor]]:
+    """Collects what TTT does in the forward passes within the block.
+
+    The dictionary that it gives is filled when the block ends: `layer_05/effect` and so on, scalar
+    tensors of the last forward pass. See `InPlaceGating._measure` for their meaning.
+    """
+    collected: dict[str, Tensor] = {}
+    for module in model.ttt_layers.values():
+        module.measure, module.measured = True, {}
+    try:
+        yield collected
+    finally:
+        for index, module in model.ttt_layers.items():
+            module.measure = False
+            collected.update({f"layer_{index:02d}/{k}": v for k, v in module.measured.items()})
+
+
+def _eager_on_cpu(device: torch.device) -> AbstractContextManager[None]:
+    """Keeps `moshi` from compiling small functions where it costs more than it brings, and needs
+    a C++ compiler: on the CPU."""
+    return nullcontext() if device.type == "cuda" else no_compile()
