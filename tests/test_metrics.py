@@ -1,8 +1,9 @@
+import errno
 import json
-import logging
 import os
 import pty
 import re
+import socket
 import subprocess
 import sys
 import textwrap
@@ -133,6 +134,7 @@ def wandb_home(tmp_path, monkeypatch):
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")  # 10 s at exit without a network
     return tmp_path / "home"
 
 
@@ -149,6 +151,28 @@ def run_python(code, *arguments, **environment):
     )
 
 
+def run_on_terminal(code, *arguments, **environment):
+    """Run `code` on a pseudo-terminal: exit status and all that it wrote."""
+    main_end, terminal = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
+        cwd=ROOT,
+        env=os.environ | {"TERM": "xterm", "COLUMNS": "100"} | environment,
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+    )
+    os.close(terminal)
+    written = b""
+    try:
+        while data := os.read(main_end, 65536):
+            written += data
+    except OSError as error:  # how Linux says that the other end is closed
+        assert error.errno == errno.EIO
+    os.close(main_end)
+    return process.wait(timeout=60), written.decode()
+
+
 WANDB_RUN = """
     import sys
     from pathlib import Path
@@ -157,34 +181,32 @@ WANDB_RUN = """
     from finetune.metrics import MetricsLogger
 
     setup_logging()
-    run_dir, key, resumed_step = Path(sys.argv[1]), sys.argv[2], eval(sys.argv[3])
+    run_dir, key = Path(sys.argv[1]), sys.argv[2]
     args = SimpleNamespace(project="speech", offline=True, key=key, run_name="first")
     config = {"lr": 1.0, "wandb": {"key": key, "project": "speech"}}
-    with MetricsLogger(
-        run_dir, wandb_args=args, config=config, resumed_step=resumed_step
-    ) as metrics:
-        metrics.log("train", 1, {"loss": 1.0})
-        metrics.log("eval", 1, {"loss": 1.0})
+    for done in (None, 1):
+        with MetricsLogger(
+            run_dir, wandb_args=args, config=config, resumed_step=done
+        ) as metrics:
+            metrics.log("train", 1, {"loss": 1.0})
+            metrics.log("eval", 1, {"loss": 1.0})
 """
 
 
 def test_wandb_offline_works_and_the_key_is_nowhere(tmp_path, wandb_home):
     run_dir = tmp_path / "run"
     # The key is on the command line too, which wandb saves with a run.
-    first = run_python(WANDB_RUN, run_dir, KEY, "None")
-    assert first.returncode == 0, first.stderr
-    (synced_from,) = re.findall(r"wandb sync (\S+)", first.stdout)
-    assert list(Path(synced_from).glob("*.wandb"))
+    process = run_python(WANDB_RUN, run_dir, KEY)
+    assert process.returncode == 0, process.stderr
+    sync_from = re.findall(r"wandb sync (\S+)", process.stdout)
+    assert len(sync_from) == 2 and all(list(Path(p).glob("*.wandb")) for p in sync_from)
     run_id = (run_dir / "wandb_run_id").read_text().strip()
-
-    second = run_python(WANDB_RUN, run_dir, KEY, "1")
-    assert second.returncode == 0, second.stderr
     assert len(list(run_dir.glob(f"wandb/offline-run-*/run-{run_id}.wandb"))) == 2
 
     everything = [p for top in (run_dir, wandb_home) for p in top.rglob("*") if p.is_file()]
     assert len(everything) > 5
     assert [p for p in everything if KEY.encode() in p.read_bytes()] == []
-    assert KEY not in first.stdout + first.stderr
+    assert KEY not in process.stdout + process.stderr
 
 
 def test_wandb_without_network_is_one_message(tmp_path, wandb_home):
@@ -196,10 +218,26 @@ def test_wandb_without_network_is_one_message(tmp_path, wandb_home):
     assert not (tmp_path / "run" / "wandb").exists()
 
 
-def test_wandb_without_a_key_does_not_ask(tmp_path, wandb_home, monkeypatch):
-    monkeypatch.setattr("finetune.metrics._check_reachable", lambda url: None)
-    with pytest.raises(UserError, match=r"wandb\.key"):
-        open_logger(tmp_path / "run", project="speech", offline=False)
+def test_wandb_without_a_key_does_not_ask(tmp_path, wandb_home):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        code, text = run_on_terminal(
+            """
+            import sys
+            from pathlib import Path
+            from types import SimpleNamespace
+            from finetune.errors import UserError
+            from finetune.metrics import MetricsLogger
+            args = SimpleNamespace(project="speech", offline=False, key=None, run_name=None)
+            try:
+                MetricsLogger(Path(sys.argv[1]), wandb_args=args, config={})
+            except UserError as error:
+                print(error)
+            """,
+            tmp_path / "run",
+            WANDB_BASE_URL=f"http://127.0.0.1:{server.getsockname()[1]}",
+        )
+    assert code == 0
+    assert "give a valid wandb.key" in text and "choice" not in text
 
 
 def test_wandb_missing_says_how_to_install_it(tmp_path, monkeypatch):
@@ -241,28 +279,8 @@ def test_in_a_pipe_lines_are_plain():
 
 
 def test_on_a_terminal_the_bar_is_live():
-    main_end, terminal = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(CONSOLE_RUN)],
-        cwd=ROOT,
-        env=os.environ | {"TERM": "xterm", "COLUMNS": "100"},
-        stdin=terminal,
-        stdout=terminal,
-        stderr=terminal,
-    )
-    os.close(terminal)
-    out = b""
-    while True:
-        try:
-            data = os.read(main_end, 65536)
-        except OSError:  # Linux's way to say that the other end is closed
-            break
-        if not data:
-            break
-        out += data
-    os.close(main_end)
-    assert process.wait(timeout=60) == 0
-    text = out.decode()
+    code, text = run_on_terminal(CONSOLE_RUN)
+    assert code == 0
     assert ESCAPE + "[1A" in text  # the cursor goes up: the bar is drawn again in its place
     assert "step 20/20" in text and "━" in text and "noise" not in text
     plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
@@ -298,7 +316,6 @@ def test_numbers_for_people():
 
 
 def draw(run_dir):
-    logging.getLogger("matplotlib").setLevel(logging.WARNING)
     picture = plot_losses(run_dir, run_dir / "plots" / "loss.png")
     assert picture.read_bytes().startswith(b"\x89PNG")
     return picture.stat().st_size

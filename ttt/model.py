@@ -155,15 +155,15 @@ def state_bytes(model: TTTLMModel, batch_size: int) -> int:
 
 
 @contextmanager
-def measuring(model: TTTLMModel) -> Iterator[dict[str, Tensor]]:
-    """Collects what TTT does in the forward passes within the block.
+def measuring(model: TTTLMModel, *, enabled: bool = True) -> Iterator[dict[str, Tensor]]:
+    """Collects what TTT does in the forward passes within the block, if `enabled`.
 
     The dictionary that it gives is filled when the block ends: `layer_05/effect` and so on, scalar
     tensors of the last forward pass. See `InPlaceGating._measure` for their meaning.
     """
     collected: dict[str, Tensor] = {}
     for module in model.ttt_layers.values():
-        module.measure, module.measured = True, {}
+        module.measure, module.measured = enabled, {}
     try:
         yield collected
     finally:

@@ -1,0 +1,242 @@
+"""Run folders and the checkpoints in them.
+
+    run_dir/checkpoints/checkpoint_000500/
+        consolidated/   weights for people: config.json, lora.safetensors or
+                        consolidated.safetensors in the layout of stock `moshi`, ttt.safetensors
+        args.yaml       the configuration that made it
+        resume.pt       what training needs to continue as if it had not stopped
+        info.json       step and eval loss
+
+A checkpoint is written under another name and renamed when it is complete.
+"""
+
+import dataclasses
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from moshi.models import loaders
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from finetune.args import TrainArgs
+from finetune.config import save_config
+from finetune.errors import UserError
+from finetune.model import merged_state_dict, trainable_by_role
+from ttt import TTTLMModel, ttt_parameters
+
+logger = logging.getLogger(__name__)
+
+_NAME = re.compile(r"checkpoint_(\d{6,})")
+
+
+def open_run_dir(args: TrainArgs) -> Path | None:
+    """Check that the run may write to its folder; the checkpoint to resume from, if any.
+
+    Changes nothing, so that every process can ask.
+
+    Raises:
+        UserError: the folder holds something else, or nothing to resume from.
+    """
+    run_dir = Path(args.run_dir)
+    latest = max(list_checkpoints(run_dir), default=None, key=step_of)
+    if args.resume is True and latest is None:
+        raise UserError(
+            f"resume: there is no complete checkpoint in {run_dir / 'checkpoints'}. Check run_dir, "
+            f"or start without resume (resume: auto starts anew where there is nothing)."
+        )
+    if args.resume:
+        return latest
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UserError(f"run_dir: {run_dir} is a file. Choose another name.")
+    if run_dir.is_dir() and any(run_dir.iterdir()):
+        if not args.overwrite_run_dir:
+            raise UserError(
+                f"run_dir: {run_dir} already holds a run. Choose another folder, continue that run "
+                f"with --resume, or delete what is there with --overwrite_run_dir."
+            )
+        if not (run_dir / "args.yaml").is_file():
+            raise UserError(
+                f"run_dir: {run_dir} holds files, but no args.yaml: it is no run folder, so it is "
+                f"not deleted. Choose another folder, or empty it yourself."
+            )
+    return None
+
+
+def create_run_dir(args: TrainArgs) -> None:
+    """Make the run folder with its args.yaml, after `open_run_dir`; only one process does.
+
+    Raises:
+        UserError: the folder cannot be written to.
+    """
+    run_dir = Path(args.run_dir)
+    try:
+        if args.overwrite_run_dir and run_dir.is_dir():
+            shutil.rmtree(run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        for leftover in (run_dir / "checkpoints").glob("*.incomplete"):
+            shutil.rmtree(leftover)
+        save_config(args, run_dir / "args.yaml")
+    except OSError as error:
+        raise UserError(f"run_dir: cannot write to {run_dir}: {error.strerror}.") from error
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """The complete checkpoints of a run."""
+    folder = run_dir / "checkpoints"
+    return sorted(p for p in folder.glob("checkpoint_*") if _NAME.fullmatch(p.name))
+
+
+def step_of(checkpoint: Path) -> int:
+    match = _NAME.fullmatch(checkpoint.name)
+    assert match is not None
+    return int(match[1])
+
+
+def save_checkpoint(
+    args: TrainArgs,
+    model: TTTLMModel,
+    info: loaders.CheckpointInfo,
+    *,
+    step: int,
+    eval_loss: float | None,
+    resume_state: Mapping[str, Any],
+) -> Path:
+    """Write the checkpoint of `step`, then delete those that need not be kept.
+
+    Raises:
+        UserError: it could not be written; older checkpoints are untouched.
+    """
+    folder = Path(args.run_dir) / "checkpoints"
+    final = folder / f"checkpoint_{step:06d}"
+    partial = folder / f"{final.name}.incomplete"
+    try:
+        if partial.exists():
+            shutil.rmtree(partial)
+        (partial / "consolidated").mkdir(parents=True)
+        _write_consolidated(partial / "consolidated", args, model, info)
+        save_config(args, partial / "args.yaml")
+        torch.save(dict(resume_state), partial / "resume.pt")
+        (partial / "info.json").write_text(json.dumps({"step": step, "eval_loss": eval_loss}))
+        for file in partial.rglob("*"):
+            _flush_to_disk(file)
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(partial, final)
+        _flush_to_disk(folder)
+    # torch.save and safetensors report a full disk as errors of their own.
+    except (OSError, RuntimeError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(
+            f"the checkpoint of step {step} could not be written to {folder}: {error}. Older "
+            f"checkpoints are untouched. Make room, then continue with --resume."
+        ) from error
+    _delete_old(args, final)
+    return final
+
+
+def _flush_to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _delete_old(args: TrainArgs, newest: Path) -> None:
+    """Keep the last `num_ckpt_keep` checkpoints, and the best by eval loss."""
+    if args.num_ckpt_keep is None:
+        return
+    checkpoints = list_checkpoints(Path(args.run_dir))
+    losses = {path: _eval_loss(path) for path in checkpoints}
+    rated = [path for path in checkpoints if losses[path] is not None]
+    keep = {newest, *checkpoints[-args.num_ckpt_keep :]}
+    keep |= set(sorted(rated, key=lambda path: losses[path] or 0.0)[:1])
+    for path in checkpoints:
+        if path not in keep:
+            shutil.rmtree(path)
+
+
+def _eval_loss(checkpoint: Path) -> float | None:
+    return json.loads((checkpoint / "info.json").read_text())["eval_loss"]
+
+
+def _write_consolidated(
+    folder: Path, args: TrainArgs, model: TTTLMModel, info: loaders.CheckpointInfo
+) -> None:
+    adapters_only = args.lora.enable and args.save_adapters
+    config = dict(loaders._lm_kwargs if info.raw_config is None else info.raw_config)
+    config["lora"] = adapters_only
+    if adapters_only:
+        config |= {"lora_rank": args.lora.rank, "lora_scaling": args.lora.scaling}
+        weights = {
+            name: parameter
+            for role, named in trainable_by_role(model).items()
+            if role != "ttt"
+            for name, parameter in named.items()
+        }
+        save_file(_plain(weights), folder / "lora.safetensors")
+    elif args.lora.enable or args.full_finetuning:
+        config["moshi_name"] = "consolidated.safetensors"
+        save_file(_plain(merged_state_dict(model)), folder / "consolidated.safetensors")
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    if args.ttt.enabled:
+        save_file(
+            _plain(ttt_parameters(model)),
+            folder / "ttt.safetensors",
+            metadata={"ttt_args": json.dumps(dataclasses.asdict(args.ttt))},
+        )
+
+
+def _plain(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: weight.detach().contiguous() for name, weight in weights.items()}
+
+
+def load_resume_state(checkpoint: Path) -> dict[str, Any]:
+    """
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    path = checkpoint / "resume.pt"
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError) as error:
+        raise UserError(
+            f"{path} is damaged ({error}). Delete {checkpoint} to resume from the one before."
+        ) from error
+
+
+def load_trained_weights(model: TTTLMModel, args: TrainArgs, checkpoint: Path) -> None:
+    """Put a checkpoint's trained weights into a model that was built as for training.
+
+    `args` are the checkpoint's own.
+
+    Raises:
+        UserError: a file is missing or damaged, or does not belong to this model.
+    """
+    folder = checkpoint / "consolidated"
+    trained: dict[str, torch.Tensor] = {}
+    names = []
+    if args.lora.enable or args.full_finetuning:
+        adapters_only = args.lora.enable and args.save_adapters
+        names.append("lora.safetensors" if adapters_only else "consolidated.safetensors")
+    if args.ttt.enabled:
+        names.append("ttt.safetensors")
+    for name in names:
+        try:
+            trained |= load_file(folder / name)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"cannot read {folder / name}: {error}") from error
+    unexpected = model.load_state_dict(trained, strict=False).unexpected_keys
+    if unexpected:
+        raise UserError(
+            f"{folder} does not belong to the model that {checkpoint / 'args.yaml'} describes: "
+            f"it has {unexpected[0]}, which the model has not."
+        )
+

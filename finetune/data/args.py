@@ -1,0 +1,26 @@
+"""The `data` section of the configuration."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass
+class DataArgs:
+    train_data: str = ""
+    """Training data: `path[:weight],…`, each path a `.jsonl` file or a folder of them. Batches mix
+    the sources in proportion to the weights (default 1)."""
+
+    eval_data: str = ""
+    """Evaluation data, written like `train_data`. Every evaluation reads all of it once; weights
+    play no part."""
+
+    shuffle: bool = False
+    """Draw the segments of each source in a new random order every epoch; otherwise in the order
+    of the files."""
+
+    on_error: Literal["raise", "skip"] = "raise"
+    """What a broken line, recording or transcript does: `raise` stops the run and names them all,
+    `skip` leaves them out, warns and counts."""
+
+    num_workers: int = 2
+    """Background processes per rank that decode audio; 0 decodes in the training process."""

@@ -1,0 +1,45 @@
+"""Loss and perplexity of a model on all of the evaluation data."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+
+from finetune.data import Batch
+from finetune.distributed import World
+from finetune.loss import LossWeights, stream_sums
+from ttt import TTTLMModel
+
+
+@torch.no_grad()
+def evaluate(
+    model: TTTLMModel, batches: Iterable[Batch], weights: LossWeights, world: World
+) -> dict[str, float]:
+    """Average over all targets of all batches of all processes; every target counts once.
+
+    Returns:
+        loss, text_loss, audio_loss: as in training, with its weights, in nats.
+        text_nll, audio_nll: without weights, in nats per token.
+        text_perplexity, audio_perplexity: exp of these.
+    """
+    was_training = model.training
+    model.eval()
+    total = torch.zeros(2, 4, dtype=torch.float64)
+    for batch in batches:
+        for row, sums in enumerate(stream_sums(model, model(batch.codes), batch.codes, weights)):
+            parts = (sums.loss, sums.weight, sums.nll, sums.count)
+            total[row] += torch.stack([part.double() for part in parts]).cpu()
+    model.train(was_training)
+    totals = world.sum(total.to(world.device)).tolist()
+    (text_loss, text_nll), (audio_loss, audio_nll) = (
+        (loss / max(weight, 1e-9), nll / max(count, 1)) for loss, weight, nll, count in totals
+    )
+    return {
+        "loss": text_loss + audio_loss,
+        "text_loss": text_loss,
+        "audio_loss": audio_loss,
+        "text_nll": text_nll,
+        "audio_nll": audio_nll,
+        "text_perplexity": math.exp(min(text_nll, 700.0)),
+        "audio_perplexity": math.exp(min(audio_nll, 700.0)),
+    }

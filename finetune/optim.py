@@ -1,0 +1,159 @@
+"""AdamW on float32 master weights, with a learning rate by role and a one-cycle schedule."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim.lr_scheduler import OneCycleLR
+
+from finetune.args import OptimArgs
+from finetune.distributed import World
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What an optimizer step found: gradient norms before clipping, over all and by role."""
+
+    grad_norm: float
+    grad_norm_by_role: dict[str, float]
+
+    @property
+    def is_finite(self) -> bool:
+        return math.isfinite(self.grad_norm)
+
+
+class Optimizer:
+    """Optimizer and schedule of the trainable parameters.
+
+    Parameters below float32 have a float32 master copy that the optimizer steps, and that gradients
+    are summed into: a step of 1e-5 would be lost in a bfloat16 weight, and so would the small
+    gradients of a late micro-batch.
+
+    Args:
+        parameters: by role ("base", "embedding", "lora", "ttt") and then by name; only these train.
+        args: learning rates and so on. TTT parameters have their own learning rate, and no weight
+            decay: it would pull their projection from the identity to zero.
+        max_steps: length of the schedule.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, Mapping[str, nn.Parameter]],
+        args: OptimArgs,
+        *,
+        max_steps: int,
+    ):
+        self.names = {role: list(named) for role, named in parameters.items()}
+        self.parameters = {role: list(named.values()) for role, named in parameters.items()}
+        self.masters = {
+            role: [_with_master(p) for p in params] for role, params in self.parameters.items()
+        }
+        groups = [
+            {
+                "params": masters,
+                "lr": args.ttt_lr if role == "ttt" else args.lr,
+                "weight_decay": 0.0 if role == "ttt" else args.weight_decay,
+                "role": role,
+            }
+            for role, masters in self.masters.items()
+        ]
+        on_gpu = next(iter(self._all_masters())).is_cuda
+        self.adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, fused=on_gpu)
+        # OneCycleLR also lowers beta1 from 0.95 while the learning rate is high: so it is in
+        # moshi-finetune, and runs without TTT should compare with its.
+        self.schedule = OneCycleLR(
+            self.adamw,
+            max_lr=[group["lr"] for group in groups],
+            total_steps=max_steps,
+            pct_start=args.pct_start,
+        )
+
+    def learning_rates(self) -> dict[str, float]:
+        """Those of the next step: `lr`, and `ttt_lr` if TTT trains."""
+        rates = {group["role"]: group["lr"] for group in self.adamw.param_groups}
+        named = {"ttt_lr" if role == "ttt" else "lr": rate for role, rate in rates.items()}
+        return named
+
+    def step(self, *, max_norm: float, world: World, is_loss_finite: bool) -> StepResult:
+        """Take a step with the gradients there are, and clear them.
+
+        A loss or gradient that is not finite changes nothing but the schedule.
+        """
+        world.sum_all(m.grad for m in self._all_masters() if m.grad is not None)
+        norms = {
+            role: get_total_norm([m.grad for m in masters if m.grad is not None])
+            for role, masters in self.masters.items()
+            if any(m.grad is not None for m in masters)
+        }
+        total = get_total_norm(list(norms.values()))
+        role_norms = torch.stack([total, *norms.values()]).tolist()
+        result = StepResult(role_norms[0], dict(zip(norms, role_norms[1:], strict=True)))
+        if result.is_finite and is_loss_finite:
+            clip_grads_with_norm_(self._all_masters(), max_norm, total)
+            self.adamw.step()
+            self._write_back()
+        self.adamw.zero_grad(set_to_none=True)
+        self.schedule.step()
+        return result
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "names": self.names,
+            "masters": self.masters,
+            "adamw": self.adamw.state_dict(),
+            "schedule_step": self.schedule.last_epoch,
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """
+        Raises:
+            ValueError: the state is of other parameters than those that train now.
+        """
+        if state["names"] != self.names:
+            raise ValueError("it holds other trainable parameters than this configuration has")
+        for role, masters in self.masters.items():
+            for master, saved in zip(masters, state["masters"][role], strict=True):
+                master.copy_(saved)
+        # The state holds the learning rates as well: those of this configuration count, which may
+        # have been changed, and the schedule follows from them and its step.
+        own = [{k: v for k, v in g.items() if k != "params"} for g in self.adamw.param_groups]
+        self.adamw.load_state_dict(state["adamw"])
+        for group, settings in zip(self.adamw.param_groups, own, strict=True):
+            group.update(settings)
+        step = state["schedule_step"]
+        self.schedule.load_state_dict({"last_epoch": step - 1, "_step_count": step})
+        self.schedule.step()
+        self._write_back()
+
+    def _all_masters(self) -> list[Tensor]:
+        return [master for masters in self.masters.values() for master in masters]
+
+    @torch.no_grad()
+    def _write_back(self) -> None:
+        for role, masters in self.masters.items():
+            for parameter, master in zip(self.parameters[role], masters, strict=True):
+                if parameter is not master:
+                    parameter.copy_(master)
+
+
+def _with_master(parameter: nn.Parameter) -> Tensor:
+    """The tensor to optimize for `parameter`: itself, or a float32 copy that gets its gradients."""
+    if parameter.dtype == torch.float32:
+        return parameter
+    master = parameter.detach().float()
+
+    def move_grad(p: Tensor) -> None:
+        assert p.grad is not None
+        if master.grad is None:
+            master.grad = p.grad.float()
+        else:
+            master.grad += p.grad
+        p.grad = None
+
+    parameter.register_post_accumulate_grad_hook(move_grad)
+    return master

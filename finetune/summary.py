@@ -1,0 +1,69 @@
+"""What a run says of itself at its start."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+
+from finetune.args import TrainArgs
+from finetune.console import format_count
+from finetune.data import EvalLoader, TrainLoader
+from finetune.distributed import World
+from finetune.model import parameters_by_role
+from ttt import TTTLMModel
+
+FRAME_RATE_HZ = 12.5
+
+
+def describe_run(
+    args: TrainArgs,
+    model: TTTLMModel,
+    train_data: TrainLoader,
+    eval_data: EvalLoader | None,
+    world: World,
+) -> Iterator[str]:
+    """A few lines: data, parameters, TTT against attention, memory, and where it writes."""
+    num_frames = math.ceil(args.duration_sec * FRAME_RATE_HZ)
+    global_batch = args.batch_size * args.num_microbatches * world.size
+    yield (
+        f"data: {train_data.num_segments} segments of up to {num_frames} frames from "
+        f"{train_data.total_duration_sec / 3600:.2f} h of audio"
+        + (f", {eval_data.num_segments} to evaluate" if eval_data else "")
+        + f"; {global_batch} a step on {world.size} x {world.device.type}"
+    )
+    roles = []
+    for role, named in parameters_by_role(model).items():
+        total = sum(p.numel() for p in named.values())
+        trains = sum(p.numel() for p in named.values() if p.requires_grad)
+        roles.append(f"{role} {format_count(total)}{'' if trains else ' (frozen)'}")
+    yield f"parameters: {', '.join(roles)}"
+    yield from _describe_ttt(args, model, num_frames)
+    if world.device.type == "cuda":
+        free, total = torch.cuda.mem_get_info()
+        yield f"memory: {(total - free) / 1e9:.1f} of {total / 1e9:.1f} GB taken before training"
+    yield f"writes to {args.run_dir}"
+
+
+def _describe_ttt(args: TrainArgs, model: TTTLMModel, num_frames: int) -> Iterator[str]:
+    window = model.context
+    attention = f"attention sees {window} frames of {num_frames}"
+    if not model.ttt_layers:
+        yield f"TTT: off; {attention}"
+        return
+    chunk_size = args.ttt.chunk_size
+    updates = (num_frames - 1) // chunk_size
+    yield (
+        f"TTT: in-place in layers {', '.join(map(str, model.ttt_layers))}; {updates} updates a "
+        f"sequence, every {chunk_size} frames ({chunk_size / FRAME_RATE_HZ:.1f} s); {attention}"
+    )
+    if updates == 0:
+        yield (
+            f"WARNING: duration_sec is {args.duration_sec:g} ({num_frames} frames), not longer "
+            f"than ttt.chunk_size ({chunk_size} frames): TTT never learns anything. Raise the one "
+            f"or lower the other."
+        )
+    elif window is None or window >= num_frames:
+        yield (
+            f"WARNING: attention sees the whole sequence ({num_frames} frames), so there is little "
+            f"for TTT to remember. Sequences should be longer than the window: raise duration_sec."
+        )

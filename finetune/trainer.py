@@ -1,0 +1,314 @@
+"""The training loop: next batch, step, log, evaluate, save."""
+
+import logging
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finetune.args import TrainArgs
+from finetune.checkpoint import (
+    create_run_dir,
+    load_resume_state,
+    open_run_dir,
+    save_checkpoint,
+    step_of,
+)
+from finetune.config import public_dict
+from finetune.console import Progress, describe, setup_logging
+from finetune.data import Batch, build_eval_loader, build_train_loader
+from finetune.distributed import join_world
+from finetune.errors import UserError
+from finetune.evaluate import evaluate
+from finetune.interrupt import Interrupt
+from finetune.loss import LossWeights, stream_sums, total_weight
+from finetune.metrics import MetricsLogger
+from finetune.model import build_codec, find_checkpoint, load_model, trainable_by_role
+from finetune.optim import Optimizer, StepResult
+from finetune.summary import describe_run
+from ttt import measuring
+
+logger = logging.getLogger(__name__)
+
+INERT_EFFECT = 1e-6
+"""Below this share of its layer's output, TTT as good as does not happen."""
+
+
+class Trainer:
+    """A training run.
+
+    Raises:
+        UserError: whatever is wrong with the configuration, its files or the run folder; before
+            the first step as far as it can be known there.
+    """
+
+    def __init__(self, args: TrainArgs):
+        self.args = args
+        self.run_dir = Path(args.run_dir)
+        self.world = join_world(args.device)
+        setup_logging(self.world.rank)
+        resume_from = open_run_dir(args)
+        self.world.barrier()
+        if self.world.is_main:
+            create_run_dir(args)
+        self.world.barrier()
+
+        self.checkpoint_info = find_checkpoint(args.moshi_paths)
+        self.model = load_model(args, self.checkpoint_info, self.world.device)
+        self.codec = build_codec(self.checkpoint_info, self.model)
+        self.loss_weights = LossWeights(
+            args.text_padding_weight, args.first_codebook_weight_multiplier
+        )
+        self.optimizer = Optimizer(
+            trainable_by_role(self.model), args.optim, max_steps=args.max_steps
+        )
+        places: dict[str, Any] = {
+            "duration_sec": args.duration_sec,
+            "batch_size": args.batch_size,
+            "rank": self.world.rank,
+            "world_size": self.world.size,
+            "device": self.world.device,
+        }
+        self.train_data = build_train_loader(args.data, self.codec, seed=args.seed, **places)
+        self.eval_data = (
+            build_eval_loader(args.data, self.codec, **places) if args.do_eval else None
+        )
+
+        self.step = 0
+        self.nonfinite_steps = 0
+        self.nonfinite_in_a_row = 0
+        self.largest_effect = 0.0
+        self.warned_inert = False
+        self.last_eval: tuple[int, float] | None = None
+        if resume_from is not None:
+            self.resume(resume_from)
+        self.metrics = MetricsLogger(
+            self.run_dir,
+            wandb_args=args.wandb,
+            config=public_dict(args),
+            enabled=self.world.is_main,
+            resumed_step=self.step if args.resume else None,
+        )
+        self.progress = Progress(
+            total=args.max_steps, start=self.step, enabled=self.world.is_main
+        )
+        self.interrupt = Interrupt()
+
+    def train(self) -> int:
+        """Train to the last step, or until a signal.
+
+        Returns:
+            An exit status: 0, or 128 + the signal that ended the run.
+        """
+        for line in describe_run(self.args, self.model, self.train_data, self.eval_data, self.world):
+            logger.info(line)
+        with self.interrupt, self.metrics, self.progress:
+            try:
+                while self.step < self.args.max_steps and not self.interrupted():
+                    started_at = time.monotonic()
+                    batches = [next(self.train_data) for _ in range(self.args.num_microbatches)]
+                    data_sec = time.monotonic() - started_at
+
+                    with measuring(self.model, enabled=self.is_due(self.args.log_freq)) as ttt:
+                        losses = self.forward_backward(batches)
+                    result = self.optimizer.step(
+                        max_norm=self.args.max_norm,
+                        world=self.world,
+                        is_loss_finite=math.isfinite(sum(losses)),
+                    )
+                    self.step += 1
+                    self.watch_finite(losses, result)
+
+                    step_sec = time.monotonic() - started_at
+                    self.log(batches, losses, result, ttt, step_sec=step_sec, data_sec=data_sec)
+                    if self.eval_data is not None and self.is_due_now(self.args.eval_freq):
+                        self.evaluate()
+                    if self.args.do_ckpt and self.is_due_now(self.args.ckpt_freq):
+                        self.save()
+                return self.leave()
+            finally:
+                self.train_data.close()
+
+    def forward_backward(self, batches: list[Batch]) -> tuple[float, float]:
+        """Gradients of the loss over all batches of all processes; its text and audio parts."""
+        codes = [batch.codes for batch in batches]
+        weight = self.world.sum(total_weight(self.model, codes, self.loss_weights)).clamp(min=1e-9)
+        total = torch.zeros(2, device=self.world.device)
+        for batch in codes:
+            sums = stream_sums(self.model, self.model(batch), batch, self.loss_weights)
+            losses = torch.stack([kind.loss for kind in sums]) / weight
+            losses.sum().backward()
+            total += losses.detach()
+        text_loss, audio_loss = self.world.sum(total).tolist()
+        return text_loss, audio_loss
+
+    def watch_finite(self, losses: tuple[float, float], result: StepResult) -> None:
+        """Count skipped steps.
+
+        Raises:
+            UserError: too many in a row.
+        """
+        if math.isfinite(sum(losses)) and result.is_finite:
+            self.nonfinite_in_a_row = 0
+            return
+        self.nonfinite_steps += 1
+        self.nonfinite_in_a_row += 1
+        logger.warning(
+            "step %d skipped: text loss %s, audio loss %s, gradient norm %s",
+            self.step,
+            *losses,
+            result.grad_norm,
+        )
+        if self.nonfinite_in_a_row >= self.args.max_nonfinite_steps:
+            raise UserError(
+                f"the last {self.nonfinite_in_a_row} steps had a loss or gradient that is not "
+                f"finite (max_nonfinite_steps); the model does not recover from that. Lower "
+                f"optim.lr, optim.ttt_lr or ttt.learning_rate, or set ttt.max_delta_norm, and "
+                f"continue from an earlier checkpoint in {self.run_dir / 'checkpoints'}."
+            )
+
+    def log(
+        self,
+        batches: list[Batch],
+        losses: tuple[float, float],
+        result: StepResult,
+        ttt: dict[str, torch.Tensor],
+        *,
+        step_sec: float,
+        data_sec: float,
+    ) -> None:
+        if not self.is_due_now(self.args.log_freq):
+            self.progress.update(self.step, {})
+            return
+        frames = sum(batch.codes[:, 0].numel() for batch in batches) * self.world.size
+        metrics = {
+            "loss": sum(losses),
+            "text_loss": losses[0],
+            "audio_loss": losses[1],
+            "grad_norm": result.grad_norm,
+            **{f"grad_norm/{role}": norm for role, norm in result.grad_norm_by_role.items()},
+            **self.optimizer.learning_rates(),
+            "step_sec": step_sec,
+            "data_sec": data_sec,
+            "tokens_per_sec": frames * (1 + self.model.dep_q) / step_sec,
+            "epoch": self.train_data.epoch,
+            "skipped_segments": self.train_data.num_skipped,
+            "nonfinite_steps": self.nonfinite_steps,
+            **{f"ttt/{name}": value.item() for name, value in ttt.items()},
+        }
+        if self.world.device.type == "cuda":
+            metrics["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        self.metrics.log("train", self.step, metrics)
+        self.progress.update(self.step, metrics)
+        self.watch_effect(ttt)
+
+    def watch_effect(self, ttt: dict[str, torch.Tensor]) -> None:
+        """Warn once if TTT still changes nothing when it has had time to."""
+        effects = [value.item() for name, value in ttt.items() if name.endswith("/effect")]
+        self.largest_effect = max([self.largest_effect, *effects])
+        has_had_time = self.step >= max(20, self.args.max_steps // 10)
+        if effects and has_had_time and not self.warned_inert:
+            self.warned_inert = True
+            if self.largest_effect < INERT_EFFECT:
+                logger.warning(
+                    "after %d steps TTT changes its layers' outputs by %.1e of their size at most: "
+                    "it does nothing. Raise ttt.learning_rate (now %g) or optim.ttt_lr (now %g), "
+                    "and watch ttt/*/effect.",
+                    self.step,
+                    self.largest_effect,
+                    self.args.ttt.learning_rate,
+                    self.args.optim.ttt_lr,
+                )
+
+    def evaluate(self) -> None:
+        assert self.eval_data is not None
+        metrics = evaluate(self.model, self.eval_data, self.loss_weights, self.world)
+        self.last_eval = (self.step, metrics["loss"])
+        self.metrics.log("eval", self.step, metrics)
+        self.progress.message(
+            f"eval at step {self.step}: {describe(metrics)}, perplexity text "
+            f"{metrics['text_perplexity']:.1f} audio {metrics['audio_perplexity']:.1f}"
+        )
+
+    def save(self) -> None:
+        """Write a checkpoint of this step."""
+        if self.world.is_main:
+            evaluated = self.last_eval if self.last_eval and self.last_eval[0] == self.step else None
+            path = save_checkpoint(
+                self.args,
+                self.model,
+                self.checkpoint_info,
+                step=self.step,
+                eval_loss=evaluated[1] if evaluated else None,
+                resume_state={
+                    "optimizer": self.optimizer.state_dict(),
+                    "data": self.train_data.state_dict(),
+                    "random": _random_state(),
+                    "counts": {
+                        "step": self.step,
+                        "nonfinite_steps": self.nonfinite_steps,
+                        "nonfinite_in_a_row": self.nonfinite_in_a_row,
+                        "largest_effect": self.largest_effect,
+                        "warned_inert": self.warned_inert,
+                    },
+                },
+            )
+            self.progress.message(f"saved {path}")
+        self.world.barrier()
+
+    def resume(self, checkpoint: Path) -> None:
+        """Continue where `checkpoint` was saved, to the bit."""
+        state = load_resume_state(checkpoint)
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+        except ValueError as error:
+            raise UserError(
+                f"{checkpoint} does not belong to this configuration: {error}. Resume with the "
+                f"configuration in {self.run_dir / 'args.yaml'}, or start a new run_dir."
+            ) from error
+        self.train_data.load_state_dict(state["data"])
+        _set_random_state(state["random"])
+        for name, value in state["counts"].items():
+            setattr(self, name, value)
+        assert self.step == step_of(checkpoint)
+        logger.info("resuming %s after step %d", checkpoint, self.step)
+
+    def interrupted(self) -> bool:
+        """Whether a process has got a signal to stop; all of them agree."""
+        flag = torch.tensor(float(self.interrupt.signal_number is not None))
+        return bool(self.world.sum(flag.to(self.world.device)).item())
+
+    def leave(self) -> int:
+        if self.step >= self.args.max_steps:
+            return 0
+        number = self.interrupt.signal_number or 0
+        if self.args.do_ckpt:
+            self.save()
+            logger.info("stopped after step %d; continue with --resume", self.step)
+        else:
+            logger.info("stopped after step %d; nothing saved (do_ckpt: false)", self.step)
+        return 128 + number
+
+    def is_due(self, every: int) -> bool:
+        """Whether something done every so many steps is due after the step that begins now."""
+        step = self.step + 1
+        return (every >= 1 and step % every == 0) or step == self.args.max_steps
+
+    def is_due_now(self, every: int) -> bool:
+        """The same for the step that has just been made."""
+        return (every >= 1 and self.step % every == 0) or self.step == self.args.max_steps
+
+
+def _random_state() -> dict[str, torch.Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _set_random_state(state: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_initialized():
+        torch.cuda.set_rng_state(state["cuda"])
