@@ -13,7 +13,9 @@ A checkpoint is written under another name and renamed when it is complete.
 import dataclasses
 import json
 import logging
+import math
 import os
+import pickle
 import re
 import shutil
 from collections.abc import Mapping
@@ -55,7 +57,7 @@ def open_run_dir(args: TrainArgs) -> Path | None:
         return latest
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"run_dir: {run_dir} is a file. Choose another name.")
-    if run_dir.is_dir() and any(run_dir.iterdir()):
+    if run_dir.is_dir() and any(run_dir.iterdir()) and not _has_never_begun(run_dir):
         if not args.overwrite_run_dir:
             raise UserError(
                 f"run_dir: {run_dir} already holds a run. Choose another folder, continue that run "
@@ -67,6 +69,16 @@ def open_run_dir(args: TrainArgs) -> Path | None:
                 f"not deleted. Choose another folder, or empty it yourself."
             )
     return None
+
+
+def _has_never_begun(run_dir: Path) -> bool:
+    """Whether this is what a start that failed leaves behind: the next one need not care."""
+    metrics = run_dir / "metrics.train.jsonl"
+    return (
+        (run_dir / "args.yaml").is_file()
+        and not (run_dir / "checkpoints").exists()
+        and not (metrics.exists() and metrics.stat().st_size)
+    )
 
 
 def create_run_dir(args: TrainArgs) -> None:
@@ -127,7 +139,7 @@ def save_checkpoint(
         for file in partial.rglob("*"):
             _flush_to_disk(file)
         if final.exists():
-            shutil.rmtree(final)
+            _delete(final)
         os.replace(partial, final)
         _flush_to_disk(folder)
     # torch.save and safetensors report a full disk as errors of their own.
@@ -155,16 +167,25 @@ def _delete_old(args: TrainArgs, newest: Path) -> None:
         return
     checkpoints = list_checkpoints(Path(args.run_dir))
     losses = {path: _eval_loss(path) for path in checkpoints}
-    rated = [path for path in checkpoints if losses[path] is not None]
+    rated = [path for path in checkpoints if losses[path] < math.inf]
     keep = {newest, *checkpoints[-args.num_ckpt_keep :]}
-    keep |= set(sorted(rated, key=lambda path: losses[path] or 0.0)[:1])
+    keep |= set(sorted(rated, key=losses.__getitem__)[:1])
     for path in checkpoints:
         if path not in keep:
-            shutil.rmtree(path)
+            _delete(path)
 
 
-def _eval_loss(checkpoint: Path) -> float | None:
-    return json.loads((checkpoint / "info.json").read_text())["eval_loss"]
+def _delete(checkpoint: Path) -> None:
+    # Renamed first: half of a checkpoint must not look like a checkpoint, should this be killed.
+    doomed = checkpoint.with_name(f"{checkpoint.name}.deleted.incomplete")
+    os.replace(checkpoint, doomed)
+    shutil.rmtree(doomed)
+
+
+def _eval_loss(checkpoint: Path) -> float:
+    """Infinite if it was not evaluated, or came out as NaN."""
+    loss = json.loads((checkpoint / "info.json").read_text())["eval_loss"]
+    return math.inf if loss is None or math.isnan(loss) else loss
 
 
 def _write_consolidated(
@@ -206,9 +227,10 @@ def load_resume_state(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint / "resume.pt"
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
+    # What the exceptions say is about pickle, and sends people astray.
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
         raise UserError(
-            f"{path} is damaged ({error}). Delete {checkpoint} to resume from the one before."
+            f"{path} is missing or damaged ({type(error).__name__}). Delete {checkpoint} to resume from the one before."
         ) from error
 
 
@@ -239,4 +261,3 @@ def load_trained_weights(model: TTTLMModel, args: TrainArgs, checkpoint: Path) -
             f"{folder} does not belong to the model that {checkpoint / 'args.yaml'} describes: "
             f"it has {unexpected[0]}, which the model has not."
         )
-

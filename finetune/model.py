@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from moshi.models import loaders
 from moshi.models.lm_utils import ScaledEmbedding
 from moshi.modules.lora import LoRALinear, replace_all_linear_with_lora
@@ -34,7 +34,9 @@ def find_checkpoint(paths: ModelPaths) -> loaders.CheckpointInfo:
         return _from_hub(repo, paths)
     folder = None if repo is None else Path(repo)
 
-    config_path = Path(paths.config_path) if paths.config_path else folder and folder / "config.json"
+    config_path = (
+        Path(paths.config_path) if paths.config_path else folder and folder / "config.json"
+    )
     config: dict[str, Any] | None = None
     names = {}
     if config_path is not None:
@@ -44,8 +46,8 @@ def find_checkpoint(paths: ModelPaths) -> loaders.CheckpointInfo:
     def locate(key: str, given: str | None, name: str) -> Path:
         if given is None and folder is None:
             raise UserError(
-                f"moshi_paths.{key}: needed, because moshi_paths.hf_repo_id is null. Name the file, "
-                f"or set hf_repo_id to a repository or folder that has it."
+                f"moshi_paths.{key}: needed, because moshi_paths.hf_repo_id is null. Name the "
+                f"file, or set hf_repo_id to a repository or folder that has it."
             )
         path = Path(given) if given is not None else folder / name  # type: ignore[operator]
         if not path.is_file():
@@ -55,7 +57,9 @@ def find_checkpoint(paths: ModelPaths) -> loaders.CheckpointInfo:
     mimi_config_name = names.pop("mimi_config_name", None)
     mimi_config = None
     if paths.mimi_config_path or mimi_config_name:
-        mimi_config_file = locate("mimi_config_path", paths.mimi_config_path, mimi_config_name or "")
+        mimi_config_file = locate(
+            "mimi_config_path", paths.mimi_config_path, mimi_config_name or ""
+        )
         mimi_config = _read_json(mimi_config_file, "moshi_paths.mimi_config_path")
     moshi_name = names.pop("moshi_name", loaders.MOSHI_NAME)
     return loaders.CheckpointInfo(
@@ -129,8 +133,8 @@ def model_shape(info: loaders.CheckpointInfo) -> dict[str, Any]:
         )
     if info.lora_weights is not None:
         raise UserError(
-            "moshi_paths: this is a LoRA checkpoint. Train from its base, or from a checkpoint that "
-            "was saved with save_adapters: false, which has LoRA merged."
+            "moshi_paths: this is a LoRA checkpoint. Train from its base, or from a checkpoint "
+            "that was saved with save_adapters: false, which has LoRA merged."
         )
     if "demux_second_stream" in config:
         config["demux_second_text_stream"] = config.pop("demux_second_stream")

@@ -16,10 +16,12 @@ from finetune.distributed import World
 
 @dataclass(frozen=True)
 class StepResult:
-    """What an optimizer step found: gradient norms before clipping, over all and by role."""
+    """What an optimizer step found and used: gradient norms before clipping, over all and by role;
+    learning rates by name (`lr`, and `ttt_lr` if TTT trains)."""
 
     grad_norm: float
     grad_norm_by_role: dict[str, float]
+    learning_rates: dict[str, float]
 
     @property
     def is_finite(self) -> bool:
@@ -69,14 +71,9 @@ class Optimizer:
             self.adamw,
             max_lr=[group["lr"] for group in groups],
             total_steps=max_steps,
-            pct_start=args.pct_start,
+            # It divides by the rise's steps less one: where that is 0, make it hardly more.
+            pct_start=args.pct_start * (1 + 1e-9),
         )
-
-    def learning_rates(self) -> dict[str, float]:
-        """Those of the next step: `lr`, and `ttt_lr` if TTT trains."""
-        rates = {group["role"]: group["lr"] for group in self.adamw.param_groups}
-        named = {"ttt_lr" if role == "ttt" else "lr": rate for role, rate in rates.items()}
-        return named
 
     def step(self, *, max_norm: float, world: World, is_loss_finite: bool) -> StepResult:
         """Take a step with the gradients there are, and clear them.
@@ -90,8 +87,12 @@ class Optimizer:
             if any(m.grad is not None for m in masters)
         }
         total = get_total_norm(list(norms.values()))
-        role_norms = torch.stack([total, *norms.values()]).tolist()
-        result = StepResult(role_norms[0], dict(zip(norms, role_norms[1:], strict=True)))
+        all_norms: list[float] = torch.stack([total, *norms.values()]).tolist()
+        result = StepResult(
+            all_norms[0],
+            dict(zip(norms, all_norms[1:], strict=True)),
+            {"ttt_lr" if g["role"] == "ttt" else "lr": g["lr"] for g in self.adamw.param_groups},
+        )
         if result.is_finite and is_loss_finite:
             clip_grads_with_norm_(self._all_masters(), max_norm, total)
             self.adamw.step()
@@ -112,10 +113,18 @@ class Optimizer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """
         Raises:
-            ValueError: the state is of other parameters than those that train now.
+            ValueError: the state is of other parameters than those that train now, or of a step
+                beyond the schedule.
         """
-        if state["names"] != self.names:
+        shapes = {role: [m.shape for m in masters] for role, masters in self.masters.items()}
+        saved_shapes = {role: [m.shape for m in ms] for role, ms in state["masters"].items()}
+        if state["names"] != self.names or saved_shapes != shapes:
             raise ValueError("it holds other trainable parameters than this configuration has")
+        step = state["schedule_step"]
+        if step > self.schedule.total_steps:
+            raise ValueError(
+                f"it was saved after step {step}, and max_steps is {self.schedule.total_steps}"
+            )
         for role, masters in self.masters.items():
             for master, saved in zip(masters, state["masters"][role], strict=True):
                 master.copy_(saved)
@@ -125,7 +134,6 @@ class Optimizer:
         self.adamw.load_state_dict(state["adamw"])
         for group, settings in zip(self.adamw.param_groups, own, strict=True):
             group.update(settings)
-        step = state["schedule_step"]
         self.schedule.load_state_dict({"last_epoch": step - 1, "_step_count": step})
         self.schedule.step()
         self._write_back()

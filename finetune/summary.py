@@ -1,18 +1,15 @@
 """What a run says of itself at its start."""
 
-import math
 from collections.abc import Iterator
 
 import torch
 
 from finetune.args import TrainArgs
 from finetune.console import format_count
-from finetune.data import EvalLoader, TrainLoader
+from finetune.data import FRAME_RATE_HZ, EvalLoader, TrainLoader, count_frames
 from finetune.distributed import World
 from finetune.model import parameters_by_role
 from ttt import TTTLMModel
-
-FRAME_RATE_HZ = 12.5
 
 
 def describe_run(
@@ -23,7 +20,7 @@ def describe_run(
     world: World,
 ) -> Iterator[str]:
     """A few lines: data, parameters, TTT against attention, memory, and where it writes."""
-    num_frames = math.ceil(args.duration_sec * FRAME_RATE_HZ)
+    num_frames = count_frames(args.duration_sec)
     global_batch = args.batch_size * args.num_microbatches * world.size
     yield (
         f"data: {train_data.num_segments} segments of up to {num_frames} frames from "

@@ -91,9 +91,7 @@ class Trainer:
             enabled=self.world.is_main,
             resumed_step=self.step if args.resume else None,
         )
-        self.progress = Progress(
-            total=args.max_steps, start=self.step, enabled=self.world.is_main
-        )
+        self.progress = Progress(total=args.max_steps, start=self.step, enabled=self.world.is_main)
         self.interrupt = Interrupt()
 
     def train(self) -> int:
@@ -102,10 +100,14 @@ class Trainer:
         Returns:
             An exit status: 0, or 128 + the signal that ended the run.
         """
-        for line in describe_run(self.args, self.model, self.train_data, self.eval_data, self.world):
+        for line in describe_run(
+            self.args, self.model, self.train_data, self.eval_data, self.world
+        ):
             logger.info(line)
         with self.interrupt, self.metrics, self.progress:
             try:
+                if self.step == 0:
+                    self.evaluate()
                 while self.step < self.args.max_steps and not self.interrupted():
                     started_at = time.monotonic()
                     batches = [next(self.train_data) for _ in range(self.args.num_microbatches)]
@@ -123,7 +125,7 @@ class Trainer:
 
                     step_sec = time.monotonic() - started_at
                     self.log(batches, losses, result, ttt, step_sec=step_sec, data_sec=data_sec)
-                    if self.eval_data is not None and self.is_due_now(self.args.eval_freq):
+                    if self.is_due_now(self.args.eval_freq):
                         self.evaluate()
                     if self.args.do_ckpt and self.is_due_now(self.args.ckpt_freq):
                         self.save()
@@ -189,7 +191,7 @@ class Trainer:
             "audio_loss": losses[1],
             "grad_norm": result.grad_norm,
             **{f"grad_norm/{role}": norm for role, norm in result.grad_norm_by_role.items()},
-            **self.optimizer.learning_rates(),
+            **result.learning_rates,
             "step_sec": step_sec,
             "data_sec": data_sec,
             "tokens_per_sec": frames * (1 + self.model.dep_q) / step_sec,
@@ -223,7 +225,9 @@ class Trainer:
                 )
 
     def evaluate(self) -> None:
-        assert self.eval_data is not None
+        """If the configuration asks for it; at step 0 too, to have something to compare with."""
+        if self.eval_data is None:
+            return
         metrics = evaluate(self.model, self.eval_data, self.loss_weights, self.world)
         self.last_eval = (self.step, metrics["loss"])
         self.metrics.log("eval", self.step, metrics)
@@ -235,7 +239,9 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint of this step."""
         if self.world.is_main:
-            evaluated = self.last_eval if self.last_eval and self.last_eval[0] == self.step else None
+            evaluated = (
+                self.last_eval if self.last_eval and self.last_eval[0] == self.step else None
+            )
             path = save_checkpoint(
                 self.args,
                 self.model,
@@ -266,7 +272,7 @@ class Trainer:
         except ValueError as error:
             raise UserError(
                 f"{checkpoint} does not belong to this configuration: {error}. Resume with the "
-                f"configuration in {self.run_dir / 'args.yaml'}, or start a new run_dir."
+                f"configuration in {checkpoint / 'args.yaml'}, or start a new run_dir."
             ) from error
         self.train_data.load_state_dict(state["data"])
         _set_random_state(state["random"])

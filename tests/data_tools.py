@@ -5,6 +5,7 @@ import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import sentencepiece
@@ -33,29 +34,32 @@ def tiny_tokenizer() -> sentencepiece.SentencePieceProcessor:
     return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
 
 
-@functools.cache
-def tiny_mimi() -> MimiModel:
-    """A random Mimi whose codebooks are drawn from its own latents, so that codes vary."""
-    seanet = dict(
+MIMI_CONFIG: dict[str, Any] = dict(
+    sample_rate=24000,
+    channels=1,
+    frame_rate=12.5,
+    seanet=dict(
         channels=1, dimension=16, causal=True, n_filters=4, n_residual_layers=1,
         activation="ELU", compress=2, dilation_base=2, disable_norm_outer_blocks=0,
         kernel_size=7, residual_kernel_size=3, last_kernel_size=3, norm="none",
         pad_mode="constant", ratios=[8, 6, 5, 4], true_skip=True,
-    )  # fmt: skip
-    transformer = dict(
+    ),
+    transformer=dict(
         d_model=16, num_heads=2, num_layers=1, causal=True, layer_scale=0.01, context=50,
         conv_layout=True, max_period=10000, gating="none", norm="layer_norm",
         positional_embedding="rope", dim_feedforward=32, input_dimension=16,
         output_dimensions=[16],
-    )  # fmt: skip
-    quantizer = dict(dimension=8, n_q=8, bins=32, input_dimension=16, output_dimension=16)
-    config = dict(
-        sample_rate=24000, channels=1, frame_rate=12.5,
-        seanet=seanet, transformer=transformer, quantizer=quantizer,
-    )  # fmt: skip
+    ),
+    quantizer=dict(dimension=8, n_q=8, bins=32, input_dimension=16, output_dimension=16),
+)  # fmt: skip
+
+
+@functools.cache
+def tiny_mimi() -> MimiModel:
+    """A random Mimi whose codebooks are drawn from its own latents, so that codes vary."""
     with torch.random.fork_rng(), torch.no_grad(), no_compile():
         torch.manual_seed(0)
-        mimi = get_mimi(None, config, num_codebooks=8)
+        mimi = get_mimi(None, MIMI_CONFIG, num_codebooks=8)
         noise = torch.randn(1, 1, 10 * 24000) * torch.rand(125).repeat_interleave(1920)
         latents = mimi._encode_to_unquantized_latent(noise)
         for part in (mimi.quantizer.rvq_first, mimi.quantizer.rvq_rest):

@@ -1,5 +1,7 @@
 """What must always hold for a model with TTT (docs/mathematics.md lists the invariants)."""
 
+import itertools
+
 import pytest
 import torch
 from helpers import moshi_like, random_codes, tiny_args, tiny_lm_kwargs, tiny_model
@@ -92,7 +94,7 @@ def test_any_split_into_calls_gives_the_same(args, data):
     num_frames = 23
     cuts = data.draw(st.sets(st.integers(1, num_frames - 1)))
     edges = [0, *sorted(cuts), num_frames]
-    lengths = [b - a for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    lengths = [b - a for a, b in itertools.pairwise(edges)]
     # A streaming KV cache holds `context` frames, so no call may be longer than that.
     model = tiny_model(args, context=num_frames)
     codes = random_codes(num_frames=num_frames)

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Sequence
+from pathlib import Path
 
 import sentencepiece
 import torch
@@ -9,8 +10,13 @@ from moshi.models.compression import MimiModel
 from moshi.utils.compile import no_compile
 from torch.nn import functional as F
 
+from finetune.errors import UserError
+
+from .audio import inspect_audio
+from .problems import FileProblem
 from .segments import Segment, SegmentReader, tokenize
-from .text import FRAME_RATE_HZ
+from .sources import Recording, SegmentRef
+from .text import FRAME_RATE_HZ, count_frames
 
 # Mimi's first layers hold 64 floats a sample, several times over: some 5 GB for this much audio.
 _MAX_ENCODE_SEC = 200
@@ -86,6 +92,37 @@ class Codec:
             end_of_text_padding_id=self.end_of_text_padding_id,
         )
 
+    def read_recording(self, path: Path) -> Segment:
+        """A whole stereo recording as one segment; without a transcript its text is padding.
+
+        Raises:
+            UserError: the recording or its transcript cannot be read.
+        """
+        try:
+            duration_sec = inspect_audio(path).duration_sec
+            recording = Recording(path, str(path), str(path), duration_sec)
+            reader = self.reader(count_frames(duration_sec))
+            if recording.transcript_path.exists():
+                return reader.read(SegmentRef(recording, 0))
+            return reader.read_audio_only(SegmentRef(recording, 0))
+        except FileProblem as problem:
+            raise UserError(f"{path}: {problem}") from None
+
+    def detokenize(self, tokens: torch.Tensor) -> str:
+        """The words of a text stream `[T]`."""
+        special = {self.text_padding_id, self.end_of_text_padding_id}
+        pieces = range(self.tokenizer.vocab_size())
+        words = [t for t in tokens.tolist() if t in pieces and t not in special]
+        # Word by word tokens begin with a space of their own.
+        text: str = self.tokenizer.decode(words)
+        return text
+
+    @torch.no_grad()
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        """Audio of codes `[B, num_codebooks, T]`: float32 `[B, 1, num_samples]`."""
+        with self._eager_on_cpu():
+            return self.mimi.decode(codes.to(self.device))
+
     @torch.no_grad()
     def encode(self, segments: Sequence[Segment]) -> torch.Tensor:
         """Codes of segments of one length: int64 `[B, num_streams, num_frames]` on Mimi's device.
@@ -117,10 +154,17 @@ class Codec:
     def _encode_audio(self, audio: torch.Tensor) -> torch.Tensor:
         """`[B, 2, num_samples]` to codes `[B, 2, num_codebooks, T]`, in parts that fit."""
         rows = audio.flatten(0, 1).unsqueeze(1)
-        max_rows = max(1, int(_MAX_ENCODE_SEC * self.sample_rate_hz) // rows.shape[-1])
-        # Parts of Mimi compile themselves, which on a CPU costs more than it gives and needs a
-        # C++ compiler.
         on_cuda = self.device.type == "cuda"
-        with contextlib.nullcontext() if on_cuda else no_compile():
+        # A CPU gains nothing from larger batches; one segment at a time, a segment's codes do not
+        # depend, not even by rounding, on what it was encoded together with.
+        max_rows = 2
+        if on_cuda:
+            max_rows = max(1, int(_MAX_ENCODE_SEC * self.sample_rate_hz) // rows.shape[-1])
+        with self._eager_on_cpu():
             codes = [self.mimi.encode(part.to(self.device)) for part in rows.split(max_rows)]
         return torch.cat(codes).unflatten(0, (-1, 2))
+
+    def _eager_on_cpu(self) -> contextlib.AbstractContextManager[None]:
+        # Parts of Mimi compile themselves, which on a CPU costs more than it gives and needs a
+        # C++ compiler.
+        return contextlib.nullcontext() if self.device.type == "cuda" else no_compile()

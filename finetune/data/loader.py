@@ -8,7 +8,7 @@ import logging
 import multiprocessing
 import signal
 import sys
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,6 +25,9 @@ from .sources import DataSet, SegmentRef, load_sources
 from .text import FRAME_RATE_HZ, count_frames
 
 logger = logging.getLogger(__name__)
+
+_MAX_KEPT_BYTES = 2**30
+"""Of codes, per rank: some 350 hours."""
 
 
 @dataclass
@@ -63,7 +66,7 @@ def build_train_loader(
     data = load_sources(
         args.train_data, key="data.train_data", num_frames=num_frames, on_error=args.on_error
     )
-    batcher = _Batcher(args, codec, num_frames, batch_size, torch.device(device))
+    batcher = _Batcher(args, codec, num_frames, batch_size, data.num_segments, torch.device(device))
     return TrainLoader(batcher, data, args.shuffle, seed, rank, world_size)
 
 
@@ -82,7 +85,7 @@ def build_eval_loader(
     data = load_sources(
         args.eval_data, key="data.eval_data", num_frames=num_frames, on_error=args.on_error
     )
-    batcher = _Batcher(args, codec, num_frames, batch_size, torch.device(device))
+    batcher = _Batcher(args, codec, num_frames, batch_size, data.num_segments, torch.device(device))
     return EvalLoader(batcher, data, rank, world_size)
 
 
@@ -213,8 +216,21 @@ class EvalLoader:
         return self._data.num_skipped
 
 
+@dataclass
+class _Encoded:
+    """A segment after encoding, kept for the next time it comes."""
+
+    codes: torch.Tensor
+    """Int32 `[num_streams, T]`."""
+    num_valid_frames: int
+    is_broken: bool
+
+
 class _Batcher:
-    """What both loaders share: segments read in the background, encoded batch by batch."""
+    """What both loaders share: segments read in the background, encoded batch by batch.
+
+    Codes are kept in memory, up to `_MAX_KEPT_BYTES`, so that small data is encoded once.
+    """
 
     def __init__(
         self,
@@ -222,6 +238,7 @@ class _Batcher:
         codec: Codec,
         num_frames: int,
         batch_size: int,
+        num_segments: int,
         device: torch.device,
     ) -> None:
         self.batch_size = batch_size
@@ -230,14 +247,37 @@ class _Batcher:
         self._num_workers = args.num_workers
         self._on_error = args.on_error
         self._device = device
+        # As many as an epoch has, in whole batches: workers start once an epoch, if at all.
+        self._window = -(-num_segments // batch_size) * batch_size
+        self._encoded: dict[SegmentRef, _Encoded] = {}
+        self._max_kept = _MAX_KEPT_BYTES // (4 * codec.num_streams * num_frames)
 
     def batches(self, refs: Iterable[SegmentRef]) -> Generator[Batch, None, None]:
-        """Batches of the given segments, in their order; closing it stops the workers."""
-        with contextlib.closing(self._read(refs)) as results:
-            while group := list(itertools.islice(results, self.batch_size)):
-                yield self._batch(group)
+        """Batches of the given segments, in their order; closing it stops the workers.
 
-    def _read(self, refs: Iterable[SegmentRef]) -> Generator[Segment | BrokenSegment, None, None]:
+        Segments that were encoded before are neither read nor encoded again.
+        """
+        remaining = iter(refs)
+        while window := list(itertools.islice(remaining, self._window)):
+            to_read, to_keep = self._plan(window)
+            with contextlib.closing(self._read(to_read)) as results:
+                for start in range(0, len(window), self.batch_size):
+                    yield self._batch(window[start : start + self.batch_size], results, to_keep)
+
+    def _plan(self, window: list[SegmentRef]) -> tuple[list[SegmentRef], set[SegmentRef]]:
+        """Which segments of `window` must be read, and which of these are kept afterwards."""
+        to_read: list[SegmentRef] = []
+        to_keep: set[SegmentRef] = set()
+        for ref in window:
+            if ref not in self._encoded and ref not in to_keep:
+                to_read.append(ref)
+                if len(self._encoded) + len(to_keep) < self._max_kept:
+                    to_keep.add(ref)
+        return to_read, to_keep
+
+    def _read(self, refs: list[SegmentRef]) -> Generator[Segment | BrokenSegment, None, None]:
+        if not refs:
+            return
         if self._num_workers == 0:
             yield from map(self.reader.__getitem__, refs)
             return
@@ -271,13 +311,33 @@ class _Batcher:
             workers._shutdown_workers()
             atexit.unregister(workers._shutdown_workers)
 
-    def _batch(self, results: list[Segment | BrokenSegment]) -> Batch:
-        segments = [self._blank(r) if isinstance(r, BrokenSegment) else r for r in results]
-        num_valid_frames = sum(segment.num_valid_frames for segment in segments)
+    def _batch(
+        self,
+        refs: list[SegmentRef],
+        results: Iterator[Segment | BrokenSegment],
+        to_keep: set[SegmentRef],
+    ) -> Batch:
+        """The next batch; `results` holds its segments that have not been encoded, in order."""
+        new_refs = [
+            ref
+            for i, ref in enumerate(refs)
+            if ref not in self._encoded and not (ref in to_keep and ref in refs[:i])
+        ]
+        read = list(itertools.islice(results, len(new_refs)))
+        segments = [self._blank(r) if isinstance(r, BrokenSegment) else r for r in read]
+        codes = self._codec.encode(segments).int().cpu() if segments else ()
+        new = [
+            _Encoded(row, segment.num_valid_frames, isinstance(result, BrokenSegment))
+            for row, segment, result in zip(codes, segments, read, strict=True)
+        ]
+        encoded = list(zip(new_refs, new, strict=True))
+        self._encoded |= {ref: row for ref, row in encoded if ref in to_keep}
+        unkept = (row for ref, row in encoded if ref not in to_keep)
+        rows = [self._encoded[ref] if ref in self._encoded else next(unkept) for ref in refs]
         return Batch(
-            codes=self._codec.encode(segments).to(self._device),
-            num_skipped=sum(isinstance(result, BrokenSegment) for result in results),
-            audio_sec=num_valid_frames / FRAME_RATE_HZ,
+            codes=torch.stack([row.codes for row in rows]).long().to(self._device),
+            num_skipped=sum(row.is_broken for row in rows),
+            audio_sec=sum(row.num_valid_frames for row in rows) / FRAME_RATE_HZ,
         )
 
     def _blank(self, broken: BrokenSegment) -> Segment:

@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 from .audio import read_audio
 from .problems import FileProblem
 from .sources import SegmentRef
-from .text import FRAME_RATE_HZ, read_transcript, text_stream, tokenize_segment
+from .text import FRAME_RATE_HZ, Word, read_transcript, text_stream, tokenize_segment
 
 
 @dataclass
@@ -79,6 +79,13 @@ class SegmentReader(Dataset):
         Raises:
             FileProblem: the recording or its transcript cannot be read.
         """
+        return self._segment(ref, read_transcript(ref.recording.transcript_path))
+
+    def read_audio_only(self, ref: SegmentRef) -> Segment:
+        """As `read`, of a recording without a transcript: the text is padding."""
+        return self._segment(ref, [])
+
+    def _segment(self, ref: SegmentRef, transcript: list[Word]) -> Segment:
         frame_samples = round(self.sample_rate_hz / FRAME_RATE_HZ)
         recording, start_frame = ref
         audio = read_audio(
@@ -89,7 +96,7 @@ class SegmentReader(Dataset):
         )
         num_valid_frames = -(-audio.shape[1] // frame_samples)
         words = tokenize_segment(
-            read_transcript(recording.transcript_path),
+            transcript,
             start_frame,
             num_valid_frames,
             lambda word: tokenize(self.tokenizer, word),

@@ -164,7 +164,7 @@ class InPlaceGating(StreamingModule[InPlaceState]):
 
     @torch.no_grad()
     def _stream(self, z: Tensor, source: Tensor, state: InPlaceState) -> Tensor:
-        """What the fast weights add to T more frames, [B, T, d]; rows may be at different frames."""
+        """What the fast weights add to T more frames, [B, T, d]; rows may differ in position."""
         num_frames = z.shape[1]
         outputs = []
         start = 0

@@ -1,0 +1,1 @@
+"""Fine-tuning of Moshi: configuration, data, training, evaluation, generation, command line."""

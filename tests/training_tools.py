@@ -1,0 +1,190 @@
+"""A tiny checkpoint in the layout of Moshi's repositories, data for it, and training runs on them."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from data_tools import MIMI_CONFIG, tiny_mimi, tiny_tokenizer, write_dataset
+from helpers import moshi_like
+from moshi.models.lm import LMModel
+from safetensors.torch import load_file, save_file
+
+from finetune.config import load_config
+from finetune.metrics import Kind, metrics_path, read_metrics
+from finetune.trainer import Trainer
+
+REPOSITORY = Path(__file__).parent.parent
+LM_CONFIG = moshi_like(text_card=40, card=32, num_layers=2)
+FILE_NAMES = {
+    "model_type": "moshi",
+    "moshi_name": "model.safetensors",
+    "mimi_name": "mimi.safetensors",
+    "mimi_config_name": "mimi_config.json",
+    "tokenizer_name": "tokenizer.model",
+}
+# Of segments of 2 s some are complete, and the others mostly zero tokens.
+TRAIN_DURATIONS_SEC = [2.0, 0.7, 2.5, 1.3, 2.0, 0.4]
+EVAL_DURATIONS_SEC = [2.0, 0.5, 1.6]
+
+PLAIN = {"ttt.enabled": False, "full_finetuning": True, "param_dtype": "float32"}
+"""Overrides: no TTT, no LoRA, nothing rounded."""
+FULL = {"full_finetuning": True}
+LORA = {"lora.enable": True, "lora.rank": 2}
+
+
+def write_model(folder: Path, **overrides: Any) -> Path:
+    """A checkpoint with random float32 weights of stock `moshi`'s own making."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = LM_CONFIG | overrides
+    torch.manual_seed(0)
+    model = LMModel(device="cpu", dtype=torch.float32, **config)
+    save_file(model.state_dict(), folder / "model.safetensors")
+    save_file(tiny_mimi().state_dict(), folder / "mimi.safetensors")
+    (folder / "config.json").write_text(json.dumps(FILE_NAMES | config))
+    (folder / "mimi_config.json").write_text(json.dumps(MIMI_CONFIG))
+    (folder / "tokenizer.model").write_bytes(tiny_tokenizer().serialized_model_proto())
+    return folder
+
+
+def write_config(folder: Path) -> Path:
+    """A model, data and a configuration for both: TTT alone, on bfloat16 parameters."""
+    write_dataset(folder / "train", TRAIN_DURATIONS_SEC)
+    write_dataset(folder / "eval", EVAL_DURATIONS_SEC, seed=50)
+    config = {
+        "moshi_paths": {"hf_repo_id": str(write_model(folder / "model"))},
+        "data": {
+            "train_data": str(folder / "train/all.jsonl"),
+            "eval_data": str(folder / "eval/all.jsonl"),
+            "shuffle": True,
+            "num_workers": 0,
+        },
+        "run_dir": str(folder / "run"),
+        "ttt": {
+            "enabled": True,
+            "start_layer": 0,
+            "layer_frequency": 1,
+            "chunk_size": 5,
+            "learning_rate": 1,
+        },
+        "duration_sec": 2,
+        "batch_size": 2,
+        "max_steps": 4,
+        "optim": {"lr": 3e-3, "ttt_lr": 3e-3, "pct_start": 0.3},
+        "gradient_checkpointing": False,
+        "device": "cpu",
+    }
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def trainer(config: Path, run_dir: Path, overrides: dict[str, Any] | None = None) -> Trainer:
+    return Trainer(load_config(config, {"run_dir": str(run_dir), **(overrides or {})}))
+
+
+def train(config: Path, run_dir: Path, overrides: dict[str, Any] | None = None) -> Trainer:
+    """A run to its last step; its trainer, for the model in it."""
+    run = trainer(config, run_dir, overrides)
+    assert run.train() == 0
+    return run
+
+
+def logged(run_dir: Path, name: str = "loss", kind: Kind = "train") -> list[float]:
+    """One metric of every logged step."""
+    return [record[name] for record in read_metrics(metrics_path(run_dir, kind))]
+
+
+def logged_steps(run_dir: Path) -> list[int]:
+    return [record["step"] for record in read_metrics(metrics_path(run_dir, "train"))]
+
+
+def checkpoint(run_dir: Path, step: int) -> Path:
+    return run_dir / "checkpoints" / f"checkpoint_{step:06d}"
+
+
+def saved_weights(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
+    """All trained weights of a checkpoint, and the float32 ones that the optimizer keeps."""
+    folder = checkpoint(run_dir, step)
+    weights = {}
+    for file in sorted((folder / "consolidated").glob("*.safetensors")):
+        weights |= load_file(file)
+    masters = torch.load(folder / "resume.pt", weights_only=True)["optimizer"]["masters"]
+    for role, tensors in masters.items():
+        weights |= {f"{role} {index}": tensor for index, tensor in enumerate(tensors)}
+    return weights
+
+
+def assert_same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    """To the bit."""
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+def random_batch(*, batch: int = 2, num_frames: int = 25, seed: int = 0) -> torch.Tensor:
+    """Codes for the tiny model, [batch, 9, num_frames]."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 32, (batch, 9, num_frames), generator=generator)
+
+
+# --- the program ----------------------------------------------------------------------------------
+
+KILLED_AFTER_STEP = """
+import os, runpy, signal, sys
+from finetune.trainer import Trainer
+log = Trainer.log
+def log_and_die(self, *args, **kwargs):
+    log(self, *args, **kwargs)
+    if self.step == {step}:
+        os.kill(os.getpid(), signal.SIGKILL)
+Trainer.log = log_and_die
+"""
+HANGS_WHILE_SAVING = """
+import runpy, sys, time
+from finetune.trainer import Trainer
+def hang(self):
+    print("saving", flush=True)
+    time.sleep(600)
+Trainer.save = hang
+"""
+_THEN_RUN = "sys.argv[0] = 'train.py'; runpy.run_path('train.py', run_name='__main__')"
+
+
+def start_program(
+    *arguments: str | Path, after: str = "", environment: dict[str, str] | None = None
+) -> "subprocess.Popen[str]":
+    """`train.py` as a user starts it, on one thread and in a process group of its own.
+
+    `after` is code that runs first, in the same process: what the test does to the program.
+    """
+    command = ["-c", after + _THEN_RUN] if after else ["train.py"]
+    return subprocess.Popen(
+        [sys.executable, "-u", *command, *map(str, arguments)],
+        cwd=REPOSITORY,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": "."} | (environment or {}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: "subprocess.Popen[str]") -> tuple[int, str]:
+    """The exit status of a program, and what it has printed since it was last read."""
+    output, _ = process.communicate(timeout=120)
+    return process.returncode, output
+
+
+def lines_until(process: "subprocess.Popen[str]", text: str) -> Iterator[str]:
+    """The lines that a program prints, up to and with the first that has `text`."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        yield line
+        if text in line:
+            return
+    raise AssertionError(f"the program ended without {text!r}")
