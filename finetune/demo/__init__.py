@@ -1,0 +1,1 @@
+"""Demonstration assets: synthetic dialogues, a small tokenizer and a small Mimi."""
