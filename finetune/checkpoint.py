@@ -230,7 +230,8 @@ def load_resume_state(checkpoint: Path) -> dict[str, Any]:
     # What the exceptions say is about pickle, and sends people astray.
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
         raise UserError(
-            f"{path} is missing or damaged ({type(error).__name__}). Delete {checkpoint} to resume from the one before."
+            f"{path} is missing or damaged ({type(error).__name__}). Delete {checkpoint} to resume "
+            f"from the one before."
         ) from error
 
 

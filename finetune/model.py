@@ -1,6 +1,7 @@
 """From configuration to a model: find the files, build, load, add LoRA, decide what trains."""
 
 import json
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -131,7 +132,7 @@ def model_shape(info: loaders.CheckpointInfo) -> dict[str, Any]:
             "moshi_paths: these weights are quantized, and quantized weights cannot be trained. "
             "Use the bf16 repository."
         )
-    if info.lora_weights is not None:
+    if info.lora_weights is not None or config.get("lora"):
         raise UserError(
             "moshi_paths: this is a LoRA checkpoint. Train from its base, or from a checkpoint "
             "that was saved with save_adapters: false, which has LoRA merged."
@@ -164,6 +165,11 @@ def load_model(
         )
     except ValueError as error:
         raise UserError(str(error)) from error
+    except (TypeError, KeyError, AssertionError) as error:
+        raise UserError(
+            f"moshi_paths.config_path: the config.json of these weights does not describe a Moshi: "
+            f"{_brief(error)}"
+        ) from error
     if not args.moshi_paths.random_init:
         _load_weights(model, info.moshi_weights, device, dtype)
     if args.lora.enable:
@@ -188,10 +194,12 @@ def build_codec(info: loaders.CheckpointInfo, model: TTTLMModel) -> Codec:
             device=model.device,
             num_codebooks=max(model.dep_q, user_codebooks),
         )
-    except (OSError, RuntimeError, AssertionError, SafetensorError) as error:
+    except (
+        OSError, RuntimeError, AssertionError, KeyError, TypeError, SafetensorError,
+    ) as error:  # fmt: skip
         raise UserError(
             f"moshi_paths.mimi_path: {info.mimi_weights} does not hold the Mimi that "
-            f"moshi_paths.mimi_config_path describes (null: Moshi's own): {error}"
+            f"moshi_paths.mimi_config_path describes (null: Moshi's own): {_brief(error)}"
         ) from error
     if mimi.cardinality > model.card:
         raise UserError(
@@ -220,6 +228,11 @@ def build_codec(info: loaders.CheckpointInfo, model: TTTLMModel) -> Codec:
     )
 
 
+def _brief(error: Exception) -> str:
+    """Its kind and the beginning of its message, which may list every weight there is."""
+    return textwrap.shorten(f"{type(error).__name__}: {error}", 300, placeholder=" …")
+
+
 def _load_weights(
     model: TTTLMModel, path: Path, device: torch.device | str, dtype: torch.dtype
 ) -> None:
@@ -229,22 +242,24 @@ def _load_weights(
     except (OSError, SafetensorError) as error:
         raise UserError(f"moshi_paths.moshi_path: cannot read {path}: {error}") from error
     weights = {key: w.to(dtype) if w.is_floating_point() else w for key, w in weights.items()}
+    expected = model.state_dict()
     own = ttt_parameters(model)
-    try:
-        result = model.load_state_dict(weights, strict=False, assign=True)
-    except RuntimeError as error:
+    wrong = {
+        "missing": [key for key in expected if key not in weights and key not in own],
+        "unknown": [key for key in weights if key not in expected],
+        "of another shape": [
+            key for key in weights if key in expected and weights[key].shape != expected[key].shape
+        ],
+    }
+    if any(wrong.values()):
+        found = [
+            f"{len(keys)} {what} ({', '.join(keys[:3])})" for what, keys in wrong.items() if keys
+        ]
         raise UserError(
             f"moshi_paths.moshi_path: {path} does not fit the model that its config.json (or "
-            f"moshi_paths.config_path) describes: {error}"
-        ) from error
-    missing = [key for key in result.missing_keys if key not in own]
-    if missing or result.unexpected_keys:
-        raise UserError(
-            f"moshi_paths.moshi_path: {path} does not fit the model that its config.json (or "
-            f"moshi_paths.config_path) describes: {len(missing)} weights are missing "
-            f"({', '.join(missing[:3]) or 'none'}), {len(result.unexpected_keys)} are unknown "
-            f"({', '.join(result.unexpected_keys[:3]) or 'none'})."
+            f"moshi_paths.config_path) describes. Of its weights are {', '.join(found)}."
         )
+    model.load_state_dict(weights, strict=False, assign=True)
     for module in model.ttt_layers.values():
         for name, parameter in module.ttt_parameters().items():
             setattr(module, name, nn.Parameter(torch.empty_like(parameter, device=device)))

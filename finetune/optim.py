@@ -54,7 +54,7 @@ class Optimizer:
         self.masters = {
             role: [_with_master(p) for p in params] for role, params in self.parameters.items()
         }
-        groups = [
+        groups: list[dict[str, Any]] = [
             {
                 "params": masters,
                 "lr": args.ttt_lr if role == "ttt" else args.lr,

@@ -89,7 +89,7 @@ class Trainer:
             wandb_args=args.wandb,
             config=public_dict(args),
             enabled=self.world.is_main,
-            resumed_step=self.step if args.resume else None,
+            resumed_step=None if resume_from is None else self.step,
         )
         self.progress = Progress(total=args.max_steps, start=self.step, enabled=self.world.is_main)
         self.interrupt = Interrupt()
@@ -109,29 +109,32 @@ class Trainer:
                 if self.step == 0:
                     self.evaluate()
                 while self.step < self.args.max_steps and not self.interrupted():
-                    started_at = time.monotonic()
-                    batches = [next(self.train_data) for _ in range(self.args.num_microbatches)]
-                    data_sec = time.monotonic() - started_at
-
-                    with measuring(self.model, enabled=self.is_due(self.args.log_freq)) as ttt:
-                        losses = self.forward_backward(batches)
-                    result = self.optimizer.step(
-                        max_norm=self.args.max_norm,
-                        world=self.world,
-                        is_loss_finite=math.isfinite(sum(losses)),
-                    )
-                    self.step += 1
-                    self.watch_finite(losses, result)
-
-                    step_sec = time.monotonic() - started_at
-                    self.log(batches, losses, result, ttt, step_sec=step_sec, data_sec=data_sec)
-                    if self.is_due_now(self.args.eval_freq):
+                    self.train_step()
+                    self.stop_if_lost()
+                    if self.is_due(self.args.eval_freq):
                         self.evaluate()
-                    if self.args.do_ckpt and self.is_due_now(self.args.ckpt_freq):
+                    if self.args.do_ckpt and self.is_due(self.args.ckpt_freq):
                         self.save()
                 return self.leave()
             finally:
                 self.train_data.close()
+
+    def train_step(self) -> None:
+        """One optimizer step on the next batches."""
+        started_at = time.monotonic()
+        batches = [next(self.train_data) for _ in range(self.args.num_microbatches)]
+        data_sec = time.monotonic() - started_at
+
+        self.step += 1
+        with measuring(self.model, enabled=self.is_due(self.args.log_freq)) as ttt:
+            losses = self.forward_backward(batches)
+        is_loss_finite = math.isfinite(sum(losses))
+        result = self.optimizer.step(
+            max_norm=self.args.max_norm, world=self.world, is_loss_finite=is_loss_finite
+        )
+        self.count_nonfinite(losses, result)
+        step_sec = time.monotonic() - started_at
+        self.log(batches, losses, result, ttt, step_sec=step_sec, data_sec=data_sec)
 
     def forward_backward(self, batches: list[Batch]) -> tuple[float, float]:
         """Gradients of the loss over all batches of all processes; its text and audio parts."""
@@ -146,12 +149,8 @@ class Trainer:
         text_loss, audio_loss = self.world.sum(total).tolist()
         return text_loss, audio_loss
 
-    def watch_finite(self, losses: tuple[float, float], result: StepResult) -> None:
-        """Count skipped steps.
-
-        Raises:
-            UserError: too many in a row.
-        """
+    def count_nonfinite(self, losses: tuple[float, float], result: StepResult) -> None:
+        """Count steps that changed nothing, because a loss or gradient was not finite."""
         if math.isfinite(sum(losses)) and result.is_finite:
             self.nonfinite_in_a_row = 0
             return
@@ -163,6 +162,12 @@ class Trainer:
             *losses,
             result.grad_norm,
         )
+
+    def stop_if_lost(self) -> None:
+        """
+        Raises:
+            UserError: too many steps in a row were not finite.
+        """
         if self.nonfinite_in_a_row >= self.args.max_nonfinite_steps:
             raise UserError(
                 f"the last {self.nonfinite_in_a_row} steps had a loss or gradient that is not "
@@ -181,7 +186,7 @@ class Trainer:
         step_sec: float,
         data_sec: float,
     ) -> None:
-        if not self.is_due_now(self.args.log_freq):
+        if not self.is_due(self.args.log_freq):
             self.progress.update(self.step, {})
             return
         frames = sum(batch.codes[:, 0].numel() for batch in batches) * self.world.size
@@ -290,7 +295,9 @@ class Trainer:
         if self.step >= self.args.max_steps:
             return 0
         number = self.interrupt.signal_number or 0
-        if self.args.do_ckpt:
+        if self.step == 0:
+            logger.info("stopped before the first step; there is nothing to save")
+        elif self.args.do_ckpt:
             self.save()
             logger.info("stopped after step %d; continue with --resume", self.step)
         else:
@@ -298,12 +305,7 @@ class Trainer:
         return 128 + number
 
     def is_due(self, every: int) -> bool:
-        """Whether something done every so many steps is due after the step that begins now."""
-        step = self.step + 1
-        return (every >= 1 and step % every == 0) or step == self.args.max_steps
-
-    def is_due_now(self, every: int) -> bool:
-        """The same for the step that has just been made."""
+        """Whether something that is done every so many steps is due at this one."""
         return (every >= 1 and self.step % every == 0) or self.step == self.args.max_steps
 
 

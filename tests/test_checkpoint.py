@@ -305,6 +305,14 @@ def test_resume_auto_starts_anew_where_there_is_nothing_and_goes_on_where_there_
     assert logged(tmp_path / "auto") == logged(tmp_path / "whole")
 
 
+def test_resume_auto_forgets_what_no_checkpoint_holds(config, tmp_path):
+    overrides = {"resume": "auto", "do_eval": True}
+    stop_after(trainer(config, tmp_path, overrides), 2)
+    train(config, tmp_path, overrides)
+    assert logged_steps(tmp_path) == [1, 2, 3, 4]
+    assert len(logged(tmp_path, kind="eval")) == 2  # before the first step, and after the last
+
+
 def test_resuming_where_there_is_no_checkpoint_is_refused(config, tmp_path):
     with pytest.raises(UserError, match="no complete checkpoint in"):
         trainer(config, tmp_path / "none", {"resume": True})

@@ -157,6 +157,7 @@ def test_weights_that_do_not_fit_the_configuration(fails, model, changes):
     [
         ({"quantize": True}, "quantized"),
         ({"lora_name": "lora.safetensors"}, "LoRA checkpoint"),
+        ({"lora": True}, "LoRA checkpoint"),
         ({"gating": "none"}, "needs gated MLPs"),
         ({"fuser": {"sum": []}}, "conditioning"),
     ],
@@ -199,12 +200,14 @@ def test_weights_of_another_model(fails, config, model):
     del weights["out_norm.alpha"]
     save_file(weights, model / "model.safetensors")
     message = fails(**{"moshi_paths.hf_repo_id": str(model)})
-    assert "1 weights are missing (out_norm.alpha)" in message
-    assert "1 are unknown (text_linear.bias)" in message
+    assert "1 missing (out_norm.alpha)" in message
+    assert "1 unknown (text_linear.bias)" in message
 
 
 def test_a_first_layer_beyond_the_last(fails):
-    assert "ttt.start_layer: 2 is beyond the model's last layer, 1" in fails(**{"ttt.start_layer": 2})
+    assert "ttt.start_layer: 2 is beyond the model's last layer, 1" in fails(
+        **{"ttt.start_layer": 2}
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")

@@ -8,8 +8,8 @@ import torch
 from moshi.models.loaders import CheckpointInfo
 from training_tools import (
     FULL,
-    LORA,
     LM_CONFIG,
+    LORA,
     assert_same_weights,
     random_batch,
     train,
@@ -63,7 +63,8 @@ def stock(config):
 def test_before_training_the_model_is_stock_moshi(config, mode):
     overrides, _ = MODES[mode]
     for found, expected in zip(logits(load(config, overrides)), logits(stock(config)), strict=True):
-        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+        # Not to the bit: torch multiplies by frozen weights in another way.
+        torch.testing.assert_close(found, expected, rtol=0, atol=2e-6, equal_nan=True)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -161,6 +161,12 @@ def test_an_option_of_lora_changes_the_run(config, tmp_path, option, value):
     assert logged(tmp_path / "one") != logged(tmp_path / "other")
 
 
+def test_ttt_has_no_weight_decay(config, tmp_path):
+    train(config, tmp_path / "one")
+    train(config, tmp_path / "other", {"optim.weight_decay": 10.0})
+    assert_same_weights(saved_weights(tmp_path / "one", 4), saved_weights(tmp_path / "other", 4))
+
+
 def test_lines_are_logged_as_often_as_asked_for(config, tmp_path):
     train(config, tmp_path, {"max_steps": 7, "log_freq": 3})
     assert logged_steps(tmp_path) == [3, 6, 7]

@@ -1,4 +1,4 @@
-"""A tiny checkpoint in the layout of Moshi's repositories, data for it, and training runs on them."""
+"""A tiny checkpoint in the layout of Moshi's repositories, data for it, and runs on them."""
 
 import json
 import os

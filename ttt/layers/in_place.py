@@ -124,22 +124,22 @@ class InPlaceGating(StreamingModule[InPlaceState]):
         """Scalars that tell whether TTT does anything here; see docs/mathematics.md.
 
         effect: ‖what TTT adds‖ / ‖what the projection gives‖, over the frames that can read.
-        delta: mean ‖η Δ‖ / ‖W0‖ over complete chunks.
-        clip_rate: share of complete chunks whose Δ met the bound.
+        delta: mean ‖η Δ‖ / ‖W0‖ over the complete chunks that write anything (padding does not).
+        clip_rate: share of these chunks whose Δ met the bound.
         """
         chunk_size = self.args.chunk_size
         readable = slice(chunk_size, None)
         effect = learnt[:, readable].float().norm() / plain[:, readable].float().norm()
         chunks = number_chunks(z.shape[1], chunk_size, None, device=z.device)
         delta = delta_norm_square(z, v, chunks)[:, chunk_size - 1 :: chunk_size].sqrt()
-        clip_rate = torch.zeros((), device=z.device)
-        if self.args.max_delta_norm is not None:
-            clip_rate = (delta > self.args.max_delta_norm).float().mean()
-            delta = delta.clamp(max=self.args.max_delta_norm)
+        num_writing = (delta > 0).sum().clamp(min=1)
+        bound = self.args.max_delta_norm or float("inf")
+        clip_rate = (delta > bound).sum() / num_writing
+        delta = delta.clamp(max=bound)
         base = self.base_weight.float().norm()
         return {
             "effect": effect,
-            "delta": self.args.learning_rate * delta.mean() / base,
+            "delta": self.args.learning_rate * delta.sum() / num_writing / base,
             "clip_rate": clip_rate,
         }
 

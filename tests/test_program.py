@@ -1,0 +1,184 @@
+"""`train.py` in processes of its own: killed, interrupted, on several devices, without network."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from training_tools import (
+    FULL,
+    HANGS_WHILE_SAVING,
+    KILLED_AFTER_STEP,
+    PLAIN,
+    REPOSITORY,
+    assert_same_weights,
+    checkpoint,
+    finish,
+    lines_until,
+    logged,
+    logged_steps,
+    saved_weights,
+    start_program,
+    train,
+)
+
+from finetune import interrupt
+from finetune.interrupt import Interrupt
+
+ENDLESS = ("--max_steps=1000000",)
+
+
+def options(overrides):
+    return [f"--{key}={value}" for key, value in overrides.items()]
+
+
+def test_ten_steps_are_five_steps_a_kill_and_five_more(config, tmp_path):
+    arguments = [f"--config={config}", "--max_steps=10", "--ckpt_freq=5", "--data.num_workers=2"]
+    arguments += options({**FULL, "param_dtype": "bfloat16"})
+    whole = start_program(*arguments, f"--run_dir={tmp_path / 'whole'}")
+    arguments.append(f"--run_dir={tmp_path / 'killed'}")
+    killed = start_program(*arguments, after=KILLED_AFTER_STEP.format(step=7))
+    assert finish(killed)[0] == -signal.SIGKILL
+    assert logged_steps(tmp_path / "killed") == [1, 2, 3, 4, 5, 6, 7]
+    assert not checkpoint(tmp_path / "killed", 7).exists()
+
+    status, output = finish(start_program(*arguments, "--resume"))
+    assert status == 0, output
+    assert "resuming" in output and "step 6/10" in output and "step 5/10" not in output
+    status, output = finish(whole)
+    assert status == 0, output
+    assert logged_steps(tmp_path / "killed") == list(range(1, 11))
+    assert logged(tmp_path / "killed") == logged(tmp_path / "whole")
+    assert_same_weights(
+        saved_weights(tmp_path / "killed", 10), saved_weights(tmp_path / "whole", 10)
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_leaves_with_a_message(config, tmp_path, number):
+    run = start_program(
+        f"--config={config}", f"--run_dir={tmp_path}", "--data.num_workers=2", *ENDLESS
+    )
+    list(lines_until(run, "step 3/"))
+    # Ctrl-C reaches every process of the terminal's group, the workers that read data as well.
+    (os.killpg if number == signal.SIGINT else os.kill)(run.pid, number)
+    status, output = finish(run)
+    assert status == 128 + number
+    assert f"{number.name}: finishing this step" in output
+    assert "continue with --resume" in output.splitlines()[-1]
+    assert "Traceback" not in output
+    last = logged_steps(tmp_path)[-1]
+    assert f"stopped after step {last}" in output
+    assert checkpoint(tmp_path, last).is_dir()
+    assert train(config, tmp_path, {"max_steps": last + 2, "resume": True}).step == last + 2
+
+
+def test_a_second_ctrl_c_leaves_at_once(config, tmp_path):
+    run = start_program(
+        f"--config={config}", f"--run_dir={tmp_path}", *ENDLESS, after=HANGS_WHILE_SAVING
+    )
+    list(lines_until(run, "step 1/"))
+    os.killpg(run.pid, signal.SIGINT)
+    list(lines_until(run, "saving"))
+    with pytest.raises(subprocess.TimeoutExpired):  # Ctrl-C twice within a second is one
+        run.wait(timeout=1.2)
+    os.killpg(run.pid, signal.SIGINT)
+    assert finish(run)[0] == 128 + signal.SIGINT
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_signals_that_come_together_are_one(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(interrupt.time, "monotonic", lambda: now[0])
+    left = []
+    monkeypatch.setattr(interrupt.os, "_exit", left.append)
+    before = signal.getsignal(signal.SIGINT)
+    with Interrupt() as noted:
+        os.kill(os.getpid(), signal.SIGINT)
+        now[0] += 0.5  # torchrun passes on what the terminal has sent to everybody
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert noted.signal_number == signal.SIGINT and not left
+        now[0] += 2
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert not left
+        os.kill(os.getpid(), signal.SIGINT)
+        assert left == [128 + signal.SIGINT]
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def torchrun(*arguments):
+    """Two processes on this machine."""
+    two = ("--standalone", "--nproc-per-node=2")
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", *two, "train.py", *arguments],
+        cwd=REPOSITORY,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_two_processes_are_one_with_the_double_batch(config, tmp_path):
+    overrides = {**PLAIN, "ttt.enabled": True, "do_eval": True, "max_steps": 6, "ckpt_freq": 3}
+    run = torchrun(
+        f"--config={config}", f"--run_dir={tmp_path / 'two'}", "--batch_size=2", *options(overrides)
+    )
+    status, output = finish(run)
+    assert status == 0, output
+    assert output.count("step 6/6") == 1, "only the first process reports"
+    assert "4 a step on 2 x cpu" in output
+    train(config, tmp_path / "one", {**overrides, "batch_size": 4})
+    for kind in ("train", "eval"):
+        expected = logged(tmp_path / "one", kind=kind)
+        assert logged(tmp_path / "two", kind=kind) == pytest.approx(expected, abs=1e-5)
+    norms = [logged(tmp_path / run, "grad_norm") for run in ("one", "two")]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4)
+    # What two have begun, one can finish: here it has nothing left to do but to agree.
+    resumed = train(
+        config, tmp_path / "two", {**overrides, "batch_size": 4, "max_steps": 8, "resume": True}
+    )
+    assert resumed.step == 8
+
+
+@pytest.mark.slow
+def test_a_signal_to_torchrun_saves_once(config, tmp_path):
+    run = torchrun(f"--config={config}", f"--run_dir={tmp_path}", *ENDLESS)
+    list(lines_until(run, "step 3/"))
+    run.send_signal(signal.SIGTERM)
+    _, output = finish(run)
+    assert output.count("continue with --resume") == 1
+    last = logged_steps(tmp_path)[-1]
+    assert checkpoint(tmp_path, last).is_dir()
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        {"HF_HUB_OFFLINE": "1"},
+        # huggingface_hub tries again and again, for 20 s a file.
+        pytest.param({"HF_ENDPOINT": "http://127.0.0.1:9"}, marks=pytest.mark.slow),
+    ],
+    ids=["switched off", "unreachable"],
+)
+def test_a_repository_without_network_is_one_clear_message(config, tmp_path, network):
+    run = start_program(
+        f"--config={config}",
+        f"--run_dir={tmp_path / 'run'}",
+        "--moshi_paths.hf_repo_id=kyutai/no-such-moshi",
+        environment={"HF_HOME": str(tmp_path / "hub"), **network},
+    )
+    status, output = finish(run)
+    assert status == 1
+    assert "Traceback" not in output
+    message = output.strip().splitlines()[-1]
+    assert message.startswith("error: moshi_paths.hf_repo_id: 'kyutai/no-such-moshi'")
+    assert "network" in message and "set hf_repo_id to its folder" in message
+
+
+def test_a_mistake_is_one_clear_message(config):
+    status, output = finish(start_program(f"--config={config}", "--ttt.chunk_sise=3"))
+    assert status == 1
+    assert "Traceback" not in output and "ttt.chunk_size" in output
