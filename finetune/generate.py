@@ -39,10 +39,12 @@ def load_for_inference(checkpoint: Path, device: str = "auto") -> tuple[TTTLMMod
     Raises:
         UserError: no checkpoint there, or its base model cannot be found any more.
     """
-    if not (checkpoint / "args.yaml").is_file():
+    if not (checkpoint / "consolidated").is_dir():
         inside = sorted(str(path) for path in checkpoint.glob("checkpoints/checkpoint_*"))
         hint = f" Did you mean {inside[-1]}?" if inside else ""
-        raise UserError(f"--checkpoint: {checkpoint} is no checkpoint (no args.yaml in it).{hint}")
+        raise UserError(
+            f"--checkpoint: {checkpoint} is no checkpoint (it has no folder `consolidated`).{hint}"
+        )
     args = load_config(checkpoint / "args.yaml", {"device": device})
     info = find_checkpoint(args.moshi_paths)
     model = load_model(args, info, join_world(args.device).device)
