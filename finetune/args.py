@@ -160,7 +160,8 @@ class TrainArgs:
     """Whether to evaluate on `data.eval_data`."""
 
     eval_freq: int = 0
-    """Steps between two evaluations, if `do_eval`; below 1: only after the last step."""
+    """Steps between two evaluations, if `do_eval`; below 1: only after the last step. There is one
+    before the first step as well."""
 
     do_ckpt: bool = True
     """Whether to write checkpoints."""

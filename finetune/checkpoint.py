@@ -18,7 +18,8 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +45,17 @@ def open_run_dir(args: TrainArgs) -> Path | None:
     Changes nothing, so that every process can ask.
 
     Raises:
-        UserError: the folder holds something else, or nothing to resume from.
+        UserError: the folder cannot be read, holds something else, or nothing to resume from.
     """
-    run_dir = Path(args.run_dir)
+    try:
+        return _check_run_dir(args, Path(args.run_dir))
+    except OSError as error:
+        raise UserError(
+            f"run_dir: cannot read {args.run_dir}: {error.strerror or error}."
+        ) from error
+
+
+def _check_run_dir(args: TrainArgs, run_dir: Path) -> Path | None:
     latest = max(list_checkpoints(run_dir), default=None, key=step_of)
     if args.resume is True and latest is None:
         raise UserError(
@@ -81,22 +90,39 @@ def _has_never_begun(run_dir: Path) -> bool:
     )
 
 
-def create_run_dir(args: TrainArgs) -> None:
+@contextmanager
+def created_run_dir(args: TrainArgs) -> Iterator[None]:
     """Make the run folder with its args.yaml, after `open_run_dir`; only one process does.
+
+    What it replaces is deleted when the block ends well, and comes back if it does not.
 
     Raises:
         UserError: the folder cannot be written to.
     """
-    run_dir = Path(args.run_dir)
+    run_dir = Path(args.run_dir).resolve()
+    replaced = run_dir.with_name(f"{run_dir.name}.replaced")
     try:
         if args.overwrite_run_dir and run_dir.is_dir():
-            shutil.rmtree(run_dir)
+            if replaced.exists():
+                shutil.rmtree(replaced)
+            os.replace(run_dir, replaced)
         run_dir.mkdir(parents=True, exist_ok=True)
         for leftover in (run_dir / "checkpoints").glob("*.incomplete"):
             shutil.rmtree(leftover)
         save_config(args, run_dir / "args.yaml")
     except OSError as error:
-        raise UserError(f"run_dir: cannot write to {run_dir}: {error.strerror}.") from error
+        raise UserError(
+            f"run_dir: cannot write to {run_dir}: {error.strerror or error}."
+        ) from error
+    try:
+        yield
+    except BaseException:
+        if replaced.exists():
+            shutil.rmtree(run_dir)
+            os.replace(replaced, run_dir)
+        raise
+    if replaced.exists():
+        shutil.rmtree(replaced)
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
@@ -138,16 +164,18 @@ def save_checkpoint(
         (partial / "info.json").write_text(json.dumps({"step": step, "eval_loss": eval_loss}))
         for file in partial.rglob("*"):
             _flush_to_disk(file)
-        if final.exists():
-            _delete(final)
         os.replace(partial, final)
         _flush_to_disk(folder)
+    except torch.OutOfMemoryError:
+        raise
     # torch.save and safetensors report a full disk as errors of their own.
     except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
+        free_gb = shutil.disk_usage(args.run_dir).free / 1e9
         raise UserError(
-            f"the checkpoint of step {step} could not be written to {folder}: {error}. Older "
-            f"checkpoints are untouched. Make room, then continue with --resume."
+            f"the checkpoint of step {step} could not be written to {folder} ({free_gb:.1f} GB "
+            f"free): {error}. Older checkpoints are untouched: make room, then continue from the "
+            f"latest with --resume."
         ) from error
     _delete_old(args, final)
     return final
@@ -172,7 +200,10 @@ def _delete_old(args: TrainArgs, newest: Path) -> None:
     keep |= set(sorted(rated, key=losses.__getitem__)[:1])
     for path in checkpoints:
         if path not in keep:
-            _delete(path)
+            try:
+                _delete(path)
+            except OSError as error:
+                logger.warning("could not delete the old checkpoint %s: %s", path, error)
 
 
 def _delete(checkpoint: Path) -> None:
@@ -183,8 +214,11 @@ def _delete(checkpoint: Path) -> None:
 
 
 def _eval_loss(checkpoint: Path) -> float:
-    """Infinite if it was not evaluated, or came out as NaN."""
-    loss = json.loads((checkpoint / "info.json").read_text())["eval_loss"]
+    """Infinite if it was not evaluated, or came out as NaN, or its record is damaged."""
+    try:
+        loss = json.loads((checkpoint / "info.json").read_text())["eval_loss"]
+    except (OSError, ValueError, KeyError):
+        return math.inf
     return math.inf if loss is None or math.isnan(loss) else loss
 
 

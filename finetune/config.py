@@ -68,6 +68,19 @@ def public_dict(args: TrainArgs) -> dict[str, Any]:
     return public
 
 
+def changed_keys(path: Path, args: TrainArgs) -> dict[str, tuple[str, str]]:
+    """What differs in `args` from the configuration in `path`: old and new value by dotted key.
+
+    Keys that say how a run is started, not what it is, are left out.
+    """
+    old, new = (_flatten(public_dict(each)) for each in (load_config(path), args))
+    return {
+        key: (str(old.get(key)), str(new.get(key)))
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and key not in ("resume", "overwrite_run_dir", "run_dir")
+    }
+
+
 def save_config(args: TrainArgs, path: str | Path) -> None:
     """Write `args` as YAML, without secrets; `load_config` reads it back."""
     Path(path).write_text(
@@ -341,9 +354,4 @@ def _check_run(args: TrainArgs) -> Iterator[Problem]:
         yield (
             "resume, overwrite_run_dir",
             "one would continue from what the other deletes; set one of the two only",
-        )
-    if not args.wandb.project and (args.wandb.key or args.wandb.run_name or args.wandb.offline):
-        yield (
-            "wandb.project",
-            "empty, so nothing would be logged there; name a project, or remove the wandb section",
         )

@@ -64,6 +64,8 @@ class Progress:
     def __enter__(self) -> Progress:
         if self._bar:
             self._bar.start()
+            # rich hides the cursor; a second Ctrl-C leaves too abruptly to show it again.
+            console.show_cursor(True)
         return self
 
     def __exit__(

@@ -1,7 +1,7 @@
 """Loss and perplexity of a model on all of the evaluation data."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -13,9 +13,17 @@ from ttt import TTTLMModel
 
 @torch.no_grad()
 def evaluate(
-    model: TTTLMModel, batches: Iterable[Batch], weights: LossWeights, world: World
+    model: TTTLMModel,
+    batches: Iterable[Batch],
+    weights: LossWeights,
+    world: World,
+    *,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
     """Average over all targets of all batches of all processes; every target counts once.
+
+    Args:
+        should_stop: asked before every batch; true ends early, and the result means nothing.
 
     Returns:
         loss, text_loss, audio_loss: as in training, with its weights, in nats.
@@ -26,6 +34,8 @@ def evaluate(
     model.eval()
     total = torch.zeros(2, 4, dtype=torch.float64)
     for batch in batches:
+        if should_stop():
+            break
         for row, sums in enumerate(stream_sums(model, model(batch.codes), batch.codes, weights)):
             parts = (sums.loss, sums.weight, sums.nll, sums.count)
             total[row] += torch.stack([part.double() for part in parts]).cpu()

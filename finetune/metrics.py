@@ -169,8 +169,13 @@ def _open_jsonl(path: Path, resumed_step: int | None) -> Iterator[TextIO]:
     with _writing(path):
         if resumed_step is not None and path.exists():
             _cut_after(path, resumed_step)
-        with path.open("w" if resumed_step is None else "a") as file:
-            yield file
+        file = path.open("w" if resumed_step is None else "a")
+    # Not around the whole run: an error that passes through here may have nothing to do with it.
+    try:
+        yield file
+    finally:
+        with _writing(path):
+            file.close()
 
 
 def _cut_after(path: Path, step: int) -> None:

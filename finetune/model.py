@@ -333,7 +333,8 @@ def merged_state_dict(model: TTTLMModel) -> Mapping[str, torch.Tensor]:
         if name in own or (owner in adapters and inner in ("lora_A", "lora_B")):
             continue
         if owner in adapters and inner == "frozen_W":
-            merged[f"{owner}.{part}"] = adapters[owner].merge_weight()
+            # On the host: a second copy of all weights may not fit beside the first.
+            merged[f"{owner}.{part}"] = adapters[owner].merge_weight().cpu()
         else:
             merged[name] = weight
     return merged

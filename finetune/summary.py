@@ -1,5 +1,6 @@
 """What a run says of itself at its start."""
 
+import logging
 from collections.abc import Iterator
 
 import torch
@@ -11,6 +12,8 @@ from finetune.distributed import World
 from finetune.model import parameters_by_role
 from ttt import TTTLMModel
 
+logger = logging.getLogger(__name__)
+
 
 def describe_run(
     args: TrainArgs,
@@ -19,7 +22,10 @@ def describe_run(
     eval_data: EvalLoader | None,
     world: World,
 ) -> Iterator[str]:
-    """A few lines: data, parameters, TTT against attention, memory, and where it writes."""
+    """A few lines: data, parameters, TTT against attention, memory, and where it writes.
+
+    Logs a warning where TTT can have nothing to do.
+    """
     num_frames = count_frames(args.duration_sec)
     global_batch = args.batch_size * args.num_microbatches * world.size
     yield (
@@ -54,13 +60,13 @@ def _describe_ttt(args: TrainArgs, model: TTTLMModel, num_frames: int) -> Iterat
         f"sequence, every {chunk_size} frames ({chunk_size / FRAME_RATE_HZ:.1f} s); {attention}"
     )
     if updates == 0:
-        yield (
-            f"WARNING: duration_sec is {args.duration_sec:g} ({num_frames} frames), not longer "
+        logger.warning(
+            f"duration_sec is {args.duration_sec:g} ({num_frames} frames), not longer "
             f"than ttt.chunk_size ({chunk_size} frames): TTT never learns anything. Raise the one "
             f"or lower the other."
         )
     elif window is None or window >= num_frames:
-        yield (
-            f"WARNING: attention sees the whole sequence ({num_frames} frames), so there is little "
+        logger.warning(
+            f"attention sees the whole sequence ({num_frames} frames), so there is little "
             f"for TTT to remember. Sequences should be longer than the window: raise duration_sec."
         )

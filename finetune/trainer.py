@@ -3,6 +3,7 @@
 import logging
 import math
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,13 @@ import torch
 
 from finetune.args import TrainArgs
 from finetune.checkpoint import (
-    create_run_dir,
+    created_run_dir,
     load_resume_state,
     open_run_dir,
     save_checkpoint,
     step_of,
 )
-from finetune.config import public_dict
+from finetune.config import changed_keys, public_dict
 from finetune.console import Progress, describe, setup_logging
 from finetune.data import Batch, build_eval_loader, build_train_loader
 from finetune.distributed import join_world
@@ -51,10 +52,6 @@ class Trainer:
         setup_logging(self.world.rank)
         resume_from = open_run_dir(args)
         self.world.barrier()
-        if self.world.is_main:
-            create_run_dir(args)
-        self.world.barrier()
-
         self.checkpoint_info = find_checkpoint(args.moshi_paths)
         self.model = load_model(args, self.checkpoint_info, self.world.device)
         self.codec = build_codec(self.checkpoint_info, self.model)
@@ -82,15 +79,18 @@ class Trainer:
         self.largest_effect = 0.0
         self.warned_inert = False
         self.last_eval: tuple[int, float] | None = None
+        self.saved_step = 0
         if resume_from is not None:
             self.resume(resume_from)
-        self.metrics = MetricsLogger(
-            self.run_dir,
-            wandb_args=args.wandb,
-            config=public_dict(args),
-            enabled=self.world.is_main,
-            resumed_step=None if resume_from is None else self.step,
-        )
+        # Only now, when nothing else can be wrong: it may delete an older run.
+        with created_run_dir(args) if self.world.is_main else nullcontext():
+            self.metrics = MetricsLogger(
+                self.run_dir,
+                wandb_args=args.wandb,
+                config=public_dict(args),
+                enabled=self.world.is_main,
+                resumed_step=None if resume_from is None else self.step,
+            )
         self.progress = Progress(total=args.max_steps, start=self.step, enabled=self.world.is_main)
         self.interrupt = Interrupt()
 
@@ -118,11 +118,12 @@ class Trainer:
                 return self.leave()
             finally:
                 self.train_data.close()
+                self.world.close()
 
     def train_step(self) -> None:
         """One optimizer step on the next batches."""
         started_at = time.monotonic()
-        batches = [next(self.train_data) for _ in range(self.args.num_microbatches)]
+        batches = self.next_batches()
         data_sec = time.monotonic() - started_at
 
         self.step += 1
@@ -135,6 +136,21 @@ class Trainer:
         self.count_nonfinite(losses, result)
         step_sec = time.monotonic() - started_at
         self.log(batches, losses, result, ttt, step_sec=step_sec, data_sec=data_sec)
+
+    def next_batches(self) -> list[Batch]:
+        """The micro-batches of a step.
+
+        Raises:
+            UserError: a recording is broken; what was trained so far is saved.
+        """
+        position = self.train_data.state_dict()
+        try:
+            return [next(self.train_data) for _ in range(self.args.num_microbatches)]
+        except UserError:
+            # With several processes the others are elsewhere, and cannot save with this one.
+            if self.args.do_ckpt and self.world.size == 1 and self.step > self.saved_step:
+                self.save(position)
+            raise
 
     def forward_backward(self, batches: list[Batch]) -> tuple[float, float]:
         """Gradients of the loss over all batches of all processes; its text and audio parts."""
@@ -233,7 +249,15 @@ class Trainer:
         """If the configuration asks for it; at step 0 too, to have something to compare with."""
         if self.eval_data is None:
             return
-        metrics = evaluate(self.model, self.eval_data, self.loss_weights, self.world)
+        metrics = evaluate(
+            self.model,
+            self.eval_data,
+            self.loss_weights,
+            self.world,
+            should_stop=lambda: self.interrupt.signal_number is not None,
+        )
+        if self.interrupted():
+            return
         self.last_eval = (self.step, metrics["loss"])
         self.metrics.log("eval", self.step, metrics)
         self.progress.message(
@@ -241,8 +265,8 @@ class Trainer:
             f"{metrics['text_perplexity']:.1f} audio {metrics['audio_perplexity']:.1f}"
         )
 
-    def save(self) -> None:
-        """Write a checkpoint of this step."""
+    def save(self, data_position: dict[str, Any] | None = None) -> None:
+        """Write a checkpoint of this step; `data_position` is the loader's own if not given."""
         if self.world.is_main:
             evaluated = (
                 self.last_eval if self.last_eval and self.last_eval[0] == self.step else None
@@ -255,7 +279,7 @@ class Trainer:
                 eval_loss=evaluated[1] if evaluated else None,
                 resume_state={
                     "optimizer": self.optimizer.state_dict(),
-                    "data": self.train_data.state_dict(),
+                    "data": data_position or self.train_data.state_dict(),
                     "random": _random_state(),
                     "counts": {
                         "step": self.step,
@@ -263,10 +287,12 @@ class Trainer:
                         "nonfinite_in_a_row": self.nonfinite_in_a_row,
                         "largest_effect": self.largest_effect,
                         "warned_inert": self.warned_inert,
+                        "last_eval": self.last_eval,
                     },
                 },
             )
             self.progress.message(f"saved {path}")
+        self.saved_step = self.step
         self.world.barrier()
 
     def resume(self, checkpoint: Path) -> None:
@@ -284,7 +310,15 @@ class Trainer:
         for name, value in state["counts"].items():
             setattr(self, name, value)
         assert self.step == step_of(checkpoint)
+        self.saved_step = self.step
         logger.info("resuming %s after step %d", checkpoint, self.step)
+        for key, (old, new) in changed_keys(checkpoint / "args.yaml", self.args).items():
+            logger.warning("%s was %s when the checkpoint was made, and is %s now", key, old, new)
+        if self.step >= self.args.max_steps:
+            logger.warning(
+                "all %d steps are done: nothing is left to train. Raise max_steps to go on.",
+                self.args.max_steps,
+            )
 
     def interrupted(self) -> bool:
         """Whether a process has got a signal to stop; all of them agree."""
@@ -298,7 +332,8 @@ class Trainer:
         if self.step == 0:
             logger.info("stopped before the first step; there is nothing to save")
         elif self.args.do_ckpt:
-            self.save()
+            if self.step > self.saved_step:
+                self.save()
             logger.info("stopped after step %d; continue with --resume", self.step)
         else:
             logger.info("stopped after step %d; nothing saved (do_ckpt: false)", self.step)

@@ -164,7 +164,11 @@ def test_the_last_checkpoints_and_the_best_are_kept(
         monkeypatch.setattr(
             finetune.trainer,
             "evaluate",
-            lambda *args: {"loss": next(coming), "text_perplexity": 1.0, "audio_perplexity": 1.0},
+            lambda *args, **options: {
+                "loss": next(coming),
+                "text_perplexity": 1.0,
+                "audio_perplexity": 1.0,
+            },
         )
     train(config, tmp_path, overrides)
     assert kept_steps(tmp_path) == expected

@@ -167,7 +167,6 @@ def test_a_wrong_line_is_the_only_problem(problems, line, problem):
         ({"do_eval": True}, "do_eval, data.eval_data"),
         ({"lora__rank": 0}, "lora.rank"),
         ({"resume": True, "overwrite_run_dir": True}, "resume, overwrite_run_dir"),
-        ({"wandb__key": "secret"}, "wandb.project"),
         (
             {"moshi_paths__random_init": True, "moshi_paths__moshi_path": "x.safetensors"},
             "moshi_paths.random_init, moshi_paths.moshi_path",

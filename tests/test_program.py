@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from training_tools import (
@@ -94,16 +95,21 @@ def test_signals_that_come_together_are_one(monkeypatch):
     left = []
     monkeypatch.setattr(interrupt.os, "_exit", left.append)
     before = signal.getsignal(signal.SIGINT)
+
+    def send(number):
+        os.kill(os.getpid(), number)
+        time.sleep(0.2)  # another thread listens
+
     with Interrupt() as noted:
-        os.kill(os.getpid(), signal.SIGINT)
+        send(signal.SIGINT)
         now[0] += 0.5  # torchrun passes on what the terminal has sent to everybody
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGTERM)
+        send(signal.SIGINT)
+        send(signal.SIGTERM)
         assert noted.signal_number == signal.SIGINT and not left
         now[0] += 2
-        os.kill(os.getpid(), signal.SIGTERM)
+        send(signal.SIGTERM)
         assert not left
-        os.kill(os.getpid(), signal.SIGINT)
+        send(signal.SIGINT)
         assert left == [128 + signal.SIGINT]
     assert signal.getsignal(signal.SIGINT) is before
 

@@ -380,7 +380,7 @@ def test_a_run_says_what_it_is_going_to_do(config, tmp_path, capsys):
     assert "attention sees 12 frames of 25" in out
     assert "(frozen)" in out and "ttt 576" in out
     assert f"writes to {tmp_path}" in out
-    assert "WARNING" not in out
+    assert "warning: " not in out
 
 
 @pytest.mark.parametrize(
@@ -395,7 +395,7 @@ def test_a_run_warns_where_ttt_can_have_nothing_to_do(
     config, tmp_path, capsys, overrides, expected
 ):
     out = start_lines(config, tmp_path, overrides, capsys)
-    assert out.count("WARNING") == 1 and expected in out
+    assert out.count("warning: ") == 1 and expected in out
 
 
 def test_training_does_not_depend_on_what_random_numbers_others_draw(config, tmp_path):

@@ -33,7 +33,10 @@ def run_demo(run_dir: Path, overrides: Mapping[str, object]) -> None:
             f"there is no {CONFIG} here ({Path.cwd()}): the demonstration runs in the folder of "
             "the project, where README.md is."
         )
-    args = load_config(CONFIG, {"run_dir": run_dir, "overwrite_run_dir": True, **overrides})
+    needed = {"do_eval": True, "do_ckpt": True}
+    args = load_config(
+        CONFIG, {"run_dir": run_dir, "overwrite_run_dir": True, **overrides, **needed}
+    )
     started_at = time.monotonic()
     data_dir = Path(args.data.train_data).parent
     console.print(f"[1/4] making dialogues in {data_dir}")

@@ -105,7 +105,7 @@ class InPlaceGating(StreamingModule[InPlaceState]):
             chunk_size=self.args.chunk_size,
             max_delta_norm=self.args.max_delta_norm,
         )
-        if self.measure:
+        if self.measure and x.shape[1] > self.args.chunk_size:
             self.measured = self._measure(z, v, plain, learnt)
         return plain + learnt
 
