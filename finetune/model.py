@@ -247,7 +247,9 @@ def _load_weights(
         )
     for module in model.ttt_layers.values():
         for name, parameter in module.ttt_parameters().items():
-            setattr(module, name, nn.Parameter(torch.empty_like(parameter, device=device)))
+            owner, _, leaf = name.rpartition(".")
+            start = nn.Parameter(torch.empty_like(parameter, device=device))
+            setattr(module.get_submodule(owner), leaf, start)
         module.reset_parameters()
 
 

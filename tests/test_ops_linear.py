@@ -136,8 +136,15 @@ def test_without_a_rate_nothing_is_learnt(method):
     out, state = op(q, k, v, 0 * eta, *rest, token_scale=token_scale)
     for found, start in zip(state, rest[:-2], strict=True):
         assert torch.equal(found, start.expand_as(found))
-    alone = [op(q[:, :, t : t + 1], *(x[:, :, :1] for x in (k, v, 0 * eta)), *rest,
-                token_scale=token_scale)[0] for t in range(q.shape[2])]
+    alone = [
+        op(
+            q[:, :, t : t + 1],
+            *(x[:, :, :1] for x in (k, v, 0 * eta)),
+            *rest,
+            token_scale=token_scale,
+        )[0]
+        for t in range(q.shape[2])
+    ]
     assert_same(out, torch.cat(alone, dim=2), 1e-12)
 
 
@@ -150,9 +157,7 @@ def test_learning_lowers_the_inner_loss(method):
     k, v, eta = (x[:, :, :1] + 0.05 * x for x in arguments[1:4])
     weights = arguments[4:-2]
     layers = tuple(zip(weights[0::2], weights[1::2], strict=True))
-    losses = ops.inner_losses(
-        k, v, 0.1 * eta, layers, *arguments[-2:], token_scale=token_scale
-    )
+    losses = ops.inner_losses(k, v, 0.1 * eta, layers, *arguments[-2:], token_scale=token_scale)
     assert {name: by_position.shape for name, by_position in losses.items()} == {
         name: (40,) for name in ("initial", "before", "after")
     }

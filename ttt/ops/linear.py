@@ -69,8 +69,18 @@ def ttt_linear(
         mini-batch of each row, at least in float32: an incomplete one gives outputs but does not
         write.
     """
-    options = (token_scale, scan_checkpoint_group_size, documents)
-    out, ((w, b),) = _scan(q, k, v, eta, ((w, b),), ln_weight, ln_bias, *options)
+    out, ((w, b),) = inner_scan(
+        q,
+        k,
+        v,
+        eta,
+        ((w, b),),
+        ln_weight,
+        ln_bias,
+        token_scale=token_scale,
+        scan_checkpoint_group_size=scan_checkpoint_group_size,
+        documents=documents,
+    )
     return out, (w, b)
 
 
@@ -98,9 +108,19 @@ def ttt_mlp(
     Returns:
         The output [B, H, T, f], and (w1, b1, w2, b2).
     """
-    options = (token_scale, scan_checkpoint_group_size, documents)
-    out, layers = _scan(q, k, v, eta, ((w1, b1), (w2, b2)), ln_weight, ln_bias, *options)
-    return out, (*layers[0], *layers[1])
+    out, ((w1, b1), (w2, b2)) = inner_scan(
+        q,
+        k,
+        v,
+        eta,
+        ((w1, b1), (w2, b2)),
+        ln_weight,
+        ln_bias,
+        token_scale=token_scale,
+        scan_checkpoint_group_size=scan_checkpoint_group_size,
+        documents=documents,
+    )
+    return out, (w1, b1, w2, b2)
 
 
 def rope(x: Tensor, positions: Tensor, *, theta: float) -> Tensor:
@@ -123,6 +143,11 @@ def rope(x: Tensor, positions: Tensor, *, theta: float) -> Tensor:
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
 
 
+def flatten(layers: InnerLayers) -> tuple[Tensor, ...]:
+    """((w1, b1), …) as (w1, b1, …), as the operators take and give them; `Written` likewise."""
+    return tuple(x for pair in layers for x in pair)
+
+
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Of every head its own. x: [B, H, T, f]; weight, bias: [H, f]."""
     normed = F.layer_norm(x, x.shape[-1:], eps=EPSILON)
@@ -134,7 +159,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def inner_forward(layers: InnerLayers, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """f_W(x): the inputs [B, H, T, in] and the outputs [B, H, T, out] of each linear layer."""
-    inputs, outputs = [], []
+    inputs: list[Tensor] = []
+    outputs: list[Tensor] = []
     for index, (w, b) in enumerate(layers):
         inputs.append(x if index == 0 else F.gelu(outputs[-1], approximate="tanh"))
         outputs.append(inputs[-1] @ w + b.unsqueeze(-2))
@@ -150,9 +176,7 @@ def inner_errors(
     errors = [eta.unsqueeze(-1) * gradient]
     for index in range(len(layers) - 1, 0, -1):
         back = errors[0] @ layers[index][0].transpose(-1, -2)
-        errors.insert(
-            0, torch.ops.aten.gelu_backward(back, outputs[index - 1], approximate="tanh")
-        )
+        errors.insert(0, torch.ops.aten.gelu_backward(back, outputs[index - 1], approximate="tanh"))
     return tuple(zip(inputs, errors, strict=True))
 
 
@@ -304,7 +328,7 @@ def _lay_out(num_frames: int, size: int, documents: Tensor | None, like: Tensor)
     )
 
 
-def _scan(
+def inner_scan(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -312,11 +336,12 @@ def _scan(
     layers: InnerLayers,
     ln_weight: Tensor,
     ln_bias: Tensor,
+    *,
     token_scale: Tensor,
-    group_size: int | None,
-    documents: Tensor | None,
+    scan_checkpoint_group_size: int | None = None,
+    documents: Tensor | None = None,
 ) -> tuple[Tensor, InnerLayers]:
-    """Mini-batch after mini-batch, group by group; see `ttt_linear`."""
+    """`ttt_linear` or `ttt_mlp`, by the number of layers."""
     size, num_frames = token_scale.shape[0], q.shape[2]
     dtype = torch.promote_types(q.dtype, torch.float32)
     layout = _lay_out(num_frames, size, documents, like=q.new_empty(0, dtype=dtype))
@@ -332,8 +357,9 @@ def _scan(
     write_scale = (token_scale[-1] * layout.complete)[:, None, :, None, None]
 
     outputs = []
-    for first in range(0, layout.num_mini_batches, group_size or layout.num_mini_batches):
-        group = slice(first, first + (group_size or layout.num_mini_batches))
+    group_size = scan_checkpoint_group_size or layout.num_mini_batches
+    for first in range(0, layout.num_mini_batches, group_size):
+        group = slice(first, first + group_size)
         arguments: Sequence[Any] = (
             *(x[:, :, group] for x in (q, k, v, eta, write_scale)),
             None if layout.starts is None else layout.starts[:, group],
@@ -343,7 +369,7 @@ def _scan(
             initial,
             layers,
         )
-        if group_size is None or not torch.is_grad_enabled():
+        if scan_checkpoint_group_size is None or not torch.is_grad_enabled():
             out, layers = _group(*arguments)
         else:
             out, layers = checkpoint(_group, *arguments, use_reentrant=False)

@@ -1,9 +1,10 @@
-"""The definitions of TTT-Linear and TTT-MLP: frame by frame, each step by automatic differentiation.
+"""The definitions of TTT-Linear and TTT-MLP: frame by frame, every gradient by autograd.
 
 Signatures are those of `ttt.ops`, less what only says how to compute.
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -70,20 +71,17 @@ def _every_row(
     token_scale: Tensor,
     documents: Tensor | None,
 ) -> tuple[Tensor, Weights]:
-    batch, num_heads, num_frames, _ = frames[0].shape
+    batch, _, num_frames, _ = frames[0].shape
     rows, states = [], []
     for row in range(batch):
         # Biases have one dimension less than weights; either may come without a batch.
-        own = tuple(
-            x[row] if x.dim() == 4 - index % 2 else x
-            for index, x in enumerate(weights)
-        )
+        own = tuple(x[row] if x.dim() == 4 - index % 2 else x for index, x in enumerate(weights))
         edges = [0, num_frames]
         if documents is not None:
             changes = (documents[row, 1:] != documents[row, :-1]).nonzero().flatten() + 1
             edges = [0, *changes.tolist(), num_frames]
         outputs = []
-        for start, end in zip(edges, edges[1:], strict=False):
+        for start, end in pairwise(edges):
             document = tuple(x[row, :, start:end] for x in frames)
             out, state = _document(network, document, own, ln_weight, ln_bias, token_scale)
             outputs.append(out)
