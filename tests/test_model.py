@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from moshi.models.lm import LMGen, LMModel
 
-from ttt import TTTArgs, build_model, measuring, state_bytes, ttt_parameters
+from ttt import TTTArgs, build_model, measuring, ops, state_bytes, ttt_parameters
 from ttt.layers.in_place import InPlaceState
 
 IN_PLACE = {
@@ -401,3 +401,41 @@ def test_attention_windows_are_where_they_are_configured(args, caplog):
     model = tiny_model(args, context=5)
     codes = random_codes(num_frames=30)
     assert_same(stream(model, codes, [1] * 30)[0], text_logits(model, codes))
+
+
+def test_rope_counts_positions_inside_the_mini_batch(monkeypatch, caplog):
+    """Read at once or frame by frame, also when rows are at different frames."""
+    seen = []
+    rope = ops.rope
+    monkeypatch.setattr(
+        ops, "rope", lambda x, at, theta: seen.append(at) or rope(x, at, theta=theta)
+    )
+    with caplog.at_level("INFO"):
+        model = tiny_model(tiny_linear_args(use_rope=True, mini_batch_size=16), context=300)
+    assert caplog.text.count("RoPE") == 1
+    codes = random_codes(num_frames=256)
+    text_logits(model, codes)
+    assert all(torch.equal(at, torch.arange(256)[None] % 16) for at in seen)
+    # Queries and keys of two layers.
+    assert len(seen) == 4
+    seen.clear()
+    stream(model, codes, [1] * 256)
+    assert [at[:, 0].tolist() for at in seen[::4]] == [[t % 16] * 2 for t in range(256)]
+    seen.clear()
+    with torch.no_grad(), model.streaming(2):
+        model.forward_text(codes[:, :, :3])
+        model.reset_streaming(torch.tensor([False, True]))
+        model.forward_text(codes[:, :, :14])
+    assert torch.equal(seen[-1], (torch.tensor([[3], [0]]) + torch.arange(14)) % 16)
+
+
+def test_without_rope_nothing_of_it_is_executed(monkeypatch, caplog):
+    def fail(*_, **__):
+        raise AssertionError("RoPE is off")
+
+    monkeypatch.setattr(ops, "rope", fail)
+    model = tiny_model(tiny_linear_args())
+    codes = random_codes()
+    text_logits(model, codes)
+    stream(model, codes, [1] * 23)
+    assert "RoPE" not in caplog.text

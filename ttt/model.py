@@ -127,7 +127,8 @@ def build_model(
             the TTT layers `ttt_args.attention_context` replaces both.
 
     Raises:
-        ValueError: an option out of range, no layer to put TTT in, or a layer without a gated MLP.
+        ValueError: an option out of range, no layer to put TTT in, a layer without a gated MLP, or
+            an odd head width with RoPE.
     """
     lm_kwargs = dict(lm_kwargs)
     if attention_context is not None:
@@ -138,8 +139,10 @@ def build_model(
     if problems:
         raise ValueError("; ".join(f"ttt.{name}: {problem}" for name, problem in problems))
     indices = ttt_args.layers(lm_kwargs["num_layers"])
-    if indices:
-        _check_shape(lm_kwargs, ttt_args)
+    if indices and ttt_args.method == "in_place" and lm_kwargs.get("gating", "none") == "none":
+        raise ValueError(
+            "ttt.method: in_place needs gated MLPs, and this model has none (gating: none)."
+        )
     if lm_kwargs.get("cross_attention") or lm_kwargs.get("fuser") is not None:
         raise ValueError(
             "models with conditioning (cross attention or a fuser, as Hibiki has) are not "
@@ -160,9 +163,14 @@ def build_model(
             assert isinstance(layer.gating, ActivationGating)
             layer.gating = InPlaceGating(layer.gating, ttt_args)
         else:
-            width, num_heads = lm_kwargs["dim"], lm_kwargs["num_heads"]
-            norm = lm_kwargs.get("norm", "layer_norm")
-            layer.ttt = TTTMixer(width, num_heads, norm, ttt_args, device=device, dtype=dtype)
+            layer.ttt = TTTMixer(
+                model.dim,
+                layer.self_attn.num_heads,
+                lm_kwargs.get("norm", "layer_norm"),
+                ttt_args,
+                device=device,
+                dtype=dtype,
+            )
     assert list(model.ttt_layers) == indices
     _set_attention_context(model, ttt_args)
     if indices and ttt_args.use_rope:
@@ -172,22 +180,6 @@ def build_model(
             ttt_args.rope_theta,
         )
     return model
-
-
-def _check_shape(lm_kwargs: Mapping[str, Any], args: TTTArgs) -> None:
-    """Raises:
-    ValueError: a model that this method cannot be put into.
-    """
-    if args.method == "in_place" and lm_kwargs.get("gating", "none") == "none":
-        raise ValueError(
-            "ttt.method: in_place needs gated MLPs, and this model has none (gating: none)."
-        )
-    head_width = lm_kwargs["dim"] // lm_kwargs["num_heads"]
-    if args.use_rope and head_width % 2:
-        raise ValueError(
-            f"ttt.use_rope: needs an even head width, and this model's is {head_width}; "
-            "set it to false."
-        )
 
 
 def _set_attention_context(model: TTTLMModel, args: TTTArgs) -> None:

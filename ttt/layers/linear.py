@@ -85,6 +85,9 @@ class TTTMixer(StreamingModule[TTTMixerState]):
         num_heads: H; a head is f = d / H wide.
         norm: the kind of norm, as `LMModel` names it.
         args: the TTT configuration.
+
+    Raises:
+        ValueError: an odd f with RoPE.
     """
 
     def __init__(
@@ -101,16 +104,18 @@ class TTTMixer(StreamingModule[TTTMixerState]):
         self.args = args
         self.num_heads, self.head_width = num_heads, width // num_heads
         f, size = self.head_width, args.mini_batch_size
+        if args.use_rope and f % 2:
+            raise ValueError(
+                f"ttt.use_rope: needs an even head width, and this model's is {f}; set it to false."
+            )
 
         def new(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))
 
-        self.norm = create_norm_fn(norm, width, device=device, dtype=dtype)
-        self.in_proj, self.out_proj, self.gate = (
-            new(3 * width, width),
-            new(width, width),
-            new(width),
-        )
+        # In the type of the model's weights, as all norms of a loaded model are.
+        self.norm = create_norm_fn(norm, width, device=device, dtype=dtype).to(dtype)
+        self.in_proj, self.out_proj = new(3 * width, width), new(width, width)
+        self.gate = new(width)
         inner_widths = [f, f] if args.method == "linear" else [f, 4 * f, f]
         self.num_inner_layers = len(inner_widths) - 1
         for index, (inputs, outputs) in enumerate(pairwise(inner_widths), 1):
