@@ -356,19 +356,25 @@ def inner_scan(
     read_scale = token_scale[:, None] * token_scale.new_ones(size, size).tril()
     write_scale = (token_scale[-1] * layout.complete)[:, None, :, None, None]
 
+    # Split and unbind, not slices: the gradient of a slice is as large as what it was cut from.
+    pieces = [
+        x.split(scan_checkpoint_group_size or layout.num_mini_batches, dim=2)
+        for x in (q, k, v, eta, write_scale)
+    ]
+    first = 0
     outputs = []
-    group_size = scan_checkpoint_group_size or layout.num_mini_batches
-    for first in range(0, layout.num_mini_batches, group_size):
-        group = slice(first, first + group_size)
+    for piece in zip(*pieces, strict=True):
+        last = first + piece[0].shape[2]
         arguments: Sequence[Any] = (
-            *(x[:, :, group] for x in (q, k, v, eta, write_scale)),
-            None if layout.starts is None else layout.starts[:, group],
+            *piece,
+            None if layout.starts is None else layout.starts[:, first:last],
             read_scale,
             ln_weight,
             ln_bias,
             initial,
             layers,
         )
+        first = last
         if scan_checkpoint_group_size is None or not torch.is_grad_enabled():
             out, layers = _group(*arguments)
         else:
@@ -404,12 +410,13 @@ def _group(
     # Here and not for the whole sequence: what is kept between groups stays as small as it came.
     q, k, v, eta = (x.to(dtype) for x in (q, k, v, eta))
     outputs = []
-    for n in range(q.shape[2]):
+    mini_batches = zip(*(x.unbind(2) for x in (q, k, v, eta, write_scale)), strict=True)
+    for n, (q_n, k_n, v_n, eta_n, write_scale_n) in enumerate(mini_batches):
         if starts is not None:
             layers = _where(starts[:, n], initial, layers)
-        written = inner_errors(layers, k[:, :, n], v[:, :, n], eta[:, :, n], ln_weight, ln_bias)
-        outputs.append(inner_read(layers, written, q[:, :, n], read_scale))
-        layers = inner_write(layers, written, write_scale[:, :, n])
+        written = inner_errors(layers, k_n, v_n, eta_n, ln_weight, ln_bias)
+        outputs.append(inner_read(layers, written, q_n, read_scale))
+        layers = inner_write(layers, written, write_scale_n)
     z = torch.stack(outputs, dim=2)
     out = q + layer_norm(z, ln_weight[:, None], ln_bias[:, None])
     return out.to(out_dtype), layers
