@@ -40,6 +40,15 @@ class ModelPaths:
 
 
 @dataclass
+class ModelArgs:
+    """Changes to the model's shape that need no other weights."""
+
+    attention_context: int | None = None
+    """Frames that attention sees, in all layers but those for which `ttt.attention_context` says
+    otherwise; null: as the checkpoint has it (3000 in Moshi)."""
+
+
+@dataclass
 class OptimArgs:
     """AdamW and its one-cycle schedule."""
 
@@ -105,6 +114,9 @@ class TrainArgs:
 
     moshi_paths: ModelPaths = field(default_factory=ModelPaths)
     """Where the weights come from."""
+
+    model: ModelArgs = field(default_factory=ModelArgs)
+    """Changes to the model's shape."""
 
     full_finetuning: bool = False
     """Train all weights of the language model. With this and `lora.enable` both false, the TTT

@@ -295,6 +295,7 @@ def _at_least(low: float) -> tuple[str, Callable[[float], bool]]:
 _POSITIVE: tuple[str, Callable[[float], bool]] = ("more than 0", lambda value: value > 0)
 _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "batch_size": _at_least(1),
+    "model.attention_context": _at_least(1),
     "num_microbatches": _at_least(1),
     "max_steps": _at_least(1),
     "log_freq": _at_least(1),

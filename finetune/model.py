@@ -162,6 +162,7 @@ def load_model(
             device=device if args.moshi_paths.random_init else "meta",
             dtype=dtype,
             gradient_checkpointing=args.gradient_checkpointing,
+            attention_context=args.model.attention_context,
         )
     except ValueError as error:
         raise UserError(str(error)) from error
@@ -262,7 +263,9 @@ def _load_weights(
     model.load_state_dict(weights, strict=False, assign=True)
     for module in model.ttt_layers.values():
         for name, parameter in module.ttt_parameters().items():
-            setattr(module, name, nn.Parameter(torch.empty_like(parameter, device=device)))
+            owner, _, leaf = name.rpartition(".")
+            start = nn.Parameter(torch.empty_like(parameter, device=device))
+            setattr(module.get_submodule(owner), leaf, start)
         module.reset_parameters()
 
 

@@ -53,17 +53,21 @@ def _describe_ttt(args: TrainArgs, model: TTTLMModel, num_frames: int) -> Iterat
     if not model.ttt_layers:
         yield f"TTT: off; {attention}"
         return
-    chunk_size = args.ttt.chunk_size
-    updates = (num_frames - 1) // chunk_size
+    every, in_ttt_layers = args.ttt.update_frames, args.ttt.attention_context
+    updates = (num_frames - 1) // every
+    if in_ttt_layers is not None:
+        attention += f", and {in_ttt_layers} in the TTT layers"
     yield (
-        f"TTT: in-place in layers {', '.join(map(str, model.ttt_layers))}; {updates} updates a "
-        f"sequence, every {chunk_size} frames ({chunk_size / FRAME_RATE_HZ:.1f} s); {attention}"
+        f"TTT: {args.ttt.method.replace('_', '-')} in layers "
+        f"{', '.join(map(str, model.ttt_layers))}; {updates} updates a sequence, every {every} "
+        f"frames ({every / FRAME_RATE_HZ:.1f} s); {attention}"
     )
     if updates == 0:
+        option = "chunk_size" if args.ttt.method == "in_place" else "mini_batch_size"
         logger.warning(
             f"duration_sec is {args.duration_sec:g} ({num_frames} frames), not longer "
-            f"than ttt.chunk_size ({chunk_size} frames): TTT never learns anything. Raise the one "
-            f"or lower the other."
+            f"than ttt.{option} ({every} frames): TTT never learns anything. Raise the one or "
+            f"lower the other."
         )
     elif window is None or window >= num_frames:
         logger.warning(

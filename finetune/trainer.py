@@ -235,13 +235,14 @@ class Trainer:
         if effects and has_had_time and not self.warned_inert:
             self.warned_inert = True
             if self.largest_effect < INERT_EFFECT:
+                in_place = self.args.ttt.method == "in_place"
+                inner = f"ttt.learning_rate (now {self.args.ttt.learning_rate:g}) or "
                 logger.warning(
                     "after %d steps TTT changes its layers' outputs by %.1e of their size at most: "
-                    "it does nothing. Raise ttt.learning_rate (now %g) or optim.ttt_lr (now %g), "
-                    "and watch ttt/*/effect.",
+                    "it does nothing. Raise %soptim.ttt_lr (now %g), and watch ttt/*/effect.",
                     self.step,
                     self.largest_effect,
-                    self.args.ttt.learning_rate,
+                    inner if in_place else "",
                     self.args.optim.ttt_lr,
                 )
 

@@ -3,6 +3,7 @@
 import torch
 
 from ttt import TTTArgs, TTTLMModel, build_model
+from ttt.layers import InPlaceGating
 
 DELAYS = [0, 0, 1, 1, 1, 0, 1, 1, 1]
 """Text, four Moshi codebooks, four user codebooks; delayed as in Moshi."""
@@ -52,6 +53,14 @@ def tiny_args(**overrides) -> TTTArgs:
     return TTTArgs(**{"enabled": True, **options, **overrides})
 
 
+def tiny_linear_args(**overrides) -> TTTArgs:
+    """The same layers with TTT-Linear, or TTT-MLP, in mini-batches of 4 frames."""
+    options = {"start_layer": 0, "layer_frequency": 2, "method": "linear", "mini_batch_size": 4}
+    # Groups end inside the sequences of the tests.
+    options |= {"base_lr": 4.0, "scan_checkpoint_group_size": 2}
+    return TTTArgs(**{"enabled": True, **options, **overrides})
+
+
 def tiny_model(
     args: TTTArgs | None = None, *, dtype=torch.float64, seed=0, trained=True, **lm_overrides
 ) -> TTTLMModel:
@@ -61,9 +70,34 @@ def tiny_model(
     model = build_model(lm_kwargs, args or tiny_args(), device="cpu", dtype=dtype).eval()
     if trained:
         for module in model.ttt_layers.values():
-            torch.nn.init.normal_(module.target_conv)
-            module.target_proj.data += 0.1 * torch.randn_like(module.target_proj)
+            _as_if_trained(module)
     return model
+
+
+def _as_if_trained(module):
+    if isinstance(module, InPlaceGating):
+        torch.nn.init.normal_(module.target_conv)
+        module.target_proj.data += 0.1 * torch.randn_like(module.target_proj)
+        return
+    for name, parameter in module.named_parameters():
+        # A position's share of the step, 1/4 and more, must stay above zero.
+        scale = 0.05 if name == "token_offset" else 0.2
+        parameter.data += scale * torch.randn_like(parameter)
+    module.gate.data += 1.0
+
+
+def fast_state(module):
+    """What a TTT module's stream depends on, as far as it means anything: the places of pending
+    frames that have not come yet hold leftovers."""
+    state = module._streaming_state
+    if isinstance(module, InPlaceGating):
+        weights, pending = [state.change], [state.pending_z, state.pending_source]
+    else:
+        weights = [x for pair in state.layers for x in pair]
+        # The frames first, as the other method has them.
+        pending = [x.transpose(1, 2) for pair in state.written for x in pair]
+    kept = [x[row, : state.num_pending[row]].clone() for x in pending for row in range(len(x))]
+    return [*(x.clone() for x in weights), *kept, state.num_pending.clone()]
 
 
 def random_codes(batch=2, num_frames=23, seed=1, num_streams=9, text_card=30, card=20):

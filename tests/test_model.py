@@ -1,24 +1,48 @@
 """What must always hold for a model with TTT (docs/mathematics.md lists the invariants)."""
 
+import dataclasses
 import itertools
 
 import pytest
 import torch
-from helpers import moshi_like, random_codes, tiny_args, tiny_lm_kwargs, tiny_model
+from helpers import (
+    fast_state,
+    moshi_like,
+    random_codes,
+    tiny_args,
+    tiny_linear_args,
+    tiny_lm_kwargs,
+    tiny_model,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from moshi.models.lm import LMGen, LMModel
 
-from ttt import TTTArgs, build_model, measuring, state_bytes, ttt_parameters
+from ttt import TTTArgs, build_model, measuring, ops, state_bytes, ttt_parameters
+from ttt.layers.in_place import InPlaceState
 
-ARGS = {
+IN_PLACE = {
     "text": tiny_args(),
     "input": tiny_args(target="input"),
     "hidden": tiny_args(target="hidden"),
     "long kernel": tiny_args(conv_kernel_size=3, conv_lookahead=1),
     "bounded": tiny_args(max_delta_norm=0.5),
 }
-every_method = pytest.mark.parametrize("args", ARGS.values(), ids=ARGS.keys())
+LINEAR = {
+    "linear": tiny_linear_args(),
+    "linear with rope": tiny_linear_args(use_rope=True),
+    "mlp": tiny_linear_args(method="mlp", base_lr=0.4),
+    "mlp with rope": tiny_linear_args(method="mlp", base_lr=0.4, use_rope=True),
+}
+ARGS = IN_PLACE | LINEAR
+
+
+def each_of(args):
+    return pytest.mark.parametrize("args", args.values(), ids=args.keys())
+
+
+every_method = each_of(ARGS)
+"""A new method is tested by being added to `ARGS`."""
 
 
 def stock_copy(model, **lm_overrides):
@@ -39,7 +63,7 @@ def stream(model, codes, lengths):
     """The same, in calls of the given numbers of frames."""
     with torch.no_grad(), model.streaming(codes.shape[0]):
         parts = [model.forward_text(part)[1][:, 0] for part in codes.split(lengths, dim=2)]
-        states = [module._streaming_state.change.clone() for module in model.ttt_layers.values()]
+        states = [x for module in model.ttt_layers.values() for x in fast_state(module)]
     return torch.cat(parts, dim=1), states
 
 
@@ -57,7 +81,7 @@ def test_untrained_ttt_is_the_plain_model(args):
     assert torch.equal(ours.mask, stock.mask) and torch.equal(ours.text_mask, stock.text_mask)
 
 
-@every_method
+@each_of(IN_PLACE)
 def test_trained_ttt_changes_the_output_beyond_the_first_chunk_only(args):
     model = tiny_model(args)
     codes = random_codes()
@@ -71,6 +95,21 @@ def test_no_inner_learning_or_a_single_chunk_is_the_plain_model(args):
     model = tiny_model(args)
     codes = random_codes()
     assert_same(text_logits(model, codes), text_logits(stock_copy(model), codes), 1e-12)
+
+
+@each_of(LINEAR)
+def test_linear_and_mlp_learn_from_the_first_frame_on(args):
+    """Without inner learning they are not the plain model, but layers that stay as they are."""
+    learning = tiny_model(args)
+    fixed = tiny_model(dataclasses.replace(args, base_lr=0.0))
+    codes = random_codes()
+    difference = (text_logits(learning, codes) - text_logits(fixed, codes)).abs().amax(dim=2)
+    assert difference.min() > 1e-6 and difference.mean() > 1e-2
+    for model, learns in ((learning, True), (fixed, False)):
+        # Before the first mini-batch ends, and after the fifth.
+        first, *_ = stream(model, codes[:, :, :3], [3])[1]
+        last, *_ = stream(model, codes, [10, 10, 3])[1]
+        assert ((last - first).norm() > 0.1 * first.norm()) == learns
 
 
 @every_method
@@ -88,7 +127,7 @@ def test_the_future_never_changes_the_past(args):
 
 
 @every_method
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(data=st.data())
 def test_any_split_into_calls_gives_the_same(args, data):
     num_frames = 23
@@ -104,9 +143,10 @@ def test_any_split_into_calls_gives_the_same(args, data):
         assert_same(a, b)
 
 
-def test_streaming_equals_the_whole_sequence_with_moshis_own_norm_and_positions():
+@every_method
+def test_streaming_equals_the_whole_sequence_with_moshis_own_norm_and_positions(args):
     model = tiny_model(
-        dtype=torch.float32, **{k: moshi_like()[k] for k in ("norm", "positional_embedding")}
+        args, dtype=torch.float32, **{k: moshi_like()[k] for k in ("norm", "positional_embedding")}
     )
     codes = random_codes(num_frames=60)
     whole = text_logits(model, codes)
@@ -130,11 +170,12 @@ def test_every_row_equals_its_run_alone(args):
         assert_same(together[row], text_logits(model, codes[row : row + 1])[0])
 
 
-@settings(max_examples=15, deadline=None)
+@every_method
+@settings(max_examples=5, deadline=None)
 @given(data=st.data())
-def test_paused_and_restarted_rows_touch_no_other(data):
+def test_paused_and_restarted_rows_touch_no_other(args, data):
     """Three rows, each paused and restarted at random, equal three streams run alone."""
-    model = tiny_model()
+    model = tiny_model(args)
     streams = [random_codes(batch=1, num_frames=40, seed=row)[0] for row in range(3)]
     position, heard, spoken = [0] * 3, [[] for _ in range(3)], [[] for _ in range(3)]
     with torch.no_grad(), model.streaming(3):
@@ -162,8 +203,9 @@ def test_paused_and_restarted_rows_touch_no_other(data):
             assert_same(torch.stack(spoken[row]), alone)
 
 
-def test_rows_at_different_frames_take_many_frames_a_call():
-    model = tiny_model(context=40)
+@every_method
+def test_rows_at_different_frames_take_many_frames_a_call(args):
+    model = tiny_model(args, context=40)
     codes = random_codes(num_frames=30)
     with torch.no_grad(), model.streaming(2):
         model.set_exec_mask(torch.tensor([True, False]))
@@ -175,8 +217,9 @@ def test_rows_at_different_frames_take_many_frames_a_call():
     assert_same(both[1], text_logits(model, codes[1:, :, :17])[0])
 
 
-def test_inference_never_changes_a_weight():
-    model = tiny_model()
+@every_method
+def test_inference_never_changes_a_weight(args):
+    model = tiny_model(args)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     codes = random_codes()
     model(codes)
@@ -189,8 +232,9 @@ def test_inference_never_changes_a_weight():
     assert all(torch.equal(before[k], after[k]) for k in before)
 
 
-def test_a_restarted_stream_remembers_nothing():
-    model = tiny_model(context=20)
+@every_method
+def test_a_restarted_stream_remembers_nothing(args):
+    model = tiny_model(args, context=20)
     codes = random_codes(num_frames=12)
     with torch.no_grad(), model.streaming(2):
         first = model.forward_text(codes)[1]
@@ -198,8 +242,9 @@ def test_a_restarted_stream_remembers_nothing():
         assert torch.equal(model.forward_text(codes)[1], first)
 
 
-def test_padding_and_an_open_chunk_change_nothing():
-    model = tiny_model()
+@every_method
+def test_padding_and_an_open_chunk_change_nothing(args):
+    model = tiny_model(args)
     codes = random_codes(num_frames=18)
     padded = torch.nn.functional.pad(codes, (0, 9), value=-1)
     assert_same(text_logits(model, padded)[:, :18], text_logits(model, codes), 1e-12)
@@ -207,24 +252,25 @@ def test_padding_and_an_open_chunk_change_nothing():
 
 @every_method
 def test_every_ttt_parameter_learns(args):
-    """From the untrained start: the conv first, the projection once the conv is not zero."""
+    """From the untrained start: first the one that starts at zero, the others once it is not."""
     model = tiny_model(args, trained=False).train()
     optimizer = torch.optim.SGD(ttt_parameters(model).values(), lr=1.0)
-    assert len(ttt_parameters(model)) == 4
+    assert {name.split(".")[2] for name in ttt_parameters(model)} == {"0", "2"}
     for step in range(2):
         optimizer.zero_grad()
         model(random_codes()).text_logits.square().mean().backward()
         for name, parameter in ttt_parameters(model).items():
-            if step == 1 or name.endswith("conv"):
+            if step == 1 or name.endswith(("target_conv", "out_proj")):
                 assert parameter.grad.abs().max() > 0, name
         optimizer.step()
 
 
-def test_gradients_survive_checkpointing_and_compilation():
+@each_of({name: ARGS[name] for name in ("text", "linear", "mlp with rope")})
+def test_gradients_survive_checkpointing_and_compilation(args):
     """Neither recomputing activations nor compiling the layers changes loss or gradients."""
     results = []
     for variant in ("plain", "checkpointed", "compiled"):
-        model = tiny_model(dtype=torch.float64).train()
+        model = tiny_model(args, dtype=torch.float64).train()
         model.transformer.checkpointing = variant == "checkpointed"
         if variant == "compiled":
             for layer in model.transformer.layers:
@@ -240,9 +286,10 @@ def test_gradients_survive_checkpointing_and_compilation():
             assert_same(grads[name], results[0][1][name], 1e-10)
 
 
-def test_stock_generation_runs_the_model_and_equals_the_whole_sequence():
+@every_method
+def test_stock_generation_runs_the_model_and_equals_the_whole_sequence(args):
     """Greedy `LMGen`, one frame at a time: its tokens are those that the parallel pass prefers."""
-    model = tiny_model(context=40)
+    model = tiny_model(args, context=40)
     user = random_codes(num_frames=24, batch=2)[:, 5:]
     generator = LMGen(model, use_sampling=False)
     with generator.streaming(2):
@@ -278,20 +325,38 @@ def test_measurements_say_whether_ttt_does_anything():
     assert 0 < measured["layer_00/effect"] < 1
 
 
-def test_state_bytes_counts_what_streaming_allocates():
-    model = tiny_model(dtype=torch.float32)
+@each_of(LINEAR)
+def test_measurements_tell_how_well_the_inner_loop_learns(args):
+    model = tiny_model(args)
+    codes = random_codes(num_frames=40)
+    with torch.no_grad(), measuring(model) as measured:
+        model(codes)
+    names = ("effect", "inner_loss_initial", "inner_loss_before", "inner_loss_after")
+    assert set(measured) == {f"layer_{i:02d}/{name}" for i in (0, 2) for name in names}
+    initial, before, after = (measured[f"layer_00/{name}"] for name in names[1:])
+    assert after < before and after < initial
+    assert 0 < measured["layer_00/effect"] < 10
+    with torch.no_grad(), measuring(model) as short:
+        model(codes[:, :, :3])
+    assert set(short) == {"layer_00/effect", "layer_02/effect"}
+
+
+@every_method
+def test_state_bytes_counts_what_streaming_allocates(args):
+    model = tiny_model(args, dtype=torch.float32)
     with model.streaming(3):
         allocated = sum(
             t.numel() * t.element_size()
             for module in model.ttt_layers.values()
-            for t in (
-                module._streaming_state.change,
-                module._streaming_state.pending_z,
-                module._streaming_state.pending_source,
-                module._streaming_state.num_pending,
-            )
+            for t in tensors_of(module._streaming_state)
         )
     assert state_bytes(model, 3) == allocated
+
+
+def tensors_of(state):
+    if not isinstance(state, InPlaceState):
+        return state.tensors().values()
+    return (state.change, state.pending_z, state.pending_source, state.num_pending)
 
 
 @pytest.mark.parametrize(
@@ -301,6 +366,14 @@ def test_state_bytes_counts_what_streaming_allocates():
         (tiny_args(chunk_size=0), {}, "ttt.chunk_size: must be at least 1"),
         (tiny_args(conv_lookahead=2), {}, "ttt.conv_lookahead"),
         (tiny_args(), {"gating": "none", "depformer_gating": "silu"}, "needs gated MLPs"),
+        (tiny_linear_args(start_layer=3), {}, "beyond the model's last layer, 2"),
+        (tiny_linear_args(mini_batch_size=1), {}, "ttt.mini_batch_size: must be at least 2, got 1"),
+        (tiny_linear_args(use_rope=True), {"dim": 18}, "ttt.use_rope: needs an even head width"),
+        (tiny_linear_args(gate_init=0.0), {}, "ttt.gate_init: must be a number other than 0"),
+        (tiny_linear_args(rope_theta=5.0), {}, "ttt.rope_theta: has no effect with use_rope"),
+        (tiny_linear_args(chunk_size=8), {}, "ttt.chunk_size: is an option of method in_place"),
+        (tiny_args(use_rope=True), {}, "ttt.use_rope: is an option of method linear and mlp"),
+        (tiny_args(attention_context=0), {}, "ttt.attention_context: must be at least 1"),
     ],
 )
 def test_what_cannot_be_built_is_one_clear_error(args, lm_overrides, message):
@@ -313,3 +386,56 @@ def test_layers_are_where_they_are_configured():
     assert args.layers(32) == [5, 11, 17, 23, 29]
     model = tiny_model(tiny_args(start_layer=1, layer_frequency=1))
     assert list(model.ttt_layers) == [1, 2]
+
+
+@every_method
+def test_attention_windows_are_where_they_are_configured(args, caplog):
+    """A frame is forgotten where only attention could have carried it."""
+    args = dataclasses.replace(args, attention_context=2)
+    with caplog.at_level("INFO"):
+        model = build_model(tiny_lm_kwargs(), args, device="meta", attention_context=7)
+    assert [layer.self_attn.context for layer in model.transformer.layers] == [2, 7, 2]
+    assert model.context == 7
+    assert "attention sees 2 frames in the 2 TTT layers, and 7 in the 1 others" in caplog.text
+    assert {layer.self_attn.context for layer in model.depformer.layers} == {None}
+    model = tiny_model(args, context=5)
+    codes = random_codes(num_frames=30)
+    assert_same(stream(model, codes, [1] * 30)[0], text_logits(model, codes))
+
+
+def test_rope_counts_positions_inside_the_mini_batch(monkeypatch, caplog):
+    """Read at once or frame by frame, also when rows are at different frames."""
+    seen = []
+    rope = ops.rope
+    monkeypatch.setattr(
+        ops, "rope", lambda x, at, theta: seen.append(at) or rope(x, at, theta=theta)
+    )
+    with caplog.at_level("INFO"):
+        model = tiny_model(tiny_linear_args(use_rope=True, mini_batch_size=16), context=300)
+    assert caplog.text.count("RoPE") == 1
+    codes = random_codes(num_frames=256)
+    text_logits(model, codes)
+    assert all(torch.equal(at, torch.arange(256)[None] % 16) for at in seen)
+    # Queries and keys of two layers.
+    assert len(seen) == 4
+    seen.clear()
+    stream(model, codes, [1] * 256)
+    assert [at[:, 0].tolist() for at in seen[::4]] == [[t % 16] * 2 for t in range(256)]
+    seen.clear()
+    with torch.no_grad(), model.streaming(2):
+        model.forward_text(codes[:, :, :3])
+        model.reset_streaming(torch.tensor([False, True]))
+        model.forward_text(codes[:, :, :14])
+    assert torch.equal(seen[-1], (torch.tensor([[3], [0]]) + torch.arange(14)) % 16)
+
+
+def test_without_rope_nothing_of_it_is_executed(monkeypatch, caplog):
+    def fail(*_, **__):
+        raise AssertionError("RoPE is off")
+
+    monkeypatch.setattr(ops, "rope", fail)
+    model = tiny_model(tiny_linear_args())
+    codes = random_codes()
+    text_logits(model, codes)
+    stream(model, codes, [1] * 23)
+    assert "RoPE" not in caplog.text

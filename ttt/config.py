@@ -1,7 +1,27 @@
 """The configuration of test-time training: the `ttt` section of a run's YAML."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
+
+# Of which methods an option is; those that are not named here belong to all.
+_IN_PLACE = (
+    "write",
+    "chunk_size",
+    "learning_rate",
+    "target",
+    "conv_kernel_size",
+    "conv_lookahead",
+    "max_delta_norm",
+)
+_LINEAR_AND_MLP = (
+    "mini_batch_size",
+    "base_lr",
+    "use_rope",
+    "rope_theta",
+    "gate_init",
+    "scan_checkpoint_group_size",
+)
+_DEFAULT_BASE_LR = {"linear": 1.0, "mlp": 0.1}
 
 
 @dataclass
@@ -11,8 +31,9 @@ class TTTArgs:
     enabled: bool = False
     """Whether the model has TTT layers."""
 
-    method: Literal["in_place"] = "in_place"
-    """`in_place`: the output projection of the gated MLP is the fast weight."""
+    method: Literal["in_place", "linear", "mlp"] = "in_place"
+    """`in_place`: the output projection of the gated MLP is the fast weight. `linear`, `mlp`: new
+    layers between attention and MLP, whose heads hold a linear map or a small MLP that learns."""
 
     start_layer: int = 5
     """The first layer with TTT, counted from 0."""
@@ -44,6 +65,40 @@ class TTTArgs:
     max_delta_norm: float | None = None
     """Upper bound τ on the Frobenius norm of one chunk's update, before η; null: no bound."""
 
+    mini_batch_size: int = 16
+    """Frames between two updates of the fast weights (`linear`, `mlp`)."""
+
+    base_lr: float | None = None
+    """Inner learning rate, which the model scales frame by frame (`linear`, `mlp`); null: 1.0 for
+    `linear`, 0.1 for `mlp`."""
+
+    use_rope: bool = False
+    """Turn the keys and queries of `linear` and `mlp` by their position in the mini-batch."""
+
+    rope_theta: float = 10_000.0
+    """How slowly the slowest pair of channels turns, with `use_rope`."""
+
+    gate_init: float = 0.1
+    """α at the start: the layers of `linear` and `mlp` are added with a weight of tanh(α)."""
+
+    scan_checkpoint_group_size: int = 16
+    """Mini-batches that `linear` and `mlp` keep together for the backward pass: less memory for
+    small groups, as only the fast weights are kept between them."""
+
+    attention_context: int | None = None
+    """Frames that attention sees in the TTT layers; null: as many as in the others. With
+    `enabled: false` it still counts in these layers, so that a control run differs in TTT alone."""
+
+    @property
+    def update_frames(self) -> int:
+        """Frames between two updates of the fast weights."""
+        return self.chunk_size if self.method == "in_place" else self.mini_batch_size
+
+    @property
+    def inner_base_lr(self) -> float:
+        """`base_lr`, or its default for the method."""
+        return _DEFAULT_BASE_LR[self.method] if self.base_lr is None else self.base_lr
+
     @property
     def lookahead_frames(self) -> int:
         return self.conv_kernel_size - 1 if self.conv_lookahead is None else self.conv_lookahead
@@ -73,6 +128,8 @@ class TTTArgs:
                 ("layer_frequency", 1),
                 ("chunk_size", 1),
                 ("conv_kernel_size", 1),
+                ("mini_batch_size", 2),
+                ("scan_checkpoint_group_size", 1),
             )
             if getattr(self, name) < low
         ]
@@ -93,4 +150,36 @@ class TTTArgs:
                     f"got {self.conv_lookahead}",
                 )
             )
+        if self.attention_context is not None and self.attention_context < 1:
+            found.append(("attention_context", f"must be at least 1, got {self.attention_context}"))
+        return found + self._linear_problems() + self._misplaced()
+
+    def _linear_problems(self) -> list[tuple[str, str]]:
+        found = []
+        if self.base_lr is not None and not 0 <= self.base_lr < float("inf"):
+            found.append(("base_lr", f"must be 0 or more, or null; got {self.base_lr}"))
+        if not 1 < self.rope_theta < float("inf"):
+            found.append(("rope_theta", f"must be more than 1, got {self.rope_theta}"))
+        if self.gate_init == 0 or not abs(self.gate_init) < float("inf"):
+            found.append(
+                (
+                    "gate_init",
+                    f"must be a number other than 0, got {self.gate_init}: behind a closed gate "
+                    "the output projection, which starts at zero, would never learn",
+                )
+            )
+        return found
+
+    def _misplaced(self) -> list[tuple[str, str]]:
+        """Options that were changed and that nothing would read."""
+        others = _LINEAR_AND_MLP if self.method == "in_place" else _IN_PLACE
+        owner = "linear and mlp" if self.method == "in_place" else "in_place"
+        changed = {f.name for f in fields(self) if getattr(self, f.name) != f.default}
+        found = [
+            (name, f"is an option of method {owner}, and ttt.method is {self.method}; remove it")
+            for name in others
+            if name in changed
+        ]
+        if "rope_theta" in changed and self.method != "in_place" and not self.use_rope:
+            found.append(("rope_theta", "has no effect with use_rope: false; remove it"))
         return found

@@ -1,5 +1,6 @@
 """Moshi with TTT: where the layers go, and how the embeddings reach them."""
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -12,11 +13,25 @@ from moshi.utils.compile import no_compile
 from torch import Tensor, nn
 
 from ttt.config import TTTArgs
-from ttt.layers import InPlaceGating
+from ttt.layers import InPlaceGating, TTTMixer
+
+logger = logging.getLogger(__name__)
+
+TTTModule = InPlaceGating | TTTMixer
 
 
 class TTTTransformerLayer(StreamingTransformerLayer):
-    """A stock layer that hands the token embeddings on to a gating that learns at test time."""
+    """A stock layer with a place for TTT: between attention and MLP, `ttt`; or within the MLP, a
+    gating that learns at test time, which it hands the token embeddings on to."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.ttt: TTTMixer | None = None
+
+    @property
+    def ttt_module(self) -> TTTModule | None:
+        """What learns at test time in this layer."""
+        return self.gating if isinstance(self.gating, InPlaceGating) else self.ttt
 
     def forward(
         self,
@@ -24,13 +39,18 @@ class TTTTransformerLayer(StreamingTransformerLayer):
         cross_attention_src: Tensor | None = None,
         token_embeddings: Tensor | None = None,
     ) -> Tensor:
-        if not isinstance(self.gating, InPlaceGating):
+        if self.ttt_module is None:
             return super().forward(x, cross_attention_src)
         assert token_embeddings is not None and cross_attention_src is None
         with _eager_on_cpu(x.device):
             x = self._sa_block(x)
-            update = self.gating(self.norm2(x), token_embeddings)
-            x = x.to(update) + self.layer_scale_2(update)
+            if self.ttt is not None:
+                x = x + self.ttt(x)
+            if isinstance(self.gating, InPlaceGating):
+                update = self.gating(self.norm2(x), token_embeddings)
+                x = x.to(update) + self.layer_scale_2(update)
+            else:
+                x = self._ff_block(x)
         if self._streaming_state is not None:
             self._streaming_state.offset_cpu += x.shape[1]
         return x
@@ -39,18 +59,19 @@ class TTTTransformerLayer(StreamingTransformerLayer):
 class TTTLMModel(LMModel):
     """A stock `LMModel`, trainable and streamable as such, with TTT in some layers.
 
-    State-dict keys are the stock ones, plus `transformer.layers.N.gating.target_*`.
+    State-dict keys are the stock ones, plus `transformer.layers.N.gating.target_*` (in-place) or
+    `transformer.layers.N.ttt.*` (linear, mlp).
     """
 
     ttt_args: TTTArgs
 
     @property
-    def ttt_layers(self) -> dict[int, InPlaceGating]:
+    def ttt_layers(self) -> dict[int, TTTModule]:
         """The TTT modules by layer index."""
         return {
-            index: layer.gating
+            index: layer.ttt_module
             for index, layer in enumerate(self.transformer.layers)
-            if isinstance(layer.gating, InPlaceGating)
+            if layer.ttt_module is not None
         }
 
     def forward_text(
@@ -90,6 +111,7 @@ def build_model(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     gradient_checkpointing: bool = False,
+    attention_context: int | None = None,
 ) -> TTTLMModel:
     """A Moshi with random weights and TTT in the configured layers, in training mode.
 
@@ -101,15 +123,23 @@ def build_model(
         device: `meta` to load weights later.
         dtype: of the parameters.
         gradient_checkpointing: keep only the layers' inputs for the backward pass.
+        attention_context: frames that attention sees, instead of the `context` in `lm_kwargs`; in
+            the TTT layers `ttt_args.attention_context` replaces both.
 
     Raises:
-        ValueError: an option out of range, no layer to put TTT in, or a layer without a gated MLP.
+        ValueError: an option out of range, no layer to put TTT in, a layer without a gated MLP, or
+            an odd head width with RoPE.
     """
+    lm_kwargs = dict(lm_kwargs)
+    if attention_context is not None:
+        if attention_context < 1:
+            raise ValueError(f"attention_context: must be at least 1, got {attention_context}")
+        lm_kwargs["context"] = attention_context
     problems = ttt_args.problems()
     if problems:
         raise ValueError("; ".join(f"ttt.{name}: {problem}" for name, problem in problems))
     indices = ttt_args.layers(lm_kwargs["num_layers"])
-    if indices and lm_kwargs.get("gating", "none") == "none":
+    if indices and ttt_args.method == "in_place" and lm_kwargs.get("gating", "none") == "none":
         raise ValueError(
             "ttt.method: in_place needs gated MLPs, and this model has none (gating: none)."
         )
@@ -129,9 +159,47 @@ def build_model(
     model.ttt_args = ttt_args
     for index in indices:
         layer = model.transformer.layers[index]
-        assert isinstance(layer.gating, ActivationGating)
-        layer.gating = InPlaceGating(layer.gating, ttt_args)
+        if ttt_args.method == "in_place":
+            assert isinstance(layer.gating, ActivationGating)
+            layer.gating = InPlaceGating(layer.gating, ttt_args)
+        else:
+            layer.ttt = TTTMixer(
+                model.dim,
+                layer.self_attn.num_heads,
+                lm_kwargs.get("norm", "layer_norm"),
+                ttt_args,
+                device=device,
+                dtype=dtype,
+            )
+    assert list(model.ttt_layers) == indices
+    _set_attention_context(model, ttt_args)
+    if indices and ttt_args.use_rope:
+        logger.info(
+            "TTT turns queries and keys by their position modulo %d (RoPE, theta %g)",
+            ttt_args.mini_batch_size,
+            ttt_args.rope_theta,
+        )
     return model
+
+
+def _set_attention_context(model: TTTLMModel, args: TTTArgs) -> None:
+    """In the TTT layers, or those that would be: a control run with `enabled: false` must see as
+    much as the run that it is compared with. The KV cache of streaming follows, as it asks the
+    attention."""
+    if args.attention_context is None:
+        return
+    layers = model.transformer.layers
+    chosen = layers[args.start_layer :: args.layer_frequency]
+    for layer in chosen:
+        layer.self_attn.context = args.attention_context
+    assert len(chosen) == len(model.ttt_layers) or not args.enabled
+    logger.info(
+        "attention sees %d frames in the %d TTT layers, and %s in the %d others",
+        args.attention_context,
+        len(chosen),
+        model.context,
+        len(layers) - len(chosen),
+    )
 
 
 def ttt_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -139,7 +207,7 @@ def ttt_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {
         f"{name}.{key}": parameter
         for name, module in model.named_modules()
-        if isinstance(module, InPlaceGating)
+        if isinstance(module, TTTModule)
         for key, parameter in module.ttt_parameters().items()
     }
 
@@ -148,6 +216,9 @@ def state_bytes(model: TTTLMModel, batch_size: int) -> int:
     """Bytes that the streaming state of TTT takes for `batch_size` streams."""
     total = 0
     for module in model.ttt_layers.values():
+        if isinstance(module, TTTMixer):
+            total += module.state_bytes(batch_size)
+            continue
         per_frame = (module.hidden + module.width) * module.base_weight.element_size()
         per_row = 4 * module.width * module.hidden + module.args.chunk_size * per_frame + 8
         total += batch_size * per_row
@@ -159,7 +230,9 @@ def measuring(model: TTTLMModel, *, enabled: bool = True) -> Iterator[dict[str, 
     """Collects what TTT does in the forward passes within the block, if `enabled`.
 
     The dictionary that it gives is filled when the block ends: `layer_05/effect` and so on, scalar
-    tensors of the last forward pass. See `InPlaceGating._measure` for their meaning.
+    tensors of the last forward pass. See `InPlaceGating._measure` for their meaning; with `linear`
+    and `mlp` they are `effect`, ‖what TTT adds‖ / ‖what it is added to‖, and `inner_loss_initial`,
+    `inner_loss_before` and `inner_loss_after`, see `TTTMixer._inner_losses`.
     """
     collected: dict[str, Tensor] = {}
     for module in model.ttt_layers.values():

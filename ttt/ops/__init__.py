@@ -1,6 +1,17 @@
 """Pure functions: tensors in, tensors out. `reference` defines, the rest is fast."""
 
-from ttt.ops import reference
+from ttt.ops import reference, reference_linear
 from ttt.ops.in_place import chunk_conv, chunk_delta, in_place_ttt
+from ttt.ops.linear import inner_losses, rope, ttt_linear, ttt_mlp
 
-__all__ = ["chunk_conv", "chunk_delta", "in_place_ttt", "reference"]
+__all__ = [
+    "chunk_conv",
+    "chunk_delta",
+    "in_place_ttt",
+    "inner_losses",
+    "reference",
+    "reference_linear",
+    "rope",
+    "ttt_linear",
+    "ttt_mlp",
+]

@@ -1,0 +1,371 @@
+"""TTT-Linear and TTT-MLP: per head, a small network learns to reconstruct while it reads.
+
+The network f_W has one linear layer (TTT-Linear) or two with a tanh-GELU between (TTT-MLP). Of
+every frame, ½ ‖LN(f_W(k)) − (v − k)‖² is to fall; a mini-batch of K frames shares the weights of
+its start. With positions t, s inside it and `η[t, s] = token_scale[t] · eta[s]`, every linear layer
+of inputs x̄ (of the query), x (of the keys) and gradients g at its outputs gives
+
+    x̄ W + b − (η ⊙ tril(x̄ xᵀ + 1)) g                      (the dual form)
+
+and after the mini-batch `W −= (η[K−1] ⊙ x)ᵀ g`, `b −= Σ η[K−1] g`. The `tril` makes it causal:
+a frame is read with the gradients of its own and earlier frames.
+
+Streaming uses the same pieces: `inner_errors` (what frames write), `inner_read`, `inner_write`.
+
+Source: Sun et al. 2024, Learning to (Learn at Test Time); docs/mathematics.md.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ttt.ops.layout import lay_out
+
+EPSILON = 1e-6
+"""Of the layer norm inside the loop."""
+
+InnerLayers = tuple[tuple[Tensor, Tensor], ...]
+"""The fast weights of f_W, layer by layer: W [B, H, in, out] and b [B, H, out]."""
+
+Written = tuple[tuple[Tensor, Tensor], ...]
+"""What frames write, layer by layer: inputs x [B, H, K, in] and errors eta · g [B, H, K, out]."""
+
+
+def ttt_linear(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    eta: Tensor,
+    w: Tensor,
+    b: Tensor,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    *,
+    token_scale: Tensor,
+    scan_checkpoint_group_size: int | None = None,
+    documents: Tensor | None = None,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """TTT-Linear on a sequence that starts at the start of a mini-batch.
+
+    Args:
+        q, k, v: [B, H, T, f], any T.
+        eta: [B, H, T], inner learning rate of each frame.
+        w: [H, f, f] or [B, H, f, f], the fast weights at the start; b: [H, f] or [B, H, f].
+        ln_weight, ln_bias: [H, f], of the layer norm.
+        token_scale: [K], how much of the mini-batch's step the frame at each position sees. Its
+            length is the mini-batch size.
+        scan_checkpoint_group_size: mini-batches whose intermediate results are kept together for
+            the backward pass, and made again there; between groups only the fast weights are kept.
+            None: keep everything.
+        documents: [B, T] integers; a new document begins wherever the number changes. It starts
+            from `w`, `b` and with a new mini-batch. None: every row is one document.
+
+    Returns:
+        The output [B, H, T, f] in the dtype of q, and the fast weights after the last complete
+        mini-batch of each row, at least in float32: an incomplete one gives outputs but does not
+        write.
+    """
+    out, ((w, b),) = inner_scan(
+        q,
+        k,
+        v,
+        eta,
+        ((w, b),),
+        ln_weight,
+        ln_bias,
+        token_scale=token_scale,
+        scan_checkpoint_group_size=scan_checkpoint_group_size,
+        documents=documents,
+    )
+    return out, (w, b)
+
+
+def ttt_mlp(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    eta: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    *,
+    token_scale: Tensor,
+    scan_checkpoint_group_size: int | None = None,
+    documents: Tensor | None = None,
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """TTT-MLP: as `ttt_linear`, with two layers and their weights.
+
+    Args:
+        w1: [H, f, 4f], b1: [H, 4f], w2: [H, 4f, f], b2: [H, f]; or with a batch in front.
+
+    Returns:
+        The output [B, H, T, f], and (w1, b1, w2, b2).
+    """
+    out, ((w1, b1), (w2, b2)) = inner_scan(
+        q,
+        k,
+        v,
+        eta,
+        ((w1, b1), (w2, b2)),
+        ln_weight,
+        ln_bias,
+        token_scale=token_scale,
+        scan_checkpoint_group_size=scan_checkpoint_group_size,
+        documents=documents,
+    )
+    return out, (w1, b1, w2, b2)
+
+
+def rope(x: Tensor, positions: Tensor, *, theta: float) -> Tensor:
+    """Rotary position embedding on interleaved pairs of channels, at least in float32.
+
+    Args:
+        x: [B, H, T, f], f even.
+        positions: [1 or B, T], for TTT those inside the mini-batch.
+        theta: the slowest pair turns by about 1/theta a position.
+
+    Returns:
+        [B, H, T, f].
+    """
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    width = x.shape[-1]
+    exponents = torch.arange(0, width, 2, device=x.device, dtype=x.dtype) / width
+    angles = positions[:, None, :, None] * theta**-exponents
+    cos, sin = angles.cos(), angles.sin()
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
+
+
+def flatten(layers: InnerLayers) -> tuple[Tensor, ...]:
+    """((w1, b1), …) as (w1, b1, …), as the operators take and give them; `Written` likewise."""
+    return tuple(x for pair in layers for x in pair)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Of every head its own. x: [B, H, T, f]; weight, bias: [H, f]."""
+    normed = F.layer_norm(x, x.shape[-1:], eps=EPSILON)
+    return normed * weight.unsqueeze(-2) + bias.unsqueeze(-2)
+
+
+# The pieces of the inner loop ---------------------------------------------------------------------
+
+
+def inner_forward(layers: InnerLayers, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """f_W(x): the inputs [B, H, T, in] and the outputs [B, H, T, out] of each linear layer."""
+    inputs: list[Tensor] = []
+    outputs: list[Tensor] = []
+    for index, (w, b) in enumerate(layers):
+        inputs.append(x if index == 0 else F.gelu(outputs[-1], approximate="tanh"))
+        outputs.append(inputs[-1] @ w + b.unsqueeze(-2))
+    return inputs, outputs
+
+
+def inner_errors(
+    layers: InnerLayers, k: Tensor, v: Tensor, eta: Tensor, ln_weight: Tensor, ln_bias: Tensor
+) -> Written:
+    """What frames write, by the weights of their mini-batch's start. Shapes: see `ttt_linear`."""
+    inputs, outputs = inner_forward(layers, k)
+    gradient = _reconstruction_gradient(outputs[-1], v - k, ln_weight, ln_bias)
+    errors = [eta.unsqueeze(-1) * gradient]
+    for index in range(len(layers) - 1, 0, -1):
+        back = errors[0] @ layers[index][0].transpose(-1, -2)
+        errors.insert(0, torch.ops.aten.gelu_backward(back, outputs[index - 1], approximate="tanh"))
+    return tuple(zip(inputs, errors, strict=True))
+
+
+def inner_read(layers: InnerLayers, written: Written, q: Tensor, scale: Tensor) -> Tensor:
+    """f of the query, before the layer norm, with the steps that are taken by then: [B, H, T, f].
+
+    Args:
+        layers: the weights at the mini-batch's start.
+        written: of the mini-batch's frames s; see `inner_errors`.
+        q: [B, H, T, f], of frames t.
+        scale: broadcasts to [B, H, T, S]: token_scale[t] where s is t or earlier, else 0.
+    """
+    out = q
+    for index, ((w, b), (x, errors)) in enumerate(zip(layers, written, strict=True)):
+        if index > 0:
+            out = F.gelu(out, approximate="tanh")
+        steps = (out @ x.transpose(-1, -2) + 1) * scale
+        out = out @ w + b.unsqueeze(-2) - steps @ errors
+    return out
+
+
+def inner_write(layers: InnerLayers, written: Written, scale: Tensor) -> InnerLayers:
+    """The weights after a mini-batch.
+
+    Args:
+        scale: broadcasts to [B, H, K, f]: token_scale[K − 1], or 0 where nothing is to be written.
+    """
+    updated = []
+    for (w, b), (x, errors) in zip(layers, written, strict=True):
+        step = scale * errors
+        updated.append((w - x.transpose(-1, -2) @ step, b - step.sum(-2)))
+    return tuple(updated)
+
+
+@torch.no_grad()
+def inner_losses(
+    k: Tensor,
+    v: Tensor,
+    eta: Tensor,
+    layers: InnerLayers,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    *,
+    token_scale: Tensor,
+) -> dict[str, Tensor]:
+    """½ ‖LN(f_W(k)) − (v − k)‖² by position: {name: [T']}, means over batch and heads.
+
+    Of the T' frames in complete mini-batches, with three weights: `initial`, those at the start of
+    the sequence; `before` and `after` the update by the frame's own mini-batch. Shapes: see
+    `ttt_linear`.
+    """
+    size = token_scale.shape[0]
+    num_frames = k.shape[2] - k.shape[2] % size
+    dtype = torch.promote_types(k.dtype, torch.float32)
+    k, v, eta = (x[:, :, :num_frames].to(dtype) for x in (k, v, eta))
+    ln_weight, ln_bias, token_scale = (x.to(dtype) for x in (ln_weight, ln_bias, token_scale))
+    layers = tuple((w.to(dtype), b.to(dtype)) for w, b in layers)
+
+    def losses(layers: InnerLayers, k: Tensor, v: Tensor) -> Tensor:
+        found = layer_norm(inner_forward(layers, k)[1][-1], ln_weight, ln_bias)
+        return 0.5 * (found - (v - k)).square().sum(-1).mean((0, 1))
+
+    initial, before, after = losses(layers, k, v), [], []
+    for start in range(0, num_frames, size):
+        here = slice(start, start + size)
+        piece = k[:, :, here], v[:, :, here]
+        before.append(losses(layers, *piece))
+        written = inner_errors(layers, *piece, eta[:, :, here], ln_weight, ln_bias)
+        layers = inner_write(layers, written, token_scale[-1])
+        after.append(losses(layers, *piece))
+    nothing = initial[:0]
+    return {
+        "initial": initial,
+        "before": torch.cat([nothing, *before]),
+        "after": torch.cat([nothing, *after]),
+    }
+
+
+def _reconstruction_gradient(z: Tensor, target: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """∂/∂z of ½ ‖LN(z) − target‖²; z, target: [B, H, K, f], weight, bias: [H, f]."""
+    variance, mean = torch.var_mean(z, dim=-1, keepdim=True, correction=0)
+    rstd = torch.rsqrt(variance + EPSILON)
+    normed = (z - mean) * rstd
+    weight = weight.unsqueeze(-2)
+    g = (normed * weight + bias.unsqueeze(-2) - target) * weight
+    return (g - g.mean(-1, keepdim=True) - normed * (g * normed).mean(-1, keepdim=True)) * rstd
+
+
+# The scan over mini-batches -----------------------------------------------------------------------
+
+
+def inner_scan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    eta: Tensor,
+    layers: InnerLayers,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    *,
+    token_scale: Tensor,
+    scan_checkpoint_group_size: int | None = None,
+    documents: Tensor | None = None,
+) -> tuple[Tensor, InnerLayers]:
+    """`ttt_linear` or `ttt_mlp`, by the number of layers."""
+    size, num_frames = token_scale.shape[0], q.shape[2]
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    layout = lay_out(num_frames, size, documents, like=q.new_empty(0, dtype=dtype))
+    q, k, v, eta = (layout.spread(x, size) for x in (q, k, v, eta))
+    ln_weight, ln_bias, token_scale = (x.to(dtype) for x in (ln_weight, ln_bias, token_scale))
+    batch = q.shape[0]
+    layers = initial = tuple(
+        (w.to(dtype).expand(batch, *w.shape[-3:]), b.to(dtype).expand(batch, *b.shape[-2:]))
+        for w, b in layers
+    )
+    # Row t of the mask is scaled by token_scale[t].
+    read_scale = token_scale[:, None] * token_scale.new_ones(size, size).tril()
+    write_scale = (token_scale[-1] * layout.complete)[:, None, :, None, None]
+
+    # Split and unbind, not slices: the gradient of a slice is as large as what it was cut from.
+    pieces = [
+        x.split(scan_checkpoint_group_size or layout.num_mini_batches, dim=2)
+        for x in (q, k, v, eta, write_scale)
+    ]
+    first = 0
+    outputs = []
+    for piece in zip(*pieces, strict=True):
+        last = first + piece[0].shape[2]
+        arguments: Sequence[Any] = (
+            *piece,
+            None if layout.starts is None else layout.starts[:, first:last],
+            read_scale,
+            ln_weight,
+            ln_bias,
+            initial,
+            layers,
+        )
+        first = last
+        if scan_checkpoint_group_size is None or not torch.is_grad_enabled():
+            out, layers = _group(*arguments)
+        else:
+            out, layers = checkpoint(_group, *arguments, use_reentrant=False)
+        outputs.append(out)
+    out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+    return layout.gather(out, num_frames), layers
+
+
+def _group(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    eta: Tensor,
+    write_scale: Tensor,
+    starts: Tensor | None,
+    read_scale: Tensor,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    initial: InnerLayers,
+    layers: InnerLayers,
+) -> tuple[Tensor, InnerLayers]:
+    """Some mini-batches one after the other.
+
+    Args:
+        q, k, v: [B, H, N, K, f]; eta: [B, H, N, K]; write_scale: [1 or B, 1, N, 1, 1].
+        starts: [B, N], where to begin anew from `initial`.
+
+    Returns:
+        The output [B, H, N, K, f] in the dtype of q, and the weights afterwards.
+    """
+    dtype, out_dtype = read_scale.dtype, q.dtype
+    # Here and not for the whole sequence: what is kept between groups stays as small as it came.
+    q, k, v, eta = (x.to(dtype) for x in (q, k, v, eta))
+    outputs = []
+    mini_batches = zip(*(x.unbind(2) for x in (q, k, v, eta, write_scale)), strict=True)
+    for n, (q_n, k_n, v_n, eta_n, write_scale_n) in enumerate(mini_batches):
+        if starts is not None:
+            layers = _where(starts[:, n], initial, layers)
+        written = inner_errors(layers, k_n, v_n, eta_n, ln_weight, ln_bias)
+        outputs.append(inner_read(layers, written, q_n, read_scale))
+        layers = inner_write(layers, written, write_scale_n)
+    z = torch.stack(outputs, dim=2)
+    out = q + layer_norm(z, ln_weight[:, None], ln_bias[:, None])
+    return out.to(out_dtype), layers
+
+
+def _where(rows: Tensor, there: InnerLayers, elsewhere: InnerLayers) -> InnerLayers:
+    """Rows [B] from one, the others from the other."""
+    row = rows[:, None, None]
+    return tuple(
+        (torch.where(row[..., None], w, old_w), torch.where(row, b, old_b))
+        for (w, b), (old_w, old_b) in zip(there, elsewhere, strict=True)
+    )
