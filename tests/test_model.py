@@ -4,7 +4,14 @@ import itertools
 
 import pytest
 import torch
-from helpers import moshi_like, random_codes, tiny_args, tiny_lm_kwargs, tiny_model
+from helpers import (
+    moshi_like,
+    random_codes,
+    tiny_args,
+    tiny_delta_args,
+    tiny_lm_kwargs,
+    tiny_model,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from moshi.models.lm import LMGen, LMModel
@@ -17,6 +24,9 @@ ARGS = {
     "hidden": tiny_args(target="hidden"),
     "long kernel": tiny_args(conv_kernel_size=3, conv_lookahead=1),
     "bounded": tiny_args(max_delta_norm=0.5),
+    "decay": tiny_args(state_decay=0.8),
+    "delta": tiny_delta_args(),
+    "delta, input, decay": tiny_delta_args(target="input", state_decay=0.8),
 }
 every_method = pytest.mark.parametrize("args", ARGS.values(), ids=ARGS.keys())
 
@@ -66,7 +76,10 @@ def test_trained_ttt_changes_the_output_beyond_the_first_chunk_only(args):
     assert difference[:, 5:].amax(dim=2).min() > 1e-3
 
 
-@pytest.mark.parametrize("args", [tiny_args(learning_rate=0.0), tiny_args(chunk_size=23)])
+@pytest.mark.parametrize(
+    "args",
+    [tiny_args(learning_rate=0.0), tiny_args(chunk_size=23), tiny_delta_args(chunk_size=23)],
+)
 def test_no_inner_learning_or_a_single_chunk_is_the_plain_model(args):
     model = tiny_model(args)
     codes = random_codes()
@@ -130,11 +143,12 @@ def test_every_row_equals_its_run_alone(args):
         assert_same(together[row], text_logits(model, codes[row : row + 1])[0])
 
 
-@settings(max_examples=15, deadline=None)
+@every_method
+@settings(max_examples=10, deadline=None)
 @given(data=st.data())
-def test_paused_and_restarted_rows_touch_no_other(data):
+def test_paused_and_restarted_rows_touch_no_other(args, data):
     """Three rows, each paused and restarted at random, equal three streams run alone."""
-    model = tiny_model()
+    model = tiny_model(args)
     streams = [random_codes(batch=1, num_frames=40, seed=row)[0] for row in range(3)]
     position, heard, spoken = [0] * 3, [[] for _ in range(3)], [[] for _ in range(3)]
     with torch.no_grad(), model.streaming(3):
@@ -162,8 +176,9 @@ def test_paused_and_restarted_rows_touch_no_other(data):
             assert_same(torch.stack(spoken[row]), alone)
 
 
-def test_rows_at_different_frames_take_many_frames_a_call():
-    model = tiny_model(context=40)
+@every_method
+def test_rows_at_different_frames_take_many_frames_a_call(args):
+    model = tiny_model(args, context=40)
     codes = random_codes(num_frames=30)
     with torch.no_grad(), model.streaming(2):
         model.set_exec_mask(torch.tensor([True, False]))
@@ -175,8 +190,9 @@ def test_rows_at_different_frames_take_many_frames_a_call():
     assert_same(both[1], text_logits(model, codes[1:, :, :17])[0])
 
 
-def test_inference_never_changes_a_weight():
-    model = tiny_model()
+@every_method
+def test_inference_never_changes_a_weight(args):
+    model = tiny_model(args)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     codes = random_codes()
     model(codes)
@@ -189,8 +205,9 @@ def test_inference_never_changes_a_weight():
     assert all(torch.equal(before[k], after[k]) for k in before)
 
 
-def test_a_restarted_stream_remembers_nothing():
-    model = tiny_model(context=20)
+@every_method
+def test_a_restarted_stream_remembers_nothing(args):
+    model = tiny_model(args, context=20)
     codes = random_codes(num_frames=12)
     with torch.no_grad(), model.streaming(2):
         first = model.forward_text(codes)[1]
@@ -198,8 +215,9 @@ def test_a_restarted_stream_remembers_nothing():
         assert torch.equal(model.forward_text(codes)[1], first)
 
 
-def test_padding_and_an_open_chunk_change_nothing():
-    model = tiny_model()
+@every_method
+def test_padding_and_an_open_chunk_change_nothing(args):
+    model = tiny_model(args)
     codes = random_codes(num_frames=18)
     padded = torch.nn.functional.pad(codes, (0, 9), value=-1)
     assert_same(text_logits(model, padded)[:, :18], text_logits(model, codes), 1e-12)
@@ -210,7 +228,7 @@ def test_every_ttt_parameter_learns(args):
     """From the untrained start: the conv first, the projection once the conv is not zero."""
     model = tiny_model(args, trained=False).train()
     optimizer = torch.optim.SGD(ttt_parameters(model).values(), lr=1.0)
-    assert len(ttt_parameters(model)) == 4
+    assert len(ttt_parameters(model)) == (6 if args.write == "delta" else 4)
     for step in range(2):
         optimizer.zero_grad()
         model(random_codes()).text_logits.square().mean().backward()
@@ -220,11 +238,12 @@ def test_every_ttt_parameter_learns(args):
         optimizer.step()
 
 
-def test_gradients_survive_checkpointing_and_compilation():
+@pytest.mark.parametrize("args", [tiny_args(), tiny_delta_args()], ids=["sum", "delta"])
+def test_gradients_survive_checkpointing_and_compilation(args):
     """Neither recomputing activations nor compiling the layers changes loss or gradients."""
     results = []
     for variant in ("plain", "checkpointed", "compiled"):
-        model = tiny_model(dtype=torch.float64).train()
+        model = tiny_model(args, dtype=torch.float64).train()
         model.transformer.checkpointing = variant == "checkpointed"
         if variant == "compiled":
             for layer in model.transformer.layers:
@@ -240,9 +259,10 @@ def test_gradients_survive_checkpointing_and_compilation():
             assert_same(grads[name], results[0][1][name], 1e-10)
 
 
-def test_stock_generation_runs_the_model_and_equals_the_whole_sequence():
+@pytest.mark.parametrize("args", [tiny_args(), tiny_delta_args()], ids=["sum", "delta"])
+def test_stock_generation_runs_the_model_and_equals_the_whole_sequence(args):
     """Greedy `LMGen`, one frame at a time: its tokens are those that the parallel pass prefers."""
-    model = tiny_model(context=40)
+    model = tiny_model(args, context=40)
     user = random_codes(num_frames=24, batch=2)[:, 5:]
     generator = LMGen(model, use_sampling=False)
     with generator.streaming(2):
@@ -278,18 +298,15 @@ def test_measurements_say_whether_ttt_does_anything():
     assert 0 < measured["layer_00/effect"] < 1
 
 
-def test_state_bytes_counts_what_streaming_allocates():
-    model = tiny_model(dtype=torch.float32)
+@every_method
+def test_state_bytes_counts_what_streaming_allocates(args):
+    model = tiny_model(args, dtype=torch.float32)
     with model.streaming(3):
         allocated = sum(
-            t.numel() * t.element_size()
+            tensor.numel() * tensor.element_size()
             for module in model.ttt_layers.values()
-            for t in (
-                module._streaming_state.change,
-                module._streaming_state.pending_z,
-                module._streaming_state.pending_source,
-                module._streaming_state.num_pending,
-            )
+            for name, tensor in vars(module._streaming_state).items()
+            if isinstance(tensor, torch.Tensor) and name != "exec_mask"
         )
     assert state_bytes(model, 3) == allocated
 
@@ -300,6 +317,11 @@ def test_state_bytes_counts_what_streaming_allocates():
         (tiny_args(start_layer=3), {}, "beyond the model's last layer, 2"),
         (tiny_args(chunk_size=0), {}, "ttt.chunk_size: must be at least 1"),
         (tiny_args(conv_lookahead=2), {}, "ttt.conv_lookahead"),
+        (tiny_args(write="delta"), {}, "ttt.learning_rate: belongs to write: sum"),
+        (tiny_args(write_strength=5.0), {}, "ttt.write_strength: belongs to write: delta"),
+        (tiny_delta_args(max_delta_norm=1.0), {}, "ttt.max_delta_norm: belongs to write: sum"),
+        (tiny_delta_args(write_strength=0.0), {}, "ttt.write_strength: must be positive"),
+        (tiny_args(state_decay=1.5), {}, "ttt.state_decay: must be above 0 and at most 1"),
         (tiny_args(), {"gating": "none", "depformer_gating": "silu"}, "needs gated MLPs"),
     ],
 )
