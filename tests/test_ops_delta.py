@@ -97,7 +97,9 @@ def test_silence_writes_nothing():
     z, v, _, _ = random_inputs(4, num_frames=12)
     silent = torch.cat([z[:, :4], torch.zeros_like(z[:, :4]), z[:, 8:]], dim=1)
     out = ops.in_place_delta(silent, v, beta=10.0, chunk_size=4)
-    without = ops.in_place_delta(z[:, [*range(4), *range(8, 12)]], v[:, :8], beta=10.0, chunk_size=4)
+    without = ops.in_place_delta(
+        z[:, [*range(4), *range(8, 12)]], v[:, :8], beta=10.0, chunk_size=4
+    )
     torch.testing.assert_close(out[:, 8:], without[:, 4:], rtol=1e-12, atol=1e-12)
 
 

@@ -29,8 +29,8 @@ class TTTArgs:
     """Frames between two updates of the fast weights; 256 frames are 20.5 s."""
 
     learning_rate: float = 1e-3
-    """Inner learning rate η, the step size of an update, for `write: sum`. Its effect depends on the norms of
-    activations and targets: watch `ttt/*/effect` in the metrics, not this number."""
+    """Inner learning rate η, the step size of an update, for `write: sum`. Its effect depends on
+    the norms of activations and targets: watch `ttt/*/effect` in the metrics, not this number."""
 
     write_strength: float = 10.0
     """How nearly a chunk's targets are met, for `write: delta`: the initial β, which every layer

@@ -212,9 +212,12 @@ class InPlaceGating(StreamingModule[InPlaceState]):
     @torch.no_grad()
     def _stream(self, z: Tensor, source: Tensor, state: InPlaceState) -> Tensor:
         """S z of T more frames, [B, T, d]; rows may differ in position."""
-        num_frames = z.shape[1]
-        if z.is_cuda and num_frames == 1:
+        if z.is_cuda and z.shape[1] == 1:
             return self._stream_frame(z, source, state).to(z.dtype)
+        return self._stream_frames(z, source, state).to(z.dtype)
+
+    def _stream_frames(self, z: Tensor, source: Tensor, state: InPlaceState) -> Tensor:
+        num_frames = z.shape[1]
         outputs = []
         start = 0
         while start < num_frames:
@@ -226,7 +229,7 @@ class InPlaceGating(StreamingModule[InPlaceState]):
             self._append(z[:, piece], source[:, piece], outputs[-1], state)
             self._write_complete_chunks(state)
             start += length
-        return torch.cat(outputs, dim=1).to(z.dtype)
+        return torch.cat(outputs, dim=1)
 
     def _stream_frame(self, z: Tensor, source: Tensor, state: InPlaceState) -> Tensor:
         """The same for one frame, and nothing is asked of the device: a CUDA graph can hold it."""

@@ -17,6 +17,7 @@ h = 11264, the dual form alone is faster. The two T × T matrices of its backwar
 take twice the memory of z, so the limit is set at 3 d h / (d + h), 9,000 frames.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -93,7 +94,7 @@ def split_documents(documents: Tensor) -> list[int]:
     """Lengths of the documents in [B, T] numbers, row after row. Asks the device."""
     starts = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True).flatten()
     edges = [*starts.nonzero().flatten().tolist(), documents.numel()]
-    return [b - a for a, b in zip(edges, edges[1:], strict=False)]
+    return [b - a for a, b in itertools.pairwise(edges)]
 
 
 def number_chunks(
@@ -126,8 +127,8 @@ def scores(x: Tensor, y: Tensor, cut: Cut) -> Tensor:
         first = 0 if cut.decay != 1 else a
         if first < e:
             age = chunk[a:b, None] - 1 - chunk[first:e]
-            weight = torch.where(age >= 0, torch.pow(cut.decay, age.clamp(min=0).to(accumulating_dtype(x.dtype))), 0.0)
-            out[:, a:b, first:e].mul_(weight)
+            powers = torch.pow(cut.decay, age.clamp(min=0).to(accumulating_dtype(x.dtype)))
+            out[:, a:b, first:e].mul_(torch.where(age >= 0, powers, 0.0))
         out[:, a:b, e:b] = 0
     return out
 
@@ -180,16 +181,10 @@ class State:
         e = self._weighted(e, to_end=not self.reverse)
         if self.value is None:
             self.value = product(e.T, z)
-        elif z.is_cuda and self.value.dtype != z.dtype and torch.__version__ >= (2, 10):
+        elif z.is_cuda and self.value.dtype != z.dtype and torch.__version__ >= "2.10":
             # One pass over the state instead of three.
-            torch.addmm(
-                self.value,
-                e.T,
-                z,
-                beta=self.cut.carried,
-                out_dtype=self.value.dtype,
-                out=self.value,
-            )
+            state, kept = self.value, self.cut.carried
+            torch.addmm(state, e.T, z, beta=kept, out_dtype=state.dtype, out=state)
         else:
             self.value.mul_(self.cut.carried).add_(product(e.T, z))
 

@@ -17,6 +17,7 @@ and O_i and G_i what the frames of chunk i read and its errors receive from late
     dV = X,  dK_i = −X_i E_iᵀ,  dZ as for `sum` with Y in place of dO, and by dK_i.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -112,7 +113,9 @@ def _inverses(z: Tensor, beta: Tensor, cut: chunks.Cut) -> tuple[Tensor, Tensor]
     return _inverse(grams, beta)
 
 
-def _write(weights: Tensor, inverses: Tensor, v: Tensor, out: Tensor, e: Tensor, cut: chunks.Cut):
+def _write(
+    weights: Tensor, inverses: Tensor, v: Tensor, out: Tensor, e: Tensor, cut: chunks.Cut
+) -> None:
     """One super-chunk, chunk by chunk: adds to OUT what its chunks read of each other, makes E.
 
     Args:
@@ -155,11 +158,18 @@ def _write_backward(
         y[:, start:stop] = d_out[:, start:stop] - solved
 
 
-def _steps(length: int, cut: chunks.Cut):
+def _steps(length: int, cut: chunks.Cut) -> Iterator[tuple[int, int, int, int]]:
     """The chunks of a super-chunk, each as (block's start, block's end, start, end)."""
     for a, _, b in cut.blocks(length):
         for start in range(a, b, cut.chunk_size):
             yield a, b, start, min(start + cut.chunk_size, b)
+
+
+def _with(
+    group: list[tuple[Tensor, ...]], made: list[tuple[Tensor, ...]]
+) -> list[tuple[Tensor, ...]]:
+    """The group with the scores and inverses of every batch of super-chunks."""
+    return [(*part, *m[:2]) for part, m in zip(group, made, strict=True)]
 
 
 class _Delta(torch.autograd.Function):
@@ -180,7 +190,7 @@ class _Delta(torch.autograd.Function):
                 _write(*made[0][:2], v_part, out_part, e_part, cut)
                 continue
             state = chunks.State(cut)
-            parts = chunks.super_chunks([(*part, *m[:2]) for part, m in zip(group, made)])
+            parts = chunks.super_chunks(_with(group, made))
             for k, (z_k, v_k, out_k, e_k, weights, inverses) in enumerate(parts):
                 state.read(z_k, out_k, 1.0)
                 _write(weights[None], inverses[None], v_k[None], out_k[None], e_k[None], cut)
@@ -204,7 +214,7 @@ class _Delta(torch.autograd.Function):
                 _, _, d_out_part, _, x_part, y_part = group[0]
                 _write_backward(*made[0][:2], d_out_part, x_part, y_part, cut)
             else:
-                parts = chunks.super_chunks([(*part, *m[:2]) for part, m in zip(group, made)])
+                parts = chunks.super_chunks(_with(group, made))
                 later = chunks.State(cut, reverse=True)
                 for k, (z_k, e_k, d_out_k, d_z_k, x_k, y_k, weights, inverses) in reversed(
                     list(enumerate(parts))

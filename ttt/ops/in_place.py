@@ -145,7 +145,7 @@ def delta_norm_square(z: Tensor, v: Tensor, chunk_size: int) -> Tensor:
 
 def _bounded(z: Tensor, v: Tensor, chunk_size: int, max_delta_norm: float) -> Tensor:
     """The targets, scaled down in the complete chunks whose Δ is too long."""
-    batch, num_frames, _ = v.shape
+    num_frames = v.shape[1]
     if num_frames < chunk_size:
         return v
     square = delta_norm_square(z, v, chunk_size)

@@ -158,8 +158,8 @@ class _Write:
             *a.stride(),
             *b.stride(),
             *out.stride(),
-            alpha,
-            beta,
+            float(alpha),
+            float(beta),
             HAS_BETA=beta != 0,
             HAS_MINUS=minus is not None,
             HAS_SCALE=scale is not None,
@@ -188,7 +188,7 @@ class _Write:
             out,
             self.num_pending,
             self.chunk_size,
-            max_delta_norm,
+            float(max_delta_norm),
             ACC=_DTYPES[self.dtype],
             BLOCK=1024,
         )
@@ -317,9 +317,7 @@ def _product_kernel(
                     mask=(k < inner)[:, None] & (n < columns)[None, :],
                     other=0.0,
                 )
-                total += tl.dot(
-                    left.to(DOT), right.to(DOT), input_precision="ieee", out_dtype=ACC
-                )
+                total += tl.dot(left.to(DOT), right.to(DOT), input_precision="ieee", out_dtype=ACC)
             place = row * out_batch + m[:, None] * out_row + n[None, :] * out_column
             inside = (m < rows)[:, None] & (n < columns)[None, :]
             total *= alpha
