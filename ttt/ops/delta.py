@@ -17,7 +17,7 @@ and O_i and G_i what the frames of chunk i read and its errors receive from late
     dV = X,  dK_i = −X_i E_iᵀ,  dZ as for `sum` with Y in place of dO, and by dK_i.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -166,7 +166,7 @@ def _steps(length: int, cut: chunks.Cut) -> Iterator[tuple[int, int, int, int]]:
 
 
 def _with(
-    group: list[tuple[Tensor, ...]], made: list[tuple[Tensor, ...]]
+    group: Sequence[tuple[Tensor, ...]], made: Sequence[tuple[Tensor, ...]]
 ) -> list[tuple[Tensor, ...]]:
     """The group with the scores and inverses of every batch of super-chunks."""
     return [(*part, *m[:2]) for part, m in zip(group, made, strict=True)]
