@@ -52,7 +52,7 @@ def test_a_long_stream_stays_sane(args, num_frames):
     assert logits.isfinite().all() and sizes.isfinite().all()
     if args.write == "delta":
         # Most is learnt early; what follows must not add up.
-        assert sizes.max() < 3 * sizes[: len(sizes) // 5].max()
+        assert sizes.max() < 5 * sizes[: len(sizes) // 5].max()
         assert logits.abs().max() < 3 * logits[: num_frames // 5].abs().max()
     for low, high in zip(states, stream(args, torch.float64, codes)[2], strict=True):
         assert (low - high).norm() / high.norm() < 1e-3
