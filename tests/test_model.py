@@ -144,7 +144,7 @@ def test_every_row_equals_its_run_alone(args):
 
 
 @every_method
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(data=st.data())
 def test_paused_and_restarted_rows_touch_no_other(args, data):
     """Three rows, each paused and restarted at random, equal three streams run alone."""

@@ -121,3 +121,22 @@ def test_bfloat16_is_as_close_as_its_rounding(super_chunk):
         rounded = ops.in_place_delta(low_z, low_v, beta=10.0, chunk_size=8)
     assert rounded.dtype == torch.bfloat16
     assert (rounded - exact).norm() / exact.norm() < 0.02
+
+
+@pytest.mark.parametrize("rule", ["sum", "delta"])
+def test_what_the_backward_pass_keeps_grows_with_the_length_and_not_its_square(rule):
+    sizes_of_kept = []
+
+    def keep(tensor):
+        sizes_of_kept[-1] += tensor.numel()
+        return tensor
+
+    for num_frames in (64, 512):
+        sizes_of_kept.append(0)
+        z, v, _, _ = random_inputs(0, num_frames=num_frames)
+        with sizes(16, 4), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            if rule == "sum":
+                ops.in_place_ttt(z, v, lr=1.0, chunk_size=4)
+            else:
+                ops.in_place_delta(z, v, beta=10.0, chunk_size=4)
+    assert sizes_of_kept[1] < 8.1 * sizes_of_kept[0]

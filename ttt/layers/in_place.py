@@ -236,23 +236,25 @@ class InPlaceGating(StreamingModule[InPlaceState]):
         from ttt.ops.stream_frame import stream_frame
 
         is_delta = self.log_write_strength is not None
-        return stream_frame(
-            z,
-            source,
-            change=state.change,
-            pending_z=state.pending_z,
-            pending_source=state.pending_source,
-            pending_read=state.pending_read,
-            num_pending=state.num_pending,
-            exec_mask=state.exec_mask,
-            conv=self.target_conv,
-            projection=self.target_proj,
-            lookahead=self.args.lookahead_frames,
-            decay=self.args.state_decay,
-            lr=1.0 if is_delta else self.args.learning_rate,
-            max_delta_norm=self.args.max_delta_norm,
-            beta=self.write_strength,
-        )
+        # Triton launches on the current device.
+        with torch.cuda.device_of(z):
+            return stream_frame(
+                z,
+                source,
+                change=state.change,
+                pending_z=state.pending_z,
+                pending_source=state.pending_source,
+                pending_read=state.pending_read,
+                num_pending=state.num_pending,
+                exec_mask=state.exec_mask,
+                conv=self.target_conv,
+                projection=self.target_proj,
+                lookahead=self.args.lookahead_frames,
+                decay=self.args.state_decay,
+                lr=1.0 if is_delta else self.args.learning_rate,
+                max_delta_norm=self.args.max_delta_norm,
+                beta=self.write_strength,
+            )
 
     def _append(self, z: Tensor, source: Tensor, read: Tensor, state: InPlaceState) -> None:
         """Keep frames of the open chunk. A paused row's land where its next ones will."""
