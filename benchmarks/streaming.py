@@ -42,6 +42,8 @@ def generate(
     """Tokens [B, 9, T], milliseconds of every step, and updates by layer."""
     generator = LMGen(model, use_sampling=False)
     frames, step_ms = [], []
+    before: dict[int, torch.Tensor] = {}
+    updates: dict[int, int] = {}
     with nullcontext() if graphs else no_cuda_graph(), generator.streaming(user.shape[0]):
         for t in range(user.shape[2]):
             synchronize(user.device)
@@ -51,11 +53,18 @@ def generate(
             step_ms.append(1e3 * (time.perf_counter() - started_at))
             if frame is not None:
                 frames.append(frame.clone())
-        updates = {
-            index: int(module.num_updates().unique().item())
-            for index, module in model.ttt_layers.items()
-        }
+            for index, fast in fast_weights(model).items():
+                if index not in before or not torch.equal(fast, before[index]):
+                    before[index] = fast.clone()
+                    updates[index] = updates.get(index, -1) + 1
     return torch.cat(frames, dim=2), step_ms, updates
+
+
+def fast_weights(model: TTTLMModel) -> dict[int, torch.Tensor]:
+    """By layer, a tensor of the streaming state that changes with every update alone."""
+    states = {index: module._streaming_state for index, module in model.ttt_layers.items()}
+    tensors = {index: state.tensors() for index, state in states.items() if state is not None}
+    return {index: named.get("change", named.get("w1")) for index, named in tensors.items()}
 
 
 def synchronize(device: torch.device) -> None:

@@ -61,6 +61,11 @@ def tiny_linear_args(**overrides) -> TTTArgs:
     return TTTArgs(**{"enabled": True, **options, **overrides})
 
 
+def tiny_delta_args(**overrides) -> TTTArgs:
+    """The same with `write: delta`."""
+    return tiny_args(write="delta", learning_rate=TTTArgs.learning_rate, **overrides)
+
+
 def tiny_model(
     args: TTTArgs | None = None, *, dtype=torch.float64, seed=0, trained=True, **lm_overrides
 ) -> TTTLMModel:

@@ -6,6 +6,7 @@ from helpers import (
     fast_state,
     random_codes,
     tiny_args,
+    tiny_delta_args,
     tiny_linear_args,
     tiny_lm_kwargs,
     tiny_model,
@@ -18,7 +19,8 @@ from finetune.distributed import World
 from finetune.loss import LossWeights, stream_sums
 from finetune.model import trainable_by_role
 from finetune.optim import Optimizer
-from ttt import build_model
+from ttt import build_model, ops
+from ttt.ops import chunks
 
 pytestmark = [
     pytest.mark.gpu,
@@ -34,8 +36,12 @@ def generate(model, user):
     return torch.cat([frame.clone() for frame in frames if frame is not None], dim=2), states
 
 
-METHODS = {
-    "in_place": tiny_args(learning_rate=0.1),
+RULES = {
+    "sum": tiny_args(learning_rate=0.1),
+    "bounded, decay": tiny_args(learning_rate=0.1, max_delta_norm=0.5, state_decay=0.9),
+    "delta": tiny_delta_args(state_decay=0.9),
+}
+METHODS = RULES | {
     "linear": tiny_linear_args(base_lr=1.0),
     "mlp": tiny_linear_args(method="mlp", base_lr=0.1, use_rope=True),
 }
@@ -55,6 +61,38 @@ def test_a_cuda_graph_learns_as_eager_code_does(batch, args):
     for a, b in zip(graphed_states, eager_states, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
     assert (graphed == eager).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("args", METHODS.values(), ids=METHODS.keys())
+def test_frames_on_the_device_equal_the_whole_sequence(args):
+    """The kernels of a step against the fast form that training uses."""
+    model = tiny_model(args, dtype=torch.float32, context=80).cuda()
+    codes = random_codes(num_frames=60).cuda()
+    with torch.no_grad():
+        whole = model.forward_text(codes)[1]
+        with model.streaming(2):
+            frames = [model.forward_text(frame)[1] for frame in codes.split(1, dim=2)]
+    torch.testing.assert_close(torch.cat(frames, dim=2), whole, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("super_chunk", [64, 2048])
+@pytest.mark.parametrize("rule", ["sum", "delta"])
+def test_fast_forms_in_bfloat16_are_as_close_as_its_rounding(rule, super_chunk, monkeypatch):
+    monkeypatch.setattr(chunks, "SUPER_CHUNK_FRAMES", super_chunk)
+    torch.manual_seed(0)
+    z = torch.randn(2, 300, 64).bfloat16()
+    v, d_out = torch.randn(2, 300, 32).bfloat16(), torch.randn(2, 300, 32).bfloat16()
+    results = []
+    for device, dtype in (("cpu", torch.float64), ("cuda", torch.bfloat16)):
+        inputs = [x.to(device, dtype).requires_grad_() for x in (z, v)]
+        if rule == "sum":
+            out = ops.in_place_ttt(*inputs, lr=0.01, chunk_size=16, decay=0.95)
+        else:
+            out = ops.in_place_delta(*inputs, beta=10.0, chunk_size=16, decay=0.95)
+        grads = torch.autograd.grad(out, inputs, d_out.to(device, dtype))
+        results.append([x.cpu().double() for x in (out, *grads)])
+    for exact, rounded in zip(*results, strict=True):
+        assert (rounded - exact).norm() / exact.norm() < 0.03
 
 
 @pytest.mark.parametrize("args", METHODS.values(), ids=METHODS.keys())

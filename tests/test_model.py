@@ -10,6 +10,7 @@ from helpers import (
     moshi_like,
     random_codes,
     tiny_args,
+    tiny_delta_args,
     tiny_linear_args,
     tiny_lm_kwargs,
     tiny_model,
@@ -19,7 +20,6 @@ from hypothesis import strategies as st
 from moshi.models.lm import LMGen, LMModel
 
 from ttt import TTTArgs, build_model, measuring, ops, state_bytes, ttt_parameters
-from ttt.layers.in_place import InPlaceState
 
 IN_PLACE = {
     "text": tiny_args(),
@@ -27,6 +27,9 @@ IN_PLACE = {
     "hidden": tiny_args(target="hidden"),
     "long kernel": tiny_args(conv_kernel_size=3, conv_lookahead=1),
     "bounded": tiny_args(max_delta_norm=0.5),
+    "decay": tiny_args(state_decay=0.8),
+    "delta": tiny_delta_args(),
+    "delta, input, decay": tiny_delta_args(target="input", state_decay=0.8),
 }
 LINEAR = {
     "linear": tiny_linear_args(),
@@ -90,7 +93,10 @@ def test_trained_ttt_changes_the_output_beyond_the_first_chunk_only(args):
     assert difference[:, 5:].amax(dim=2).min() > 1e-3
 
 
-@pytest.mark.parametrize("args", [tiny_args(learning_rate=0.0), tiny_args(chunk_size=23)])
+@pytest.mark.parametrize(
+    "args",
+    [tiny_args(learning_rate=0.0), tiny_args(chunk_size=23), tiny_delta_args(chunk_size=23)],
+)
 def test_no_inner_learning_or_a_single_chunk_is_the_plain_model(args):
     model = tiny_model(args)
     codes = random_codes()
@@ -265,7 +271,7 @@ def test_every_ttt_parameter_learns(args):
         optimizer.step()
 
 
-@each_of({name: ARGS[name] for name in ("text", "linear", "mlp with rope")})
+@each_of({name: ARGS[name] for name in ("text", "delta", "linear", "mlp with rope")})
 def test_gradients_survive_checkpointing_and_compilation(args):
     """Neither recomputing activations nor compiling the layers changes loss or gradients."""
     results = []
@@ -348,15 +354,9 @@ def test_state_bytes_counts_what_streaming_allocates(args):
         allocated = sum(
             t.numel() * t.element_size()
             for module in model.ttt_layers.values()
-            for t in tensors_of(module._streaming_state)
+            for t in module._streaming_state.tensors().values()
         )
     assert state_bytes(model, 3) == allocated
-
-
-def tensors_of(state):
-    if not isinstance(state, InPlaceState):
-        return state.tensors().values()
-    return (state.change, state.pending_z, state.pending_source, state.num_pending)
 
 
 @pytest.mark.parametrize(
@@ -365,6 +365,11 @@ def tensors_of(state):
         (tiny_args(start_layer=3), {}, "beyond the model's last layer, 2"),
         (tiny_args(chunk_size=0), {}, "ttt.chunk_size: must be at least 1"),
         (tiny_args(conv_lookahead=2), {}, "ttt.conv_lookahead"),
+        (tiny_args(write="delta"), {}, "ttt.learning_rate: belongs to write: sum"),
+        (tiny_args(write_strength=5.0), {}, "ttt.write_strength: belongs to write: delta"),
+        (tiny_delta_args(max_delta_norm=1.0), {}, "ttt.max_delta_norm: belongs to write: sum"),
+        (tiny_delta_args(write_strength=0.0), {}, "ttt.write_strength: must be positive"),
+        (tiny_args(state_decay=1.5), {}, "ttt.state_decay: must be above 0 and at most 1"),
         (tiny_args(), {"gating": "none", "depformer_gating": "silu"}, "needs gated MLPs"),
         (tiny_linear_args(start_layer=3), {}, "beyond the model's last layer, 2"),
         (tiny_linear_args(mini_batch_size=1), {}, "ttt.mini_batch_size: must be at least 2, got 1"),

@@ -1,12 +1,23 @@
 """The fast forms against the frame-by-frame definition: values and gradients."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ttt import ops
-from ttt.ops import reference
+from ttt.ops import chunks, reference
+
+
+@contextmanager
+def sizes(super_chunk, block):
+    """Small super-chunks and blocks of rows, so that short sequences have many of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chunks, "SUPER_CHUNK_FRAMES", super_chunk)
+        patch.setattr(chunks, "BLOCK_FRAMES", block)
+        yield
 
 
 def random_inputs(seed, batch=2, num_frames=19, hidden=7, width=5):
@@ -23,25 +34,32 @@ def random_inputs(seed, batch=2, num_frames=19, hidden=7, width=5):
     return z.requires_grad_(), v.requires_grad_(), documents, normal(batch, num_frames, width)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     seed=st.integers(0, 10_000),
-    num_frames=st.integers(1, 23),
+    num_frames=st.integers(1, 40),
     chunk_size=st.integers(1, 9),
     bound=st.sampled_from([None, 1e-3, 3.0, 1e6]),
+    decay=st.sampled_from([1.0, 0.9, 0.3]),
     packed=st.booleans(),
+    super_chunk=st.sampled_from([4, 12, 2048]),
+    block=st.sampled_from([1, 6, 256]),
 )
-def test_in_place_equals_its_definition(seed, num_frames, chunk_size, bound, packed):
+def test_in_place_equals_its_definition(
+    seed, num_frames, chunk_size, bound, decay, packed, super_chunk, block
+):
     z, v, documents, weights = random_inputs(seed, num_frames=num_frames)
     options = {
         "lr": 0.7,
         "chunk_size": chunk_size,
         "max_delta_norm": bound,
         "documents": documents if packed else None,
+        "decay": decay,
     }
     results = []
     for op in (reference.in_place_ttt, ops.in_place_ttt):
-        out = op(z, v, **options)
+        with sizes(super_chunk, block):
+            out = op(z, v, **options)
         # Frames of a single chunk leave the definition's output without any graph.
         grads = torch.autograd.grad(
             (out * weights).sum() + 0 * (z.sum() + v.sum()), (z, v), materialize_grads=True

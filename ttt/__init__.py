@@ -2,5 +2,16 @@
 
 from ttt.config import TTTArgs
 from ttt.model import TTTLMModel, build_model, measuring, state_bytes, ttt_parameters
+from ttt.state import get_state, reset, set_state
 
-__all__ = ["TTTArgs", "TTTLMModel", "build_model", "measuring", "state_bytes", "ttt_parameters"]
+__all__ = [
+    "TTTArgs",
+    "TTTLMModel",
+    "build_model",
+    "get_state",
+    "measuring",
+    "reset",
+    "set_state",
+    "state_bytes",
+    "ttt_parameters",
+]

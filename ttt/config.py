@@ -12,6 +12,8 @@ _IN_PLACE = (
     "conv_kernel_size",
     "conv_lookahead",
     "max_delta_norm",
+    "write_strength",
+    "state_decay",
 )
 _LINEAR_AND_MLP = (
     "mini_batch_size",
@@ -41,15 +43,24 @@ class TTTArgs:
     layer_frequency: int = 6
     """Layers `start_layer + k * layer_frequency` have TTT; Moshi 7B: 5, 11, 17, 23, 29."""
 
-    write: Literal["sum"] = "sum"
-    """What a chunk writes. `sum`: the sum of outer products of targets and MLP activations."""
+    write: Literal["sum", "delta"] = "sum"
+    """What a chunk writes. `sum`: the sum of outer products of targets and MLP activations.
+    `delta`: what the fast weights do not know yet, by regularised least squares; for long
+    streams."""
 
     chunk_size: int = 256
     """Frames between two updates of the fast weights; 256 frames are 20.5 s."""
 
     learning_rate: float = 1e-3
-    """Inner learning rate η, the step size of an update. Its effect depends on the norms of
-    activations and targets: watch `ttt/*/effect` in the metrics, not this number."""
+    """Inner learning rate η, the step size of an update, for `write: sum`. Its effect depends on
+    the norms of activations and targets: watch `ttt/*/effect` in the metrics, not this number."""
+
+    write_strength: float = 10.0
+    """How nearly a chunk's targets are met, for `write: delta`: the initial β, which every layer
+    then learns. It has no unit."""
+
+    state_decay: float = 1.0
+    """How much of the fast weights' change outlives each chunk: γ, above 0; 1: all of it."""
 
     target: Literal["text", "input", "hidden"] = "text"
     """What is written: a function of the text embedding (`text`), of the sum of all streams'
@@ -63,7 +74,8 @@ class TTTArgs:
     nothing, because a chunk is written only once it has ended."""
 
     max_delta_norm: float | None = None
-    """Upper bound τ on the Frobenius norm of one chunk's update, before η; null: no bound."""
+    """Upper bound τ on the Frobenius norm of one chunk's update, before η, for `write: sum`;
+    null: no bound."""
 
     mini_batch_size: int = 16
     """Frames between two updates of the fast weights (`linear`, `mlp`)."""
@@ -135,6 +147,24 @@ class TTTArgs:
         ]
         if not 0 <= self.learning_rate < float("inf"):
             found.append(("learning_rate", f"must be 0 or more, got {self.learning_rate}"))
+        if not 0 < self.write_strength < float("inf"):
+            found.append(("write_strength", f"must be positive, got {self.write_strength}"))
+        if not 0 < self.state_decay <= 1:
+            found.append(("state_decay", f"must be above 0 and at most 1, got {self.state_decay}"))
+        defaults = TTTArgs()
+        for rule, name in (
+            ("sum", "learning_rate"),
+            ("sum", "max_delta_norm"),
+            ("delta", "write_strength"),
+        ):
+            if self.write != rule and getattr(self, name) != getattr(defaults, name):
+                found.append(
+                    (
+                        name,
+                        f"belongs to write: {rule}, and write is {self.write}; "
+                        f"remove it, or set write: {rule}",
+                    )
+                )
         if self.max_delta_norm is not None and not self.max_delta_norm > 0:
             found.append(
                 (

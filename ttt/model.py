@@ -214,15 +214,7 @@ def ttt_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def state_bytes(model: TTTLMModel, batch_size: int) -> int:
     """Bytes that the streaming state of TTT takes for `batch_size` streams."""
-    total = 0
-    for module in model.ttt_layers.values():
-        if isinstance(module, TTTMixer):
-            total += module.state_bytes(batch_size)
-            continue
-        per_frame = (module.hidden + module.width) * module.base_weight.element_size()
-        per_row = 4 * module.width * module.hidden + module.args.chunk_size * per_frame + 8
-        total += batch_size * per_row
-    return total
+    return sum(module.state_bytes(batch_size) for module in model.ttt_layers.values())
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """The gated MLP of a Moshi layer, with an output projection that learns at test time."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 
 from ttt import ops
 from ttt.config import TTTArgs
-from ttt.ops.in_place import delta_norm_square, number_chunks
+from ttt.ops.chunks import accumulating_dtype, product
+from ttt.ops.in_place import delta_norm_square
 
 
 @dataclass
@@ -22,14 +24,22 @@ class InPlaceState(State):
     """
 
     change: Tensor
-    """[B, d, h], η ΣΔ: what the fast weights add to the projection W0. In float32 (float64 in a
-    float64 model), apart from W0: a small Δ added to a bfloat16 W0 would lose half of itself."""
+    """[B, d, h], S: what the fast weights add to the projection W0. In float32 (float64 in a
+    float64 model), apart from W0: a small change added to a bfloat16 W0 would lose half of
+    itself."""
     pending_z: Tensor
     """[B, C, h], activations of the open chunk."""
     pending_source: Tensor
     """[B, C, d], what the targets of the open chunk are made of."""
+    pending_read: Tensor | None
+    """[B, C, d], S z of the open chunk, which `write: delta` compares its targets with."""
     num_pending: Tensor
     """[B], frames in the open chunk, 0 to C - 1."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that a stream depends on, by name."""
+        names = ("change", "pending_z", "pending_source", "pending_read", "num_pending")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def reset(self, reset_mask: Tensor) -> None:
         super().reset(reset_mask)
@@ -38,13 +48,14 @@ class InPlaceState(State):
 
 
 class InPlaceGating(StreamingModule[InPlaceState]):
-    """`o = W0 z + η Σ Δ z`, where `z = act(gate x) * up x` and Δ is written chunk by chunk.
+    """`o = (W0 + S) z`, where `z = act(gate x) * up x` and S is written chunk by chunk.
 
     Takes the place of a layer's `ActivationGating` and keeps its linear layers and their names, so
     that a stock checkpoint loads. Its own parameters are bare, so that nothing wraps them in LoRA:
 
         target_conv: [d, K], starts at zero: TTT then changes nothing, and the conv has a gradient.
         target_proj: [d, d], W_target, starts as the identity.
+        log_write_strength: [1], log β; with `write: delta` alone.
 
     Args:
         gating: the stock module to take over.
@@ -61,6 +72,9 @@ class InPlaceGating(StreamingModule[InPlaceState]):
         self.width, self.hidden = weight.shape
         self.target_conv = nn.Parameter(weight.new_empty(self.width, args.conv_kernel_size))
         self.target_proj = nn.Parameter(weight.new_empty(self.width, self.width))
+        self.log_write_strength: nn.Parameter | None = None
+        if args.write == "delta":
+            self.log_write_strength = nn.Parameter(weight.new_empty(1))
         self.reset_parameters()
         self.measure = False
         """Whether parallel forward passes fill `measured`; see `ttt.measuring`."""
@@ -73,7 +87,10 @@ class InPlaceGating(StreamingModule[InPlaceState]):
         return linear.frozen_W.weight if isinstance(linear, LoRALinear) else linear.weight
 
     def ttt_parameters(self) -> dict[str, nn.Parameter]:
-        return {"target_conv": self.target_conv, "target_proj": self.target_proj}
+        found = {"target_conv": self.target_conv, "target_proj": self.target_proj}
+        if self.log_write_strength is not None:
+            found["log_write_strength"] = self.log_write_strength
+        return found
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -81,6 +98,15 @@ class InPlaceGating(StreamingModule[InPlaceState]):
         self.target_conv.zero_()
         if not self.target_proj.is_meta:
             nn.init.eye_(self.target_proj)
+        if self.log_write_strength is not None:
+            self.log_write_strength.fill_(math.log(self.args.write_strength))
+
+    @property
+    def write_strength(self) -> Tensor | None:
+        """[1], β, at least in float32; None with `write: sum`."""
+        if self.log_write_strength is None:
+            return None
+        return self.log_write_strength.to(accumulating_dtype(self.log_write_strength.dtype)).exp()
 
     def forward(self, x: Tensor, token_embeddings: Tensor) -> Tensor:
         """
@@ -98,16 +124,25 @@ class InPlaceGating(StreamingModule[InPlaceState]):
         if self._streaming_state is not None:
             return plain + self._stream(z, source, self._streaming_state)
         v = self._targets(source)
-        learnt = ops.in_place_ttt(
-            z,
-            v,
-            lr=self.args.learning_rate,
-            chunk_size=self.args.chunk_size,
-            max_delta_norm=self.args.max_delta_norm,
-        )
+        learnt = self._learn(z, v)
         if self.measure and x.shape[1] > self.args.chunk_size:
             self.measured = self._measure(z, v, plain, learnt)
         return plain + learnt
+
+    def _learn(self, z: Tensor, v: Tensor) -> Tensor:
+        """S z of whole sequences, [B, T, d]."""
+        chunk_size, decay = self.args.chunk_size, self.args.state_decay
+        beta = self.write_strength
+        if beta is not None:
+            return ops.in_place_delta(z, v, beta=beta, chunk_size=chunk_size, decay=decay)
+        return ops.in_place_ttt(
+            z,
+            v,
+            lr=self.args.learning_rate,
+            chunk_size=chunk_size,
+            max_delta_norm=self.args.max_delta_norm,
+            decay=decay,
+        )
 
     def _targets(self, source: Tensor) -> Tensor:
         """v = W_target · conv(source), [B, T, d]."""
@@ -124,14 +159,27 @@ class InPlaceGating(StreamingModule[InPlaceState]):
         """Scalars that tell whether TTT does anything here; see docs/mathematics.md.
 
         effect: ‖what TTT adds‖ / ‖what the projection gives‖, over the frames that can read.
-        delta: mean ‖η Δ‖ / ‖W0‖ over the complete chunks that write anything (padding does not).
+        delta: mean ‖change of S by a chunk‖ / ‖W0‖ over the complete chunks that write anything
+            (padding does not), decay aside.
         clip_rate: share of these chunks whose Δ met the bound.
         """
         chunk_size = self.args.chunk_size
         readable = slice(chunk_size, None)
         effect = learnt[:, readable].float().norm() / plain[:, readable].float().norm()
-        chunks = number_chunks(z.shape[1], chunk_size, None, device=z.device)
-        delta = delta_norm_square(z, v, chunks)[:, chunk_size - 1 :: chunk_size].sqrt()
+        beta = self.write_strength
+        rate = self.args.learning_rate
+        if beta is not None:
+            rate, residual = 1.0, v - learnt
+            v = torch.cat(
+                [
+                    ops.chunk_errors(z_chunk, residual_chunk, beta).to(v.dtype)
+                    for z_chunk, residual_chunk in zip(
+                        z.split(chunk_size, 1), residual.split(chunk_size, 1), strict=True
+                    )
+                ],
+                dim=1,
+            )
+        delta = delta_norm_square(z, v, chunk_size).sqrt()
         num_writing = (delta > 0).sum().clamp(min=1)
         bound = self.args.max_delta_norm or float("inf")
         clip_rate = (delta > bound).sum() / num_writing
@@ -139,7 +187,7 @@ class InPlaceGating(StreamingModule[InPlaceState]):
         base = self.base_weight.float().norm()
         return {
             "effect": effect,
-            "delta": self.args.learning_rate * delta.sum() / num_writing / base,
+            "delta": rate * delta.sum() / num_writing / base,
             "clip_rate": clip_rate,
         }
 
@@ -147,63 +195,103 @@ class InPlaceGating(StreamingModule[InPlaceState]):
 
     def _init_streaming_state(self, batch_size: int) -> InPlaceState:
         weight = self.base_weight
-        chunk_size = self.args.chunk_size
+        chunk_size, width = self.args.chunk_size, self.width
+        dtype = accumulating_dtype(weight.dtype)
+        is_delta = self.log_write_strength is not None
         return InPlaceState(
             batch_size,
             weight.device,
-            change=weight.new_zeros(
-                batch_size,
-                self.width,
-                self.hidden,
-                dtype=torch.promote_types(weight.dtype, torch.float32),
-            ),
+            change=weight.new_zeros(batch_size, width, self.hidden, dtype=dtype),
             pending_z=weight.new_zeros(batch_size, chunk_size, self.hidden),
-            pending_source=weight.new_zeros(batch_size, chunk_size, self.width),
+            pending_source=weight.new_zeros(batch_size, chunk_size, width),
+            pending_read=weight.new_zeros(batch_size, chunk_size, width, dtype=dtype)
+            if is_delta
+            else None,
             num_pending=torch.zeros(batch_size, dtype=torch.long, device=weight.device),
         )
 
+    def state_bytes(self, batch_size: int) -> int:
+        """What `_init_streaming_state` allocates for `batch_size` streams."""
+        wide = accumulating_dtype(self.base_weight.dtype).itemsize
+        per_frame = (self.hidden + self.width) * self.base_weight.element_size()
+        if self.log_write_strength is not None:
+            per_frame += self.width * wide
+        per_row = wide * self.width * self.hidden + self.args.chunk_size * per_frame + 8
+        return batch_size * per_row
+
     @torch.no_grad()
     def _stream(self, z: Tensor, source: Tensor, state: InPlaceState) -> Tensor:
-        """What the fast weights add to T more frames, [B, T, d]; rows may differ in position."""
+        """S z of T more frames, [B, T, d]; rows may differ in position."""
+        if z.is_cuda and z.shape[1] == 1:
+            return self._stream_frame(z, source, state).to(z.dtype)
+        return self._stream_frames(z, source, state).to(z.dtype)
+
+    def _stream_frames(self, z: Tensor, source: Tensor, state: InPlaceState) -> Tensor:
         num_frames = z.shape[1]
         outputs = []
         start = 0
         while start < num_frames:
-            # As many frames as no row's chunk ends before. A single frame always fits, and then
-            # nothing is asked of the device: a CUDA graph can hold it.
-            length = num_frames - start
-            if length > 1:
-                length = min(length, self.args.chunk_size - int(state.num_pending.max()))
+            # As many frames as no row's chunk ends before.
+            length = min(num_frames - start, self.args.chunk_size - int(state.num_pending.max()))
             piece = slice(start, start + length)
             query = z[:, piece].to(state.change.dtype)
             outputs.append(torch.bmm(query, state.change.transpose(1, 2)))
-            self._append(z[:, piece], source[:, piece], state)
+            self._append(z[:, piece], source[:, piece], outputs[-1], state)
             self._write_complete_chunks(state)
             start += length
-        return torch.cat(outputs, dim=1).to(z.dtype)
+        return torch.cat(outputs, dim=1)
 
-    def _append(self, z: Tensor, source: Tensor, state: InPlaceState) -> None:
+    def _stream_frame(self, z: Tensor, source: Tensor, state: InPlaceState) -> Tensor:
+        """The same for one frame, and nothing is asked of the device: a CUDA graph can hold it."""
+        from ttt.ops.stream_frame import stream_frame
+
+        is_delta = self.log_write_strength is not None
+        # Triton launches on the current device.
+        with torch.cuda.device_of(z):
+            return stream_frame(
+                z,
+                source,
+                change=state.change,
+                pending_z=state.pending_z,
+                pending_source=state.pending_source,
+                pending_read=state.pending_read,
+                num_pending=state.num_pending,
+                exec_mask=state.exec_mask,
+                conv=self.target_conv,
+                projection=self.target_proj,
+                lookahead=self.args.lookahead_frames,
+                decay=self.args.state_decay,
+                lr=1.0 if is_delta else self.args.learning_rate,
+                max_delta_norm=self.args.max_delta_norm,
+                beta=self.write_strength,
+            )
+
+    def _append(self, z: Tensor, source: Tensor, read: Tensor, state: InPlaceState) -> None:
         """Keep frames of the open chunk. A paused row's land where its next ones will."""
         num_frames = z.shape[1]
         positions = state.num_pending[:, None] + torch.arange(num_frames, device=z.device)
-        for buffer, new in ((state.pending_z, z), (state.pending_source, source)):
-            index = positions[:, :, None].expand(-1, -1, buffer.shape[-1])
-            buffer.scatter_(1, index, new.to(buffer.dtype))
+        for buffer, new in (
+            (state.pending_z, z),
+            (state.pending_source, source),
+            (state.pending_read, read),
+        ):
+            if buffer is not None:
+                index = positions[:, :, None].expand(-1, -1, buffer.shape[-1])
+                buffer.scatter_(1, index, new.to(buffer.dtype))
         state.num_pending += num_frames * state.exec_mask
 
     def _write_complete_chunks(self, state: InPlaceState) -> None:
-        complete = state.num_pending == self.args.chunk_size
-        # Within a CUDA graph nothing can be asked of the device: then every frame pays for the
-        # update, which is zero in the rows that are not at the end of their chunk.
-        capturing = complete.is_cuda and torch.cuda.is_current_stream_capturing()
-        if not capturing and not bool(complete.any()):
-            return
-        rows = complete[:, None, None]
-        v = self._targets(state.pending_source)
-        delta = ops.chunk_delta(
-            torch.where(rows, state.pending_z, 0.0).to(state.change.dtype),
-            torch.where(rows, v, 0.0).to(state.change.dtype),
-            max_delta_norm=self.args.max_delta_norm,
-        )
-        state.change.add_(delta, alpha=self.args.learning_rate)
-        state.num_pending.masked_fill_(complete, 0)
+        beta = self.write_strength
+        for row in (state.num_pending == self.args.chunk_size).nonzero().flatten().tolist():
+            here = slice(row, row + 1)
+            z = state.pending_z[here]
+            v = self._targets(state.pending_source[here])
+            if beta is None:
+                delta = ops.chunk_delta(z, v, max_delta_norm=self.args.max_delta_norm)
+                delta = self.args.learning_rate * delta
+            else:
+                assert state.pending_read is not None
+                errors = ops.chunk_errors(z, v - state.pending_read[here], beta)
+                delta = product(errors.to(z.dtype).transpose(1, 2), z)
+            state.change[here].mul_(self.args.state_decay).add_(delta)
+            state.num_pending[row] = 0

@@ -1,14 +1,14 @@
-"""In-Place TTT: the output projection of a gated MLP learns while it reads.
+"""In-Place TTT, `write: sum`: the output projection of a gated MLP learns while it reads.
 
 A chunk i of frames writes `Δ_i = Σ v_t z_tᵀ` (optionally bounded in norm), and a frame reads the
-sum over strictly earlier chunks of its own document, `η Σ_{j<i} Δ_j z_t`. No weight is ever built
-for it: with `M[t, s] = 1` where frame s lies in an earlier chunk than frame t,
+sum over strictly earlier chunks of its own document, `η Σ_{j<i} γ^(i−1−j) Δ_j z_t`. No weight is
+ever built for it: with M as in `ttt.ops.chunks`,
 
     O = η (M ⊙ Z Zᵀ) V                                    (the dual form)
-    dZ = η (B Z + Bᵀ Z),  dV = η (M ⊙ Z Zᵀ)ᵀ dO           with B = M ⊙ dO Vᵀ
+    dZ = η (D Z + Dᵀ Z),  dV = η (M ⊙ Z Zᵀ)ᵀ dO           with D = M ⊙ dO Vᵀ
     ‖Δ_i‖² = Σ (Z_i Z_iᵀ) ⊙ (V_i V_iᵀ)
 
-which is exact. Its cost and memory grow with T².
+inside super-chunks, and one state carried between them: exact, and linear in T.
 
 Source: In-Place Test-Time Training (ICLR 2026), algorithm 1; docs/mathematics.md.
 """
@@ -19,7 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ttt.ops import chunks
 
+
+@torch.compiler.disable
 def in_place_ttt(
     z: Tensor,
     v: Tensor,
@@ -28,6 +31,7 @@ def in_place_ttt(
     chunk_size: int,
     max_delta_norm: float | None = None,
     documents: Tensor | None = None,
+    decay: float = 1.0,
 ) -> Tensor:
     """What the fast weights add to the output of the projection that they change.
 
@@ -39,18 +43,31 @@ def in_place_ttt(
         max_delta_norm: upper bound on ‖Δ_i‖_F, before η; None: no bound.
         documents: [B, T] integers; a new document begins wherever the number changes, and nothing
             passes from one to the next. None: every row is one document.
+        decay: γ, how much of the state outlives each later chunk, 0 to 1.
 
     Returns:
         [B, T, d]. Zero within the first chunk of each document.
     """
-    chunks = number_chunks(z.shape[1], chunk_size, documents, device=z.device)
+    if documents is not None:
+        lengths = chunks.split_documents(documents)
+        parts = [
+            in_place_ttt(
+                z_part.unsqueeze(0),
+                v_part.unsqueeze(0),
+                lr=lr,
+                chunk_size=chunk_size,
+                max_delta_norm=max_delta_norm,
+                decay=decay,
+            )
+            for z_part, v_part in zip(
+                z.flatten(0, 1).split(lengths), v.flatten(0, 1).split(lengths), strict=True
+            )
+        ]
+        return torch.cat(parts, dim=1).view(v.shape)
     if max_delta_norm is not None:
-        square = delta_norm_square(z, v, chunks)
-        too_long = square > max_delta_norm**2
-        # The inner `where` keeps the square root away from 0, where its gradient is infinite.
-        scale = max_delta_norm * torch.rsqrt(torch.where(too_long, square, 1.0))
-        v = v * torch.where(too_long, scale, 1.0).to(v.dtype).unsqueeze(-1)
-    return _Dual.apply(z, v, _earlier(chunks, documents), lr)
+        v = _bounded(z, v, chunk_size, max_delta_norm)
+    cut = chunks.cut(z.shape[1], chunk_size, v.shape[2], z.shape[2], decay)
+    return _Sum.apply(z.contiguous(), v.contiguous(), lr, cut)
 
 
 def chunk_conv(
@@ -77,7 +94,7 @@ def chunk_conv(
         [B, T, d].
     """
     num_frames, kernel_size = x.shape[1], weight.shape[-1]
-    chunks = number_chunks(num_frames, chunk_size, documents, device=x.device)
+    numbers = chunks.number_chunks(num_frames, chunk_size, documents, device=x.device)
     total = torch.zeros_like(x)
     for k in range(kernel_size):
         # Tap k reads x[t + shift].
@@ -86,7 +103,7 @@ def chunk_conv(
             continue
         here = slice(max(0, -shift), num_frames - max(0, shift))
         there = slice(max(0, shift), num_frames + min(0, shift))
-        same_chunk = (chunks[:, here] == chunks[:, there]).unsqueeze(-1)
+        same_chunk = (numbers[:, here] == numbers[:, there]).unsqueeze(-1)
         term = torch.where(same_chunk, x[:, there] * weight[:, k], 0.0)
         total = total + F.pad(term, (0, 0, max(0, -shift), max(0, shift)))
     return total
@@ -101,79 +118,113 @@ def chunk_delta(z: Tensor, v: Tensor, *, max_delta_norm: float | None = None) ->
         max_delta_norm: see `in_place_ttt`.
 
     Returns:
-        [B, d, h], in the dtype of the inputs.
+        [B, d, h], at least in float32.
     """
-    delta = v.transpose(1, 2) @ z
+    delta = chunks.product(v.transpose(1, 2), z)
     if max_delta_norm is not None:
         norm = torch.linalg.vector_norm(delta, dim=(1, 2), keepdim=True)
         delta = delta * (max_delta_norm / norm.clamp(min=max_delta_norm))
     return delta
 
 
-def number_chunks(
-    num_frames: int, chunk_size: int, documents: Tensor | None, device: torch.device
-) -> Tensor:
-    """The number of each frame's chunk, counted through the row: [1, T], or [B, T] with documents.
-
-    A chunk never reaches over the end of a document.
-    """
-    frames = torch.arange(num_frames, device=device).unsqueeze(0)
-    if documents is None:
-        return frames // chunk_size
-    starts = _document_starts(documents)
-    return (((frames - starts) % chunk_size == 0).cumsum(1)) - 1
-
-
-def delta_norm_square(z: Tensor, v: Tensor, chunks: Tensor) -> Tensor:
-    """‖Δ_i‖²_F of each frame's own chunk, [B, T], at least in float32; no Δ is built.
+def delta_norm_square(z: Tensor, v: Tensor, chunk_size: int) -> Tensor:
+    """‖Δ_i‖²_F of the complete chunks, [B, T // C], at least in float32; no Δ is built.
 
     Args:
         z: [B, T, h].
         v: [B, T, d].
-        chunks: [1 or B, T], from `number_chunks`.
     """
-    dtype = torch.promote_types(z.dtype, torch.float32)
-    same = chunks.unsqueeze(2) == chunks.unsqueeze(1)
-    gram = (z @ z.transpose(1, 2)).to(dtype) * (v @ v.transpose(1, 2)).to(dtype)
-    per_frame = torch.where(same, gram, 0.0).sum(2, keepdim=True)
+    squares = [
+        (chunks.gram(z_chunk) * chunks.gram(v_chunk)).sum((1, 2))
+        for z_chunk, v_chunk in zip(z.split(chunk_size, 1), v.split(chunk_size, 1), strict=True)
+        if z_chunk.shape[1] == chunk_size
+    ]
     # Rounding can leave a sum of squares a little below zero.
-    return (same.to(dtype) @ per_frame).squeeze(2).clamp(min=0)
+    return torch.stack(squares, dim=1).clamp(min=0)
 
 
-def _document_starts(documents: Tensor) -> Tensor:
-    """[B, T]: the frame at which the document of each frame starts."""
-    frames = torch.arange(documents.shape[1], device=documents.device)
-    is_start = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
-    return torch.where(is_start, frames, 0).cummax(1).values
+def _bounded(z: Tensor, v: Tensor, chunk_size: int, max_delta_norm: float) -> Tensor:
+    """The targets, scaled down in the complete chunks whose Δ is too long."""
+    num_frames = v.shape[1]
+    if num_frames < chunk_size:
+        return v
+    square = delta_norm_square(z, v, chunk_size)
+    too_long = square > max_delta_norm**2
+    # The inner `where` keeps the square root away from 0, where its gradient is infinite.
+    scale = max_delta_norm * torch.rsqrt(torch.where(too_long, square, 1.0))
+    scale = torch.where(too_long, scale, 1.0).repeat_interleave(chunk_size, dim=1)
+    scale = F.pad(scale, (0, num_frames - scale.shape[1]), value=1.0)
+    return v * scale.unsqueeze(2).to(v.dtype)
 
 
-def _earlier(chunks: Tensor, documents: Tensor | None) -> Tensor:
-    """M, [1 or B, T, T]: frame s (last) lies in an earlier chunk of the same document than t.
+def _read_earlier(weights: Tensor, v: Tensor, out: Tensor, lr: float, cut: chunks.Cut) -> None:
+    """OUT = η (weights V), inside super-chunks."""
+    for a, e, b in cut.blocks(v.shape[1]):
+        if e == 0:
+            out[:, a:b] = 0
+        else:
+            out[:, a:b].baddbmm_(weights[:, a:b, :e], v[:, :e], beta=0, alpha=lr)
 
-    Such a chunk is complete, as another one follows it.
+
+def _read_later(weights: Tensor, d_out: Tensor, d_v: Tensor, lr: float, cut: chunks.Cut) -> None:
+    """dV = η (weightsᵀ dO), inside super-chunks."""
+    length = d_v.shape[1]
+    for a, _, b in cut.blocks(length):
+        first = b if cut.block == cut.chunk_size else a
+        if first >= length:
+            d_v[:, a:b] = 0
+        else:
+            later = weights[:, first:, a:b].transpose(1, 2)
+            d_v[:, a:b].baddbmm_(later, d_out[:, first:], beta=0, alpha=lr)
+
+
+class _Sum(torch.autograd.Function):
+    """Keeps z, v and the scores for the backward pass: at 2048 frames a super-chunk, these take a
+    fifth of z's memory at h = 11264 and spare its most expensive product. The state is made again.
     """
-    mask = chunks.unsqueeze(1) < chunks.unsqueeze(2)
-    if documents is not None:
-        starts = _document_starts(documents)
-        mask &= starts.unsqueeze(1) == starts.unsqueeze(2)
-    return mask
-
-
-class _Dual(torch.autograd.Function):
-    """The dual form. Its own backward keeps z and v alone, and makes Z Zᵀ again."""
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, v: Tensor, mask: Tensor, lr: float) -> Tensor:
-        ctx.save_for_backward(z, v, mask)
-        ctx.lr = lr
-        return lr * ((z @ z.transpose(1, 2)).masked_fill(~mask, 0.0) @ v)
+    def forward(ctx: Any, z: Tensor, v: Tensor, lr: float, cut: chunks.Cut) -> Tensor:
+        out = torch.empty_like(v)
+        kept = []
+        for group in cut.groups(z, v, out):
+            for z_part, v_part, out_part in group:
+                kept.append(chunks.scores(z_part, z_part, cut))
+                _read_earlier(kept[-1], v_part, out_part, lr, cut)
+            if cut.is_whole:
+                continue
+            state = chunks.State(cut)
+            *earlier, last = chunks.super_chunks(group)
+            for z_k, v_k, out_k in earlier:
+                state.read(z_k, out_k, lr)
+                state.write(v_k, z_k)
+            state.read(last[0], last[2], lr)
+        ctx.save_for_backward(z, v, *kept)
+        ctx.lr, ctx.cut = lr, cut
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        z, v, mask = ctx.saved_tensors
-        (d_out,) = grads
-        scores = (z @ z.transpose(1, 2)).masked_fill(~mask, 0.0)
-        d_v = ctx.lr * (scores.transpose(1, 2) @ d_out)
-        d_scores = (d_out @ v.transpose(1, 2)).masked_fill(~mask, 0.0)
-        d_z = ctx.lr * ((d_scores + d_scores.transpose(1, 2)) @ z)
+        z, v, *kept = ctx.saved_tensors
+        lr, cut = ctx.lr, ctx.cut
+        d_out = grads[0].contiguous()
+        d_z, d_v = torch.empty_like(z), torch.empty_like(v)
+        weights = iter(kept)
+        for group in cut.groups(z, v, d_out, d_z, d_v):
+            for z_part, v_part, d_out_part, d_z_part, d_v_part in group:
+                _read_later(next(weights), d_out_part, d_v_part, lr, cut)
+                d_scores = chunks.symmetrize(chunks.scores(d_out_part, v_part, cut), cut)
+                d_z_part.baddbmm_(d_scores, z_part, beta=0, alpha=lr)
+            if cut.is_whole:
+                continue
+            parts = chunks.super_chunks(group)
+            chunks.add_gradient_of_reads([part[:4] for part in parts], lr, cut)
+            later = chunks.State(cut, reverse=True)
+            for z_k, v_k, d_out_k, d_z_k, d_v_k in parts[:0:-1]:
+                later.read(z_k, d_v_k, lr)
+                later.read_transposed(v_k, d_z_k, lr)
+                later.write(d_out_k, z_k)
+            z_k, v_k, _, d_z_k, d_v_k = parts[0]
+            later.read(z_k, d_v_k, lr)
+            later.read_transposed(v_k, d_z_k, lr)
         return d_z, d_v, None, None

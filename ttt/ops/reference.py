@@ -16,6 +16,7 @@ def in_place_ttt(
     chunk_size: int,
     max_delta_norm: float | None = None,
     documents: Tensor | None = None,
+    decay: float = 1.0,
 ) -> Tensor:
     """See `ttt.ops.in_place_ttt`."""
     batch, num_frames, hidden = z.shape
@@ -34,9 +35,42 @@ def in_place_ttt(
                 norm = delta.norm()
                 if max_delta_norm is not None and norm > max_delta_norm:
                     delta = delta * (max_delta_norm / norm)
-                change = change + lr * delta
+                change = decay * change + lr * delta
                 delta = torch.zeros_like(change)
                 frames_in_chunk = 0
+        rows.append(torch.stack(outputs))
+    return torch.stack(rows)
+
+
+def in_place_delta(
+    z: Tensor,
+    v: Tensor,
+    *,
+    beta: Tensor | float,
+    chunk_size: int,
+    decay: float = 1.0,
+    documents: Tensor | None = None,
+) -> Tensor:
+    """See `ttt.ops.in_place_delta`."""
+    batch, num_frames, hidden = z.shape
+    rows = []
+    for b in range(batch):
+        outputs = []
+        for t in range(num_frames):
+            if t == 0 or _new_document(documents, b, t):
+                change = z.new_zeros(v.shape[-1], hidden)
+                start = t
+            outputs.append(change @ z[b, t])
+            if t + 1 - start == chunk_size:
+                z_i, v_i = z[b, start : t + 1], v[b, start : t + 1]
+                strength = z_i.square().sum(1).mean() / beta
+                if strength > 0:
+                    matrix = z_i @ z_i.T + strength * torch.eye(chunk_size, dtype=z.dtype)
+                    errors = torch.linalg.solve(matrix, v_i - z_i @ change.T)
+                    change = decay * change + errors.T @ z_i
+                else:
+                    change = decay * change
+                start = t + 1
         rows.append(torch.stack(outputs))
     return torch.stack(rows)
 

@@ -1,0 +1,260 @@
+"""Time and memory of the operators, and of plain forms of them, against what they add to.
+
+    python benchmarks/ops.py --json ops.json
+    python benchmarks/ops.py --device cpu --dtype float32 --width 32 --hidden 88 --chunk-size 8 \\
+        --sizes 2x50 --repeats 1
+
+The baseline is the stock projection o = W0 z, forward and backward to z and W0. Every other line
+contains that projection too, and the backward pass to v (and β). Values and gradients are compared
+with a float32 (on a CPU float64) run, chunk by chunk, before anything is timed; what differs is
+reported as wrong, without a time. Times are medians. Memory is the peak above the inputs, the
+gradient of the output among them, of forward and backward together.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ttt import ops
+
+SIZES = ["1x1250", "16x1250", "4x2048", "1x8192", "1x24000"]
+BETA = 10.0
+
+
+@dataclass
+class Case:
+    """Something to measure: `run(*inputs, *weights)`, and what it has to be equal to."""
+
+    name: str
+    inputs: list[Tensor]
+    """With a batch dimension."""
+    weights: list[Tensor]
+    run: Callable[..., Tensor]
+    reference: Callable[..., Tensor]
+
+
+def in_place_cases(batch: int, num_frames: int, options: argparse.Namespace) -> list[Case]:
+    """The projection, with and without In-Place TTT. TTT's part is about as large as the rest."""
+    generator = torch.Generator().manual_seed(0)
+    chunk_size = options.chunk_size
+    lr = (num_frames * options.hidden) ** -0.5
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        x = scale * torch.randn(*shape, generator=generator)
+        return x.to(options.device, options.dtype).requires_grad_()
+
+    z = normal(batch, num_frames, options.hidden)
+    v = normal(batch, num_frames, options.width)
+    weight = normal(options.width, options.hidden, scale=options.hidden**-0.5)
+    beta = torch.full((1,), BETA, device=options.device).requires_grad_()
+
+    def with_sum(z: Tensor, v: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(z, weight) + ops.in_place_ttt(z, v, lr=lr, chunk_size=chunk_size)
+
+    def with_delta(z: Tensor, v: Tensor, weight: Tensor, beta: Tensor) -> Tensor:
+        return F.linear(z, weight) + ops.in_place_delta(z, v, beta=beta, chunk_size=chunk_size)
+
+    def materialized(dtype: torch.dtype) -> Callable[..., Tensor]:
+        def run(z: Tensor, v: Tensor, weight: Tensor) -> Tensor:
+            out = materialize_sum(z.to(dtype), v.to(dtype), weight.to(dtype), lr, chunk_size)
+            return out.to(z.dtype)
+
+        return run
+
+    def reference_sum(z: Tensor, v: Tensor, weight: Tensor) -> Tensor:
+        return materialize_sum(z, v, weight, lr, chunk_size)
+
+    def reference_delta(z: Tensor, v: Tensor, weight: Tensor, beta: Tensor) -> Tensor:
+        return materialize_delta(z, v, weight, beta, chunk_size)
+
+    return [
+        Case("projection", [z], [weight], F.linear, F.linear),
+        Case("sum", [z, v], [weight], with_sum, reference_sum),
+        Case("delta", [z, v], [weight, beta], with_delta, reference_delta),
+        Case("sum, bf16 weights", [z, v], [weight], materialized(torch.bfloat16), reference_sum),
+        Case("sum, fp32 weights", [z, v], [weight], materialized(torch.float32), reference_sum),
+    ]
+
+
+def materialize_sum(z: Tensor, v: Tensor, weight: Tensor, lr: float, chunk_size: int) -> Tensor:
+    """The rule as it is written: a weight [B, d, h] for every chunk."""
+    outputs = []
+    weights = weight.expand(len(z), -1, -1)
+    for z_i, v_i in zip(z.split(chunk_size, 1), v.split(chunk_size, 1), strict=True):
+        outputs.append(z_i @ weights.mT)
+        weights = weights + lr * (v_i.mT @ z_i)
+    return torch.cat(outputs, dim=1)
+
+
+def materialize_delta(
+    z: Tensor, v: Tensor, weight: Tensor, beta: Tensor, chunk_size: int
+) -> Tensor:
+    """The rule as it is written."""
+    outputs = []
+    state = torch.zeros_like(weight).expand(len(z), -1, -1)
+    eye = torch.eye(chunk_size, dtype=z.dtype, device=z.device)
+    for z_i, v_i in zip(z.split(chunk_size, 1), v.split(chunk_size, 1), strict=True):
+        read = z_i @ state.mT
+        outputs.append(z_i @ weight.T + read)
+        if z_i.shape[1] == chunk_size:
+            strength = z_i.square().sum(2).mean(1)[:, None, None] / beta
+            errors = torch.linalg.solve(z_i @ z_i.mT + strength * eye, v_i - read)
+            state = state + errors.mT @ z_i
+    return torch.cat(outputs, dim=1)
+
+
+CASES = [in_place_cases]
+
+
+def difference(case: Case, d_out: Tensor, options: argparse.Namespace) -> float:
+    """The largest relative error (in norm) of the output and of the gradients of the inputs, over
+    the first row and the last."""
+    exact = torch.float64 if options.device == "cpu" else torch.float32
+    out = case.run(*case.inputs, *case.weights)
+    grads = torch.autograd.grad(out, case.inputs, d_out)
+    worst = 0.0
+    for row in sorted({0, len(d_out) - 1}):
+        here = slice(row, row + 1)
+        inputs = [x[here].detach().to(exact).requires_grad_() for x in case.inputs]
+        expected = case.reference(*inputs, *[w.detach().to(exact) for w in case.weights])
+        d_expected = torch.autograd.grad(expected, inputs, d_out[here].to(exact))
+        for a, b in zip((out, *grads), (expected, *d_expected), strict=True):
+            worst = max(worst, ((a[here].to(exact) - b).norm() / b.norm()).item())
+    return worst
+
+
+def measure(case: Case, d_out: Tensor, options: argparse.Namespace) -> dict[str, Any]:
+    """Median times in ms and peak memory in GB, or why there are none."""
+    error = difference(case, d_out, options)
+    tolerance = 2e-2 if options.dtype == torch.bfloat16 else 1e-4
+    if not error < tolerance:
+        return {"error": error, "wrong": f"differs from the reference by {error:.1e}"}
+
+    def forward() -> None:
+        with torch.no_grad():
+            case.run(*case.inputs, *case.weights)
+
+    def forward_backward() -> None:
+        out = case.run(*case.inputs, *case.weights)
+        torch.autograd.grad(out, [*case.inputs, *case.weights], d_out)
+
+    result: dict[str, Any] = {"error": error}
+    result["forward_ms"] = median_ms(forward, options)
+    if options.device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    result["forward_backward_ms"] = median_ms(forward_backward, options)
+    if options.device == "cuda":
+        result["peak_gb"] = (torch.cuda.max_memory_allocated() - before) / 1e9
+    return result
+
+
+def median_ms(run: Callable[[], None], options: argparse.Namespace) -> float:
+    times = []
+    for i in range(options.warmup + options.repeats):
+        if options.device == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            run()
+            end.record()
+            torch.cuda.synchronize()
+            elapsed = start.elapsed_time(end)
+        else:
+            begin = time.perf_counter()
+            run()
+            elapsed = 1000 * (time.perf_counter() - begin)
+        if i >= options.warmup:
+            times.append(elapsed)
+    return statistics.median(times)
+
+
+def results(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    for size in options.sizes:
+        batch, num_frames = map(int, size.split("x"))
+        for make in CASES:
+            cases = make(batch, num_frames, options)
+            baseline: dict[str, Any] = {}
+            for case in cases:
+                if case is not cases[0] and options.methods and case.name not in options.methods:
+                    continue
+                with torch.no_grad():
+                    d_out = torch.randn_like(case.run(*case.inputs, *case.weights))
+                try:
+                    result = measure(case, d_out, options)
+                except torch.OutOfMemoryError:
+                    result = {"wrong": "out of memory"}
+                baseline = baseline or result
+                for key in ("forward_ms", "forward_backward_ms", "peak_gb"):
+                    if key in result and baseline.get(key):
+                        result[f"{key.rsplit('_', 1)[0]}_ratio"] = result[key] / baseline[key]
+                yield {"size": size, "method": case.name, **result}
+                if options.device == "cuda":
+                    torch.cuda.empty_cache()
+
+
+HEADER = (
+    f"{'B x T':<10}{'method':<20}{'forward':>14}{'':7}{'with backward':>14}{'':7}{'peak':>10}"
+    f"{'':7}{'error':>9}"
+)
+
+
+def line(result: dict[str, Any]) -> str:
+    text = f"{result['size']:<10}{result['method']:<20}"
+    if "wrong" in result:
+        return f"{text}  {result['wrong']}"
+    for key, unit, width in (("forward", "ms", 14), ("forward_backward", "ms", 14)):
+        text += f"{result[f'{key}_{unit}']:>{width - 3}.2f} ms {result[f'{key}_ratio']:>5.2f}x"
+    if "peak_gb" in result:
+        text += f"{result['peak_gb']:>7.2f} GB {result['peak_ratio']:>5.2f}x"
+    else:
+        text += f"{'':17}"
+    return f"{text}{result['error']:>9.0e}"
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--sizes", nargs="+", default=SIZES, help="batch x frames")
+    parser.add_argument("--methods", nargs="+", help="names of lines; default: all")
+    parser.add_argument("--width", type=int, default=4096, help="d")
+    parser.add_argument("--hidden", type=int, default=11264, help="h")
+    parser.add_argument("--chunk-size", type=int, default=256)
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--json", type=Path, help="a file to write the results to")
+    options = parser.parse_args(arguments)
+    options.dtype = getattr(torch, options.dtype)
+    return options
+
+
+def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
+    options = parse(arguments)
+    name = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
+    print(f"{name}, torch {torch.__version__}, {options.dtype}, d {options.width}, ", end="")
+    print(f"h {options.hidden}, C {options.chunk_size}\n{HEADER}", flush=True)
+    found = []
+    for result in results(options):
+        found.append(result)
+        print(line(result), flush=True)
+    if options.json:
+        settings = {k: str(v) for k, v in vars(options).items()}
+        page = {"device": name, "torch": str(torch.__version__), **settings, "results": found}
+        options.json.write_text(json.dumps(page, indent=2) + "\n")
+    return found
+
+
+if __name__ == "__main__":
+    main()

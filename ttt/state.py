@@ -1,0 +1,135 @@
+"""The state of a running stream: read it, restore it also in another process, clear it.
+
+    with model.streaming(batch_size):
+        ...
+        safetensors.torch.save_file(ttt.get_state(model, whole=True), path)
+
+    with model.streaming(batch_size):
+        ttt.set_state(model, safetensors.torch.load_file(path))
+
+TTT's own state is what the model has learnt from the stream. For a stream to continue exactly, what
+stock `moshi` keeps is needed too: attention caches, positions, and with `LMGen` in place of the
+model, the delayed tokens.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from types import SimpleNamespace
+
+import torch
+from moshi.modules.streaming import State, StreamingModule
+from moshi.modules.transformer import RingKVCache
+from torch import Tensor, nn
+
+from ttt.layers.in_place import InPlaceState
+from ttt.layers.linear import TTTMixerState
+
+
+def get_state(model: nn.Module, *, whole: bool = False) -> dict[str, Tensor]:
+    """A copy of the streaming state, by module and field: `….gating.change` and so on.
+
+    Args:
+        model: a streaming model of `build_model`, or an `LMGen` with one.
+        whole: also what stock `moshi` keeps, so that the stream can be continued exactly.
+
+    Returns:
+        Contiguous tensors, as safetensors wants them; numbers have no dimension.
+
+    Raises:
+        ValueError: the model is not streaming.
+    """
+    found = {}
+    for name, owner, field in _fields(model, whole=whole):
+        value = getattr(owner, field)
+        found[name] = torch.tensor(value) if isinstance(value, int) else value.detach().clone()
+    return found
+
+
+def set_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Restores what `get_state` returned, in place: CUDA graphs stay valid.
+
+    Args:
+        model: is streaming, with the same batch size and configuration.
+        state: of `get_state`, on any device. If it is whole, all of the stream is restored, else
+            what TTT has learnt alone.
+
+    Raises:
+        ValueError: the model is not streaming, or the state is of another model or batch size;
+            nothing is changed then.
+    """
+    fast = {name for name, _, _ in _fields(model, whole=False)}
+    fields = list(_fields(model, whole=not state.keys() <= fast))
+    expected = {name for name, _, _ in fields}
+    if state.keys() != expected:
+        missing, unknown = expected - state.keys(), state.keys() - expected
+        raise ValueError(
+            f"the state is not of this model: it has {len(unknown)} unknown entries "
+            f"({', '.join(sorted(unknown)[:3])}) and lacks {len(missing)} "
+            f"({', '.join(sorted(missing)[:3])})."
+        )
+    for name, owner, field in fields:
+        value = getattr(owner, field)
+        shape = () if isinstance(value, int) else tuple(value.shape)
+        if tuple(state[name].shape) != shape:
+            raise ValueError(
+                f"the state is of another configuration or batch size: {name} has shape "
+                f"{tuple(state[name].shape)}, and this stream's has {shape}."
+            )
+    for name, owner, field in fields:
+        value = getattr(owner, field)
+        if isinstance(value, int):
+            setattr(owner, field, int(state[name]))
+        else:
+            value.copy_(state[name])
+
+
+def reset(model: nn.Module, rows: Tensor | Sequence[int] | None = None) -> None:
+    """Makes TTT forget what it has learnt from some rows' streams; attention remembers.
+
+    Args:
+        model: a streaming model of `build_model`, or an `LMGen` with one.
+        rows: a mask [B] of booleans, or row numbers; None: all rows.
+
+    Raises:
+        ValueError: the model is not streaming.
+    """
+    for _, state in _states(model, whole=False):
+        if isinstance(rows, Tensor) and rows.dtype == torch.bool:
+            mask = rows.to(state.device)
+        else:
+            mask = torch.zeros(state.batch_size, dtype=torch.bool, device=state.device)
+            mask[slice(None) if rows is None else torch.as_tensor(rows, device=state.device)] = True
+        # A reset also ends a pause, and forgetting does not.
+        exec_mask = state.exec_mask.clone()
+        state.reset(mask)
+        state.exec_mask.copy_(exec_mask)
+
+
+def _states(model: nn.Module, *, whole: bool) -> Iterator[tuple[str, State]]:
+    """The modules' streaming states by the modules' names; without `whole`, TTT's alone."""
+    is_streaming = False
+    for name, module in model.named_modules():
+        if isinstance(module, StreamingModule) and module._streaming_state is not None:
+            is_streaming = True
+            if whole or hasattr(module, "ttt_parameters"):
+                yield name, module._streaming_state
+    if not is_streaming:
+        raise ValueError("the model is not streaming: there is no state outside of `streaming()`.")
+
+
+def _fields(model: nn.Module, *, whole: bool) -> Iterator[tuple[str, object, str]]:
+    """All that changes while streaming: a name, the object that holds it, and its field."""
+    for module_name, state in _states(model, whole=whole):
+        prefix = f"{module_name}." if module_name else ""
+        if isinstance(state, InPlaceState | TTTMixerState):
+            owner = SimpleNamespace(exec_mask=state.exec_mask, **state.tensors())
+            yield from ((f"{prefix}{name}", owner, name) for name in vars(owner))
+            continue
+        names = [field.name for field in dataclasses.fields(state) if field.name != "batch_size"]
+        for name in [*names, "exec_mask"]:
+            value = getattr(state, name)
+            if isinstance(value, RingKVCache):
+                yield f"{prefix}{name}.cache", value, "cache"
+                yield f"{prefix}{name}.end_offset", value, "end_offset"
+            elif isinstance(value, Tensor | int):
+                yield f"{prefix}{name}", state, name
