@@ -4,11 +4,12 @@
     python benchmarks/ops.py --device cpu --dtype float32 --width 32 --hidden 88 --chunk-size 8 \\
         --sizes 2x50 --repeats 1
 
-The baseline is the stock projection o = W0 z, forward and backward to z and W0. Every other line
-contains that projection too, and the backward pass to v (and β). Values and gradients are compared
-with a float32 (on a CPU float64) run, chunk by chunk, before anything is timed; what differs is
-reported as wrong, without a time. Times are medians. Memory is the peak above the inputs, the
-gradient of the output among them, of forward and backward together.
+The baseline is the stock projection o = W0 z, forward and backward to z and W0. Every other line of
+In-Place TTT contains that projection too, and the backward pass to v (and β). TTT-Linear and
+TTT-MLP are compared with a plain scan over mini-batches, which keeps everything for the backward
+pass. Values and gradients are compared with a float32 (on a CPU float64) run before anything is
+timed; what differs is reported as wrong, without a time. Times are medians. Memory is the peak
+above the inputs, the gradient of the output among them, of forward and backward together.
 """
 
 import argparse
@@ -28,6 +29,9 @@ from ttt import ops
 
 SIZES = ["1x1250", "16x1250", "4x2048", "1x8192", "1x24000"]
 BETA = 10.0
+HEAD_WIDTH = 128
+MINI_BATCH_FRAMES = 16
+MAX_SCAN_FRAMES = 2048
 
 
 @dataclass
@@ -112,7 +116,53 @@ def materialize_delta(
     return torch.cat(outputs, dim=1)
 
 
-CASES = [in_place_cases]
+def linear_cases(batch: int, num_frames: int, options: argparse.Namespace) -> list[Case]:
+    """TTT-Linear as a plain scan that keeps everything, and with activation checkpointing."""
+    return scan_cases("linear", ops.ttt_linear, [1], batch, num_frames, options)
+
+
+def mlp_cases(batch: int, num_frames: int, options: argparse.Namespace) -> list[Case]:
+    """The same for TTT-MLP."""
+    return scan_cases("mlp", ops.ttt_mlp, [1, 4], batch, num_frames, options)
+
+
+def scan_cases(
+    name: str,
+    op: Callable[..., tuple[Tensor, Any]],
+    widths: list[int],
+    batch: int,
+    num_frames: int,
+    options: argparse.Namespace,
+) -> list[Case]:
+    """Heads of `HEAD_WIDTH`; `widths` are those of the inner layers' inputs, in heads."""
+    if num_frames > MAX_SCAN_FRAMES:
+        return []
+    generator = torch.Generator().manual_seed(0)
+    heads = max(1, options.width // HEAD_WIDTH)
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        x = scale * torch.randn(*shape, generator=generator)
+        return x.to(options.device, options.dtype).requires_grad_()
+
+    inputs = [normal(batch, heads, num_frames, HEAD_WIDTH) for _ in range(3)]
+    inputs.append((0.01 * torch.rand(batch, heads, num_frames)).to(inputs[0]).requires_grad_())
+    weights = []
+    for width, next_width in zip(widths, [*widths[1:], 1], strict=True):
+        shape = (heads, width * HEAD_WIDTH, next_width * HEAD_WIDTH)
+        weights += [normal(*shape, scale=0.02), normal(heads, shape[2], scale=0.02)]
+    weights += [normal(heads, HEAD_WIDTH), normal(heads, HEAD_WIDTH)]
+    scale = 1 / torch.arange(1, MINI_BATCH_FRAMES + 1, device=options.device)
+
+    def run(group: int | None) -> Callable[..., Tensor]:
+        return lambda *args: op(*args, token_scale=scale, scan_checkpoint_group_size=group)[0]
+
+    return [
+        Case(f"{name}, plain scan", inputs, weights, run(None), run(None)),
+        Case(name, inputs, weights, run(16), run(None)),
+    ]
+
+
+CASES = [in_place_cases, linear_cases, mlp_cases]
 
 
 def difference(case: Case, d_out: Tensor, options: argparse.Namespace) -> float:

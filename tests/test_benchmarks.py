@@ -30,6 +30,10 @@ def test_operators_are_checked_and_timed(benchmark, tmp_path, capsys):
         "delta",
         "sum, bf16 weights",
         "sum, fp32 weights",
+        "linear, plain scan",
+        "linear",
+        "mlp, plain scan",
+        "mlp",
     ]
     for result in results:
         # Weights in bfloat16 are not float32's equal.

@@ -20,6 +20,7 @@ take twice the memory of z, so the limit is set at 3 d h / (d + h), 9,000 frames
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,8 @@ SUPER_CHUNK_FRAMES = 2048
 longer, the dual form costs more than it saves."""
 BLOCK_FRAMES = 256
 """At least this many frames at once in the dual form, for products that fill a GPU."""
+_ROW_MULTIPLE = 8
+"""Of 16-bit numbers in a row of scores; see `scores`."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,9 @@ def scores(x: Tensor, y: Tensor, cut: Cut) -> Tensor:
     """M ⊙ X Yᵀ, [N, L, L] of [N, L, ·]. Columns that no chunk of a block of rows reads are left
     unwritten beyond the block, and zero within it."""
     length = x.shape[1]
-    out = x.new_empty(x.shape[0], length, length)
+    # Rows start at multiples of 16 bytes: cuBLAS is several times slower where they do not.
+    stride = -(-length // _ROW_MULTIPLE) * _ROW_MULTIPLE
+    out = x.new_empty(x.shape[0], length, stride)[:, :, :length]
     chunk = torch.arange(length, device=x.device) // cut.chunk_size
     for a, e, b in cut.blocks(length):
         torch.bmm(x[:, a:b], y[:, :e].transpose(1, 2), out=out[:, a:b, :e])
@@ -142,6 +147,18 @@ def symmetrize(d_scores: Tensor, cut: Cut) -> Tensor:
     return d_scores
 
 
+def weighted_frames(
+    weights: Tensor, x: Tensor, out: Tensor, *, alpha: float = 1.0, beta: float = 0.0
+) -> None:
+    """OUT = beta · OUT + alpha · WEIGHTS X, of [N, L, L] and [N, L, ·]."""
+    length = x.shape[1]
+    even = length // _ROW_MULTIPLE * _ROW_MULTIPLE or length
+    out.baddbmm_(weights[:, :, :even], x[:, :even], beta=beta, alpha=alpha)
+    if even < length:
+        # cuBLAS has fast kernels only for sums over a multiple of 8.
+        out.baddbmm_(weights[:, :, even:], x[:, even:], alpha=alpha)
+
+
 # The state, between super-chunks ---------------------------------------------------------------
 
 
@@ -160,8 +177,23 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def gram(x: Tensor) -> Tensor:
-    """X Xᵀ, [B, C, C] of [B, C, ·], in float32 (float64 for float64)."""
-    return product(x, x.transpose(1, 2))
+    """X Xᵀ, [B, C, C] of [B, C, ·], in float32 (float64 for float64); differentiable."""
+    return _Gram.apply(x)
+
+
+class _Gram(torch.autograd.Function):
+    """PyTorch has no derivative for a product with another dtype than its factors."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return product(x, x.transpose(1, 2))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        (grad,) = grads
+        return (grad + grad.transpose(1, 2)).to(x.dtype) @ x
 
 
 class State:

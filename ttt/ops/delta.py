@@ -234,7 +234,8 @@ class _Delta(torch.autograd.Function):
                 d_scores = chunks.scores(y_part, e_part, cut)
                 d_strengths = _add_gradient_of_inverses(d_scores, x_part, e_part, beta, cut)
                 d_beta -= (d_strengths * strengths).sum() / beta
-                d_z_part.baddbmm_(chunks.symmetrize(d_scores, cut), z_part)
+                weights = chunks.symmetrize(d_scores, cut)
+                chunks.weighted_frames(weights, z_part, d_z_part, beta=1.0)
         return d_z, x, d_beta, None
 
 

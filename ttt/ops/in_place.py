@@ -214,7 +214,7 @@ class _Sum(torch.autograd.Function):
             for z_part, v_part, d_out_part, d_z_part, d_v_part in group:
                 _read_later(next(weights), d_out_part, d_v_part, lr, cut)
                 d_scores = chunks.symmetrize(chunks.scores(d_out_part, v_part, cut), cut)
-                d_z_part.baddbmm_(d_scores, z_part, beta=0, alpha=lr)
+                chunks.weighted_frames(d_scores, z_part, d_z_part, alpha=lr)
             if cut.is_whole:
                 continue
             parts = chunks.super_chunks(group)
