@@ -57,8 +57,11 @@ def _describe_ttt(args: TrainArgs, model: TTTLMModel, num_frames: int) -> Iterat
     updates = (num_frames - 1) // every
     if in_ttt_layers is not None:
         attention += f", and {in_ttt_layers} in the TTT layers"
+    method = args.ttt.method.replace("_", "-")
+    if args.ttt.method == "in_place":
+        method += f" ({args.ttt.write})"
     yield (
-        f"TTT: {args.ttt.method.replace('_', '-')} in layers "
+        f"TTT: {method} in layers "
         f"{', '.join(map(str, model.ttt_layers))}; {updates} updates a sequence, every {every} "
         f"frames ({every / FRAME_RATE_HZ:.1f} s); {attention}"
     )

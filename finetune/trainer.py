@@ -188,8 +188,9 @@ class Trainer:
             raise UserError(
                 f"the last {self.nonfinite_in_a_row} steps had a loss or gradient that is not "
                 f"finite (max_nonfinite_steps); the model does not recover from that. Lower "
-                f"optim.lr, optim.ttt_lr or ttt.learning_rate, or set ttt.max_delta_norm, and "
-                f"continue from an earlier checkpoint in {self.run_dir / 'checkpoints'}."
+                f"optim.lr or optim.ttt_lr (with ttt.write: sum also ttt.learning_rate, or set "
+                f"ttt.max_delta_norm), and continue from an earlier checkpoint in "
+                f"{self.run_dir / 'checkpoints'}."
             )
 
     def log(
@@ -235,14 +236,15 @@ class Trainer:
         if effects and has_had_time and not self.warned_inert:
             self.warned_inert = True
             if self.largest_effect < INERT_EFFECT:
-                in_place = self.args.ttt.method == "in_place"
+                # Only this rule has a step size of its own; the others learn theirs.
+                is_sum = self.args.ttt.method == "in_place" and self.args.ttt.write == "sum"
                 inner = f"ttt.learning_rate (now {self.args.ttt.learning_rate:g}) or "
                 logger.warning(
                     "after %d steps TTT changes its layers' outputs by %.1e of their size at most: "
                     "it does nothing. Raise %soptim.ttt_lr (now %g), and watch ttt/*/effect.",
                     self.step,
                     self.largest_effect,
-                    inner if in_place else "",
+                    inner if is_sum else "",
                     self.args.optim.ttt_lr,
                 )
 

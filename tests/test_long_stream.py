@@ -2,7 +2,16 @@
 
 import pytest
 import torch
-from helpers import moshi_like, random_codes, tiny_args, tiny_delta_args, tiny_model
+from helpers import (
+    moshi_like,
+    random_codes,
+    tiny_args,
+    tiny_delta_args,
+    tiny_linear_args,
+    tiny_model,
+)
+
+from ttt.layers import InPlaceGating
 
 CALL_FRAMES = 50
 LM = {k: moshi_like()[k] for k in ("norm", "positional_embedding")}
@@ -23,16 +32,30 @@ def speech_and_silence(num_frames):
 
 
 def stream(args, dtype, codes):
-    """Text logits [T, card], ‖S‖ / ‖W0‖ of the layers after every call, and the final states."""
+    """Text logits [T, card], sizes of the layers' fast weights after every call (with `in_place`
+    ‖S‖ / ‖W0‖, else relative to their start), and the final fast weights."""
     model = tiny_model(args, context=CALL_FRAMES, **LM).to(dtype)
     modules = model.ttt_layers.values()
     logits, sizes = [], []
     with torch.no_grad(), model.streaming(1):
         for part in codes.split(CALL_FRAMES, dim=2):
             logits.append(model.forward_text(part)[1][0, 0])
-            sizes.append([m._streaming_state.change.norm() / m.base_weight.norm() for m in modules])
-        states = [m._streaming_state.change.double() for m in modules]
+            sizes.append([fast_weights(m).norm() / size_at_start(m) for m in modules])
+        states = [fast_weights(m).double() for m in modules]
     return torch.cat(logits), torch.tensor(sizes), states
+
+
+def fast_weights(module):
+    state = module._streaming_state
+    if isinstance(module, InPlaceGating):
+        return state.change
+    return torch.cat([x.flatten() for pair in state.layers for x in pair])
+
+
+def size_at_start(module):
+    if isinstance(module, InPlaceGating):
+        return module.base_weight.norm()
+    return torch.cat([x.flatten() for pair in module.inner_layers for x in pair]).norm()
 
 
 @pytest.mark.parametrize("num_frames", [2000, pytest.param(50_000, marks=pytest.mark.slow)])
@@ -43,8 +66,10 @@ def stream(args, dtype, codes):
         tiny_args(chunk_size=20, learning_rate=1e-3, state_decay=0.99, max_delta_norm=1.0),
         tiny_delta_args(chunk_size=20),
         tiny_delta_args(chunk_size=20, state_decay=0.99),
+        tiny_linear_args(base_lr=1.0),
+        tiny_linear_args(method="mlp", base_lr=0.1, use_rope=True),
     ],
-    ids=["sum", "sum, bounded, decay", "delta", "delta, decay"],
+    ids=["sum", "sum, bounded, decay", "delta", "delta, decay", "linear", "mlp"],
 )
 def test_a_long_stream_stays_sane(args, num_frames):
     codes = speech_and_silence(num_frames)

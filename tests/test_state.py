@@ -7,20 +7,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import random_codes, tiny_args, tiny_delta_args, tiny_model
+from helpers import random_codes, tiny_args, tiny_delta_args, tiny_linear_args, tiny_model
 from moshi.models.lm import LMGen
 from safetensors.torch import load_file, save_file
 
 import ttt
 
-every_rule = pytest.mark.parametrize("write", ["sum", "delta"])
+ARGS = {
+    "sum": tiny_args(),
+    "delta": tiny_delta_args(),
+    "linear": tiny_linear_args(),
+    "mlp": tiny_linear_args(method="mlp", base_lr=0.4, use_rope=True),
+}
+every_rule = pytest.mark.parametrize("write", ARGS)
 SAVE_FRAMES, NUM_FRAMES = 13, 24
 """Saved in the middle of the third chunk."""
 
 
 def build(write):
-    args = tiny_delta_args() if write == "delta" else tiny_args()
-    return tiny_model(args, dtype=torch.float32)
+    return tiny_model(ARGS[write], dtype=torch.float32)
 
 
 def user_codes():
