@@ -1,6 +1,7 @@
 """The demonstration: data, training, evaluation, a picture and a dialogue, in one go."""
 
 import json
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -61,6 +62,8 @@ def run_demo(run_dir: Path, overrides: Mapping[str, object]) -> None:
     soundfile.write(sound, continuation.audio.T.numpy(), codec.sample_rate_hz)
     (run_dir / "continuation.txt").write_text(continuation.text + "\n")
 
+    # As one can type it here, whether or not the environment is active.
+    programs = os.path.relpath(Path(sys.executable).parent)
     first, last = (read_metrics(metrics_path(run_dir, "eval"))[i] for i in (0, -1))
     fall = 1 - last["loss"] / first["loss"]
     console.print(
@@ -81,9 +84,9 @@ Then it took over Moshi's part in {heard.name} after {PROMPT_SEC:.0f} s (|):
   {run_dir / "metrics.train.jsonl"}   all numbers; or: tensorboard --logdir {run_dir / "tb"}
 
 Next: change something in example/demo.yaml and train it again,
-  python train.py --config example/demo.yaml --run_dir runs/mine --ttt.chunk_size=50
+  {programs}/python train.py --config example/demo.yaml --run_dir runs/mine --ttt.chunk_size=50
 or the real model, on your data:
-  torchrun --nproc-per-node 1 train.py --config example/moshi_ttt.yaml
+  {programs}/torchrun --nproc-per-node 1 train.py --config example/moshi_ttt.yaml
 """,
         soft_wrap=True,
         markup=False,
