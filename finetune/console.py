@@ -7,7 +7,6 @@ import math
 import sys
 import time
 from collections.abc import Iterable, Mapping
-from types import TracebackType
 
 from rich.console import Console, RenderableType
 from rich.highlighter import NullHighlighter
@@ -68,12 +67,7 @@ class Progress:
             console.show_cursor(True)
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         if self._bar:
             self._bar.stop()
 

@@ -6,7 +6,6 @@ import signal
 import socket
 import threading
 import time
-from types import TracebackType
 
 logger = logging.getLogger(__name__)
 
@@ -36,12 +35,7 @@ class Interrupt:
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
         signal.set_wakeup_fd(self._previous_fd)
