@@ -228,6 +228,8 @@ def _write_consolidated(
     adapters_only = args.lora.enable and args.save_adapters
     config = dict(loaders._lm_kwargs if info.raw_config is None else info.raw_config)
     config["lora"] = adapters_only
+    if args.model.attention_context is not None:
+        config["context"] = args.model.attention_context
     if adapters_only:
         config |= {"lora_rank": args.lora.rank, "lora_scaling": args.lora.scaling}
         weights = {
@@ -290,9 +292,33 @@ def load_trained_weights(model: TTTLMModel, args: TrainArgs, checkpoint: Path) -
             trained |= load_file(folder / name)
         except (OSError, SafetensorError) as error:
             raise UserError(f"cannot read {folder / name}: {error}") from error
-    unexpected = model.load_state_dict(trained, strict=False).unexpected_keys
-    if unexpected:
+    expected = model.state_dict()
+    needed = {name for named in trainable_by_role(model).values() for name in named}
+    if "consolidated.safetensors" in names and args.lora.enable:
+        # LoRA is merged: the adapters stay as they start, and change nothing.
+        needed = set(ttt_parameters(model))
+        trained = _as_frozen_weights(trained, expected)
+    wrong = [f"it lacks {name}" for name in sorted(needed - trained.keys())]
+    for name, weight in trained.items():
+        if name not in expected:
+            wrong.append(f"it has {name}, which the model has not")
+        elif weight.shape != expected[name].shape:
+            wrong.append(f"its {name} has shape {tuple(weight.shape)}")
+    if wrong:
         raise UserError(
             f"{folder} does not belong to the model that {checkpoint / 'args.yaml'} describes: "
-            f"it has {unexpected[0]}, which the model has not."
+            f"{wrong[0]}."
         )
+    model.load_state_dict(trained, strict=False)
+
+
+def _as_frozen_weights(
+    weights: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Merged weights under the names that they have inside a model with LoRA."""
+    renamed = {}
+    for name, weight in weights.items():
+        owner, _, part = name.rpartition(".")
+        frozen = f"{owner}.frozen_W.{part}"
+        renamed[frozen if frozen in expected else name] = weight
+    return renamed

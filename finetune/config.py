@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from operator import attrgetter
@@ -13,6 +14,8 @@ import yaml
 
 from finetune.args import TrainArgs
 from finetune.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 # What is wrong, by dotted key ("optim.lr", or "full_finetuning, lora.enable"), with its remedy.
 Problem = tuple[str, str]
@@ -44,6 +47,13 @@ def load_config(path: str | Path, overrides: Mapping[str, object] | None = None)
     emptied = tuple(f"{key}." for key, text in from_command_line.items() if text in _NULLS)
     written = {key: text for key, text in written.items() if not key.startswith(emptied)}
     args, problems = _parse_all(TrainArgs, written | from_command_line)
+    if from_command_line.keys() & {"ttt.method", "ttt.write"}:
+        # The file is for another method: its options for that one do not stand in the way.
+        foreign = {f"ttt.{name}" for name, _ in args.ttt.misplaced()} - from_command_line.keys()
+        for key in sorted(foreign & written.keys()):
+            logger.warning("%s of %s is left out: it is not for this method", key, path)
+        written = {key: text for key, text in written.items() if key not in foreign}
+        args, problems = _parse_all(TrainArgs, written | from_command_line)
 
     # A default stands where a value was rejected: what follows from it alone is not the user's.
     settled = {key for key, _ in problems} | {_suggestion(TrainArgs, key) for key, _ in problems}

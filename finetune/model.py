@@ -135,7 +135,7 @@ def model_shape(info: loaders.CheckpointInfo) -> dict[str, Any]:
     if info.lora_weights is not None or config.get("lora"):
         raise UserError(
             "moshi_paths: this is a LoRA checkpoint. Train from its base, or from a checkpoint "
-            "that was saved with save_adapters: false, which has LoRA merged."
+            "that was saved with save_adapters: false, which has LoRA merged (TTT starts anew)."
         )
     if "demux_second_stream" in config:
         config["demux_second_text_stream"] = config.pop("demux_second_stream")

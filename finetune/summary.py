@@ -50,13 +50,13 @@ def describe_run(
 def _describe_ttt(args: TrainArgs, model: TTTLMModel, num_frames: int) -> Iterator[str]:
     window = model.context
     attention = f"attention sees {window} frames of {num_frames}"
+    if args.ttt.attention_context is not None:
+        attention += f", and {args.ttt.attention_context} in the layers that ttt names"
     if not model.ttt_layers:
         yield f"TTT: off; {attention}"
         return
-    every, in_ttt_layers = args.ttt.update_frames, args.ttt.attention_context
+    every = args.ttt.update_frames
     updates = (num_frames - 1) // every
-    if in_ttt_layers is not None:
-        attention += f", and {in_ttt_layers} in the TTT layers"
     method = args.ttt.method.replace("_", "-")
     if args.ttt.method == "in_place":
         method += f" ({args.ttt.write})"
@@ -66,11 +66,12 @@ def _describe_ttt(args: TrainArgs, model: TTTLMModel, num_frames: int) -> Iterat
         f"frames ({every / FRAME_RATE_HZ:.1f} s); {attention}"
     )
     if updates == 0:
-        option = "chunk_size" if args.ttt.method == "in_place" else "mini_batch_size"
+        is_in_place = args.ttt.method == "in_place"
+        option = "chunk_size" if is_in_place else "mini_batch_size"
+        effect = "TTT never learns anything" if is_in_place else "TTT carries nothing on"
         logger.warning(
             f"duration_sec is {args.duration_sec:g} ({num_frames} frames), not longer "
-            f"than ttt.{option} ({every} frames): TTT never learns anything. Raise the one or "
-            f"lower the other."
+            f"than ttt.{option} ({every} frames): {effect}. Raise the one or lower the other."
         )
     elif window is None or window >= num_frames:
         logger.warning(

@@ -34,7 +34,7 @@ from ttt import measuring
 logger = logging.getLogger(__name__)
 
 INERT_EFFECT = 1e-6
-"""Below this share of its layer's output, TTT as good as does not happen."""
+"""Below this share of what it is added to, TTT as good as does not happen."""
 
 
 class Trainer:
@@ -185,11 +185,12 @@ class Trainer:
             UserError: too many steps in a row were not finite.
         """
         if self.nonfinite_in_a_row >= self.args.max_nonfinite_steps:
+            inner = ", or ttt.learning_rate, or set ttt.max_delta_norm"
             raise UserError(
                 f"the last {self.nonfinite_in_a_row} steps had a loss or gradient that is not "
                 f"finite (max_nonfinite_steps); the model does not recover from that. Lower "
-                f"optim.lr or optim.ttt_lr (with ttt.write: sum also ttt.learning_rate, or set "
-                f"ttt.max_delta_norm), and continue from an earlier checkpoint in "
+                f"optim.lr or optim.ttt_lr{inner if self.args.ttt.has_fixed_step else ''}, and "
+                f"continue from an earlier checkpoint in "
                 f"{self.run_dir / 'checkpoints'}."
             )
 
@@ -236,15 +237,13 @@ class Trainer:
         if effects and has_had_time and not self.warned_inert:
             self.warned_inert = True
             if self.largest_effect < INERT_EFFECT:
-                # Only this rule has a step size of its own; the others learn theirs.
-                is_sum = self.args.ttt.method == "in_place" and self.args.ttt.write == "sum"
                 inner = f"ttt.learning_rate (now {self.args.ttt.learning_rate:g}) or "
                 logger.warning(
                     "after %d steps TTT changes its layers' outputs by %.1e of their size at most: "
                     "it does nothing. Raise %soptim.ttt_lr (now %g), and watch ttt/*/effect.",
                     self.step,
                     self.largest_effect,
-                    inner if is_sum else "",
+                    inner if self.args.ttt.has_fixed_step else "",
                     self.args.optim.ttt_lr,
                 )
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from moshi.models.loaders import CheckpointInfo
+from safetensors.torch import load_file, save_file
 from training_tools import (
     FULL,
     LORA,
@@ -110,6 +111,35 @@ def test_a_checkpoint_gives_back_the_model_with_its_ttt(config, tmp_path, overri
     load_trained_weights(model, args, saved)
     merged = not args.save_adapters
     assert_same_logits(model, run.model, rtol=0, atol=1e-4 if merged else 0)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda weights: weights.popitem(), "it lacks"),
+        (lambda weights: weights.update(other=torch.zeros(1)), "it has other"),
+        (lambda weights: weights.update({k: w[:1] for k, w in weights.items()}), "has shape"),
+    ],
+    ids=["missing", "unknown", "misshapen"],
+)
+def test_weights_of_another_model_are_refused(config, tmp_path, spoil, message):
+    delta = {"ttt.write": "delta", "ttt.learning_rate": 1e-3}
+    train(config, tmp_path, delta)
+    saved = checkpoint(tmp_path, 4)
+    path = saved / "consolidated/ttt.safetensors"
+    weights = load_file(path)
+    spoil(weights)
+    save_file({name: weight.clone() for name, weight in weights.items()}, path)
+    args = load_config(saved / "args.yaml")
+    model = load_model(args, find_checkpoint(args.moshi_paths), "cpu")
+    with pytest.raises(UserError, match=message):
+        load_trained_weights(model, args, saved)
+
+
+def test_another_attention_window_is_in_the_checkpoint(config, tmp_path):
+    train(config, tmp_path, {**PLAIN, "model.attention_context": 7})
+    saved = json.loads((checkpoint(tmp_path, 4) / "consolidated/config.json").read_text())
+    assert saved["context"] == 7
 
 
 def test_files_say_what_they_are(config, tmp_path):

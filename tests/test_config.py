@@ -9,6 +9,7 @@ from finetune.config import load_config, public_dict, save_config
 from finetune.config_docs import COMMAND, configuration_page
 from finetune.data.args import DataArgs
 from finetune.errors import UserError
+from ttt.config import TTTArgs
 
 ROOT = Path(__file__).parent.parent
 MINIMAL = "run_dir: run\ndata: {train_data: train.jsonl}\nlora: {enable: true}\n"
@@ -280,3 +281,18 @@ def test_saved_configuration_loads_and_has_no_secret(load, tmp_path):
 def test_documentation_is_fresh():
     written = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
     assert written == configuration_page(), f"out of date; run: {COMMAND}"
+
+
+@pytest.mark.parametrize("choice", ["ttt.write=delta", "ttt.method=linear", "ttt.method=mlp"])
+@pytest.mark.parametrize("name", ["demo", "moshi_ttt"])
+def test_another_method_can_be_chosen_on_the_command_line(choice, name):
+    """What the file sets for its own method is left out; what the command line sets is not."""
+    key, value = choice.split("=")
+    args = load_config(ROOT / f"example/{name}.yaml", {key: value})
+    assert getattr(args.ttt, key.split(".")[1]) == value
+    assert args.ttt.learning_rate == TTTArgs.learning_rate
+    with pytest.raises(UserError, match=r"ttt\.learning_rate"):
+        load_config(
+            ROOT / f"example/{name}.yaml",
+            {key: value, "ttt.learning_rate": "0.5"},
+        )

@@ -108,7 +108,7 @@ def test_a_run_tells_what_ttt_does(config, tmp_path, capsys):
     train(config, tmp_path, {**LINEAR, "ttt.method": "mlp", "ttt.attention_context": 7})
     out = capsys.readouterr().out
     assert "mlp in layers 0, 1; 6 updates a sequence, every 4 frames (0.3 s)" in out
-    assert "attention sees 12 frames of 25, and 7 in the TTT layers" in out
+    assert "attention sees 12 frames of 25, and 7 in the layers that ttt names" in out
     assert "WARNING" not in out
     effects = logged(tmp_path, "ttt/layer_01/effect")
     assert effects[0] == 0 < effects[-1]
@@ -119,4 +119,4 @@ def test_a_run_tells_what_ttt_does(config, tmp_path, capsys):
 def test_a_sequence_without_an_update_is_warned_of(config, tmp_path, capsys):
     train(config, tmp_path, {**LINEAR, "ttt.mini_batch_size": 25, "max_steps": 1})
     out = capsys.readouterr().out
-    assert "not longer than ttt.mini_batch_size (25 frames): TTT never learns anything" in out
+    assert "not longer than ttt.mini_batch_size (25 frames): TTT carries nothing on" in out

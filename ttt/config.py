@@ -107,6 +107,11 @@ class TTTArgs:
         return self.chunk_size if self.method == "in_place" else self.mini_batch_size
 
     @property
+    def has_fixed_step(self) -> bool:
+        """Whether `learning_rate` and `max_delta_norm` count."""
+        return self.method == "in_place" and self.write == "sum"
+
+    @property
     def inner_base_lr(self) -> float:
         """`base_lr`, or its default for the method."""
         return _DEFAULT_BASE_LR[self.method] if self.base_lr is None else self.base_lr
@@ -151,20 +156,6 @@ class TTTArgs:
             found.append(("write_strength", f"must be positive, got {self.write_strength}"))
         if not 0 < self.state_decay <= 1:
             found.append(("state_decay", f"must be above 0 and at most 1, got {self.state_decay}"))
-        defaults = TTTArgs()
-        for rule, name in (
-            ("sum", "learning_rate"),
-            ("sum", "max_delta_norm"),
-            ("delta", "write_strength"),
-        ):
-            if self.write != rule and getattr(self, name) != getattr(defaults, name):
-                found.append(
-                    (
-                        name,
-                        f"belongs to write: {rule}, and write is {self.write}; "
-                        f"remove it, or set write: {rule}",
-                    )
-                )
         if self.max_delta_norm is not None and not self.max_delta_norm > 0:
             found.append(
                 (
@@ -182,7 +173,7 @@ class TTTArgs:
             )
         if self.attention_context is not None and self.attention_context < 1:
             found.append(("attention_context", f"must be at least 1, got {self.attention_context}"))
-        return found + self._linear_problems() + self._misplaced()
+        return found + self._linear_problems() + self.misplaced()
 
     def _linear_problems(self) -> list[tuple[str, str]]:
         found = []
@@ -200,8 +191,8 @@ class TTTArgs:
             )
         return found
 
-    def _misplaced(self) -> list[tuple[str, str]]:
-        """Options that were changed and that nothing would read."""
+    def misplaced(self) -> list[tuple[str, str]]:
+        """Options that were changed and that nothing would read: as `problems`."""
         others = _LINEAR_AND_MLP if self.method == "in_place" else _IN_PLACE
         owner = "linear and mlp" if self.method == "in_place" else "in_place"
         changed = {f.name for f in fields(self) if getattr(self, f.name) != f.default}
@@ -210,6 +201,19 @@ class TTTArgs:
             for name in others
             if name in changed
         ]
+        for rule, name in (
+            ("sum", "learning_rate"),
+            ("sum", "max_delta_norm"),
+            ("delta", "write_strength"),
+        ):
+            if self.method == "in_place" and self.write != rule and name in changed:
+                found.append(
+                    (
+                        name,
+                        f"belongs to write: {rule}, and write is {self.write}; "
+                        f"remove it, or set write: {rule}",
+                    )
+                )
         if "rope_theta" in changed and self.method != "in_place" and not self.use_rope:
             found.append(("rope_theta", "has no effect with use_rope: false; remove it"))
         return found

@@ -59,8 +59,9 @@ class TTTTransformerLayer(StreamingTransformerLayer):
 class TTTLMModel(LMModel):
     """A stock `LMModel`, trainable and streamable as such, with TTT in some layers.
 
-    State-dict keys are the stock ones, plus `transformer.layers.N.gating.target_*` (in-place) or
-    `transformer.layers.N.ttt.*` (linear, mlp).
+    State-dict keys are the stock ones, plus `transformer.layers.N.gating.target_*` and, with
+    `write: delta`, `gating.log_write_strength` (in-place), or `transformer.layers.N.ttt.*` (linear,
+    mlp).
     """
 
     ttt_args: TTTArgs
@@ -194,7 +195,8 @@ def _set_attention_context(model: TTTLMModel, args: TTTArgs) -> None:
         layer.self_attn.context = args.attention_context
     assert len(chosen) == len(model.ttt_layers) or not args.enabled
     logger.info(
-        "attention sees %d frames in the %d TTT layers, and %s in the %d others",
+        "attention sees %d frames in the %d layers of ttt.start_layer and ttt.layer_frequency, "
+        "and %s in the %d others",
         args.attention_context,
         len(chosen),
         model.context,
@@ -222,7 +224,7 @@ def measuring(model: TTTLMModel, *, enabled: bool = True) -> Iterator[dict[str, 
     """Collects what TTT does in the forward passes within the block, if `enabled`.
 
     The dictionary that it gives is filled when the block ends: `layer_05/effect` and so on, scalar
-    tensors of the last forward pass. See `InPlaceGating._measure` for their meaning; with `linear`
+    tensors of the first forward pass. See `InPlaceGating._measure` for their meaning; with `linear`
     and `mlp` they are `effect`, ‖what TTT adds‖ / ‖what it is added to‖, and `inner_loss_initial`,
     `inner_loss_before` and `inner_loss_after`, see `TTTMixer._inner_losses`.
     """

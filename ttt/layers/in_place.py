@@ -94,7 +94,8 @@ class InPlaceGating(StreamingModule[InPlaceState]):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Zero conv, identity projection. Never zero both: no gradient would ever flow."""
+        """Zero conv, identity projection, β at `write_strength`. Never zero both of the first: no
+        gradient would ever flow."""
         self.target_conv.zero_()
         if not self.target_proj.is_meta:
             nn.init.eye_(self.target_proj)
@@ -127,6 +128,8 @@ class InPlaceGating(StreamingModule[InPlaceState]):
         learnt = self._learn(z, v)
         if self.measure and x.shape[1] > self.args.chunk_size:
             self.measured = self._measure(z, v, plain, learnt)
+            # Once: activation checkpointing and micro-batches come here again.
+            self.measure = False
         return plain + learnt
 
     def _learn(self, z: Tensor, v: Tensor) -> Tensor:
@@ -161,7 +164,7 @@ class InPlaceGating(StreamingModule[InPlaceState]):
         effect: ‖what TTT adds‖ / ‖what the projection gives‖, over the frames that can read.
         delta: mean ‖change of S by a chunk‖ / ‖W0‖ over the complete chunks that write anything
             (padding does not), decay aside.
-        clip_rate: share of these chunks whose Δ met the bound.
+        clip_rate: share of these chunks whose Δ met the bound; 0 without one.
         """
         chunk_size = self.args.chunk_size
         readable = slice(chunk_size, None)

@@ -193,6 +193,8 @@ class TTTMixer(StreamingModule[TTTMixerState]):
             effect = update.detach().float().norm() / x.detach().float().norm()
             losses = self._inner_losses(k, v, eta, token_scale)
             self.measured = {"effect": effect, **losses}
+            # Once: activation checkpointing and micro-batches come here again.
+            self.measure = False
         return update
 
     def _positions(self, num_frames: int, device: torch.device) -> Tensor:

@@ -1,4 +1,5 @@
-"""Pure functions: tensors in, tensors out. `reference` defines, the rest is fast."""
+"""Pure functions: tensors in, tensors out. `reference` and `reference_linear` define, the
+rest is fast."""
 
 from ttt.ops import reference, reference_linear
 from ttt.ops.delta import chunk_errors, in_place_delta

@@ -1,7 +1,7 @@
 """The definitions: slow, frame by frame, and nothing else to believe in.
 
-Every operator of `ttt.ops` stands here with the same signature. The fast forms are tested against
-these, values and gradients.
+The In-Place operators of `ttt.ops` stand here with the same signatures; those of TTT-Linear and
+TTT-MLP in `reference_linear`. The fast forms are tested against these, values and gradients.
 """
 
 import torch
