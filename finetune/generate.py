@@ -12,7 +12,7 @@ from torch import Tensor
 
 from finetune.checkpoint import load_trained_weights
 from finetune.config import load_config
-from finetune.data import Codec, Segment, count_frames
+from finetune.data import FRAME_RATE_HZ, Codec, Segment, count_frames
 from finetune.distributed import join_world
 from finetune.errors import UserError
 from finetune.model import build_codec, find_checkpoint, load_model
@@ -76,7 +76,7 @@ def continue_dialogue(
     if prompt_frames >= num_frames:
         raise UserError(
             f"--prompt_sec: {prompt_sec:g} s leave nothing to say of a recording of "
-            f"{num_frames / 12.5:.1f} s ({dialogue.path})."
+            f"{num_frames / FRAME_RATE_HZ:.1f} s ({dialogue.path})."
         )
     torch.manual_seed(seed)
     said = _generate(model, codes, num_frames, prompt_frames, temperature, text_temperature)
