@@ -162,6 +162,7 @@ def load_model(
             device=device if args.moshi_paths.random_init else "meta",
             dtype=dtype,
             gradient_checkpointing=args.gradient_checkpointing,
+            compile=torch.device(device).type == "cuda" if args.compile is None else args.compile,
             attention_context=args.model.attention_context,
         )
     except ValueError as error:
