@@ -175,7 +175,7 @@ def load_model(
     if not args.moshi_paths.random_init:
         _load_weights(model, info.moshi_weights, device, dtype)
     if args.lora.enable:
-        _add_lora(model, args.lora, seed=args.seed)
+        add_lora(model, args.lora, seed=args.seed)
     for role, named in parameters_by_role(model).items():
         for parameter in named.values():
             parameter.requires_grad_(role in _training_roles(args))
@@ -270,7 +270,7 @@ def _load_weights(
         module.reset_parameters()
 
 
-def _add_lora(model: TTTLMModel, args: LoraArgs, *, seed: int) -> None:
+def add_lora(model: TTTLMModel, args: LoraArgs, *, seed: int) -> None:
     """Wrap every linear layer; at the start the adapters change nothing."""
     torch.manual_seed(seed)
     replace_all_linear_with_lora(model, args.rank, args.scaling)
