@@ -338,7 +338,7 @@ def results(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         if arm.is_stock:
             baselines[arm.is_full] = result
         yield judged(result, arm, baselines.get(arm.is_full), options)
-        if options.search and arm.checkpointing == "selective":
+        if options.search and arm.checkpointing == "selective" and "peak_gb" in result:
             yield from search(result, weights, baselines.get(False), options)
 
 
@@ -364,7 +364,7 @@ def judged(
     pairs = list(zip(result["losses"], stock["losses"], strict=True))[:num_compared]
     difference = max((abs(a - b) for a, b in pairs), default=0.0)
     result["loss_difference"] = difference
-    if not difference <= TOLERANCE[options.dtype]:
+    if not difference <= options.tolerance:
         kept = {key: result[key] for key in ("name", "batch", "losses", "loss_difference")}
         return {**kept, "wrong": f"losses differ from the stock model's by {difference:.1e}"}
     result["speedup"] = result["tokens_per_sec"] / stock["tokens_per_sec"]
@@ -423,12 +423,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=2, help="steps that are not timed")
     parser.add_argument("--steps", type=int, default=4, help="steps that are")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--tolerance", type=float, help="of losses, in nats; default: by dtype")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--profile", nargs="*", help="arms whose kernels are listed in a file")
     parser.add_argument("--profile-dir", type=Path, default=Path())
     parser.add_argument("--json", type=Path, help="a file to write the results to")
     options = parser.parse_args(arguments)
     options.dtype = getattr(torch, options.dtype)
+    if options.tolerance is None:
+        options.tolerance = TOLERANCE[options.dtype]
     options.compile = options.device == "cuda"
     # The learning rate is at its highest from the second step on: a wrong gradient shows.
     options.schedule_steps = max(20, options.warmup + options.steps + 1)
