@@ -30,10 +30,12 @@ def chunked_cross_entropy(
         compile: the loss of a chunk. It changes nothing but time and rounding.
     """
     if not torch.is_grad_enabled():
-        nll = torch.cat([
-            _loss(compile, execution.BACKEND)(project(x, head), target, w)[0]
-            for x, target, w in _chunks(head, hidden, targets, weight)
-        ])
+        nll = torch.cat(
+            [
+                _loss(compile, execution.BACKEND)(project(x, head), target, w)[0]
+                for x, target, w in _chunks(head, hidden, targets, weight)
+            ]
+        )
         return (nll * weight).sum(), nll
     nll, loss = _ChunkedLoss.apply(hidden, targets, weight, compile, head.scaling, *head[:4])
     return loss, nll

@@ -291,7 +291,9 @@ def test_what_is_kept_for_the_backward_pass_changes_nothing(args, lora, monkeypa
     assert_same(results[2], results[0], rtol=1e-13)
 
 
-@pytest.mark.parametrize("mode", [False, pytest.param(True, marks=pytest.mark.slow), "selective"])
+@pytest.mark.parametrize(
+    "mode", [*(pytest.param(mode, marks=pytest.mark.slow) for mode in (False, True)), "selective"]
+)
 @pytest.mark.parametrize(
     "name",
     ["plain", *(pytest.param(n, marks=pytest.mark.slow) for n in METHODS if n != "plain")],

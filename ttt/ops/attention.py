@@ -79,9 +79,8 @@ def _blockwise(q: Tensor, k: Tensor, v: Tensor, context: int) -> Tensor:
     for start in range(0, q.shape[1], context):
         end = min(start + context, q.shape[1])
         first = max(0, start - context + 1)
-        distance = (
-            torch.arange(start, end, device=q.device)[:, None]
-            - torch.arange(first, end, device=q.device)
+        distance = torch.arange(start, end, device=q.device)[:, None] - torch.arange(
+            first, end, device=q.device
         )
         visible = (distance >= 0) & (distance < context)
         block = (x.transpose(1, 2) for x in (q[:, start:end], k[:, first:end], v[:, first:end]))
