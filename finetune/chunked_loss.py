@@ -5,7 +5,7 @@ float32. Here a chunk of frames at a time goes through the head, forward and at 
 is kept is the gradient, as large as the head's input, and nothing is computed twice.
 """
 
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -57,7 +57,9 @@ class _ChunkedLoss(torch.autograd.Function):
             None if p is None else p.detach().requires_grad_(need)
             for p, need in zip(parameters, needed, strict=True)
         ]
-        head = Linear(*own, scaling)  # type: ignore[arg-type]
+        matrix, bias, lora_a, lora_b = own
+        assert matrix is not None
+        head = Linear(matrix, bias, lora_a, lora_b, scaling)
         trained = [p for p in own if p is not None and p.requires_grad]
         totals = [torch.zeros_like(p, dtype=_wide(p.dtype)) for p in trained]
         d_hidden = torch.empty_like(hidden)
@@ -110,7 +112,7 @@ def _cross_entropy(logits: Tensor, targets: Tensor, weight: Tensor) -> tuple[Ten
     return nll, gradient.to(logits.dtype)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _loss(compile: bool, backend: str) -> Any:
     if not compile:
         return _cross_entropy
