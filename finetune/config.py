@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from operator import attrgetter
 from pathlib import Path
 from types import NoneType, UnionType
@@ -41,9 +41,27 @@ def load_config(path: str | Path, overrides: Mapping[str, object] | None = None)
     Raises:
         UserError: naming every unknown key, wrong type, bad value and contradiction.
     """
+    args, problems = check_config(path, overrides)
+    if problems:
+        origin = dict.fromkeys(flatten(overrides or {}), " (on the command line)")
+        lines = (f"{keys}: {text}{origin.get(keys, '')}" for keys, text in problems)
+        raise UserError(list_problems(path, lines))
+    return args
+
+
+def check_config(
+    path: str | Path, overrides: Mapping[str, object] | None = None
+) -> tuple[TrainArgs, list[Problem]]:
+    """As `load_config`, but what is wrong is handed back; defaults stand where it is.
+
+    Raises:
+        UserError: the file cannot be read at all.
+    """
     path = Path(path)
-    written = _flatten(_read_yaml(path))
-    from_command_line = _flatten(overrides or {})
+    written = flatten(read_yaml(path))
+    if written.keys() >= {"base", "sweep_dir"}:
+        raise UserError(f"{path} is a sweep, not one run's configuration: moshi-ttt sweep {path}")
+    from_command_line = flatten(overrides or {})
     emptied = tuple(f"{key}." for key, text in from_command_line.items() if text in _NULLS)
     written = {key: text for key, text in written.items() if not key.startswith(emptied)}
     args, problems = _parse_all(TrainArgs, written | from_command_line)
@@ -61,14 +79,14 @@ def load_config(path: str | Path, overrides: Mapping[str, object] | None = None)
         sections = {key.split(".")[0] for key in keys.split(", ")}
         if not settled & (sections | set(keys.split(", "))):
             problems.append((keys, text))
-    if problems:
-        count = "a problem" if len(problems) == 1 else f"{len(problems)} problems"
-        lines = [
-            f"  - {keys}: {text}" + (" (on the command line)" if keys in from_command_line else "")
-            for keys, text in problems
-        ]
-        raise UserError("\n".join([f"{path} has {count}:", *lines]))
-    return args
+    return args, problems
+
+
+def list_problems(path: str | Path, problems: Iterable[str]) -> str:
+    """What a user is told of a file with problems, a line each."""
+    lines = [f"  - {problem}" for problem in problems]
+    count = "a problem" if len(lines) == 1 else f"{len(lines)} problems"
+    return "\n".join([f"{path} has {count}:", *lines])
 
 
 def public_dict(args: TrainArgs) -> dict[str, Any]:
@@ -83,7 +101,7 @@ def changed_keys(path: Path, args: TrainArgs) -> dict[str, tuple[str, str]]:
 
     Keys that say how a run is started, not what it is, are left out.
     """
-    old, new = (_flatten(public_dict(each)) for each in (load_config(path), args))
+    old, new = (flatten(public_dict(each)) for each in (load_config(path), args))
     return {
         key: (str(old.get(key)), str(new.get(key)))
         for key in sorted(old.keys() | new.keys())
@@ -118,7 +136,12 @@ class _Loader(yaml.BaseLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The file's mapping, its values as they are written.
+
+    Raises:
+        UserError: no such file, not YAML, a key twice, or no mapping.
+    """
     if not path.exists():
         raise UserError(f"There is no configuration file {path}.{_files_nearby(path)}")
     try:
@@ -153,12 +176,12 @@ def _files_nearby(path: Path) -> str:
     return " Give the path of a YAML file; there are some in example/ to start from."
 
 
-def _flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """`{"optim": {"lr": 1}}` becomes `{"optim.lr": "1"}`; values as they are written in YAML."""
     flat: dict[str, Any] = {}
     for name, value in nested.items():
         if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{name}.")
+            flat |= flatten(value, f"{prefix}{name}.")
         elif isinstance(value, list | tuple | set):
             flat[f"{prefix}{name}"] = value
         else:
@@ -279,6 +302,7 @@ def _parse_one(raw: str, kind: Any) -> Any:
 
 def _cross_checks(args: TrainArgs) -> Iterator[Problem]:
     yield from _check_what_trains(args)
+    yield from args.model.problems(args.moshi_paths.random_init, args.ttt)
     yield from _check_ranges(args)
     yield from _check_paths(args)
     yield from _check_run(args)
@@ -348,10 +372,15 @@ def _check_paths(args: TrainArgs) -> Iterator[Problem]:
             "moshi_paths.random_init, moshi_paths.moshi_path",
             "random weights and weights from a file contradict; set one of the two only",
         )
+    if paths.init_from and paths.moshi_path:
+        yield (
+            "moshi_paths.init_from, moshi_paths.moshi_path",
+            "both say which weights to start from; set one of the two only",
+        )
     missing = [
         f"moshi_paths.{name}"
         for name in ("moshi_path", "mimi_path", "tokenizer_path")
-        if not getattr(paths, name)
+        if not getattr(paths, name) and not (name == "moshi_path" and paths.init_from)
     ]
     if missing and not paths.hf_repo_id and not paths.random_init:
         yield (

@@ -16,6 +16,7 @@ from finetune.data import FRAME_RATE_HZ, Codec, Segment, count_frames
 from finetune.distributed import join_world
 from finetune.errors import UserError
 from finetune.model import build_codec, find_checkpoint, load_model
+from finetune.start import require_checkpoint
 from ttt import TTTLMModel
 
 
@@ -39,13 +40,11 @@ def load_for_inference(checkpoint: Path, device: str = "auto") -> tuple[TTTLMMod
     Raises:
         UserError: no checkpoint there, or its base model cannot be found any more.
     """
-    if not (checkpoint / "consolidated").is_dir():
-        inside = sorted(str(path) for path in checkpoint.glob("checkpoints/checkpoint_*"))
-        hint = f" Did you mean {inside[-1]}?" if inside else ""
-        raise UserError(
-            f"--checkpoint: {checkpoint} is no checkpoint (it has no folder `consolidated`).{hint}"
-        )
+    require_checkpoint(checkpoint, "--checkpoint")
     args = load_config(checkpoint / "args.yaml", {"device": device})
+    if (checkpoint / "consolidated" / "consolidated.safetensors").is_file():
+        # All weights are here: what they started from may be gone.
+        args.moshi_paths.init_from = None
     info = find_checkpoint(args.moshi_paths)
     model = load_model(args, info, join_world(args.device).device)
     load_trained_weights(model, args, checkpoint)

@@ -20,7 +20,7 @@ from finetune.checkpoint import (
 from finetune.config import changed_keys, public_dict
 from finetune.console import Progress, describe, setup_logging
 from finetune.data import Batch, build_eval_loader, build_train_loader
-from finetune.distributed import join_world
+from finetune.distributed import join_world, peak_memory_gb
 from finetune.errors import UserError
 from finetune.evaluate import evaluate
 from finetune.interrupt import Interrupt
@@ -28,7 +28,7 @@ from finetune.loss import LossWeights, stream_sums, total_weight
 from finetune.metrics import MetricsLogger
 from finetune.model import build_codec, find_checkpoint, load_model, trainable_by_role
 from finetune.optim import Optimizer, StepResult
-from finetune.summary import describe_run
+from finetune.summary import describe_run, write_summary
 from ttt import measuring
 
 logger = logging.getLogger(__name__)
@@ -91,6 +91,8 @@ class Trainer:
                 enabled=self.world.is_main,
                 resumed_step=None if resume_from is None else self.step,
             )
+            if self.world.is_main:
+                write_summary(args, self.model, self.train_data, self.world)
         self.progress = Progress(total=args.max_steps, start=self.step, enabled=self.world.is_main)
         self.interrupt = Interrupt()
 
@@ -221,10 +223,9 @@ class Trainer:
             "epoch": self.train_data.epoch,
             "skipped_segments": self.train_data.num_skipped,
             "nonfinite_steps": self.nonfinite_steps,
+            "peak_memory_gb": peak_memory_gb(self.world.device),
             **{f"ttt/{name}": value.item() for name, value in ttt.items()},
         }
-        if self.world.device.type == "cuda":
-            metrics["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
         self.metrics.log("train", self.step, metrics)
         self.progress.update(self.step, metrics)
         self.watch_effect(ttt)
