@@ -20,6 +20,7 @@ def main() -> None:
         "train": train,
         "generate": generate,
         "plot": plot,
+        "sweep": sweep,
         "demo": demo,
         "demo-data": demo_data,
     }
@@ -54,6 +55,12 @@ def _refuse(unexpected: tuple[str, ...], unknown: dict[str, Any] | None = None) 
         raise UserError(f"unexpected argument: {word}.{hint}")
     for name in unknown or {}:
         raise UserError(f"unknown option: --{name}. Ask for --help to see those there are.")
+
+
+def _flag(name: str, value: str) -> bool:
+    if value.lower() not in ("true", "false"):
+        raise UserError(f"--{name}: is on or off; give --{name} alone, got {value!r}.")
+    return value.lower() == "true"
 
 
 def _number(name: str, value: str, *, low: float) -> float:
@@ -150,6 +157,43 @@ def plot(run_dir: str, *unexpected: str, out: str | None = None, **unknown: Any)
     from finetune.plots import plot_losses
 
     print(f"wrote {plot_losses(Path(run_dir), Path(out or Path(run_dir) / 'loss.png'))}")
+
+
+@_literal
+def sweep(
+    file: str,
+    *unexpected: str,
+    only: str | None = None,
+    sweep_dir: str | None = None,
+    table: str = "false",
+    slurm: str = "false",
+    **overrides: Any,
+) -> None:
+    """Train named variations of one configuration, one after another, and compare them.
+
+    What is finished is not run again; what was interrupted goes on. See docs/sweeps.md.
+
+    Args:
+        file: the sweep's YAML file.
+        only: names of runs, with commas between them; all if not given.
+        sweep_dir: the folder to write to, instead of the file's.
+        table: run nothing, show what there is.
+        slurm: run nothing, write a script for a SLURM job array.
+        overrides: keys of a run's configuration, dotted, for all runs: --max_steps=20
+    """
+    _refuse(unexpected)
+    from finetune.sweep.command import run_command
+
+    status = run_command(
+        Path(file),
+        overrides,
+        folder=Path(sweep_dir) if sweep_dir else None,
+        only=only.split(",") if only else [],
+        table_only=_flag("table", table),
+        slurm=_flag("slurm", slurm),
+    )
+    if status:
+        sys.exit(status)
 
 
 @_literal

@@ -1,0 +1,263 @@
+"""From a sweep's file to the runs that it describes, with every problem named before the first.
+
+base: example/demo.yaml       # any run's configuration
+sweep_dir: runs/my_sweep      # one run folder for each run, and the table
+overrides:                    # of the base, in all runs
+  max_steps: 100
+runs:
+  small_chunks: {ttt.chunk_size: 10}
+  large_chunks: {ttt.chunk_size: 50}
+  longer:
+    after: small_chunks       # starts from the last weights of that run
+    duration_sec: 40
+"""
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from finetune.args import TrainArgs
+from finetune.config import check_config, flatten, list_problems, read_yaml
+from finetune.data.sources import load_sources
+from finetune.data.text import count_frames
+from finetune.errors import UserError
+from finetune.model import changed_shape, find_checkpoint, model_shape, plan_model
+from finetune.start import misfits
+
+KEYS = ("base", "sweep_dir", "overrides", "runs", "processes", "slurm")
+# What the sweep itself says of each run, and what would stand in a process list.
+_OWN_KEYS = {
+    "run_dir": "each run has its own folder in sweep_dir",
+    "resume": "a sweep always continues what was interrupted",
+    "overwrite_run_dir": "a sweep runs again what was changed",
+    "wandb.key": "a sweep's file is no place for secrets; use `wandb login` or WANDB_API_KEY",
+}
+# Changing these does not make another experiment of a run.
+HARMLESS = ("wandb.", "log_freq", "ckpt_freq", "num_ckpt_keep", "data.num_workers")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+
+# A line about each run that has the problem: name of the run, and what is wrong.
+_Found = tuple[str, str]
+
+
+@dataclass
+class PlannedRun:
+    """One run of a sweep.
+
+    own: what its entry in the file says, by dotted key, without `after`.
+    overrides: all that is not as in the base, for the command line.
+    after: the run whose last weights it starts from.
+    args: the configuration that follows.
+    first_step: steps that the runs before it in the chain of `after` have taken.
+    """
+
+    name: str
+    run_dir: Path
+    own: dict[str, str]
+    after: str | None
+    overrides: dict[str, str] = field(default_factory=dict)
+    args: TrainArgs = field(default=None, repr=False)  # type: ignore[assignment]
+    first_step: int = 0
+
+
+@dataclass
+class Sweep:
+    """What a file describes; `runs` by name, each after the one that it starts from."""
+
+    file: Path
+    base: Path
+    folder: Path
+    runs: dict[str, PlannedRun]
+    processes: int
+    slurm: dict[str, str]
+
+    def chains(self) -> list[list[str]]:
+        """The names in groups that do not wait for each other, each in the order to run in."""
+        chain_of: dict[str, list[str]] = {}
+        for name, run in self.runs.items():
+            chain_of[name] = chain_of[run.after] if run.after else []
+            chain_of[name].append(name)
+        return list({id(chain): chain for chain in chain_of.values()}.values())
+
+
+def load_sweep(
+    file: Path, overrides: Mapping[str, object] | None = None, folder: Path | None = None
+) -> Sweep:
+    """Read a sweep's file and check all its runs.
+
+    Args:
+        overrides: values by dotted key, for all runs, that replace the file's.
+        folder: instead of the file's `sweep_dir`.
+
+    Raises:
+        UserError: naming every problem of every run, as far as it can be known beforehand.
+    """
+    content = read_yaml(file)
+    base, runs = _read(file, content)
+    target = folder or Path(content["sweep_dir"])
+    common = flatten(content.get("overrides") or {})
+    from_command_line = flatten(overrides or {})
+    for run in runs.values():
+        run.run_dir = target / run.name
+        run.overrides = common | run.own | from_command_line | {"run_dir": str(run.run_dir)}
+    found = [problem for run in runs.values() for problem in _configure(run, base, runs)]
+    if not found:
+        found = [problem for run in runs.values() for problem in _check_model(run, runs)]
+        found += _check_data(runs.values())
+    if found:
+        raise UserError(list_problems(file, _grouped(found, len(runs))))
+    slurm = {key: str(value) for key, value in (content.get("slurm") or {}).items()}
+    return Sweep(file, base, target, runs, int(content.get("processes", 1)), slurm)
+
+
+# --- the file -------------------------------------------------------------------------------------
+
+
+def _read(file: Path, content: dict[str, Any]) -> tuple[Path, dict[str, PlannedRun]]:
+    """The base and the runs, in an order in which they can run."""
+    if "runs" not in content and content.keys() & {"data", "run_dir", "moshi_paths"}:
+        raise UserError(
+            f"{file} is the configuration of one run. A sweep's file names it as its `base`, and "
+            "has `runs`: see docs/sweeps.md."
+        )
+    problems = list(_structure_problems(content))
+    runs = {}
+    if not problems:
+        runs = {
+            name: _read_run(name, flatten(entry or {})) for name, entry in content["runs"].items()
+        }
+        problems = list(_after_problems(runs))
+    if problems:
+        raise UserError(list_problems(file, problems))
+    ordered: dict[str, PlannedRun] = {}
+    while len(ordered) < len(runs):
+        ready = (r for r in runs.values() if r.name not in ordered and r.after in (None, *ordered))
+        first = next(ready)
+        ordered[first.name] = first
+    return Path(content["base"]), ordered
+
+
+def _read_run(name: str, entry: dict[str, str]) -> PlannedRun:
+    after = entry.pop("after", None)
+    return PlannedRun(name, Path(), entry, after)
+
+
+def _structure_problems(content: dict[str, Any]) -> Iterator[str]:
+    for key in content.keys() - set(KEYS):
+        close = difflib.get_close_matches(key, KEYS, n=1)
+        hint = f"did you mean {close[0]}?" if close else "a sweep has " + ", ".join(KEYS)
+        yield f"{key}: unknown key, {hint}"
+    for key in ("base", "sweep_dir"):
+        if not isinstance(content.get(key), str) or not content[key]:
+            what = "the configuration that all runs start from" if key == "base" else "a folder"
+            yield f"{key}: missing; name {what}"
+    for key in ("overrides", "slurm"):
+        if content.get(key) and not isinstance(content[key], dict):
+            yield f"{key}: expected `key: value` lines below it"
+    processes = content.get("processes", "1")
+    if not isinstance(processes, str) or not processes.isdecimal() or int(processes) < 1:
+        yield f"processes: expected a whole number of at least 1, got {processes!r}"
+    runs = content.get("runs")
+    if not runs or not isinstance(runs, dict):
+        yield "runs: there are none; name at least one, with what it changes below its name"
+        return
+    for name, entry in runs.items():
+        if not _NAME.fullmatch(name):
+            yield f"runs, {name!r}: a name is made of letters, digits, - and _"
+        if entry and not isinstance(entry, dict):
+            yield f"runs, {name}: expected `key: value` lines below it, got {entry!r}"
+    for where, section in (("overrides", content.get("overrides")), *runs.items()):
+        for key in flatten(section).keys() & _OWN_KEYS if isinstance(section, dict) else ():
+            yield f"{where}, {key}: remove it: {_OWN_KEYS[key]}"
+
+
+def _after_problems(runs: Mapping[str, PlannedRun]) -> Iterator[str]:
+    for name, run in runs.items():
+        if run.after is not None and run.after not in runs:
+            close = difflib.get_close_matches(run.after, runs, n=1)
+            hint = f" Did you mean {close[0]}?" if close else ""
+            yield f"{name}, after: there is no run {run.after!r}.{hint}"
+        elif run.after and "moshi_paths.init_from" in run.own:
+            yield (
+                f"{name}, moshi_paths.init_from: `after: {run.after}` says already what it starts "
+                "from; keep one of the two"
+            )
+    reported: set[str] = set()
+    for name in runs:
+        way = [name]
+        while (last := runs[way[-1]].after) and last in runs and last not in way:
+            way.append(last)
+        if last == name and name not in reported:
+            reported |= set(way)
+            yield f"after: {' after '.join([*way, name])}: they would wait for each other for ever"
+
+
+# --- the runs -------------------------------------------------------------------------------------
+
+
+def _configure(run: PlannedRun, base: Path, runs: Mapping[str, PlannedRun]) -> list[_Found]:
+    """Fill in the configuration; what is wrong with it."""
+    found = []
+    if run.after:
+        earlier = runs[run.after]
+        if not earlier.args.do_ckpt:
+            found.append((run.name, f"after: {run.after} has do_ckpt: false, so it saves nothing"))
+        run.first_step = earlier.first_step + earlier.args.max_steps
+        last = earlier.run_dir / "checkpoints" / f"checkpoint_{earlier.args.max_steps:06d}"
+        run.overrides["moshi_paths.init_from"] = str(last)
+    run.args, problems = check_config(base, run.overrides)
+    return found + [(run.name, f"{keys}: {text}") for keys, text in problems]
+
+
+def _check_model(run: PlannedRun, runs: Mapping[str, PlannedRun]) -> list[_Found]:
+    """What only shows when the model is built, or its files are looked for."""
+    found = []
+    try:
+        info = find_checkpoint(run.args.moshi_paths)
+        plan_model(run.args, info)
+        if run.after:
+            earlier = runs[run.after].args
+            before = find_checkpoint(earlier.moshi_paths)
+            shapes = [
+                changed_shape(model_shape(each), args.model)
+                for each, args in ((info, run.args), (before, earlier))
+            ]
+            found += [
+                f"after {run.after}: {keys}: {text}"
+                for keys, text in misfits(run.args, shapes[0], earlier, shapes[1])
+            ]
+    except UserError as error:
+        found.append(str(error))
+    return [(run.name, text) for text in found]
+
+
+def _check_data(runs: Iterable[PlannedRun]) -> list[_Found]:
+    """Broken recordings and the like; data that several runs share are read once."""
+    users: dict[tuple[str, str, int, Literal["raise", "skip"]], list[str]] = {}
+    for run in runs:
+        data, num_frames = run.args.data, count_frames(run.args.duration_sec)
+        used = {"data.train_data": data.train_data}
+        if run.args.do_eval:
+            used["data.eval_data"] = data.eval_data
+        for key, spec in used.items():
+            users.setdefault((key, spec, num_frames, data.on_error), []).append(run.name)
+    found = []
+    for (key, spec, num_frames, on_error), names in users.items():
+        try:
+            load_sources(spec, key=key, num_frames=num_frames, on_error=on_error)
+        except UserError as error:
+            found += [(name, str(error)) for name in names]
+    return found
+
+
+def _grouped(found: Iterable[_Found], num_runs: int) -> Iterator[str]:
+    """One line for what is wrong in the same way with several runs."""
+    names: dict[str, list[str]] = {}
+    for name, text in found:
+        names.setdefault(text, []).append(name)
+    for text, having in names.items():
+        where = "all runs" if len(having) == num_runs > 1 else ", ".join(having)
+        yield f"{where}: {text}"
