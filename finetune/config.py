@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 # What is wrong, by dotted key ("optim.lr", or "full_finetuning, lora.enable"), with its remedy.
 Problem = tuple[str, str]
 
-_NULLS = ("", "~", "null", "Null", "NULL", "None")
+NULLS = ("", "~", "null", "Null", "NULL", "None")
 _BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 _NAMES = {
     bool: "true or false",
@@ -62,7 +62,7 @@ def check_config(
     if written.keys() >= {"base", "sweep_dir"}:
         raise UserError(f"{path} is a sweep, not one run's configuration: moshi-ttt sweep {path}")
     from_command_line = flatten(overrides or {})
-    emptied = tuple(f"{key}." for key, text in from_command_line.items() if text in _NULLS)
+    emptied = tuple(f"{key}." for key, text in from_command_line.items() if text in NULLS)
     written = {key: text for key, text in written.items() if not key.startswith(emptied)}
     args, problems = _parse_all(TrainArgs, written | from_command_line)
     if from_command_line.keys() & {"ttt.method", "ttt.write"}:
@@ -217,7 +217,7 @@ def _parse_all(cls: type[TrainArgs], flat: Mapping[str, Any]) -> tuple[TrainArgs
             hint = f", did you mean {similar}?" if similar else "; remove it"
             problems.append((key, f"unknown key{hint}"))
         elif dataclasses.is_dataclass(fields[key][0]):
-            if raw not in _NULLS:
+            if raw not in NULLS:
                 problems.append((key, "is a section: expected keys of its own below it"))
         else:
             try:
@@ -271,13 +271,13 @@ def _parse(raw: Any, kind: Any) -> Any:
         " or ".join(map(str, get_args(option))) if get_origin(option) is Literal else _NAMES[option]
         for option in options
     ]
-    got = "a list" if not isinstance(raw, str) else "nothing" if raw in _NULLS else repr(raw)
+    got = "a list" if not isinstance(raw, str) else "nothing" if raw in NULLS else repr(raw)
     raise ValueError(f"expected {' or '.join(expected)}, got {got}")
 
 
 def _parse_one(raw: str, kind: Any) -> Any:
     if kind is NoneType:
-        return {null: None for null in _NULLS}[raw]
+        return {null: None for null in NULLS}[raw]
     if kind is bool:
         return _BOOLS[raw.lower()]
     if kind is int:
@@ -290,7 +290,7 @@ def _parse_one(raw: str, kind: Any) -> Any:
             raise ValueError(raw)
         return float(raw)
     if kind is str:
-        if raw in _NULLS[1:]:
+        if raw in NULLS[1:]:
             raise ValueError(raw)
         return raw
     assert get_origin(kind) is Literal, f"a field of type {kind} cannot be read from YAML"

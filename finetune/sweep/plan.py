@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from finetune.args import TrainArgs
-from finetune.config import check_config, flatten, list_problems, read_yaml
+from finetune.config import NULLS, check_config, flatten, list_problems, read_yaml
 from finetune.data.sources import load_sources
 from finetune.data.text import count_frames
 from finetune.errors import UserError
@@ -95,10 +95,10 @@ def load_sweep(
     Raises:
         UserError: naming every problem of every run, as far as it can be known beforehand.
     """
-    content = read_yaml(file)
+    content = _sections(read_yaml(file))
     base, runs = _read(file, content)
     target = folder or Path(content["sweep_dir"])
-    common = flatten(content.get("overrides") or {})
+    common = flatten(content.get("overrides", {}))
     from_command_line = flatten(overrides or {})
     for run in runs.values():
         run.run_dir = target / run.name
@@ -109,7 +109,7 @@ def load_sweep(
         found += _check_data(runs.values())
     if found:
         raise UserError(list_problems(file, _grouped(found, len(runs))))
-    slurm = {key: str(value) for key, value in (content.get("slurm") or {}).items()}
+    slurm = {key: str(value) for key, value in content.get("slurm", {}).items()}
     return Sweep(file, base, target, runs, int(content.get("processes", 1)), slurm)
 
 
@@ -126,9 +126,7 @@ def _read(file: Path, content: dict[str, Any]) -> tuple[Path, dict[str, PlannedR
     problems = list(_structure_problems(content))
     runs = {}
     if not problems:
-        runs = {
-            name: _read_run(name, flatten(entry or {})) for name, entry in content["runs"].items()
-        }
+        runs = {name: _read_run(name, flatten(entry)) for name, entry in content["runs"].items()}
         problems = list(_after_problems(runs))
     if problems:
         raise UserError(list_problems(file, problems))
@@ -140,13 +138,24 @@ def _read(file: Path, content: dict[str, Any]) -> tuple[Path, dict[str, PlannedR
     return Path(content["base"]), ordered
 
 
+def _sections(content: dict[str, Any]) -> dict[str, Any]:
+    """With nothing, or null, below a key as a section without keys."""
+    filled = {
+        key: {} if key in ("overrides", "runs", "slurm") and value in NULLS else value
+        for key, value in content.items()
+    }
+    if isinstance(filled.get("runs"), dict):
+        filled["runs"] = {k: {} if v in NULLS else v for k, v in filled["runs"].items()}
+    return filled
+
+
 def _read_run(name: str, entry: dict[str, str]) -> PlannedRun:
     after = entry.pop("after", None)
     return PlannedRun(name, Path(), entry, after)
 
 
 def _structure_problems(content: dict[str, Any]) -> Iterator[str]:
-    for key in content.keys() - set(KEYS):
+    for key in sorted(content.keys() - set(KEYS)):
         close = difflib.get_close_matches(key, KEYS, n=1)
         hint = f"did you mean {close[0]}?" if close else "a sweep has " + ", ".join(KEYS)
         yield f"{key}: unknown key, {hint}"
@@ -155,7 +164,7 @@ def _structure_problems(content: dict[str, Any]) -> Iterator[str]:
             what = "the configuration that all runs start from" if key == "base" else "a folder"
             yield f"{key}: missing; name {what}"
     for key in ("overrides", "slurm"):
-        if content.get(key) and not isinstance(content[key], dict):
+        if not isinstance(content.get(key, {}), dict):
             yield f"{key}: expected `key: value` lines below it"
     processes = content.get("processes", "1")
     if not isinstance(processes, str) or not processes.isdecimal() or int(processes) < 1:
@@ -167,7 +176,7 @@ def _structure_problems(content: dict[str, Any]) -> Iterator[str]:
     for name, entry in runs.items():
         if not _NAME.fullmatch(name):
             yield f"runs, {name!r}: a name is made of letters, digits, - and _"
-        if entry and not isinstance(entry, dict):
+        if not isinstance(entry, dict):
             yield f"runs, {name}: expected `key: value` lines below it, got {entry!r}"
     for where, section in (("overrides", content.get("overrides")), *runs.items()):
         for key in flatten(section).keys() & _OWN_KEYS if isinstance(section, dict) else ():

@@ -51,6 +51,8 @@ def _draw(axes: Axes, sweep: Sweep, kind: Kind, title: str) -> None:
     lowest, highest = np.inf, -np.inf
     for number, run in enumerate(sweep.runs.values()):
         steps, losses = series(logged(run, kind), "loss")
+        if not len(losses):
+            continue
         if kind == "train":
             losses = running_mean(losses, len(losses) // 40)
         axes.plot(
