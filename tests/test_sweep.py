@@ -381,6 +381,16 @@ def test_the_curriculum_grows_and_ends_as_its_control(monkeypatch):
     assert (direct.duration_sec, direct.model) == (lengths[-1], stages[-1].model)
 
 
+def test_the_documented_file_loads(monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/sweeps.md").read_text(), re.DOTALL)
+    path = tmp_path / "documented.yaml"
+    path.write_text("".join(blocks))
+    plan = load_sweep(path, ON_DIALOGUES)
+    assert plan.chains() == [["off"], ["chunk_10"], ["chunk_50", "longer"]]
+    assert plan.runs["longer"].args.ttt.write == "delta" and plan.slurm["gres"] == "gpu:1"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
 def test_shipped_sweeps_run(path, tmp_path):

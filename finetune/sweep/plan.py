@@ -15,7 +15,7 @@ runs:
 import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,27 +43,30 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _Found = tuple[str, str]
 
 
-@dataclass
+@dataclass(frozen=True)
 class PlannedRun:
     """One run of a sweep.
 
     own: what its entry in the file says, by dotted key, without `after`.
-    overrides: all that is not as in the base, for the command line.
     after: the run whose last weights it starts from.
+    overrides: all that is not as in the base, for the command line.
     args: the configuration that follows.
     first_step: steps that the runs before it in the chain of `after` have taken.
     """
 
     name: str
-    run_dir: Path
     own: dict[str, str]
     after: str | None
-    overrides: dict[str, str] = field(default_factory=dict)
-    args: TrainArgs = field(default=None, repr=False)  # type: ignore[assignment]
-    first_step: int = 0
+    overrides: dict[str, str]
+    args: TrainArgs
+    first_step: int
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.args.run_dir)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Sweep:
     """What a file describes; `runs` by name, each after the one that it starts from."""
 
@@ -96,14 +99,18 @@ def load_sweep(
         UserError: naming every problem of every run, as far as it can be known beforehand.
     """
     content = _sections(read_yaml(file))
-    base, runs = _read(file, content)
-    target = folder or Path(content["sweep_dir"])
-    common = flatten(content.get("overrides", {}))
-    from_command_line = flatten(overrides or {})
-    for run in runs.values():
-        run.run_dir = target / run.name
-        run.overrides = common | run.own | from_command_line | {"run_dir": str(run.run_dir)}
-    found = [problem for run in runs.values() for problem in _configure(run, base, runs)]
+    entries = _read(file, content)
+    base, target = Path(content["base"]), folder or Path(content["sweep_dir"])
+    common, from_command_line = flatten(content.get("overrides", {})), flatten(overrides or {})
+    runs: dict[str, PlannedRun] = {}
+    found: list[_Found] = []
+    for name, own in entries.items():
+        run_dir = {"run_dir": str(target / name)}
+        after = own.pop("after", None)
+        earlier = runs[after] if after else None
+        given = common | own | from_command_line | run_dir
+        runs[name], problems = _configure(name, own, earlier, given, base)
+        found += [(name, problem) for problem in problems]
     if not found:
         found = [problem for run in runs.values() for problem in _check_model(run, runs)]
         found += _check_data(runs.values())
@@ -116,26 +123,30 @@ def load_sweep(
 # --- the file -------------------------------------------------------------------------------------
 
 
-def _read(file: Path, content: dict[str, Any]) -> tuple[Path, dict[str, PlannedRun]]:
-    """The base and the runs, in an order in which they can run."""
+def _read(file: Path, content: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """What the file says of each run, by dotted key, in an order in which they can run."""
     if "runs" not in content and content.keys() & {"data", "run_dir", "moshi_paths"}:
         raise UserError(
             f"{file} is the configuration of one run. A sweep's file names it as its `base`, and "
             "has `runs`: see docs/sweeps.md."
         )
     problems = list(_structure_problems(content))
-    runs = {}
+    entries: dict[str, dict[str, str]] = {}
     if not problems:
-        runs = {name: _read_run(name, flatten(entry)) for name, entry in content["runs"].items()}
-        problems = list(_after_problems(runs))
+        entries = {name: flatten(entry) for name, entry in content["runs"].items()}
+        problems = list(_after_problems(entries))
     if problems:
         raise UserError(list_problems(file, problems))
-    ordered: dict[str, PlannedRun] = {}
-    while len(ordered) < len(runs):
-        ready = (r for r in runs.values() if r.name not in ordered and r.after in (None, *ordered))
+    ordered: dict[str, dict[str, str]] = {}
+    while len(ordered) < len(entries):
+        ready = (n for n in entries if n not in ordered and _after(entries, n) in (None, *ordered))
         first = next(ready)
-        ordered[first.name] = first
-    return Path(content["base"]), ordered
+        ordered[first] = entries[first]
+    return ordered
+
+
+def _after(entries: Mapping[str, Mapping[str, str]], name: str) -> str | None:
+    return entries[name].get("after")
 
 
 def _sections(content: dict[str, Any]) -> dict[str, Any]:
@@ -147,11 +158,6 @@ def _sections(content: dict[str, Any]) -> dict[str, Any]:
     if isinstance(filled.get("runs"), dict):
         filled["runs"] = {k: {} if v in NULLS else v for k, v in filled["runs"].items()}
     return filled
-
-
-def _read_run(name: str, entry: dict[str, str]) -> PlannedRun:
-    after = entry.pop("after", None)
-    return PlannedRun(name, Path(), entry, after)
 
 
 def _structure_problems(content: dict[str, Any]) -> Iterator[str]:
@@ -183,21 +189,22 @@ def _structure_problems(content: dict[str, Any]) -> Iterator[str]:
             yield f"{where}, {key}: remove it: {_OWN_KEYS[key]}"
 
 
-def _after_problems(runs: Mapping[str, PlannedRun]) -> Iterator[str]:
-    for name, run in runs.items():
-        if run.after is not None and run.after not in runs:
-            close = difflib.get_close_matches(run.after, runs, n=1)
+def _after_problems(entries: Mapping[str, Mapping[str, str]]) -> Iterator[str]:
+    for name, own in entries.items():
+        after = own.get("after")
+        if after is not None and after not in entries:
+            close = difflib.get_close_matches(after, entries, n=1)
             hint = f" Did you mean {close[0]}?" if close else ""
-            yield f"{name}, after: there is no run {run.after!r}.{hint}"
-        elif run.after and "moshi_paths.init_from" in run.own:
+            yield f"{name}, after: there is no run {after!r}.{hint}"
+        elif after and "moshi_paths.init_from" in own:
             yield (
-                f"{name}, moshi_paths.init_from: `after: {run.after}` says already what it starts "
+                f"{name}, moshi_paths.init_from: `after: {after}` says already what it starts "
                 "from; keep one of the two"
             )
     reported: set[str] = set()
-    for name in runs:
+    for name in entries:
         way = [name]
-        while (last := runs[way[-1]].after) and last in runs and last not in way:
+        while (last := _after(entries, way[-1])) and last in entries and last not in way:
             way.append(last)
         if last == name and name not in reported:
             reported |= set(way)
@@ -207,18 +214,25 @@ def _after_problems(runs: Mapping[str, PlannedRun]) -> Iterator[str]:
 # --- the runs -------------------------------------------------------------------------------------
 
 
-def _configure(run: PlannedRun, base: Path, runs: Mapping[str, PlannedRun]) -> list[_Found]:
-    """Fill in the configuration; what is wrong with it."""
-    found = []
-    if run.after:
-        earlier = runs[run.after]
-        if not earlier.args.do_ckpt:
-            found.append((run.name, f"after: {run.after} has do_ckpt: false, so it saves nothing"))
-        run.first_step = earlier.first_step + earlier.args.max_steps
-        last = earlier.run_dir / "checkpoints" / f"checkpoint_{earlier.args.max_steps:06d}"
-        run.overrides["moshi_paths.init_from"] = str(last)
-    run.args, problems = check_config(base, run.overrides)
-    return found + [(run.name, f"{keys}: {text}") for keys, text in problems]
+def _configure(
+    name: str,
+    own: dict[str, str],
+    earlier: PlannedRun | None,
+    overrides: dict[str, str],
+    base: Path,
+) -> tuple[PlannedRun, list[str]]:
+    """A run with its configuration, and what is wrong with that."""
+    found, first_step = [], 0
+    if earlier:
+        before = earlier.args
+        if not before.do_ckpt:
+            found.append(f"after: {earlier.name} has do_ckpt: false, so it saves nothing")
+        first_step = earlier.first_step + before.max_steps
+        last = earlier.run_dir / "checkpoints" / f"checkpoint_{before.max_steps:06d}"
+        overrides["moshi_paths.init_from"] = str(last)
+    args, problems = check_config(base, overrides)
+    run = PlannedRun(name, own, earlier.name if earlier else None, overrides, args, first_step)
+    return run, found + [f"{keys}: {text}" for keys, text in problems]
 
 
 def _check_model(run: PlannedRun, runs: Mapping[str, PlannedRun]) -> list[_Found]:

@@ -18,6 +18,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
+from rich.text import Text
+
 from finetune.config import changed_keys
 from finetune.console import console, format_duration
 from finetune.errors import UserError
@@ -240,7 +242,8 @@ class Children:
                     try:
                         return self._process.wait(timeout=_POLL_SEC)
                     except subprocess.TimeoutExpired:
-                        shown.update(f"{label}  {_last_line(Path(log.name))}")
+                        line = f"{label}  {_last_line(Path(log.name))}"
+                        shown.update(Text(line[: console.width - 4]))
         finally:
             self._process = None
 

@@ -67,7 +67,7 @@ class Row:
 
 
 def collect(sweep: Sweep) -> list[Row]:
-    """A row for each run, in the order of the file."""
+    """A row for each run, in the order in which they run."""
     return [_row(run) for run in sweep.runs.values()]
 
 
