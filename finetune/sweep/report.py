@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 # Safe for the colour-blind (Okabe and Ito); then again with other lines.
 COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#333333"]
+START_SHARE = 0.25
+"""Of the steps; what only they reach is above the axes: the differences are small beside it."""
 DASHES: list[Any] = ["-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2))]
 
 
@@ -48,15 +50,18 @@ def plot_sweep(sweep: Sweep, out: Path) -> Path:
 def _draw(axes: Axes, sweep: Sweep, kind: Kind, title: str) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    lowest, highest = np.inf, -np.inf
+    total = max(run.first_step + run.args.max_steps for run in sweep.runs.values())
+    later: np.ndarray = np.empty(0)
     for number, run in enumerate(sweep.runs.values()):
         steps, losses = series(logged(run, kind), "loss")
         if not len(losses):
             continue
+        steps = steps + run.first_step
         if kind == "train":
-            losses = running_mean(losses, len(losses) // 40)
+            losses = running_mean(losses, len(losses) // 20)
+        later = np.append(later, losses[(steps >= START_SHARE * total) & np.isfinite(losses)])
         axes.plot(
-            steps + run.first_step,
+            steps,
             losses,
             color=COLORS[number % len(COLORS)],
             linestyle=DASHES[number // len(COLORS) % len(DASHES)],
@@ -65,10 +70,9 @@ def _draw(axes: Axes, sweep: Sweep, kind: Kind, title: str) -> None:
             linewidth=1.5,
             label=run.name,
         )
-        if np.isfinite(losses).any():
-            lowest, highest = min(lowest, np.nanmin(losses)), max(highest, np.nanmax(losses))
-    if 0 < 4 * lowest < highest:
-        axes.set_yscale("log")
+    if len(later) and np.ptp(later) > 0:
+        margin = 0.08 * np.ptp(later)
+        axes.set_ylim(later.min() - margin, later.max() + margin)
     axes.set_title(title, loc="left", fontsize=10)
     axes.set_xlabel("optimizer step")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
