@@ -1,8 +1,9 @@
 """From JSONL files to batches of codes."""
 
 from .args import DataArgs
+from .batches import Batch
 from .codec import Codec
-from .loader import Batch, EvalLoader, TrainLoader, build_eval_loader, build_train_loader
+from .loader import EvalLoader, TrainLoader, build_eval_loader, build_train_loader
 from .segments import Segment, SegmentReader
 from .text import FRAME_RATE_HZ, count_frames
 

@@ -24,3 +24,12 @@ class DataArgs:
 
     num_workers: int = 2
     """Background processes per rank that decode audio; 0 decodes in the training process."""
+
+    prefetch_steps: int = 2
+    """Steps whose batches are made ahead, in a thread of their own; 0 makes each when it is needed.
+    Changes no number."""
+
+    cache_dir: str | None = None
+    """Folder that keeps the codes of all segments for good, so that Mimi encodes each only once;
+    null: they are kept in memory alone. Many runs and processes may share it, see
+    [data.md](data.md)."""
