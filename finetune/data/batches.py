@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 _MAX_KEPT_BYTES = 2**30
 """Of codes in memory, per rank: some 350 hours."""
 
+_STEPS_AHEAD = 2
+
 
 @dataclass
 class Batch:
@@ -84,9 +86,8 @@ class Batcher:
         device: torch.device,
         store: Store | None,
         *,
-        num_prefetched: int,
+        batches_a_step: int = 1,
     ) -> None:
-        """`num_prefetched`: batches made ahead in a thread; 0 makes each when it is asked for."""
         self.batch_size = batch_size
         self.num_frames = num_frames
         self._reader = codec.reader(num_frames)
@@ -96,7 +97,10 @@ class Batcher:
         self._num_workers = args.num_workers
         self._on_error = args.on_error
         self._device = device
-        self._num_prefetched = num_prefetched
+        steps_ahead = args.prefetch_steps
+        if steps_ahead is None:
+            steps_ahead = _STEPS_AHEAD if device.type == "cuda" else 0
+        self._num_prefetched = steps_ahead * batches_a_step
         self._kept: dict[SegmentRef, _Row] = {}
         self._max_kept = _MAX_KEPT_BYTES // (4 * codec.num_streams * num_frames)
 

@@ -4,9 +4,10 @@ import hashlib
 import inspect
 import threading
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import moshi
 import sentencepiece
@@ -80,6 +81,7 @@ class Codec:
         self.zero_token_id = zero_token_id
         self.lock = threading.Lock()
         """Held while Mimi computes; other processes must not be forked meanwhile."""
+        self._stream: torch.cuda.Stream | None = None
         self._run_eagerly()
 
     @property
@@ -166,7 +168,7 @@ class Codec:
         num_samples = segment.num_frames * self.mimi.frame_size
         # Zeros on the right are harmless: Mimi is causal, and their frames are cut off below.
         audio = F.pad(segment.audio, (0, num_samples - segment.audio.shape[1]))
-        with self.lock:
+        with self.lock, self._own_stream():
             codes = self._encode_rows(audio.unsqueeze(1).to(self.device))
             return codes[..., : segment.num_valid_frames].cpu()
 
@@ -199,9 +201,19 @@ class Codec:
                 attention.context -= longest
             return torch.cat([mimi.encode(p) for p in audio.split(piece_samples, -1)], dim=-1)
 
+    def _own_stream(self) -> AbstractContextManager[Any]:
+        """On a GPU a stream for encoding, so that it and a training step do not wait for each
+        other."""
+        if self.device.type != "cuda":
+            return nullcontext()
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self.device)
+        return torch.cuda.stream(self._stream)
+
     def _mimi_on_device(self) -> MimiModel:
         if next(self.mimi.parameters()).device != self.device:
             self.mimi.to(self.device)
+            torch.cuda.synchronize(self.device)  # whichever stream uses it next
         return self.mimi
 
     def _run_eagerly(self) -> None:

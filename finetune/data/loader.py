@@ -11,10 +11,26 @@ from .args import DataArgs
 from .batches import Batch, Batcher, open_store
 from .codec import Codec
 from .order import SampleOrder
-from .sources import DataSet, SegmentRef, load_sources
+from .sources import DataSet, SegmentRef, check_share_of_files, load_sources
 from .text import count_frames
 
 logger = logging.getLogger(__name__)
+
+
+def check_share(args: DataArgs, *, rank: int, world_size: int, with_eval: bool) -> None:
+    """With `data.cache_dir`: check this rank's share of the data, so that the ranks, which need all
+    of it, need not each open every file.
+
+    Raises:
+        UserError: a path or weight is wrong.
+    """
+    if (store := open_store(args)) is None:
+        return
+    specs = {"data.train_data": args.train_data}
+    if with_eval:
+        specs["data.eval_data"] = args.eval_data
+    for key, spec in specs.items():
+        check_share_of_files(spec, key=key, store=store, rank=rank, world_size=world_size)
 
 
 def build_train_loader(
@@ -55,7 +71,7 @@ def build_train_loader(
         batch_size,
         torch.device(device),
         store,
-        num_prefetched=args.prefetch_steps * num_microbatches,
+        batches_a_step=num_microbatches,
     )
     return TrainLoader(batcher, data, args.shuffle, seed, rank, world_size)
 
@@ -87,7 +103,6 @@ def build_eval_loader(
         batch_size,
         torch.device(device),
         store,
-        num_prefetched=args.prefetch_steps,
     )
     return EvalLoader(batcher, data, rank, world_size)
 

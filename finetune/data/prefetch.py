@@ -45,7 +45,9 @@ class Prefetcher(Generic[T]):
         nothing."""
         self._is_closed = True
         self._free.release()
-        self._thread.join()
+        # The garbage collector may call this, in any thread.
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
         atexit.unregister(self.close)
 
     def _run(self) -> None:

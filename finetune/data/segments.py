@@ -163,7 +163,7 @@ class SegmentReader(Dataset):
         segment = self._segment(ref, transcript, -(-audio.shape[1] // frame_samples))
         segment.audio = audio
         if self.identify:
-            digest = hashlib.blake2b(memoryview(audio.numpy()), digest_size=16).digest()
+            digest = hashlib.blake2b(audio.numpy().data, digest_size=16).digest()
             segment.identity = AudioIdentity(file, digest)
         return segment
 

@@ -138,6 +138,18 @@ def load_sources(
     return DataSet(sources, num_skipped)
 
 
+def check_share_of_files(spec: str, *, key: str, store: Store, rank: int, world_size: int) -> None:
+    """Check this rank's share of all recordings, for every rank to find in `store`.
+
+    Problems are left to `load_sources`.
+    """
+    checks = FileChecks(store)
+    for path, _ in parse_sources(spec, key):
+        for file in _jsonl_files(path, key):
+            _check_file(file, checks, slice(rank, None, world_size))
+    checks.flush()
+
+
 def parse_sources(spec: str, key: str) -> list[tuple[Path, float]]:
     """Split `path[:weight],…`. Only a number after the last colon is a weight.
 
@@ -184,8 +196,15 @@ def _jsonl_files(path: Path, key: str) -> list[Path]:
     return [path]
 
 
-def _check_file(jsonl: Path, checks: FileChecks) -> list[_Line]:
-    """Check all lines of a file; blank lines do not count."""
+def _check_file(jsonl: Path, checks: FileChecks, part: slice = slice(None)) -> list[_Line]:
+    """Check all lines of a file, or part of them; blank lines do not count."""
+    numbered = _numbered_lines(jsonl)[part]
+    logger.info("checking %d recordings of %s", len(numbered), jsonl)
+    with ThreadPoolExecutor(_NUM_CHECK_THREADS) as pool:
+        return list(pool.map(lambda item: _check_line(jsonl, item[0], item[1], checks), numbered))
+
+
+def _numbered_lines(jsonl: Path) -> list[tuple[int, str]]:
     try:
         texts = jsonl.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -196,9 +215,7 @@ def _check_file(jsonl: Path, checks: FileChecks) -> list[_Line]:
             f'{jsonl} is empty: it needs one line {{"path": "a.wav", "duration": 12.3}} for each '
             "recording."
         )
-    logger.info("checking the %d recordings of %s", len(numbered), jsonl)
-    with ThreadPoolExecutor(_NUM_CHECK_THREADS) as pool:
-        return list(pool.map(lambda item: _check_line(jsonl, item[0], item[1], checks), numbered))
+    return numbered
 
 
 def _check_line(jsonl: Path, number: int, text: str, checks: FileChecks) -> _Line:
