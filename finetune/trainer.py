@@ -126,7 +126,8 @@ class Trainer:
                     if self.is_due(self.args.eval_freq):
                         self.evaluate()
                     if self.args.do_ckpt and self.is_due(self.args.ckpt_freq):
-                        self.save()
+                        with self.phases.phase("save"):
+                            self.save()
                     self.profiler.after_step(self.step)
                 return self.leave()
             finally:

@@ -21,6 +21,7 @@ def test_phases_make_up_the_step(config, tmp_path):
 def test_chosen_steps_are_profiled(config, tmp_path, capsys):
     train(config, tmp_path / "plain", {"max_steps": 5, "do_ckpt": False})
     options = {"max_steps": 5, "profile_steps": [2, 4], "do_eval": True, "eval_freq": 3}
+    options |= {"ckpt_freq": 4}
     train(config, tmp_path / "run", options)
     assert logged(tmp_path / "run") == logged(tmp_path / "plain")
     (path,) = (tmp_path / "run/profile").iterdir()
@@ -32,6 +33,7 @@ def test_chosen_steps_are_profiled(config, tmp_path, capsys):
     for phase in ("data_wait", "forward_backward", "optimizer"):
         assert names.count(phase) == 3, phase
     assert names.count("log") == 3 and names.count("evaluate") == 1
+    assert names.count("save") == 1
     assert "aten::mm" in names or "aten::addmm" in names
 
 

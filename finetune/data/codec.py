@@ -72,7 +72,8 @@ class Codec:
                 f"to {mimi.num_codebooks}"
             )
         self.mimi = mimi.eval().requires_grad_(False)
-        self.device = torch.device(device or next(mimi.parameters()).device)
+        # As it is of tensors that are there: a GPU with its number.
+        self.device = torch.empty(0, device=device or next(mimi.parameters()).device).device
         self.tokenizer = tokenizer
         self.moshi_codebooks = moshi_codebooks
         self.user_codebooks = user_codebooks
