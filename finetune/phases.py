@@ -69,8 +69,19 @@ def _seconds_between(start: Mark, end: Mark) -> float:
 class StepProfiler:
     """Writes `profile/steps_A-B.rank0.json.gz` into the run folder, for https://ui.perfetto.dev."""
 
-    def __init__(self, steps: Sequence[int] | None, run_dir: Path, *, rank: int) -> None:
-        """`steps`: the first and the last step to profile; None: no profile."""
+    def __init__(
+        self, steps: Sequence[int] | None, run_dir: Path, *, rank: int, num_done: int
+    ) -> None:
+        """
+        Args:
+            steps: the first and the last step to profile; None: no profile.
+            num_done: steps that were done before, when a run is resumed.
+        """
+        if steps is not None and num_done >= steps[0]:
+            logger.warning(
+                "profile_steps: step %d is done already, so nothing is profiled", steps[0]
+            )
+            steps = None
         self._steps = steps
         self._rank = rank
         self._folder = run_dir / "profile"

@@ -83,7 +83,6 @@ class Trainer:
         )
 
         self.phases = Phases(self.world.device)
-        self.profiler = StepProfiler(args.profile_steps, self.run_dir, rank=self.world.rank)
         self.step = 0
         self.nonfinite_steps = 0
         self.nonfinite_in_a_row = 0
@@ -93,6 +92,9 @@ class Trainer:
         self.saved_step = 0
         if resume_from is not None:
             self.resume(resume_from)
+        self.profiler = StepProfiler(
+            args.profile_steps, self.run_dir, rank=self.world.rank, num_done=self.step
+        )
         # Only now, when nothing else can be wrong: it may delete an older run.
         with created_run_dir(args) if self.world.is_main else nullcontext():
             self.metrics = MetricsLogger(

@@ -241,7 +241,7 @@ def test_a_cache_that_was_deleted_is_made_again(data, tmp_path):
     assert torch.equal(codes, plain) and encoded == 8
 
 
-def test_changed_audio_is_noticed_and_moved_audio_is_known(data, tmp_path):
+def test_changed_audio_is_noticed_and_moved_audio_is_known(data, tmp_path, monkeypatch):
     plain, _ = epochs(data, tmp_path / "cache")
     samples, rate = soundfile.read(data / "1.wav")
     soundfile.write(data / "1.wav", samples[::-1], rate)  # as long as before
@@ -252,6 +252,8 @@ def test_changed_audio_is_noticed_and_moved_audio_is_known(data, tmp_path):
     data.rename(tmp_path / "elsewhere")
     moved, encoded = epochs(tmp_path / "elsewhere", tmp_path / "cache")
     assert torch.equal(moved, codes) and encoded == 0
+    forbid_audio(monkeypatch)
+    assert epochs(tmp_path / "elsewhere", tmp_path / "cache")[1] == 0
 
 
 def test_a_changed_transcript_changes_the_text_alone(data, tmp_path):

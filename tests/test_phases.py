@@ -37,6 +37,13 @@ def test_chosen_steps_are_profiled(config, tmp_path, capsys):
     assert "aten::mm" in names or "aten::addmm" in names
 
 
+def test_steps_that_are_done_are_not_profiled(config, tmp_path, capsys):
+    train(config, tmp_path, {"max_steps": 3})
+    train(config, tmp_path, {"max_steps": 5, "resume": True, "profile_steps": [2, 4]})
+    assert "step 2 is done already, so nothing is profiled" in capsys.readouterr().out
+    assert not (tmp_path / "profile").exists()
+
+
 @pytest.mark.parametrize(
     "steps", [[3], [0, 2], [3, 2], [1, 5], [1, 2, 3], "2", "x", [1.5, 2], {"a": 1}]
 )

@@ -129,8 +129,13 @@ def torchrun(*arguments):
 
 def test_two_processes_are_one_with_the_double_batch(config, tmp_path):
     overrides = {**PLAIN, "ttt.enabled": True, "do_eval": True, "max_steps": 6, "ckpt_freq": 3}
+    overrides["data.cache_dir"] = tmp_path / "codes"
     run = torchrun(
-        f"--config={config}", f"--run_dir={tmp_path / 'two'}", "--batch_size=2", *options(overrides)
+        f"--config={config}",
+        f"--run_dir={tmp_path / 'two'}",
+        "--batch_size=2",
+        "--data.prefetch_steps=2",
+        *options(overrides),
     )
     status, output = finish(run)
     assert status == 0, output
@@ -140,6 +145,7 @@ def test_two_processes_are_one_with_the_double_batch(config, tmp_path):
     for kind in ("train", "eval"):
         expected = logged(tmp_path / "one", kind=kind)
         assert logged(tmp_path / "two", kind=kind) == pytest.approx(expected, abs=1e-5)
+    assert set(logged(tmp_path / "one", "encoded_segments")) == {0}, "the two have encoded all"
     norms = [logged(tmp_path / run, "grad_norm") for run in ("one", "two")]
     assert norms[1] == pytest.approx(norms[0], rel=1e-4)
     # What two have begun, one can finish: here it has nothing left to do but to agree.

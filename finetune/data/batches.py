@@ -123,11 +123,15 @@ class Batcher:
 
     def _make(self, refs: Iterator[SegmentRef]) -> Generator[Batch, None, None]:
         ahead, refs = itertools.tee(refs)
-        with closing(self._read(map(self._task, ahead))) as results:
-            while rows := list(itertools.islice(refs, self.batch_size)):
-                with record_function("data: batch"):
-                    batch = self._batch(rows, results)
-                yield batch
+        try:
+            with closing(self._read(map(self._task, ahead))) as results:
+                while rows := list(itertools.islice(refs, self.batch_size)):
+                    with record_function("data: batch"):
+                        batch = self._batch(rows, results)
+                    yield batch
+        finally:
+            if self._cache is not None:
+                self._cache.flush()
 
     def _task(self, ref: SegmentRef) -> Task:
         if ref in self._kept:
