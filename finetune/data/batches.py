@@ -122,6 +122,8 @@ class Batcher:
         return ref in self._kept or (self._cache is not None and self._cache.find(ref) is not None)
 
     def _make(self, refs: Iterator[SegmentRef]) -> Generator[Batch, None, None]:
+        if self._device.type == "cuda" and self._device.index is not None:
+            torch.cuda.set_device(self._device)  # each thread has its own current device
         ahead, refs = itertools.tee(refs)
         try:
             with closing(self._read(map(self._task, ahead))) as results:

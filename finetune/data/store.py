@@ -120,6 +120,8 @@ class Store:
             if writer is None:
                 return
             try:
+                if writer.blobs is None:
+                    writer.blobs = writer.open("blobs")
                 place = _PLACE.pack(writer.num_bytes, len(content), _checksum(key, content))
                 _write(writer.blobs, content)
                 writer.num_bytes += len(content)
@@ -207,15 +209,19 @@ class Store:
 
 
 class _Writer:
-    """The two files that belong to this process."""
+    """The two files that belong to this process; the second is made when there is a blob."""
 
     def __init__(self, folder: Path) -> None:
         host = "".join(c if c.isalnum() else "-" for c in socket.gethostname())
         self.name = f"{time.time_ns():020d}-{host}-{os.getpid()}"
-        self.blobs = (folder / f"{self.name}.blobs").open("xb", buffering=0)
-        self.index = (folder / f"{self.name}.index").open("xb", buffering=0)
+        self._folder = folder
+        self.index = self.open("index")
+        self.blobs: BinaryIO | None = None
         self.num_bytes = 0
         self.pending = bytearray()
+
+    def open(self, kind: str) -> BinaryIO:
+        return (self._folder / f"{self.name}.{kind}").open("xb", buffering=0)
 
 
 def make_key(*parts: object) -> bytes:
