@@ -38,7 +38,7 @@ def test_ten_steps_are_five_steps_a_kill_and_five_more(config, tmp_path):
     arguments = [f"--config={config}", "--max_steps=10", "--ckpt_freq=5", "--data.num_workers=2"]
     arguments += options({**FULL, "param_dtype": "bfloat16"})
     whole = start_program(*arguments, f"--run_dir={tmp_path / 'whole'}")
-    arguments.append(f"--run_dir={tmp_path / 'killed'}")
+    arguments += [f"--run_dir={tmp_path / 'killed'}", "--data.prefetch_steps=2"]
     killed = start_program(*arguments, after=KILLED_AFTER_STEP.format(step=7))
     assert finish(killed)[0] == -signal.SIGKILL
     assert logged_steps(tmp_path / "killed") == [1, 2, 3, 4, 5, 6, 7]
@@ -58,9 +58,8 @@ def test_ten_steps_are_five_steps_a_kill_and_five_more(config, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_leaves_with_a_message(config, tmp_path, number):
-    run = start_program(
-        f"--config={config}", f"--run_dir={tmp_path}", "--data.num_workers=2", *ENDLESS
-    )
+    background = ("--data.num_workers=2", "--data.prefetch_steps=2")
+    run = start_program(f"--config={config}", f"--run_dir={tmp_path}", *background, *ENDLESS)
     list(lines_until(run, "step 3/"))
     # Ctrl-C reaches every process of the terminal's group, the workers that read data as well.
     (os.killpg if number == signal.SIGINT else os.kill)(run.pid, number)

@@ -194,12 +194,14 @@ class Codec:
         parts += [mimi.downsample.conv] if hasattr(mimi, "downsample") else []
         longest = round(_PIECE_FRAMES * mimi.encoder_frame_rate / mimi.frame_rate)
         with ExitStack() as streaming:
-            for attention in attentions:  # room for a piece, and for what it looks back at
-                attention.context += longest
-            for part in parts:
-                streaming.enter_context(part.streaming(len(audio)))
-            for attention in attentions:
-                attention.context -= longest
+            try:
+                for attention in attentions:  # room for a piece, and for what it looks back at
+                    attention.context += longest
+                for part in parts:
+                    streaming.enter_context(part.streaming(len(audio)))
+            finally:
+                for attention in attentions:
+                    attention.context -= longest
             return torch.cat([mimi.encode(p) for p in audio.split(piece_samples, -1)], dim=-1)
 
     def _own_stream(self) -> AbstractContextManager[Any]:
