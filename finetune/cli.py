@@ -18,6 +18,7 @@ from finetune.errors import UserError
 def main() -> None:
     commands = {
         "train": train,
+        "encode": encode,
         "generate": generate,
         "plot": plot,
         "sweep": sweep,
@@ -94,6 +95,24 @@ def train(config: str, *unexpected: str, **overrides: Any) -> None:
     status = Trainer(load_config(config, overrides)).train()
     if status:
         sys.exit(status)
+
+
+@_literal
+def encode(*unexpected: str, config: str, **overrides: Any) -> None:
+    """Encode all data of a run ahead of it, into data.cache_dir.
+
+    It may be stopped at any time and started again. On several GPUs:
+    torchrun --nproc-per-node 8 --no-python moshi-ttt encode --config X.yaml
+
+    Args:
+        config: the YAML file of the run.
+        overrides: any of its keys, dotted: --data.cache_dir=codes --duration_sec=100
+    """
+    _refuse(unexpected)
+    from finetune.config import load_config
+    from finetune.encode import encode_data
+
+    encode_data(load_config(config, overrides))
 
 
 @_literal
