@@ -22,7 +22,7 @@ from finetune.console import Progress, describe, setup_logging
 from finetune.data import Batch, build_eval_loader, build_train_loader
 from finetune.distributed import join_world
 from finetune.errors import UserError
-from finetune.evaluate import evaluate
+from finetune.evaluation.periodic import evaluate
 from finetune.interrupt import Interrupt
 from finetune.loss import LossWeights, stream_sums, total_weight
 from finetune.metrics import MetricsLogger
