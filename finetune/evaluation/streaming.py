@@ -156,9 +156,7 @@ class Scorer:
         steps = torch.arange(start, stop, device=model.device)
         frames = steps - torch.tensor(model.delays[: self.num_scored], device=model.device)[:, None]
         is_target = (
-            (frames >= 0)
-            & (steps < self.lengths[:, None, None])
-            & (targets != model.zero_token_id)
+            (frames >= 0) & (steps < self.lengths[:, None, None]) & (targets != model.zero_token_id)
         )
         targets = torch.where(is_target, targets, model.zero_token_id)
         nll = torch.cat(
