@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from finetune.args import WandbArgs
 from finetune.errors import UserError
@@ -54,7 +54,13 @@ class Options:
     baseline: Path | None = None
     pair: PairOptions = field(default_factory=PairOptions)
     health: HealthOptions = field(default_factory=HealthOptions)
-    wandb: WandbArgs = field(default_factory=WandbArgs)
+    wandb_project: str | None = None
+    wandb_run_name: str | None = None
+    wandb_offline: bool = False
+
+    @property
+    def wandb(self) -> WandbArgs:
+        return WandbArgs(self.wandb_project, self.wandb_offline, run_name=self.wandb_run_name)
 
 
 def choices(name: str, text: str, known: tuple[str, ...]) -> tuple[str, ...]:
@@ -70,3 +76,22 @@ def choices(name: str, text: str, known: tuple[str, ...]) -> tuple[str, ...]:
     if not words:
         raise UserError(f"--{name}: name at least one of {', '.join(known)}.")
     return tuple(word for word in known if word in words)
+
+
+def one_of(name: str, word: str, known: tuple[str, ...]) -> Any:
+    """`word`, which must be known; for options that are literals.
+
+    Raises:
+        UserError: naming the word and what there is.
+    """
+    if word not in known:
+        raise UserError(f"--{name}: there is no {word!r}; choose from {', '.join(known)}.")
+    return word
+
+
+def default_out(checkpoint: Path) -> Path:
+    """`evaluation/RUN/CHECKPOINT` in the current folder. Not in the run folder: checkpoints there
+    come and go."""
+    checkpoint = checkpoint.absolute()
+    run = checkpoint.parent.parent.name if checkpoint.parent.name == "checkpoints" else ""
+    return Path("evaluation") / run / checkpoint.name

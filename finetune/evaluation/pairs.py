@@ -7,7 +7,7 @@ speech of one side of the conversation; the other side is silence, as Mimi encod
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from finetune.data import FRAME_RATE_HZ, Codec
+from finetune.data import Codec
 from finetune.data.audio import AudioInfo, inspect_audio, read_audio
 from finetune.data.problems import FileProblem
 from finetune.data.text import read_transcript, text_stream, tokenize_segment
@@ -216,7 +216,7 @@ class PairTask:
         return torch.tensor(tokens)
 
 
-def log_likelihood(record: dict[str, Any], options: PairOptions) -> float:
+def log_likelihood(record: Mapping[str, Any], options: PairOptions) -> float:
     """The score of a recording, in nats: −Σ over streams of weight · Σ CE, divided by the number of
     frames if `length_norm` is `mean`."""
     streams = record["streams"]
@@ -228,5 +228,18 @@ def log_likelihood(record: dict[str, Any], options: PairOptions) -> float:
     return -total / (record["num_frames"] if options.length_norm == "mean" else 1)
 
 
-def duration_sec(record: dict[str, Any]) -> float:
-    return record["num_frames"] / FRAME_RATE_HZ
+def zerospeech_lines(
+    pairs: Sequence[Pair], records: Iterable[Mapping[str, Any]], options: PairOptions
+) -> list[str]:
+    """`<id> <logprob>` of every recording that could be scored, as ZeroSpeech takes submissions.
+
+    The id is the file's name without its ending, or its path where names come twice.
+    """
+    wavs = sorted({wav for pair in pairs for wav in (pair.good, pair.bad)})
+    scores = {record["wav"]: log_likelihood(record, options) for record in records}
+    is_unique = len({wav.stem for wav in wavs}) == len(wavs)
+    return [
+        f"{wav.stem if is_unique else wav.with_suffix('')} {scores[str(wav)]:.6f}"
+        for wav in wavs
+        if str(wav) in scores
+    ]

@@ -10,8 +10,9 @@ Every recording is read from its start to its end in streaming mode, once for ea
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,8 +41,9 @@ STREAMS = ("text", "words", "first_codebook", "other_codebooks")
 class PositionTask:
     """Fills `records` with the sums of each arm over each recording, by bins of position.
 
-    A record: arm, recording, num_frames, donor (of `carried`), and of each stream the lists `loss`
-    (Σ w · CE), `weight` (Σ w), `nll` (Σ CE) and `count`, one entry a bin.
+    A record: arm, recording, num_frames, control (of `reset` after how many frames, of `carried`
+    from which recording), and of each stream the lists `loss` (Σ w · CE), `weight` (Σ w), `nll`
+    (Σ CE) and `count`, one entry a bin.
 
     Args:
         recordings: the usable ones; `missing` collects those that turn out not to be.
@@ -90,15 +92,21 @@ class PositionTask:
         for arm, batch in work:
             self._run_arm(arm, batch, progress)
 
-    def _todo(self, arm: str, batch: Sequence[Recording]) -> list[Recording]:
-        done = {
-            (record["recording"], record["donor"])
-            for record in self.records
-            if record["arm"] == arm
-        }
-        return [r for r in batch if (str(r.path), self._donor_name(arm, r)) not in done]
+    def results(self) -> list[dict[str, Any]]:
+        """The records of these recordings and arms; the file may hold others."""
+        wanted = {self._key(arm, r) for arm in self.arms for r in self.recordings}
+        return [record for record in self.records if _key_of(record) in wanted]
 
-    def _donor_name(self, arm: str, recording: Recording) -> str | None:
+    def _todo(self, arm: str, batch: Sequence[Recording]) -> list[Recording]:
+        done = {_key_of(record) for record in self.records}
+        return [recording for recording in batch if self._key(arm, recording) not in done]
+
+    def _key(self, arm: str, recording: Recording) -> tuple[str, str, Any]:
+        return arm, str(recording.path), self._control(arm, recording)
+
+    def _control(self, arm: str, recording: Recording) -> Any:
+        if arm == "reset":
+            return self.reset_frames
         return str(self._donor(recording).path) if arm == "carried" else None
 
     def _donor(self, recording: Recording) -> Recording:
@@ -130,7 +138,7 @@ class PositionTask:
                 {
                     "arm": arm,
                     "recording": str(recording.path),
-                    "donor": self._donor_name(arm, recording),
+                    "control": self._control(arm, recording),
                     "num_frames": rows[row].num_frames,
                     "streams": sums.of_row(row, rows[row].num_frames),
                 }
@@ -171,6 +179,10 @@ class PositionTask:
             self.missing[name] = f"{recording.origin}: {problem}"
             logger.warning("missing: %s", self.missing[name])
         return name in self._codes
+
+
+def _key_of(record: Mapping[str, Any]) -> tuple[str, str, Any]:
+    return record["arm"], record["recording"], record["control"]
 
 
 class BinSums:

@@ -57,6 +57,19 @@ class Records:
         return iter(self.records)
 
 
+def read_records(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The fingerprint and the records of an evaluation, to compare with.
+
+    Raises:
+        UserError: there is none.
+    """
+    lines = _complete_lines(path)
+    if not lines:
+        raise UserError(f"--baseline: there is no evaluation of loss by position in {path.parent}.")
+    fingerprint = _parse(path, lines[0]).get("fingerprint")
+    return fingerprint or {}, [_parse(path, line) for line in lines[1:]]
+
+
 def checkpoint_fingerprint(checkpoint: Path) -> str:
     """Identifies a checkpoint's weights, wherever it lies: names and sizes of its files, and the
     first and last MiB of each."""

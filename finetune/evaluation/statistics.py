@@ -95,6 +95,18 @@ def proportion(successes: float, count: int) -> Estimate:
     return Estimate(share, max(0.0, middle - half), min(1.0, middle + half))
 
 
+def mean(values: Array) -> Estimate:
+    """The mean of independent values, with the normal interval."""
+    count = len(values)
+    if count == 0:
+        return Estimate(None, None, None)
+    value = float(values.mean())
+    if count == 1:
+        return Estimate(value, None, None)
+    half = Z_95 * float(values.std(ddof=1)) / math.sqrt(count)
+    return Estimate(value, value - half, value + half)
+
+
 def _divide(numerator: Array, denominator: Array) -> Array:
     """NaN where the denominator is zero."""
     with np.errstate(divide="ignore", invalid="ignore"):

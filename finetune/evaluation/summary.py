@@ -13,7 +13,7 @@ from .health import MEASURES, alarms, limits, means
 from .options import PairOptions
 from .pairs import Pair, log_likelihood
 from .position import STREAMS
-from .statistics import Array, Bootstrap, Estimate, proportion, slope_parts
+from .statistics import Array, Bootstrap, Estimate, mean, proportion, slope_parts
 
 COMPARISONS = (("on", "off"), ("on", "reset"), ("on", "carried"), ("carried", "off"))
 """Arms whose difference is of interest, where both are there; with an earlier evaluation as
@@ -165,14 +165,12 @@ def summarise_pairs(
     records: Iterable[Mapping[str, Any]],
     missing: Mapping[str, str],
     options: PairOptions,
-    *,
-    seed: int = 0,
 ) -> Json:
     """Accuracy over all pairs and by group; a tie counts as half.
 
     Pairs with a recording that is missing, or whose score is no number, are counted apart.
     """
-    scores = {record["wav"]: log_likelihood(dict(record), options) for record in records}
+    scores = {record["wav"]: log_likelihood(record, options) for record in records}
     reasons: dict[str, str] = {}
     margins: dict[str, list[float]] = {}
     for pair in pairs:
@@ -183,33 +181,39 @@ def summarise_pairs(
         if pair.id not in reasons:
             margins[pair.group].append(scores[str(pair.good)] - scores[str(pair.bad)])
     everything = [margin for group in margins.values() for margin in group]
-    groups = {name: _accuracy(group, seed) for name, group in sorted(margins.items())}
+    groups = {name: _accuracy(group) for name, group in sorted(margins.items())}
     for pair in pairs:
         groups[pair.group]["num_missing"] += pair.id in reasons
+    each = [
+        {
+            "id": pair.id,
+            "group": pair.group,
+            "good": scores.get(str(pair.good)),
+            "bad": scores.get(str(pair.bad)),
+            "missing": reasons.get(pair.id, ""),
+        }
+        for pair in pairs
+    ]
     return {
+        "scores": each,
         "options": dataclasses.asdict(options),
         "num_pairs": len(pairs),
         "num_missing": len(reasons),
         "missing": reasons,
-        "all": _accuracy(everything, seed) | {"num_missing": len(reasons)},
+        "all": _accuracy(everything) | {"num_missing": len(reasons)},
         "groups": groups,
     }
 
 
-def _accuracy(margins: Sequence[float], seed: int) -> Json:
+def _accuracy(margins: Sequence[float]) -> Json:
     ties = sum(margin == 0 for margin in margins)
     wins = sum(margin > 0 for margin in margins)
-    values = np.array(margins, dtype=float)
-    bootstrap = Bootstrap(max(1, len(margins)), seed=seed)
-    difference = (
-        bootstrap.ratio(values, np.ones_like(values)) if margins else Estimate(None, None, None)
-    )
     return {
         "num_scored": len(margins),
         "num_ties": ties,
         "num_missing": 0,
         "accuracy": dataclasses.asdict(proportion(wins + ties / 2, len(margins))),
-        "mean_difference": dataclasses.asdict(difference),
+        "mean_difference": dataclasses.asdict(mean(np.array(margins, dtype=float))),
     }
 
 
