@@ -316,6 +316,7 @@ _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "seed": _at_least(0),
     "first_codebook_weight_multiplier": _at_least(0),
     "text_padding_weight": _at_least(0),
+    "health_sec": _at_least(0),
     "optim.lr": _at_least(0),
     "optim.ttt_lr": _at_least(0),
     "optim.weight_decay": _at_least(0),

@@ -22,7 +22,7 @@ from finetune.console import Progress, describe, setup_logging
 from finetune.data import Batch, build_eval_loader, build_train_loader
 from finetune.distributed import join_world
 from finetune.errors import UserError
-from finetune.evaluation.periodic import evaluate
+from finetune.evaluation.periodic import SpeechCheck, evaluate
 from finetune.interrupt import Interrupt
 from finetune.loss import LossWeights, stream_sums, total_weight
 from finetune.metrics import MetricsLogger
@@ -72,6 +72,7 @@ class Trainer:
         self.eval_data = (
             build_eval_loader(args.data, self.codec, **places) if args.do_eval else None
         )
+        self.speech_check = SpeechCheck(self.codec, health_sec=args.health_sec, seed=args.seed)
 
         self.step = 0
         self.nonfinite_steps = 0
@@ -261,11 +262,28 @@ class Trainer:
         if self.interrupted():
             return
         self.last_eval = (self.step, metrics["loss"])
+        metrics |= self.check_health()
         self.metrics.log("eval", self.step, metrics)
         self.progress.message(
             f"eval at step {self.step}: {describe(metrics)}, perplexity text "
             f"{metrics['text_perplexity']:.1f} audio {metrics['audio_perplexity']:.1f}"
         )
+
+    def check_health(self) -> dict[str, float]:
+        """Measures of what the model says; warns if it is no longer like speech."""
+        if self.args.health_sec == 0 or not self.world.is_main:
+            return {}
+        assert self.eval_data is not None
+        measures, alarms = self.speech_check(self.model, self.eval_data)
+        for alarm in alarms:
+            logger.warning(
+                "generated speech at step %d: %s (%s %.2f); see docs/evaluation.md",
+                self.step,
+                alarm.text,
+                alarm.measure,
+                measures[f"health/{alarm.measure}"],
+            )
+        return measures
 
     def save(self, data_position: dict[str, Any] | None = None) -> None:
         """Write a checkpoint of this step; `data_position` is the loader's own if not given."""

@@ -9,7 +9,7 @@ different codes once a recording exceeds it.
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -54,9 +54,13 @@ def encode_to_file(
     target: Path,
     *,
     max_frames: int | None = None,
+    on_block: Callable[[int], None] = lambda num_frames: None,
 ) -> CodesFile:
     """The codes of a stereo recording, or of its first `max_frames`, and of its main speaker's
     words.
+
+    Args:
+        on_block: told how many frames more are done.
 
     Raises:
         FileProblem: the recording cannot be read.
@@ -78,6 +82,7 @@ def encode_to_file(
             text = torch.tensor(tokens[start:stop])[None]
             everything = [text, left[: codec.moshi_codebooks], right[: codec.user_codebooks]]
             torch.cat(everything).T.int().numpy().tofile(file)
+            on_block(stop - start)
             start = stop
     return CodesFile(target, codec.num_streams)
 

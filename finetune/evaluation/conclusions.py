@@ -39,6 +39,8 @@ def _of_position(position: Mapping[str, Any]) -> Iterator[str]:
     where = "beyond the attention window" if beyond else "(no recording exceeds the window)"
     for difference in position["differences"]:
         one, other = difference["arms"]
+        if (one, other) not in _TITLES:
+            continue
         by_sign: dict[str, list[str]] = {"lower": [], "higher": [], "not shown to differ": []}
         for stream in STREAMS:
             estimate = difference[stream][place]

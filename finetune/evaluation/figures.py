@@ -29,8 +29,8 @@ ARM_STYLE: dict[str, tuple[str, str]] = {
 ARM_LABELS = {
     "on": "TTT on",
     "off": "TTT off",
-    "reset": "TTT reset now and then",
-    "carried": "TTT starts from another recording",
+    "reset": "TTT reset every {reset}",
+    "carried": "TTT carried over from another recording",
     "baseline": "baseline",
 }
 STREAM_TITLES = {
@@ -41,7 +41,7 @@ STREAM_TITLES = {
 }
 MEASURE_LABELS = {
     "entropy": "entropy of the first codebook\n(share of the largest possible)",
-    "modal_share": "share of its most frequent code",
+    "modal_share": "share of the most frequent\ncode of the first codebook",
     "padding_share": "share of padding in the text",
     "silence_share": "share of silence",
     "repeat_rate": "share of repeated segments",
@@ -52,46 +52,57 @@ _OFF_SCALE = 1.5
 span; else it is named at the edge, or the curves would be flat."""
 
 
+def arm_label(arm: str, results: Json) -> str:
+    return ARM_LABELS[arm].format(reset=_duration(results["reset_sec"]))
+
+
 def position_figure(results: Json) -> Figure:
-    """Above: the loss by position of each arm. Below: the differences between arms."""
+    """Above: the loss by position of each arm. Below: its difference to the arm `off`."""
     from matplotlib.figure import Figure
 
-    differences = results["differences"]
+    differences = [d for d in results["differences"] if d["arms"][1] == "off"]
     num_rows = 2 if differences else 1
     figure = Figure(figsize=(14, 3.9 * num_rows), layout="constrained")
     axes = figure.subplots(num_rows, len(STREAMS), sharex=True, squeeze=False)
     for column, stream in enumerate(STREAMS):
-        top = axes[0, column]
+        top, bottom = axes[0, column], axes[-1, column]
         for arm, of_stream in results["arms"].items():
-            _draw_curve(top, of_stream[stream]["curve"], *ARM_STYLE[arm], ARM_LABELS[arm])
+            label = arm_label(arm, results)
+            _draw_curve(top, of_stream[stream]["curve"], arm, label, band=0.07)
         _draw_guessing(top, results["guessing"][stream])
         top.set_title(STREAM_TITLES[stream], loc="left", fontsize=11, fontweight="bold")
         for difference in differences:
-            one, other = difference["arms"]
-            color, marker = ARM_STYLE[other if one == "on" and other != "off" else one]
-            curve = difference[stream]["curve"]
-            _draw_curve(axes[1, column], curve, color, marker, f"{one} − {other}")
+            _draw_curve(bottom, difference[stream]["curve"], difference["arms"][0], "", band=0.2)
         if differences:
-            axes[1, column].axhline(0, color="#999999", linewidth=1, zorder=0)
+            bottom.axhline(0, color=ARM_STYLE["off"][0], linewidth=1.2, zorder=1)
         for row in range(num_rows):
             _mark_window(axes[row, column], results, named=row == 0)
-        axes[-1, column].set_xlabel("position in the recording")
+        bottom.set_xlabel("position in the recording")
     _time_axis(axes[0, 0], results["longest_sec"])
     axes[0, 0].set_ylabel("loss, nats per token")
     if differences:
-        axes[1, 0].set_ylabel("difference, nats per token\n(below 0: the first is better)")
-    _legends(figure, axes)
+        axes[1, 0].set_ylabel("loss minus that of TTT off\n(below 0: better)")
+    figure.legend(
+        *axes[0, 0].get_legend_handles_labels(),
+        title="bands: 95 % intervals, bootstrap over recordings (below: paired)",
+        title_fontsize=9,
+        fontsize=10,
+        loc="outside lower center",
+        frameon=False,
+        ncols=len(results["arms"]),
+    )
     return figure
 
 
-def _draw_curve(axes: Axes, curve: Sequence[Json], color: str, marker: str, label: str) -> None:
+def _draw_curve(axes: Axes, curve: Sequence[Json], arm: str, label: str, *, band: float) -> None:
+    color, marker = ARM_STYLE[arm]
     middle = np.array([(p["start_sec"] + p["stop_sec"]) / 2 for p in curve])
     value, low, high = (
         np.array([math.nan if p[name] is None else p[name] for p in curve])
         for name in ("value", "low", "high")
     )
     axes.plot(middle, value, color=color, marker=marker, markersize=4, linewidth=1.5, label=label)
-    axes.fill_between(middle, low, high, color=color, alpha=0.15, linewidth=0)
+    axes.fill_between(middle, low, high, color=color, alpha=band, linewidth=0)
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.7)
     axes.set_axisbelow(True)
     for side in ("top", "right"):
@@ -147,16 +158,6 @@ def _duration(duration_sec: float) -> str:
     return f"{duration_sec:.3g} s"
 
 
-def _legends(figure: Figure, axes: np.ndarray) -> None:
-    handles: Json = {}
-    for axis in axes[:, 0]:
-        # The same colour means the same control in both rows.
-        handles |= dict(zip(*axis.get_legend_handles_labels()[::-1], strict=True))
-    band = "bands: 95 % intervals, bootstrap over recordings"
-    place: Json = {"loc": "outside lower center", "frameon": False, "ncols": 4, "fontsize": 9}
-    figure.legend(list(handles.values()), list(handles), title=band, title_fontsize=9, **place)
-
-
 def pairs_figure(results: Json) -> Figure:
     """Accuracy of every group and of all, with intervals, beside chance."""
     from matplotlib.figure import Figure
@@ -208,6 +209,7 @@ def health_figure(results: Json, vocabulary: Mapping[str, int]) -> Figure:
     axes.set_yticks(range(len(MEASURES)), [MEASURE_LABELS[name] for name in MEASURES])
     axes.set_ylim(len(MEASURES) - 0.5, -0.5)
     axes.set_xlim(-0.02, 1.02)
+    axes.set_xlabel("share, with its 95 % interval", fontsize=9)
     _plain(axes)
     marks: Json = {"marker": "o", "linewidth": 1.8}
     handles = [

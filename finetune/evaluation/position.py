@@ -87,8 +87,12 @@ class PositionTask:
         num_done = len(self.arms) * len(self.recordings) - sum(len(todo) for _, todo in work)
         if num_done:
             logger.info("position: %d results are there already", num_done)
-        total = sum(self._estimated_frames(r) for _, todo in work for r in todo)
-        progress = Progress("position", total)
+        # Every recording is encoded once, those that others start from included.
+        encoded = {r for arm, todo in work for r in todo} | {
+            self._donor(r) for arm, todo in work if arm == "carried" for r in todo
+        }
+        passes = [*encoded, *(r for _, todo in work for r in todo)]
+        progress = Progress("position", sum(map(self._estimated_frames, passes)))
         for arm, batch in work:
             self._run_arm(arm, batch, progress)
 
@@ -119,7 +123,12 @@ class PositionTask:
         return min(num_frames, self.max_frames or num_frames)
 
     def _run_arm(self, arm: str, batch: Sequence[Recording], progress: Progress) -> None:
-        readable = [r for r in batch if self._read(r) and (arm != "carried" or self._read_donor(r))]
+        donors = [self._donor(r) for r in batch] if arm == "carried" else []
+        for recording in dict.fromkeys([*batch, *donors]):
+            self._read(recording, progress)
+        readable = [r for r in batch if self._has_codes(r)]
+        if arm == "carried":
+            readable = [r for r in readable if self._has_codes(self._donor(r))]
         rows = [self._codes[str(r.path)] for r in readable]
         if not rows:
             return
@@ -158,14 +167,14 @@ class PositionTask:
         self.model.reset_streaming()
         ttt.set_state(self.model, state)
 
-    def _read_donor(self, recording: Recording) -> bool:
-        return self._read(self._donor(recording))
+    def _has_codes(self, recording: Recording) -> bool:
+        return str(recording.path) in self._codes
 
-    def _read(self, recording: Recording) -> bool:
-        """Have the codes of a recording; False, and noted in `missing`, if it cannot be read."""
+    def _read(self, recording: Recording, progress: Progress) -> None:
+        """Have the codes of a recording, or note in `missing` why it cannot be read."""
         name = str(recording.path)
         if name in self._codes or name in self.missing:
-            return name in self._codes
+            return
         try:
             self._codes[name] = encode_to_file(
                 self.codec,
@@ -174,11 +183,11 @@ class PositionTask:
                 read_transcript(recording.transcript_path),
                 self.folder / f"{len(self._codes)}.codes",
                 max_frames=self.max_frames,
+                on_block=lambda num_frames: progress.advance(num_frames, f"encoding {name}"),
             )
         except FileProblem as problem:
             self.missing[name] = f"{recording.origin}: {problem}"
             logger.warning("missing: %s", self.missing[name])
-        return name in self._codes
 
 
 def _key_of(record: Mapping[str, Any]) -> tuple[str, str, Any]:

@@ -10,8 +10,8 @@ from finetune.console import format_duration
 
 from .conclusions import plain, signed
 from .figures import (
-    ARM_LABELS,
     STREAM_TITLES,
+    arm_label,
     health_figure,
     pairs_figure,
     position_figure,
@@ -78,7 +78,11 @@ def _position(position: Json) -> str:
     if not position["num_recordings"]:
         return f"{heading}<p>No recording could be read.</p>\n"
     arms = [
-        [ARM_LABELS[arm], STREAM_TITLES[stream], *_loss_cells(of_stream[stream], plain)]
+        [
+            arm_label(arm, dict(position)),
+            STREAM_TITLES[stream],
+            *_loss_cells(of_stream[stream], plain),
+        ]
         for arm, of_stream in position["arms"].items()
         for stream in STREAMS
     ]

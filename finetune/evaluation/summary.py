@@ -15,9 +15,16 @@ from .pairs import Pair, log_likelihood
 from .position import STREAMS
 from .statistics import Array, Bootstrap, Estimate, mean, proportion, slope_parts
 
-COMPARISONS = (("on", "off"), ("on", "reset"), ("on", "carried"), ("carried", "off"))
-"""Arms whose difference is of interest, where both are there; with an earlier evaluation as
-`baseline`, also the model as trained against it."""
+COMPARISONS = (
+    ("on", "off"),
+    ("reset", "off"),
+    ("carried", "off"),
+    ("baseline", "off"),
+    ("on", "reset"),
+    ("on", "carried"),
+    ("on", "baseline"),
+)
+"""Arms whose difference is of interest, where both are there."""
 
 Json = dict[str, Any]
 
@@ -65,7 +72,7 @@ def summarise_positions(
     num_bins = -(-max(num_frames) // bin_frames)
     view = _View(bin_frames, num_bins, window_frames, Bootstrap(len(names), seed=seed))
     sums = {arm: {s: _Sums(rows[arm], s, num_bins) for s in STREAMS} for arm in arms}
-    differences = [pair for pair in (*COMPARISONS, ("on", "baseline")) if {*pair} <= {*arms}]
+    differences = [pair for pair in COMPARISONS if {*pair} <= {*arms}]
     return {
         "num_recordings": len(names),
         "duration_sec": sum(num_frames) / FRAME_RATE_HZ,
