@@ -275,7 +275,8 @@ class Trainer:
             return {}
         assert self.eval_data is not None
         measures, alarms = self.speech_check(self.model, self.eval_data)
-        for alarm in alarms:
+        # Before the first step there may be random weights, which say nothing of the run.
+        for alarm in alarms if self.step else []:
             logger.warning(
                 "generated speech at step %d: %s (%s %.2f); see docs/evaluation.md",
                 self.step,
