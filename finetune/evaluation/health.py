@@ -104,7 +104,7 @@ def measure(codec: Codec, tokens: Tensor, levels_db: Tensor, silent_db: float) -
     shares = [count / len(first) for count in counts.values()]
     paddings = {codec.text_padding_id, codec.end_of_text_padding_id}
     return {
-        "entropy": -sum(share * math.log(share) for share in shares),
+        "entropy": sum(-share * math.log(share) for share in shares),
         "modal_share": max(shares),
         "padding_share": sum(token in paddings for token in text) / len(text),
         "silence_share": float((levels_db < silent_db).float().mean()),

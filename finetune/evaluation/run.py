@@ -16,13 +16,12 @@ from typing import Any
 
 import torch
 
-import finetune.data.sources as sources
 from finetune.args import TrainArgs
 from finetune.console import setup_logging
 from finetune.data import FRAME_RATE_HZ, count_frames
 from finetune.data.audio import inspect_audio
 from finetune.data.problems import FileProblem
-from finetune.data.sources import Recording
+from finetune.data.sources import Recording, check_recordings
 from finetune.data.text import read_transcript
 from finetune.errors import UserError
 from finetune.generate import checkpoint_args, load_for_inference
@@ -289,7 +288,7 @@ class Evaluation:
                 "--data: name the JSONL of the recordings; the checkpoint's configuration names no "
                 "data.eval_data."
             )
-        recordings, problems = sources.check_recordings(spec, key="--data")
+        recordings, problems = check_recordings(spec, key="--data")
         for problem in problems[:5]:
             logger.warning("missing: %s", problem)
         if problems:
