@@ -434,6 +434,7 @@ def test_an_interrupted_evaluation_continues_and_gives_the_same(trained, tmp_pat
     # All is there: nothing runs a third time. Fewer recordings: those of the others stay apart.
     fewer = evaluate_checkpoint(options(trained, tmp_path / "out", limit=3, arms=("on",)))
     assert len(passes) == 5 and fewer["position"]["num_recordings"] == 3
+    assert any("3 recordings are few" in note for note in fewer["notes"])
 
 
 def test_results_of_other_options_are_never_mixed(trained, tmp_path):

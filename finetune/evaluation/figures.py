@@ -47,6 +47,7 @@ MEASURE_LABELS = {
     "repeat_rate": "share of repeated segments",
 }
 _TICKS_SEC = (1, 3, 10, 30, 60, 180, 600, 1800, 3600, 10800, 36000)
+_FEWER_TICKS_SEC = (1, 10, 60, 600, 3600, 36000)
 _OFF_SCALE = 1.5
 """The loss of guessing is drawn where it is no farther from the curves than this times their
 span; else it is named at the edge, or the curves would be flat."""
@@ -146,7 +147,8 @@ def _mark_window(axes: Axes, results: Json, *, named: bool) -> None:
 def _time_axis(axes: Axes, longest_sec: float) -> None:
     axes.set_xscale("log")
     low, high = axes.get_xlim()
-    ticks = [float(tick) for tick in _TICKS_SEC if low <= tick <= high] or [longest_sec]
+    known = _TICKS_SEC if high / low < 100 else _FEWER_TICKS_SEC
+    ticks = [float(tick) for tick in known if low <= tick <= high] or [longest_sec]
     axes.set_xticks(ticks, [_duration(tick) for tick in ticks])
     axes.minorticks_off()
 

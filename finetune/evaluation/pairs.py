@@ -100,7 +100,8 @@ def _parse(path: Path, number: int, text: str) -> Pair:
 class PairTask:
     """Fills `records` with the likelihood of every recording of the pairs, stream by stream.
 
-    A record: wav, num_frames, and of each stream its `nll` (Σ CE in nats) and `count`.
+    A record: wav, its size_bytes and num_frames, and of each stream its `nll` (Σ CE in nats) and
+    `count`.
     """
 
     def __init__(
@@ -126,7 +127,7 @@ class PairTask:
 
     def run(self) -> None:
         """Everything that `records` does not hold yet."""
-        done = {record["wav"] for record in self.records}
+        done = {record["wav"] for record in self.results()}
         found: dict[Path, AudioInfo] = {}
         for wav in self.wavs:
             try:
@@ -148,6 +149,11 @@ class PairTask:
             batch = todo[start : start + self.batch_size]
             self._score({wav: found[wav] for wav in batch})
             progress.advance(len(batch))
+
+    def results(self) -> list[dict[str, Any]]:
+        """The records of these recordings; the file may hold others, or what a file once was."""
+        sizes = {str(wav): wav.stat().st_size for wav in self.wavs if wav.is_file()}
+        return [r for r in self.records if sizes.get(r["wav"]) == r["size_bytes"]]
 
     def _score(self, batch: dict[Path, AudioInfo]) -> None:
         rows: dict[Path, CodesInMemory] = {}
@@ -172,7 +178,9 @@ class PairTask:
                 stream: {"nll": parts["nll"][0], "count": parts["count"][0]}
                 for stream, parts in sums.of_row(index, row.num_frames).items()
             }
-            self.records.append({"wav": str(wav), "num_frames": row.num_frames, "streams": streams})
+            size_bytes = wav.stat().st_size
+            known = {"wav": str(wav), "size_bytes": size_bytes, "num_frames": row.num_frames}
+            self.records.append({**known, "streams": streams})
 
     def _encode(self, wav: Path, info: AudioInfo) -> Tensor:
         """Int64 [1 + n_q, T]: text, Moshi, user.

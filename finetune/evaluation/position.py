@@ -41,9 +41,9 @@ STREAMS = ("text", "words", "first_codebook", "other_codebooks")
 class PositionTask:
     """Fills `records` with the sums of each arm over each recording, by bins of position.
 
-    A record: arm, recording, num_frames, control (of `reset` after how many frames, of `carried`
-    from which recording), and of each stream the lists `loss` (Σ w · CE), `weight` (Σ w), `nll`
-    (Σ CE) and `count`, one entry a bin.
+    A record: arm, recording, its size_bytes and num_frames, control (of `reset` after how many
+    frames, of `carried` from which recording), and of each stream the lists `loss` (Σ w · CE),
+    `weight` (Σ w), `nll` (Σ CE) and `count`, one entry a bin.
 
     Args:
         recordings: the usable ones; `missing` collects those that turn out not to be.
@@ -105,8 +105,9 @@ class PositionTask:
         done = {_key_of(record) for record in self.records}
         return [recording for recording in batch if self._key(arm, recording) not in done]
 
-    def _key(self, arm: str, recording: Recording) -> tuple[str, str, Any]:
-        return arm, str(recording.path), self._control(arm, recording)
+    def _key(self, arm: str, recording: Recording) -> tuple[Any, ...]:
+        size_bytes = recording.path.stat().st_size
+        return arm, str(recording.path), size_bytes, self._control(arm, recording)
 
     def _control(self, arm: str, recording: Recording) -> Any:
         if arm == "reset":
@@ -147,6 +148,7 @@ class PositionTask:
                 {
                     "arm": arm,
                     "recording": str(recording.path),
+                    "size_bytes": recording.path.stat().st_size,
                     "control": self._control(arm, recording),
                     "num_frames": rows[row].num_frames,
                     "streams": sums.of_row(row, rows[row].num_frames),
@@ -190,8 +192,8 @@ class PositionTask:
             logger.warning("missing: %s", self.missing[name])
 
 
-def _key_of(record: Mapping[str, Any]) -> tuple[str, str, Any]:
-    return record["arm"], record["recording"], record["control"]
+def _key_of(record: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(record[name] for name in ("arm", "recording", "size_bytes", "control"))
 
 
 class BinSums:

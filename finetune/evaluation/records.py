@@ -71,11 +71,13 @@ def read_records(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 def checkpoint_fingerprint(checkpoint: Path) -> str:
-    """Identifies a checkpoint's weights, wherever it lies: names and sizes of its files, and the
-    first and last MiB of each."""
+    """Identifies a checkpoint, wherever it lies: by its configuration, and the names, sizes, first
+    and last MiB of its files of weights."""
     inside = checkpoint / "consolidated"
+    folder = inside if inside.is_dir() else checkpoint
+    files = [*folder.glob("*.safetensors"), *folder.glob("*.json"), *checkpoint.glob("args.yaml")]
     digest = hashlib.sha256()
-    for path in sorted((inside if inside.is_dir() else checkpoint).glob("*.safetensors")):
+    for path in sorted(files):
         size = path.stat().st_size
         digest.update(f"{path.name} {size} ".encode())
         with path.open("rb") as file:

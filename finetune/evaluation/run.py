@@ -43,6 +43,7 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 1
 """Raise it when the same options give other records."""
+FEW_RECORDINGS = 8
 
 
 class Evaluation:
@@ -131,6 +132,11 @@ class Evaluation:
             vocabulary=self.vocabulary,
             seed=options.seed,
         )
+        if 1 < summary["num_recordings"] < FEW_RECORDINGS:
+            self._note(
+                f"{summary['num_recordings']} recordings are few: intervals by bootstrap are too "
+                f"narrow for less than {FEW_RECORDINGS}."
+            )
         return {**summary, "reset_sec": reset_frames / FRAME_RATE_HZ}
 
     def _arms(self) -> list[str]:
@@ -186,9 +192,10 @@ class Evaluation:
             records=records,
         )
         task.run()
-        summary = summarise_pairs(self.pairs, records, task.missing, options.pair)
+        found = task.results()
+        summary = summarise_pairs(self.pairs, found, task.missing, options.pair)
         self.missing["pairs"] = [f"{id}: {why}" for id, why in summary["missing"].items()]
-        lines = zerospeech_lines(self.pairs, records, options.pair)
+        lines = zerospeech_lines(self.pairs, found, options.pair)
         (options.out / "zerospeech.txt").write_text("".join(f"{line}\n" for line in lines))
         return summary
 

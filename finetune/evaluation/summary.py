@@ -177,13 +177,14 @@ def summarise_pairs(
 
     Pairs with a recording that is missing, or whose score is no number, are counted apart.
     """
-    scores = {record["wav"]: log_likelihood(record, options) for record in records}
+    every_score = {record["wav"]: log_likelihood(record, options) for record in records}
+    scores = {wav: score for wav, score in every_score.items() if math.isfinite(score)}
     reasons: dict[str, str] = {}
     margins: dict[str, list[float]] = {}
     for pair in pairs:
         margins.setdefault(pair.group, [])
         for wav in (str(pair.good), str(pair.bad)):
-            if not math.isfinite(scores.get(wav, math.nan)):
+            if wav not in scores:
                 reasons[pair.id] = missing.get(wav, f"{wav} has no finite score")
         if pair.id not in reasons:
             margins[pair.group].append(scores[str(pair.good)] - scores[str(pair.bad)])
