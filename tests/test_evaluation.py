@@ -409,6 +409,25 @@ def test_a_report_that_stands_alone(trained, tmp_path, pair_folder):
     assert not list(out.glob("codes_*"))
 
 
+def test_wandb_gets_the_numbers_and_the_report(trained, tmp_path, monkeypatch):
+    logged, finished = {}, []
+
+    class Run:
+        log = staticmethod(logged.update)
+        finish = staticmethod(lambda: finished.append(True))
+
+    def opened(folder, args, config, *, resumed):
+        assert (args.project, args.offline) == ("speech", True) and not resumed
+        assert config["evaluation"]["arms"] == ("off",)
+        return Run
+
+    monkeypatch.setattr("finetune.evaluation.run.open_wandb", opened)
+    chosen = {"wandb_project": "speech", "wandb_offline": True, "arms": ("off",), "limit": 1}
+    results = evaluate_checkpoint(options(trained, tmp_path / "out", **chosen))
+    mean = results["position"]["arms"]["off"]["text"]["mean"]["value"]
+    assert logged["position/off/text/mean"] == mean and "report" in logged and finished
+
+
 def test_an_interrupted_evaluation_continues_and_gives_the_same(trained, tmp_path, monkeypatch):
     whole = evaluate_checkpoint(options(trained, tmp_path / "whole", arms=("on", "carried")))
     score, passes = Scorer.score, []

@@ -13,6 +13,7 @@ _TITLES = {
     ("carried", "off"): "another recording's state, compared with TTT off",
     ("on", "baseline"): "this checkpoint, compared with the baseline",
 }
+_BETTER, _WORSE, _SAME = "better", "worse", "no difference shown"
 
 
 def conclusions(results: Mapping[str, Any]) -> list[str]:
@@ -41,7 +42,7 @@ def _of_position(position: Mapping[str, Any]) -> Iterator[str]:
         one, other = difference["arms"]
         if (one, other) not in _TITLES:
             continue
-        by_sign: dict[str, list[str]] = {"lower": [], "higher": [], "not shown to differ": []}
+        by_sign: dict[str, list[str]] = {_BETTER: [], _WORSE: [], _SAME: []}
         for stream in STREAMS:
             estimate = difference[stream][place]
             if estimate["value"] is None:
@@ -49,8 +50,8 @@ def _of_position(position: Mapping[str, Any]) -> Iterator[str]:
             sign = _sign(estimate)
             by_sign[sign].append(f"{STREAM_TITLES[stream]} {signed(estimate)}")
         parts = "; ".join(f"{sign}: {', '.join(names)}" for sign, names in by_sign.items() if names)
-        yield f"{_TITLES[one, other]}, loss {where}, in nats: {parts}."
-        if (one, other) == ("on", "carried") and by_sign["higher"]:
+        yield f"{_TITLES[one, other]}: loss {where}, in nats: {parts}."
+        if (one, other) == ("on", "carried") and by_sign[_WORSE]:
             yield (
                 "Warning: starting from another recording's state helps. Then what TTT learns is "
                 "not about the recording alone, and part of its gain could be had by training."
@@ -60,8 +61,8 @@ def _of_position(position: Mapping[str, Any]) -> Iterator[str]:
 def _sign(estimate: Mapping[str, float | None]) -> str:
     low, high = estimate["low"], estimate["high"]
     if low is None or high is None or low <= 0 <= high:
-        return "not shown to differ"
-    return "lower" if high < 0 else "higher"
+        return _SAME
+    return _BETTER if high < 0 else _WORSE
 
 
 def signed(estimate: Mapping[str, float | None], digits: int = 4) -> str:

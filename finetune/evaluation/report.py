@@ -31,7 +31,9 @@ ul.conclusions { background: #f4f7fa; border-left: 4px solid #0072b2; padding: .
 ul.conclusions li.warning { color: #b71c1c; font-weight: 600; }
 table { border-collapse: collapse; font-size: .88rem; margin: .6rem 0 1rem; }
 th { text-align: left; border-bottom: 2px solid #ccc; } th, td { padding: .25rem .9rem .25rem 0; }
-td { border-bottom: 1px solid #eee; font-variant-numeric: tabular-nums; vertical-align: top; }
+td { border-bottom: 1px solid #eee; font-variant-numeric: tabular-nums; vertical-align: top;
+     white-space: nowrap; }
+.wrap td { white-space: normal; overflow-wrap: anywhere; }
 td.alarm { color: #b71c1c; font-weight: 600; }
 figure { margin: .8rem 0; } figure svg { max-width: 100%; height: auto; }
 .scroll { overflow-x: auto; }
@@ -114,6 +116,14 @@ def _position(position: Json) -> str:
     )
 
 
+def _loss_rows(label: str, of_stream: Json, show: Any) -> list[list[str]]:
+    return [
+        [label if stream == STREAMS[0] else "", STREAM_TITLES[stream]]
+        + _loss_cells(of_stream[stream], show)
+        for stream in STREAMS
+    ]
+
+
 def _loss_cells(of_stream: Json, show: Any) -> list[str]:
     places = ("mean", "beyond_window", "slope_per_doubling", "slope_per_hour_beyond_window")
     return [show(of_stream[p], 4) if "slope" in p or show is signed else show(of_stream[p])
@@ -177,16 +187,16 @@ def _missing(results: Json) -> str:
         return '<h2>Missing data</h2>\n<p class="note">None.</p>\n'
     return (
         f'<h2>Missing data</h2>\n<p class="note">{len(rows)} not counted in anything above.</p>\n'
-        + _table(["task", "what"], rows[:200])
+        + _table(["task", "what"], rows[:200], wrap=True)
     )
 
 
 def _options(results: Json) -> str:
     rows = [[name, value] for name, value in results["options"].items()]
-    return "<h2>Options</h2>\n" + _table(["option", "value"], rows)
+    return "<h2>Options</h2>\n" + _table(["option", "value"], rows, wrap=True)
 
 
-def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, wrap: bool = False) -> str:
     head = "".join(f"<th>{escape(column)}</th>" for column in columns)
     body = "".join(
         "<tr>"
@@ -197,7 +207,11 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
         + "</tr>\n"
         for row in rows
     )
-    return f'<div class="scroll"><table><tr>{head}</tr>\n{body}</table></div>\n' if body else ""
+    return (
+        f'<div class="scroll"><table{" class=wrap" * wrap}><tr>{head}</tr>\n{body}</table></div>\n'
+        if body
+        else ""
+    )
 
 
 def write_tables(results: Json, folder: Path) -> list[Path]:
