@@ -117,11 +117,11 @@ def _position(position: Json) -> str:
 
 
 def _loss_rows(label: str, of_stream: Json, show: Any) -> list[list[str]]:
-    return [
-        [label if stream == STREAMS[0] else "", STREAM_TITLES[stream]]
-        + _loss_cells(of_stream[stream], show)
-        for stream in STREAMS
-    ]
+    rows = []
+    for stream in STREAMS:
+        first = label if stream == STREAMS[0] else ""
+        rows.append([first, STREAM_TITLES[stream], *_loss_cells(of_stream[stream], show)])
+    return rows
 
 
 def _loss_cells(of_stream: Json, show: Any) -> list[str]:
@@ -207,11 +207,10 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, wrap: bool 
         + "</tr>\n"
         for row in rows
     )
-    return (
-        f'<div class="scroll"><table{" class=wrap" * wrap}><tr>{head}</tr>\n{body}</table></div>\n'
-        if body
-        else ""
-    )
+    if not body:
+        return ""
+    kind = " class=wrap" * wrap
+    return f'<div class="scroll"><table{kind}><tr>{head}</tr>\n{body}</table></div>\n'
 
 
 def write_tables(results: Json, folder: Path) -> list[Path]:
