@@ -147,7 +147,7 @@ def _mark_window(axes: Axes, results: Json, *, named: bool) -> None:
 def _time_axis(axes: Axes, longest_sec: float) -> None:
     axes.set_xscale("log")
     low, high = axes.get_xlim()
-    known = _TICKS_SEC if high / low < 100 else _FEWER_TICKS_SEC
+    known = _TICKS_SEC if high / low < 300 else _FEWER_TICKS_SEC
     ticks = [float(tick) for tick in known if low <= tick <= high] or [longest_sec]
     axes.set_xticks(ticks, [_duration(tick) for tick in ticks])
     axes.minorticks_off()
