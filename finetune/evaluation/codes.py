@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from moshi.utils.compile import no_compile, no_cuda_graph
+from moshi.utils.compile import no_compile
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -104,9 +104,8 @@ def encode_blocks(codec: Codec, blocks: Iterator[Tensor]) -> Iterator[Tensor]:
         return
     mimi = codec.mimi
     steps_per_frame = round(mimi.encoder_frame_rate / FRAME_RATE_HZ)
-    # A graph would be captured for every recording anew, and with the caches of stock.
     eager = no_compile() if codec.device.type == "cpu" else contextlib.nullcontext()
-    with eager, no_cuda_graph(), streaming(mimi, len(first), BLOCK_FRAMES * steps_per_frame):
+    with eager, streaming(mimi, len(first), BLOCK_FRAMES * steps_per_frame):
         yield mimi.encode(first[:, None].to(codec.device))
         for block in blocks:
             yield mimi.encode(block[:, None].to(codec.device))

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from moshi.modules.streaming import StreamingModule
 from moshi.modules.transformer import RingKVCache, StreamingMultiheadAttention
+from moshi.utils.compile import no_cuda_graph
 from torch import Tensor
 
 import ttt
@@ -58,7 +59,8 @@ def streaming(module: StreamingModule, batch_size: int, block_steps: int) -> Ite
     than one step the first queries miss their oldest keys: those that the block's last steps have
     just overwritten. Here the caches are that much longer; what attention sees is unchanged.
     """
-    with module.streaming(batch_size):
+    # A graph would be captured anew for every batch, and cannot take blocks of different lengths.
+    with no_cuda_graph(), module.streaming(batch_size):
         for child in module.modules():
             if isinstance(child, StreamingMultiheadAttention):
                 _lengthen_cache(child, block_steps)
