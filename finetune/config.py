@@ -260,7 +260,7 @@ def _build(cls: Any, values: Mapping[str, Any], prefix: str = "") -> Any:
 def _parse(raw: Any, kind: Any) -> Any:
     """The value of type `kind` that the text `raw` means, or `ValueError`."""
     options = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
-    if list[int] in options and raw not in _NULLS:
+    if list[int] in options and raw not in NULLS:
         return _parse_list(raw)
     if isinstance(raw, str):
         # null first: as text it would be the word "null"
@@ -352,6 +352,7 @@ _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "seed": _at_least(0),
     "first_codebook_weight_multiplier": _at_least(0),
     "text_padding_weight": _at_least(0),
+    "health_sec": _at_least(0),
     "optim.lr": _at_least(0),
     "optim.ttt_lr": _at_least(0),
     "optim.weight_decay": _at_least(0),

@@ -22,7 +22,7 @@ from finetune.console import Progress, describe, setup_logging
 from finetune.data import Batch, build_eval_loader, build_train_loader, check_share
 from finetune.distributed import join_world, peak_memory_gb
 from finetune.errors import UserError
-from finetune.evaluate import evaluate
+from finetune.evaluation.periodic import SpeechCheck, evaluate
 from finetune.interrupt import Interrupt
 from finetune.loss import LossWeights, stream_sums, total_weight
 from finetune.metrics import MetricsLogger
@@ -81,6 +81,7 @@ class Trainer:
         self.eval_data = (
             build_eval_loader(args.data, self.codec, **places) if args.do_eval else None
         )
+        self.speech_check = SpeechCheck(self.codec, health_sec=args.health_sec, seed=args.seed)
 
         self.phases = Phases(self.world.device)
         self.step = 0
@@ -292,11 +293,29 @@ class Trainer:
         if self.interrupted():
             return
         self.last_eval = (self.step, metrics["loss"])
+        metrics |= self.check_health()
         self.metrics.log("eval", self.step, metrics)
         self.progress.message(
             f"eval at step {self.step}: {describe(metrics)}, perplexity text "
             f"{metrics['text_perplexity']:.1f} audio {metrics['audio_perplexity']:.1f}"
         )
+
+    def check_health(self) -> dict[str, float]:
+        """Measures of what the model says; warns if it is no longer like speech."""
+        if self.args.health_sec == 0 or not self.world.is_main:
+            return {}
+        assert self.eval_data is not None
+        measures, alarms = self.speech_check(self.model, self.eval_data)
+        # Before the first step there may be random weights, which say nothing of the run.
+        for alarm in alarms if self.step else []:
+            logger.warning(
+                "generated speech at step %d: %s (%s %.2f); see docs/evaluation.md",
+                self.step,
+                alarm.text,
+                alarm.measure,
+                measures[f"health/{alarm.measure}"],
+            )
+        return measures
 
     def save(self, data_position: dict[str, Any] | None = None) -> None:
         """Write a checkpoint of this step; `data_position` is the loader's own if not given."""

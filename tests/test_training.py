@@ -26,7 +26,7 @@ import finetune.trainer
 from finetune.args import OptimArgs
 from finetune.distributed import World
 from finetune.errors import UserError
-from finetune.evaluate import evaluate
+from finetune.evaluation.periodic import evaluate
 from finetune.loss import stream_sums
 from finetune.optim import Optimizer
 

@@ -44,7 +44,7 @@ class TTTTransformerLayer(StreamingTransformerLayer):
         assert token_embeddings is not None and cross_attention_src is None
         with _eager_on_cpu(x.device):
             x = self._sa_block(x)
-            if self.ttt is not None:
+            if self.ttt is not None and self.ttt.active:
                 x = x + self.ttt(x)
             if isinstance(self.gating, InPlaceGating):
                 update = self.gating(self.norm2(x), token_embeddings)
@@ -237,6 +237,22 @@ def measuring(model: TTTLMModel, *, enabled: bool = True) -> Iterator[dict[str, 
         for index, module in model.ttt_layers.items():
             module.measure = False
             collected.update({f"layer_{index:02d}/{k}": v for k, v in module.measured.items()})
+
+
+@contextmanager
+def without_ttt(model: TTTLMModel) -> Iterator[None]:
+    """Within the block the model computes what it would without its TTT layers, and their state
+    stands still.
+
+    A CUDA graph keeps what held when it was captured: enter this before `.streaming()`.
+    """
+    for module in model.ttt_layers.values():
+        module.active = False
+    try:
+        yield
+    finally:
+        for module in model.ttt_layers.values():
+            module.active = True
 
 
 def _eager_on_cpu(device: torch.device) -> AbstractContextManager[None]:

@@ -76,6 +76,8 @@ class InPlaceGating(StreamingModule[InPlaceState]):
         if args.write == "delta":
             self.log_write_strength = nn.Parameter(weight.new_empty(1))
         self.reset_parameters()
+        self.active = True
+        """Whether it reads and writes its fast weights; see `ttt.without_ttt`."""
         self.measure = False
         """Whether parallel forward passes fill `measured`; see `ttt.measuring`."""
         self.measured: dict[str, Tensor] = {}
@@ -122,6 +124,8 @@ class InPlaceGating(StreamingModule[InPlaceState]):
         z = self.activation(gate) * up
         source = x if self.args.target == "hidden" else token_embeddings
         plain = self.linear_out(z)
+        if not self.active:
+            return plain
         if self._streaming_state is not None:
             return plain + self._stream(z, source, self._streaming_state)
         v = self._targets(source)
