@@ -21,9 +21,9 @@ from ttt.ops.linear import EPSILON, InnerLayers, flatten
 
 PRECISION = "tf32x3"
 """Of products in float32: three products of tensor cores, as exact as one without them."""
-MLP_TILE = 32
-"""Hidden units at once."""
-LINEAR_WARPS, MLP_WARPS = 8, 8
+TILE = 32
+"""Rows of W, or hidden units, at once."""
+WARPS = 4
 
 
 def scan(
@@ -141,14 +141,17 @@ def _forward(
         return out.new_empty(num_frames if keep else 0, *shape, dtype=torch.float32)
 
     if len(weights) == 2:
-        kept = (new(num_kept, width), new(num_kept, width))
+        scratch = out.new_empty(rows, size, 2 * width, dtype=torch.float32)
+        kept = (scratch, new(num_kept, width), new(num_kept, width))
     else:
         hidden = weights[1].shape[-1]
-        # The first serves within a mini-batch in any case.
-        first_kept = out.new_empty(
-            num_kept if keep else rows * size, hidden, dtype=torch.float32
+        scratch = out.new_empty(rows, size, hidden + 2 * width, dtype=torch.float32)
+        # The first two serve within a mini-batch in any case.
+        z1, zq1 = (
+            out.new_empty(num_kept if keep else rows * size, hidden, dtype=torch.float32)
+            for _ in range(2)
         )
-        kept = (first_kept, *(new(num_kept, n) for n in (hidden, hidden, width, width)))
+        kept = (scratch, z1, zq1, new(num_kept, hidden), new(num_kept, width), new(num_kept, width))
     _launch(
         kernels.linear_forward if len(weights) == 2 else kernels.mlp_forward,
         frames,
@@ -167,20 +170,23 @@ def _launch(
     **options: Any,
 ) -> None:
     batch, heads, num_batches, size, width = frames[0].shape
-    is_linear = kernel in (kernels.linear_forward, kernels.linear_backward)
-    if not is_linear:
-        options |= {"D": others[1].shape[-1], "TILE": MLP_TILE}
+    num_units = width
+    if kernel in (kernels.mlp_forward, kernels.mlp_backward):
+        num_units = options["D"] = others[1].shape[-1]
     kernel[(batch * heads,)](
         *frames,
         *others,
         heads,
         num_batches,
         *numbers,
+        # Not a constant, so that the compiler does not unroll the loops over tiles.
+        num_units,
         EPS=EPSILON,
         K=size,
         F=width,
         PRECISION=PRECISION,
-        num_warps=LINEAR_WARPS if is_linear else MLP_WARPS,
+        TILE=min(TILE, width),
+        num_warps=WARPS,
         num_stages=1,
         **options,
     )

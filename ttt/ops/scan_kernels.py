@@ -87,67 +87,98 @@ def _steps(token_scale, K: tl.constexpr):
 
 
 @triton.jit
+def _products(x, y, num_units, K: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr):
+    """X Yᵀ + 1, [K, K], from pointers to the first tiles of rows of `num_units`.
+
+    In a loop of its own: Triton divides all products of a loop among its warps alike, and it would
+    divide the others as is good for this one alone."""
+    products = tl.zeros((K, K), tl.float32) + 1
+    for j in range(0, num_units, TILE):
+        products += _dot(
+            tl.load(x + j).to(tl.float32), tl.trans(tl.load(y + j).to(tl.float32)), PRECISION
+        )
+    return products
+
+
+@triton.jit
 def _add_to(pointer, x):
     tl.store(pointer, tl.load(pointer) + x)
 
 
-# TTT-Linear: a head's W stays in registers ----------------------------------------------------
+# TTT-Linear. W goes through in tiles of rows: a whole one would fill the registers -------------
 
 
 @triton.jit
 def linear_forward(
-    q, k, v, eta, token_scale, norm_weight, norm_bias, w1, b1, out, kept_z, kept_zq,
-    num_heads, num_batches, num_writes, first, last,
-    EPS: tl.constexpr, KEEP: tl.constexpr, K: tl.constexpr, F: tl.constexpr,
+    q, k, v, eta, token_scale, norm_weight, norm_bias, w1, b1, out, scratch, kept_z, kept_zq,
+    num_heads, num_batches, num_writes, first, last, num_units,
+    EPS: tl.constexpr, KEEP: tl.constexpr, K: tl.constexpr, F: tl.constexpr, TILE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    t, f = tl.arange(0, K), tl.arange(0, F)
+    t, f, h = tl.arange(0, K), tl.arange(0, F), tl.arange(0, TILE)
     frames = t[:, None] * F + f[None, :]
-    square = row * F * F + f[:, None] * F + f[None, :]
+    part = t[:, None] * F + h[None, :]
+    tile = row * F * F + h[:, None] * F + f[None, :]
+    own = scratch + row * 2 * K * F + frames
     norm_w = tl.load(norm_weight + row % num_heads * F + f)
     norm_b = tl.load(norm_bias + row % num_heads * F + f)
     scale, causal, write_scale = _steps(token_scale, K)
-    w, b = tl.load(w1 + square), tl.load(b1 + row * F + f)
+    bias = tl.load(b1 + row * F + f)
     for n in range(first, last):
         here = (row * num_batches + n) * K
-        query = tl.load(q + here * F + frames).to(tl.float32)
-        key = tl.load(k + here * F + frames).to(tl.float32)
-        target = tl.load(v + here * F + frames).to(tl.float32) - key
-        z = _dot(key, w, PRECISION) + b[None, :]
+        z = tl.zeros((K, F), tl.float32) + bias[None, :]
+        zq = tl.zeros((K, F), tl.float32) + bias[None, :]
+        for j in range(0, num_units, TILE):
+            weight = tl.load(w1 + tile + j * F)
+            query = tl.load(q + here * F + j + part).to(tl.float32)
+            key = tl.load(k + here * F + j + part).to(tl.float32)
+            z += _dot(key, weight, PRECISION)
+            zq += _dot(query, weight, PRECISION)
+        target = tl.load(v + here * F + frames).to(tl.float32)
+        target -= tl.load(k + here * F + frames).to(tl.float32)
         s = tl.load(eta + here + t)[:, None] * _gradient(z, target, norm_w, norm_b, EPS, F)
-        steps = (_dot(query, tl.trans(key), PRECISION) + 1) * scale
-        zq = _dot(query, w, PRECISION) + b[None, :] - _dot(steps, s, PRECISION)
+        products = _products(q + here * F + part, k + here * F + part, num_units, K, TILE, PRECISION)
+        zq -= _dot(products * scale, s, PRECISION)
         normed, rstd = _normed(zq, EPS, F)
-        found = query + normed * norm_w[None, :] + norm_b[None, :]
+        found = tl.load(q + here * F + frames).to(tl.float32)
+        found += normed * norm_w[None, :] + norm_b[None, :]
         tl.store(out + here * F + frames, found.to(out.dtype.element_ty))
         if KEEP:
             there = (row * (last - first) + n - first) * K * F
             tl.store(kept_z + there + frames, z)
             tl.store(kept_zq + there + frames, zq)
         s *= tl.where(n < num_writes, write_scale, 0.0)
-        w -= _dot(tl.trans(key), s, PRECISION)
-        b -= tl.sum(s, 0)
-    tl.store(w1 + square, w)
-    tl.store(b1 + row * F + f, b)
+        bias -= tl.sum(s, 0)
+        tl.store(own, s)
+        tl.debug_barrier()
+        for j in range(0, num_units, TILE):
+            key = tl.load(k + here * F + j + part).to(tl.float32)
+            change = _dot(tl.trans(key), tl.load(own), PRECISION)
+            tl.store(w1 + tile + j * F, tl.load(w1 + tile + j * F) - change)
+        tl.debug_barrier()
+    tl.store(b1 + row * F + f, bias)
 
 
 @triton.jit
 def linear_backward(
-    q, k, v, eta, token_scale, norm_weight, norm_bias, w1, b1, kept_z, kept_zq,
+    q, k, v, eta, token_scale, norm_weight, norm_bias, w1, b1, scratch, kept_z, kept_zq,
     d_out, d_q, d_k, d_v, d_eta, d_token_scale, d_norm_weight, d_norm_bias, d_w1, d_b1,
-    num_heads, num_batches, num_writes, first, last,
-    EPS: tl.constexpr, K: tl.constexpr, F: tl.constexpr, PRECISION: tl.constexpr,
+    num_heads, num_batches, num_writes, first, last, num_units,
+    EPS: tl.constexpr, K: tl.constexpr, F: tl.constexpr, TILE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    t, f = tl.arange(0, K), tl.arange(0, F)
+    t, f, h = tl.arange(0, K), tl.arange(0, F), tl.arange(0, TILE)
     frames = t[:, None] * F + f[None, :]
-    square = row * F * F + f[:, None] * F + f[None, :]
+    part = t[:, None] * F + h[None, :]
+    tile = row * F * F + h[:, None] * F + f[None, :]
+    own_d_zq = scratch + row * 2 * K * F + frames
+    own_d_z = own_d_zq + K * F
     norm_w = tl.load(norm_weight + row % num_heads * F + f)
     norm_b = tl.load(norm_bias + row % num_heads * F + f)
     scale, causal, write_scale = _steps(token_scale, K)
-    w, d_w = tl.load(w1 + square), tl.load(d_w1 + square)
-    d_b = tl.load(d_b1 + row * F + f)
+    d_bias = tl.load(d_b1 + row * F + f)
     d_norm_w, d_norm_b = tl.zeros((F,), tl.float32), tl.zeros((F,), tl.float32)
     d_scale = tl.zeros((K,), tl.float32)
     for i in range(0, last - first):
@@ -155,61 +186,94 @@ def linear_backward(
         here = (row * num_batches + n) * K
         there = (row * (last - first) + n - first) * K * F
         written = tl.where(n < num_writes, write_scale, 0.0)
-        query = tl.load(q + here * F + frames).to(tl.float32)
-        key = tl.load(k + here * F + frames).to(tl.float32)
-        target = tl.load(v + here * F + frames).to(tl.float32) - key
-        rate = tl.load(eta + here + t)[:, None]
-        z, zq = tl.load(kept_z + there + frames), tl.load(kept_zq + there + frames)
-        g = _gradient(z, target, norm_w, norm_b, EPS, F)
-        s = rate * g
-        # The weights of this mini-batch's start, from those of its end.
-        w += _dot(tl.trans(key), written * s, PRECISION)
+        products = _products(q + here * F + part, k + here * F + part, num_units, K, TILE, PRECISION)
+        taken = tl.zeros((K, F), tl.float32) + d_bias[None, :]
+        for j in range(0, num_units, TILE):
+            key = tl.load(k + here * F + j + part).to(tl.float32)
+            taken += _dot(key, tl.load(d_w1 + tile + j * F), PRECISION)
         # What is read.
+        zq = tl.load(kept_zq + there + frames)
         d_found = tl.load(d_out + here * F + frames).to(tl.float32)
         normed, rstd = _normed(zq, EPS, F)
         d_norm_w += tl.sum(d_found * normed, 0)
         d_norm_b += tl.sum(d_found, 0)
         d_zq = rstd * _project(d_found * norm_w[None, :], normed, F)
-        products = _dot(query, tl.trans(key), PRECISION) + 1
+        tl.store(own_d_zq, d_zq)
+        # What is written.
+        target = tl.load(v + here * F + frames).to(tl.float32)
+        target -= tl.load(k + here * F + frames).to(tl.float32)
+        z = tl.load(kept_z + there + frames)
+        g = _gradient(z, target, norm_w, norm_b, EPS, F)
+        rate = tl.load(eta + here + t)[:, None]
+        s = rate * g
         d_steps = -_dot(d_zq, tl.trans(s), PRECISION)
         d_scale += tl.sum(d_steps * causal * products, 1)
         d_products = d_steps * scale
-        d_query = d_found + _dot(d_zq, tl.trans(w), PRECISION) + _dot(d_products, key, PRECISION)
-        d_key = _dot(tl.trans(d_products), query, PRECISION)
-        # What is written.
-        taken = _dot(key, d_w, PRECISION) + d_b[None, :]
         d_written = -tl.sum(tl.sum(s * taken, 1), 0)
         d_scale += tl.where((t == K - 1) & (n < num_writes), d_written, 0.0)
         d_s = -_dot(tl.trans(products * scale), d_zq, PRECISION) - written * taken
-        d_key -= written * _dot(s, tl.trans(d_w), PRECISION)
         tl.store(d_eta + here + t, tl.sum(d_s * g, 1))
         d_z, d_target, d_nw, d_nb = _gradient_backward(
             rate * d_s, z, target, norm_w, norm_b, EPS, F
         )
         d_norm_w += d_nw
         d_norm_b += d_nb
-        d_key += _dot(d_z, tl.trans(w), PRECISION) - d_target
-        d_w += _dot(tl.trans(query), d_zq, PRECISION) + _dot(tl.trans(key), d_z, PRECISION)
-        d_b += tl.sum(d_zq, 0) + tl.sum(d_z, 0)
-        tl.store(d_q + here * F + frames, d_query.to(d_q.dtype.element_ty))
-        tl.store(d_k + here * F + frames, d_key.to(d_k.dtype.element_ty))
+        d_bias += tl.sum(d_zq, 0) + tl.sum(d_z, 0)
         tl.store(d_v + here * F + frames, d_target.to(d_v.dtype.element_ty))
-    tl.store(d_w1 + square, d_w)
-    tl.store(d_b1 + row * F + f, d_b)
+        tl.store(kept_zq + there + frames, d_target)
+        tl.store(kept_z + there + frames, written * s)
+        tl.store(own_d_z, d_z)
+        tl.debug_barrier()
+        for j in range(0, num_units, TILE):
+            query = tl.load(q + here * F + j + part).to(tl.float32)
+            key = tl.load(k + here * F + j + part).to(tl.float32)
+            # The weights of this mini-batch's start, from those of its end.
+            s = tl.load(kept_z + there + frames)
+            weight = tl.load(w1 + tile + j * F) + _dot(tl.trans(key), s, PRECISION)
+            tl.store(w1 + tile + j * F, weight)
+            d_weight = tl.load(d_w1 + tile + j * F)
+            d_key = _dot(tl.trans(d_products), query, PRECISION)
+            d_key -= tl.load(kept_zq + there + j + part) + _dot(s, tl.trans(d_weight), PRECISION)
+            d_z = tl.load(own_d_z)
+            d_key += _dot(d_z, tl.trans(weight), PRECISION)
+            d_zq = tl.load(own_d_zq)
+            d_query = tl.load(d_out + here * F + j + part).to(tl.float32)
+            d_query += _dot(d_products, key, PRECISION)
+            d_query += _dot(d_zq, tl.trans(weight), PRECISION)
+            d_weight += _dot(tl.trans(query), d_zq, PRECISION)
+            d_weight += _dot(tl.trans(key), d_z, PRECISION)
+            tl.store(d_w1 + tile + j * F, d_weight)
+            tl.store(d_q + here * F + j + part, d_query.to(d_q.dtype.element_ty))
+            tl.store(d_k + here * F + j + part, d_key.to(d_k.dtype.element_ty))
+        tl.debug_barrier()
+    tl.store(d_b1 + row * F + f, d_bias)
     _add_to(d_norm_weight + row * F + f, d_norm_w)
     _add_to(d_norm_bias + row * F + f, d_norm_b)
     _add_to(d_token_scale + row * K + t, d_scale)
 
 
-# TTT-MLP: a head's W1 and W2 are larger than a multiprocessor's memory. They stay in global memory
-# and go through in tiles of hidden units ----------------------------------------------------------
+# TTT-MLP. W1 and W2 go through in tiles of hidden units: they are larger than a multiprocessor's
+# memory. Factors are loaded inside the loops; kept outside, they would fill the registers ---------
+
+
+@triton.jit
+def _gelu_products(
+    zx, zy, num_units, K: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """`_products` of what the GELU makes of two rows."""
+    products = tl.zeros((K, K), tl.float32) + 1
+    for j in range(0, num_units, TILE):
+        x, slope = _gelu(tl.load(zx + j))
+        y, slope = _gelu(tl.load(zy + j))
+        products += _dot(x, tl.trans(y), PRECISION)
+    return products
 
 
 @triton.jit
 def mlp_forward(
-    q, k, v, eta, token_scale, norm_weight, norm_bias, w1, b1, w2, b2, out,
+    q, k, v, eta, token_scale, norm_weight, norm_bias, w1, b1, w2, b2, out, scratch,
     kept_z1, kept_zq1, kept_u, kept_z2, kept_zq2,
-    num_heads, num_batches, num_writes, first, last,
+    num_heads, num_batches, num_writes, first, last, num_units,
     EPS: tl.constexpr, KEEP: tl.constexpr, K: tl.constexpr, F: tl.constexpr, D: tl.constexpr,
     TILE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -217,8 +281,9 @@ def mlp_forward(
     t, f, h = tl.arange(0, K), tl.arange(0, F), tl.arange(0, TILE)
     frames = t[:, None] * F + f[None, :]
     units = t[:, None] * D + h[None, :]
-    tile1 = row * F * D + f[:, None] * D + h[None, :]
+    tile1 = row * F * D + h[:, None] + f[None, :] * D
     tile2 = row * F * D + h[:, None] * F + f[None, :]
+    own_s2 = scratch + row * K * (D + 2 * F) + K * D + frames
     norm_w = tl.load(norm_weight + row % num_heads * F + f)
     norm_b = tl.load(norm_bias + row % num_heads * F + f)
     scale, causal, write_scale = _steps(token_scale, K)
@@ -228,44 +293,58 @@ def mlp_forward(
         # Without KEEP there is room for one mini-batch only.
         there = (row * (last - first) + n - first) * K if KEEP else row * K
         written = tl.where(n < num_writes, write_scale, 0.0)
-        query = tl.load(q + here * F + frames).to(tl.float32)
-        key = tl.load(k + here * F + frames).to(tl.float32)
-        target = tl.load(v + here * F + frames).to(tl.float32) - key
         z2 = tl.zeros((K, F), tl.float32) + bias2[None, :]
-        for j in range(0, D, TILE):
-            z1 = _dot(key, tl.load(w1 + tile1 + j), PRECISION)
+        for j in range(0, num_units, TILE):
+            key = tl.load(k + here * F + frames).to(tl.float32)
+            z1 = _dot(key, tl.trans(tl.load(w1 + tile1 + j)), PRECISION)
             z1 += tl.load(b1 + row * D + j + h)[None, :]
             tl.store(kept_z1 + there * D + j + units, z1)
             x2, slope = _gelu(z1)
             z2 += _dot(x2, tl.load(w2 + tile2 + j * F), PRECISION)
+        query = tl.load(q + here * F + frames).to(tl.float32)
+        key = tl.load(k + here * F + frames).to(tl.float32)
+        target = tl.load(v + here * F + frames).to(tl.float32) - key
         s2 = tl.load(eta + here + t)[:, None] * _gradient(z2, target, norm_w, norm_b, EPS, F)
-        steps1 = (_dot(query, tl.trans(key), PRECISION) + 1) * scale
-        zq2 = tl.zeros((K, F), tl.float32) + bias2[None, :]
-        products2 = tl.zeros((K, K), tl.float32)
-        tl.debug_barrier()
-        for j in range(0, D, TILE):
-            weight1, weight2 = tl.load(w1 + tile1 + j), tl.load(w2 + tile2 + j * F)
-            bias1 = tl.load(b1 + row * D + j + h)
-            x2, slope = _gelu(tl.load(kept_z1 + there * D + j + units))
-            u = _dot(s2, tl.trans(weight2), PRECISION)
-            s1 = slope * u
-            zq1 = _dot(query, weight1, PRECISION) + bias1[None, :] - _dot(steps1, s1, PRECISION)
-            xq2, slope_q = _gelu(zq1)
-            zq2 += _dot(xq2, weight2, PRECISION)
-            products2 += _dot(xq2, tl.trans(x2), PRECISION)
-            if KEEP:
-                tl.store(kept_u + there * D + j + units, u)
-                tl.store(kept_zq1 + there * D + j + units, zq1)
-            s1 *= written
-            tl.store(w1 + tile1 + j, weight1 - _dot(tl.trans(key), s1, PRECISION))
-            tl.store(w2 + tile2 + j * F, weight2 - _dot(tl.trans(x2), written * s2, PRECISION))
-            tl.store(b1 + row * D + j + h, bias1 - tl.sum(s1, 0))
-        zq2 -= _dot((products2 + 1) * scale, s2, PRECISION)
-        normed, rstd = _normed(zq2, EPS, F)
-        found = query + normed * norm_w[None, :] + norm_b[None, :]
-        tl.store(out + here * F + frames, found.to(out.dtype.element_ty))
+        tl.store(own_s2, s2)
         if KEEP:
             tl.store(kept_z2 + there * F + frames, z2)
+        steps1 = (_dot(query, tl.trans(key), PRECISION) + 1) * scale
+        zq2 = tl.zeros((K, F), tl.float32) + bias2[None, :]
+        tl.debug_barrier()
+        for j in range(0, num_units, TILE):
+            place = there * D + j + units
+            x2, slope = _gelu(tl.load(kept_z1 + place))
+            s2 = tl.load(own_s2)
+            weight2 = tl.load(w2 + tile2 + j * F)
+            u = _dot(s2, tl.trans(weight2), PRECISION)
+            changed2 = weight2 - _dot(tl.trans(x2), written * s2, PRECISION)
+            tl.store(w2 + tile2 + j * F, changed2)
+            s1 = slope * u
+            weight1 = tl.load(w1 + tile1 + j)
+            bias1 = tl.load(b1 + row * D + j + h)
+            query = tl.load(q + here * F + frames).to(tl.float32)
+            zq1 = _dot(query, tl.trans(weight1), PRECISION) + bias1[None, :]
+            zq1 -= _dot(steps1, s1, PRECISION)
+            key = tl.load(k + here * F + frames).to(tl.float32)
+            changed1 = weight1 - _dot(tl.trans(written * s1), key, PRECISION)
+            tl.store(w1 + tile1 + j, changed1)
+            tl.store(b1 + row * D + j + h, bias1 - tl.sum(written * s1, 0))
+            xq2, slope_q = _gelu(zq1)
+            zq2 += _dot(xq2, weight2, PRECISION)
+            tl.store(kept_zq1 + place, zq1)
+            if KEEP:
+                tl.store(kept_u + place, u)
+        tl.debug_barrier()
+        products2 = _gelu_products(
+            kept_zq1 + there * D + units, kept_z1 + there * D + units, num_units, K, TILE, PRECISION
+        )
+        s2 = tl.load(own_s2)
+        zq2 -= _dot(products2 * scale, s2, PRECISION)
+        normed, rstd = _normed(zq2, EPS, F)
+        found = tl.load(q + here * F + frames).to(tl.float32)
+        found += normed * norm_w[None, :] + norm_b[None, :]
+        tl.store(out + here * F + frames, found.to(out.dtype.element_ty))
+        if KEEP:
             tl.store(kept_zq2 + there * F + frames, zq2)
         bias2 -= written * tl.sum(s2, 0)
         tl.debug_barrier()
@@ -274,22 +353,25 @@ def mlp_forward(
 
 @triton.jit
 def mlp_backward(
-    q, k, v, eta, token_scale, norm_weight, norm_bias, w1, b1, w2, b2,
+    q, k, v, eta, token_scale, norm_weight, norm_bias, w1, b1, w2, b2, scratch,
     kept_z1, kept_zq1, kept_u, kept_z2, kept_zq2,
     d_out, d_q, d_k, d_v, d_eta, d_token_scale, d_norm_weight, d_norm_bias,
     d_w1, d_b1, d_w2, d_b2,
-    num_heads, num_batches, num_writes, first, last,
+    num_heads, num_batches, num_writes, first, last, num_units,
     EPS: tl.constexpr, K: tl.constexpr, F: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Overwrites what is kept: kept_u by the gradient of u, kept_zq1 by that of zq1, and kept_z1 by
-    that of z1 as far as it is known after the first sweep; x2 and xq2 are made before."""
+    """Overwrites kept_u by the gradient of z1, as far as it is known in the first sweep, kept_zq1
+    by that of zq1, and kept_zq2 by that of zq2."""
     row = tl.program_id(0).to(tl.int64)
     t, f, h = tl.arange(0, K), tl.arange(0, F), tl.arange(0, TILE)
     frames = t[:, None] * F + f[None, :]
     units = t[:, None] * D + h[None, :]
-    tile1 = row * F * D + f[:, None] * D + h[None, :]
+    tile1 = row * F * D + h[:, None] + f[None, :] * D
     tile2 = row * F * D + h[:, None] * F + f[None, :]
+    own_s1 = scratch + row * K * (D + 2 * F) + units
+    own_s2 = scratch + row * K * (D + 2 * F) + K * D + frames
+    own_d_z2 = own_s2 + K * F
     norm_w = tl.load(norm_weight + row % num_heads * F + f)
     norm_b = tl.load(norm_bias + row % num_heads * F + f)
     scale, causal, write_scale = _steps(token_scale, K)
@@ -301,94 +383,117 @@ def mlp_backward(
         here = (row * num_batches + n) * K
         there = (row * (last - first) + n - first) * K
         written = tl.where(n < num_writes, write_scale, 0.0)
-        query = tl.load(q + here * F + frames).to(tl.float32)
-        key = tl.load(k + here * F + frames).to(tl.float32)
-        target = tl.load(v + here * F + frames).to(tl.float32) - key
-        rate = tl.load(eta + here + t)[:, None]
-        z2, zq2 = tl.load(kept_z2 + there * F + frames), tl.load(kept_zq2 + there * F + frames)
-        g = _gradient(z2, target, norm_w, norm_b, EPS, F)
-        s2 = rate * g
+        # Of what is read by the second layer.
+        zq2 = tl.load(kept_zq2 + there * F + frames)
         d_found = tl.load(d_out + here * F + frames).to(tl.float32)
         normed, rstd = _normed(zq2, EPS, F)
         d_norm_w += tl.sum(d_found * normed, 0)
         d_norm_b += tl.sum(d_found, 0)
         d_zq2 = rstd * _project(d_found * norm_w[None, :], normed, F)
+        tl.store(kept_zq2 + there * F + frames, d_zq2)
+        # What was written.
+        query = tl.load(q + here * F + frames).to(tl.float32)
+        key = tl.load(k + here * F + frames).to(tl.float32)
+        target = tl.load(v + here * F + frames).to(tl.float32) - key
+        z2 = tl.load(kept_z2 + there * F + frames)
+        s2 = tl.load(eta + here + t)[:, None] * _gradient(z2, target, norm_w, norm_b, EPS, F)
+        tl.store(own_s2, s2)
         d_steps2 = -_dot(d_zq2, tl.trans(s2), PRECISION)
         d_products2 = d_steps2 * scale
         products1 = _dot(query, tl.trans(key), PRECISION) + 1
         steps1 = products1 * scale
-        d_steps1 = tl.zeros((K, K), tl.float32)
-        products2 = tl.zeros((K, K), tl.float32) + 1
+        products2 = _gelu_products(
+            kept_zq1 + there * D + units, kept_z1 + there * D + units, num_units, K, TILE, PRECISION
+        )
         d_s2 = tl.zeros((K, F), tl.float32)
         taken2 = tl.zeros((K, F), tl.float32) + d_bias2[None, :]
-        d_query, d_key = d_found, tl.zeros((K, F), tl.float32)
+        d_query = d_found
+        d_key = tl.zeros((K, F), tl.float32)
         d_written = 0.0
-        for j in range(0, D, TILE):
+        tl.debug_barrier()
+        for j in range(0, num_units, TILE):
             place = there * D + j + units
-            z1, zq1 = tl.load(kept_z1 + place), tl.load(kept_zq1 + place)
-            u = tl.load(kept_u + place)
-            x2, slope = _gelu(z1)
+            zq1 = tl.load(kept_zq1 + place)
+            x2, slope = _gelu(tl.load(kept_z1 + place))
             xq2, slope_q = _gelu(zq1)
+            u = tl.load(kept_u + place)
             s1 = slope * u
             # The weights of this mini-batch's start, from those of its end.
-            weight2 = tl.load(w2 + tile2 + j * F)
-            weight2 += _dot(tl.trans(x2), written * s2, PRECISION)
+            s2 = tl.load(own_s2)
+            weight2 = tl.load(w2 + tile2 + j * F) + _dot(tl.trans(x2), written * s2, PRECISION)
             tl.store(w2 + tile2 + j * F, weight2)
+            d_zq2 = tl.load(kept_zq2 + there * F + frames)
             d_xq2 = _dot(d_zq2, tl.trans(weight2), PRECISION) + _dot(d_products2, x2, PRECISION)
             d_zq1 = slope_q * d_xq2
-            products2 += _dot(xq2, tl.trans(x2), PRECISION)
-            d_steps1 -= _dot(d_zq1, tl.trans(s1), PRECISION)
-            weight1 = tl.load(w1 + tile1 + j)
-            weight1 += _dot(tl.trans(key), written * s1, PRECISION)
-            tl.store(w1 + tile1 + j, weight1)
-            d_query += _dot(d_zq1, tl.trans(weight1), PRECISION)
+            tl.store(kept_zq1 + place, d_zq1)
+            key = tl.load(k + here * F + frames).to(tl.float32)
             d_weight1 = tl.load(d_w1 + tile1 + j)
             d_bias1 = tl.load(d_b1 + row * D + j + h)
-            taken1 = _dot(key, d_weight1, PRECISION) + d_bias1[None, :]
+            taken1 = _dot(key, tl.trans(d_weight1), PRECISION) + d_bias1[None, :]
             d_written -= tl.sum(tl.sum(s1 * taken1, 1), 0)
-            d_key -= written * _dot(s1, tl.trans(d_weight1), PRECISION)
+            d_key -= written * _dot(s1, d_weight1, PRECISION)
             d_s1 = -_dot(tl.trans(steps1), d_zq1, PRECISION) - written * taken1
+            query = tl.load(q + here * F + frames).to(tl.float32)
+            d_weight1 += _dot(tl.trans(d_zq1), query, PRECISION)
+            tl.store(d_w1 + tile1 + j, d_weight1)
+            tl.store(d_b1 + row * D + j + h, d_bias1 + tl.sum(d_zq1, 0))
+            weight1 = tl.load(w1 + tile1 + j) + _dot(tl.trans(written * s1), key, PRECISION)
+            tl.store(w1 + tile1 + j, weight1)
+            d_query += _dot(d_zq1, weight1, PRECISION)
             d_u = slope * d_s1
             d_s2 += _dot(d_u, weight2, PRECISION)
             d_weight2 = tl.load(d_w2 + tile2 + j * F)
             taken2 += _dot(x2, d_weight2, PRECISION)
             d_x2 = _dot(tl.trans(d_products2), xq2, PRECISION)
             d_x2 -= written * _dot(s2, tl.trans(d_weight2), PRECISION)
-            # What does not depend on the gradient of z2, which needs all tiles.
             d_weight2 += _dot(tl.trans(xq2), d_zq2, PRECISION) + _dot(tl.trans(d_u), s2, PRECISION)
             tl.store(d_w2 + tile2 + j * F, d_weight2)
-            tl.store(d_w1 + tile1 + j, d_weight1 + _dot(tl.trans(query), d_zq1, PRECISION))
-            tl.store(d_b1 + row * D + j + h, d_bias1 + tl.sum(d_zq1, 0))
-            tl.store(kept_u + place, _gelu_curvature(z1) * u * d_s1 + slope * d_x2)
+            # What does not depend on the gradient of z2, which takes all tiles.
+            curved = _gelu_curvature(tl.load(kept_z1 + place)) * u * d_s1
+            tl.store(kept_u + place, curved + slope * d_x2)
+            tl.store(own_s1 + j, s1)
+        tl.debug_barrier()
+        d_steps1 = 1 - _products(
+            kept_zq1 + there * D + units, own_s1, num_units, K, TILE, PRECISION
+        )
+        s2 = tl.load(own_s2)
+        d_zq2 = tl.load(kept_zq2 + there * F + frames)
         d_written -= tl.sum(tl.sum(s2 * taken2, 1), 0)
         d_scale += tl.where((t == K - 1) & (n < num_writes), d_written, 0.0)
         d_scale += tl.sum(causal * (d_steps2 * products2 + d_steps1 * products1), 1)
         d_s2 -= _dot(tl.trans(products2 * scale), d_zq2, PRECISION) + written * taken2
+        query = tl.load(q + here * F + frames).to(tl.float32)
+        key = tl.load(k + here * F + frames).to(tl.float32)
+        target = tl.load(v + here * F + frames).to(tl.float32) - key
+        z2 = tl.load(kept_z2 + there * F + frames)
+        g = _gradient(z2, target, norm_w, norm_b, EPS, F)
         tl.store(d_eta + here + t, tl.sum(d_s2 * g, 1))
-        d_z2, d_target, d_nw, d_nb = _gradient_backward(
-            rate * d_s2, z2, target, norm_w, norm_b, EPS, F
-        )
+        d_g = tl.load(eta + here + t)[:, None] * d_s2
+        d_z2, d_target, d_nw, d_nb = _gradient_backward(d_g, z2, target, norm_w, norm_b, EPS, F)
         d_norm_w += d_nw
         d_norm_b += d_nb
         d_bias2 += tl.sum(d_zq2, 0) + tl.sum(d_z2, 0)
         d_products1 = d_steps1 * scale
         d_query += _dot(d_products1, key, PRECISION)
         d_key += _dot(tl.trans(d_products1), query, PRECISION) - d_target
+        tl.store(own_d_z2, d_z2)
+        tl.store(d_q + here * F + frames, d_query.to(d_q.dtype.element_ty))
+        tl.store(d_v + here * F + frames, d_target.to(d_v.dtype.element_ty))
         tl.debug_barrier()
-        for j in range(0, D, TILE):
+        for j in range(0, num_units, TILE):
             place = there * D + j + units
+            d_z2 = tl.load(own_d_z2)
             x2, slope = _gelu(tl.load(kept_z1 + place))
-            weight2 = tl.load(w2 + tile2 + j * F)
-            d_z1 = tl.load(kept_u + place) + slope * _dot(d_z2, tl.trans(weight2), PRECISION)
+            d_x2 = _dot(d_z2, tl.trans(tl.load(w2 + tile2 + j * F)), PRECISION)
             d_weight2 = tl.load(d_w2 + tile2 + j * F) + _dot(tl.trans(x2), d_z2, PRECISION)
             tl.store(d_w2 + tile2 + j * F, d_weight2)
-            d_key += _dot(d_z1, tl.trans(tl.load(w1 + tile1 + j)), PRECISION)
-            d_weight1 = tl.load(d_w1 + tile1 + j) + _dot(tl.trans(key), d_z1, PRECISION)
+            d_z1 = tl.load(kept_u + place) + slope * d_x2
+            d_key += _dot(d_z1, tl.load(w1 + tile1 + j), PRECISION)
+            key = tl.load(k + here * F + frames).to(tl.float32)
+            d_weight1 = tl.load(d_w1 + tile1 + j) + _dot(tl.trans(d_z1), key, PRECISION)
             tl.store(d_w1 + tile1 + j, d_weight1)
             _add_to(d_b1 + row * D + j + h, tl.sum(d_z1, 0))
-        tl.store(d_q + here * F + frames, d_query.to(d_q.dtype.element_ty))
         tl.store(d_k + here * F + frames, d_key.to(d_k.dtype.element_ty))
-        tl.store(d_v + here * F + frames, d_target.to(d_v.dtype.element_ty))
         tl.debug_barrier()
     tl.store(d_b2 + row * F + f, d_bias2)
     _add_to(d_norm_weight + row * F + f, d_norm_w)
