@@ -145,7 +145,7 @@ def _forward(
         kept = (scratch, new(num_kept, width), new(num_kept, width))
     else:
         hidden = weights[1].shape[-1]
-        scratch = out.new_empty(rows, size, hidden + 2 * width, dtype=torch.float32)
+        scratch = out.new_empty(rows, size, 3 * hidden + 2 * width, dtype=torch.float32)
         # The first two serve within a mini-batch in any case.
         z1, zq1 = (
             out.new_empty(num_kept if keep else rows * size, hidden, dtype=torch.float32)

@@ -225,25 +225,28 @@ def linear_backward(
         tl.store(own_d_z, d_z)
         tl.debug_barrier()
         for j in range(0, num_units, TILE):
-            query = tl.load(q + here * F + j + part).to(tl.float32)
             key = tl.load(k + here * F + j + part).to(tl.float32)
             # The weights of this mini-batch's start, from those of its end.
-            s = tl.load(kept_z + there + frames)
-            weight = tl.load(w1 + tile + j * F) + _dot(tl.trans(key), s, PRECISION)
+            weight = tl.load(w1 + tile + j * F)
+            weight += _dot(tl.trans(key), tl.load(kept_z + there + frames), PRECISION)
             tl.store(w1 + tile + j * F, weight)
-            d_weight = tl.load(d_w1 + tile + j * F)
-            d_key = _dot(tl.trans(d_products), query, PRECISION)
-            d_key -= tl.load(kept_zq + there + j + part) + _dot(s, tl.trans(d_weight), PRECISION)
-            d_z = tl.load(own_d_z)
-            d_key += _dot(d_z, tl.trans(weight), PRECISION)
-            d_zq = tl.load(own_d_zq)
             d_query = tl.load(d_out + here * F + j + part).to(tl.float32)
             d_query += _dot(d_products, key, PRECISION)
-            d_query += _dot(d_zq, tl.trans(weight), PRECISION)
-            d_weight += _dot(tl.trans(query), d_zq, PRECISION)
+            d_query += _dot(tl.load(own_d_zq), tl.trans(weight), PRECISION)
+            tl.store(d_q + here * F + j + part, d_query.to(d_q.dtype.element_ty))
+        tl.debug_barrier()
+        for j in range(0, num_units, TILE):
+            query = tl.load(q + here * F + j + part).to(tl.float32)
+            d_key = _dot(tl.trans(d_products), query, PRECISION)
+            d_key -= tl.load(kept_zq + there + j + part)
+            d_weight = tl.load(d_w1 + tile + j * F)
+            d_key -= _dot(tl.load(kept_z + there + frames), tl.trans(d_weight), PRECISION)
+            d_z = tl.load(own_d_z)
+            d_key += _dot(d_z, tl.trans(tl.load(w1 + tile + j * F)), PRECISION)
+            d_weight += _dot(tl.trans(query), tl.load(own_d_zq), PRECISION)
+            key = tl.load(k + here * F + j + part).to(tl.float32)
             d_weight += _dot(tl.trans(key), d_z, PRECISION)
             tl.store(d_w1 + tile + j * F, d_weight)
-            tl.store(d_q + here * F + j + part, d_query.to(d_q.dtype.element_ty))
             tl.store(d_k + here * F + j + part, d_key.to(d_k.dtype.element_ty))
         tl.debug_barrier()
     tl.store(d_b1 + row * F + f, d_bias)
@@ -283,7 +286,7 @@ def mlp_forward(
     units = t[:, None] * D + h[None, :]
     tile1 = row * F * D + h[:, None] + f[None, :] * D
     tile2 = row * F * D + h[:, None] * F + f[None, :]
-    own_s2 = scratch + row * K * (D + 2 * F) + K * D + frames
+    own_s2 = scratch + row * K * F + frames
     norm_w = tl.load(norm_weight + row % num_heads * F + f)
     norm_b = tl.load(norm_bias + row % num_heads * F + f)
     scale, causal, write_scale = _steps(token_scale, K)
@@ -361,17 +364,17 @@ def mlp_backward(
     EPS: tl.constexpr, K: tl.constexpr, F: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Overwrites kept_u by the gradient of z1, as far as it is known in the first sweep, kept_zq1
-    by that of zq1, and kept_zq2 by that of zq2."""
+    """Overwrites kept_zq2 by the gradient of zq2. One loop for each thing that a tile of weights
+    is needed for: together they would fill the registers."""
     row = tl.program_id(0).to(tl.int64)
     t, f, h = tl.arange(0, K), tl.arange(0, F), tl.arange(0, TILE)
     frames = t[:, None] * F + f[None, :]
     units = t[:, None] * D + h[None, :]
     tile1 = row * F * D + h[:, None] + f[None, :] * D
     tile2 = row * F * D + h[:, None] * F + f[None, :]
-    own_s1 = scratch + row * K * (D + 2 * F) + units
-    own_s2 = scratch + row * K * (D + 2 * F) + K * D + frames
-    own_d_z2 = own_s2 + K * F
+    own = scratch + row * K * (3 * D + 2 * F)
+    own_d_zq1, own_s1, own_d_s1 = own + units, own + K * D + units, own + 2 * K * D + units
+    own_s2, own_d_z2 = own + 3 * K * D + frames, own + 3 * K * D + K * F + frames
     norm_w = tl.load(norm_weight + row % num_heads * F + f)
     norm_b = tl.load(norm_bias + row % num_heads * F + f)
     scale, causal, write_scale = _steps(token_scale, K)
@@ -382,117 +385,125 @@ def mlp_backward(
         n = last - 1 - i
         here = (row * num_batches + n) * K
         there = (row * (last - first) + n - first) * K
+        z1, zq1 = kept_z1 + there * D + units, kept_zq1 + there * D + units
+        z2, zq2 = kept_z2 + there * F + frames, kept_zq2 + there * F + frames
         written = tl.where(n < num_writes, write_scale, 0.0)
-        # Of what is read by the second layer.
-        zq2 = tl.load(kept_zq2 + there * F + frames)
+        # What the second layer gave to read, and what it wrote.
         d_found = tl.load(d_out + here * F + frames).to(tl.float32)
-        normed, rstd = _normed(zq2, EPS, F)
+        normed, rstd = _normed(tl.load(zq2), EPS, F)
         d_norm_w += tl.sum(d_found * normed, 0)
         d_norm_b += tl.sum(d_found, 0)
         d_zq2 = rstd * _project(d_found * norm_w[None, :], normed, F)
-        tl.store(kept_zq2 + there * F + frames, d_zq2)
-        # What was written.
+        tl.store(zq2, d_zq2)
         query = tl.load(q + here * F + frames).to(tl.float32)
         key = tl.load(k + here * F + frames).to(tl.float32)
         target = tl.load(v + here * F + frames).to(tl.float32) - key
-        z2 = tl.load(kept_z2 + there * F + frames)
-        s2 = tl.load(eta + here + t)[:, None] * _gradient(z2, target, norm_w, norm_b, EPS, F)
+        s2 = _gradient(tl.load(z2), target, norm_w, norm_b, EPS, F)
+        s2 *= tl.load(eta + here + t)[:, None]
         tl.store(own_s2, s2)
         d_steps2 = -_dot(d_zq2, tl.trans(s2), PRECISION)
         d_products2 = d_steps2 * scale
         products1 = _dot(query, tl.trans(key), PRECISION) + 1
-        steps1 = products1 * scale
-        products2 = _gelu_products(
-            kept_zq1 + there * D + units, kept_z1 + there * D + units, num_units, K, TILE, PRECISION
-        )
-        d_s2 = tl.zeros((K, F), tl.float32)
-        taken2 = tl.zeros((K, F), tl.float32) + d_bias2[None, :]
-        d_query = d_found
-        d_key = tl.zeros((K, F), tl.float32)
-        d_written = 0.0
+        products2 = _gelu_products(zq1, z1, num_units, K, TILE, PRECISION)
         tl.debug_barrier()
         for j in range(0, num_units, TILE):
-            place = there * D + j + units
-            zq1 = tl.load(kept_zq1 + place)
-            x2, slope = _gelu(tl.load(kept_z1 + place))
-            xq2, slope_q = _gelu(zq1)
-            u = tl.load(kept_u + place)
-            s1 = slope * u
+            x2, slope = _gelu(tl.load(z1 + j))
+            xq2, slope_q = _gelu(tl.load(zq1 + j))
             # The weights of this mini-batch's start, from those of its end.
-            s2 = tl.load(own_s2)
-            weight2 = tl.load(w2 + tile2 + j * F) + _dot(tl.trans(x2), written * s2, PRECISION)
-            tl.store(w2 + tile2 + j * F, weight2)
-            d_zq2 = tl.load(kept_zq2 + there * F + frames)
-            d_xq2 = _dot(d_zq2, tl.trans(weight2), PRECISION) + _dot(d_products2, x2, PRECISION)
-            d_zq1 = slope_q * d_xq2
-            tl.store(kept_zq1 + place, d_zq1)
-            key = tl.load(k + here * F + frames).to(tl.float32)
-            d_weight1 = tl.load(d_w1 + tile1 + j)
-            d_bias1 = tl.load(d_b1 + row * D + j + h)
-            taken1 = _dot(key, tl.trans(d_weight1), PRECISION) + d_bias1[None, :]
-            d_written -= tl.sum(tl.sum(s1 * taken1, 1), 0)
-            d_key -= written * _dot(s1, d_weight1, PRECISION)
-            d_s1 = -_dot(tl.trans(steps1), d_zq1, PRECISION) - written * taken1
-            query = tl.load(q + here * F + frames).to(tl.float32)
-            d_weight1 += _dot(tl.trans(d_zq1), query, PRECISION)
-            tl.store(d_w1 + tile1 + j, d_weight1)
-            tl.store(d_b1 + row * D + j + h, d_bias1 + tl.sum(d_zq1, 0))
-            weight1 = tl.load(w1 + tile1 + j) + _dot(tl.trans(written * s1), key, PRECISION)
-            tl.store(w1 + tile1 + j, weight1)
-            d_query += _dot(d_zq1, weight1, PRECISION)
-            d_u = slope * d_s1
-            d_s2 += _dot(d_u, weight2, PRECISION)
-            d_weight2 = tl.load(d_w2 + tile2 + j * F)
-            taken2 += _dot(x2, d_weight2, PRECISION)
-            d_x2 = _dot(tl.trans(d_products2), xq2, PRECISION)
-            d_x2 -= written * _dot(s2, tl.trans(d_weight2), PRECISION)
-            d_weight2 += _dot(tl.trans(xq2), d_zq2, PRECISION) + _dot(tl.trans(d_u), s2, PRECISION)
-            tl.store(d_w2 + tile2 + j * F, d_weight2)
-            # What does not depend on the gradient of z2, which takes all tiles.
-            curved = _gelu_curvature(tl.load(kept_z1 + place)) * u * d_s1
-            tl.store(kept_u + place, curved + slope * d_x2)
-            tl.store(own_s1 + j, s1)
+            weight = tl.load(w2 + tile2 + j * F)
+            weight += _dot(tl.trans(written * x2), tl.load(own_s2), PRECISION)
+            tl.store(w2 + tile2 + j * F, weight)
+            d_xq2 = _dot(tl.load(zq2), tl.trans(weight), PRECISION)
+            d_xq2 += _dot(d_products2, x2, PRECISION)
+            tl.store(own_d_zq1 + j, slope_q * d_xq2)
+            tl.store(own_s1 + j, slope * tl.load(kept_u + there * D + units + j))
         tl.debug_barrier()
-        d_steps1 = 1 - _products(
-            kept_zq1 + there * D + units, own_s1, num_units, K, TILE, PRECISION
-        )
-        s2 = tl.load(own_s2)
-        d_zq2 = tl.load(kept_zq2 + there * F + frames)
-        d_written -= tl.sum(tl.sum(s2 * taken2, 1), 0)
+        # What the first layer wrote, and gave to read.
+        steps1 = products1 * scale
+        d_key = tl.zeros((K, F), tl.float32)
+        d_written = 0.0
+        for j in range(0, num_units, TILE):
+            d_weight = tl.load(d_w1 + tile1 + j)
+            s1 = tl.load(own_s1 + j)
+            key = tl.load(k + here * F + frames).to(tl.float32)
+            taken = _dot(key, tl.trans(d_weight), PRECISION)
+            taken += tl.load(d_b1 + row * D + j + h)[None, :]
+            d_written -= tl.sum(tl.sum(s1 * taken, 1), 0)
+            d_key -= _dot(written * s1, d_weight, PRECISION)
+            d_s1 = -_dot(tl.trans(steps1), tl.load(own_d_zq1 + j), PRECISION) - written * taken
+            tl.store(own_d_s1 + j, d_s1)
+        d_query = tl.load(d_out + here * F + frames).to(tl.float32)
+        for j in range(0, num_units, TILE):
+            weight = tl.load(w1 + tile1 + j)
+            key = tl.load(k + here * F + frames).to(tl.float32)
+            weight += _dot(tl.trans(written * tl.load(own_s1 + j)), key, PRECISION)
+            tl.store(w1 + tile1 + j, weight)
+            d_query += _dot(tl.load(own_d_zq1 + j), weight, PRECISION)
+        d_steps1 = 1 - _products(own_d_zq1, own_s1, num_units, K, TILE, PRECISION)
+        tl.debug_barrier()
+        # What the second layer's errors did: they were handed back, and written.
+        d_s2 = tl.zeros((K, F), tl.float32)
+        taken2 = tl.zeros((K, F), tl.float32) + d_bias2[None, :]
+        for j in range(0, num_units, TILE):
+            z = tl.load(z1 + j)
+            x2, slope = _gelu(z)
+            xq2, slope_q = _gelu(tl.load(zq1 + j))
+            d_s1 = tl.load(own_d_s1 + j)
+            d_s2 += _dot(slope * d_s1, tl.load(w2 + tile2 + j * F), PRECISION)
+            d_weight = tl.load(d_w2 + tile2 + j * F)
+            taken2 += _dot(x2, d_weight, PRECISION)
+            d_x2 = _dot(tl.trans(d_products2), xq2, PRECISION)
+            d_x2 -= _dot(written * tl.load(own_s2), tl.trans(d_weight), PRECISION)
+            u = tl.load(kept_u + there * D + units + j)
+            # Of z1, but for what comes through z2, which takes all tiles.
+            tl.store(own_s1 + j, _gelu_curvature(z) * u * d_s1 + slope * d_x2)
+        d_zq2 = tl.load(zq2)
+        d_written -= tl.sum(tl.sum(tl.load(own_s2) * taken2, 1), 0)
         d_scale += tl.where((t == K - 1) & (n < num_writes), d_written, 0.0)
         d_scale += tl.sum(causal * (d_steps2 * products2 + d_steps1 * products1), 1)
         d_s2 -= _dot(tl.trans(products2 * scale), d_zq2, PRECISION) + written * taken2
         query = tl.load(q + here * F + frames).to(tl.float32)
         key = tl.load(k + here * F + frames).to(tl.float32)
         target = tl.load(v + here * F + frames).to(tl.float32) - key
-        z2 = tl.load(kept_z2 + there * F + frames)
-        g = _gradient(z2, target, norm_w, norm_b, EPS, F)
+        g = _gradient(tl.load(z2), target, norm_w, norm_b, EPS, F)
         tl.store(d_eta + here + t, tl.sum(d_s2 * g, 1))
         d_g = tl.load(eta + here + t)[:, None] * d_s2
-        d_z2, d_target, d_nw, d_nb = _gradient_backward(d_g, z2, target, norm_w, norm_b, EPS, F)
+        d_z2, d_target, d_nw, d_nb = _gradient_backward(
+            d_g, tl.load(z2), target, norm_w, norm_b, EPS, F
+        )
         d_norm_w += d_nw
         d_norm_b += d_nb
         d_bias2 += tl.sum(d_zq2, 0) + tl.sum(d_z2, 0)
+        tl.store(own_d_z2, d_z2)
+        tl.store(d_v + here * F + frames, d_target.to(d_v.dtype.element_ty))
         d_products1 = d_steps1 * scale
         d_query += _dot(d_products1, key, PRECISION)
-        d_key += _dot(tl.trans(d_products1), query, PRECISION) - d_target
-        tl.store(own_d_z2, d_z2)
         tl.store(d_q + here * F + frames, d_query.to(d_q.dtype.element_ty))
-        tl.store(d_v + here * F + frames, d_target.to(d_v.dtype.element_ty))
+        d_key += _dot(tl.trans(d_products1), query, PRECISION) - d_target
+        tl.debug_barrier()
+        # The gradients of the weights of this mini-batch's start.
+        for j in range(0, num_units, TILE):
+            x2, slope = _gelu(tl.load(z1 + j))
+            xq2, slope_q = _gelu(tl.load(zq1 + j))
+            d_z2 = tl.load(own_d_z2)
+            d_x2 = _dot(d_z2, tl.trans(tl.load(w2 + tile2 + j * F)), PRECISION)
+            d_weight = tl.load(d_w2 + tile2 + j * F)
+            d_weight += _dot(tl.trans(x2), d_z2, PRECISION)
+            d_weight += _dot(tl.trans(xq2), tl.load(zq2), PRECISION)
+            d_u = slope * tl.load(own_d_s1 + j)
+            d_weight += _dot(tl.trans(d_u), tl.load(own_s2), PRECISION)
+            tl.store(d_w2 + tile2 + j * F, d_weight)
+            tl.store(own_s1 + j, tl.load(own_s1 + j) + slope * d_x2)
         tl.debug_barrier()
         for j in range(0, num_units, TILE):
-            place = there * D + j + units
-            d_z2 = tl.load(own_d_z2)
-            x2, slope = _gelu(tl.load(kept_z1 + place))
-            d_x2 = _dot(d_z2, tl.trans(tl.load(w2 + tile2 + j * F)), PRECISION)
-            d_weight2 = tl.load(d_w2 + tile2 + j * F) + _dot(tl.trans(x2), d_z2, PRECISION)
-            tl.store(d_w2 + tile2 + j * F, d_weight2)
-            d_z1 = tl.load(kept_u + place) + slope * d_x2
+            d_z1, d_zq1 = tl.load(own_s1 + j), tl.load(own_d_zq1 + j)
             d_key += _dot(d_z1, tl.load(w1 + tile1 + j), PRECISION)
             key = tl.load(k + here * F + frames).to(tl.float32)
-            d_weight1 = tl.load(d_w1 + tile1 + j) + _dot(tl.trans(d_z1), key, PRECISION)
-            tl.store(d_w1 + tile1 + j, d_weight1)
-            _add_to(d_b1 + row * D + j + h, tl.sum(d_z1, 0))
+            d_weight = tl.load(d_w1 + tile1 + j) + _dot(tl.trans(d_z1), key, PRECISION)
+            query = tl.load(q + here * F + frames).to(tl.float32)
+            d_weight += _dot(tl.trans(d_zq1), query, PRECISION)
+            tl.store(d_w1 + tile1 + j, d_weight)
+            _add_to(d_b1 + row * D + j + h, tl.sum(d_z1, 0) + tl.sum(d_zq1, 0))
         tl.store(d_k + here * F + frames, d_key.to(d_k.dtype.element_ty))
         tl.debug_barrier()
     tl.store(d_b2 + row * F + f, d_bias2)
