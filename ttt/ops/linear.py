@@ -268,6 +268,7 @@ def _reconstruction_gradient(z: Tensor, target: Tensor, weight: Tensor, bias: Te
 # The scan over mini-batches -----------------------------------------------------------------------
 
 
+@torch.compiler.disable
 def inner_scan(
     q: Tensor,
     k: Tensor,

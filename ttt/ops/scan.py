@@ -24,6 +24,7 @@ PRECISION = "tf32x3"
 TILE = 32
 """Rows of W, or hidden units, at once."""
 WARPS = 4
+STAGES = 1
 
 
 def scan(
@@ -75,9 +76,7 @@ class _Scan(torch.autograd.Function):
         group_size: int,
         *weights: Tensor,
     ) -> tuple[Tensor, ...]:
-        frames = tuple(
-            x.contiguous() for x in (q, k, v, eta, token_scale, ln_weight, ln_bias)
-        )
+        frames = tuple(x.contiguous() for x in (q, k, v, eta, token_scale, ln_weight, ln_bias))
         out = torch.empty_like(frames[0])
         starts: list[Tensor] = []
         for first, last in _groups(q.shape[2], group_size):
@@ -187,7 +186,6 @@ def _launch(
         PRECISION=PRECISION,
         TILE=min(TILE, width),
         num_warps=WARPS,
-        num_stages=1,
+        num_stages=STAGES,
         **options,
     )
-

@@ -9,6 +9,9 @@ hands back through its second layer, before the GELU; d_x is the gradient of x.
 import triton
 import triton.language as tl
 
+COUNTS = ["num_heads", "num_batches", "num_writes", "first", "last"]
+"""Triton would compile a kernel again where one of these is 1, or a multiple of 16."""
+
 
 @triton.jit
 def _dot(a, b, PRECISION: tl.constexpr):
@@ -108,7 +111,7 @@ def _add_to(pointer, x):
 # TTT-Linear. W goes through in tiles of rows: a whole one would fill the registers -------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def linear_forward(
     q, k, v, eta, token_scale, norm_weight, norm_bias, w1, b1, out, scratch, kept_z, kept_zq,
     num_heads, num_batches, num_writes, first, last, num_units,
@@ -138,7 +141,9 @@ def linear_forward(
         target = tl.load(v + here * F + frames).to(tl.float32)
         target -= tl.load(k + here * F + frames).to(tl.float32)
         s = tl.load(eta + here + t)[:, None] * _gradient(z, target, norm_w, norm_b, EPS, F)
-        products = _products(q + here * F + part, k + here * F + part, num_units, K, TILE, PRECISION)
+        products = _products(
+            q + here * F + part, k + here * F + part, num_units, K, TILE, PRECISION
+        )
         zq -= _dot(products * scale, s, PRECISION)
         normed, rstd = _normed(zq, EPS, F)
         found = tl.load(q + here * F + frames).to(tl.float32)
@@ -160,7 +165,7 @@ def linear_forward(
     tl.store(b1 + row * F + f, bias)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def linear_backward(
     q, k, v, eta, token_scale, norm_weight, norm_bias, w1, b1, scratch, kept_z, kept_zq,
     d_out, d_q, d_k, d_v, d_eta, d_token_scale, d_norm_weight, d_norm_bias, d_w1, d_b1,
@@ -186,7 +191,9 @@ def linear_backward(
         here = (row * num_batches + n) * K
         there = (row * (last - first) + n - first) * K * F
         written = tl.where(n < num_writes, write_scale, 0.0)
-        products = _products(q + here * F + part, k + here * F + part, num_units, K, TILE, PRECISION)
+        products = _products(
+            q + here * F + part, k + here * F + part, num_units, K, TILE, PRECISION
+        )
         taken = tl.zeros((K, F), tl.float32) + d_bias[None, :]
         for j in range(0, num_units, TILE):
             key = tl.load(k + here * F + j + part).to(tl.float32)
@@ -272,7 +279,7 @@ def _gelu_products(
     return products
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def mlp_forward(
     q, k, v, eta, token_scale, norm_weight, norm_bias, w1, b1, w2, b2, out, scratch,
     kept_z1, kept_zq1, kept_u, kept_z2, kept_zq2,
@@ -354,7 +361,7 @@ def mlp_forward(
     tl.store(b2 + row * F + f, bias2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def mlp_backward(
     q, k, v, eta, token_scale, norm_weight, norm_bias, w1, b1, w2, b2, scratch,
     kept_z1, kept_zq1, kept_u, kept_z2, kept_zq2,
