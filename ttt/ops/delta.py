@@ -125,7 +125,7 @@ def _solve(inverse: Tensor, x: Tensor, out: Tensor, *, minus: Tensor | None = No
     """OUT = K⁻¹ (X − minus) of [N, C, d]; `inverse` as from `_inverses`.
 
     One product with everything side by side, so that all differences are taken in its float32
-    accumulator: of 16-bit X and `minus` none is exact in 16 bits, and K⁻¹ enlarges what was rounded.
+    accumulator: that of X and `minus` is not exact in 16 bits, and K⁻¹ enlarges what is rounded.
     """
     terms = [x] * (inverse.shape[-1] // inverse.shape[-2])
     if minus is not None:

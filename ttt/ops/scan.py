@@ -139,6 +139,7 @@ def _forward(
     def new(num_frames: int, *shape: int) -> Tensor:
         return out.new_empty(num_frames if keep else 0, *shape, dtype=torch.float32)
 
+    kept: tuple[Tensor, ...]
     if len(weights) == 2:
         scratch = out.new_empty(rows, size, 2 * width, dtype=torch.float32)
         kept = (scratch, new(num_kept, width), new(num_kept, width))

@@ -63,21 +63,24 @@ def _gradient_backward(d_g, z, target, weight, bias, EPS: tl.constexpr, F: tl.co
 
 @triton.jit
 def _gelu(x):
-    """The tanh-GELU and its derivative."""
-    inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
-    slope = 0.7978845608028654 * (1 + 0.134145 * x * x)
-    t = 2 * tl.sigmoid(2 * inner) - 1
-    return 0.5 * x * (1 + t), 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * slope
+    """The tanh-GELU: x times a logistic function."""
+    return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+
+
+@triton.jit
+def _gelu_slope(x):
+    """Its derivative."""
+    p = tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    return p + x * p * (1 - p) * 1.5957691216057308 * (1 + 0.134145 * x * x)
 
 
 @triton.jit
 def _gelu_curvature(x):
-    """The second derivative of the tanh-GELU."""
-    inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
-    slope = 0.7978845608028654 * (1 + 0.134145 * x * x)
-    t = 2 * tl.sigmoid(2 * inner) - 1
-    bend = 0.7978845608028654 * 0.26829 * x
-    return (1 - t * t) * (slope + 0.5 * x * (bend - 2 * t * slope * slope))
+    """Its second derivative."""
+    p = tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    slope = 1.5957691216057308 * (1 + 0.134145 * x * x)
+    bend = 1.5957691216057308 * 0.26829 * x
+    return p * (1 - p) * (2 * slope + x * (bend + (1 - 2 * p) * slope * slope))
 
 
 @triton.jit
@@ -126,7 +129,7 @@ def linear_forward(
     own = scratch + row * 2 * K * F + frames
     norm_w = tl.load(norm_weight + row % num_heads * F + f)
     norm_b = tl.load(norm_bias + row % num_heads * F + f)
-    scale, causal, write_scale = _steps(token_scale, K)
+    scale, _causal, write_scale = _steps(token_scale, K)
     bias = tl.load(b1 + row * F + f)
     for n in range(first, last):
         here = (row * num_batches + n) * K
@@ -145,7 +148,7 @@ def linear_forward(
             q + here * F + part, k + here * F + part, num_units, K, TILE, PRECISION
         )
         zq -= _dot(products * scale, s, PRECISION)
-        normed, rstd = _normed(zq, EPS, F)
+        normed, _rstd = _normed(zq, EPS, F)
         found = tl.load(q + here * F + frames).to(tl.float32)
         found += normed * norm_w[None, :] + norm_b[None, :]
         tl.store(out + here * F + frames, found.to(out.dtype.element_ty))
@@ -273,8 +276,7 @@ def _gelu_products(
     """`_products` of what the GELU makes of two rows."""
     products = tl.zeros((K, K), tl.float32) + 1
     for j in range(0, num_units, TILE):
-        x, slope = _gelu(tl.load(zx + j))
-        y, slope = _gelu(tl.load(zy + j))
+        x, y = _gelu(tl.load(zx + j)), _gelu(tl.load(zy + j))
         products += _dot(x, tl.trans(y), PRECISION)
     return products
 
@@ -296,7 +298,7 @@ def mlp_forward(
     own_s2 = scratch + row * K * F + frames
     norm_w = tl.load(norm_weight + row % num_heads * F + f)
     norm_b = tl.load(norm_bias + row % num_heads * F + f)
-    scale, causal, write_scale = _steps(token_scale, K)
+    scale, _causal, write_scale = _steps(token_scale, K)
     bias2 = tl.load(b2 + row * F + f)
     for n in range(first, last):
         here = (row * num_batches + n) * K
@@ -309,8 +311,7 @@ def mlp_forward(
             z1 = _dot(key, tl.trans(tl.load(w1 + tile1 + j)), PRECISION)
             z1 += tl.load(b1 + row * D + j + h)[None, :]
             tl.store(kept_z1 + there * D + j + units, z1)
-            x2, slope = _gelu(z1)
-            z2 += _dot(x2, tl.load(w2 + tile2 + j * F), PRECISION)
+            z2 += _dot(_gelu(z1), tl.load(w2 + tile2 + j * F), PRECISION)
         query = tl.load(q + here * F + frames).to(tl.float32)
         key = tl.load(k + here * F + frames).to(tl.float32)
         target = tl.load(v + here * F + frames).to(tl.float32) - key
@@ -323,13 +324,14 @@ def mlp_forward(
         tl.debug_barrier()
         for j in range(0, num_units, TILE):
             place = there * D + j + units
-            x2, slope = _gelu(tl.load(kept_z1 + place))
+            z1 = tl.load(kept_z1 + place)
+            x2 = _gelu(z1)
             s2 = tl.load(own_s2)
             weight2 = tl.load(w2 + tile2 + j * F)
             u = _dot(s2, tl.trans(weight2), PRECISION)
             changed2 = weight2 - _dot(tl.trans(x2), written * s2, PRECISION)
             tl.store(w2 + tile2 + j * F, changed2)
-            s1 = slope * u
+            s1 = _gelu_slope(z1) * u
             weight1 = tl.load(w1 + tile1 + j)
             bias1 = tl.load(b1 + row * D + j + h)
             query = tl.load(q + here * F + frames).to(tl.float32)
@@ -339,7 +341,7 @@ def mlp_forward(
             changed1 = weight1 - _dot(tl.trans(written * s1), key, PRECISION)
             tl.store(w1 + tile1 + j, changed1)
             tl.store(b1 + row * D + j + h, bias1 - tl.sum(written * s1, 0))
-            xq2, slope_q = _gelu(zq1)
+            xq2 = _gelu(zq1)
             zq2 += _dot(xq2, weight2, PRECISION)
             tl.store(kept_zq1 + place, zq1)
             if KEEP:
@@ -350,7 +352,7 @@ def mlp_forward(
         )
         s2 = tl.load(own_s2)
         zq2 -= _dot(products2 * scale, s2, PRECISION)
-        normed, rstd = _normed(zq2, EPS, F)
+        normed, _rstd = _normed(zq2, EPS, F)
         found = tl.load(q + here * F + frames).to(tl.float32)
         found += normed * norm_w[None, :] + norm_b[None, :]
         tl.store(out + here * F + frames, found.to(out.dtype.element_ty))
@@ -414,16 +416,16 @@ def mlp_backward(
         products2 = _gelu_products(zq1, z1, num_units, K, TILE, PRECISION)
         tl.debug_barrier()
         for j in range(0, num_units, TILE):
-            x2, slope = _gelu(tl.load(z1 + j))
-            xq2, slope_q = _gelu(tl.load(zq1 + j))
+            z = tl.load(z1 + j)
+            x2 = _gelu(z)
             # The weights of this mini-batch's start, from those of its end.
             weight = tl.load(w2 + tile2 + j * F)
             weight += _dot(tl.trans(written * x2), tl.load(own_s2), PRECISION)
             tl.store(w2 + tile2 + j * F, weight)
             d_xq2 = _dot(tl.load(zq2), tl.trans(weight), PRECISION)
             d_xq2 += _dot(d_products2, x2, PRECISION)
-            tl.store(own_d_zq1 + j, slope_q * d_xq2)
-            tl.store(own_s1 + j, slope * tl.load(kept_u + there * D + units + j))
+            tl.store(own_d_zq1 + j, _gelu_slope(tl.load(zq1 + j)) * d_xq2)
+            tl.store(own_s1 + j, _gelu_slope(z) * tl.load(kept_u + there * D + units + j))
         tl.debug_barrier()
         # What the first layer wrote, and gave to read.
         steps1 = products1 * scale
@@ -453,13 +455,12 @@ def mlp_backward(
         taken2 = tl.zeros((K, F), tl.float32) + d_bias2[None, :]
         for j in range(0, num_units, TILE):
             z = tl.load(z1 + j)
-            x2, slope = _gelu(z)
-            xq2, slope_q = _gelu(tl.load(zq1 + j))
+            slope = _gelu_slope(z)
             d_s1 = tl.load(own_d_s1 + j)
             d_s2 += _dot(slope * d_s1, tl.load(w2 + tile2 + j * F), PRECISION)
             d_weight = tl.load(d_w2 + tile2 + j * F)
-            taken2 += _dot(x2, d_weight, PRECISION)
-            d_x2 = _dot(tl.trans(d_products2), xq2, PRECISION)
+            taken2 += _dot(_gelu(z), d_weight, PRECISION)
+            d_x2 = _dot(tl.trans(d_products2), _gelu(tl.load(zq1 + j)), PRECISION)
             d_x2 -= _dot(written * tl.load(own_s2), tl.trans(d_weight), PRECISION)
             u = tl.load(kept_u + there * D + units + j)
             # Of z1, but for what comes through z2, which takes all tiles.
@@ -490,13 +491,13 @@ def mlp_backward(
         tl.debug_barrier()
         # The gradients of the weights of this mini-batch's start.
         for j in range(0, num_units, TILE):
-            x2, slope = _gelu(tl.load(z1 + j))
-            xq2, slope_q = _gelu(tl.load(zq1 + j))
+            z = tl.load(z1 + j)
+            slope = _gelu_slope(z)
             d_z2 = tl.load(own_d_z2)
             d_x2 = _dot(d_z2, tl.trans(tl.load(w2 + tile2 + j * F)), PRECISION)
             d_weight = tl.load(d_w2 + tile2 + j * F)
-            d_weight += _dot(tl.trans(x2), d_z2, PRECISION)
-            d_weight += _dot(tl.trans(xq2), tl.load(zq2), PRECISION)
+            d_weight += _dot(tl.trans(_gelu(z)), d_z2, PRECISION)
+            d_weight += _dot(tl.trans(_gelu(tl.load(zq1 + j))), tl.load(zq2), PRECISION)
             d_u = slope * tl.load(own_d_s1 + j)
             d_weight += _dot(tl.trans(d_u), tl.load(own_s2), PRECISION)
             tl.store(d_w2 + tile2 + j * F, d_weight)
