@@ -292,7 +292,7 @@ def mlp_forward(
     row = tl.program_id(0).to(tl.int64)
     t, f, h = tl.arange(0, K), tl.arange(0, F), tl.arange(0, TILE)
     frames = t[:, None] * F + f[None, :]
-    units = t[:, None] * D + h[None, :]
+    part, units = t[:, None] * F + h[None, :], t[:, None] * D + h[None, :]
     tile1 = row * F * D + h[:, None] + f[None, :] * D
     tile2 = row * F * D + h[:, None] * F + f[None, :]
     own_s2 = scratch + row * K * F + frames
@@ -312,14 +312,13 @@ def mlp_forward(
             z1 += tl.load(b1 + row * D + j + h)[None, :]
             tl.store(kept_z1 + there * D + j + units, z1)
             z2 += _dot(_gelu(z1), tl.load(w2 + tile2 + j * F), PRECISION)
-        query = tl.load(q + here * F + frames).to(tl.float32)
-        key = tl.load(k + here * F + frames).to(tl.float32)
-        target = tl.load(v + here * F + frames).to(tl.float32) - key
+        target = tl.load(v + here * F + frames).to(tl.float32)
+        target -= tl.load(k + here * F + frames).to(tl.float32)
         s2 = tl.load(eta + here + t)[:, None] * _gradient(z2, target, norm_w, norm_b, EPS, F)
         tl.store(own_s2, s2)
         if KEEP:
             tl.store(kept_z2 + there * F + frames, z2)
-        steps1 = (_dot(query, tl.trans(key), PRECISION) + 1) * scale
+        steps1 = scale * _products(q + here * F + part, k + here * F + part, F, K, TILE, PRECISION)
         zq2 = tl.zeros((K, F), tl.float32) + bias2[None, :]
         tl.debug_barrier()
         for j in range(0, num_units, TILE):
@@ -378,7 +377,7 @@ def mlp_backward(
     row = tl.program_id(0).to(tl.int64)
     t, f, h = tl.arange(0, K), tl.arange(0, F), tl.arange(0, TILE)
     frames = t[:, None] * F + f[None, :]
-    units = t[:, None] * D + h[None, :]
+    part, units = t[:, None] * F + h[None, :], t[:, None] * D + h[None, :]
     tile1 = row * F * D + h[:, None] + f[None, :] * D
     tile2 = row * F * D + h[:, None] * F + f[None, :]
     own = scratch + row * K * (3 * D + 2 * F)
@@ -404,17 +403,17 @@ def mlp_backward(
         d_norm_b += tl.sum(d_found, 0)
         d_zq2 = rstd * _project(d_found * norm_w[None, :], normed, F)
         tl.store(zq2, d_zq2)
-        query = tl.load(q + here * F + frames).to(tl.float32)
-        key = tl.load(k + here * F + frames).to(tl.float32)
-        target = tl.load(v + here * F + frames).to(tl.float32) - key
+        target = tl.load(v + here * F + frames).to(tl.float32)
+        target -= tl.load(k + here * F + frames).to(tl.float32)
         s2 = _gradient(tl.load(z2), target, norm_w, norm_b, EPS, F)
         s2 *= tl.load(eta + here + t)[:, None]
         tl.store(own_s2, s2)
-        d_steps2 = -_dot(d_zq2, tl.trans(s2), PRECISION)
-        d_products2 = d_steps2 * scale
-        products1 = _dot(query, tl.trans(key), PRECISION) + 1
+        products1 = _products(q + here * F + part, k + here * F + part, F, K, TILE, PRECISION)
         products2 = _gelu_products(zq1, z1, num_units, K, TILE, PRECISION)
         tl.debug_barrier()
+        own_s2_part, d_zq2_part = own + 3 * K * D + part, kept_zq2 + there * F + part
+        d_steps2 = 1 - _products(d_zq2_part, own_s2_part, F, K, TILE, PRECISION)
+        d_products2 = d_steps2 * scale
         for j in range(0, num_units, TILE):
             z = tl.load(z1 + j)
             x2 = _gelu(z)
