@@ -19,8 +19,10 @@ from torch import Tensor
 from ttt.ops import scan_kernels as kernels
 from ttt.ops.linear import EPSILON, InnerLayers, flatten
 
-PRECISION = "tf32x3"
-"""Of products in float32: three products of tensor cores, as exact as one without them."""
+SPLIT_TYPES: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
+"""For frames of these types, factors of products are split in two bfloat16 terms, which is exact to
+some 16 bits, and to all where the factor is bfloat16. Factors are shared by many products, and this
+way are split once; float32 frames take three products of TensorFloat32, more exact and slower."""
 TILE = 32
 """Rows of W, or hidden units, at once."""
 WARPS = 4
@@ -89,8 +91,10 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        *frames, _, _, _ = saved = ctx.saved_tensors[:7]
-        starts = ctx.saved_tensors[7:]
+        # Once: under activation checkpointing they can be asked for once.
+        tensors = ctx.saved_tensors
+        saved, starts = tensors[:7], tensors[7:]
+        *frames, _, _, _ = saved
         q, eta = frames[0], frames[3]
         d_out = grads[0].contiguous()
         d_weights = [x.clone(memory_format=torch.contiguous_format) for x in grads[1:]]
@@ -146,12 +150,8 @@ def _forward(
     else:
         hidden = weights[1].shape[-1]
         scratch = out.new_empty(rows, size, 3 * hidden + 2 * width, dtype=torch.float32)
-        # The first two serve within a mini-batch in any case.
-        z1, zq1 = (
-            out.new_empty(num_kept if keep else rows * size, hidden, dtype=torch.float32)
-            for _ in range(2)
-        )
-        kept = (scratch, z1, zq1, new(num_kept, hidden), new(num_kept, width), new(num_kept, width))
+        shapes = (hidden, hidden, hidden, width, width, size)
+        kept = (scratch, *(new(num_kept, n) for n in shapes))
     _launch(
         kernels.linear_forward if len(weights) == 2 else kernels.mlp_forward,
         frames,
@@ -184,7 +184,7 @@ def _launch(
         EPS=EPSILON,
         K=size,
         F=width,
-        PRECISION=PRECISION,
+        SPLIT=frames[0].dtype in SPLIT_TYPES,
         TILE=min(TILE, width),
         num_warps=WARPS,
         num_stages=STAGES,
