@@ -149,7 +149,7 @@ def _forward(
         kept = (scratch, new(num_kept, width), new(num_kept, width))
     else:
         hidden = weights[1].shape[-1]
-        scratch = out.new_empty(rows, size, 3 * hidden + 2 * width, dtype=torch.float32)
+        scratch = out.new_empty(rows, size, 5 * hidden + 2 * width, dtype=torch.float32)
         shapes = (hidden, hidden, hidden, width, width, size)
         kept = (scratch, *(new(num_kept, n) for n in shapes))
     _launch(

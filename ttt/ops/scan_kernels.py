@@ -387,9 +387,10 @@ def mlp_backward(
     part, units = t[:, None] * F + h[None, :], t[:, None] * D + h[None, :]
     tile1 = row * F * D + h[:, None] + f[None, :] * D
     tile2 = row * F * D + h[:, None] * F + f[None, :]
-    own = scratch + row * K * (3 * D + 2 * F)
+    own = scratch + row * K * (5 * D + 2 * F)
     own_d_zq1, own_s1, own_d_s1 = own + units, own + K * D + units, own + 2 * K * D + units
-    own_s2, own_d_z2 = own + 3 * K * D + frames, own + 3 * K * D + K * F + frames
+    own_x2, own_xq2 = own + 3 * K * D + units, own + 4 * K * D + units
+    own_s2, own_d_z2 = own + 5 * K * D + frames, own + 5 * K * D + K * F + frames
     norm_w = tl.load(norm_weight + row % num_heads * F + f)
     norm_b = tl.load(norm_bias + row % num_heads * F + f)
     scale, causal, write_scale = _steps(token_scale, K)
@@ -418,20 +419,23 @@ def mlp_backward(
         products1 = _products(q + here * F + part, k + here * F + part, F, K, TILE, SPLIT)
         products2 = tl.load(kept_products2 + there * K + square)
         tl.debug_barrier()
-        own_s2_part, d_zq2_part = own + 3 * K * D + part, kept_zq2 + there * F + part
+        own_s2_part, d_zq2_part = own + 5 * K * D + part, kept_zq2 + there * F + part
         d_steps2 = 1 - _products(d_zq2_part, own_s2_part, F, K, TILE, SPLIT)
         d_products2 = d_steps2 * scale
         for j in range(0, num_units, TILE):
             z = tl.load(z1 + j)
             x2 = _gelu(z)
+            tl.store(own_x2 + j, x2)
+            tl.store(own_s1 + j, _gelu_slope(z) * tl.load(kept_u + there * D + units + j))
             # The weights of this mini-batch's start, from those of its end.
             weight = tl.load(w2 + tile2 + j * F)
             weight += _dot(tl.trans(written * x2), tl.load(own_s2), SPLIT)
             tl.store(w2 + tile2 + j * F, weight)
             d_xq2 = _dot(tl.load(zq2), tl.trans(weight), SPLIT)
             d_xq2 += _dot(d_products2, x2, SPLIT)
-            tl.store(own_d_zq1 + j, _gelu_slope(tl.load(zq1 + j)) * d_xq2)
-            tl.store(own_s1 + j, _gelu_slope(z) * tl.load(kept_u + there * D + units + j))
+            z = tl.load(zq1 + j)
+            tl.store(own_xq2 + j, _gelu(z))
+            tl.store(own_d_zq1 + j, _gelu_slope(z) * d_xq2)
         tl.debug_barrier()
         # What the first layer wrote, and gave to read.
         steps1 = products1 * scale
@@ -465,8 +469,8 @@ def mlp_backward(
             d_s1 = tl.load(own_d_s1 + j)
             d_s2 += _dot(slope * d_s1, tl.load(w2 + tile2 + j * F), SPLIT)
             d_weight = tl.load(d_w2 + tile2 + j * F)
-            taken2 += _dot(_gelu(z), d_weight, SPLIT)
-            d_x2 = _dot(tl.trans(d_products2), _gelu(tl.load(zq1 + j)), SPLIT)
+            taken2 += _dot(tl.load(own_x2 + j), d_weight, SPLIT)
+            d_x2 = _dot(tl.trans(d_products2), tl.load(own_xq2 + j), SPLIT)
             d_x2 -= _dot(written * tl.load(own_s2), tl.trans(d_weight), SPLIT)
             u = tl.load(kept_u + there * D + units + j)
             # Of z1, but for what comes through z2, which takes all tiles.
@@ -502,8 +506,8 @@ def mlp_backward(
             d_z2 = tl.load(own_d_z2)
             d_x2 = _dot(d_z2, tl.trans(tl.load(w2 + tile2 + j * F)), SPLIT)
             d_weight = tl.load(d_w2 + tile2 + j * F)
-            d_weight += _dot(tl.trans(_gelu(z)), d_z2, SPLIT)
-            d_weight += _dot(tl.trans(_gelu(tl.load(zq1 + j))), tl.load(zq2), SPLIT)
+            d_weight += _dot(tl.trans(tl.load(own_x2 + j)), d_z2, SPLIT)
+            d_weight += _dot(tl.trans(tl.load(own_xq2 + j)), tl.load(zq2), SPLIT)
             d_u = slope * tl.load(own_d_s1 + j)
             d_weight += _dot(tl.trans(d_u), tl.load(own_s2), SPLIT)
             tl.store(d_w2 + tile2 + j * F, d_weight)
