@@ -2,6 +2,7 @@
 
 from ttt.config import TTTArgs
 from ttt.model import (
+    HiddenStates,
     TTTLMModel,
     build_model,
     measuring,
@@ -12,6 +13,7 @@ from ttt.model import (
 from ttt.state import get_state, reset, set_state
 
 __all__ = [
+    "HiddenStates",
     "TTTArgs",
     "TTTLMModel",
     "build_model",

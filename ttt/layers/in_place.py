@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ttt import ops
 from ttt.config import TTTArgs
+from ttt.layers.execution import Execution
 from ttt.ops.chunks import accumulating_dtype, product
 from ttt.ops.in_place import delta_norm_square
 
@@ -78,6 +79,7 @@ class InPlaceGating(StreamingModule[InPlaceState]):
         self.reset_parameters()
         self.active = True
         """Whether it reads and writes its fast weights; see `ttt.without_ttt`."""
+        self.execution = Execution()
         self.measure = False
         """Whether parallel forward passes fill `measured`; see `ttt.measuring`."""
         self.measured: dict[str, Tensor] = {}
@@ -120,21 +122,30 @@ class InPlaceGating(StreamingModule[InPlaceState]):
         Returns:
             [B, T, d].
         """
-        gate, up = self.linear_in(x).chunk(2, dim=-1)
-        z = self.activation(gate) * up
         source = x if self.args.target == "hidden" else token_embeddings
-        plain = self.linear_out(z)
         if not self.active:
-            return plain
+            return self.linear_out(self._activations(x))
         if self._streaming_state is not None:
-            return plain + self._stream(z, source, self._streaming_state)
-        v = self._targets(source)
+            z = self._activations(x)
+            return self.linear_out(z) + self._stream(z, source, self._streaming_state)
+        z, v = self.execution.piece(InPlaceGating._prepare, self, x, source)
         learnt = self._learn(z, v)
+        # At last: activation checkpointing then need not compute it again.
+        plain = self.linear_out(z)
         if self.measure and x.shape[1] > self.args.chunk_size:
             self.measured = self._measure(z, v, plain, learnt)
             # Once: activation checkpointing and micro-batches come here again.
             self.measure = False
         return plain + learnt
+
+    def _activations(self, x: Tensor) -> Tensor:
+        """z, [B, T, h]."""
+        gate, up = self.linear_in(x).chunk(2, dim=-1)
+        return self.activation(gate) * up
+
+    def _prepare(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
+        """z and the targets v of whole sequences."""
+        return self._activations(x), self._targets(source)
 
     def _learn(self, z: Tensor, v: Tensor) -> Tensor:
         """S z of whole sequences, [B, T, d]."""
