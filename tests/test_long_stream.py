@@ -72,7 +72,16 @@ def size_at_start(module):
         tiny_linear_args(base_lr=1.0),
         tiny_linear_args(method="mlp", base_lr=0.1, use_rope=True),
     ],
-    ids=["sum", "sum, bounded, decay", "delta", "relative", "relative delta", "delta, decay", "linear", "mlp"],
+    ids=[
+        "sum",
+        "sum, bounded, decay",
+        "delta",
+        "relative",
+        "relative delta",
+        "delta, decay",
+        "linear",
+        "mlp",
+    ],
 )
 def test_a_long_stream_stays_sane(args, num_frames):
     codes = speech_and_silence(num_frames)

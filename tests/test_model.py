@@ -283,7 +283,12 @@ def test_every_ttt_parameter_learns(args):
         optimizer.step()
 
 
-@each_of({name: ARGS[name] for name in ("text", "delta", "relative", "relative delta", "linear", "mlp with rope")})
+@each_of(
+    {
+        name: ARGS[name]
+        for name in ("text", "delta", "relative", "relative delta", "linear", "mlp with rope")
+    }
+)
 def test_gradients_survive_checkpointing_and_compilation(args):
     """Neither recomputing activations nor compiling the layers changes loss or gradients."""
     results = []

@@ -119,9 +119,7 @@ def train(
     world = World(0, 1, model.device)
     curve: list[dict[str, float]] = []
     for step in range(1, preset.num_steps + 1):
-        streams = draw(
-            preset.streams, batch=preset.batch_size, seed=seed * 1_000_000 + step
-        )
+        streams = draw(preset.streams, batch=preset.batch_size, seed=seed * 1_000_000 + step)
         is_logged = step % LOG_STEPS == 0 or step in (1, preset.num_steps)
         with measuring(model, enabled=is_logged) as inner:
             loss, accuracy = _losses(model, streams, preset.streams.asked_stream, whole_text)
@@ -193,16 +191,22 @@ def run(
     if problems:
         raise UserError("these streams cannot be made: " + "; ".join(problems) + ".")
     jobs = [
-        Job(f"{name}_seed{seed}", _describe(preset, name), run_arm, (preset, name, seed, device))
+        Job(
+            f"{name}_seed{seed}",
+            _describe(preset, name, device),
+            run_arm,
+            (preset, name, seed, device),
+        )
         for seed in seeds
         for name in arms
     ]
     return run_jobs(jobs, out, workers=workers)
 
 
-def _describe(preset: Preset, name: str) -> dict[str, Any]:
+def _describe(preset: Preset, name: str, device: torch.device) -> dict[str, Any]:
     """All that an arm's result depends on, but the seed."""
     config = dataclasses.asdict(preset)
     del config["arms"]
     config["ttt"] = dataclasses.asdict(preset.ttt_args(name))
+    config["device"] = device.type
     return config

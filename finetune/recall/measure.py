@@ -1,8 +1,9 @@
 """What a model remembers: answers right and losses, by distance, with intervals."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -62,7 +63,7 @@ def measure_trained_length(
     edges = np.linspace(args.min_distance_frames, args.num_frames, NUM_DISTANCE_BINS + 1)
     bins = {
         f"{a:.0f} to {b:.0f}": (found.distances >= a) & (found.distances < b)
-        for a, b in zip(edges[:-1], edges[1:], strict=True)
+        for a, b in pairwise(edges)
     }
     return {
         "all": summarize(found, torch.ones_like(found.is_right)),
@@ -79,12 +80,12 @@ def measure_length(
     """The same on sequences `times` as long, by kind, read in pieces as a stream; and how large the
     fast weights have become."""
     total = times * args.num_frames
+    # A segment has no keys to bind again.
+    names = [kind for kind in KINDS if args.variant != "segments" or kind != "rebound"]
     kinds = [
         draw(args, batch=num_sequences, seed=EVAL_SEED + times, kind=kind, num_frames=total)
-        for kind in KINDS
-        if args.variant != "segments" or kind != "rebound"
+        for kind in names
     ]
-    names = [kind for kind in KINDS if args.variant != "segments" or kind != "rebound"]
     streams = Streams(
         *(torch.cat([getattr(k, part) for k in kinds]) for part in ("codes", "answers", "facts"))
     )
@@ -103,7 +104,7 @@ def measure_length(
     frames = streams.answers.to(model.device) - start
     logits = logits_at(model, hidden, text, read[:, :, 1 + start :], frames, args.asked_stream)
     found = answer(logits, streams, args.asked_stream, update_frames)
-    results = {}
+    results: dict[str, Any] = {}
     for index, name in enumerate(names):
         rows = torch.zeros(len(found.is_right), 1, dtype=torch.bool)
         rows[index * num_sequences : (index + 1) * num_sequences] = True
@@ -156,7 +157,3 @@ def nothing_written(model: TTTLMModel) -> Iterator[None]:
         with torch.no_grad():
             for conv, values in zip(convs, kept, strict=True):
                 conv.copy_(values)
-
-
-def writing(model: TTTLMModel, *, enabled: bool) -> Any:
-    return nullcontext() if enabled else nothing_written(model)

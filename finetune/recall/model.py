@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from finetune.recall.streams import StreamArgs
 from ttt import TTTArgs, TTTLMModel, build_model
+
 OTHERS_SHARE = 0.125
-"""Of `embedding_std`, for the streams that hold no answers. With embeddings of one size for all, the
-eight codebooks drown the ninth stream, and a small model first needs long to tell its tokens apart,
-with or without TTT."""
+"""Of `embedding_std`, for the streams that hold no answers. With embeddings of one size for all,
+the eight codebooks drown the ninth stream, and a small model first needs long to tell its tokens
+apart."""
 
 
 @dataclass(frozen=True)
@@ -97,9 +98,7 @@ def read_codes(model: TTTLMModel, codes: Tensor) -> Tensor:
     return torch.cat([initial, _delay_sequence(model.delays, codes, initial)], dim=2)
 
 
-def answer_logits(
-    model: TTTLMModel, read: Tensor, frames: Tensor, asked_stream: int
-) -> Tensor:
+def answer_logits(model: TTTLMModel, read: Tensor, frames: Tensor, asked_stream: int) -> Tensor:
     """[B, Q, card], of the codes at `frames` [B, Q] in the asked stream, in one pass.
 
     The Depformer, which has no memory of its own, runs at these frames alone.

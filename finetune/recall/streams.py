@@ -1,9 +1,9 @@
 """Streams of codes in which facts recur: a key and its value, and much later the key again.
 
 Everything is in Moshi's format: [B, 1 + codebooks, T] codes, text first, before delays. A fact is
-two frames, key and value, and so is a question: the key again, and the answer, which the model is to
-predict. Nothing but the fact tells the answer, as keys and values are paired anew in every sequence,
-each key is asked for once, and fillers are other tokens.
+two frames, key and value, and so is a question: the key again, and the answer, which the model is
+to predict. Nothing but the fact tells the answer, as keys and values are paired anew in every
+sequence, each key is asked for once, and fillers are other tokens.
 """
 
 from dataclasses import dataclass
@@ -120,9 +120,14 @@ class Streams:
 
 
 def draw(
-    args: StreamArgs, *, batch: int, seed: int, kind: Kind = "trained", num_frames: int | None = None
+    args: StreamArgs,
+    *,
+    batch: int,
+    seed: int,
+    kind: Kind = "trained",
+    num_frames: int | None = None,
 ) -> Streams:
-    """Streams of `num_frames` frames (those of training if None); the same seed, the same streams."""
+    """Streams of `num_frames` frames (None: as in training). The same seed, the same streams."""
     random = torch.Generator().manual_seed(seed)
     total = args.num_frames if num_frames is None else num_frames
     codes = _filler(args, batch, total, random, silent=kind == "silence")
@@ -160,8 +165,7 @@ def _segment(
     batch, length = len(codes), 2 * args.num_pairs
     words = args.first_key + _distinct(batch, length, args.num_keys, random)
     first, second = (
-        torch.randint(start, stop - length + 1, (batch, 1), generator=random)
-        + torch.arange(length)
+        torch.randint(start, stop - length + 1, (batch, 1), generator=random) + torch.arange(length)
         for start, stop in (heard, again)
     )
     _put(codes, 0, first, words)

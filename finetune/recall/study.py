@@ -100,9 +100,7 @@ def preset_of(cell: Cell) -> Preset:
 
 def run_cell(cell: Cell, preset: Preset, device: torch.device) -> dict[str, Any]:
     """Train and measure one cell."""
-    args = TTTArgs(
-        enabled=True, chunk_size=cell.chunk_size, **preset.ttt, **FORMS[cell.form]
-    )
+    args = TTTArgs(enabled=True, chunk_size=cell.chunk_size, **preset.ttt, **FORMS[cell.form])
     model = new_model(
         preset.model, preset.streams, args, context=None, seed=cell.seed, device=device,
         dtype=torch.float32,
@@ -129,7 +127,7 @@ def run_study(
     jobs = []
     for cell in chosen:
         preset = preset_of(cell)
-        config = {"form": FORMS[cell.form], **dataclasses.asdict(preset)}
+        config = {"form": FORMS[cell.form], "device": device.type, **dataclasses.asdict(preset)}
         config = {k: v for k, v in config.items() if k not in ("arms", "lengths", "dtype")}
         jobs.append(Job(cell.name, config, run_cell, (cell, preset, device)))
     return run_jobs(jobs, out, workers=workers)
