@@ -51,7 +51,7 @@ def tiny_args(**overrides) -> TTTArgs:
     """Layers 0 and 2 of the tiny model learn, every 5 frames, with a visible effect; in the
     published form."""
     options = {"start_layer": 0, "layer_frequency": 2, "chunk_size": 5, "learning_rate": 0.5}
-    options["lr_scale"] = "none"
+    options |= {"lr_scale": "none", "write": "sum"}
     return TTTArgs(**{"enabled": True, **options, **overrides})
 
 

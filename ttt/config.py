@@ -45,10 +45,10 @@ class TTTArgs:
     layer_frequency: int = 6
     """Layers `start_layer + k * layer_frequency` have TTT; Moshi 7B: 5, 11, 17, 23, 29."""
 
-    write: Literal["sum", "delta"] = "sum"
-    """What a chunk writes. `sum`: the sum of outer products of targets and MLP activations.
-    `delta`: what the fast weights do not know yet, by regularised least squares; for long
-    streams."""
+    write: Literal["sum", "delta"] = "delta"
+    """What a chunk writes. `delta`: what the fast weights do not know yet, by regularised least
+    squares; it stays bounded on long streams. `sum`, the published rule: the sum of outer products
+    of targets and MLP activations."""
 
     chunk_size: int = 256
     """Frames between two updates of the fast weights; 256 frames are 20.5 s."""

@@ -71,7 +71,7 @@ def run_scale_study(
         workers=workers,
     )
     lines = [
-        f"Accuracy at facts within one chunk after {study.NUM_STEPS} steps (chance "
+        f"Accuracy at facts within one chunk after {study.NUM_STEPS} steps or less (chance "
         f"{1 / results[0]['config']['streams']['num_values']:.2f}):",
         "",
         *report.study_table(results),

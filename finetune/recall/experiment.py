@@ -26,8 +26,6 @@ from ttt import TTTArgs, TTTLMModel, measuring
 logger = logging.getLogger(__name__)
 
 LOG_STEPS = 25
-LEARNT_ACCURACY = 0.8
-"""Where a curve is said to have learnt."""
 SEQUENCES_AT_ONCE = 32
 
 
@@ -104,8 +102,10 @@ def train(
     lr: float,
     label: str,
     whole_text: bool = False,
+    stop_at: float = 2.0,
 ) -> list[dict[str, float]]:
-    """Train on the answers (or on all text). Returns what was logged.
+    """Train on the answers (or on all text), until two logged accuracies in a row are `stop_at` or
+    more. Returns what was logged.
 
     Raises:
         UserError: the loss is not finite.
@@ -146,6 +146,8 @@ def train(
             )
             if not loss.isfinite():
                 raise UserError(f"{label}: the loss is not finite at step {step}. Lower the rates.")
+            if min(record["accuracy"] for record in curve[-2:]) >= stop_at:
+                break
     return curve
 
 

@@ -18,6 +18,8 @@ from ttt.layers import InPlaceGating
 
 NUM_RESAMPLES = 1000
 NUM_DISTANCE_BINS = 4
+PIECE_FRAMES = 128
+"""Of long streams, read at once."""
 EVAL_SEED = 2_000_000_000
 """Seeds of evaluation streams start here, those of training streams end below."""
 
@@ -93,10 +95,10 @@ def measure_length(
     # All questions are in the last frames.
     start = total - args.num_frames
     kept = []
-    with model.streaming(len(read)):
-        for piece in range(0, total, model.context):
-            hidden, text = model.forward_text(read[:, :, piece : min(piece + model.context, total)])
-            if piece + model.context > start:
+    with streaming_in_pieces(model, len(read), PIECE_FRAMES):
+        for piece in range(0, total, PIECE_FRAMES):
+            hidden, text = model.forward_text(read[:, :, piece : min(piece + PIECE_FRAMES, total)])
+            if piece + PIECE_FRAMES > start:
                 kept.append((hidden, text))
         ratios = _state_ratios(model)
     hidden = torch.cat([h for h, _ in kept], dim=1)[:, -args.num_frames :]
@@ -113,6 +115,20 @@ def measure_length(
             "state_ratio": ratios[rows[:, 0]].mean().item() if ratios is not None else None,
         }
     return results
+
+
+@contextmanager
+def streaming_in_pieces(model: TTTLMModel, batch: int, piece_frames: int) -> Iterator[None]:
+    """`model.streaming`, for calls of up to `piece_frames`. Its caches hold as many frames as
+    attention sees, and a call overwrites what its own first frames should see: so they are made
+    larger here, and the window stays as it was."""
+    attentions = [layer.self_attn for layer in model.transformer.layers]
+    for attention in attentions:
+        attention.context += piece_frames
+    with model.streaming(batch):
+        for attention in attentions:
+            attention.context -= piece_frames
+        yield
 
 
 def _state_ratios(model: TTTLMModel) -> Tensor | None:
