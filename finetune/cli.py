@@ -23,6 +23,7 @@ def main() -> None:
         "evaluate": evaluate,
         "plot": plot,
         "sweep": sweep,
+        "recall": recall,
         "demo": demo,
         "demo-data": demo_data,
     }
@@ -79,6 +80,10 @@ def _whole_number(name: str, value: str, *, low: int) -> int:
     if not value.lstrip("-").isdigit() or int(value) < low:
         raise UserError(f"--{name}: expected a whole number of at least {low}, got {value!r}.")
     return int(value)
+
+
+def _whole_numbers(name: str, values: str, *, low: int) -> list[int]:
+    return [_whole_number(name, value.strip(), low=low) for value in values.split(",") if value]
 
 
 @_literal
@@ -346,6 +351,65 @@ def sweep(
     )
     if status:
         sys.exit(status)
+
+
+@_literal
+def recall(
+    *unexpected: str,
+    out: str = "runs/recall",
+    preset: str = "cpu",
+    variant: str = "text",
+    arms: str = "",
+    seeds: str = "0",
+    steps: str = "",
+    lengths: str = "",
+    study: str = "",
+    widths: str = "",
+    workers: str = "1",
+    device: str = "auto",
+    **unknown: Any,
+) -> None:
+    """An experiment: does a small Moshi recall what attention has long forgotten?
+
+    Runs that are in the folder already are not repeated.
+
+    Args:
+        out: the folder for results, table (report.md, recall.csv) and picture (recall.png).
+        preset: cpu, ten minutes on two cores; gpu, 58 million parameters.
+        variant: where the facts are: text, audio (the first codebook) or segments (heard twice).
+        arms: a comma between each; all of the preset if not given.
+        seeds: a comma between each.
+        steps: optimizer steps; the preset's if not given.
+        lengths: how many times longer sequences are tried after training, as in 4,16; 0: none.
+        study: scale: how the forms of the update fare over sizes of embeddings, widths and chunks.
+        widths: of the study's models; all if not given.
+        workers: runs at a time.
+        device: auto, cpu or cuda.
+    """
+    _refuse(unexpected, unknown)
+    from finetune.recall.command import run_recall, run_scale_study
+
+    where: dict[str, Any] = {
+        "seeds": _whole_numbers("seeds", seeds, low=0),
+        "device": device,
+        "workers": _whole_number("workers", workers, low=1),
+    }
+    if study:
+        if study != "scale":
+            raise UserError(f"--study: there is no {study!r}; choose scale.")
+        wide = _whole_numbers("widths", widths, low=16)
+        print(run_scale_study(Path(out), widths=wide, **where))
+        return
+    text = run_recall(
+        Path(out),
+        size=preset,
+        variant=variant,
+        arms=[name for name in arms.split(",") if name],
+        num_steps=_whole_number("steps", steps, low=2) if steps else None,
+        lengths=_whole_numbers("lengths", lengths, low=0) if lengths else None,
+        **where,
+    )
+    print(text)
 
 
 @_literal

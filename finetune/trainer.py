@@ -21,6 +21,7 @@ from finetune.config import changed_keys, public_dict
 from finetune.console import Progress, describe, setup_logging
 from finetune.data import Batch, build_eval_loader, build_train_loader, check_share
 from finetune.distributed import join_world, peak_memory_gb
+from finetune.effect import EffectWatch
 from finetune.errors import UserError
 from finetune.evaluation.periodic import SpeechCheck, evaluate
 from finetune.interrupt import Interrupt
@@ -33,9 +34,6 @@ from finetune.summary import describe_run, write_summary
 from ttt import measuring
 
 logger = logging.getLogger(__name__)
-
-INERT_EFFECT = 1e-6
-"""Below this share of what it is added to, TTT as good as does not happen."""
 
 
 class Trainer:
@@ -87,8 +85,7 @@ class Trainer:
         self.step = 0
         self.nonfinite_steps = 0
         self.nonfinite_in_a_row = 0
-        self.largest_effect = 0.0
-        self.warned_inert = False
+        self.effect = EffectWatch(args)
         self.last_eval: tuple[int, float] | None = None
         self.saved_step = 0
         if resume_from is not None:
@@ -253,30 +250,12 @@ class Trainer:
         }
         self.metrics.log("train", self.step, metrics)
         self.progress.update(self.step, metrics)
-        self.watch_effect(ttt)
+        self.effect.look(self.step, {name: value.item() for name, value in ttt.items()})
 
     @property
     def num_encoded(self) -> int:
         """Segments that this process has encoded."""
         return self.train_data.num_encoded + (self.eval_data.num_encoded if self.eval_data else 0)
-
-    def watch_effect(self, ttt: dict[str, torch.Tensor]) -> None:
-        """Warn once if TTT still changes nothing when it has had time to."""
-        effects = [value.item() for name, value in ttt.items() if name.endswith("/effect")]
-        self.largest_effect = max([self.largest_effect, *effects])
-        has_had_time = self.step >= max(20, self.args.max_steps // 10)
-        if effects and has_had_time and not self.warned_inert:
-            self.warned_inert = True
-            if self.largest_effect < INERT_EFFECT:
-                inner = f"ttt.learning_rate (now {self.args.ttt.learning_rate:g}) or "
-                logger.warning(
-                    "after %d steps TTT changes its layers' outputs by %.1e of their size at most: "
-                    "it does nothing. Raise %soptim.ttt_lr (now %g), and watch ttt/*/effect.",
-                    self.step,
-                    self.largest_effect,
-                    inner if self.args.ttt.has_fixed_step else "",
-                    self.args.optim.ttt_lr,
-                )
 
     def evaluate(self) -> None:
         """If the configuration asks for it; at step 0 too, to have something to compare with."""
@@ -335,12 +314,11 @@ class Trainer:
                     "optimizer": self.optimizer.state_dict(),
                     "data": data_position or self.train_data.state_dict(),
                     "random": _random_state(),
+                    "effect": self.effect.state_dict(),
                     "counts": {
                         "step": self.step,
                         "nonfinite_steps": self.nonfinite_steps,
                         "nonfinite_in_a_row": self.nonfinite_in_a_row,
-                        "largest_effect": self.largest_effect,
-                        "warned_inert": self.warned_inert,
                         "last_eval": self.last_eval,
                     },
                 },
@@ -361,6 +339,7 @@ class Trainer:
             ) from error
         self.train_data.load_state_dict(state["data"])
         _set_random_state(state["random"])
+        self.effect.load_state_dict(state["effect"])
         for name, value in state["counts"].items():
             setattr(self, name, value)
         assert self.step == step_of(checkpoint)

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from ttt.layers import blocks
 from ttt.layers.execution import Execution
 
-
 CHUNK_FRAMES = 10_000
 """Frames at once, at most. They are independent of each other, and a layer's intermediate results,
 which for 20,000 frames of Moshi are 10 GB in the backward pass, would be the peak of memory."""
