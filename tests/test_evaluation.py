@@ -15,10 +15,11 @@ from training_tools import checkpoint, train, write_model
 from finetune.cli import evaluate, run
 from finetune.data.audio import inspect_audio
 from finetune.errors import UserError
+from finetune.evaluation.conclusions import conclusions
 from finetune.evaluation.health import alarms, check_health, measure, repeat_rate
 from finetune.evaluation.options import HealthOptions, Options, PairOptions
 from finetune.evaluation.pairs import PairTask, log_likelihood, read_pairs, zerospeech_lines
-from finetune.evaluation.position import BinSums
+from finetune.evaluation.position import STREAMS, BinSums
 from finetune.evaluation.records import Records
 from finetune.evaluation.run import evaluate_checkpoint
 from finetune.evaluation.statistics import Bootstrap, proportion, slope_parts
@@ -164,6 +165,27 @@ def test_curves_cover_every_bin_once():
         ranges = pairwise_edges(num_bins)
         covered = [bin for start, stop in ranges for bin in range(start, stop)]
         assert covered == list(range(num_bins)) and len(ranges) <= 20
+
+
+def test_conclusions_say_no_more_than_the_intervals():
+    def estimate(value, low, high):
+        return {"value": value, "low": low, "high": high}
+
+    def sentences(arms, *estimates):
+        by_stream = dict(zip(STREAMS, estimates, strict=True))
+        difference = {"arms": arms} | {s: {"beyond_window": e} for s, e in by_stream.items()}
+        place = {"longest_sec": 600, "attention_window_sec": 240, "differences": [difference]}
+        return conclusions({"position": place})
+
+    better, worse = estimate(-0.02, -0.03, -0.01), estimate(0.02, 0.01, 0.03)
+    unsure, tiny = estimate(-0.02, -0.05, 0.01), estimate(2e-5, 1e-5, 3e-5)
+    (sentence,) = sentences(["on", "off"], better, worse, unsure, tiny)
+    assert "better: text, with padding −0.0200 [−0.0300, −0.0100]; worse: text, words" in sentence
+    assert "no difference shown: first codebook −0.0200" in sentence
+    assert len(sentences(["on", "carried"], better, tiny, unsure, tiny)) == 1
+    assert sentences(["on", "carried"], better, worse, unsure, tiny)[1].startswith("Warning")
+    alone = estimate(-0.5, None, None)
+    assert "better" not in sentences(["on", "off"], alone, alone, alone, alone)[0]
 
 
 # --- pairs ----------------------------------------------------------------------------------------

@@ -14,6 +14,8 @@ _TITLES = {
     ("on", "baseline"): "this checkpoint, compared with the baseline",
 }
 _BETTER, _WORSE, _SAME = "better", "worse", "no difference shown"
+NEGLIGIBLE_NATS = 0.001
+"""A difference smaller than this is called none, however sure it is."""
 
 
 def conclusions(results: Mapping[str, Any]) -> list[str]:
@@ -61,6 +63,8 @@ def _of_position(position: Mapping[str, Any]) -> Iterator[str]:
 def _sign(estimate: Mapping[str, float | None]) -> str:
     low, high = estimate["low"], estimate["high"]
     if low is None or high is None or low <= 0 <= high:
+        return _SAME
+    if max(-low, high) < NEGLIGIBLE_NATS:
         return _SAME
     return _BETTER if high < 0 else _WORSE
 
