@@ -183,9 +183,15 @@ class TrainArgs:
     max_norm: float = 1.0
     """Upper bound on the norm of the gradient; a larger gradient is scaled down to it."""
 
-    gradient_checkpointing: bool = True
-    """Compute each layer's activations again in the backward pass instead of keeping them: far less
-    memory, about a third more time."""
+    gradient_checkpointing: bool | Literal["selective"] = True
+    """What the forward pass keeps for the backward pass. `true`: the inputs of layers alone; all
+    else is computed again, for the least memory and about a quarter more time. `selective`: also
+    the results of attention and of large matrix products, which take most of that time. `false`:
+    everything."""
+
+    compile: bool | None = None
+    """Whether to compile the layers with `torch.compile`: the first step takes a minute or so, all
+    others are faster. null: on a GPU. Needs a C++ compiler on the CPU."""
 
     optim: OptimArgs = field(default_factory=OptimArgs)
     """The optimizer, AdamW, with a one-cycle schedule."""
@@ -202,12 +208,21 @@ class TrainArgs:
     log_freq: int = 1
     """Steps between two logged lines of training metrics."""
 
+    profile_steps: list[int] | None = None
+    """First and last of the steps to profile, as `[10, 12]`: a trace for
+    [Perfetto](https://ui.perfetto.dev) in `profile/` of the run folder, one a process. Profiled
+    steps are slower."""
+
     do_eval: bool = False
     """Whether to evaluate on `data.eval_data`."""
 
     eval_freq: int = 0
     """Steps between two evaluations, if `do_eval`; below 1: only after the last step. There is one
     before the first step as well."""
+
+    health_sec: float = 6.0
+    """At every evaluation the model continues two of its segments for this long, and the log warns
+    if what it says is no longer like speech; 0: do not. See [evaluation.md](evaluation.md)."""
 
     do_ckpt: bool = True
     """Whether to write checkpoints."""

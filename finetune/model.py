@@ -175,7 +175,11 @@ def changed_shape(shape: Mapping[str, Any], args: ModelArgs) -> dict[str, Any]:
 
 
 def plan_model(
-    args: TrainArgs, info: loaders.CheckpointInfo, device: torch.device | str = "meta"
+    args: TrainArgs,
+    info: loaders.CheckpointInfo,
+    device: torch.device | str = "meta",
+    *,
+    compile: bool = False,
 ) -> TTTLMModel:
     """The model of a configuration, with random weights, or none (`meta`).
 
@@ -189,6 +193,7 @@ def plan_model(
             device=device,
             dtype=getattr(torch, args.param_dtype),
             gradient_checkpointing=args.gradient_checkpointing,
+            compile=compile,
             attention_context=args.model.attention_context,
         )
     except ValueError as error:
@@ -213,20 +218,21 @@ def load_model(
     """
     paths = args.moshi_paths
     earlier = open_earlier_run(paths.init_from) if paths.init_from else None
+    compile = torch.device(device).type == "cuda" if args.compile is None else args.compile
     torch.manual_seed(args.seed)
     if earlier is not None:
         shape = changed_shape(model_shape(info), args.model)
         there = _with_known_names(earlier.config)
         require_fit(earlier, args, shape, {key: there.get(key) for key in shape})
-        model = plan_model(args, info)
+        model = plan_model(args, info, compile=compile)
         load_weights(model, _base_weights(earlier), device)
     elif paths.random_init:
-        model = plan_model(args, info, device)
+        model = plan_model(args, info, device, compile=compile)
     else:
-        model = plan_model(args, info)
+        model = plan_model(args, info, compile=compile)
         load_weights(model, info.moshi_weights, device)
     if args.lora.enable:
-        _add_lora(model, args.lora, seed=args.seed)
+        add_lora(model, args.lora, seed=args.seed)
     if earlier is not None:
         load_adapters_and_ttt(model, args, earlier)
         logger.info(describe_start(args, earlier))
@@ -236,8 +242,13 @@ def load_model(
     return model.train()
 
 
-def build_codec(info: loaders.CheckpointInfo, model: TTTLMModel) -> Codec:
+def build_codec(
+    info: loaders.CheckpointInfo, model: TTTLMModel, device: torch.device | str | None = None
+) -> Codec:
     """Mimi and the text tokenizer of a checkpoint, for the streams of `model`.
+
+    Args:
+        device: where Mimi computes when it is needed; None: where the model is.
 
     Raises:
         UserError: they cannot be read, or do not fit the model.
@@ -247,7 +258,6 @@ def build_codec(info: loaders.CheckpointInfo, model: TTTLMModel) -> Codec:
         mimi = loaders.get_mimi(
             info.mimi_weights,
             info.mimi_config,
-            device=model.device,
             num_codebooks=max(model.dep_q, user_codebooks),
         )
     except (
@@ -281,6 +291,7 @@ def build_codec(info: loaders.CheckpointInfo, model: TTTLMModel) -> Codec:
         text_padding_id=model.text_padding_token_id,
         end_of_text_padding_id=model.end_of_text_padding_id,
         zero_token_id=model.zero_token_id,
+        device=device or model.device,
     )
 
 
@@ -304,7 +315,7 @@ def _base_weights(earlier: EarlierRun) -> Path:
     return find_checkpoint(paths).moshi_weights
 
 
-def _add_lora(model: TTTLMModel, args: LoraArgs, *, seed: int) -> None:
+def add_lora(model: TTTLMModel, args: LoraArgs, *, seed: int) -> None:
     """Wrap every linear layer; at the start the adapters change nothing."""
     torch.manual_seed(seed)
     replace_all_linear_with_lora(model, args.rank, args.scaling)
