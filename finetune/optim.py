@@ -146,7 +146,7 @@ class Optimizer:
         own = [p for parameters in self.parameters.values() for p in parameters]
         pairs = [(p, m) for p, m in zip(own, self._all_masters(), strict=True) if p is not m]
         if pairs:
-            torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
+            torch._foreach_copy_([p for p, _ in pairs], [m for _, m in pairs])
 
 
 def _with_master(parameter: nn.Parameter) -> Tensor:

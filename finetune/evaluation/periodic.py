@@ -47,7 +47,9 @@ def evaluate(
     for batch in batches:
         if should_stop():
             break
-        for row, sums in enumerate(stream_sums(model, model(batch.codes), batch.codes, weights)):
+        for row, sums in enumerate(
+            stream_sums(model, model(batch.codes, with_heads=False), batch.codes, weights)
+        ):
             parts = (sums.loss, sums.weight, sums.nll, sums.count)
             total[row] += torch.stack([part.double() for part in parts]).cpu()
     model.train(was_training)

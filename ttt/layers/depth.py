@@ -1,8 +1,11 @@
 """The depth transformer over whole sequences: all steps of all frames at once."""
 
+from typing import Any
+
 import torch
 from moshi.models.lm import LMModel
 from moshi.modules.gating import ActivationGating
+from moshi.modules.transformer import StreamingTransformer
 from torch import Tensor, nn
 
 from ttt.layers import blocks
@@ -35,11 +38,14 @@ def depth_hidden(
 
 def _hidden_of(model: LMModel, codes: Tensor, x: Tensor, execution: Execution) -> Tensor:
     """[K, N, C] of codes [17, N] and the main transformer's output [N, d]."""
-    steps = range(model.dep_q)
+    steps = list(range(model.dep_q))
     tokens = [model.depformer_text_emb(codes[0])]
     # The last codebook is never read.
-    tokens += [emb(codes[model.audio_offset + k]) for k, emb in zip(steps, model.depformer_emb)]
-    schedule = model.depformer_weights_per_step_schedule or list(steps)
+    tokens += [
+        emb(codes[model.audio_offset + k])
+        for k, emb in zip(steps, model.depformer_emb, strict=False)
+    ]
+    schedule = model.depformer_weights_per_step_schedule or steps
     linears = [blocks.linear_of(linear) for linear in model.depformer_in]
     if model.depformer_multi_linear:
         linears = [linears[number] for number in schedule]
@@ -53,19 +59,21 @@ def _hidden_of(model: LMModel, codes: Tensor, x: Tensor, execution: Execution) -
         x = model.depformer(x.transpose(0, 1)).transpose(0, 1)
     if all(isinstance(norm, nn.Identity) for norm in model.depformer_norms):
         return x
-    return torch.cat([norm(x[k : k + 1]) for k, norm in zip(steps, model.depformer_norms)])
+    return torch.cat([norm(x[k : k + 1]) for k, norm in enumerate(model.depformer_norms)])
 
 
-def _is_covered(depformer: nn.Module) -> bool:
+def _is_covered(depformer: StreamingTransformer) -> bool:
     """Whether `blocks` knows this kind of depth transformer, as all of Moshi's are."""
     return depformer.positional_embedding == "none" and all(
         blocks.is_covered(layer.self_attn) and _is_even(layer.gating) for layer in depformer.layers
     )
 
 
-def _is_even(gating: nn.Module | None) -> bool:
+def _is_even(gating: Any) -> bool:
     """Whether the MLPs of all steps have one shape."""
     if not isinstance(gating, nn.ModuleList):
         return True
-    known = all(isinstance(step, ActivationGating) for step in gating)
-    return known and len({blocks.linear_of(step.linear_in).weight.shape for step in gating}) == 1
+    if not all(isinstance(step, ActivationGating) for step in gating):
+        return False
+    inward: list[Any] = [step.linear_in for step in gating]
+    return len({blocks.linear_of(linear).weight.shape for linear in inward}) == 1
