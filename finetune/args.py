@@ -4,6 +4,7 @@ The string below a field is its documentation: `docs/configuration.md` is made f
 `finetune.config` reads a file into these classes and checks the values.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -38,14 +39,47 @@ class ModelPaths:
     random_init: bool = False
     """Start the language model from random weights: for demonstrations and benchmarks."""
 
+    init_from: str | None = None
+    """A checkpoint of an earlier run, `RUN/checkpoints/checkpoint_NNNNNN`, whose trained weights
+    (base, LoRA, TTT) this run starts from, in place of `moshi_path` or random weights. Optimizer,
+    schedule, step and data start anew; TTT that the earlier run had not is added untrained."""
+
 
 @dataclass
 class ModelArgs:
-    """Changes to the model's shape that need no other weights."""
+    """Changes to the model's shape; all but the window need `moshi_paths.random_init`."""
 
     attention_context: int | None = None
     """Frames that attention sees, in all layers but those for which `ttt.attention_context` says
     otherwise; null: as the checkpoint has it (3000 in Moshi)."""
+
+    norm: Literal["layer_norm", "rms_norm_f32"] | None = None
+    """Normalisation in both transformers; null: as in config.json (`rms_norm_f32` in Moshi)."""
+
+    gating: Literal["none", "silu"] | None = None
+    """The MLPs of the main transformer: `silu`: gated, with hidden width h; `none`: a plain MLP
+    (GELU) of width 3h/2, which has as many parameters; null: as in config.json (`silu` in
+    Moshi)."""
+
+    positional_embedding: Literal["sin", "rope"] | None = None
+    """Positions in the main transformer: sines added to its input, or queries and keys turned;
+    null: as in config.json (`rope` in Moshi)."""
+
+    def problems(self, random_init: bool, ttt: TTTArgs) -> Iterator[tuple[str, str]]:
+        """What contradicts these values elsewhere: dotted keys, and the problem with its remedy."""
+        for name in ("norm", "gating", "positional_embedding"):
+            if getattr(self, name) is not None and not random_init:
+                yield (
+                    f"model.{name}, moshi_paths.random_init",
+                    "trained weights are of the shape in their config.json, which can be changed "
+                    f"for random weights alone; remove model.{name}, or set random_init to true",
+                )
+        if self.gating == "none" and ttt.enabled and ttt.method == "in_place":
+            yield (
+                "model.gating, ttt.method",
+                "in_place learns in gated MLPs, and with gating none there are none; set "
+                "ttt.method to linear or mlp, ttt.enabled to false, or gating to silu",
+            )
 
 
 @dataclass
@@ -149,9 +183,15 @@ class TrainArgs:
     max_norm: float = 1.0
     """Upper bound on the norm of the gradient; a larger gradient is scaled down to it."""
 
-    gradient_checkpointing: bool = True
-    """Compute each layer's activations again in the backward pass instead of keeping them: far less
-    memory, about a third more time."""
+    gradient_checkpointing: bool | Literal["selective"] = True
+    """What the forward pass keeps for the backward pass. `true`: the inputs of layers alone; all
+    else is computed again, for the least memory and about a quarter more time. `selective`: also
+    the results of attention and of large matrix products, which take most of that time. `false`:
+    everything."""
+
+    compile: bool | None = None
+    """Whether to compile the layers with `torch.compile`: the first step takes a minute or so, all
+    others are faster. null: on a GPU. Needs a C++ compiler on the CPU."""
 
     optim: OptimArgs = field(default_factory=OptimArgs)
     """The optimizer, AdamW, with a one-cycle schedule."""
@@ -168,12 +208,21 @@ class TrainArgs:
     log_freq: int = 1
     """Steps between two logged lines of training metrics."""
 
+    profile_steps: list[int] | None = None
+    """First and last of the steps to profile, as `[10, 12]`: a trace for
+    [Perfetto](https://ui.perfetto.dev) in `profile/` of the run folder, one a process. Profiled
+    steps are slower."""
+
     do_eval: bool = False
     """Whether to evaluate on `data.eval_data`."""
 
     eval_freq: int = 0
     """Steps between two evaluations, if `do_eval`; below 1: only after the last step. There is one
     before the first step as well."""
+
+    health_sec: float = 6.0
+    """At every evaluation the model continues two of its segments for this long, and the log warns
+    if what it says is no longer like speech; 0: do not. See [evaluation.md](evaluation.md)."""
 
     do_ckpt: bool = True
     """Whether to write checkpoints."""

@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 from finetune.args import TrainArgs
 from finetune.config import save_config
 from finetune.errors import UserError
-from finetune.model import merged_state_dict, trainable_by_role
+from finetune.model import changed_shape, merged_state_dict, trainable_by_role
 from ttt import TTTLMModel, ttt_parameters
 
 logger = logging.getLogger(__name__)
@@ -226,7 +226,8 @@ def _write_consolidated(
     folder: Path, args: TrainArgs, model: TTTLMModel, info: loaders.CheckpointInfo
 ) -> None:
     adapters_only = args.lora.enable and args.save_adapters
-    config = dict(loaders._lm_kwargs if info.raw_config is None else info.raw_config)
+    config = loaders._lm_kwargs if info.raw_config is None else info.raw_config
+    config = changed_shape(config, args.model)
     config["lora"] = adapters_only
     if args.model.attention_context is not None:
         config["context"] = args.model.attention_context

@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from operator import attrgetter
 from pathlib import Path
 from types import NoneType, UnionType
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 # What is wrong, by dotted key ("optim.lr", or "full_finetuning, lora.enable"), with its remedy.
 Problem = tuple[str, str]
 
-_NULLS = ("", "~", "null", "Null", "NULL", "None")
+NULLS = ("", "~", "null", "Null", "NULL", "None")
 _BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 _NAMES = {
     bool: "true or false",
@@ -41,10 +41,28 @@ def load_config(path: str | Path, overrides: Mapping[str, object] | None = None)
     Raises:
         UserError: naming every unknown key, wrong type, bad value and contradiction.
     """
+    args, problems = check_config(path, overrides)
+    if problems:
+        origin = dict.fromkeys(flatten(overrides or {}), " (on the command line)")
+        lines = (f"{keys}: {text}{origin.get(keys, '')}" for keys, text in problems)
+        raise UserError(list_problems(path, lines))
+    return args
+
+
+def check_config(
+    path: str | Path, overrides: Mapping[str, object] | None = None
+) -> tuple[TrainArgs, list[Problem]]:
+    """As `load_config`, but what is wrong is handed back; defaults stand where it is.
+
+    Raises:
+        UserError: the file cannot be read at all.
+    """
     path = Path(path)
-    written = _flatten(_read_yaml(path))
-    from_command_line = _flatten(overrides or {})
-    emptied = tuple(f"{key}." for key, text in from_command_line.items() if text in _NULLS)
+    written = flatten(read_yaml(path))
+    if written.keys() >= {"base", "sweep_dir"}:
+        raise UserError(f"{path} is a sweep, not one run's configuration: moshi-ttt sweep {path}")
+    from_command_line = flatten(overrides or {})
+    emptied = tuple(f"{key}." for key, text in from_command_line.items() if text in NULLS)
     written = {key: text for key, text in written.items() if not key.startswith(emptied)}
     args, problems = _parse_all(TrainArgs, written | from_command_line)
     if from_command_line.keys() & {"ttt.method", "ttt.write"}:
@@ -61,14 +79,14 @@ def load_config(path: str | Path, overrides: Mapping[str, object] | None = None)
         sections = {key.split(".")[0] for key in keys.split(", ")}
         if not settled & (sections | set(keys.split(", "))):
             problems.append((keys, text))
-    if problems:
-        count = "a problem" if len(problems) == 1 else f"{len(problems)} problems"
-        lines = [
-            f"  - {keys}: {text}" + (" (on the command line)" if keys in from_command_line else "")
-            for keys, text in problems
-        ]
-        raise UserError("\n".join([f"{path} has {count}:", *lines]))
-    return args
+    return args, problems
+
+
+def list_problems(path: str | Path, problems: Iterable[str]) -> str:
+    """What a user is told of a file with problems, a line each."""
+    lines = [f"  - {problem}" for problem in problems]
+    count = "a problem" if len(lines) == 1 else f"{len(lines)} problems"
+    return "\n".join([f"{path} has {count}:", *lines])
 
 
 def public_dict(args: TrainArgs) -> dict[str, Any]:
@@ -83,7 +101,7 @@ def changed_keys(path: Path, args: TrainArgs) -> dict[str, tuple[str, str]]:
 
     Keys that say how a run is started, not what it is, are left out.
     """
-    old, new = (_flatten(public_dict(each)) for each in (load_config(path), args))
+    old, new = (flatten(public_dict(each)) for each in (load_config(path), args))
     return {
         key: (str(old.get(key)), str(new.get(key)))
         for key in sorted(old.keys() | new.keys())
@@ -118,7 +136,12 @@ class _Loader(yaml.BaseLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The file's mapping, its values as they are written.
+
+    Raises:
+        UserError: no such file, not YAML, a key twice, or no mapping.
+    """
     if not path.exists():
         raise UserError(f"There is no configuration file {path}.{_files_nearby(path)}")
     try:
@@ -153,12 +176,12 @@ def _files_nearby(path: Path) -> str:
     return " Give the path of a YAML file; there are some in example/ to start from."
 
 
-def _flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """`{"optim": {"lr": 1}}` becomes `{"optim.lr": "1"}`; values as they are written in YAML."""
     flat: dict[str, Any] = {}
     for name, value in nested.items():
         if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{name}.")
+            flat |= flatten(value, f"{prefix}{name}.")
         elif isinstance(value, list | tuple | set):
             flat[f"{prefix}{name}"] = value
         else:
@@ -194,7 +217,7 @@ def _parse_all(cls: type[TrainArgs], flat: Mapping[str, Any]) -> tuple[TrainArgs
             hint = f", did you mean {similar}?" if similar else "; remove it"
             problems.append((key, f"unknown key{hint}"))
         elif dataclasses.is_dataclass(fields[key][0]):
-            if raw not in _NULLS:
+            if raw not in NULLS:
                 problems.append((key, "is a section: expected keys of its own below it"))
         else:
             try:
@@ -237,6 +260,8 @@ def _build(cls: Any, values: Mapping[str, Any], prefix: str = "") -> Any:
 def _parse(raw: Any, kind: Any) -> Any:
     """The value of type `kind` that the text `raw` means, or `ValueError`."""
     options = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    if list[int] in options and raw not in NULLS:
+        return _parse_list(raw)
     if isinstance(raw, str):
         # null first: as text it would be the word "null"
         for option in sorted(options, key=lambda option: option is not NoneType):
@@ -248,13 +273,22 @@ def _parse(raw: Any, kind: Any) -> Any:
         " or ".join(map(str, get_args(option))) if get_origin(option) is Literal else _NAMES[option]
         for option in options
     ]
-    got = "a list" if not isinstance(raw, str) else "nothing" if raw in _NULLS else repr(raw)
+    got = "a list" if not isinstance(raw, str) else "nothing" if raw in NULLS else repr(raw)
     raise ValueError(f"expected {' or '.join(expected)}, got {got}")
+
+
+def _parse_list(raw: Any) -> list[int]:
+    """Whole numbers, as `[10, 12]` in YAML or on the command line."""
+    items = raw.strip("[]() ").split(",") if isinstance(raw, str) else raw
+    try:
+        return [_parse_one(str(item).strip(), int) for item in items]
+    except (ValueError, OverflowError):
+        raise ValueError(f"expected whole numbers, as [10, 12], got {raw!r}") from None
 
 
 def _parse_one(raw: str, kind: Any) -> Any:
     if kind is NoneType:
-        return {null: None for null in _NULLS}[raw]
+        return {null: None for null in NULLS}[raw]
     if kind is bool:
         return _BOOLS[raw.lower()]
     if kind is int:
@@ -267,7 +301,7 @@ def _parse_one(raw: str, kind: Any) -> Any:
             raise ValueError(raw)
         return float(raw)
     if kind is str:
-        if raw in _NULLS[1:]:
+        if raw in NULLS[1:]:
             raise ValueError(raw)
         return raw
     assert get_origin(kind) is Literal, f"a field of type {kind} cannot be read from YAML"
@@ -279,7 +313,9 @@ def _parse_one(raw: str, kind: Any) -> Any:
 
 def _cross_checks(args: TrainArgs) -> Iterator[Problem]:
     yield from _check_what_trains(args)
+    yield from args.model.problems(args.moshi_paths.random_init, args.ttt)
     yield from _check_ranges(args)
+    yield from _check_profile(args)
     yield from _check_paths(args)
     yield from _check_run(args)
     yield from ((f"ttt.{field}", text) for field, text in args.ttt.problems())
@@ -316,11 +352,13 @@ _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "seed": _at_least(0),
     "first_codebook_weight_multiplier": _at_least(0),
     "text_padding_weight": _at_least(0),
+    "health_sec": _at_least(0),
     "optim.lr": _at_least(0),
     "optim.ttt_lr": _at_least(0),
     "optim.weight_decay": _at_least(0),
     "optim.pct_start": ("more than 0 and less than 1", lambda value: 0 < value < 1),
     "data.num_workers": _at_least(0),
+    "data.prefetch_steps": _at_least(0),
 }
 _LORA_RANGES = {"lora.rank": _at_least(1), "lora.scaling": _POSITIVE}
 
@@ -330,6 +368,18 @@ def _check_ranges(args: TrainArgs) -> Iterator[Problem]:
         value = attrgetter(key)(args)
         if value is not None and not holds(value):
             yield key, f"must be {allowed}, got {value}"
+
+
+def _check_profile(args: TrainArgs) -> Iterator[Problem]:
+    steps = args.profile_steps
+    if steps is None:
+        return
+    if len(steps) != 2 or not 1 <= steps[0] <= steps[1] <= args.max_steps:
+        yield (
+            "profile_steps",
+            f"must be the first and the last step to profile, between 1 and max_steps "
+            f"({args.max_steps}), as [10, 12]; got {steps}",
+        )
 
 
 def _check_paths(args: TrainArgs) -> Iterator[Problem]:
@@ -348,10 +398,15 @@ def _check_paths(args: TrainArgs) -> Iterator[Problem]:
             "moshi_paths.random_init, moshi_paths.moshi_path",
             "random weights and weights from a file contradict; set one of the two only",
         )
+    if paths.init_from and paths.moshi_path:
+        yield (
+            "moshi_paths.init_from, moshi_paths.moshi_path",
+            "both say which weights to start from; set one of the two only",
+        )
     missing = [
         f"moshi_paths.{name}"
         for name in ("moshi_path", "mimi_path", "tokenizer_path")
-        if not getattr(paths, name)
+        if not getattr(paths, name) and not (name == "moshi_path" and paths.init_from)
     ]
     if missing and not paths.hf_repo_id and not paths.random_init:
         yield (

@@ -5,8 +5,10 @@ without `torchrun` is a world of one, for which every function here does nothing
 """
 
 import os
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -24,6 +26,11 @@ class World:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def place(self) -> dict[str, int]:
+        """This process among all, as the data loaders want it."""
+        return {"rank": self.rank, "world_size": self.size}
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum of `tensor` over all processes; also stored in `tensor` itself."""
@@ -69,3 +76,18 @@ def join_world(device: Literal["auto", "cpu", "cuda"]) -> World:
     if size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
     return World(rank, size, place)
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """The most that this process has held so far: allocated on the GPU, or resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    status = Path("/proc/self/status")
+    if status.is_file():
+        # Not getrusage: there a process starts with the peak of the one that started it.
+        peak_kb = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM:"))
+        return int(peak_kb.split()[1]) * 1024 / 1e9
+    import resource  # not on every system
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return (peak if sys.platform == "darwin" else peak * 1024) / 1e9

@@ -1,6 +1,7 @@
 """From configuration to a model: find the files, build, load, add LoRA, decide what trains."""
 
 import json
+import logging
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,13 +13,22 @@ from moshi.models import loaders
 from moshi.models.lm_utils import ScaledEmbedding
 from moshi.modules.lora import LoRALinear, replace_all_linear_with_lora
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
-from finetune.args import LoraArgs, ModelPaths, TrainArgs
+from finetune.args import LoraArgs, ModelArgs, ModelPaths, TrainArgs
 from finetune.data import Codec
 from finetune.errors import UserError
+from finetune.start import (
+    EarlierRun,
+    describe_start,
+    load_adapters_and_ttt,
+    load_weights,
+    open_earlier_run,
+    require_fit,
+)
 from ttt import TTTLMModel, build_model, ttt_parameters
+
+logger = logging.getLogger(__name__)
 
 # Keys of a checkpoint's config.json that are about LoRA, or outdated: not the model's shape.
 _NOT_SHAPE = ("lora", "lora_rank", "lora_scaling", "depformer_causal")
@@ -66,7 +76,7 @@ def find_checkpoint(paths: ModelPaths) -> loaders.CheckpointInfo:
     return loaders.CheckpointInfo(
         moshi_weights=(
             Path(moshi_name)
-            if paths.random_init
+            if paths.random_init or paths.init_from
             else locate("moshi_path", paths.moshi_path, moshi_name)
         ),
         mimi_weights=locate(
@@ -95,8 +105,10 @@ def _from_hub(repo: str, paths: ModelPaths) -> loaders.CheckpointInfo:
     try:
         return loaders.CheckpointInfo.from_hf_repo(
             repo,
-            # The weights are not needed for a random start: do not download them.
-            moshi_weights=Path("random") if paths.random_init else paths.moshi_path,
+            # Where they are not needed, the weights are not downloaded.
+            moshi_weights=(
+                Path("none") if paths.random_init or paths.init_from else paths.moshi_path
+            ),
             mimi_weights=paths.mimi_path,
             tokenizer=paths.tokenizer_path,
             config_path=paths.config_path,
@@ -137,9 +149,60 @@ def model_shape(info: loaders.CheckpointInfo) -> dict[str, Any]:
             "moshi_paths: this is a LoRA checkpoint. Train from its base, or from a checkpoint "
             "that was saved with save_adapters: false, which has LoRA merged (TTT starts anew)."
         )
-    if "demux_second_stream" in config:
-        config["demux_second_text_stream"] = config.pop("demux_second_stream")
-    return {key: value for key, value in config.items() if key not in _NOT_SHAPE}
+    return _with_known_names(config)
+
+
+def _with_known_names(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a config.json that may be about the shape, as `LMModel` calls them."""
+    shape = {key: value for key, value in config.items() if key not in _NOT_SHAPE}
+    if "demux_second_stream" in shape:
+        shape["demux_second_text_stream"] = shape.pop("demux_second_stream")
+    return shape
+
+
+def changed_shape(shape: Mapping[str, Any], args: ModelArgs) -> dict[str, Any]:
+    """A model's shape, or its config.json, with what `args` changes for random weights."""
+    chosen = {
+        "norm": args.norm,
+        "gating": args.gating,
+        "positional_embedding": args.positional_embedding,
+    }
+    changed = dict(shape) | {key: value for key, value in chosen.items() if value is not None}
+    if args.gating is not None:
+        # The depth transformer takes what is not said of it from the main one.
+        changed.setdefault("depformer_gating", shape.get("gating", "none"))
+    return changed
+
+
+def plan_model(
+    args: TrainArgs,
+    info: loaders.CheckpointInfo,
+    device: torch.device | str = "meta",
+    *,
+    compile: bool = False,
+) -> TTTLMModel:
+    """The model of a configuration, with random weights, or none (`meta`).
+
+    Raises:
+        UserError: an impossible TTT configuration, or a config.json that is none of a Moshi.
+    """
+    try:
+        return build_model(
+            changed_shape(model_shape(info), args.model),
+            args.ttt,
+            device=device,
+            dtype=getattr(torch, args.param_dtype),
+            gradient_checkpointing=args.gradient_checkpointing,
+            compile=compile,
+            attention_context=args.model.attention_context,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    except (TypeError, KeyError, AssertionError) as error:
+        raise UserError(
+            f"moshi_paths.config_path: the config.json of these weights does not describe a Moshi: "
+            f"{_brief(error)}"
+        ) from error
 
 
 def load_model(
@@ -153,36 +216,39 @@ def load_model(
     Raises:
         UserError: weights that do not fit the model, or an impossible TTT configuration.
     """
-    dtype = getattr(torch, args.param_dtype)
+    paths = args.moshi_paths
+    earlier = open_earlier_run(paths.init_from) if paths.init_from else None
+    compile = torch.device(device).type == "cuda" if args.compile is None else args.compile
     torch.manual_seed(args.seed)
-    try:
-        model = build_model(
-            model_shape(info),
-            args.ttt,
-            device=device if args.moshi_paths.random_init else "meta",
-            dtype=dtype,
-            gradient_checkpointing=args.gradient_checkpointing,
-            attention_context=args.model.attention_context,
-        )
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    except (TypeError, KeyError, AssertionError) as error:
-        raise UserError(
-            f"moshi_paths.config_path: the config.json of these weights does not describe a Moshi: "
-            f"{_brief(error)}"
-        ) from error
-    if not args.moshi_paths.random_init:
-        _load_weights(model, info.moshi_weights, device, dtype)
+    if earlier is not None:
+        shape = changed_shape(model_shape(info), args.model)
+        there = _with_known_names(earlier.config)
+        require_fit(earlier, args, shape, {key: there.get(key) for key in shape})
+        model = plan_model(args, info, compile=compile)
+        load_weights(model, _base_weights(earlier), device)
+    elif paths.random_init:
+        model = plan_model(args, info, device, compile=compile)
+    else:
+        model = plan_model(args, info, compile=compile)
+        load_weights(model, info.moshi_weights, device)
     if args.lora.enable:
-        _add_lora(model, args.lora, seed=args.seed)
+        add_lora(model, args.lora, seed=args.seed)
+    if earlier is not None:
+        load_adapters_and_ttt(model, args, earlier)
+        logger.info(describe_start(args, earlier))
     for role, named in parameters_by_role(model).items():
         for parameter in named.values():
             parameter.requires_grad_(role in _training_roles(args))
     return model.train()
 
 
-def build_codec(info: loaders.CheckpointInfo, model: TTTLMModel) -> Codec:
+def build_codec(
+    info: loaders.CheckpointInfo, model: TTTLMModel, device: torch.device | str | None = None
+) -> Codec:
     """Mimi and the text tokenizer of a checkpoint, for the streams of `model`.
+
+    Args:
+        device: where Mimi computes when it is needed; None: where the model is.
 
     Raises:
         UserError: they cannot be read, or do not fit the model.
@@ -192,7 +258,6 @@ def build_codec(info: loaders.CheckpointInfo, model: TTTLMModel) -> Codec:
         mimi = loaders.get_mimi(
             info.mimi_weights,
             info.mimi_config,
-            device=model.device,
             num_codebooks=max(model.dep_q, user_codebooks),
         )
     except (
@@ -226,6 +291,7 @@ def build_codec(info: loaders.CheckpointInfo, model: TTTLMModel) -> Codec:
         text_padding_id=model.text_padding_token_id,
         end_of_text_padding_id=model.end_of_text_padding_id,
         zero_token_id=model.zero_token_id,
+        device=device or model.device,
     )
 
 
@@ -234,42 +300,22 @@ def _brief(error: Exception) -> str:
     return textwrap.shorten(f"{type(error).__name__}: {error}", 300, placeholder=" …")
 
 
-def _load_weights(
-    model: TTTLMModel, path: Path, device: torch.device | str, dtype: torch.dtype
-) -> None:
-    """Load stock weights into a model on `meta`; TTT's own parameters get their start values."""
-    try:
-        weights = load_file(path, device=str(device))
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"moshi_paths.moshi_path: cannot read {path}: {error}") from error
-    weights = {key: w.to(dtype) if w.is_floating_point() else w for key, w in weights.items()}
-    expected = model.state_dict()
-    own = ttt_parameters(model)
-    wrong = {
-        "missing": [key for key in expected if key not in weights and key not in own],
-        "unknown": [key for key in weights if key not in expected],
-        "of another shape": [
-            key for key in weights if key in expected and weights[key].shape != expected[key].shape
-        ],
-    }
-    if any(wrong.values()):
-        found = [
-            f"{len(keys)} {what} ({', '.join(keys[:3])})" for what, keys in wrong.items() if keys
-        ]
+def _base_weights(earlier: EarlierRun) -> Path:
+    """The file that a run's base is in: its own, or the one that it started from."""
+    if earlier.base_weights is not None:
+        return earlier.base_weights
+    paths = earlier.args.moshi_paths
+    if paths.init_from:
+        return _base_weights(open_earlier_run(paths.init_from))
+    if paths.random_init:
         raise UserError(
-            f"moshi_paths.moshi_path: {path} does not fit the model that its config.json (or "
-            f"moshi_paths.config_path) describes. Of its weights are {', '.join(found)}."
+            f"moshi_paths.init_from: {earlier.checkpoint} holds what was trained on top of random "
+            "weights, and not these weights; start from a run with full_finetuning: true."
         )
-    model.load_state_dict(weights, strict=False, assign=True)
-    for module in model.ttt_layers.values():
-        for name, parameter in module.ttt_parameters().items():
-            owner, _, leaf = name.rpartition(".")
-            start = nn.Parameter(torch.empty_like(parameter, device=device))
-            setattr(module.get_submodule(owner), leaf, start)
-        module.reset_parameters()
+    return find_checkpoint(paths).moshi_weights
 
 
-def _add_lora(model: TTTLMModel, args: LoraArgs, *, seed: int) -> None:
+def add_lora(model: TTTLMModel, args: LoraArgs, *, seed: int) -> None:
     """Wrap every linear layer; at the start the adapters change nothing."""
     torch.manual_seed(seed)
     replace_all_linear_with_lora(model, args.rank, args.scaling)

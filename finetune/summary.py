@@ -1,7 +1,9 @@
 """What a run says of itself at its start."""
 
+import json
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
@@ -45,6 +47,31 @@ def describe_run(
         free, total = torch.cuda.mem_get_info()
         yield f"memory: {(total - free) / 1e9:.1f} of {total / 1e9:.1f} GB taken before training"
     yield f"writes to {args.run_dir}"
+
+
+SUMMARY = "summary.json"
+
+
+def write_summary(
+    args: TrainArgs, model: TTTLMModel, train_data: TrainLoader, world: World
+) -> None:
+    """What of a run its metrics do not have, into `summary.json` in its folder."""
+    by_role = {
+        role: sum(p.numel() for p in named.values())
+        for role, named in parameters_by_role(model).items()
+    }
+    segments_per_step = args.batch_size * args.num_microbatches * world.size
+    content = {
+        "parameters": sum(by_role.values()),
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "parameters_by_role": by_role,
+        "train_segments": train_data.num_segments,
+        "segments_per_step": segments_per_step,
+        "steps_per_epoch": train_data.num_segments / segments_per_step,
+        "device": str(world.device.type),
+        "processes": world.size,
+    }
+    (Path(args.run_dir) / SUMMARY).write_text(json.dumps(content, indent=2) + "\n")
 
 
 def _describe_ttt(args: TrainArgs, model: TTTLMModel, num_frames: int) -> Iterator[str]:

@@ -19,17 +19,18 @@ from finetune.checkpoint import (
 )
 from finetune.config import changed_keys, public_dict
 from finetune.console import Progress, describe, setup_logging
-from finetune.data import Batch, build_eval_loader, build_train_loader
-from finetune.distributed import join_world
+from finetune.data import Batch, build_eval_loader, build_train_loader, check_share
+from finetune.distributed import join_world, peak_memory_gb
 from finetune.effect import EffectWatch
 from finetune.errors import UserError
-from finetune.evaluate import evaluate
+from finetune.evaluation.periodic import SpeechCheck, evaluate
 from finetune.interrupt import Interrupt
 from finetune.loss import LossWeights, stream_sums, total_weight
 from finetune.metrics import MetricsLogger
 from finetune.model import build_codec, find_checkpoint, load_model, trainable_by_role
 from finetune.optim import Optimizer, StepResult
-from finetune.summary import describe_run
+from finetune.phases import Phases, StepProfiler
+from finetune.summary import describe_run, write_summary
 from ttt import measuring
 
 logger = logging.getLogger(__name__)
@@ -62,15 +63,25 @@ class Trainer:
         places: dict[str, Any] = {
             "duration_sec": args.duration_sec,
             "batch_size": args.batch_size,
-            "rank": self.world.rank,
-            "world_size": self.world.size,
+            **self.world.place,
             "device": self.world.device,
         }
-        self.train_data = build_train_loader(args.data, self.codec, seed=args.seed, **places)
+        if self.world.size > 1:
+            check_share(args.data, with_eval=args.do_eval, **self.world.place)
+            self.world.barrier()
+        self.train_data = build_train_loader(
+            args.data,
+            self.codec,
+            seed=args.seed,
+            num_microbatches=args.num_microbatches,
+            **places,
+        )
         self.eval_data = (
             build_eval_loader(args.data, self.codec, **places) if args.do_eval else None
         )
+        self.speech_check = SpeechCheck(self.codec, health_sec=args.health_sec, seed=args.seed)
 
+        self.phases = Phases(self.world.device)
         self.step = 0
         self.nonfinite_steps = 0
         self.nonfinite_in_a_row = 0
@@ -79,6 +90,9 @@ class Trainer:
         self.saved_step = 0
         if resume_from is not None:
             self.resume(resume_from)
+        self.profiler = StepProfiler(
+            args.profile_steps, self.run_dir, rank=self.world.rank, num_done=self.step
+        )
         # Only now, when nothing else can be wrong: it may delete an older run.
         with created_run_dir(args) if self.world.is_main else nullcontext():
             self.metrics = MetricsLogger(
@@ -88,6 +102,8 @@ class Trainer:
                 enabled=self.world.is_main,
                 resumed_step=None if resume_from is None else self.step,
             )
+            if self.world.is_main:
+                write_summary(args, self.model, self.train_data, self.world)
         self.progress = Progress(total=args.max_steps, start=self.step, enabled=self.world.is_main)
         self.interrupt = Interrupt()
 
@@ -106,12 +122,15 @@ class Trainer:
                 if self.step == 0:
                     self.evaluate()
                 while self.step < self.args.max_steps and not self.interrupted():
+                    self.profiler.before_step(self.step + 1)
                     self.train_step()
                     self.stop_if_lost()
                     if self.is_due(self.args.eval_freq):
                         self.evaluate()
                     if self.args.do_ckpt and self.is_due(self.args.ckpt_freq):
-                        self.save()
+                        with self.phases.phase("save"):
+                            self.save()
+                    self.profiler.after_step(self.step)
                 return self.leave()
             finally:
                 self.train_data.close()
@@ -120,19 +139,25 @@ class Trainer:
     def train_step(self) -> None:
         """One optimizer step on the next batches."""
         started_at = time.monotonic()
-        batches = self.next_batches()
-        data_sec = time.monotonic() - started_at
+        self.phases.clear()
+        with self.phases.phase("data_wait", on_device=False):
+            batches = self.next_batches()
 
         self.step += 1
-        with measuring(self.model, enabled=self.is_due(self.args.log_freq)) as ttt:
+        with (
+            self.phases.phase("forward_backward"),
+            measuring(self.model, enabled=self.is_due(self.args.log_freq)) as ttt,
+        ):
             losses = self.forward_backward(batches)
         is_loss_finite = math.isfinite(sum(losses))
-        result = self.optimizer.step(
-            max_norm=self.args.max_norm, world=self.world, is_loss_finite=is_loss_finite
-        )
+        with self.phases.phase("optimizer"):
+            result = self.optimizer.step(
+                max_norm=self.args.max_norm, world=self.world, is_loss_finite=is_loss_finite
+            )
         self.count_nonfinite(losses, result)
         step_sec = time.monotonic() - started_at
-        self.log(batches, losses, result, ttt, step_sec=step_sec, data_sec=data_sec)
+        with self.phases.phase("log"):
+            self.log(batches, losses, result, ttt, step_sec=step_sec)
 
     def next_batches(self) -> list[Batch]:
         """The micro-batches of a step.
@@ -155,7 +180,9 @@ class Trainer:
         weight = self.world.sum(total_weight(self.model, codes, self.loss_weights)).clamp(min=1e-9)
         total = torch.zeros(2, device=self.world.device)
         for batch in codes:
-            sums = stream_sums(self.model, self.model(batch), batch, self.loss_weights)
+            sums = stream_sums(
+                self.model, self.model(batch, with_heads=False), batch, self.loss_weights
+            )
             losses = torch.stack([kind.loss for kind in sums]) / weight
             losses.sum().backward()
             total += losses.detach()
@@ -199,7 +226,6 @@ class Trainer:
         ttt: dict[str, torch.Tensor],
         *,
         step_sec: float,
-        data_sec: float,
     ) -> None:
         if not self.is_due(self.args.log_freq):
             self.progress.update(self.step, {})
@@ -213,38 +239,64 @@ class Trainer:
             **{f"grad_norm/{role}": norm for role, norm in result.grad_norm_by_role.items()},
             **result.learning_rates,
             "step_sec": step_sec,
-            "data_sec": data_sec,
+            **self.phases.seconds(),
             "tokens_per_sec": frames * (1 + self.model.dep_q) / step_sec,
             "epoch": self.train_data.epoch,
             "skipped_segments": self.train_data.num_skipped,
+            "encoded_segments": self.num_encoded,
             "nonfinite_steps": self.nonfinite_steps,
+            "peak_memory_gb": peak_memory_gb(self.world.device),
             **{f"ttt/{name}": value.item() for name, value in ttt.items()},
         }
-        if self.world.device.type == "cuda":
-            metrics["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
         self.metrics.log("train", self.step, metrics)
         self.progress.update(self.step, metrics)
         self.effect.look(self.step, {name: value.item() for name, value in ttt.items()})
+
+    @property
+    def num_encoded(self) -> int:
+        """Segments that this process has encoded."""
+        return self.train_data.num_encoded + (self.eval_data.num_encoded if self.eval_data else 0)
 
     def evaluate(self) -> None:
         """If the configuration asks for it; at step 0 too, to have something to compare with."""
         if self.eval_data is None:
             return
-        metrics = evaluate(
-            self.model,
-            self.eval_data,
-            self.loss_weights,
-            self.world,
-            should_stop=lambda: self.interrupt.signal_number is not None,
-        )
+        started_at = time.monotonic()
+        with self.phases.phase("evaluate"):
+            metrics = evaluate(
+                self.model,
+                self.eval_data,
+                self.loss_weights,
+                self.world,
+                should_stop=lambda: self.interrupt.signal_number is not None,
+            )
+        metrics["eval_sec"] = time.monotonic() - started_at
         if self.interrupted():
             return
         self.last_eval = (self.step, metrics["loss"])
+        metrics |= self.check_health()
         self.metrics.log("eval", self.step, metrics)
         self.progress.message(
             f"eval at step {self.step}: {describe(metrics)}, perplexity text "
             f"{metrics['text_perplexity']:.1f} audio {metrics['audio_perplexity']:.1f}"
         )
+
+    def check_health(self) -> dict[str, float]:
+        """Measures of what the model says; warns if it is no longer like speech."""
+        if self.args.health_sec == 0 or not self.world.is_main:
+            return {}
+        assert self.eval_data is not None
+        measures, alarms = self.speech_check(self.model, self.eval_data)
+        # Before the first step there may be random weights, which say nothing of the run.
+        for alarm in alarms if self.step else []:
+            logger.warning(
+                "generated speech at step %d: %s (%s %.2f); see docs/evaluation.md",
+                self.step,
+                alarm.text,
+                alarm.measure,
+                measures[f"health/{alarm.measure}"],
+            )
+        return measures
 
     def save(self, data_position: dict[str, Any] | None = None) -> None:
         """Write a checkpoint of this step; `data_position` is the loader's own if not given."""

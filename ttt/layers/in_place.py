@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ttt import ops
 from ttt.config import TTTArgs
+from ttt.layers.execution import Execution
 from ttt.ops.chunks import accumulating_dtype, product
 from ttt.ops.in_place import delta_norm_square
 
@@ -85,6 +86,9 @@ class InPlaceGating(StreamingModule[InPlaceState]):
         if args.write == "delta":
             self.log_write_strength = nn.Parameter(weight.new_empty(1))
         self.reset_parameters()
+        self.active = True
+        """Whether it reads and writes its fast weights; see `ttt.without_ttt`."""
+        self.execution = Execution()
         self.measure = False
         """Whether parallel forward passes fill `measured`; see `ttt.measuring`."""
         self.measured: dict[str, Tensor] = {}
@@ -144,23 +148,37 @@ class InPlaceGating(StreamingModule[InPlaceState]):
         Returns:
             [B, T, d].
         """
-        gate, up = self.linear_in(x).chunk(2, dim=-1)
-        z = self.activation(gate) * up
         source = x if self.args.target == "hidden" else token_embeddings
-        if self.target_gate is not None:
-            source = _normalised(source)
-        plain = self.linear_out(z)
+        if not self.active:
+            return self.linear_out(self._activations(x))
         if self._streaming_state is not None:
-            return plain + self._stream(z, source, self._streaming_state)
-        v = self._targets(source)
-        if self.divides_by_keys:
-            v = v * _inverse_square(z).to(v.dtype)
+            z, source = self._activations(x), self._scaled(source)
+            return self.linear_out(z) + self._stream(z, source, self._streaming_state)
+        z, v = self.execution.piece(InPlaceGating._prepare, self, x, source)
         learnt = self._learn(z, v)
+        # At last: activation checkpointing then need not compute it again.
+        plain = self.linear_out(z)
         if self.measure and x.shape[1] > self.args.chunk_size:
             self.measured = self._measure(z, v, plain, learnt)
             # Once: activation checkpointing and micro-batches come here again.
             self.measure = False
         return plain + learnt
+
+    def _activations(self, x: Tensor) -> Tensor:
+        """z, [B, T, h]."""
+        gate, up = self.linear_in(x).chunk(2, dim=-1)
+        return self.activation(gate) * up
+
+    def _scaled(self, source: Tensor) -> Tensor:
+        """What the targets are made of, as `lr_scale` has it."""
+        return source if self.target_gate is None else _normalised(source)
+
+    def _prepare(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
+        """z and the targets v of whole sequences."""
+        z, v = self._activations(x), self._targets(self._scaled(source))
+        if self.divides_by_keys:
+            v = v * _inverse_square(z).to(v.dtype)
+        return z, v
 
     def _learn(self, z: Tensor, v: Tensor) -> Tensor:
         """S z of whole sequences, [B, T, d]."""
