@@ -66,7 +66,7 @@ class Scorer:
     """A streaming pass over a batch of recordings.
 
     Args:
-        model: in eval mode and in `block_streaming` mode, with at least `block_frames` steps a block.
+        model: in eval mode, in `block_streaming` mode with at least `block_frames` steps a block.
         rows: one recording for each row of the batch.
         weights: of the loss.
         block_frames: frames that are computed at once; bounds the memory, changes no result.
