@@ -183,9 +183,15 @@ class TrainArgs:
     max_norm: float = 1.0
     """Upper bound on the norm of the gradient; a larger gradient is scaled down to it."""
 
-    gradient_checkpointing: bool = True
-    """Compute each layer's activations again in the backward pass instead of keeping them: far less
-    memory, about a third more time."""
+    gradient_checkpointing: bool | Literal["selective"] = True
+    """What the forward pass keeps for the backward pass. `true`: the inputs of layers alone; all
+    else is computed again, for the least memory and about a quarter more time. `selective`: also
+    the results of attention and of large matrix products, which take most of that time. `false`:
+    everything."""
+
+    compile: bool | None = None
+    """Whether to compile the layers with `torch.compile`: the first step takes a minute or so, all
+    others are faster. null: on a GPU. Needs a C++ compiler on the CPU."""
 
     optim: OptimArgs = field(default_factory=OptimArgs)
     """The optimizer, AdamW, with a one-cycle schedule."""

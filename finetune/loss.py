@@ -12,6 +12,10 @@ import torch.nn.functional as F
 from moshi.models.lm import LMModel, LMOutput
 from torch import Tensor
 
+from finetune.chunked_loss import chunked_cross_entropy
+from ttt import HiddenStates
+from ttt.layers.blocks import linear_of
+
 
 @dataclass(frozen=True)
 class LossWeights:
@@ -36,14 +40,16 @@ class StreamSums:
 
 
 def stream_sums(
-    model: LMModel, output: LMOutput, codes: Tensor, weights: LossWeights
+    model: LMModel, output: LMOutput | HiddenStates, codes: Tensor, weights: LossWeights
 ) -> tuple[StreamSums, StreamSums]:
     """Text and audio sums of a batch.
 
     Args:
-        output: what `model` gave for `codes`.
+        output: what `model` gave for `codes`; without heads it takes far less memory.
         codes: [B, 17, T].
     """
+    if isinstance(output, HiddenStates):
+        return _sums_of_hidden(model, output, codes, weights)
     text, audio = target_weights(model, codes, weights)
     text_codes, audio_codes = _targets(model, codes)
     return (
@@ -68,22 +74,23 @@ def target_weights(model: LMModel, codes: Tensor, weights: LossWeights) -> tuple
     stream, where the model has read nothing yet.
     """
     text_codes, audio_codes = _targets(model, codes)
+    text_mask, audio_mask = _masks(model, codes)
     is_padding = (text_codes == model.text_padding_token_id) | (
         text_codes == model.end_of_text_padding_id
     )
     text = torch.where(is_padding, weights.text_padding, 1.0)
     per_codebook = torch.ones(model.dep_q, device=codes.device)
     per_codebook[:1] = weights.first_codebook
-    audio = per_codebook[None, :, None].expand(audio_codes.shape)
+    return text * text_mask, per_codebook[:, None] * audio_mask
 
+
+def _masks(model: LMModel, codes: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the model's own masks are true."""
     num_frames = codes.shape[2]
     delays = torch.tensor(model.delays[: 1 + model.dep_q], device=codes.device)
-    frames = torch.arange(num_frames, device=codes.device)
-    is_read = frames < num_frames - delays[:, None]
-    return (
-        text * ((text_codes != model.zero_token_id) & is_read[:1]),
-        audio * ((audio_codes != model.zero_token_id) & is_read[1:]),
-    )
+    is_read = torch.arange(num_frames, device=codes.device) < num_frames - delays[:, None]
+    text, audio = (targets != model.zero_token_id for targets in _targets(model, codes))
+    return text & is_read[:1], audio & is_read[1:]
 
 
 def _targets(model: LMModel, codes: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,3 +105,29 @@ def _sums(logits: Tensor, targets: Tensor, mask: Tensor, weight: Tensor) -> Stre
     nll = F.cross_entropy(logits.flatten(0, 2), targets.flatten(), reduction="none").view_as(mask)
     nll = nll * mask
     return StreamSums((nll * weight).sum(), weight.sum(), nll.detach().sum(), mask.sum())
+
+
+def _sums_of_hidden(
+    model: LMModel, hidden: HiddenStates, codes: Tensor, weights: LossWeights
+) -> tuple[StreamSums, StreamSums]:
+    heads = [model.text_linear, *model.linears]
+    states = [hidden.text.flatten(0, 1), *hidden.audio]
+    by_kind = zip(
+        _targets(model, codes), _masks(model, codes), target_weights(model, codes, weights),
+        strict=True,
+    )  # fmt: skip
+    streams = [
+        (targets[:, k], mask[:, k], weight[:, k])
+        for targets, mask, weight in by_kind
+        for k in range(targets.shape[1])
+    ]
+    found = []
+    for head, state, stream, delay in zip(heads, states, streams, model.delays, strict=False):
+        # A masked target is the last of its row, or no class: its place is at the start, or empty.
+        targets, mask, weight = (x.roll(delay, dims=1).flatten() for x in stream)
+        loss, nll = chunked_cross_entropy(
+            state, linear_of(head), targets.clamp(min=0), weight, compile=model.execution.compile
+        )
+        found.append((loss, weight.sum(), (nll * mask).sum(), mask.sum()))
+    text, *audio = found
+    return StreamSums(*text), StreamSums(*(torch.stack(x).sum(0) for x in zip(*audio, strict=True)))

@@ -175,7 +175,11 @@ def changed_shape(shape: Mapping[str, Any], args: ModelArgs) -> dict[str, Any]:
 
 
 def plan_model(
-    args: TrainArgs, info: loaders.CheckpointInfo, device: torch.device | str = "meta"
+    args: TrainArgs,
+    info: loaders.CheckpointInfo,
+    device: torch.device | str = "meta",
+    *,
+    compile: bool = False,
 ) -> TTTLMModel:
     """The model of a configuration, with random weights, or none (`meta`).
 
@@ -189,6 +193,7 @@ def plan_model(
             device=device,
             dtype=getattr(torch, args.param_dtype),
             gradient_checkpointing=args.gradient_checkpointing,
+            compile=compile,
             attention_context=args.model.attention_context,
         )
     except ValueError as error:
@@ -213,17 +218,18 @@ def load_model(
     """
     paths = args.moshi_paths
     earlier = open_earlier_run(paths.init_from) if paths.init_from else None
+    compile = torch.device(device).type == "cuda" if args.compile is None else args.compile
     torch.manual_seed(args.seed)
     if earlier is not None:
         shape = changed_shape(model_shape(info), args.model)
         there = _with_known_names(earlier.config)
         require_fit(earlier, args, shape, {key: there.get(key) for key in shape})
-        model = plan_model(args, info)
+        model = plan_model(args, info, compile=compile)
         load_weights(model, _base_weights(earlier), device)
     elif paths.random_init:
-        model = plan_model(args, info, device)
+        model = plan_model(args, info, device, compile=compile)
     else:
-        model = plan_model(args, info)
+        model = plan_model(args, info, compile=compile)
         load_weights(model, info.moshi_weights, device)
     if args.lora.enable:
         _add_lora(model, args.lora, seed=args.seed)

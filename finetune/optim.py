@@ -143,10 +143,10 @@ class Optimizer:
 
     @torch.no_grad()
     def _write_back(self) -> None:
-        for role, masters in self.masters.items():
-            for parameter, master in zip(self.parameters[role], masters, strict=True):
-                if parameter is not master:
-                    parameter.copy_(master)
+        own = [p for parameters in self.parameters.values() for p in parameters]
+        pairs = [(p, m) for p, m in zip(own, self._all_masters(), strict=True) if p is not m]
+        if pairs:
+            torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
 
 
 def _with_master(parameter: nn.Parameter) -> Tensor:

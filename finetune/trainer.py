@@ -160,7 +160,9 @@ class Trainer:
         weight = self.world.sum(total_weight(self.model, codes, self.loss_weights)).clamp(min=1e-9)
         total = torch.zeros(2, device=self.world.device)
         for batch in codes:
-            sums = stream_sums(self.model, self.model(batch), batch, self.loss_weights)
+            sums = stream_sums(
+                self.model, self.model(batch, with_heads=False), batch, self.loss_weights
+            )
             losses = torch.stack([kind.loss for kind in sums]) / weight
             losses.sum().backward()
             total += losses.detach()

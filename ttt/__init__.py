@@ -1,10 +1,11 @@
 """Test-time training for Moshi: layers whose weights keep learning while the model listens."""
 
 from ttt.config import TTTArgs
-from ttt.model import TTTLMModel, build_model, measuring, state_bytes, ttt_parameters
+from ttt.model import HiddenStates, TTTLMModel, build_model, measuring, state_bytes, ttt_parameters
 from ttt.state import get_state, reset, set_state
 
 __all__ = [
+    "HiddenStates",
     "TTTArgs",
     "TTTLMModel",
     "build_model",

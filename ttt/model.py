@@ -3,17 +3,22 @@
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from moshi.models.lm import LMModel
+from moshi.models.lm import LMModel, LMOutput
+from moshi.models.lm_utils import _delay_sequence
 from moshi.modules.gating import ActivationGating
 from moshi.modules.transformer import StreamingTransformerLayer
 from moshi.utils.compile import no_compile
 from torch import Tensor, nn
 
 from ttt.config import TTTArgs
-from ttt.layers import InPlaceGating, TTTMixer
+from ttt.layers import InPlaceGating, TTTMixer, blocks
+from ttt.layers.depth import depth_hidden
+from ttt.layers.execution import Checkpointing, Execution
+from ttt.ops.attention import RopeTable, rope_table
 
 logger = logging.getLogger(__name__)
 
@@ -22,11 +27,15 @@ TTTModule = InPlaceGating | TTTMixer
 
 class TTTTransformerLayer(StreamingTransformerLayer):
     """A stock layer with a place for TTT: between attention and MLP, `ttt`; or within the MLP, a
-    gating that learns at test time, which it hands the token embeddings on to."""
+    gating that learns at test time, which it hands the token embeddings on to.
+
+    Streams as the stock layer does; whole sequences go through `ttt.layers.blocks`.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.ttt: TTTMixer | None = None
+        self.execution = Execution()
 
     @property
     def ttt_module(self) -> TTTModule | None:
@@ -38,22 +47,52 @@ class TTTTransformerLayer(StreamingTransformerLayer):
         x: Tensor,
         cross_attention_src: Tensor | None = None,
         token_embeddings: Tensor | None = None,
+        rope: RopeTable | None = None,
     ) -> Tensor:
+        assert cross_attention_src is None
+        if self._streaming_state is not None or not blocks.is_covered(self.self_attn):
+            x = self.execution.split_layer(self._stock_forward, x, token_embeddings)
+            if self._streaming_state is not None:
+                self._streaming_state.offset_cpu += x.shape[1]
+            return x
+        weights = blocks.layer_of(self)
         if self.ttt_module is None:
-            return super().forward(x, cross_attention_src)
-        assert token_embeddings is not None and cross_attention_src is None
+            return self.execution.layer(blocks.layer_block, x, weights, rope)
+        return self.execution.split_layer(self._ttt_forward, x, weights, token_embeddings, rope)
+
+    def _ttt_forward(
+        self, x: Tensor, weights: blocks.Layer, token_embeddings: Tensor, rope: RopeTable | None
+    ) -> Tensor:
+        run = self.execution.piece
+        x = run(blocks.attention_block, x, weights, rope)
+        if self.ttt is not None:
+            x = x + self.ttt(x)
+        if not isinstance(self.gating, InPlaceGating):
+            return run(blocks.mlp_block, x, weights)
+        update = self.gating(run(blocks.normalize, x, weights.norm2), token_embeddings)
+        return run(blocks.add, x, update, weights.scale2)
+
+    def _stock_forward(self, x: Tensor, token_embeddings: Tensor | None) -> Tensor:
         with _eager_on_cpu(x.device):
             x = self._sa_block(x)
             if self.ttt is not None:
                 x = x + self.ttt(x)
-            if isinstance(self.gating, InPlaceGating):
-                update = self.gating(self.norm2(x), token_embeddings)
-                x = x.to(update) + self.layer_scale_2(update)
-            else:
-                x = self._ff_block(x)
-        if self._streaming_state is not None:
-            self._streaming_state.offset_cpu += x.shape[1]
-        return x
+            if not isinstance(self.gating, InPlaceGating):
+                return self._ff_block(x)
+            assert token_embeddings is not None
+            update = self.gating(self.norm2(x), token_embeddings)
+            return x.to(update) + self.layer_scale_2(update)
+
+
+@dataclass(frozen=True)
+class HiddenStates:
+    """What the output heads read, at the frames where the delayed codes are to be predicted: a
+    stream with a delay of d frames has the target of frame t at t + d."""
+
+    text: Tensor
+    """[B, T, d]."""
+    audio: Tensor
+    """[K, B · T, C], for K codebooks."""
 
 
 class TTTLMModel(LMModel):
@@ -65,6 +104,8 @@ class TTTLMModel(LMModel):
     """
 
     ttt_args: TTTArgs
+    execution: Execution
+    """How whole sequences are computed in training; the layers share it."""
 
     @property
     def ttt_layers(self) -> dict[int, TTTModule]:
@@ -74,6 +115,20 @@ class TTTLMModel(LMModel):
             for index, layer in enumerate(self.transformer.layers)
             if layer.ttt_module is not None
         }
+
+    def forward(
+        self, codes: Tensor, condition_tensors: None = None, *, with_heads: bool = True
+    ) -> LMOutput | HiddenStates:
+        """As stock, for codes [B, 17, T]; or, without the heads, what they read: the logits of a
+        large vocabulary take more memory than all else, and a loss can do without having them all.
+        """
+        assert condition_tensors is None
+        if with_heads:
+            return super().forward(codes)
+        initial = self._get_initial_token().expand(len(codes), -1, -1)
+        delayed = torch.cat([initial, _delay_sequence(self.delays, codes, initial)], dim=2)
+        text = self._text_hidden(delayed[:, :, :-1])
+        return HiddenStates(text, depth_hidden(self, delayed[:, :, 1:], text, self.execution))
 
     def forward_text(
         self,
@@ -90,6 +145,10 @@ class TTTLMModel(LMModel):
             The transformer's output [B, T, d] and the text logits [B, 1, T, text_card].
         """
         assert sum_condition is None and cross_attention_src is None
+        out = self._text_hidden(sequence)
+        return out, self.text_linear(out)[:, None]
+
+    def _text_hidden(self, sequence: Tensor) -> Tensor:
         with _eager_on_cpu(sequence.device):
             text = self.text_emb(sequence[:, 0])
             # The order of summation is the stock one, for equality to the bit.
@@ -100,9 +159,26 @@ class TTTLMModel(LMModel):
                 everything = emb(codes) if everything is None else everything + emb(codes)
             everything = text if everything is None else everything + text
             embeddings = everything if self.ttt_args.target == "input" else text
-            out = self.transformer(everything, token_embeddings=embeddings)
-            out = self.out_norm(out)
-            return out, self.text_linear(out)[:, None]
+            out = self.transformer(
+                everything, token_embeddings=embeddings, rope=self._rope_table(sequence)
+            )
+            return self.out_norm(out)
+
+    def _rope_table(self, sequence: Tensor) -> RopeTable | None:
+        """For sequences from their start; streams know their own positions."""
+        rope = self.transformer.rope
+        if rope is None or self._streaming_state is not None:
+            return None
+        head_width = self.dim // self.transformer.layers[0].self_attn.num_heads
+        return rope_table(sequence.shape[2], head_width, rope.max_period, sequence.device)
+
+    def forward_depformer_training(self, sequence: Tensor, transformer_out: Tensor) -> Tensor:
+        """As stock: audio logits [B, K, T, card]."""
+        batch, num_frames = transformer_out.shape[:2]
+        with _eager_on_cpu(sequence.device):
+            hidden = depth_hidden(self, sequence, transformer_out, self.execution)
+        logits = [linear(x) for linear, x in zip(self.linears, hidden, strict=True)]
+        return torch.stack(logits).unflatten(1, (batch, num_frames)).transpose(0, 1)
 
 
 def build_model(
@@ -111,7 +187,8 @@ def build_model(
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
-    gradient_checkpointing: bool = False,
+    gradient_checkpointing: Checkpointing = False,
+    compile: bool = False,
     attention_context: int | None = None,
 ) -> TTTLMModel:
     """A Moshi with random weights and TTT in the configured layers, in training mode.
@@ -123,7 +200,8 @@ def build_model(
         ttt_args: with `enabled: false` the model has no TTT layers.
         device: `meta` to load weights later.
         dtype: of the parameters.
-        gradient_checkpointing: keep only the layers' inputs for the backward pass.
+        gradient_checkpointing: what to keep for the backward pass; see `Checkpointing`.
+        compile: the layers in training. It changes nothing but time and rounding.
         attention_context: frames that attention sees, instead of the `context` in `lm_kwargs`; in
             the TTT layers `ttt_args.attention_context` replaces both.
 
@@ -152,12 +230,12 @@ def build_model(
     model = TTTLMModel(
         device=device,
         dtype=dtype,
-        gradient_checkpointing=gradient_checkpointing,
         layer_class=TTTTransformerLayer,
         depformer_layer_class=StreamingTransformerLayer,
         **lm_kwargs,
     )
     model.ttt_args = ttt_args
+    model.execution = Execution(gradient_checkpointing, compile)
     for index in indices:
         layer = model.transformer.layers[index]
         if ttt_args.method == "in_place":
@@ -173,6 +251,8 @@ def build_model(
                 dtype=dtype,
             )
     assert list(model.ttt_layers) == indices
+    for module in [*model.transformer.layers, *model.ttt_layers.values()]:
+        module.execution = model.execution
     _set_attention_context(model, ttt_args)
     if indices and ttt_args.use_rope:
         logger.info(

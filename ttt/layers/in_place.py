@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ttt import ops
 from ttt.config import TTTArgs
+from ttt.layers.execution import Execution
 from ttt.ops.chunks import accumulating_dtype, product
 from ttt.ops.in_place import delta_norm_square
 
@@ -76,6 +77,7 @@ class InPlaceGating(StreamingModule[InPlaceState]):
         if args.write == "delta":
             self.log_write_strength = nn.Parameter(weight.new_empty(1))
         self.reset_parameters()
+        self.execution = Execution()
         self.measure = False
         """Whether parallel forward passes fill `measured`; see `ttt.measuring`."""
         self.measured: dict[str, Tensor] = {}
@@ -118,19 +120,27 @@ class InPlaceGating(StreamingModule[InPlaceState]):
         Returns:
             [B, T, d].
         """
-        gate, up = self.linear_in(x).chunk(2, dim=-1)
-        z = self.activation(gate) * up
         source = x if self.args.target == "hidden" else token_embeddings
-        plain = self.linear_out(z)
         if self._streaming_state is not None:
+            z, plain = self._project(x)
             return plain + self._stream(z, source, self._streaming_state)
-        v = self._targets(source)
+        z, plain, v = self.execution.piece(InPlaceGating._prepare, self, x, source)
         learnt = self._learn(z, v)
         if self.measure and x.shape[1] > self.args.chunk_size:
             self.measured = self._measure(z, v, plain, learnt)
             # Once: activation checkpointing and micro-batches come here again.
             self.measure = False
         return plain + learnt
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """z [B, T, h] and W0 z [B, T, d]."""
+        gate, up = self.linear_in(x).chunk(2, dim=-1)
+        z = self.activation(gate) * up
+        return z, self.linear_out(z)
+
+    def _prepare(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """z, W0 z and the targets v of whole sequences."""
+        return *self._project(x), self._targets(source)
 
     def _learn(self, z: Tensor, v: Tensor) -> Tensor:
         """S z of whole sequences, [B, T, d]."""

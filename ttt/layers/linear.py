@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from ttt import ops
 from ttt.config import TTTArgs
+from ttt.layers.blocks import norm_of, normalize
+from ttt.layers.execution import Execution
 from ttt.ops.linear import (
     InnerLayers,
     Written,
@@ -125,6 +127,7 @@ class TTTMixer(StreamingModule[TTTMixerState]):
         self.lr_weight, self.lr_bias = new(num_heads, width), new(num_heads)
         self.token_offset = new(size)
         self.reset_parameters()
+        self.execution = Execution()
         self.measure = False
         """Whether parallel forward passes fill `measured`; see `ttt.measuring`."""
         self.measured: dict[str, Tensor] = {}
@@ -162,40 +165,49 @@ class TTTMixer(StreamingModule[TTTMixerState]):
         Returns:
             [B, T, d], to be added to it.
         """
-        normed = self.norm(x)
-        q, k, v = (
-            y.unflatten(-1, (self.num_heads, self.head_width)).transpose(1, 2)
-            for y in F.linear(normed, self.in_proj).chunk(3, dim=-1)
-        )
-        eta, token_scale = self._learning_rates(normed)
         state = self._streaming_state
-        if self.args.use_rope:
-            positions = self._positions(x.shape[1], x.device)
-            q = ops.rope(q, positions, theta=self.args.rope_theta)
-            k = ops.rope(k, positions, theta=self.args.rope_theta)
         if state is not None:
-            mixed = self._stream(q, k, v, eta, token_scale, state)
-        else:
-            mixed, _ = inner_scan(
-                q,
-                k,
-                v,
-                eta,
-                self.inner_layers,
-                self.inner_norm_weight,
-                self.inner_norm_bias,
-                token_scale=token_scale,
-                scan_checkpoint_group_size=self.args.scan_checkpoint_group_size,
-            )
-        mixed = mixed.to(normed.dtype).transpose(1, 2).flatten(2)
-        update = torch.tanh(self.gate) * F.linear(mixed, self.out_proj)
-        if self.measure and state is None:
+            mixed = self._stream(*self._prepare(x), state)
+            return self._finish(mixed, x)
+        q, k, v, eta, token_scale = self.execution.piece(TTTMixer._prepare, self, x)
+        mixed, _ = inner_scan(
+            q,
+            k,
+            v,
+            eta,
+            self.inner_layers,
+            self.inner_norm_weight,
+            self.inner_norm_bias,
+            token_scale=token_scale,
+            scan_checkpoint_group_size=self.args.scan_checkpoint_group_size,
+        )
+        update = self.execution.piece(TTTMixer._finish, self, mixed, x)
+        if self.measure:
             effect = update.detach().float().norm() / x.detach().float().norm()
             losses = self._inner_losses(k, v, eta, token_scale)
             self.measured = {"effect": effect, **losses}
             # Once: activation checkpointing and micro-batches come here again.
             self.measure = False
         return update
+
+    def _prepare(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Queries, keys and values [B, H, T, f], and the learning rates."""
+        norm = norm_of(self.norm)
+        normed = x if norm is None else normalize(x, norm)
+        q, k, v = (
+            y.unflatten(-1, (self.num_heads, self.head_width)).transpose(1, 2)
+            for y in F.linear(normed, self.in_proj).chunk(3, dim=-1)
+        )
+        if self.args.use_rope:
+            positions = self._positions(x.shape[1], x.device)
+            q = ops.rope(q, positions, theta=self.args.rope_theta)
+            k = ops.rope(k, positions, theta=self.args.rope_theta)
+        return q, k, v, *self._learning_rates(normed)
+
+    def _finish(self, mixed: Tensor, x: Tensor) -> Tensor:
+        """What is added to x, of the operator's [B, H, T, f]."""
+        mixed = mixed.to(x.dtype).transpose(1, 2).flatten(2)
+        return torch.tanh(self.gate) * F.linear(mixed, self.out_proj)
 
     def _positions(self, num_frames: int, device: torch.device) -> Tensor:
         """[1 or B, T], of the next frames inside their mini-batches, counted from the start of the

@@ -1,0 +1,62 @@
+"""The depth transformer over whole sequences: all steps of all frames at once."""
+
+import torch
+from moshi.models.lm import LMModel
+from moshi.modules.gating import ActivationGating
+from torch import Tensor, nn
+
+from ttt.layers import blocks
+from ttt.layers.execution import Execution
+
+
+def depth_hidden(
+    model: LMModel, sequence: Tensor, transformer_out: Tensor, execution: Execution
+) -> Tensor:
+    """What the heads of the audio codebooks read.
+
+    Args:
+        sequence: [B, 17, T], the delayed codes from the first frame on, as the model writes them.
+        transformer_out: [B, T, d].
+
+    Returns:
+        [K, B · T, C], for K = `model.dep_q` codebooks.
+    """
+    steps = range(model.dep_q)
+    codes = sequence.transpose(0, 1).flatten(1)
+    tokens = [model.depformer_text_emb(codes[0])]
+    # The last codebook is never read.
+    tokens += [
+        emb(codes[model.audio_offset + k]) for k, emb in zip(steps, model.depformer_emb)
+    ]
+    schedule = model.depformer_weights_per_step_schedule or list(steps)
+    linears = [blocks.linear_of(linear) for linear in model.depformer_in]
+    if model.depformer_multi_linear:
+        linears = [linears[number] for number in schedule]
+    x = execution.layer(
+        blocks.depth_input_block, transformer_out.flatten(0, 1), torch.stack(tokens), tuple(linears)
+    )
+    if _is_covered(model.depformer):
+        for module in model.depformer.layers:
+            numbers = schedule if module.weights_per_step else [0]
+            weights = tuple(blocks.layer_of(module, number) for number in numbers)
+            x = execution.layer(blocks.depth_layer_block, x, weights)
+    else:
+        x = model.depformer(x.transpose(0, 1)).transpose(0, 1)
+    if all(isinstance(norm, nn.Identity) for norm in model.depformer_norms):
+        return x
+    return torch.cat([norm(x[k : k + 1]) for k, norm in zip(steps, model.depformer_norms)])
+
+
+def _is_covered(depformer: nn.Module) -> bool:
+    """Whether `blocks` knows this kind of depth transformer, as all of Moshi's are."""
+    return depformer.positional_embedding == "none" and all(
+        blocks.is_covered(layer.self_attn) and _is_even(layer.gating) for layer in depformer.layers
+    )
+
+
+def _is_even(gating: nn.Module | None) -> bool:
+    """Whether the MLPs of all steps have one shape."""
+    if not isinstance(gating, nn.ModuleList):
+        return True
+    known = all(isinstance(step, ActivationGating) for step in gating)
+    return known and len({blocks.linear_of(step.linear_in).weight.shape for step in gating}) == 1

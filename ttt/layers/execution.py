@@ -1,0 +1,100 @@
+"""How the blocks of a model run in training: compiled or not, and what they keep for the backward
+pass."""
+
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any, Literal
+
+import torch
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+# The operators of `_KEPT` are registered there.
+from ttt.ops import depth_attention as _depth_attention  # noqa: F401
+
+Checkpointing = bool | Literal["selective"]
+"""What is kept for the backward pass: everything (false), the inputs of layers alone (true), or
+besides these the results of attention and large products (selective)."""
+
+BACKEND = "inductor"
+"""Of torch.compile."""
+
+MIN_KEPT_WIDTH = 512
+"""`selective` keeps a product that summed over at least so many numbers: so much arithmetic does a
+kept number spare. Products over less, LoRA's among them, cost little to make again."""
+
+_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._flash_attention_forward.default,
+    torch.ops.moshi_ttt.depth_attention.default,
+}
+_PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.bmm.default}
+
+
+@dataclass
+class Execution:
+    """Of a model's blocks, functions of tensors, modules and tuples of these.
+
+    Only what will be differentiated is compiled: in evaluation lengths vary, and every length would
+    compile anew.
+    """
+
+    checkpointing: Checkpointing = False
+    compile: bool = False
+
+    def layer(self, block: Callable[..., Any], *args: Any) -> Any:
+        """`block(*args)`, a whole layer that can be compiled."""
+        return self._run(block, self.checkpointing, *args)
+
+    def split_layer(self, function: Callable[..., Any], *args: Any) -> Any:
+        """`function(*args)`, a layer with something in it that cannot be compiled; all else in it
+        runs through `piece`."""
+        return _checkpointed(function, self.checkpointing is True, *args)
+
+    def piece(self, block: Callable[..., Any], *args: Any) -> Any:
+        """`block(*args)`, a piece of a `split_layer`."""
+        return self._run(block, self.checkpointing == "selective" and "selective", *args)
+
+    def _run(self, block: Callable[..., Any], mode: Checkpointing, *args: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return block(*args)
+        if self.compile:
+            return _compiled(block, BACKEND)(mode, *args)
+        return _checkpointed(block, mode, *args)
+
+
+@lru_cache(maxsize=None)
+def _compiled(block: Callable[..., Any], backend: str) -> Callable[..., Any]:
+    """A compiled function of a checkpointing mode and `block`'s arguments."""
+
+    def run(mode: Checkpointing, *args: Any) -> Any:
+        return _checkpointed(block, mode, *args)
+
+    # A code object of its own for each block: compiled code is kept, and counted, by these.
+    run = types.FunctionType(
+        run.__code__.replace(co_name=block.__name__), globals(), closure=run.__closure__
+    )
+    return torch.compile(run, backend=backend, fullgraph=True, dynamic=False)
+
+
+def _checkpointed(function: Callable[..., Any], mode: Checkpointing, *args: Any) -> Any:
+    if mode is False or not torch.is_grad_enabled():
+        return function(*args)
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    if mode == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+    return checkpoint(function, *args, **options)
+
+
+def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    if op in _ATTENTION or (op in _PRODUCTS and args[0].shape[-1] >= MIN_KEPT_WIDTH):
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,0 +1,84 @@
+"""Causal attention over whole sequences, with a window, and without a mask of all pairs.
+
+Frame t sees the `context` frames t − context + 1 … t. Where that is the whole sequence, PyTorch's
+own causal kernels do it. Shorter windows take a kernel that skips what lies outside (half precision
+on CUDA), or blocks of queries with the keys that they can see: time falls with the window in both.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+RopeTable = tuple[Tensor, Tensor]
+"""cos and sin [T, 1, D / 2], float32, of the angles by which RoPE turns."""
+
+
+def rope_table(num_frames: int, head_width: int, theta: float, device: torch.device) -> RopeTable:
+    """The angles of `moshi`'s RoPE for frames 0 … T − 1: pair d turns by t · theta^(−2d / D)."""
+    pairs = torch.arange(head_width // 2, device=device, dtype=torch.float32)
+    frequencies = torch.exp(pairs * (-math.log(theta) * 2 / head_width))
+    frames = torch.arange(num_frames, device=device, dtype=torch.float32)
+    angles = frequencies * frames[:, None, None]
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, table: RopeTable, *, interleave: bool) -> Tensor:
+    """RoPE as `moshi` computes it: in float32, rounded once.
+
+    Args:
+        x: [B, T, H, D].
+        interleave: pairs are neighbours (r0, i0, r1, i1, …), or else the halves of a head.
+    """
+    cos, sin = table
+    if interleave:
+        real, imaginary = x.unflatten(-1, (-1, 2)).float().unbind(-1)
+    else:
+        real, imaginary = x.float().chunk(2, dim=-1)
+    turned = (real * cos - imaginary * sin).to(x.dtype), (real * sin + imaginary * cos).to(x.dtype)
+    return torch.stack(turned, dim=-1).flatten(-2) if interleave else torch.cat(turned, dim=-1)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, context: int | None) -> Tensor:
+    """softmax(q kᵀ / √D) v over the frames that each frame sees.
+
+    Args:
+        q, k, v: [B, T, H, D].
+        context: frames that a frame sees, itself included; None: all before.
+
+    Returns:
+        [B, T, H, D].
+    """
+    if context is None or context >= q.shape[1]:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+        return _flash_window(q, k, v, context)
+    return _blockwise(q, k, v, context)
+
+
+def _flash_window(q: Tensor, k: Tensor, v: Tensor, context: int) -> Tensor:
+    """PyTorch's FlashAttention, whose window its public function does not offer."""
+    num_frames = q.shape[1]
+    return torch.ops.aten._flash_attention_forward(
+        *(q, k, v, None, None, num_frames, num_frames, 0.0, True, False),
+        window_size_left=context - 1,
+        window_size_right=0,
+    )[0]
+
+
+def _blockwise(q: Tensor, k: Tensor, v: Tensor, context: int) -> Tensor:
+    """Blocks of `context` queries, each with at most 2 · context − 1 keys: linear in T."""
+    outputs = []
+    for start in range(0, q.shape[1], context):
+        end = min(start + context, q.shape[1])
+        first = max(0, start - context + 1)
+        distance = (
+            torch.arange(start, end, device=q.device)[:, None]
+            - torch.arange(first, end, device=q.device)
+        )
+        visible = (distance >= 0) & (distance < context)
+        block = (x.transpose(1, 2) for x in (q[:, start:end], k[:, first:end], v[:, first:end]))
+        outputs.append(F.scaled_dot_product_attention(*block, attn_mask=visible).transpose(1, 2))
+    return torch.cat(outputs, dim=1)
