@@ -8,6 +8,7 @@ import torch
 from finetune.data import Batch
 from finetune.distributed import World
 from finetune.loss import LossWeights, stream_sums
+from finetune.sharding import let_go
 from ttt import TTTLMModel
 
 
@@ -33,13 +34,15 @@ def evaluate(
     was_training = model.training
     model.eval()
     total = torch.zeros(2, 4, dtype=torch.float64)
-    for batch in batches:
-        if should_stop():
-            break
-        for row, sums in enumerate(stream_sums(model, model(batch.codes), batch.codes, weights)):
+    # All zero tokens, which weigh nothing, where another process has more batches than this one.
+    codes = torch.full((1, model.num_codebooks, 16), model.zero_token_id, device=world.device)
+    for batch in world.in_step(batches, should_stop):
+        codes = torch.full_like(codes, model.zero_token_id) if batch is None else batch.codes
+        for row, sums in enumerate(stream_sums(model, model(codes), codes, weights)):
             parts = (sums.loss, sums.weight, sums.nll, sums.count)
             total[row] += torch.stack([part.double() for part in parts]).cpu()
     model.train(was_training)
+    let_go(model)
     totals = world.sum(total.to(world.device)).tolist()
     (text_loss, text_nll), (audio_loss, audio_nll) = (
         (loss / max(weight, 1e-9), nll / max(count, 1)) for loss, weight, nll, count in totals

@@ -15,17 +15,17 @@ from moshi.modules.lora import LoRALinear, replace_all_linear_with_lora
 from safetensors import SafetensorError
 from torch import nn
 
-from finetune.args import LoraArgs, ModelArgs, ModelPaths, TrainArgs
+from finetune.args import ModelArgs, ModelPaths, TrainArgs
 from finetune.data import Codec
 from finetune.errors import UserError
 from finetune.start import (
     EarlierRun,
     describe_start,
-    load_adapters_and_ttt,
-    load_weights,
     open_earlier_run,
     require_fit,
+    trained_files,
 )
+from finetune.weights import Sharder, WeightFiles, fill
 from ttt import TTTLMModel, build_model, ttt_parameters
 
 logger = logging.getLogger(__name__)
@@ -175,22 +175,18 @@ def changed_shape(shape: Mapping[str, Any], args: ModelArgs) -> dict[str, Any]:
 
 
 def plan_model(
-    args: TrainArgs,
-    info: loaders.CheckpointInfo,
-    device: torch.device | str = "meta",
-    *,
-    compile: bool = False,
+    args: TrainArgs, info: loaders.CheckpointInfo, *, compile: bool = False
 ) -> TTTLMModel:
-    """The model of a configuration, with random weights, or none (`meta`).
+    """The model of a configuration on `meta`, with its trainable parameters marked.
 
     Raises:
         UserError: an impossible TTT configuration, or a config.json that is none of a Moshi.
     """
     try:
-        return build_model(
+        model = build_model(
             changed_shape(model_shape(info), args.model),
             args.ttt,
-            device=device,
+            device="meta",
             dtype=getattr(torch, args.param_dtype),
             gradient_checkpointing=args.gradient_checkpointing,
             compile=compile,
@@ -203,43 +199,61 @@ def plan_model(
             f"moshi_paths.config_path: the config.json of these weights does not describe a Moshi: "
             f"{_brief(error)}"
         ) from error
+    if args.lora.enable:
+        replace_all_linear_with_lora(model, args.lora.rank, args.lora.scaling)
+    for role, named in parameters_by_role(model).items():
+        for parameter in named.values():
+            parameter.requires_grad_(role in training_roles(args))
+    return model.train()
 
 
 def load_model(
-    args: TrainArgs, info: loaders.CheckpointInfo, device: torch.device | str
+    args: TrainArgs,
+    info: loaders.CheckpointInfo,
+    device: torch.device | str,
+    sharder: Sharder | None = None,
 ) -> TTTLMModel:
     """The model to train, on `device`, with its trainable parameters marked.
 
     New parameters are drawn from `args.seed` alone: every process, and every later run of the same
     configuration, starts from the same ones.
 
+    Args:
+        sharder: cuts the model between processes while it is loaded.
+
     Raises:
         UserError: weights that do not fit the model, or an impossible TTT configuration.
     """
-    paths = args.moshi_paths
+    paths, device = args.moshi_paths, torch.device(device)
+    shape = changed_shape(model_shape(info), args.model)
     earlier = open_earlier_run(paths.init_from) if paths.init_from else None
-    compile = torch.device(device).type == "cuda" if args.compile is None else args.compile
-    torch.manual_seed(args.seed)
     if earlier is not None:
-        shape = changed_shape(model_shape(info), args.model)
         there = _with_known_names(earlier.config)
         require_fit(earlier, args, shape, {key: there.get(key) for key in shape})
-        model = plan_model(args, info, compile=compile)
-        load_weights(model, _base_weights(earlier), device)
-    elif paths.random_init:
-        model = plan_model(args, info, device, compile=compile)
-    else:
-        model = plan_model(args, info, compile=compile)
-        load_weights(model, info.moshi_weights, device)
-    if args.lora.enable:
-        _add_lora(model, args.lora, seed=args.seed)
+    model = plan_model(
+        args, info, compile=device.type == "cuda" if args.compile is None else args.compile
+    )
+    files = WeightFiles()
     if earlier is not None:
-        load_adapters_and_ttt(model, args, earlier)
+        files.add_base(_base_weights(earlier), model)
+        for path, names in trained_files(model, args, earlier):
+            files.add_exactly(path, names, model)
         logger.info(describe_start(args, earlier))
-    for role, named in parameters_by_role(model).items():
-        for parameter in named.values():
-            parameter.requires_grad_(role in _training_roles(args))
-    return model.train()
+    elif not paths.random_init:
+        files.add_base(info.moshi_weights, model)
+    scale = shape.get("layer_scale")
+    fill(
+        model,
+        files,
+        device,
+        seed=args.seed,
+        layer_scales={
+            "transformer": scale,
+            "depformer": shape.get("depformer_layer_scale", scale),
+        },
+        sharder=sharder,
+    )
+    return model
 
 
 def build_codec(info: loaders.CheckpointInfo, model: TTTLMModel) -> Codec:
@@ -310,17 +324,7 @@ def _base_weights(earlier: EarlierRun) -> Path:
     return find_checkpoint(paths).moshi_weights
 
 
-def _add_lora(model: TTTLMModel, args: LoraArgs, *, seed: int) -> None:
-    """Wrap every linear layer; at the start the adapters change nothing."""
-    torch.manual_seed(seed)
-    replace_all_linear_with_lora(model, args.rank, args.scaling)
-    for module in model.modules():
-        if isinstance(module, LoRALinear):
-            # The package leaves both factors random, which would change the model at once.
-            nn.init.zeros_(module.lora_B.weight)
-
-
-def _training_roles(args: TrainArgs) -> set[str]:
+def training_roles(args: TrainArgs) -> set[str]:
     if args.full_finetuning:
         return {"base", "embedding", "ttt"}
     if args.lora.enable:

@@ -4,6 +4,7 @@ import logging
 import math
 import time
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from finetune.loss import LossWeights, stream_sums, total_weight
 from finetune.metrics import MetricsLogger
 from finetune.model import build_codec, find_checkpoint, load_model, trainable_by_role
 from finetune.optim import Optimizer, StepResult
+from finetune.sharding import build_sharding, sum_gradients_when_needed
 from finetune.summary import describe_run, write_summary
 from ttt import measuring
 
@@ -48,18 +50,24 @@ class Trainer:
     def __init__(self, args: TrainArgs):
         self.args = args
         self.run_dir = Path(args.run_dir)
-        self.world = join_world(args.device)
+        self.world = join_world(
+            args.device, timeout=timedelta(seconds=1.5 * args.parallel.hang_timeout_sec + 60)
+        )
         setup_logging(self.world.rank)
         resume_from = open_run_dir(args)
         self.world.barrier()
         self.checkpoint_info = find_checkpoint(args.moshi_paths)
-        self.model = load_model(args, self.checkpoint_info, self.world.device)
+        self.sharding = build_sharding(args, self.world)
+        self.model = load_model(args, self.checkpoint_info, self.world.device, self.sharding)
         self.codec = build_codec(self.checkpoint_info, self.model)
         self.loss_weights = LossWeights(
             args.text_padding_weight, args.first_codebook_weight_multiplier
         )
         self.optimizer = Optimizer(
-            trainable_by_role(self.model), args.optim, max_steps=args.max_steps
+            trainable_by_role(self.model),
+            args.optim,
+            max_steps=args.max_steps,
+            sharding=self.sharding,
         )
         places: dict[str, Any] = {
             "duration_sec": args.duration_sec,
@@ -159,7 +167,8 @@ class Trainer:
         codes = [batch.codes for batch in batches]
         weight = self.world.sum(total_weight(self.model, codes, self.loss_weights)).clamp(min=1e-9)
         total = torch.zeros(2, device=self.world.device)
-        for batch in codes:
+        for number, batch in enumerate(codes, 1):
+            sum_gradients_when_needed(self.model, is_last=number == len(codes))
             sums = stream_sums(
                 self.model, self.model(batch, with_heads=False), batch, self.loss_weights
             )

@@ -1,12 +1,31 @@
 """The depth transformer over whole sequences: all steps of all frames at once."""
 
+from collections.abc import Sequence
+
 import torch
 from moshi.models.lm import LMModel
 from moshi.modules.gating import ActivationGating
+from moshi.modules.transformer import StreamingTransformerLayer
 from torch import Tensor, nn
 
 from ttt.layers import blocks
 from ttt.layers.execution import Execution
+from ttt.layers.shardable import Shardable
+
+
+class DepthLayer(Shardable, StreamingTransformerLayer):
+    """A stock layer of the depth transformer, which also takes whole sequences."""
+
+    def whole_sequence(self, x: Tensor, schedule: Sequence[int], execution: Execution) -> Tensor:
+        """All steps of all frames, [K, N, C]. A method, so that a sharded layer's weights are
+        gathered for it.
+
+        Args:
+            schedule: which weights each of the K steps takes, if they differ by step.
+        """
+        numbers = schedule if self.weights_per_step else [0]
+        weights = tuple(blocks.layer_of(self, number) for number in numbers)
+        return execution.layer(blocks.depth_layer_block, x, weights)
 
 
 def depth_hidden(
@@ -25,9 +44,7 @@ def depth_hidden(
     codes = sequence.transpose(0, 1).flatten(1)
     tokens = [model.depformer_text_emb(codes[0])]
     # The last codebook is never read.
-    tokens += [
-        emb(codes[model.audio_offset + k]) for k, emb in zip(steps, model.depformer_emb)
-    ]
+    tokens += [emb(codes[model.audio_offset + k]) for k, emb in zip(steps, model.depformer_emb)]
     schedule = model.depformer_weights_per_step_schedule or list(steps)
     linears = [blocks.linear_of(linear) for linear in model.depformer_in]
     if model.depformer_multi_linear:
@@ -37,9 +54,7 @@ def depth_hidden(
     )
     if _is_covered(model.depformer):
         for module in model.depformer.layers:
-            numbers = schedule if module.weights_per_step else [0]
-            weights = tuple(blocks.layer_of(module, number) for number in numbers)
-            x = execution.layer(blocks.depth_layer_block, x, weights)
+            x = module.whole_sequence(x, schedule, execution)
     else:
         x = model.depformer(x.transpose(0, 1)).transpose(0, 1)
     if all(isinstance(norm, nn.Identity) for norm in model.depformer_norms):
