@@ -12,13 +12,12 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from finetune.errors import UserError
-
 
 T = TypeVar("T")
 
@@ -47,6 +46,18 @@ class World:
         if self.size > 1:
             for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
                 work.wait()
+
+    def gather(self, thing: T) -> list[T]:
+        """What each process has, by rank; exchanged by way of the host."""
+        if self.size == 1:
+            return [thing]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, thing, group=self.host_group)
+        return found
+
+    def first(self, thing: T | None) -> T | None:
+        """What the first process has that has something."""
+        return next((each for each in self.gather(thing) if each is not None), None)
 
     def in_step(
         self, items: Iterable[T], should_stop: Callable[[], bool] = lambda: False

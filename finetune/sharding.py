@@ -82,6 +82,10 @@ class Sharding:
         # The loss is already divided by the weight of the global batch.
         part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(True)
+        # FSDP settles where the parts lie in memory when it gathers them first; the optimizer keeps
+        # hold of them from now on.
+        part.unshard()
+        part.reshard()
         if hasattr(part, "whole_sequence"):
             register_fsdp_forward_method(part, "whole_sequence")
 
