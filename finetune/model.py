@@ -15,7 +15,7 @@ from moshi.modules.lora import LoRALinear, replace_all_linear_with_lora
 from safetensors import SafetensorError
 from torch import nn
 
-from finetune.args import ModelArgs, ModelPaths, TrainArgs
+from finetune.args import LoraArgs, ModelArgs, ModelPaths, TrainArgs
 from finetune.data import Codec
 from finetune.errors import UserError
 from finetune.sharding import whole
@@ -201,7 +201,7 @@ def plan_model(
             f"{_brief(error)}"
         ) from error
     if args.lora.enable:
-        replace_all_linear_with_lora(model, args.lora.rank, args.lora.scaling)
+        add_lora(model, args.lora, seed=args.seed)
     for role, named in parameters_by_role(model).items():
         for parameter in named.values():
             parameter.requires_grad_(role in training_roles(args))
@@ -323,6 +323,16 @@ def _base_weights(earlier: EarlierRun) -> Path:
             "weights, and not these weights; start from a run with full_finetuning: true."
         )
     return find_checkpoint(paths).moshi_weights
+
+
+def add_lora(model: TTTLMModel, args: LoraArgs, *, seed: int) -> None:
+    """Wrap every linear layer; at the start the adapters change nothing."""
+    torch.manual_seed(seed)
+    replace_all_linear_with_lora(model, args.rank, args.scaling)
+    for module in model.modules():
+        if isinstance(module, LoRALinear):
+            # The package leaves both factors random, which would change the model at once.
+            nn.init.zeros_(module.lora_B.weight)
 
 
 def training_roles(args: TrainArgs) -> set[str]:

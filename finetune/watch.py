@@ -145,7 +145,7 @@ class Watch:
             if now - known.heard_at > SILENT_SEC:
                 return (
                     f"rank {rank} ({known.who}) is dead, or cannot be reached: no sign of life for "
-                    f"{now - known.heard_at:.0f} s; it was {known.place}"
+                    f"{now - known.heard_at:.0f} s; it was last seen {known.place}"
                 )
         if not self._world.is_main or len(present) < self._world.size:
             return None
