@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ttt.layers import execution
 from ttt.layers.blocks import Linear, project
 
 CHUNK_LOGITS = 2**27
@@ -29,10 +30,12 @@ def chunked_cross_entropy(
         compile: the loss of a chunk. It changes nothing but time and rounding.
     """
     if not torch.is_grad_enabled():
-        nll = torch.cat([
-            _loss(compile)(project(x, head), target, w)[0]
-            for x, target, w in _chunks(head, hidden, targets, weight)
-        ])
+        nll = torch.cat(
+            [
+                _loss(compile, execution.BACKEND)(project(x, head), target, w)[0]
+                for x, target, w in _chunks(head, hidden, targets, weight)
+            ]
+        )
         return (nll * weight).sum(), nll
     nll, loss = _ChunkedLoss.apply(hidden, targets, weight, compile, head.scaling, *head[:4])
     return loss, nll
@@ -64,7 +67,7 @@ class _ChunkedLoss(torch.autograd.Function):
             with torch.enable_grad():
                 x = x.detach().requires_grad_()
                 logits = project(x, head)
-            nll, d_logits = _loss(compile)(logits.detach(), target, w)
+            nll, d_logits = _loss(compile, execution.BACKEND)(logits.detach(), target, w)
             losses.append(nll)
             d_piece, *grads = torch.autograd.grad(logits, [x, *trained], d_logits)
             d_x.copy_(d_piece)
@@ -108,8 +111,10 @@ def _cross_entropy(logits: Tensor, targets: Tensor, weight: Tensor) -> tuple[Ten
 
 
 @lru_cache(maxsize=None)
-def _loss(compile: bool) -> Any:
-    return torch.compile(_cross_entropy, dynamic=False) if compile else _cross_entropy
+def _loss(compile: bool, backend: str) -> Any:
+    if not compile:
+        return _cross_entropy
+    return torch.compile(_cross_entropy, backend=backend, dynamic=False)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

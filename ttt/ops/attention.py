@@ -12,20 +12,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 RopeTable = tuple[Tensor, Tensor]
-"""cos and sin [T, 1, D / 2], float32, of the angles by which RoPE turns."""
+"""cos and ±sin [T, 1, D], float32, of the angles by which RoPE turns each channel; see `rotate`."""
 
 
-def rope_table(num_frames: int, head_width: int, theta: float, device: torch.device) -> RopeTable:
+def rope_table(
+    num_frames: int, head_width: int, theta: float, *, interleave: bool, device: torch.device
+) -> RopeTable:
     """The angles of `moshi`'s RoPE for frames 0 … T − 1: pair d turns by t · theta^(−2d / D)."""
     pairs = torch.arange(head_width // 2, device=device, dtype=torch.float32)
     frequencies = torch.exp(pairs * (-math.log(theta) * 2 / head_width))
     frames = torch.arange(num_frames, device=device, dtype=torch.float32)
     angles = frequencies * frames[:, None, None]
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    dim = -1 if interleave else -2
+    return torch.stack([cos, cos], dim).flatten(-2), torch.stack([-sin, sin], dim).flatten(-2)
 
 
 def rotate(x: Tensor, table: RopeTable, *, interleave: bool) -> Tensor:
-    """RoPE as `moshi` computes it: in float32, rounded once.
+    """RoPE as `moshi` computes it, in float32 and rounded once: of a pair (r, i),
+    (r cos − i sin, i cos + r sin). Written as a product with each channel's partner, which
+    compiles to one pass over memory where pairs put together again do not.
 
     Args:
         x: [B, T, H, D].
@@ -33,11 +39,10 @@ def rotate(x: Tensor, table: RopeTable, *, interleave: bool) -> Tensor:
     """
     cos, sin = table
     if interleave:
-        real, imaginary = x.unflatten(-1, (-1, 2)).float().unbind(-1)
+        partner = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
     else:
-        real, imaginary = x.float().chunk(2, dim=-1)
-    turned = (real * cos - imaginary * sin).to(x.dtype), (real * sin + imaginary * cos).to(x.dtype)
-    return torch.stack(turned, dim=-1).flatten(-2) if interleave else torch.cat(turned, dim=-1)
+        partner = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
+    return (x.float() * cos + partner.float() * sin).to(x.dtype)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, context: int | None) -> Tensor:
@@ -74,9 +79,8 @@ def _blockwise(q: Tensor, k: Tensor, v: Tensor, context: int) -> Tensor:
     for start in range(0, q.shape[1], context):
         end = min(start + context, q.shape[1])
         first = max(0, start - context + 1)
-        distance = (
-            torch.arange(start, end, device=q.device)[:, None]
-            - torch.arange(first, end, device=q.device)
+        distance = torch.arange(start, end, device=q.device)[:, None] - torch.arange(
+            first, end, device=q.device
         )
         visible = (distance >= 0) & (distance < context)
         block = (x.transpose(1, 2) for x in (q[:, start:end], k[:, first:end], v[:, first:end]))

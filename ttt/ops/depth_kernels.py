@@ -65,9 +65,7 @@ def _backward_kernel(
     q = tl.load(qkv + offsets, mask=is_row[:, None], other=0.0)
     k = tl.load(qkv + offsets + C, mask=is_row[:, None], other=0.0)
     v = tl.load(qkv + offsets + 2 * C, mask=is_row[:, None], other=0.0)
-    d_o = tl.load(
-        d_out + place[:, None] * C + columns[None, :], mask=is_row[:, None], other=0.0
-    )
+    d_o = tl.load(d_out + place[:, None] * C + columns[None, :], mask=is_row[:, None], other=0.0)
     p = _probabilities(q, k, steps, frames, is_row, scale)
     d_v = tl.dot(tl.trans(p.to(v.dtype)), d_o, input_precision="ieee")
     d_p = tl.dot(d_o, tl.trans(v), input_precision="ieee")

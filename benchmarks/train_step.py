@@ -1,0 +1,461 @@
+"""Training steps of Moshi: the stock model in a plain loop, and ours, with the same losses.
+
+    python benchmarks/train_step.py --json train_step.json
+    python benchmarks/train_step.py --model tiny --device cpu --dtype float32 --batch 2 --frames 40
+
+Every line is a run of a few optimizer steps on the same codes from the same weights. `stock` is
+`moshi.models.lm.LMModel` as `moshi-finetune` trains it: activation checkpointing, logits, cross
+entropy in float32, AdamW on float32 copies of the weights. Its losses are what the others' are
+compared with: of every step without TTT, and of the first step with TTT, which then has learnt
+nothing yet. Where they differ, no time is reported.
+
+Tokens are counted as `moshi-finetune` counts them: 9 a frame. MFU is against 989 TFLOP/s, of
+
+    2 N (2 P + 2 L + G) + 6 N T' d layers
+
+operations a step, for N frames: P weights that multiply, L of them in LoRA, G weights that train,
+and T' frames that attention sees on average. What is computed twice does not count, nor does what
+TTT does at test time.
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from moshi.models import loaders
+from moshi.models.lm import LMModel
+from moshi.modules.lora import LoRALinear, replace_all_linear_with_lora
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import OneCycleLR
+
+from finetune.args import LoraArgs, OptimArgs
+from finetune.distributed import World
+from finetune.loss import LossWeights, stream_sums, total_weight
+from finetune.model import add_lora, parameters_by_role, trainable_by_role
+from finetune.optim import Optimizer
+from ttt import TTTArgs, TTTLMModel, build_model
+
+PEAK_FLOPS = 989e12
+"""Of an H100 or H200 in bfloat16, without sparsity."""
+TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-5}
+"""How far a loss may be from the stock model's, in nats; see docs/benchmarks.md."""
+TINY = {
+    **loaders._lm_kwargs,
+    **{"dim": 64, "num_heads": 4, "num_layers": 3, "text_card": 64, "card": 32, "context": 100},
+    **{"depformer_dim": 32, "depformer_num_heads": 4, "depformer_num_layers": 2},
+    "depformer_dim_feedforward": 132,
+}
+TTT = {
+    "in_place sum": {"method": "in_place", "write": "sum"},
+    "in_place delta": {"method": "in_place", "write": "delta"},
+    "linear": {"method": "linear"},
+    "mlp": {"method": "mlp"},
+}
+WEIGHTS = LossWeights(text_padding=0.5, first_codebook=1.0)
+MAX_NORM = 1.0
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A line of the table."""
+
+    name: str
+    is_stock: bool = False
+    is_full: bool = False
+    """All weights train, of a model with fewer layers; else LoRA."""
+    ttt: str | None = None
+    checkpointing: Any = True
+    compile: bool = True
+    batch: int | None = None
+    """None: as the options say."""
+
+
+def arms(options: argparse.Namespace) -> Iterator[Arm]:
+    compile = options.compile
+    yield Arm("stock", is_stock=True)
+    yield Arm("ours", compile=compile)
+    for name in TTT:
+        yield Arm(f"ours, {name}", ttt=name, compile=compile)
+    yield Arm("ours, selective", checkpointing="selective", compile=compile)
+    yield Arm("ours, eager", compile=False)
+    yield Arm("stock, full", is_stock=True, is_full=True)
+    yield Arm("ours, full", is_full=True, compile=compile)
+
+
+# The two training steps ---------------------------------------------------------------------------
+
+
+class StockRun:
+    """The stock model in a plain loop."""
+
+    def __init__(self, model: LMModel, options: argparse.Namespace):
+        self.model = model.train()
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.masters = [p.detach().float() for p in self.trained]
+        optim = OptimArgs(lr=options.lr)
+        self.adamw = torch.optim.AdamW(
+            self.masters, lr=optim.lr, betas=(0.9, 0.95), weight_decay=optim.weight_decay
+        )
+        self.schedule = OneCycleLR(
+            self.adamw,
+            optim.lr,
+            total_steps=options.schedule_steps,
+            # As ours has it: a rise of a single step divides by zero otherwise.
+            pct_start=optim.pct_start * (1 + 1e-9),
+        )
+
+    def step(self, codes: Tensor) -> float:
+        model = self.model
+        output = model(codes)
+        text, audio = codes[:, :1], codes[:, 1 : 1 + model.dep_q]
+        is_padding = (text == model.text_padding_token_id) | (text == model.end_of_text_padding_id)
+        weight = torch.where(is_padding, WEIGHTS.text_padding, 1.0)
+        loss = _plain_loss(output.text_logits, text, output.text_mask, weight)
+        loss = loss + _plain_loss(output.logits, audio, output.mask, torch.ones_like(audio).float())
+        loss.backward()
+        for parameter, master in zip(self.trained, self.masters, strict=True):
+            master.grad = None if parameter.grad is None else parameter.grad.float()
+            parameter.grad = None
+        torch.nn.utils.clip_grad_norm_(self.masters, MAX_NORM)
+        self.adamw.step()
+        self.schedule.step()
+        with torch.no_grad():
+            for parameter, master in zip(self.trained, self.masters, strict=True):
+                parameter.copy_(master)
+        return loss.item()
+
+
+def _plain_loss(logits: Tensor, targets: Tensor, mask: Tensor, weight: Tensor) -> Tensor:
+    targets = torch.where(mask, targets, 0).flatten()
+    nll = F.cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), targets, reduction="none")
+    weight = weight * mask
+    return (torch.where(mask.flatten(), nll, 0.0) * weight.flatten()).sum() / weight.sum()
+
+
+class OurRun:
+    """What `finetune.trainer` does in a step."""
+
+    def __init__(self, model: TTTLMModel, options: argparse.Namespace):
+        self.model = model.train()
+        self.world = World(0, 1, torch.device(options.device))
+        self.optimizer = Optimizer(
+            trainable_by_role(model), OptimArgs(lr=options.lr), max_steps=options.schedule_steps
+        )
+
+    def step(self, codes: Tensor) -> float:
+        weight = total_weight(self.model, [codes], WEIGHTS)
+        sums = stream_sums(self.model, self.model(codes, with_heads=False), codes, WEIGHTS)
+        loss = (torch.stack([kind.loss for kind in sums]) / weight).sum()
+        loss.backward()
+        value = loss.item()
+        self.optimizer.step(max_norm=MAX_NORM, world=self.world, is_loss_finite=True)
+        return value
+
+
+# Models on the device -----------------------------------------------------------------------------
+
+
+def lm_kwargs(arm: Arm, options: argparse.Namespace) -> dict[str, Any]:
+    kwargs = dict(TINY if options.model == "tiny" else loaders._lm_kwargs)
+    if arm.is_full:
+        kwargs["num_layers"] = min(kwargs["num_layers"], options.full_layers)
+    return kwargs
+
+
+class Weights:
+    """The same for all arms of a kind: random, drawn on the device from one seed. LoRA starts with
+    zeros on one side, as in `moshi-finetune`."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.options = options
+        self.kind: bool | None = None
+        self.base: dict[str, Tensor] = {}
+
+    def stock(self, arm: Arm) -> LMModel:
+        options = self.options
+        torch.manual_seed(0)
+        with torch.device(options.device):
+            model = LMModel(
+                device=options.device,
+                dtype=options.dtype,
+                gradient_checkpointing=arm.checkpointing is not False,
+                **lm_kwargs(arm, options),
+            )
+        if self.kind != arm.is_full:
+            self.base = {}
+            base = model.state_dict()
+            # Full fine-tuning changes them.
+            self.base = {k: w.clone() for k, w in base.items()} if arm.is_full else base
+            self.kind = arm.is_full
+        model.load_state_dict(self.base, assign=not arm.is_full)
+        if not arm.is_full:
+            model.requires_grad_(False)
+            torch.manual_seed(1)
+            replace_all_linear_with_lora(model, options.rank, 2.0)
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_("lora_" in name)
+            self._start(model)
+        return model
+
+    def ours(self, arm: Arm) -> TTTLMModel:
+        options = self.options
+        if self.kind != arm.is_full:
+            self.stock(arm)
+        chosen: dict[str, Any] = TTT[arm.ttt] if arm.ttt else {"enabled": False}
+        args = TTTArgs(**{"enabled": True, **options.ttt_layers, **chosen})
+        with torch.device(options.device):
+            model = build_model(
+                lm_kwargs(arm, options),
+                args,
+                device=options.device,
+                dtype=options.dtype,
+                gradient_checkpointing=arm.checkpointing,
+                compile=arm.compile,
+            )
+        model.load_state_dict(self.base, strict=False, assign=not arm.is_full)
+        if not arm.is_full:
+            add_lora(model, LoraArgs(enable=True, rank=options.rank), seed=1)
+            self._start(model)
+        trained = {"base", "embedding"} if arm.is_full else {"lora"}
+        for role, named in parameters_by_role(model).items():
+            for parameter in named.values():
+                parameter.requires_grad_(role in trained | {"ttt"})
+        return model
+
+    @staticmethod
+    @torch.no_grad()
+    def _start(model: nn.Module) -> None:
+        """The adapters by name, whatever else is in the model."""
+        for number, (_, module) in enumerate(
+            sorted((n, m) for n, m in model.named_modules() if isinstance(m, LoRALinear))
+        ):
+            generator = torch.Generator(module.lora_A.weight.device).manual_seed(number)
+            bound = module.in_features**-0.5
+            module.lora_A.weight.uniform_(-bound, bound, generator=generator)
+            module.lora_B.weight.zero_()
+
+
+def random_codes(batch: int, arm: Arm, options: argparse.Namespace) -> Tensor:
+    """[B, 17, T]; three text tokens of four are padding."""
+    kwargs = lm_kwargs(arm, options)
+    generator = torch.Generator().manual_seed(0)
+    shape = batch, kwargs["n_q"] + 1, options.frames
+    codes = torch.randint(0, kwargs["card"], shape, generator=generator)
+    text = torch.randint(0, kwargs["text_card"], (batch, options.frames), generator=generator)
+    is_padding = torch.rand(batch, options.frames, generator=generator) < 0.75
+    codes[:, 0] = torch.where(is_padding, 3, text)
+    return codes.to(options.device)
+
+
+# Measuring ----------------------------------------------------------------------------------------
+
+
+def operations(model: LMModel, arm: Arm, batch: int, options: argparse.Namespace) -> float:
+    """Of a step; see this file's text."""
+    kwargs, own = lm_kwargs(arm, options), parameters_by_role(model)
+    lora = sum(p.numel() for p in own.get("lora", {}).values())
+    base = sum(p.numel() for p in own["base"].values() if p.dim() == 2)
+    trained = base if arm.is_full else lora
+    frames, window = batch * options.frames, min(kwargs["context"], options.frames)
+    seen = window * (1 - (window - 1) / 2 / options.frames)
+    attention = 6 * 2 * frames * seen * kwargs["dim"] * kwargs["num_layers"]
+    return 2 * frames * (2 * (base + lora) + trained) + attention
+
+
+def measure(arm: Arm, weights: Weights, options: argparse.Namespace) -> dict[str, Any]:
+    """Losses, median seconds per step and peak memory."""
+    is_cuda = options.device == "cuda"
+    batch = arm.batch or options.batch
+    started = time.monotonic()
+    model = weights.stock(arm) if arm.is_stock else weights.ours(arm)
+    make: Callable[..., Any] = StockRun if arm.is_stock else OurRun
+    run = make(model, options)
+    codes = random_codes(batch, arm, options)
+    if is_cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    losses, seconds = [], []
+    for _ in range(options.warmup + options.steps):
+        begin = time.perf_counter()
+        losses.append(run.step(codes))
+        if is_cuda:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - begin)
+    step_sec = statistics.median(seconds[options.warmup :])
+    result = {
+        "name": arm.name,
+        "batch": batch,
+        "losses": losses,
+        "step_sec": step_sec,
+        "all_step_sec": seconds,
+        "tokens_per_sec": batch * options.frames * (1 + model.dep_q) / step_sec,
+        "mfu": operations(model, arm, batch, options) / step_sec / PEAK_FLOPS,
+        "total_sec": time.monotonic() - started,
+    }
+    if is_cuda:
+        result["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        result["resident_gb"] = torch.cuda.memory_allocated() / 1e9
+    if options.profile and arm.name in options.profile:
+        profile(run, codes, arm, options)
+    return result
+
+
+def profile(run: Any, codes: Tensor, arm: Arm, options: argparse.Namespace) -> None:
+    """Where a step's time goes: milliseconds, calls and name of each kernel (on a CPU: operator)."""
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    if options.device == "cuda":
+        kinds = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=kinds) as profiler:
+        run.step(codes)
+    rows = [
+        (e.self_device_time_total or e.self_cpu_time_total, e.count, e.key)
+        for e in profiler.key_averages()
+    ]
+    total = sum(time_us for time_us, _, _ in rows)
+    lines = [f"{total / 1e3:10.1f}{'':>7}  all"]
+    for time_us, count, name in sorted(rows, reverse=True):
+        lines.append(f"{time_us / 1e3:10.2f}{count:>7}  {name[:150]}")
+    name = arm.name.replace(", ", "_").replace(" ", "_")
+    (options.profile_dir / f"profile_{name}.txt").write_text("\n".join(lines) + "\n")
+
+
+def results(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Every arm's, with what is wrong with it, or how it compares with the stock model."""
+    weights = Weights(options)
+    baselines: dict[bool, dict[str, Any]] = {}
+    chosen = [arm for arm in arms(options) if not options.arms or arm.name in options.arms]
+    for arm in chosen:
+        result = attempt(arm, weights, options)
+        if arm.is_stock:
+            baselines[arm.is_full] = result
+        yield judged(result, arm, baselines.get(arm.is_full), options)
+        if options.search and arm.checkpointing == "selective" and "peak_gb" in result:
+            yield from search(result, weights, baselines.get(False), options)
+
+
+def attempt(arm: Arm, weights: Weights, options: argparse.Namespace) -> dict[str, Any]:
+    try:
+        return measure(arm, weights, options)
+    except torch.OutOfMemoryError:
+        return {"name": arm.name, "batch": arm.batch or options.batch, "wrong": "out of memory"}
+    finally:
+        gc.collect()
+        if options.device == "cuda":
+            torch.cuda.empty_cache()
+
+
+def judged(
+    result: dict[str, Any], arm: Arm, stock: dict[str, Any] | None, options: argparse.Namespace
+) -> dict[str, Any]:
+    """`result` with its ratio to the stock model; without its times if its losses differ."""
+    if stock is None or "losses" not in stock or "losses" not in result:
+        return result
+    same_batch = result["batch"] == stock["batch"]
+    num_compared = (1 if arm.ttt else None) if same_batch else 0
+    pairs = list(zip(result["losses"], stock["losses"], strict=True))[:num_compared]
+    difference = max((abs(a - b) for a, b in pairs), default=0.0)
+    result["loss_difference"] = difference
+    if not difference <= options.tolerance:
+        kept = {key: result[key] for key in ("name", "batch", "losses", "loss_difference")}
+        return {**kept, "wrong": f"losses differ from the stock model's by {difference:.1e}"}
+    result["speedup"] = result["tokens_per_sec"] / stock["tokens_per_sec"]
+    return result
+
+
+def search(
+    known: dict[str, Any],
+    weights: Weights,
+    stock: dict[str, Any] | None,
+    options: argparse.Namespace,
+) -> Iterator[dict[str, Any]]:
+    """The largest batch with selective checkpointing. What is `known` of a smaller one says where
+    to look."""
+    total_gb = torch.cuda.mem_get_info()[1] / 1e9
+    per_row = (known["peak_gb"] - known["resident_gb"]) / known["batch"]
+    batch = int((0.95 * total_gb - known["resident_gb"]) / per_row)
+    while batch > options.batch:
+        name = f"ours, selective, B = {batch}"
+        arm = Arm(name, checkpointing="selective", compile=options.compile, batch=batch)
+        result = judged(attempt(arm, weights, options), arm, stock, options)
+        yield result
+        if "wrong" not in result:
+            return
+        batch -= max(1, batch // 20)
+
+
+HEADER = (
+    f"{'':<30}{'B':>4}{'s/step':>9}{'tokens/s':>11}{'x stock':>9}{'MFU':>7}{'peak GB':>9}"
+    f"{'first loss':>12}{'differs':>10}"
+)
+
+
+def line(result: dict[str, Any]) -> str:
+    text = f"{result['name']:<30}{result['batch']:>4}"
+    if "wrong" in result:
+        return f"{text}  {result['wrong']}"
+    text += f"{result['step_sec']:>9.3f}{result['tokens_per_sec']:>11.0f}"
+    text += f"{result['speedup']:>9.2f}" if "speedup" in result else f"{'':>9}"
+    text += f"{result['mfu']:>7.1%}{result.get('peak_gb', 0):>9.1f}{result['losses'][0]:>12.4f}"
+    return text + (f"{result['loss_difference']:>10.1e}" if "loss_difference" in result else "")
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="7b", choices=["7b", "tiny"])
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--frames", type=int, default=1250)
+    parser.add_argument("--rank", type=int, default=128, help="of LoRA")
+    parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--full-layers", type=int, default=8, help="of 32, in full fine-tuning")
+    parser.add_argument("--arms", nargs="+", help="lines of the table; default: all")
+    parser.add_argument("--search", action="store_true", help="for the largest batch (CUDA)")
+    parser.add_argument("--warmup", type=int, default=2, help="steps that are not timed")
+    parser.add_argument("--steps", type=int, default=4, help="steps that are")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--tolerance", type=float, help="of losses, in nats; default: by dtype")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--profile", nargs="*", help="arms whose kernels are listed in a file")
+    parser.add_argument("--profile-dir", type=Path, default=Path())
+    parser.add_argument("--json", type=Path, help="a file to write the results to")
+    options = parser.parse_args(arguments)
+    options.dtype = getattr(torch, options.dtype)
+    if options.tolerance is None:
+        options.tolerance = TOLERANCE[options.dtype]
+    options.compile = options.device == "cuda"
+    # The learning rate is at its highest from the second step on: a wrong gradient shows.
+    options.schedule_steps = max(20, options.warmup + options.steps + 1)
+    options.ttt_layers = {"start_layer": 1} if options.model == "tiny" else {}
+    return options
+
+
+def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
+    options = parse(arguments)
+    # Every arm compiles its own, in one process.
+    torch._dynamo.config.recompile_limit = 64
+    name = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
+    print(f"{name}, torch {torch.__version__}, {options.dtype}, T {options.frames}, ", end="")
+    print(f"rank {options.rank}\n{HEADER}", flush=True)
+    found = []
+    for result in results(options):
+        found.append(result)
+        print(line(result), flush=True)
+        if options.json:
+            settings = {key: str(value) for key, value in vars(options).items()}
+            page = {"device": name, "torch": str(torch.__version__), **settings, "results": found}
+            options.json.write_text(json.dumps(page, indent=2) + "\n")
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(not main())
