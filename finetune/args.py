@@ -223,6 +223,11 @@ class TrainArgs:
     log_freq: int = 1
     """Steps between two logged lines of training metrics."""
 
+    profile_steps: list[int] | None = None
+    """First and last of the steps to profile, as `[10, 12]`: a trace for
+    [Perfetto](https://ui.perfetto.dev) in `profile/` of the run folder, one a process. Profiled
+    steps are slower."""
+
     do_eval: bool = False
     """Whether to evaluate on `data.eval_data`."""
 

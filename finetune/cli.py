@@ -19,6 +19,7 @@ def main() -> None:
     commands = {
         "train": train,
         "plan": plan,
+        "encode": encode,
         "generate": generate,
         "plot": plot,
         "demo": demo,
@@ -116,6 +117,24 @@ def plan(
         gpu_memory_gb=_number("gpu_memory", gpu_memory, low=1.0),
     ):
         print(line)
+
+
+@_literal
+def encode(*unexpected: str, config: str, **overrides: Any) -> None:
+    """Encode all data of a run ahead of it, into data.cache_dir.
+
+    It may be stopped at any time and started again. On several GPUs:
+    torchrun --nproc-per-node 8 --no-python moshi-ttt encode --config X.yaml
+
+    Args:
+        config: the YAML file of the run.
+        overrides: any of its keys, dotted: --data.cache_dir=codes --duration_sec=100
+    """
+    _refuse(unexpected)
+    from finetune.config import load_config
+    from finetune.encode import encode_data
+
+    encode_data(load_config(config, overrides))
 
 
 @_literal

@@ -260,6 +260,8 @@ def _build(cls: Any, values: Mapping[str, Any], prefix: str = "") -> Any:
 def _parse(raw: Any, kind: Any) -> Any:
     """The value of type `kind` that the text `raw` means, or `ValueError`."""
     options = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    if list[int] in options and raw not in _NULLS:
+        return _parse_list(raw)
     if isinstance(raw, str):
         # null first: as text it would be the word "null"
         for option in sorted(options, key=lambda option: option is not NoneType):
@@ -273,6 +275,15 @@ def _parse(raw: Any, kind: Any) -> Any:
     ]
     got = "a list" if not isinstance(raw, str) else "nothing" if raw in _NULLS else repr(raw)
     raise ValueError(f"expected {' or '.join(expected)}, got {got}")
+
+
+def _parse_list(raw: Any) -> list[int]:
+    """Whole numbers, as `[10, 12]` in YAML or on the command line."""
+    items = raw.strip("[]() ").split(",") if isinstance(raw, str) else raw
+    try:
+        return [_parse_one(str(item).strip(), int) for item in items]
+    except (ValueError, OverflowError):
+        raise ValueError(f"expected whole numbers, as [10, 12], got {raw!r}") from None
 
 
 def _parse_one(raw: str, kind: Any) -> Any:
@@ -304,6 +315,7 @@ def _cross_checks(args: TrainArgs) -> Iterator[Problem]:
     yield from _check_what_trains(args)
     yield from args.model.problems(args.moshi_paths.random_init, args.ttt)
     yield from _check_ranges(args)
+    yield from _check_profile(args)
     yield from _check_paths(args)
     yield from _check_run(args)
     yield from ((f"ttt.{field}", text) for field, text in args.ttt.problems())
@@ -346,6 +358,7 @@ _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "optim.pct_start": ("more than 0 and less than 1", lambda value: 0 < value < 1),
     "data.num_workers": _at_least(0),
     "parallel.hang_timeout_sec": _POSITIVE,
+    "data.prefetch_steps": _at_least(0),
 }
 _LORA_RANGES = {"lora.rank": _at_least(1), "lora.scaling": _POSITIVE}
 
@@ -358,6 +371,18 @@ def _check_ranges(args: TrainArgs) -> Iterator[Problem]:
     size = args.parallel.shard_size
     if size != "auto" and size < 1:
         yield "parallel.shard_size", f"must be auto, or 1 or more, got {size}"
+
+
+def _check_profile(args: TrainArgs) -> Iterator[Problem]:
+    steps = args.profile_steps
+    if steps is None:
+        return
+    if len(steps) != 2 or not 1 <= steps[0] <= steps[1] <= args.max_steps:
+        yield (
+            "profile_steps",
+            f"must be the first and the last step to profile, between 1 and max_steps "
+            f"({args.max_steps}), as [10, 12]; got {steps}",
+        )
 
 
 def _check_paths(args: TrainArgs) -> Iterator[Problem]:

@@ -74,6 +74,8 @@ def _section(cls: Any) -> Iterator[str]:
 
 
 def _type_name(kind: Any) -> str:
+    if kind == list[int]:
+        return "list of whole numbers"
     if isinstance(kind, type):
         names = {bool: "true, false", int: "whole number", float: "number", str: "text"}
         return names.get(kind, "null")

@@ -35,6 +35,11 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def place(self) -> dict[str, int]:
+        """This process among all, as the data loaders want it."""
+        return {"rank": self.rank, "world_size": self.size}
+
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum of `tensor` over all processes; also stored in `tensor` itself."""
         if self.size > 1:

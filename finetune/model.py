@@ -257,8 +257,13 @@ def load_model(
     return model
 
 
-def build_codec(info: loaders.CheckpointInfo, model: TTTLMModel) -> Codec:
+def build_codec(
+    info: loaders.CheckpointInfo, model: TTTLMModel, device: torch.device | str | None = None
+) -> Codec:
     """Mimi and the text tokenizer of a checkpoint, for the streams of `model`.
+
+    Args:
+        device: where Mimi computes when it is needed; None: where the model is.
 
     Raises:
         UserError: they cannot be read, or do not fit the model.
@@ -268,7 +273,6 @@ def build_codec(info: loaders.CheckpointInfo, model: TTTLMModel) -> Codec:
         mimi = loaders.get_mimi(
             info.mimi_weights,
             info.mimi_config,
-            device=model.device,
             num_codebooks=max(model.dep_q, user_codebooks),
         )
     except (
@@ -302,6 +306,7 @@ def build_codec(info: loaders.CheckpointInfo, model: TTTLMModel) -> Codec:
         text_padding_id=model.text_padding_token_id,
         end_of_text_padding_id=model.end_of_text_padding_id,
         zero_token_id=model.zero_token_id,
+        device=device or model.device,
     )
 
 

@@ -20,7 +20,7 @@ from finetune.checkpoint import (
 )
 from finetune.config import changed_keys, public_dict
 from finetune.console import Progress, describe, setup_logging
-from finetune.data import Batch, build_eval_loader, build_train_loader
+from finetune.data import Batch, build_eval_loader, build_train_loader, check_share
 from finetune.distributed import join_world, peak_memory_gb
 from finetune.errors import UserError
 from finetune.evaluate import evaluate
@@ -29,6 +29,7 @@ from finetune.loss import LossWeights, stream_sums, total_weight
 from finetune.metrics import MetricsLogger
 from finetune.model import build_codec, find_checkpoint, load_model, trainable_by_role
 from finetune.optim import Optimizer, StepResult
+from finetune.phases import Phases, StepProfiler
 from finetune.run_lock import RunLock
 from finetune.saving import CheckpointWriter
 from finetune.sharding import build_sharding, sum_gradients_when_needed
@@ -78,15 +79,24 @@ class Trainer:
         places: dict[str, Any] = {
             "duration_sec": args.duration_sec,
             "batch_size": args.batch_size,
-            "rank": self.world.rank,
-            "world_size": self.world.size,
+            **self.world.place,
             "device": self.world.device,
         }
-        self.train_data = build_train_loader(args.data, self.codec, seed=args.seed, **places)
+        if self.world.size > 1:
+            check_share(args.data, with_eval=args.do_eval, **self.world.place)
+            self.world.barrier()
+        self.train_data = build_train_loader(
+            args.data,
+            self.codec,
+            seed=args.seed,
+            num_microbatches=args.num_microbatches,
+            **places,
+        )
         self.eval_data = (
             build_eval_loader(args.data, self.codec, **places) if args.do_eval else None
         )
 
+        self.phases = Phases(self.world.device)
         self.step = 0
         self.nonfinite_steps = 0
         self.nonfinite_in_a_row = 0
@@ -103,6 +113,9 @@ class Trainer:
         )
         if resume_from is not None:
             self.resume(resume_from)
+        self.profiler = StepProfiler(
+            args.profile_steps, self.run_dir, rank=self.world.rank, num_done=self.step
+        )
         # Only now, when nothing else can be wrong: it may delete an older run.
         with created_run_dir(args, self.lock) if self.world.is_main else nullcontext():
             self.metrics = MetricsLogger(
@@ -140,34 +153,43 @@ class Trainer:
         if self.step == 0:
             self.evaluate()
         while self.step < self.args.max_steps and not self.interrupted():
+            self.profiler.before_step(self.step + 1)
             self.train_step()
             self.stop_if_lost()
             if self.is_due(self.args.eval_freq):
                 self.evaluate()
             if self.args.do_ckpt and self.is_due(self.args.ckpt_freq):
-                self.save()
+                with self.phases.phase("save"):
+                    self.save()
+            self.profiler.after_step(self.step)
         return self.leave()
 
     def train_step(self) -> None:
         """One optimizer step on the next batches."""
         started_at = time.monotonic()
+        self.phases.clear()
         self.watch.at(self.step + 1, "data")
-        batches = self.next_batches()
-        data_sec = time.monotonic() - started_at
+        with self.phases.phase("data_wait", on_device=False):
+            batches = self.next_batches()
 
         self.step += 1
         self.watch.at(self.step, "forward and backward")
-        with measuring(self.model, enabled=self.is_due(self.args.log_freq)) as ttt:
+        with (
+            self.phases.phase("forward_backward"),
+            measuring(self.model, enabled=self.is_due(self.args.log_freq)) as ttt,
+        ):
             losses = self.forward_backward(batches)
         is_loss_finite = math.isfinite(sum(losses))
         self.watch.at(self.step, "optimizer step")
-        result = self.optimizer.step(
-            max_norm=self.args.max_norm, world=self.world, is_loss_finite=is_loss_finite
-        )
+        with self.phases.phase("optimizer"):
+            result = self.optimizer.step(
+                max_norm=self.args.max_norm, world=self.world, is_loss_finite=is_loss_finite
+            )
         self.count_nonfinite(losses, result)
         step_sec = time.monotonic() - started_at
         self.watch.at(self.step, "log")
-        self.log(batches, losses, result, ttt, step_sec=step_sec, data_sec=data_sec)
+        with self.phases.phase("log"):
+            self.log(batches, losses, result, ttt, step_sec=step_sec)
 
     def next_batches(self) -> list[Batch]:
         """The micro-batches of a step.
@@ -238,7 +260,6 @@ class Trainer:
         ttt: dict[str, torch.Tensor],
         *,
         step_sec: float,
-        data_sec: float,
     ) -> None:
         if not self.is_due(self.args.log_freq):
             self.progress.update(self.step, {})
@@ -252,10 +273,11 @@ class Trainer:
             **{f"grad_norm/{role}": norm for role, norm in result.grad_norm_by_role.items()},
             **result.learning_rates,
             "step_sec": step_sec,
-            "data_sec": data_sec,
+            **self.phases.seconds(),
             "tokens_per_sec": frames * (1 + self.model.dep_q) / step_sec,
             "epoch": self.train_data.epoch,
             "skipped_segments": self.train_data.num_skipped,
+            "encoded_segments": self.num_encoded,
             "nonfinite_steps": self.nonfinite_steps,
             "peak_memory_gb": peak_memory_gb(self.world.device),
             **{f"ttt/{name}": value.item() for name, value in ttt.items()},
@@ -263,6 +285,11 @@ class Trainer:
         self.metrics.log("train", self.step, metrics)
         self.progress.update(self.step, metrics)
         self.watch_effect(ttt)
+
+    @property
+    def num_encoded(self) -> int:
+        """Segments that this process has encoded."""
+        return self.train_data.num_encoded + (self.eval_data.num_encoded if self.eval_data else 0)
 
     def watch_effect(self, ttt: dict[str, torch.Tensor]) -> None:
         """Warn once if TTT still changes nothing when it has had time to."""
@@ -291,13 +318,12 @@ class Trainer:
             self.watch.at(self.step, "evaluation")
             return self.interrupt.signal_number is not None
 
-        metrics = evaluate(
-            self.model,
-            self.eval_data,
-            self.loss_weights,
-            self.world,
-            should_stop=should_stop,
-        )
+        started_at = time.monotonic()
+        with self.phases.phase("evaluate"):
+            metrics = evaluate(
+                self.model, self.eval_data, self.loss_weights, self.world, should_stop=should_stop
+            )
+        metrics["eval_sec"] = time.monotonic() - started_at
         if self.interrupted():
             return
         self.last_eval = (self.step, metrics["loss"])

@@ -34,6 +34,7 @@ def demo_run(tmp_path_factory):
         "--config=example/demo.yaml",
         f"--data.train_data={DIALOGUES / 'train.jsonl'}",
         f"--data.eval_data={DIALOGUES / 'eval.jsonl'}",
+        f"--data.cache_dir={run_dir.parent / 'codes'}",
         f"--run_dir={run_dir}",
         "--duration_sec=4",
         "--ttt.chunk_size=10",

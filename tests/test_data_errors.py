@@ -19,8 +19,13 @@ from finetune.data import DataArgs, build_eval_loader, build_train_loader
 from finetune.errors import UserError
 
 
-def train_loader(path, *, on_error="raise", num_workers=0):
-    args = DataArgs(train_data=str(path), on_error=on_error, num_workers=num_workers)
+def train_loader(path, *, on_error="raise", num_workers=0, prefetch_steps=0):
+    args = DataArgs(
+        train_data=str(path),
+        on_error=on_error,
+        num_workers=num_workers,
+        prefetch_steps=prefetch_steps,
+    )
     return build_train_loader(
         args, tiny_codec(), duration_sec=1.0, batch_size=2, seed=0, device="cpu"
     )
@@ -243,8 +248,10 @@ def test_file_that_breaks_after_the_start(tmp_path, caplog, num_workers, breakin
     assert torch.isfinite(torch.tensor(batch.audio_sec)) and batch.audio_sec == pytest.approx(1.04)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_workers_leave_signals_to_the_trainer_and_end_with_it(tmp_path, number):
+@pytest.mark.parametrize(
+    ("number", "prefetch_steps"), [(signal.SIGINT, 0), (signal.SIGTERM, 0), (signal.SIGINT, 2)]
+)
+def test_workers_leave_signals_to_the_trainer_and_end_with_it(tmp_path, number, prefetch_steps):
     line = write_recording(tmp_path, "a.wav", 2.0)
     jsonl = write_jsonl(tmp_path / "a.jsonl", [line])
     program = textwrap.dedent(
@@ -253,7 +260,7 @@ def test_workers_leave_signals_to_the_trainer_and_end_with_it(tmp_path, number):
         from test_data_errors import train_loader
         received = []
         signal.signal({int(number)}, lambda *_: received.append("stopping"))
-        loader = train_loader({str(jsonl)!r}, num_workers=2)
+        loader = train_loader({str(jsonl)!r}, num_workers=2, prefetch_steps={prefetch_steps})
         next(loader)
         print("ready", flush=True)
         while not received:

@@ -1,7 +1,10 @@
 """On a CUDA device: `python -m pytest -m gpu`."""
 
+import copy
+
 import pytest
 import torch
+from data_tools import tiny_mimi, tiny_tokenizer, write_dataset
 from helpers import (
     fast_state,
     random_codes,
@@ -15,6 +18,7 @@ from moshi.models.lm import LMGen
 from moshi.utils.compile import no_cuda_graph
 
 from finetune.args import OptimArgs
+from finetune.data import Codec, DataArgs, build_train_loader, codec
 from finetune.distributed import World
 from finetune.loss import LossWeights, stream_sums
 from finetune.model import trainable_by_role
@@ -93,6 +97,41 @@ def test_fast_forms_in_bfloat16_are_as_close_as_its_rounding(rule, super_chunk, 
         results.append([x.cpu().double() for x in (out, *grads)])
     for exact, rounded in zip(*results, strict=True):
         assert (rounded - exact).norm() / exact.norm() < 0.03
+
+
+def test_codes_made_ahead_and_kept_codes_are_those_made_in_turn(tmp_path, monkeypatch):
+    """Mimi computes on its own stream beside the training step, which keeps the device busy."""
+    jsonl = write_dataset(tmp_path, [3.2, 2.1, 1.5])
+    monkeypatch.setattr(codec, "_PIECE_FRAMES", 9)
+    busy = torch.randn(4096, 4096, device="cuda")
+
+    def epochs(**options):
+        data = DataArgs(str(jsonl), shuffle=True, **options)
+        mimi = Codec(
+            copy.deepcopy(tiny_mimi()), tiny_tokenizer(), moshi_codebooks=8, user_codebooks=8,
+            device="cuda",
+        )  # fmt: skip
+        loader = build_train_loader(
+            data, mimi, duration_sec=1.0, batch_size=2, seed=0, device="cuda"
+        )
+        codes = []
+        for _ in range(8):
+            codes.append(next(loader).codes)
+            for _ in range(20):
+                busy @ busy
+        loader.close()
+        return torch.cat(codes), loader.num_encoded, next(mimi.mimi.parameters()).device.type
+
+    cache = str(tmp_path / "cache")
+    in_turn, *_ = epochs(num_workers=0, prefetch_steps=0)
+    assert len(in_turn.unique()) > 5
+    for options, num_encoded, place in (
+        ({"num_workers": 0}, 8, "cuda"),
+        ({"num_workers": 2, "cache_dir": cache}, 8, "cuda"),
+        ({"num_workers": 2, "cache_dir": cache}, 0, "cpu"),
+    ):
+        codes, *rest = epochs(**options)
+        assert torch.equal(codes, in_turn) and rest == [num_encoded, place]
 
 
 @pytest.mark.parametrize("args", METHODS.values(), ids=METHODS.keys())

@@ -39,7 +39,7 @@ def test_ten_steps_are_five_steps_a_kill_and_five_more(config, tmp_path):
     arguments.append("--ckpt_async=false")  # or step 7 may be over before step 5 is written
     arguments += options({**FULL, "param_dtype": "bfloat16"})
     whole = start_program(*arguments, f"--run_dir={tmp_path / 'whole'}")
-    arguments.append(f"--run_dir={tmp_path / 'killed'}")
+    arguments += [f"--run_dir={tmp_path / 'killed'}", "--data.prefetch_steps=2"]
     killed = start_program(*arguments, after=KILLED_AFTER_STEP.format(step=7))
     assert finish(killed)[0] == -signal.SIGKILL
     assert logged_steps(tmp_path / "killed") == [1, 2, 3, 4, 5, 6, 7]
@@ -59,9 +59,8 @@ def test_ten_steps_are_five_steps_a_kill_and_five_more(config, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_leaves_with_a_message(config, tmp_path, number):
-    run = start_program(
-        f"--config={config}", f"--run_dir={tmp_path}", "--data.num_workers=2", *ENDLESS
-    )
+    background = ("--data.num_workers=2", "--data.prefetch_steps=2")
+    run = start_program(f"--config={config}", f"--run_dir={tmp_path}", *background, *ENDLESS)
     list(lines_until(run, "step 3/"))
     # Ctrl-C reaches every process of the terminal's group, the workers that read data as well.
     (os.killpg if number == signal.SIGINT else os.kill)(run.pid, number)
@@ -130,8 +129,13 @@ def torchrun(*arguments):
 
 def test_two_processes_are_one_with_the_double_batch(config, tmp_path):
     overrides = {**PLAIN, "ttt.enabled": True, "do_eval": True, "max_steps": 6, "ckpt_freq": 3}
+    overrides["data.cache_dir"] = tmp_path / "codes"
     run = torchrun(
-        f"--config={config}", f"--run_dir={tmp_path / 'two'}", "--batch_size=2", *options(overrides)
+        f"--config={config}",
+        f"--run_dir={tmp_path / 'two'}",
+        "--batch_size=2",
+        "--data.prefetch_steps=2",
+        *options(overrides),
     )
     status, output = finish(run)
     assert status == 0, output
@@ -141,6 +145,7 @@ def test_two_processes_are_one_with_the_double_batch(config, tmp_path):
     for kind in ("train", "eval"):
         expected = logged(tmp_path / "one", kind=kind)
         assert logged(tmp_path / "two", kind=kind) == pytest.approx(expected, abs=1e-5)
+    assert set(logged(tmp_path / "one", "encoded_segments")) == {0}, "the two have encoded all"
     norms = [logged(tmp_path / run, "grad_norm") for run in ("one", "two")]
     assert norms[1] == pytest.approx(norms[0], rel=1e-4)
     # What two have begun, one can finish: here it has nothing left to do but to agree.

@@ -1,14 +1,23 @@
 """From JSONL files to batches of codes."""
 
 from .args import DataArgs
+from .batches import Batch
 from .codec import Codec
-from .loader import Batch, EvalLoader, TrainLoader, build_eval_loader, build_train_loader
+from .fill import CacheFill
+from .loader import (
+    EvalLoader,
+    TrainLoader,
+    build_eval_loader,
+    build_train_loader,
+    check_share,
+)
 from .segments import Segment, SegmentReader
 from .text import FRAME_RATE_HZ, count_frames
 
 __all__ = [
     "FRAME_RATE_HZ",
     "Batch",
+    "CacheFill",
     "Codec",
     "DataArgs",
     "EvalLoader",
@@ -17,5 +26,6 @@ __all__ = [
     "TrainLoader",
     "build_eval_loader",
     "build_train_loader",
+    "check_share",
     "count_frames",
 ]

@@ -24,3 +24,13 @@ class DataArgs:
 
     num_workers: int = 2
     """Background processes per rank that decode audio; 0 decodes in the training process."""
+
+    prefetch_steps: int | None = None
+    """Steps whose batches are made ahead, in a thread of their own; 0 makes each when it is needed.
+    null: 2 on a GPU, and 0 on a CPU, where the thread would only take the step's cores. Changes no
+    number."""
+
+    cache_dir: str | None = None
+    """Folder that keeps the codes of all segments for good, so that Mimi encodes each only once;
+    null: they are kept in memory alone. Many runs and processes may share it, see
+    [data.md](data.md)."""

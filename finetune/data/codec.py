@@ -1,12 +1,20 @@
 """From audio and words to codes: Mimi and the text tokenizer, frozen."""
 
-import contextlib
+import hashlib
+import inspect
+import threading
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
+import moshi
 import sentencepiece
 import torch
 from moshi.models.compression import MimiModel
+from moshi.modules.rope import RotaryEmbedding, apply_rope
+from moshi.modules.transformer import StreamingMultiheadAttention
 from moshi.utils.compile import no_compile
 from torch.nn import functional as F
 
@@ -18,15 +26,19 @@ from .segments import Segment, SegmentReader, tokenize
 from .sources import Recording, SegmentRef
 from .text import FRAME_RATE_HZ, count_frames
 
-# Mimi's first layers hold 64 floats a sample, several times over: some 5 GB for this much audio.
-_MAX_ENCODE_SEC = 200
+_PIECE_FRAMES = 1250
+"""Longer segments are encoded in pieces of this length. Mimi's first layers hold 64 floats a
+sample, several times over: some 5 GB for a piece of both channels."""
+
+_eager_on_cpu: AbstractContextManager[None] | None = None
 
 
 class Codec:
     """A stock Mimi and a sentencepiece tokenizer, with the model's special tokens.
 
     Both channels of a segment are encoded from Mimi's initial state, as if the conversation began
-    there.
+    there. A segment's codes do not depend, not even by rounding, on what is encoded before or
+    after it. Several threads may share a codec.
     """
 
     def __init__(
@@ -39,10 +51,12 @@ class Codec:
         text_padding_id: int = 3,
         end_of_text_padding_id: int = 0,
         zero_token_id: int = -1,
+        device: torch.device | str | None = None,
     ) -> None:
-        """Freezes `mimi` and leaves it where it is.
+        """Freezes `mimi`.
 
         Args:
+            device: where Mimi computes; it moves there when it is first needed. None: where it is.
             moshi_codebooks: codebooks of the left channel, the model's `dep_q`.
             user_codebooks: codebooks of the right channel, the model's `n_q - dep_q`.
             zero_token_id: what stands after the end of a recording, in every stream.
@@ -58,16 +72,18 @@ class Codec:
                 f"to {mimi.num_codebooks}"
             )
         self.mimi = mimi.eval().requires_grad_(False)
+        # As it is of tensors that are there: a GPU with its number.
+        self.device = torch.empty(0, device=device or next(mimi.parameters()).device).device
         self.tokenizer = tokenizer
         self.moshi_codebooks = moshi_codebooks
         self.user_codebooks = user_codebooks
         self.text_padding_id = text_padding_id
         self.end_of_text_padding_id = end_of_text_padding_id
         self.zero_token_id = zero_token_id
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.mimi.parameters()).device
+        self.lock = threading.Lock()
+        """Held while Mimi computes; other processes must not be forked meanwhile."""
+        self._stream: torch.cuda.Stream | None = None
+        self._run_eagerly()
 
     @property
     def sample_rate_hz(self) -> int:
@@ -90,6 +106,7 @@ class Codec:
             sample_rate_hz=self.sample_rate_hz,
             text_padding_id=self.text_padding_id,
             end_of_text_padding_id=self.end_of_text_padding_id,
+            num_codebooks=self.mimi.num_codebooks,
         )
 
     def read_recording(self, path: Path) -> Segment:
@@ -120,51 +137,130 @@ class Codec:
     @torch.no_grad()
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """Audio of codes `[B, num_codebooks, T]`: float32 `[B, 1, num_samples]`."""
-        with self._eager_on_cpu():
-            return self.mimi.decode(codes.to(self.device))
+        with self.lock:
+            audio: torch.Tensor = self._mimi_on_device().decode(codes.to(self.device))
+            return audio
 
-    @torch.no_grad()
     def encode(self, segments: Sequence[Segment]) -> torch.Tensor:
-        """Codes of segments of one length: int64 `[B, num_streams, num_frames]` on Mimi's device.
+        """Codes of segments of one length: int64 `[B, num_streams, num_frames]` on `device`.
 
         Frames past a recording's end are `zero_token_id` in every stream.
         """
-        num_frames = segments[0].num_frames
-        num_samples = num_frames * self.mimi.frame_size
-        # Zeros on the right are harmless: Mimi is causal, and their frames are masked below.
-        audio = torch.stack(
-            [
-                F.pad(segment.audio, (0, num_samples - segment.audio.shape[1]))
-                for segment in segments
-            ]
-        )
-        left, right = self._encode_audio(audio).unbind(1)
+        codes = [self.streams(segment, self.encode_audio(segment)) for segment in segments]
+        return torch.stack(codes).to(self.device)
 
-        codes = torch.full(
-            (len(segments), self.num_streams, num_frames), self.zero_token_id, device=self.device
-        )
-        for row, segment in enumerate(segments):
-            valid = segment.num_valid_frames
-            first_user = 1 + self.moshi_codebooks
-            codes[row, 0, :valid] = segment.text_tokens.to(self.device)
-            codes[row, 1:first_user, :valid] = left[row, : self.moshi_codebooks, :valid]
-            codes[row, first_user:, :valid] = right[row, : self.user_codebooks, :valid]
+    def streams(self, segment: Segment, audio_codes: torch.Tensor) -> torch.Tensor:
+        """Text and both channels of a segment: int64 `[num_streams, num_frames]` on the CPU.
+
+        Args:
+            audio_codes: `[2, num_codebooks, num_valid_frames]`, what `encode_audio` gives.
+        """
+        valid = segment.num_valid_frames
+        first_user = 1 + self.moshi_codebooks
+        codes = torch.full((self.num_streams, segment.num_frames), self.zero_token_id)
+        codes[0, :valid] = segment.text_tokens
+        codes[1:first_user, :valid] = audio_codes[0, : self.moshi_codebooks]
+        codes[first_user:, :valid] = audio_codes[1, : self.user_codebooks]
         return codes
 
-    def _encode_audio(self, audio: torch.Tensor) -> torch.Tensor:
-        """`[B, 2, num_samples]` to codes `[B, 2, num_codebooks, T]`, in parts that fit."""
-        rows = audio.flatten(0, 1).unsqueeze(1)
-        on_cuda = self.device.type == "cuda"
-        # A CPU gains nothing from larger batches; one segment at a time, a segment's codes do not
-        # depend, not even by rounding, on what it was encoded together with.
-        max_rows = 2
-        if on_cuda:
-            max_rows = max(1, int(_MAX_ENCODE_SEC * self.sample_rate_hz) // rows.shape[-1])
-        with self._eager_on_cpu():
-            codes = [self.mimi.encode(part.to(self.device)) for part in rows.split(max_rows)]
-        return torch.cat(codes).unflatten(0, (-1, 2))
+    @torch.no_grad()
+    def encode_audio(self, segment: Segment) -> torch.Tensor:
+        """Codes of both channels: int64 `[2, num_codebooks, num_valid_frames]` on the CPU."""
+        num_samples = segment.num_frames * self.mimi.frame_size
+        # Zeros on the right are harmless: Mimi is causal, and their frames are cut off below.
+        audio = F.pad(segment.audio, (0, num_samples - segment.audio.shape[1]))
+        with self.lock, self._own_stream():
+            codes = self._encode_rows(audio.unsqueeze(1).to(self.device))
+            return codes[..., : segment.num_valid_frames].cpu()
 
-    def _eager_on_cpu(self) -> contextlib.AbstractContextManager[None]:
-        # Parts of Mimi compile themselves, which on a CPU costs more than it gives and needs a
-        # C++ compiler.
-        return contextlib.nullcontext() if self.device.type == "cuda" else no_compile()
+    def _encode_rows(self, audio: torch.Tensor) -> torch.Tensor:
+        """`[B, 1, num_samples]` to codes `[B, num_codebooks, T]`, in pieces if it is long.
+
+        The state is carried from piece to piece, and the codes are those of the whole in one call,
+        to rounding. Stock streaming would not do: it keeps no more keys than attention's context,
+        so a piece overwrites what its own first frames look back at.
+        """
+        mimi = self._mimi_on_device()
+        piece_samples = _PIECE_FRAMES * mimi.frame_size
+        if audio.shape[-1] <= piece_samples:
+            return mimi.encode(audio)
+        attentions = [
+            module
+            for module in mimi.encoder_transformer.modules()
+            if isinstance(module, StreamingMultiheadAttention)
+        ]
+        # The parts one by one: Mimi as a whole would also capture CUDA graphs.
+        parts = [mimi.encoder, mimi.encoder_transformer]
+        parts += [mimi.downsample.conv] if hasattr(mimi, "downsample") else []
+        longest = round(_PIECE_FRAMES * mimi.encoder_frame_rate / mimi.frame_rate)
+        with ExitStack() as streaming:
+            try:
+                for attention in attentions:  # room for a piece, and for what it looks back at
+                    attention.context += longest
+                for part in parts:
+                    streaming.enter_context(part.streaming(len(audio)))
+            finally:
+                for attention in attentions:
+                    attention.context -= longest
+            return torch.cat([mimi.encode(p) for p in audio.split(piece_samples, -1)], dim=-1)
+
+    def _own_stream(self) -> AbstractContextManager[Any]:
+        """On a GPU a stream for encoding, so that it and a training step do not wait for each
+        other."""
+        if self.device.type != "cuda":
+            return nullcontext()
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self.device)
+        return torch.cuda.stream(self._stream)
+
+    def _mimi_on_device(self) -> MimiModel:
+        if next(self.mimi.parameters()).device != self.device:
+            self.mimi.to(self.device)
+            torch.cuda.synchronize(self.device)  # whichever stream uses it next
+        return self.mimi
+
+    def _run_eagerly(self) -> None:
+        """Keep Mimi from compiling parts of itself: it may compute in the background, and
+        PyTorch cannot compile in one thread and run compiled functions in another.
+
+        On a CPU this is for good, and for all of `moshi`: its own switch is one for all threads,
+        and who leaves last would decide what it is set to.
+        """
+        global _eager_on_cpu
+        for module in self.mimi.modules():
+            if isinstance(module, RotaryEmbedding):
+                module.forward = partial(_rotate, module)
+        if self.device.type != "cuda" and _eager_on_cpu is None:
+            _eager_on_cpu = no_compile()
+            _eager_on_cpu.__enter__()
+
+    @cached_property
+    def fingerprint(self) -> bytes:
+        """What codes depend on besides audio: Mimi's weights, shape and version, and the way it
+        is used."""
+        digest = hashlib.blake2b(digest_size=16)
+        used = (moshi.__version__, self.mimi.num_codebooks, _PIECE_FRAMES)
+        digest.update(repr(used).encode())
+        for name, module in self.mimi.named_modules():
+            shape = {
+                key: value
+                for key, value in sorted(vars(module).items())
+                if isinstance(value, bool | int | float | str | tuple) and key[0] != "_"
+            }
+            digest.update(repr((name, type(module).__name__, shape)).encode())
+        for name, weight in self.mimi.state_dict().items():
+            digest.update(repr((name, weight.dtype)).encode())
+            content = weight.cpu().contiguous().flatten().view(torch.uint8).numpy()
+            digest.update(memoryview(content))
+        return digest.digest()
+
+
+def _rotate(
+    rope: RotaryEmbedding,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    offset: torch.Tensor,
+    time_before_heads: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    eager = inspect.unwrap(apply_rope)
+    return eager(q, k, offset, rope.max_period, rope.interleave, time_before_heads)

@@ -12,9 +12,10 @@ from typing import Literal, NamedTuple
 
 from finetune.errors import UserError
 
-from .audio import inspect_audio
+from .checks import FileChecks
 from .problems import FileProblem
-from .text import FRAME_RATE_HZ, MAIN_SPEAKER, read_transcript
+from .store import Store
+from .text import FRAME_RATE_HZ, MAIN_SPEAKER
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +84,12 @@ class _Line(NamedTuple):
 
 
 def load_sources(
-    spec: str, *, key: str, num_frames: int, on_error: Literal["raise", "skip"]
+    spec: str,
+    *,
+    key: str,
+    num_frames: int,
+    on_error: Literal["raise", "skip"],
+    store: Store | None = None,
 ) -> DataSet:
     """Read and check everything that a configuration key names.
 
@@ -91,6 +97,7 @@ def load_sources(
         spec: the key's value, `path[:weight],…`.
         key: the key's dotted name, for messages.
         num_frames: length of a segment.
+        store: remembers what was found, so that unchanged files are not opened again.
 
     Raises:
         UserError: a path or weight is wrong, nothing usable is left, or (`on_error="raise"`)
@@ -99,14 +106,16 @@ def load_sources(
     problems: list[str] = []
     sources: list[Source] = []
     num_skipped = num_without_main_speaker = 0
+    checks = FileChecks(store)
     for path, weight in parse_sources(spec, key):
-        lines = [line for file in _jsonl_files(path, key) for line in _check_file(file)]
+        lines = [line for file in _jsonl_files(path, key) for line in _check_file(file, checks)]
         recordings = [line.recording for line in lines if line.recording is not None]
         problems += [problem for line in lines for problem in line.problems]
         num_skipped += len(lines) - len(recordings)
         num_without_main_speaker += sum(line.lacks_main_speaker for line in lines)
         segments = [ref for recording in recordings for ref in cut(recording, num_frames)]
         sources.append(Source(path, weight, recordings, segments))
+    checks.flush()
 
     if problems and on_error == "raise":
         raise UserError(
@@ -127,6 +136,18 @@ def load_sources(
             MAIN_SPEAKER,
         )
     return DataSet(sources, num_skipped)
+
+
+def check_share_of_files(spec: str, *, key: str, store: Store, rank: int, world_size: int) -> None:
+    """Check this rank's share of all recordings, for every rank to find in `store`.
+
+    Problems are left to `load_sources`.
+    """
+    checks = FileChecks(store)
+    for path, _ in parse_sources(spec, key):
+        for file in _jsonl_files(path, key):
+            _check_file(file, checks, slice(rank, None, world_size))
+    checks.flush()
 
 
 def parse_sources(spec: str, key: str) -> list[tuple[Path, float]]:
@@ -175,8 +196,15 @@ def _jsonl_files(path: Path, key: str) -> list[Path]:
     return [path]
 
 
-def _check_file(jsonl: Path) -> list[_Line]:
-    """Check all lines of a file; blank lines do not count."""
+def _check_file(jsonl: Path, checks: FileChecks, part: slice = slice(None)) -> list[_Line]:
+    """Check all lines of a file, or part of them; blank lines do not count."""
+    numbered = _numbered_lines(jsonl)[part]
+    logger.info("checking %d recordings of %s", len(numbered), jsonl)
+    with ThreadPoolExecutor(_NUM_CHECK_THREADS) as pool:
+        return list(pool.map(lambda item: _check_line(jsonl, item[0], item[1], checks), numbered))
+
+
+def _numbered_lines(jsonl: Path) -> list[tuple[int, str]]:
     try:
         texts = jsonl.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -187,12 +215,10 @@ def _check_file(jsonl: Path) -> list[_Line]:
             f'{jsonl} is empty: it needs one line {{"path": "a.wav", "duration": 12.3}} for each '
             "recording."
         )
-    logger.info("checking the %d recordings of %s", len(numbered), jsonl)
-    with ThreadPoolExecutor(_NUM_CHECK_THREADS) as pool:
-        return list(pool.map(lambda item: _check_line(jsonl, *item), numbered))
+    return numbered
 
 
-def _check_line(jsonl: Path, number: int, text: str) -> _Line:
+def _check_line(jsonl: Path, number: int, text: str, checks: FileChecks) -> _Line:
     origin = f"{jsonl}:{number}"
     try:
         fields = json.loads(text)
@@ -208,14 +234,13 @@ def _check_line(jsonl: Path, number: int, text: str) -> _Line:
     problems: list[str] = []
     lacks_main_speaker = False
     try:
-        duration_sec = inspect_audio(recording.path).duration_sec
+        duration_sec = checks.audio_info(recording.path).duration_sec
         _check_duration(recording.path, promised_sec, duration_sec)
         recording = Recording(recording.path, written, origin, duration_sec)
     except FileProblem as problem:
         problems.append(f"{origin}: {problem}")
     try:
-        words = read_transcript(recording.transcript_path)
-        lacks_main_speaker = bool(words) and all(word.speaker != MAIN_SPEAKER for word in words)
+        lacks_main_speaker = checks.lacks_main_speaker(recording.transcript_path)
     except FileProblem as problem:
         problems.append(f"{origin}: {problem}")
     return _Line(None if problems else recording, problems, lacks_main_speaker)

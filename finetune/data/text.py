@@ -75,15 +75,21 @@ def read_transcript(path: Path) -> list[Word]:
 
 
 def _is_alignment(entry: Any) -> bool:
+    # Asked for every word of all data at the start.
     return (
         isinstance(entry, list)
         and len(entry) == 3
         and isinstance(entry[0], str)
         and isinstance(entry[1], list)
         and len(entry[1]) == 2
-        and all(type(time) in (int, float) and math.isfinite(time) for time in entry[1])
+        and _is_time(entry[1][0])
+        and _is_time(entry[1][1])
         and isinstance(entry[2], str)
     )
+
+
+def _is_time(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def _short(value: Any) -> str:

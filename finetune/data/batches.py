@@ -1,0 +1,281 @@
+"""From references of segments to batches of codes, ahead of when they are needed.
+
+Workers read, one thread encodes and puts batches together, and the training process takes them:
+
+    refs → tasks → workers: audio, or codes that are on disk → codes → batches → device
+"""
+
+import atexit
+import itertools
+import logging
+import multiprocessing
+import signal
+import sys
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch.autograd.profiler import record_function
+from torch.utils.data import DataLoader
+
+from finetune.errors import UserError
+
+from .args import DataArgs
+from .cache import CodeCache
+from .codec import Codec
+from .prefetch import Prefetcher
+from .segments import BrokenSegment, Segment, Task
+from .sources import SegmentRef
+from .store import DamagedBlob, Store
+from .text import FRAME_RATE_HZ
+
+logger = logging.getLogger(__name__)
+
+_MAX_KEPT_BYTES = 2**30
+"""Of codes in memory, per rank: some 350 hours."""
+
+_STEPS_AHEAD = 2
+
+
+@dataclass
+class Batch:
+    """What one rank trains on in one forward pass."""
+
+    codes: torch.Tensor
+    """Int64 `[B, num_streams, T]`; −1 past the end of a recording."""
+    num_skipped: int
+    """Rows that are −1 everywhere because their file turned out to be broken."""
+    audio_sec: float
+    """Recorded time in the batch, without padding."""
+    num_encoded: int = 0
+    """Rows that Mimi had to encode; the codes of the others were kept."""
+
+
+def open_store(args: DataArgs) -> Store | None:
+    """The folder `data.cache_dir`, if there is to be one."""
+    return Store(Path(args.cache_dir).expanduser()) if args.cache_dir else None
+
+
+@dataclass
+class _Row:
+    """A segment after encoding, kept for the next time it comes."""
+
+    codes: torch.Tensor
+    """Int32 `[num_streams, T]`."""
+    num_valid_frames: int
+    is_broken: bool
+
+
+class Batcher:
+    """Makes batches of segments: read in the background, encoded, and kept.
+
+    A segment's codes are looked for in memory, which holds up to `_MAX_KEPT_BYTES`, then in
+    `data.cache_dir`. What is in neither is read and encoded, and kept in both. A segment that
+    could not be read stays blank as long as it is in memory, and is never kept on disk.
+    """
+
+    def __init__(
+        self,
+        args: DataArgs,
+        codec: Codec,
+        num_frames: int,
+        batch_size: int,
+        device: torch.device,
+        store: Store | None,
+        *,
+        batches_a_step: int = 1,
+    ) -> None:
+        self.batch_size = batch_size
+        self.num_frames = num_frames
+        self._reader = codec.reader(num_frames)
+        self._reader.identify = store is not None
+        self._codec = codec
+        self._cache = None if store is None else CodeCache(store, codec, num_frames)
+        self._num_workers = args.num_workers
+        self._on_error = args.on_error
+        self._device = device
+        steps_ahead = args.prefetch_steps
+        if steps_ahead is None:
+            steps_ahead = _STEPS_AHEAD if device.type == "cuda" else 0
+        self._num_prefetched = steps_ahead * batches_a_step
+        self._kept: dict[SegmentRef, _Row] = {}
+        self._max_kept = _MAX_KEPT_BYTES // (4 * codec.num_streams * num_frames)
+
+    def batches(self, refs: Iterable[SegmentRef]) -> Generator[Batch, None, None]:
+        """Batches of the given segments on the device, in their order.
+
+        Closing the generator ends the thread and the workers.
+        """
+        made = self._make(iter(refs))
+        ahead = Prefetcher(made, self._num_prefetched) if self._num_prefetched else made
+        with closing(ahead):
+            for batch in ahead:
+                # On the stream of the step, which thereby waits for no other.
+                batch.codes = batch.codes.to(self._device, non_blocking=True)
+                yield batch
+
+    def has(self, ref: SegmentRef) -> bool:
+        """Whether the codes of a segment are kept, as far as can be seen without reading them."""
+        return ref in self._kept or (self._cache is not None and self._cache.find(ref) is not None)
+
+    def _make(self, refs: Iterator[SegmentRef]) -> Generator[Batch, None, None]:
+        if self._device.type == "cuda" and self._device.index is not None:
+            torch.cuda.set_device(self._device)  # each thread has its own current device
+        ahead, refs = itertools.tee(refs)
+        try:
+            with closing(self._read(map(self._task, ahead))) as results:
+                while rows := list(itertools.islice(refs, self.batch_size)):
+                    with record_function("data: batch"):
+                        batch = self._batch(rows, results)
+                    yield batch
+        finally:
+            if self._cache is not None:
+                self._cache.flush()
+
+    def _task(self, ref: SegmentRef) -> Task:
+        if ref in self._kept:
+            return Task(None)
+        if self._cache is None:
+            return Task(ref)
+        codes = self._cache.find(ref)
+        if codes is None:
+            self._cache.refresh()
+            codes = self._cache.find(ref)
+        return Task(ref, codes)
+
+    def _read(self, tasks: Iterator[Task]) -> Generator[Segment | BrokenSegment | None, None, None]:
+        for task in tasks:
+            if task.ref is not None:
+                tasks = itertools.chain([task], tasks)
+                break
+            yield None  # no worker is started as long as everything is in memory
+        else:
+            return
+        if self._num_workers == 0:
+            yield from map(self._reader.__getitem__, tasks)
+            return
+        loader = DataLoader(
+            self._reader,
+            sampler=tasks,
+            # One segment at a time, so that all workers share the work of one batch; two batches
+            # are read ahead.
+            batch_size=None,
+            num_workers=self._num_workers,
+            prefetch_factor=max(2, -(-2 * self.batch_size // self._num_workers)),
+            multiprocessing_context=_worker_context(),
+            worker_init_fn=_leave_signals_to_the_trainer,
+            # Its own, because a loader draws a seed: the model's random numbers stay what they are.
+            generator=torch.Generator(),
+        )
+        # A fork copies the locks of native libraries as they are: not while Mimi uses them. The
+        # training process itself is waiting for its first batch.
+        with self._codec.lock:
+            workers: Any = iter(loader)
+        # Workers ignore signals, so they must be told to end before Python waits for them at exit.
+        atexit.register(workers._shutdown_workers)
+        try:
+            yield from workers
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            raise UserError(
+                f"a worker that decodes audio died ({error}). Most often memory ran out: give the "
+                "machine (or the container, --shm-size) more shared memory, or set "
+                "data.num_workers=0."
+            ) from None
+        finally:
+            workers._shutdown_workers()
+            atexit.unregister(workers._shutdown_workers)
+
+    def _batch(
+        self, refs: list[SegmentRef], results: Iterator[Segment | BrokenSegment | None]
+    ) -> Batch:
+        rows, num_encoded = [], 0
+        for ref in refs:
+            result = next(results)
+            row = self._kept.get(ref)
+            if row is None:
+                assert result is not None
+                row, was_encoded = self._row(result)
+                num_encoded += was_encoded
+                if len(self._kept) < self._max_kept:
+                    self._kept[ref] = row
+            rows.append(row)
+        codes = torch.stack([row.codes for row in rows]).long()
+        return Batch(
+            codes=codes.pin_memory() if self._device.type == "cuda" else codes,
+            num_skipped=sum(row.is_broken for row in rows),
+            audio_sec=sum(row.num_valid_frames for row in rows) / FRAME_RATE_HZ,
+            num_encoded=num_encoded,
+        )
+
+    def _row(self, result: Segment | BrokenSegment) -> tuple[_Row, bool]:
+        """A segment's row, and whether Mimi was needed."""
+        if isinstance(result, BrokenSegment):
+            blank = self._blank(result)
+            empty = torch.zeros(2, self._reader.num_codebooks, 0)
+            return _Row(self._codec.streams(blank, empty).int(), 0, True), False
+        codes, was_encoded = result.audio_codes, False
+        if codes is None:
+            codes, was_encoded = self._codes_of_audio(result)
+        row = _Row(self._codec.streams(result, codes).int(), result.num_valid_frames, False)
+        return row, was_encoded
+
+    def _codes_of_audio(self, segment: Segment) -> tuple[torch.Tensor, bool]:
+        """Codes of a segment that was read, and whether Mimi was needed."""
+        cache, identity = self._cache, segment.identity
+        if cache is None or identity is None:
+            return self._codec.encode_audio(segment), True
+        kept = cache.find_samples(identity)
+        if kept is not None and segment.damage is not None:
+            cache.report_damage(kept, segment.damage)
+        elif kept is not None:
+            # A copy of a recording that was encoded before, or one that was only touched.
+            try:
+                return self._reader.decode_kept(kept.read()), False
+            except DamagedBlob as damage:
+                cache.report_damage(kept, str(damage))
+        codes = self._codec.encode_audio(segment)
+        cache.keep(identity, codes)
+        return codes, True
+
+    def _blank(self, broken: BrokenSegment) -> Segment:
+        """A segment without a valid frame, in the place of a broken one: it weighs nothing."""
+        recording, start_frame = broken.ref
+        start_sec = start_frame / FRAME_RATE_HZ
+        message = f"{recording.origin}: from {start_sec:.2f} s on: {broken.problem}"
+        if self._on_error == "raise":
+            raise UserError(f"{message}. Or set data.on_error=skip to train without it.")
+        logger.warning("skipped %s", message)
+        return Segment(
+            audio=torch.zeros(2, 0),
+            text_tokens=torch.zeros(0, dtype=torch.int64),
+            num_frames=self.num_frames,
+            path=recording.path,
+            start_sec=start_sec,
+        )
+
+
+def _worker_context() -> multiprocessing.context.BaseContext:
+    """How workers start: by fork where that is safe, because it takes no time.
+
+    A process that has used CUDA must not fork: its driver threads and locks do not survive. There
+    a helper process forks, which has imported torch once and never touched the GPU.
+    """
+    method: Literal["fork", "forkserver", "spawn"] = "spawn"
+    if "forkserver" in multiprocessing.get_all_start_methods() and sys.platform != "darwin":
+        method = "forkserver" if torch.cuda.is_initialized() else "fork"
+    context = multiprocessing.get_context(method)
+    if method == "forkserver":
+        context.set_forkserver_preload(["torch", "finetune.data.segments"])
+    return context
+
+
+def _leave_signals_to_the_trainer(worker_id: int) -> None:
+    # Ctrl-C and torchrun signal the whole process group. The trainer decides what to do; a worker
+    # that died of it would break the step that is being finished and print a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -1,0 +1,80 @@
+"""Filling `data.cache_dir` ahead of training."""
+
+import contextlib
+from collections.abc import Generator, Iterator
+from typing import Any
+
+import torch
+
+from finetune.errors import UserError
+
+from .args import DataArgs
+from .batches import Batcher, open_store
+from .codec import Codec
+from .sources import load_sources
+from .text import count_frames
+
+_PER_TURN = 8
+"""Segments encoded between two looks at what other processes have done meanwhile."""
+
+
+class CacheFill:
+    """Encodes a process's share of the segments of `data.train_data` and `data.eval_data`.
+
+    Iterating yields, after every few segments, how many of the share are done.
+    """
+
+    def __init__(
+        self,
+        args: DataArgs,
+        codec: Codec,
+        *,
+        duration_sec: float,
+        with_eval: bool,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        """
+        Raises:
+            UserError: there is no `data.cache_dir`, or see `load_sources`.
+        """
+        store = open_store(args)
+        if store is None:
+            raise UserError(
+                "data.cache_dir is not set: name the folder that is to keep the codes, in the "
+                "configuration or as --data.cache_dir=FOLDER."
+            )
+        num_frames = count_frames(duration_sec)
+        options: dict[str, Any] = {
+            "num_frames": num_frames, "on_error": args.on_error, "store": store,
+        }  # fmt: skip
+        parts = [load_sources(args.train_data, key="data.train_data", **options)]
+        if with_eval:
+            parts.append(load_sources(args.eval_data, key="data.eval_data", **options))
+        segments = [ref for part in parts for source in part.sources for ref in source.segments]
+        self._refs = list(dict.fromkeys(segments))[rank::world_size]
+        # Codes stay on the CPU, where nothing is made ahead; workers read ahead as always.
+        self._batcher = Batcher(args, codec, num_frames, _PER_TURN, torch.device("cpu"), store)
+        self._missing = [ref for ref in self._refs if not self._batcher.has(ref)]
+        self.num_encoded = 0
+        self.num_skipped = 0
+
+    def __len__(self) -> int:
+        return len(self._refs)
+
+    @property
+    def num_missing(self) -> int:
+        """Segments whose codes were not there at the start."""
+        return len(self._missing)
+
+    def __iter__(self) -> Iterator[int]:
+        return self._run()
+
+    def _run(self) -> Generator[int, None, None]:
+        num_done = len(self) - len(self._missing)
+        with contextlib.closing(self._batcher.batches(self._missing)) as batches:
+            for batch in batches:
+                self.num_encoded += batch.num_encoded
+                self.num_skipped += batch.num_skipped
+                num_done += len(batch.codes)
+                yield num_done

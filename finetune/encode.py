@@ -1,0 +1,71 @@
+"""Encode all data ahead of training, into `data.cache_dir`."""
+
+import logging
+import time
+
+from finetune.args import TrainArgs
+from finetune.console import format_duration, setup_logging
+from finetune.data import CacheFill, check_share
+from finetune.distributed import join_world
+from finetune.model import build_codec, find_checkpoint, model_shape
+from ttt import TTTArgs, build_model
+
+logger = logging.getLogger(__name__)
+
+_REPORT_SEC = 10.0
+
+
+def encode_data(args: TrainArgs) -> None:
+    """Fill the cache with what a run of this configuration reads; what is there stays.
+
+    Under `torchrun` the processes share the work. Stopped at any moment, it goes on where it was.
+
+    Raises:
+        UserError: a mistake in the configuration, or in the data.
+    """
+    world = join_world(args.device)
+    setup_logging(world.rank)
+    try:
+        info = find_checkpoint(args.moshi_paths)
+        # Of the language model nothing but its shape is needed.
+        model = build_model(model_shape(info), TTTArgs(enabled=False), device="meta")
+        codec = build_codec(info, model, world.device)
+        if world.size > 1:
+            check_share(args.data, with_eval=args.do_eval, **world.place)
+            world.barrier()
+        fill = CacheFill(
+            args.data,
+            codec,
+            duration_sec=args.duration_sec,
+            with_eval=args.do_eval,
+            **world.place,
+        )
+        _run(fill, args.duration_sec)
+        world.barrier()
+    finally:
+        world.close()
+
+
+def _run(fill: CacheFill, duration_sec: float) -> None:
+    logger.info("%d of %d segments are to be encoded", fill.num_missing, len(fill))
+    started_at = reported_at = time.monotonic()
+    num_at_start = len(fill) - fill.num_missing
+    for num_done in fill:
+        now = time.monotonic()
+        if now >= reported_at + _REPORT_SEC:
+            reported_at = now
+            pace = (num_done - num_at_start) / (now - started_at)
+            logger.info(
+                "%d of %d segments, %.0f times as fast as they play, eta %s",
+                num_done,
+                len(fill),
+                pace * duration_sec,
+                format_duration((len(fill) - num_done) / pace),
+            )
+    logger.info(
+        "encoded %d segments in %s; %d were there before%s",
+        fill.num_encoded,
+        format_duration(time.monotonic() - started_at),
+        num_at_start,
+        f", {fill.num_skipped} could not be read" if fill.num_skipped else "",
+    )

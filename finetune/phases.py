@@ -1,0 +1,109 @@
+"""Where the time of a step goes: times of its phases, and a profile of chosen steps."""
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch.autograd.profiler import record_function
+from torch.profiler import ProfilerActivity, profile
+
+logger = logging.getLogger(__name__)
+
+Mark = float | torch.cuda.Event
+
+
+class Phases:
+    """Times the named phases of a run; they bear the same names in a profile.
+
+    On a GPU the time is that of the GPU, by events, and nothing waits until `seconds` is asked
+    for. A phase that the process spends waiting for something else is timed by the clock.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_cuda = device.type == "cuda"
+        self._marks: list[tuple[str, Mark, Mark]] = []
+
+    @contextmanager
+    def phase(self, name: str, *, on_device: bool = True) -> Iterator[None]:
+        """`on_device=False`: by the clock, also on a GPU."""
+        on_cuda = self._on_cuda and on_device
+        start = _mark(on_cuda)
+        try:
+            with record_function(name):
+                yield
+        finally:
+            self._marks.append((name, start, _mark(on_cuda)))
+
+    def clear(self) -> None:
+        """Forget what was timed: a new step begins."""
+        self._marks.clear()
+
+    def seconds(self) -> dict[str, float]:
+        """`NAME_sec` of every phase since `clear`; on a GPU this waits for the last of them."""
+        total: dict[str, float] = {}
+        for name, start, end in self._marks:
+            key = f"{name}_sec"
+            total[key] = total.get(key, 0.0) + _seconds_between(start, end)
+        return total
+
+
+def _mark(on_cuda: bool) -> Mark:
+    if not on_cuda:
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _seconds_between(start: Mark, end: Mark) -> float:
+    if isinstance(start, float) or isinstance(end, float):
+        assert isinstance(start, float) and isinstance(end, float)
+        return end - start
+    end.synchronize()
+    return start.elapsed_time(end) / 1000
+
+
+class StepProfiler:
+    """Writes `profile/steps_A-B.rank0.json.gz` into the run folder, for https://ui.perfetto.dev."""
+
+    def __init__(
+        self, steps: Sequence[int] | None, run_dir: Path, *, rank: int, num_done: int
+    ) -> None:
+        """
+        Args:
+            steps: the first and the last step to profile; None: no profile.
+            num_done: steps that were done before, when a run is resumed.
+        """
+        if steps is not None and num_done >= steps[0]:
+            logger.warning(
+                "profile_steps: step %d is done already, so nothing is profiled", steps[0]
+            )
+            steps = None
+        self._steps = steps
+        self._rank = rank
+        self._folder = run_dir / "profile"
+        self._profile: profile | None = None
+
+    def before_step(self, step: int) -> None:
+        """To be called before step `step` begins."""
+        if self._steps is not None and step == self._steps[0]:
+            activities = [ProfilerActivity.CPU]
+            if torch.cuda.is_available():
+                activities.append(ProfilerActivity.CUDA)
+            self._profile = profile(activities=activities)
+            self._profile.start()
+
+    def after_step(self, step: int) -> None:
+        """To be called when step `step` is done."""
+        if self._profile is None or self._steps is None or step < self._steps[1]:
+            return
+        self._profile.stop()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        first, last = self._steps
+        path = self._folder / f"steps_{first}-{last}.rank{self._rank}.json.gz"
+        self._profile.export_chrome_trace(str(path))
+        self._profile = None
+        logger.info("profile of steps %d to %d: %s (open it in ui.perfetto.dev)", first, last, path)
