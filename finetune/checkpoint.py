@@ -19,6 +19,7 @@ import math
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,6 +41,9 @@ from finetune.sharding import Sharding, like_parameter
 from ttt import TTTLMModel, ttt_parameters
 
 logger = logging.getLogger(__name__)
+
+# What DCP says of every run of a single process.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninit")
 
 _NAME = re.compile(r"checkpoint_(\d{6,})")
 

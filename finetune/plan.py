@@ -37,6 +37,11 @@ again, backward. Counted, not measured."""
 MANY_GPUS_FACTOR = 0.9
 """Share of one GPU's speed that each of several has: the goal, not measured."""
 
+_NO_SHAPE = (
+    *("moshi_name", "mimi_name", "mimi_config_name", "tokenizer_name", "lora_name", "model_type"),
+    *("lm_gen_config", "tts_config", "stt_config", "model_id"),
+)
+
 
 def plan(args: TrainArgs, *, num_gpus: int, gpu_memory_gb: float) -> Iterator[str]:
     """Lines to print.
@@ -88,9 +93,7 @@ def _shape(paths: ModelPaths) -> tuple[loaders.CheckpointInfo, str]:
         except ValueError as error:
             raise UserError(f"moshi_paths: {config_path} is not valid JSON: {error}.") from error
         source = f"shape of {config_path}"
-        no_shape = ("moshi_name", "mimi_name", "mimi_config_name", "tokenizer_name", "model_type")
-        no_shape += ("lm_gen_config", "tts_config", "stt_config", "model_id", "lora_name")
-        config = {key: value for key, value in config.items() if key not in no_shape}
+        config = {key: value for key, value in config.items() if key not in _NO_SHAPE}
     nothing = Path("none")
     return loaders.CheckpointInfo(nothing, nothing, nothing, lm_config=config), source
 

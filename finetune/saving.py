@@ -198,6 +198,10 @@ class CheckpointWriter:
     def _write(self, snapshot: Snapshot) -> None:
         """In the thread: this process's files, then together with the others the rest. Meanwhile
         the training must not exchange anything through `world.gather`."""
+        if self.world.device.type == "cuda":
+            # A thread begins on the first GPU; DCP asks for the current one, though all is on the
+            # host.
+            torch.cuda.set_device(self.world.device)
         partial = self._partial(snapshot.step)
         entries: manifest.Entries = {}
         error = None

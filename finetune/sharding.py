@@ -10,6 +10,7 @@ master copy. Frozen ones are held as they are used.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -124,7 +125,7 @@ def shard_size(args: TrainArgs, num_processes: int) -> int:
 
 def local(tensor: Tensor) -> Tensor:
     """This process's part, in the same memory; the tensor itself where it is not sharded."""
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor
+    return cast(DTensor, tensor.detach()).to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def like_parameter(part: Tensor, parameter: Tensor, sharding: Sharding | None) -> Tensor:

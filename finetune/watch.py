@@ -124,7 +124,7 @@ class Watch:
         self._store.set(str(self._world.rank), text)
 
     def _look(self, seen: dict[int, _Seen]) -> None:
-        texts = self._store.multi_get([str(rank) for rank in seen])
+        texts = self._store.multi_get([str(rank) for rank in seen])  # type: ignore[attr-defined]
         for known, text in zip(seen.values(), texts, strict=True):
             _update(known, text.decode())
         verdict = self._verdict(seen)

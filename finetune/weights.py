@@ -32,12 +32,12 @@ _REDRAWN = ("transformer.layers.", "text_linear", "linears.")
 
 
 class _Place(NamedTuple):
-    """Where a weight is: the whole tensor `key` of a file, or its `index`-th of `count` parts."""
+    """Where a weight is: the whole tensor `key` of a file, or one of `num_parts` parts of it."""
 
     path: Path
     key: str
-    index: int
-    count: int
+    part: int
+    num_parts: int
     shape: tuple[int, ...]
 
 
@@ -86,14 +86,14 @@ class WeightFiles:
         self._places |= found
 
     def read(self, name: str, device: torch.device) -> Tensor:
-        path, key, index, count, _ = self._places[name]
+        path, key, part, num_parts, _ = self._places[name]
         if (path, str(device)) not in self._open:
             self._open[path, str(device)] = safe_open(path, "pt", device=str(device))
         file = self._open[path, str(device)]
-        if count == 1:
+        if num_parts == 1:
             return file.get_tensor(key)
-        rows = file.get_slice(key).get_shape()[0] // count
-        return file.get_slice(key)[index * rows : (index + 1) * rows]
+        rows = file.get_slice(key).get_shape()[0] // num_parts
+        return file.get_slice(key)[part * rows : (part + 1) * rows]
 
 
 def require_shapes(
@@ -145,8 +145,9 @@ def _unstacked(
             continue
         shape = (place.shape[0] // count, *place.shape[1:])
         for index in range(count):
-            part = place._replace(index=index, count=count, shape=shape)
-            result[f"{kind}{index}.weight"] = part
+            result[f"{kind}{index}.weight"] = place._replace(
+                part=index, num_parts=count, shape=shape
+            )
     return result
 
 

@@ -180,9 +180,7 @@ def test_a_flipped_byte_is_refused_by_name(config, saved, name):
     flipped = bytearray(before)
     flipped[len(flipped) // 2] ^= 1
     file.write_bytes(flipped)
-    with pytest.raises(
-        UserError, match=r"checkpoint_000004/.*damaged.*Delete"
-    ):
+    with pytest.raises(UserError, match=r"checkpoint_000004/.*damaged.*Delete"):
         trainer(config, saved, {**FLOAT32, "resume": True})
     file.write_bytes(before)
     assert trainer(config, saved, {**FLOAT32, "resume": True}).step == 4

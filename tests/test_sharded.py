@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from torch import nn
 from training_tools import (
     FULL,
     LORA,
@@ -21,9 +22,11 @@ from training_tools import (
 )
 
 from finetune.args import ParallelArgs, TrainArgs
+from finetune.config import load_config
 from finetune.data import DataArgs, build_train_loader
 from finetune.errors import UserError
-from finetune.sharding import shard_size
+from finetune.model import find_checkpoint, load_model
+from finetune.sharding import Sharding, shard_size
 
 # Adam makes a whole step of a gradient that is nothing but rounding: at this learning rate such
 # steps are below what is compared.
@@ -160,6 +163,27 @@ def test_the_order_of_data_does_not_depend_on_the_number_of_processes(config, tm
         found += [next(loader).codes for _ in range(2) for loader in loaders]
         position = loaders[0].state_dict()
     assert torch.equal(torch.cat(found), expected)
+
+
+def test_no_more_than_a_part_of_the_model_is_whole_at_a_time(config):
+    class Cutter:
+        sizes: list[int]
+
+        def parts(self, model):
+            self.model, self.sizes = model, []
+            return Sharding.parts(self, model)
+
+        def cut(self, part):
+            self.sizes.append(sum(p.numel() for p in self.model.parameters() if not p.is_meta))
+            for module in part.modules():
+                for name, parameter in list(module.named_parameters(recurse=False)):
+                    setattr(module, name, nn.Parameter(parameter.new_zeros(0)))
+
+    args, cutter = load_config(config, LORA), Cutter()
+    load_model(args, find_checkpoint(args.moshi_paths), "cpu", cutter)
+    whole = load_model(args, find_checkpoint(args.moshi_paths), "cpu")
+    assert sum(cutter.sizes) == sum(p.numel() for p in whole.parameters())
+    assert max(cutter.sizes) < 0.5 * sum(cutter.sizes)
 
 
 def test_processes_are_divided_evenly_or_not_at_all():
