@@ -13,6 +13,7 @@ from finetune.errors import UserError
 
 NAME = ".lock"
 
+_TEXT_BYTES = 300
 BEAT_SEC = 10.0
 """Between two signs of life in the file."""
 
@@ -43,8 +44,8 @@ class RunLock:
         """
         if self._file is not None or not self._enabled:
             return
-        # Not "w": the text of a process that lives must stay.
-        file = open(self._path, "a+")  # noqa: SIM115
+        # The text of a process that lives must stay, so no mode of `open` will do.
+        file = os.fdopen(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666), "r+")
         try:
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -101,8 +102,8 @@ class RunLock:
         # Only through this file: closing another one of the same name would drop the lock.
         assert self._file is not None
         self._file.seek(0)
-        self._file.truncate()
-        self._file.write(json.dumps(holder))
+        # In one piece, of one length: whoever reads meanwhile finds the old or the new.
+        self._file.write(json.dumps(holder).ljust(_TEXT_BYTES))
         self._file.flush()
 
     def _refusal(self, holder: dict[str, Any]) -> UserError:

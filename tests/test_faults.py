@@ -62,9 +62,6 @@ def test_killed_twenty_times_at_random_moments_a_run_ends_as_if_it_never_was(con
         for path in list_checkpoints(tmp_path / "killed"):
             assert manifest.first_problem(path) is None
     assert num_steps_seen > 20
-    last = max(map(step_of, list_checkpoints(tmp_path / "killed")))
-    end = last + 10
-    # The schedule is as long as before: the run is stopped, not shortened.
     status, output = finish(start(config, tmp_path / "killed", overrides))
     assert status == 0, output
     train(config, tmp_path / "whole", {**overrides, "resume": False})
@@ -73,7 +70,6 @@ def test_killed_twenty_times_at_random_moments_a_run_ends_as_if_it_never_was(con
     assert_same_weights(
         saved_weights(tmp_path / "killed", 400), saved_weights(tmp_path / "whole", 400)
     )
-    assert end
 
 
 SLOW_DISK = """
