@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -117,7 +118,7 @@ def materialize_delta(
 
 
 def linear_cases(batch: int, num_frames: int, options: argparse.Namespace) -> list[Case]:
-    """TTT-Linear as a plain scan that keeps everything, and with activation checkpointing."""
+    """TTT-Linear as a plain scan that keeps everything, and as it is trained."""
     return scan_cases("linear", ops.ttt_linear, [1], batch, num_frames, options)
 
 
@@ -153,12 +154,17 @@ def scan_cases(
     weights += [normal(heads, HEAD_WIDTH), normal(heads, HEAD_WIDTH)]
     scale = 1 / torch.arange(1, MINI_BATCH_FRAMES + 1, device=options.device)
 
-    def run(group: int | None) -> Callable[..., Tensor]:
-        return lambda *args: op(*args, token_scale=scale, scan_checkpoint_group_size=group)[0]
+    def trained(*args: Tensor) -> Tensor:
+        return op(*args, token_scale=scale, scan_checkpoint_group_size=16)[0]
+
+    def plain(*args: Tensor) -> Tensor:
+        # Without the kernels that CUDA devices have for it.
+        with patch.object(ops.linear, "_fits", return_value=False):
+            return op(*args, token_scale=scale)[0]
 
     return [
-        Case(f"{name}, plain scan", inputs, weights, run(None), run(None)),
-        Case(name, inputs, weights, run(16), run(None)),
+        Case(f"{name}, plain scan", inputs, weights, plain, plain),
+        Case(name, inputs, weights, trained, plain),
     ]
 
 

@@ -235,6 +235,10 @@ class TrainArgs:
     """Steps between two evaluations, if `do_eval`; below 1: only after the last step. There is one
     before the first step as well."""
 
+    health_sec: float = 6.0
+    """At every evaluation the model continues two of its segments for this long, and the log warns
+    if what it says is no longer like speech; 0: do not. See [evaluation.md](evaluation.md)."""
+
     do_ckpt: bool = True
     """Whether to write checkpoints."""
 

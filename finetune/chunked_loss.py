@@ -5,7 +5,7 @@ float32. Here a chunk of frames at a time goes through the head, forward and at 
 is kept is the gradient, as large as the head's input, and nothing is computed twice.
 """
 
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -110,7 +110,7 @@ def _cross_entropy(logits: Tensor, targets: Tensor, weight: Tensor) -> tuple[Ten
     return nll, gradient.to(logits.dtype)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _loss(compile: bool, backend: str) -> Any:
     if not compile:
         return _cross_entropy

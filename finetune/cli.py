@@ -21,7 +21,10 @@ def main() -> None:
         "plan": plan,
         "encode": encode,
         "generate": generate,
+        "evaluate": evaluate,
         "plot": plot,
+        "sweep": sweep,
+        "recall": recall,
         "demo": demo,
         "demo-data": demo_data,
     }
@@ -58,6 +61,12 @@ def _refuse(unexpected: tuple[str, ...], unknown: dict[str, Any] | None = None) 
         raise UserError(f"unknown option: --{name}. Ask for --help to see those there are.")
 
 
+def _flag(name: str, value: str) -> bool:
+    if value.lower() not in ("true", "false"):
+        raise UserError(f"--{name}: is on or off; give --{name} alone, got {value!r}.")
+    return value.lower() == "true"
+
+
 def _number(name: str, value: str, *, low: float) -> float:
     try:
         number = float(value)
@@ -72,6 +81,10 @@ def _whole_number(name: str, value: str, *, low: int) -> int:
     if not value.lstrip("-").isdigit() or int(value) < low:
         raise UserError(f"--{name}: expected a whole number of at least {low}, got {value!r}.")
     return int(value)
+
+
+def _whole_numbers(name: str, values: str, *, low: int) -> list[int]:
+    return [_whole_number(name, value.strip(), low=low) for value in values.split(",") if value]
 
 
 @_literal
@@ -187,6 +200,138 @@ def generate(
 
 
 @_literal
+def evaluate(
+    *unexpected: str,
+    checkpoint: str,
+    tasks: str = "",
+    data: str | None = None,
+    pairs: str | None = None,
+    out: str | None = None,
+    arms: str = "on,off,reset,carried",
+    reset_frames: str | None = None,
+    baseline: str | None = None,
+    bin_sec: str = "10",
+    max_sec: str | None = None,
+    limit: str | None = None,
+    batch_size: str = "4",
+    block_frames: str = "250",
+    pair_side: str = "moshi",
+    pair_text: str = "padding",
+    pair_text_weight: str = "0",
+    pair_first_codebook_weight: str = "1",
+    pair_other_codebooks_weight: str = "0",
+    pair_length_norm: str = "mean",
+    num_continuations: str = "8",
+    prompt_sec: str = "5",
+    health_sec: str = "20",
+    temperature: str = "0.8",
+    text_temperature: str = "0.7",
+    seed: str = "0",
+    device: str = "auto",
+    **unknown: Any,
+) -> None:
+    """Measure whether TTT helps: loss by position with controls, likelihood of pairs, health.
+
+    Writes results.json, tables and report.html; called again, it continues where it was stopped.
+    docs/evaluation.md explains what is measured. For Weights & Biases: --wandb.project=NAME,
+    --wandb.offline, --wandb.run_name=NAME.
+
+    Args:
+        checkpoint: a folder run_dir/checkpoints/checkpoint_NNNNNN, or of a stock Moshi.
+        tasks: of position, pairs, health; position and health if not given, and pairs with --pairs.
+        data: a JSONL of recordings as for training; the run's data.eval_data if not given.
+        pairs: a JSONL of {"good": "a.wav", "bad": "b.wav", "id": "17", "group": "agreement"}.
+        out: the folder to write to; evaluation/RUN/CHECKPOINT if not given.
+        arms: of loss by position: with TTT, without, TTT reset now and then, TTT starting from the
+            state of another recording.
+        reset_frames: how often the arm `reset` resets; what attention sees if not given.
+        baseline: the output folder of an evaluation of another checkpoint, to compare with.
+        bin_sec: width of the bins of position.
+        max_sec: read no more than this of each recording.
+        limit: read no more than the first so many recordings.
+        batch_size: recordings side by side.
+        block_frames: frames computed at once; bounds the memory, changes no result.
+        pair_side: moshi or user: whose voice a mono recording is; the other side is silent.
+        pair_text: padding, or transcript: the words of the .json beside each recording.
+        pair_text_weight: of the text stream in the likelihood.
+        pair_first_codebook_weight: of the first codebook.
+        pair_other_codebooks_weight: of each other codebook.
+        pair_length_norm: mean: divide by the number of frames; sum: do not.
+        num_continuations: for health.
+        prompt_sec: seconds of each recording before Moshi takes over.
+        health_sec: seconds of each continuation.
+        temperature: of the audio of continuations.
+        text_temperature: of their text.
+        seed: of continuations and of the bootstrap.
+        device: auto, cpu or cuda.
+    """
+    wandb = {
+        name: unknown.pop(f"wandb.{name}", None) for name in ("project", "offline", "run_name")
+    }
+    _refuse(unexpected, unknown)
+    from finetune.evaluation.options import (
+        ARMS,
+        TASKS,
+        HealthOptions,
+        Options,
+        PairOptions,
+        choices,
+        default_out,
+        one_of,
+    )  # fmt: skip
+    from finetune.evaluation.run import evaluate_checkpoint
+
+    def optional(name: str, value: str | None) -> int | None:
+        return None if value is None else _whole_number(name, value, low=1)
+
+    place = Path(out) if out else default_out(Path(checkpoint))
+    results = evaluate_checkpoint(
+        Options(
+            checkpoint=Path(checkpoint),
+            out=place,
+            tasks=choices("tasks", tasks or f"position,health{',pairs' * bool(pairs)}", TASKS),
+            data=data,
+            pairs=None if pairs is None else Path(pairs),
+            arms=choices("arms", arms, ARMS),
+            reset_frames=optional("reset_frames", reset_frames),
+            baseline=None if baseline is None else Path(baseline),
+            bin_sec=_number("bin_sec", bin_sec, low=0.08),
+            max_sec=None if max_sec is None else _number("max_sec", max_sec, low=0.08),
+            limit=optional("limit", limit),
+            batch_size=_whole_number("batch_size", batch_size, low=1),
+            block_frames=_whole_number("block_frames", block_frames, low=1),
+            device=one_of("device", device, ("auto", "cpu", "cuda")),
+            seed=_whole_number("seed", seed, low=0),
+            pair=PairOptions(
+                side=one_of("pair_side", pair_side, ("moshi", "user")),
+                text=one_of("pair_text", pair_text, ("padding", "transcript")),
+                text_weight=_number("pair_text_weight", pair_text_weight, low=0.0),
+                first_codebook_weight=_number(
+                    "pair_first_codebook_weight", pair_first_codebook_weight, low=0.0
+                ),
+                other_codebooks_weight=_number(
+                    "pair_other_codebooks_weight", pair_other_codebooks_weight, low=0.0
+                ),
+                length_norm=one_of("pair_length_norm", pair_length_norm, ("mean", "sum")),
+            ),
+            health=HealthOptions(
+                num_continuations=_whole_number("num_continuations", num_continuations, low=1),
+                prompt_sec=_number("prompt_sec", prompt_sec, low=0.08),
+                health_sec=_number("health_sec", health_sec, low=1.0),
+                temperature=_number("temperature", temperature, low=0.0),
+                text_temperature=_number("text_temperature", text_temperature, low=0.0),
+            ),
+            wandb_project=wandb["project"],
+            wandb_run_name=wandb["run_name"],
+            wandb_offline=str(wandb["offline"] or "false").lower() != "false",
+        )
+    )
+    for sentence in results["conclusions"]:
+        print(f"- {sentence}")
+    print(f"wrote {place / 'report.html'}, and the numbers in {place / 'results.json'}")
+
+
+@_literal
 def plot(run_dir: str, *unexpected: str, out: str | None = None, **unknown: Any) -> None:
     """Draw the loss curves of a run.
 
@@ -198,6 +343,102 @@ def plot(run_dir: str, *unexpected: str, out: str | None = None, **unknown: Any)
     from finetune.plots import plot_losses
 
     print(f"wrote {plot_losses(Path(run_dir), Path(out or Path(run_dir) / 'loss.png'))}")
+
+
+@_literal
+def sweep(
+    file: str,
+    *unexpected: str,
+    only: str | None = None,
+    sweep_dir: str | None = None,
+    table: str = "false",
+    slurm: str = "false",
+    **overrides: Any,
+) -> None:
+    """Train named variations of one configuration, one after another, and compare them.
+
+    What is finished is not run again; what was interrupted goes on. See docs/sweeps.md.
+
+    Args:
+        file: the sweep's YAML file.
+        only: names of runs, with commas between them; all if not given.
+        sweep_dir: the folder to write to, instead of the file's.
+        table: run nothing, show what there is.
+        slurm: run nothing, write a script for a SLURM job array.
+        overrides: keys of a run's configuration, dotted, for all runs: --max_steps=20
+    """
+    _refuse(unexpected)
+    from finetune.sweep.command import run_command
+
+    status = run_command(
+        Path(file),
+        overrides,
+        folder=Path(sweep_dir) if sweep_dir else None,
+        only=only.split(",") if only else [],
+        table_only=_flag("table", table),
+        slurm=_flag("slurm", slurm),
+    )
+    if status:
+        sys.exit(status)
+
+
+@_literal
+def recall(
+    *unexpected: str,
+    out: str = "runs/recall",
+    preset: str = "cpu",
+    variant: str = "text",
+    arms: str = "",
+    seeds: str = "0",
+    steps: str = "",
+    lengths: str = "",
+    study: str = "",
+    widths: str = "",
+    workers: str = "1",
+    device: str = "auto",
+    **unknown: Any,
+) -> None:
+    """An experiment: does a small Moshi recall what attention has long forgotten?
+
+    Runs that are in the folder already are not repeated.
+
+    Args:
+        out: the folder for results, table (report.md, recall.csv) and picture (recall.png).
+        preset: cpu, ten minutes on two cores; gpu, 58 million parameters.
+        variant: where the facts are: text, audio (the first codebook) or segments (heard twice).
+        arms: a comma between each; all of the preset if not given.
+        seeds: a comma between each.
+        steps: optimizer steps; the preset's if not given.
+        lengths: how many times longer sequences are tried after training, as in 4,16; 0: none.
+        study: scale: how the forms of the update fare over sizes of embeddings, widths and chunks.
+        widths: of the study's models; all if not given.
+        workers: runs at a time.
+        device: auto, cpu or cuda.
+    """
+    _refuse(unexpected, unknown)
+    from finetune.recall.command import run_recall, run_scale_study
+
+    where: dict[str, Any] = {
+        "seeds": _whole_numbers("seeds", seeds, low=0),
+        "device": device,
+        "workers": _whole_number("workers", workers, low=1),
+    }
+    if study:
+        if study != "scale":
+            raise UserError(f"--study: there is no {study!r}; choose scale.")
+        wide = _whole_numbers("widths", widths, low=16)
+        print(run_scale_study(Path(out), widths=wide, **where))
+        return
+    text = run_recall(
+        Path(out),
+        size=preset,
+        variant=variant,
+        arms=[name for name in arms.split(",") if name],
+        num_steps=_whole_number("steps", steps, low=2) if steps else None,
+        lengths=_whole_numbers("lengths", lengths, low=0) if lengths else None,
+        **where,
+    )
+    print(text)
 
 
 @_literal

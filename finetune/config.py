@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 # What is wrong, by dotted key ("optim.lr", or "full_finetuning, lora.enable"), with its remedy.
 Problem = tuple[str, str]
 
-_NULLS = ("", "~", "null", "Null", "NULL", "None")
+NULLS = ("", "~", "null", "Null", "NULL", "None")
 _BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 _NAMES = {
     bool: "true or false",
@@ -62,7 +62,7 @@ def check_config(
     if written.keys() >= {"base", "sweep_dir"}:
         raise UserError(f"{path} is a sweep, not one run's configuration: moshi-ttt sweep {path}")
     from_command_line = flatten(overrides or {})
-    emptied = tuple(f"{key}." for key, text in from_command_line.items() if text in _NULLS)
+    emptied = tuple(f"{key}." for key, text in from_command_line.items() if text in NULLS)
     written = {key: text for key, text in written.items() if not key.startswith(emptied)}
     args, problems = _parse_all(TrainArgs, written | from_command_line)
     if from_command_line.keys() & {"ttt.method", "ttt.write"}:
@@ -217,7 +217,7 @@ def _parse_all(cls: type[TrainArgs], flat: Mapping[str, Any]) -> tuple[TrainArgs
             hint = f", did you mean {similar}?" if similar else "; remove it"
             problems.append((key, f"unknown key{hint}"))
         elif dataclasses.is_dataclass(fields[key][0]):
-            if raw not in _NULLS:
+            if raw not in NULLS:
                 problems.append((key, "is a section: expected keys of its own below it"))
         else:
             try:
@@ -260,7 +260,7 @@ def _build(cls: Any, values: Mapping[str, Any], prefix: str = "") -> Any:
 def _parse(raw: Any, kind: Any) -> Any:
     """The value of type `kind` that the text `raw` means, or `ValueError`."""
     options = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
-    if list[int] in options and raw not in _NULLS:
+    if list[int] in options and raw not in NULLS:
         return _parse_list(raw)
     if isinstance(raw, str):
         # null first: as text it would be the word "null"
@@ -273,7 +273,7 @@ def _parse(raw: Any, kind: Any) -> Any:
         " or ".join(map(str, get_args(option))) if get_origin(option) is Literal else _NAMES[option]
         for option in options
     ]
-    got = "a list" if not isinstance(raw, str) else "nothing" if raw in _NULLS else repr(raw)
+    got = "a list" if not isinstance(raw, str) else "nothing" if raw in NULLS else repr(raw)
     raise ValueError(f"expected {' or '.join(expected)}, got {got}")
 
 
@@ -288,7 +288,7 @@ def _parse_list(raw: Any) -> list[int]:
 
 def _parse_one(raw: str, kind: Any) -> Any:
     if kind is NoneType:
-        return {null: None for null in _NULLS}[raw]
+        return {null: None for null in NULLS}[raw]
     if kind is bool:
         return _BOOLS[raw.lower()]
     if kind is int:
@@ -301,7 +301,7 @@ def _parse_one(raw: str, kind: Any) -> Any:
             raise ValueError(raw)
         return float(raw)
     if kind is str:
-        if raw in _NULLS[1:]:
+        if raw in NULLS[1:]:
             raise ValueError(raw)
         return raw
     assert get_origin(kind) is Literal, f"a field of type {kind} cannot be read from YAML"
@@ -352,6 +352,7 @@ _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "seed": _at_least(0),
     "first_codebook_weight_multiplier": _at_least(0),
     "text_padding_weight": _at_least(0),
+    "health_sec": _at_least(0),
     "optim.lr": _at_least(0),
     "optim.ttt_lr": _at_least(0),
     "optim.weight_decay": _at_least(0),

@@ -6,7 +6,6 @@ function here does nothing.
 """
 
 import os
-import resource
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -129,5 +128,7 @@ def peak_memory_gb(device: torch.device) -> float:
         # Not getrusage: there a process starts with the peak of the one that started it.
         peak_kb = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM:"))
         return int(peak_kb.split()[1]) * 1024 / 1e9
+    import resource  # not on every system
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return (peak if sys.platform == "darwin" else peak * 1024) / 1e9

@@ -78,7 +78,7 @@ class MetricsLogger:
             opened.callback(self._tensorboard.close)
             self._wandb: Any = None
             if wandb_args.project:
-                self._wandb = _open_wandb(run_dir, wandb_args, config, resumed_step is not None)
+                self._wandb = open_wandb(run_dir, wandb_args, config, resumed_step is not None)
                 opened.push(self._finish_wandb)
             self._outputs = opened.pop_all()
 
@@ -195,7 +195,7 @@ def _open_tensorboard(folder: Path, resumed_step: int | None) -> Any:
         return SummaryWriter(str(folder), purge_step=first_step, flush_secs=10)
 
 
-def _open_wandb(run_dir: Path, args: WandbSettings, config: dict[str, Any], resumed: bool) -> Any:
+def open_wandb(run_dir: Path, args: WandbSettings, config: dict[str, Any], resumed: bool) -> Any:
     """Start the wandb run, or continue the one named in `run_dir/wandb_run_id`."""
     try:
         import wandb

@@ -44,8 +44,8 @@ def plot_losses(run_dir: Path, out: Path) -> Path:
     figure = Figure(figsize=(8, 4.8), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     for name, label in CURVES.items():
-        _draw_train(axes, *_series(train, name), COLORS[label])
-        axes.plot(*_series(evaluation, name), color=COLORS[label], zorder=3, **EVAL_STYLE)
+        _draw_train(axes, *series(train, name), COLORS[label])
+        axes.plot(*series(evaluation, name), color=COLORS[label], zorder=3, **EVAL_STYLE)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss (nats)")
     axes.set_title(f"Loss of {run_dir.resolve().name}", loc="left")
@@ -66,7 +66,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
     return read_metrics(path) if path.exists() else []
 
 
-def _series(records: list[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
+def series(records: list[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps and values of one metric; infinities become gaps, as NaN is one already."""
     points = [(record["step"], record[name]) for record in records if name in record]
     steps, values = np.array(points, dtype=float).reshape(-1, 2).T
@@ -79,10 +79,10 @@ def _draw_train(axes: Axes, steps: np.ndarray, losses: np.ndarray, color: str) -
         axes.plot(steps, losses, color=color, marker=marker, linewidth=1.6)
         return
     axes.plot(steps, losses, color=color, linewidth=0.7, alpha=0.25)
-    axes.plot(steps, _running_mean(losses, len(losses) // 40), color=color, linewidth=1.6)
+    axes.plot(steps, running_mean(losses, len(losses) // 40), color=color, linewidth=1.6)
 
 
-def _running_mean(values: np.ndarray, reach: int) -> np.ndarray:
+def running_mean(values: np.ndarray, reach: int) -> np.ndarray:
     """Mean over `reach` points to either side, fewer at the ends; NaN counts nowhere."""
     window = np.ones(2 * reach + 1)
     known = np.isfinite(values)

@@ -22,8 +22,9 @@ from finetune.config import changed_keys, public_dict
 from finetune.console import Progress, describe, setup_logging
 from finetune.data import Batch, build_eval_loader, build_train_loader, check_share
 from finetune.distributed import join_world, peak_memory_gb
+from finetune.effect import EffectWatch
 from finetune.errors import UserError
-from finetune.evaluate import evaluate
+from finetune.evaluation.periodic import SpeechCheck, evaluate
 from finetune.interrupt import Interrupt
 from finetune.loss import LossWeights, stream_sums, total_weight
 from finetune.metrics import MetricsLogger
@@ -38,9 +39,6 @@ from finetune.watch import Watch
 from ttt import measuring
 
 logger = logging.getLogger(__name__)
-
-INERT_EFFECT = 1e-6
-"""Below this share of what it is added to, TTT as good as does not happen."""
 
 
 class Trainer:
@@ -95,13 +93,18 @@ class Trainer:
         self.eval_data = (
             build_eval_loader(args.data, self.codec, **places) if args.do_eval else None
         )
+        if self.sharding is not None and args.do_eval and args.health_sec > 0:
+            logger.info(
+                "health_sec: a sharded model speaks only if all processes do, so its health is "
+                "not checked; `moshi-ttt evaluate` does it for a checkpoint"
+            )
+        self.speech_check = SpeechCheck(self.codec, health_sec=args.health_sec, seed=args.seed)
 
         self.phases = Phases(self.world.device)
         self.step = 0
         self.nonfinite_steps = 0
         self.nonfinite_in_a_row = 0
-        self.largest_effect = 0.0
-        self.warned_inert = False
+        self.effect = EffectWatch(args)
         self.last_eval: tuple[int, float] | None = None
         self.watch = Watch(self.world, hang_timeout_sec=args.parallel.hang_timeout_sec)
         self.writer = CheckpointWriter(
@@ -284,30 +287,12 @@ class Trainer:
         }
         self.metrics.log("train", self.step, metrics)
         self.progress.update(self.step, metrics)
-        self.watch_effect(ttt)
+        self.effect.look(self.step, {name: value.item() for name, value in ttt.items()})
 
     @property
     def num_encoded(self) -> int:
         """Segments that this process has encoded."""
         return self.train_data.num_encoded + (self.eval_data.num_encoded if self.eval_data else 0)
-
-    def watch_effect(self, ttt: dict[str, torch.Tensor]) -> None:
-        """Warn once if TTT still changes nothing when it has had time to."""
-        effects = [value.item() for name, value in ttt.items() if name.endswith("/effect")]
-        self.largest_effect = max([self.largest_effect, *effects])
-        has_had_time = self.step >= max(20, self.args.max_steps // 10)
-        if effects and has_had_time and not self.warned_inert:
-            self.warned_inert = True
-            if self.largest_effect < INERT_EFFECT:
-                inner = f"ttt.learning_rate (now {self.args.ttt.learning_rate:g}) or "
-                logger.warning(
-                    "after %d steps TTT changes its layers' outputs by %.1e of their size at most: "
-                    "it does nothing. Raise %soptim.ttt_lr (now %g), and watch ttt/*/effect.",
-                    self.step,
-                    self.largest_effect,
-                    inner if self.args.ttt.has_fixed_step else "",
-                    self.args.optim.ttt_lr,
-                )
 
     def evaluate(self) -> None:
         """If the configuration asks for it; at step 0 too, to have something to compare with."""
@@ -327,11 +312,29 @@ class Trainer:
         if self.interrupted():
             return
         self.last_eval = (self.step, metrics["loss"])
+        metrics |= self.check_health()
         self.metrics.log("eval", self.step, metrics)
         self.progress.message(
             f"eval at step {self.step}: {describe(metrics)}, perplexity text "
             f"{metrics['text_perplexity']:.1f} audio {metrics['audio_perplexity']:.1f}"
         )
+
+    def check_health(self) -> dict[str, float]:
+        """Measures of what the model says; warns if it is no longer like speech."""
+        if self.args.health_sec == 0 or not self.world.is_main or self.sharding is not None:
+            return {}
+        assert self.eval_data is not None
+        measures, alarms = self.speech_check(self.model, self.eval_data)
+        # Before the first step there may be random weights, which say nothing of the run.
+        for alarm in alarms if self.step else []:
+            logger.warning(
+                "generated speech at step %d: %s (%s %.2f); see docs/evaluation.md",
+                self.step,
+                alarm.text,
+                alarm.measure,
+                measures[f"health/{alarm.measure}"],
+            )
+        return measures
 
     def save(self, data_position: dict[str, Any] | None = None) -> None:
         """Begin a checkpoint of this step; `data_position` is the loader's own if not given."""
@@ -345,12 +348,11 @@ class Trainer:
             resume_state={
                 "data": data_position or self.train_data.state_dict(),
                 "random": _random_state(),
+                "effect": self.effect.state_dict(),
                 "counts": {
                     "step": self.step,
                     "nonfinite_steps": self.nonfinite_steps,
                     "nonfinite_in_a_row": self.nonfinite_in_a_row,
-                    "largest_effect": self.largest_effect,
-                    "warned_inert": self.warned_inert,
                     "last_eval": self.last_eval,
                 },
             },
@@ -371,6 +373,7 @@ class Trainer:
             ) from error
         self.train_data.load_state_dict(state["data"])
         _set_random_state(state["random"])
+        self.effect.load_state_dict(state["effect"])
         for name, value in state["counts"].items():
             setattr(self, name, value)
         assert self.step == step_of(checkpoint)

@@ -48,9 +48,17 @@ def moshi_like(**overrides):
 
 
 def tiny_args(**overrides) -> TTTArgs:
-    """Layers 0 and 2 of the tiny model learn, every 5 frames, with a visible effect."""
+    """Layers 0 and 2 of the tiny model learn, every 5 frames, with a visible effect; in the
+    published form."""
     options = {"start_layer": 0, "layer_frequency": 2, "chunk_size": 5, "learning_rate": 0.5}
+    options |= {"lr_scale": "none", "write": "sum"}
     return TTTArgs(**{"enabled": True, **options, **overrides})
+
+
+def tiny_relative_args(**overrides) -> TTTArgs:
+    """The same with updates relative to the norms, of the default step size."""
+    options = {} if overrides.get("write") == "delta" else {"learning_rate": 3.0}
+    return tiny_args(**{"lr_scale": "relative", "learning_rate": None, **options, **overrides})
 
 
 def tiny_linear_args(**overrides) -> TTTArgs:
@@ -82,6 +90,8 @@ def tiny_model(
 def _as_if_trained(module):
     if isinstance(module, InPlaceGating):
         torch.nn.init.normal_(module.target_conv)
+        if module.target_gate is not None:
+            module.target_gate.data.fill_(0.1)
         module.target_proj.data += 0.1 * torch.randn_like(module.target_proj)
         return
     for name, parameter in module.named_parameters():

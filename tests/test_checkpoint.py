@@ -123,7 +123,7 @@ def test_a_checkpoint_gives_back_the_model_with_its_ttt(config, tmp_path, overri
     ids=["missing", "unknown", "misshapen"],
 )
 def test_weights_of_another_model_are_refused(config, tmp_path, spoil, message):
-    delta = {"ttt.write": "delta", "ttt.learning_rate": 1e-3}
+    delta = {"ttt.write": "delta", "ttt.learning_rate": None}
     train(config, tmp_path, delta)
     saved = checkpoint(tmp_path, 4)
     path = saved / "consolidated/ttt.safetensors"

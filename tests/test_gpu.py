@@ -13,6 +13,7 @@ from helpers import (
     tiny_linear_args,
     tiny_lm_kwargs,
     tiny_model,
+    tiny_relative_args,
 )
 from moshi.models.lm import LMGen
 from moshi.utils.compile import no_cuda_graph
@@ -44,6 +45,8 @@ RULES = {
     "sum": tiny_args(learning_rate=0.1),
     "bounded, decay": tiny_args(learning_rate=0.1, max_delta_norm=0.5, state_decay=0.9),
     "delta": tiny_delta_args(state_decay=0.9),
+    "relative": tiny_relative_args(),
+    "relative delta": tiny_relative_args(write="delta"),
 }
 METHODS = RULES | {
     "linear": tiny_linear_args(base_lr=1.0),

@@ -9,6 +9,7 @@ from helpers import (
     tiny_delta_args,
     tiny_linear_args,
     tiny_model,
+    tiny_relative_args,
 )
 
 from ttt.layers import InPlaceGating
@@ -65,11 +66,22 @@ def size_at_start(module):
         tiny_args(chunk_size=20, learning_rate=1e-3),
         tiny_args(chunk_size=20, learning_rate=1e-3, state_decay=0.99, max_delta_norm=1.0),
         tiny_delta_args(chunk_size=20),
+        tiny_relative_args(chunk_size=20),
+        tiny_relative_args(chunk_size=20, write="delta"),
         tiny_delta_args(chunk_size=20, state_decay=0.99),
         tiny_linear_args(base_lr=1.0),
         tiny_linear_args(method="mlp", base_lr=0.1, use_rope=True),
     ],
-    ids=["sum", "sum, bounded, decay", "delta", "delta, decay", "linear", "mlp"],
+    ids=[
+        "sum",
+        "sum, bounded, decay",
+        "delta",
+        "relative",
+        "relative delta",
+        "delta, decay",
+        "linear",
+        "mlp",
+    ],
 )
 def test_a_long_stream_stays_sane(args, num_frames):
     codes = speech_and_silence(num_frames)

@@ -14,6 +14,7 @@ from helpers import (
     tiny_linear_args,
     tiny_lm_kwargs,
     tiny_model,
+    tiny_relative_args,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -29,6 +30,10 @@ IN_PLACE = {
     "bounded": tiny_args(max_delta_norm=0.5),
     "decay": tiny_args(state_decay=0.8),
     "delta": tiny_delta_args(),
+    "relative": tiny_relative_args(),
+    "relative, bounded, decay": tiny_relative_args(max_delta_norm=0.5, state_decay=0.8),
+    "relative, hidden, no lookahead": tiny_relative_args(target="hidden", conv_lookahead=0),
+    "relative delta": tiny_relative_args(write="delta"),
     "delta, input, decay": tiny_delta_args(target="input", state_decay=0.8),
 }
 LINEAR = {
@@ -98,7 +103,13 @@ def test_trained_ttt_changes_the_output_beyond_the_first_chunk_only(args):
 
 @pytest.mark.parametrize(
     "args",
-    [tiny_args(learning_rate=0.0), tiny_args(chunk_size=23), tiny_delta_args(chunk_size=23)],
+    [
+        tiny_args(learning_rate=0.0),
+        tiny_relative_args(learning_rate=0.0),
+        tiny_args(chunk_size=23),
+        tiny_delta_args(chunk_size=23),
+        tiny_relative_args(chunk_size=23),
+    ],
 )
 def test_no_inner_learning_or_a_single_chunk_is_the_plain_model(args):
     model = tiny_model(args)
@@ -265,11 +276,12 @@ def test_every_ttt_parameter_learns(args):
     model = tiny_model(args, trained=False).train()
     optimizer = torch.optim.SGD(ttt_parameters(model).values(), lr=1.0)
     assert {name.split(".")[2] for name in ttt_parameters(model)} == {"0", "2"}
+    starts = ("out_proj", "target_conv" if args.lr_scale == "none" else "target_gate")
     for step in range(2):
         optimizer.zero_grad()
         model(random_codes()).text_logits.square().mean().backward()
         for name, parameter in ttt_parameters(model).items():
-            if step == 1 or name.endswith(("target_conv", "out_proj")):
+            if step == 1 or name.endswith(starts):
                 assert parameter.grad.abs().max() > 0, name
         optimizer.step()
 
@@ -347,6 +359,7 @@ def test_state_bytes_counts_what_streaming_allocates(args):
         (tiny_args(start_layer=3), {}, "beyond the model's last layer, 2"),
         (tiny_args(chunk_size=0), {}, "ttt.chunk_size: must be at least 1"),
         (tiny_args(conv_lookahead=2), {}, "ttt.conv_lookahead"),
+        (tiny_relative_args(learning_rate=1e-3), {}, "ttt.learning_rate: is 0.001, and with lr_sc"),
         (tiny_args(write="delta"), {}, "ttt.learning_rate: belongs to write: sum"),
         (tiny_args(write_strength=5.0), {}, "ttt.write_strength: belongs to write: delta"),
         (tiny_delta_args(max_delta_norm=1.0), {}, "ttt.max_delta_norm: belongs to write: sum"),

@@ -7,7 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import random_codes, tiny_args, tiny_delta_args, tiny_linear_args, tiny_model
+from helpers import (
+    random_codes,
+    tiny_args,
+    tiny_delta_args,
+    tiny_linear_args,
+    tiny_model,
+    tiny_relative_args,
+)
 from moshi.models.lm import LMGen
 from safetensors.torch import load_file, save_file
 
@@ -16,6 +23,7 @@ import ttt
 ARGS = {
     "sum": tiny_args(),
     "delta": tiny_delta_args(),
+    "relative": tiny_relative_args(),
     "linear": tiny_linear_args(),
     "mlp": tiny_linear_args(method="mlp", base_lr=0.4, use_rope=True),
 }

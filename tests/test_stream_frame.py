@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from helpers import tiny_args, tiny_delta_args, tiny_model
+from helpers import tiny_args, tiny_delta_args, tiny_model, tiny_relative_args
 
 pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -20,7 +20,7 @@ def test_kernels_interpreted_on_the_cpu():
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
-    assert "7 passed" in done.stdout
+    assert "11 passed" in done.stdout
 
 
 def on_a_device(test):
@@ -42,8 +42,10 @@ def on_a_device(test):
         tiny_args(chunk_size=3, conv_kernel_size=3, conv_lookahead=1, state_decay=0.8),
         tiny_args(chunk_size=3, max_delta_norm=0.5),
         tiny_delta_args(chunk_size=3, state_decay=0.8),
+        tiny_relative_args(chunk_size=3, max_delta_norm=0.5),
+        tiny_relative_args(chunk_size=3, write="delta"),
     ],
-    ids=["sum", "bounded", "delta"],
+    ids=["sum", "bounded", "delta", "relative, bounded", "relative delta"],
 )
 def test_a_step_on_the_device_equals_the_plain_one(args, dtype, monkeypatch):
     """Three rows, one of them paused at times, one restarted, one silent for a chunk."""

@@ -62,7 +62,7 @@ def test_only_the_command_line_prints():
 
 def test_what_a_run_may_not_need_is_not_imported_with_the_trainer():
     code = (
-        "import sys, finetune.trainer, finetune.cli; "
+        "import sys, finetune.trainer, finetune.cli, finetune.evaluation.run; "
         "print([m for m in ('wandb', 'tensorboard', 'matplotlib', 'espeakng_loader') "
         "if m in sys.modules])"
     )

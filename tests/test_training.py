@@ -28,7 +28,7 @@ import finetune.trainer
 from finetune.args import OptimArgs
 from finetune.distributed import World
 from finetune.errors import UserError
-from finetune.evaluate import evaluate
+from finetune.evaluation.periodic import evaluate
 from finetune.loss import stream_sums
 from finetune.optim import Optimizer
 from ttt.layers import execution
@@ -160,7 +160,8 @@ def baseline(config, tmp_path_factory):
         ("ttt.start_layer", 1),
         ("ttt.layer_frequency", 2),
         ("ttt.chunk_size", 4),
-        ("ttt.learning_rate", 3.0),
+        ("ttt.learning_rate", 2.0),
+        ("ttt.lr_scale", "none"),
         ("ttt.target", "input"),
         ("ttt.target", "hidden"),
         ("ttt.conv_kernel_size", 3),
@@ -377,9 +378,20 @@ def test_evaluations_come_as_often_as_asked_for_and_at_the_end(config, tmp_path)
 
 @pytest.mark.parametrize("learning_rate, warnings", [(1e-12, 1), (1.0, 0)])
 def test_ttt_without_effect_is_warned_of_once(config, tmp_path, capsys, learning_rate, warnings):
-    train(config, tmp_path, {"max_steps": 24, "ttt.learning_rate": learning_rate})
+    published = {"ttt.lr_scale": "none", "ttt.learning_rate": learning_rate}
+    train(config, tmp_path, {"max_steps": 24, **published})
     out = capsys.readouterr().out
-    assert out.count("it does nothing. Raise ttt.learning_rate") == warnings
+    assert out.count("it does nothing. Set ttt.lr_scale: relative, or raise ttt.l") == warnings
+    assert out.count("after 5 steps TTT changes its layers' outputs by ") == 1
+
+
+@pytest.mark.parametrize("learning_rate, warnings", [(1e6, 1), (1.0, 0)])
+def test_ttt_that_drowns_its_layers_is_warned_of_once(
+    config, tmp_path, capsys, learning_rate, warnings
+):
+    train(config, tmp_path, {"max_steps": 6, "ttt.learning_rate": learning_rate})
+    out = capsys.readouterr().out
+    assert out.count("it drowns it. With write: sum, what all chunks have in common") == warnings
 
 
 def test_what_ttt_does_is_logged_by_layer(config, tmp_path):
@@ -412,7 +424,7 @@ def test_a_run_says_what_it_is_going_to_do(config, tmp_path, capsys):
     assert "7 segments of up to 25 frames" in out and "3 to evaluate" in out
     assert "in-place (sum) in layers 0, 1; 4 updates a sequence, every 5 frames" in out
     assert "attention sees 12 frames of 25" in out
-    assert "(frozen)" in out and "ttt 576" in out
+    assert "(frozen)" in out and "ttt 578" in out
     assert f"writes to {tmp_path}" in out
     assert "warning: " not in out
 

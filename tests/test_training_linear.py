@@ -20,7 +20,8 @@ LINEAR = {
     "ttt.mini_batch_size": 4,
     # The configuration of the tests sets these, of another method; back to their defaults.
     "ttt.chunk_size": 256,
-    "ttt.learning_rate": 1e-3,
+    "ttt.write": "delta",
+    "ttt.learning_rate": None,
     "param_dtype": "float32",
     "optim.ttt_lr": 3e-2,
 }

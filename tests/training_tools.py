@@ -71,6 +71,7 @@ def write_config(folder: Path) -> Path:
             "start_layer": 0,
             "layer_frequency": 1,
             "chunk_size": 5,
+            "write": "sum",
             "learning_rate": 1,
         },
         "duration_sec": 2,

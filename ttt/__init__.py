@@ -1,7 +1,15 @@
 """Test-time training for Moshi: layers whose weights keep learning while the model listens."""
 
 from ttt.config import TTTArgs
-from ttt.model import HiddenStates, TTTLMModel, build_model, measuring, state_bytes, ttt_parameters
+from ttt.model import (
+    HiddenStates,
+    TTTLMModel,
+    build_model,
+    measuring,
+    state_bytes,
+    ttt_parameters,
+    without_ttt,
+)
 from ttt.state import get_state, reset, set_state
 
 __all__ = [
@@ -15,4 +23,5 @@ __all__ = [
     "set_state",
     "state_bytes",
     "ttt_parameters",
+    "without_ttt",
 ]

@@ -8,6 +8,7 @@ _IN_PLACE = (
     "write",
     "chunk_size",
     "learning_rate",
+    "lr_scale",
     "target",
     "conv_kernel_size",
     "conv_lookahead",
@@ -24,6 +25,7 @@ _LINEAR_AND_MLP = (
     "scan_checkpoint_group_size",
 )
 _DEFAULT_BASE_LR = {"linear": 1.0, "mlp": 0.1}
+_DEFAULT_LEARNING_RATE = {"relative": 3.0, "none": 1e-3}
 
 
 @dataclass
@@ -43,17 +45,23 @@ class TTTArgs:
     layer_frequency: int = 6
     """Layers `start_layer + k * layer_frequency` have TTT; Moshi 7B: 5, 11, 17, 23, 29."""
 
-    write: Literal["sum", "delta"] = "sum"
-    """What a chunk writes. `sum`: the sum of outer products of targets and MLP activations.
-    `delta`: what the fast weights do not know yet, by regularised least squares; for long
-    streams."""
+    write: Literal["sum", "delta"] = "delta"
+    """What a chunk writes. `delta`: what the fast weights do not know yet, by regularised least
+    squares; it stays bounded on long streams. `sum`, the published rule: the sum of outer products
+    of targets and MLP activations."""
 
     chunk_size: int = 256
     """Frames between two updates of the fast weights; 256 frames are 20.5 s."""
 
-    learning_rate: float = 1e-3
-    """Inner learning rate η, the step size of an update, for `write: sum`. Its effect depends on
-    the norms of activations and targets: watch `ttt/*/effect` in the metrics, not this number."""
+    lr_scale: Literal["none", "relative"] = "relative"
+    """What the size of an update is relative to. `relative`: to nothing but the learned gate, as
+    targets and activations are normalised where they are written. `none`: the published form, whose
+    updates are as large as the norms of activations and embeddings make them."""
+
+    learning_rate: float | None = None
+    """Inner learning rate η, the step size of an update, for `write: sum`; null: 3 with `lr_scale:
+    relative`, and 1e-3 with `none`, where a good one depends on the model: watch `ttt/*/effect` in
+    the metrics, not this number."""
 
     write_strength: float = 10.0
     """How nearly a chunk's targets are met, for `write: delta`: the initial β, which every layer
@@ -112,6 +120,13 @@ class TTTArgs:
         return self.method == "in_place" and self.write == "sum"
 
     @property
+    def inner_learning_rate(self) -> float:
+        """`learning_rate`, or its default for `lr_scale`."""
+        if self.learning_rate is None:
+            return _DEFAULT_LEARNING_RATE[self.lr_scale]
+        return self.learning_rate
+
+    @property
     def inner_base_lr(self) -> float:
         """`base_lr`, or its default for the method."""
         return _DEFAULT_BASE_LR[self.method] if self.base_lr is None else self.base_lr
@@ -150,8 +165,17 @@ class TTTArgs:
             )
             if getattr(self, name) < low
         ]
-        if not 0 <= self.learning_rate < float("inf"):
+        if not 0 <= self.inner_learning_rate < float("inf"):
             found.append(("learning_rate", f"must be 0 or more, got {self.learning_rate}"))
+        elif self.lr_scale == "relative" and 0 < self.inner_learning_rate < 0.01 * 3.0:
+            found.append(
+                (
+                    "learning_rate",
+                    f"is {self.learning_rate:g}, and with lr_scale: relative a hundredth of the "
+                    "default, 3, does next to nothing. Leave it out, or set lr_scale: none for the "
+                    "published form, which such numbers are for",
+                )
+            )
         if not 0 < self.write_strength < float("inf"):
             found.append(("write_strength", f"must be positive, got {self.write_strength}"))
         if not 0 < self.state_decay <= 1:

@@ -78,7 +78,7 @@ class TTTTransformerLayer(Shardable, StreamingTransformerLayer):
     def _stock_forward(self, x: Tensor, token_embeddings: Tensor | None) -> Tensor:
         with _eager_on_cpu(x.device):
             x = self._sa_block(x)
-            if self.ttt is not None:
+            if self.ttt is not None and self.ttt.active:
                 x = x + self.ttt(x)
             if not isinstance(self.gating, InPlaceGating):
                 return self._ff_block(x)
@@ -326,6 +326,22 @@ def measuring(model: TTTLMModel, *, enabled: bool = True) -> Iterator[dict[str, 
         for index, module in model.ttt_layers.items():
             module.measure = False
             collected.update({f"layer_{index:02d}/{k}": v for k, v in module.measured.items()})
+
+
+@contextmanager
+def without_ttt(model: TTTLMModel) -> Iterator[None]:
+    """Within the block the model computes what it would without its TTT layers, and their state
+    stands still.
+
+    A CUDA graph keeps what held when it was captured: enter this before `.streaming()`.
+    """
+    for module in model.ttt_layers.values():
+        module.active = False
+    try:
+        yield
+    finally:
+        for module in model.ttt_layers.values():
+            module.active = True
 
 
 def _eager_on_cpu(device: torch.device) -> AbstractContextManager[None]:

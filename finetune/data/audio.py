@@ -42,7 +42,7 @@ class AudioInfo:
         return self.num_samples / self.sample_rate_hz
 
 
-def inspect_audio(path: Path) -> AudioInfo:
+def inspect_audio(path: Path, *, allow_mono: bool = False) -> AudioInfo:
     """The length of a stereo recording, after checking that it can be read to its end.
 
     Reads the header and the last sample only.
@@ -57,7 +57,7 @@ def inspect_audio(path: Path) -> AudioInfo:
             num_samples, rate, num_channels = file.frames, file.samplerate, file.channels
     except (soundfile.SoundFileError, OSError) as error:
         raise FileProblem(f"recording {path} cannot be read ({error}): {_COPY_REMEDY}") from None
-    if num_channels != 2:
+    if num_channels != 2 and not (allow_mono and num_channels == 1):
         kind = "mono" if num_channels == 1 else f"made of {num_channels} channels"
         raise FileProblem(f"recording {path} is {kind}: {_STEREO_REMEDY}")
     if _is_truncated(path, num_samples):
@@ -103,7 +103,7 @@ def _wav_data_end_bytes(path: Path) -> int | None:
 def read_audio(
     path: Path, start_sample: int, num_samples: int, sample_rate_hz: int
 ) -> torch.Tensor:
-    """Part of a stereo recording, resampled: float32 `[2, at most num_samples]`.
+    """Part of a recording, resampled: float32 `[num_channels, at most num_samples]`.
 
     The samples are those of the whole recording resampled to `sample_rate_hz` and then cut (to
     rounding), although only the part and a margin are read. Shorter at the recording's end.

@@ -150,6 +150,19 @@ def check_share_of_files(spec: str, *, key: str, store: Store, rank: int, world_
     checks.flush()
 
 
+def check_recordings(spec: str, *, key: str) -> tuple[list[Recording], list[str]]:
+    """All usable recordings that `spec` names, and what is wrong with each of the others.
+
+    Raises:
+        UserError: a path is wrong, or a file cannot be read or is empty.
+    """
+    files = (file for path, _ in parse_sources(spec, key) for file in _jsonl_files(path, key))
+    checks = FileChecks(None)
+    lines = [line for file in files for line in _check_file(file, checks)]
+    recordings = [line.recording for line in lines if line.recording is not None]
+    return recordings, [problem for line in lines for problem in line.problems]
+
+
 def parse_sources(spec: str, key: str) -> list[tuple[Path, float]]:
     """Split `path[:weight],…`. Only a number after the last colon is a weight.
 

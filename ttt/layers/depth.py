@@ -27,7 +27,6 @@ class DepthLayer(Shardable, StreamingTransformerLayer):
         weights = tuple(blocks.layer_of(self, number) for number in numbers)
         return execution.layer(blocks.depth_layer_block, x, weights)
 
-
 CHUNK_FRAMES = 10_000
 """Frames at once, at most. They are independent of each other, and a layer's intermediate results,
 which for 20,000 frames of Moshi are 10 GB in the backward pass, would be the peak of memory."""

@@ -4,7 +4,7 @@ pass."""
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cache, partial
 from typing import Any, Literal
 
 import torch
@@ -77,7 +77,7 @@ class Execution:
         return _checkpointed(block, mode, *args)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _compiled(block: Callable[..., Any], backend: str) -> Callable[..., Any]:
     """A compiled function of a checkpointing mode and `block`'s arguments."""
 

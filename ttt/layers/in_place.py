@@ -16,6 +16,9 @@ from ttt.layers.execution import Execution
 from ttt.ops.chunks import accumulating_dtype, product
 from ttt.ops.in_place import delta_norm_square
 
+GATE_SPEED = 10.0
+"""How much faster than other parameters the gate learns: Adam's steps have a size of their own."""
+
 
 @dataclass
 class InPlaceState(State):
@@ -29,7 +32,8 @@ class InPlaceState(State):
     float64 model), apart from W0: a small change added to a bfloat16 W0 would lose half of
     itself."""
     pending_z: Tensor
-    """[B, C, h], activations of the open chunk."""
+    """[B, C, h], what the activations of the open chunk are written with: themselves, or divided by
+    their squared norms."""
     pending_source: Tensor
     """[B, C, d], what the targets of the open chunk are made of."""
     pending_read: Tensor | None
@@ -56,6 +60,8 @@ class InPlaceGating(StreamingModule[InPlaceState]):
 
         target_conv: [d, K], starts at zero: TTT then changes nothing, and the conv has a gradient.
         target_proj: [d, d], W_target, starts as the identity.
+        target_gate: [1], with `lr_scale: relative` alone: starts at zero in place of the conv,
+            which starts as the frame that lies farthest ahead.
         log_write_strength: [1], log β; with `write: delta` alone.
 
     Args:
@@ -73,10 +79,15 @@ class InPlaceGating(StreamingModule[InPlaceState]):
         self.width, self.hidden = weight.shape
         self.target_conv = nn.Parameter(weight.new_empty(self.width, args.conv_kernel_size))
         self.target_proj = nn.Parameter(weight.new_empty(self.width, self.width))
+        self.target_gate: nn.Parameter | None = None
+        if args.lr_scale == "relative":
+            self.target_gate = nn.Parameter(weight.new_empty(1))
         self.log_write_strength: nn.Parameter | None = None
         if args.write == "delta":
             self.log_write_strength = nn.Parameter(weight.new_empty(1))
         self.reset_parameters()
+        self.active = True
+        """Whether it reads and writes its fast weights; see `ttt.without_ttt`."""
         self.execution = Execution()
         self.measure = False
         """Whether parallel forward passes fill `measured`; see `ttt.measuring`."""
@@ -90,19 +101,36 @@ class InPlaceGating(StreamingModule[InPlaceState]):
 
     def ttt_parameters(self) -> dict[str, nn.Parameter]:
         found = {"target_conv": self.target_conv, "target_proj": self.target_proj}
+        if self.target_gate is not None:
+            found["target_gate"] = self.target_gate
         if self.log_write_strength is not None:
             found["log_write_strength"] = self.log_write_strength
         return found
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Zero conv, identity projection, β at `write_strength`. Never zero both of the first: no
-        gradient would ever flow."""
+        """Identity projection, β at `write_strength`, and one zero: the conv or, if there is one,
+        the gate. Never zero two: no gradient would ever flow."""
         self.target_conv.zero_()
+        if self.target_gate is not None:
+            self.target_conv[:, -1] = 1.0
+            self.target_gate.zero_()
         if not self.target_proj.is_meta:
             nn.init.eye_(self.target_proj)
         if self.log_write_strength is not None:
             self.log_write_strength.fill_(math.log(self.args.write_strength))
+
+    @property
+    def divides_by_keys(self) -> bool:
+        """Whether frames are written with the key z / ‖z‖²; `write: delta` divides by itself."""
+        return self.args.lr_scale == "relative" and self.args.write == "sum"
+
+    @property
+    def gated_conv(self) -> Tensor:
+        """[d, K], the conv with the gate in it."""
+        if self.target_gate is None:
+            return self.target_conv
+        return GATE_SPEED * self.target_gate * self.target_conv
 
     @property
     def write_strength(self) -> Tensor | None:
@@ -121,6 +149,10 @@ class InPlaceGating(StreamingModule[InPlaceState]):
             [B, T, d].
         """
         source = x if self.args.target == "hidden" else token_embeddings
+        if not self.active:
+            return self.linear_out(self._activations(x))
+        if self.target_gate is not None:
+            source = _normalised(source)
         if self._streaming_state is not None:
             z = self._activations(x)
             return self.linear_out(z) + self._stream(z, source, self._streaming_state)
@@ -141,7 +173,10 @@ class InPlaceGating(StreamingModule[InPlaceState]):
 
     def _prepare(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
         """z and the targets v of whole sequences."""
-        return self._activations(x), self._targets(source)
+        z, v = self._activations(x), self._targets(source)
+        if self.divides_by_keys:
+            v = v * _inverse_square(z).to(v.dtype)
+        return z, v
 
     def _learn(self, z: Tensor, v: Tensor) -> Tensor:
         """S z of whole sequences, [B, T, d]."""
@@ -152,17 +187,21 @@ class InPlaceGating(StreamingModule[InPlaceState]):
         return ops.in_place_ttt(
             z,
             v,
-            lr=self.args.learning_rate,
+            lr=self.args.inner_learning_rate,
             chunk_size=chunk_size,
             max_delta_norm=self.args.max_delta_norm,
             decay=decay,
         )
 
+    def _keys(self, z: Tensor) -> Tensor:
+        """What z is written with, as z itself."""
+        return z * _inverse_square(z).to(z.dtype) if self.divides_by_keys else z
+
     def _targets(self, source: Tensor) -> Tensor:
         """v = W_target · conv(source), [B, T, d]."""
         mixed = ops.chunk_conv(
             source,
-            self.target_conv,
+            self.gated_conv,
             chunk_size=self.args.chunk_size,
             lookahead=self.args.lookahead_frames,
         )
@@ -181,7 +220,7 @@ class InPlaceGating(StreamingModule[InPlaceState]):
         readable = slice(chunk_size, None)
         effect = learnt[:, readable].float().norm() / plain[:, readable].float().norm()
         beta = self.write_strength
-        rate = self.args.learning_rate
+        rate = self.args.inner_learning_rate
         if beta is not None:
             rate, residual = 1.0, v - learnt
             v = torch.cat(
@@ -250,7 +289,7 @@ class InPlaceGating(StreamingModule[InPlaceState]):
             piece = slice(start, start + length)
             query = z[:, piece].to(state.change.dtype)
             outputs.append(torch.bmm(query, state.change.transpose(1, 2)))
-            self._append(z[:, piece], source[:, piece], outputs[-1], state)
+            self._append(self._keys(z[:, piece]), source[:, piece], outputs[-1], state)
             self._write_complete_chunks(state)
             start += length
         return torch.cat(outputs, dim=1)
@@ -264,6 +303,7 @@ class InPlaceGating(StreamingModule[InPlaceState]):
         with torch.cuda.device_of(z):
             return stream_frame(
                 z,
+                self._keys(z),
                 source,
                 change=state.change,
                 pending_z=state.pending_z,
@@ -271,11 +311,11 @@ class InPlaceGating(StreamingModule[InPlaceState]):
                 pending_read=state.pending_read,
                 num_pending=state.num_pending,
                 exec_mask=state.exec_mask,
-                conv=self.target_conv,
+                conv=self.gated_conv,
                 projection=self.target_proj,
                 lookahead=self.args.lookahead_frames,
                 decay=self.args.state_decay,
-                lr=1.0 if is_delta else self.args.learning_rate,
+                lr=1.0 if is_delta else self.args.inner_learning_rate,
                 max_delta_norm=self.args.max_delta_norm,
                 beta=self.write_strength,
             )
@@ -302,10 +342,23 @@ class InPlaceGating(StreamingModule[InPlaceState]):
             v = self._targets(state.pending_source[here])
             if beta is None:
                 delta = ops.chunk_delta(z, v, max_delta_norm=self.args.max_delta_norm)
-                delta = self.args.learning_rate * delta
+                delta = self.args.inner_learning_rate * delta
             else:
                 assert state.pending_read is not None
                 errors = ops.chunk_errors(z, v - state.pending_read[here], beta)
                 delta = product(errors.to(z.dtype).transpose(1, 2), z)
             state.change[here].mul_(self.args.state_decay).add_(delta)
             state.num_pending[row] = 0
+
+
+def _normalised(source: Tensor) -> Tensor:
+    """Frames of [B, T, d] divided by their RMS; frames of zeros stay zeros."""
+    wide = source.to(accumulating_dtype(source.dtype))
+    square = wide.square().mean(-1, keepdim=True)
+    return (wide * torch.where(square > 0, square, 1.0).rsqrt()).to(source.dtype)
+
+
+def _inverse_square(z: Tensor) -> Tensor:
+    """1 / ‖z_t‖², [B, T, 1], at least in float32; 0 for frames of zeros."""
+    square = z.to(accumulating_dtype(z.dtype)).square().sum(-1, keepdim=True)
+    return torch.where(square > 0, 1 / torch.where(square > 0, square, 1.0), 0.0)

@@ -127,6 +127,8 @@ class TTTMixer(StreamingModule[TTTMixerState]):
         self.lr_weight, self.lr_bias = new(num_heads, width), new(num_heads)
         self.token_offset = new(size)
         self.reset_parameters()
+        self.active = True
+        """Whether its layer uses it; see `ttt.without_ttt`."""
         self.execution = Execution()
         self.measure = False
         """Whether parallel forward passes fill `measured`; see `ttt.measuring`."""

@@ -207,9 +207,11 @@ class State:
         self.cut = cut
         self.value: Tensor | None = None
         self.reverse = reverse
+        self._low: Tensor | None = None
 
     def write(self, e: Tensor, z: Tensor) -> None:
         """S = γ^m S + (weight ⊙ E)ᵀ Z."""
+        self._low = None
         e = self._weighted(e, to_end=not self.reverse)
         if self.value is None:
             self.value = product(e.T, z)
@@ -224,7 +226,7 @@ class State:
         """OUT += alpha · weight ⊙ (Z Sᵀ), for OUT [L, d]."""
         if self.value is None:
             return
-        low = self.value.to(z.dtype)
+        low = self._as(z.dtype)
         if self.cut.decay == 1:
             out.addmm_(z, low.T, alpha=alpha)
         else:
@@ -234,7 +236,14 @@ class State:
         """OUT += alpha · (weight ⊙ E) S, for OUT [L, h]."""
         if self.value is not None:
             weighted = self._weighted(e, to_end=self.reverse)
-            out.addmm_(weighted, self.value.to(e.dtype), alpha=alpha)
+            out.addmm_(weighted, self._as(e.dtype), alpha=alpha)
+
+    def _as(self, dtype: torch.dtype) -> Tensor:
+        """The state to multiply with, made once between writes."""
+        assert self.value is not None
+        if self._low is None:
+            self._low = self.value.to(dtype)
+        return self._low
 
     def _weighted(self, x: Tensor, *, to_end: bool) -> Tensor:
         """x with γ^i (from the super-chunk's start to the frame's chunk) or γ^(m−1−i) (to its

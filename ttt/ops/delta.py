@@ -104,13 +104,34 @@ def _inverse(gram: Tensor, beta: Tensor | float) -> tuple[Tensor, Tensor]:
 
 
 def _inverses(z: Tensor, beta: Tensor, cut: chunks.Cut) -> tuple[Tensor, Tensor]:
-    """`_inverse` of the complete chunks of [N, L, h]: [N, n, C, C] and [N, n]."""
+    """`_inverse` of the complete chunks of [N, L, h], for `_solve`, and λ [N, n].
+
+    The inverses are [N, n, C, C]; for 16-bit z they are two terms of its type side by side,
+    [N, n, C, 2C], which sum to them as exactly as 16 bits of mantissa can, for products that run on
+    tensor cores."""
     size = cut.chunk_size
     count = z.shape[1] // size
     grams = z.new_empty(len(z), count, size, size, dtype=chunks.accumulating_dtype(z.dtype))
     for i in range(count):
         grams[:, i] = chunks.gram(z[:, i * size : (i + 1) * size])
-    return _inverse(grams, beta)
+    inverses, strengths = _inverse(grams, beta)
+    if inverses.dtype != z.dtype:
+        high = inverses.to(z.dtype)
+        inverses = torch.cat([high, (inverses - high).to(z.dtype)], dim=-1)
+    return inverses, strengths
+
+
+def _solve(inverse: Tensor, x: Tensor, out: Tensor, *, minus: Tensor | None = None) -> None:
+    """OUT = K⁻¹ (X − minus) of [N, C, d]; `inverse` as from `_inverses`.
+
+    One product with everything side by side, so that all differences are taken in its float32
+    accumulator: that of X and `minus` is not exact in 16 bits, and K⁻¹ enlarges what is rounded.
+    """
+    terms = [x] * (inverse.shape[-1] // inverse.shape[-2])
+    if minus is not None:
+        inverse = torch.cat([inverse, -inverse], dim=-1)
+        terms += [minus] * len(terms)
+    torch.bmm(inverse, terms[0] if len(terms) == 1 else torch.cat(terms, dim=1), out=out)
 
 
 def _write(
@@ -120,7 +141,7 @@ def _write(
 
     Args:
         weights: [N, L, L], the scores.
-        inverses: [N, n, C, C].
+        inverses: see `_inverses`.
         v, out, e: [N, L, d]; `out` holds what is read of earlier super-chunks.
     """
     for a, b, start, stop in _steps(v.shape[1], cut):
@@ -131,9 +152,9 @@ def _write(
         if stop - start < cut.chunk_size:
             e[:, start:stop] = 0
             continue
+        here = slice(start, stop)
         inverse = inverses[:, start // cut.chunk_size]
-        residual = v[:, start:stop].to(inverse.dtype) - out[:, start:stop]
-        e[:, start:stop] = inverse @ residual
+        _solve(inverse, v[:, here], e[:, here], minus=out[:, here])
 
 
 def _write_backward(
@@ -152,10 +173,11 @@ def _write_backward(
             x[:, start:stop] = 0
             y[:, start:stop] = d_out[:, start:stop]
             continue
-        inverse = inverses[:, start // cut.chunk_size]
-        solved = inverse @ x[:, start:stop].to(inverse.dtype)
-        x[:, start:stop] = solved
-        y[:, start:stop] = d_out[:, start:stop] - solved
+        here = slice(start, stop)
+        # Through y: a product cannot overwrite its factor.
+        _solve(inverses[:, start // cut.chunk_size], x[:, here], y[:, here])
+        x[:, here] = y[:, here]
+        torch.sub(d_out[:, here], x[:, here], out=y[:, here])
 
 
 def _steps(length: int, cut: chunks.Cut) -> Iterator[tuple[int, int, int, int]]:

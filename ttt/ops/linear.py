@@ -268,6 +268,7 @@ def _reconstruction_gradient(z: Tensor, target: Tensor, weight: Tensor, bias: Te
 # The scan over mini-batches -----------------------------------------------------------------------
 
 
+@torch.compiler.disable
 def inner_scan(
     q: Tensor,
     k: Tensor,
@@ -292,6 +293,23 @@ def inner_scan(
         (w.to(dtype).expand(batch, *w.shape[-3:]), b.to(dtype).expand(batch, *b.shape[-2:]))
         for w, b in layers
     )
+    if documents is None and _fits(q):
+        # Triton is imported where there is a use for it.
+        from ttt.ops.scan import scan
+
+        out, layers = scan(
+            q,
+            k,
+            v,
+            eta.to(dtype),
+            layers,
+            ln_weight,
+            ln_bias,
+            token_scale=token_scale,
+            num_writes=num_frames // size,
+            group_size=scan_checkpoint_group_size,
+        )
+        return layout.gather(out, num_frames), layers
     # Row t of the mask is scaled by token_scale[t].
     read_scale = token_scale[:, None] * token_scale.new_ones(size, size).tril()
     write_scale = (token_scale[-1] * layout.complete)[:, None, :, None, None]
@@ -322,6 +340,13 @@ def inner_scan(
         outputs.append(out)
     out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
     return layout.gather(out, num_frames), layers
+
+
+def _fits(q: Tensor) -> bool:
+    """Whether the kernels of `ttt.ops.scan` can take q [B, H, N, K, f]."""
+    size, width = q.shape[3:]
+    sizes = (16, 32, 64, 128)
+    return q.is_cuda and q.dtype != torch.float64 and size in sizes[:3] and width in sizes
 
 
 def _group(

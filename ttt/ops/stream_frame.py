@@ -27,6 +27,7 @@ _DTYPES: dict[torch.dtype, Any] = {
 
 def stream_frame(
     z: Tensor,
+    key: Tensor,
     source: Tensor,
     *,
     change: Tensor,
@@ -48,7 +49,8 @@ def stream_frame(
     Changes `change` to `exec_mask` in place and asks nothing of the device.
 
     Args:
-        z: [B, 1, h].
+        z: [B, 1, h], to read with.
+        key: [B, 1, h], to write with: z, or scaled.
         source: [B, 1, d], what the frame's target is made of.
         change: [B, d, h], S (η ΣΔ for `sum`).
         pending_z, pending_source: [B, C, h] and [B, C, d], the open chunk.
@@ -64,7 +66,7 @@ def stream_frame(
         [B, 1, d], S z in the dtype of `change`.
     """
     read = _read(change, z)
-    _append(z, pending_z, num_pending)
+    _append(key, pending_z, num_pending)
     _append(source, pending_source, num_pending)
     if pending_read is not None:
         _append(read, pending_read, num_pending)

@@ -1,0 +1,127 @@
+"""From recordings of any length to codes, in bounded memory.
+
+Audio is read part by part, Mimi encodes it in streaming mode, and the codes go to a file: some
+3 MB for an hour. Mimi's attention caches are long enough for its blocks (see `streaming`), so the
+codes are those of the whole recording encoded at once, as in training, whatever the block. Stock
+streaming, as in live use, sees slightly less than Mimi's attention window and so gives slightly
+different codes once a recording exceeds it.
+"""
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from moshi.utils.compile import no_compile
+from torch import Tensor
+from torch.nn import functional as F
+
+from finetune.data import FRAME_RATE_HZ, Codec
+from finetune.data.audio import AudioInfo, read_audio
+from finetune.data.text import Word, text_stream, tokenize_segment
+
+from .streaming import streaming
+
+logger = logging.getLogger(__name__)
+
+BLOCK_FRAMES = 125
+"""Of audio that Mimi encodes at once: 10 s."""
+
+
+class CodesFile:
+    """The codes of one recording in a file: int32, frame by frame."""
+
+    def __init__(self, path: Path, num_streams: int) -> None:
+        self.path = path
+        self.num_streams = num_streams
+        self.num_frames = path.stat().st_size // (4 * num_streams)
+
+    def read(self, start_frame: int, stop_frame: int) -> Tensor:
+        """Int64 [num_streams, stop_frame − start_frame]."""
+        with self.path.open("rb") as file:
+            file.seek(4 * self.num_streams * start_frame)
+            numbers = np.fromfile(file, np.int32, self.num_streams * (stop_frame - start_frame))
+        return torch.from_numpy(numbers).view(-1, self.num_streams).T.long()
+
+
+def encode_to_file(
+    codec: Codec,
+    audio: Path,
+    info: AudioInfo,
+    words: list[Word],
+    target: Path,
+    *,
+    max_frames: int | None = None,
+    on_block: Callable[[int], None] = lambda num_frames: None,
+) -> CodesFile:
+    """The codes of a stereo recording, or of its first `max_frames`, and of its main speaker's
+    words.
+
+    Args:
+        on_block: told how many frames more are done.
+
+    Raises:
+        FileProblem: the recording cannot be read.
+    """
+    num_samples = -(-info.num_samples * codec.sample_rate_hz // info.sample_rate_hz)
+    num_frames = -(-num_samples // codec.mimi.frame_size)
+    num_frames = min(num_frames, max_frames or num_frames)
+    tokens = text_stream(
+        tokenize_segment(words, 0, num_frames, codec.tokenize),
+        num_frames,
+        text_padding_id=codec.text_padding_id,
+        end_of_text_padding_id=codec.end_of_text_padding_id,
+    )
+    start = 0
+    with target.open("wb") as file:
+        for sides in encode_blocks(codec, _audio_blocks(codec, audio, num_frames)):
+            stop = min(start + sides.shape[2], num_frames)
+            left, right = sides[:, :, : stop - start].cpu()
+            text = torch.tensor(tokens[start:stop])[None]
+            everything = [text, left[: codec.moshi_codebooks], right[: codec.user_codebooks]]
+            torch.cat(everything).T.int().numpy().tofile(file)
+            on_block(stop - start)
+            start = stop
+    return CodesFile(target, codec.num_streams)
+
+
+def _audio_blocks(codec: Codec, path: Path, num_frames: int) -> Iterator[Tensor]:
+    """Float32 [channels, 10 s at Mimi's rate] that cover the recording; the last is padded."""
+    block_samples = BLOCK_FRAMES * codec.mimi.frame_size
+    for start in range(0, num_frames * codec.mimi.frame_size, block_samples):
+        audio = read_audio(path, start, block_samples, codec.sample_rate_hz)
+        yield F.pad(audio, (0, block_samples - audio.shape[1]))
+
+
+@torch.no_grad()
+def encode_blocks(codec: Codec, blocks: Iterator[Tensor]) -> Iterator[Tensor]:
+    """Codes [channels, num_codebooks, n] of blocks of audio [channels, n · frame_size] that follow
+    one another; at most `BLOCK_FRAMES` each."""
+    first = next(blocks, None)
+    if first is None:
+        return
+    mimi = codec.mimi
+    steps_per_frame = round(mimi.encoder_frame_rate / FRAME_RATE_HZ)
+    eager = no_compile() if codec.device.type == "cpu" else contextlib.nullcontext()
+    with eager, streaming(mimi, len(first), BLOCK_FRAMES * steps_per_frame):
+        yield mimi.encode(first[:, None].to(codec.device))
+        for block in blocks:
+            yield mimi.encode(block[:, None].to(codec.device))
+
+
+class Silence:
+    """The codes that Mimi gives to silence, from its initial state on; encoded as far as needed."""
+
+    def __init__(self, codec: Codec) -> None:
+        self._codec = codec
+        self._codes = torch.zeros(codec.mimi.num_codebooks, 0, dtype=torch.int64)
+
+    def codes(self, num_frames: int) -> Tensor:
+        """Int64 [num_codebooks, num_frames]."""
+        if num_frames > self._codes.shape[1]:
+            block = torch.zeros(1, BLOCK_FRAMES * self._codec.mimi.frame_size)
+            blocks = (block for _ in range(-(-num_frames // BLOCK_FRAMES)))
+            self._codes = torch.cat([c[0] for c in encode_blocks(self._codec, blocks)], dim=1).cpu()
+        return self._codes[:, :num_frames]

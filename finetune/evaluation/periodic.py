@@ -1,0 +1,124 @@
+"""What a training run finds out now and then: loss and perplexity on all of the evaluation data,
+and whether the model still speaks."""
+
+import logging
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from finetune.data import Batch, Codec, count_frames
+from finetune.distributed import World
+from finetune.loss import LossWeights, stream_sums
+from finetune.sharding import let_go
+from ttt import TTTLMModel
+
+from .health import Alarm, alarms, check_health, means
+
+logger = logging.getLogger(__name__)
+
+NUM_CONTINUATIONS = 2
+PROMPT_SEC = 2.0
+MIN_HEALTH_SEC = 1.0
+
+
+@torch.no_grad()
+def evaluate(
+    model: TTTLMModel,
+    batches: Iterable[Batch],
+    weights: LossWeights,
+    world: World,
+    *,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> dict[str, float]:
+    """Average over all targets of all batches of all processes; every target counts once.
+
+    Args:
+        should_stop: asked before every batch; true ends early, and the result means nothing.
+
+    Returns:
+        loss, text_loss, audio_loss: as in training, with its weights, in nats.
+        text_nll, audio_nll: without weights, in nats per token.
+        text_perplexity, audio_perplexity: exp of these.
+    """
+    was_training = model.training
+    model.eval()
+    total = torch.zeros(2, 4, dtype=torch.float64)
+    # All zero tokens, which weigh nothing, where another process has more batches than this one.
+    codes = torch.full((1, model.num_codebooks, 16), model.zero_token_id, device=world.device)
+    for batch in world.in_step(batches, should_stop):
+        codes = torch.full_like(codes, model.zero_token_id) if batch is None else batch.codes
+        for row, sums in enumerate(stream_sums(model, model(codes), codes, weights)):
+            parts = (sums.loss, sums.weight, sums.nll, sums.count)
+            total[row] += torch.stack([part.double() for part in parts]).cpu()
+    model.train(was_training)
+    let_go(model)
+    totals = world.sum(total.to(world.device)).tolist()
+    (text_loss, text_nll), (audio_loss, audio_nll) = (
+        (loss / max(weight, 1e-9), nll / max(count, 1)) for loss, weight, nll, count in totals
+    )
+    return {
+        "loss": text_loss + audio_loss,
+        "text_loss": text_loss,
+        "audio_loss": audio_loss,
+        "text_nll": text_nll,
+        "audio_nll": audio_nll,
+        "text_perplexity": math.exp(min(text_nll, 700.0)),
+        "audio_perplexity": math.exp(min(audio_nll, 700.0)),
+    }
+
+
+class SpeechCheck:
+    """Continuations of the first complete segments of the evaluation data, the same every time.
+
+    Args:
+        health_sec: length of the continuations, as far as segments allow.
+    """
+
+    def __init__(self, codec: Codec, *, health_sec: float, seed: int) -> None:
+        self.codec = codec
+        self.seed = seed
+        self.prompt_frames = count_frames(PROMPT_SEC)
+        self.num_frames = self.prompt_frames + count_frames(health_sec)
+        self._codes: Tensor | None = None
+
+    def __call__(
+        self, model: TTTLMModel, batches: Iterable[Batch]
+    ) -> tuple[dict[str, float], list[Alarm]]:
+        """The measures by name, `health/entropy` and so on, and what is wrong with them; nothing if
+        no segment is long enough or the device has no memory for it."""
+        if self._codes is None:
+            self._codes = self._first_segments(batches)
+        num_rows, _, num_frames = self._codes.shape
+        if not num_rows or num_frames < self.prompt_frames + count_frames(MIN_HEALTH_SEC):
+            return {}, []
+        was_training = model.training
+        model.eval()
+        try:
+            results = check_health(
+                model, self.codec, self._codes, prompt_frames=self.prompt_frames, seed=self.seed
+            )
+        except torch.OutOfMemoryError:
+            logger.warning("no memory to check the health of speech; health_sec: 0 turns it off")
+            return {}, []
+        finally:
+            model.train(was_training)
+        own, usual = means(results, "generated"), means(results, "recorded")
+        return {f"health/{name}": value for name, value in own.items()}, alarms(own, usual)
+
+    def _first_segments(self, batches: Iterable[Batch]) -> Tensor:
+        """[B, 17, T] of `num_frames`, or as long as segments are."""
+        found: list[Tensor] = []
+        for batch in batches:
+            codes = batch.codes[:, :, : self.num_frames]
+            found += [row for row in codes if bool((row[0] >= 0).all())]
+            if len(found) >= NUM_CONTINUATIONS:
+                break
+        if not found:
+            logger.warning(
+                "no segment of data.eval_data is as long as duration_sec: the health of speech is "
+                "not checked"
+            )
+            return torch.zeros(0, 1, 0)
+        return torch.stack(found[:NUM_CONTINUATIONS])

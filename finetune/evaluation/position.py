@@ -1,0 +1,246 @@
+"""Loss by position in the recording, with TTT and with controls.
+
+Every recording is read from its start to its end in streaming mode, once for each arm:
+
+    on       as trained
+    off      without the TTT layers
+    reset    TTT forgets what it has learnt every so many frames; attention does not
+    carried  TTT starts with what it has learnt from another recording: must not help
+"""
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import ttt
+from finetune.data import FRAME_RATE_HZ, Codec
+from finetune.data.audio import inspect_audio
+from finetune.data.problems import FileProblem
+from finetune.data.sources import Recording
+from finetune.data.text import read_transcript
+from finetune.loss import LossWeights
+from ttt import TTTLMModel
+
+from .codes import CodesFile, encode_to_file
+from .options import Options
+from .progress import Progress
+from .records import Records
+from .streaming import ScoredBlock, Scorer, streaming
+
+logger = logging.getLogger(__name__)
+
+STREAMS = ("text", "words", "first_codebook", "other_codebooks")
+"""`words` are the targets of the text stream that are no padding."""
+
+
+class PositionTask:
+    """Fills `records` with the sums of each arm over each recording, by bins of position.
+
+    A record: arm, recording, its size_bytes and num_frames, control (of `reset` after how many
+    frames, of `carried` from which recording), and of each stream the lists `loss` (Σ w · CE),
+    `weight` (Σ w), `nll` (Σ CE) and `count`, one entry a bin.
+
+    Args:
+        recordings: the usable ones; `missing` collects those that turn out not to be.
+        folder: for the codes while it runs.
+    """
+
+    def __init__(
+        self,
+        model: TTTLMModel,
+        codec: Codec,
+        recordings: Sequence[Recording],
+        *,
+        options: Options,
+        arms: Sequence[str],
+        reset_frames: int,
+        weights: LossWeights,
+        records: Records,
+        folder: Path,
+    ) -> None:
+        self.model = model
+        self.codec = codec
+        # Rows of a batch should be of like length; and what takes most memory should come first.
+        self.recordings = sorted(recordings, key=lambda r: -r.duration_sec)
+        self.options = options
+        self.arms = arms
+        self.reset_frames = reset_frames
+        self.weights = weights
+        self.records = records
+        self.folder = folder
+        self.max_frames = frames_of(options.max_sec)
+        self.bin_frames = frames_of(options.bin_sec) or 1
+        self.missing: dict[str, str] = {}
+        self._codes: dict[str, CodesFile] = {}
+
+    def run(self) -> None:
+        """Everything that `records` does not hold yet."""
+        size = self.options.batch_size
+        batches = [self.recordings[i : i + size] for i in range(0, len(self.recordings), size)]
+        arms_of_batches = ((arm, batch) for batch in batches for arm in self.arms)
+        work = [(arm, todo) for arm, batch in arms_of_batches if (todo := self._todo(arm, batch))]
+        num_done = len(self.arms) * len(self.recordings) - sum(len(todo) for _, todo in work)
+        if num_done:
+            logger.info("position: %d results are there already", num_done)
+        # Every recording is encoded once, those that others start from included.
+        encoded = {r for arm, todo in work for r in todo} | {
+            self._donor(r) for arm, todo in work if arm == "carried" for r in todo
+        }
+        passes = [*encoded, *(r for _, todo in work for r in todo)]
+        progress = Progress("position", sum(map(self._estimated_frames, passes)))
+        for arm, batch in work:
+            self._run_arm(arm, batch, progress)
+
+    def results(self) -> list[dict[str, Any]]:
+        """The records of these recordings and arms; the file may hold others."""
+        wanted = {self._key(arm, r) for arm in self.arms for r in self.recordings}
+        return [record for record in self.records if _key_of(record) in wanted]
+
+    def _todo(self, arm: str, batch: Sequence[Recording]) -> list[Recording]:
+        done = {_key_of(record) for record in self.records}
+        return [recording for recording in batch if self._key(arm, recording) not in done]
+
+    def _key(self, arm: str, recording: Recording) -> tuple[Any, ...]:
+        size_bytes = recording.path.stat().st_size
+        return arm, str(recording.path), size_bytes, self._control(arm, recording)
+
+    def _control(self, arm: str, recording: Recording) -> Any:
+        if arm == "reset":
+            return self.reset_frames
+        return str(self._donor(recording).path) if arm == "carried" else None
+
+    def _donor(self, recording: Recording) -> Recording:
+        """The next one: whose state `recording` starts with in the arm `carried`."""
+        index = self.recordings.index(recording)
+        return self.recordings[(index + 1) % len(self.recordings)]
+
+    def _estimated_frames(self, recording: Recording) -> int:
+        num_frames = round(recording.duration_sec * FRAME_RATE_HZ)
+        return min(num_frames, self.max_frames or num_frames)
+
+    def _run_arm(self, arm: str, batch: Sequence[Recording], progress: Progress) -> None:
+        donors = [self._donor(r) for r in batch] if arm == "carried" else []
+        for recording in dict.fromkeys([*batch, *donors]):
+            self._read(recording, progress)
+        readable = [r for r in batch if self._has_codes(r)]
+        if arm == "carried":
+            readable = [r for r in readable if self._has_codes(self._donor(r))]
+        rows = [self._codes[str(r.path)] for r in readable]
+        if not rows:
+            return
+        model = self.model
+        switch = ttt.without_ttt(model) if arm == "off" else contextlib.nullcontext()
+        sums = BinSums(model, len(rows), max(row.num_frames for row in rows), self.bin_frames)
+        with switch, streaming(model, len(rows), self.options.block_frames):
+            if arm == "carried":
+                self._learn([self._codes[str(self._donor(r).path)] for r in readable])
+            reset = self.reset_frames if arm == "reset" else None
+            for block in self._scorer(rows).score(reset_every_frames=reset):
+                sums.add(block)
+                progress.advance(int(block.is_target[:, 0].sum()), f"{arm}, {len(rows)} recordings")
+        for row, recording in enumerate(readable):
+            self.records.append(
+                {
+                    "arm": arm,
+                    "recording": str(recording.path),
+                    "size_bytes": recording.path.stat().st_size,
+                    "control": self._control(arm, recording),
+                    "num_frames": rows[row].num_frames,
+                    "streams": sums.of_row(row, rows[row].num_frames),
+                }
+            )
+
+    def _scorer(self, rows: Sequence[CodesFile]) -> Scorer:
+        block_frames = self.options.block_frames
+        return Scorer(self.model, rows, weights=self.weights, block_frames=block_frames)
+
+    def _learn(self, donors: Sequence[CodesFile]) -> None:
+        """Leave what TTT learns from the donors as the state that all else starts from."""
+        # Complete updates only: frames that wait for theirs would shift the recording's own.
+        every = self.model.ttt_args.update_frames
+        stops = [donor.num_frames // every * every for donor in donors]
+        self._scorer(donors).learn(stops)
+        state = ttt.get_state(self.model)
+        self.model.reset_streaming()
+        ttt.set_state(self.model, state)
+
+    def _has_codes(self, recording: Recording) -> bool:
+        return str(recording.path) in self._codes
+
+    def _read(self, recording: Recording, progress: Progress) -> None:
+        """Have the codes of a recording, or note in `missing` why it cannot be read."""
+        name = str(recording.path)
+        if name in self._codes or name in self.missing:
+            return
+        try:
+            self._codes[name] = encode_to_file(
+                self.codec,
+                recording.path,
+                inspect_audio(recording.path),
+                read_transcript(recording.transcript_path),
+                self.folder / f"{len(self._codes)}.codes",
+                max_frames=self.max_frames,
+                on_block=lambda num_frames: progress.advance(num_frames, f"encoding {name}"),
+            )
+        except FileProblem as problem:
+            self.missing[name] = f"{recording.origin}: {problem}"
+            logger.warning("missing: %s", self.missing[name])
+
+
+def _key_of(record: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(record[name] for name in ("arm", "recording", "size_bytes", "control"))
+
+
+class BinSums:
+    """Sums of the scored targets of a batch, by stream and bin of position.
+
+    Args:
+        num_frames: of the longest row.
+    """
+
+    def __init__(
+        self, model: TTTLMModel, batch_size: int, num_frames: int, bin_frames: int
+    ) -> None:
+        self.bin_frames = bin_frames
+        num_bins = -(-num_frames // bin_frames)
+        self.num_codebooks = model.dep_q
+        # loss, weight, nll, count; the streams, and the words after them.
+        self.sums = torch.zeros(
+            4, batch_size, 2 + model.dep_q, num_bins, dtype=torch.float64, device=model.device
+        )
+
+    def add(self, block: ScoredBlock) -> None:
+        nll = torch.where(block.is_target, block.nll, 0.0)
+        parts = torch.stack([nll * block.weight, block.weight, nll, block.is_target.float()])
+        words = block.is_word.float() * torch.stack([nll, torch.ones_like(nll)])[:, :, :1]
+        parts = torch.cat([parts, words.repeat(2, 1, 1, 1)], dim=2).double()
+        frames = torch.cat([block.frames, block.frames[:1]])
+        index = (frames.clamp(min=0) // self.bin_frames).clamp(max=self.sums.shape[3] - 1)
+        self.sums.scatter_add_(3, index.expand_as(parts), parts)
+
+    def of_row(self, row: int, num_frames: int) -> dict[str, dict[str, list[float]]]:
+        """By stream: lists with an entry for each bin of a row's own length."""
+        num_bins = -(-num_frames // self.bin_frames)
+        sums = self.sums[:, row, :, :num_bins].cpu()
+        last = 1 + self.num_codebooks
+        of_stream: dict[str, Tensor] = {
+            "text": sums[:, 0],
+            "words": sums[:, last],
+            "first_codebook": sums[:, 1],
+            "other_codebooks": sums[:, 2:last].sum(1),
+        }
+        return {stream: dict(_named(of_stream[stream])) for stream in STREAMS}
+
+
+def _named(parts: Tensor) -> Iterator[tuple[str, list[float]]]:
+    for name, values in zip(("loss", "weight", "nll", "count"), parts.tolist(), strict=True):
+        yield name, [round(value, 6) for value in values]
+
+
+def frames_of(duration_sec: float | None) -> int | None:
+    return None if duration_sec is None else max(1, round(duration_sec * FRAME_RATE_HZ))

@@ -1,0 +1,388 @@
+"""`moshi-ttt evaluate`: the tasks one after another, and what is written of them.
+
+In the output folder: `position.jsonl`, `pairs.jsonl` and `health.jsonl` with results as they come,
+which a later call continues; `results.json`; tables as `.csv`; `zerospeech.txt`; `report.html`.
+"""
+
+import dataclasses
+import json
+import logging
+import math
+import tempfile
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finetune.args import TrainArgs
+from finetune.console import setup_logging
+from finetune.data import FRAME_RATE_HZ, count_frames
+from finetune.data.audio import inspect_audio
+from finetune.data.problems import FileProblem
+from finetune.data.sources import Recording, check_recordings
+from finetune.data.text import read_transcript
+from finetune.errors import UserError
+from finetune.generate import checkpoint_args, load_for_inference
+from finetune.loss import LossWeights
+from finetune.metrics import open_wandb
+
+from .codes import encode_to_file
+from .conclusions import conclusions
+from .health import check_health
+from .options import Options
+from .pairs import Pair, PairTask, read_pairs, zerospeech_lines
+from .position import PositionTask, frames_of
+from .records import Records, checkpoint_fingerprint, read_records
+from .report import html_report, write_tables
+from .streaming import check_attention_window
+from .summary import summarise_health, summarise_pairs, summarise_positions
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+"""Raise it when the same options give other records."""
+FEW_RECORDINGS = 8
+
+
+class Evaluation:
+    """One evaluation of one checkpoint.
+
+    Raises:
+        UserError: wrong paths, data that cannot be read at all, options that contradict each other
+            or an earlier evaluation in the same folder.
+    """
+
+    def __init__(self, options: Options) -> None:
+        setup_logging()
+        self.options = options
+        self.args: TrainArgs = checkpoint_args(options.checkpoint, options.device)
+        # All that can be wrong with the data comes before the model is loaded.
+        self.missing: dict[str, list[str]] = {}
+        self.notes: list[str] = []
+        self.recordings = self._recordings() if {"position", "health"} & {*options.tasks} else []
+        self.pairs: list[Pair] = []
+        if "pairs" in options.tasks:
+            if options.pairs is None:
+                raise UserError("--tasks: pairs needs --pairs, the JSONL of the pairs.")
+            self.pairs = read_pairs(options.pairs)
+        self.model, self.codec = load_for_inference(options.checkpoint, options.device)
+        self.window_frames = check_attention_window(self.model)
+        self.weights = LossWeights(
+            self.args.text_padding_weight, self.args.first_codebook_weight_multiplier
+        )
+        self.vocabulary = {
+            "text": self.model.text_linear.out_features,
+            "words": self.model.text_linear.out_features,
+            "first_codebook": self.model.card,
+            "other_codebooks": self.model.card,
+        }
+        self.identity = {
+            "format": FORMAT,
+            "checkpoint": checkpoint_fingerprint(options.checkpoint),
+            "dtype": str(self.model.dtype),
+        }
+
+    def run(self) -> dict[str, Any]:
+        """All tasks; returns what `results.json` holds."""
+        results: dict[str, Any] = {}
+        tasks = {"position": self.position, "pairs": self.paired, "health": self.health}
+        try:
+            for name in self.options.tasks:
+                results[name] = tasks[name]()
+        except KeyboardInterrupt:
+            logger.info("interrupted; what is done is kept: the same command continues")
+            raise
+        results = self._described(results)
+        self._write(results)
+        return results
+
+    # The tasks ------------------------------------------------------------------------------------
+
+    def position(self) -> dict[str, Any]:
+        options = self.options
+        reset_frames = options.reset_frames or self.window_frames
+        bin_frames = frames_of(options.bin_sec) or 1
+        settings = {
+            "bin_frames": bin_frames,
+            "max_frames": frames_of(options.max_sec),
+            **dataclasses.asdict(self.weights),
+        }
+        records = Records(options.out / "position.jsonl", self.identity | settings)
+        with tempfile.TemporaryDirectory(prefix="codes_", dir=options.out) as folder:
+            task = PositionTask(
+                self.model,
+                self.codec,
+                self.recordings,
+                options=options,
+                arms=self._arms(),
+                reset_frames=reset_frames,
+                weights=self.weights,
+                records=records,
+                folder=Path(folder),
+            )
+            task.run()
+        self.missing.setdefault("position", []).extend(task.missing.values())
+        found = [*task.results(), *self._baseline(settings)]
+        summary = summarise_positions(
+            found,
+            bin_frames=bin_frames,
+            window_frames=self.window_frames,
+            vocabulary=self.vocabulary,
+            seed=options.seed,
+        )
+        if 1 < summary["num_recordings"] < FEW_RECORDINGS:
+            self._note(
+                f"{summary['num_recordings']} recordings are few: intervals by bootstrap are too "
+                f"narrow for less than {FEW_RECORDINGS}."
+            )
+        return {**summary, "reset_sec": reset_frames / FRAME_RATE_HZ}
+
+    def _arms(self) -> list[str]:
+        """Those of the asked-for arms that there are for this checkpoint and data."""
+        if not self.model.ttt_layers:
+            self._note("This checkpoint has no TTT: its loss is that of the arm `off`, alone.")
+            return ["off"]
+        arms = list(self.options.arms)
+        if "carried" in arms and len(self.recordings) < 2:
+            arms.remove("carried")
+            self._note("There is one recording: the arm `carried` needs another one.")
+        longest_sec = max(recording.duration_sec for recording in self.recordings)
+        reset_frames = self.options.reset_frames or self.window_frames
+        if "reset" in arms and longest_sec * FRAME_RATE_HZ <= reset_frames:
+            arms.remove("reset")
+            self._note(
+                f"No recording is longer than the {reset_frames} frames after which TTT would be "
+                f"reset: the arm `reset` is left out. Set --reset_frames lower to have it."
+            )
+        return arms
+
+    def _baseline(self, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The loss of an earlier evaluation of another checkpoint, as an arm of this one."""
+        if self.options.baseline is None:
+            return []
+        header, records = read_records(self.options.baseline / "position.jsonl")
+        for name, value in settings.items():
+            if header.get(name) != value:
+                raise UserError(
+                    f"--baseline: {self.options.baseline} was evaluated with {name} "
+                    f"{header.get(name)}, and this is {value}: they cannot be compared."
+                )
+        wanted = "on" if any(record["arm"] == "on" for record in records) else "off"
+        names = {str(recording.path) for recording in self.recordings}
+        found = [r for r in records if r["arm"] == wanted and r["recording"] in names]
+        if not found:
+            raise UserError(
+                f"--baseline: {self.options.baseline} is of other recordings than these."
+            )
+        return [record | {"arm": "baseline"} for record in found]
+
+    def paired(self) -> dict[str, Any]:
+        options = self.options
+        settings = {"side": options.pair.side, "text": options.pair.text}
+        records = Records(options.out / "pairs.jsonl", self.identity | settings)
+        task = PairTask(
+            self.model,
+            self.codec,
+            self.pairs,
+            options=options.pair,
+            batch_size=options.batch_size,
+            block_frames=options.block_frames,
+            records=records,
+        )
+        task.run()
+        found = task.results()
+        summary = summarise_pairs(self.pairs, found, task.missing, options.pair)
+        self.missing["pairs"] = [f"{id}: {why}" for id, why in summary["missing"].items()]
+        lines = zerospeech_lines(self.pairs, found, options.pair)
+        (options.out / "zerospeech.txt").write_text("".join(f"{line}\n" for line in lines))
+        return summary
+
+    def health(self) -> dict[str, Any]:
+        options, wanted = self.options, self.options.health
+        prompt_frames = max(1, count_frames(wanted.prompt_sec))
+        num_frames = prompt_frames + max(1, count_frames(wanted.health_sec))
+        codes, num_frames = self._prompts(prompt_frames, num_frames)
+        prompts = [list(codes)[index % len(codes)] for index in range(wanted.num_continuations)]
+        settings = {
+            **dataclasses.asdict(wanted),
+            "seed": options.seed,
+            "num_frames": num_frames,
+            "batch_size": options.batch_size,
+            "prompts": [str(recording.path) for recording in prompts],
+        }
+        records = Records(options.out / "health.jsonl", self.identity | settings)
+        for start in range(0, len(prompts), options.batch_size):
+            batch = prompts[start : start + options.batch_size]
+            if {*range(start, start + len(batch))} <= {record["index"] for record in records}:
+                continue
+            results = check_health(
+                self.model,
+                self.codec,
+                torch.stack([codes[recording] for recording in batch]).to(self.model.device),
+                prompt_frames=prompt_frames,
+                seed=options.seed + start,
+                temperature=wanted.temperature,
+                text_temperature=wanted.text_temperature,
+            )
+            for index, result in enumerate(results, start):
+                records.append({"index": index, **result})
+            logger.info("health: %d of %d continuations", start + len(batch), len(prompts))
+        by_index = {record["index"]: record for record in records}
+        return {
+            **summarise_health([by_index[i] for i in range(len(prompts))], seed=options.seed),
+            "prompt_sec": prompt_frames / FRAME_RATE_HZ,
+            "continuation_sec": (num_frames - prompt_frames) / FRAME_RATE_HZ,
+            "seed": options.seed,
+        }
+
+    def _prompts(
+        self, prompt_frames: int, num_frames: int
+    ) -> tuple[dict[Recording, torch.Tensor], int]:
+        """The codes [17, T] of the first recordings that are long enough to be continued, at most
+        one for each continuation; and T."""
+
+        def whole_frames(recording: Recording) -> int:
+            return math.floor(recording.duration_sec * FRAME_RATE_HZ)
+
+        longest = max(whole_frames(recording) for recording in self.recordings)
+        if longest <= prompt_frames:
+            raise UserError(
+                f"--prompt_sec: no recording is longer than {self.options.health.prompt_sec:g} s."
+            )
+        if longest < num_frames:
+            num_frames = longest
+            self._note(
+                f"No recording is long enough for --health_sec: continuations are "
+                f"{(num_frames - prompt_frames) / FRAME_RATE_HZ:.1f} s long."
+            )
+        found: dict[Recording, torch.Tensor] = {}
+        for recording in self.recordings:
+            if len(found) == self.options.health.num_continuations:
+                break
+            if whole_frames(recording) >= num_frames:
+                try:
+                    found[recording] = self._first_codes(recording, num_frames)
+                except FileProblem as problem:
+                    missing = f"{recording.origin}: {problem}"
+                    self.missing.setdefault("health", []).append(missing)
+                    logger.warning("missing: %s", missing)
+        if not found:
+            raise UserError("--data: no recording can be read to its end, to be continued.")
+        return found, num_frames
+
+    def _first_codes(self, recording: Recording, num_frames: int) -> torch.Tensor:
+        """
+        Raises:
+            FileProblem: the recording or its transcript cannot be read.
+        """
+        words = read_transcript(recording.transcript_path)
+        info = inspect_audio(recording.path)
+        with tempfile.TemporaryDirectory() as folder:
+            target = Path(folder) / "codes"
+            codes = encode_to_file(
+                self.codec, recording.path, info, words, target, max_frames=num_frames
+            )
+            return codes.read(0, num_frames)
+
+    # Data and results -----------------------------------------------------------------------------
+
+    def _recordings(self) -> list[Recording]:
+        spec = self.options.data or self.args.data.eval_data
+        if not spec:
+            raise UserError(
+                "--data: name the JSONL of the recordings; the checkpoint's configuration names no "
+                "data.eval_data."
+            )
+        recordings, problems = check_recordings(spec, key="--data")
+        for problem in problems[:5]:
+            logger.warning("missing: %s", problem)
+        if problems:
+            total = len(problems) + len(recordings)
+            logger.warning("%d of %d recordings are missing", len(problems), total)
+        if not recordings:
+            raise UserError(f"--data: {spec} holds no usable recording: {problems[0]}")
+        self.missing["data"] = problems
+        unique = list({str(recording.path): recording for recording in recordings}.values())
+        return unique[: self.options.limit]
+
+    def _note(self, text: str) -> None:
+        self.notes.append(text)
+        logger.info("%s", text)
+
+    def _described(self, results: dict[str, Any]) -> dict[str, Any]:
+        options = dataclasses.asdict(self.options)
+        for section in ("pair", "health"):
+            options |= {f"{section}.{name}": v for name, v in options.pop(section).items()}
+        args = self.args.ttt
+        layers = ", ".join(map(str, self.model.ttt_layers))
+        described = f"TTT: {args.method} ({args.write}) in layers {layers}" if layers else "no TTT"
+        return {
+            "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "model": {
+                "name": _name(self.options.checkpoint),
+                "checkpoint": str(self.options.checkpoint),
+                "fingerprint": self.identity["checkpoint"],
+                "ttt": described,
+                "vocabulary": self.vocabulary,
+                "text_padding_weight": self.weights.text_padding,
+                "first_codebook_weight_multiplier": self.weights.first_codebook,
+            },
+            "options": {name: _plain(value) for name, value in options.items()},
+            "notes": self.notes,
+            "missing": {task: whats for task, whats in self.missing.items() if whats},
+            "conclusions": conclusions(results),
+            **results,
+        }
+
+    def _write(self, results: dict[str, Any]) -> None:
+        out = self.options.out
+        (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+        write_tables(results, out)
+        page = html_report(results)
+        (out / "report.html").write_text(page, encoding="utf-8")
+        if self.options.wandb.project:
+            _to_wandb(self.options, results, page)
+
+
+def evaluate_checkpoint(options: Options) -> dict[str, Any]:
+    """Run the tasks of `options` and write the results; returns what `results.json` holds."""
+    return Evaluation(options).run()
+
+
+def _name(checkpoint: Path) -> str:
+    checkpoint = checkpoint.absolute()
+    in_run = checkpoint.parent.name == "checkpoints"
+    return f"{checkpoint.parent.parent.name}/{checkpoint.name}" if in_run else checkpoint.name
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
+
+
+def scalars(results: Mapping[str, Any]) -> dict[str, float]:
+    """Single numbers of the results by name, for a dashboard."""
+    found: dict[str, Any] = {}
+    position = results.get("position", {})
+    compared = [("-".join(d["arms"]), d) for d in position.get("differences", [])]
+    for name, of_stream in [*position.get("arms", {}).items(), *compared]:
+        for stream in position["guessing"]:
+            for place in ("mean", "beyond_window"):
+                found[f"position/{name}/{stream}/{place}"] = of_stream[stream][place]["value"]
+    if "pairs" in results:
+        groups: Sequence[tuple[str, Any]] = [*results["pairs"]["groups"].items()]
+        for name, group in [("all", results["pairs"]["all"]), *groups]:
+            found[f"pairs/{name}/accuracy"] = group["accuracy"]["value"]
+    for name, of in results.get("health", {}).get("measures", {}).items():
+        found[f"health/{name}"] = of["generated"]["value"]
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _to_wandb(options: Options, results: Mapping[str, Any], page: str) -> None:
+    config = {"evaluation": dict(results["options"]), "model": results["model"]}
+    run = open_wandb(options.out, options.wandb, config, resumed=False)
+    import wandb
+
+    run.log({**scalars(results), "report": wandb.Html(page, inject=False)})
+    run.finish()

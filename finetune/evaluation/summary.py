@@ -1,0 +1,251 @@
+"""From records to results: what `results.json` says, and the tables made of it."""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from finetune.data import FRAME_RATE_HZ
+
+from .health import MEASURES, alarms, limits, means
+from .options import PairOptions
+from .pairs import Pair, log_likelihood
+from .position import STREAMS
+from .statistics import Array, Bootstrap, Estimate, mean, proportion, slope_parts
+
+COMPARISONS = (
+    ("on", "off"),
+    ("reset", "off"),
+    ("carried", "off"),
+    ("baseline", "off"),
+    ("on", "reset"),
+    ("on", "carried"),
+    ("on", "baseline"),
+)
+"""Arms whose difference is of interest, where both are there."""
+
+Json = dict[str, Any]
+
+
+class _Sums:
+    """Of one arm and stream over the recordings: Σ w · CE and Σ w, [R, bins]."""
+
+    def __init__(self, records: Sequence[Mapping[str, Any]], stream: str, num_bins: int) -> None:
+        self.loss, self.weight = (
+            np.array([_padded(r["streams"][stream][name], num_bins) for r in records])
+            for name in ("loss", "weight")
+        )
+
+
+def _padded(values: Sequence[float], length: int) -> list[float]:
+    return [*values, *[0.0] * (length - len(values))]
+
+
+def summarise_positions(
+    records: Iterable[Mapping[str, Any]],
+    *,
+    bin_frames: int,
+    window_frames: int,
+    vocabulary: Mapping[str, int],
+    seed: int = 0,
+) -> Json:
+    """Loss by position of every arm, and paired differences between arms.
+
+    Only recordings that every arm has are counted, so that the arms are of the same data.
+
+    Args:
+        records: of `PositionTask`.
+        window_frames: what attention sees; `beyond_window` is of the positions after it.
+        vocabulary: of each stream, for the loss of guessing.
+    """
+    by_arm: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for record in records:
+        by_arm.setdefault(record["arm"], {})[record["recording"]] = record
+    arms = list(by_arm)
+    names = [name for name in by_arm[arms[0]] if all(name in by_arm[arm] for arm in arms)]
+    if not names:
+        return {"arms": {}, "num_recordings": 0}
+    rows = {arm: [by_arm[arm][name] for name in names] for arm in arms}
+    num_frames = [record["num_frames"] for record in rows[arms[0]]]
+    num_bins = -(-max(num_frames) // bin_frames)
+    view = _View(bin_frames, num_bins, window_frames, Bootstrap(len(names), seed=seed))
+    sums = {arm: {s: _Sums(rows[arm], s, num_bins) for s in STREAMS} for arm in arms}
+    differences = [pair for pair in COMPARISONS if {*pair} <= {*arms}]
+    return {
+        "num_recordings": len(names),
+        "duration_sec": sum(num_frames) / FRAME_RATE_HZ,
+        "longest_sec": max(num_frames) / FRAME_RATE_HZ,
+        "attention_window_sec": window_frames / FRAME_RATE_HZ,
+        "bin_sec": bin_frames / FRAME_RATE_HZ,
+        "guessing": {stream: math.log(size) for stream, size in vocabulary.items()},
+        "arms": {
+            arm: {stream: view.describe(sums[arm][stream]) for stream in STREAMS} for arm in arms
+        },
+        "differences": [
+            {
+                "arms": [one, other],
+                **{s: view.describe(sums[one][s], sums[other][s]) for s in STREAMS},
+            }
+            for one, other in differences
+        ],
+    }
+
+
+class _View:
+    """The places that a loss is looked at: overall, beyond the window, in bins, and its slopes."""
+
+    def __init__(
+        self, bin_frames: int, num_bins: int, window_frames: int, bootstrap: Bootstrap
+    ) -> None:
+        self.bin_frames = bin_frames
+        self.num_bins = num_bins
+        self.bootstrap = bootstrap
+        self.first_beyond = min(-(-window_frames // bin_frames), num_bins)
+        self.centres_sec = (np.arange(num_bins) + 0.5) * bin_frames / FRAME_RATE_HZ
+
+    def describe(self, sums: _Sums, other: _Sums | None = None) -> Json:
+        """Of a loss, or of its difference to another."""
+        beyond = slice(self.first_beyond, None)
+        hours = self.centres_sec / 3600
+        curve = []
+        for start, stop in pairwise_edges(self.num_bins):
+            estimate = self._mean(sums, other, slice(start, stop))
+            if estimate.value is not None:
+                weight = sums.weight[:, start:stop].sum(1)
+                place = {
+                    "start_sec": start * self.bin_frames / FRAME_RATE_HZ,
+                    "stop_sec": stop * self.bin_frames / FRAME_RATE_HZ,
+                    "num_recordings": int((weight > 0).sum()),
+                    "weight": float(weight.sum()),
+                }
+                curve.append({**place, **dataclasses.asdict(estimate)})
+        return {
+            "mean": self._json(self._mean(sums, other, slice(None))),
+            "beyond_window": self._json(self._mean(sums, other, beyond)),
+            "slope_per_doubling": self._json(
+                self._slope(sums, other, np.log2(self.centres_sec), slice(None))
+            ),
+            "slope_per_hour_beyond_window": self._json(self._slope(sums, other, hours, beyond)),
+            "curve": curve,
+        }
+
+    @staticmethod
+    def _json(estimate: Estimate) -> Json:
+        return dataclasses.asdict(estimate)
+
+    def _mean(self, sums: _Sums, other: _Sums | None, bins: slice) -> Estimate:
+        loss, weight = sums.loss[:, bins].sum(1), sums.weight[:, bins].sum(1)
+        if other is None:
+            return self.bootstrap.ratio(loss, weight)
+        return self.bootstrap.ratio_difference(
+            (loss, other.loss[:, bins].sum(1)), (weight, other.weight[:, bins].sum(1))
+        )
+
+    def _slope(self, sums: _Sums, other: _Sums | None, x: Array, bins: slice) -> Estimate:
+        def parts(s: _Sums) -> tuple[Array, Array]:
+            return slope_parts(x[bins], s.loss[:, bins], s.weight[:, bins])
+
+        rise, spread = parts(sums)
+        if other is None:
+            return self.bootstrap.ratio(rise, spread)
+        other_rise, other_spread = parts(other)
+        return self.bootstrap.ratio_difference((rise, other_rise), (spread, other_spread))
+
+
+def pairwise_edges(num_bins: int) -> list[tuple[int, int]]:
+    """Ranges of bins for a curve: single ones first, then two to a doubling of the position."""
+    edges, edge = [0, 1, 2, 3], 4
+    while edge < num_bins:
+        edges += [edge, edge * 3 // 2]
+        edge *= 2
+    inner = [e for e in edges if e < num_bins]
+    # A rest that is short beside its neighbour is part of it.
+    if len(inner) > 1 and num_bins - inner[-1] < (inner[-1] - inner[-2]) / 2:
+        inner.pop()
+    return list(zip(inner, [*inner[1:], num_bins], strict=True))
+
+
+def summarise_pairs(
+    pairs: Sequence[Pair],
+    records: Iterable[Mapping[str, Any]],
+    missing: Mapping[str, str],
+    options: PairOptions,
+) -> Json:
+    """Accuracy over all pairs and by group; a tie counts as half.
+
+    Pairs with a recording that is missing, or whose score is no number, are counted apart.
+    """
+    every_score = {record["wav"]: log_likelihood(record, options) for record in records}
+    scores = {wav: score for wav, score in every_score.items() if math.isfinite(score)}
+    reasons: dict[str, str] = {}
+    margins: dict[str, list[float]] = {}
+    for pair in pairs:
+        margins.setdefault(pair.group, [])
+        for wav in (str(pair.good), str(pair.bad)):
+            if wav not in scores:
+                reasons[pair.id] = missing.get(wav, f"{wav} has no finite score")
+        if pair.id not in reasons:
+            margins[pair.group].append(scores[str(pair.good)] - scores[str(pair.bad)])
+    everything = [margin for group in margins.values() for margin in group]
+    groups = {name: _accuracy(group) for name, group in sorted(margins.items())}
+    for pair in pairs:
+        groups[pair.group]["num_missing"] += pair.id in reasons
+    each = [
+        {
+            "id": pair.id,
+            "group": pair.group,
+            "good": scores.get(str(pair.good)),
+            "bad": scores.get(str(pair.bad)),
+            "missing": reasons.get(pair.id, ""),
+        }
+        for pair in pairs
+    ]
+    return {
+        "scores": each,
+        "options": dataclasses.asdict(options),
+        "num_pairs": len(pairs),
+        "num_missing": len(reasons),
+        "missing": reasons,
+        "all": _accuracy(everything) | {"num_missing": len(reasons)},
+        "groups": groups,
+    }
+
+
+def _accuracy(margins: Sequence[float]) -> Json:
+    ties = sum(margin == 0 for margin in margins)
+    wins = sum(margin > 0 for margin in margins)
+    return {
+        "num_scored": len(margins),
+        "num_ties": ties,
+        "num_missing": 0,
+        "accuracy": dataclasses.asdict(proportion(wins + ties / 2, len(margins))),
+        "mean_difference": dataclasses.asdict(mean(np.array(margins, dtype=float))),
+    }
+
+
+def summarise_health(records: Sequence[Mapping[str, Any]], *, seed: int = 0) -> Json:
+    """Means of the measures with intervals, beside those of the recordings, and alarms."""
+    results = [{kind: r[kind] for kind in ("generated", "recorded")} for r in records]
+    bootstrap = Bootstrap(len(results), seed=seed)
+    own, usual = means(results, "generated"), means(results, "recorded")
+    limit = limits(usual)
+    ones = np.ones(len(results))
+
+    def estimate(kind: str, name: str) -> Json:
+        values = np.array([result[kind][name] for result in results])
+        return dataclasses.asdict(bootstrap.ratio(values, ones))
+
+    return {
+        "num_continuations": len(results),
+        "measures": {
+            name: {
+                "generated": estimate("generated", name),
+                "recorded": estimate("recorded", name),
+                "alarm_if": limit[name],
+            }
+            for name in MEASURES
+        },
+        "alarms": [dataclasses.asdict(alarm) for alarm in alarms(own, usual)],
+    }

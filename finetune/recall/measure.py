@@ -1,0 +1,175 @@
+"""What a model remembers: answers right and losses, by distance, with intervals."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from finetune.recall.model import answer_logits, logits_at, read_codes
+from finetune.recall.streams import KINDS, StreamArgs, Streams, draw
+from ttt import TTTLMModel
+from ttt.layers import InPlaceGating
+
+NUM_RESAMPLES = 1000
+NUM_DISTANCE_BINS = 4
+PIECE_FRAMES = 128
+"""Of long streams, read at once."""
+EVAL_SEED = 2_000_000_000
+"""Seeds of evaluation streams start here, those of training streams end below."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model answered: all [B, Q], on the CPU."""
+
+    is_right: Tensor
+    loss: Tensor
+    """In nats."""
+    distances: Tensor
+    straddling: Tensor
+
+
+def answer(logits: Tensor, streams: Streams, asked_stream: int, update_frames: int) -> Answers:
+    """Judge logits [B, Q, card]."""
+    expected = streams.codes[:, asked_stream].gather(1, streams.answers)
+    logits = logits.float().cpu()
+    loss = F.cross_entropy(logits.transpose(1, 2), expected, reduction="none")
+    return Answers(
+        logits.argmax(-1) == expected, loss, streams.distances, streams.straddling(update_frames)
+    )
+
+
+@torch.no_grad()
+def measure_trained_length(
+    model: TTTLMModel, args: StreamArgs, *, num_sequences: int, batch: int, update_frames: int
+) -> dict[str, Any]:
+    """Accuracy and loss on sequences as long as in training: see `summarize`."""
+    parts = []
+    for index in range(0, num_sequences, batch):
+        streams = draw(args, batch=min(batch, num_sequences - index), seed=EVAL_SEED + index)
+        read = read_codes(model, streams.codes.to(model.device))
+        logits = answer_logits(model, read, streams.answers.to(model.device), args.asked_stream)
+        parts.append(answer(logits, streams, args.asked_stream, update_frames))
+    found = Answers(
+        *(
+            torch.cat([getattr(part, name) for part in parts])
+            for name in ("is_right", "loss", "distances", "straddling")
+        )
+    )
+    edges = np.linspace(args.min_distance_frames, args.num_frames, NUM_DISTANCE_BINS + 1)
+    bins = {
+        f"{a:.0f} to {b:.0f}": (found.distances >= a) & (found.distances < b)
+        for a, b in pairwise(edges)
+    }
+    return {
+        "all": summarize(found, torch.ones_like(found.is_right)),
+        "in one chunk": summarize(found, ~found.straddling),
+        "straddling": summarize(found, found.straddling),
+        "by_distance": {name: summarize(found, chosen) for name, chosen in bins.items()},
+    }
+
+
+@torch.no_grad()
+def measure_length(
+    model: TTTLMModel, args: StreamArgs, *, times: int, num_sequences: int, update_frames: int
+) -> dict[str, Any]:
+    """The same on sequences `times` as long, by kind, read in pieces as a stream; and how large the
+    fast weights have become."""
+    total = times * args.num_frames
+    # A segment has no keys to bind again.
+    names = [kind for kind in KINDS if args.variant != "segments" or kind != "rebound"]
+    kinds = [
+        draw(args, batch=num_sequences, seed=EVAL_SEED + times, kind=kind, num_frames=total)
+        for kind in names
+    ]
+    streams = Streams(
+        *(torch.cat([getattr(k, part) for k in kinds]) for part in ("codes", "answers", "facts"))
+    )
+    read = read_codes(model, streams.codes.to(model.device))
+    # All questions are in the last frames.
+    start = total - args.num_frames
+    kept = []
+    with streaming_in_pieces(model, len(read), PIECE_FRAMES):
+        for piece in range(0, total, PIECE_FRAMES):
+            hidden, text = model.forward_text(read[:, :, piece : min(piece + PIECE_FRAMES, total)])
+            if piece + PIECE_FRAMES > start:
+                kept.append((hidden, text))
+        ratios = _state_ratios(model)
+    hidden = torch.cat([h for h, _ in kept], dim=1)[:, -args.num_frames :]
+    text = torch.cat([t for _, t in kept], dim=2)[:, :, -args.num_frames :]
+    frames = streams.answers.to(model.device) - start
+    logits = logits_at(model, hidden, text, read[:, :, 1 + start :], frames, args.asked_stream)
+    found = answer(logits, streams, args.asked_stream, update_frames)
+    results: dict[str, Any] = {}
+    for index, name in enumerate(names):
+        rows = torch.zeros(len(found.is_right), 1, dtype=torch.bool)
+        rows[index * num_sequences : (index + 1) * num_sequences] = True
+        results[name] = {
+            **summarize(found, rows & ~found.straddling),
+            "state_ratio": ratios[rows[:, 0]].mean().item() if ratios is not None else None,
+        }
+    return results
+
+
+@contextmanager
+def streaming_in_pieces(model: TTTLMModel, batch: int, piece_frames: int) -> Iterator[None]:
+    """`model.streaming`, for calls of up to `piece_frames`. Its caches hold as many frames as
+    attention sees, and a call overwrites what its own first frames should see: so they are made
+    larger here, and the window stays as it was."""
+    attentions = [layer.self_attn for layer in model.transformer.layers]
+    for attention in attentions:
+        attention.context += piece_frames
+    with model.streaming(batch):
+        for attention in attentions:
+            attention.context -= piece_frames
+        yield
+
+
+def _state_ratios(model: TTTLMModel) -> Tensor | None:
+    """‖S‖ / ‖W0‖ of every row [B], in the layer where it is largest; None without in-place TTT."""
+    ratios = [
+        (module._streaming_state.change.flatten(1).norm(dim=1) / module.base_weight.norm()).cpu()
+        for module in model.ttt_layers.values()
+        if isinstance(module, InPlaceGating) and module._streaming_state is not None
+    ]
+    return torch.stack(ratios).amax(0) if ratios else None
+
+
+def summarize(found: Answers, chosen: Tensor) -> dict[str, Any]:
+    """Accuracy and mean loss of the chosen answers [B, Q], each with its 95 % interval over
+    resampled sequences: [value, low, high], None where there is no answer."""
+    chosen = chosen.expand_as(found.is_right)
+    counts = chosen.sum(1).double().numpy()
+    if counts.sum() == 0:
+        return {"count": 0, "accuracy": None, "loss": None}
+    rows = np.random.default_rng(0).integers(len(counts), size=(NUM_RESAMPLES, len(counts)))
+    rows = rows[counts[rows].sum(1) > 0]
+    summary: dict[str, Any] = {"count": int(counts.sum())}
+    for name, values in (("accuracy", found.is_right.double()), ("loss", found.loss.double())):
+        sums = (values * chosen).sum(1).numpy()
+        means = sums[rows].sum(1) / counts[rows].sum(1)
+        low, high = np.quantile(means, [0.025, 0.975])
+        summary[name] = [float(sums.sum() / counts.sum()), float(low), float(high)]
+    return summary
+
+
+@contextmanager
+def nothing_written(model: TTTLMModel) -> Iterator[None]:
+    """In-place TTT whose inner learning rate is 0, whatever its rule: all targets are zero."""
+    convs = [m.target_conv for m in model.ttt_layers.values() if isinstance(m, InPlaceGating)]
+    kept = [conv.detach().clone() for conv in convs]
+    with torch.no_grad():
+        for conv in convs:
+            conv.zero_()
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for conv, values in zip(convs, kept, strict=True):
+                conv.copy_(values)

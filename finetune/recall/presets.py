@@ -1,0 +1,129 @@
+"""What is compared, and at which sizes."""
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from finetune.recall.model import ModelArgs
+from finetune.recall.streams import StreamArgs
+from ttt import TTTArgs
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to remember; all else is the same in all arms."""
+
+    ttt: dict[str, Any] | None = None
+    """Options of `TTTArgs`; None: no TTT."""
+    is_full_attention: bool = False
+    """Attention sees the whole training sequence instead of a window."""
+    is_finetuned: bool = False
+    """A model without TTT is trained on the streams' text first; then TTT is added, with learning
+    rates a tenth of the others' for all but the TTT parameters."""
+
+
+ARMS: dict[str, Arm] = {
+    "off": Arm(),
+    "sum": Arm({"write": "sum", "target": "text"}),
+    "sum_input": Arm({"write": "sum", "target": "input"}),
+    "sum_hidden": Arm({"write": "sum", "target": "hidden"}),
+    "delta": Arm({"write": "delta", "target": "text"}),
+    "delta_input": Arm({"write": "delta", "target": "input"}),
+    "linear": Arm({"method": "linear"}),
+    "mlp": Arm({"method": "mlp"}),
+    "full": Arm(is_full_attention=True),
+    "finetuned": Arm({"write": "delta", "target": "text"}, is_finetuned=True),
+}
+"""By name. `sum` and `delta` are evaluated a second time with nothing written."""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """An experiment of one size.
+
+    Args:
+        arms: names in `ARMS`.
+        ttt: options of `TTTArgs` that all arms with TTT share (`chunk_size` those in place alone,
+            `mini_batch_size` the others).
+        num_eval: sequences of the trained length to evaluate on.
+        lengths: how many times longer sequences are, and how many of each kind.
+    """
+
+    streams: StreamArgs
+    model: ModelArgs
+    arms: tuple[str, ...]
+    ttt: dict[str, Any]
+    chunk_size: int
+    mini_batch_size: int
+    num_steps: int
+    batch_size: int
+    num_eval: int
+    lengths: dict[int, int]
+    lr: float = 2e-3
+    ttt_lr: float = 2e-3
+    pct_start: float = 0.05
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def ttt_args(self, name: str) -> TTTArgs:
+        """The TTT of the arm `name`."""
+        options = ARMS[name].ttt
+        if options is None:
+            return TTTArgs()
+        args = TTTArgs(**{"enabled": True, **self.ttt, **options})
+        if args.method == "in_place":
+            return replace(args, chunk_size=self.chunk_size)
+        return replace(args, mini_batch_size=self.mini_batch_size)
+
+    def context(self, name: str) -> int:
+        """Frames that attention sees in the arm `name`."""
+        full = ARMS[name].is_full_attention
+        return self.streams.num_frames if full else self.model.context
+
+
+def _sized(model: ModelArgs, **options: Any) -> tuple[ModelArgs, StreamArgs]:
+    return model, StreamArgs(reach_frames=model.reach_frames, **options)
+
+
+def preset(name: Literal["cpu", "gpu"], *, variant: str = "text") -> Preset:
+    """`cpu`: 0.3 million parameters, ten minutes on two cores. `gpu`: 58 million, sequences 32
+    times longer than the window."""
+    options: dict[str, Any] = {"variant": variant}
+    if name == "cpu":
+        model, streams = _sized(ModelArgs(), **options)
+        return Preset(
+            streams,
+            model,
+            arms=tuple(arm for arm in ARMS if arm != "finetuned"),
+            ttt={"start_layer": 0, "layer_frequency": 1},
+            chunk_size=16,
+            mini_batch_size=16,
+            num_steps=400,
+            batch_size=8,
+            num_eval=128,
+            lengths={4: 16, 16: 8, 64: 2},
+            pct_start=0.3,
+        )
+    model, streams = _sized(
+        ModelArgs(width=768, num_layers=8, num_heads=12, context=32, depformer_width=128),
+        num_frames=1024,
+        num_pairs=24,
+        num_keys=256,
+        num_values=64,
+        num_fillers=256,
+        **options,
+    )
+    return Preset(
+        streams,
+        model,
+        arms=tuple(ARMS),
+        ttt={"start_layer": 1, "layer_frequency": 3},
+        chunk_size=64,
+        mini_batch_size=16,
+        num_steps=300,
+        batch_size=8,
+        num_eval=64,
+        lengths={4: 4, 16: 2},
+        lr=5e-4,
+        ttt_lr=2e-3,
+        pct_start=0.1,
+        dtype="bfloat16",
+    )

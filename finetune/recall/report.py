@@ -1,0 +1,239 @@
+"""The experiment's results as tables, CSV and a picture."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Result = dict[str, Any]
+NOTHING_WRITTEN = ", nothing written"
+COLUMNS = [
+    "arm", "seed", "times_the_length", "kind", "distance", "answers",
+    "accuracy", "accuracy_low", "accuracy_high", "loss", "loss_low", "loss_high", "state_ratio",
+]  # fmt: skip
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
+
+
+def rows(results: Sequence[Result]) -> Iterator[dict[str, Any]]:
+    """Everything measured, a row for each number with its interval."""
+    for result in results:
+        for part, suffix in (("trained_length", ""), ("nothing_written", NOTHING_WRITTEN)):
+            if part not in result:
+                continue
+            found = result[part]
+            where = {"arm": result["arm"] + suffix, "seed": result["seed"], "times_the_length": 1}
+            for kind in ("all", "in one chunk", "straddling"):
+                yield where | {"kind": kind, "distance": "all"} | _flat(found[kind])
+            for distance, summary in found["by_distance"].items():
+                yield where | {"kind": "all", "distance": distance} | _flat(summary)
+        for times, kinds in result["longer"].items():
+            for kind, summary in kinds.items():
+                where = {"arm": result["arm"], "seed": result["seed"], "distance": "all"}
+                yield where | {"times_the_length": int(times), "kind": kind} | _flat(summary)
+
+
+def _flat(summary: dict[str, Any]) -> dict[str, Any]:
+    flat = {"answers": summary["count"], "state_ratio": summary.get("state_ratio")}
+    for name in ("accuracy", "loss"):
+        value, low, high = summary[name] or (None, None, None)
+        flat |= {name: value, f"{name}_low": low, f"{name}_high": high}
+    return flat
+
+
+def write_csv(results: Sequence[Result], path: Path) -> None:
+    """
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(rows(results))
+    except OSError as error:
+        raise UserError(f"--out: cannot write {path}: {error.strerror}.") from error
+
+
+def trained_length_table(results: Sequence[Result]) -> list[str]:
+    """Markdown: arms by what they answer at the trained length, a number for each seed."""
+    seeds = sorted({result["seed"] for result in results})
+    bins = list(results[0]["trained_length"]["by_distance"])
+    lines = [
+        f"| arm | accuracy, seeds {', '.join(map(str, seeds))} | 95 % interval | loss (nats) "
+        f"| within one chunk | straddling | {' | '.join(f'{b} frames' for b in bins)} |",
+        "| --- " * (6 + len(bins)) + "|",
+    ]
+    for name, found in _by_arm(results).items():
+        cells = [
+            _values([f["all"]["accuracy"] for f in found]),
+            _interval([f["all"]["accuracy"] for f in found]),
+            _values([f["all"]["loss"] for f in found]),
+            _mean([f["in one chunk"]["accuracy"] for f in found]),
+            _mean([f["straddling"]["accuracy"] for f in found]),
+            *(_mean([f["by_distance"][b]["accuracy"] for f in found]) for b in bins),
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def _by_arm(results: Sequence[Result]) -> dict[str, list[Result]]:
+    found: dict[str, list[Result]] = {}
+    for result in results:
+        found.setdefault(result["arm"], []).append(result["trained_length"])
+        if "nothing_written" in result:
+            name = result["arm"] + NOTHING_WRITTEN
+            found.setdefault(name, []).append(result["nothing_written"])
+    return found
+
+
+def longer_table(results: Sequence[Result]) -> list[str]:
+    """Markdown: accuracy on longer sequences by kind, and ‖S‖ / ‖W0‖; a number for each seed."""
+    lengths = sorted({int(times) for result in results for times in result["longer"]})
+    if not lengths:
+        return []
+    kinds = list(results[0]["longer"][str(lengths[0])])
+    lines = [
+        f"| arm | times the length | {' | '.join(kinds)} | ‖S‖/‖W0‖ |",
+        "| --- " * (3 + len(kinds)) + "|",
+    ]
+    for name in dict.fromkeys(result["arm"] for result in results):
+        for times in lengths:
+            found = [r["longer"][str(times)] for r in results if r["arm"] == name]
+            cells = [_values([f[kind]["accuracy"] for f in found]) for kind in kinds]
+            ratios = [max(f[kind]["state_ratio"] or 0 for kind in kinds) for f in found]
+            state = ", ".join(f"{r:.2f}" for r in ratios) if any(ratios) else ""
+            lines.append(f"| {name} | {times} | {' | '.join(cells)} | {state} |")
+    return lines
+
+
+def inner_loss_table(results: Sequence[Result]) -> list[str]:
+    """Markdown: what the inner loop of `linear` and `mlp` did at the start and end of training."""
+    lines: list[str] = []
+    for result in results:
+        for label, record in zip(("first", "last"), _ends(result["curve"]), strict=True):
+            layers = sorted({k.split("/")[0] for k in record if k.endswith("inner_loss_before")})
+            for layer in layers:
+                numbers = [
+                    record[f"{layer}/{name}"]
+                    for name in (
+                        "effect",
+                        "inner_loss_initial",
+                        "inner_loss_before",
+                        "inner_loss_after",
+                    )
+                ]
+                cells = " | ".join(f"{number:.3g}" for number in numbers)
+                lines.append(
+                    f"| {result['arm']} | {result['seed']} | {layer} | {label} | {cells} |"
+                )
+    if lines:
+        head = "| arm | seed | layer | step | effect | inner loss, initial | before | after |"
+        lines = [head, "| --- " * 8 + "|", *lines]
+    return lines
+
+
+def _ends(curve: list[dict[str, float]]) -> tuple[dict[str, float], dict[str, float]]:
+    return curve[0], curve[-1]
+
+
+def _values(summaries: Sequence[list[float] | None]) -> str:
+    return ", ".join("–" if s is None else f"{s[0]:.2f}" for s in summaries)
+
+
+def _mean(summaries: Sequence[list[float] | None]) -> str:
+    known = [s[0] for s in summaries if s is not None]
+    return f"{sum(known) / len(known):.2f}" if known else "–"
+
+
+def _interval(summaries: Sequence[list[float] | None]) -> str:
+    """The widest of the seeds'."""
+    known = [s for s in summaries if s is not None]
+    return f"{min(s[1] for s in known):.2f} to {max(s[2] for s in known):.2f}" if known else "–"
+
+
+def plot(results: Sequence[Result], path: Path) -> None:
+    """Accuracy by distance, over training, and on longer sequences, into a PNG.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(15, 4.6), dpi=120, layout="constrained")
+    by_distance, over_training, longer = figure.subplots(1, 3)
+    names = list(dict.fromkeys(result["arm"] for result in results))
+    colors = {name: COLORS[i % len(COLORS)] for i, name in enumerate(names)}
+    for result in results:
+        label = result["arm"] if result["seed"] == results[0]["seed"] else None
+        style: dict[str, Any] = {"color": colors[result["arm"]], "label": label, "marker": "."}
+        _draw_distances(by_distance, result, style)
+        curve = result["curve"]
+        over_training.plot([r["step"] for r in curve], [r["accuracy"] for r in curve], **style)
+        lengths = list(result["longer"])
+        worst = [min(k["accuracy"][0] for k in result["longer"][t].values()) for t in lengths]
+        one_chunk = result["trained_length"]["in one chunk"]["accuracy"][0]
+        longer.plot([1, *map(int, lengths)], [one_chunk, *worst], **style)
+    for axes, title, label in (
+        (by_distance, "Accuracy by distance", "frames from the fact to the question"),
+        (over_training, "Accuracy in training", "optimizer step"),
+        (longer, "Longer sequences, the worst kind", "times the trained length"),
+    ):
+        axes.set_title(title, loc="left")
+        axes.set_xlabel(label)
+        axes.set_ylim(-0.03, 1.03)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    longer.set_xscale("log", base=2)
+    longer.legend(frameon=False, bbox_to_anchor=(1.02, 1.0), loc="upper left")
+    try:
+        figure.savefig(path)
+    except OSError as error:
+        raise UserError(f"--out: cannot write {path}: {error.strerror}.") from error
+
+
+def _draw_distances(axes: Axes, result: Result, style: dict[str, Any]) -> None:
+    points = [
+        (sum(map(float, name.split(" to "))) / 2, *summary["accuracy"])
+        for name, summary in result["trained_length"]["by_distance"].items()
+        if summary["accuracy"] is not None
+    ]
+    middle, value, low, high = zip(*points, strict=True)
+    axes.plot(middle, value, **style)
+    axes.fill_between(middle, low, high, color=style["color"], alpha=0.15, linewidth=0)
+
+
+def study_table(results: Sequence[Result]) -> list[str]:
+    """Markdown: accuracy within one chunk of the study's forms, by width, embeddings and chunk; the
+    mean of the seeds, and the least of them where they differ."""
+    by_cell: dict[tuple[Any, ...], list[float]] = {}
+    for result in results:
+        cell = result["cell"]
+        key = (cell["width"], cell["embedding_std"], cell["chunk_size"], cell["form"])
+        accuracy = result["trained_length"]["in one chunk"]["accuracy"]
+        by_cell.setdefault(key, []).append(accuracy[0])
+    forms = list(dict.fromkeys(key[3] for key in by_cell))
+    lines = [
+        f"| width | embeddings' std | chunk | {' | '.join(forms)} |",
+        "| --- " * (3 + len(forms)) + "|",
+    ]
+    for place in sorted({key[:3] for key in by_cell}):
+        cells = [_seeds(by_cell.get((*place, form), [])) for form in forms]
+        lines.append(f"| {' | '.join(f'{x:g}' for x in place)} | {' | '.join(cells)} |")
+    counts = [[v for key, vs in by_cell.items() if key[3] == form for v in vs] for form in forms]
+    learnt = [f"{sum(v >= 0.9 for v in values)} of {len(values)}" for values in counts]
+    lines.append(f"| runs that reach 0.90 | | | {' | '.join(learnt)} |")
+    return lines
+
+
+def _seeds(values: Sequence[float]) -> str:
+    if not values:
+        return "–"
+    mean = sum(values) / len(values)
+    return f"{mean:.2f}" + (f" (≥ {min(values):.2f})" if min(values) < mean - 0.01 else "")

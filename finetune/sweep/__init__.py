@@ -1,0 +1,1 @@
+"""Sweeps: named variations of one configuration, trained one after another and compared."""

@@ -1,0 +1,264 @@
+"""Runs a sweep: each run in a process of its own, so that one that fails does not end the others.
+
+Beside the run folder NAME lie NAME.log, what the run has printed, and NAME.json, what became of it.
+"""
+
+import dataclasses
+import fcntl
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+from rich.text import Text
+
+from finetune.config import changed_keys
+from finetune.console import console, format_duration
+from finetune.errors import UserError
+from finetune.sweep.plan import HARMLESS, PlannedRun, Sweep
+
+Status = Literal["new", "running", "finished", "failed", "stopped", "skipped"]
+_POLL_SEC = 1.0
+# How torchrun begins what it has to add to the error of one of its processes: "E1122 14:50:08".
+_LAUNCHER_LINE = re.compile(r"[EW]\d{4} ")
+
+
+@dataclass
+class Record:
+    """What is known of a run.
+
+    status: "running" if the process that ran it died without a word.
+    message: why it failed or was skipped.
+    ended_at: when it finished; what started from it knows it by that.
+    started_from: `ended_at` of the run that it started from.
+    total_sec: that its processes took, starting included.
+    """
+
+    status: Status = "new"
+    message: str = ""
+    ended_at: str = ""
+    started_from: str = ""
+    total_sec: float = 0.0
+
+
+def read_record(run: PlannedRun) -> Record:
+    path = _record_path(run)
+    if not path.is_file():
+        return Record()
+    try:
+        return Record(**json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}); delete it to run this again.") from error
+
+
+def write_record(run: PlannedRun, record: Record) -> None:
+    path = _record_path(run)
+    partial = path.with_suffix(".tmp")
+    partial.write_text(json.dumps(dataclasses.asdict(record), indent=2) + "\n")
+    partial.replace(path)
+
+
+def _record_path(run: PlannedRun) -> Path:
+    return run.run_dir.with_name(f"{run.name}.json")
+
+
+def log_path(run: PlannedRun) -> Path:
+    return run.run_dir.with_name(f"{run.name}.log")
+
+
+def changes_since(run: PlannedRun, runs: dict[str, PlannedRun]) -> list[str]:
+    """Why what lies in the run's folder is another experiment than the file describes now."""
+    config = run.run_dir / "args.yaml"
+    if not config.is_file():
+        return []
+    found = [
+        f"{key} was {old} and is {new} now"
+        for key, (old, new) in changed_keys(config, run.args).items()
+        if not key.startswith(HARMLESS)
+    ]
+    if run.after and read_record(run).started_from != read_record(runs[run.after]).ended_at:
+        found.append(f"{run.after}, which it starts from, was run again")
+    return found
+
+
+def run_sweep(sweep: Sweep, only: Collection[str]) -> int:
+    """Run what is not finished of `only`, in order.
+
+    Returns:
+        An exit status: 0, 1 if a run failed or was skipped, or 128 + the signal that ended it.
+
+    Raises:
+        UserError: what a run starts from is missing, another process is at work here, or the
+            folder cannot be written.
+    """
+    chosen = [run for name, run in sweep.runs.items() if name in only]
+    for run in chosen:
+        if run.after and run.after not in only and _done(sweep, run.after) != "finished":
+            raise UserError(f"{run.name} starts from {run.after}, which is not finished: run that.")
+        changes_since(run, sweep.runs)  # a configuration that cannot be read shows now
+    try:
+        sweep.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"sweep_dir: cannot make {sweep.folder}: {error.strerror}.") from error
+    failed = False
+    with Children() as children:
+        for number, run in enumerate(chosen, start=1):
+            label = f"[{number}/{len(chosen)}] {run.name}"
+            record = _run_one(sweep, run, label, children)
+            failed |= record.status != "finished"
+            if record.status == "stopped" or children.signal_number:
+                _say("stopped; the same command goes on from here")
+                return 128 + (children.signal_number or signal.SIGTERM)
+    return int(failed)
+
+
+def _done(sweep: Sweep, name: str) -> Status:
+    """The status of a run, "new" where its result is of another configuration."""
+    run = sweep.runs[name]
+    return "new" if changes_since(run, sweep.runs) else read_record(run).status
+
+
+def _run_one(sweep: Sweep, run: PlannedRun, label: str, children: "Children") -> Record:
+    record = read_record(run)
+    changes = changes_since(run, sweep.runs)
+    if record.status == "finished" and not changes:
+        _say(f"{label}: finished before")
+        return record
+    if run.after and (earlier := read_record(sweep.runs[run.after])).status != "finished":
+        record = Record("skipped", f"not run: {run.after}, which it starts from, {earlier.status}")
+        write_record(run, record)
+        _say(f"{label}: {record.message}")
+        return record
+    options = {"resume": "auto"}
+    if changes:
+        _say(f"{label}: runs again from its beginning: {'; '.join(changes)}")
+        record, options = Record(), {"overwrite_run_dir": "true"}
+    with _locked(log_path(run)) as log:
+        record.status, record.message = "running", ""
+        if run.after:
+            record.started_from = read_record(sweep.runs[run.after]).ended_at
+        write_record(run, record)
+        _say(f"{label}: running; tail -f {log.name}")
+        started_at, log_start = time.monotonic(), log.tell()
+        code = children.run(_command(sweep, run, options), log, label)
+        took_sec = time.monotonic() - started_at
+    record.total_sec += took_sec
+    record.status = _status_of(code, children)
+    record.ended_at = datetime.now(timezone.utc).isoformat() if code == 0 else ""
+    if record.status == "failed":
+        record.message = _reason(log_path(run), log_start, code)
+    write_record(run, record)
+    detail = f": {record.message}" if record.message else ""
+    _say(f"{label}: {record.status} after {format_duration(took_sec)}{detail}")
+    return record
+
+
+def _command(sweep: Sweep, run: PlannedRun, options: dict[str, str]) -> list[str]:
+    launcher = [sys.executable, "-m"]
+    if sweep.processes > 1:
+        launcher += ["torch.distributed.run", "--standalone"]
+        launcher += [f"--nproc-per-node={sweep.processes}", "-m"]
+    overrides = [f"--{key}={value}" for key, value in (run.overrides | options).items()]
+    return [*launcher, "finetune", "train", str(sweep.base), *overrides]
+
+
+def _status_of(code: int, children: "Children") -> Status:
+    if code == 0:
+        return "finished"
+    signals = (signal.SIGINT, signal.SIGTERM)
+    was_signalled = code in [128 + s for s in signals] + [-s for s in signals]
+    return "stopped" if children.signal_number or was_signalled else "failed"
+
+
+def _reason(log: Path, start: int, code: int) -> str:
+    """What a run that failed had to say: its error message, or the last line that it printed."""
+    if code < 0:
+        name = signal.Signals(-code).name
+        return f"killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
+    with log.open(errors="replace") as file:
+        file.seek(start)
+        printed = file.read()
+    _, mark, message = printed.rpartition("\nerror: ")
+    lines = (message if mark else printed).strip().splitlines()
+    if not mark:
+        return lines[-1] if lines else f"exit status {code}"
+    of_launcher = (i for i, line in enumerate(lines) if _LAUNCHER_LINE.match(line))
+    return "\n".join(lines[: next(of_launcher, len(lines))])
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[TextIO]:
+    """The log of a run, open at its end. The run's process inherits the lock: as long as it lives,
+    also without the process that started it, nobody else may run the same."""
+    with path.open("a") as log:
+        try:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"{path.stem} is being run by another process, which writes to {path}. Wait for "
+                "it, or end it."
+            ) from error
+        yield log
+
+
+class Children:
+    """Runs one process at a time and hands on to it the signals that ask to stop.
+
+    A Ctrl-C reaches the child from the terminal as well; it takes two that close for one.
+    """
+
+    def __init__(self) -> None:
+        self.signal_number = 0
+        self._process: subprocess.Popen[bytes] | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "Children":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._hand_on)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def run(self, command: list[str], log: TextIO, label: str) -> int:
+        """The exit status; negative for the signal that killed it."""
+        self._process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            if self.signal_number:  # it came while this one was being started
+                self._process.send_signal(self.signal_number)
+            if not console.is_terminal:
+                return self._process.wait()
+            with console.status(label) as shown:
+                while True:
+                    try:
+                        return self._process.wait(timeout=_POLL_SEC)
+                    except subprocess.TimeoutExpired:
+                        line = f"{label}  {_last_line(Path(log.name))}"
+                        shown.update(Text(line[: console.width - 4]))
+        finally:
+            self._process = None
+
+    def _hand_on(self, number: int, frame: object) -> None:
+        self.signal_number = number
+        if self._process is not None:
+            self._process.send_signal(number)
+
+
+def _last_line(log: Path) -> str:
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - 400))
+        lines = file.read().decode(errors="replace").splitlines()
+    return lines[-1].strip() if lines else ""
+
+
+def _say(text: str) -> None:
+    console.print(text, markup=False, soft_wrap=True)

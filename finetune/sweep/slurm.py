@@ -1,0 +1,54 @@
+"""A sweep as a SLURM job array: a task for each run, or for each chain of runs."""
+
+import shlex
+import sys
+from pathlib import Path
+
+from finetune.errors import UserError
+from finetune.sweep.plan import Sweep
+
+# Two minutes before the time is over the job is told to stop; it saves, and the same array goes on.
+DEFAULTS = {"signal": "B:TERM@120"}
+
+
+def write_array(sweep: Sweep, arguments: list[str]) -> Path:
+    """Write `sweep.sbatch` into the sweep's folder, to be submitted with `sbatch`.
+
+    Args:
+        arguments: of the command line, that each task gets as well.
+
+    Raises:
+        UserError: an option that cannot stand in a script, or a folder that cannot be written.
+    """
+    chains = sweep.chains()
+    folder = sweep.folder.resolve()
+    options = {
+        "job-name": folder.name,
+        "array": f"0-{len(chains) - 1}",
+        "output": f"{folder}/slurm-%A_%a.out",
+        **DEFAULTS,
+        **sweep.slurm,
+    }
+    for key, value in options.items():
+        if "\n" in value or not key.replace("-", "").isalnum():
+            raise UserError(f"slurm, {key}: {value!r} is no option of sbatch in one line.")
+    command = [sys.executable, "-m", "finetune", "sweep", str(sweep.file.resolve()), *arguments]
+    lines = [
+        "#!/bin/bash",
+        *(f"#SBATCH --{key}={value}" for key, value in options.items()),
+        "",
+        f"# {len(sweep.runs)} runs in {len(chains)} tasks; what waits for a run is in its task.",
+        "CHAINS=(",
+        *(f"  {','.join(chain)}" for chain in chains),
+        ")",
+        f"cd {shlex.quote(str(Path.cwd()))} || exit 1",
+        "# exec: the signal is for the program, which saves and ends.",
+        f'exec {shlex.join(command)} --only="${{CHAINS[$SLURM_ARRAY_TASK_ID]}}"',
+    ]
+    script = folder / "sweep.sbatch"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        script.write_text("\n".join(lines) + "\n")
+    except OSError as error:
+        raise UserError(f"{script} cannot be written: {error.strerror}.") from error
+    return script

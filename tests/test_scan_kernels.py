@@ -1,0 +1,124 @@
+"""The kernels of TTT-Linear and TTT-MLP against the plain form, on a CUDA device or interpreted."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_ops_linear import METHODS, every_method, random_inputs
+from torch.utils.checkpoint import checkpoint
+
+from ttt.ops import linear
+
+pytest.importorskip("triton")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED, reason="would call itself")
+def test_kernels_interpreted_on_the_cpu():
+    """Triton reads this variable when it is imported, hence another process."""
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-x", __file__]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert "10 passed" in done.stdout
+
+
+def on_a_device(test):
+    missing = not INTERPRETED and not torch.cuda.is_available()
+    skip = pytest.mark.skipif(missing, reason="needs a CUDA device, or Triton's interpreter")
+    return pytest.mark.gpu(skip(test))
+
+
+def moderate_inputs(method, num_frames, size, width, batched):
+    """As in training: small steps. Wild ones would enlarge float32's rounding without end."""
+    arguments, token_scale = random_inputs(
+        method, num_frames=num_frames, size=size, width=width, batched=batched
+    )
+    arguments[3] = 0.3 / size * arguments[3]
+    return [x.detach() for x in arguments], token_scale.detach()
+
+
+def values_and_gradients(op, arguments, token_scale, dtype, frames_dtype=None, **options):
+    """In float64 on the CPU: outputs, final weights, and the gradients of a random sum of them."""
+    device = "cpu" if dtype == torch.float64 else DEVICE
+    leaves = [
+        x.to(device, frames_dtype or dtype if index < 3 else dtype).requires_grad_()
+        for index, x in enumerate((*arguments, token_scale))
+    ]
+    out, state = op(*leaves[:-1], token_scale=leaves[-1], **options)
+    generator = torch.Generator().manual_seed(9)
+    total = sum(
+        (x * torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)).sum()
+        for x in (out, *state)
+    )
+    return [x.cpu().double() for x in (out, *state, *torch.autograd.grad(total, leaves))]
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Values and gradients by the kernels, where memory that they leave unwritten is NaN."""
+
+    from ttt.ops import scan
+
+    def run(*args, **options):
+        with monkeypatch.context() as patch:
+            patch.setattr(linear, "_fits", lambda q: True)
+            if INTERPRETED:
+                # The interpreter cannot multiply bfloat16.
+                patch.setattr(scan, "SPLIT_TYPES", ())
+            torch.use_deterministic_algorithms(True)
+            try:
+                return values_and_gradients(*args, **options)
+            finally:
+                torch.use_deterministic_algorithms(False)
+
+    return run
+
+
+@on_a_device
+@every_method
+@pytest.mark.parametrize(
+    ("num_frames", "size", "width", "group_size", "batched"),
+    [(50, 16, 16, 2, False), (64, 16, 32, None, True), (70, 32, 16, 1, False)],
+)
+def test_kernels_equal_the_definition(
+    method, num_frames, size, width, group_size, batched, kernels
+):
+    """With an incomplete mini-batch at the end and without, groups of several sizes."""
+    op = METHODS[method][0]
+    inputs = moderate_inputs(method, num_frames, size, width, batched)
+    exact = values_and_gradients(op, *inputs, torch.float64)
+    found = kernels(op, *inputs, torch.float32, scan_checkpoint_group_size=group_size)
+    for a, b in zip(found, exact, strict=True):
+        assert (a - b).norm() / b.norm() < 1e-5
+
+
+@on_a_device
+@every_method
+def test_activation_checkpointing_around_the_kernels_changes_nothing(method, kernels):
+    op = METHODS[method][0]
+    inputs = moderate_inputs(method, 40, 16, 16, False)
+
+    def checkpointed(*args, **options):
+        return checkpoint(op, *args, **options, use_reentrant=False)
+
+    expected = kernels(op, *inputs, torch.float32, scan_checkpoint_group_size=2)
+    found = kernels(checkpointed, *inputs, torch.float32, scan_checkpoint_group_size=2)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@on_a_device
+@every_method
+def test_frames_of_16_bits_are_computed_in_float32(method, kernels):
+    op = METHODS[method][0]
+    (q, k, v, *rest), token_scale = moderate_inputs(method, 48, 16, 16, False)
+    inputs = [*(x.bfloat16().double() for x in (q, k, v)), *rest], token_scale
+    exact = values_and_gradients(op, *inputs, torch.float64)
+    found = kernels(op, *inputs, torch.float32, frames_dtype=torch.bfloat16)
+    for a, b in zip(found, exact, strict=True):
+        assert (a - b).norm() / b.norm() < 5e-3
