@@ -46,7 +46,7 @@ from ttt import TTTArgs, TTTLMModel, build_model
 
 PEAK_FLOPS = 989e12
 """Of an H100 or H200 in bfloat16, without sparsity."""
-TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-5}
+TOLERANCE = {torch.bfloat16: 5e-3, torch.float32: 1e-5}
 """How far a loss may be from the stock model's, in nats; see docs/benchmarks.md."""
 TINY = {
     **loaders._lm_kwargs,
@@ -310,7 +310,7 @@ def measure(arm: Arm, weights: Weights, options: argparse.Namespace) -> dict[str
 
 
 def profile(run: Any, codes: Tensor, arm: Arm, options: argparse.Namespace) -> None:
-    """Where a step's time goes: milliseconds, calls and name of each kernel (on a CPU: operator)."""
+    """Where a step's time goes: milliseconds, calls and name of each kernel (or operator)."""
     kinds = [torch.profiler.ProfilerActivity.CPU]
     if options.device == "cuda":
         kinds = [torch.profiler.ProfilerActivity.CUDA]

@@ -57,7 +57,9 @@ class _ChunkedLoss(torch.autograd.Function):
             None if p is None else p.detach().requires_grad_(need)
             for p, need in zip(parameters, needed, strict=True)
         ]
-        head = Linear(*own, scaling)  # type: ignore[arg-type]
+        matrix, bias, lora_a, lora_b = own
+        assert matrix is not None
+        head = Linear(matrix, bias, lora_a, lora_b, scaling)
         trained = [p for p in own if p is not None and p.requires_grad]
         totals = [torch.zeros_like(p, dtype=_wide(p.dtype)) for p in trained]
         d_hidden = torch.empty_like(hidden)

@@ -73,7 +73,7 @@ def target_weights(model: LMModel, codes: Tensor, weights: LossWeights) -> tuple
     It is 0 where the model's own masks are false: at zero tokens, and at the end of a delayed
     stream, where the model has read nothing yet.
     """
-    text_codes, audio_codes = _targets(model, codes)
+    text_codes, _ = _targets(model, codes)
     text_mask, audio_mask = _masks(model, codes)
     is_padding = (text_codes == model.text_padding_token_id) | (
         text_codes == model.end_of_text_padding_id

@@ -214,7 +214,7 @@ class Optimizer:
             (p, m) for p, m in zip(own, self._all_masters(), strict=True) if p.dtype != m.dtype
         ]
         if pairs:
-            torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
+            torch._foreach_copy_([p for p, _ in pairs], [m for _, m in pairs])
 
 
 def _with_master(parameter: nn.Parameter) -> Tensor:

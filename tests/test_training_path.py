@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from finetune import chunked_loss
 from finetune.loss import LossWeights, stream_sums
-from ttt import TTTArgs, build_model
+from ttt import TTTArgs, build_model, without_ttt
 from ttt.layers import blocks, depth, execution
 from ttt.layers.blocks import Linear
 from ttt.layers.execution import Execution
@@ -36,7 +36,8 @@ PLAIN = TTTArgs(enabled=False)
 WEIGHTS = LossWeights(text_padding=0.3, first_codebook=7.0)
 METHODS = {
     "plain": PLAIN,
-    "sum": tiny_args(target="hidden"),
+    "sum": tiny_args(target="hidden", lr_scale="none"),
+    "sum, relative": tiny_args(lr_scale="relative", learning_rate=0.1),
     "delta": tiny_delta_args(),
     "linear": tiny_linear_args(),
     "mlp": tiny_linear_args(method="mlp", use_rope=True),
@@ -362,6 +363,17 @@ def test_evaluation_is_never_compiled(monkeypatch):
         model(random_codes(num_frames=12))
     with pytest.raises(AssertionError, match="compiled"):
         model(random_codes(num_frames=12))
+
+
+@pytest.mark.parametrize("args", METHODS.values(), ids=METHODS.keys())
+def test_without_ttt_whole_sequences_are_the_plain_models(args):
+    model, plain = tiny_model(args), tiny_model(PLAIN)
+    plain.load_state_dict(model.state_dict(), strict=False)
+    codes = random_codes(num_frames=30)
+    with without_ttt(model):
+        found = model(codes).text_logits
+    assert torch.equal(found, plain(codes).text_logits)
+    assert args is PLAIN or not torch.equal(model(codes).text_logits, found)
 
 
 def test_layers_share_one_execution():

@@ -57,7 +57,7 @@ class TTTTransformerLayer(Shardable, StreamingTransformerLayer):
                 self._streaming_state.offset_cpu += x.shape[1]
             return x
         weights = blocks.layer_of(self)
-        if self.ttt_module is None:
+        if self.ttt_module is None or (self.ttt is not None and not self.ttt.active):
             return self.execution.layer(blocks.layer_block, x, weights, rope)
         x = self.execution.split_layer(self._ttt_forward, x, weights, token_embeddings, rope)
         if isinstance(self.gating, InPlaceGating):

@@ -88,8 +88,12 @@ def _compiled(block: Callable[..., Any], backend: str) -> Callable[..., Any]:
     run = types.FunctionType(
         run.__code__.replace(co_name=block.__name__), globals(), closure=run.__closure__
     )
-    options = {ROUNDING: True} if backend == "inductor" and torch.cuda.is_available() else None
-    return torch.compile(run, backend=backend, fullgraph=True, dynamic=False, options=options)
+    options: dict[str, Any] = {}
+    if backend == "inductor" and torch.cuda.is_available():
+        options[ROUNDING] = True
+    return torch.compile(
+        run, backend=backend, fullgraph=True, dynamic=False, options=options or None
+    )
 
 
 def _checkpointed(function: Callable[..., Any], mode: Checkpointing, *args: Any) -> Any:

@@ -151,10 +151,8 @@ class InPlaceGating(StreamingModule[InPlaceState]):
         source = x if self.args.target == "hidden" else token_embeddings
         if not self.active:
             return self.linear_out(self._activations(x))
-        if self.target_gate is not None:
-            source = _normalised(source)
         if self._streaming_state is not None:
-            z = self._activations(x)
+            z, source = self._activations(x), self._scaled(source)
             return self.linear_out(z) + self._stream(z, source, self._streaming_state)
         z, v = self.execution.piece(InPlaceGating._prepare, self, x, source)
         learnt = self._learn(z, v)
@@ -171,9 +169,13 @@ class InPlaceGating(StreamingModule[InPlaceState]):
         gate, up = self.linear_in(x).chunk(2, dim=-1)
         return self.activation(gate) * up
 
+    def _scaled(self, source: Tensor) -> Tensor:
+        """What the targets are made of, as `lr_scale` has it."""
+        return source if self.target_gate is None else _normalised(source)
+
     def _prepare(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
         """z and the targets v of whole sequences."""
-        z, v = self._activations(x), self._targets(source)
+        z, v = self._activations(x), self._targets(self._scaled(source))
         if self.divides_by_keys:
             v = v * _inverse_square(z).to(v.dtype)
         return z, v

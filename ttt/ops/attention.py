@@ -83,6 +83,7 @@ def _blockwise(q: Tensor, k: Tensor, v: Tensor, context: int) -> Tensor:
             first, end, device=q.device
         )
         visible = (distance >= 0) & (distance < context)
-        block = (x.transpose(1, 2) for x in (q[:, start:end], k[:, first:end], v[:, first:end]))
-        outputs.append(F.scaled_dot_product_attention(*block, attn_mask=visible).transpose(1, 2))
+        block = [x.transpose(1, 2) for x in (q[:, start:end], k[:, first:end], v[:, first:end])]
+        out = F.scaled_dot_product_attention(block[0], block[1], block[2], attn_mask=visible)
+        outputs.append(out.transpose(1, 2))
     return torch.cat(outputs, dim=1)
