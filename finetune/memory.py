@@ -12,8 +12,8 @@ layers are computed again. What is counted, for one process:
     TTT          what its operator takes beside that
 
 Results of products are counted at their full width; what is done element by element between them
-(norms, activations, rotations) half as much again, as `ELEMENTWISE`. Where the numbers were
-measured is in docs/distributed.md.
+(norms, activations, rotations) half as much again. The depth transformer works on a chunk of frames
+at a time. What was measured to check this is in docs/distributed.md.
 """
 
 from dataclasses import dataclass, fields
@@ -26,8 +26,13 @@ from finetune.data import count_frames
 from finetune.model import parameters_by_role
 from finetune.sharding import FEW, shard_size
 from ttt import TTTLMModel
+from ttt.layers.depth import CHUNK_FRAMES
 
 ELEMENTWISE = 1.5
+"""What is kept of a layer that is not computed again, relative to its products."""
+WORKING = 2.9
+"""What a layer takes while its backward pass runs, relative to its products: some 10 GB for the
+depth transformer's and 20,000 frames of Moshi 7B, whose products have 3.4 GB."""
 RESERVED_BYTES = 1.5e9
 """CUDA's and NCCL's own."""
 FRAGMENTATION = 0.03
@@ -112,14 +117,13 @@ def _activations(
     # Embeddings, the main transformer's output, and the heads' inputs with their gradients.
     inputs += num_frames * 3 * model.dim + depth_rows * 3 * depth_dim
     per_main = num_frames * _products(main[0])
-    per_depth = num_frames * max(_products(layer) for layer in depth)
+    depth_products = max(_products(layer) for layer in depth)
     kept = float(inputs)
     if args.gradient_checkpointing == "selective":
-        kept += len(main) * per_main + len(depth) * per_depth
+        kept += len(main) * per_main + len(depth) * num_frames * depth_products
     elif not args.gradient_checkpointing:
-        kept += ELEMENTWISE * (len(main) * per_main + len(depth) * per_depth)
-    # Each result and its gradient; a result is let go of when its gradient is done.
-    working = ELEMENTWISE * 1.5 * max(per_main, per_depth)
+        kept += ELEMENTWISE * (len(main) * per_main + len(depth) * num_frames * depth_products)
+    working = WORKING * max(per_main, min(num_frames, CHUNK_FRAMES) * depth_products)
     return kept * width, working * width
 
 

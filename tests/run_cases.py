@@ -7,9 +7,13 @@ from pathlib import Path
 
 os.environ["NO_TORCH_COMPILE"] = "1"
 
+import ttt.layers.depth
 from finetune.config import load_config
 from finetune.distributed import World
 from finetune.trainer import Trainer
+
+# Several chunks in training, and one in evaluation where a batch is small.
+ttt.layers.depth.CHUNK_FRAMES = 30
 
 
 def main(cases_file: str) -> None:

@@ -13,7 +13,6 @@ from ttt.layers import blocks
 from ttt.layers.execution import Execution
 from ttt.layers.shardable import Shardable
 
-
 CHUNK_FRAMES = 10_000
 """Frames at once, at most. They are independent of each other, and a layer's intermediate results,
 which for 20,000 frames of Moshi are 10 GB in the backward pass, would be the peak of memory."""
