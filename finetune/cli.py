@@ -404,7 +404,7 @@ def recall(
 
     Args:
         out: the folder for results, table (report.md, recall.csv) and picture (recall.png).
-        preset: cpu, ten minutes on two cores; gpu, 58 million parameters.
+        preset: cpu, ten minutes on two cores; gpu, 64 million parameters.
         variant: where the facts are: text, audio (the first codebook) or segments (heard twice).
         arms: a comma between each; all of the preset if not given.
         seeds: a comma between each.

@@ -10,7 +10,7 @@ logger = logging.getLogger(__name__)
 
 INERT_EFFECT = 1e-6
 """Below this share of what it is added to, TTT as good as does not happen."""
-EXPLOSIVE_EFFECT = 30.0
+EXPLOSIVE_EFFECT = 100.0
 """Above it, what TTT adds has drowned the layer that it is added to: docs/evidence.md."""
 EARLY_STEP = 5
 

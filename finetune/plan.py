@@ -25,12 +25,14 @@ from ttt import TTTLMModel, state_bytes
 
 GB = 1e9
 
-SEC_PER_FRAME = 1.58 / (16 * 1250)
+SEC_PER_FRAME = 1.61 / (16 * 1250)
 """Of Moshi 7B with LoRA of rank 128, without TTT, with activation checkpointing and compiled
 layers, on one NVIDIA H200, which computes as an H100 does; see docs/benchmarks.md."""
 SEC_PER_FRAME_PARAMETERS = 7.687e9
-TTT_FACTOR = {"in_place sum": 1.64 / 1.58, "in_place delta": 1.67 / 1.58}
-"""Of the same, relative; other methods have not been measured in a whole step."""
+TTT_FACTOR = {"in_place sum": 1.03, "in_place delta": 1.05, "linear": 1.12, "mlp": 1.74}
+"""Of the same, relative, in five of 32 layers."""
+SELECTIVE_FACTOR = 0.77
+"""Of the same, relative, with gradient_checkpointing: selective."""
 FULL_FACTOR = 4 / 3
 """Products for the gradients of all weights are the fourth where there were three: forward, forward
 again, backward. Counted, not measured."""
@@ -133,16 +135,17 @@ def _describe_time(args: TrainArgs, model: TTTLMModel, num_gpus: int) -> Iterato
     except UserError as error:
         yield f"data: steps of an epoch are not known: {error}"
     method = args.ttt.method + (f" {args.ttt.write}" if args.ttt.method == "in_place" else "")
-    factor = TTT_FACTOR.get(method) if args.ttt.enabled else 1.0
+    num_ttt_layers = len(model.ttt_layers) / len(model.transformer.layers) * 32
+    factor = 1.0 + (TTT_FACTOR[method] - 1.0) * num_ttt_layers / 5
     frames = segments_per_step // num_gpus * num_frames
     size = sum(p.numel() for p in model.parameters()) / SEC_PER_FRAME_PARAMETERS
-    step_sec = frames * SEC_PER_FRAME * size * (factor or 1.0)
+    step_sec = frames * SEC_PER_FRAME * size * factor
+    step_sec *= 1.0 if args.gradient_checkpointing is True else SELECTIVE_FACTOR
     step_sec *= FULL_FACTOR if args.full_finetuning else 1.0
     step_sec /= MANY_GPUS_FACTOR if num_gpus > 1 else 1.0
     yield (
         f"time on H100s or H200s: about {step_sec:.2f} s a step, "
         f"{format_duration(args.max_steps * step_sec)} for all"
-        + ("" if factor else f"; without what TTT ({method}) costs, which has not been measured")
     )
 
 

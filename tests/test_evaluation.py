@@ -23,11 +23,11 @@ from finetune.evaluation.position import STREAMS, BinSums
 from finetune.evaluation.records import Records
 from finetune.evaluation.run import evaluate_checkpoint
 from finetune.evaluation.statistics import Bootstrap, proportion, slope_parts
-from finetune.evaluation.streaming import Scorer, streaming
+from finetune.evaluation.streaming import Scorer
 from finetune.evaluation.summary import pairwise_edges, summarise_pairs, summarise_positions
 from finetune.loss import LossWeights
 from finetune.metrics import metrics_path, read_metrics
-from ttt import TTTArgs
+from ttt import TTTArgs, block_streaming
 
 CARD, TEXT_CARD = 20, 30
 
@@ -75,7 +75,7 @@ def test_loss_by_position_is_what_it_is_known_to_be():
     Rigged(model, lambda steps: torch.where(steps < 20, 1.0, 3.0), token)
     sums = BinSums(model, len(rows), max(lengths), bin_frames)
     weights = LossWeights(text_padding=0.5, first_codebook=1.0)
-    with streaming(model, len(rows), 8):
+    with block_streaming(model, len(rows), 8):
         scorer = Scorer(model, [InMemory(r) for r in rows], weights=weights, block_frames=8)
         for block in scorer.score():
             sums.add(block)

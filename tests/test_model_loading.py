@@ -91,7 +91,7 @@ def test_roles_follow_from_the_kind_of_module(config):
     assert set(roles["ttt"]) == {
         f"transformer.layers.{layer}.gating.{name}"
         for layer in (0, 1)
-        for name in ("target_conv", "target_proj")
+        for name in ("target_conv", "target_proj", "target_gate")
     }
     assert all(name.endswith(("lora_A.weight", "lora_B.weight")) for name in roles["lora"])
     # Of every linear layer, also in the depformer and of the heads.

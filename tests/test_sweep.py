@@ -272,7 +272,7 @@ def test_what_only_models_and_data_show_is_reported_as_well(write):
             "deep": {"ttt.enabled": True, "ttt.start_layer": 7},
             "nowhere": {"data.train_data": "nowhere.jsonl"},
             "other": {"after": "ttt", "ttt.enabled": True, "ttt.write": "delta"},
-            "ttt": {"ttt.enabled": True, "ttt.learning_rate": 1e-3},
+            "ttt": {"ttt.enabled": True},
             "random": {"model.gating": "none", "moshi_paths.random_init": True},
             "child": {"after": "random", "moshi_paths.random_init": True},
         },

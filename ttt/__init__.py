@@ -11,11 +11,13 @@ from ttt.model import (
     without_ttt,
 )
 from ttt.state import get_state, reset, set_state
+from ttt.streaming import block_streaming
 
 __all__ = [
     "HiddenStates",
     "TTTArgs",
     "TTTLMModel",
+    "block_streaming",
     "build_model",
     "get_state",
     "measuring",

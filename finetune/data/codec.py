@@ -3,7 +3,7 @@
 import hashlib
 import inspect
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import cached_property, partial
 from pathlib import Path
@@ -14,11 +14,11 @@ import sentencepiece
 import torch
 from moshi.models.compression import MimiModel
 from moshi.modules.rope import RotaryEmbedding, apply_rope
-from moshi.modules.transformer import StreamingMultiheadAttention
 from moshi.utils.compile import no_compile
 from torch.nn import functional as F
 
 from finetune.errors import UserError
+from ttt import block_streaming
 
 from .audio import inspect_audio
 from .problems import FileProblem
@@ -170,39 +170,36 @@ class Codec:
         # Zeros on the right are harmless: Mimi is causal, and their frames are cut off below.
         audio = F.pad(segment.audio, (0, num_samples - segment.audio.shape[1]))
         with self.lock, self._own_stream():
-            codes = self._encode_rows(audio.unsqueeze(1).to(self.device))
+            codes = self._encode_rows(audio.to(self.device))
             return codes[..., : segment.num_valid_frames].cpu()
 
-    def _encode_rows(self, audio: torch.Tensor) -> torch.Tensor:
-        """`[B, 1, num_samples]` to codes `[B, num_codebooks, T]`, in pieces if it is long.
+    @torch.no_grad()
+    def encode_blocks(
+        self, blocks: Iterable[torch.Tensor], max_frames: int
+    ) -> Iterator[torch.Tensor]:
+        """Codes `[rows, num_codebooks, n]` of blocks of audio `[rows, n · frame_size]` that follow
+        one another: those of the whole in one call, to rounding.
 
-        The state is carried from piece to piece, and the codes are those of the whole in one call,
-        to rounding. Stock streaming would not do: it keeps no more keys than attention's context,
-        so a piece overwrites what its own first frames look back at.
+        Args:
+            max_frames: the longest block.
         """
         mimi = self._mimi_on_device()
+        steps_per_frame = round(mimi.encoder_frame_rate / mimi.frame_rate)
+        with ExitStack() as stack:
+            for index, block in enumerate(blocks):
+                if index == 0:
+                    room = max_frames * steps_per_frame
+                    stack.enter_context(block_streaming(mimi, len(block), room))
+                yield mimi.encode(block.unsqueeze(1).to(self.device))
+
+    def _encode_rows(self, audio: torch.Tensor) -> torch.Tensor:
+        """`[rows, num_samples]` to codes `[rows, num_codebooks, T]`, in pieces if it is long."""
+        mimi = self._mimi_on_device()
         piece_samples = _PIECE_FRAMES * mimi.frame_size
-        if audio.shape[-1] <= piece_samples:
-            return mimi.encode(audio)
-        attentions = [
-            module
-            for module in mimi.encoder_transformer.modules()
-            if isinstance(module, StreamingMultiheadAttention)
-        ]
-        # The parts one by one: Mimi as a whole would also capture CUDA graphs.
-        parts = [mimi.encoder, mimi.encoder_transformer]
-        parts += [mimi.downsample.conv] if hasattr(mimi, "downsample") else []
-        longest = round(_PIECE_FRAMES * mimi.encoder_frame_rate / mimi.frame_rate)
-        with ExitStack() as streaming:
-            try:
-                for attention in attentions:  # room for a piece, and for what it looks back at
-                    attention.context += longest
-                for part in parts:
-                    streaming.enter_context(part.streaming(len(audio)))
-            finally:
-                for attention in attentions:
-                    attention.context -= longest
-            return torch.cat([mimi.encode(p) for p in audio.split(piece_samples, -1)], dim=-1)
+        if audio.shape[1] <= piece_samples:
+            return mimi.encode(audio.unsqueeze(1))
+        pieces = self.encode_blocks(audio.split(piece_samples, dim=1), _PIECE_FRAMES)
+        return torch.cat(list(pieces), dim=-1)
 
     def _own_stream(self) -> AbstractContextManager[Any]:
         """On a GPU a stream for encoding, so that it and a training step do not wait for each

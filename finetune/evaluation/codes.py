@@ -1,28 +1,24 @@
 """From recordings of any length to codes, in bounded memory.
 
 Audio is read part by part, Mimi encodes it in streaming mode, and the codes go to a file: some
-3 MB for an hour. Mimi's attention caches are long enough for its blocks (see `streaming`), so the
+3 MB for an hour. Mimi's attention caches are long enough for its blocks (see `Codec.encode_blocks`), so the
 codes are those of the whole recording encoded at once, as in training, whatever the block. Stock
 streaming, as in live use, sees slightly less than Mimi's attention window and so gives slightly
 different codes once a recording exceeds it.
 """
 
-import contextlib
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-from moshi.utils.compile import no_compile
 from torch import Tensor
 from torch.nn import functional as F
 
-from finetune.data import FRAME_RATE_HZ, Codec
+from finetune.data import Codec
 from finetune.data.audio import AudioInfo, read_audio
 from finetune.data.text import Word, text_stream, tokenize_segment
-
-from .streaming import streaming
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +72,7 @@ def encode_to_file(
     )
     start = 0
     with target.open("wb") as file:
-        for sides in encode_blocks(codec, _audio_blocks(codec, audio, num_frames)):
+        for sides in codec.encode_blocks(_audio_blocks(codec, audio, num_frames), BLOCK_FRAMES):
             stop = min(start + sides.shape[2], num_frames)
             left, right = sides[:, :, : stop - start].cpu()
             text = torch.tensor(tokens[start:stop])[None]
@@ -95,22 +91,6 @@ def _audio_blocks(codec: Codec, path: Path, num_frames: int) -> Iterator[Tensor]
         yield F.pad(audio, (0, block_samples - audio.shape[1]))
 
 
-@torch.no_grad()
-def encode_blocks(codec: Codec, blocks: Iterator[Tensor]) -> Iterator[Tensor]:
-    """Codes [channels, num_codebooks, n] of blocks of audio [channels, n · frame_size] that follow
-    one another; at most `BLOCK_FRAMES` each."""
-    first = next(blocks, None)
-    if first is None:
-        return
-    mimi = codec.mimi
-    steps_per_frame = round(mimi.encoder_frame_rate / FRAME_RATE_HZ)
-    eager = no_compile() if codec.device.type == "cpu" else contextlib.nullcontext()
-    with eager, streaming(mimi, len(first), BLOCK_FRAMES * steps_per_frame):
-        yield mimi.encode(first[:, None].to(codec.device))
-        for block in blocks:
-            yield mimi.encode(block[:, None].to(codec.device))
-
-
 class Silence:
     """The codes that Mimi gives to silence, from its initial state on; encoded as far as needed."""
 
@@ -123,5 +103,7 @@ class Silence:
         if num_frames > self._codes.shape[1]:
             block = torch.zeros(1, BLOCK_FRAMES * self._codec.mimi.frame_size)
             blocks = (block for _ in range(-(-num_frames // BLOCK_FRAMES)))
-            self._codes = torch.cat([c[0] for c in encode_blocks(self._codec, blocks)], dim=1).cpu()
+            self._codes = torch.cat(
+                [c[0] for c in self._codec.encode_blocks(blocks, BLOCK_FRAMES)], dim=1
+            ).cpu()
         return self._codes[:, :num_frames]

@@ -22,14 +22,14 @@ from finetune.data.problems import FileProblem
 from finetune.data.text import read_transcript, text_stream, tokenize_segment
 from finetune.errors import UserError
 from finetune.loss import LossWeights
-from ttt import TTTLMModel
+from ttt import TTTLMModel, block_streaming
 
-from .codes import BLOCK_FRAMES, Silence, encode_blocks
+from .codes import BLOCK_FRAMES, Silence
 from .options import PairOptions
 from .position import BinSums
 from .progress import Progress
 from .records import Records
-from .streaming import Scorer, streaming
+from .streaming import Scorer
 
 logger = logging.getLogger(__name__)
 
@@ -167,7 +167,7 @@ class PairTask:
         model, block_frames = self.model, self.block_frames
         num_frames = max(row.num_frames for row in rows.values())
         sums = BinSums(model, len(rows), num_frames, num_frames)
-        with streaming(model, len(rows), block_frames):
+        with block_streaming(model, len(rows), block_frames):
             scorer = Scorer(
                 model, list(rows.values()), weights=_UNWEIGHTED, block_frames=block_frames
             )
@@ -195,7 +195,9 @@ class PairTask:
         block = BLOCK_FRAMES * codec.mimi.frame_size
         parts = (read_audio(wav, start, block, rate_hz) for start in range(0, num_samples, block))
         blocks = (F.pad(part, (0, block - part.shape[1])) for part in parts)
-        encoded = torch.cat([codes.cpu() for codes in encode_blocks(codec, blocks)], dim=2)
+        encoded = torch.cat(
+            [codes.cpu() for codes in codec.encode_blocks(blocks, BLOCK_FRAMES)], dim=2
+        )
         encoded = encoded[:, :, :num_frames]
         if len(encoded) == 2:
             left, right = encoded

@@ -49,7 +49,8 @@ def evaluate(
     codes = torch.full((1, model.num_codebooks, 16), model.zero_token_id, device=world.device)
     for batch in world.in_step(batches, should_stop):
         codes = torch.full_like(codes, model.zero_token_id) if batch is None else batch.codes
-        for row, sums in enumerate(stream_sums(model, model(codes), codes, weights)):
+        output = model(codes, with_heads=False)
+        for row, sums in enumerate(stream_sums(model, output, codes, weights)):
             parts = (sums.loss, sums.weight, sums.nll, sums.count)
             total[row] += torch.stack([part.double() for part in parts]).cpu()
     model.train(was_training)

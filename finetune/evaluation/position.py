@@ -24,13 +24,13 @@ from finetune.data.problems import FileProblem
 from finetune.data.sources import Recording
 from finetune.data.text import read_transcript
 from finetune.loss import LossWeights
-from ttt import TTTLMModel
+from ttt import TTTLMModel, block_streaming
 
 from .codes import CodesFile, encode_to_file
 from .options import Options
 from .progress import Progress
 from .records import Records
-from .streaming import ScoredBlock, Scorer, streaming
+from .streaming import ScoredBlock, Scorer
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +136,7 @@ class PositionTask:
         model = self.model
         switch = ttt.without_ttt(model) if arm == "off" else contextlib.nullcontext()
         sums = BinSums(model, len(rows), max(row.num_frames for row in rows), self.bin_frames)
-        with switch, streaming(model, len(rows), self.options.block_frames):
+        with switch, block_streaming(model, len(rows), self.options.block_frames):
             if arm == "carried":
                 self._learn([self._codes[str(self._donor(r).path)] for r in readable])
             reset = self.reset_frames if arm == "reset" else None

@@ -6,16 +6,12 @@ zero tokens, which nothing of it is counted for, so every row is scored as it is
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from moshi.modules.streaming import StreamingModule
-from moshi.modules.transformer import RingKVCache, StreamingMultiheadAttention
-from moshi.utils.compile import no_cuda_graph
 from torch import Tensor
 
 import ttt
@@ -51,37 +47,6 @@ class ScoredBlock:
     is_word: Tensor
 
 
-@contextmanager
-def streaming(module: StreamingModule, batch_size: int, block_steps: int) -> Iterator[None]:
-    """Streaming mode in which up to `block_steps` steps may be fed at once, exactly.
-
-    A stock attention cache holds as many steps as the attention sees, so that of a block longer
-    than one step the first queries miss their oldest keys: those that the block's last steps have
-    just overwritten. Here the caches are that much longer; what attention sees is unchanged.
-    """
-    # A graph would be captured anew for every batch, and cannot take blocks of different lengths.
-    with no_cuda_graph(), module.streaming(batch_size):
-        for child in module.modules():
-            if isinstance(child, StreamingMultiheadAttention):
-                _lengthen_cache(child, block_steps)
-        yield
-
-
-def _lengthen_cache(attention: StreamingMultiheadAttention, block_steps: int) -> None:
-    state = attention._streaming_state
-    if state is None or state.kv_cache is None or attention.weights_per_step:
-        return
-    _, batch_size, num_heads, _, width = state.kv_cache.cache.shape
-    state.kv_cache = RingKVCache(
-        batch_size,
-        num_heads,
-        width,
-        attention.context + block_steps - 1,
-        device=state.kv_cache.cache.device,
-        dtype=state.kv_cache.cache.dtype,
-    )
-
-
 def check_attention_window(model: TTTLMModel) -> int:
     """The largest number of frames that attention sees.
 
@@ -101,7 +66,7 @@ class Scorer:
     """A streaming pass over a batch of recordings.
 
     Args:
-        model: in eval mode and in `streaming` mode, with at least `block_frames` steps a block.
+        model: in eval mode and in `block_streaming` mode, with at least `block_frames` steps a block.
         rows: one recording for each row of the batch.
         weights: of the loss.
         block_frames: frames that are computed at once; bounds the memory, changes no result.

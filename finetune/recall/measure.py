@@ -13,7 +13,7 @@ from torch import Tensor
 
 from finetune.recall.model import answer_logits, logits_at, read_codes
 from finetune.recall.streams import KINDS, StreamArgs, Streams, draw
-from ttt import TTTLMModel
+from ttt import TTTLMModel, block_streaming
 from ttt.layers import InPlaceGating
 
 NUM_RESAMPLES = 1000
@@ -95,7 +95,7 @@ def measure_length(
     # All questions are in the last frames.
     start = total - args.num_frames
     kept = []
-    with streaming_in_pieces(model, len(read), PIECE_FRAMES):
+    with block_streaming(model, len(read), PIECE_FRAMES):
         for piece in range(0, total, PIECE_FRAMES):
             hidden, text = model.forward_text(read[:, :, piece : min(piece + PIECE_FRAMES, total)])
             if piece + PIECE_FRAMES > start:
@@ -115,20 +115,6 @@ def measure_length(
             "state_ratio": ratios[rows[:, 0]].mean().item() if ratios is not None else None,
         }
     return results
-
-
-@contextmanager
-def streaming_in_pieces(model: TTTLMModel, batch: int, piece_frames: int) -> Iterator[None]:
-    """`model.streaming`, for calls of up to `piece_frames`. Its caches hold as many frames as
-    attention sees, and a call overwrites what its own first frames should see: so they are made
-    larger here, and the window stays as it was."""
-    attentions = [layer.self_attn for layer in model.transformer.layers]
-    for attention in attentions:
-        attention.context += piece_frames
-    with model.streaming(batch):
-        for attention in attentions:
-            attention.context -= piece_frames
-        yield
 
 
 def _state_ratios(model: TTTLMModel) -> Tensor | None:

@@ -84,7 +84,7 @@ def _sized(model: ModelArgs, **options: Any) -> tuple[ModelArgs, StreamArgs]:
 
 
 def preset(name: Literal["cpu", "gpu"], *, variant: str = "text") -> Preset:
-    """`cpu`: 0.3 million parameters, ten minutes on two cores. `gpu`: 58 million, sequences 32
+    """`cpu`: 0.3 million parameters, ten minutes on two cores. `gpu`: 64 million, sequences 32
     times longer than the window."""
     options: dict[str, Any] = {"variant": variant}
     if name == "cpu":

@@ -26,7 +26,6 @@ way are split once; float32 frames take three products of TensorFloat32, more ex
 TILE = 32
 """Rows of W, or hidden units, at once."""
 WARPS = 4
-STAGES = 1
 
 
 def scan(
@@ -187,6 +186,7 @@ def _launch(
         SPLIT=frames[0].dtype in SPLIT_TYPES,
         TILE=min(TILE, width),
         num_warps=WARPS,
-        num_stages=STAGES,
+        # Loading ahead made TTT-MLP slower; its registers are full.
+        num_stages=1,
         **options,
     )

@@ -379,7 +379,7 @@ def mlp_backward(
     EPS: tl.constexpr, K: tl.constexpr, F: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr,
     SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """Overwrites kept_zq2 by the gradient of zq2. One loop for each thing that a tile of weights
+    """Overwrites what is kept of zq2 and u. One loop for each thing that a tile of weights
     is needed for: together they would fill the registers."""
     row = tl.program_id(0).to(tl.int64)
     t, f, h = tl.arange(0, K), tl.arange(0, F), tl.arange(0, TILE)
@@ -388,7 +388,7 @@ def mlp_backward(
     tile1 = row * F * D + h[:, None] + f[None, :] * D
     tile2 = row * F * D + h[:, None] * F + f[None, :]
     own = scratch + row * K * (5 * D + 2 * F)
-    own_d_zq1, own_s1, own_d_s1 = own + units, own + K * D + units, own + 2 * K * D + units
+    own_d_zq1, own_s1, own_d_u = own + units, own + K * D + units, own + 2 * K * D + units
     own_x2, own_xq2 = own + 3 * K * D + units, own + 4 * K * D + units
     own_s2, own_d_z2 = own + 5 * K * D + frames, own + 5 * K * D + K * F + frames
     norm_w = tl.load(norm_weight + row % num_heads * F + f)
@@ -450,7 +450,10 @@ def mlp_backward(
             d_written -= tl.sum(tl.sum(s1 * taken, 1), 0)
             d_key -= _dot(written * s1, d_weight, SPLIT)
             d_s1 = -_dot(tl.trans(steps1), tl.load(own_d_zq1 + j), SPLIT) - written * taken
-            tl.store(own_d_s1 + j, d_s1)
+            z, u = tl.load(z1 + j), tl.load(kept_u + there * D + units + j)
+            tl.store(own_d_u + j, _gelu_slope(z) * d_s1)
+            # Of z1, through the slope.
+            tl.store(kept_u + there * D + units + j, _gelu_curvature(z) * u * d_s1)
         d_query = tl.load(d_out + here * F + frames).to(tl.float32)
         for j in range(0, num_units, TILE):
             weight = tl.load(w1 + tile1 + j)
@@ -464,17 +467,14 @@ def mlp_backward(
         d_s2 = tl.zeros((K, F), tl.float32)
         taken2 = tl.zeros((K, F), tl.float32) + d_bias2[None, :]
         for j in range(0, num_units, TILE):
-            z = tl.load(z1 + j)
-            slope = _gelu_slope(z)
-            d_s1 = tl.load(own_d_s1 + j)
-            d_s2 += _dot(slope * d_s1, tl.load(w2 + tile2 + j * F), SPLIT)
+            d_s2 += _dot(tl.load(own_d_u + j), tl.load(w2 + tile2 + j * F), SPLIT)
             d_weight = tl.load(d_w2 + tile2 + j * F)
             taken2 += _dot(tl.load(own_x2 + j), d_weight, SPLIT)
             d_x2 = _dot(tl.trans(d_products2), tl.load(own_xq2 + j), SPLIT)
             d_x2 -= _dot(written * tl.load(own_s2), tl.trans(d_weight), SPLIT)
-            u = tl.load(kept_u + there * D + units + j)
             # Of z1, but for what comes through z2, which takes all tiles.
-            tl.store(own_s1 + j, _gelu_curvature(z) * u * d_s1 + slope * d_x2)
+            d_z1 = tl.load(kept_u + there * D + units + j) + _gelu_slope(tl.load(z1 + j)) * d_x2
+            tl.store(own_s1 + j, d_z1)
         d_zq2 = tl.load(zq2)
         d_written -= tl.sum(tl.sum(tl.load(own_s2) * taken2, 1), 0)
         d_scale += tl.where((t == K - 1) & (n < num_writes), d_written, 0.0)
@@ -501,17 +501,14 @@ def mlp_backward(
         tl.debug_barrier()
         # The gradients of the weights of this mini-batch's start.
         for j in range(0, num_units, TILE):
-            z = tl.load(z1 + j)
-            slope = _gelu_slope(z)
             d_z2 = tl.load(own_d_z2)
             d_x2 = _dot(d_z2, tl.trans(tl.load(w2 + tile2 + j * F)), SPLIT)
             d_weight = tl.load(d_w2 + tile2 + j * F)
             d_weight += _dot(tl.trans(tl.load(own_x2 + j)), d_z2, SPLIT)
             d_weight += _dot(tl.trans(tl.load(own_xq2 + j)), tl.load(zq2), SPLIT)
-            d_u = slope * tl.load(own_d_s1 + j)
-            d_weight += _dot(tl.trans(d_u), tl.load(own_s2), SPLIT)
+            d_weight += _dot(tl.trans(tl.load(own_d_u + j)), tl.load(own_s2), SPLIT)
             tl.store(d_w2 + tile2 + j * F, d_weight)
-            tl.store(own_s1 + j, tl.load(own_s1 + j) + slope * d_x2)
+            tl.store(own_s1 + j, tl.load(own_s1 + j) + _gelu_slope(tl.load(z1 + j)) * d_x2)
         tl.debug_barrier()
         for j in range(0, num_units, TILE):
             d_z1, d_zq1 = tl.load(own_s1 + j), tl.load(own_d_zq1 + j)

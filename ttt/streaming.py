@@ -1,0 +1,43 @@
+"""Streaming in blocks of several steps, as one long forward pass would compute them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from moshi.modules.streaming import StreamingModule
+from moshi.modules.transformer import RingKVCache, StreamingMultiheadAttention
+from moshi.utils.compile import no_cuda_graph
+
+
+@contextmanager
+def block_streaming(module: StreamingModule, batch_size: int, block_steps: int) -> Iterator[None]:
+    """Streaming mode in which up to `block_steps` steps may be fed at once, exactly.
+
+    A stock attention cache holds as many steps as the attention sees, so that of a block longer
+    than one step the first queries miss their oldest keys: those that the block's last steps have
+    just overwritten. Here the caches are that much longer; what attention sees is unchanged.
+
+    Args:
+        module: a model, or a Mimi, whose attention has a window (or none, and a cache that grows).
+        block_steps: of the module's transformer; Mimi's has two a frame.
+    """
+    # A graph would be captured anew for every batch, and cannot take blocks of different lengths.
+    with no_cuda_graph(), module.streaming(batch_size):
+        for child in module.modules():
+            if isinstance(child, StreamingMultiheadAttention):
+                _lengthen_cache(child, block_steps)
+        yield
+
+
+def _lengthen_cache(attention: StreamingMultiheadAttention, block_steps: int) -> None:
+    state = attention._streaming_state
+    if state is None or state.kv_cache is None or attention.weights_per_step:
+        return
+    _, batch_size, num_heads, _, width = state.kv_cache.cache.shape
+    state.kv_cache = RingKVCache(
+        batch_size,
+        num_heads,
+        width,
+        attention.context + block_steps - 1,
+        device=state.kv_cache.cache.device,
+        dtype=state.kv_cache.cache.dtype,
+    )
