@@ -405,18 +405,20 @@ def recall(
     Args:
         out: the folder for results, table (report.md, recall.csv) and picture (recall.png).
         preset: cpu, ten minutes on two cores; gpu, 64 million parameters.
-        variant: where the facts are: text, audio (the first codebook) or segments (heard twice).
+        variant: where the facts are: text, audio (the first codebook), joint (the key in the text,
+            the value in the codebook, one frame) or segments (heard twice).
         arms: a comma between each; all of the preset if not given.
         seeds: a comma between each.
         steps: optimizer steps; the preset's if not given.
         lengths: how many times longer sequences are tried after training, as in 4,16; 0: none.
-        study: scale: how the forms of the update fare over sizes of embeddings, widths and chunks.
+        study: scale: how the forms of the update fare over sizes of embeddings, widths and chunks;
+            keys: how well untrained models tell keys apart.
         widths: of the study's models; all if not given.
         workers: runs at a time.
         device: auto, cpu or cuda.
     """
     _refuse(unexpected, unknown)
-    from finetune.recall.command import run_recall, run_scale_study
+    from finetune.recall.command import run_key_study, run_recall, run_scale_study
 
     where: dict[str, Any] = {
         "seeds": _whole_numbers("seeds", seeds, low=0),
@@ -424,9 +426,12 @@ def recall(
         "workers": _whole_number("workers", workers, low=1),
     }
     if study:
-        if study != "scale":
-            raise UserError(f"--study: there is no {study!r}; choose scale.")
+        if study not in ("scale", "keys"):
+            raise UserError(f"--study: there is no {study!r}; choose scale or keys.")
         wide = _whole_numbers("widths", widths, low=16)
+        if study == "keys":
+            print(run_key_study(Path(out), widths=wide))
+            return
         print(run_scale_study(Path(out), widths=wide, **where))
         return
     text = run_recall(

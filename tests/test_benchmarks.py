@@ -21,7 +21,7 @@ def program(monkeypatch):
         return importlib.import_module(name)
 
     yield load
-    for name in imported:
+    for name in {*imported, "training_arms"} & sys.modules.keys():
         del sys.modules[name]
 
 
@@ -110,7 +110,7 @@ def test_operations_of_a_step_are_counted(program):
     counts = counter.get_flop_counts()["Global"]
     products = sum(n for op, n in counts.items() if "attention" not in str(op))
     window = 20 * 21 / 2 / 20
-    attention = 12 * 2 * 20 * window * train_step.TINY["dim"] * 3
+    attention = 12 * 2 * 20 * window * train_step.lm_kwargs(arm, options)["dim"] * 3
     counted = train_step.operations(model, arm, 2, options)
     # The first layer's input needs a gradient here, as the embeddings train.
     assert counted - attention == pytest.approx(products, rel=0.02)

@@ -71,7 +71,11 @@ def stock_moshi(config: Path, run_dir: Path, weights: Path, lora: Path | None = 
 def test_stock_moshi_loads_a_full_checkpoint(config, tmp_path):
     run = train(config, tmp_path, PLAIN)
     weights = checkpoint(tmp_path, 4) / "consolidated/consolidated.safetensors"
-    assert_same_logits(stock_moshi(config, tmp_path, weights), run.model, rtol=0, atol=0)
+    stock = stock_moshi(config, tmp_path, weights)
+    own = run.model.state_dict()
+    assert all(torch.equal(weight, own[key]) for key, weight in stock.state_dict().items())
+    # The training path multiplies larger matrices at once, and rounds elsewhere.
+    assert_same_logits(stock, run.model, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("ft_embed", [False, True])

@@ -11,7 +11,7 @@ import finetune.recall.command as command
 from finetune.cli import run
 from finetune.errors import UserError
 from finetune.recall import study
-from finetune.recall.command import run_recall, run_scale_study
+from finetune.recall.command import run_key_study, run_recall, run_scale_study
 from finetune.recall.jobs import Job, run_jobs
 from finetune.recall.measure import (
     Answers,
@@ -196,6 +196,13 @@ def test_the_study_covers_its_cells(tmp_path, monkeypatch):
     assert len(list((tmp_path / "runs").glob("*.json"))) == 2
 
 
+def test_keys_are_told_apart_where_embeddings_are_large(tmp_path):
+    first, *_ = study.key_match(1.0, 16).values()
+    small, *_ = study.key_match(0.02, 16).values()
+    assert first[0] > first[1] + 0.3 and first[2] > 0.9 > small[2]
+    assert run_key_study(tmp_path, widths=[16]).count("| 16 |") == 3
+
+
 def square(x):
     return {"square": x * x}
 
@@ -215,7 +222,7 @@ def test_jobs_come_back_in_order(tmp_path, workers):
         ({"variant": "video"}, "there is no 'video'"),
         ({"preset": "tpu"}, "there is no 'tpu'"),
         ({"seeds": "0,x"}, "--seeds: expected a whole number"),
-        ({"study": "width"}, "there is no 'width'; choose scale"),
+        ({"study": "width"}, "there is no 'width'; choose scale or keys"),
         ({"sizes": "3"}, "unknown option: --sizes"),
     ],
 )

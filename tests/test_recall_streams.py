@@ -55,6 +55,16 @@ def test_questions_come_from_beyond_the_reach_of_attention(variant):
     assert distances.max() > 5 * args.reach_frames and distances.std() > 30
 
 
+def test_a_joint_fact_is_one_frame_of_two_streams():
+    args = with_variant("joint")
+    streams = draw(args, batch=20, seed=1)
+    text, codebook = streams.codes[:, 0], streams.codes[:, 1]
+    assert torch.equal(text.gather(1, streams.facts), text.gather(1, streams.answers - 1))
+    assert torch.equal(codebook.gather(1, streams.facts), codebook.gather(1, streams.answers))
+    assert (codebook.gather(1, streams.facts) >= args.first_value).all()
+    assert not streams.straddling(4).any()
+
+
 def test_nothing_but_the_fact_tells_the_answer():
     """Values are paired with keys anew: over many streams, no answer is likelier than another for
     a key, and no other stream nor neighbour goes with it."""

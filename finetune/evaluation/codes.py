@@ -1,7 +1,7 @@
 """From recordings of any length to codes, in bounded memory.
 
 Audio is read part by part, Mimi encodes it in streaming mode, and the codes go to a file: some
-3 MB for an hour. Mimi's attention caches are long enough for its blocks (see `Codec.encode_blocks`), so the
+3 MB for an hour. Mimi's attention caches are long enough for its blocks (`Codec.encode_blocks`), so the
 codes are those of the whole recording encoded at once, as in training, whatever the block. Stock
 streaming, as in live use, sees slightly less than Mimi's attention window and so gives slightly
 different codes once a recording exceeds it.

@@ -88,6 +88,33 @@ def _counts(lengths: Sequence[int], known: dict[int, int]) -> dict[int, int]:
     }
 
 
+def run_key_study(out: Path, *, widths: Sequence[int]) -> str:
+    """How well untrained models tell keys apart; returns a table, which is in `out/report.md` too.
+
+    Raises:
+        UserError: `out` cannot be written.
+    """
+    lines = [
+        "Cosine of z at a question and at its own fact / at the others (share of questions nearest "
+        "to their own fact), before training:",
+        "",
+        "| width | embeddings' std | first layer | second layer |",
+        "| --- | --- | --- | --- |",
+    ]
+    for width in widths or study.WIDTHS:
+        for std in study.EMBEDDING_STDS:
+            cells = [
+                f"{own:.2f} / {others:.2f} ({nearest:.2f})"
+                for own, others, nearest in study.key_match(std, width).values()
+            ]
+            lines.append(f"| {width} | {std:g} | {' | '.join(cells)} |")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out: cannot make {out}: {error.strerror}.") from error
+    return _write("\n".join(lines), out)
+
+
 def _preset(size: str, variant: str) -> Preset:
     if size not in ("cpu", "gpu"):
         raise UserError(f"--preset: there is no {size!r}; choose cpu or gpu.")

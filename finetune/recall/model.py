@@ -11,7 +11,7 @@ from finetune.recall.streams import StreamArgs
 from ttt import TTTArgs, TTTLMModel, build_model
 
 OTHERS_SHARE = 0.125
-"""Of `embedding_std`, for the streams that hold no answers. With embeddings of one size for all,
+"""Of `embedding_std`, for the streams that hold no facts. With embeddings of one size for all,
 the eight codebooks drown the ninth stream, and a small model first needs long to tell its tokens
 apart."""
 
@@ -84,7 +84,7 @@ def new_model(
     torch.manual_seed(seed)
     plain = build_model(kwargs, TTTArgs(), device=device, dtype=dtype)
     for stream, embedding in enumerate((plain.text_emb, *plain.emb)):
-        share = 1.0 if stream == streams.asked_stream else OTHERS_SHARE
+        share = 1.0 if stream in streams.fact_streams else OTHERS_SHARE
         nn.init.normal_(embedding.weight, std=args.embedding_std * share)
     model = build_model(kwargs, ttt, device=device, dtype=dtype, attention_context=context)
     model.load_state_dict(plain.state_dict(), strict=False)

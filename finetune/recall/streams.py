@@ -25,7 +25,7 @@ BURST_BLOCK_FRAMES = 64
 BURST_SHARE = 0.6
 """Of the blocks of frames that are silent through and through, in filler of silence."""
 
-Variant = Literal["text", "audio", "segments"]
+Variant = Literal["text", "audio", "joint", "segments"]
 Kind = Literal["trained", "old", "late", "rebound", "silence"]
 KINDS: tuple[Kind, ...] = ("old", "late", "rebound", "silence")
 """What long streams test. `old`: facts at the very beginning. `late`: facts near the end, after a
@@ -38,8 +38,9 @@ class StreamArgs:
     """What the streams are made of."""
 
     variant: Variant = "text"
-    """Where facts and answers are. `text`: in the text. `audio`: in the first codebook. `segments`:
-    one segment of the facts' total length is heard again, all streams of it, and its text is asked
+    """Where facts and answers are. `text`: in the text. `audio`: in the first codebook. `joint`: a
+    fact is one frame, its key in the text and its value in the first codebook. `segments`: one
+    segment of the facts' total length is heard again, all streams of it, and its text is asked
     for from its second frame on."""
 
     num_frames: int = 256
@@ -70,7 +71,12 @@ class StreamArgs:
     @property
     def asked_stream(self) -> int:
         """The stream with the answers."""
-        return 1 if self.variant == "audio" else 0
+        return 1 if self.variant in ("audio", "joint") else 0
+
+    @property
+    def fact_streams(self) -> set[int]:
+        """The streams with keys or values."""
+        return {0, 1} if self.variant == "joint" else {self.asked_stream}
 
     @property
     def min_distance_frames(self) -> int:
@@ -103,6 +109,8 @@ class Streams:
     """[B, Q], frames of the answers, which are `codes` there in the asked stream."""
     facts: Tensor
     """[B, Q], frames of the (newest) facts' keys."""
+    fact_frames: int = 2
+    """Of a fact, key and value."""
 
     @property
     def distances(self) -> Tensor:
@@ -115,8 +123,8 @@ class Streams:
         A model reads the code of frame t at position t + 1; updates are after every
         `update_frames` positions.
         """
-        read_at = self.facts + 1
-        return read_at // update_frames != (read_at + 1) // update_frames
+        first, last = self.facts + 1, self.facts + self.fact_frames
+        return first // update_frames != last // update_frames
 
 
 def draw(
@@ -138,6 +146,7 @@ def draw(
     if args.variant == "segments":
         return _segment(args, codes, (start, start + quarter), asked, random)
     keys = args.first_key + _distinct(batch, args.num_pairs, args.num_keys, random)
+    fact_frames = 1 if args.variant == "joint" else 2
     regions = [(start, start + quarter)]
     if kind == "rebound":
         middle = (total - args.num_frames) // 2
@@ -145,13 +154,13 @@ def draw(
     for region in regions:
         facts = _places(batch, args.num_pairs, *region, random)
         values = torch.randint(args.num_values, keys.shape, generator=random) + args.first_value
-        _put(codes, args.asked_stream, facts, keys)
-        _put(codes, args.asked_stream, facts + 1, values)
+        _put(codes, min(args.fact_streams), facts, keys)
+        _put(codes, args.asked_stream, facts + fact_frames - 1, values)
     order = _distinct(batch, args.num_pairs, args.num_pairs, random)
     questions = _places(batch, args.num_pairs, *asked, random)
-    _put(codes, args.asked_stream, questions, keys.gather(1, order))
+    _put(codes, min(args.fact_streams), questions, keys.gather(1, order))
     _put(codes, args.asked_stream, questions + 1, values.gather(1, order))
-    return Streams(codes, questions + 1, facts.gather(1, order))
+    return Streams(codes, questions + 1, facts.gather(1, order), fact_frames)
 
 
 def _segment(

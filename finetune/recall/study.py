@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from finetune.recall.experiment import train
 from finetune.recall.jobs import Job, run_jobs
 from finetune.recall.measure import measure_trained_length
-from finetune.recall.model import ModelArgs, new_model
+from finetune.recall.model import ModelArgs, new_model, read_codes
 from finetune.recall.presets import Preset
-from finetune.recall.streams import StreamArgs
+from finetune.recall.streams import StreamArgs, draw
 from ttt import TTTArgs
 
 logger = logging.getLogger(__name__)
@@ -118,6 +120,44 @@ def run_cell(cell: Cell, preset: Preset, device: torch.device) -> dict[str, Any]
         update_frames=cell.chunk_size,
     )
     return {"cell": dataclasses.asdict(cell), "curve": curve, "trained_length": found}
+
+
+@torch.no_grad()
+def key_match(embedding_std: float, width: int) -> dict[int, tuple[float, float, float]]:
+    """How well an untrained model's activations tell a key from the others when it comes again.
+
+    Returns:
+        By layer: mean cosine of z at a question and at its own fact, at the other facts, and the
+        share of questions whose own fact is the most similar.
+    """
+    preset = preset_of(Cell("delta, relative", embedding_std, width, 64, 0))
+    args = TTTArgs(enabled=True, **preset.ttt)
+    model = new_model(
+        preset.model, preset.streams, args, context=None, seed=0, device=torch.device("cpu"),
+        dtype=torch.float32,
+    )  # fmt: skip
+    found = {}
+    streams = draw(preset.streams, batch=8, seed=0)
+
+    def compare(z: Tensor) -> tuple[float, float, float]:
+        # A model reads the code of frame t at position t + 1.
+        asked, facts = (
+            F.normalize(z.gather(1, at[:, :, None].expand(-1, -1, z.shape[2])), dim=-1)
+            for at in (streams.answers, streams.facts + 1)
+        )
+        cosines = asked @ facts.transpose(1, 2)
+        own = torch.eye(cosines.shape[1], dtype=torch.bool).expand_as(cosines)
+        nearest = cosines.argmax(-1) == torch.arange(cosines.shape[1])
+        return (
+            cosines[own].mean().item(), cosines[~own].mean().item(), nearest.float().mean().item()
+        )  # fmt: skip
+
+    for index, layer in model.ttt_layers.items():
+        layer.linear_out.register_forward_pre_hook(
+            lambda _, inputs, index=index: found.update({index: compare(inputs[0])})
+        )
+    model.forward_text(read_codes(model, streams.codes)[:, :, :-1])
+    return found
 
 
 def run_study(

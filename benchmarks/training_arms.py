@@ -1,0 +1,215 @@
+"""What `train_step.py` runs: the stock model and ours, from the same weights, on the same codes."""
+
+import argparse
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from moshi.models import loaders
+from moshi.models.lm import LMModel
+from moshi.modules.lora import LoRALinear, replace_all_linear_with_lora
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import OneCycleLR
+
+from finetune.args import LoraArgs, OptimArgs
+from finetune.distributed import World
+from finetune.loss import LossWeights, stream_sums, total_weight
+from finetune.model import add_lora, parameters_by_role, trainable_by_role
+from finetune.optim import Optimizer
+from ttt import TTTArgs, TTTLMModel, build_model
+
+TINY = {
+    **loaders._lm_kwargs,
+    **{"dim": 64, "num_heads": 4, "num_layers": 3, "text_card": 64, "card": 32, "context": 100},
+    **{"depformer_dim": 32, "depformer_num_heads": 4, "depformer_num_layers": 2},
+    "depformer_dim_feedforward": 132,
+}
+TTT = {
+    "in_place sum": {"method": "in_place", "write": "sum"},
+    "in_place delta": {"method": "in_place", "write": "delta"},
+    "linear": {"method": "linear"},
+    "mlp": {"method": "mlp"},
+}
+WEIGHTS = LossWeights(text_padding=0.5, first_codebook=1.0)
+MAX_NORM = 1.0
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A line of the table."""
+
+    name: str
+    is_stock: bool = False
+    is_full: bool = False
+    """All weights train, of a model with fewer layers; else LoRA."""
+    ttt: str | None = None
+    checkpointing: Any = True
+    compile: bool = True
+    batch: int | None = None
+    """None: as the options say."""
+
+
+# The two training steps ---------------------------------------------------------------------------
+
+
+class StockRun:
+    """The stock model in a plain loop."""
+
+    def __init__(self, model: LMModel, options: argparse.Namespace):
+        self.model = model.train()
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.masters = [p.detach().float() for p in self.trained]
+        optim = OptimArgs(lr=options.lr)
+        self.adamw = torch.optim.AdamW(
+            self.masters, lr=optim.lr, betas=(0.9, 0.95), weight_decay=optim.weight_decay
+        )
+        self.schedule = OneCycleLR(
+            self.adamw,
+            optim.lr,
+            total_steps=options.schedule_steps,
+            # As ours has it: a rise of a single step divides by zero otherwise.
+            pct_start=optim.pct_start * (1 + 1e-9),
+        )
+
+    def step(self, codes: Tensor) -> float:
+        model = self.model
+        output = model(codes)
+        text, audio = codes[:, :1], codes[:, 1 : 1 + model.dep_q]
+        is_padding = (text == model.text_padding_token_id) | (text == model.end_of_text_padding_id)
+        weight = torch.where(is_padding, WEIGHTS.text_padding, 1.0)
+        loss = _plain_loss(output.text_logits, text, output.text_mask, weight)
+        loss = loss + _plain_loss(output.logits, audio, output.mask, torch.ones_like(audio).float())
+        loss.backward()
+        for parameter, master in zip(self.trained, self.masters, strict=True):
+            master.grad = None if parameter.grad is None else parameter.grad.float()
+            parameter.grad = None
+        torch.nn.utils.clip_grad_norm_(self.masters, MAX_NORM)
+        self.adamw.step()
+        self.schedule.step()
+        with torch.no_grad():
+            for parameter, master in zip(self.trained, self.masters, strict=True):
+                parameter.copy_(master)
+        return loss.item()
+
+
+def _plain_loss(logits: Tensor, targets: Tensor, mask: Tensor, weight: Tensor) -> Tensor:
+    targets = torch.where(mask, targets, 0).flatten()
+    nll = F.cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), targets, reduction="none")
+    weight = weight * mask
+    return (torch.where(mask.flatten(), nll, 0.0) * weight.flatten()).sum() / weight.sum()
+
+
+class OurRun:
+    """What `finetune.trainer` does in a step."""
+
+    def __init__(self, model: TTTLMModel, options: argparse.Namespace):
+        self.model = model.train()
+        self.world = World(0, 1, torch.device(options.device))
+        self.optimizer = Optimizer(
+            trainable_by_role(model), OptimArgs(lr=options.lr), max_steps=options.schedule_steps
+        )
+
+    def step(self, codes: Tensor) -> float:
+        weight = total_weight(self.model, [codes], WEIGHTS)
+        sums = stream_sums(self.model, self.model(codes, with_heads=False), codes, WEIGHTS)
+        loss = (torch.stack([kind.loss for kind in sums]) / weight).sum()
+        loss.backward()
+        value = loss.item()
+        self.optimizer.step(max_norm=MAX_NORM, world=self.world, is_loss_finite=True)
+        return value
+
+
+# Models on the device -----------------------------------------------------------------------------
+
+
+def lm_kwargs(arm: Arm, options: argparse.Namespace) -> dict[str, Any]:
+    kwargs = dict(TINY if options.model == "tiny" else loaders._lm_kwargs)
+    if arm.is_full:
+        kwargs["num_layers"] = min(kwargs["num_layers"], options.full_layers)
+    return kwargs
+
+
+class Weights:
+    """The same for all arms of a kind: random, drawn on the device from one seed. LoRA starts with
+    zeros on one side, as in `moshi-finetune`."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.options = options
+        self.kind: bool | None = None
+        self.base: dict[str, Tensor] = {}
+
+    def stock(self, arm: Arm) -> LMModel:
+        options = self.options
+        torch.manual_seed(0)
+        with torch.device(options.device):
+            model = LMModel(
+                device=options.device,
+                dtype=options.dtype,
+                gradient_checkpointing=arm.checkpointing is not False,
+                **lm_kwargs(arm, options),
+            )
+        if self.kind != arm.is_full:
+            self.base = {}
+            base = model.state_dict()
+            # Full fine-tuning changes them.
+            self.base = {k: w.clone() for k, w in base.items()} if arm.is_full else base
+            self.kind = arm.is_full
+        model.load_state_dict(self.base, assign=not arm.is_full)
+        if not arm.is_full:
+            model.requires_grad_(False)
+            torch.manual_seed(1)
+            replace_all_linear_with_lora(model, options.rank, 2.0)
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_("lora_" in name)
+            self._start(model)
+        return model
+
+    def ours(self, arm: Arm) -> TTTLMModel:
+        options = self.options
+        if self.kind != arm.is_full:
+            self.stock(arm)
+        chosen: dict[str, Any] = TTT[arm.ttt] if arm.ttt else {"enabled": False}
+        args = TTTArgs(**{"enabled": True, **options.ttt_layers, **chosen})
+        with torch.device(options.device):
+            model = build_model(
+                lm_kwargs(arm, options),
+                args,
+                device=options.device,
+                dtype=options.dtype,
+                gradient_checkpointing=arm.checkpointing,
+                compile=arm.compile,
+            )
+        model.load_state_dict(self.base, strict=False, assign=not arm.is_full)
+        if not arm.is_full:
+            add_lora(model, LoraArgs(enable=True, rank=options.rank), seed=1)
+            self._start(model)
+        trained = {"base", "embedding"} if arm.is_full else {"lora"}
+        for role, named in parameters_by_role(model).items():
+            for parameter in named.values():
+                parameter.requires_grad_(role in trained | {"ttt"})
+        return model
+
+    @staticmethod
+    @torch.no_grad()
+    def _start(model: nn.Module) -> None:
+        """The adapters by name, whatever else is in the model."""
+        for number, (_, module) in enumerate(
+            sorted((n, m) for n, m in model.named_modules() if isinstance(m, LoRALinear))
+        ):
+            generator = torch.Generator(module.lora_A.weight.device).manual_seed(number)
+            bound = module.in_features**-0.5
+            module.lora_A.weight.uniform_(-bound, bound, generator=generator)
+            module.lora_B.weight.zero_()
+
+
+def random_codes(batch: int, arm: Arm, options: argparse.Namespace) -> Tensor:
+    """[B, 17, T]; three text tokens of four are padding."""
+    kwargs = lm_kwargs(arm, options)
+    generator = torch.Generator().manual_seed(0)
+    shape = batch, kwargs["n_q"] + 1, options.frames
+    codes = torch.randint(0, kwargs["card"], shape, generator=generator)
+    text = torch.randint(0, kwargs["text_card"], (batch, options.frames), generator=generator)
+    is_padding = torch.rand(batch, options.frames, generator=generator) < 0.75
+    codes[:, 0] = torch.where(is_padding, 3, text)
+    return codes.to(options.device)
