@@ -3,7 +3,7 @@
 import json
 import logging
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from torch import nn
 from finetune.args import LoraArgs, ModelArgs, ModelPaths, TrainArgs
 from finetune.data import Codec
 from finetune.errors import UserError
-from finetune.sharding import whole
 from finetune.start import (
     EarlierRun,
     describe_start,
@@ -382,24 +381,3 @@ def trainable_by_role(model: TTTLMModel) -> dict[str, dict[str, nn.Parameter]]:
         for role, named in parameters_by_role(model).items()
     }
     return {role: named for role, named in trainable.items() if named}
-
-
-def merged_weights(model: TTTLMModel, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    """The weights under the names of the stock model, LoRA merged, without TTT's own; one after
-    the other, as a second copy of all may not fit beside the first. Of a sharded model all
-    processes must ask for all of them."""
-    adapters = {
-        prefix: module for prefix, module in model.named_modules() if isinstance(module, LoRALinear)
-    }
-    own = ttt_parameters(model)
-    for name, weight in model.named_parameters():
-        prefix, _, part = name.rpartition(".")
-        owner, _, inner = prefix.rpartition(".")
-        if name in own or (owner in adapters and inner in ("lora_A", "lora_B")):
-            continue
-        if owner in adapters and inner == "frozen_W":
-            down, up = adapters[owner].lora_A.weight, adapters[owner].lora_B.weight
-            change = whole(up, dtype).mm(whole(down, dtype)) * adapters[owner].scaling
-            yield f"{owner}.{part}", change + whole(weight, dtype)
-        else:
-            yield name, whole(weight, dtype)

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from moshi.models import loaders
+from moshi.modules.lora import LoRALinear
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -33,7 +34,7 @@ from finetune.checkpoint import delete_old, fsync
 from finetune.config import save_config
 from finetune.distributed import World
 from finetune.errors import UserError
-from finetune.model import changed_shape, merged_weights, trainable_by_role
+from finetune.model import changed_shape, trainable_by_role
 from finetune.optim import Optimizer
 from finetune.sharding import Sharding, like_parameter, whole
 from ttt import TTTLMModel, ttt_parameters
@@ -163,9 +164,9 @@ class CheckpointWriter:
             if self.sharding is None and not self.world.is_main:
                 continue
             for key, tensor in tensors:
-                # All processes gather; one keeps.
+                # All processes gather; one keeps, and not on its GPU.
                 if self.world.is_main:
-                    on_host[key] = self._hold(tensor).contiguous()
+                    on_host[key] = self._hold(tensor).cpu().contiguous()
             if self.world.is_main:
                 yield name, on_host
 
@@ -307,6 +308,27 @@ def consolidated(args: TrainArgs, model: TTTLMModel) -> dict[str, Iterator[tuple
             (name, whole(parameter, dtype)) for name, parameter in ttt_parameters(model).items()
         )
     return files
+
+
+def merged_weights(model: TTTLMModel, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """The weights under the names of the stock model, LoRA merged, without TTT's own; one after
+    the other, as a second copy of all may not fit beside the first. Of a sharded model all
+    processes must ask for all of them."""
+    adapters = {
+        prefix: module for prefix, module in model.named_modules() if isinstance(module, LoRALinear)
+    }
+    own = ttt_parameters(model)
+    for name, weight in model.named_parameters():
+        prefix, _, part = name.rpartition(".")
+        owner, _, inner = prefix.rpartition(".")
+        if name in own or (owner in adapters and inner in ("lora_A", "lora_B")):
+            continue
+        if owner in adapters and inner == "frozen_W":
+            down, up = adapters[owner].lora_A.weight, adapters[owner].lora_B.weight
+            change = whole(up, dtype).mm(whole(down, dtype)) * adapters[owner].scaling
+            yield f"{owner}.{part}", change + whole(weight, dtype)
+        else:
+            yield name, whole(weight, dtype)
 
 
 def consolidated_config(args: TrainArgs, info: loaders.CheckpointInfo) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from finetune.metrics import MetricsLogger
 from finetune.model import build_codec, find_checkpoint, load_model, trainable_by_role
 from finetune.optim import Optimizer, StepResult
 from finetune.phases import Phases, StepProfiler
+from finetune.random_state import get_random_state, set_random_state
 from finetune.run_lock import RunLock
 from finetune.saving import CheckpointWriter
 from finetune.sharding import build_sharding, sum_gradients_when_needed
@@ -93,11 +94,6 @@ class Trainer:
         self.eval_data = (
             build_eval_loader(args.data, self.codec, **places) if args.do_eval else None
         )
-        if self.sharding is not None and args.do_eval and args.health_sec > 0:
-            logger.info(
-                "health_sec: a sharded model speaks only if all processes do, so its health is "
-                "not checked; `moshi-ttt evaluate` does it for a checkpoint"
-            )
         self.speech_check = SpeechCheck(self.codec, health_sec=args.health_sec, seed=args.seed)
 
         self.phases = Phases(self.world.device)
@@ -347,7 +343,7 @@ class Trainer:
             eval_loss=evaluated[1] if evaluated else None,
             resume_state={
                 "data": data_position or self.train_data.state_dict(),
-                "random": _random_state(),
+                "random": get_random_state(),
                 "effect": self.effect.state_dict(),
                 "counts": {
                     "step": self.step,
@@ -372,7 +368,7 @@ class Trainer:
                 f"configuration in {checkpoint / 'args.yaml'}, or start a new run_dir."
             ) from error
         self.train_data.load_state_dict(state["data"])
-        _set_random_state(state["random"])
+        set_random_state(state["random"])
         self.effect.load_state_dict(state["effect"])
         for name, value in state["counts"].items():
             setattr(self, name, value)
@@ -411,16 +407,3 @@ class Trainer:
     def is_due(self, every: int) -> bool:
         """Whether something that is done every so many steps is due at this one."""
         return (every >= 1 and self.step % every == 0) or self.step == self.args.max_steps
-
-
-def _random_state() -> dict[str, torch.Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_initialized():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def _set_random_state(state: dict[str, torch.Tensor]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_initialized():
-        torch.cuda.set_rng_state(state["cuda"])

@@ -186,6 +186,24 @@ def test_no_more_than_a_part_of_the_model_is_whole_at_a_time(config):
     assert max(cutter.sizes) < 0.5 * sum(cutter.sizes)
 
 
+def test_the_script_for_slurm_is_valid_and_gives_the_options_on():
+    script = REPOSITORY / "example/slurm.sbatch"
+    subprocess.run(["bash", "-n", script], check=True)
+    shell = 'srun() { shift; echo "$@"; }; scontrol() { echo node1; echo node2; }; . "$0" "$@"'
+    variables = {"SLURM_NNODES": "2", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-2]"}
+    done = subprocess.run(
+        ["bash", "-c", shell, script, "my.yaml", "--run_dir=x y"],
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == (
+        "torchrun --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-id=7-0 "
+        "--rdzv-endpoint=node1:29500 train.py --config my.yaml --resume=auto --run_dir=x y\n"
+    )
+
+
 def test_processes_are_divided_evenly_or_not_at_all():
     def size(wanted, num_processes, **overrides):
         args = TrainArgs(DataArgs(), "", parallel=ParallelArgs(shard_size=wanted), **overrides)
