@@ -189,7 +189,8 @@ def test_no_more_than_a_part_of_the_model_is_whole_at_a_time(config):
 def test_the_script_for_slurm_is_valid_and_gives_the_options_on():
     script = REPOSITORY / "example/slurm.sbatch"
     subprocess.run(["bash", "-n", script], check=True)
-    shell = 'srun() { shift; echo "$@"; }; scontrol() { echo node1; echo node2; }; . "$0" "$@"'
+    stubs = 'srun() { shift; echo "$@"; }; scontrol() { echo node1; echo node2; }'
+    shell = f'{stubs}; . "$0" "$@"'
     variables = {"SLURM_NNODES": "2", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-2]"}
     done = subprocess.run(
         ["bash", "-c", shell, script, "my.yaml", "--run_dir=x y"],
