@@ -42,7 +42,8 @@ from ttt import TTTLMModel, ttt_parameters
 
 logger = logging.getLogger(__name__)
 
-# What DCP says of every run of a single process.
+# What DCP says of every run of a single process, and of every tensor that is a piece of another.
+warnings.filterwarnings("ignore", message="TypedStorage is deprecated")
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninit")
 
 _NAME = re.compile(r"checkpoint_(\d{6,})")
