@@ -83,11 +83,11 @@ def tiny_model(
     model = build_model(lm_kwargs, args or tiny_args(), device="cpu", dtype=dtype).eval()
     if trained:
         for module in model.ttt_layers.values():
-            _as_if_trained(module)
+            as_if_trained(module)
     return model
 
 
-def _as_if_trained(module):
+def as_if_trained(module):
     if isinstance(module, InPlaceGating):
         torch.nn.init.normal_(module.target_conv)
         if module.target_gate is not None:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers import (
+    as_if_trained,
     moshi_like,
     random_codes,
     tiny_args,
@@ -61,7 +62,8 @@ def test_a_window_in_the_kernel_equals_the_masked_form(context):
 
 
 def lora_model(*, scale, compile, dtype, args=None, checkpointing=True):
-    """With adapters of that size, whose values are the same numbers in every dtype."""
+    """With adapters of that size and TTT as after some training, of the same numbers in every
+    dtype."""
     torch.manual_seed(0)
     model = build_model(
         WIDE,
@@ -79,6 +81,10 @@ def lora_model(*, scale, compile, dtype, args=None, checkpointing=True):
             module.lora_A.weight.data.normal_(std=0.1, generator=generator)
             module.lora_B.weight.data.normal_(std=scale or 1.0, generator=generator)
             module.lora_B.weight.data *= scale > 0
+    for module in model.ttt_layers.values():
+        as_if_trained(module)
+        for parameter in module.ttt_parameters().values():
+            parameter.requires_grad_(True)
     return model.to(dtype)
 
 
@@ -94,7 +100,7 @@ def test_compiled_code_rounds_as_eager_code_does():
             lora_model(scale=scale, compile=compile, dtype=dtype)(codes, with_heads=False)
             .text.detach()
             .double()
-            for scale in (1e-4, 0.0)
+            for scale in (2e-5, 0.0)
         )
         return with_lora - without
 
@@ -103,7 +109,7 @@ def test_compiled_code_rounds_as_eager_code_does():
         compile: ((effect(compile, torch.bfloat16) * exact).sum() / exact.square().sum()).item()
         for compile in (False, True)
     }
-    assert kept[False] < 0.8
+    assert kept[False] < 0.6
     assert abs(kept[True] - kept[False]) < 0.1
 
 

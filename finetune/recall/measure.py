@@ -89,8 +89,10 @@ def measure_length(
         for kind in names
     ]
     streams = Streams(
-        *(torch.cat([getattr(k, part) for k in kinds]) for part in ("codes", "answers", "facts")),
-        fact_frames=kinds[0].fact_frames,
+        torch.cat([k.codes for k in kinds]),
+        torch.cat([k.answers for k in kinds]),
+        torch.cat([k.facts for k in kinds]),
+        kinds[0].fact_frames,
     )
     read = read_codes(model, streams.codes.to(model.device))
     # All questions are in the last frames.
