@@ -118,6 +118,21 @@ class LoraArgs:
 
 
 @dataclass
+class ParallelArgs:
+    """Several processes, on one host or many; see [distributed.md](distributed.md)."""
+
+    shard_size: int | Literal["auto"] = "auto"
+    """Processes that share one copy of the model: each holds a part of all weights, gradients and
+    optimizer states (FSDP2). 1: every process holds all of it, and they exchange gradients alone.
+    It must divide the number of processes: 8 on 16 makes two copies. `auto`: all processes if all
+    weights train, else 1."""
+
+    hang_timeout_sec: float = 600.0
+    """Seconds after which a process that has not moved on ends the run, with a message that names
+    it and the place where it stands."""
+
+
+@dataclass
 class WandbArgs:
     """Weights & Biases."""
 
@@ -230,6 +245,10 @@ class TrainArgs:
     ckpt_freq: int = 0
     """Steps between two checkpoints, if `do_ckpt`; below 1: only after the last step."""
 
+    ckpt_async: bool = True
+    """Whether training goes on while a checkpoint is written, from a copy of it in the host's
+    memory. `false` needs no such copy."""
+
     num_ckpt_keep: int | None = 3
     """How many of the latest checkpoints to keep, besides the best; null: all."""
 
@@ -246,6 +265,9 @@ class TrainArgs:
     max_nonfinite_steps: int = 10
     """Steps in a row with a loss or gradient that is not finite (each is skipped) after which the
     run stops with an explanation."""
+
+    parallel: ParallelArgs = field(default_factory=ParallelArgs)
+    """Several processes: what they share, and how long they wait for each other."""
 
     wandb: WandbArgs = field(default_factory=WandbArgs)
     """Logging to Weights & Biases."""

@@ -4,37 +4,47 @@
         consolidated/   weights for people: config.json, lora.safetensors or
                         consolidated.safetensors in the layout of stock `moshi`, ttt.safetensors
         args.yaml       the configuration that made it
-        resume.pt       what training needs to continue as if it had not stopped
+        resume/         the optimizer's tensors, in parts (torch.distributed.checkpoint), for any
+                        number of processes
+        resume.pt       what else training needs to continue as if it had not stopped
         info.json       step and eval loss
+        manifest.json   all these files, with sizes and checksums
 
-A checkpoint is written under another name and renamed when it is complete.
+A checkpoint is written under another name and renamed when it is complete; `finetune.saving` does.
 """
 
-import dataclasses
 import json
 import logging
 import math
 import os
-import pickle
 import re
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from moshi.models import loaders
+import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
+from finetune import manifest
 from finetune.args import TrainArgs
 from finetune.config import save_config
+from finetune.distributed import World
 from finetune.errors import UserError
-from finetune.model import changed_shape, merged_state_dict, trainable_by_role
+from finetune.model import trainable_by_role
+from finetune.run_lock import RunLock
+from finetune.sharding import Sharding, like_parameter
 from ttt import TTTLMModel, ttt_parameters
 
 logger = logging.getLogger(__name__)
+
+# What DCP says of every run of a single process, and of every tensor that is a piece of another.
+warnings.filterwarnings("ignore", message="TypedStorage is deprecated")
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninit")
 
 _NAME = re.compile(r"checkpoint_(\d{6,})")
 
@@ -91,8 +101,9 @@ def _has_never_begun(run_dir: Path) -> bool:
 
 
 @contextmanager
-def created_run_dir(args: TrainArgs) -> Iterator[None]:
-    """Make the run folder with its args.yaml, after `open_run_dir`; only one process does.
+def created_run_dir(args: TrainArgs, lock: RunLock) -> Iterator[None]:
+    """Make the run folder with its args.yaml, after `open_run_dir`; only one process does, and
+    holds the folder's `lock` from then on.
 
     What it replaces is deleted when the block ends well, and comes back if it does not.
 
@@ -106,7 +117,10 @@ def created_run_dir(args: TrainArgs) -> Iterator[None]:
             if replaced.exists():
                 shutil.rmtree(replaced)
             os.replace(run_dir, replaced)
+            run_dir.mkdir()
+            lock.move(replaced, run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
+        lock.take()
         for leftover in (run_dir / "checkpoints").glob("*.incomplete"):
             shutil.rmtree(leftover)
         save_config(args, run_dir / "args.yaml")
@@ -118,6 +132,7 @@ def created_run_dir(args: TrainArgs) -> Iterator[None]:
         yield
     except BaseException:
         if replaced.exists():
+            lock.move(run_dir, replaced)
             shutil.rmtree(run_dir)
             os.replace(replaced, run_dir)
         raise
@@ -137,51 +152,8 @@ def step_of(checkpoint: Path) -> int:
     return int(match[1])
 
 
-def save_checkpoint(
-    args: TrainArgs,
-    model: TTTLMModel,
-    info: loaders.CheckpointInfo,
-    *,
-    step: int,
-    eval_loss: float | None,
-    resume_state: Mapping[str, Any],
-) -> Path:
-    """Write the checkpoint of `step`, then delete those that need not be kept.
-
-    Raises:
-        UserError: it could not be written; older checkpoints are untouched.
-    """
-    folder = Path(args.run_dir) / "checkpoints"
-    final = folder / f"checkpoint_{step:06d}"
-    partial = folder / f"{final.name}.incomplete"
-    try:
-        if partial.exists():
-            shutil.rmtree(partial)
-        (partial / "consolidated").mkdir(parents=True)
-        _write_consolidated(partial / "consolidated", args, model, info)
-        save_config(args, partial / "args.yaml")
-        torch.save(dict(resume_state), partial / "resume.pt")
-        (partial / "info.json").write_text(json.dumps({"step": step, "eval_loss": eval_loss}))
-        for file in partial.rglob("*"):
-            _flush_to_disk(file)
-        os.replace(partial, final)
-        _flush_to_disk(folder)
-    except torch.OutOfMemoryError:
-        raise
-    # torch.save and safetensors report a full disk as errors of their own.
-    except (OSError, RuntimeError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        free_gb = shutil.disk_usage(args.run_dir).free / 1e9
-        raise UserError(
-            f"the checkpoint of step {step} could not be written to {folder} ({free_gb:.1f} GB "
-            f"free): {error}. Older checkpoints are untouched: make room, then continue from the "
-            f"latest with --resume."
-        ) from error
-    _delete_old(args, final)
-    return final
-
-
-def _flush_to_disk(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Have the disk take what was written to a file or folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -189,11 +161,12 @@ def _flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def _delete_old(args: TrainArgs, newest: Path) -> None:
+def delete_old(args: TrainArgs, newest: Path) -> None:
     """Keep the last `num_ckpt_keep` checkpoints, and the best by eval loss."""
     if args.num_ckpt_keep is None:
         return
-    checkpoints = list_checkpoints(Path(args.run_dir))
+    # What is not whole was put there by somebody else: it does not count, and is not deleted.
+    checkpoints = [p for p in list_checkpoints(Path(args.run_dir)) if manifest.is_whole(p)]
     losses = {path: _eval_loss(path) for path in checkpoints}
     rated = [path for path in checkpoints if losses[path] < math.inf]
     keep = {newest, *checkpoints[-args.num_ckpt_keep :]}
@@ -222,54 +195,44 @@ def _eval_loss(checkpoint: Path) -> float:
     return math.inf if loss is None or math.isnan(loss) else loss
 
 
-def _write_consolidated(
-    folder: Path, args: TrainArgs, model: TTTLMModel, info: loaders.CheckpointInfo
-) -> None:
-    adapters_only = args.lora.enable and args.save_adapters
-    config = loaders._lm_kwargs if info.raw_config is None else info.raw_config
-    config = changed_shape(config, args.model)
-    config["lora"] = adapters_only
-    if args.model.attention_context is not None:
-        config["context"] = args.model.attention_context
-    if adapters_only:
-        config |= {"lora_rank": args.lora.rank, "lora_scaling": args.lora.scaling}
-        weights = {
-            name: parameter
-            for role, named in trainable_by_role(model).items()
-            if role != "ttt"
-            for name, parameter in named.items()
-        }
-        save_file(_plain(weights), folder / "lora.safetensors")
-    elif args.lora.enable or args.full_finetuning:
-        config["moshi_name"] = "consolidated.safetensors"
-        save_file(_plain(merged_state_dict(model)), folder / "consolidated.safetensors")
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
-    if args.ttt.enabled:
-        save_file(
-            _plain(ttt_parameters(model)),
-            folder / "ttt.safetensors",
-            metadata={"ttt_args": json.dumps(dataclasses.asdict(args.ttt))},
-        )
+def load_resume_state(checkpoint: Path, world: World) -> dict[str, Any]:
+    """What a run continues from, apart from the optimizer's tensors. All files are checked, each by
+    one of the processes.
 
-
-def _plain(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: weight.detach().contiguous() for name, weight in weights.items()}
-
-
-def load_resume_state(checkpoint: Path) -> dict[str, Any]:
-    """
     Raises:
-        UserError: the file is missing or damaged.
+        UserError: a file is missing or damaged.
     """
-    path = checkpoint / "resume.pt"
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    # What the exceptions say is about pickle, and sends people astray.
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise UserError(
-            f"{path} is missing or damaged ({type(error).__name__}). Delete {checkpoint} to resume "
-            f"from the one before."
-        ) from error
+        names = sorted(manifest.read(checkpoint))[world.rank :: world.size]
+    except (OSError, ValueError):
+        names = []
+    problem = world.first(manifest.first_problem(checkpoint, names=names))
+    if problem is not None:
+        raise UserError(f"{problem}. Delete {checkpoint} to resume from the one before.")
+    return torch.load(checkpoint / "resume.pt", map_location="cpu", weights_only=True)
+
+
+def fill_shards(
+    checkpoint: Path,
+    tensors: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
+    world: World,
+    sharding: Sharding | None,
+) -> None:
+    """Read the optimizer's tensors, in place: of each, this process's part alone, however many
+    processes have written it.
+
+    Args:
+        tensors: by name, with the parameter that each is of.
+    """
+    dcp.load(
+        {
+            name: like_parameter(tensor.detach(), parameter, sharding)
+            for name, (tensor, parameter) in tensors.items()
+        },
+        storage_reader=dcp.FileSystemReader(checkpoint / "resume"),
+        process_group=world.host_group,
+        no_dist=world.size == 1,
+    )
 
 
 def load_trained_weights(model: TTTLMModel, args: TrainArgs, checkpoint: Path) -> None:

@@ -18,6 +18,7 @@ from finetune.errors import UserError
 def main() -> None:
     commands = {
         "train": train,
+        "plan": plan,
         "encode": encode,
         "generate": generate,
         "evaluate": evaluate,
@@ -101,6 +102,34 @@ def train(config: str, *unexpected: str, **overrides: Any) -> None:
     status = Trainer(load_config(config, overrides)).train()
     if status:
         sys.exit(status)
+
+
+@_literal
+def plan(
+    *unexpected: str,
+    config: str,
+    gpus: str = "1",
+    gpu_memory: str = "80",
+    **overrides: Any,
+) -> None:
+    """Say what a run would take, without a GPU: memory, steps, tokens, hours.
+
+    Args:
+        config: the YAML file of the run.
+        gpus: how many, on all hosts together.
+        gpu_memory: of each, in GB.
+        overrides: keys of the configuration, dotted.
+    """
+    _refuse(unexpected)
+    from finetune.config import load_config
+    from finetune.plan import plan as lines_of
+
+    for line in lines_of(
+        load_config(config, overrides),
+        num_gpus=_whole_number("gpus", gpus, low=1),
+        gpu_memory_gb=_number("gpu_memory", gpu_memory, low=1.0),
+    ):
+        print(line)
 
 
 @_literal

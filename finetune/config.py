@@ -358,6 +358,7 @@ _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "optim.weight_decay": _at_least(0),
     "optim.pct_start": ("more than 0 and less than 1", lambda value: 0 < value < 1),
     "data.num_workers": _at_least(0),
+    "parallel.hang_timeout_sec": _POSITIVE,
     "data.prefetch_steps": _at_least(0),
 }
 _LORA_RANGES = {"lora.rank": _at_least(1), "lora.scaling": _POSITIVE}
@@ -368,6 +369,9 @@ def _check_ranges(args: TrainArgs) -> Iterator[Problem]:
         value = attrgetter(key)(args)
         if value is not None and not holds(value):
             yield key, f"must be {allowed}, got {value}"
+    size = args.parallel.shard_size
+    if size != "auto" and size < 1:
+        yield "parallel.shard_size", f"must be auto, or 1 or more, got {size}"
 
 
 def _check_profile(args: TrainArgs) -> Iterator[Problem]:

@@ -1,20 +1,24 @@
 """The processes of a run: who this one is, and sums over all of them.
 
-Data parallel over replicas: every process holds the whole model, and gradients are summed. A run
-without `torchrun` is a world of one, for which every function here does nothing.
+Every process trains on its own batches, and gradients are summed. It holds the whole model, or a
+part of it: see `finetune.sharding`. A run without `torchrun` is a world of one, for which every
+function here does nothing.
 """
 
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from finetune.errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,9 @@ class World:
     rank: int
     size: int
     device: torch.device
+    host_group: dist.ProcessGroup | None = None
+    """All processes, for a thread that works beside the training: it must not mix its exchanges
+    with those of the training."""
 
     @property
     def is_main(self) -> bool:
@@ -44,6 +51,33 @@ class World:
             for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
                 work.wait()
 
+    def gather(self, thing: T) -> list[T]:
+        """What each process has, by rank; exchanged by way of the host."""
+        if self.size == 1:
+            return [thing]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, thing, group=self.host_group)
+        return found
+
+    def first(self, thing: T | None) -> T | None:
+        """What the first process has that has something."""
+        return next((each for each in self.gather(thing) if each is not None), None)
+
+    def in_step(
+        self, items: Iterable[T], should_stop: Callable[[], bool] = lambda: False
+    ) -> Iterator[T | None]:
+        """The items of this process, and None as long as another one has more: so that all do the
+        same number of forward passes, in which a sharded model needs every process. They stop
+        together when one of them should."""
+        remaining = iter(items)
+        while True:
+            item = next(remaining, None)
+            state = torch.tensor([item is not None, should_stop()], device=self.device)
+            any_left, any_stops = self.sum(state.float()).tolist()
+            if any_stops or not any_left:
+                return
+            yield item
+
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()
@@ -53,8 +87,13 @@ class World:
             dist.destroy_process_group()
 
 
-def join_world(device: Literal["auto", "cpu", "cuda"]) -> World:
+def join_world(
+    device: Literal["auto", "cpu", "cuda"], *, timeout: timedelta = timedelta(minutes=15)
+) -> World:
     """Join the processes that `torchrun` started, or be alone.
+
+    Args:
+        timeout: how long an exchange between processes may take at most.
 
     Raises:
         UserError: `cuda` was asked for and there is none, or there are fewer than processes.
@@ -74,8 +113,10 @@ def join_world(device: Literal["auto", "cpu", "cuda"]) -> World:
         place = torch.device("cuda", local_rank)
         torch.cuda.set_device(place)
     if size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
-    return World(rank, size, place)
+        backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timeout)
+    host_group = dist.new_group(backend="gloo", timeout=timeout) if size > 1 else None
+    return World(rank, size, place, host_group)
 
 
 def peak_memory_gb(device: torch.device) -> float:

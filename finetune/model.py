@@ -21,11 +21,11 @@ from finetune.errors import UserError
 from finetune.start import (
     EarlierRun,
     describe_start,
-    load_adapters_and_ttt,
-    load_weights,
     open_earlier_run,
     require_fit,
+    trained_files,
 )
+from finetune.weights import Sharder, WeightFiles, fill
 from ttt import TTTLMModel, build_model, ttt_parameters
 
 logger = logging.getLogger(__name__)
@@ -175,22 +175,18 @@ def changed_shape(shape: Mapping[str, Any], args: ModelArgs) -> dict[str, Any]:
 
 
 def plan_model(
-    args: TrainArgs,
-    info: loaders.CheckpointInfo,
-    device: torch.device | str = "meta",
-    *,
-    compile: bool = False,
+    args: TrainArgs, info: loaders.CheckpointInfo, *, compile: bool = False
 ) -> TTTLMModel:
-    """The model of a configuration, with random weights, or none (`meta`).
+    """The model of a configuration on `meta`, with its trainable parameters marked.
 
     Raises:
         UserError: an impossible TTT configuration, or a config.json that is none of a Moshi.
     """
     try:
-        return build_model(
+        model = build_model(
             changed_shape(model_shape(info), args.model),
             args.ttt,
-            device=device,
+            device="meta",
             dtype=getattr(torch, args.param_dtype),
             gradient_checkpointing=args.gradient_checkpointing,
             compile=compile,
@@ -203,43 +199,61 @@ def plan_model(
             f"moshi_paths.config_path: the config.json of these weights does not describe a Moshi: "
             f"{_brief(error)}"
         ) from error
+    if args.lora.enable:
+        add_lora(model, args.lora, seed=args.seed)
+    for role, named in parameters_by_role(model).items():
+        for parameter in named.values():
+            parameter.requires_grad_(role in training_roles(args))
+    return model.train()
 
 
 def load_model(
-    args: TrainArgs, info: loaders.CheckpointInfo, device: torch.device | str
+    args: TrainArgs,
+    info: loaders.CheckpointInfo,
+    device: torch.device | str,
+    sharder: Sharder | None = None,
 ) -> TTTLMModel:
     """The model to train, on `device`, with its trainable parameters marked.
 
     New parameters are drawn from `args.seed` alone: every process, and every later run of the same
     configuration, starts from the same ones.
 
+    Args:
+        sharder: cuts the model between processes while it is loaded.
+
     Raises:
         UserError: weights that do not fit the model, or an impossible TTT configuration.
     """
-    paths = args.moshi_paths
+    paths, device = args.moshi_paths, torch.device(device)
+    shape = changed_shape(model_shape(info), args.model)
     earlier = open_earlier_run(paths.init_from) if paths.init_from else None
-    compile = torch.device(device).type == "cuda" if args.compile is None else args.compile
-    torch.manual_seed(args.seed)
     if earlier is not None:
-        shape = changed_shape(model_shape(info), args.model)
         there = _with_known_names(earlier.config)
         require_fit(earlier, args, shape, {key: there.get(key) for key in shape})
-        model = plan_model(args, info, compile=compile)
-        load_weights(model, _base_weights(earlier), device)
-    elif paths.random_init:
-        model = plan_model(args, info, device, compile=compile)
-    else:
-        model = plan_model(args, info, compile=compile)
-        load_weights(model, info.moshi_weights, device)
-    if args.lora.enable:
-        add_lora(model, args.lora, seed=args.seed)
+    model = plan_model(
+        args, info, compile=device.type == "cuda" if args.compile is None else args.compile
+    )
+    files = WeightFiles()
     if earlier is not None:
-        load_adapters_and_ttt(model, args, earlier)
+        files.add_base(_base_weights(earlier), model)
+        for path, names in trained_files(model, args, earlier):
+            files.add_exactly(path, names, model)
         logger.info(describe_start(args, earlier))
-    for role, named in parameters_by_role(model).items():
-        for parameter in named.values():
-            parameter.requires_grad_(role in _training_roles(args))
-    return model.train()
+    elif not paths.random_init:
+        files.add_base(info.moshi_weights, model)
+    scale = shape.get("layer_scale")
+    fill(
+        model,
+        files,
+        device,
+        seed=args.seed,
+        layer_scales={
+            "transformer": scale,
+            "depformer": shape.get("depformer_layer_scale", scale),
+        },
+        sharder=sharder,
+    )
+    return model
 
 
 def build_codec(
@@ -325,7 +339,7 @@ def add_lora(model: TTTLMModel, args: LoraArgs, *, seed: int) -> None:
             nn.init.zeros_(module.lora_B.weight)
 
 
-def _training_roles(args: TrainArgs) -> set[str]:
+def training_roles(args: TrainArgs) -> set[str]:
     if args.full_finetuning:
         return {"base", "embedding", "ttt"}
     if args.lora.enable:
@@ -367,23 +381,3 @@ def trainable_by_role(model: TTTLMModel) -> dict[str, dict[str, nn.Parameter]]:
         for role, named in parameters_by_role(model).items()
     }
     return {role: named for role, named in trainable.items() if named}
-
-
-def merged_state_dict(model: TTTLMModel) -> Mapping[str, torch.Tensor]:
-    """The weights under the names of the stock model, LoRA merged, without TTT's own."""
-    merged = {}
-    adapters = {
-        prefix: module for prefix, module in model.named_modules() if isinstance(module, LoRALinear)
-    }
-    own = ttt_parameters(model)
-    for name, weight in model.state_dict().items():
-        prefix, _, part = name.rpartition(".")
-        owner, _, inner = prefix.rpartition(".")
-        if name in own or (owner in adapters and inner in ("lora_A", "lora_B")):
-            continue
-        if owner in adapters and inner == "frozen_W":
-            # On the host: a second copy of all weights may not fit beside the first.
-            merged[f"{owner}.{part}"] = adapters[owner].merge_weight().cpu()
-        else:
-            merged[name] = weight
-    return merged

@@ -1,7 +1,7 @@
 """AdamW on float32 master weights, with a learning rate by role and a one-cycle schedule."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,10 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from finetune.args import OptimArgs
 from finetune.distributed import World
+from finetune.sharding import Sharding, local
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+"""What AdamW keeps for every parameter, besides the number of its steps."""
 
 
 @dataclass(frozen=True)
@@ -33,13 +37,15 @@ class Optimizer:
 
     Parameters below float32 have a float32 master copy that the optimizer steps, and that gradients
     are summed into: a step of 1e-5 would be lost in a bfloat16 weight, and so would the small
-    gradients of a late micro-batch.
+    gradients of a late micro-batch. Of sharded parameters, which are float32, each process steps
+    its own part.
 
     Args:
         parameters: by role ("base", "embedding", "lora", "ttt") and then by name; only these train.
         args: learning rates and so on. TTT parameters have their own learning rate, and no weight
             decay: it would pull their projection from the identity to zero.
         max_steps: length of the schedule.
+        sharding: how the parameters are sharded; None: every process has all of them.
     """
 
     def __init__(
@@ -48,7 +54,9 @@ class Optimizer:
         args: OptimArgs,
         *,
         max_steps: int,
+        sharding: Sharding | None = None,
     ):
+        self.sharding = sharding
         self.names = {role: list(named) for role, named in parameters.items()}
         self.parameters = {role: list(named.values()) for role, named in parameters.items()}
         self.masters = {
@@ -80,12 +88,11 @@ class Optimizer:
 
         A loss or gradient that is not finite changes nothing but the schedule.
         """
-        world.sum_all(m.grad for m in self._all_masters() if m.grad is not None)
-        norms = {
-            role: get_total_norm([m.grad for m in masters if m.grad is not None])
-            for role, masters in self.masters.items()
-            if any(m.grad is not None for m in masters)
-        }
+        if self.sharding is None:
+            world.sum_all(m.grad for m in self._all_masters() if m.grad is not None)
+        else:
+            self._take_own_gradients()
+        norms = self._norms()
         total = get_total_norm(list(norms.values()))
         all_norms: list[float] = torch.stack([total, *norms.values()]).tolist()
         result = StepResult(
@@ -101,42 +108,101 @@ class Optimizer:
         self.schedule.step()
         return result
 
-    def state_dict(self) -> dict[str, Any]:
+    def _take_own_gradients(self) -> None:
+        """Those of this process's parts; FSDP has summed them."""
+        for parameter, master in self._named().values():
+            if parameter.grad is not None:
+                master.grad = local(parameter.grad)
+                parameter.grad = None
+
+    def _norms(self) -> dict[str, Tensor]:
+        """Gradient norms by role, of whole gradients."""
+        norms = {
+            role: get_total_norm([m.grad for m in masters if m.grad is not None])
+            for role, masters in self.masters.items()
+            if any(m.grad is not None for m in masters)
+        }
+        if self.sharding is None:
+            return norms
+        squares = self.sharding.sum_over_parts(torch.stack(list(norms.values())) ** 2)
+        return dict(zip(norms, squares.sqrt(), strict=True))
+
+    def tensors(self) -> dict[str, tuple[Tensor, nn.Parameter]]:
+        """What the optimizer keeps, by name (`exp_avg/transformer.layers.0.norm1.alpha`): each
+        tensor with the parameter that it is of. Of a sharded one, this process's part."""
+        found = {}
+        for name, (parameter, master) in self._named().items():
+            found[f"master/{name}"] = (master, parameter)
+            for key in _MOMENTS:
+                if master in self.adamw.state:
+                    found[f"{key}/{name}"] = (self.adamw.state[master][key], parameter)
+        return found
+
+    def summary(self) -> dict[str, Any]:
+        """The rest of its state: which parameters these are, and how far they and the schedule are.
+        The same for every process."""
+        taken = self.adamw.state
+        steps = [taken[m]["step"] if m in taken else torch.zeros(()) for m in self._all_masters()]
+        counts = torch.stack([step.to(steps[0].device) for step in steps]).tolist()
+        roles = {name: role for role, names in self.names.items() for name in names}
         return {
-            "names": self.names,
-            "masters": self.masters,
-            "adamw": self.adamw.state_dict(),
+            "parameters": {
+                name: {"role": roles[name], "shape": list(parameter.shape), "steps": count}
+                for (name, (parameter, _)), count in zip(self._named().items(), counts, strict=True)
+            },
             "schedule_step": self.schedule.last_epoch,
         }
 
     @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """
+    def restore(
+        self,
+        summary: dict[str, Any],
+        fill: Callable[[dict[str, tuple[Tensor, nn.Parameter]]], None],
+    ) -> None:
+        """Continue from a state.
+
+        The learning rates and so on are those of this configuration, which may have been changed.
+
+        Args:
+            summary: see there.
+            fill: puts the saved values into `tensors()`.
+
         Raises:
             ValueError: the state is of other parameters than those that train now, or of a step
                 beyond the schedule.
         """
-        shapes = {role: [m.shape for m in masters] for role, masters in self.masters.items()}
-        saved_shapes = {role: [m.shape for m in ms] for role, ms in state["masters"].items()}
-        if state["names"] != self.names or saved_shapes != shapes:
+        own = self.summary()["parameters"]
+        saved = summary["parameters"]
+        if [(n, p["role"], p["shape"]) for n, p in saved.items()] != [
+            (n, p["role"], p["shape"]) for n, p in own.items()
+        ]:
             raise ValueError("it holds other trainable parameters than this configuration has")
-        step = state["schedule_step"]
+        step = summary["schedule_step"]
         if step > self.schedule.total_steps:
             raise ValueError(
                 f"it was saved after step {step}, and max_steps is {self.schedule.total_steps}"
             )
-        for role, masters in self.masters.items():
-            for master, saved in zip(masters, state["masters"][role], strict=True):
-                master.copy_(saved)
-        # The state holds the learning rates as well: those of this configuration count, which may
-        # have been changed, and the schedule follows from them and its step.
-        own = [{k: v for k, v in g.items() if k != "params"} for g in self.adamw.param_groups]
-        self.adamw.load_state_dict(state["adamw"])
-        for group, settings in zip(self.adamw.param_groups, own, strict=True):
-            group.update(settings)
+        fused = self.adamw.defaults["fused"]
+        for name, (_, master) in self._named().items():
+            if count := saved[name]["steps"]:
+                self.adamw.state[master] = {
+                    "step": torch.tensor(count, device=master.device if fused else "cpu"),
+                    **{key: torch.zeros_like(master) for key in _MOMENTS},
+                }
+        fill(self.tensors())
         self.schedule.load_state_dict({"last_epoch": step - 1, "_step_count": step})
         self.schedule.step()
         self._write_back()
+
+    def _named(self) -> dict[str, tuple[nn.Parameter, Tensor]]:
+        """Every parameter and its master, by name."""
+        return {
+            name: (parameter, master)
+            for role, names in self.names.items()
+            for name, parameter, master in zip(
+                names, self.parameters[role], self.masters[role], strict=True
+            )
+        }
 
     def _all_masters(self) -> list[Tensor]:
         return [master for masters in self.masters.values() for master in masters]
@@ -144,7 +210,9 @@ class Optimizer:
     @torch.no_grad()
     def _write_back(self) -> None:
         own = [p for parameters in self.parameters.values() for p in parameters]
-        pairs = [(p, m) for p, m in zip(own, self._all_masters(), strict=True) if p is not m]
+        pairs = [
+            (p, m) for p, m in zip(own, self._all_masters(), strict=True) if p.dtype != m.dtype
+        ]
         if pairs:
             torch._foreach_copy_([p for p, _ in pairs], [m for _, m in pairs])
 
@@ -152,7 +220,7 @@ class Optimizer:
 def _with_master(parameter: nn.Parameter) -> Tensor:
     """The tensor to optimize for `parameter`: itself, or a float32 copy that gets its gradients."""
     if parameter.dtype == torch.float32:
-        return parameter
+        return local(parameter)
     master = parameter.detach().float()
 
     def move_grad(p: Tensor) -> None:

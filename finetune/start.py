@@ -11,11 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import nn
-
 from finetune.args import TrainArgs
 from finetune.config import Problem, list_problems, load_config
 from finetune.errors import UserError
@@ -34,44 +29,6 @@ _TTT_MAY_CHANGE = {
     "scan_checkpoint_group_size",
     "attention_context",
 }
-
-
-def load_weights(model: TTTLMModel, path: Path, device: torch.device | str) -> None:
-    """Load stock weights into a model on `meta`; TTT's own parameters get their start values.
-
-    Raises:
-        UserError: the file cannot be read, or does not fit.
-    """
-    dtype = model.text_emb.weight.dtype
-    try:
-        weights = load_file(path, device=str(device))
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"moshi_paths.moshi_path: cannot read {path}: {error}") from error
-    weights = {key: w.to(dtype) if w.is_floating_point() else w for key, w in weights.items()}
-    expected = model.state_dict()
-    own = ttt_parameters(model)
-    wrong = {
-        "missing": [key for key in expected if key not in weights and key not in own],
-        "unknown": [key for key in weights if key not in expected],
-        "of another shape": [
-            key for key in weights if key in expected and weights[key].shape != expected[key].shape
-        ],
-    }
-    if any(wrong.values()):
-        found = [
-            f"{len(keys)} {what} ({', '.join(keys[:3])})" for what, keys in wrong.items() if keys
-        ]
-        raise UserError(
-            f"moshi_paths.moshi_path: {path} does not fit the model that its config.json (or "
-            f"moshi_paths.config_path) describes. Of its weights are {', '.join(found)}."
-        )
-    model.load_state_dict(weights, strict=False, assign=True)
-    for module in model.ttt_layers.values():
-        for name, parameter in module.ttt_parameters().items():
-            owner, _, leaf = name.rpartition(".")
-            start = nn.Parameter(torch.empty_like(parameter, device=device))
-            setattr(module.get_submodule(owner), leaf, start)
-        module.reset_parameters()
 
 
 @dataclass(frozen=True)
@@ -170,37 +127,17 @@ def misfits(
             )
 
 
-@torch.no_grad()
-def load_adapters_and_ttt(model: TTTLMModel, args: TrainArgs, earlier: EarlierRun) -> None:
-    """Put the earlier run's LoRA and TTT, as far as it has them, into a model with its base.
-
-    Raises:
-        UserError: a file is missing or damaged.
-    """
-    needed: dict[str, set[str]] = {}
+def trained_files(
+    model: TTTLMModel, args: TrainArgs, earlier: EarlierRun
+) -> Iterator[tuple[Path, set[str]]]:
+    """The files of the earlier run's LoRA and TTT, as far as it has them and this run goes on with
+    them, and the weights that they must hold."""
+    folder = earlier.checkpoint / "consolidated"
     if earlier.args.lora.enable and earlier.args.save_adapters:
-        lora = (name for name in model.state_dict() if ".lora_" in name)
-        needed["lora.safetensors"] = set(lora)
+        lora = {name for name, _ in model.named_parameters() if ".lora_" in name}
+        yield folder / "lora.safetensors", lora
     if earlier.args.ttt.enabled and args.ttt.enabled:
-        needed["ttt.safetensors"] = set(ttt_parameters(model))
-    expected = model.state_dict()
-    for name, keys in needed.items():
-        path = earlier.checkpoint / "consolidated" / name
-        try:
-            weights = load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"moshi_paths.init_from: cannot read {path}: {error}") from error
-        wrong = sorted(keys - weights.keys()) + [
-            key
-            for key, weight in weights.items()
-            if key not in expected or weight.shape != expected[key].shape
-        ]
-        if wrong:
-            raise UserError(
-                f"moshi_paths.init_from: {path} does not fit this model, though their "
-                f"configurations agree: see {wrong[0]}. Was the file replaced?"
-            )
-        model.load_state_dict(weights, strict=False)
+        yield folder / "ttt.safetensors", set(ttt_parameters(model))
 
 
 def describe_start(args: TrainArgs, earlier: EarlierRun) -> str:

@@ -12,6 +12,7 @@ from finetune.console import format_count
 from finetune.data import FRAME_RATE_HZ, EvalLoader, TrainLoader, count_frames
 from finetune.distributed import World
 from finetune.model import parameters_by_role
+from finetune.sharding import shard_size
 from ttt import TTTLMModel
 
 logger = logging.getLogger(__name__)
@@ -36,6 +37,17 @@ def describe_run(
         + (f", {eval_data.num_segments} to evaluate" if eval_data else "")
         + f"; {global_batch} a step on {world.size} x {world.device.type}"
     )
+    if world.size > 1:
+        size = shard_size(args, world.size)
+        whole = "each holds the whole model"
+        yield f"{world.size} processes: " + (
+            whole if size == 1 else f"{size} share a copy of the model (parallel.shard_size)"
+        )
+        if size > 1 and args.do_eval and args.health_sec > 0:
+            yield (
+                "health_sec: a sharded model speaks only if all processes do, so its health is not "
+                "checked; `moshi-ttt evaluate` does it for a checkpoint"
+            )
     roles = []
     for role, named in parameters_by_role(model).items():
         total = sum(p.numel() for p in named.values())

@@ -4,6 +4,7 @@ import logging
 import math
 import time
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,9 @@ import torch
 from finetune.args import TrainArgs
 from finetune.checkpoint import (
     created_run_dir,
+    fill_shards,
     load_resume_state,
     open_run_dir,
-    save_checkpoint,
     step_of,
 )
 from finetune.config import changed_keys, public_dict
@@ -30,7 +31,12 @@ from finetune.metrics import MetricsLogger
 from finetune.model import build_codec, find_checkpoint, load_model, trainable_by_role
 from finetune.optim import Optimizer, StepResult
 from finetune.phases import Phases, StepProfiler
+from finetune.random_state import get_random_state, set_random_state
+from finetune.run_lock import RunLock
+from finetune.saving import CheckpointWriter
+from finetune.sharding import build_sharding, sum_gradients_when_needed
 from finetune.summary import describe_run, write_summary
+from finetune.watch import Watch
 from ttt import measuring
 
 logger = logging.getLogger(__name__)
@@ -47,18 +53,27 @@ class Trainer:
     def __init__(self, args: TrainArgs):
         self.args = args
         self.run_dir = Path(args.run_dir)
-        self.world = join_world(args.device)
+        self.world = join_world(
+            args.device, timeout=timedelta(seconds=1.5 * args.parallel.hang_timeout_sec + 60)
+        )
         setup_logging(self.world.rank)
+        self.lock = RunLock(self.run_dir, enabled=self.world.is_main)
+        if (self.run_dir / "args.yaml").is_file():
+            self.lock.take()
         resume_from = open_run_dir(args)
         self.world.barrier()
         self.checkpoint_info = find_checkpoint(args.moshi_paths)
-        self.model = load_model(args, self.checkpoint_info, self.world.device)
+        self.sharding = build_sharding(args, self.world)
+        self.model = load_model(args, self.checkpoint_info, self.world.device, self.sharding)
         self.codec = build_codec(self.checkpoint_info, self.model)
         self.loss_weights = LossWeights(
             args.text_padding_weight, args.first_codebook_weight_multiplier
         )
         self.optimizer = Optimizer(
-            trainable_by_role(self.model), args.optim, max_steps=args.max_steps
+            trainable_by_role(self.model),
+            args.optim,
+            max_steps=args.max_steps,
+            sharding=self.sharding,
         )
         places: dict[str, Any] = {
             "duration_sec": args.duration_sec,
@@ -87,14 +102,21 @@ class Trainer:
         self.nonfinite_in_a_row = 0
         self.effect = EffectWatch(args)
         self.last_eval: tuple[int, float] | None = None
-        self.saved_step = 0
+        self.watch = Watch(self.world, hang_timeout_sec=args.parallel.hang_timeout_sec)
+        self.writer = CheckpointWriter(
+            args,
+            self.checkpoint_info,
+            self.world,
+            self.sharding,
+            on_wait=lambda: self.watch.at(self.step, "checkpoint"),
+        )
         if resume_from is not None:
             self.resume(resume_from)
         self.profiler = StepProfiler(
             args.profile_steps, self.run_dir, rank=self.world.rank, num_done=self.step
         )
         # Only now, when nothing else can be wrong: it may delete an older run.
-        with created_run_dir(args) if self.world.is_main else nullcontext():
+        with created_run_dir(args, self.lock) if self.world.is_main else nullcontext():
             self.metrics = MetricsLogger(
                 self.run_dir,
                 wandb_args=args.wandb,
@@ -117,45 +139,54 @@ class Trainer:
             self.args, self.model, self.train_data, self.eval_data, self.world
         ):
             logger.info(line)
-        with self.interrupt, self.metrics, self.progress:
+        with self.lock, self.interrupt, self.metrics, self.progress:
             try:
-                if self.step == 0:
-                    self.evaluate()
-                while self.step < self.args.max_steps and not self.interrupted():
-                    self.profiler.before_step(self.step + 1)
-                    self.train_step()
-                    self.stop_if_lost()
-                    if self.is_due(self.args.eval_freq):
-                        self.evaluate()
-                    if self.args.do_ckpt and self.is_due(self.args.ckpt_freq):
-                        with self.phases.phase("save"):
-                            self.save()
-                    self.profiler.after_step(self.step)
-                return self.leave()
+                with self.watch:
+                    return self.loop()
             finally:
+                self.writer.close()
                 self.train_data.close()
                 self.world.close()
+
+    def loop(self) -> int:
+        if self.step == 0:
+            self.evaluate()
+        while self.step < self.args.max_steps and not self.interrupted():
+            self.profiler.before_step(self.step + 1)
+            self.train_step()
+            self.stop_if_lost()
+            if self.is_due(self.args.eval_freq):
+                self.evaluate()
+            if self.args.do_ckpt and self.is_due(self.args.ckpt_freq):
+                with self.phases.phase("save"):
+                    self.save()
+            self.profiler.after_step(self.step)
+        return self.leave()
 
     def train_step(self) -> None:
         """One optimizer step on the next batches."""
         started_at = time.monotonic()
         self.phases.clear()
+        self.watch.at(self.step + 1, "data")
         with self.phases.phase("data_wait", on_device=False):
             batches = self.next_batches()
 
         self.step += 1
+        self.watch.at(self.step, "forward and backward")
         with (
             self.phases.phase("forward_backward"),
             measuring(self.model, enabled=self.is_due(self.args.log_freq)) as ttt,
         ):
             losses = self.forward_backward(batches)
         is_loss_finite = math.isfinite(sum(losses))
+        self.watch.at(self.step, "optimizer step")
         with self.phases.phase("optimizer"):
             result = self.optimizer.step(
                 max_norm=self.args.max_norm, world=self.world, is_loss_finite=is_loss_finite
             )
         self.count_nonfinite(losses, result)
         step_sec = time.monotonic() - started_at
+        self.watch.at(self.step, "log")
         with self.phases.phase("log"):
             self.log(batches, losses, result, ttt, step_sec=step_sec)
 
@@ -170,8 +201,9 @@ class Trainer:
             return [next(self.train_data) for _ in range(self.args.num_microbatches)]
         except UserError:
             # With several processes the others are elsewhere, and cannot save with this one.
-            if self.args.do_ckpt and self.world.size == 1 and self.step > self.saved_step:
+            if self.args.do_ckpt and self.world.size == 1 and self.step > self.writer.last_step:
                 self.save(position)
+                self.writer.wait()
             raise
 
     def forward_backward(self, batches: list[Batch]) -> tuple[float, float]:
@@ -179,7 +211,8 @@ class Trainer:
         codes = [batch.codes for batch in batches]
         weight = self.world.sum(total_weight(self.model, codes, self.loss_weights)).clamp(min=1e-9)
         total = torch.zeros(2, device=self.world.device)
-        for batch in codes:
+        for number, batch in enumerate(codes, 1):
+            sum_gradients_when_needed(self.model, is_last=number == len(codes))
             sums = stream_sums(
                 self.model, self.model(batch, with_heads=False), batch, self.loss_weights
             )
@@ -261,14 +294,15 @@ class Trainer:
         """If the configuration asks for it; at step 0 too, to have something to compare with."""
         if self.eval_data is None:
             return
+
+        def should_stop() -> bool:
+            self.watch.at(self.step, "evaluation")
+            return self.interrupt.signal_number is not None
+
         started_at = time.monotonic()
         with self.phases.phase("evaluate"):
             metrics = evaluate(
-                self.model,
-                self.eval_data,
-                self.loss_weights,
-                self.world,
-                should_stop=lambda: self.interrupt.signal_number is not None,
+                self.model, self.eval_data, self.loss_weights, self.world, should_stop=should_stop
             )
         metrics["eval_sec"] = time.monotonic() - started_at
         if self.interrupted():
@@ -283,7 +317,7 @@ class Trainer:
 
     def check_health(self) -> dict[str, float]:
         """Measures of what the model says; warns if it is no longer like speech."""
-        if self.args.health_sec == 0 or not self.world.is_main:
+        if self.args.health_sec == 0 or not self.world.is_main or self.sharding is not None:
             return {}
         assert self.eval_data is not None
         measures, alarms = self.speech_check(self.model, self.eval_data)
@@ -299,51 +333,47 @@ class Trainer:
         return measures
 
     def save(self, data_position: dict[str, Any] | None = None) -> None:
-        """Write a checkpoint of this step; `data_position` is the loader's own if not given."""
-        if self.world.is_main:
-            evaluated = (
-                self.last_eval if self.last_eval and self.last_eval[0] == self.step else None
-            )
-            path = save_checkpoint(
-                self.args,
-                self.model,
-                self.checkpoint_info,
-                step=self.step,
-                eval_loss=evaluated[1] if evaluated else None,
-                resume_state={
-                    "optimizer": self.optimizer.state_dict(),
-                    "data": data_position or self.train_data.state_dict(),
-                    "random": _random_state(),
-                    "effect": self.effect.state_dict(),
-                    "counts": {
-                        "step": self.step,
-                        "nonfinite_steps": self.nonfinite_steps,
-                        "nonfinite_in_a_row": self.nonfinite_in_a_row,
-                        "last_eval": self.last_eval,
-                    },
+        """Begin a checkpoint of this step; `data_position` is the loader's own if not given."""
+        self.watch.at(self.step, "checkpoint")
+        evaluated = self.last_eval if self.last_eval and self.last_eval[0] == self.step else None
+        self.writer.save(
+            self.model,
+            self.optimizer,
+            step=self.step,
+            eval_loss=evaluated[1] if evaluated else None,
+            resume_state={
+                "data": data_position or self.train_data.state_dict(),
+                "random": get_random_state(),
+                "effect": self.effect.state_dict(),
+                "counts": {
+                    "step": self.step,
+                    "nonfinite_steps": self.nonfinite_steps,
+                    "nonfinite_in_a_row": self.nonfinite_in_a_row,
+                    "last_eval": self.last_eval,
                 },
-            )
-            self.progress.message(f"saved {path}")
-        self.saved_step = self.step
-        self.world.barrier()
+            },
+        )
 
     def resume(self, checkpoint: Path) -> None:
         """Continue where `checkpoint` was saved, to the bit."""
-        state = load_resume_state(checkpoint)
+        state = load_resume_state(checkpoint, self.world)
         try:
-            self.optimizer.load_state_dict(state["optimizer"])
+            self.optimizer.restore(
+                state["optimizer"],
+                fill=lambda tensors: fill_shards(checkpoint, tensors, self.world, self.sharding),
+            )
         except ValueError as error:
             raise UserError(
                 f"{checkpoint} does not belong to this configuration: {error}. Resume with the "
                 f"configuration in {checkpoint / 'args.yaml'}, or start a new run_dir."
             ) from error
         self.train_data.load_state_dict(state["data"])
-        _set_random_state(state["random"])
+        set_random_state(state["random"])
         self.effect.load_state_dict(state["effect"])
         for name, value in state["counts"].items():
             setattr(self, name, value)
         assert self.step == step_of(checkpoint)
-        self.saved_step = self.step
+        self.writer.last_step = self.step
         logger.info("resuming %s after step %d", checkpoint, self.step)
         for key, (old, new) in changed_keys(checkpoint / "args.yaml", self.args).items():
             logger.warning("%s was %s when the checkpoint was made, and is %s now", key, old, new)
@@ -360,13 +390,15 @@ class Trainer:
 
     def leave(self) -> int:
         if self.step >= self.args.max_steps:
+            self.writer.wait()
             return 0
         number = self.interrupt.signal_number or 0
         if self.step == 0:
             logger.info("stopped before the first step; there is nothing to save")
         elif self.args.do_ckpt:
-            if self.step > self.saved_step:
+            if self.step > self.writer.last_step:
                 self.save()
+            self.writer.wait()
             logger.info("stopped after step %d; continue with --resume", self.step)
         else:
             logger.info("stopped after step %d; nothing saved (do_ckpt: false)", self.step)
@@ -375,16 +407,3 @@ class Trainer:
     def is_due(self, every: int) -> bool:
         """Whether something that is done every so many steps is due at this one."""
         return (every >= 1 and self.step % every == 0) or self.step == self.args.max_steps
-
-
-def _random_state() -> dict[str, torch.Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_initialized():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def _set_random_state(state: dict[str, torch.Tensor]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_initialized():
-        torch.cuda.set_rng_state(state["cuda"])

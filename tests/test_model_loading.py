@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from moshi.models.loaders import CheckpointInfo
+from safetensors.torch import load_file, save_file
 from training_tools import (
     FULL,
     LM_CONFIG,
@@ -192,3 +193,20 @@ def test_the_shape_is_moshi_7b_where_nothing_says_otherwise(config):
     shape = model_shape(find_checkpoint(paths))
     assert (shape["num_layers"], shape["dim"], shape["context"]) == (32, 4096, 3000)
     assert shape.keys() != LM_CONFIG.keys()
+
+
+def test_weights_under_their_older_names_are_read(config, tmp_path):
+    """The released Moshi has the projections of all steps of the depth transformer in one."""
+    folder = tmp_path / "model"
+    shutil.copytree(config.parent / "model", folder)
+    old = load_file(folder / "model.safetensors")
+    layers = {name.split(".self_attn.")[0] for name in old if ".self_attn." in name}
+    for layer in layers:
+        for kind, name in (("in_projs", "in_proj_weight"), ("out_projs", "out_proj.weight")):
+            keys = sorted(key for key in old if key.startswith(f"{layer}.self_attn.{kind}."))
+            old[f"{layer}.self_attn.{name}"] = torch.cat([old.pop(key) for key in keys])
+    assert "depformer.layers.0.self_attn.in_proj_weight" in old
+    save_file(old, folder / "model.safetensors")
+    for overrides in ({}, LORA):
+        found = weights(load(config, {**overrides, "moshi_paths.hf_repo_id": str(folder)}))
+        assert_same_weights(found, weights(load(config, overrides)))

@@ -103,7 +103,7 @@ def test_resuming_goes_on_where_it_was_and_not_at_the_start(config, tmp_path):
     options = FULL | {"moshi_paths.init_from": str(earlier), "param_dtype": "float32"}
     train(config, tmp_path / "whole", options | {"max_steps": 4})
     half = trainer(config, tmp_path / "half", options | {"max_steps": 4, "ckpt_freq": 2})
-    half.train_step(), half.train_step(), half.save(), half.metrics.close()
+    half.train_step(), half.train_step(), half.save(), half.writer.wait(), half.metrics.close()
     resumed = train(config, tmp_path / "half", options | {"max_steps": 4, "resume": True})
     assert resumed.step == 4
     assert logged(tmp_path / "half") == logged(tmp_path / "whole")

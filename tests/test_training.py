@@ -57,19 +57,18 @@ def plain_loss(model, codes, *, padding_weight, first_codebook_weight):
     return text_loss + (weight * nll).sum() / weight.sum()
 
 
-def stock_model(config, *, lora):
-    """Stock `moshi` with the weights that a run starts from, and what trains in it."""
+def stock_model(config, own, *, lora):
+    """Stock `moshi` with the weights that a run starts from, and what trains in it; `own` is the
+    run's model, for the adapters that are drawn at random."""
     model = LMModel(device="cpu", dtype=torch.float32, **LM_CONFIG)
     model.load_state_dict(load_file(config.parent / "model/model.safetensors"))
     if not lora:
         return model, list(model.parameters())
-    torch.manual_seed(0)
     replace_all_linear_with_lora(model, LORA["lora.rank"], 2.0)
-    adapters = [p for name, p in model.named_parameters() if "lora_" in name]
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.zeros_(parameter)
-    return model, adapters
+    drawn = {name: p for name, p in own.named_parameters() if "lora_" in name}
+    assert not any(p.any() for name, p in drawn.items() if "lora_B" in name)
+    model.load_state_dict(drawn, strict=False)
+    return model, [p for name, p in model.named_parameters() if "lora_" in name]
 
 
 @pytest.mark.parametrize(
@@ -93,8 +92,9 @@ def test_without_ttt_the_losses_are_those_of_a_loop_over_stock_moshi(
         "first_codebook_weight_multiplier": 100.0,
         "max_norm": 0.7,
     }
-    batches = trainer(config, tmp_path / "data", overrides).train_data
-    model, trained = stock_model(config, lora=lora)
+    own = trainer(config, tmp_path / "data", overrides)
+    batches = own.train_data
+    model, trained = stock_model(config, own.model, lora=lora)
     optimizer = torch.optim.AdamW(trained, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1)
     schedule = OneCycleLR(optimizer, max_lr=3e-3, total_steps=20, pct_start=0.3)
     expected = []

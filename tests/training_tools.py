@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 import yaml
 from data_tools import MIMI_CONFIG, tiny_mimi, tiny_tokenizer, write_dataset
 from helpers import moshi_like
@@ -115,10 +116,15 @@ def saved_weights(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
     weights = {}
     for file in sorted((folder / "consolidated").glob("*.safetensors")):
         weights |= load_file(file)
-    masters = torch.load(folder / "resume.pt", weights_only=True)["optimizer"]["masters"]
-    for role, tensors in masters.items():
-        weights |= {f"{role} {index}": tensor for index, tensor in enumerate(tensors)}
-    return weights
+    reader = dcp.FileSystemReader(folder / "resume")
+    found = reader.read_metadata().state_dict_metadata
+    masters = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in found.items()
+        if name.startswith("master/")
+    }
+    dcp.load(masters, storage_reader=reader, no_dist=True)
+    return weights | masters
 
 
 def assert_same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:

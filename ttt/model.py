@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from ttt.config import TTTArgs
 from ttt.layers import InPlaceGating, TTTMixer, blocks
-from ttt.layers.depth import depth_hidden
+from ttt.layers.depth import DepthLayer, depth_hidden
 from ttt.layers.execution import Checkpointing, Execution
+from ttt.layers.shardable import Shardable
 from ttt.ops.attention import RopeTable, rope_table
 
 logger = logging.getLogger(__name__)
@@ -25,7 +26,7 @@ logger = logging.getLogger(__name__)
 TTTModule = InPlaceGating | TTTMixer
 
 
-class TTTTransformerLayer(StreamingTransformerLayer):
+class TTTTransformerLayer(Shardable, StreamingTransformerLayer):
     """A stock layer with a place for TTT: between attention and MLP, `ttt`; or within the MLP, a
     gating that learns at test time, which it hands the token embeddings on to.
 
@@ -97,7 +98,7 @@ class HiddenStates:
     """[K, B · T, C], for K codebooks."""
 
 
-class TTTLMModel(LMModel):
+class TTTLMModel(Shardable, LMModel):
     """A stock `LMModel`, trainable and streamable as such, with TTT in some layers.
 
     State-dict keys are the stock ones, plus `transformer.layers.N.gating.target_*` and, with
@@ -239,7 +240,7 @@ def build_model(
         device=device,
         dtype=dtype,
         layer_class=TTTTransformerLayer,
-        depformer_layer_class=StreamingTransformerLayer,
+        depformer_layer_class=DepthLayer,
         **lm_kwargs,
     )
     model.ttt_args = ttt_args

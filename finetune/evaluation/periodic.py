@@ -11,6 +11,7 @@ from torch import Tensor
 from finetune.data import Batch, Codec, count_frames
 from finetune.distributed import World
 from finetune.loss import LossWeights, stream_sums
+from finetune.sharding import let_go
 from ttt import TTTLMModel
 
 from .health import Alarm, alarms, check_health, means
@@ -44,15 +45,16 @@ def evaluate(
     was_training = model.training
     model.eval()
     total = torch.zeros(2, 4, dtype=torch.float64)
-    for batch in batches:
-        if should_stop():
-            break
-        for row, sums in enumerate(
-            stream_sums(model, model(batch.codes, with_heads=False), batch.codes, weights)
-        ):
+    # All zero tokens, which weigh nothing, where another process has more batches than this one.
+    codes = torch.full((1, model.num_codebooks, 16), model.zero_token_id, device=world.device)
+    for batch in world.in_step(batches, should_stop):
+        codes = torch.full_like(codes, model.zero_token_id) if batch is None else batch.codes
+        output = model(codes, with_heads=False)
+        for row, sums in enumerate(stream_sums(model, output, codes, weights)):
             parts = (sums.loss, sums.weight, sums.nll, sums.count)
             total[row] += torch.stack([part.double() for part in parts]).cpu()
     model.train(was_training)
+    let_go(model)
     totals = world.sum(total.to(world.device)).tolist()
     (text_loss, text_nll), (audio_loss, audio_nll) = (
         (loss / max(weight, 1e-9), nll / max(count, 1)) for loss, weight, nll, count in totals

@@ -1,19 +1,38 @@
 """The depth transformer over whole sequences: all steps of all frames at once."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from moshi.models.lm import LMModel
 from moshi.modules.gating import ActivationGating
-from moshi.modules.transformer import StreamingTransformer
+from moshi.modules.transformer import StreamingTransformer, StreamingTransformerLayer
 from torch import Tensor, nn
 
 from ttt.layers import blocks
 from ttt.layers.execution import Execution
+from ttt.layers.shardable import Shardable
 
 CHUNK_FRAMES = 10_000
 """Frames at once, at most. They are independent of each other, and a layer's intermediate results,
 which for 20,000 frames of Moshi are 10 GB in the backward pass, would be the peak of memory."""
+
+
+class DepthLayer(Shardable, StreamingTransformerLayer):
+    """A stock layer of the depth transformer, which also takes whole sequences."""
+
+    def whole_sequence(
+        self, chunks: Sequence[Tensor], schedule: Sequence[int], execution: Execution
+    ) -> list[Tensor]:
+        """All steps of all frames, in chunks [K, n, C]. In one call, so that the weights of a
+        sharded layer are gathered once: for as many chunks as each process has.
+
+        Args:
+            schedule: which weights each of the K steps takes, if they differ by step.
+        """
+        numbers = schedule if self.weights_per_step else [0]
+        weights = tuple(blocks.layer_of(self, number) for number in numbers)
+        return [execution.layer(blocks.depth_layer_block, x, weights) for x in chunks]
 
 
 def depth_hidden(
@@ -32,34 +51,38 @@ def depth_hidden(
     num_chunks = -(-len(x) // CHUNK_FRAMES)
     length = -(-len(x) // num_chunks)
     chunks = zip(codes.split(length, dim=1), x.split(length), strict=True)
-    hidden = [_hidden_of(model, *chunk, execution) for chunk in chunks]
-    return hidden[0] if num_chunks == 1 else torch.cat(hidden, dim=1)
+    schedule = model.depformer_weights_per_step_schedule or list(range(model.dep_q))
+    inputs = [_input_of(model, *chunk, schedule, execution) for chunk in chunks]
+    if _is_covered(model.depformer):
+        for module in model.depformer.layers:
+            inputs = module.whole_sequence(inputs, schedule, execution)
+        hidden = _joined(inputs)
+    else:
+        hidden = model.depformer(_joined(inputs).transpose(0, 1)).transpose(0, 1)
+    if all(isinstance(norm, nn.Identity) for norm in model.depformer_norms):
+        return hidden
+    return torch.cat([norm(hidden[k : k + 1]) for k, norm in enumerate(model.depformer_norms)])
 
 
-def _hidden_of(model: LMModel, codes: Tensor, x: Tensor, execution: Execution) -> Tensor:
+def _joined(chunks: Sequence[Tensor]) -> Tensor:
+    return chunks[0] if len(chunks) == 1 else torch.cat(list(chunks), dim=1)
+
+
+def _input_of(
+    model: LMModel, codes: Tensor, x: Tensor, schedule: Sequence[int], execution: Execution
+) -> Tensor:
     """[K, N, C] of codes [17, N] and the main transformer's output [N, d]."""
-    steps = list(range(model.dep_q))
+    steps = range(model.dep_q)
     tokens = [model.depformer_text_emb(codes[0])]
     # The last codebook is never read.
     tokens += [
         emb(codes[model.audio_offset + k])
         for k, emb in zip(steps, model.depformer_emb, strict=False)
     ]
-    schedule = model.depformer_weights_per_step_schedule or steps
     linears = [blocks.linear_of(linear) for linear in model.depformer_in]
     if model.depformer_multi_linear:
         linears = [linears[number] for number in schedule]
-    x = execution.layer(blocks.depth_input_block, x, torch.stack(tokens), tuple(linears))
-    if _is_covered(model.depformer):
-        for module in model.depformer.layers:
-            numbers = schedule if module.weights_per_step else [0]
-            weights = tuple(blocks.layer_of(module, number) for number in numbers)
-            x = execution.layer(blocks.depth_layer_block, x, weights)
-    else:
-        x = model.depformer(x.transpose(0, 1)).transpose(0, 1)
-    if all(isinstance(norm, nn.Identity) for norm in model.depformer_norms):
-        return x
-    return torch.cat([norm(x[k : k + 1]) for k, norm in enumerate(model.depformer_norms)])
+    return execution.layer(blocks.depth_input_block, x, torch.stack(tokens), tuple(linears))
 
 
 def _is_covered(depformer: StreamingTransformer) -> bool:

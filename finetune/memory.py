@@ -1,0 +1,149 @@
+"""How much GPU memory a training step takes, computed without making any of it.
+
+The peak lies at the start of the backward pass: all that was kept for it is there, and the first
+layers are computed again. What is counted, for one process:
+
+    weights      in `param_dtype`; parameters that train also, or only (if sharded), in float32
+    gradients    float32, of what trains
+    optimizer    two moments in float32
+    gathered     of a sharded model: all that is in no layer, and two layers, whole
+    kept         the inputs of all layers (activation checkpointing), and what the loss starts from
+    working      the largest layer's intermediate results, and their gradients
+    TTT          what its operator takes beside that
+
+Results of products are counted at their full width; what is done element by element between them
+(norms, activations, rotations) half as much again. The depth transformer works on a chunk of frames
+at a time. What was measured to check this is in docs/distributed.md.
+"""
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import nn
+
+from finetune.args import TrainArgs
+from finetune.data import count_frames
+from finetune.model import parameters_by_role
+from finetune.sharding import FEW, shard_size
+from ttt import TTTLMModel
+from ttt.layers.depth import CHUNK_FRAMES
+
+ELEMENTWISE = 1.5
+"""What is kept of a layer that is not computed again, relative to its products."""
+WORKING = 2.9
+"""What a layer takes while its backward pass runs, relative to its products: some 10 GB for the
+depth transformer's and 20,000 frames of Moshi 7B, whose products have 3.4 GB."""
+RESERVED_BYTES = 1.5e9
+"""CUDA's and NCCL's own."""
+FRAGMENTATION = 0.03
+"""Of what a GPU has: lost between blocks."""
+
+TTT_BYTES = {"in_place": 30e3, "linear": 145e3, "mlp": 465e3}
+"""By method, for a frame of a model 4096 wide: measured as an operator, at 16 x 1250 frames."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes at the peak, of one GPU."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    gathered: float
+    kept: float
+    working: float
+    ttt: float
+
+    @property
+    def peak(self) -> float:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+def fits(memory: Memory, gpu_bytes: float) -> bool:
+    return memory.peak <= gpu_bytes * (1 - FRAGMENTATION) - RESERVED_BYTES
+
+
+def estimate(args: TrainArgs, model: TTTLMModel, num_gpus: int) -> Memory:
+    """
+    Args:
+        model: as `plan_model` makes it, on `meta`.
+
+    Raises:
+        UserError: the GPUs cannot be divided as `parallel.shard_size` says.
+    """
+    size = shard_size(args, num_gpus)
+    width = getattr(torch, args.param_dtype).itemsize
+    parameters = list(model.parameters())
+    num_trained = sum(p.numel() for p in parameters if p.requires_grad)
+    num_frozen = sum(p.numel() for p in parameters) - num_trained
+    if size > 1:
+        weights = (num_frozen * width + 4 * num_trained) / size
+        gathered = _gathered(model, width)
+        gradients = 4 * num_trained / size
+        is_few = num_trained < FEW * (num_frozen + num_trained)
+        if args.num_microbatches > 1 and is_few:
+            gradients += 4 * num_trained
+    else:
+        masters = 4 * num_trained if width < 4 else 0
+        weights = num_frozen * width + num_trained * width + masters
+        gathered, gradients = 0.0, 4 * num_trained
+    num_frames = args.batch_size * count_frames(args.duration_sec)
+    kept, working = _activations(args, model, num_frames, width)
+    ttt = TTT_BYTES[args.ttt.method] * num_frames * model.dim / 4096 if args.ttt.enabled else 0.0
+    return Memory(weights, gradients, 8 * num_trained / size, gathered, kept, working, ttt)
+
+
+def _gathered(model: TTTLMModel, width: int) -> float:
+    """Whole weights of a sharded model at one time, and the whole gradients that they get."""
+    layers = [*model.transformer.layers, *model.depformer.layers]
+    largest = max(layers, key=_count)
+    rest = _count(model) - sum(map(_count, layers))
+    rest_trained = _count(model, trained=True) - sum(
+        _count(layer, trained=True) for layer in layers
+    )
+    held = width * (rest + 2 * _count(largest))
+    # A layer's gradients in the type of its weights, and in float32 while they are summed.
+    return held + width * rest_trained + (width + 4) * _count(largest, trained=True)
+
+
+def _activations(
+    args: TrainArgs, model: TTTLMModel, num_frames: int, width: int
+) -> tuple[float, float]:
+    """Kept for the backward pass, and working in it."""
+    main, depth = model.transformer.layers, model.depformer.layers
+    depth_rows = num_frames * model.dep_q
+    depth_dim = model.depformer_text_emb.embedding_dim
+    inputs = len(main) * num_frames * model.dim + len(depth) * depth_rows * depth_dim
+    # Embeddings, the main transformer's output, and the heads' inputs with their gradients.
+    inputs += num_frames * 3 * model.dim + depth_rows * 3 * depth_dim
+    per_main = num_frames * _products(main[0])
+    depth_products = max(_products(layer) for layer in depth)
+    kept = float(inputs)
+    if args.gradient_checkpointing == "selective":
+        kept += len(main) * per_main + len(depth) * num_frames * depth_products
+    elif not args.gradient_checkpointing:
+        kept += ELEMENTWISE * (len(main) * per_main + len(depth) * num_frames * depth_products)
+    working = WORKING * max(per_main, min(num_frames, CHUNK_FRAMES) * depth_products)
+    return kept * width, working * width
+
+
+def _products(layer: nn.Module) -> int:
+    """Numbers that the linear layers in a layer put out for a frame. LoRA's are added to those of
+    the frozen layer, and not kept."""
+    return sum(
+        module.out_features
+        for name, module in layer.named_modules()
+        if isinstance(module, nn.Linear) and not name.endswith("lora_B")
+    )
+
+
+def _count(module: nn.Module, *, trained: bool = False) -> int:
+    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
+
+
+def by_role(model: TTTLMModel) -> dict[str, tuple[int, bool]]:
+    """Parameters of each role, and whether they train."""
+    return {
+        role: (sum(p.numel() for p in named.values()), any(p.requires_grad for p in named.values()))
+        for role, named in parameters_by_role(model).items()
+    }

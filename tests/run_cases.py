@@ -1,0 +1,26 @@
+"""Started by `torchrun`: several small runs one after the other, in the same processes."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ["NO_TORCH_COMPILE"] = "1"
+
+import ttt.layers.depth
+from finetune.config import load_config
+from finetune.distributed import World
+from finetune.trainer import Trainer
+
+# Several chunks in training, and one in evaluation where a batch is small.
+ttt.layers.depth.CHUNK_FRAMES = 30
+
+
+def main(cases_file: str) -> None:
+    World.close = lambda self: None  # the next run needs the same processes
+    for case in json.loads(Path(cases_file).read_text()):
+        Trainer(load_config(case["config"], case["overrides"])).train()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

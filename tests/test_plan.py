@@ -1,0 +1,92 @@
+"""`moshi-ttt plan`: what a run takes, against what was measured."""
+
+import dataclasses
+import re
+
+import pytest
+from training_tools import FULL, LORA
+
+from finetune.args import LoraArgs, ModelPaths, TrainArgs
+from finetune.cli import main
+from finetune.config import load_config
+from finetune.data import DataArgs
+from finetune.errors import UserError
+from finetune.memory import estimate
+from finetune.plan import plan
+from ttt import TTTArgs
+
+MOSHI = TrainArgs(
+    DataArgs(train_data="nowhere.jsonl"),
+    "",
+    moshi_paths=ModelPaths(hf_repo_id=None, random_init=True),
+    lora=LoraArgs(enable=True, rank=128),
+    ttt=TTTArgs(enabled=True),
+    duration_sec=100,
+    batch_size=16,
+)
+"""Moshi 7B as docs/benchmarks.md has measured it."""
+
+
+def planned(args, **kwargs):
+    return list(plan(args, **{"num_gpus": 1, "gpu_memory_gb": 80, **kwargs}))
+
+
+def peak_gb(lines):
+    return float(re.search(r"peak +([\d.]+) GB", "\n".join(lines))[1])
+
+
+@pytest.mark.parametrize(("ttt", "measured_gb"), [(True, 38.6), (False, 37.4)])
+def test_the_peak_is_near_the_measured_one(ttt, measured_gb):
+    lines = planned(dataclasses.replace(MOSHI, ttt=TTTArgs(enabled=ttt)))
+    assert peak_gb(lines) == pytest.approx(measured_gb, rel=0.1)
+    assert lines[-1] == "it fits"
+    assert any("180k tokens" in line for line in lines)
+
+
+def test_what_does_not_fit_is_said_with_what_would():
+    full = dataclasses.replace(MOSHI, full_finetuning=True, lora=LoraArgs(), batch_size=8)
+    lines = planned(full)
+    start = next(i for i, line in enumerate(lines) if line.startswith("it does not fit"))
+    advice = "\n".join(lines[start:])
+    assert "GPUs: 2 with parallel.shard_size: 2" in advice and "lora.enable: true" in advice
+    assert "batch_size" not in advice
+    peaks = [peak_gb(planned(full, num_gpus=n)) for n in (1, 2, 4, 8)]
+    assert peaks == sorted(peaks, reverse=True)
+    # Weights, gradients and two moments of 7.8 billion parameters, in float32 and bfloat16.
+    assert peaks[0] * 1e9 > 7.77e9 * 18
+    assert planned(full, num_gpus=8)[-1] == "it fits"
+
+
+def test_a_smaller_batch_keeps_the_step_by_more_micro_batches():
+    lines = planned(dataclasses.replace(MOSHI, batch_size=64))
+    assert any("batch_size: 32 with num_microbatches: 2" in line for line in lines)
+    with pytest.raises(UserError, match=r"parallel.shard_size"):
+        args = dataclasses.replace(
+            MOSHI, parallel=dataclasses.replace(MOSHI.parallel, shard_size=3)
+        )
+        planned(args, num_gpus=8)
+
+
+@pytest.mark.parametrize("kind", [FULL, LORA])
+def test_the_command_plans_a_run_of_a_small_model(config, capsys, monkeypatch, kind):
+    options = [f"--{key}={value}" for key, value in kind.items()]
+    arguments = ["moshi-ttt", "plan", f"--config={config}", "--gpus=2", "--gpu_memory=8"]
+    monkeypatch.setattr("sys.argv", [*arguments, *options])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 0
+    output = capsys.readouterr().out
+    assert "data: 7 segments, 1.8 steps an epoch; the run is 2.29 epochs" in output
+    assert "2 GPUs: " + ("one copy" if kind is FULL else "each holds everything") in output
+    assert output.strip().endswith("it fits")
+
+
+def test_parts_of_a_model_take_less(config):
+    from finetune.model import find_checkpoint, plan_model
+
+    args = load_config(config, FULL)
+    model = plan_model(args, find_checkpoint(args.moshi_paths))
+    one, two = (estimate(args, model, n) for n in (1, 2))
+    assert two.optimizer == one.optimizer / 2
+    assert two.gathered > 0 == one.gathered
+    assert two.kept == one.kept

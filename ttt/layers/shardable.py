@@ -1,0 +1,9 @@
+"""What lets FSDP2 shard modules of `moshi`."""
+
+
+class Shardable:
+    """The first base class of modules that can be sharded.
+
+    `fully_shard` gives a module another class, and Python allows that among classes that descend
+    from a plain one. The modules of `moshi` descend from an abstract one first.
+    """
