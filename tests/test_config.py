@@ -320,6 +320,17 @@ def test_what_a_run_wrote_before_there_was_lr_scale_means_what_it_meant(tmp_path
             load_config(file)
 
 
+def test_a_step_size_that_nothing_reads_is_not_said_to_be_too_small():
+    small = {"enabled": True, "learning_rate": 0.001}
+    for args in (
+        TTTArgs(**small, write="delta"),
+        TTTArgs(**small, method="linear"),
+        TTTArgs(learning_rate=0.001, write="sum"),
+    ):
+        assert not any("hundredth" in text for _, text in args.problems())
+    assert any("hundredth" in text for _, text in TTTArgs(**small, write="sum").problems())
+
+
 def test_documentation_is_fresh():
     written = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
     assert written == configuration_page(), f"out of date; run: {COMMAND}"
