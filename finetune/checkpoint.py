@@ -17,6 +17,7 @@ import json
 import logging
 import math
 import os
+import pickle
 import re
 import shutil
 import warnings
@@ -47,6 +48,13 @@ warnings.filterwarnings("ignore", message="TypedStorage is deprecated")
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninit")
 
 _NAME = re.compile(r"checkpoint_(\d{6,})")
+
+RESUME_STATE = {"optimizer", "data", "random", "effect", "counts"}
+"""What resume.pt holds."""
+_OF_ANOTHER_VERSION = (
+    "{0} was written by another version, and this one cannot continue it. Start a new run from its "
+    "weights instead: moshi_paths.init_from: {0}"
+)
 
 
 def open_run_dir(args: TrainArgs) -> Path | None:
@@ -200,8 +208,11 @@ def load_resume_state(checkpoint: Path, world: World) -> dict[str, Any]:
     one of the processes.
 
     Raises:
-        UserError: a file is missing or damaged.
+        UserError: a file is missing or damaged, or another version has written it.
     """
+    parts = [checkpoint / name for name in ("resume.pt", manifest.NAME, "resume")]
+    if [part.exists() for part in parts] == [True, False, False]:
+        raise UserError(_OF_ANOTHER_VERSION.format(checkpoint))
     try:
         names = sorted(manifest.read(checkpoint))[world.rank :: world.size]
     except (OSError, ValueError):
@@ -209,7 +220,13 @@ def load_resume_state(checkpoint: Path, world: World) -> dict[str, Any]:
     problem = world.first(manifest.first_problem(checkpoint, names=names))
     if problem is not None:
         raise UserError(f"{problem}. Delete {checkpoint} to resume from the one before.")
-    return torch.load(checkpoint / "resume.pt", map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(checkpoint / "resume.pt", map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        raise UserError(f"cannot read {checkpoint / 'resume.pt'}: {error}") from error
+    if not isinstance(state, dict) or state.keys() != RESUME_STATE:
+        raise UserError(_OF_ANOTHER_VERSION.format(checkpoint))
+    return state
 
 
 def fill_shards(

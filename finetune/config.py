@@ -41,7 +41,22 @@ def load_config(path: str | Path, overrides: Mapping[str, object] | None = None)
     Raises:
         UserError: naming every unknown key, wrong type, bad value and contradiction.
     """
-    args, problems = check_config(path, overrides)
+    return _whole(path, check_config(path, overrides), overrides)
+
+
+def load_run_config(path: str | Path, overrides: Mapping[str, object] | None = None) -> TrainArgs:
+    """As `load_config`, for an `args.yaml` that a run has written, also before options were added
+    or their defaults changed: it means what it meant then."""
+    written = _of_its_time(flatten(read_yaml(Path(path))))
+    return _whole(path, _check(Path(path), written, overrides), overrides)
+
+
+def _whole(
+    path: str | Path,
+    checked: tuple[TrainArgs, list[Problem]],
+    overrides: Mapping[str, object] | None,
+) -> TrainArgs:
+    args, problems = checked
     if problems:
         origin = dict.fromkeys(flatten(overrides or {}), " (on the command line)")
         lines = (f"{keys}: {text}{origin.get(keys, '')}" for keys, text in problems)
@@ -57,8 +72,29 @@ def check_config(
     Raises:
         UserError: the file cannot be read at all.
     """
-    path = Path(path)
-    written = flatten(read_yaml(path))
+    return _check(Path(path), flatten(read_yaml(Path(path))), overrides)
+
+
+def _of_its_time(written: dict[str, Any]) -> dict[str, Any]:
+    """What a run's own file says, in today's options, by dotted key.
+
+    Before there was `lr_scale`, all runs had what is `none` now, and a file held a number as
+    learning_rate and a write rule also where nothing read them.
+    """
+    if "ttt.method" not in written or "ttt.lr_scale" in written:
+        return written
+    unread = []
+    if written["ttt.method"] != "in_place":
+        unread = ["ttt.write", "ttt.learning_rate"]
+    elif written.get("ttt.write") == "delta":
+        unread = ["ttt.learning_rate"]
+    kept = {key: text for key, text in written.items() if key not in unread}
+    return kept | ({"ttt.lr_scale": "none"} if written["ttt.method"] == "in_place" else {})
+
+
+def _check(
+    path: Path, written: dict[str, Any], overrides: Mapping[str, object] | None
+) -> tuple[TrainArgs, list[Problem]]:
     if written.keys() >= {"base", "sweep_dir"}:
         raise UserError(f"{path} is a sweep, not one run's configuration: moshi-ttt sweep {path}")
     from_command_line = flatten(overrides or {})
@@ -101,7 +137,7 @@ def changed_keys(path: Path, args: TrainArgs) -> dict[str, tuple[str, str]]:
 
     Keys that say how a run is started, not what it is, are left out.
     """
-    old, new = (flatten(public_dict(each)) for each in (load_config(path), args))
+    old, new = (flatten(public_dict(each)) for each in (load_run_config(path), args))
     return {
         key: (str(old.get(key)), str(new.get(key)))
         for key in sorted(old.keys() | new.keys())

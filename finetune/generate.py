@@ -15,7 +15,7 @@ from torch import Tensor
 
 from finetune.args import ModelPaths, TrainArgs
 from finetune.checkpoint import load_trained_weights
-from finetune.config import load_config
+from finetune.config import load_run_config
 from finetune.data import FRAME_RATE_HZ, Codec, DataArgs, Segment, count_frames
 from finetune.distributed import join_world
 from finetune.errors import UserError
@@ -72,7 +72,7 @@ def checkpoint_args(checkpoint: Path, device: str = "auto") -> TrainArgs:
             device=cast(Literal["auto", "cpu", "cuda"], device),
         )
     require_checkpoint(checkpoint, "--checkpoint")
-    args = load_config(checkpoint / "args.yaml", {"device": device})
+    args = load_run_config(checkpoint / "args.yaml", {"device": device})
     if (checkpoint / "consolidated" / "consolidated.safetensors").is_file():
         # All weights are here: what they started from may be gone.
         args.moshi_paths.init_from = None

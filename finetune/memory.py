@@ -1,7 +1,9 @@
 """How much GPU memory a training step takes, computed without making any of it.
 
-The peak lies at the start of the backward pass: all that was kept for it is there, and the first
-layers are computed again. What is counted, for one process:
+The peak lies early in the backward pass, at the larger of two stages. In the depth transformer's
+all that was kept is still there; when the main transformer's last layers follow, what the depth
+transformer and the loss had kept is gone, and it is there that TTT works. What is counted, for one
+process:
 
     weights      in `param_dtype`; parameters that train also, or only (if sharded), in float32
     gradients    float32, of what trains
@@ -9,7 +11,7 @@ layers are computed again. What is counted, for one process:
     gathered     of a sharded model: all that is in no layer, and two layers, whole
     kept         the inputs of all layers (activation checkpointing), and what the loss starts from
     working      the largest layer's intermediate results, and their gradients
-    TTT          what its operator takes beside that
+    TTT          what its operator takes beside that, if the main transformer's stage is the larger
 
 Results of products are counted at their full width; what is done element by element between them
 (norms, activations, rotations) half as much again. The depth transformer works on a chunk of frames
@@ -38,8 +40,9 @@ RESERVED_BYTES = 1.5e9
 FRAGMENTATION = 0.03
 """Of what a GPU has: lost between blocks."""
 
-TTT_BYTES = {"in_place": 30e3, "linear": 145e3, "mlp": 465e3}
-"""By method, for a frame of a model 4096 wide: measured as an operator, at 16 x 1250 frames."""
+TTT_BYTES = {"in_place": 30e3, "linear": 100e3, "mlp": 270e3}
+"""By method, for a frame of a model 4096 wide: measured as an operator (`linear`, `mlp`: as one
+kernel), at 16 x 1250 frames; see docs/benchmarks.md."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +91,8 @@ def estimate(args: TrainArgs, model: TTTLMModel, num_gpus: int) -> Memory:
         weights = num_frozen * width + num_trained * width + masters
         gathered, gradients = 0.0, 4 * num_trained
     num_frames = args.batch_size * count_frames(args.duration_sec)
-    kept, working = _activations(args, model, num_frames, width)
-    ttt = TTT_BYTES[args.ttt.method] * num_frames * model.dim / 4096 if args.ttt.enabled else 0.0
+    stages = _stages(args, model, num_frames, width)
+    kept, working, ttt = max(stages, key=sum)
     return Memory(weights, gradients, 8 * num_trained / size, gathered, kept, working, ttt)
 
 
@@ -106,25 +109,36 @@ def _gathered(model: TTTLMModel, width: int) -> float:
     return held + width * rest_trained + (width + 4) * _count(largest, trained=True)
 
 
-def _activations(
+def _stages(
     args: TrainArgs, model: TTTLMModel, num_frames: int, width: int
-) -> tuple[float, float]:
-    """Kept for the backward pass, and working in it."""
+) -> list[tuple[float, float, float]]:
+    """What is kept, what works, and TTT's own: in the backward pass of the depth transformer, and
+    of each kind of the main transformer's blocks."""
     main, depth = model.transformer.layers, model.depformer.layers
     depth_rows = num_frames * model.dep_q
     depth_dim = model.depformer_text_emb.embedding_dim
-    inputs = len(main) * num_frames * model.dim + len(depth) * depth_rows * depth_dim
-    # Embeddings, the main transformer's output, and the heads' inputs with their gradients.
-    inputs += num_frames * 3 * model.dim + depth_rows * 3 * depth_dim
     per_main = num_frames * _products(main[0])
     depth_products = max(_products(layer) for layer in depth)
-    kept = float(inputs)
-    if args.gradient_checkpointing == "selective":
-        kept += len(main) * per_main + len(depth) * num_frames * depth_products
-    elif not args.gradient_checkpointing:
-        kept += ELEMENTWISE * (len(main) * per_main + len(depth) * num_frames * depth_products)
-    working = WORKING * max(per_main, min(num_frames, CHUNK_FRAMES) * depth_products)
-    return kept * width, working * width
+    recomputed = args.gradient_checkpointing is True
+    share = 0.0 if recomputed else 1.0 if args.gradient_checkpointing else ELEMENTWISE
+    # Inputs of the layers; embeddings and the main transformer's output with its gradient; the
+    # heads' inputs with theirs.
+    kept_main = width * ((len(main) + 3) * num_frames * model.dim + share * len(main) * per_main)
+    kept_depth = width * (
+        (len(depth) + 3) * depth_rows * depth_dim + share * len(depth) * num_frames * depth_products
+    )
+    working_depth = width * WORKING * min(num_frames, CHUNK_FRAMES) * depth_products
+    working_main = width * WORKING * per_main
+    stages = [(kept_main + kept_depth, working_depth, 0.0), (kept_main, working_main, 0.0)]
+    if args.ttt.enabled:
+        ttt = TTT_BYTES[args.ttt.method] * num_frames * model.dim / 4096
+        if args.ttt.method != "in_place":
+            # Computed again with attention, and apart from the MLP.
+            layer = main[min(model.ttt_layers)]
+            beside = num_frames * (_products(layer) - _products(layer.gating))
+            working_main = width * ELEMENTWISE * beside
+        stages.append((kept_main, working_main, ttt))
+    return stages
 
 
 def _products(layer: nn.Module) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.args import TrainArgs
-from finetune.config import Problem, list_problems, load_config
+from finetune.config import Problem, list_problems, load_run_config
 from finetune.errors import UserError
 from ttt import TTTLMModel, ttt_parameters
 
@@ -58,7 +58,7 @@ def open_earlier_run(init_from: str) -> EarlierRun:
         config = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"moshi_paths.init_from: cannot read {file}: {error}") from error
-    return EarlierRun(checkpoint, load_config(checkpoint / "args.yaml"), config)
+    return EarlierRun(checkpoint, load_run_config(checkpoint / "args.yaml"), config)
 
 
 def require_checkpoint(checkpoint: Path, key: str) -> None:

@@ -98,7 +98,12 @@ def _describe_ttt(args: TrainArgs, model: TTTLMModel, num_frames: int) -> Iterat
     updates = (num_frames - 1) // every
     method = args.ttt.method.replace("_", "-")
     if args.ttt.method == "in_place":
-        method += f" ({args.ttt.write})"
+        method += f" ({args.ttt.write}"
+        if args.ttt.has_fixed_step:
+            # One number means something else in each form.
+            scale = {"relative": "relative", "none": "not scaled"}[args.ttt.lr_scale]
+            method += f", {scale}, learning rate {args.ttt.inner_learning_rate:g}"
+        method += ")"
     yield (
         f"TTT: {method} in layers "
         f"{', '.join(map(str, model.ttt_layers))}; {updates} updates a sequence, every {every} "

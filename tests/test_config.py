@@ -3,12 +3,14 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from finetune.args import TrainArgs
-from finetune.config import load_config, public_dict, save_config
+from finetune.config import changed_keys, load_config, public_dict, save_config
 from finetune.config_docs import COMMAND, configuration_page
 from finetune.data.args import DataArgs
 from finetune.errors import UserError
+from finetune.generate import checkpoint_args
 from ttt.config import TTTArgs
 
 ROOT = Path(__file__).parent.parent
@@ -283,6 +285,50 @@ def test_saved_configuration_loads_and_has_no_secret(load, tmp_path):
         assert "hunter2" not in written
     assert "key" not in public_dict(args)["wandb"]
     assert load_config(tmp_path / "args.yaml", {"wandb.key": "hunter2"}) == args
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "in_place", "write": "sum"},
+        {"method": "in_place", "write": "delta"},
+        {"method": "linear", "write": "sum"},
+        {"method": "mlp", "write": "sum"},
+        {"method": "in_place", "write": "sum", "enabled": False},
+    ],
+    ids=str,
+)
+def test_what_a_run_wrote_before_there_was_lr_scale_means_what_it_meant(tmp_path, options):
+    """It had a learning rate and a write rule whether they were read or not."""
+    file = tmp_path / "args.yaml"
+    save_config(TrainArgs(DataArgs(train_data="train.jsonl"), "run", full_finetuning=True), file)
+    written = yaml.safe_load(file.read_text())
+    written["ttt"] |= {"enabled": True, "learning_rate": 0.001, **options}
+    del written["ttt"]["lr_scale"]
+    file.write_text(yaml.safe_dump(written))
+    (tmp_path / "consolidated").mkdir()
+    args = checkpoint_args(tmp_path)
+    ttt = args.ttt
+    assert (ttt.enabled, ttt.method) == (written["ttt"]["enabled"], options["method"])
+    if ttt.method == "in_place":
+        assert (ttt.write, ttt.lr_scale) == (options["write"], "none")
+        assert ttt.inner_learning_rate == 1e-3
+    assert not changed_keys(file, args)
+    # A file of one's own is read as it stands.
+    if options == {"method": "in_place", "write": "sum"}:
+        with pytest.raises(UserError, match="a hundredth of the default"):
+            load_config(file)
+
+
+def test_a_step_size_that_nothing_reads_is_not_said_to_be_too_small():
+    small = {"enabled": True, "learning_rate": 0.001}
+    for args in (
+        TTTArgs(**small, write="delta"),
+        TTTArgs(**small, method="linear"),
+        TTTArgs(learning_rate=0.001, write="sum"),
+    ):
+        assert not any("hundredth" in text for _, text in args.problems())
+    assert any("hundredth" in text for _, text in TTTArgs(**small, write="sum").problems())
 
 
 def test_documentation_is_fresh():

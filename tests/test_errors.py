@@ -9,6 +9,7 @@ from data_tools import MIMI_CONFIG
 from safetensors.torch import load_file, save_file
 from training_tools import FULL, LORA, train
 
+from finetune import manifest
 from finetune.cli import run
 from finetune.cli import train as train_command
 from finetune.config import load_config
@@ -229,6 +230,31 @@ def test_resuming_with_another_configuration_names_the_right_one(fails, config, 
     named = tmp_path / "run/checkpoints/checkpoint_000004/args.yaml"
     assert str(named) in message
     assert load_config(named).lora.enable
+
+
+def test_resuming_what_another_version_wrote(fails, config, tmp_path):
+    train(config, tmp_path / "run", {})
+    saved = tmp_path / "run/checkpoints/checkpoint_000004"
+    shutil.rmtree(saved / "resume")
+    (saved / "manifest.json").unlink()
+    message = fails(resume=True)
+    assert "another version" in message and f"moshi_paths.init_from: {saved}" in message
+
+
+def test_resuming_a_state_that_holds_something_else(fails, config, tmp_path):
+    train(config, tmp_path / "run", {})
+    saved = tmp_path / "run/checkpoints/checkpoint_000004"
+    for content in ({"step": 4}, b"no tensors"):
+        if isinstance(content, dict):
+            torch.save(content, saved / "resume.pt")
+        else:
+            (saved / "resume.pt").write_bytes(content)
+        files = [file for file in saved.rglob("*") if file.is_file()]
+        (saved / "manifest.json").unlink()
+        manifest.write(saved, manifest.describe(saved, [f for f in files if f.name[:3] != "man"]))
+        message = fails(resume=True)
+        expected = "another version" if isinstance(content, dict) else "cannot read"
+        assert expected in message and str(saved) in message
 
 
 # --- the data -------------------------------------------------------------------------------------

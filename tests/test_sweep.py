@@ -19,6 +19,7 @@ from finetune.errors import UserError
 from finetune.sweep import run as sweep_run
 from finetune.sweep.plan import load_sweep
 from finetune.sweep.run import Children, read_record
+from finetune.sweep.table import logged
 from finetune.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent
@@ -117,6 +118,30 @@ def test_what_is_finished_is_not_run_again_unless_it_was_changed(write, commands
     )
     assert load_config(path.parent / "sweep/two/args.yaml").optim.lr == 2e-3
     assert sweep(path, "--table") == 0 and len(commands) == 3
+
+
+def test_numbers_of_other_settings_are_not_shown_under_the_new_ones(write, commands, capsys):
+    runs = {"one": None, "two": {"optim.lr": 1e-3}, "after": {"after": "two", "max_steps": 2}}
+    assert sweep(write(runs)) == 0
+    capsys.readouterr()
+    path = write(runs | {"two": {"optim.lr": 2e-3}})
+    assert sweep(path, "--table") == 0
+    rows = table(path)
+    assert [row["status"] for row in rows.values()] == ["finished", "outdated", "finished"]
+    assert "optim.lr was 0.001 and is 0.002 now" in rows["two"]["message"]
+    assert rows["two"]["eval_loss"] is rows["two"]["train_loss"] is None
+    assert rows["two"]["total_sec"] == rows["two"]["steps"] == 0
+    assert re.search(r"two +│ outdated +│ +–", capsys.readouterr().out)
+    plan = load_sweep(path)
+    assert not logged(plan, plan.runs["two"], "train")
+    assert logged(plan, plan.runs["one"], "train")
+
+    # What started from it is, once it was run again; what is not chosen keeps its status.
+    assert sweep(path, "--only=two") == 0
+    rows = table(path)
+    assert [row["status"] for row in rows.values()] == ["finished", "finished", "outdated"]
+    assert "two, which it starts from, was run again" in rows["after"]["message"]
+    assert rows["two"]["eval_loss"] is not None
 
 
 def test_a_run_that_fails_is_in_the_table_and_the_others_are_run(write, commands, capsys):

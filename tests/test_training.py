@@ -422,7 +422,8 @@ def start_lines(config, run_dir, overrides, capsys):
 def test_a_run_says_what_it_is_going_to_do(config, tmp_path, capsys):
     out = start_lines(config, tmp_path, {"do_eval": True}, capsys)
     assert "7 segments of up to 25 frames" in out and "3 to evaluate" in out
-    assert "in-place (sum) in layers 0, 1; 4 updates a sequence, every 5 frames" in out
+    assert "TTT: in-place (sum, relative, learning rate 1) in layers 0, 1; 4 updates" in out
+    assert "updates a sequence, every 5 frames" in out
     assert "attention sees 12 frames of 25" in out
     assert "(frozen)" in out and "ttt 578" in out
     assert f"writes to {tmp_path}" in out

@@ -167,7 +167,12 @@ class TTTArgs:
         ]
         if not 0 <= self.inner_learning_rate < float("inf"):
             found.append(("learning_rate", f"must be 0 or more, got {self.learning_rate}"))
-        elif self.lr_scale == "relative" and 0 < self.inner_learning_rate < 0.01 * 3.0:
+        elif (
+            self.enabled
+            and self.has_fixed_step
+            and self.lr_scale == "relative"
+            and 0 < self.inner_learning_rate < 0.01 * 3.0
+        ):
             found.append(
                 (
                     "learning_rate",

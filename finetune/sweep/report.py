@@ -53,7 +53,7 @@ def _draw(axes: Axes, sweep: Sweep, kind: Kind, title: str) -> None:
     total = max(run.first_step + run.args.max_steps for run in sweep.runs.values())
     later: np.ndarray = np.empty(0)
     for number, run in enumerate(sweep.runs.values()):
-        steps, losses = series(logged(run, kind), "loss")
+        steps, losses = series(logged(sweep, run, kind), "loss")
         if not len(losses):
             continue
         steps = steps + run.first_step

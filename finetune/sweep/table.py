@@ -15,10 +15,11 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from finetune.console import console
+from finetune.errors import UserError
 from finetune.metrics import Kind, metrics_path, read_metrics
 from finetune.summary import SUMMARY
 from finetune.sweep.plan import PlannedRun, Sweep
-from finetune.sweep.run import read_record
+from finetune.sweep.run import changes_since, read_record
 
 FINAL_SHARE = 0.1
 """Of a run's logged steps, at its end: single batches differ too much to be compared."""
@@ -28,6 +29,7 @@ FINAL_SHARE = 0.1
 class Row:
     """One run; None where it has not got so far, or is not evaluated.
 
+    status: of its record, or "outdated": it was run with other settings, which `message` names.
     eval_loss, eval_loss_first, eval_loss_best: after the last evaluation, before training, and the
         lowest; in nats, text plus audio. eval_loss_best_step: the step of the lowest.
     train_loss, train_loss_best: means over a tenth of the logged steps: the last, and the lowest.
@@ -68,28 +70,45 @@ class Row:
 
 def collect(sweep: Sweep) -> list[Row]:
     """A row for each run, in the order in which they run."""
-    return [_row(run) for run in sweep.runs.values()]
+    return [_row(sweep, run) for run in sweep.runs.values()]
 
 
-def logged(run: PlannedRun, kind: Kind) -> list[dict[str, Any]]:
-    """The lines of a run's metrics, none if it was not run."""
+def logged(sweep: Sweep, run: PlannedRun, kind: Kind) -> list[dict[str, Any]]:
+    """The lines of a run's metrics, none if it was not run as the file describes it now."""
     path = metrics_path(run.run_dir, kind)
-    was_run = read_record(run).status not in ("new", "skipped")
-    return read_metrics(path) if was_run and path.is_file() else []
+    is_there = _was_run(run) and path.is_file() and not _outdated(sweep, run)
+    return read_metrics(path) if is_there else []
 
 
-def _row(run: PlannedRun) -> Row:
+def _was_run(run: PlannedRun) -> bool:
+    return read_record(run).status not in ("new", "skipped")
+
+
+def _outdated(sweep: Sweep, run: PlannedRun) -> list[str]:
+    """Why what lies in a run's folder is not what the file describes now."""
+    try:
+        return changes_since(run, sweep.runs)
+    except UserError as error:  # a table of the other runs can still be had
+        return [str(error)]
+
+
+def _row(sweep: Sweep, run: PlannedRun) -> Row:
     record = read_record(run)
+    status: str = record.status
+    message = record.message
+    if _was_run(run) and (changes := _outdated(sweep, run)):
+        changes += [f"{status}: {message}"] if message else []
+        status, message = "outdated", "; ".join(changes)
     row = Row(
         run.name,
-        record.status,
-        record.message,
+        status,
+        message,
         " ".join(f"{key}={value}" for key, value in run.own.items()),
         run.after,
         max_steps=run.args.max_steps,
-        total_sec=record.total_sec,
+        total_sec=0.0 if status == "outdated" else record.total_sec,
     )
-    train, evaluation = logged(run, "train"), logged(run, "eval")
+    train, evaluation = logged(sweep, run, "train"), logged(sweep, run, "eval")
     summary_file = run.run_dir / SUMMARY
     if (train or evaluation) and summary_file.is_file():
         summary = json.loads(summary_file.read_text())
@@ -168,7 +187,7 @@ def shown(row: Row, name: str) -> str:
     value = getattr(row, name)
     if value is None:
         return "–"
-    if name == "status" and value not in ("finished", "new", "skipped"):
+    if name == "status" and value not in ("finished", "new", "skipped", "outdated"):
         return f"{value} at {row.steps}/{row.max_steps}"
     if name == "eval_loss_best":
         return f"{value:.3f} ({row.eval_loss_best_step})"

@@ -215,7 +215,7 @@ class InPlaceGating(StreamingModule[InPlaceState]):
 
         effect: ‖what TTT adds‖ / ‖what the projection gives‖, over the frames that can read.
         delta: mean ‖change of S by a chunk‖ / ‖W0‖ over the complete chunks that write anything
-            (padding does not), decay aside.
+            (padding does with `delta` alone, once S is not zero), decay aside.
         clip_rate: share of these chunks whose Δ met the bound; 0 without one.
         """
         chunk_size = self.args.chunk_size
