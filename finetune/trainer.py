@@ -144,6 +144,7 @@ class Trainer:
                 with self.watch:
                     return self.loop()
             finally:
+                self.profiler.close()
                 self.writer.close()
                 self.train_data.close()
                 self.world.close()
