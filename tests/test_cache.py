@@ -373,12 +373,12 @@ def test_ranks_share_the_check(data, tmp_path, monkeypatch):
 def test_ranks_that_check_at_the_same_time_see_each_other(data, tmp_path, monkeypatch):
     args = DataArgs(train_data=str(data / "all.jsonl"), cache_dir=str(tmp_path / "cache"))
     stores = [open_store(args) for _ in range(2)]
-    for rank, store in enumerate(stores):
-        check_share(args, store=store, rank=rank, world_size=2, with_eval=False)
+    for rank, one in enumerate(stores):
+        check_share(args, store=one, rank=rank, world_size=2, with_eval=False)
     forbid_audio(monkeypatch)
-    for store in stores:
+    for one in stores:
         found = build_train_loader(
-            args, tiny_codec(), duration_sec=1.0, batch_size=4, seed=0, device="cpu", store=store
+            args, tiny_codec(), duration_sec=1.0, batch_size=4, seed=0, device="cpu", store=one
         )
         assert found.num_segments == 8
 
