@@ -5,10 +5,9 @@ import time
 
 from finetune.args import TrainArgs
 from finetune.console import format_duration, setup_logging
-from finetune.data import CacheFill, check_share
+from finetune.data import CacheFill, check_share, open_store
 from finetune.distributed import join_world
-from finetune.model import build_codec, find_checkpoint, model_shape
-from ttt import TTTArgs, build_model
+from finetune.model import build_codec, find_checkpoint, plan_model
 
 logger = logging.getLogger(__name__)
 
@@ -28,15 +27,16 @@ def encode_data(args: TrainArgs) -> None:
     try:
         info = find_checkpoint(args.moshi_paths)
         # Of the language model nothing but its shape is needed.
-        model = build_model(model_shape(info), TTTArgs(enabled=False), device="meta")
-        codec = build_codec(info, model, world.device)
+        codec = build_codec(info, plan_model(args, info), world.device)
+        store = open_store(args.data)
         if world.size > 1:
-            check_share(args.data, with_eval=args.do_eval, **world.place)
+            check_share(args.data, store=store, with_eval=args.do_eval, **world.place)
             world.barrier()
         fill = CacheFill(
             args.data,
             codec,
             duration_sec=args.duration_sec,
+            store=store,
             with_eval=args.do_eval,
             **world.place,
         )

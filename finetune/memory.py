@@ -25,6 +25,7 @@ from torch import nn
 
 from finetune.args import TrainArgs
 from finetune.data import count_frames
+from finetune.distributed import peak_memory_gb
 from finetune.model import parameters_by_role
 from finetune.sharding import FEW, shard_size
 from ttt import TTTLMModel
@@ -161,3 +162,21 @@ def by_role(model: TTTLMModel) -> dict[str, tuple[int, bool]]:
         role: (sum(p.numel() for p in named.values()), any(p.requires_grad for p in named.values()))
         for role, named in parameters_by_role(model).items()
     }
+
+
+def explain_out_of_memory(args: TrainArgs, step: int, device: torch.device) -> str:
+    """What to do when a training step does not fit."""
+    less = {True: [], "selective": ["true"], False: ["selective", "true"]}
+    ways = [f"gradient_checkpointing: {value}" for value in less[args.gradient_checkpointing]]
+    if args.batch_size > 1:
+        ways.insert(
+            0,
+            f"a smaller batch_size (now {args.batch_size}) with as many times more "
+            f"num_microbatches (now {args.num_microbatches}), which trains the same",
+        )
+    ways.append("a shorter duration_sec")
+    return (
+        f"{device} ran out of memory in step {step} ({peak_memory_gb(device):.1f} GB were in use "
+        f"at most). Less memory takes: {'; '.join(ways)}. `moshi-ttt plan` estimates what fits. "
+        f"Checkpoints that were saved before are whole."
+    )

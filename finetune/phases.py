@@ -86,6 +86,7 @@ class StepProfiler:
         self._rank = rank
         self._folder = run_dir / "profile"
         self._profile: profile | None = None
+        self._last_step = num_done
 
     def before_step(self, step: int) -> None:
         """To be called before step `step` begins."""
@@ -98,11 +99,21 @@ class StepProfiler:
 
     def after_step(self, step: int) -> None:
         """To be called when step `step` is done."""
-        if self._profile is None or self._steps is None or step < self._steps[1]:
+        self._last_step = step
+        if self._steps is not None and step >= self._steps[1]:
+            self.close()
+
+    def close(self) -> None:
+        """Write what there is, if a step of it is done; Python crashes if it ends while a profiler
+        runs."""
+        if self._profile is None or self._steps is None:
             return
         self._profile.stop()
+        first, last = self._steps[0], self._last_step
+        if last < first:
+            self._profile = None
+            return
         self._folder.mkdir(parents=True, exist_ok=True)
-        first, last = self._steps
         path = self._folder / f"steps_{first}-{last}.rank{self._rank}.json.gz"
         self._profile.export_chrome_trace(str(path))
         self._profile = None

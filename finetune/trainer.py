@@ -20,13 +20,14 @@ from finetune.checkpoint import (
 )
 from finetune.config import changed_keys, public_dict
 from finetune.console import Progress, describe, setup_logging
-from finetune.data import Batch, build_eval_loader, build_train_loader, check_share
+from finetune.data import Batch, build_eval_loader, build_train_loader, check_share, open_store
 from finetune.distributed import join_world, peak_memory_gb
 from finetune.effect import EffectWatch
 from finetune.errors import UserError
 from finetune.evaluation.periodic import SpeechCheck, evaluate
 from finetune.interrupt import Interrupt
 from finetune.loss import LossWeights, stream_sums, total_weight
+from finetune.memory import explain_out_of_memory
 from finetune.metrics import MetricsLogger
 from finetune.model import build_codec, find_checkpoint, load_model, trainable_by_role
 from finetune.optim import Optimizer, StepResult
@@ -80,9 +81,10 @@ class Trainer:
             "batch_size": args.batch_size,
             **self.world.place,
             "device": self.world.device,
+            "store": (store := open_store(args.data)),
         }
         if self.world.size > 1:
-            check_share(args.data, with_eval=args.do_eval, **self.world.place)
+            check_share(args.data, store=store, with_eval=args.do_eval, **self.world.place)
             self.world.barrier()
         self.train_data = build_train_loader(
             args.data,
@@ -144,6 +146,7 @@ class Trainer:
                 with self.watch:
                     return self.loop()
             finally:
+                self.profiler.close()
                 self.writer.close()
                 self.train_data.close()
                 self.world.close()
@@ -153,7 +156,12 @@ class Trainer:
             self.evaluate()
         while self.step < self.args.max_steps and not self.interrupted():
             self.profiler.before_step(self.step + 1)
-            self.train_step()
+            try:
+                self.train_step()
+            except torch.OutOfMemoryError as error:
+                raise UserError(
+                    explain_out_of_memory(self.args, self.step, self.world.device)
+                ) from error
             self.stop_if_lost()
             if self.is_due(self.args.eval_freq):
                 self.evaluate()

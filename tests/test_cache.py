@@ -1,5 +1,6 @@
 """Codes on disk: encoded once, found again, and never trusted when they are damaged."""
 
+import json
 import logging
 import os
 import shutil
@@ -16,9 +17,18 @@ from moshi.models.loaders import get_mimi
 from training_tools import REPOSITORY, logged, train
 
 from finetune.config import load_config
-from finetune.data import Codec, DataArgs, build_eval_loader, build_train_loader, sources
+from finetune.data import (
+    Codec,
+    DataArgs,
+    build_eval_loader,
+    build_train_loader,
+    check_share,
+    open_store,
+    sources,
+    store,
+)
 from finetune.data.cache import CodeCache
-from finetune.data.store import Store, make_key
+from finetune.data.store import Store, _Writer, make_key
 from finetune.encode import encode_data
 from finetune.errors import UserError
 
@@ -71,10 +81,24 @@ def test_a_damaged_entry_is_left_out_with_a_warning(tmp_path, caplog):
     filled(tmp_path, 1, 2)
     (index,) = tmp_path.glob("*.index")
     content = bytearray(index.read_bytes())
-    content[3 * 36 + 20] ^= 1  # the place of the second blob
+    content[1 * 36 + 20] ^= 1  # the place of the first blob
     index.write_bytes(content)
-    assert blobs(Store(tmp_path)) == {1: b"blob"}
+    assert blobs(Store(tmp_path)) == {2: b"blobblob"}
     assert "is damaged; what 1 of its entries held" in caplog.text
+
+
+def test_an_end_that_looks_like_zeros_for_a_moment_is_read_again(tmp_path, caplog):
+    """As what was just appended may on NFS."""
+    filled(tmp_path, 1, 2, 3)
+    (index,) = tmp_path.glob("*.index")
+    whole = index.read_bytes()
+    index.write_bytes(whole[: 3 * 36] + bytes(3 * 36))
+    reader = Store(tmp_path)
+    assert blobs(reader) == {1: b"blob"} and reader.get(KEYS[2]) == b"\2" * 16
+    index.write_bytes(whole)
+    reader.refresh(at_once=True)
+    assert list(blobs(reader)) == [1, 2, 3]
+    assert not caplog.text
 
 
 KILLED_WHILE_WRITING = """
@@ -152,8 +176,9 @@ def loader(data, cache, *, own_codec=None, **changes):
         **({"num_workers": 0} | changes),
     )
     return build_train_loader(
-        args, own_codec or tiny_codec(), duration_sec=1.0, batch_size=4, seed=0, device="cpu"
-    )
+        args, own_codec or tiny_codec(), duration_sec=1.0, batch_size=4, seed=0, device="cpu",
+        store=open_store(args),
+    )  # fmt: skip
 
 
 def epochs(data, cache, *, num=2, **changes):
@@ -196,7 +221,9 @@ def test_evaluation_and_training_share_what_is_kept(data, tmp_path):
     args = DataArgs(
         eval_data=str(data / "all.jsonl"), cache_dir=str(tmp_path / "cache"), num_workers=0
     )
-    passes = build_eval_loader(args, tiny_codec(), duration_sec=1.0, batch_size=2, device="cpu")
+    passes = build_eval_loader(
+        args, tiny_codec(), duration_sec=1.0, batch_size=2, device="cpu", store=open_store(args)
+    )
     assert len(list(passes)) == 4 and passes.num_encoded == 0
 
 
@@ -343,6 +370,19 @@ def test_ranks_share_the_check(data, tmp_path, monkeypatch):
     assert loader(data, tmp_path / "cache").num_segments == 8
 
 
+def test_ranks_that_check_at_the_same_time_see_each_other(data, tmp_path, monkeypatch):
+    args = DataArgs(train_data=str(data / "all.jsonl"), cache_dir=str(tmp_path / "cache"))
+    stores = [open_store(args) for _ in range(2)]
+    for rank, one in enumerate(stores):
+        check_share(args, store=one, rank=rank, world_size=2, with_eval=False)
+    forbid_audio(monkeypatch)
+    for one in stores:
+        found = build_train_loader(
+            args, tiny_codec(), duration_sec=1.0, batch_size=4, seed=0, device="cpu", store=one
+        )
+        assert found.num_segments == 8
+
+
 # --- whole runs -----------------------------------------------------------------------------------
 
 
@@ -353,8 +393,7 @@ def test_the_cache_changes_no_loss(config, tmp_path):
     train(config, tmp_path / "in turn", {**options, "data.prefetch_steps": 0})
     train(config, tmp_path / "cold", cached)
     train(config, tmp_path / "warm", {**cached, "data.num_workers": 1})
-    # The codes for evaluation, and those for training.
-    _, blobs = sorted((tmp_path / "cache").glob("*.blobs"))
+    (blobs,) = (tmp_path / "cache").glob("*.blobs")
     flip_a_bit(blobs)
     train(config, tmp_path / "damaged", cached)
     for kind in ("train", "eval"):
@@ -392,3 +431,62 @@ def test_encoding_ahead_goes_on_where_it_was_stopped(config, tmp_path, capsys, m
 def test_encoding_ahead_needs_a_folder(config):
     with pytest.raises(UserError, match=r"data\.cache_dir is not set"):
         encode_data(load_config(config))
+
+
+@pytest.mark.parametrize("harm", [Path.unlink, lambda path: path.write_bytes(bytes(10**5))])
+def test_encoding_ahead_makes_damaged_codes_again(config, tmp_path, capsys, harm):
+    options = load_config(config, {"data.cache_dir": tmp_path / "cache"})
+    encode_data(options)
+    (blobs,) = (tmp_path / "cache").glob("*.blobs")
+    harm(blobs)
+    capsys.readouterr()
+    for num_missing in (7, 0):
+        encode_data(options)
+        assert f"{num_missing} of 7 segments are to be encoded" in capsys.readouterr().out
+
+
+def test_encoding_ahead_onto_a_disk_that_runs_full(config, tmp_path, monkeypatch):
+    written = []
+
+    def write_while_there_is_room(file, content):
+        if len(written) == 3:
+            raise OSError(28, "No space left on device")
+        WRITE(file, content)
+        if file.name.endswith(".blobs"):
+            written.append(content)
+
+    WRITE = store._write
+    monkeypatch.setattr(store, "_write", write_while_there_is_room)
+    options = load_config(config, {"data.cache_dir": tmp_path / "cache"})
+    message = r"cannot be written \(No space left on device\); 2 segments were kept"
+    with pytest.raises(UserError, match=message):
+        encode_data(options)
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    monkeypatch.undo()
+    encode_data(options)
+
+
+def test_encoding_ahead_into_a_folder_that_cannot_be_written(config, tmp_path, monkeypatch):
+    def refuse(self, kind):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(_Writer, "open", refuse)
+    with pytest.raises(UserError, match=r"Permission denied\); 0 segments were kept"):
+        encode_data(load_config(config, {"data.cache_dir": tmp_path / "cache"}))
+
+
+def test_encoding_ahead_with_a_config_of_another_model(config, tmp_path):
+    model = shutil.copytree(config.parent / "model", tmp_path / "model")
+    entries = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(entries | {"num_heads": "many"}))
+    overrides = {"data.cache_dir": tmp_path / "cache", "moshi_paths.hf_repo_id": str(model)}
+    with pytest.raises(UserError, match=r"config_path: the config\.json"):
+        encode_data(load_config(config, overrides))
+
+
+def test_a_run_opens_the_folder_once(config, tmp_path, monkeypatch):
+    opened, init = [], Store.__init__
+    monkeypatch.setattr(Store, "__init__", lambda *a: opened.append(a) or init(*a))
+    options = {"data.cache_dir": tmp_path / "cache", "do_eval": True, "max_steps": 8}
+    train(config, tmp_path / "run", options)
+    assert len(opened) == 1 and len(list((tmp_path / "cache").iterdir())) == 2

@@ -19,7 +19,7 @@ from moshi.models.lm import LMGen
 from moshi.utils.compile import no_cuda_graph
 
 from finetune.args import OptimArgs
-from finetune.data import Codec, DataArgs, build_train_loader, codec
+from finetune.data import Codec, DataArgs, build_train_loader, codec, open_store
 from finetune.distributed import World
 from finetune.loss import LossWeights, stream_sums
 from finetune.model import trainable_by_role
@@ -115,8 +115,9 @@ def test_codes_made_ahead_and_kept_codes_are_those_made_in_turn(tmp_path, monkey
             device="cuda",
         )  # fmt: skip
         loader = build_train_loader(
-            data, mimi, duration_sec=1.0, batch_size=2, seed=0, device="cuda"
-        )
+            data, mimi, duration_sec=1.0, batch_size=2, seed=0, device="cuda",
+            store=open_store(data),
+        )  # fmt: skip
         codes = []
         for _ in range(8):
             codes.append(next(loader).codes)

@@ -2,12 +2,14 @@
 
 import gzip
 import json
+import signal
 
 import pytest
-from training_tools import logged, train
+from training_tools import finish, lines_until, logged, logged_steps, start_program, train
 
 from finetune.config import load_config
 from finetune.errors import UserError
+from finetune.trainer import Trainer
 
 
 def test_phases_make_up_the_step(config, tmp_path):
@@ -55,3 +57,39 @@ def test_steps_out_of_bounds_are_named(config, steps):
 @pytest.mark.parametrize("steps", [[2, 4], (2, 4), "[2, 4]", "2,4", "(2, 4)"])
 def test_steps_may_be_written_in_several_ways(config, steps):
     assert load_config(config, {"profile_steps": steps}).profile_steps == [2, 4]
+
+
+def profiled_steps(path):
+    with gzip.open(path) as file:
+        names = [event.get("name") for event in json.load(file)["traceEvents"]]
+    return names.count("forward_backward")
+
+
+def test_a_signal_in_mid_profile_keeps_what_there_is(config, tmp_path):
+    run = start_program(
+        f"--config={config}", f"--run_dir={tmp_path}",
+        "--max_steps=1000000", "--profile_steps=[2,900000]",
+    )  # fmt: skip
+    list(lines_until(run, "step 3/"))
+    run.send_signal(signal.SIGINT)
+    status, output = finish(run)
+    assert status == 130, output
+    last = logged_steps(tmp_path)[-1]
+    (path,) = (tmp_path / "profile").iterdir()
+    assert path.name == f"steps_2-{last}.rank0.json.gz"
+    assert profiled_steps(path) == last - 1
+
+
+def test_an_error_in_mid_profile_keeps_what_there_is(config, tmp_path, monkeypatch):
+    stop_if_lost = Trainer.stop_if_lost
+
+    def stop_at_four(self):
+        if self.step == 4:
+            raise UserError("lost")
+        stop_if_lost(self)
+
+    monkeypatch.setattr(Trainer, "stop_if_lost", stop_at_four)
+    with pytest.raises(UserError, match="lost"):
+        train(config, tmp_path, {"max_steps": 9, "profile_steps": [3, 8], "do_ckpt": False})
+    (path,) = (tmp_path / "profile").iterdir()
+    assert path.name == "steps_3-3.rank0.json.gz"

@@ -128,6 +128,49 @@ def test_the_schedule_may_rise_for_a_single_step(pct_start, max_steps):
     assert weight.item() < 1
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_state_continues_where_adamw_counts_its_steps_elsewhere(fused):
+    """A fused AdamW, on a GPU, counts them there; any other on the CPU. Made by the other one."""
+    saved = Optimizer({"base": {"weight": torch.nn.Parameter(torch.ones(1))}}, OptimArgs(),
+                      max_steps=5)  # fmt: skip
+    saved.adamw.defaults["fused"] = not fused
+    saved.parameters["base"][0].grad = torch.ones(1)
+    saved.step(max_norm=1.0, world=ALONE, is_loss_finite=True)
+    there = torch.nn.Parameter(torch.ones(1, device="meta"))
+    resumed = Optimizer({"base": {"weight": there}}, OptimArgs(), max_steps=5)
+    resumed.adamw.defaults["fused"] = fused
+    resumed.restore(saved.summary(), fill=lambda tensors: None)
+    state = resumed.adamw.state[there]
+    assert state["step"].device.type == ("meta" if fused else "cpu")
+    assert state["exp_avg"].device.type == "meta"
+
+
+# --- running out of memory ------------------------------------------------------------------------
+
+
+def test_a_step_that_does_not_fit_names_what_takes_less(config, tmp_path, monkeypatch):
+    forward = finetune.trainer.Trainer.forward_backward
+
+    def forward_while_there_is_room(self, batches):
+        if self.step == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return forward(self, batches)
+
+    monkeypatch.setattr(finetune.trainer.Trainer, "forward_backward", forward_while_there_is_room)
+    overrides = {"max_steps": 5, "ckpt_freq": 2, "batch_size": 2, "num_microbatches": 3}
+    overrides |= {"gradient_checkpointing": False}
+    with pytest.raises(UserError, match="ran out of memory in step 3") as caught:
+        train(config, tmp_path, overrides)
+    for way in (
+        "a smaller batch_size (now 2)",
+        "num_microbatches (now 3)",
+        "gradient_checkpointing: selective; gradient_checkpointing: true",
+    ):
+        assert way in str(caught.value)
+    monkeypatch.undo()
+    assert train(config, tmp_path, {**overrides, "resume": True}).step == 5
+
+
 # --- every option reaches the run -----------------------------------------------------------------
 
 

@@ -1,7 +1,7 @@
 """From JSONL files to batches of codes."""
 
 from .args import DataArgs
-from .batches import Batch
+from .batches import Batch, open_store
 from .codec import Codec
 from .fill import CacheFill
 from .loader import (
@@ -28,4 +28,5 @@ __all__ = [
     "build_train_loader",
     "check_share",
     "count_frames",
+    "open_store",
 ]

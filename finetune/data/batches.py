@@ -55,7 +55,8 @@ class Batch:
 
 
 def open_store(args: DataArgs) -> Store | None:
-    """The folder `data.cache_dir`, if there is to be one."""
+    """The folder `data.cache_dir`, if there is to be one. A process opens it once, for all that it
+    reads: the index of a large one takes memory."""
     return Store(Path(args.cache_dir).expanduser()) if args.cache_dir else None
 
 
@@ -118,8 +119,16 @@ class Batcher:
                 yield batch
 
     def has(self, ref: SegmentRef) -> bool:
-        """Whether the codes of a segment are kept, as far as can be seen without reading them."""
-        return ref in self._kept or (self._cache is not None and self._cache.find(ref) is not None)
+        """Whether the codes of a segment are kept on disk, undamaged: they are read."""
+        blob = None if self._cache is None else self._cache.find(ref)
+        if self._cache is None or blob is None:
+            return False
+        try:
+            blob.read()
+        except DamagedBlob as problem:
+            self._cache.report_damage(blob, str(problem))
+            return False
+        return True
 
     def _make(self, refs: Iterator[SegmentRef]) -> Generator[Batch, None, None]:
         if self._device.type == "cuda" and self._device.index is not None:

@@ -9,9 +9,10 @@ import torch
 from finetune.errors import UserError
 
 from .args import DataArgs
-from .batches import Batcher, open_store
+from .batches import Batcher
 from .codec import Codec
 from .sources import load_sources
+from .store import Store
 from .text import count_frames
 
 _PER_TURN = 8
@@ -30,15 +31,18 @@ class CacheFill:
         codec: Codec,
         *,
         duration_sec: float,
+        store: Store | None,
         with_eval: bool,
         rank: int,
         world_size: int,
     ) -> None:
         """
+        Args:
+            store: `data.cache_dir`, see `open_store`.
+
         Raises:
             UserError: there is no `data.cache_dir`, or see `load_sources`.
         """
-        store = open_store(args)
         if store is None:
             raise UserError(
                 "data.cache_dir is not set: name the folder that is to keep the codes, in the "
@@ -52,6 +56,7 @@ class CacheFill:
         if with_eval:
             parts.append(load_sources(args.eval_data, key="data.eval_data", **options))
         segments = [ref for part in parts for source in part.sources for ref in source.segments]
+        self._store = store
         self._refs = list(dict.fromkeys(segments))[rank::world_size]
         # Codes stay on the CPU, where nothing is made ahead; workers read ahead as always.
         self._batcher = Batcher(args, codec, num_frames, _PER_TURN, torch.device("cpu"), store)
@@ -68,13 +73,28 @@ class CacheFill:
         return len(self._missing)
 
     def __iter__(self) -> Iterator[int]:
+        """
+        Raises:
+            UserError: the folder cannot be written, or a recording is broken.
+        """
         return self._run()
 
     def _run(self) -> Generator[int, None, None]:
         num_done = len(self) - len(self._missing)
+        if self._missing:
+            self._stop_if_not_kept()
         with contextlib.closing(self._batcher.batches(self._missing)) as batches:
             for batch in batches:
+                self._stop_if_not_kept()
                 self.num_encoded += batch.num_encoded
                 self.num_skipped += batch.num_skipped
                 num_done += len(batch.codes)
                 yield num_done
+
+    def _stop_if_not_kept(self) -> None:
+        if (error := self._store.write_error) is not None:
+            raise UserError(
+                f"data.cache_dir: {self._store.folder} cannot be written ({error.strerror}); "
+                f"{self._store.num_appended} segments were kept. Make room, or name a folder that "
+                "can be written, and start again: what was kept stays."
+            )

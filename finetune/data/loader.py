@@ -8,23 +8,26 @@ from typing import Any
 import torch
 
 from .args import DataArgs
-from .batches import Batch, Batcher, open_store
+from .batches import Batch, Batcher
 from .codec import Codec
 from .order import SampleOrder
 from .sources import DataSet, SegmentRef, check_share_of_files, load_sources
+from .store import Store
 from .text import count_frames
 
 logger = logging.getLogger(__name__)
 
 
-def check_share(args: DataArgs, *, rank: int, world_size: int, with_eval: bool) -> None:
+def check_share(
+    args: DataArgs, *, store: Store | None, rank: int, world_size: int, with_eval: bool
+) -> None:
     """With `data.cache_dir`: check this rank's share of the data, so that the ranks, which need all
     of it, need not each open every file.
 
     Raises:
         UserError: a path or weight is wrong.
     """
-    if (store := open_store(args)) is None:
+    if store is None:
         return
     specs = {"data.train_data": args.train_data}
     if with_eval:
@@ -44,6 +47,7 @@ def build_train_loader(
     world_size: int = 1,
     device: torch.device | str,
     num_microbatches: int = 1,
+    store: Store | None = None,
 ) -> "TrainLoader":
     """Check all training data and make the endless loader of one rank.
 
@@ -51,12 +55,12 @@ def build_train_loader(
         duration_sec: length of a segment, rounded up to whole frames.
         batch_size: segments per batch of this rank.
         num_microbatches: batches of a step.
+        store: `data.cache_dir`, see `open_store`; None: nothing is kept on disk.
 
     Raises:
         UserError: see `load_sources`.
     """
     num_frames = count_frames(duration_sec)
-    store = open_store(args)
     data = load_sources(
         args.train_data,
         key="data.train_data",
@@ -85,10 +89,10 @@ def build_eval_loader(
     rank: int = 0,
     world_size: int = 1,
     device: torch.device | str,
+    store: Store | None = None,
 ) -> "EvalLoader":
     """Check all evaluation data and make the loader of one rank. Arguments as for training."""
     num_frames = count_frames(duration_sec)
-    store = open_store(args)
     data = load_sources(
         args.eval_data,
         key="data.eval_data",

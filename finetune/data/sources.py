@@ -106,6 +106,8 @@ def load_sources(
     problems: list[str] = []
     sources: list[Source] = []
     num_skipped = num_without_main_speaker = 0
+    if store is not None:
+        store.refresh(at_once=True)  # the other ranks have just checked their shares
     checks = FileChecks(store)
     for path, weight in parse_sources(spec, key):
         lines = [line for file in _jsonl_files(path, key) for line in _check_file(file, checks)]

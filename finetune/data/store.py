@@ -84,10 +84,18 @@ class Store:
         self._values: dict[bytes, tuple[str, bytes]] = {}
         self._num_read_bytes: dict[str, int] = {}
         self._own: _Writer | None = None
-        self._can_write = True
+        self.write_error: OSError | None = None
+        """Why nothing can be written any more."""
+        self.num_appended = 0
+        """Blobs that this process has written."""
         self._num_damaged = 0
         self._refreshed_at = -_REFRESH_SEC
         self.refresh()
+
+    @property
+    def can_write(self) -> bool:
+        """Whether nothing has failed so far."""
+        return self.write_error is None
 
     def get(self, key: bytes) -> bytes | None:
         """The value of `key`."""
@@ -130,11 +138,12 @@ class Store:
                 return
             self.put(key, place)
             self.flush()
+            self.num_appended += self.can_write
 
     def flush(self) -> None:
         """Write all values to disk, for other processes to see."""
         with self._lock:
-            if self._own is not None and self._own.pending and self._can_write:
+            if self._own is not None and self._own.pending and self.can_write:
                 try:
                     _write(self._own.index, bytes(self._own.pending))
                 except OSError as error:
@@ -150,11 +159,11 @@ class Store:
                 last = " (not said again)" if self._num_damaged == _MAX_WARNINGS else ""
                 logger.warning("data.cache_dir: %s; what it held is made again%s", problem, last)
 
-    def refresh(self) -> None:
+    def refresh(self, *, at_once: bool = False) -> None:
         """Read what other processes have written since the last time; not more often than every
-        half minute."""
+        half minute unless `at_once`."""
         with self._lock:
-            if time.monotonic() < self._refreshed_at + _REFRESH_SEC:
+            if not at_once and time.monotonic() < self._refreshed_at + _REFRESH_SEC:
                 return
             self._refreshed_at = time.monotonic()
             # Their names begin with the time: where a key was written twice, the later one counts.
@@ -173,15 +182,17 @@ class Store:
         except OSError as error:
             logger.warning("data.cache_dir: %s cannot be read (%s)", path, error.strerror)
             return
-        num_damaged = 0
+        num_entries = num_good = num_damaged = 0
         # What is left of the last entry is being written, or was when its process was killed.
         end = len(content) - len(content) % _ENTRY.size
-        for key, value, checksum in _ENTRY.iter_unpack(content[:end]):
+        for number, (key, value, checksum) in enumerate(_ENTRY.iter_unpack(content[:end]), 1):
             if zlib.crc32(key + value) == checksum:
                 self._values[key] = (path.stem, value)
-            else:
-                num_damaged += 1
-        self._num_read_bytes[path.stem] = start + end
+                num_good += 1
+                # Damaged are those before a good one. On a network file system what was just
+                # appended may look like zeros for a moment: what is last is read again next time.
+                num_entries, num_damaged = number, number - num_good
+        self._num_read_bytes[path.stem] = start + num_entries * _ENTRY.size
         if num_damaged:
             logger.warning(
                 "data.cache_dir: %s is damaged; what %d of its entries held is made again",
@@ -191,15 +202,15 @@ class Store:
 
     def _writer(self) -> "_Writer | None":
         """The files of this process, made when there is something to write."""
-        if self._own is None and self._can_write:
+        if self._own is None and self.can_write:
             try:
                 self._own = _Writer(self.folder)
             except OSError as error:
                 self._stop_writing(error)
-        return self._own if self._can_write else None
+        return self._own if self.can_write else None
 
     def _stop_writing(self, error: OSError) -> None:
-        self._can_write = False
+        self.write_error = error
         logger.warning(
             "data.cache_dir: %s cannot be written (%s). Going on without: what is not in it yet is "
             "made again in the next run",
