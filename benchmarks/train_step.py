@@ -7,7 +7,8 @@ Every line is a run of a few optimizer steps on the same codes from the same wei
 `moshi.models.lm.LMModel` as `moshi-finetune` trains it: activation checkpointing, logits, cross
 entropy in float32, AdamW on float32 copies of the weights. Its losses are what the others' are
 compared with: of every step without TTT, and of the first step with TTT, which then has learnt
-nothing yet. Where they differ, no time is reported.
+nothing yet. Where they differ, or are no numbers, no time is reported, and the exit status is 1.
+The stock model's line of the same kind (LoRA or full) is run with every choice of `--arms`.
 
 Tokens are counted as `moshi-finetune` counts them: 9 a frame. MFU is against 989 TFLOP/s, of
 
@@ -21,6 +22,7 @@ TTT does at test time.
 import argparse
 import gc
 import json
+import math
 import statistics
 import sys
 import time
@@ -35,6 +37,7 @@ from training_arms import TTT, Arm, OurRun, StockRun, Weights, lm_kwargs, random
 
 from finetune.model import parameters_by_role
 
+OUT_OF_MEMORY = "out of memory"
 PEAK_FLOPS = 989e12
 """Of an H100 or H200 in bfloat16, without sparsity."""
 TOLERANCE = {torch.bfloat16: 5e-3, torch.float32: 1e-5}
@@ -125,16 +128,26 @@ def profile(run: Any, codes: Tensor, arm: Arm, options: argparse.Namespace) -> N
     (options.profile_dir / f"profile_{name}.txt").write_text("\n".join(lines) + "\n")
 
 
+def chosen_arms(options: argparse.Namespace) -> list[Arm]:
+    """In the table's order, with the stock arms that they are compared with."""
+    chosen = [arm for arm in arms(options) if not options.arms or arm.name in options.arms]
+    kinds = {arm.is_full for arm in chosen}
+    return [
+        arm for arm in arms(options) if arm in chosen or (arm.is_stock and arm.is_full in kinds)
+    ]
+
+
 def results(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Every arm's, with what is wrong with it, or how it compares with the stock model."""
     weights = Weights(options)
     baselines: dict[bool, dict[str, Any]] = {}
-    chosen = [arm for arm in arms(options) if not options.arms or arm.name in options.arms]
-    for arm in chosen:
+    for arm in chosen_arms(options):
         result = attempt(arm, weights, options)
+        stock = result if arm.is_stock else baselines[arm.is_full]
+        result = judged(result, arm, stock, options)
         if arm.is_stock:
             baselines[arm.is_full] = result
-        yield judged(result, arm, baselines.get(arm.is_full), options)
+        yield result
         if options.search and arm.checkpointing == "selective" and "peak_gb" in result:
             yield from search(result, weights, baselines.get(False), options)
 
@@ -143,7 +156,7 @@ def attempt(arm: Arm, weights: Weights, options: argparse.Namespace) -> dict[str
     try:
         return measure(arm, weights, options)
     except torch.OutOfMemoryError:
-        return {"name": arm.name, "batch": arm.batch or options.batch, "wrong": "out of memory"}
+        return {"name": arm.name, "batch": arm.batch or options.batch, "wrong": OUT_OF_MEMORY}
     finally:
         gc.collect()
         if options.device == "cuda":
@@ -154,16 +167,21 @@ def judged(
     result: dict[str, Any], arm: Arm, stock: dict[str, Any] | None, options: argparse.Namespace
 ) -> dict[str, Any]:
     """`result` with its ratio to the stock model; without its times if its losses differ."""
-    if stock is None or "losses" not in stock or "losses" not in result:
+    if "losses" not in result:
         return result
+    kept = {key: result[key] for key in ("name", "batch", "losses")}
+    if not all(map(math.isfinite, result["losses"])):
+        return {**kept, "wrong": "losses are not finite"}
+    if stock is None or "wrong" in stock:
+        return {**kept, "wrong": "not compared: there is no result of the stock model"}
     # Another batch has other losses; that of the same size has been compared.
     if result["batch"] == stock["batch"]:
         num_compared = 1 if arm.ttt else None
         pairs = list(zip(result["losses"], stock["losses"], strict=True))[:num_compared]
-        difference = result["loss_difference"] = max(abs(a - b) for a, b in pairs)
-        if not difference <= options.tolerance:
-            kept = {key: result[key] for key in ("name", "batch", "losses", "loss_difference")}
+        difference = kept["loss_difference"] = max(abs(a - b) for a, b in pairs)
+        if difference > options.tolerance:
             return {**kept, "wrong": f"losses differ from the stock model's by {difference:.1e}"}
+        result["loss_difference"] = difference
     result["speedup"] = result["tokens_per_sec"] / stock["tokens_per_sec"]
     return result
 
@@ -183,7 +201,8 @@ def search(
         name = f"ours, selective, B = {batch}"
         arm = Arm(name, checkpointing="selective", compile=options.compile, batch=batch)
         result = judged(attempt(arm, weights, options), arm, stock, options)
-        yield result
+        # To be out of memory is what it looks for.
+        yield {**result, "is_search": True}
         if "wrong" not in result:
             return
         batch -= max(1, batch // 20)
@@ -215,7 +234,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=128, help="of LoRA")
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--full-layers", type=int, default=8, help="of 32, in full fine-tuning")
-    parser.add_argument("--arms", nargs="+", help="lines of the table; default: all")
+    parser.add_argument("--arms", nargs="+", metavar="ARM", help="lines of the table; default: all")
     parser.add_argument("--search", action="store_true", help="for the largest batch (CUDA)")
     parser.add_argument("--warmup", type=int, default=2, help="steps that are not timed")
     parser.add_argument("--steps", type=int, default=4, help="steps that are")
@@ -230,6 +249,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     if options.tolerance is None:
         options.tolerance = TOLERANCE[options.dtype]
     options.compile = options.device == "cuda"
+    names = [arm.name for arm in arms(options)]
+    for name in options.arms or []:
+        if name not in names:
+            parser.error(f"--arms: there is no {name!r}; choose from {', '.join(names)}")
     # The learning rate is at its highest from the second step on: a wrong gradient shows.
     options.schedule_steps = max(20, options.warmup + options.steps + 1)
     options.ttt_layers = {"start_layer": 1} if options.model == "tiny" else {}
@@ -238,8 +261,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     options = parse(arguments)
-    # Every arm compiles its own, in one process.
-    torch._dynamo.config.recompile_limit = 64
     name = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
     print(f"{name}, torch {torch.__version__}, {options.dtype}, T {options.frames}, ", end="")
     print(f"rank {options.rank}\n{HEADER}", flush=True)
@@ -254,5 +275,11 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     return found
 
 
+def exit_status(found: list[dict[str, Any]]) -> int:
+    """1 if anything is wrong that is not a search's finding that a batch is too large."""
+    wrong = [result for result in found if "wrong" in result]
+    return int(any(not r.get("is_search") or r["wrong"] != OUT_OF_MEMORY for r in wrong))
+
+
 if __name__ == "__main__":
-    sys.exit(not main())
+    sys.exit(exit_status(main()))

@@ -26,7 +26,7 @@ TINY = {
     "depformer_dim_feedforward": 132,
 }
 TTT = {
-    "in_place sum": {"method": "in_place", "write": "sum"},
+    "in_place sum": {"method": "in_place", "write": "sum", "lr_scale": "none"},
     "in_place delta": {"method": "in_place", "write": "delta"},
     "linear": {"method": "linear"},
     "mlp": {"method": "mlp"},

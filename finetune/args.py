@@ -206,7 +206,8 @@ class TrainArgs:
 
     compile: bool | None = None
     """Whether to compile the layers with `torch.compile`: the first step takes a minute or so, all
-    others are faster. null: on a GPU. Needs a C++ compiler on the CPU."""
+    others are faster. null: on a GPU. Needs gcc or clang: on a GPU in any case, for the kernels,
+    and on a CPU (with `param_dtype: float32`) if true."""
 
     optim: OptimArgs = field(default_factory=OptimArgs)
     """The optimizer, AdamW, with a one-cycle schedule."""

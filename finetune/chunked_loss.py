@@ -27,12 +27,13 @@ def chunked_cross_entropy(
         hidden: [N, C].
         targets: [N], classes.
         weight: [N].
-        compile: the loss of a chunk. It changes nothing but time and rounding.
+        compile: the loss of a chunk, where it has a gradient: in evaluation lengths vary. It
+            changes nothing but time and rounding.
     """
     if not torch.is_grad_enabled():
         nll = torch.cat(
             [
-                _loss(compile, execution.BACKEND)(project(x, head), target, w)[0]
+                _cross_entropy(project(x, head), target, w)[0]
                 for x, target, w in _chunks(head, hidden, targets, weight)
             ]
         )
@@ -116,6 +117,7 @@ def _cross_entropy(logits: Tensor, targets: Tensor, weight: Tensor) -> tuple[Ten
 def _loss(compile: bool, backend: str) -> Any:
     if not compile:
         return _cross_entropy
+    execution.prepare_compilation()
     return torch.compile(_cross_entropy, backend=backend, dynamic=False)
 
 

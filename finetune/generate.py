@@ -49,6 +49,8 @@ def load_for_inference(checkpoint: Path, device: str = "auto") -> tuple[TTTLMMod
         UserError: no checkpoint there, or its base model cannot be found any more.
     """
     args = checkpoint_args(checkpoint, device)
+    # Nothing trains here, so nothing is compiled.
+    args.compile = False
     info = find_checkpoint(args.moshi_paths)
     model = load_model(args, info, join_world(args.device).device)
     if not _is_stock(checkpoint):

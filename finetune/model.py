@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from finetune.args import LoraArgs, ModelArgs, ModelPaths, TrainArgs
+from finetune.compilers import require_compiler
 from finetune.data import Codec
 from finetune.errors import UserError
 from finetune.start import (
@@ -222,17 +223,18 @@ def load_model(
         sharder: cuts the model between processes while it is loaded.
 
     Raises:
-        UserError: weights that do not fit the model, or an impossible TTT configuration.
+        UserError: weights that do not fit the model, an impossible TTT configuration, or no
+            compiler for what runs on the device.
     """
     paths, device = args.moshi_paths, torch.device(device)
+    compile = device.type == "cuda" if args.compile is None else args.compile
+    require_compiler(device, compile=compile, dtype=getattr(torch, args.param_dtype))
     shape = changed_shape(model_shape(info), args.model)
     earlier = open_earlier_run(paths.init_from) if paths.init_from else None
     if earlier is not None:
         there = _with_known_names(earlier.config)
         require_fit(earlier, args, shape, {key: there.get(key) for key in shape})
-    model = plan_model(
-        args, info, compile=device.type == "cuda" if args.compile is None else args.compile
-    )
+    model = plan_model(args, info, compile=compile)
     files = WeightFiles()
     if earlier is not None:
         files.add_base(_base_weights(earlier), model)

@@ -96,13 +96,52 @@ def test_a_training_step_with_other_losses_gets_no_time(program, monkeypatch, ca
     found = train_step.main([*STEP, "--arms", "stock", "ours"])
     assert "step_sec" in found[0] and "step_sec" not in found[1] and "mfu" not in found[1]
     assert "losses differ from the stock model's by 1.0e-04" in capsys.readouterr().out
+    assert train_step.exit_status(found) == 1
 
 
-def test_operations_of_a_step_are_counted(program):
+@pytest.mark.parametrize("wrong", ["OurRun", "StockRun"])
+def test_a_training_step_whose_later_losses_are_no_numbers_gets_no_time(
+    program, monkeypatch, wrong
+):
+    train_step = program("train_step")
+    run = getattr(train_step, wrong)
+    step, losses = run.step, []
+
+    def failing(*args):
+        losses.append(step(*args) if not losses else float("nan"))
+        return losses[-1]
+
+    monkeypatch.setattr(run, "step", failing)
+    found = train_step.main([*STEP, "--arms", "stock", "ours"])
+    assert "wrong" in found[1] and not {"step_sec", "speedup"} & found[1].keys()
+    assert train_step.exit_status(found) == 1
+
+
+def test_the_stock_model_runs_with_every_choice_of_arms(program, capsys):
+    train_step = program("train_step")
+    found = train_step.main([*STEP, "--arms", "ours"])
+    assert [r["name"] for r in found] == ["stock", "ours"] and found[1]["speedup"] > 0
+    assert train_step.exit_status(found) == 0
+    options = train_step.parse([*STEP, "--arms", "ours, full"])
+    assert [arm.name for arm in train_step.chosen_arms(options)] == ["stock, full", "ours, full"]
+    with pytest.raises(SystemExit) as stopped:
+        train_step.parse([*STEP, "--arms", "nosuch"])
+    assert stopped.value.code == 2 and "there is no 'nosuch'" in capsys.readouterr().err
+
+
+def test_only_a_search_may_run_out_of_memory(program):
+    status = program("train_step").exit_status
+    assert status([{"wrong": "out of memory"}]) == 1
+    assert status([{"wrong": "out of memory", "is_search": True}]) == 0
+    assert status([{"wrong": "losses are not finite", "is_search": True}]) == 1
+
+
+@pytest.mark.parametrize("is_full", [True, False], ids=["full", "lora"])
+def test_operations_of_a_step_are_counted(program, is_full):
     """Against PyTorch's own counter, which counts all pairs of frames in attention."""
     train_step = program("train_step")
     options = train_step.parse([*STEP, "--frames=20"])
-    arm = train_step.Arm("ours, full", is_full=True, checkpointing=False, compile=False)
+    arm = train_step.Arm("ours", is_full=is_full, checkpointing=False, compile=False)
     model = train_step.Weights(options).ours(arm)
     run = train_step.OurRun(model, options)
     with FlopCounterMode(display=False) as counter:

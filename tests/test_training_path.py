@@ -1,5 +1,6 @@
 """The fast path of whole sequences computes what the stock model computes: values and gradients."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from ttt import TTTArgs, build_model, without_ttt
 from ttt.layers import blocks, depth, execution
 from ttt.layers.blocks import Linear
 from ttt.layers.execution import Execution
+from ttt.ops import attention
 from ttt.ops.attention import causal_attention, rope_table, rotate
 from ttt.ops.depth_attention import depth_attention
 
@@ -363,6 +365,123 @@ def test_evaluation_is_never_compiled(monkeypatch):
         model(random_codes(num_frames=12))
     with pytest.raises(AssertionError, match="compiled"):
         model(random_codes(num_frames=12))
+
+
+def test_evaluation_compiles_no_graph_for_its_loss(monkeypatch):
+    monkeypatch.setattr(execution, "BACKEND", "aot_eager")
+    torch._dynamo.reset()
+    graphs = torch._dynamo.utils.counters["stats"]
+    before = graphs["unique_graphs"]
+    model = prepared(PLAIN, lora=False, compile=True)
+    with torch.no_grad():
+        for num_frames in (12, 13):
+            codes = random_codes(num_frames=num_frames)
+            stream_sums(model, model(codes, with_heads=False), codes, WEIGHTS)
+    assert graphs["unique_graphs"] == before
+
+
+def test_sequences_of_many_lengths_train_in_one_process(monkeypatch):
+    """PyTorch gives up on a function after eight forms of it."""
+    monkeypatch.setattr(execution, "BACKEND", "aot_eager")
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    torch._dynamo.reset()
+    execution._compiled.cache_clear()
+    model = prepared(PLAIN, lora=False, compile=True)
+    for num_frames in range(12, 22):
+        x = torch.randn(1, num_frames, model.dim, dtype=torch.float64, requires_grad=True)
+        weights = blocks.layer_of(model.transformer.layers[0]).mlp
+        model.execution.layer(blocks.project, x, weights.inward).sum().backward()
+
+
+def test_selective_checkpointing_is_compiled_without_comment(monkeypatch):
+    monkeypatch.setattr(execution, "BACKEND", "aot_eager")
+    torch._dynamo.reset()
+    execution._compiled.cache_clear()
+    log = logging.getLogger("torch._higher_order_ops.wrap")
+    torch._higher_order_ops.wrap.warning_once.cache_clear()
+    records = []
+    handler = logging.Handler()
+    handler.emit = records.append
+    log.addHandler(handler)
+    model = prepared(PLAIN, lora=False, compile=True, checkpointing="selective")
+    loss_and_gradients(model, random_codes(num_frames=12), with_heads=False)
+    log.removeHandler(handler)
+    assert not records
+
+
+UNCOVERED = {
+    "shared keys": {"kv_repeat": 2},
+    "positions in the depth transformer": {"depformer_pos_emb": "rope"},
+}
+
+
+@pytest.mark.parametrize("args", METHODS.values(), ids=METHODS.keys())
+@pytest.mark.parametrize("shape", UNCOVERED.values(), ids=UNCOVERED.keys())
+def test_layers_of_other_kinds_are_checkpointed_as_well(shape, args, monkeypatch):
+    monkeypatch.setattr(execution, "MIN_KEPT_WIDTH", 16)
+    sizes, results = {}, {}
+    for mode in (False, True, "selective"):
+        model = tiny_model(args, **shape).train()
+        model.execution.checkpointing = mode
+        kept = 0
+
+        def pack(x):
+            nonlocal kept
+            kept += x.numel()
+            return x
+
+        codes = random_codes(num_frames=30)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            model(codes, with_heads=False)
+        sizes[mode] = kept
+        results[mode] = loss_and_gradients(model, codes, with_heads=False)
+    assert_same(results[True], results[False], rtol=1e-13)
+    assert_same(results["selective"], results[False], rtol=1e-13)
+    if args is PLAIN:
+        stock_layers = 3 if "kv_repeat" in shape else 1
+        assert sizes[True] < sizes[False] / 2 and sizes["selective"] < sizes[False]
+        assert stock_layers == 1 or sizes["selective"] < sizes[False] / 2
+
+
+@pytest.mark.parametrize("args", METHODS.values(), ids=METHODS.keys())
+def test_a_stream_with_gradients_advances_once(args):
+    model = prepared(args, lora=False, checkpointing=True)
+    attention = model.transformer.layers[0].self_attn
+    with model.streaming(2):
+        out, _ = model.forward_text(random_codes(num_frames=1))
+        before = attention._streaming_state.offset.clone()
+        out.sum().backward()
+        assert torch.equal(attention._streaming_state.offset, before)
+        assert before.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0)])
+def test_compiled_code_asks_what_the_device_can_do(capability, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    attention._capability.cache_clear()
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def answer(x):
+        return x + 1 if attention._has_flash(x.device) else x - 1
+
+    assert answer(torch.zeros(1)).item() == (1 if capability >= (8, 0) else -1)
+    attention._capability.cache_clear()
+
+
+def test_flash_attention_gets_what_it_takes():
+    def suits(width, dtype=torch.bfloat16):
+        return attention._suits_flash(torch.empty(1, 1, 1, width, dtype=dtype))
+
+    assert suits(128) and suits(256) and suits(64, torch.float16)
+    assert not suits(12) and not suits(264) and not suits(64, torch.float32)
+
+
+def test_turned_queries_and_keys_have_the_values_type():
+    """The fast scan takes frames of one type."""
+    model = tiny_model(METHODS["mlp"], dtype=torch.bfloat16)
+    x = torch.randn(1, 6, 16, dtype=torch.bfloat16)
+    q, k, v, *_ = model.transformer.layers[0].ttt._prepare(x)
+    assert q.dtype == k.dtype == v.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("args", METHODS.values(), ids=METHODS.keys())

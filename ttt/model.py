@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,13 +11,12 @@ from moshi.models.lm import LMModel, LMOutput
 from moshi.models.lm_utils import _delay_sequence
 from moshi.modules.gating import ActivationGating
 from moshi.modules.transformer import StreamingTransformerLayer
-from moshi.utils.compile import no_compile
 from torch import Tensor, nn
 
 from ttt.config import TTTArgs
 from ttt.layers import InPlaceGating, TTTMixer, blocks
 from ttt.layers.depth import DepthLayer, depth_hidden
-from ttt.layers.execution import Checkpointing, Execution
+from ttt.layers.execution import Checkpointing, Execution, eager_on_cpu
 from ttt.layers.shardable import Shardable
 from ttt.ops.attention import RopeTable, rope_table
 
@@ -51,11 +50,13 @@ class TTTTransformerLayer(Shardable, StreamingTransformerLayer):
         rope: RopeTable | None = None,
     ) -> Tensor:
         assert cross_attention_src is None
-        if self._streaming_state is not None or not blocks.is_covered(self.self_attn):
-            x = self.execution.split_layer(self._stock_forward, x, token_embeddings)
-            if self._streaming_state is not None:
-                self._streaming_state.offset_cpu += x.shape[1]
+        if self._streaming_state is not None:
+            # Never checkpointed: to compute a step again would advance the stream again.
+            x = self._stock_forward(x, token_embeddings)
+            self._streaming_state.offset_cpu += x.shape[1]
             return x
+        if not blocks.is_covered(self.self_attn):
+            return self.execution.stock(self._stock_forward, x, token_embeddings)
         weights = blocks.layer_of(self)
         if self.ttt_module is None or (self.ttt is not None and not self.ttt.active):
             return self.execution.layer(blocks.layer_block, x, weights, rope)
@@ -76,7 +77,7 @@ class TTTTransformerLayer(Shardable, StreamingTransformerLayer):
         return blocks.add(x, self.gating(normed, token_embeddings), weights.scale2)
 
     def _stock_forward(self, x: Tensor, token_embeddings: Tensor | None) -> Tensor:
-        with _eager_on_cpu(x.device):
+        with eager_on_cpu(x.device):
             x = self._sa_block(x)
             if self.ttt is not None and self.ttt.active:
                 x = x + self.ttt(x)
@@ -152,7 +153,7 @@ class TTTLMModel(Shardable, LMModel):
         return out, self.text_linear(out)[:, None]
 
     def _text_hidden(self, sequence: Tensor) -> Tensor:
-        with _eager_on_cpu(sequence.device):
+        with eager_on_cpu(sequence.device):
             text = self.text_emb(sequence[:, 0])
             # The order of summation is the stock one, for equality to the bit.
             everything = None
@@ -184,7 +185,7 @@ class TTTLMModel(Shardable, LMModel):
     def forward_depformer_training(self, sequence: Tensor, transformer_out: Tensor) -> Tensor:
         """As stock: audio logits [B, K, T, card]."""
         batch, num_frames = transformer_out.shape[:2]
-        with _eager_on_cpu(sequence.device):
+        with eager_on_cpu(sequence.device):
             hidden = depth_hidden(self, sequence, transformer_out, self.execution)
         logits = [linear(x) for linear, x in zip(self.linears, hidden, strict=True)]
         return torch.stack(logits).unflatten(1, (batch, num_frames)).transpose(0, 1)
@@ -342,9 +343,3 @@ def without_ttt(model: TTTLMModel) -> Iterator[None]:
     finally:
         for module in model.ttt_layers.values():
             module.active = True
-
-
-def _eager_on_cpu(device: torch.device) -> AbstractContextManager[None]:
-    """Keeps `moshi` from compiling small functions where it costs more than it brings, and needs
-    a C++ compiler: on the CPU."""
-    return nullcontext() if device.type == "cuda" else no_compile()

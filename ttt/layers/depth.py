@@ -10,7 +10,7 @@ from moshi.modules.transformer import StreamingTransformer, StreamingTransformer
 from torch import Tensor, nn
 
 from ttt.layers import blocks
-from ttt.layers.execution import Execution
+from ttt.layers.execution import Execution, eager_on_cpu
 from ttt.layers.shardable import Shardable
 
 CHUNK_FRAMES = 10_000
@@ -58,10 +58,16 @@ def depth_hidden(
             inputs = module.whole_sequence(inputs, schedule, execution)
         hidden = _joined(inputs)
     else:
-        hidden = model.depformer(_joined(inputs).transpose(0, 1)).transpose(0, 1)
+        hidden = execution.stock(_stock_depth, model.depformer, _joined(inputs))
     if all(isinstance(norm, nn.Identity) for norm in model.depformer_norms):
         return hidden
     return torch.cat([norm(hidden[k : k + 1]) for k, norm in enumerate(model.depformer_norms)])
+
+
+def _stock_depth(depformer: StreamingTransformer, x: Tensor) -> Tensor:
+    """[K, N, C] of [K, N, C]. In here what is stock stays eager when it is computed again, too."""
+    with eager_on_cpu(x.device):
+        return depformer(x.transpose(0, 1)).transpose(0, 1)
 
 
 def _joined(chunks: Sequence[Tensor]) -> Tensor:

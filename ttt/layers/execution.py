@@ -1,13 +1,16 @@
 """How the blocks of a model run in training: compiled or not, and what they keep for the backward
 pass."""
 
+import logging
 import types
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, Literal
 
 import torch
+from moshi.utils.compile import no_compile
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -29,6 +32,10 @@ ROUNDING = "emulate_precision_casts"
 more digits from one operator to the next, and then the model that trains is another than the one
 that is evaluated and streams: what LoRA adds to an output is lost below 1/512 of it there, which in
 the first steps is nearly all, and would be kept here. Inductor has it for CUDA alone."""
+
+RECOMPILE_LIMIT = 64
+"""Forms that a block can be compiled in, at least: each length of sequences is one of its own, and
+so is the first layer, whose input may need no gradient. PyTorch's own limit is 8."""
 
 MIN_KEPT_WIDTH = 512
 """`selective` keeps a product that summed over at least so many numbers: so much arithmetic does a
@@ -65,6 +72,11 @@ class Execution:
         runs through `piece`."""
         return _checkpointed(function, self.checkpointing is True, *args)
 
+    def stock(self, function: Callable[..., Any], *args: Any) -> Any:
+        """`function(*args)`, with layers that `blocks` does not know in it: not compiled, and where
+        anything is to be made again, then all of it."""
+        return _checkpointed(function, self.checkpointing is not False, *args)
+
     def piece(self, block: Callable[..., Any], *args: Any) -> Any:
         """`block(*args)`, a piece of a `split_layer`."""
         return self._run(block, self.checkpointing == "selective" and "selective", *args)
@@ -88,12 +100,32 @@ def _compiled(block: Callable[..., Any], backend: str) -> Callable[..., Any]:
     run = types.FunctionType(
         run.__code__.replace(co_name=block.__name__), globals(), closure=run.__closure__
     )
+    prepare_compilation()
     options: dict[str, Any] = {}
     if backend == "inductor" and torch.cuda.is_available():
         options[ROUNDING] = True
     return torch.compile(
         run, backend=backend, fullgraph=True, dynamic=False, options=options or None
     )
+
+
+def prepare_compilation() -> None:
+    """PyTorch's settings for what is compiled here, of the whole process."""
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, RECOMPILE_LIMIT)
+    logging.getLogger("torch._higher_order_ops.wrap").addFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Of selective checkpointing in compiled code PyTorch says, in four lines, that it works for
+    some functions only; the tests hold that it does for these."""
+    return "context_fn" not in str(record.msg)
+
+
+def eager_on_cpu(device: torch.device) -> AbstractContextManager[None]:
+    """Keeps `moshi` from compiling small functions where it costs more than it brings, and needs
+    a C++ compiler: on the CPU."""
+    return nullcontext() if device.type == "cuda" else no_compile()
 
 
 def _checkpointed(function: Callable[..., Any], mode: Checkpointing, *args: Any) -> Any:

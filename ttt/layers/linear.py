@@ -202,8 +202,9 @@ class TTTMixer(StreamingModule[TTTMixerState]):
         )
         if self.args.use_rope:
             positions = self._positions(x.shape[1], x.device)
-            q = ops.rope(q, positions, theta=self.args.rope_theta)
-            k = ops.rope(k, positions, theta=self.args.rope_theta)
+            # Rounded once, as attention's are: the scan is fastest in the type of the values.
+            q = ops.rope(q, positions, theta=self.args.rope_theta).to(v.dtype)
+            k = ops.rope(k, positions, theta=self.args.rope_theta).to(v.dtype)
         return q, k, v, *self._learning_rates(normed)
 
     def _finish(self, mixed: Tensor, x: Tensor) -> Tensor:

@@ -2,10 +2,11 @@
 
 Frame t sees the `context` frames t − context + 1 … t. Where that is the whole sequence, PyTorch's
 own causal kernels do it. Shorter windows take a kernel that skips what lies outside (half precision
-on CUDA), or blocks of queries with the keys that they can see: time falls with the window in both.
+on CUDA, from Ampere on), or blocks of queries with the keys that they can see: time falls with the window in both.
 """
 
 import math
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -58,9 +59,26 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, context: int | None) -> Te
     if context is None or context >= q.shape[1]:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
-    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+    if q.is_cuda and _suits_flash(q) and _has_flash(q.device):
         return _flash_window(q, k, v, context)
     return _blockwise(q, k, v, context)
+
+
+def _suits_flash(q: Tensor) -> bool:
+    """Whether FlashAttention takes queries of this type and head width."""
+    width = q.shape[-1]
+    return q.dtype in (torch.bfloat16, torch.float16) and width % 8 == 0 and width <= 256
+
+
+@torch.compiler.assume_constant_result
+def _has_flash(device: torch.device) -> bool:
+    """Whether it runs on this device. Code that is compiled takes the answer as a constant."""
+    return _capability(device) >= (8, 0)
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def _flash_window(q: Tensor, k: Tensor, v: Tensor, context: int) -> Tensor:
