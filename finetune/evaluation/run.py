@@ -41,9 +41,8 @@ from .summary import summarise_health, summarise_pairs, summarise_positions
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 """Raise it when the same options give other records."""
-FEW_RECORDINGS = 8
 
 
 class Evaluation:
@@ -132,11 +131,6 @@ class Evaluation:
             vocabulary=self.vocabulary,
             seed=options.seed,
         )
-        if 1 < summary["num_recordings"] < FEW_RECORDINGS:
-            self._note(
-                f"{summary['num_recordings']} recordings are few: intervals by bootstrap are too "
-                f"narrow for less than {FEW_RECORDINGS}."
-            )
         return {**summary, "reset_sec": reset_frames / FRAME_RATE_HZ}
 
     def _arms(self) -> list[str]:

@@ -117,7 +117,6 @@ class _View:
                 place = {
                     "start_sec": start * self.bin_frames / FRAME_RATE_HZ,
                     "stop_sec": stop * self.bin_frames / FRAME_RATE_HZ,
-                    "num_recordings": int((weight > 0).sum()),
                     "weight": float(weight.sum()),
                 }
                 curve.append({**place, **dataclasses.asdict(estimate)})
