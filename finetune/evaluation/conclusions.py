@@ -13,6 +13,7 @@ _TITLES = {
     ("on", "carried"): "TTT on, compared with a start from another recording's state",
     ("carried", "off"): "another recording's state, compared with TTT off",
     ("on", "baseline"): "this checkpoint, compared with the baseline",
+    ("off", "baseline"): "this checkpoint without TTT, compared with the baseline",
 }
 _BETTER, _WORSE, _SAME = "better", "worse", "no difference shown"
 NEGLIGIBLE_NATS = 0.001
@@ -38,12 +39,18 @@ def _alarms(results: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def _of_position(position: Mapping[str, Any]) -> Iterator[str]:
+    for warning in position["warnings"]:
+        yield f"Warning: {warning}"
+    if not position["num_recordings"]:
+        yield "No recording was read to its end in every arm: there is no loss by position."
+        return
     beyond = position["longest_sec"] > position["attention_window_sec"]
     place = "beyond_window" if beyond else "mean"
     where = "beyond the attention window" if beyond else "(no recording exceeds the window)"
     for difference in position["differences"]:
         one, other = difference["arms"]
-        if (one, other) not in _TITLES:
+        of_ttt = "baseline" not in (one, other)
+        if (one, other) not in _TITLES or (of_ttt and not position["ttt_wrote"]):
             continue
         by_sign: dict[str, list[str]] = {_BETTER: [], _WORSE: [], _SAME: []}
         estimates = {stream: difference[stream][place] for stream in STREAMS}

@@ -79,7 +79,7 @@ class Bootstrap:
 def student_t(probability: float, degrees: int) -> float:
     """The quantile of Student's t distribution.
 
-    With t = √ν tan θ its density is proportional to cos^(ν−1) θ, which is integrated on a grid of θ.
+    With t = √ν tan θ its density is proportional to cos^(ν−1) θ, which is integrated on a grid.
     """
     edges = np.linspace(-math.pi / 2, math.pi / 2, 100_001)
     mass = np.cos((edges[1:] + edges[:-1]) / 2) ** (degrees - 1)
