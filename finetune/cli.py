@@ -253,7 +253,8 @@ def evaluate(
         out: the folder to write to; evaluation/RUN/CHECKPOINT if not given.
         arms: of loss by position: with TTT, without, TTT reset now and then, TTT starting from the
             state of another recording.
-        reset_frames: how often the arm `reset` resets; what attention sees if not given.
+        reset_frames: how often the arm `reset` resets, more than a chunk; what attention sees, and
+            at least two chunks, if not given.
         baseline: the output folder of an evaluation of another checkpoint, to compare with.
         bin_sec: width of the bins of position.
         max_sec: read no more than this of each recording.
