@@ -61,6 +61,14 @@ def _refuse(unexpected: tuple[str, ...], unknown: dict[str, Any] | None = None) 
         raise UserError(f"unknown option: --{name}. Ask for --help to see those there are.")
 
 
+def _require(**given: str) -> None:
+    """Of options without a default: as parameters without one, fire would show its usage and not
+    say that an option is misspelt."""
+    for name, value in given.items():
+        if not value:
+            raise UserError(f"--{name} is missing. Ask for --help to see what it is.")
+
+
 def _flag(name: str, value: str) -> bool:
     if value.lower() not in ("true", "false"):
         raise UserError(f"--{name}: is on or off; give --{name} alone, got {value!r}.")
@@ -153,8 +161,8 @@ def encode(*unexpected: str, config: str, **overrides: Any) -> None:
 @_literal
 def generate(
     *unexpected: str,
-    checkpoint: str,
-    audio: str,
+    checkpoint: str = "",
+    audio: str = "",
     out: str = "continuation.wav",
     prompt_sec: str = "5",
     seed: str = "0",
@@ -177,6 +185,7 @@ def generate(
         device: auto, cpu or cuda.
     """
     _refuse(unexpected, unknown)
+    _require(checkpoint=checkpoint, audio=audio)
     import soundfile
 
     from finetune.generate import continue_dialogue, load_for_inference
@@ -202,7 +211,7 @@ def generate(
 @_literal
 def evaluate(
     *unexpected: str,
-    checkpoint: str,
+    checkpoint: str = "",
     tasks: str = "",
     data: str | None = None,
     pairs: str | None = None,
@@ -244,7 +253,8 @@ def evaluate(
         out: the folder to write to; evaluation/RUN/CHECKPOINT if not given.
         arms: of loss by position: with TTT, without, TTT reset now and then, TTT starting from the
             state of another recording.
-        reset_frames: how often the arm `reset` resets; what attention sees if not given.
+        reset_frames: how often the arm `reset` resets, more than a chunk; what attention sees, and
+            at least two chunks, if not given.
         baseline: the output folder of an evaluation of another checkpoint, to compare with.
         bin_sec: width of the bins of position.
         max_sec: read no more than this of each recording.
@@ -269,6 +279,7 @@ def evaluate(
         name: unknown.pop(f"wandb.{name}", None) for name in ("project", "offline", "run_name")
     }
     _refuse(unexpected, unknown)
+    _require(checkpoint=checkpoint)
     from finetune.evaluation.options import (
         ARMS,
         TASKS,

@@ -2,12 +2,20 @@
 
 import json
 import math
+import os
 
 import numpy as np
 import pytest
 import soundfile
 import torch
-from data_tools import speech_like, tiny_codec, tiny_mimi, write_dataset, write_jsonl
+from data_tools import (
+    speech_like,
+    tiny_codec,
+    tiny_mimi,
+    write_dataset,
+    write_jsonl,
+    write_recording,
+)
 from helpers import DELAYS, random_codes, tiny_args, tiny_model
 from test_evaluation_streaming import InMemory
 from training_tools import checkpoint, train, write_model
@@ -16,13 +24,13 @@ from finetune.cli import evaluate, run
 from finetune.data.audio import inspect_audio
 from finetune.errors import UserError
 from finetune.evaluation.conclusions import conclusions
-from finetune.evaluation.health import alarms, check_health, measure, repeat_rate
+from finetune.evaluation.health import alarms, check_health, limits, measure, repeat_rate
 from finetune.evaluation.options import HealthOptions, Options, PairOptions
 from finetune.evaluation.pairs import PairTask, log_likelihood, read_pairs, zerospeech_lines
 from finetune.evaluation.position import STREAMS, BinSums
 from finetune.evaluation.records import Records
 from finetune.evaluation.run import evaluate_checkpoint
-from finetune.evaluation.statistics import Bootstrap, proportion, slope_parts
+from finetune.evaluation.statistics import Bootstrap, proportion, slope_parts, student_t
 from finetune.evaluation.streaming import Scorer
 from finetune.evaluation.summary import pairwise_edges, summarise_pairs, summarise_positions
 from finetune.loss import LossWeights
@@ -103,10 +111,13 @@ def test_loss_by_position_is_what_it_is_known_to_be():
         assert [point["start_sec"] for point in curve] == [0.0, 0.8, 1.6, 2.4, 3.2]
         expected = [nll_of(1, card)] * 2 + [nll_of(3, card)] * 3
         for point, value in zip(curve, expected, strict=True):
-            # Nothing differs between recordings, so the interval has no width.
             assert point["value"] == pytest.approx(value, abs=1e-5)
-            assert point["low"] == pytest.approx(point["high"], abs=1e-5)
-        assert [point["num_recordings"] for point in curve] == [3, 3, 3, 2, 2]
+            # Nothing differs between recordings, so the interval has no width; two have none.
+            if point["count"] == 3:
+                assert point["low"] == pytest.approx(point["high"], abs=1e-5)
+            else:
+                assert point["low"] is None
+        assert [point["count"] for point in curve] == [3, 3, 3, 2, 2]
         assert off[stream]["beyond_window"]["value"] == pytest.approx(nll_of(3, card), abs=1e-5)
         assert off[stream]["slope_per_doubling"]["value"] < -0.3
         assert off[stream]["slope_per_hour_beyond_window"]["value"] == pytest.approx(0, abs=1e-3)
@@ -125,26 +136,45 @@ def test_loss_by_position_is_what_it_is_known_to_be():
 def test_slopes_are_within_recordings():
     """A long recording that is hard throughout does not make late positions look hard."""
     x = np.arange(4.0)
-    weight = np.array([[1.0, 1, 0, 0], [1, 1, 1, 1]])
-    loss = weight * np.array([[1.0, 1.5, 0, 0], [5, 5.5, 6, 6.5]])
+    weight = np.array([[1.0, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 0]])
+    loss = weight * np.array([[1.0, 1.5, 0, 0], [5, 5.5, 6, 6.5], [3, 3.5, 4, 0]])
     rise, spread = slope_parts(x, loss, weight)
     assert rise.sum() / spread.sum() == pytest.approx(0.5)
-    estimate = Bootstrap(2).ratio(rise, spread)
+    estimate = Bootstrap(3).ratio(rise, spread)
     assert estimate.low == pytest.approx(0.5) and estimate.high == pytest.approx(0.5)
 
 
-def test_intervals_cover_what_they_should_and_one_recording_has_none():
+def test_quantiles_of_student_are_those_of_the_tables():
+    for probability, degrees, expected in (
+        (0.975, 1, 12.7062),
+        (0.975, 3, 3.18245),
+        (0.975, 10, 2.22814),
+        (0.99375, 2, 8.8602),
+        (0.975, 10_000, 1.96020),
+    ):
+        assert student_t(probability, degrees) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("num_recordings", [3, 4, 8, 40])
+def test_intervals_cover_what_they_should(num_recordings):
     generator = np.random.default_rng(0)
-    covered = 0
-    for trial in range(100):
-        weight = generator.uniform(10, 20, 40)
-        loss = weight * generator.normal(2.0, 0.5, 40)
-        estimate = Bootstrap(40, seed=trial).ratio(loss, weight)
+    bootstrap, trials, covered = Bootstrap(num_recordings), 400, 0
+    for _ in range(trials):
+        weight = generator.uniform(10, 20, num_recordings)
+        loss = weight * generator.normal(2.0, 0.5, num_recordings)
+        estimate = bootstrap.ratio(loss, weight)
         covered += estimate.low <= 2.0 <= estimate.high
-    assert 87 <= covered <= 99
-    alone = Bootstrap(1).ratio(np.array([3.0]), np.array([2.0]))
-    assert (alone.value, alone.low, alone.high) == (1.5, None, None)
-    # Paired: what recordings have in common cancels.
+    assert 0.91 <= covered / trials <= 0.99
+
+
+def test_one_or_two_recordings_have_no_interval_and_pairing_cancels_what_is_common():
+    for num_recordings in (1, 2):
+        few = np.full(num_recordings, 3.0)
+        alone = Bootstrap(num_recordings).ratio(few, few / 1.5)
+        assert (alone.value, alone.low, alone.high) == (1.5, None, None)
+    generator = np.random.default_rng(0)
+    weight = generator.uniform(10, 20, 40)
+    loss = weight * generator.normal(2.0, 0.5, 40)
     other = loss + 0.1 * weight
     difference = Bootstrap(40).ratio_difference((loss, other), (weight, weight))
     assert difference.low == pytest.approx(-0.1) and difference.high == pytest.approx(-0.1)
@@ -169,12 +199,13 @@ def test_curves_cover_every_bin_once():
 
 def test_conclusions_say_no_more_than_the_intervals():
     def estimate(value, low, high):
-        return {"value": value, "low": low, "high": high}
+        return {"value": value, "low": low, "high": high, "count": 20}
 
     def sentences(arms, *estimates):
         by_stream = dict(zip(STREAMS, estimates, strict=True))
         difference = {"arms": arms} | {s: {"beyond_window": e} for s, e in by_stream.items()}
         place = {"longest_sec": 600, "attention_window_sec": 240, "differences": [difference]}
+        place |= {"num_recordings": 20, "ttt_wrote": True, "warnings": []}
         return conclusions({"position": place})
 
     better, worse = estimate(-0.02, -0.03, -0.01), estimate(0.02, 0.01, 0.03)
@@ -184,6 +215,10 @@ def test_conclusions_say_no_more_than_the_intervals():
     assert "no difference shown: first codebook −0.0200" in sentence
     assert len(sentences(["on", "carried"], better, tiny, unsure, tiny)) == 1
     assert sentences(["on", "carried"], better, worse, unsure, tiny)[1].startswith("Warning")
+    # One of four streams by a hair is what chance would show.
+    barely = estimate(0.02, 0.001, 0.039)
+    assert "worse: text, with padding" in sentences(["on", "carried"], barely, *[unsure] * 3)[0]
+    assert len(sentences(["on", "carried"], barely, unsure, unsure, unsure)) == 1
     alone = estimate(-0.5, None, None)
     assert "better" not in sentences(["on", "off"], alone, alone, alone, alone)[0]
 
@@ -356,6 +391,9 @@ def test_alarms_ring_for_collapse_alone():
         {"repeat_rate": 0.6},
     ):
         assert [alarm.measure for alarm in alarms(usual | broken, usual)] == list(broken)
+    # A share below 0 is no limit.
+    assert limits(usual)["padding_share"] == "< 0.30 or ≥ 0.98"
+    assert limits(usual | {"padding_share": 0.3})["padding_share"] == "≥ 0.98"
     # The user talks all the time: then silence is no collapse.
     listening = usual | {"silence_share": 0.95, "padding_share": 0.95}
     assert alarms(listening | {"silence_share": 1.0, "padding_share": 1.0}, listening) == []
@@ -475,13 +513,107 @@ def test_an_interrupted_evaluation_continues_and_gives_the_same(trained, tmp_pat
     # All is there: nothing runs a third time. Fewer recordings: those of the others stay apart.
     fewer = evaluate_checkpoint(options(trained, tmp_path / "out", limit=3, arms=("on",)))
     assert len(passes) == 5 and fewer["position"]["num_recordings"] == 3
-    assert any("3 recordings are few" in note for note in fewer["notes"])
 
 
 def test_results_of_other_options_are_never_mixed(trained, tmp_path):
     evaluate_checkpoint(options(trained, tmp_path / "out", arms=("off",), limit=1))
     with pytest.raises(UserError, match=r"bin_frames was 10, is 5.*Choose another --out"):
         evaluate_checkpoint(options(trained, tmp_path / "out", bin_sec=0.4))
+
+
+def position_records(out, arm):
+    """The records of an arm, by recording."""
+    records = [json.loads(line) for line in (out / "position.jsonl").open()][1:]
+    return {r["recording"]: r for r in records if r["arm"] == arm}
+
+
+def test_the_batch_size_changes_no_record(trained, tmp_path):
+    """Donors of a batch end at different frames, rows too."""
+    for size in (1, 4):
+        chosen = {"arms": ("on", "carried"), "batch_size": size}
+        evaluate_checkpoint(options(trained, tmp_path / str(size), **chosen))
+    for arm in ("on", "carried"):
+        alone, together = (position_records(tmp_path / size, arm) for size in "14")
+        assert len(alone) == 4
+        for name, record in alone.items():
+            for stream in STREAMS:
+                for key, values in record["streams"][stream].items():
+                    other = together[name]["streams"][stream][key]
+                    assert values == pytest.approx(other, rel=1e-4), (arm, stream, key)
+
+
+@pytest.mark.parametrize("changed", ["0.wav", "0.json"])
+def test_a_changed_file_of_the_same_size_is_read_again(trained, tmp_path, monkeypatch, changed):
+    data = write_dataset(tmp_path / "data", [2.0, 2.0])
+    evaluate_checkpoint(options(trained, tmp_path / "out", data=str(data), arms=("off",)))
+    file = tmp_path / "data" / changed
+    status, passes, score = file.stat(), [], Scorer.score
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns + 10**9))
+
+    def counted(self, **given):
+        passes.append(len(self.rows))
+        return score(self, **given)
+
+    monkeypatch.setattr(Scorer, "score", counted)
+    evaluate_checkpoint(options(trained, tmp_path / "out", data=str(data), arms=("off",)))
+    assert passes == [1]
+
+
+def test_changed_recordings_of_pairs_are_scored_again(pair_folder):
+    model, options = preferring(0, 1.0), PairOptions()
+    _, records, _ = scores_of(model, pair_folder, options)
+    file = pair_folder / "bad0.wav"
+    os.utime(file, ns=(0, 10**9))
+    _, again, task = scores_of(model, pair_folder, options)
+    assert len(list(again)) == len(list(records)) + 1 and len(task.results()) == 4
+
+
+def test_a_loss_that_is_not_finite_is_named_and_counted_nowhere(trained, tmp_path, monkeypatch):
+    score = Scorer.score
+
+    def broken(self, **given):
+        for block in score(self, **given):
+            for row, recording in enumerate(self.rows):
+                if recording.num_frames == 39:
+                    block.nll[row, 1, block.frames[1] >= 20] = math.nan
+            yield block
+
+    monkeypatch.setattr(Scorer, "score", broken)
+    results = evaluate_checkpoint(options(trained, tmp_path / "out", arms=("on", "off")))
+    assert results["position"]["num_recordings"] == 3
+    assert math.isfinite(results["position"]["arms"]["on"]["first_codebook"]["mean"]["value"])
+    (missing,) = results["missing"]["position"]
+    assert "loss is not finite at 1.6 s" in missing
+    assert results["conclusions"][0].startswith("Warning: The loss of 1 recordings is not finite")
+    # Not a single one left: that is said, too.
+    chosen = {"data": str(write_dataset(tmp_path / "data", [3.1])), "arms": ("off",)}
+    results = evaluate_checkpoint(options(trained, tmp_path / "none", **chosen))
+    assert "there is no loss by position" in results["conclusions"][1]
+
+
+def test_resets_before_anything_is_learnt_are_refused(trained, tmp_path):
+    with pytest.raises(UserError, match=r"--reset_frames: TTT writes after every 5 .* at least 6"):
+        evaluate_checkpoint(options(trained, tmp_path / "out", reset_frames=5))
+    # What is read counts, not the length of the files.
+    results = evaluate_checkpoint(options(trained, tmp_path / "out", max_sec=0.8))
+    assert "reset" not in results["position"]["arms"]
+    assert any("the arm `reset` is left out" in note for note in results["notes"])
+
+
+def test_of_recordings_without_an_update_nothing_is_concluded(trained, tmp_path):
+    results = evaluate_checkpoint(options(trained, tmp_path / "out", max_sec=0.4))
+    assert list(results["position"]["arms"]) == ["on", "off"]
+    (conclusion,) = results["conclusions"]
+    assert "TTT never wrote" in conclusion and conclusion.startswith("Warning")
+
+
+def test_who_is_too_short_is_nobodys_donor(trained, tmp_path):
+    data = write_dataset(tmp_path / "data", [2.0, 0.3, 1.5, 0.3])
+    chosen = {"data": str(data), "arms": ("on", "carried")}
+    results = evaluate_checkpoint(options(trained, tmp_path / "out", **chosen))
+    assert results["position"]["num_recordings"] == 4
+    donors = {r["control"] for r in position_records(tmp_path / "out", "carried").values()}
+    assert {donor[-5:] for donor in donors} == {"0.wav", "2.wav"}
 
 
 def test_another_recordings_state_is_what_the_carried_arm_starts_with(trained, tmp_path):
@@ -504,7 +636,7 @@ def test_what_cannot_be_read_is_listed_and_counted(trained, tmp_path):
         results["position"]["num_recordings"] == 1 and "carried" not in results["position"]["arms"]
     )
     assert len(results["missing"]["data"]) == 1 and "0.json" in results["missing"]["data"][0]
-    assert any("the arm `carried` needs another" in note for note in results["notes"])
+    assert any("it needs two recordings" in note for note in results["notes"])
     assert results["position"]["arms"]["on"]["text"]["mean"]["low"] is None
     page = (tmp_path / "out/report.html").read_text()
     assert "0.json" in page and "there are no intervals" in page
@@ -521,8 +653,54 @@ def test_a_stock_moshi_is_a_baseline(trained, tmp_path):
         options(trained, tmp_path / "out", arms=("on",), baseline=tmp_path / "stock")
     )
     assert [d["arms"] for d in compared["position"]["differences"]] == [["on", "baseline"]]
-    with pytest.raises(UserError, match="no evaluation of loss by position"):
-        evaluate_checkpoint(options(trained, tmp_path / "out", baseline=tmp_path / "none"))
+    # And the other way round.
+    other = evaluate_checkpoint(
+        options((stock, trained[1]), tmp_path / "other", baseline=tmp_path / "out")
+    )
+    assert ["off", "baseline"] in [d["arms"] for d in other["position"]["differences"]]
+    assert any("compared with the baseline: loss beyond" in c for c in other["conclusions"])
+
+
+def test_a_wrong_baseline_is_told_before_anything_is_computed(trained, tmp_path, monkeypatch):
+    evaluate_checkpoint(options(trained, tmp_path / "base", arms=("on",)))
+    monkeypatch.setattr("finetune.evaluation.run.load_for_inference", None)
+
+    def refused(message, **changes):
+        with pytest.raises(UserError, match=message):
+            evaluate_checkpoint(options(trained, tmp_path / "out", arms=("on",), **changes))
+
+    refused("no evaluation of loss by position", baseline=tmp_path / "none")
+    refused("bin_frames 10, and this is 5", baseline=tmp_path / "base", bin_sec=0.4)
+    data = write_dataset(tmp_path / "data", [2.0])
+    refused("is of other recordings", baseline=tmp_path / "base", data=str(data))
+    (tmp_path / "base/position.jsonl").write_text("no json\n")
+    refused(r"--baseline: .*is damaged", baseline=tmp_path / "base")
+
+
+def test_a_baseline_is_compared_by_what_was_read(trained, tmp_path):
+    """The same files by another path are the same; a file that was another one is left out."""
+    data = write_dataset(tmp_path / "data", [2.0, 1.5])
+    evaluate_checkpoint(options(trained, tmp_path / "base", data=str(data), arms=("on",)))
+    (tmp_path / "link").symlink_to(tmp_path / "data")
+    chosen = {"baseline": tmp_path / "base", "arms": ("on",), "limit": 2}
+    chosen |= {"data": str(tmp_path / "link" / data.name)}
+    results = evaluate_checkpoint(options(trained, tmp_path / "out", **chosen))
+    assert results["position"]["num_recordings"] == 2
+    difference = results["position"]["differences"][0]
+    assert difference["arms"] == ["on", "baseline"] and difference["text"]["mean"]["value"] == 0
+    write_recording(tmp_path / "data", "0.wav", 2.0, rate_hz=16_000)
+    results = evaluate_checkpoint(options(trained, tmp_path / "out", **chosen))
+    assert results["position"]["num_recordings"] == 1
+    assert "size_bytes was" in results["missing"]["baseline"][0]
+
+
+def test_earlier_results_are_not_rewritten(tmp_path, monkeypatch):
+    path = tmp_path / "records.jsonl"
+    Records(path, {"a": 1}).append({"b": "é"})
+    kept = path.read_bytes()
+    path.write_bytes(kept + b'{"b": ')
+    monkeypatch.setattr("pathlib.Path.write_text", None)
+    assert list(Records(path, {"a": 1})) == [{"b": "é"}] and path.read_bytes() == kept
 
 
 def test_training_logs_the_health_of_speech(trained):
@@ -538,6 +716,11 @@ def test_training_logs_the_health_of_speech(trained):
         ({"tasks": "positions"}, "--tasks: there is no 'positions'; choose from position, pairs"),
         ({"arms": "on,of"}, "--arms: there is no 'of'"),
         ({"tasks": "pairs"}, "pairs needs --pairs"),
+        ({"tasks": "position", "pairs": "nope.jsonl"}, "--pairs: counts for the task pairs alone"),
+        ({"tasks": "health", "baseline": "base"}, "--baseline: counts for the task position alone"),
+        ({"wandb.offline": "true"}, "--wandb.offline: name the project too"),
+        ({"checkpoint": ""}, "--checkpoint is missing"),
+        ({"checkpoint": "", "chekpoint": "x"}, "unknown option: --chekpoint"),
         ({"pair_side": "left"}, "--pair_side: there is no 'left'; choose from moshi, user"),
         ({"data": "none.jsonl"}, "none.jsonl does not exist"),
         ({"data": "EMPTY"}, "is empty"),
@@ -550,6 +733,8 @@ def test_mistakes_are_named(trained, tmp_path, capsys, arguments, message):
     (tmp_path / "empty.jsonl").write_text("\n")
     path, data = trained
     given = {"checkpoint": str(path), "data": str(data), "out": str(tmp_path / "out")} | arguments
+    if not given["checkpoint"]:
+        del given["checkpoint"]
     if given["data"] == "EMPTY":
         given["data"] = str(tmp_path / "empty.jsonl")
     assert run(lambda: evaluate(**given)) == 1

@@ -140,6 +140,31 @@ def test_rows_learn_from_recordings_of_different_lengths_as_alone():
             assert torch.allclose(together[name][index], change[0]) and change.any()
 
 
+@pytest.mark.parametrize(
+    "args", [tiny_args(), tiny_delta_args(), tiny_linear_args()], ids=["sum", "delta", "linear"]
+)
+@torch.no_grad()
+def test_rows_go_on_from_donors_of_different_lengths_as_alone(args):
+    model = tiny_model(args)
+    rows = [InMemory(random_codes(batch=1, num_frames=60, seed=n)[0]) for n in (1, 2)]
+    donors = [InMemory(random_codes(batch=1, num_frames=n, seed=n)[0]) for n in (60, 20)]
+
+    def scored_after(rows, donors):
+        with block_streaming(model, len(rows), 8):
+            scorer = Scorer(model, donors, weights=WEIGHTS, block_frames=8)
+            scorer.learn([donor.num_frames for donor in donors])
+            state = ttt.get_state(model)
+            model.reset_streaming()
+            ttt.set_state(model, state)
+            scorer = Scorer(model, rows, weights=WEIGHTS, block_frames=8)
+            return torch.cat([block.nll for block in scorer.score()], dim=2)
+
+    together = scored_after(rows, donors)
+    for index in range(2):
+        alone = scored_after(rows[index : index + 1], donors[index : index + 1])
+        assert torch.allclose(together[index], alone[0], atol=1e-5)
+
+
 def test_ranges_end_at_blocks_and_at_cuts():
     assert cut(20, 8) == [(0, 8), (8, 16), (16, 20)]
     assert cut(20, 8, [0, 5, 10, 20, 30]) == [(0, 5), (5, 8), (8, 10), (10, 16), (16, 20)]

@@ -5,6 +5,7 @@ from typing import Any
 
 from .figures import STREAM_TITLES
 from .position import STREAMS
+from .statistics import student_t
 
 _TITLES = {
     ("on", "off"): "TTT on, compared with off",
@@ -12,6 +13,7 @@ _TITLES = {
     ("on", "carried"): "TTT on, compared with a start from another recording's state",
     ("carried", "off"): "another recording's state, compared with TTT off",
     ("on", "baseline"): "this checkpoint, compared with the baseline",
+    ("off", "baseline"): "this checkpoint without TTT, compared with the baseline",
 }
 _BETTER, _WORSE, _SAME = "better", "worse", "no difference shown"
 NEGLIGIBLE_NATS = 0.001
@@ -37,36 +39,45 @@ def _alarms(results: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def _of_position(position: Mapping[str, Any]) -> Iterator[str]:
+    for warning in position["warnings"]:
+        yield f"Warning: {warning}"
+    if not position["num_recordings"]:
+        yield "No recording was read to its end in every arm: there is no loss by position."
+        return
     beyond = position["longest_sec"] > position["attention_window_sec"]
     place = "beyond_window" if beyond else "mean"
     where = "beyond the attention window" if beyond else "(no recording exceeds the window)"
     for difference in position["differences"]:
         one, other = difference["arms"]
-        if (one, other) not in _TITLES:
+        of_ttt = "baseline" not in (one, other)
+        if (one, other) not in _TITLES or (of_ttt and not position["ttt_wrote"]):
             continue
         by_sign: dict[str, list[str]] = {_BETTER: [], _WORSE: [], _SAME: []}
-        for stream in STREAMS:
-            estimate = difference[stream][place]
-            if estimate["value"] is None:
-                continue
-            sign = _sign(estimate)
-            by_sign[sign].append(f"{STREAM_TITLES[stream]} {signed(estimate)}")
+        estimates = {stream: difference[stream][place] for stream in STREAMS}
+        for stream, estimate in estimates.items():
+            if estimate["value"] is not None:
+                by_sign[_sign(estimate)].append(f"{STREAM_TITLES[stream]} {signed(estimate)}")
         parts = "; ".join(f"{sign}: {', '.join(names)}" for sign, names in by_sign.items() if names)
         yield f"{_TITLES[one, other]}: loss {where}, in nats: {parts}."
-        if (one, other) == ("on", "carried") and by_sign[_WORSE]:
+        # Any of the streams may raise it, so each is given a share of the 5 % of false warnings.
+        signs = [_sign(estimate, num_tests=len(STREAMS)) for estimate in estimates.values()]
+        if (one, other) == ("on", "carried") and _WORSE in signs:
             yield (
                 "Warning: starting from another recording's state helps. Then what TTT learns is "
                 "not about the recording alone, and part of its gain could be had by training."
             )
 
 
-def _sign(estimate: Mapping[str, float | None]) -> str:
-    low, high = estimate["low"], estimate["high"]
-    if low is None or high is None or low <= 0 <= high:
+def _sign(estimate: Mapping[str, Any], *, num_tests: int = 1) -> str:
+    """What a 95 % interval shows; with `num_tests`, one of 1 − 5 % / num_tests (Bonferroni)."""
+    value, low, high = estimate["value"], estimate["low"], estimate["high"]
+    if value is None or low is None or high is None or max(-low, high) < NEGLIGIBLE_NATS:
         return _SAME
-    if max(-low, high) < NEGLIGIBLE_NATS:
-        return _SAME
-    return _BETTER if high < 0 else _WORSE
+    degrees = estimate["count"] - 1
+    widening = student_t(1 - 0.025 / num_tests, degrees) / student_t(0.975, degrees)
+    if value + widening * (high - value) < 0:
+        return _BETTER
+    return _WORSE if value + widening * (low - value) > 0 else _SAME
 
 
 def signed(estimate: Mapping[str, float | None], digits: int = 4) -> str:

@@ -149,11 +149,13 @@ def limits(recorded: Mapping[str, float]) -> dict[str, str]:
     """The limits of `alarms` for these recordings, for people."""
     usual = recorded
     always = f"≥ {ALWAYS:g}"
+    least_padding = usual["padding_share"] - MIN_PADDING_DEFICIT
+    padding = [f"< {least_padding:.2f}"] if least_padding > 0 else []
+    padding += [always] if usual["padding_share"] <= NOT_ALWAYS else []
     return {
         "entropy": f"< {MIN_ENTROPY_RATIO * usual['entropy']:.2f}",
         "modal_share": f"> {usual['modal_share'] + MAX_SHARE_EXCESS:.2f}",
-        "padding_share": f"< {usual['padding_share'] - MIN_PADDING_DEFICIT:.2f}"
-        + (f" or {always}" if usual["padding_share"] <= NOT_ALWAYS else ""),
+        "padding_share": " or ".join(padding),
         "silence_share": always if usual["silence_share"] <= NOT_ALWAYS else "none",
         "repeat_rate": f"> {usual['repeat_rate'] + MAX_SHARE_EXCESS:.2f}",
     }

@@ -63,6 +63,26 @@ class Options:
         return WandbArgs(self.wandb_project, self.wandb_offline, run_name=self.wandb_run_name)
 
 
+def check_options(options: Options) -> None:
+    """
+    Raises:
+        UserError: an option that has no effect without another one, or lacks another one.
+    """
+    if "pairs" in options.tasks and options.pairs is None:
+        raise UserError("--tasks: pairs needs --pairs, the JSONL of the pairs.")
+    if "pairs" not in options.tasks and options.pairs is not None:
+        raise UserError("--pairs: counts for the task pairs alone; add it to --tasks.")
+    if "position" not in options.tasks and options.baseline is not None:
+        raise UserError("--baseline: counts for the task position alone; add it to --tasks.")
+    if options.wandb_project is None:
+        for name, value in (
+            ("offline", options.wandb_offline),
+            ("run_name", options.wandb_run_name),
+        ):
+            if value:
+                raise UserError(f"--wandb.{name}: name the project too: --wandb.project=NAME.")
+
+
 def choices(name: str, text: str, known: tuple[str, ...]) -> tuple[str, ...]:
     """The words of `a,b,c`, each of which must be known.
 

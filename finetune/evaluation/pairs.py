@@ -28,7 +28,7 @@ from .codes import BLOCK_FRAMES, Silence
 from .options import PairOptions
 from .position import BinSums
 from .progress import Progress
-from .records import Records
+from .records import Records, file_versions
 from .streaming import Scorer
 
 logger = logging.getLogger(__name__)
@@ -100,8 +100,8 @@ def _parse(path: Path, number: int, text: str) -> Pair:
 class PairTask:
     """Fills `records` with the likelihood of every recording of the pairs, stream by stream.
 
-    A record: wav, its size_bytes and num_frames, and of each stream its `nll` (Σ CE in nats) and
-    `count`.
+    A record: wav, its version (of file and transcript) and num_frames, and of each stream its `nll`
+    (Σ CE in nats) and `count`.
     """
 
     def __init__(
@@ -152,11 +152,17 @@ class PairTask:
 
     def results(self) -> list[dict[str, Any]]:
         """The records of these recordings; the file may hold others, or what a file once was."""
-        sizes = {str(wav): wav.stat().st_size for wav in self.wavs if wav.is_file()}
-        return [r for r in self.records if sizes.get(r["wav"]) == r["size_bytes"]]
+        versions = {str(wav): self._version(wav) for wav in self.wavs if wav.is_file()}
+        return [r for r in self.records if versions.get(r["wav"]) == r["version"]]
+
+    def _version(self, wav: Path) -> str:
+        with_text = self.options.text == "transcript"
+        return file_versions(*([wav, wav.with_suffix(".json")] if with_text else [wav]))
 
     def _score(self, batch: dict[Path, AudioInfo]) -> None:
         rows: dict[Path, CodesInMemory] = {}
+        # What is replaced while it is read counts as the earlier one, and is read again next time.
+        versions = {wav: self._version(wav) for wav in batch}
         for wav, info in batch.items():
             try:
                 rows[wav] = CodesInMemory(self._encode(wav, info))
@@ -178,8 +184,7 @@ class PairTask:
                 stream: {"nll": parts["nll"][0], "count": parts["count"][0]}
                 for stream, parts in sums.of_row(index, row.num_frames).items()
             }
-            size_bytes = wav.stat().st_size
-            known = {"wav": str(wav), "size_bytes": size_bytes, "num_frames": row.num_frames}
+            known = {"wav": str(wav), "version": versions[wav], "num_frames": row.num_frames}
             self.records.append({**known, "streams": streams})
 
     def _encode(self, wav: Path, info: AudioInfo) -> Tensor:

@@ -10,6 +10,7 @@ Every recording is read from its start to its end in streaming mode, once for ea
 
 import contextlib
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from ttt import TTTLMModel, block_streaming
 from .codes import CodesFile, encode_to_file
 from .options import Options
 from .progress import Progress
-from .records import Records
+from .records import Records, file_versions
 from .streaming import ScoredBlock, Scorer
 
 logger = logging.getLogger(__name__)
@@ -41,12 +42,14 @@ STREAMS = ("text", "words", "first_codebook", "other_codebooks")
 class PositionTask:
     """Fills `records` with the sums of each arm over each recording, by bins of position.
 
-    A record: arm, recording, its size_bytes and num_frames, control (of `reset` after how many
+    A record: arm, recording, its size_bytes, num_frames and version (of recording and transcript;
+    of `carried` the donor's too), control (of `reset` after how many
     frames, of `carried` from which recording), and of each stream the lists `loss` (Σ w · CE),
     `weight` (Σ w), `nll` (Σ CE) and `count`, one entry a bin.
 
     Args:
-        recordings: the usable ones; `missing` collects those that turn out not to be.
+        recordings: the usable ones; `missing` collects those that turn out not to be, and
+            `not_finite` those of them that have no finite loss.
         folder: for the codes while it runs.
     """
 
@@ -76,6 +79,9 @@ class PositionTask:
         self.max_frames = frames_of(options.max_sec)
         self.bin_frames = frames_of(options.bin_sec) or 1
         self.missing: dict[str, str] = {}
+        self.not_finite: set[str] = set()
+        # From what is shorter than that, TTT learns nothing that another one could start with.
+        self.donors = long_enough(self.recordings, model.ttt_args.update_frames, self.max_frames)
         self._codes: dict[str, CodesFile] = {}
 
     def run(self) -> None:
@@ -106,8 +112,16 @@ class PositionTask:
         return [recording for recording in batch if self._key(arm, recording) not in done]
 
     def _key(self, arm: str, recording: Recording) -> tuple[Any, ...]:
-        size_bytes = recording.path.stat().st_size
-        return arm, str(recording.path), size_bytes, self._control(arm, recording)
+        return (
+            arm,
+            str(recording.path),
+            self._version(arm, recording),
+            self._control(arm, recording),
+        )
+
+    def _version(self, arm: str, recording: Recording) -> str:
+        used = [recording, self._donor(recording)] if arm == "carried" else [recording]
+        return file_versions(*(path for r in used for path in (r.path, r.transcript_path)))
 
     def _control(self, arm: str, recording: Recording) -> Any:
         if arm == "reset":
@@ -115,13 +129,14 @@ class PositionTask:
         return str(self._donor(recording).path) if arm == "carried" else None
 
     def _donor(self, recording: Recording) -> Recording:
-        """The next one: whose state `recording` starts with in the arm `carried`."""
-        index = self.recordings.index(recording)
-        return self.recordings[(index + 1) % len(self.recordings)]
+        """The next one that is long enough: its state is what `recording` starts with in the arm
+        `carried`, for which there are at least two such recordings."""
+        index = self.recordings.index(recording) + 1
+        following = self.recordings[index:] + self.recordings[:index]
+        return next(donor for donor in following if donor in self.donors)
 
     def _estimated_frames(self, recording: Recording) -> int:
-        num_frames = round(recording.duration_sec * FRAME_RATE_HZ)
-        return min(num_frames, self.max_frames or num_frames)
+        return estimated_frames(recording, self.max_frames)
 
     def _run_arm(self, arm: str, batch: Sequence[Recording], progress: Progress) -> None:
         donors = [self._donor(r) for r in batch] if arm == "carried" else []
@@ -133,6 +148,8 @@ class PositionTask:
         rows = [self._codes[str(r.path)] for r in readable]
         if not rows:
             return
+        # What is replaced while it is read counts as the earlier one, and is read again next time.
+        versions = [self._version(arm, r) for r in readable]
         model = self.model
         switch = ttt.without_ttt(model) if arm == "off" else contextlib.nullcontext()
         sums = BinSums(model, len(rows), max(row.num_frames for row in rows), self.bin_frames)
@@ -144,16 +161,28 @@ class PositionTask:
                 sums.add(block)
                 progress.advance(int(block.is_target[:, 0].sum()), f"{arm}, {len(rows)} recordings")
         for row, recording in enumerate(readable):
+            streams = sums.of_row(row, rows[row].num_frames)
+            if (bin := first_not_finite(streams)) is not None:
+                self._leave_out(recording, arm, bin)
+                continue
             self.records.append(
                 {
                     "arm": arm,
                     "recording": str(recording.path),
                     "size_bytes": recording.path.stat().st_size,
+                    "version": versions[row],
                     "control": self._control(arm, recording),
                     "num_frames": rows[row].num_frames,
-                    "streams": sums.of_row(row, rows[row].num_frames),
+                    "streams": streams,
                 }
             )
+
+    def _leave_out(self, recording: Recording, arm: str, bin: int) -> None:
+        start_sec = bin * self.bin_frames / FRAME_RATE_HZ
+        text = f"{recording.origin}: loss is not finite at {start_sec:g} s (arm {arm})"
+        self.missing.setdefault(str(recording.path), text)
+        self.not_finite.add(str(recording.path))
+        logger.warning("missing: %s", text)
 
     def _scorer(self, rows: Sequence[CodesFile]) -> Scorer:
         block_frames = self.options.block_frames
@@ -193,7 +222,18 @@ class PositionTask:
 
 
 def _key_of(record: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(record[name] for name in ("arm", "recording", "size_bytes", "control"))
+    return tuple(record[name] for name in ("arm", "recording", "version", "control"))
+
+
+def first_not_finite(streams: Mapping[str, Mapping[str, Sequence[float]]]) -> int | None:
+    """The first bin in which a sum of a record's streams is no number, or infinite."""
+    bad = [
+        bin
+        for sums in streams.values()
+        for bin, values in enumerate(zip(*sums.values(), strict=True))
+        if not all(map(math.isfinite, values))
+    ]
+    return min(bad, default=None)
 
 
 class BinSums:
@@ -240,6 +280,18 @@ class BinSums:
 def _named(parts: Tensor) -> Iterator[tuple[str, list[float]]]:
     for name, values in zip(("loss", "weight", "nll", "count"), parts.tolist(), strict=True):
         yield name, [round(value, 6) for value in values]
+
+
+def estimated_frames(recording: Recording, max_frames: int | None) -> int:
+    """Of its first `max_frames`; from the length that its header tells."""
+    num_frames = round(recording.duration_sec * FRAME_RATE_HZ)
+    return min(num_frames, max_frames or num_frames)
+
+
+def long_enough(
+    recordings: Sequence[Recording], num_frames: int, max_frames: int | None
+) -> list[Recording]:
+    return [r for r in recordings if estimated_frames(r, max_frames) >= num_frames]
 
 
 def frames_of(duration_sec: float | None) -> int | None:

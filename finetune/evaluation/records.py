@@ -6,6 +6,7 @@ never mixed with them.
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,20 +31,23 @@ class Records:
         self.path = path
         self.records: list[dict[str, Any]] = []
         header = json.loads(json.dumps({"fingerprint": fingerprint}))
-        lines = _complete_lines(path)
+        lines = _complete_lines(path, "--out")
         if lines:
-            earlier = _parse(path, lines[0]).get("fingerprint")
+            earlier = _parse(path, lines[0], "--out").get("fingerprint")
             if earlier != header["fingerprint"]:
                 raise UserError(
                     f"--out: {path} holds results of another evaluation "
                     f"({_difference(earlier, header['fingerprint'])}). Choose another --out, or "
                     f"delete that file."
                 )
-            self.records = [_parse(path, line) for line in lines[1:]]
+            self.records = [_parse(path, line, "--out") for line in lines[1:]]
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            # An interrupted write leaves an incomplete line, which must not join the next one.
-            path.write_text("".join(f"{line}\n" for line in lines or [json.dumps(header)]))
+            if lines:
+                # An interrupted write leaves an incomplete line, which must not join the next one.
+                os.truncate(path, sum(len(line.encode()) + 1 for line in lines))
+            else:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps(header) + "\n")
         except OSError as error:
             raise UserError(f"--out: cannot write {path}: {error.strerror or error}.") from error
 
@@ -61,13 +65,23 @@ def read_records(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The fingerprint and the records of an evaluation, to compare with.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or it is damaged.
     """
-    lines = _complete_lines(path)
+    lines = _complete_lines(path, "--baseline")
     if not lines:
         raise UserError(f"--baseline: there is no evaluation of loss by position in {path.parent}.")
-    fingerprint = _parse(path, lines[0]).get("fingerprint")
-    return fingerprint or {}, [_parse(path, line) for line in lines[1:]]
+    header, *records = [_parse(path, line, "--baseline") for line in lines]
+    return header.get("fingerprint") or {}, records
+
+
+def file_versions(*paths: Path) -> str:
+    """Sizes and times of files, which tell whether they are still those that were read."""
+    return " ".join(_version(path) for path in paths)
+
+
+def _version(path: Path) -> str:
+    status = path.stat() if path.is_file() else None
+    return f"{status.st_size}@{status.st_mtime_ns}" if status else "none"
 
 
 def checkpoint_fingerprint(checkpoint: Path) -> str:
@@ -87,20 +101,22 @@ def checkpoint_fingerprint(checkpoint: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def _complete_lines(path: Path) -> list[str]:
+def _complete_lines(path: Path, option: str) -> list[str]:
     try:
-        return path.read_text().split("\n")[:-1] if path.exists() else []
+        return path.read_bytes().decode().split("\n")[:-1] if path.exists() else []
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--out: cannot read {path}: {error}.") from error
+        raise UserError(f"{option}: cannot read {path}: {error}.") from error
 
 
-def _parse(path: Path, line: str) -> dict[str, Any]:
+def _parse(path: Path, line: str, option: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except ValueError:
         record = None
     if not isinstance(record, dict):
-        raise UserError(f"--out: {path} is damaged. Choose another --out, or delete that file.")
+        raise UserError(
+            f"{option}: {path} is damaged. Choose another {option}, or delete that file."
+        )
     return record
 
 

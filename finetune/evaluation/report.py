@@ -19,6 +19,7 @@ from .figures import (
 )
 from .health import MEANING
 from .position import STREAMS
+from .statistics import MIN_RECORDINGS
 
 Json = Mapping[str, Any]
 
@@ -100,8 +101,8 @@ def _position(position: Json) -> str:
         "slope per doubling of position",
         "slope per hour, beyond the window",
     ]
-    one = position["num_recordings"] == 1
-    caution = " One recording tells nothing about others: there are no intervals." if one else ""
+    few = position["num_recordings"] < MIN_RECORDINGS
+    caution = f" With less than {MIN_RECORDINGS} recordings there are no intervals." if few else ""
     return (
         f"{heading}"
         f'<p class="note">{position["num_recordings"]} recordings, '
@@ -114,14 +115,6 @@ def _position(position: Json) -> str:
         + _table(["compared", *columns], differences)
         + _table(["arm", *columns], arms)
     )
-
-
-def _loss_rows(label: str, of_stream: Json, show: Any) -> list[list[str]]:
-    rows = []
-    for stream in STREAMS:
-        first = label if stream == STREAMS[0] else ""
-        rows.append([first, STREAM_TITLES[stream], *_loss_cells(of_stream[stream], show)])
-    return rows
 
 
 def _loss_cells(of_stream: Json, show: Any) -> list[str]:
@@ -218,10 +211,11 @@ def write_tables(results: Json, folder: Path) -> list[Path]:
     written = []
     if "position" in results:
         position = results["position"]
+        keys = ("start_sec", "stop_sec", "count", "weight", "value", "low", "high")
         curves = [(arm, of) for arm, of in position["arms"].items()]
         curves += [("-".join(d["arms"]), d) for d in position.get("differences", [])]
         rows = [
-            [name, stream, *point.values()]
+            [name, stream, *(point[key] for key in keys)]
             for name, of in curves
             for stream in STREAMS
             for point in of[stream]["curve"]
@@ -235,7 +229,7 @@ def write_tables(results: Json, folder: Path) -> list[Path]:
         written.append(_write_csv(folder / "pairs.csv", columns, rows))
     if "health" in results:
         rows = [
-            [name, kind, *of[kind].values()]
+            [name, kind, *(of[kind][key] for key in ("value", "low", "high"))]
             for name, of in results["health"]["measures"].items()
             for kind in ("generated", "recorded")
         ]

@@ -31,9 +31,9 @@ from finetune.metrics import open_wandb
 from .codes import encode_to_file
 from .conclusions import conclusions
 from .health import check_health
-from .options import Options
+from .options import Options, check_options
 from .pairs import Pair, PairTask, read_pairs, zerospeech_lines
-from .position import PositionTask, frames_of
+from .position import PositionTask, estimated_frames, frames_of, long_enough
 from .records import Records, checkpoint_fingerprint, read_records
 from .report import html_report, write_tables
 from .streaming import check_attention_window
@@ -41,9 +41,8 @@ from .summary import summarise_health, summarise_pairs, summarise_positions
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 """Raise it when the same options give other records."""
-FEW_RECORDINGS = 8
 
 
 class Evaluation:
@@ -57,6 +56,7 @@ class Evaluation:
     def __init__(self, options: Options) -> None:
         setup_logging()
         self.options = options
+        check_options(options)
         self.args: TrainArgs = checkpoint_args(options.checkpoint, options.device)
         # All that can be wrong with the data comes before the model is loaded.
         self.missing: dict[str, list[str]] = {}
@@ -64,13 +64,22 @@ class Evaluation:
         self.recordings = self._recordings() if {"position", "health"} & {*options.tasks} else []
         self.pairs: list[Pair] = []
         if "pairs" in options.tasks:
-            if options.pairs is None:
-                raise UserError("--tasks: pairs needs --pairs, the JSONL of the pairs.")
+            assert options.pairs is not None
             self.pairs = read_pairs(options.pairs)
-        self.model, self.codec = load_for_inference(options.checkpoint, options.device)
-        self.window_frames = check_attention_window(self.model)
         self.weights = LossWeights(
             self.args.text_padding_weight, self.args.first_codebook_weight_multiplier
+        )
+        self.position_settings = {
+            "bin_frames": frames_of(options.bin_sec) or 1,
+            "max_frames": frames_of(options.max_sec),
+            **dataclasses.asdict(self.weights),
+        }
+        self.baseline = self._baseline() if "position" in options.tasks else []
+        self._check_reset()
+        self.model, self.codec = load_for_inference(options.checkpoint, options.device)
+        self.window_frames = check_attention_window(self.model)
+        self.reset_frames = options.reset_frames or max(
+            self.window_frames, 2 * self.model.ttt_args.update_frames
         )
         self.vocabulary = {
             "text": self.model.text_linear.out_features,
@@ -101,82 +110,146 @@ class Evaluation:
     # The tasks ------------------------------------------------------------------------------------
 
     def position(self) -> dict[str, Any]:
-        options = self.options
-        reset_frames = options.reset_frames or self.window_frames
-        bin_frames = frames_of(options.bin_sec) or 1
-        settings = {
-            "bin_frames": bin_frames,
-            "max_frames": frames_of(options.max_sec),
-            **dataclasses.asdict(self.weights),
-        }
+        options, settings = self.options, self.position_settings
         records = Records(options.out / "position.jsonl", self.identity | settings)
+        warnings: list[str] = []
+        arms = self._arms(warnings)
         with tempfile.TemporaryDirectory(prefix="codes_", dir=options.out) as folder:
             task = PositionTask(
                 self.model,
                 self.codec,
                 self.recordings,
                 options=options,
-                arms=self._arms(),
-                reset_frames=reset_frames,
+                arms=arms,
+                reset_frames=self.reset_frames,
                 weights=self.weights,
                 records=records,
                 folder=Path(folder),
             )
             task.run()
         self.missing.setdefault("position", []).extend(task.missing.values())
-        found = [*task.results(), *self._baseline(settings)]
+        if task.not_finite:
+            warnings.append(
+                f"The loss of {len(task.not_finite)} recordings is not finite in some arm; they "
+                f"are counted nowhere and listed as missing data."
+            )
+        found = task.results()
         summary = summarise_positions(
-            found,
-            bin_frames=bin_frames,
+            [*found, *self._comparable(found)],
+            bin_frames=task.bin_frames,
             window_frames=self.window_frames,
             vocabulary=self.vocabulary,
             seed=options.seed,
         )
-        if 1 < summary["num_recordings"] < FEW_RECORDINGS:
-            self._note(
-                f"{summary['num_recordings']} recordings are few: intervals by bootstrap are too "
-                f"narrow for less than {FEW_RECORDINGS}."
-            )
-        return {**summary, "reset_sec": reset_frames / FRAME_RATE_HZ}
+        return {
+            **summary,
+            "reset_sec": self.reset_frames / FRAME_RATE_HZ,
+            "ttt_wrote": self._longest_frames() > self.model.ttt_args.update_frames,
+            "warnings": warnings,
+        }
 
-    def _arms(self) -> list[str]:
+    def _longest_frames(self) -> int:
+        """Of what is read of the recordings."""
+        max_frames = self.position_settings["max_frames"]
+        return max(estimated_frames(recording, max_frames) for recording in self.recordings)
+
+    def _arms(self, warnings: list[str]) -> list[str]:
         """Those of the asked-for arms that there are for this checkpoint and data."""
         if not self.model.ttt_layers:
             self._note("This checkpoint has no TTT: its loss is that of the arm `off`, alone.")
             return ["off"]
         arms = list(self.options.arms)
-        if "carried" in arms and len(self.recordings) < 2:
+        update_frames = self.model.ttt_args.update_frames
+        if self._longest_frames() <= update_frames:
+            warnings.append(
+                f"No recording is longer than one chunk of {update_frames} frames "
+                f"({update_frames / FRAME_RATE_HZ:g} s): TTT never wrote, and nothing can be said "
+                f"about it."
+            )
+            return [arm for arm in arms if arm in ("on", "off")]
+        max_frames = self.position_settings["max_frames"]
+        if "carried" in arms and len(long_enough(self.recordings, update_frames, max_frames)) < 2:
             arms.remove("carried")
-            self._note("There is one recording: the arm `carried` needs another one.")
-        longest_sec = max(recording.duration_sec for recording in self.recordings)
-        reset_frames = self.options.reset_frames or self.window_frames
-        if "reset" in arms and longest_sec * FRAME_RATE_HZ <= reset_frames:
+            self._note(
+                f"The arm `carried` is left out: it needs two recordings of at least the "
+                f"{update_frames} frames after which TTT writes."
+            )
+        if "reset" in arms and self._longest_frames() <= self.reset_frames:
             arms.remove("reset")
             self._note(
-                f"No recording is longer than the {reset_frames} frames after which TTT would be "
-                f"reset: the arm `reset` is left out. Set --reset_frames lower to have it."
+                f"What is read of no recording is longer than the {self.reset_frames} frames after "
+                f"which TTT would be reset: the arm `reset` is left out. A lower --reset_frames "
+                f"may bring it back; it must exceed {update_frames}."
             )
         return arms
 
-    def _baseline(self, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """The loss of an earlier evaluation of another checkpoint, as an arm of this one."""
+    def _check_reset(self) -> None:
+        """
+        Raises:
+            UserError: resets so frequent that nothing learnt is ever read.
+        """
+        wanted, least = self.options.reset_frames, self.args.ttt.update_frames + 1
+        counts = self.args.ttt.enabled and {"position"} <= {*self.options.tasks}
+        if counts and "reset" in self.options.arms and wanted is not None and wanted < least:
+            raise UserError(
+                f"--reset_frames: TTT writes after every {least - 1} frames in this checkpoint. "
+                f"Reset every {wanted} frames, it would never read what it has learnt, and the arm "
+                f"`reset` would be the arm `off`. Give at least {least}, better some times that."
+            )
+
+    def _baseline(self) -> list[dict[str, Any]]:
+        """The loss of an earlier evaluation of another checkpoint, as an arm of this one.
+
+        Raises:
+            UserError: there is none, or it cannot be compared with this one.
+        """
         if self.options.baseline is None:
             return []
         header, records = read_records(self.options.baseline / "position.jsonl")
-        for name, value in settings.items():
+        for name, value in self.position_settings.items():
             if header.get(name) != value:
                 raise UserError(
                     f"--baseline: {self.options.baseline} was evaluated with {name} "
                     f"{header.get(name)}, and this is {value}: they cannot be compared."
                 )
         wanted = "on" if any(record["arm"] == "on" for record in records) else "off"
-        names = {str(recording.path) for recording in self.recordings}
-        found = [r for r in records if r["arm"] == wanted and r["recording"] in names]
-        if not found:
+        own = {recording.path.resolve(): recording.path for recording in self.recordings}
+        # The last record of a recording is that of its file's last version.
+        found = {
+            path: record | {"arm": "baseline", "recording": str(own[path])}
+            for record in records
+            if record["arm"] == wanted and (path := Path(record["recording"]).resolve()) in own
+        }
+        unchanged = [
+            record
+            for path, record in found.items()
+            if self._is_of_the_same(record, path.stat().st_size, "size_bytes")
+        ]
+        if not unchanged:
             raise UserError(
-                f"--baseline: {self.options.baseline} is of other recordings than these."
+                f"--baseline: {self.options.baseline} is of other recordings than these"
+                f"{', or of what their files once were' if found else ''}."
             )
-        return [record | {"arm": "baseline"} for record in found]
+        return unchanged
+
+    def _comparable(self, records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Those of the baseline's records that are of the same frames as these."""
+        num_frames = {record["recording"]: record["num_frames"] for record in records}
+        return [
+            record
+            for record in self.baseline
+            if (frames := num_frames.get(record["recording"]))
+            and self._is_of_the_same(record, frames, "num_frames")
+        ]
+
+    def _is_of_the_same(self, record: Mapping[str, Any], value: int, name: str) -> bool:
+        """Lists the recording as missing if the baseline has read something else."""
+        if record[name] == value:
+            return True
+        text = f"{record['recording']}: {name} was {record[name]} in the baseline, is {value}"
+        self.missing.setdefault("baseline", []).append(text)
+        logger.warning("missing: %s", text)
+        return False
 
     def paired(self) -> dict[str, Any]:
         options = self.options

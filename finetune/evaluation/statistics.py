@@ -3,6 +3,7 @@
 All intervals are of 95 %. A recording is what is drawn: its frames are no independent samples.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -11,21 +12,23 @@ from numpy.typing import NDArray
 
 NUM_RESAMPLES = 2000
 Z_95 = 1.959964
+MIN_RECORDINGS = 3
+"""With fewer, there is no interval."""
 
 Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with its interval; None where there is too little to tell."""
+    """A value with its interval; None where there is too little to tell.
+
+    count: of the recordings or pairs that it is of.
+    """
 
     value: float | None
     low: float | None
     high: float | None
-
-    @property
-    def excludes_zero(self) -> bool:
-        return self.low is not None and self.high is not None and self.low * self.high > 0
+    count: int
 
 
 class Bootstrap:
@@ -42,7 +45,7 @@ class Bootstrap:
         """Σ numerator / Σ denominator over recordings, both [R]."""
         value = _divide(numerator.sum(), denominator.sum())
         samples = _divide(self._draws @ numerator, self._draws @ denominator)
-        return self._estimate(value, samples, denominator)
+        return self._estimate(value, samples, denominator > 0)
 
     def ratio_difference(
         self, numerators: tuple[Array, Array], denominators: tuple[Array, Array]
@@ -55,16 +58,33 @@ class Bootstrap:
             _divide(self._draws @ n, self._draws @ d)
             for n, d in zip(numerators, denominators, strict=True)
         )
-        return self._estimate(value - other, samples - others, denominators[0])
+        counts = (denominators[0] > 0) & (denominators[1] > 0)
+        return self._estimate(value - other, samples - others, counts)
 
-    def _estimate(self, value: Array, samples: Array, denominator: Array) -> Estimate:
+    @staticmethod
+    def _estimate(value: Array, samples: Array, counts: NDArray[np.bool_]) -> Estimate:
+        """The percentile interval, widened about the value for few recordings: resampling n of them
+        gives (n − 1) / n of their variance, and takes the spread that it sees for the true one."""
+        count = int(counts.sum())
         if not np.isfinite(value):
-            return Estimate(None, None, None)
-        # Of one recording alone nothing can be said about others.
-        if (denominator > 0).sum() < 2:
-            return Estimate(float(value), None, None)
-        low, high = np.nanpercentile(samples, [2.5, 97.5])
-        return Estimate(float(value), float(low), float(high))
+            return Estimate(None, None, None, count)
+        if count < MIN_RECORDINGS:
+            return Estimate(float(value), None, None, count)
+        widening = student_t(0.975, count - 1) / Z_95 * math.sqrt(count / (count - 1))
+        low, high = value + widening * (np.nanpercentile(samples, [2.5, 97.5]) - value)
+        return Estimate(float(value), float(low), float(high), count)
+
+
+@functools.cache
+def student_t(probability: float, degrees: int) -> float:
+    """The quantile of Student's t distribution.
+
+    With t = √ν tan θ its density is proportional to cos^(ν−1) θ, which is integrated on a grid.
+    """
+    edges = np.linspace(-math.pi / 2, math.pi / 2, 100_001)
+    mass = np.cos((edges[1:] + edges[:-1]) / 2) ** (degrees - 1)
+    cumulative = np.concatenate([[0.0], mass.cumsum() / mass.sum()])
+    return math.sqrt(degrees) * math.tan(np.interp(probability, cumulative, edges))
 
 
 def slope_parts(x: Array, loss: Array, weight: Array) -> tuple[Array, Array]:
@@ -88,23 +108,23 @@ def slope_parts(x: Array, loss: Array, weight: Array) -> tuple[Array, Array]:
 def proportion(successes: float, count: int) -> Estimate:
     """successes / count with Wilson's score interval, which is sensible at 0 and 1 too."""
     if count == 0:
-        return Estimate(None, None, None)
+        return Estimate(None, None, None, 0)
     share, z2 = successes / count, Z_95**2
     middle = (share + z2 / (2 * count)) / (1 + z2 / count)
     half = Z_95 * math.sqrt(share * (1 - share) / count + z2 / (4 * count**2)) / (1 + z2 / count)
-    return Estimate(share, max(0.0, middle - half), min(1.0, middle + half))
+    return Estimate(share, max(0.0, middle - half), min(1.0, middle + half), count)
 
 
 def mean(values: Array) -> Estimate:
-    """The mean of independent values, with the normal interval."""
+    """The mean of independent values, with Student's interval."""
     count = len(values)
     if count == 0:
-        return Estimate(None, None, None)
+        return Estimate(None, None, None, 0)
     value = float(values.mean())
     if count == 1:
-        return Estimate(value, None, None)
-    half = Z_95 * float(values.std(ddof=1)) / math.sqrt(count)
-    return Estimate(value, value - half, value + half)
+        return Estimate(value, None, None, 1)
+    half = student_t(0.975, count - 1) * float(values.std(ddof=1)) / math.sqrt(count)
+    return Estimate(value, value - half, value + half, count)
 
 
 def _divide(numerator: Array, denominator: Array) -> Array:

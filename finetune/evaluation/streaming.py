@@ -95,6 +95,8 @@ class Scorer:
         for start, stop in cut(max(stop_frames), self.block_frames, stop_frames):
             self.model.set_exec_mask(start < stops)
             self.model.forward_text(self._delayed(start - 1, stop - 1))
+        # The mask is part of the state: left as it is, it would pause the rows that ended first.
+        self.model.set_exec_mask(torch.ones_like(stops, dtype=torch.bool))
 
     @torch.no_grad()
     def score(self, *, reset_every_frames: int | None = None) -> Iterator[ScoredBlock]:

@@ -64,7 +64,8 @@ def summarise_positions(
     for record in records:
         by_arm.setdefault(record["arm"], {})[record["recording"]] = record
     arms = list(by_arm)
-    names = [name for name in by_arm[arms[0]] if all(name in by_arm[arm] for arm in arms)]
+    everyone = [by_arm[arm].keys() for arm in arms]
+    names = [name for name in next(iter(by_arm.values()), {}) if all(name in e for e in everyone)]
     if not names:
         return {"arms": {}, "num_recordings": 0}
     rows = {arm: [by_arm[arm][name] for name in names] for arm in arms}
@@ -72,7 +73,8 @@ def summarise_positions(
     num_bins = -(-max(num_frames) // bin_frames)
     view = _View(bin_frames, num_bins, window_frames, Bootstrap(len(names), seed=seed))
     sums = {arm: {s: _Sums(rows[arm], s, num_bins) for s in STREAMS} for arm in arms}
-    differences = [pair for pair in COMPARISONS if {*pair} <= {*arms}]
+    compared = COMPARISONS if "on" in arms else (*COMPARISONS, ("off", "baseline"))
+    differences = [pair for pair in compared if {*pair} <= {*arms}]
     return {
         "num_recordings": len(names),
         "duration_sec": sum(num_frames) / FRAME_RATE_HZ,
@@ -117,7 +119,6 @@ class _View:
                 place = {
                     "start_sec": start * self.bin_frames / FRAME_RATE_HZ,
                     "stop_sec": stop * self.bin_frames / FRAME_RATE_HZ,
-                    "num_recordings": int((weight > 0).sum()),
                     "weight": float(weight.sum()),
                 }
                 curve.append({**place, **dataclasses.asdict(estimate)})
