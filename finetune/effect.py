@@ -19,8 +19,8 @@ FIRST_INERT_STEP = 20
 
 
 class EffectWatch:
-    """A line on the effect early in a run; a warning, once each, if TTT does nothing in a layer after
-    it has had time to, or if it drowns one."""
+    """A line on the effect early in a run; a warning, once each, if TTT does nothing in a layer
+    after it has had time to, or if it drowns one."""
 
     def __init__(self, args: TrainArgs):
         self.args = args
