@@ -91,8 +91,17 @@ def _whole_number(name: str, value: str, *, low: int) -> int:
     return int(value)
 
 
+def _items(name: str, values: str) -> list[str]:
+    """What stands between the commas, each once."""
+    found = [value.strip() for value in values.split(",") if value.strip()]
+    if not found:
+        raise UserError(f"--{name}: expected at least one, with a comma between each; got nothing.")
+    return list(dict.fromkeys(found))
+
+
 def _whole_numbers(name: str, values: str, *, low: int) -> list[int]:
-    return [_whole_number(name, value.strip(), low=low) for value in values.split(",") if value]
+    numbers = [_whole_number(name, value, low=low) for value in _items(name, values)]
+    return list(dict.fromkeys(numbers))
 
 
 @_literal
@@ -396,65 +405,92 @@ def sweep(
 @_literal
 def recall(
     *unexpected: str,
-    out: str = "runs/recall",
-    preset: str = "cpu",
-    variant: str = "text",
-    arms: str = "",
-    seeds: str = "0",
-    steps: str = "",
-    lengths: str = "",
-    study: str = "",
-    widths: str = "",
-    workers: str = "1",
-    device: str = "auto",
+    out: str | None = None,
+    preset: str | None = None,
+    variant: str | None = None,
+    arms: str | None = None,
+    seeds: str | None = None,
+    steps: str | None = None,
+    lengths: str | None = None,
+    study: str | None = None,
+    widths: str | None = None,
+    workers: str | None = None,
+    device: str | None = None,
     **unknown: Any,
 ) -> None:
     """An experiment: does a small Moshi recall what attention has long forgotten?
 
-    Runs that are in the folder already are not repeated.
+    Runs that are in the folder already are not repeated. docs/recall.md explains what is measured.
 
     Args:
-        out: the folder for results, table (report.md, recall.csv) and picture (recall.png).
-        preset: cpu, ten minutes on two cores; gpu, 64 million parameters.
-        variant: where the facts are: text, audio (the first codebook), joint (the key in the text,
-            the value in the codebook, one frame) or segments (heard twice).
+        out: the folder for results, table (report.md, recall.csv) and picture (recall.png);
+            runs/recall/VARIANT, runs/recall/gpu_VARIANT or runs/recall/study_NAME if not given.
+        preset: cpu (if not given), ten minutes on two cores; gpu, 64 million parameters.
+        variant: where the facts are: text (if not given), audio (the first codebook), joint (the
+            key in the text, the value in the codebook, one frame) or segments (heard twice).
         arms: a comma between each; all of the preset if not given.
-        seeds: a comma between each.
+        seeds: a comma between each; 0 if not given.
         steps: optimizer steps; the preset's if not given.
-        lengths: how many times longer sequences are tried after training, as in 4,16; 0: none.
-        study: scale: how the forms of the update fare over sizes of embeddings, widths and chunks;
-            keys: how well untrained models tell keys apart.
-        widths: of the study's models; all if not given.
-        workers: runs at a time.
-        device: auto, cpu or cuda.
+        lengths: how many times longer sequences are tried after training, as in 4,16; 0: none; the
+            preset's if not given.
+        study: instead: scale: how the forms of the update fare over sizes of embeddings, widths
+            and chunks; keys: how well untrained models tell keys apart.
+        widths: of a study's models; all if not given.
+        workers: runs at a time; 1 if not given.
+        device: auto (if not given), cpu or cuda.
     """
+    given = {k for k, v in locals().items() if isinstance(v, str)} - {"out", "study"}
     _refuse(unexpected, unknown)
-    from finetune.recall.command import run_key_study, run_recall, run_scale_study
+    from finetune.recall.command import default_out, run_key_study, run_recall, run_scale_study
 
+    _refuse_unread(study, given)
+    place = Path(out) if out else default_out(study, preset or "cpu", variant or "text")
     where: dict[str, Any] = {
-        "seeds": _whole_numbers("seeds", seeds, low=0),
-        "device": device,
-        "workers": _whole_number("workers", workers, low=1),
+        "seeds": [0] if seeds is None else _whole_numbers("seeds", seeds, low=0),
+        "device": device or "auto",
+        "workers": 1 if workers is None else _whole_number("workers", workers, low=1),
     }
-    if study:
-        if study not in ("scale", "keys"):
-            raise UserError(f"--study: there is no {study!r}; choose scale or keys.")
-        wide = _whole_numbers("widths", widths, low=16)
+    if study is not None:
+        wide = [] if widths is None else _whole_numbers("widths", widths, low=16)
         if study == "keys":
-            print(run_key_study(Path(out), widths=wide))
-            return
-        print(run_scale_study(Path(out), widths=wide, **where))
+            print(run_key_study(place, widths=wide))
+        else:
+            print(run_scale_study(place, widths=wide, **where))
         return
+    longer = None if lengths is None else _whole_numbers("lengths", lengths, low=0)
+    if longer == [0]:
+        longer = []
+    if longer and min(longer) < 2:
+        raise UserError(
+            "--lengths: expected whole numbers of at least 2 (the trained length is always "
+            f"measured), or 0 alone for none, got {lengths!r}."
+        )
     text = run_recall(
-        Path(out),
-        size=preset,
-        variant=variant,
-        arms=[name for name in arms.split(",") if name],
-        num_steps=_whole_number("steps", steps, low=2) if steps else None,
-        lengths=_whole_numbers("lengths", lengths, low=0) if lengths else None,
+        place,
+        size=preset or "cpu",
+        variant=variant or "text",
+        arms=[] if arms is None else _items("arms", arms),
+        num_steps=None if steps is None else _whole_number("steps", steps, low=2),
+        lengths=longer,
         **where,
     )
     print(text)
+
+
+def _refuse_unread(study: str | None, given: set[str]) -> None:
+    """Options of `moshi-ttt recall` that what is asked for does not read."""
+    common = {"seeds", "workers", "device"}
+    read = {
+        None: {"preset", "variant", "arms", "steps", "lengths"} | common,
+        "scale": {"widths"} | common,
+        "keys": {"widths"},
+    }
+    if study not in read:
+        raise UserError(f"--study: there is no {study!r}; choose scale or keys.")
+    if given - read[study]:
+        unread = ", ".join(f"--{name}" for name in sorted(given - read[study]))
+        mode = f"with --study {study}" if study else "without --study"
+        raise UserError(f"{unread}: not read {mode}; leave it out.")
 
 
 @_literal

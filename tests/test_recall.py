@@ -1,6 +1,7 @@
 """The recall experiment: its models, its measures, and the command from end to end."""
 
 import csv
+import dataclasses
 import json
 
 import pytest
@@ -8,10 +9,11 @@ import torch
 from helpers import tiny_args, tiny_relative_args
 
 import finetune.recall.command as command
-from finetune.cli import run
+from finetune.cli import recall, run
 from finetune.errors import UserError
 from finetune.recall import study
-from finetune.recall.command import run_key_study, run_recall, run_scale_study
+from finetune.recall.command import run_key_study, run_recall
+from finetune.recall.experiment import run_arm
 from finetune.recall.jobs import Job, run_jobs
 from finetune.recall.measure import (
     Answers,
@@ -21,6 +23,7 @@ from finetune.recall.measure import (
 )
 from finetune.recall.model import ModelArgs, answer_logits, new_model, read_codes
 from finetune.recall.presets import ARMS, Preset, preset
+from finetune.recall.report import study_table
 from finetune.recall.streams import StreamArgs, draw
 from ttt import TTTArgs
 
@@ -183,17 +186,31 @@ def test_every_arm_runs(name, tmp_path, monkeypatch):
     assert f"| {name} |" in report and (result["base_curve"] != []) == (name == "finetuned")
 
 
-def test_the_study_covers_its_cells(tmp_path, monkeypatch):
+def test_a_cell_of_the_study_is_trained_as_its_row_says(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "NUM_STEPS", 2)
-    monkeypatch.setattr(study, "NUM_EVAL", 4)
-    assert len(study.cells()) == 27 * len(study.FORMS)
-    forms = ["sum, none, η 1e-3", "delta, relative"]
-    chosen = study.cells(stds=[1.0], widths=[16], chunk_sizes=[64], forms=forms)
-    monkeypatch.setattr(study, "cells", lambda **_: chosen)
-    text = run_scale_study(tmp_path, widths=[16], seeds=[0], device="cpu", workers=1)
-    assert text.count("\n| 16 | 1 | 64 |") == 1
-    assert all(form in text for form in forms)
-    assert len(list((tmp_path / "runs").glob("*.json"))) == 2
+    monkeypatch.setattr(study, "NUM_EVAL", 8)
+    built, build_one = [], study.new_model
+
+    def spy(*args, **options):
+        model = build_one(*args, **options)
+        layer = next(iter(model.ttt_layers.values()))
+        built.append((model, model.text_emb.weight.std().item(), layer))
+        return model
+
+    monkeypatch.setattr(study, "new_model", spy)
+    forms = ["sum, none, η 0.1", "delta, relative"]
+    chosen = study.cells(stds=[0.14], widths=[16, 32], chunk_sizes=[64], forms=forms)
+    results = study.run_study(chosen, tmp_path, device=torch.device("cpu"), workers=1)
+    assert len(built) == len(chosen) == 4
+    for cell, (model, embedding, layer) in zip(chosen, built, strict=True):
+        assert model.dim == cell.width and abs(embedding - 0.14) < 0.02
+        assert layer.args.chunk_size == 64
+        form = (layer.args.write, layer.args.lr_scale, layer.args.inner_learning_rate)
+        assert form[:2] == (("sum", "none") if cell.form == forms[0] else ("delta", "relative"))
+        assert cell.form != forms[0] or form[2] == 0.1
+    table = "\n".join(study_table(results))
+    assert all(form in table for form in forms)
+    assert "| 16 | 0.14 | 64 |" in table and "| 32 | 0.14 | 64 |" in table
 
 
 def test_keys_are_told_apart_where_embeddings_are_large(tmp_path):
@@ -224,10 +241,105 @@ def test_jobs_come_back_in_order(tmp_path, workers):
         ({"seeds": "0,x"}, "--seeds: expected a whole number"),
         ({"study": "width"}, "there is no 'width'; choose scale or keys"),
         ({"sizes": "3"}, "unknown option: --sizes"),
+        ({"seeds": ""}, "--seeds: expected at least one"),
+        ({"arms": ","}, "--arms: expected at least one"),
+        ({"lengths": "1"}, "--lengths: expected whole numbers of at least 2"),
+        ({"lengths": "0,4"}, "--lengths: expected whole numbers of at least 2"),
+        ({"widths": "64"}, "--widths: not read without --study"),
+        ({"study": "scale", "steps": "9", "arms": "off"}, "--arms, --steps: not read with --study"),
+        ({"study": "scale", "preset": "cpu"}, "--preset: not read with --study scale"),
+        ({"study": "scale", "lengths": "4"}, "--lengths: not read with --study scale"),
+        ({"study": "scale", "variant": "text"}, "--variant: not read with --study scale"),
+        ({"study": "keys", "seeds": "0"}, "--seeds: not read with --study keys"),
+        ({"study": "keys", "workers": "1"}, "--workers: not read with --study keys"),
+        ({"study": "keys", "device": "cpu"}, "--device: not read with --study keys"),
+        ({"study": "keys", "widths": "17"}, "17 cannot be divided into 4 heads of an even size"),
+        ({"study": "scale", "widths": "328"}, "328 cannot be divided into 5 heads"),
     ],
 )
 def test_mistakes_are_explained(arguments, message, capsys, tmp_path):
-    from finetune.cli import recall
-
     assert run(lambda: recall(out=str(tmp_path), **arguments)) == 1
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("blocked", ["", "runs"])
+@pytest.mark.parametrize("options", [{}, {"study": "scale"}, {"study": "keys"}])
+def test_a_folder_that_cannot_be_written_is_told_before_training(
+    blocked, options, tmp_path, monkeypatch, capsys
+):
+    def never(*_, **__):
+        raise AssertionError("trained")
+
+    monkeypatch.setattr(command, "run", never)
+    monkeypatch.setattr(study, "run_study", never)
+    monkeypatch.setattr(study, "key_match", never)
+    place = tmp_path / "out"
+    if blocked:
+        place.mkdir()
+    (place / blocked).write_text("a file, not a folder")
+    assert run(lambda: recall(out=str(place), **options)) == 1
+    assert "--out: cannot write to" in capsys.readouterr().err
+
+
+def test_experiments_do_not_share_a_folder(tmp_path, monkeypatch):
+    places = {}
+    for what in ("run_recall", "run_scale_study", "run_key_study"):
+        monkeypatch.setattr(command, what, lambda out, **options: places.update({out: options}))
+    asked = [
+        {}, {"variant": "audio"}, {"preset": "gpu"}, {"study": "scale"}, {"study": "keys"},
+        {"out": str(tmp_path)},
+    ]  # fmt: skip
+    for options in asked:
+        recall(**options)
+    assert len(places) == len(asked) and tmp_path in places
+
+
+def test_what_is_named_twice_is_run_once(monkeypatch):
+    found = {}
+    monkeypatch.setattr(command, "run_recall", lambda out, **options: found.update(options))
+    recall(seeds="0,0,1", arms="off, off,sum", lengths="4,4")
+    assert found["seeds"] == [0, 1] and found["arms"] == ["off", "sum"]
+    assert found["lengths"] == [4]
+
+
+def test_full_attention_is_not_measured_where_it_is_a_window(tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "preset", lambda *_, **__: tiny_preset(arms=("full", "off")))
+    options = {"num_steps": 2, "lengths": None, "device": "cpu", "workers": 1}
+    options |= {"size": "cpu", "variant": "text", "seeds": [0]}
+    report = run_recall(tmp_path, arms=[], **options)
+    assert "| full | 0." in report and "| full | 2 |" not in report
+    assert "| off | 2 |" in report and "`full` is left out" in report
+    assert "On longer" not in run_recall(tmp_path, arms=["full"], **options)
+
+
+def test_a_report_on_segments_says_what_was_asked_and_what_chance_is(tmp_path, monkeypatch):
+    streams = dataclasses.replace(STREAMS, variant="segments")
+    segments = dataclasses.replace(tiny_preset(arms=("off",)), streams=streams)
+    monkeypatch.setattr(command, "preset", lambda *_, **__: segments)
+    report = run_recall(
+        tmp_path, size="cpu", variant="segments", arms=[], seeds=[0], num_steps=2, lengths=[],
+        device="cpu", workers=1,
+    )  # fmt: skip
+    assert "one segment of 6 frames" in report and "facts in" not in report
+    assert "Chance is 0.12" in report  # one of 8 keys, and not of 4 values
+
+
+def test_few_sequences_have_no_interval():
+    is_right = torch.rand(8, 10, generator=torch.Generator().manual_seed(0)) < 0.5
+    found = Answers(is_right, (~is_right).float(), is_right, is_right)
+    chosen = torch.ones_like(is_right)
+    assert None not in summarize(found, chosen)["accuracy"]
+    chosen[3] = False
+    value, low, high = summarize(found, chosen)["accuracy"]
+    assert 0 < value < 1 and low is None and high is None
+
+
+@pytest.mark.slow
+def test_what_is_out_of_sight_is_recalled_with_ttt_and_not_without():
+    """The claim itself, at the size of `--preset cpu` with its own seed: a minute of one core."""
+    small = dataclasses.replace(preset("cpu"), num_eval=32, lengths={})
+    cpu = torch.device("cpu")
+    ttt, windowed = (run_arm(small, name, 0, cpu) for name in ("delta", "off"))
+    assert ttt["trained_length"]["all"]["accuracy"][0] >= 0.9
+    assert ttt["nothing_written"]["all"]["accuracy"][0] <= 0.1
+    assert windowed["trained_length"]["all"]["accuracy"][0] <= 0.1

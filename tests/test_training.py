@@ -25,8 +25,9 @@ from training_tools import (
 )
 
 import finetune.trainer
-from finetune.args import OptimArgs
+from finetune.args import DataArgs, OptimArgs, TrainArgs
 from finetune.distributed import World
+from finetune.effect import EffectWatch
 from finetune.errors import UserError
 from finetune.evaluation.periodic import evaluate
 from finetune.loss import stream_sums
@@ -419,13 +420,38 @@ def test_evaluations_come_as_often_as_asked_for_and_at_the_end(config, tmp_path)
 # --- what a run says ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("learning_rate, warnings", [(1e-12, 1), (1.0, 0)])
+@pytest.mark.parametrize("learning_rate, warnings", [(1e-3, 1), (1.0, 0)])
 def test_ttt_without_effect_is_warned_of_once(config, tmp_path, capsys, learning_rate, warnings):
     published = {"ttt.lr_scale": "none", "ttt.learning_rate": learning_rate}
     train(config, tmp_path, {"max_steps": 24, **published})
     out = capsys.readouterr().out
     assert out.count("it does nothing. Set ttt.lr_scale: relative, or raise ttt.l") == warnings
+    assert out.count("steps TTT changes the outputs of layers 00, 01 by ") == warnings
     assert out.count("after 5 steps TTT changes its layers' outputs by ") == 1
+
+
+@pytest.mark.parametrize(
+    ("early", "late", "warning"),
+    [
+        ({"05": 0.0, "11": 0.0}, {"05": 0.3, "11": 0.02}, ""),
+        ({"05": 0.0, "11": 0.0}, {"05": 0.3, "11": 0.002}, "of layer 11 by 0.002 (11) of their"),
+        # It did something at first, and does nothing any more.
+        ({"05": 0.1, "11": 0.1}, {"05": 1e-3, "11": 1e-3}, "of layers 05, 11 by 0.001 (05), 0.0"),
+        (
+            {"05": 0.1, "11": 0.1},
+            {"05": math.nan, "11": 0.1},
+            "TTT adds nan (05) times the output of layer 05",
+        ),
+    ],
+)
+def test_effects_are_judged_by_layer_and_as_they_are_now(caplog, early, late, warning):
+    watch = EffectWatch(TrainArgs(DataArgs(), "run", max_steps=400, optim=OptimArgs(pct_start=0.2)))
+    caplog.set_level("WARNING")
+    for step in range(1, 100):
+        effects = early if step < 80 else late
+        watch.look(step, {f"layer_{layer}/effect": value for layer, value in effects.items()})
+        assert step >= 80 or not caplog.messages  # the rates rise for 80 steps
+    assert len(caplog.messages) == bool(warning) and warning in "".join(caplog.messages)
 
 
 @pytest.mark.parametrize("learning_rate, warnings", [(1e6, 1), (1.0, 0)])
@@ -434,7 +460,7 @@ def test_ttt_that_drowns_its_layers_is_warned_of_once(
 ):
     train(config, tmp_path, {"max_steps": 6, "ttt.learning_rate": learning_rate})
     out = capsys.readouterr().out
-    assert out.count("it drowns it. With write: sum, what all chunks have in common") == warnings
+    assert out.count("and drowns it. With write: sum, what all chunks have in common") == warnings
 
 
 def test_what_ttt_does_is_logged_by_layer(config, tmp_path):

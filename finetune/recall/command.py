@@ -10,7 +10,7 @@ from finetune.distributed import join_world
 from finetune.errors import UserError
 from finetune.recall import report, study
 from finetune.recall.experiment import run
-from finetune.recall.presets import Preset, preset
+from finetune.recall.presets import ARMS, Preset, preset
 from finetune.recall.streams import Variant
 
 
@@ -42,6 +42,7 @@ def run_recall(
         chosen = dataclasses.replace(chosen, lengths=_counts(lengths, chosen.lengths))
     if num_steps is not None:
         chosen = dataclasses.replace(chosen, num_steps=num_steps)
+    _prepare(out)
     results = run(
         chosen,
         out / "runs",
@@ -64,6 +65,8 @@ def run_scale_study(
         UserError: `out` cannot be written.
     """
     setup_logging()
+    _check_widths(widths)
+    _prepare(out)
     results = study.run_study(
         study.cells(widths=widths or study.WIDTHS, seeds=seeds),
         out / "runs",
@@ -82,9 +85,7 @@ def run_scale_study(
 def _counts(lengths: Sequence[int], known: dict[int, int]) -> dict[int, int]:
     """Sequences of each length: as many as of the preset's longest that is not longer."""
     return {
-        times: known[max((t for t in known if t <= times), default=min(known))]
-        for times in lengths
-        if times > 1
+        times: known[max((t for t in known if t <= times), default=min(known))] for times in lengths
     }
 
 
@@ -94,6 +95,8 @@ def run_key_study(out: Path, *, widths: Sequence[int]) -> str:
     Raises:
         UserError: `out` cannot be written.
     """
+    _check_widths(widths)
+    _prepare(out)
     lines = [
         "Cosine of z at a question and at its own fact / at the others (share of questions nearest "
         "to their own fact), before training:",
@@ -108,11 +111,35 @@ def run_key_study(out: Path, *, widths: Sequence[int]) -> str:
                 for own, others, nearest in study.key_match(std, width).values()
             ]
             lines.append(f"| {width} | {std:g} | {' | '.join(cells)} |")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out: cannot make {out}: {error.strerror}.") from error
     return _write("\n".join(lines), out)
+
+
+def default_out(study_name: str | None, size: str, variant: str) -> Path:
+    """Where results go if nothing is said: no two experiments into one folder."""
+    name = f"study_{study_name}" if study_name else "gpu_" * (size == "gpu") + variant
+    return Path("runs/recall") / name
+
+
+def _prepare(out: Path) -> None:
+    """Make the folders and write to them, before hours are spent on what could not be kept."""
+    for folder in (out, out / "runs"):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            trial = folder / ".trial"
+            trial.touch()
+            trial.unlink()
+        except OSError as error:
+            raise UserError(f"--out: cannot write to {folder}: {error.strerror}.") from error
+
+
+def _check_widths(widths: Sequence[int]) -> None:
+    for width in widths:
+        num_heads = study.num_heads(width)
+        if width % (2 * num_heads):
+            raise UserError(
+                f"--widths: {width} cannot be divided into {num_heads} heads of an even size; "
+                f"choose a multiple of {2 * num_heads}."
+            )
 
 
 def _preset(size: str, variant: str) -> Preset:
@@ -128,19 +155,30 @@ def _preset(size: str, variant: str) -> Preset:
 def _report(chosen: Preset, results: Sequence[dict[str, Any]]) -> list[str]:
     streams, model = chosen.streams, chosen.model
     sizes = sorted({result["parameters"] for result in results})
+    what, again = f"{streams.num_pairs} facts", "each asked for again"
+    if streams.variant == "segments":
+        what = f"one segment of {2 * streams.num_pairs} frames"
+        again = "heard again, and its text asked for from the second frame on,"
     lines = [
-        f"Recall, {streams.variant}: {streams.num_pairs} facts in the first quarter of "
-        f"{streams.num_frames} frames, each asked for again more than {streams.reach_frames} "
-        f"frames later, which is as far as {model.num_layers} windows of {model.context} frames "
-        f"reach ({model.num_layers} x {model.context - 1}). Chance is "
-        f"{1 / streams.num_values:.2f}. {sizes[0] / 1e6:.2g} to {sizes[-1] / 1e6:.2g} million "
-        f"parameters, {chosen.num_steps} steps of {chosen.batch_size} sequences.",
+        f"Recall, {streams.variant}: {what} in the first quarter of {streams.num_frames} frames, "
+        f"{again} more than {streams.reach_frames} frames later, which is as far as "
+        f"{model.num_layers} windows of {model.context} frames reach ({model.num_layers} x "
+        f"{model.context - 1}). Chance is {1 / streams.num_answers:.2f}. "
+        f"{sizes[0] / 1e6:.2g} to {sizes[-1] / 1e6:.2g} million parameters, "
+        f"{chosen.num_steps} steps of {chosen.batch_size} sequences.",
         "",
         *report.trained_length_table(results),
     ]
     longer = report.longer_table(results)
     if longer:
         lines += ["", "On longer sequences, at facts within one chunk:", "", *longer]
+        left_out = [arm for arm in report.arms_of(results) if ARMS[arm].is_full_attention]
+        if left_out:
+            lines += [
+                "",
+                f"`{left_out[0]}` is left out: its attention sees the trained length and no more, "
+                "so that on longer sequences it is a windowed model.",
+            ]
     inner = report.inner_loss_table(results)
     if inner:
         lines += ["", "What the inner loops did, in training:", "", *inner]

@@ -60,7 +60,7 @@ def run_arm(preset: Preset, name: str, seed: int, device: torch.device) -> dict[
         with nothing_written(model):
             result["nothing_written"] = trained_length()
     result["longer"] = {}
-    for times, num_sequences in preset.lengths.items():
+    for times, num_sequences in preset.longer(name).items():
         result["longer"][str(times)] = measure_length(
             model, preset.streams, times=times, num_sequences=num_sequences, **where
         )
@@ -209,6 +209,7 @@ def _describe(preset: Preset, name: str, device: torch.device) -> dict[str, Any]
     """All that an arm's result depends on, but the seed."""
     config = dataclasses.asdict(preset)
     del config["arms"]
+    config["lengths"] = preset.longer(name)
     config["ttt"] = dataclasses.asdict(preset.ttt_args(name))
     config["device"] = device.type
     return config

@@ -78,6 +78,11 @@ class Preset:
         full = ARMS[name].is_full_attention
         return self.streams.num_frames if full else self.model.context
 
+    def longer(self, name: str) -> dict[int, int]:
+        """The `lengths` that the arm `name` is measured at: none with full attention, whose window
+        is the trained length, so that it is but another windowed model on longer sequences."""
+        return {} if ARMS[name].is_full_attention else self.lengths
+
 
 def _sized(model: ModelArgs, **options: Any) -> tuple[ModelArgs, StreamArgs]:
     return model, StreamArgs(reach_frames=model.reach_frames, **options)

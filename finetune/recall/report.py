@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Result = dict[str, Any]
+Summary = list[Any]
+"""[value, low, high]; low and high may be None."""
 NOTHING_WRITTEN = ", nothing written"
 COLUMNS = [
     "arm", "seed", "times_the_length", "kind", "distance", "answers",
@@ -47,6 +49,11 @@ def _flat(summary: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
+def arms_of(results: Sequence[Result]) -> list[str]:
+    """In their order, each once."""
+    return list(dict.fromkeys(result["arm"] for result in results))
+
+
 def write_csv(results: Sequence[Result], path: Path) -> None:
     """
     Raises:
@@ -66,8 +73,9 @@ def trained_length_table(results: Sequence[Result]) -> list[str]:
     seeds = sorted({result["seed"] for result in results})
     bins = list(results[0]["trained_length"]["by_distance"])
     lines = [
-        f"| arm | accuracy, seeds {', '.join(map(str, seeds))} | 95 % interval | loss (nats) "
-        f"| within one chunk | straddling | {' | '.join(f'{b} frames' for b in bins)} |",
+        f"| arm | accuracy, seeds {', '.join(map(str, seeds))} "
+        "| 95 % intervals, lowest to highest bound over seeds | loss (nats) | within one chunk "
+        f"| straddling | {' | '.join(f'{b} frames' for b in bins)} |",
         "| --- " * (6 + len(bins)) + "|",
     ]
     for name, found in _by_arm(results).items():
@@ -98,12 +106,13 @@ def longer_table(results: Sequence[Result]) -> list[str]:
     lengths = sorted({int(times) for result in results for times in result["longer"]})
     if not lengths:
         return []
+    results = [result for result in results if result["longer"]]
     kinds = list(results[0]["longer"][str(lengths[0])])
     lines = [
         f"| arm | times the length | {' | '.join(kinds)} | ‖S‖/‖W0‖ |",
         "| --- " * (3 + len(kinds)) + "|",
     ]
-    for name in dict.fromkeys(result["arm"] for result in results):
+    for name in arms_of(results):
         for times in lengths:
             found = [r["longer"][str(times)] for r in results if r["arm"] == name]
             cells = [_values([f[kind]["accuracy"] for f in found]) for kind in kinds]
@@ -143,18 +152,18 @@ def _ends(curve: list[dict[str, float]]) -> tuple[dict[str, float], dict[str, fl
     return curve[0], curve[-1]
 
 
-def _values(summaries: Sequence[list[float] | None]) -> str:
+def _values(summaries: Sequence[Summary | None]) -> str:
     return ", ".join("–" if s is None else f"{s[0]:.2f}" for s in summaries)
 
 
-def _mean(summaries: Sequence[list[float] | None]) -> str:
+def _mean(summaries: Sequence[Summary | None]) -> str:
     known = [s[0] for s in summaries if s is not None]
     return f"{sum(known) / len(known):.2f}" if known else "–"
 
 
-def _interval(summaries: Sequence[list[float] | None]) -> str:
-    """The widest of the seeds'."""
-    known = [s for s in summaries if s is not None]
+def _interval(summaries: Sequence[Summary | None]) -> str:
+    """The lowest and the highest bound of the seeds' intervals."""
+    known = [s for s in summaries if s is not None and s[1] is not None]
     return f"{min(s[1] for s in known):.2f} to {max(s[2] for s in known):.2f}" if known else "–"
 
 
@@ -168,7 +177,7 @@ def plot(results: Sequence[Result], path: Path) -> None:
 
     figure = Figure(figsize=(15, 4.6), dpi=120, layout="constrained")
     by_distance, over_training, longer = figure.subplots(1, 3)
-    names = list(dict.fromkeys(result["arm"] for result in results))
+    names = arms_of(results)
     colors = {name: COLORS[i % len(COLORS)] for i, name in enumerate(names)}
     for result in results:
         label = result["arm"] if result["seed"] == results[0]["seed"] else None
@@ -206,7 +215,8 @@ def _draw_distances(axes: Axes, result: Result, style: dict[str, Any]) -> None:
     ]
     middle, value, low, high = zip(*points, strict=True)
     axes.plot(middle, value, **style)
-    axes.fill_between(middle, low, high, color=style["color"], alpha=0.15, linewidth=0)
+    if None not in (*low, *high):
+        axes.fill_between(middle, low, high, color=style["color"], alpha=0.15, linewidth=0)
 
 
 def study_table(results: Sequence[Result]) -> list[str]:

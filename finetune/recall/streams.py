@@ -74,6 +74,11 @@ class StreamArgs:
         return 1 if self.variant in ("audio", "joint") else 0
 
     @property
+    def num_answers(self) -> int:
+        """Tokens that an answer may be; one of them is right by chance."""
+        return self.num_keys if self.variant == "segments" else self.num_values
+
+    @property
     def fact_streams(self) -> set[int]:
         """The streams with keys or values."""
         return {0, 1} if self.variant == "joint" else {self.asked_stream}

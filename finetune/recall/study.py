@@ -39,6 +39,11 @@ LEARNT_ACCURACY = 0.9
 NUM_EVAL = 64
 
 
+def num_heads(width: int) -> int:
+    """Of a model of the study."""
+    return max(4, width // 64)
+
+
 @dataclasses.dataclass(frozen=True)
 class Cell:
     """One run of the study."""
@@ -76,7 +81,7 @@ def preset_of(cell: Cell) -> Preset:
     with as many answers in a batch."""
     model = ModelArgs(
         width=cell.width,
-        num_heads=max(4, cell.width // 64),
+        num_heads=num_heads(cell.width),
         embedding_std=cell.embedding_std,
     )
     is_long = cell.chunk_size > 64
