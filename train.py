@@ -2,9 +2,7 @@
 
 import sys
 
-import fire
-
-from finetune.cli import run, train
+from finetune.cli import call, train
 
 if __name__ == "__main__":
-    sys.exit(run(lambda: fire.Fire(train)))
+    sys.exit(call(train, name="train.py"))

@@ -28,7 +28,16 @@ def main() -> None:
         "demo": demo,
         "demo-data": demo_data,
     }
-    sys.exit(run(lambda: fire.Fire(commands, name="moshi-ttt")))
+    sys.exit(call(commands, name="moshi-ttt"))
+
+
+def call(component: Any, *, name: str) -> int:
+    """Have fire call what the command line names. Returns the exit status."""
+    words = sys.argv[1:]
+    if "--" not in words and not {"--help", "-h"}.isdisjoint(words):
+        # Commands take any option, this one too: after the two dashes it is fire's.
+        words = [word for word in words if word not in ("--help", "-h")] + ["--", "--help"]
+    return run(lambda: fire.Fire(component, command=words, name=name))
 
 
 def run(command: Callable[[], Any]) -> int:

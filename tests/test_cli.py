@@ -168,3 +168,14 @@ def test_the_demonstration(tmp_path):
     audio, _ = soundfile.read(tmp_path / "runs/demo/continuation.wav")
     assert np.abs(audio[:, 0]).max() > 0.01
     assert "Next:" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["train", "plan", "evaluate", "sweep", "recall", "demo-data"])
+def test_help_is_given_when_it_is_asked_for(command, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["moshi-ttt", command, "--help"])
+    monkeypatch.setenv("PAGER", "cat")
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert not left.value.code
+    shown = capsys.readouterr()
+    assert f"moshi-ttt {command}" in shown.out + shown.err
