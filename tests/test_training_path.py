@@ -383,7 +383,7 @@ def test_evaluation_compiles_no_graph_for_its_loss(monkeypatch):
 def test_sequences_of_many_lengths_train_in_one_process(monkeypatch):
     """PyTorch gives up on a function after eight forms of it."""
     monkeypatch.setattr(execution, "BACKEND", "aot_eager")
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    torch._dynamo.config.recompile_limit = 8
     torch._dynamo.reset()
     execution._compiled.cache_clear()
     model = prepared(PLAIN, lora=False, compile=True)
@@ -457,6 +457,7 @@ def test_a_stream_with_gradients_advances_once(args):
 
 @pytest.mark.parametrize("capability", [(7, 5), (8, 0)])
 def test_compiled_code_asks_what_the_device_can_do(capability, monkeypatch):
+    torch._dynamo.reset()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     attention._capability.cache_clear()
 

@@ -1,9 +1,9 @@
 """Causal attention over whole sequences, with a window, and without a mask of all pairs.
 
 Frame t sees the `context` frames t − context + 1 … t. Where that is the whole sequence, PyTorch's
-own causal kernels do it. Shorter windows take a kernel that skips what lies outside (half
-precision on CUDA, from Ampere on), or blocks of queries with the keys that they can see: time falls
-with the window in both.
+own causal kernels do it. Shorter windows take a kernel that skips what lies outside (half precision
+on CUDA, from Ampere on), or blocks of queries with the keys that they can see: time falls with the
+window in both.
 """
 
 import math
