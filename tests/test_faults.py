@@ -83,6 +83,7 @@ manifest.describe = slowly
 """
 
 
+@pytest.mark.slow
 def test_training_goes_on_while_a_checkpoint_is_written_and_a_signal_waits_for_it(config, tmp_path):
     run = start(config, tmp_path, {"max_steps": 10000, "ckpt_freq": 2}, after=SLOW_DISK)
     seen = list(lines_until(run, "step 4/"))
@@ -198,6 +199,7 @@ def test_retention_does_not_count_what_is_not_whole(config, tmp_path):
 # --- two runs, one folder -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_second_run_in_the_same_folder_is_refused_until_the_first_is_gone(config, tmp_path):
     overrides = {"max_steps": 1000000, "ckpt_freq": 1, "data.num_workers": 2}
     first = start(config, tmp_path, overrides)
@@ -271,6 +273,7 @@ def test_a_process_that_fails_is_named_and_ends_the_run(config, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_process_that_hangs_is_named_with_its_place(config, tmp_path):
     output = faulty(config, tmp_path, "hangs 1 4", **{"parallel.hang_timeout_sec": 5})
     assert re.search(

@@ -74,8 +74,8 @@ def test_what_does_not_fit_is_said_with_what_would():
 
 
 def test_a_smaller_batch_keeps_the_step_by_more_micro_batches():
-    lines = planned(dataclasses.replace(MOSHI, batch_size=64))
-    assert any("batch_size: 32 with num_microbatches: 2" in line for line in lines)
+    lines = planned(dataclasses.replace(MOSHI, batch_size=128))
+    assert any("batch_size: 64 with num_microbatches: 2" in line for line in lines)
     with pytest.raises(UserError, match=r"parallel.shard_size"):
         args = dataclasses.replace(
             MOSHI, parallel=dataclasses.replace(MOSHI.parallel, shard_size=3)
