@@ -76,12 +76,13 @@ class Trainer:
             max_steps=args.max_steps,
             sharding=self.sharding,
         )
+        store = open_store(args.data)
         places: dict[str, Any] = {
             "duration_sec": args.duration_sec,
             "batch_size": args.batch_size,
             **self.world.place,
             "device": self.world.device,
-            "store": (store := open_store(args.data)),
+            "store": store,
         }
         if self.world.size > 1:
             check_share(args.data, store=store, with_eval=args.do_eval, **self.world.place)
@@ -272,6 +273,7 @@ class Trainer:
             self.progress.update(self.step, {})
             return
         frames = sum(batch.codes[:, 0].numel() for batch in batches) * self.world.size
+        measured = {name: value.item() for name, value in ttt.items()}
         metrics = {
             "loss": sum(losses),
             "text_loss": losses[0],
@@ -287,11 +289,11 @@ class Trainer:
             "encoded_segments": self.num_encoded,
             "nonfinite_steps": self.nonfinite_steps,
             "peak_memory_gb": peak_memory_gb(self.world.device),
-            **{f"ttt/{name}": value.item() for name, value in ttt.items()},
+            **{f"ttt/{name}": value for name, value in measured.items()},
         }
         self.metrics.log("train", self.step, metrics)
         self.progress.update(self.step, metrics)
-        self.effect.look(self.step, {name: value.item() for name, value in ttt.items()})
+        self.effect.look(self.step, measured)
 
     @property
     def num_encoded(self) -> int:
