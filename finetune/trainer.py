@@ -27,6 +27,7 @@ from finetune.errors import UserError
 from finetune.evaluation.periodic import SpeechCheck, evaluate
 from finetune.interrupt import Interrupt
 from finetune.loss import LossWeights, stream_sums, total_weight
+from finetune.lost_steps import LostSteps
 from finetune.memory import explain_out_of_memory
 from finetune.metrics import MetricsLogger
 from finetune.model import build_codec, find_checkpoint, load_model, trainable_by_role
@@ -101,8 +102,7 @@ class Trainer:
 
         self.phases = Phases(self.world.device)
         self.step = 0
-        self.nonfinite_steps = 0
-        self.nonfinite_in_a_row = 0
+        self.lost_steps = LostSteps(args)
         self.effect = EffectWatch(args)
         self.last_eval: tuple[int, float] | None = None
         self.watch = Watch(self.world, hang_timeout_sec=args.parallel.hang_timeout_sec)
@@ -163,7 +163,7 @@ class Trainer:
                 raise UserError(
                     explain_out_of_memory(self.args, self.step, self.world.device)
                 ) from error
-            self.stop_if_lost()
+            self.lost_steps.stop_if_too_many()
             if self.is_due(self.args.eval_freq):
                 self.evaluate()
             if self.args.do_ckpt and self.is_due(self.args.ckpt_freq):
@@ -193,7 +193,7 @@ class Trainer:
             result = self.optimizer.step(
                 max_norm=self.args.max_norm, world=self.world, is_loss_finite=is_loss_finite
             )
-        self.count_nonfinite(losses, result)
+        self.lost_steps.count(self.step, losses, result)
         step_sec = time.monotonic() - started_at
         self.watch.at(self.step, "log")
         with self.phases.phase("log"):
@@ -231,35 +231,6 @@ class Trainer:
         text_loss, audio_loss = self.world.sum(total).tolist()
         return text_loss, audio_loss
 
-    def count_nonfinite(self, losses: tuple[float, float], result: StepResult) -> None:
-        """Count steps that changed nothing, because a loss or gradient was not finite."""
-        if math.isfinite(sum(losses)) and result.is_finite:
-            self.nonfinite_in_a_row = 0
-            return
-        self.nonfinite_steps += 1
-        self.nonfinite_in_a_row += 1
-        logger.warning(
-            "step %d skipped: text loss %s, audio loss %s, gradient norm %s",
-            self.step,
-            *losses,
-            result.grad_norm,
-        )
-
-    def stop_if_lost(self) -> None:
-        """
-        Raises:
-            UserError: too many steps in a row were not finite.
-        """
-        if self.nonfinite_in_a_row >= self.args.max_nonfinite_steps:
-            inner = ", or ttt.learning_rate, or set ttt.max_delta_norm"
-            raise UserError(
-                f"the last {self.nonfinite_in_a_row} steps had a loss or gradient that is not "
-                f"finite (max_nonfinite_steps); the model does not recover from that. Lower "
-                f"optim.lr or optim.ttt_lr{inner if self.args.ttt.has_fixed_step else ''}, and "
-                f"continue from an earlier checkpoint in "
-                f"{self.run_dir / 'checkpoints'}."
-            )
-
     def log(
         self,
         batches: list[Batch],
@@ -287,7 +258,7 @@ class Trainer:
             "epoch": self.train_data.epoch,
             "skipped_segments": self.train_data.num_skipped,
             "encoded_segments": self.num_encoded,
-            "nonfinite_steps": self.nonfinite_steps,
+            "nonfinite_steps": self.lost_steps.nonfinite_steps,
             "peak_memory_gb": peak_memory_gb(self.world.device),
             **{f"ttt/{name}": value for name, value in measured.items()},
         }
@@ -357,8 +328,7 @@ class Trainer:
                 "effect": self.effect.state_dict(),
                 "counts": {
                     "step": self.step,
-                    "nonfinite_steps": self.nonfinite_steps,
-                    "nonfinite_in_a_row": self.nonfinite_in_a_row,
+                    **self.lost_steps.state_dict(),
                     "last_eval": self.last_eval,
                 },
             },
@@ -380,8 +350,9 @@ class Trainer:
         self.train_data.load_state_dict(state["data"])
         set_random_state(state["random"])
         self.effect.load_state_dict(state["effect"])
-        for name, value in state["counts"].items():
-            setattr(self, name, value)
+        self.lost_steps.load_state_dict(state["counts"])
+        self.step = state["counts"]["step"]
+        self.last_eval = state["counts"]["last_eval"]
         assert self.step == step_of(checkpoint)
         self.writer.last_step = self.step
         logger.info("resuming %s after step %d", checkpoint, self.step)

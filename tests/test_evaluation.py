@@ -481,7 +481,7 @@ def test_wandb_gets_the_numbers_and_the_report(trained, tmp_path, monkeypatch):
         assert config["evaluation"]["arms"] == ("off",)
         return Run
 
-    monkeypatch.setattr("finetune.evaluation.run.open_wandb", opened)
+    monkeypatch.setattr("finetune.evaluation.dashboard.open_wandb", opened)
     chosen = {"wandb_project": "speech", "wandb_offline": True, "arms": ("off",), "limit": 1}
     results = evaluate_checkpoint(options(trained, tmp_path / "out", **chosen))
     mean = results["position"]["arms"]["off"]["text"]["mean"]["value"]
