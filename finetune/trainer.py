@@ -28,7 +28,7 @@ from finetune.evaluation.periodic import SpeechCheck, evaluate
 from finetune.interrupt import Interrupt
 from finetune.loss import LossWeights, stream_sums, total_weight
 from finetune.lost_steps import LostSteps
-from finetune.memory import explain_out_of_memory
+from finetune.memory import explained
 from finetune.metrics import MetricsLogger
 from finetune.model import build_codec, find_checkpoint, load_model, trainable_by_role
 from finetune.optim import Optimizer, StepResult
@@ -157,12 +157,8 @@ class Trainer:
             self.evaluate()
         while self.step < self.args.max_steps and not self.interrupted():
             self.profiler.before_step(self.step + 1)
-            try:
+            with explained(self.args, self.world.device, f"step {self.step + 1}", trains=True):
                 self.train_step()
-            except torch.OutOfMemoryError as error:
-                raise UserError(
-                    explain_out_of_memory(self.args, self.step, self.world.device)
-                ) from error
             self.lost_steps.stop_if_too_many()
             if self.is_due(self.args.eval_freq):
                 self.evaluate()
@@ -281,7 +277,11 @@ class Trainer:
             return self.interrupt.signal_number is not None
 
         started_at = time.monotonic()
-        with self.phases.phase("evaluate"):
+        what = f"the evaluation after {self.step} steps"
+        with (
+            self.phases.phase("evaluate"),
+            explained(self.args, self.world.device, what, trains=False),
+        ):
             metrics = evaluate(
                 self.model, self.eval_data, self.loss_weights, self.world, should_stop=should_stop
             )

@@ -748,3 +748,37 @@ def test_the_command_says_what_came_out(trained, tmp_path, capsys):
     assert run(lambda: evaluate(**given)) == 0
     printed = capsys.readouterr().out
     assert "- TTT on, compared with off" in printed and "report.html" in printed
+
+
+def test_results_that_never_came_stand_in_nobodys_way(tmp_path):
+    """An evaluation that ran out of memory at once goes on with another batch size."""
+    path = tmp_path / "health.jsonl"
+    Records(path, {"batch_size": 4})
+    Records(path, {"batch_size": 2}).append({"index": 0})
+    assert [record["index"] for record in Records(path, {"batch_size": 2})] == [0]
+    with pytest.raises(UserError, match="batch_size was 2, is 1"):
+        Records(path, {"batch_size": 1})
+    path.write_text('{"notes": "mine"}\n')
+    with pytest.raises(UserError, match="it does not say which"):
+        Records(path, {"batch_size": 1})
+
+
+@pytest.mark.parametrize(
+    ("where", "sizes", "ways"),
+    [
+        ("finetune.evaluation.streaming.Scorer.score", {}, ["batch_size (now 2)"]),
+        ("finetune.evaluation.run.load_for_inference", {"batch_size": 1}, []),
+    ],
+)
+def test_memory_that_is_too_small_is_one_message(
+    trained, tmp_path, monkeypatch, capsys, where, sizes, ways
+):
+    def too_large(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(where, too_large)
+    assert run(lambda: evaluate_checkpoint(options(trained, tmp_path / "out", **sizes))) == 1
+    message = capsys.readouterr().err
+    assert "error: The GPU ran out of memory" in message
+    expected = [f"a smaller --{way}" for way in [*ways, "block_frames (now 7)"]]
+    assert f"Less memory takes: {'; '.join(expected)}; --device cpu" in message

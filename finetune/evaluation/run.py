@@ -22,6 +22,7 @@ from finetune.data.audio import inspect_audio
 from finetune.data.problems import FileProblem
 from finetune.data.sources import Recording, check_recordings
 from finetune.data.text import read_transcript
+from finetune.distributed import peak_memory_gb
 from finetune.errors import UserError
 from finetune.generate import checkpoint_args, load_for_inference
 from finetune.loss import LossWeights
@@ -369,8 +370,25 @@ class Evaluation:
 
 
 def evaluate_checkpoint(options: Options) -> dict[str, Any]:
-    """Run the tasks of `options` and write the results; returns what `results.json` holds."""
-    return Evaluation(options).run()
+    """Run the tasks of `options` and write the results; returns what `results.json` holds.
+
+    Raises:
+        UserError: see `Evaluation`; or the GPU's memory is too small.
+    """
+    try:
+        return Evaluation(options).run()
+    except torch.OutOfMemoryError as error:
+        raise UserError(_explain_out_of_memory(options)) from error
+
+
+def _explain_out_of_memory(options: Options) -> str:
+    sizes = {"batch_size": options.batch_size, "block_frames": options.block_frames}
+    ways = [f"a smaller --{name} (now {size})" for name, size in sizes.items() if size > 1]
+    ways.append("--device cpu, which is slow")
+    return (
+        f"The GPU ran out of memory ({peak_memory_gb(torch.device('cuda')):.1f} GB were in use at "
+        f"most). Less memory takes: {'; '.join(ways)}. What is done is kept in {options.out}."
+    )
 
 
 def _name(checkpoint: Path) -> str:
