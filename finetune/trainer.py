@@ -24,7 +24,7 @@ from finetune.data import Batch, build_eval_loader, build_train_loader, check_sh
 from finetune.distributed import join_world, peak_memory_gb
 from finetune.effect import EffectWatch
 from finetune.errors import UserError
-from finetune.evaluation.periodic import SpeechCheck, evaluate
+from finetune.evaluation.periodic import build_speech_check, evaluate
 from finetune.interrupt import Interrupt
 from finetune.loss import LossWeights, stream_sums, total_weight
 from finetune.lost_steps import LostSteps
@@ -98,7 +98,7 @@ class Trainer:
         self.eval_data = (
             build_eval_loader(args.data, self.codec, **places) if args.do_eval else None
         )
-        self.speech_check = SpeechCheck(self.codec, health_sec=args.health_sec, seed=args.seed)
+        self.speech_check = build_speech_check(args, self.codec, self.world)
 
         self.phases = Phases(self.world.device)
         self.step = 0
@@ -298,7 +298,7 @@ class Trainer:
 
     def check_health(self) -> dict[str, float]:
         """Measures of what the model says; warns if it is no longer like speech."""
-        if self.args.health_sec == 0 or not self.world.is_main or self.sharding is not None:
+        if self.speech_check is None:
             return {}
         assert self.eval_data is not None
         measures, alarms = self.speech_check(self.model, self.eval_data)

@@ -18,7 +18,7 @@ from data_tools import (
 )
 from helpers import DELAYS, random_codes, tiny_args, tiny_model
 from test_evaluation_streaming import InMemory
-from training_tools import checkpoint, train, write_model
+from training_tools import checkpoint, train, trainer, write_model
 
 from finetune.cli import evaluate, run
 from finetune.data.audio import inspect_audio
@@ -707,6 +707,26 @@ def test_training_logs_the_health_of_speech(trained):
     for record in read_metrics(metrics_path(trained[0].parent.parent, "eval")):
         for name in ("entropy", "modal_share", "padding_share", "silence_share", "repeat_rate"):
             assert math.isfinite(record[f"health/{name}"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "why"),
+    [
+        ({"duration_sec": 2.9}, "segments (duration_sec) of 3 s, and these are of 2.9 s"),
+        ({"health_sec": 0.9}, "it takes at least 1 s, and these are 0.9 s"),
+        ({"duration_sec": 2, "health_sec": 0}, None),
+        ({"duration_sec": 2, "do_eval": False}, None),
+        ({"duration_sec": 3, "health_sec": 1}, None),
+    ],
+)
+def test_speech_that_cannot_be_checked_is_told_at_the_start(
+    config, tmp_path, capsys, overrides, why
+):
+    given = {"do_eval": True, "duration_sec": 4, "health_sec": 6, **overrides}
+    run = trainer(config, tmp_path, given)
+    said = capsys.readouterr().out
+    assert ("health of speech is not checked" in said) == (why is not None) and (why or "") in said
+    assert (run.speech_check is None) == (why is not None or not overrides.get("health_sec"))
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from finetune.args import ParallelArgs, TrainArgs
 from finetune.config import load_config
 from finetune.data import DataArgs, build_train_loader
 from finetune.errors import UserError
+from finetune.metrics import metrics_path, read_metrics
 from finetune.model import find_checkpoint, load_model
 from finetune.sharding import Sharding, shard_size
 
@@ -119,6 +120,14 @@ def assert_same_runs(one, other, last_step):
 def test_two_processes_with_half_a_model_each_are_one(config, tmp_path, folder, two, name):
     train(config, tmp_path, {**COMMON, **CASES[name], "batch_size": 4})
     assert_same_runs(folder / name, tmp_path, 4)
+
+
+def test_what_a_sharded_model_says_is_not_checked_and_the_log_says_so(folder, two):
+    assert two.count("health_sec: the health of speech is not checked") == len(CASES) + 1
+    assert two.count("a sharded model (parallel.shard_size) would have to be") == len(CASES) + 1
+    assert not any(
+        "health" in name for name in read_metrics(metrics_path(folder / "two", "eval"))[0]
+    )
 
 
 def test_what_two_processes_saved_four_continue(folder, one, four):
