@@ -62,7 +62,7 @@ def _literal(function: Callable[..., None]) -> Callable[..., None]:
 
 
 @_literal
-def train(config: str, *unexpected: str, **overrides: Any) -> None:
+def train(config: str = "", *unexpected: str, **overrides: Any) -> None:
     """Train as a YAML file says.
 
     Args:
@@ -70,6 +70,7 @@ def train(config: str, *unexpected: str, **overrides: Any) -> None:
         overrides: any of these keys, dotted: --optim.lr=1e-4 --ttt.chunk_size=64 --resume
     """
     refuse(unexpected)
+    require(overrides, config=config)
     from finetune.config import load_config
     from finetune.trainer import Trainer
 
@@ -81,7 +82,7 @@ def train(config: str, *unexpected: str, **overrides: Any) -> None:
 @_literal
 def plan(
     *unexpected: str,
-    config: str,
+    config: str = "",
     gpus: str = "1",
     gpu_memory: str = "80",
     **overrides: Any,
@@ -95,6 +96,7 @@ def plan(
         overrides: keys of the configuration, dotted.
     """
     refuse(unexpected)
+    require(overrides, config=config)
     from finetune.config import load_config
     from finetune.plan import plan as lines_of
 
@@ -107,7 +109,7 @@ def plan(
 
 
 @_literal
-def encode(*unexpected: str, config: str, **overrides: Any) -> None:
+def encode(*unexpected: str, config: str = "", **overrides: Any) -> None:
     """Encode all data of a run ahead of it, into data.cache_dir.
 
     It may be stopped at any time and started again. On several GPUs:
@@ -118,6 +120,7 @@ def encode(*unexpected: str, config: str, **overrides: Any) -> None:
         overrides: any of its keys, dotted: --data.cache_dir=codes --duration_sec=100
     """
     refuse(unexpected)
+    require(overrides, config=config)
     from finetune.config import load_config
     from finetune.encode import encode_data
 
@@ -152,26 +155,20 @@ def generate(
     """
     refuse(unexpected, unknown)
     require(checkpoint=checkpoint, audio=audio)
-    import soundfile
+    from finetune.generate import continue_recording
 
-    from finetune.generate import continue_dialogue, load_for_inference
-
-    target = Path(out)
-    if target.suffix != ".wav" or not target.absolute().parent.is_dir():
-        raise UserError(f"--out: {out} must be a .wav file in a folder that exists.")
-    model, codec = load_for_inference(Path(checkpoint), device)
-    continuation = continue_dialogue(
-        model,
-        codec,
-        codec.read_recording(Path(audio)),
+    text = continue_recording(
+        Path(checkpoint),
+        Path(audio),
+        Path(out),
+        device=device,
         prompt_sec=number("prompt_sec", prompt_sec, low=0.0),
         seed=whole_number("seed", seed, low=0),
         temperature=number("temperature", temperature, low=0.0),
         text_temperature=number("text_temperature", text_temperature, low=0.0),
     )
-    soundfile.write(target, continuation.audio.T.numpy(), codec.sample_rate_hz)
-    print(f"Moshi: {continuation.text}")
-    print(f"wrote {target}")
+    print(f"Moshi: {text}")
+    print(f"wrote {out}")
 
 
 @_literal
@@ -258,7 +255,7 @@ def evaluate(
 
 
 @_literal
-def plot(run_dir: str, *unexpected: str, out: str | None = None, **unknown: Any) -> None:
+def plot(run_dir: str = "", *unexpected: str, out: str | None = None, **unknown: Any) -> None:
     """Draw the loss curves of a run.
 
     Args:
@@ -266,6 +263,7 @@ def plot(run_dir: str, *unexpected: str, out: str | None = None, **unknown: Any)
         out: the PNG to write; RUN_DIR/loss.png if not given.
     """
     refuse(unexpected, unknown)
+    require(run_dir=run_dir)
     from finetune.plots import plot_losses
 
     print(f"wrote {plot_losses(Path(run_dir), Path(out or Path(run_dir) / 'loss.png'))}")
@@ -273,7 +271,7 @@ def plot(run_dir: str, *unexpected: str, out: str | None = None, **unknown: Any)
 
 @_literal
 def sweep(
-    file: str,
+    file: str = "",
     *unexpected: str,
     only: str | None = None,
     sweep_dir: str | None = None,
@@ -294,6 +292,7 @@ def sweep(
         overrides: keys of a run's configuration, dotted, for all runs: --max_steps=20
     """
     refuse(unexpected)
+    require(overrides, file=file)
     from finetune.sweep.command import run_command
 
     status = run_command(
@@ -368,7 +367,7 @@ def demo(*unexpected: str, out: str = "runs/demo", **overrides: Any) -> None:
 
 @_literal
 def demo_data(
-    out_dir: str,
+    out_dir: str = "",
     *unexpected: str,
     num_dialogues: str = "60",
     min_sec: str = "20",
@@ -386,6 +385,7 @@ def demo_data(
         seed: the same seed gives the same bytes.
     """
     refuse(unexpected, unknown)
+    require(out_dir=out_dir)
     from finetune.demo.dialogues import make_dialogues
 
     make_dialogues(

@@ -3,7 +3,9 @@
 Everything here raises `UserError`, which names the option and what it may be.
 """
 
+import difflib
 import math
+from collections.abc import Iterable
 from typing import Any
 
 from finetune.errors import UserError
@@ -18,11 +20,19 @@ def refuse(unexpected: tuple[str, ...], unknown: dict[str, Any] | None = None) -
         raise UserError(f"unknown option: --{name}. Ask for --help to see those there are.")
 
 
-def require(**given: str) -> None:
+def require(others: Iterable[str] = (), /, **given: str) -> None:
     """Of options without a default: as parameters without one, fire would show its usage and not
-    say that an option is misspelt."""
+    say that an option is misspelt.
+
+    Args:
+        others: options that were given where any name is taken; one of them may be meant.
+    """
     for name, value in given.items():
         if not value:
+            similar = difflib.get_close_matches(name, others, n=1)
+            similar += [other for other in others if name.startswith(other)]
+            if similar:
+                raise UserError(f"unknown option: --{similar[0]}. Did you mean --{name}?")
             raise UserError(f"--{name} is missing. Ask for --help to see what it is.")
 
 
