@@ -216,9 +216,7 @@ def test_with_nothing_kept_in_memory_the_disk_serves_every_epoch(data, tmp_path,
     assert epochs(data, tmp_path / "cache", num_workers=2)[1] == 0
 
 
-def test_a_folder_that_is_deleted_under_a_run_costs_time_alone(
-    data, tmp_path, monkeypatch, caplog
-):
+def test_a_folder_that_is_deleted_under_a_run_costs_time_alone(data, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("finetune.data.batches._MAX_KEPT_BYTES", 0)
     plain, _ = epochs(data, None)
     epochs(data, tmp_path / "cache")

@@ -105,7 +105,7 @@ def run_recall(
         chosen = dataclasses.replace(chosen, lengths=_counts(lengths, chosen.lengths))
     if num_steps is not None:
         chosen = dataclasses.replace(chosen, num_steps=num_steps)
-    _prepare(out)
+    _prepare(out, f"--preset {size} --variant {variant}")
     results = run(
         chosen,
         out / "runs",
@@ -129,7 +129,7 @@ def run_scale_study(
     """
     setup_logging()
     _check_widths(widths)
-    _prepare(out)
+    _prepare(out, "--study scale")
     results = study.run_study(
         study.cells(widths=widths or study.WIDTHS, seeds=seeds),
         out / "runs",
@@ -159,7 +159,7 @@ def run_key_study(out: Path, *, widths: Sequence[int]) -> str:
         UserError: `out` cannot be written.
     """
     _check_widths(widths)
-    _prepare(out)
+    _prepare(out, "--study keys")
     lines = [
         "Cosine of z at a question and at its own fact / at the others (share of questions nearest "
         "to their own fact), before training:",
@@ -183,8 +183,13 @@ def default_out(study_name: str | None, size: str, variant: str) -> Path:
     return Path("runs/recall") / name
 
 
-def _prepare(out: Path) -> None:
-    """Make the folders and write to them, before hours are spent on what could not be kept."""
+def _prepare(out: Path, experiment: str) -> None:
+    """Make the folders and write to them, before hours are spent on what could not be kept.
+
+    Raises:
+        UserError: that is impossible, or another experiment's results are there: they have the same
+            names, and would be replaced.
+    """
     for folder in (out, out / "runs"):
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -193,6 +198,15 @@ def _prepare(out: Path) -> None:
             trial.unlink()
         except OSError as error:
             raise UserError(f"--out: cannot write to {folder}: {error.strerror}.") from error
+    mark = out / "experiment.txt"
+    earlier = mark.read_text().strip() if mark.is_file() else experiment
+    if earlier != experiment:
+        raise UserError(
+            f"--out: {out} has the results of `moshi-ttt recall {earlier}`, which those of "
+            f"{experiment} would replace. Name another folder, or none: without --out each "
+            f"experiment has its own."
+        )
+    mark.write_text(f"{experiment}\n")
 
 
 def _check_widths(widths: Sequence[int]) -> None:
