@@ -509,7 +509,7 @@ def start_lines(config, run_dir, overrides, capsys):
 
 
 def test_a_run_says_what_it_is_going_to_do(config, tmp_path, capsys):
-    out = start_lines(config, tmp_path, {"do_eval": True}, capsys)
+    out = start_lines(config, tmp_path, {"do_eval": True, "health_sec": 0}, capsys)
     assert "7 segments of up to 25 frames" in out and "3 to evaluate" in out
     assert "TTT: in-place (sum, relative, learning rate 1) in layers 0, 1; 4 updates" in out
     assert "updates a sequence, every 5 frames" in out
