@@ -142,6 +142,13 @@ def check_options(options: Options) -> None:
                 raise UserError(f"--wandb.{name}: name the project too: --wandb.project=NAME.")
 
 
+def what_takes_less(options: Options) -> str:
+    """Which options make an evaluation take less memory of the GPU."""
+    sizes = {"batch_size": options.batch_size, "block_frames": options.block_frames}
+    ways = [f"a smaller --{name} (now {size})" for name, size in sizes.items() if size > 1]
+    return "; ".join([*ways, "--device cpu, which is slow"])
+
+
 def default_out(checkpoint: Path) -> Path:
     """`evaluation/RUN/CHECKPOINT` in the current folder. Not in the run folder: checkpoints there
     come and go."""

@@ -32,7 +32,7 @@ from .codes import encode_to_file
 from .conclusions import conclusions
 from .dashboard import to_wandb
 from .health import check_health
-from .options import Options, check_options
+from .options import Options, check_options, what_takes_less
 from .pairs import Pair, PairTask, read_pairs, zerospeech_lines
 from .position import PositionTask, estimated_frames, frames_of, long_enough
 from .records import Records, checkpoint_fingerprint
@@ -378,17 +378,11 @@ def evaluate_checkpoint(options: Options) -> dict[str, Any]:
     try:
         return Evaluation(options).run()
     except torch.OutOfMemoryError as error:
-        raise UserError(_explain_out_of_memory(options)) from error
-
-
-def _explain_out_of_memory(options: Options) -> str:
-    sizes = {"batch_size": options.batch_size, "block_frames": options.block_frames}
-    ways = [f"a smaller --{name} (now {size})" for name, size in sizes.items() if size > 1]
-    ways.append("--device cpu, which is slow")
-    return (
-        f"The GPU ran out of memory ({peak_memory_gb(torch.device('cuda')):.1f} GB were in use at "
-        f"most). Less memory takes: {'; '.join(ways)}. What is done is kept in {options.out}."
-    )
+        peak_gb = peak_memory_gb(torch.device("cuda"))
+        raise UserError(
+            f"The GPU ran out of memory ({peak_gb:.1f} GB were in use at most). Less memory takes: "
+            f"{what_takes_less(options)}. What is done is kept in {options.out}."
+        ) from error
 
 
 def _name(checkpoint: Path) -> str:
