@@ -31,7 +31,7 @@ def benchmark(program):
 
 
 SMALL = ["--device=cpu", "--dtype=float32", "--width=8", "--hidden=12", "--chunk-size=4"]
-SMALL += ["--sizes=2x23"]
+SMALL += ["--sizes=2x23", "--windows=7"]
 
 
 def test_operators_are_checked_and_timed(benchmark, tmp_path, capsys):
@@ -48,6 +48,9 @@ def test_operators_are_checked_and_timed(benchmark, tmp_path, capsys):
         "linear",
         "mlp, plain scan",
         "mlp",
+        "attention",
+        "window 7",
+        "masked 7",
     ]
     for result in results:
         # Weights in bfloat16 are not float32's equal.
@@ -60,7 +63,18 @@ def test_a_wrong_operator_gets_no_time(benchmark, monkeypatch, capsys):
         benchmark.ops, "in_place_ttt", lambda z, v, **_: torch.zeros_like(v) + 0 * v * z.sum()
     )
     found = benchmark.main([*SMALL, "--repeats", "1", "--methods", "sum"])
+    assert [result["method"] for result in found] == ["projection", "sum"]
     assert "wrong" in found[1] and "forward_ms" not in found[1]
+
+
+def test_a_wrong_window_gets_no_time(benchmark, monkeypatch):
+    right = benchmark.causal_attention
+    monkeypatch.setattr(
+        benchmark, "causal_attention", lambda q, k, v, window: right(q, k, v, window + 1)
+    )
+    found = benchmark.main([*SMALL, "--repeats", "1", "--methods", "window 7"])
+    assert [result["method"] for result in found] == ["attention", "window 7"]
+    assert "forward_ms" in found[0] and "wrong" in found[1]
 
 
 STEP = ["--model=tiny", "--device=cpu", "--dtype=float32", "--batch=2", "--frames=20", "--rank=4"]
@@ -153,3 +167,31 @@ def test_operations_of_a_step_are_counted(program, is_full):
     counted = train_step.operations(model, arm, 2, options)
     # The first layer's input needs a gradient here, as the embeddings train.
     assert counted - attention == pytest.approx(products, rel=0.02)
+
+
+LOSSES = ["--model=tiny", "--device=cpu", "--batch=2", "--frames=60", "--rank=4", "--lr=1e-3"]
+
+
+@pytest.mark.parametrize(
+    "dtype, kind", [("float32", []), ("bfloat16", []), ("bfloat16", ["--full"])]
+)
+def test_losses_stay_within_the_bound_and_errors_do_not(
+    program, monkeypatch, tmp_path, dtype, kind
+):
+    same_losses, path = program("same_losses"), tmp_path / "losses.json"
+    all_runs = same_losses.runs
+    monkeypatch.setattr(
+        same_losses, "runs", lambda options: [r for r in all_runs(options) if not r.arm.compile]
+    )
+    options = [*LOSSES, *kind, "--dtype", dtype, "--planted", "--steps=8", "--json", str(path)]
+    found = same_losses.main(options)
+    assert same_losses.exit_status(found) == 0, found
+    results = {r["name"]: r for r in json.loads(path.read_text())["results"]}
+    assert len(results) == 3 + 3 + (1 if kind else 2)
+    for name, result in results.items():
+        losses = result["losses"]
+        assert losses[-1] < losses[0] - 0.01
+        if name.startswith("planted"):
+            assert result["share_of_bound"] > 2
+        elif name.startswith("ours"):
+            assert len(result["bounds"]) == 8 and max(result["bounds"]) < 0.1
