@@ -23,7 +23,6 @@ import argparse
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -68,32 +67,33 @@ def from_workers(
         results_file.touch()
         log = options.log_dir / f"many_gpus_{'all' if on_all else 'one'}_{len(missing)}.log"
         process = start(missing, on_all, results_file, log, options)
-        num_read, heard_at = 0, time.monotonic()
+        num_read, heard_at, patience_sec = 0, time.monotonic(), 15.0
+        is_explained = False
         try:
             while True:
                 # Asked for first: what is written before the end is read after it.
                 is_over = process.poll() is not None
-                lines = results_file.read_text().splitlines()
+                lines = results_file.read_text().split("\n")[:-1]
                 for line in lines[num_read:]:
                     heard_at = time.monotonic()
                     result = json.loads(line)
                     missing = [name for name in missing if name != result.get("name")]
+                    is_explained = "wrong" in result
                     yield result
                 num_read = len(lines)
                 if is_over or not missing:
                     break
                 if (now := time.monotonic()) > min(heard_at + options.limit, deadline):
+                    patience_sec = 0.0
                     what = "the time is up" if now > deadline else "no result in time"
                     yield {"name": missing[0], "wrong": f"{what}; see {log}"}
                     return
                 time.sleep(0.2)
-            if not missing:
-                return
-            if len(missing) == len(names):
+            if missing and not is_explained:
                 status = f"processes ended with status {process.returncode}"
                 yield {"name": missing[0], "wrong": f"{status}; see {log}"}
         finally:
-            end(process)
+            end(process, patience_sec=patience_sec)
 
 
 def start(
@@ -115,16 +115,16 @@ def start(
         )
 
 
-def end(process: "subprocess.Popen[bytes]") -> None:
-    """After a while, by force."""
+def end(process: "subprocess.Popen[bytes]", *, patience_sec: float) -> None:
+    """After a while, by force: torchrun ends its own processes when it is asked to."""
     try:
-        process.wait(timeout=15)
+        process.wait(timeout=patience_sec)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGTERM)
+        process.terminate()
         try:
-            process.wait(timeout=15)
+            process.wait(timeout=45)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
             process.wait()
 
 

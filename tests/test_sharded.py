@@ -1,10 +1,8 @@
 """Several processes on the CPU, whole models or parts of one, against a single process."""
 
-import json
 import os
 import shutil
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -18,6 +16,7 @@ from training_tools import (
     checkpoint,
     logged,
     logged_steps,
+    run_cases,
     saved_weights,
     train,
     trainer,
@@ -54,30 +53,6 @@ CASES = {
     "full, random": {**FULL, "moshi_paths.random_init": True},
 }
 RESUMED = {**FULL, **COMMON, "max_steps": 6, "ckpt_freq": 2}
-
-
-def run_cases(folder, config, num_processes, cases):
-    """Runs `cases` (overrides by run folder) in processes of their own; what they print."""
-    file = folder / f"cases_{num_processes}.json"
-    file.write_text(
-        json.dumps(
-            [
-                {"config": str(config), "overrides": {"run_dir": str(run_dir), **overrides}}
-                for run_dir, overrides in cases.items()
-            ]
-        )
-    )
-    launch = ("--standalone", f"--nproc-per-node={num_processes}")
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", *launch, "tests/run_cases.py", str(file)],
-        cwd=REPOSITORY,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": "."},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 @pytest.fixture(scope="module")
