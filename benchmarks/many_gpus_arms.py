@@ -52,14 +52,14 @@ FSDP = {"on_all": True, "is_sharded": True}
 FEW = {"is_full": True, "has_few_layers": True}
 ARMS = [
     Arm("one GPU"),
-    Arm("one GPU, full, fewer layers", **FEW),
     Arm("one GPU, TTT off", ttt=False),
+    Arm("one GPU, full, fewer layers", **FEW),
     Arm("replicas", **ALL, reference="one GPU"),
     Arm("sharded", **FSDP, reference="one GPU"),
     Arm("sharded, full", **FSDP, is_full=True, reference="one GPU", num_compared=1),
-    Arm("sharded, full, fewer layers", **FSDP, **FEW, reference="one GPU, full, fewer layers"),
     Arm("replicas, TTT off", **ALL, ttt=False, reference="one GPU, TTT off"),
     Arm("sharded, TTT off", **FSDP, ttt=False, reference="one GPU, TTT off"),
+    Arm("sharded, full, fewer layers", **FSDP, **FEW, reference="one GPU, full, fewer layers"),
 ]
 
 
