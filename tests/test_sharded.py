@@ -47,6 +47,7 @@ COMPILED = {"compile": True, "gradient_checkpointing": True}
 CASES = {
     "lora, in-place": {**LORA, "lora.ft_embed": True, "num_microbatches": 2},
     "lora, delta": {**LORA, "ttt.write": "delta", "save_adapters": False, **COMPILED},
+    "lora, replicas": {**LORA, "parallel.shard_size": 1},
     "full, in-place": {**FULL, "gradient_checkpointing": True, "num_microbatches": 2},
     "full, linear": {**FULL, **LINEAR, **COMPILED, "gradient_checkpointing": "selective"},
     "full, mlp": {**FULL, **LINEAR, "ttt.method": "mlp"},
@@ -62,7 +63,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two(folder, config):
-    """Runs on two processes, each of which has half of the model."""
+    """Runs on two processes, each of which has half of the model, if nothing else is said."""
     runs = {folder / name: {**COMMON, **overrides} for name, overrides in CASES.items()}
     runs[folder / "two"] = RESUMED
     runs = {run: {"parallel.shard_size": 2, **o, "batch_size": 2} for run, o in runs.items()}
@@ -98,7 +99,7 @@ def assert_same_runs(one, other, last_step):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_two_processes_with_half_a_model_each_are_one(config, tmp_path, folder, two, name):
+def test_two_processes_are_one(config, tmp_path, folder, two, name):
     train(config, tmp_path, {**COMMON, **CASES[name], "compile": False, "batch_size": 4})
     assert_same_runs(folder / name, tmp_path, 4)
 
