@@ -15,9 +15,11 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from finetune.args import LoraArgs, OptimArgs
 from finetune.distributed import World
-from finetune.loss import LossWeights, stream_sums, total_weight
+from finetune.gradients import accumulate_gradients
+from finetune.loss import LossWeights, total_weight
 from finetune.model import add_lora, parameters_by_role, trainable_by_role
 from finetune.optim import Optimizer
+from finetune.sharding import Sharding
 from ttt import TTTArgs, TTTLMModel, build_model
 
 TINY = {
@@ -135,21 +137,27 @@ def _plain_sums(
 class OurRun:
     """What `finetune.trainer` does in a step."""
 
-    def __init__(self, model: TTTLMModel, options: argparse.Namespace):
+    def __init__(
+        self,
+        model: TTTLMModel,
+        options: argparse.Namespace,
+        world: World | None = None,
+        sharding: Sharding | None = None,
+    ):
         self.model = model.train()
-        self.world = World(0, 1, torch.device(options.device))
+        self.world = world or World(0, 1, torch.device(options.device))
         self.optimizer = Optimizer(
-            trainable_by_role(model), OptimArgs(lr=options.lr), max_steps=options.schedule_steps
+            trainable_by_role(model),
+            OptimArgs(lr=options.lr),
+            max_steps=options.schedule_steps,
+            sharding=sharding,
         )
 
-    def step(self, codes: Tensor) -> float:
-        weight = total_weight(self.model, [codes], WEIGHTS)
-        sums = stream_sums(self.model, self.model(codes, with_heads=False), codes, WEIGHTS)
-        loss = (torch.stack([kind.loss for kind in sums]) / weight).sum()
-        loss.backward()
-        value = loss.item()
+    def step(self, *batches: Tensor) -> float:
+        """The loss over all batches of all processes."""
+        losses = accumulate_gradients(self.model, batches, WEIGHTS, self.world)
         self.optimizer.step(max_norm=MAX_NORM, world=self.world, is_loss_finite=True)
-        return value
+        return sum(losses)
 
 
 # Models on the device -----------------------------------------------------------------------------
