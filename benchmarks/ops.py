@@ -7,9 +7,10 @@
 The baseline is the stock projection o = W0 z, forward and backward to z and W0. Every other line of
 In-Place TTT contains that projection too, and the backward pass to v (and β). TTT-Linear and
 TTT-MLP are compared with a plain scan over mini-batches, which keeps everything for the backward
-pass. Values and gradients are compared with a float32 (on a CPU float64) run before anything is
-timed; what differs is reported as wrong, without a time. Times are medians. Memory is the peak
-above the inputs, the gradient of the output among them, of forward and backward together.
+pass; attention in a window with attention to all frames, and with a mask of all pairs. Values and
+gradients are compared with a float32 (on a CPU float64) run before anything is timed; what differs
+is reported as wrong, without a time. Times are medians. Memory is the peak above the inputs, the
+gradient of the output among them, of forward and backward together.
 """
 
 import argparse
@@ -27,12 +28,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ttt import ops
+from ttt.ops.attention import causal_attention
 
 SIZES = ["1x1250", "16x1250", "4x2048", "1x8192", "1x24000"]
 BETA = 10.0
 HEAD_WIDTH = 128
 MINI_BATCH_FRAMES = 16
 MAX_SCAN_FRAMES = 2048
+WINDOWS = [600, 300, 100]
 
 
 @dataclass
@@ -168,7 +171,40 @@ def scan_cases(
     ]
 
 
-CASES = [in_place_cases, linear_cases, mlp_cases]
+def attention_cases(batch: int, num_frames: int, options: argparse.Namespace) -> list[Case]:
+    """A layer's causal attention: to all frames, and in windows, with the mask that stock has."""
+    if num_frames > MAX_SCAN_FRAMES:
+        return []
+    generator = torch.Generator().manual_seed(0)
+    shape = batch, num_frames, max(1, options.width // HEAD_WIDTH), HEAD_WIDTH
+    inputs = [
+        torch.randn(shape, generator=generator).to(options.device, options.dtype).requires_grad_()
+        for _ in "qkv"
+    ]
+
+    def windowed(window: int) -> Callable[..., Tensor]:
+        return lambda *qkv: causal_attention(*qkv, window)
+
+    def masked(window: int) -> Callable[..., Tensor]:
+        frames = torch.arange(num_frames, device=options.device)
+        distance = frames[:, None] - frames
+        visible = (distance >= 0) & (distance < window)
+
+        def run(*qkv: Tensor) -> Tensor:
+            q, k, v = (x.transpose(1, 2) for x in qkv)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=visible).transpose(1, 2)
+
+        return run
+
+    cases = [Case("attention", inputs, [], windowed(num_frames), masked(num_frames))]
+    for window in options.windows:
+        if window < num_frames:
+            cases.append(Case(f"window {window}", inputs, [], windowed(window), masked(window)))
+            cases.append(Case(f"masked {window}", inputs, [], masked(window), masked(window)))
+    return cases
+
+
+CASES = [in_place_cases, linear_cases, mlp_cases, attention_cases]
 
 
 def difference(case: Case, d_out: Tensor, options: argparse.Namespace) -> float:
@@ -239,6 +275,8 @@ def results(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         batch, num_frames = map(int, size.split("x"))
         for make in CASES:
             cases = make(batch, num_frames, options)
+            if options.methods and not any(case.name in options.methods for case in cases):
+                continue
             baseline: dict[str, Any] = {}
             for case in cases:
                 if case is not cases[0] and options.methods and case.name not in options.methods:
@@ -282,10 +320,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--sizes", nargs="+", default=SIZES, help="batch x frames")
-    parser.add_argument("--methods", nargs="+", help="names of lines; default: all")
+    parser.add_argument("--methods", nargs="+", help="names of lines, the first of a kind always")
     parser.add_argument("--width", type=int, default=4096, help="d")
     parser.add_argument("--hidden", type=int, default=11264, help="h")
     parser.add_argument("--chunk-size", type=int, default=256)
+    parser.add_argument("--windows", type=int, nargs="+", default=WINDOWS, help="of attention")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--warmup", type=int, default=3)

@@ -10,13 +10,16 @@ from moshi.models import loaders
 from moshi.models.lm import LMModel
 from moshi.modules.lora import LoRALinear, replace_all_linear_with_lora
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.lr_scheduler import OneCycleLR
 
 from finetune.args import LoraArgs, OptimArgs
 from finetune.distributed import World
-from finetune.loss import LossWeights, stream_sums, total_weight
+from finetune.gradients import accumulate_gradients
+from finetune.loss import LossWeights, total_weight
 from finetune.model import add_lora, parameters_by_role, trainable_by_role
 from finetune.optim import Optimizer
+from finetune.sharding import Sharding
 from ttt import TTTArgs, TTTLMModel, build_model
 
 TINY = {
@@ -73,14 +76,7 @@ class StockRun:
         )
 
     def step(self, codes: Tensor) -> float:
-        model = self.model
-        output = model(codes)
-        text, audio = codes[:, :1], codes[:, 1 : 1 + model.dep_q]
-        is_padding = (text == model.text_padding_token_id) | (text == model.end_of_text_padding_id)
-        weight = torch.where(is_padding, WEIGHTS.text_padding, 1.0)
-        loss = _plain_loss(output.text_logits, text, output.text_mask, weight)
-        loss = loss + _plain_loss(output.logits, audio, output.mask, torch.ones_like(audio).float())
-        loss.backward()
+        loss = self.backward(codes)
         for parameter, master in zip(self.trained, self.masters, strict=True):
             master.grad = None if parameter.grad is None else parameter.grad.float()
             parameter.grad = None
@@ -92,32 +88,76 @@ class StockRun:
                 parameter.copy_(master)
         return loss.item()
 
+    def backward(self, codes: Tensor) -> Tensor:
+        """Adds to the gradients; the loss."""
+        loss = sum(total / weight for total, weight in self.sums(codes))
+        assert isinstance(loss, Tensor)
+        loss.backward()
+        return loss.detach()
 
-def _plain_loss(logits: Tensor, targets: Tensor, mask: Tensor, weight: Tensor) -> Tensor:
+    def sums(self, codes: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Σ w · CE and Σ w, of the text and of the audio."""
+        model = self.model
+        output = model(codes)
+        text, audio = codes[:, :1], codes[:, 1 : 1 + model.dep_q]
+        is_padding = (text == model.text_padding_token_id) | (text == model.end_of_text_padding_id)
+        weight = torch.where(is_padding, WEIGHTS.text_padding, 1.0)
+        return [
+            _plain_sums(output.text_logits, text, output.text_mask, weight),
+            _plain_sums(output.logits, audio, output.mask, torch.ones_like(audio).float()),
+        ]
+
+
+class OtherStockRun(StockRun):
+    """The same with what the mathematics leaves open done otherwise: row by row, and attention by
+    PyTorch's plain form. Only rounding differs."""
+
+    def backward(self, codes: Tensor) -> Tensor:
+        weights = total_weight(self.model, [codes], WEIGHTS)
+        loss = torch.zeros((), device=codes.device)
+        with sdpa_kernel(SDPBackend.MATH):
+            for row in codes.split(1):
+                totals = [total for total, _ in self.sums(row)]
+                part = sum(total / w for total, w in zip(totals, weights, strict=True))
+                assert isinstance(part, Tensor)
+                part.backward()
+                loss += part.detach()
+        return loss
+
+
+def _plain_sums(
+    logits: Tensor, targets: Tensor, mask: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor]:
     targets = torch.where(mask, targets, 0).flatten()
     nll = F.cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), targets, reduction="none")
     weight = weight * mask
-    return (torch.where(mask.flatten(), nll, 0.0) * weight.flatten()).sum() / weight.sum()
+    return (torch.where(mask.flatten(), nll, 0.0) * weight.flatten()).sum(), weight.sum()
 
 
 class OurRun:
     """What `finetune.trainer` does in a step."""
 
-    def __init__(self, model: TTTLMModel, options: argparse.Namespace):
+    def __init__(
+        self,
+        model: TTTLMModel,
+        options: argparse.Namespace,
+        world: World | None = None,
+        sharding: Sharding | None = None,
+    ):
         self.model = model.train()
-        self.world = World(0, 1, torch.device(options.device))
+        self.world = world or World(0, 1, torch.device(options.device))
         self.optimizer = Optimizer(
-            trainable_by_role(model), OptimArgs(lr=options.lr), max_steps=options.schedule_steps
+            trainable_by_role(model),
+            OptimArgs(lr=options.lr),
+            max_steps=options.schedule_steps,
+            sharding=sharding,
         )
 
-    def step(self, codes: Tensor) -> float:
-        weight = total_weight(self.model, [codes], WEIGHTS)
-        sums = stream_sums(self.model, self.model(codes, with_heads=False), codes, WEIGHTS)
-        loss = (torch.stack([kind.loss for kind in sums]) / weight).sum()
-        loss.backward()
-        value = loss.item()
+    def step(self, *batches: Tensor) -> float:
+        """The loss over all batches of all processes."""
+        losses = accumulate_gradients(self.model, batches, WEIGHTS, self.world)
         self.optimizer.step(max_norm=MAX_NORM, world=self.world, is_loss_finite=True)
-        return value
+        return sum(losses)
 
 
 # Models on the device -----------------------------------------------------------------------------

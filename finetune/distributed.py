@@ -20,6 +20,9 @@ from finetune.errors import UserError
 
 T = TypeVar("T")
 
+BUCKET_BYTES = 2**28
+"""Exchanged at once when many tensors are: enough for the link's full speed, and little memory."""
+
 
 @dataclass(frozen=True)
 class World:
@@ -46,10 +49,16 @@ class World:
         return tensor
 
     def sum_all(self, tensors: Iterable[torch.Tensor]) -> None:
-        """`sum` of many tensors at once, in place."""
-        if self.size > 1:
-            for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
-                work.wait()
+        """`sum` of many tensors of one type, in place. They are exchanged by way of few large ones:
+        Moshi 7B with LoRA has 700 gradients, and every exchange takes time of its own."""
+        if self.size == 1:
+            return
+        for bucket in _buckets(tensors):
+            parts = self.sum(torch.cat([tensor.flatten() for tensor in bucket])).split(
+                [tensor.numel() for tensor in bucket]
+            )
+            summed = [part.view_as(x) for part, x in zip(parts, bucket, strict=True)]
+            torch._foreach_copy_(bucket, summed)
 
     def gather(self, thing: T) -> list[T]:
         """What each process has, by rank; exchanged by way of the host."""
@@ -85,6 +94,20 @@ class World:
     def close(self) -> None:
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _buckets(tensors: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """The same, in groups of at least `BUCKET_BYTES`, but for the last."""
+    bucket: list[torch.Tensor] = []
+    num_bytes = 0
+    for tensor in tensors:
+        bucket.append(tensor)
+        num_bytes += tensor.numel() * tensor.element_size()
+        if num_bytes >= BUCKET_BYTES:
+            yield bucket
+            bucket, num_bytes = [], 0
+    if bucket:
+        yield bucket
 
 
 def join_world(

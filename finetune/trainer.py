@@ -25,8 +25,9 @@ from finetune.distributed import join_world, peak_memory_gb
 from finetune.effect import EffectWatch
 from finetune.errors import UserError
 from finetune.evaluation.periodic import build_speech_check, evaluate
+from finetune.gradients import accumulate_gradients
 from finetune.interrupt import Interrupt
-from finetune.loss import LossWeights, stream_sums, total_weight
+from finetune.loss import LossWeights
 from finetune.lost_steps import LostSteps
 from finetune.memory import explained
 from finetune.metrics import MetricsLogger
@@ -36,7 +37,7 @@ from finetune.phases import Phases, StepProfiler
 from finetune.random_state import get_random_state, set_random_state
 from finetune.run_lock import RunLock
 from finetune.saving import CheckpointWriter
-from finetune.sharding import build_sharding, sum_gradients_when_needed
+from finetune.sharding import build_sharding
 from finetune.summary import describe_run, write_summary
 from finetune.watch import Watch
 from ttt import measuring
@@ -214,18 +215,7 @@ class Trainer:
     def forward_backward(self, batches: list[Batch]) -> tuple[float, float]:
         """Gradients of the loss over all batches of all processes; its text and audio parts."""
         codes = [batch.codes for batch in batches]
-        weight = self.world.sum(total_weight(self.model, codes, self.loss_weights)).clamp(min=1e-9)
-        total = torch.zeros(2, device=self.world.device)
-        for number, batch in enumerate(codes, 1):
-            sum_gradients_when_needed(self.model, is_last=number == len(codes))
-            sums = stream_sums(
-                self.model, self.model(batch, with_heads=False), batch, self.loss_weights
-            )
-            losses = torch.stack([kind.loss for kind in sums]) / weight
-            losses.sum().backward()
-            total += losses.detach()
-        text_loss, audio_loss = self.world.sum(total).tolist()
-        return text_loss, audio_loss
+        return accumulate_gradients(self.model, codes, self.loss_weights, self.world)
 
     def log(
         self,

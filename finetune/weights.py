@@ -5,7 +5,7 @@ made, filled and, if the model is sharded, cut at once. Files are mapped into me
 of a host share their pages.
 
 Random weights of a module follow from the seed and the module's name alone. So they are the same
-for any number of processes, sharded or not.
+for any number of processes, sharded or not, and those that LoRA adds to are the ones without it.
 """
 
 import hashlib
@@ -185,7 +185,7 @@ def fill(
             if not own or not all(parameter.is_meta for parameter in own.values()):
                 continue  # nothing to fill, or done with a part before
             if _fill_module(module, name, files, device):
-                _set_seed(seed, name)
+                _set_seed(seed, name.removesuffix(".frozen_W"))
                 _start(module, name, layer_scales)
             if sharder:
                 _widen(module)

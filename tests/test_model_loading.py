@@ -210,3 +210,14 @@ def test_weights_under_their_older_names_are_read(config, tmp_path):
     for overrides in ({}, LORA):
         found = weights(load(config, {**overrides, "moshi_paths.hf_repo_id": str(folder)}))
         assert_same_weights(found, weights(load(config, overrides)))
+
+
+def test_random_weights_below_lora_are_those_without_it(config):
+    random = {"moshi_paths.random_init": True}
+    plain = dict(load(config, {**FULL, **random}).named_parameters())
+    adapted = {
+        name.replace(".frozen_W.", "."): parameter
+        for name, parameter in load(config, {**LORA, **random}).named_parameters()
+        if ".lora_" not in name
+    }
+    assert_same_weights(plain, adapted)

@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
@@ -12,7 +11,6 @@ from training_tools import (
     HANGS_WHILE_SAVING,
     KILLED_AFTER_STEP,
     PLAIN,
-    REPOSITORY,
     assert_same_weights,
     checkpoint,
     finish,
@@ -21,6 +19,7 @@ from training_tools import (
     logged_steps,
     saved_weights,
     start_program,
+    torchrun,
     train,
 )
 
@@ -112,19 +111,6 @@ def test_signals_that_come_together_are_one(monkeypatch):
         send(signal.SIGINT)
         assert left == [128 + signal.SIGINT]
     assert signal.getsignal(signal.SIGINT) is before
-
-
-def torchrun(*arguments):
-    """Two processes on this machine."""
-    two = ("--standalone", "--nproc-per-node=2")
-    return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", *two, "train.py", *arguments],
-        cwd=REPOSITORY,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
 
 
 def test_two_processes_are_one_with_the_double_batch(config, tmp_path):

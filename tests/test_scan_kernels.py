@@ -70,7 +70,8 @@ def kernels(monkeypatch):
             if INTERPRETED:
                 # The interpreter cannot multiply bfloat16.
                 patch.setattr(scan, "SPLIT_TYPES", ())
-            torch.use_deterministic_algorithms(True)
+            # For the filling alone: what else runs may sum in any order.
+            torch.use_deterministic_algorithms(True, warn_only=True)
             try:
                 return values_and_gradients(*args, **options)
             finally:

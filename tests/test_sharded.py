@@ -1,13 +1,13 @@
 """Several processes on the CPU, whole models or parts of one, against a single process."""
 
-import json
 import os
 import shutil
 import subprocess
-import sys
 
 import pytest
 import torch
+import torch.distributed as dist
+from helpers import random_codes, tiny_delta_args, tiny_model
 from torch import nn
 from training_tools import (
     FULL,
@@ -16,6 +16,7 @@ from training_tools import (
     checkpoint,
     logged,
     logged_steps,
+    run_cases,
     saved_weights,
     train,
     trainer,
@@ -24,10 +25,14 @@ from training_tools import (
 from finetune.args import ParallelArgs, TrainArgs
 from finetune.config import load_config
 from finetune.data import DataArgs, build_train_loader
+from finetune.distributed import World
 from finetune.errors import UserError
+from finetune.gradients import accumulate_gradients
+from finetune.loss import LossWeights
 from finetune.metrics import metrics_path, read_metrics
 from finetune.model import find_checkpoint, load_model
 from finetune.sharding import Sharding, shard_size
+from ttt.layers import execution
 
 # Adam makes a whole step of a gradient that is nothing but rounding: at this learning rate such
 # steps are below what is compared.
@@ -39,39 +44,17 @@ COMMON = {
     "text_padding_weight": 0.3,
 }
 LINEAR = {"ttt.method": "linear", "ttt.mini_batch_size": 5}
+COMPILED = {"compile": True, "gradient_checkpointing": True}
 CASES = {
     "lora, in-place": {**LORA, "lora.ft_embed": True, "num_microbatches": 2},
-    "lora, delta": {**LORA, "ttt.write": "delta", "save_adapters": False},
+    "lora, delta": {**LORA, "ttt.write": "delta", "save_adapters": False, **COMPILED},
+    "lora, replicas": {**LORA, "parallel.shard_size": 1},
     "full, in-place": {**FULL, "gradient_checkpointing": True, "num_microbatches": 2},
-    "full, linear": {**FULL, **LINEAR},
+    "full, linear": {**FULL, **LINEAR, **COMPILED, "gradient_checkpointing": "selective"},
     "full, mlp": {**FULL, **LINEAR, "ttt.method": "mlp"},
     "full, random": {**FULL, "moshi_paths.random_init": True},
 }
 RESUMED = {**FULL, **COMMON, "max_steps": 6, "ckpt_freq": 2}
-
-
-def run_cases(folder, config, num_processes, cases):
-    """Runs `cases` (overrides by run folder) in processes of their own; what they print."""
-    file = folder / f"cases_{num_processes}.json"
-    file.write_text(
-        json.dumps(
-            [
-                {"config": str(config), "overrides": {"run_dir": str(run_dir), **overrides}}
-                for run_dir, overrides in cases.items()
-            ]
-        )
-    )
-    launch = ("--standalone", f"--nproc-per-node={num_processes}")
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", *launch, "tests/run_cases.py", str(file)],
-        cwd=REPOSITORY,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": "."},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +64,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two(folder, config):
-    """Runs on two processes, each of which has half of the model."""
+    """Runs on two processes, each of which has half of the model, if nothing else is said."""
     runs = {folder / name: {**COMMON, **overrides} for name, overrides in CASES.items()}
     runs[folder / "two"] = RESUMED
     runs = {run: {"parallel.shard_size": 2, **o, "batch_size": 2} for run, o in runs.items()}
@@ -117,17 +100,52 @@ def assert_same_runs(one, other, last_step):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_two_processes_with_half_a_model_each_are_one(config, tmp_path, folder, two, name):
-    train(config, tmp_path, {**COMMON, **CASES[name], "batch_size": 4})
+def test_two_processes_are_one(config, tmp_path, folder, two, name):
+    train(config, tmp_path, {**COMMON, **CASES[name], "compile": False, "batch_size": 4})
     assert_same_runs(folder / name, tmp_path, 4)
 
 
 def test_what_a_sharded_model_says_is_not_checked_and_the_log_says_so(folder, two):
+    num_sharded = 1 + sum(case.get("parallel.shard_size") != 1 for case in CASES.values())
+    assert two.count("a sharded model (parallel.shard_size) would have to be") == num_sharded
     assert two.count("health_sec: the health of speech is not checked") == len(CASES) + 1
-    assert two.count("a sharded model (parallel.shard_size) would have to be") == len(CASES) + 1
     assert not any(
         "health" in name for name in read_metrics(metrics_path(folder / "two", "eval"))[0]
     )
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """A group of this process alone."""
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield World(0, 1, torch.device("cpu"))
+    dist.destroy_process_group()
+
+
+def test_sharded_layers_share_what_is_compiled(alone, monkeypatch):
+    """As those that are not sharded do; but for the first, whose input may need no gradient."""
+    monkeypatch.setattr(execution, "BACKEND", "aot_eager")
+    weights = LossWeights(text_padding=0.3, first_codebook=1.0)
+    graphs = torch._dynamo.utils.counters["stats"]
+    counts = []
+    for is_sharded in (False, True):
+        for num_layers in (5, 9):
+            torch._dynamo.reset()
+            execution._compiled.cache_clear()
+            before = graphs["unique_graphs"]
+            args = tiny_delta_args(start_layer=1, layer_frequency=2)
+            model = tiny_model(args, dtype=torch.float32, num_layers=num_layers).train()
+            model.execution.__dict__.update({"compile": True, "checkpointing": True})
+            if is_sharded:
+                sharding = Sharding.build(alone, 1, torch.float32)
+                for _, part in sharding.parts(model):
+                    sharding.cut(part)
+            for seed in range(2):
+                codes = random_codes(num_frames=12, seed=seed)
+                accumulate_gradients(model, [codes], weights, alone)
+            counts.append(graphs["unique_graphs"] - before)
+    assert len(set(counts)) == 1, counts
 
 
 def test_what_two_processes_saved_four_continue(folder, one, four):

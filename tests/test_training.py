@@ -24,6 +24,7 @@ from training_tools import (
     trainer,
 )
 
+import finetune.gradients
 import finetune.trainer
 from finetune.args import DataArgs, OptimArgs, TrainArgs
 from finetune.distributed import World
@@ -351,7 +352,7 @@ def sabotage(monkeypatch, calls, *, break_gradient_only=False):
                 text.loss = text.loss * float("nan")
         return text, audio
 
-    monkeypatch.setattr(finetune.trainer, "stream_sums", broken)
+    monkeypatch.setattr(finetune.gradients, "stream_sums", broken)
     return found
 
 

@@ -162,6 +162,12 @@ Trainer.save = hang
 _THEN_RUN = "sys.argv[0] = 'train.py'; runpy.run_path('train.py', run_name='__main__')"
 
 
+def _here() -> dict[str, str]:
+    """For programs that are not started from the repository's own folder: where they find it,
+    beside what the tests themselves were told."""
+    return {"PYTHONPATH": os.pathsep.join([".", os.environ.get("PYTHONPATH", "")])}
+
+
 def start_program(
     *arguments: str | Path, after: str = "", environment: dict[str, str] | None = None
 ) -> "subprocess.Popen[str]":
@@ -173,12 +179,51 @@ def start_program(
     return subprocess.Popen(
         [sys.executable, "-u", *command, *map(str, arguments)],
         cwd=REPOSITORY,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": "."} | (environment or {}),
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | _here() | (environment or {}),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
     )
+
+
+def torchrun(*arguments: str) -> "subprocess.Popen[str]":
+    """`train.py` in two processes on this machine."""
+    two = ("--standalone", "--nproc-per-node=2")
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", *two, "train.py", *arguments],
+        cwd=REPOSITORY,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def run_cases(
+    folder: Path, config: Path, num_processes: int, cases: dict[Path, dict[str, Any]]
+) -> str:
+    """Runs `cases` (overrides by run folder) in processes of their own; what they print."""
+    file = folder / f"cases_{num_processes}.json"
+    file.write_text(
+        json.dumps(
+            [
+                {"config": str(config), "overrides": {"run_dir": str(run_dir), **overrides}}
+                for run_dir, overrides in cases.items()
+            ]
+        )
+    )
+    launch = ("--standalone", f"--nproc-per-node={num_processes}")
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *launch, "tests/run_cases.py", str(file)],
+        cwd=REPOSITORY,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | _here(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 def finish(process: "subprocess.Popen[str]") -> tuple[int, str]:

@@ -1,0 +1,277 @@
+"""Losses of the stock model and ours over twenty optimizer steps of Moshi.
+
+    python benchmarks/same_losses.py --planted --json same_losses.json
+    python benchmarks/same_losses.py --model tiny --device cpu --frames 100 --rank 8 --planted
+
+From the same weights, on the same codes: `stock`, and ours with every kind of activation
+checkpointing, compiled and not. In bfloat16 no two of them round alike, and what was rounded
+otherwise grows from step to step. How much, is measured on the stock model itself: `stock, again`
+is the same run once more (on a GPU the order of some sums is not fixed); `stock, otherwise` takes
+the rows of a batch one by one, and attention by PyTorch's plain form. A loss may differ from that
+of `stock` at the same step by
+
+    max(4 n, L / (2⁸ √N))   in bfloat16,      max(4 n, 1e-5)   in float32
+
+for n, the largest difference that these two have shown up to this step, and the mean L of the
+first step's N = B T losses: so much does a mean change if each of them is off by half of a last
+digit, up or down. Beyond that the exit status is 1.
+
+That an error goes beyond it is shown with `--planted`, by short runs of ours with one in them; if
+one does not, the exit status is 1 too.
+"""
+
+import argparse
+import gc
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from moshi.modules.lora import LoRALinear
+from training_arms import Arm, OtherStockRun, OurRun, StockRun, Weights, random_codes
+
+from finetune import chunked_loss
+from ttt import TTTLMModel
+from ttt.layers import execution
+
+FACTOR = 4.0
+"""Of n: two runs are a small sample of what rounding does."""
+FLOAT32_BOUND = 1e-5
+PLANTED_STEPS = 8
+"""An error shows early or never: later on n is larger."""
+
+
+class Run(NamedTuple):
+    """A line of the table."""
+
+    name: str
+    arm: Arm
+    make: Callable[..., Any] = OurRun
+    change: Callable[[TTTLMModel], None] | None = None
+    """What an error does to the model."""
+    within: Callable[[], AbstractContextManager[None]] = nullcontext
+
+    @property
+    def is_planted(self) -> bool:
+        return self.name.startswith("planted")
+
+
+def runs(options: argparse.Namespace) -> Iterator[Run]:
+    stock = Arm("", is_stock=True, is_full=options.full, compile=False)
+    yield Run("stock", stock, StockRun)
+    yield Run("stock, again", stock, StockRun)
+    yield Run("stock, otherwise", stock, OtherStockRun)
+    for compile in (False, True) if options.compile else (False,):
+        for mode in (True, "selective", False):
+            name = f"ours, {'compiled' if compile else 'eager'}, checkpointing {mode}".lower()
+            yield Run(name, Arm("", is_full=options.full, checkpointing=mode, compile=compile))
+    if options.planted:
+        eager = Arm("", is_full=options.full, compile=False)
+        yield Run("planted: a layer learns nothing", eager, change=lose_gradients)
+        if not options.full:
+            yield Run("planted: LoRA's scale 2.2", eager, change=change_scale)
+            if options.dtype == torch.bfloat16:
+                yield Run("planted: digits kept", Arm("", compile=True), within=kept_digits)
+
+
+# Errors to be found -------------------------------------------------------------------------------
+
+
+def lose_gradients(model: TTTLMModel) -> None:
+    """One layer of the main transformer."""
+    model.transformer.layers[len(model.transformer.layers) // 2].requires_grad_(False)
+
+
+def change_scale(model: TTTLMModel) -> None:
+    """Of what LoRA adds, 2 everywhere."""
+    for module in model.modules():
+        if isinstance(module, LoRALinear):
+            module.scaling *= 1.1
+
+
+@contextmanager
+def kept_digits() -> Iterator[None]:
+    """Compiled code that rounds where inductor would have it; see `ttt.layers.execution`."""
+
+    def forget() -> None:
+        execution._compiled.cache_clear()
+        chunked_loss._loss.cache_clear()
+        torch._dynamo.reset()
+
+    rounding = execution.ROUNDING
+    forget()
+    # An option that is on anyway, in its place.
+    execution.ROUNDING = "size_asserts"
+    try:
+        yield
+    finally:
+        execution.ROUNDING = rounding
+        forget()
+
+
+# Running and judging ------------------------------------------------------------------------------
+
+
+def losses_of(run: Run, weights: Weights, options: argparse.Namespace) -> dict[str, Any]:
+    is_cuda = options.device == "cuda"
+    started = time.monotonic()
+    if is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+    with run.within():
+        model = weights.stock(run.arm) if run.arm.is_stock else weights.ours(run.arm)
+        if run.change is not None:
+            assert isinstance(model, TTTLMModel)
+            run.change(model)
+        steps = min(options.steps, PLANTED_STEPS) if run.is_planted else options.steps
+        training, codes = run.make(model, options), random_codes(options.batch, run.arm, options)
+        losses = [training.step(codes) for _ in range(steps)]
+    peak = {"peak_gb": torch.cuda.max_memory_allocated() / 1e9} if is_cuda else {}
+    return {"losses": losses, "total_sec": time.monotonic() - started, **peak}
+
+
+def bounds_of(
+    stock: list[float], others: list[list[float]], options: argparse.Namespace
+) -> list[float]:
+    """How far a loss may be from the stock model's at each step."""
+    apart = [
+        max(abs(loss - expected) for loss in at_step)
+        for expected, *at_step in zip(stock, *others, strict=True)
+    ]
+    least = FLOAT32_BOUND
+    if options.dtype == torch.bfloat16:
+        least = stock[0] / (2**8 * math.sqrt(options.batch * options.frames))
+    return [max(FACTOR * n, least) for n in accumulate(apart, max)]
+
+
+def judged(result: dict[str, Any], stock: list[float], bounds: list[float]) -> dict[str, Any]:
+    """With the largest difference, and the step at which it is largest against the bound."""
+    found = list(zip(result["losses"], stock, bounds, strict=False))
+    shares = [abs(loss - expected) / bound for loss, expected, bound in found]
+    worst = max(range(len(shares)), key=lambda step: shares[step])
+    # Also of losses that are no numbers.
+    is_beyond = not all(share <= 1 for share in shares)
+    return {
+        **result,
+        "difference": max(abs(loss - expected) for loss, expected, _ in found),
+        "share_of_bound": shares[worst],
+        "at_step": worst + 1,
+        "is_beyond": is_beyond,
+    }
+
+
+def results(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    weights = Weights(options)
+    stock: list[list[float]] = []
+    bounds: list[float] = []
+    for run in runs(options):
+        try:
+            result = losses_of(run, weights, options)
+        except torch.OutOfMemoryError:
+            yield {"name": run.name, "wrong": "out of memory"}
+            if run.arm.is_stock:
+                return
+            continue
+        finally:
+            gc.collect()
+            if options.device == "cuda":
+                torch.cuda.empty_cache()
+        if run.arm.is_stock:
+            stock.append(result["losses"])
+            if not all(map(math.isfinite, result["losses"])):
+                yield {"name": run.name, **result, "wrong": "losses are not finite"}
+                return
+            bounds = bounds_of(stock[0], stock[1:], options) if len(stock) == 3 else []
+        else:
+            result = judged(result, stock[0], bounds)
+            if result["is_beyond"] != run.is_planted:
+                result["wrong"] = "not found" if run.is_planted else "beyond the bound"
+        yield {"name": run.name, "bounds": bounds, **result}
+
+
+# Showing ------------------------------------------------------------------------------------------
+
+HEADER = f"{'':<40}{'first':>9}{'last':>9}{'differs':>9}{'of bound':>10}{'at step':>9}{'s':>7}"
+
+
+def line(result: dict[str, Any]) -> str:
+    text = f"{result['name']:<40}"
+    if "losses" in result:
+        text += f"{result['losses'][0]:>9.4f}{result['losses'][-1]:>9.4f}"
+    if "difference" in result:
+        text += f"{result['difference']:>9.1e}{result['share_of_bound']:>10.2f}"
+        text += f"{result['at_step']:>9}{result['total_sec']:>7.0f}"
+    return text + (f"  {result['wrong'].upper()}" if "wrong" in result else "")
+
+
+def table(found: list[dict[str, Any]]) -> Iterator[str]:
+    """Every step: the stock model's losses, what they may differ by, and what the others do."""
+    stock, *others = [result for result in found if "losses" in result]
+    bounds = found[-1].get("bounds")
+    if not bounds:
+        return
+    yield f"\n{'step':>4}{'stock':>10}{'bound':>9}  differences, in the order of the lines above"
+    for step, (expected, bound) in enumerate(zip(stock["losses"], bounds, strict=True)):
+        apart = [abs(o["losses"][step] - expected) for o in others if step < len(o["losses"])]
+        yield f"{step + 1:>4}{expected:>10.4f}{bound:>9.1e}  " + "".join(
+            f"{d:>8.1e}" for d in apart
+        )
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="7b", choices=["7b", "tiny"])
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--frames", type=int, default=625)
+    parser.add_argument("--rank", type=int, default=128, help="of LoRA")
+    parser.add_argument("--full", action="store_true", help="all weights train, and no LoRA")
+    parser.add_argument("--full-layers", type=int, default=8, help="of 32, in full fine-tuning")
+    parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--planted", action="store_true", help="errors that must be found")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--json", type=Path, help="a file to write the results to")
+    options = parser.parse_args(arguments)
+    options.dtype = getattr(torch, options.dtype)
+    # On a CPU compiled code always keeps digits.
+    options.compile = options.device == "cuda" or options.dtype == torch.float32
+    # The learning rate is at its highest from the second step on.
+    options.schedule_steps = max(20, options.steps)
+    options.ttt_layers = {}
+    return options
+
+
+def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
+    options = parse(arguments)
+    name = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
+    kind = (
+        f"all weights of {options.full_layers} layers" if options.full else f"rank {options.rank}"
+    )
+    print(f"{name}, torch {torch.__version__}, {options.dtype}, B {options.batch}, ", end="")
+    print(f"T {options.frames}, {kind}, lr {options.lr:g}\n{HEADER}", flush=True)
+    found = []
+    for result in results(options):
+        found.append(result)
+        print(line(result), flush=True)
+        if options.json:
+            settings = {key: str(value) for key, value in vars(options).items()}
+            page = {"device": name, "torch": str(torch.__version__), **settings, "results": found}
+            options.json.write_text(json.dumps(page, indent=2) + "\n")
+    print("\n".join(table(found)))
+    return found
+
+
+def exit_status(found: list[dict[str, Any]]) -> int:
+    return int(any("wrong" in result for result in found))
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status(main()))
