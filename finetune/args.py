@@ -238,7 +238,8 @@ class TrainArgs:
 
     health_sec: float = 6.0
     """At every evaluation the model continues two of its segments for this long, and the log warns
-    if what it says is no longer like speech; 0: do not. See [evaluation.md](evaluation.md)."""
+    if what it says is no longer like speech; 0: do not. It takes a `duration_sec` of 3 s or more,
+    and a model that is not sharded. See [evaluation.md](evaluation.md)."""
 
     do_ckpt: bool = True
     """Whether to write checkpoints."""

@@ -3,7 +3,6 @@
 The program's parts are imported where a command needs them, so that help and mistakes come at once.
 """
 
-import math
 import signal
 import sys
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from typing import Any
 import fire
 
 from finetune.errors import UserError
+from finetune.option_values import flag, number, refuse, require, whole_number
 
 
 def main() -> None:
@@ -61,67 +61,16 @@ def _literal(function: Callable[..., None]) -> Callable[..., None]:
     return fire.decorators.SetParseFn(str)(function)
 
 
-def _refuse(unexpected: tuple[str, ...], unknown: dict[str, Any] | None = None) -> None:
-    """fire complains of arguments that nobody takes only when the command has run."""
-    for word in unexpected:
-        hint = f" Did you mean --{word}?" if "=" in word else ""
-        raise UserError(f"unexpected argument: {word}.{hint}")
-    for name in unknown or {}:
-        raise UserError(f"unknown option: --{name}. Ask for --help to see those there are.")
-
-
-def _require(**given: str) -> None:
-    """Of options without a default: as parameters without one, fire would show its usage and not
-    say that an option is misspelt."""
-    for name, value in given.items():
-        if not value:
-            raise UserError(f"--{name} is missing. Ask for --help to see what it is.")
-
-
-def _flag(name: str, value: str) -> bool:
-    if value.lower() not in ("true", "false"):
-        raise UserError(f"--{name}: is on or off; give --{name} alone, got {value!r}.")
-    return value.lower() == "true"
-
-
-def _number(name: str, value: str, *, low: float) -> float:
-    try:
-        number = float(value)
-    except ValueError:
-        number = math.nan
-    if not low <= number < math.inf:
-        raise UserError(f"--{name}: expected a number of at least {low:g}, got {value!r}.")
-    return number
-
-
-def _whole_number(name: str, value: str, *, low: int) -> int:
-    if not value.lstrip("-").isdigit() or int(value) < low:
-        raise UserError(f"--{name}: expected a whole number of at least {low}, got {value!r}.")
-    return int(value)
-
-
-def _items(name: str, values: str) -> list[str]:
-    """What stands between the commas, each once."""
-    found = [value.strip() for value in values.split(",") if value.strip()]
-    if not found:
-        raise UserError(f"--{name}: expected at least one, with a comma between each; got nothing.")
-    return list(dict.fromkeys(found))
-
-
-def _whole_numbers(name: str, values: str, *, low: int) -> list[int]:
-    numbers = [_whole_number(name, value, low=low) for value in _items(name, values)]
-    return list(dict.fromkeys(numbers))
-
-
 @_literal
-def train(config: str, *unexpected: str, **overrides: Any) -> None:
+def train(config: str = "", *unexpected: str, **overrides: Any) -> None:
     """Train as a YAML file says.
 
     Args:
         config: the YAML file; docs/configuration.md lists its keys.
         overrides: any of these keys, dotted: --optim.lr=1e-4 --ttt.chunk_size=64 --resume
     """
-    _refuse(unexpected)
+    refuse(unexpected)
+    require(overrides, config=config)
     from finetune.config import load_config
     from finetune.trainer import Trainer
 
@@ -133,7 +82,7 @@ def train(config: str, *unexpected: str, **overrides: Any) -> None:
 @_literal
 def plan(
     *unexpected: str,
-    config: str,
+    config: str = "",
     gpus: str = "1",
     gpu_memory: str = "80",
     **overrides: Any,
@@ -146,20 +95,21 @@ def plan(
         gpu_memory: of each, in GB.
         overrides: keys of the configuration, dotted.
     """
-    _refuse(unexpected)
+    refuse(unexpected)
+    require(overrides, config=config)
     from finetune.config import load_config
     from finetune.plan import plan as lines_of
 
     for line in lines_of(
         load_config(config, overrides),
-        num_gpus=_whole_number("gpus", gpus, low=1),
-        gpu_memory_gb=_number("gpu_memory", gpu_memory, low=1.0),
+        num_gpus=whole_number("gpus", gpus, low=1),
+        gpu_memory_gb=number("gpu_memory", gpu_memory, low=1.0),
     ):
         print(line)
 
 
 @_literal
-def encode(*unexpected: str, config: str, **overrides: Any) -> None:
+def encode(*unexpected: str, config: str = "", **overrides: Any) -> None:
     """Encode all data of a run ahead of it, into data.cache_dir.
 
     It may be stopped at any time and started again. On several GPUs:
@@ -169,7 +119,8 @@ def encode(*unexpected: str, config: str, **overrides: Any) -> None:
         config: the YAML file of the run.
         overrides: any of its keys, dotted: --data.cache_dir=codes --duration_sec=100
     """
-    _refuse(unexpected)
+    refuse(unexpected)
+    require(overrides, config=config)
     from finetune.config import load_config
     from finetune.encode import encode_data
 
@@ -202,28 +153,22 @@ def generate(
         text_temperature: of the text.
         device: auto, cpu or cuda.
     """
-    _refuse(unexpected, unknown)
-    _require(checkpoint=checkpoint, audio=audio)
-    import soundfile
+    refuse(unexpected, unknown)
+    require(checkpoint=checkpoint, audio=audio)
+    from finetune.generate import continue_recording
 
-    from finetune.generate import continue_dialogue, load_for_inference
-
-    target = Path(out)
-    if target.suffix != ".wav" or not target.absolute().parent.is_dir():
-        raise UserError(f"--out: {out} must be a .wav file in a folder that exists.")
-    model, codec = load_for_inference(Path(checkpoint), device)
-    continuation = continue_dialogue(
-        model,
-        codec,
-        codec.read_recording(Path(audio)),
-        prompt_sec=_number("prompt_sec", prompt_sec, low=0.0),
-        seed=_whole_number("seed", seed, low=0),
-        temperature=_number("temperature", temperature, low=0.0),
-        text_temperature=_number("text_temperature", text_temperature, low=0.0),
+    text = continue_recording(
+        Path(checkpoint),
+        Path(audio),
+        Path(out),
+        device=device,
+        prompt_sec=number("prompt_sec", prompt_sec, low=0.0),
+        seed=whole_number("seed", seed, low=0),
+        temperature=number("temperature", temperature, low=0.0),
+        text_temperature=number("text_temperature", text_temperature, low=0.0),
     )
-    soundfile.write(target, continuation.audio.T.numpy(), codec.sample_rate_hz)
-    print(f"Moshi: {continuation.text}")
-    print(f"wrote {target}")
+    print(f"Moshi: {text}")
+    print(f"wrote {out}")
 
 
 @_literal
@@ -293,82 +238,32 @@ def evaluate(
         seed: of continuations and of the bootstrap.
         device: auto, cpu or cuda.
     """
+    given = {name: value for name, value in locals().items() if isinstance(value, str)}
     wandb = {
         name: unknown.pop(f"wandb.{name}", None) for name in ("project", "offline", "run_name")
     }
-    _refuse(unexpected, unknown)
-    _require(checkpoint=checkpoint)
-    from finetune.evaluation.options import (
-        ARMS,
-        TASKS,
-        HealthOptions,
-        Options,
-        PairOptions,
-        choices,
-        default_out,
-        one_of,
-    )  # fmt: skip
+    refuse(unexpected, unknown)
+    require(checkpoint=checkpoint)
+    from finetune.evaluation.options import read_options
     from finetune.evaluation.run import evaluate_checkpoint
 
-    def optional(name: str, value: str | None) -> int | None:
-        return None if value is None else _whole_number(name, value, low=1)
-
-    place = Path(out) if out else default_out(Path(checkpoint))
-    results = evaluate_checkpoint(
-        Options(
-            checkpoint=Path(checkpoint),
-            out=place,
-            tasks=choices("tasks", tasks or f"position,health{',pairs' * bool(pairs)}", TASKS),
-            data=data,
-            pairs=None if pairs is None else Path(pairs),
-            arms=choices("arms", arms, ARMS),
-            reset_frames=optional("reset_frames", reset_frames),
-            baseline=None if baseline is None else Path(baseline),
-            bin_sec=_number("bin_sec", bin_sec, low=0.08),
-            max_sec=None if max_sec is None else _number("max_sec", max_sec, low=0.08),
-            limit=optional("limit", limit),
-            batch_size=_whole_number("batch_size", batch_size, low=1),
-            block_frames=_whole_number("block_frames", block_frames, low=1),
-            device=one_of("device", device, ("auto", "cpu", "cuda")),
-            seed=_whole_number("seed", seed, low=0),
-            pair=PairOptions(
-                side=one_of("pair_side", pair_side, ("moshi", "user")),
-                text=one_of("pair_text", pair_text, ("padding", "transcript")),
-                text_weight=_number("pair_text_weight", pair_text_weight, low=0.0),
-                first_codebook_weight=_number(
-                    "pair_first_codebook_weight", pair_first_codebook_weight, low=0.0
-                ),
-                other_codebooks_weight=_number(
-                    "pair_other_codebooks_weight", pair_other_codebooks_weight, low=0.0
-                ),
-                length_norm=one_of("pair_length_norm", pair_length_norm, ("mean", "sum")),
-            ),
-            health=HealthOptions(
-                num_continuations=_whole_number("num_continuations", num_continuations, low=1),
-                prompt_sec=_number("prompt_sec", prompt_sec, low=0.08),
-                health_sec=_number("health_sec", health_sec, low=1.0),
-                temperature=_number("temperature", temperature, low=0.0),
-                text_temperature=_number("text_temperature", text_temperature, low=0.0),
-            ),
-            wandb_project=wandb["project"],
-            wandb_run_name=wandb["run_name"],
-            wandb_offline=str(wandb["offline"] or "false").lower() != "false",
-        )
-    )
+    options = read_options(given, wandb)
+    results = evaluate_checkpoint(options)
     for sentence in results["conclusions"]:
         print(f"- {sentence}")
-    print(f"wrote {place / 'report.html'}, and the numbers in {place / 'results.json'}")
+    print(f"wrote {options.out / 'report.html'}, and the numbers in {options.out / 'results.json'}")
 
 
 @_literal
-def plot(run_dir: str, *unexpected: str, out: str | None = None, **unknown: Any) -> None:
+def plot(run_dir: str = "", *unexpected: str, out: str | None = None, **unknown: Any) -> None:
     """Draw the loss curves of a run.
 
     Args:
         run_dir: the run's folder.
         out: the PNG to write; RUN_DIR/loss.png if not given.
     """
-    _refuse(unexpected, unknown)
+    refuse(unexpected, unknown)
+    require(run_dir=run_dir)
     from finetune.plots import plot_losses
 
     print(f"wrote {plot_losses(Path(run_dir), Path(out or Path(run_dir) / 'loss.png'))}")
@@ -376,7 +271,7 @@ def plot(run_dir: str, *unexpected: str, out: str | None = None, **unknown: Any)
 
 @_literal
 def sweep(
-    file: str,
+    file: str = "",
     *unexpected: str,
     only: str | None = None,
     sweep_dir: str | None = None,
@@ -396,7 +291,8 @@ def sweep(
         slurm: run nothing, write a script for a SLURM job array.
         overrides: keys of a run's configuration, dotted, for all runs: --max_steps=20
     """
-    _refuse(unexpected)
+    refuse(unexpected)
+    require(overrides, file=file)
     from finetune.sweep.command import run_command
 
     status = run_command(
@@ -404,8 +300,8 @@ def sweep(
         overrides,
         folder=Path(sweep_dir) if sweep_dir else None,
         only=only.split(",") if only else [],
-        table_only=_flag("table", table),
-        slurm=_flag("slurm", slurm),
+        table_only=flag("table", table),
+        slurm=flag("slurm", slurm),
     )
     if status:
         sys.exit(status)
@@ -448,58 +344,11 @@ def recall(
         workers: runs at a time; 1 if not given.
         device: auto (if not given), cpu or cuda.
     """
-    given = {k for k, v in locals().items() if isinstance(v, str)} - {"out", "study"}
-    _refuse(unexpected, unknown)
-    from finetune.recall.command import default_out, run_key_study, run_recall, run_scale_study
+    given = {name: value for name, value in locals().items() if isinstance(value, str)}
+    refuse(unexpected, unknown)
+    from finetune.recall.command import run_command
 
-    _refuse_unread(study, given)
-    place = Path(out) if out else default_out(study, preset or "cpu", variant or "text")
-    where: dict[str, Any] = {
-        "seeds": [0] if seeds is None else _whole_numbers("seeds", seeds, low=0),
-        "device": device or "auto",
-        "workers": 1 if workers is None else _whole_number("workers", workers, low=1),
-    }
-    if study is not None:
-        wide = [] if widths is None else _whole_numbers("widths", widths, low=16)
-        if study == "keys":
-            print(run_key_study(place, widths=wide))
-        else:
-            print(run_scale_study(place, widths=wide, **where))
-        return
-    longer = None if lengths is None else _whole_numbers("lengths", lengths, low=0)
-    if longer == [0]:
-        longer = []
-    if longer and min(longer) < 2:
-        raise UserError(
-            "--lengths: expected whole numbers of at least 2 (the trained length is always "
-            f"measured), or 0 alone for none, got {lengths!r}."
-        )
-    text = run_recall(
-        place,
-        size=preset or "cpu",
-        variant=variant or "text",
-        arms=[] if arms is None else _items("arms", arms),
-        num_steps=None if steps is None else _whole_number("steps", steps, low=2),
-        lengths=longer,
-        **where,
-    )
-    print(text)
-
-
-def _refuse_unread(study: str | None, given: set[str]) -> None:
-    """Options of `moshi-ttt recall` that what is asked for does not read."""
-    common = {"seeds", "workers", "device"}
-    read = {
-        None: {"preset", "variant", "arms", "steps", "lengths"} | common,
-        "scale": {"widths"} | common,
-        "keys": {"widths"},
-    }
-    if study not in read:
-        raise UserError(f"--study: there is no {study!r}; choose scale or keys.")
-    if given - read[study]:
-        unread = ", ".join(f"--{name}" for name in sorted(given - read[study]))
-        mode = f"with --study {study}" if study else "without --study"
-        raise UserError(f"{unread}: not read {mode}; leave it out.")
+    print(run_command(given))
 
 
 @_literal
@@ -510,7 +359,7 @@ def demo(*unexpected: str, out: str = "runs/demo", **overrides: Any) -> None:
         out: the run folder; what an earlier demonstration left there is replaced.
         overrides: keys of example/demo.yaml, dotted.
     """
-    _refuse(unexpected)
+    refuse(unexpected)
     from finetune.demo.run import run_demo
 
     run_demo(Path(out), overrides)
@@ -518,7 +367,7 @@ def demo(*unexpected: str, out: str = "runs/demo", **overrides: Any) -> None:
 
 @_literal
 def demo_data(
-    out_dir: str,
+    out_dir: str = "",
     *unexpected: str,
     num_dialogues: str = "60",
     min_sec: str = "20",
@@ -535,13 +384,14 @@ def demo_data(
         max_sec: longest length.
         seed: the same seed gives the same bytes.
     """
-    _refuse(unexpected, unknown)
+    refuse(unexpected, unknown)
+    require(out_dir=out_dir)
     from finetune.demo.dialogues import make_dialogues
 
     make_dialogues(
         Path(out_dir),
-        num_dialogues=_whole_number("num_dialogues", num_dialogues, low=2),
-        min_sec=_number("min_sec", min_sec, low=4.0),
-        max_sec=_number("max_sec", max_sec, low=4.0),
-        seed=_whole_number("seed", seed, low=0),
+        num_dialogues=whole_number("num_dialogues", num_dialogues, low=2),
+        min_sec=number("min_sec", min_sec, low=4.0),
+        max_sec=number("max_sec", max_sec, low=4.0),
+        seed=whole_number("seed", seed, low=0),
     )

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
+import soundfile
 import torch
 from moshi.models.lm import LMGen
 from torch import Tensor
@@ -84,6 +85,26 @@ def checkpoint_args(checkpoint: Path, device: str = "auto") -> TrainArgs:
 def _is_stock(checkpoint: Path) -> bool:
     has_weights = any(checkpoint.glob("*.safetensors"))
     return has_weights and not (checkpoint / "consolidated").is_dir()
+
+
+def continue_recording(
+    checkpoint: Path, audio: Path, out: Path, *, device: str, **options: Any
+) -> str:
+    """See `finetune.cli.generate`; returns what Moshi says.
+
+    Args:
+        out: the wav to write.
+        options: of `continue_dialogue`.
+
+    Raises:
+        UserError: one of the three paths is wrong; see `continue_dialogue`.
+    """
+    if out.suffix != ".wav" or not out.absolute().parent.is_dir():
+        raise UserError(f"--out: {out} must be a .wav file in a folder that exists.")
+    model, codec = load_for_inference(checkpoint, device)
+    continuation = continue_dialogue(model, codec, codec.read_recording(audio), **options)
+    soundfile.write(out, continuation.audio.T.numpy(), codec.sample_rate_hz)
+    return continuation.text
 
 
 @torch.no_grad()

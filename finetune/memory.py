@@ -18,6 +18,8 @@ Results of products are counted at their full width; what is done element by ele
 at a time. What was measured to check this is in docs/distributed.md.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
 import torch
@@ -26,6 +28,7 @@ from torch import nn
 from finetune.args import TrainArgs
 from finetune.data import count_frames
 from finetune.distributed import peak_memory_gb
+from finetune.errors import UserError
 from finetune.model import parameters_by_role
 from finetune.sharding import FEW, shard_size
 from ttt import TTTLMModel
@@ -164,19 +167,40 @@ def by_role(model: TTTLMModel) -> dict[str, tuple[int, bool]]:
     }
 
 
-def explain_out_of_memory(args: TrainArgs, step: int, device: torch.device) -> str:
-    """What to do when a training step does not fit."""
-    less = {True: [], "selective": ["true"], False: ["selective", "true"]}
-    ways = [f"gradient_checkpointing: {value}" for value in less[args.gradient_checkpointing]]
+@contextmanager
+def explained(args: TrainArgs, device: torch.device, what: str, *, trains: bool) -> Iterator[None]:
+    """Running out of memory in here becomes a message.
+
+    Args:
+        what: is done, "step 3" and the like.
+        trains: with gradients, and what is kept for them.
+
+    Raises:
+        UserError: it has happened.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(_explain_out_of_memory(args, device, what, trains)) from error
+
+
+def _explain_out_of_memory(args: TrainArgs, device: torch.device, what: str, trains: bool) -> str:
+    """What to do when something does not fit."""
+    ways = []
     if args.batch_size > 1:
-        ways.insert(
-            0,
+        ways.append(
             f"a smaller batch_size (now {args.batch_size}) with as many times more "
-            f"num_microbatches (now {args.num_microbatches}), which trains the same",
+            f"num_microbatches (now {args.num_microbatches}), which trains the same"
         )
+    if trains:
+        less = {True: [], "selective": ["true"], False: ["selective", "true"]}
+        ways += [f"gradient_checkpointing: {value}" for value in less[args.gradient_checkpointing]]
     ways.append("a shorter duration_sec")
+    if not trains:
+        ways.append("do_eval: false, which leaves evaluations out")
     return (
-        f"{device} ran out of memory in step {step} ({peak_memory_gb(device):.1f} GB were in use "
-        f"at most). Less memory takes: {'; '.join(ways)}. `moshi-ttt plan` estimates what fits. "
-        f"Checkpoints that were saved before are whole."
+        f"{device} ran out of memory in {what} ({peak_memory_gb(device):.1f} GB were in use "
+        f"at most). Less memory takes: {'; '.join(ways)}. `moshi-ttt plan` estimates what "
+        f"{'fits' if trains else 'a training step takes'}. Checkpoints that were saved before are "
+        f"whole."
     )

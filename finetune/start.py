@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from finetune.args import TrainArgs
-from finetune.config import Problem, list_problems, load_run_config
+from finetune.config import list_problems, load_run_config
+from finetune.config_checks import Problem
 from finetune.errors import UserError
 from ttt import TTTLMModel, ttt_parameters
 

@@ -43,11 +43,6 @@ def describe_run(
         yield f"{world.size} processes: " + (
             whole if size == 1 else f"{size} share a copy of the model (parallel.shard_size)"
         )
-        if size > 1 and args.do_eval and args.health_sec > 0:
-            yield (
-                "health_sec: a sharded model speaks only if all processes do, so its health is not "
-                "checked; `moshi-ttt evaluate` does it for a checkpoint"
-            )
     roles = []
     for role, named in parameters_by_role(model).items():
         total = sum(p.numel() for p in named.values())

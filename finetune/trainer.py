@@ -24,11 +24,12 @@ from finetune.data import Batch, build_eval_loader, build_train_loader, check_sh
 from finetune.distributed import join_world, peak_memory_gb
 from finetune.effect import EffectWatch
 from finetune.errors import UserError
-from finetune.evaluation.periodic import SpeechCheck, evaluate
+from finetune.evaluation.periodic import build_speech_check, evaluate
 from finetune.gradients import accumulate_gradients
 from finetune.interrupt import Interrupt
 from finetune.loss import LossWeights
-from finetune.memory import explain_out_of_memory
+from finetune.lost_steps import LostSteps
+from finetune.memory import explained
 from finetune.metrics import MetricsLogger
 from finetune.model import build_codec, find_checkpoint, load_model, trainable_by_role
 from finetune.optim import Optimizer, StepResult
@@ -98,12 +99,11 @@ class Trainer:
         self.eval_data = (
             build_eval_loader(args.data, self.codec, **places) if args.do_eval else None
         )
-        self.speech_check = SpeechCheck(self.codec, health_sec=args.health_sec, seed=args.seed)
+        self.speech_check = build_speech_check(args, self.codec, self.world)
 
         self.phases = Phases(self.world.device)
         self.step = 0
-        self.nonfinite_steps = 0
-        self.nonfinite_in_a_row = 0
+        self.lost_steps = LostSteps(args)
         self.effect = EffectWatch(args)
         self.last_eval: tuple[int, float] | None = None
         self.watch = Watch(self.world, hang_timeout_sec=args.parallel.hang_timeout_sec)
@@ -158,13 +158,9 @@ class Trainer:
             self.evaluate()
         while self.step < self.args.max_steps and not self.interrupted():
             self.profiler.before_step(self.step + 1)
-            try:
+            with explained(self.args, self.world.device, f"step {self.step + 1}", trains=True):
                 self.train_step()
-            except torch.OutOfMemoryError as error:
-                raise UserError(
-                    explain_out_of_memory(self.args, self.step, self.world.device)
-                ) from error
-            self.stop_if_lost()
+            self.lost_steps.stop_if_too_many()
             if self.is_due(self.args.eval_freq):
                 self.evaluate()
             if self.args.do_ckpt and self.is_due(self.args.ckpt_freq):
@@ -194,7 +190,7 @@ class Trainer:
             result = self.optimizer.step(
                 max_norm=self.args.max_norm, world=self.world, is_loss_finite=is_loss_finite
             )
-        self.count_nonfinite(losses, result)
+        self.lost_steps.count(self.step, losses, result)
         step_sec = time.monotonic() - started_at
         self.watch.at(self.step, "log")
         with self.phases.phase("log"):
@@ -220,35 +216,6 @@ class Trainer:
         """Gradients of the loss over all batches of all processes; its text and audio parts."""
         codes = [batch.codes for batch in batches]
         return accumulate_gradients(self.model, codes, self.loss_weights, self.world)
-
-    def count_nonfinite(self, losses: tuple[float, float], result: StepResult) -> None:
-        """Count steps that changed nothing, because a loss or gradient was not finite."""
-        if math.isfinite(sum(losses)) and result.is_finite:
-            self.nonfinite_in_a_row = 0
-            return
-        self.nonfinite_steps += 1
-        self.nonfinite_in_a_row += 1
-        logger.warning(
-            "step %d skipped: text loss %s, audio loss %s, gradient norm %s",
-            self.step,
-            *losses,
-            result.grad_norm,
-        )
-
-    def stop_if_lost(self) -> None:
-        """
-        Raises:
-            UserError: too many steps in a row were not finite.
-        """
-        if self.nonfinite_in_a_row >= self.args.max_nonfinite_steps:
-            inner = ", or ttt.learning_rate, or set ttt.max_delta_norm"
-            raise UserError(
-                f"the last {self.nonfinite_in_a_row} steps had a loss or gradient that is not "
-                f"finite (max_nonfinite_steps); the model does not recover from that. Lower "
-                f"optim.lr or optim.ttt_lr{inner if self.args.ttt.has_fixed_step else ''}, and "
-                f"continue from an earlier checkpoint in "
-                f"{self.run_dir / 'checkpoints'}."
-            )
 
     def log(
         self,
@@ -277,7 +244,7 @@ class Trainer:
             "epoch": self.train_data.epoch,
             "skipped_segments": self.train_data.num_skipped,
             "encoded_segments": self.num_encoded,
-            "nonfinite_steps": self.nonfinite_steps,
+            "nonfinite_steps": self.lost_steps.nonfinite_steps,
             "peak_memory_gb": peak_memory_gb(self.world.device),
             **{f"ttt/{name}": value for name, value in measured.items()},
         }
@@ -300,7 +267,11 @@ class Trainer:
             return self.interrupt.signal_number is not None
 
         started_at = time.monotonic()
-        with self.phases.phase("evaluate"):
+        what = f"the evaluation after {self.step} steps"
+        with (
+            self.phases.phase("evaluate"),
+            explained(self.args, self.world.device, what, trains=False),
+        ):
             metrics = evaluate(
                 self.model, self.eval_data, self.loss_weights, self.world, should_stop=should_stop
             )
@@ -317,7 +288,7 @@ class Trainer:
 
     def check_health(self) -> dict[str, float]:
         """Measures of what the model says; warns if it is no longer like speech."""
-        if self.args.health_sec == 0 or not self.world.is_main or self.sharding is not None:
+        if self.speech_check is None:
             return {}
         assert self.eval_data is not None
         measures, alarms = self.speech_check(self.model, self.eval_data)
@@ -347,8 +318,7 @@ class Trainer:
                 "effect": self.effect.state_dict(),
                 "counts": {
                     "step": self.step,
-                    "nonfinite_steps": self.nonfinite_steps,
-                    "nonfinite_in_a_row": self.nonfinite_in_a_row,
+                    **self.lost_steps.state_dict(),
                     "last_eval": self.last_eval,
                 },
             },
@@ -370,8 +340,9 @@ class Trainer:
         self.train_data.load_state_dict(state["data"])
         set_random_state(state["random"])
         self.effect.load_state_dict(state["effect"])
-        for name, value in state["counts"].items():
-            setattr(self, name, value)
+        self.lost_steps.load_state_dict(state["counts"])
+        self.step = state["counts"]["step"]
+        self.last_eval = state["counts"]["last_eval"]
         assert self.step == step_of(checkpoint)
         self.writer.last_step = self.step
         logger.info("resuming %s after step %d", checkpoint, self.step)

@@ -216,6 +216,20 @@ def test_with_nothing_kept_in_memory_the_disk_serves_every_epoch(data, tmp_path,
     assert epochs(data, tmp_path / "cache", num_workers=2)[1] == 0
 
 
+def test_a_folder_that_is_deleted_under_a_run_costs_time_alone(data, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("finetune.data.batches._MAX_KEPT_BYTES", 0)
+    plain, _ = epochs(data, None)
+    epochs(data, tmp_path / "cache")
+    batches = loader(data, tmp_path / "cache")
+    first = [next(batches).codes for _ in range(2)]
+    assert batches.num_encoded == 0
+    shutil.rmtree(tmp_path / "cache")
+    second = [next(batches).codes for _ in range(2)]
+    assert torch.equal(torch.cat(first + second), plain) and batches.num_encoded == 8
+    assert "what it held is made again" in caplog.text
+    assert "cache cannot be written" in caplog.text and not (tmp_path / "cache").exists()
+
+
 def test_evaluation_and_training_share_what_is_kept(data, tmp_path):
     epochs(data, tmp_path / "cache")
     args = DataArgs(

@@ -114,6 +114,18 @@ def test_the_loss_curve_is_drawn(demo_run):
         (["plot", "nowhere"], "nowhere"),
         (["train", "nowhere.yaml"], "nowhere.yaml"),
         (["demo-data", "{run}"], "{run}"),
+        (["train", "--confg", "x.yaml"], "unknown option: --confg. Did you mean --config?"),
+        (["plan", "--conf=x.yaml", "--gpus=8"], "unknown option: --conf. Did you mean --config?"),
+        (["encode", "--Config=x.yaml", "--batch_size=8"], "Did you mean --config?"),
+        (["train", "--optim.lr=1"], "--config is missing"),
+        (["plan", "-c", "x.yaml"], "unknown option: --c. Did you mean --config?"),
+        (["plan"], "--config is missing"),
+        (["encode"], "--config is missing"),
+        (["sweep", "--fille=x.yaml"], "unknown option: --fille. Did you mean --file?"),
+        (["sweep", "--table"], "--file is missing"),
+        (["plot"], "--run_dir is missing"),
+        (["demo-data", "--outdir=x"], "unknown option: --outdir"),
+        (["demo-data"], "--out_dir is missing"),
     ],
 )
 def test_a_mistake_is_one_message(demo_run, tmp_path, capsys, arguments, message):
@@ -125,7 +137,9 @@ def test_a_mistake_is_one_message(demo_run, tmp_path, capsys, arguments, message
         "tmp": tmp_path,
     }
     assert call([word.format(**names) for word in arguments]) == 1
-    assert message.format(**names) in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert message.format(**names) in said and said.startswith("\nerror: ")
+    assert said.count("\n") == 2, "one paragraph"
 
 
 def call(arguments):

@@ -34,12 +34,12 @@ def stream(words, num_frames):
 
 
 def train_loader(args, **changes):
-    settings = dict(duration_sec=1.0, batch_size=2, seed=0, device="cpu") | changes
+    settings = dict(duration_sec=1.0, batch_size=2, seed=0, device="cpu", store=None) | changes
     return build_train_loader(args, tiny_codec(), **settings)
 
 
 def eval_loader(args, **changes):
-    settings = dict(duration_sec=1.0, batch_size=2, device="cpu") | changes
+    settings = dict(duration_sec=1.0, batch_size=2, device="cpu", store=None) | changes
     return build_eval_loader(args, tiny_codec(), **settings)
 
 

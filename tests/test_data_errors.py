@@ -27,7 +27,7 @@ def train_loader(path, *, on_error="raise", num_workers=0, prefetch_steps=0):
         prefetch_steps=prefetch_steps,
     )
     return build_train_loader(
-        args, tiny_codec(), duration_sec=1.0, batch_size=2, seed=0, device="cpu"
+        args, tiny_codec(), duration_sec=1.0, batch_size=2, seed=0, device="cpu", store=None
     )
 
 
@@ -192,7 +192,9 @@ def test_a_source_with_nothing_in_it(tmp_path, on_error, prepare, expected):
 
 def test_eval_data_is_named_by_its_own_key():
     with pytest.raises(UserError, match=r"data\.eval_data is empty"):
-        build_eval_loader(DataArgs(), tiny_codec(), duration_sec=1.0, batch_size=1, device="cpu")
+        build_eval_loader(
+            DataArgs(), tiny_codec(), duration_sec=1.0, batch_size=1, device="cpu", store=None
+        )
 
 
 def test_wav_of_unknown_length_is_not_truncated(tmp_path):

@@ -18,7 +18,7 @@ from data_tools import (
 )
 from helpers import DELAYS, random_codes, tiny_args, tiny_model
 from test_evaluation_streaming import InMemory
-from training_tools import checkpoint, train, write_model
+from training_tools import checkpoint, train, trainer, write_model
 
 from finetune.cli import evaluate, run
 from finetune.data.audio import inspect_audio
@@ -481,7 +481,7 @@ def test_wandb_gets_the_numbers_and_the_report(trained, tmp_path, monkeypatch):
         assert config["evaluation"]["arms"] == ("off",)
         return Run
 
-    monkeypatch.setattr("finetune.evaluation.run.open_wandb", opened)
+    monkeypatch.setattr("finetune.evaluation.dashboard.open_wandb", opened)
     chosen = {"wandb_project": "speech", "wandb_offline": True, "arms": ("off",), "limit": 1}
     results = evaluate_checkpoint(options(trained, tmp_path / "out", **chosen))
     mean = results["position"]["arms"]["off"]["text"]["mean"]["value"]
@@ -710,6 +710,26 @@ def test_training_logs_the_health_of_speech(trained):
 
 
 @pytest.mark.parametrize(
+    ("overrides", "why"),
+    [
+        ({"duration_sec": 2.9}, "segments (duration_sec) of 3 s, and these are of 2.9 s"),
+        ({"health_sec": 0.9}, "it takes at least 1 s, and these are 0.9 s"),
+        ({"duration_sec": 2, "health_sec": 0}, None),
+        ({"duration_sec": 2, "do_eval": False}, None),
+        ({"duration_sec": 3, "health_sec": 1}, None),
+    ],
+)
+def test_speech_that_cannot_be_checked_is_told_at_the_start(
+    config, tmp_path, capsys, overrides, why
+):
+    given = {"do_eval": True, "duration_sec": 4, "health_sec": 6, **overrides}
+    run = trainer(config, tmp_path, given)
+    said = capsys.readouterr().out
+    assert ("health of speech is not checked" in said) == (why is not None) and (why or "") in said
+    assert (run.speech_check is None) == (why is not None or not overrides.get("health_sec"))
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"checkpoint": "nowhere"}, "nowhere is no checkpoint"),
@@ -748,3 +768,37 @@ def test_the_command_says_what_came_out(trained, tmp_path, capsys):
     assert run(lambda: evaluate(**given)) == 0
     printed = capsys.readouterr().out
     assert "- TTT on, compared with off" in printed and "report.html" in printed
+
+
+def test_results_that_never_came_stand_in_nobodys_way(tmp_path):
+    """An evaluation that ran out of memory at once goes on with another batch size."""
+    path = tmp_path / "health.jsonl"
+    Records(path, {"batch_size": 4})
+    Records(path, {"batch_size": 2}).append({"index": 0})
+    assert [record["index"] for record in Records(path, {"batch_size": 2})] == [0]
+    with pytest.raises(UserError, match="batch_size was 2, is 1"):
+        Records(path, {"batch_size": 1})
+    path.write_text('{"notes": "mine"}\n')
+    with pytest.raises(UserError, match="it does not say which"):
+        Records(path, {"batch_size": 1})
+
+
+@pytest.mark.parametrize(
+    ("where", "sizes", "ways"),
+    [
+        ("finetune.evaluation.streaming.Scorer.score", {}, ["batch_size (now 2)"]),
+        ("finetune.evaluation.run.load_for_inference", {"batch_size": 1}, []),
+    ],
+)
+def test_memory_that_is_too_small_is_one_message(
+    trained, tmp_path, monkeypatch, capsys, where, sizes, ways
+):
+    def too_large(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(where, too_large)
+    assert run(lambda: evaluate_checkpoint(options(trained, tmp_path / "out", **sizes))) == 1
+    message = capsys.readouterr().err
+    assert "error: The GPU ran out of memory" in message
+    expected = [f"a smaller --{way}" for way in [*ways, "block_frames (now 7)"]]
+    assert f"Less memory takes: {'; '.join(expected)}; --device cpu" in message

@@ -9,7 +9,7 @@ from training_tools import finish, lines_until, logged, logged_steps, start_prog
 
 from finetune.config import load_config
 from finetune.errors import UserError
-from finetune.trainer import Trainer
+from finetune.lost_steps import LostSteps
 
 
 def test_phases_make_up_the_step(config, tmp_path):
@@ -81,14 +81,14 @@ def test_a_signal_in_mid_profile_keeps_what_there_is(config, tmp_path):
 
 
 def test_an_error_in_mid_profile_keeps_what_there_is(config, tmp_path, monkeypatch):
-    stop_if_lost = Trainer.stop_if_lost
+    count = LostSteps.count
 
-    def stop_at_four(self):
-        if self.step == 4:
+    def stop_at_four(self, step, *found):
+        if step == 4:
             raise UserError("lost")
-        stop_if_lost(self)
+        count(self, step, *found)
 
-    monkeypatch.setattr(Trainer, "stop_if_lost", stop_at_four)
+    monkeypatch.setattr(LostSteps, "count", stop_at_four)
     with pytest.raises(UserError, match="lost"):
         train(config, tmp_path, {"max_steps": 9, "profile_steps": [3, 8], "do_ckpt": False})
     (path,) = (tmp_path / "profile").iterdir()

@@ -66,7 +66,7 @@ def test_the_end_and_errors_come_after_the_items_before_them():
 def loader(jsonl, **changes):
     args = DataArgs(train_data=str(jsonl), shuffle=True, **({"num_workers": 0} | changes))
     return build_train_loader(
-        args, tiny_codec(), duration_sec=1.0, batch_size=2, seed=0, device="cpu"
+        args, tiny_codec(), duration_sec=1.0, batch_size=2, seed=0, device="cpu", store=None
     )
 
 
@@ -95,7 +95,7 @@ def test_training_and_evaluation_in_turn(tmp_path):
     args = DataArgs(
         str(jsonl), str(jsonl), shuffle=True, num_workers=1, prefetch_steps=2,
     )  # fmt: skip
-    options = {"duration_sec": 1.0, "batch_size": 2, "device": "cpu"}
+    options = {"duration_sec": 1.0, "batch_size": 2, "device": "cpu", "store": None}
     training = build_train_loader(args, codec, seed=0, **options)
     evaluation = build_eval_loader(args, codec, **options)
     passes = []
@@ -112,7 +112,7 @@ def test_a_broken_file_is_met_at_its_own_batch(tmp_path, caplog, on_error):
     jsonl = write_dataset(tmp_path, [1.0, 1.0, 1.0, 1.0, 1.0, 1.0])
     args = DataArgs(str(jsonl), num_workers=0, prefetch_steps=2, on_error=on_error)
     batches = build_train_loader(
-        args, tiny_codec(), duration_sec=1.0, batch_size=2, seed=0, device="cpu"
+        args, tiny_codec(), duration_sec=1.0, batch_size=2, seed=0, device="cpu", store=None
     )
     (tmp_path / "4.wav").unlink()
     assert [next(batches).num_skipped for _ in range(2)] == [0, 0]

@@ -294,6 +294,26 @@ def test_experiments_do_not_share_a_folder(tmp_path, monkeypatch):
     assert len(places) == len(asked) and tmp_path in places
 
 
+def test_another_experiment_does_not_replace_what_is_in_a_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command, "preset", lambda size, variant: tiny_preset(arms=("off",)))
+    monkeypatch.setattr(study, "WIDTHS", (16,))
+    options = {"out": str(tmp_path), "arms": "off", "lengths": "0", "device": "cpu"}
+    assert run(lambda: recall(**options)) == 0
+    kept = {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
+    assert tmp_path / "runs/off_seed0.json" in kept and tmp_path / "report.md" in kept
+    for other in ({"variant": "audio"}, {"preset": "gpu"}):
+        assert run(lambda other=other: recall(**options, **other)) == 1
+        message = capsys.readouterr().err
+        assert f"--out: {tmp_path} has the results of" in message
+        assert "--preset cpu --variant text" in message
+    for name in ("keys", "scale"):
+        assert run(lambda name=name: recall(out=str(tmp_path), study=name)) == 1
+        assert f"--study {name} would replace" in capsys.readouterr().err
+    assert all(path.read_bytes() == content for path, content in kept.items())
+    assert run(lambda: recall(**options, seeds="0,1")) == 0
+    assert (tmp_path / "runs/off_seed1.json").is_file()
+
+
 def test_what_is_named_twice_is_run_once(monkeypatch):
     found = {}
     monkeypatch.setattr(command, "run_recall", lambda out, **options: found.update(options))

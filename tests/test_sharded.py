@@ -29,6 +29,7 @@ from finetune.distributed import World
 from finetune.errors import UserError
 from finetune.gradients import accumulate_gradients
 from finetune.loss import LossWeights
+from finetune.metrics import metrics_path, read_metrics
 from finetune.model import find_checkpoint, load_model
 from finetune.sharding import Sharding, shard_size
 from ttt.layers import execution
@@ -104,6 +105,15 @@ def test_two_processes_are_one(config, tmp_path, folder, two, name):
     assert_same_runs(folder / name, tmp_path, 4)
 
 
+def test_what_a_sharded_model_says_is_not_checked_and_the_log_says_so(folder, two):
+    num_sharded = 1 + sum(case.get("parallel.shard_size") != 1 for case in CASES.values())
+    assert two.count("a sharded model (parallel.shard_size) would have to be") == num_sharded
+    assert two.count("health_sec: the health of speech is not checked") == len(CASES) + 1
+    assert not any(
+        "health" in name for name in read_metrics(metrics_path(folder / "two", "eval"))[0]
+    )
+
+
 @pytest.fixture
 def alone(tmp_path):
     """A group of this process alone."""
@@ -166,6 +176,7 @@ def test_the_order_of_data_does_not_depend_on_the_number_of_processes(config, tm
     run = trainer(config, tmp_path, {"batch_size": 4})
     expected = torch.cat([next(run.train_data).codes for _ in range(6)])
     places = {"duration_sec": run.args.duration_sec, "seed": run.args.seed, "device": "cpu"}
+    places["store"] = None
     found, position = [], None
     for size in (1, 2, 4):
         loaders = [

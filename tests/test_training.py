@@ -173,6 +173,26 @@ def test_a_step_that_does_not_fit_names_what_takes_less(config, tmp_path, monkey
     assert train(config, tmp_path, {**overrides, "resume": True}).step == 5
 
 
+@pytest.mark.parametrize("freq", [0, 2])
+def test_an_evaluation_that_does_not_fit_names_what_takes_less(config, tmp_path, monkeypatch, freq):
+    evaluate = finetune.trainer.evaluate
+    steps = iter([0, 2])
+
+    def evaluate_while_there_is_room(*given, **options):
+        if next(steps) == freq:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return evaluate(*given, **options)
+
+    monkeypatch.setattr(finetune.trainer, "evaluate", evaluate_while_there_is_room)
+    overrides = {"do_eval": True, "eval_freq": 2, "batch_size": 2, "health_sec": 0}
+    expected = f"ran out of memory in the evaluation after {freq} steps"
+    with pytest.raises(UserError, match=expected) as caught:
+        train(config, tmp_path, overrides)
+    for way in ("a smaller batch_size (now 2)", "a shorter duration_sec", "do_eval: false"):
+        assert way in str(caught.value)
+    assert "gradient_checkpointing" not in str(caught.value)
+
+
 # --- every option reaches the run -----------------------------------------------------------------
 
 
@@ -490,7 +510,7 @@ def start_lines(config, run_dir, overrides, capsys):
 
 
 def test_a_run_says_what_it_is_going_to_do(config, tmp_path, capsys):
-    out = start_lines(config, tmp_path, {"do_eval": True}, capsys)
+    out = start_lines(config, tmp_path, {"do_eval": True, "health_sec": 0}, capsys)
     assert "7 segments of up to 25 frames" in out and "3 to evaluate" in out
     assert "TTT: in-place (sum, relative, learning rate 1) in layers 0, 1; 4 updates" in out
     assert "updates a sequence, every 5 frames" in out

@@ -46,16 +46,16 @@ def build_train_loader(
     rank: int = 0,
     world_size: int = 1,
     device: torch.device | str,
+    store: Store | None,
     num_microbatches: int = 1,
-    store: Store | None = None,
 ) -> "TrainLoader":
     """Check all training data and make the endless loader of one rank.
 
     Args:
         duration_sec: length of a segment, rounded up to whole frames.
         batch_size: segments per batch of this rank.
+        store: what `open_store` gives for `args`, one for all loaders of the process.
         num_microbatches: batches of a step.
-        store: `data.cache_dir`, see `open_store`; None: nothing is kept on disk.
 
     Raises:
         UserError: see `load_sources`.
@@ -89,7 +89,7 @@ def build_eval_loader(
     rank: int = 0,
     world_size: int = 1,
     device: torch.device | str,
-    store: Store | None = None,
+    store: Store | None,
 ) -> "EvalLoader":
     """Check all evaluation data and make the loader of one rank. Arguments as for training."""
     num_frames = count_frames(duration_sec)

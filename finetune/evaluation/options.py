@@ -1,11 +1,13 @@
 """What `moshi-ttt evaluate` can be told."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from finetune.args import WandbArgs
 from finetune.errors import UserError
+from finetune.option_values import choices, number, one_of, whole_number
 
 TASKS = ("position", "pairs", "health")
 ARMS = ("on", "off", "reset", "carried")
@@ -63,6 +65,63 @@ class Options:
         return WandbArgs(self.wandb_project, self.wandb_offline, run_name=self.wandb_run_name)
 
 
+def read_options(given: Mapping[str, str], wandb: Mapping[str, Any]) -> Options:
+    """The options of `moshi-ttt evaluate` from what the command line says.
+
+    Args:
+        given: by name, as typed; what is not there has no default.
+        wandb: `project`, `offline` and `run_name`, None where they were not given.
+
+    Raises:
+        UserError: a value that an option cannot have.
+    """
+    checkpoint, pairs, baseline = (given.get(name) for name in ("checkpoint", "pairs", "baseline"))
+    assert checkpoint is not None
+
+    def count(name: str) -> int:
+        return whole_number(name, given[name], low=1)
+
+    def at_least(low: float, name: str) -> float:
+        return number(name, given[name], low=low)
+
+    tasks = given["tasks"] or f"position,health{',pairs' * bool(pairs)}"
+    return Options(
+        checkpoint=Path(checkpoint),
+        out=Path(given["out"]) if given.get("out") else default_out(Path(checkpoint)),
+        tasks=choices("tasks", tasks, TASKS),
+        data=given.get("data"),
+        pairs=None if pairs is None else Path(pairs),
+        arms=choices("arms", given["arms"], ARMS),
+        reset_frames=count("reset_frames") if "reset_frames" in given else None,
+        baseline=None if baseline is None else Path(baseline),
+        bin_sec=at_least(0.08, "bin_sec"),
+        max_sec=at_least(0.08, "max_sec") if "max_sec" in given else None,
+        limit=count("limit") if "limit" in given else None,
+        batch_size=count("batch_size"),
+        block_frames=count("block_frames"),
+        device=one_of("device", given["device"], ("auto", "cpu", "cuda")),
+        seed=whole_number("seed", given["seed"], low=0),
+        pair=PairOptions(
+            side=one_of("pair_side", given["pair_side"], ("moshi", "user")),
+            text=one_of("pair_text", given["pair_text"], ("padding", "transcript")),
+            text_weight=at_least(0.0, "pair_text_weight"),
+            first_codebook_weight=at_least(0.0, "pair_first_codebook_weight"),
+            other_codebooks_weight=at_least(0.0, "pair_other_codebooks_weight"),
+            length_norm=one_of("pair_length_norm", given["pair_length_norm"], ("mean", "sum")),
+        ),
+        health=HealthOptions(
+            num_continuations=count("num_continuations"),
+            prompt_sec=at_least(0.08, "prompt_sec"),
+            health_sec=at_least(1.0, "health_sec"),
+            temperature=at_least(0.0, "temperature"),
+            text_temperature=at_least(0.0, "text_temperature"),
+        ),
+        wandb_project=wandb["project"],
+        wandb_run_name=wandb["run_name"],
+        wandb_offline=str(wandb["offline"] or "false").lower() != "false",
+    )
+
+
 def check_options(options: Options) -> None:
     """
     Raises:
@@ -83,30 +142,11 @@ def check_options(options: Options) -> None:
                 raise UserError(f"--wandb.{name}: name the project too: --wandb.project=NAME.")
 
 
-def choices(name: str, text: str, known: tuple[str, ...]) -> tuple[str, ...]:
-    """The words of `a,b,c`, each of which must be known.
-
-    Raises:
-        UserError: naming the word and what there is.
-    """
-    words = tuple(word.strip() for word in text.split(",") if word.strip())
-    for word in words:
-        if word not in known:
-            raise UserError(f"--{name}: there is no {word!r}; choose from {', '.join(known)}.")
-    if not words:
-        raise UserError(f"--{name}: name at least one of {', '.join(known)}.")
-    return tuple(word for word in known if word in words)
-
-
-def one_of(name: str, word: str, known: tuple[str, ...]) -> Any:
-    """`word`, which must be known; for options that are literals.
-
-    Raises:
-        UserError: naming the word and what there is.
-    """
-    if word not in known:
-        raise UserError(f"--{name}: there is no {word!r}; choose from {', '.join(known)}.")
-    return word
+def what_takes_less(options: Options) -> str:
+    """Which options make an evaluation take less memory of the GPU."""
+    sizes = {"batch_size": options.batch_size, "block_frames": options.block_frames}
+    ways = [f"a smaller --{name} (now {size})" for name, size in sizes.items() if size > 1]
+    return "; ".join([*ways, "--device cpu, which is slow"])
 
 
 def default_out(checkpoint: Path) -> Path:

@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from finetune.args import TrainArgs
 from finetune.data import Batch, Codec, count_frames
 from finetune.distributed import World
 from finetune.loss import LossWeights, stream_sums
-from finetune.sharding import let_go
+from finetune.sharding import let_go, shard_size
 from ttt import TTTLMModel
 
 from .health import Alarm, alarms, check_health, means
@@ -70,6 +71,38 @@ def evaluate(
     }
 
 
+def build_speech_check(args: TrainArgs, codec: Codec, world: World) -> "SpeechCheck | None":
+    """The first process's, if the configuration asks for it and the run can do it; the log says why
+    it cannot."""
+    if not args.do_eval or args.health_sec == 0 or not world.is_main:
+        return None
+    if why := _why_unchecked(args, world.size):
+        logger.warning(
+            "health_sec: the health of speech is not checked in this run: %s. `moshi-ttt evaluate "
+            "--tasks health` checks it for a checkpoint; health_sec: 0 leaves it out",
+            why,
+        )
+        return None
+    return SpeechCheck(codec, health_sec=args.health_sec, seed=args.seed)
+
+
+def _why_unchecked(args: TrainArgs, num_processes: int) -> str | None:
+    if shard_size(args, num_processes) > 1:
+        return (
+            "a sharded model (parallel.shard_size) would have to be gathered from all processes "
+            "for every frame that it speaks"
+        )
+    least_frames = count_frames(MIN_HEALTH_SEC)
+    if count_frames(args.health_sec) < least_frames:
+        return f"it takes at least {MIN_HEALTH_SEC:g} s, and these are {args.health_sec:g} s"
+    if count_frames(args.duration_sec) < count_frames(PROMPT_SEC) + least_frames:
+        return (
+            f"it takes segments (duration_sec) of {PROMPT_SEC + MIN_HEALTH_SEC:g} s, and these are "
+            f"of {args.duration_sec:g} s"
+        )
+    return None
+
+
 class SpeechCheck:
     """Continuations of the first complete segments of the evaluation data, the same every time.
 
@@ -88,11 +121,10 @@ class SpeechCheck:
         self, model: TTTLMModel, batches: Iterable[Batch]
     ) -> tuple[dict[str, float], list[Alarm]]:
         """The measures by name, `health/entropy` and so on, and what is wrong with them; nothing if
-        no segment is long enough or the device has no memory for it."""
+        no segment is complete or the device has no memory for it."""
         if self._codes is None:
             self._codes = self._first_segments(batches)
-        num_rows, _, num_frames = self._codes.shape
-        if not num_rows or num_frames < self.prompt_frames + count_frames(MIN_HEALTH_SEC):
+        if not len(self._codes):
             return {}, []
         was_training = model.training
         model.eval()

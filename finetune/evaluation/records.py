@@ -35,11 +35,13 @@ class Records:
         if lines:
             earlier = _parse(path, lines[0], "--out").get("fingerprint")
             if earlier != header["fingerprint"]:
-                raise UserError(
-                    f"--out: {path} holds results of another evaluation "
-                    f"({_difference(earlier, header['fingerprint'])}). Choose another --out, or "
-                    f"delete that file."
-                )
+                if lines[1:] or not isinstance(earlier, dict):
+                    raise UserError(
+                        f"--out: {path} holds results of another evaluation "
+                        f"({_difference(earlier, header['fingerprint'])}). Choose another --out, "
+                        f"or delete that file."
+                    )
+                lines = []  # it was stopped before its first result: there is nothing to mix
             self.records = [_parse(path, line, "--out") for line in lines[1:]]
         try:
             if lines:

@@ -9,7 +9,6 @@ import json
 import logging
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -23,18 +22,20 @@ from finetune.data.audio import inspect_audio
 from finetune.data.problems import FileProblem
 from finetune.data.sources import Recording, check_recordings
 from finetune.data.text import read_transcript
+from finetune.distributed import peak_memory_gb
 from finetune.errors import UserError
 from finetune.generate import checkpoint_args, load_for_inference
 from finetune.loss import LossWeights
-from finetune.metrics import open_wandb
 
+from .baseline import Baseline
 from .codes import encode_to_file
 from .conclusions import conclusions
+from .dashboard import to_wandb
 from .health import check_health
-from .options import Options, check_options
+from .options import Options, check_options, what_takes_less
 from .pairs import Pair, PairTask, read_pairs, zerospeech_lines
 from .position import PositionTask, estimated_frames, frames_of, long_enough
-from .records import Records, checkpoint_fingerprint, read_records
+from .records import Records, checkpoint_fingerprint
 from .report import html_report, write_tables
 from .streaming import check_attention_window
 from .summary import summarise_health, summarise_pairs, summarise_positions
@@ -74,7 +75,10 @@ class Evaluation:
             "max_frames": frames_of(options.max_sec),
             **dataclasses.asdict(self.weights),
         }
-        self.baseline = self._baseline() if "position" in options.tasks else []
+        self.baseline: Baseline | None = None
+        if options.baseline is not None:
+            self.baseline = Baseline(options.baseline, self.position_settings, self.recordings)
+            self.missing["baseline"] = self.baseline.missing
         self._check_reset()
         self.model, self.codec = load_for_inference(options.checkpoint, options.device)
         self.window_frames = check_attention_window(self.model)
@@ -135,7 +139,7 @@ class Evaluation:
             )
         found = task.results()
         summary = summarise_positions(
-            [*found, *self._comparable(found)],
+            found + (self.baseline.comparable(found) if self.baseline else []),
             bin_frames=task.bin_frames,
             window_frames=self.window_frames,
             vocabulary=self.vocabulary,
@@ -196,60 +200,6 @@ class Evaluation:
                 f"Reset every {wanted} frames, it would never read what it has learnt, and the arm "
                 f"`reset` would be the arm `off`. Give at least {least}, better some times that."
             )
-
-    def _baseline(self) -> list[dict[str, Any]]:
-        """The loss of an earlier evaluation of another checkpoint, as an arm of this one.
-
-        Raises:
-            UserError: there is none, or it cannot be compared with this one.
-        """
-        if self.options.baseline is None:
-            return []
-        header, records = read_records(self.options.baseline / "position.jsonl")
-        for name, value in self.position_settings.items():
-            if header.get(name) != value:
-                raise UserError(
-                    f"--baseline: {self.options.baseline} was evaluated with {name} "
-                    f"{header.get(name)}, and this is {value}: they cannot be compared."
-                )
-        wanted = "on" if any(record["arm"] == "on" for record in records) else "off"
-        own = {recording.path.resolve(): recording.path for recording in self.recordings}
-        # The last record of a recording is that of its file's last version.
-        found = {
-            path: record | {"arm": "baseline", "recording": str(own[path])}
-            for record in records
-            if record["arm"] == wanted and (path := Path(record["recording"]).resolve()) in own
-        }
-        unchanged = [
-            record
-            for path, record in found.items()
-            if self._is_of_the_same(record, path.stat().st_size, "size_bytes")
-        ]
-        if not unchanged:
-            raise UserError(
-                f"--baseline: {self.options.baseline} is of other recordings than these"
-                f"{', or of what their files once were' if found else ''}."
-            )
-        return unchanged
-
-    def _comparable(self, records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Those of the baseline's records that are of the same frames as these."""
-        num_frames = {record["recording"]: record["num_frames"] for record in records}
-        return [
-            record
-            for record in self.baseline
-            if (frames := num_frames.get(record["recording"]))
-            and self._is_of_the_same(record, frames, "num_frames")
-        ]
-
-    def _is_of_the_same(self, record: Mapping[str, Any], value: int, name: str) -> bool:
-        """Lists the recording as missing if the baseline has read something else."""
-        if record[name] == value:
-            return True
-        text = f"{record['recording']}: {name} was {record[name]} in the baseline, is {value}"
-        self.missing.setdefault("baseline", []).append(text)
-        logger.warning("missing: %s", text)
-        return False
 
     def paired(self) -> dict[str, Any]:
         options = self.options
@@ -416,12 +366,23 @@ class Evaluation:
         page = html_report(results)
         (out / "report.html").write_text(page, encoding="utf-8")
         if self.options.wandb.project:
-            _to_wandb(self.options, results, page)
+            to_wandb(self.options, results, page)
 
 
 def evaluate_checkpoint(options: Options) -> dict[str, Any]:
-    """Run the tasks of `options` and write the results; returns what `results.json` holds."""
-    return Evaluation(options).run()
+    """Run the tasks of `options` and write the results; returns what `results.json` holds.
+
+    Raises:
+        UserError: see `Evaluation`; or the GPU's memory is too small.
+    """
+    try:
+        return Evaluation(options).run()
+    except torch.OutOfMemoryError as error:
+        peak_gb = peak_memory_gb(torch.device("cuda"))
+        raise UserError(
+            f"The GPU ran out of memory ({peak_gb:.1f} GB were in use at most). Less memory takes: "
+            f"{what_takes_less(options)}. What is done is kept in {options.out}."
+        ) from error
 
 
 def _name(checkpoint: Path) -> str:
@@ -432,30 +393,3 @@ def _name(checkpoint: Path) -> str:
 
 def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
-
-
-def scalars(results: Mapping[str, Any]) -> dict[str, float]:
-    """Single numbers of the results by name, for a dashboard."""
-    found: dict[str, Any] = {}
-    position = results.get("position", {})
-    compared = [("-".join(d["arms"]), d) for d in position.get("differences", [])]
-    for name, of_stream in [*position.get("arms", {}).items(), *compared]:
-        for stream in position["guessing"]:
-            for place in ("mean", "beyond_window"):
-                found[f"position/{name}/{stream}/{place}"] = of_stream[stream][place]["value"]
-    if "pairs" in results:
-        groups: Sequence[tuple[str, Any]] = [*results["pairs"]["groups"].items()]
-        for name, group in [("all", results["pairs"]["all"]), *groups]:
-            found[f"pairs/{name}/accuracy"] = group["accuracy"]["value"]
-    for name, of in results.get("health", {}).get("measures", {}).items():
-        found[f"health/{name}"] = of["generated"]["value"]
-    return {name: value for name, value in found.items() if value is not None}
-
-
-def _to_wandb(options: Options, results: Mapping[str, Any], page: str) -> None:
-    config = {"evaluation": dict(results["options"]), "model": results["model"]}
-    run = open_wandb(options.out, options.wandb, config, resumed=False)
-    import wandb
-
-    run.log({**scalars(results), "report": wandb.Html(page, inject=False)})
-    run.finish()

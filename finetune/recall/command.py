@@ -1,17 +1,80 @@
 """`moshi-ttt recall`: run what is asked for, write the results, and say what came out."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, get_args
 
 from finetune.console import setup_logging
 from finetune.distributed import join_world
 from finetune.errors import UserError
+from finetune.option_values import items, whole_number, whole_numbers
 from finetune.recall import report, study
 from finetune.recall.experiment import run
 from finetune.recall.presets import ARMS, Preset, preset
 from finetune.recall.streams import Variant
+
+
+def run_command(given: Mapping[str, str]) -> str:
+    """See `finetune.cli.recall`; returns what it prints.
+
+    Args:
+        given: the options that were given, as typed, by name.
+    """
+    study_name = given.get("study")
+    _refuse_unread(study_name, given.keys() - {"out", "study"})
+    size, variant = given.get("preset") or "cpu", given.get("variant") or "text"
+    out = Path(given["out"]) if given.get("out") else default_out(study_name, size, variant)
+    if study_name == "keys":
+        return run_key_study(out, widths=_widths(given))
+    where: dict[str, Any] = {
+        "seeds": whole_numbers("seeds", given.get("seeds", "0"), low=0),
+        "device": given.get("device") or "auto",
+        "workers": whole_number("workers", given.get("workers", "1"), low=1),
+    }
+    if study_name == "scale":
+        return run_scale_study(out, widths=_widths(given), **where)
+    return run_recall(
+        out,
+        size=size,
+        variant=variant,
+        arms=items("arms", given["arms"]) if "arms" in given else [],
+        num_steps=whole_number("steps", given["steps"], low=2) if "steps" in given else None,
+        lengths=_lengths(given["lengths"]) if "lengths" in given else None,
+        **where,
+    )
+
+
+def _refuse_unread(study_name: str | None, given: Set[str]) -> None:
+    """Options that what is asked for does not read."""
+    common = {"seeds", "workers", "device"}
+    read = {
+        None: {"preset", "variant", "arms", "steps", "lengths"} | common,
+        "scale": {"widths"} | common,
+        "keys": {"widths"},
+    }
+    if study_name not in read:
+        raise UserError(f"--study: there is no {study_name!r}; choose scale or keys.")
+    if given - read[study_name]:
+        unread = ", ".join(f"--{name}" for name in sorted(given - read[study_name]))
+        mode = f"with --study {study_name}" if study_name else "without --study"
+        raise UserError(f"{unread}: not read {mode}; leave it out.")
+
+
+def _widths(given: Mapping[str, str]) -> list[int]:
+    return whole_numbers("widths", given["widths"], low=16) if "widths" in given else []
+
+
+def _lengths(text: str) -> list[int]:
+    lengths = whole_numbers("lengths", text, low=0)
+    if lengths == [0]:
+        return []
+    if min(lengths) < 2:
+        raise UserError(
+            "--lengths: expected whole numbers of at least 2 (the trained length is always "
+            f"measured), or 0 alone for none, got {text!r}."
+        )
+    return lengths
 
 
 def run_recall(
@@ -42,7 +105,7 @@ def run_recall(
         chosen = dataclasses.replace(chosen, lengths=_counts(lengths, chosen.lengths))
     if num_steps is not None:
         chosen = dataclasses.replace(chosen, num_steps=num_steps)
-    _prepare(out)
+    _prepare(out, f"--preset {size} --variant {variant}")
     results = run(
         chosen,
         out / "runs",
@@ -66,7 +129,7 @@ def run_scale_study(
     """
     setup_logging()
     _check_widths(widths)
-    _prepare(out)
+    _prepare(out, "--study scale")
     results = study.run_study(
         study.cells(widths=widths or study.WIDTHS, seeds=seeds),
         out / "runs",
@@ -96,7 +159,7 @@ def run_key_study(out: Path, *, widths: Sequence[int]) -> str:
         UserError: `out` cannot be written.
     """
     _check_widths(widths)
-    _prepare(out)
+    _prepare(out, "--study keys")
     lines = [
         "Cosine of z at a question and at its own fact / at the others (share of questions nearest "
         "to their own fact), before training:",
@@ -120,8 +183,13 @@ def default_out(study_name: str | None, size: str, variant: str) -> Path:
     return Path("runs/recall") / name
 
 
-def _prepare(out: Path) -> None:
-    """Make the folders and write to them, before hours are spent on what could not be kept."""
+def _prepare(out: Path, experiment: str) -> None:
+    """Make the folders and write to them, before hours are spent on what could not be kept.
+
+    Raises:
+        UserError: that is impossible, or another experiment's results are there: they have the same
+            names, and would be replaced.
+    """
     for folder in (out, out / "runs"):
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -130,6 +198,15 @@ def _prepare(out: Path) -> None:
             trial.unlink()
         except OSError as error:
             raise UserError(f"--out: cannot write to {folder}: {error.strerror}.") from error
+    mark = out / "experiment.txt"
+    earlier = mark.read_text().strip() if mark.is_file() else experiment
+    if earlier != experiment:
+        raise UserError(
+            f"--out: {out} has the results of `moshi-ttt recall {earlier}`, which those of "
+            f"{experiment} would replace. Name another folder, or none: without --out each "
+            f"experiment has its own."
+        )
+    mark.write_text(f"{experiment}\n")
 
 
 def _check_widths(widths: Sequence[int]) -> None:
