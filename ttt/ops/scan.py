@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ttt.ops import scan_kernels as kernels
 from ttt.ops.linear import EPSILON, InnerLayers, flatten
+from ttt.ops.scan_mlp_backward import mlp_backward
 
 SPLIT_TYPES: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
 """For frames of these types, factors of products are split in two bfloat16 terms, which is exact to
@@ -26,6 +27,9 @@ way are split once; float32 frames take three products of TensorFloat32, more ex
 TILE = 32
 """Rows of W, or hidden units, at once."""
 WARPS = 4
+BACKWARD_REGISTERS = 128
+"""Of a thread in TTT-MLP's backward kernel, for mini-batches of 16 frames: so that a multiprocessor
+holds four programs that wait for memory in turn. Larger ones would not fit."""
 
 
 def scan(
@@ -111,11 +115,13 @@ class _Scan(torch.autograd.Function):
                 for x in starts[index * count : (index + 1) * count]
             )
             kept = _forward(saved, weights, out, ctx.num_writes, first, last, keep=True)
+            bounded = count == 4 and q.shape[3] == 16
             _launch(
-                kernels.linear_backward if count == 2 else kernels.mlp_backward,
+                kernels.linear_backward if count == 2 else mlp_backward,
                 saved,
                 (*weights, *kept, d_out, *d_frames, d_scale, *d_norm, *d_weights),
                 (ctx.num_writes, first, last),
+                maxnreg=BACKWARD_REGISTERS if bounded else None,
             )
         d_shared = (d_scale.sum((0, 1)), *(x.sum(0) for x in d_norm))
         return *d_frames, *d_shared, None, None, *d_weights
@@ -170,7 +176,7 @@ def _launch(
 ) -> None:
     batch, heads, num_batches, size, width = frames[0].shape
     num_units = width
-    if kernel in (kernels.mlp_forward, kernels.mlp_backward):
+    if kernel in (kernels.mlp_forward, mlp_backward):
         num_units = options["D"] = others[1].shape[-1]
     kernel[(batch * heads,)](
         *frames,
