@@ -65,7 +65,8 @@ def scan(
     """`ttt.ops.linear.inner_scan` of frames laid out in mini-batches.
 
     Args:
-        q, k, v: [B, H, N, K, f], K and f powers of two from 16 on, f at most 128.
+        q, k, v: [B, H, N, K, f], K and f powers of two from 16 on, f at most 128, K at most 64,
+            with two layers 32: for more frames at once, what all parts have would not fit.
         eta: [B, H, N, K]; this and all that follow in float32.
         layers: [B, H, in, out] and [B, H, out], one or two of them.
         ln_weight, ln_bias: [H, f].
@@ -245,7 +246,8 @@ def _launch(
     if kernel in (kernels.mlp_forward, kernels.mlp_backward):
         num_units = options["D"] = others[1].shape[-1]
     if kernel is kernels.mlp_forward:
-        tile, warps = shape.tile, options["PARTS"]
+        # All parts have all of a tile's units for all frames.
+        tile, warps = max(16, shape.tile * 16 // size), options["PARTS"]
     kernel[(batch * heads,)](
         *frames,
         *others,
