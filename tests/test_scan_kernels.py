@@ -24,7 +24,7 @@ def test_kernels_interpreted_on_the_cpu():
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
-    assert "10 passed" in done.stdout
+    assert "18 passed" in done.stdout
 
 
 def on_a_device(test):
@@ -107,10 +107,71 @@ def test_activation_checkpointing_around_the_kernels_changes_nothing(method, ker
     def checkpointed(*args, **options):
         return checkpoint(op, *args, **options, use_reentrant=False)
 
-    expected = kernels(op, *inputs, torch.float32, scan_checkpoint_group_size=2)
-    found = kernels(checkpointed, *inputs, torch.float32, scan_checkpoint_group_size=2)
-    for a, b in zip(found, expected, strict=True):
-        assert torch.equal(a, b)
+    for group_size in (2, None):
+        expected = kernels(op, *inputs, torch.float32, scan_checkpoint_group_size=group_size)
+        found = kernels(checkpointed, *inputs, torch.float32, scan_checkpoint_group_size=group_size)
+        for a, b in zip(found, expected, strict=True):
+            assert torch.equal(a, b)
+
+
+@on_a_device
+@every_method
+@pytest.mark.parametrize("group_size", [2, None])
+def test_a_second_pass_backwards_gives_the_same(method, group_size, kernels):
+    """Though the first one uses up what the forward pass kept."""
+    op = METHODS[method][0]
+    inputs = moderate_inputs(method, 40, 16, 16, False)
+
+    def twice(*args, **options):
+        out, state = op(*args, **options)
+        leaves = [*args, options["token_scale"]]
+        first, second = (torch.autograd.grad(out.sum(), leaves, retain_graph=True) for _ in "12")
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+        return out, state
+
+    kernels(twice, *inputs, torch.float32, scan_checkpoint_group_size=group_size)
+
+
+@on_a_device
+@every_method
+def test_what_is_kept_is_not_made_again(method, kernels, monkeypatch):
+    """A group is gone through forwards once, if all is kept; else again by the backward pass."""
+    from ttt.ops import scan
+
+    op, launch, passes = METHODS[method][0], scan._launch, []
+
+    def counted(kernel, *args, **options):
+        passes.append((kernel.__name__.split("_")[1], options.get("KEEP")))
+        return launch(kernel, *args, **options)
+
+    def without_gradients(*args, **options):
+        with torch.no_grad():
+            op(*args, **options)
+        return op(*args, **options)
+
+    monkeypatch.setattr(scan, "_launch", counted)
+    inputs = moderate_inputs(method, 40, 16, 16, False)
+    for group_size, expected in (
+        (None, [("forward", False), ("forward", True), ("backward", None)]),
+        (2, 3 * [("forward", False)] + 2 * [("forward", True), ("backward", None)]),
+    ):
+        passes.clear()
+        kernels(without_gradients, *inputs, torch.float32, scan_checkpoint_group_size=group_size)
+        assert passes == expected
+
+
+@on_a_device
+@every_method
+def test_weights_are_rebuilt_through_many_mini_batches(method, kernels):
+    """Backwards those of a start come from those of the end, by as many additions."""
+    op = METHODS[method][0]
+    count = 25 if INTERPRETED else 150
+    (*arguments,), token_scale = moderate_inputs(method, 16 * count, 16, 16, False)
+    arguments = [x[:1] if index < 4 else x for index, x in enumerate(arguments)]
+    exact = values_and_gradients(op, arguments, token_scale, torch.float64)
+    found = kernels(op, arguments, token_scale, torch.float32, scan_checkpoint_group_size=None)
+    for a, b in zip(found, exact, strict=True):
+        assert (a - b).norm() / b.norm() < 2e-5
 
 
 @on_a_device

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import random_codes, tiny_linear_args, tiny_model
 from training_tools import (
     LORA,
     assert_same_weights,
@@ -14,6 +15,7 @@ from training_tools import (
 from finetune.checkpoint import load_trained_weights
 from finetune.config import load_config
 from finetune.model import find_checkpoint, load_model, parameters_by_role
+from ttt.layers import linear
 
 LINEAR = {
     "ttt.method": "linear",
@@ -121,3 +123,22 @@ def test_a_sequence_without_an_update_is_warned_of(config, tmp_path, capsys):
     train(config, tmp_path, {**LINEAR, "ttt.mini_batch_size": 25, "max_steps": 1})
     out = capsys.readouterr().out
     assert "not longer than ttt.mini_batch_size (25 frames): TTT carries nothing on" in out
+
+
+@pytest.mark.parametrize("mode", [False, "selective", True])
+@pytest.mark.parametrize("size", [None, 3])
+def test_a_scan_keeps_everything_where_one_layer_does_at_a_time(mode, size, monkeypatch):
+    """With a group size of its own, that one."""
+    seen = set()
+
+    def watched(*args, scan_checkpoint_group_size, **kwargs):
+        seen.add(scan_checkpoint_group_size)
+        return scan(*args, scan_checkpoint_group_size=scan_checkpoint_group_size, **kwargs)
+
+    scan = linear.inner_scan
+    monkeypatch.setattr(linear, "inner_scan", watched)
+    model = tiny_model(tiny_linear_args(scan_checkpoint_group_size=size)).train()
+    model.execution.checkpointing = mode
+    output = model(random_codes(num_frames=12), with_heads=False)
+    output.text.sum().backward()
+    assert seen == {size or (None if mode is True else 16)}

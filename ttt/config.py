@@ -101,9 +101,11 @@ class TTTArgs:
     gate_init: float = 0.1
     """α at the start: the layers of `linear` and `mlp` are added with a weight of tanh(α)."""
 
-    scan_checkpoint_group_size: int = 16
+    scan_checkpoint_group_size: int | None = None
     """Mini-batches that `linear` and `mlp` keep together for the backward pass: less memory for
-    small groups, as only the fast weights are kept between them."""
+    small groups, as only the fast weights are kept between them, and one pass forwards more. null:
+    all of them with `gradient_checkpointing: true`, where one layer at a time keeps anything, else
+    16."""
 
     attention_context: int | None = None
     """Frames that attention sees in the TTT layers; null: as many as in the others. With
@@ -163,7 +165,7 @@ class TTTArgs:
                 ("mini_batch_size", 2),
                 ("scan_checkpoint_group_size", 1),
             )
-            if getattr(self, name) < low
+            if getattr(self, name) is not None and getattr(self, name) < low
         ]
         if not 0 <= self.inner_learning_rate < float("inf"):
             found.append(("learning_rate", f"must be 0 or more, got {self.learning_rate}"))

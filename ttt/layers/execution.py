@@ -63,6 +63,12 @@ class Execution:
     checkpointing: Checkpointing = False
     compile: bool = False
 
+    @property
+    def makes_layers_again(self) -> bool:
+        """Whether the backward pass makes what a `split_layer` keeps, one layer after the other:
+        then it may be much."""
+        return self.checkpointing is True
+
     def layer(self, block: Callable[..., Any], *args: Any) -> Any:
         """`block(*args)`, a whole layer that can be compiled."""
         return self._run(block, self.checkpointing, *args)

@@ -25,6 +25,8 @@ from ttt.ops.linear import (
 )
 
 INIT_STD = 0.02
+GROUP_SIZE = 16
+"""`scan_checkpoint_group_size`, where all layers' share would be kept at once."""
 
 
 @dataclass
@@ -181,7 +183,7 @@ class TTTMixer(StreamingModule[TTTMixerState]):
             self.inner_norm_weight,
             self.inner_norm_bias,
             token_scale=token_scale,
-            scan_checkpoint_group_size=self.args.scan_checkpoint_group_size,
+            scan_checkpoint_group_size=self._scan_checkpoint_group_size,
         )
         update = self.execution.piece(TTTMixer._finish, self, mixed, x)
         if self.measure:
@@ -206,6 +208,14 @@ class TTTMixer(StreamingModule[TTTMixerState]):
             q = ops.rope(q, positions, theta=self.args.rope_theta).to(v.dtype)
             k = ops.rope(k, positions, theta=self.args.rope_theta).to(v.dtype)
         return q, k, v, *self._learning_rates(normed)
+
+    @property
+    def _scan_checkpoint_group_size(self) -> int | None:
+        """As the operators take it: None keeps everything."""
+        size = self.args.scan_checkpoint_group_size
+        if size is None and not self.execution.makes_layers_again:
+            return GROUP_SIZE
+        return size
 
     def _finish(self, mixed: Tensor, x: Tensor) -> Tensor:
         """What is added to x, of the operator's [B, H, T, f]."""

@@ -293,7 +293,7 @@ def inner_scan(
         (w.to(dtype).expand(batch, *w.shape[-3:]), b.to(dtype).expand(batch, *b.shape[-2:]))
         for w, b in layers
     )
-    if documents is None and _fits(q):
+    if documents is None and _fits(q) and size <= (64, 32)[len(layers) - 1]:
         # Triton is imported where there is a use for it.
         from ttt.ops.scan import scan
 

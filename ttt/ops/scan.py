@@ -4,13 +4,16 @@ Every head of every row is a scan of its own, over mini-batches of a few frames:
 products as PyTorch would launch kernels for, hundreds of them a mini-batch with their gradients.
 Here one program takes one head through a whole group, forwards or backwards.
 
-Between groups the fast weights are kept. The backward pass runs a group forwards again, keeps what
-the layers gave for its frames, and then goes through it from its end: a mini-batch's own weights
-are those of its end with what it wrote added back, `W_n = W_{n+1} + xᵀ (η ⊙ g)`, so no weights are
-kept inside a group.
+The backward pass needs what the layers gave for the group's frames, and goes through it from its
+end: a mini-batch's own weights are those of its end with what it wrote added back,
+`W_n = W_{n+1} + xᵀ (η ⊙ g)`, so no weights are kept inside a group. With groups, the fast weights
+are kept between them, and the backward pass runs each forwards again; without, all mini-batches are
+one group, and the forward pass keeps what the layers gave.
 """
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,12 +27,28 @@ SPLIT_TYPES: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
 """For frames of these types, factors of products are split in two bfloat16 terms, which is exact to
 some 16 bits, and to all where the factor is bfloat16. Factors are shared by many products, and this
 way are split once; float32 frames take three products of TensorFloat32, more exact and slower."""
-TILE = 32
-"""Rows of W, or hidden units, at once."""
-WARPS = 4
-BACKWARD_REGISTERS = 128
-"""Of a thread in TTT-MLP's backward kernel, for mini-batches of 16 frames: so that a multiprocessor
-holds four programs that wait for memory in turn. Larger ones would not fit."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How a kernel is compiled."""
+
+    tile: int = 32
+    """Rows of W, or hidden units, at once."""
+    warps: int = 4
+    stages: int = 1
+    """Loading ahead made TTT-MLP slower; its registers are full."""
+    max_registers: int | None = None
+    """Of a thread, with mini-batches of 16 frames: more programs then share a multiprocessor, and
+    wait for memory in turn. What larger ones hold would not fit."""
+
+
+SHAPES = {
+    "linear_forward": Shape(),
+    "linear_backward": Shape(),
+    "mlp_forward": Shape(),
+    "mlp_backward": Shape(max_registers=128),
+}
 
 
 def scan(
@@ -48,21 +67,28 @@ def scan(
     """`ttt.ops.linear.inner_scan` of frames laid out in mini-batches.
 
     Args:
-        q, k, v: [B, H, N, K, f], K and f powers of two from 16 on, f at most 128.
+        q, k, v: [B, H, N, K, f], K and f powers of two from 16 on, f at most 128, K at most 64,
+            with two layers 32: for more frames at once, what all parts have would not fit.
         eta: [B, H, N, K]; this and all that follow in float32.
         layers: [B, H, in, out] and [B, H, out], one or two of them.
         ln_weight, ln_bias: [H, f].
         token_scale: [K].
         num_writes: how many mini-batches write: N, or N − 1 if the last is incomplete.
-        group_size: mini-batches between which nothing but the fast weights is kept.
+        group_size: mini-batches between which nothing but the fast weights is kept; None: all
+            is kept that the backward pass needs.
 
     Returns:
         [B, H, N, K, f] in the dtype of q, and the weights afterwards.
     """
-    group_size = group_size or q.shape[2]
-    out, *weights = _Scan.apply(
-        q, k, v, eta, token_scale, ln_weight, ln_bias, num_writes, group_size, *flatten(layers)
-    )
+    frames = q, k, v, eta, token_scale, ln_weight, ln_bias
+    weights: tuple[Tensor, ...] = flatten(layers)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (*frames, *weights)):
+        out, *weights = _Scan.apply(*frames, num_writes, group_size, *weights)
+    else:
+        contiguous = tuple(x.contiguous() for x in frames)
+        out = torch.empty_like(contiguous[0])
+        everything = (0, q.shape[2])
+        weights, _ = _forward(contiguous, weights, out, num_writes, everything, keep=False)
     return out, tuple(zip(weights[0::2], weights[1::2], strict=True))
 
 
@@ -78,51 +104,56 @@ class _Scan(torch.autograd.Function):
         ln_weight: Tensor,
         ln_bias: Tensor,
         num_writes: int,
-        group_size: int,
+        group_size: int | None,
         *weights: Tensor,
     ) -> tuple[Tensor, ...]:
         frames = tuple(x.contiguous() for x in (q, k, v, eta, token_scale, ln_weight, ln_bias))
         out = torch.empty_like(frames[0])
+        groups = _groups(q.shape[2], group_size or q.shape[2])
         starts: list[Tensor] = []
-        for first, last in _groups(q.shape[2], group_size):
+        kept: tuple[Tensor, ...] = ()
+        for group in groups:
             starts += weights
-            weights = tuple(x.clone(memory_format=torch.contiguous_format) for x in weights)
-            _forward(frames, weights, out, num_writes, first, last, keep=False)
-        ctx.save_for_backward(*frames, *starts)
-        ctx.num_writes, ctx.group_size = num_writes, group_size
+            weights, kept = _forward(
+                frames, weights, out, num_writes, group, keep=group_size is None
+            )
+        ctx.has_kept = group_size is None
+        ctx.save_for_backward(*frames, *starts, *((*weights, *kept) if ctx.has_kept else ()))
+        ctx.num_writes, ctx.groups = num_writes, groups
         return out, *weights
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         # Once: under activation checkpointing they can be asked for once.
-        tensors = ctx.saved_tensors
-        saved, starts = tensors[:7], tensors[7:]
-        *frames, _, _, _ = saved
+        saved = list(ctx.saved_tensors)
+        count = len(grads) - 1
+        frames = tuple(saved[:7])
+        starts, saved = saved[7 : 7 + count * len(ctx.groups)], saved[7 + count * len(ctx.groups) :]
+        ends, kept = saved[:count], tuple(saved[count:])
         q, eta = frames[0], frames[3]
         d_out = grads[0].contiguous()
         d_weights = [x.clone(memory_format=torch.contiguous_format) for x in grads[1:]]
-        count = len(d_weights)
-        d_frames = [torch.empty_like(x) for x in frames]
+        d_frames = [torch.empty_like(x) for x in frames[:4]]
         lead = q.shape[:2]
         # Of each program its own; summed over the batch below.
         d_scale = eta.new_zeros(*lead, q.shape[3])
         d_norm = [eta.new_zeros(*lead, q.shape[4]) for _ in range(2)]
-        out = torch.empty_like(q)
-        groups = _groups(q.shape[2], ctx.group_size)
-        for index, (first, last) in reversed(list(enumerate(groups))):
-            weights = tuple(
-                x.clone(memory_format=torch.contiguous_format)
-                for x in starts[index * count : (index + 1) * count]
-            )
-            kept = _forward(saved, weights, out, ctx.num_writes, first, last, keep=True)
-            bounded = count == 4 and q.shape[3] == 16
+        scratch = _scratch(q, starts[:count])
+        out = q.new_empty(0) if ctx.has_kept else torch.empty_like(q)
+        for index, group in reversed(list(enumerate(ctx.groups))):
+            if ctx.has_kept:
+                weights = tuple(x.clone() for x in ends)
+            else:
+                start = tuple(starts[index * count : (index + 1) * count])
+                weights, kept = _forward(frames, start, out, ctx.num_writes, group, keep=True)
             _launch(
                 kernels.linear_backward if count == 2 else mlp_backward,
-                saved,
-                (*weights, *kept, d_out, *d_frames, d_scale, *d_norm, *d_weights),
-                (ctx.num_writes, first, last),
-                maxnreg=BACKWARD_REGISTERS if bounded else None,
+                frames,
+                (*weights, scratch, *kept, d_out, *d_frames, d_scale, *d_norm, *d_weights),
+                (ctx.num_writes, *group),
             )
+        # Some of what was kept is overwritten. Another pass, if one is asked for, goes forwards.
+        ctx.has_kept = False
         d_shared = (d_scale.sum((0, 1)), *(x.sum(0) for x in d_norm))
         return *d_frames, *d_shared, None, None, *d_weights
 
@@ -136,35 +167,72 @@ def _forward(
     weights: tuple[Tensor, ...],
     out: Tensor,
     num_writes: int,
-    first: int,
-    last: int,
+    group: tuple[int, int],
     *,
     keep: bool,
-) -> tuple[Tensor, ...]:
-    """Changes `weights` and the group's part of `out`; what the backward pass needs, if `keep`."""
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """The weights after a group, whose part of `out` it fills; and what the backward pass needs, if
+    `keep`."""
     rows, size, width = math.prod(out.shape[:2]), *out.shape[3:]
-    num_kept = rows * size * (last - first)
-
-    def new(num_frames: int, *shape: int) -> Tensor:
-        return out.new_empty(num_frames if keep else 0, *shape, dtype=torch.float32)
-
+    num_kept = rows * size * (group[1] - group[0])
     kept: tuple[Tensor, ...]
+
+    def new(*shape: int) -> Tensor:
+        return out.new_empty(num_kept if keep else 0, *shape, dtype=torch.float32)
+
     if len(weights) == 2:
-        scratch = out.new_empty(rows, size, 2 * width, dtype=torch.float32)
-        kept = (scratch, new(num_kept, width), new(num_kept, width))
-    else:
-        hidden = weights[1].shape[-1]
-        scratch = out.new_empty(rows, size, 5 * hidden + 2 * width, dtype=torch.float32)
-        shapes = (hidden, hidden, hidden, width, width, size)
-        kept = (scratch, *(new(num_kept, n) for n in shapes))
+        kept = new(width), new(width)
+        after = tuple(x.clone(memory_format=torch.contiguous_format) for x in weights)
+        _launch(
+            kernels.linear_forward,
+            frames,
+            (*after, out, _scratch(out, weights), *kept),
+            (num_writes, *group),
+            KEEP=keep,
+        )
+        return after, kept
+    w1, b1, w2, b2 = weights
+    hidden = b1.shape[-1]
+    kept = *(new(hidden) for _ in range(3)), new(width), new(width), new(size)
+    parts = _parts(width)
+    w1, w2 = (x.contiguous() for x in in_lines(w1, w2, parts))
+    b1, b2 = (x.clone(memory_format=torch.contiguous_format) for x in (b1, b2))
+    scratch = out.new_empty(rows, size, 2 * hidden + 3 * width, dtype=torch.float32)
     _launch(
-        kernels.linear_forward if len(weights) == 2 else kernels.mlp_forward,
+        kernels.mlp_forward,
         frames,
-        (*weights, out, *kept),
-        (num_writes, first, last),
+        (w1, b1, w2, b2, out, scratch, *kept),
+        (num_writes, *group),
         KEEP=keep,
+        PARTS=parts,
     )
-    return kept
+    found1, found2 = (x.new_empty(x.shape) for x in (weights[0], weights[2]))
+    for lines, found in zip(in_lines(found1, found2, parts), (w1, w2), strict=True):
+        lines.copy_(found)
+    return (found1, b1, found2, b2), kept
+
+
+def _parts(width: int) -> int:
+    """Parts that `mlp_forward` divides a head into, each one warp's."""
+    return min(SHAPES["mlp_forward"].warps, width // 16)
+
+
+def in_lines(w1: Tensor, w2: Tensor, parts: int) -> tuple[Tensor, Tensor]:
+    """Views of w1 [B, H, f, h] and w2 [B, H, h, f] in the order in which the threads of
+    `mlp_forward` hold them: of 16 hidden units and 8 columns of each part in turn, see
+    `scan_kernels._line`. Of these units, four in sequence are one thread's as columns."""
+    columns, units = (parts, -1, 4, 2), (-1, 4, 2, 2)
+    w1 = w1.unflatten(-1, units).unflatten(2, columns)
+    w2 = w2.unflatten(-1, columns).unflatten(2, units)
+    # Columns as part, piece, pair, of it; units as piece, four, of rows g and g + 8, of two rows.
+    return w1.permute(0, 1, 6, 3, 2, 7, 9, 4, 8, 5), w2.permute(0, 1, 2, 7, 6, 3, 5, 8, 4, 9)
+
+
+def _scratch(out: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """A program's own memory."""
+    per_frame = 2 * out.shape[-1] + (5 * weights[1].shape[-1] if len(weights) == 4 else 0)
+    rows, size = math.prod(out.shape[:2]), out.shape[3]
+    return out.new_empty(rows, size, per_frame, dtype=torch.float32)
 
 
 def _launch(
@@ -175,9 +243,13 @@ def _launch(
     **options: Any,
 ) -> None:
     batch, heads, num_batches, size, width = frames[0].shape
-    num_units = width
+    shape = SHAPES[kernel.__name__]
+    num_units, tile, warps = width, min(shape.tile, width), shape.warps
     if kernel in (kernels.mlp_forward, mlp_backward):
         num_units = options["D"] = others[1].shape[-1]
+    if kernel is kernels.mlp_forward:
+        # All parts have all of a tile's units for all frames.
+        tile, warps = max(16, shape.tile * 16 // size), options["PARTS"]
     kernel[(batch * heads,)](
         *frames,
         *others,
@@ -190,9 +262,9 @@ def _launch(
         K=size,
         F=width,
         SPLIT=frames[0].dtype in SPLIT_TYPES,
-        TILE=min(TILE, width),
-        num_warps=WARPS,
-        # Loading ahead made TTT-MLP slower; its registers are full.
-        num_stages=1,
+        TILE=tile,
+        num_warps=warps,
+        num_stages=shape.stages,
+        maxnreg=shape.max_registers if size == 16 else None,
         **options,
     )

@@ -281,8 +281,96 @@ def linear_backward(
     _add_to(d_token_scale + row * K + t, d_scale)
 
 
-# TTT-MLP. W1 and W2 go through in tiles of hidden units: they are larger than a multiprocessor's
-# memory. Factors are loaded inside the loops; kept outside, they would fill the registers ---------
+# TTT-MLP, forwards. The fast weights are larger than a multiprocessor's memory, so they stream
+# through, once a mini-batch: a tile of hidden units takes what mini-batch n writes, and at once
+# gives its part of what n reads and of what n + 1 gives for its keys, to both of which the old
+# weights and the steps since lead as well as the new ones do.
+#
+# Each warp has columns of its own of the head's width, PARTS of them, as the first dimension of all
+# that is multiplied. Triton gives the warps that dimension, so they meet only where they add what
+# they have for hidden units, once a tile. What is loaded and stored in the loop over tiles lies in
+# memory in the order in which the threads hold a product, `_line`; any other order would go through
+# shared memory, and all warps would wait for each other, twice for each tensor. -------------------
+
+
+@triton.jit
+def _add_dot(a, b, sum, SPLIT: tl.constexpr):
+    """A B + sum; see `_dot`."""
+    if not SPLIT:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), sum, input_precision="tf32x3")
+    elif a.dtype == tl.bfloat16 and b.dtype == tl.bfloat16:
+        return tl.dot(a, b, sum)
+    elif a.dtype == tl.bfloat16:
+        b_high, b_low = _halves(b.to(tl.float32))
+        return tl.dot(a, b_high, tl.dot(a, b_low, sum))
+    elif b.dtype == tl.bfloat16:
+        a_high, a_low = _halves(a.to(tl.float32))
+        return tl.dot(a_high, b, tl.dot(a_low, b, sum))
+    else:
+        a_high, a_low = _halves(a.to(tl.float32))
+        b_high, b_low = _halves(b.to(tl.float32))
+        return tl.dot(a_high, b_high, tl.dot(a_high, b_low, tl.dot(a_low, b_high, sum)))
+
+
+@triton.jit
+def _tile(line, PARTS: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+    """[PARTS, M, N] of its numbers in the order of `_line`."""
+    x = tl.reshape(line, (M // 16, N // 8, PARTS, 8, 4, 2, 2))
+    return tl.reshape(tl.permute(x, (2, 0, 5, 3, 1, 4, 6)), (PARTS, M, N))
+
+
+@triton.jit
+def _line(x, PARTS: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+    """[PARTS · M · N] in the order in which threads hold a product's 16 x 8 pieces: of four numbers
+    in turn, two neighbours of row g and the same two of row g + 8."""
+    x = tl.reshape(x, (PARTS, M // 16, 2, 8, N // 8, 4, 2))
+    return tl.reshape(tl.permute(x, (1, 4, 0, 3, 5, 2, 6)), (PARTS * M * N,))
+
+
+@triton.jit
+def _rows(x, PARTS: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+    """[PARTS · M · N] by threads as in `_line`, but four numbers in turn are those of a row that a
+    thread has in two neighbouring pieces; see `_row_places`."""
+    x = tl.reshape(x, (PARTS, M // 16, 2, 8, N // 16, 2, 4, 2))
+    return tl.reshape(tl.permute(x, (1, 4, 2, 0, 3, 6, 5, 7)), (PARTS * M * N,))
+
+
+@triton.jit
+def _row_places(PARTS: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+    """Rows and units of `_rows`, and whether it is this part's to store them, where all have the
+    same."""
+    i = tl.arange(0, PARTS * M * N)
+    rows = i // (256 * PARTS * (N // 16)) * 16 + i // (128 * PARTS) % 2 * 8 + i // 16 % 8
+    units = i // (256 * PARTS) % (N // 16) * 16 + i % 16
+    return rows, units, i // (128 * PARTS) % PARTS == i // 128 % PARTS
+
+
+@triton.jit
+def _all(x, PARTS: tl.constexpr):
+    """x [M, N] for all parts."""
+    return tl.broadcast_to(x[None], (PARTS, x.shape[0], x.shape[1]))
+
+
+@triton.jit
+def _swap(x):
+    return tl.permute(x, (0, 2, 1))
+
+
+@triton.jit
+def _add_two(a, b, x, y):
+    return a + x, b + y
+
+
+@triton.jit
+def _add_three(a, b, c, x, y, z):
+    return a + x, b + y, c + z
+
+
+@triton.jit
+def _gate(x):
+    """What the tanh-GELU multiplies x by, by instructions that take no care of tiny numbers."""
+    root = tl.rsqrt(1 + tl.exp2(x * (-2.302208198 - 0.1029432396 * x * x)))
+    return root * root
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -291,79 +379,120 @@ def mlp_forward(
     kept_z1, kept_zq1, kept_u, kept_z2, kept_zq2, kept_products2,
     num_heads, num_batches, num_writes, first, last, num_units,
     EPS: tl.constexpr, KEEP: tl.constexpr, K: tl.constexpr, F: tl.constexpr, D: tl.constexpr,
-    TILE: tl.constexpr, SPLIT: tl.constexpr,
+    TILE: tl.constexpr, SPLIT: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
+    """w1 and w2 are in the order of `ttt.ops.scan.in_lines`."""
+    C: tl.constexpr = F // PARTS
     row = tl.program_id(0).to(tl.int64)
     t, f, h = tl.arange(0, K), tl.arange(0, F), tl.arange(0, TILE)
-    frames, square = t[:, None] * F + f[None, :], t[:, None] * K + t[None, :]
-    part, units = t[:, None] * F + h[None, :], t[:, None] * D + h[None, :]
-    tile1 = row * F * D + h[:, None] + f[None, :] * D
-    tile2 = row * F * D + h[:, None] * F + f[None, :]
-    own = scratch + row * K * (3 * D + 2 * F)
-    own_z1, own_x2, own_xq2 = own + units, own + K * D + units, own + 2 * K * D + units
-    own_s2 = own + 3 * K * D + frames
+    p, c = tl.arange(0, PARTS)[:, None, None], tl.arange(0, C)[None, None, :]
+    frames, parts = t[:, None] * F + f[None, :], p * C + t[None, :, None] * F + c
+    squares = p * 0 + t[None, :, None] * K + t[None, None, :]
+    line = row * F * D + tl.arange(0, TILE * F)
+    # The order of units in a product; that in memory is natural, with four of a thread together.
+    units = (
+        row * D + p * 0 + (h // 16 * 16 + h // 2 % 4 * 4 + h // 8 % 2 * 2 + h % 2)[None, None, :]
+    )
+    unit_rows, unit_columns, own_rows = _row_places(PARTS, K, TILE)
+    places = unit_rows * D + unit_columns
+    # Of each frame and hidden unit, the same for all parts.
+    i = tl.arange(0, PARTS * K * TILE)
+    shared, own_line = (
+        i // (128 * PARTS) * 128 + i % 128,
+        i // (128 * PARTS) % PARTS == i // 128 % PARTS,
+    )
+    own = scratch + row * K * (2 * D + 3 * F)
+    own_x2, own_slope = own + shared, own + K * D + shared
+    own_s2, own_zq2, own_z2 = own + 2 * K * D, own + 2 * K * D + K * F, own + 2 * K * D + 2 * K * F
     norm_w = tl.load(norm_weight + row % num_heads * F + f)
     norm_b = tl.load(norm_bias + row % num_heads * F + f)
     scale, _causal, write_scale = _steps(token_scale, K)
     bias2 = tl.load(b2 + row * F + f)
-    for n in range(first, last):
-        here = (row * num_batches + n) * K
+    tl.store(own_s2 + frames, tl.zeros((K, F), tl.float32))
+    tl.debug_barrier()
+    # Before the first mini-batch there is one that neither reads nor writes.
+    for n in range(first - 1, last):
+        real, more = n >= first, n + 1 < last
+        here = (row * num_batches + tl.maximum(n, first)) * K
+        after = (row * num_batches + tl.minimum(n + 1, last - 1)) * K
         there = (row * (last - first) + n - first) * K
-        written = tl.where(n < num_writes, write_scale, 0.0)
-        z2 = tl.zeros((K, F), tl.float32) + bias2[None, :]
+        written = tl.where(real & (n < num_writes), write_scale, 0.0)
+        query, key = tl.load(q + here * F + parts), tl.load(k + here * F + parts)
+        next_key, s2 = tl.load(k + after * F + parts), tl.load(own_s2 + parts)
+        nothing = tl.zeros((PARTS, K, K), tl.float32)
+        steps1 = _add_dot(query, _swap(key), nothing, SPLIT)
+        next_steps1 = _add_dot(next_key, _swap(key), nothing, SPLIT)
+        steps1, next_steps1 = tl.reduce((steps1, next_steps1), 0, _add_two)
+        steps1 = _all(-scale * (steps1 + 1), PARTS)
+        next_steps1 = _all(-written * (next_steps1 + 1), PARTS)
+        products2 = tl.zeros((PARTS, K, K), tl.float32) + 1
+        zq2 = tl.zeros((PARTS, K, C), tl.float32)
+        z2 = tl.zeros((PARTS, K, C), tl.float32)
         for j in range(0, num_units, TILE):
-            key = tl.load(k + here * F + frames)
-            z1 = _dot(key, tl.trans(tl.load(w1 + tile1 + j)), SPLIT)
-            z1 += tl.load(b1 + row * D + j + h)[None, :]
-            tl.store(own_z1 + j, z1)
-            z2 += _dot(_gelu(z1), tl.load(w2 + tile2 + j * F), SPLIT)
-        target = tl.load(v + here * F + frames).to(tl.float32)
-        target -= tl.load(k + here * F + frames).to(tl.float32)
-        s2 = tl.load(eta + here + t)[:, None] * _gradient(z2, target, norm_w, norm_b, EPS, F)
-        tl.store(own_s2, s2)
-        if KEEP:
-            tl.store(kept_z2 + there * F + frames, z2)
-        steps1 = scale * _products(q + here * F + part, k + here * F + part, F, K, TILE, SPLIT)
-        zq2 = tl.zeros((K, F), tl.float32) + bias2[None, :]
-        tl.debug_barrier()
-        for j in range(0, num_units, TILE):
-            z1 = tl.load(own_z1 + j)
-            x2 = _gelu(z1)
-            tl.store(own_x2 + j, x2)
-            s2 = tl.load(own_s2)
-            weight2 = tl.load(w2 + tile2 + j * F)
-            u = _dot(s2, tl.trans(weight2), SPLIT)
-            changed2 = weight2 - _dot(tl.trans(x2), written * s2, SPLIT)
-            tl.store(w2 + tile2 + j * F, changed2)
-            s1 = _gelu_slope(z1) * u
-            weight1 = tl.load(w1 + tile1 + j)
-            bias1 = tl.load(b1 + row * D + j + h)
-            query = tl.load(q + here * F + frames)
-            zq1 = _dot(query, tl.trans(weight1), SPLIT) + bias1[None, :]
-            zq1 -= _dot(steps1, s1, SPLIT)
-            key = tl.load(k + here * F + frames)
-            changed1 = weight1 - _dot(tl.trans(written * s1), key, SPLIT)
-            tl.store(w1 + tile1 + j, changed1)
-            tl.store(b1 + row * D + j + h, bias1 - tl.sum(written * s1, 0))
-            xq2 = _gelu(zq1)
-            zq2 += _dot(xq2, weight2, SPLIT)
-            tl.store(own_xq2 + j, xq2)
+            weight2 = _tile(tl.load(w2 + line + j * F), PARTS, TILE, C)
+            weight1 = _tile(tl.load(w1 + line + j * F), PARTS, TILE, C)
+            x2 = tl.load(own_x2 + j * K, mask=real, other=0.0)
+            x2 = _tile(x2, PARTS, K, TILE)
+            slope = tl.load(own_slope + j * K, mask=real, other=0.0)
+            slope = _tile(slope, PARTS, K, TILE)
+            bias1 = tl.load(b1 + units + j)
+            # By each part: sums below.
+            u = tl.zeros((PARTS, K, TILE), tl.float32)
+            u = _add_dot(s2, _swap(weight2), u, SPLIT)
+            share = tl.broadcast_to(bias1 * (1 / PARTS), (PARTS, K, TILE))
+            zq1 = _add_dot(query, _swap(weight1), share, SPLIT)
+            z1 = _add_dot(next_key, _swap(weight1), share, SPLIT)
+            s1 = slope * u
+            zq1 = _add_dot(steps1, s1, zq1, SPLIT)
+            z1 = _add_dot(next_steps1, s1, z1, SPLIT)
+            weight2 = _add_dot(_swap(x2), -written * s2, weight2, SPLIT)
+            tl.store(w2 + line + j * F, _line(weight2, PARTS, TILE, C))
+            u, zq1, z1 = tl.reduce((u, zq1, z1), 0, _add_three)
+            # What is stored from here on, all warps have loaded.
+            tl.debug_barrier()
+            u, zq1, z1 = _all(u, PARTS), _all(zq1, PARTS), _all(z1, PARTS)
+            s1 = -written * slope * u
+            weight1 = _add_dot(_swap(s1), key, weight1, SPLIT)
+            tl.store(w1 + line + j * F, _line(weight1, PARTS, TILE, C))
+            tl.store(b1 + units + j, bias1 + tl.sum(s1, 1, keep_dims=True))
+            xq2 = zq1 * _gate(zq1)
+            gate = _gate(z1)
+            next_x2 = z1 * gate
+            slope = gate + next_x2 * (1 - gate) * (1.5957691216057308 + 0.2140644488 * z1 * z1)
+            tl.store(own_x2 + j * K, _line(next_x2, PARTS, K, TILE), mask=own_line)
+            tl.store(own_slope + j * K, _line(slope, PARTS, K, TILE), mask=own_line)
+            zq2 = _add_dot(xq2, weight2, zq2, SPLIT)
+            z2 = _add_dot(next_x2, weight2, z2, SPLIT)
+            products2 = _add_dot(xq2, _swap(x2), products2, SPLIT)
             if KEEP:
-                place = there * D + j + units
-                tl.store(kept_z1 + place, z1)
-                tl.store(kept_zq1 + place, zq1)
-                tl.store(kept_u + place, u)
+                place = there * D + j + places
+                tl.store(kept_zq1 + place, _rows(zq1, PARTS, K, TILE), mask=own_rows & real)
+                tl.store(kept_u + place, _rows(u, PARTS, K, TILE), mask=own_rows & real)
+                place += K * D
+                tl.store(kept_z1 + place, _rows(z1, PARTS, K, TILE), mask=own_rows & more)
+        # The weights have already taken the whole step.
+        steps2 = (products2 - 1) * written - products2 * scale[None]
+        tl.store(own_zq2 + parts, _add_dot(steps2, s2, zq2, SPLIT))
+        tl.store(own_z2 + parts, z2)
+        if KEEP:
+            tl.store(kept_products2 + there * K + squares, products2, mask=real)
         tl.debug_barrier()
-        products2 = _products(own_xq2, own_x2, num_units, K, TILE, SPLIT)
-        s2 = tl.load(own_s2)
-        zq2 -= _dot(products2 * scale, s2, SPLIT)
-        normed, _rstd = _normed(zq2, EPS, F)
+        z = tl.load(own_zq2 + frames) + bias2[None, :]
+        if KEEP:
+            tl.store(kept_zq2 + there * F + frames, z, mask=real)
+        normed, _rstd = _normed(z, EPS, F)
         found = tl.load(q + here * F + frames).to(tl.float32)
         found += normed * norm_w[None, :] + norm_b[None, :]
-        tl.store(out + here * F + frames, found.to(out.dtype.element_ty))
+        tl.store(out + here * F + frames, found.to(out.dtype.element_ty), mask=real)
+        bias2 -= written * tl.sum(tl.load(own_s2 + frames), 0)
+        z = tl.load(own_z2 + frames) + bias2[None, :]
         if KEEP:
-            tl.store(kept_zq2 + there * F + frames, zq2)
-            tl.store(kept_products2 + there * K + square, products2)
-        bias2 -= written * tl.sum(s2, 0)
+            tl.store(kept_z2 + (there + K) * F + frames, z, mask=more)
+        target = tl.load(v + after * F + frames).to(tl.float32)
+        target -= tl.load(k + after * F + frames).to(tl.float32)
+        rate = tl.load(eta + after + t)[:, None]
+        s = rate * _gradient(z, target, norm_w, norm_b, EPS, F)
+        tl.debug_barrier()
+        tl.store(own_s2 + frames, s)
         tl.debug_barrier()
     tl.store(b2 + row * F + f, bias2)
