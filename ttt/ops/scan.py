@@ -38,16 +38,13 @@ class Shape:
     warps: int = 4
     stages: int = 1
     """Loading ahead made TTT-MLP slower; its registers are full."""
-    max_registers: int | None = None
-    """Of a thread, with mini-batches of 16 frames: more programs then share a multiprocessor, and
-    wait for memory in turn. What larger ones hold would not fit."""
 
 
 SHAPES = {
-    "linear_forward": Shape(),
-    "linear_backward": Shape(),
-    "mlp_forward": Shape(),
-    "mlp_backward": Shape(max_registers=128),
+    "linear_forward": Shape(tile=64),
+    "linear_backward": Shape(tile=64),
+    "mlp_forward": Shape(tile=16, warps=2),
+    "mlp_backward": Shape(),
 }
 
 
@@ -132,7 +129,7 @@ class _Scan(torch.autograd.Function):
         ends, kept = saved[:count], tuple(saved[count:])
         q, eta = frames[0], frames[3]
         d_out = grads[0].contiguous()
-        d_weights = [x.clone(memory_format=torch.contiguous_format) for x in grads[1:]]
+        d_weights = _for_backward(grads[1:])
         d_frames = [torch.empty_like(x) for x in frames[:4]]
         lead = q.shape[:2]
         # Of each program its own; summed over the batch below.
@@ -142,20 +139,31 @@ class _Scan(torch.autograd.Function):
         out = q.new_empty(0) if ctx.has_kept else torch.empty_like(q)
         for index, group in reversed(list(enumerate(ctx.groups))):
             if ctx.has_kept:
-                weights = tuple(x.clone() for x in ends)
+                weights = tuple(ends)
             else:
                 start = tuple(starts[index * count : (index + 1) * count])
                 weights, kept = _forward(frames, start, out, ctx.num_writes, group, keep=True)
+            changing = _for_backward(weights)
             _launch(
                 kernels.linear_backward if count == 2 else mlp_backward,
                 frames,
-                (*weights, scratch, *kept, d_out, *d_frames, d_scale, *d_norm, *d_weights),
+                (*changing, scratch, *kept, d_out, *d_frames, d_scale, *d_norm, *d_weights),
                 (ctx.num_writes, *group),
             )
         # Some of what was kept is overwritten. Another pass, if one is asked for, goes forwards.
         ctx.has_kept = False
         d_shared = (d_scale.sum((0, 1)), *(x.sum(0) for x in d_norm))
-        return *d_frames, *d_shared, None, None, *d_weights
+        return *d_frames, *d_shared, None, None, *_turned(d_weights)
+
+
+def _turned(weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """With the first of two layers transposed, as `mlp_backward` takes it."""
+    return (weights[0].mT, *weights[1:]) if len(weights) == 4 else tuple(weights)
+
+
+def _for_backward(weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Fast weights, or their gradients, for a backward kernel to overwrite."""
+    return tuple(x.clone(memory_format=torch.contiguous_format) for x in _turned(weights))
 
 
 def _groups(num_batches: int, size: int) -> list[tuple[int, int]]:
@@ -197,7 +205,7 @@ def _forward(
     parts = _parts(width)
     w1, w2 = (x.contiguous() for x in in_lines(w1, w2, parts))
     b1, b2 = (x.clone(memory_format=torch.contiguous_format) for x in (b1, b2))
-    scratch = out.new_empty(rows, size, 2 * hidden + 3 * width, dtype=torch.float32)
+    scratch = out.new_zeros(rows, size, 2 * hidden + 3 * width, dtype=torch.float32)
     _launch(
         kernels.mlp_forward,
         frames,
@@ -265,6 +273,5 @@ def _launch(
         TILE=tile,
         num_warps=warps,
         num_stages=shape.stages,
-        maxnreg=shape.max_registers if size == 16 else None,
         **options,
     )

@@ -381,7 +381,7 @@ def mlp_forward(
     EPS: tl.constexpr, KEEP: tl.constexpr, K: tl.constexpr, F: tl.constexpr, D: tl.constexpr,
     TILE: tl.constexpr, SPLIT: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """w1 and w2 are in the order of `ttt.ops.scan.in_lines`."""
+    """w1 and w2 are in the order of `ttt.ops.scan.in_lines`; the scratch begins with zeros."""
     C: tl.constexpr = F // PARTS
     row = tl.program_id(0).to(tl.int64)
     t, f, h = tl.arange(0, K), tl.arange(0, F), tl.arange(0, TILE)
@@ -431,10 +431,8 @@ def mlp_forward(
         for j in range(0, num_units, TILE):
             weight2 = _tile(tl.load(w2 + line + j * F), PARTS, TILE, C)
             weight1 = _tile(tl.load(w1 + line + j * F), PARTS, TILE, C)
-            x2 = tl.load(own_x2 + j * K, mask=real, other=0.0)
-            x2 = _tile(x2, PARTS, K, TILE)
-            slope = tl.load(own_slope + j * K, mask=real, other=0.0)
-            slope = _tile(slope, PARTS, K, TILE)
+            x2 = _tile(tl.load(own_x2 + j * K), PARTS, K, TILE)
+            slope = _tile(tl.load(own_slope + j * K), PARTS, K, TILE)
             bias1 = tl.load(b1 + units + j)
             # By each part: sums below.
             u = tl.zeros((PARTS, K, TILE), tl.float32)

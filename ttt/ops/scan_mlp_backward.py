@@ -98,16 +98,16 @@ def mlp_backward(
     EPS: tl.constexpr, K: tl.constexpr, F: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr,
     SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """Each tile of weights is loaded where it is needed, and its terms go to shared memory at
-    once, so that few registers are held: see `ttt.ops.scan.BACKWARD_REGISTERS`."""
+    """w1 and d_w1 are transposed, so that a tile of theirs is in one piece. Each tile of weights is
+    loaded where it is needed, and its terms go to shared memory at once: all together would fill
+    the registers."""
     row = tl.program_id(0).to(tl.int64)
     mask = tl.where(num_units > 0, -65536, 0)
     t, f, h = tl.arange(0, K), tl.arange(0, F), tl.arange(0, TILE)
     frames, square = t[:, None] * F + f[None, :], t[:, None] * K + t[None, :]
     units = t[:, None] * D + h[None, :]
-    tile1 = row * F * D + h[:, None] + f[None, :] * D
-    tile2 = row * F * D + h[:, None] * F + f[None, :]
-    lines1, lines2 = row * F * D + f * D, row * F * D + tl.arange(0, TILE * F // 32) * 32
+    tile = row * F * D + h[:, None] * F + f[None, :]
+    lines = row * F * D + tl.arange(0, TILE * F // 32) * 32
     own = scratch + row * K * (5 * D + 2 * F)
     own_d_zq1, own_d_s1 = own + units, own + K * D + units
     own_s2, own_d_zq2 = own + 2 * K * D, own + 2 * K * D + K * F
@@ -157,34 +157,35 @@ def mlp_backward(
         for j in range(0, num_units, TILE):
             if SPLIT:
                 ahead = (j + TILE) % num_units
-                _prefetch(d_w1 + lines1 + ahead)
-                _prefetch(d_w2 + lines2 + ahead * F)
-                _prefetch(w2 + lines2 + ahead * F)
-            z, u = tl.load(z1 + j), tl.load(back1 + j)
+                _prefetch(d_w1 + lines + ahead * F)
+                _prefetch(d_w2 + lines + ahead * F)
+                _prefetch(w2 + lines + ahead * F)
+            z, u, zq = tl.load(z1 + j), tl.load(back1 + j), tl.load(zq1 + j)
+            d_bias1 = tl.load(d_b1 + row * D + j + h)
             # The weights of this mini-batch's start, from those of its end.
-            weight2 = tl.load(w2 + tile2 + j * F)
+            weight2 = tl.load(w2 + tile + j * F)
             s2_terms = _get(own_s2, frames, K * F, SPLIT)
             write2_terms = _terms(-written * _gelu(z), mask, SPLIT)
             weight2 -= _plus(whole, _flip(write2_terms), s2_terms)
-            tl.store(w2 + tile2 + j * F, weight2)
+            tl.store(w2 + tile + j * F, weight2)
             weight2_terms = _terms(weight2, mask, SPLIT)
             d_xq2 = _plus(narrow, _terms(d_products2, mask, SPLIT), _terms(_gelu(z), mask, SPLIT))
             d_zq2_all = _get(own_d_zq2, frames, K * F, SPLIT)
             d_xq2 = _plus(d_xq2, d_zq2_all, _flip(weight2_terms))
-            d_weight1 = tl.load(d_w1 + tile1 + j)
-            d_zq1 = _gelu_slope(tl.load(zq1 + j)) * d_xq2
+            d_weight1 = tl.load(d_w1 + tile + j * F)
+            d_zq1 = _gelu_slope(zq) * d_xq2
             tl.store(own_d_zq1 + j, d_zq1)
             # What the first layer gave to read, and wrote.
             d_zq1_terms = _terms(d_zq1, mask, SPLIT)
             s1 = _gelu_slope(z) * u
+            d_weight2 = tl.load(d_w2 + tile + j * F)
             steps_sum = _plus(steps_sum, d_zq1_terms, _flip(_terms(s1, mask, SPLIT)))
             key_terms = _terms(tl.load(k + here * F + frames), mask, SPLIT)
             taken = _plus(narrow, key_terms, _flip(_terms(d_weight1, mask, SPLIT)))
-            taken += tl.load(d_b1 + row * D + j + h)[None, :]
+            taken += d_bias1[None, :]
             written_sum += s1 * taken
             d_s1 = _plus(narrow, _flip(_terms(-steps1, mask, SPLIT)), d_zq1_terms)
             d_s1 -= written * taken
-            d_weight2 = tl.load(d_w2 + tile2 + j * F)
             tl.store(own_d_s1 + j, d_s1)
             d_s2 = _plus(d_s2, _terms(_gelu_slope(z) * d_s1, mask, SPLIT), weight2_terms)
             d_s2 = _plus(d_s2, write2_terms, _terms(d_weight2, mask, SPLIT))
@@ -208,19 +209,21 @@ def mlp_backward(
         for j in range(0, num_units, TILE):
             if SPLIT:
                 ahead = (j + TILE) % num_units
-                _prefetch(w2 + lines2 + ahead * F)
-                _prefetch(d_w2 + lines2 + ahead * F)
-                _prefetch(w1 + lines1 + ahead)
-                _prefetch(d_w1 + lines1 + ahead)
-            z, u, d_s1 = tl.load(z1 + j), tl.load(back1 + j), tl.load(own_d_s1 + j)
+                _prefetch(w2 + lines + ahead * F)
+                _prefetch(d_w2 + lines + ahead * F)
+                _prefetch(w1 + lines + ahead * F)
+                _prefetch(d_w1 + lines + ahead * F)
+            z, u, zq = tl.load(z1 + j), tl.load(back1 + j), tl.load(zq1 + j)
+            d_s1, d_zq1 = tl.load(own_d_s1 + j), tl.load(own_d_zq1 + j)
+            d_bias1 = tl.load(d_b1 + row * D + j + h)
             x2, slope = _gelu(z), _gelu_slope(z)
-            xq2_terms = _terms(_gelu(tl.load(zq1 + j)), mask, SPLIT)
-            weight2 = tl.load(w2 + tile2 + j * F)
+            xq2_terms = _terms(_gelu(zq), mask, SPLIT)
+            weight2 = tl.load(w2 + tile + j * F)
             s2_terms = _get(own_s2, frames, K * F, SPLIT)
             d_z2_terms = _get(own_d_z2, frames, K * F, SPLIT)
             d_x2 = _plus(narrow, _flip(_terms(d_products2, mask, SPLIT)), xq2_terms)
             d_x2 = _plus(d_x2, d_z2_terms, _flip(_terms(weight2, mask, SPLIT)))
-            d_weight2 = tl.load(d_w2 + tile2 + j * F)
+            d_weight2 = tl.load(d_w2 + tile + j * F)
             taken = _plus(narrow, s2_terms, _flip(_terms(d_weight2, mask, SPLIT)))
             written_sum += x2 * taken
             d_x2 -= written * taken
@@ -228,25 +231,24 @@ def mlp_backward(
             change = _plus(whole, _flip(_terms(x2, mask, SPLIT)), d_z2_terms)
             change = _plus(change, _flip(xq2_terms), d_zq2_all)
             change = _plus(change, _flip(_terms(slope * d_s1, mask, SPLIT)), s2_terms)
-            tl.store(d_w2 + tile2 + j * F, d_weight2 + change)
+            tl.store(d_w2 + tile + j * F, d_weight2 + change)
             d_z1 = _gelu_curvature(z) * u * d_s1 + slope * d_x2
-            d_zq1 = tl.load(own_d_zq1 + j)
-            _add_to(d_b1 + row * D + j + h, tl.sum(d_z1 + d_zq1, 0))
+            tl.store(d_b1 + row * D + j + h, d_bias1 + tl.sum(d_z1 + d_zq1, 0))
             d_z1_terms, d_zq1_terms = _terms(d_z1, mask, SPLIT), _terms(d_zq1, mask, SPLIT)
             key_terms = _terms(tl.load(k + here * F + frames), mask, SPLIT)
-            weight1 = tl.load(w1 + tile1 + j)
+            weight1 = tl.load(w1 + tile + j * F)
             write1_terms = _terms(-written * slope * u, mask, SPLIT)
             weight1 -= _plus(whole, _flip(write1_terms), key_terms)
-            tl.store(w1 + tile1 + j, weight1)
+            tl.store(w1 + tile + j * F, weight1)
             weight1_terms = _terms(weight1, mask, SPLIT)
             d_query = _plus(d_query, d_zq1_terms, weight1_terms)
             d_key = _plus(d_key, d_z1_terms, weight1_terms)
-            d_weight1 = tl.load(d_w1 + tile1 + j)
+            d_weight1 = tl.load(d_w1 + tile + j * F)
             d_key = _plus(d_key, write1_terms, _terms(d_weight1, mask, SPLIT))
             query_terms = _terms(tl.load(q + here * F + frames), mask, SPLIT)
             change = _plus(whole, _flip(d_z1_terms), key_terms)
             change = _plus(change, _flip(d_zq1_terms), query_terms)
-            tl.store(d_w1 + tile1 + j, d_weight1 + change)
+            tl.store(d_w1 + tile + j * F, d_weight1 + change)
         d_written -= tl.sum(tl.sum(written_sum, 1), 0)
         d_scale += tl.where((t == K - 1) & (n < num_writes), d_written, 0.0)
         query, key = tl.load(q + here * F + frames), tl.load(k + here * F + frames)
