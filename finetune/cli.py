@@ -34,9 +34,11 @@ def main() -> None:
 def call(component: Any, *, name: str) -> int:
     """Have fire call what the command line names. Returns the exit status."""
     words = sys.argv[1:]
-    if "--" not in words and not {"--help", "-h"}.isdisjoint(words):
-        # Commands take any option, this one too: after the two dashes it is fire's.
-        words = [word for word in words if word not in ("--help", "-h")] + ["--", "--help"]
+    if not {"--help", "-h"}.isdisjoint(words):
+        # Commands take any option, this one too: after the two dashes it is fire's. All else is
+        # left out: given anything to pass to a command, fire would run it before it shows help.
+        wanted = words[:1] if isinstance(component, dict) else []
+        words = [word for word in wanted if not word.startswith("-")] + ["--", "--help"]
     return run(lambda: fire.Fire(component, command=words, name=name))
 
 

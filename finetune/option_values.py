@@ -5,6 +5,7 @@ Everything here raises `UserError`, which names the option and what it may be.
 
 import difflib
 import math
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -53,7 +54,7 @@ def number(name: str, value: str, *, low: float) -> float:
 
 
 def whole_number(name: str, value: str, *, low: int) -> int:
-    if not value.lstrip("-").isdigit() or int(value) < low:
+    if not re.fullmatch("-?[0-9]+", value) or int(value) < low:
         raise UserError(f"--{name}: expected a whole number of at least {low}, got {value!r}.")
     return int(value)
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from finetune import cli
 from finetune.cli import main, run
 from finetune.config import load_config
 from finetune.metrics import metrics_path, read_metrics
@@ -193,3 +194,21 @@ def test_help_is_given_when_it_is_asked_for(command, monkeypatch, capsys):
     assert not left.value.code
     shown = capsys.readouterr()
     assert f"moshi-ttt {command}" in shown.out + shown.err
+
+
+@pytest.mark.parametrize("dashes", [[], ["--"]])
+@pytest.mark.parametrize(
+    "words", [["moshi-ttt", "demo-data", "{}", "--seed=1"], ["train.py", "--out_dir", "{}"]]
+)
+def test_help_runs_nothing_whatever_else_is_given(words, dashes, tmp_path, monkeypatch, capsys):
+    given = [word.format(tmp_path / "made") for word in words]
+    monkeypatch.setattr(sys, "argv", [*given, *dashes, "--help"])
+    monkeypatch.setenv("PAGER", "cat")
+    with pytest.raises(SystemExit) as left:
+        if words[0] == "moshi-ttt":
+            main()
+        else:
+            cli.call(cli.demo_data, name="train.py")
+    assert not left.value.code
+    assert "num_dialogues" in "".join(capsys.readouterr())
+    assert not (tmp_path / "made").exists()

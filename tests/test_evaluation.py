@@ -739,6 +739,7 @@ def test_speech_that_cannot_be_checked_is_told_at_the_start(
         ({"tasks": "position", "pairs": "nope.jsonl"}, "--pairs: counts for the task pairs alone"),
         ({"tasks": "health", "baseline": "base"}, "--baseline: counts for the task position alone"),
         ({"wandb.offline": "true"}, "--wandb.offline: name the project too"),
+        ({"wandb.offline": "yse"}, "--wandb.offline: is on or off"),
         ({"checkpoint": ""}, "--checkpoint is missing"),
         ({"checkpoint": "", "chekpoint": "x"}, "unknown option: --chekpoint"),
         ({"pair_side": "left"}, "--pair_side: there is no 'left'; choose from moshi, user"),

@@ -240,6 +240,10 @@ def test_jobs_come_back_in_order(tmp_path, workers):
         ({"preset": "tpu"}, "there is no 'tpu'"),
         ({"seeds": "0,x"}, "--seeds: expected a whole number"),
         ({"study": "width"}, "there is no 'width'; choose scale or keys"),
+        ({"arms": "off,delta_rule"}, "--arms: there is no delta_rule"),
+        ({"device": "gpu"}, "--device: there is no 'gpu'; choose from auto, cpu, cuda"),
+        ({"steps": "--5"}, "--steps: expected a whole number of at least 2, got '--5'"),
+        ({"steps": "²"}, "--steps: expected a whole number of at least 2, got '²'"),
         ({"sizes": "3"}, "unknown option: --sizes"),
         ({"seeds": ""}, "--seeds: expected at least one"),
         ({"arms": ","}, "--arms: expected at least one"),
@@ -260,6 +264,8 @@ def test_jobs_come_back_in_order(tmp_path, workers):
 def test_mistakes_are_explained(arguments, message, capsys, tmp_path):
     assert run(lambda: recall(out=str(tmp_path), **arguments)) == 1
     assert message in capsys.readouterr().err
+    # Nothing has been done here: another experiment may be.
+    assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.parametrize("blocked", ["", "runs"])

@@ -127,9 +127,13 @@ def test_a_sequence_without_an_update_is_warned_of(config, tmp_path, capsys):
 
 @pytest.mark.parametrize("mode", [False, "selective", True])
 @pytest.mark.parametrize("size", [None, 3])
-def test_a_scan_keeps_everything_where_one_layer_does_at_a_time(mode, size, monkeypatch):
-    """With a group size of its own, that one."""
+@pytest.mark.parametrize("is_kernel", [True, False])
+def test_a_scan_keeps_everything_where_a_kernel_and_one_layer_at_a_time_do(
+    mode, size, is_kernel, monkeypatch
+):
+    """With a group size of its own, that one. The plain scan would keep all weights as well."""
     seen = set()
+    monkeypatch.setattr(linear, "has_kernel", lambda *_: is_kernel)
 
     def watched(*args, scan_checkpoint_group_size, **kwargs):
         seen.add(scan_checkpoint_group_size)
@@ -141,4 +145,4 @@ def test_a_scan_keeps_everything_where_one_layer_does_at_a_time(mode, size, monk
     model.execution.checkpointing = mode
     output = model(random_codes(num_frames=12), with_heads=False)
     output.text.sum().backward()
-    assert seen == {size or (None if mode is True else 16)}
+    assert seen == {size or (None if mode is True and is_kernel else 16)}

@@ -104,7 +104,8 @@ class TTTArgs:
     scan_checkpoint_group_size: int | None = None
     """Mini-batches that `linear` and `mlp` keep together for the backward pass: less memory for
     small groups, as only the fast weights are kept between them, and one pass forwards more. null:
-    all of them with `gradient_checkpointing: true`, where one layer at a time keeps anything, else
+    all of them with `gradient_checkpointing: true`, where one layer at a time keeps anything, if a
+    kernel does the scan (on CUDA, for powers of two; see [mathematics.md](mathematics.md)); else
     16."""
 
     attention_context: int | None = None

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from finetune.args import WandbArgs
 from finetune.errors import UserError
-from finetune.option_values import choices, number, one_of, whole_number
+from finetune.option_values import choices, flag, number, one_of, whole_number
 
 TASKS = ("position", "pairs", "health")
 ARMS = ("on", "off", "reset", "carried")
@@ -118,7 +118,7 @@ def read_options(given: Mapping[str, str], wandb: Mapping[str, Any]) -> Options:
         ),
         wandb_project=wandb["project"],
         wandb_run_name=wandb["run_name"],
-        wandb_offline=str(wandb["offline"] or "false").lower() != "false",
+        wandb_offline=flag("wandb.offline", str(wandb["offline"] or False)),
     )
 
 

@@ -8,9 +8,9 @@ from typing import Any, get_args
 from finetune.console import setup_logging
 from finetune.distributed import join_world
 from finetune.errors import UserError
-from finetune.option_values import items, whole_number, whole_numbers
+from finetune.option_values import items, one_of, whole_number, whole_numbers
 from finetune.recall import report, study
-from finetune.recall.experiment import run
+from finetune.recall.experiment import check_arms, run
 from finetune.recall.presets import ARMS, Preset, preset
 from finetune.recall.streams import Variant
 
@@ -29,7 +29,7 @@ def run_command(given: Mapping[str, str]) -> str:
         return run_key_study(out, widths=_widths(given))
     where: dict[str, Any] = {
         "seeds": whole_numbers("seeds", given.get("seeds", "0"), low=0),
-        "device": given.get("device") or "auto",
+        "device": one_of("device", given.get("device") or "auto", ("auto", "cpu", "cuda")),
         "workers": whole_number("workers", given.get("workers", "1"), low=1),
     }
     if study_name == "scale":
@@ -100,6 +100,7 @@ def run_recall(
         UserError: an impossible choice, or `out` cannot be written.
     """
     setup_logging()
+    check_arms(arms)
     chosen = _preset(size, variant)
     if lengths is not None:
         chosen = dataclasses.replace(chosen, lengths=_counts(lengths, chosen.lengths))

@@ -172,6 +172,16 @@ def _effects(record: dict[str, float]) -> str:
     return f"  effect {' '.join(effects)}" if effects else ""
 
 
+def check_arms(arms: Sequence[str]) -> None:
+    """
+    Raises:
+        UserError: one of them is unknown.
+    """
+    unknown = [name for name in arms if name not in ARMS]
+    if unknown:
+        raise UserError(f"--arms: there is no {', '.join(unknown)}. Choose from {', '.join(ARMS)}.")
+
+
 def run(
     preset: Preset,
     out: Path,
@@ -186,9 +196,7 @@ def run(
     Raises:
         UserError: an unknown arm, streams that cannot be, or see `run_jobs`.
     """
-    unknown = [name for name in arms if name not in ARMS]
-    if unknown:
-        raise UserError(f"--arms: there is no {', '.join(unknown)}. Choose from {', '.join(ARMS)}.")
+    check_arms(arms)
     problems = preset.streams.problems()
     if problems:
         raise UserError("these streams cannot be made: " + "; ".join(problems) + ".")

@@ -17,6 +17,7 @@ from ttt.ops.linear import (
     InnerLayers,
     Written,
     flatten,
+    has_kernel,
     inner_errors,
     inner_read,
     inner_scan,
@@ -26,7 +27,7 @@ from ttt.ops.linear import (
 
 INIT_STD = 0.02
 GROUP_SIZE = 16
-"""`scan_checkpoint_group_size`, where all layers' share would be kept at once."""
+"""`scan_checkpoint_group_size`, where a layer's or all layers' share would be much at once."""
 
 
 @dataclass
@@ -183,7 +184,7 @@ class TTTMixer(StreamingModule[TTTMixerState]):
             self.inner_norm_weight,
             self.inner_norm_bias,
             token_scale=token_scale,
-            scan_checkpoint_group_size=self._scan_checkpoint_group_size,
+            scan_checkpoint_group_size=self._scan_checkpoint_group_size(q),
         )
         update = self.execution.piece(TTTMixer._finish, self, mixed, x)
         if self.measure:
@@ -209,13 +210,14 @@ class TTTMixer(StreamingModule[TTTMixerState]):
             k = ops.rope(k, positions, theta=self.args.rope_theta).to(v.dtype)
         return q, k, v, *self._learning_rates(normed)
 
-    @property
-    def _scan_checkpoint_group_size(self) -> int | None:
-        """As the operators take it: None keeps everything."""
+    def _scan_checkpoint_group_size(self, q: Tensor) -> int | None:
+        """As the operators take it: None keeps everything. What the kernels keep, one layer can
+        keep whole; without them it would be all weights of all mini-batches too."""
         size = self.args.scan_checkpoint_group_size
-        if size is None and not self.execution.makes_layers_again:
-            return GROUP_SIZE
-        return size
+        kept_whole = self.execution.makes_layers_again and has_kernel(
+            q, self.args.mini_batch_size, self.num_inner_layers
+        )
+        return GROUP_SIZE if size is None and not kept_whole else size
 
     def _finish(self, mixed: Tensor, x: Tensor) -> Tensor:
         """What is added to x, of the operator's [B, H, T, f]."""

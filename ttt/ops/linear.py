@@ -293,7 +293,7 @@ def inner_scan(
         (w.to(dtype).expand(batch, *w.shape[-3:]), b.to(dtype).expand(batch, *b.shape[-2:]))
         for w, b in layers
     )
-    if documents is None and _fits(q) and size <= (64, 32)[len(layers) - 1]:
+    if documents is None and has_kernel(q, size, len(layers)):
         # Triton is imported where there is a use for it.
         from ttt.ops.scan import scan
 
@@ -342,11 +342,10 @@ def inner_scan(
     return layout.gather(out, num_frames), layers
 
 
-def _fits(q: Tensor) -> bool:
-    """Whether the kernels of `ttt.ops.scan` can take q [B, H, N, K, f]."""
-    size, width = q.shape[3:]
-    sizes = (16, 32, 64, 128)
-    return q.is_cuda and q.dtype != torch.float64 and size in sizes[:3] and width in sizes
+def has_kernel(q: Tensor, size: int, num_layers: int) -> bool:
+    """Whether one kernel, of `ttt.ops.scan`, can take q [..., f] in mini-batches of `size`."""
+    sizes, widths = (16, 32, 64)[: 4 - num_layers], (16, 32, 64, 128)
+    return q.is_cuda and q.dtype != torch.float64 and size in sizes and q.shape[-1] in widths
 
 
 def _group(

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ttt.ops import scan_kernels as kernels
 from ttt.ops.linear import EPSILON, InnerLayers, flatten
@@ -120,6 +121,7 @@ class _Scan(torch.autograd.Function):
         return out, *weights
 
     @staticmethod
+    @once_differentiable  # else the gradients' own gradients would be zero, and nothing say so
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         # Once: under activation checkpointing they can be asked for once.
         saved = list(ctx.saved_tensors)
