@@ -23,6 +23,7 @@ import argparse
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -124,7 +125,8 @@ def end(process: "subprocess.Popen[bytes]", *, patience_sec: float) -> None:
         try:
             process.wait(timeout=45)
         except subprocess.TimeoutExpired:
-            process.kill()
+            # With what it has started, which would keep the GPUs' memory.
+            os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
 

@@ -101,6 +101,8 @@ def continue_recording(
     """
     if out.suffix != ".wav" or not out.absolute().parent.is_dir():
         raise UserError(f"--out: {out} must be a .wav file in a folder that exists.")
+    if not audio.is_file():
+        raise UserError(f"--audio: there is no file {audio}; correct the path.")
     model, codec = load_for_inference(checkpoint, device)
     continuation = continue_dialogue(model, codec, codec.read_recording(audio), **options)
     soundfile.write(out, continuation.audio.T.numpy(), codec.sample_rate_hz)

@@ -45,11 +45,11 @@ class LostSteps:
         if self.nonfinite_in_a_row >= self.args.max_nonfinite_steps:
             inner = ", or ttt.learning_rate, or set ttt.max_delta_norm"
             raise UserError(
-                f"the last {self.nonfinite_in_a_row} steps had a loss or gradient that is not "
+                f"the last {self.nonfinite_in_a_row} step(s) had a loss or gradient that is not "
                 f"finite (max_nonfinite_steps); the model does not recover from that. Lower "
                 f"optim.lr or optim.ttt_lr{inner if self.args.ttt.has_fixed_step else ''}, and "
-                f"continue from an earlier checkpoint in "
-                f"{Path(self.args.run_dir) / 'checkpoints'}."
+                f"continue from an earlier checkpoint, if there is one in "
+                f"{Path(self.args.run_dir) / 'checkpoints'}, or begin anew."
             )
 
     def state_dict(self) -> dict[str, int]:

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -14,6 +14,8 @@ from finetune.distributed import World
 from finetune.model import parameters_by_role
 from finetune.sharding import shard_size
 from ttt import TTTLMModel
+from ttt.layers.linear import TTTMixer
+from ttt.ops.linear import KERNEL_WIDTHS, kernel_sizes
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +53,7 @@ def describe_run(
     yield f"parameters: {', '.join(roles)}"
     yield from _describe_ttt(args, model, num_frames)
     if world.device.type == "cuda":
+        warn_of_slow_scan(args, model)
         free, total = torch.cuda.mem_get_info()
         yield f"memory: {(total - free) / 1e9:.1f} of {total / 1e9:.1f} GB taken before training"
     yield f"writes to {args.run_dir}"
@@ -79,6 +82,26 @@ def write_summary(
         "processes": world.size,
     }
     (Path(args.run_dir) / SUMMARY).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def warn_of_slow_scan(args: TrainArgs, model: TTTLMModel) -> None:
+    """If no kernel takes TTT-Linear's or TTT-MLP's mini-batches."""
+    mixer = next((m for m in model.modules() if isinstance(m, TTTMixer)), None)
+    if mixer is None:
+        return
+    sizes, size = kernel_sizes(mixer.num_inner_layers), args.ttt.mini_batch_size
+    width = mixer.head_width
+    if size not in sizes or width not in KERNEL_WIDTHS:
+        logger.warning(
+            f"ttt.mini_batch_size is {size}, of heads of {width}: the GPU kernels of "
+            f"ttt.method {args.ttt.method} take {_either(sizes)} frames of "
+            f"heads of {_either(KERNEL_WIDTHS)}. Without them it computes the same, several times "
+            f"slower."
+        )
+
+
+def _either(numbers: Sequence[int]) -> str:
+    return f"{', '.join(map(str, numbers[:-1]))} or {numbers[-1]}"
 
 
 def _describe_ttt(args: TrainArgs, model: TTTLMModel, num_frames: int) -> Iterator[str]:

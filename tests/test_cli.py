@@ -95,11 +95,11 @@ def test_the_loss_curve_is_drawn(demo_run):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["generate", "--checkpoint={run}", "--audio=a.wav"], "Did you mean"),
-        (["generate", "--checkpoint=nowhere", "--audio=a.wav"], "nowhere is no checkpoint"),
+        (["generate", "--checkpoint={run}", "--audio={wav}"], "Did you mean"),
+        (["generate", "--checkpoint=nowhere", "--audio={wav}"], "nowhere is no checkpoint"),
         (
             ["generate", "--checkpoint={checkpoint}", "--audio=no.wav", "--out={tmp}/o.wav"],
-            "no.wav",
+            "there is no file no.wav",
         ),
         (["generate", "--checkpoint={checkpoint}", "--audio={wav}", "--out={tmp}/o.mp3"], "--out"),
         (

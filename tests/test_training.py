@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import tiny_lm_kwargs
 from moshi.models.lm import LMModel
 from moshi.modules.lora import replace_all_linear_with_lora
 from moshi.utils.compile import no_compile
@@ -33,6 +34,8 @@ from finetune.errors import UserError
 from finetune.evaluation.periodic import evaluate
 from finetune.loss import stream_sums
 from finetune.optim import Optimizer
+from finetune.summary import warn_of_slow_scan
+from ttt import TTTArgs, build_model
 from ttt.layers import execution
 
 SLOW = pytest.mark.slow
@@ -533,6 +536,14 @@ def test_a_run_warns_where_ttt_can_have_nothing_to_do(
 ):
     out = start_lines(config, tmp_path, overrides, capsys)
     assert out.count("warning: ") == 1 and expected in out
+
+
+@pytest.mark.parametrize("method, size, warns", [("linear", 64, False), ("mlp", 64, True)])
+def test_a_run_on_a_gpu_warns_where_no_kernel_scans(caplog, method, size, warns):
+    ttt = TTTArgs(enabled=True, method=method, mini_batch_size=size, start_layer=0)
+    model = build_model(tiny_lm_kwargs(dim=32), ttt, device="cpu", dtype=torch.float32)
+    warn_of_slow_scan(TrainArgs(DataArgs(), "", ttt=ttt), model)
+    assert ("16 or 32 frames" in caplog.text) == warns
 
 
 def test_training_does_not_depend_on_what_random_numbers_others_draw(config, tmp_path):

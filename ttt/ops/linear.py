@@ -28,6 +28,9 @@ from ttt.ops.layout import lay_out
 EPSILON = 1e-6
 """Of the layer norm inside the loop."""
 
+KERNEL_WIDTHS = (16, 32, 64, 128)
+"""Of heads that the kernels take."""
+
 InnerLayers = tuple[tuple[Tensor, Tensor], ...]
 """The fast weights of f_W, layer by layer: W [B, H, in, out] and b [B, H, out]."""
 
@@ -342,10 +345,15 @@ def inner_scan(
     return layout.gather(out, num_frames), layers
 
 
+def kernel_sizes(num_layers: int) -> tuple[int, ...]:
+    """Of mini-batches that the kernels take."""
+    return (16, 32, 64)[: 4 - num_layers]
+
+
 def has_kernel(q: Tensor, size: int, num_layers: int) -> bool:
     """Whether one kernel, of `ttt.ops.scan`, can take q [..., f] in mini-batches of `size`."""
-    sizes, widths = (16, 32, 64)[: 4 - num_layers], (16, 32, 64, 128)
-    return q.is_cuda and q.dtype != torch.float64 and size in sizes and q.shape[-1] in widths
+    fits = size in kernel_sizes(num_layers) and q.shape[-1] in KERNEL_WIDTHS
+    return fits and q.is_cuda and q.dtype != torch.float64
 
 
 def _group(
