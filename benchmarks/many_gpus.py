@@ -208,6 +208,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     # What the processes are started with: the last of two wins.
     options.given = arguments
     is_cuda = options.device == "cuda"
+    options.log_dir.mkdir(parents=True, exist_ok=True)
     options.gpus = options.gpus or (torch.cuda.device_count() if is_cuda else 2)
     options.dtype = options.dtype or ("bfloat16" if is_cuda else "float32")
     options.compile = options.compile or is_cuda
