@@ -276,7 +276,7 @@ def _scratch(out: Tensor, weights: Sequence[Tensor]) -> Tensor:
     """A program's own memory."""
     per_frame = 2 * out.shape[-1]
     if len(weights) == 4:
-        per_frame = 5 * out.shape[-1] + 7 * weights[1].shape[-1]
+        per_frame = 5 * out.shape[-1] + 9 * weights[1].shape[-1]
     rows, size = math.prod(out.shape[:2]), out.shape[3]
     return out.new_empty(rows, size, per_frame, dtype=torch.float32)
 

@@ -91,11 +91,13 @@ def mlp_backward_parts(
         i // (128 * PARTS) * 128 + i % 128,
         i // (128 * PARTS) % PARTS == i // 128 % PARTS,
     )
-    own = scratch + row * K * (7 * D + 5 * F)
-    own_x2, own_xq2, own_s1 = own + shared, own + K * D + shared, own + 2 * K * D + shared
-    own_slope, own_back = own + 3 * K * D + shared, own + 4 * K * D + shared
-    own_d_zq1, own_d_z1 = own + 5 * K * D + shared, own + 6 * K * D + shared
-    own_s2, own_d_zq2 = own + 7 * K * D, own + 7 * K * D + K * F
+    # And without any order.
+    flat = tl.arange(0, K * 64)
+    own = scratch + row * K * (9 * D + 5 * F)
+    own_x2, own_xq2, own_s1 = own, own + K * D, own + 2 * K * D
+    own_slope, own_read_slope, own_bend = own + 3 * K * D, own + 4 * K * D, own + 5 * K * D
+    own_back, own_d_zq1, own_d_z1 = own + 6 * K * D, own + 7 * K * D, own + 8 * K * D
+    own_s2, own_d_zq2 = own + 9 * K * D, own + 9 * K * D + K * F
     own_d_s2, own_d_z2 = own_d_zq2 + K * F, own_d_zq2 + 2 * K * F
     own_d_target = own_d_zq2 + 3 * K * F
     norm_w = tl.load(norm_weight + row % num_heads * F + f)
@@ -112,8 +114,6 @@ def mlp_backward_parts(
         n = last - 1 - step
         here = (row * num_batches + n) * K
         there = (row * (last - first) + n - first) * K
-        z1, zq1 = kept_z1 + there * D + shared, kept_zq1 + there * D + shared
-        back1 = kept_u + there * D + shared
         written = tl.where(n < num_writes, write_scale, 0.0)
         # What the second layer gave to read, and what it wrote.
         d_found = tl.load(d_out + here * F + frames).to(tl.float32)
@@ -129,6 +129,25 @@ def mlp_backward_parts(
         s2 *= tl.load(eta + here + t)[:, None]
         tl.store(own_s2 + frames, s2)
         d_written = -tl.sum(tl.sum(s2, 0) * d_bias2, 0)
+        # What needs no product, each thread for itself: in a tile all parts would do it.
+        for j in range(0, num_units, 64):
+            place = j * K + flat
+            z, zq = tl.load(kept_z1 + there * D + place), tl.load(kept_zq1 + there * D + place)
+            u = tl.load(kept_u + there * D + place)
+            gate = _gate(z)
+            inner = 1.5957691216057308 + 0.2140644488 * z * z
+            x2, rest = z * gate, 1 - gate
+            slope = gate + x2 * rest * inner
+            bend = 2 * inner + z * (0.4281288976 * z + (rest - gate) * inner * inner)
+            tl.store(own_x2 + place, x2)
+            tl.store(own_slope + place, slope)
+            tl.store(own_s1 + place, slope * u)
+            tl.store(own_bend + place, gate * rest * bend * u)
+            gate = _gate(zq)
+            xq2 = zq * gate
+            slope = gate + xq2 * (1 - gate) * (1.5957691216057308 + 0.2140644488 * zq * zq)
+            tl.store(own_xq2 + place, xq2)
+            tl.store(own_read_slope + place, slope)
         tl.debug_barrier()
         s2, d_zq2 = tl.load(own_s2 + parts), tl.load(own_d_zq2 + parts)
         query, key = tl.load(q + here * F + parts), tl.load(k + here * F + parts)
@@ -153,12 +172,13 @@ def mlp_backward_parts(
             weight2 = _tile(tl.load(w2 + line + j * F), PARTS, TILE, C)
             d_weight1 = _tile(tl.load(d_w1 + line + j * F), PARTS, TILE, C)
             d_weight2 = _tile(tl.load(d_w2 + line + j * F), PARTS, TILE, C)
-            z = _tile(tl.load(z1 + j * K), PARTS, K, TILE)
-            zq = _tile(tl.load(zq1 + j * K), PARTS, K, TILE)
-            u = _tile(tl.load(back1 + j * K), PARTS, K, TILE)
+            x2 = _tile(tl.load(own_x2 + j * K + shared), PARTS, K, TILE)
+            xq2 = _tile(tl.load(own_xq2 + j * K + shared), PARTS, K, TILE)
+            s1 = _tile(tl.load(own_s1 + j * K + shared), PARTS, K, TILE)
+            slope = _tile(tl.load(own_slope + j * K + shared), PARTS, K, TILE)
+            read_slope = _tile(tl.load(own_read_slope + j * K + shared), PARTS, K, TILE)
+            bend = _tile(tl.load(own_bend + j * K + shared), PARTS, K, TILE)
             d_bias1 = tl.load(d_b1 + units + j)
-            gate = _gate(z)
-            x2 = z * gate
             # The weights of this mini-batch's start, from those of its end.
             x2_turned = _turned(_terms(x2, mask, SPLIT), SPLIT)
             weight2 = _plus(weight2, x2_turned, written_s2_terms)
@@ -173,32 +193,19 @@ def mlp_backward_parts(
             taken2 = _plus(narrow, s2_terms, _flip(d_weight2_terms))
             d_xq2, taken, taken2 = tl.reduce((d_xq2, taken, taken2), 0, _add_three)
             d_xq2, taken, taken2 = _all(d_xq2, PARTS), _all(taken, PARTS), _all(taken2, PARTS)
-            # What was read.
-            read_gate = _gate(zq)
-            xq2 = zq * read_gate
-            d_zq1 = 1.5957691216057308 + 0.2140644488 * zq * zq
-            d_zq1 = d_xq2 * (read_gate + xq2 * (1 - read_gate) * d_zq1)
+            d_zq1 = read_slope * d_xq2
             d_zq1_terms = _terms(d_zq1, mask, SPLIT)
-            # What was written.
-            bend = 1.5957691216057308 + 0.2140644488 * z * z
-            slope = gate + x2 * (1 - gate) * bend
-            curvature = 2 * bend + z * (0.4281288976 * z + (1 - 2 * gate) * bend * bend)
-            s1 = slope * u
             written_sum += s1 * taken + x2 * taken2
             steps_sum = _plus(steps_sum, d_zq1_terms, _flip(_terms(s1, mask, SPLIT)))
             d_s1 = _plus(-written * taken, read1, _flip(_turned(d_zq1_terms, SPLIT)))
             xq2_turned = _turned(_terms(xq2, mask, SPLIT), SPLIT)
             d_x2 = _plus(-written * taken2, d_read2_turned, _flip(xq2_turned))
             back = slope * d_s1
-            tl.store(own_x2 + j * K, _line(x2, PARTS, K, TILE), mask=own_line)
-            tl.store(own_xq2 + j * K, _line(xq2, PARTS, K, TILE), mask=own_line)
-            tl.store(own_s1 + j * K, _line(s1, PARTS, K, TILE), mask=own_line)
-            tl.store(own_slope + j * K, _line(slope, PARTS, K, TILE), mask=own_line)
-            tl.store(own_back + j * K, _line(back, PARTS, K, TILE), mask=own_line)
-            tl.store(own_d_zq1 + j * K, _line(d_zq1, PARTS, K, TILE), mask=own_line)
+            tl.store(own_back + j * K + shared, _line(back, PARTS, K, TILE), mask=own_line)
+            tl.store(own_d_zq1 + j * K + shared, _line(d_zq1, PARTS, K, TILE), mask=own_line)
             # But for what d_z2 adds to d_x2.
-            d_z1 = gate * (1 - gate) * curvature * u * d_s1 + slope * d_x2
-            tl.store(own_d_z1 + j * K, _line(d_z1, PARTS, K, TILE), mask=own_line)
+            d_z1 = bend * d_s1 + slope * d_x2
+            tl.store(own_d_z1 + j * K + shared, _line(d_z1, PARTS, K, TILE), mask=own_line)
             back_terms = _terms(back, mask, SPLIT)
             d_s2 = _plus(d_s2, back_terms, _flip(_turned(weight2_terms, SPLIT)))
             write2_terms = _terms(-written * x2, mask, SPLIT)
@@ -238,13 +245,13 @@ def mlp_backward_parts(
             weight1 = _tile(tl.load(w1 + line + j * F), PARTS, TILE, C)
             d_weight2 = _tile(tl.load(d_w2 + line + j * F), PARTS, TILE, C)
             d_weight1 = _tile(tl.load(d_w1 + line + j * F), PARTS, TILE, C)
-            x2 = _tile(tl.load(own_x2 + j * K), PARTS, K, TILE)
-            xq2 = _tile(tl.load(own_xq2 + j * K), PARTS, K, TILE)
-            s1 = _tile(tl.load(own_s1 + j * K), PARTS, K, TILE)
-            slope = _tile(tl.load(own_slope + j * K), PARTS, K, TILE)
-            back = _tile(tl.load(own_back + j * K), PARTS, K, TILE)
-            d_zq1 = _tile(tl.load(own_d_zq1 + j * K), PARTS, K, TILE)
-            d_z1 = _tile(tl.load(own_d_z1 + j * K), PARTS, K, TILE)
+            x2 = _tile(tl.load(own_x2 + j * K + shared), PARTS, K, TILE)
+            xq2 = _tile(tl.load(own_xq2 + j * K + shared), PARTS, K, TILE)
+            s1 = _tile(tl.load(own_s1 + j * K + shared), PARTS, K, TILE)
+            slope = _tile(tl.load(own_slope + j * K + shared), PARTS, K, TILE)
+            back = _tile(tl.load(own_back + j * K + shared), PARTS, K, TILE)
+            d_zq1 = _tile(tl.load(own_d_zq1 + j * K + shared), PARTS, K, TILE)
+            d_z1 = _tile(tl.load(own_d_z1 + j * K + shared), PARTS, K, TILE)
             # Only one part's to change.
             d_bias1 = tl.load(d_b1 + units + j, mask=p == 0, other=0.0)
             d_x2 = _plus(narrow, d_z2_terms, _flip(_terms(weight2, mask, SPLIT)))
