@@ -46,7 +46,7 @@ SHAPES = {
     "linear_backward": Shape(tile=64),
     "mlp_forward": Shape(tile=16, warps=2),
     "mlp_backward": Shape(),
-    "mlp_backward_parts": Shape(tile=16),
+    "mlp_backward_parts": Shape(tile=16, warps=2),
 }
 
 MLP_BACKWARD_IN_PARTS = True
@@ -134,7 +134,13 @@ class _Scan(torch.autograd.Function):
         ends, kept = saved[:count], tuple(saved[count:])
         q, eta = frames[0], frames[3]
         d_out = grads[0].contiguous()
-        d_weights = _for_backward(grads[1:], q.shape[4])
+        kernel, parts = kernels.linear_backward, None
+        if count == 4:
+            kernel, parts = mlp_backward, _backward_parts(*q.shape[3:])
+        options = {}
+        if parts is not None:
+            kernel, options = mlp_backward_parts, {"PARTS": parts}
+        d_weights = _for_backward(grads[1:], parts)
         d_frames = [torch.empty_like(x) for x in frames[:4]]
         lead = q.shape[:2]
         # Of each program its own; summed over the batch below.
@@ -148,12 +154,7 @@ class _Scan(torch.autograd.Function):
             else:
                 start = tuple(starts[index * count : (index + 1) * count])
                 weights, kept = _forward(frames, start, out, ctx.num_writes, group, keep=True)
-            changing = _for_backward(weights, q.shape[4])
-            kernel, options = kernels.linear_backward, {}
-            if count == 4 and MLP_BACKWARD_IN_PARTS:
-                kernel, options = mlp_backward_parts, {"PARTS": _backward_parts(q.shape[4])}
-            elif count == 4:
-                kernel = mlp_backward
+            changing = _for_backward(weights, parts)
             _launch(
                 kernel,
                 frames,
@@ -164,37 +165,34 @@ class _Scan(torch.autograd.Function):
         # Some of what was kept is overwritten. Another pass, if one is asked for, goes forwards.
         ctx.has_kept = False
         d_shared = (d_scale.sum((0, 1)), *(x.sum(0) for x in d_norm))
-        return *d_frames, *d_shared, None, None, *_from_backward(d_weights, starts[:count])
+        return *d_frames, *d_shared, None, None, *_from_backward(d_weights, starts[:count], parts)
 
 
-def _for_backward(weights: Sequence[Tensor], width: int) -> list[Tensor]:
+def _for_backward(weights: Sequence[Tensor], parts: int | None) -> list[Tensor]:
     """Fast weights, or their gradients, for a backward kernel to overwrite."""
-    copies = [x.clone(memory_format=torch.contiguous_format) for x in weights[1::2]]
-    firsts = _backward_order(weights, width)
-    return [
-        x
-        for first, bias in zip(firsts, copies, strict=True)
-        for x in (first.clone(memory_format=torch.contiguous_format), bias)
-    ]
+    ordered = _backward_order(weights, parts)
+    return [x.clone(memory_format=torch.contiguous_format) for x in ordered]
 
 
-def _from_backward(found: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
-    """The other way round: in the order of `like`."""
+def _from_backward(
+    found: Sequence[Tensor], like: Sequence[Tensor], parts: int | None
+) -> Sequence[Tensor]:
+    """The other way round."""
+    if parts is None:
+        return _backward_order(found, None)
     results = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in like]
-    views = _backward_order(results, like[1].shape[-1] if len(like) == 2 else like[3].shape[-1])
-    for index, view in enumerate(views):
-        view.copy_(found[2 * index])
-        results[2 * index + 1] = found[2 * index + 1]
+    for view, x in zip(_backward_order(results, parts), found, strict=True):
+        view.copy_(x)
     return results
 
 
-def _backward_order(weights: Sequence[Tensor], width: int) -> tuple[Tensor, ...]:
-    """Views of the weights without biases in the order in which a backward kernel takes them."""
+def _backward_order(weights: Sequence[Tensor], parts: int | None) -> Sequence[Tensor]:
+    """Views in the order in which a backward kernel takes them."""
     if len(weights) == 2:
-        return (weights[0],)
-    if MLP_BACKWARD_IN_PARTS:
-        return in_lines(weights[0], weights[2], _backward_parts(width))
-    return weights[0].mT, weights[2]
+        return weights
+    w1, b1, w2, b2 = weights
+    w1, w2 = (w1.mT, w2) if parts is None else in_lines(w1, w2, parts)
+    return w1, b1, w2, b2
 
 
 def _groups(num_batches: int, size: int) -> list[tuple[int, int]]:
@@ -257,8 +255,11 @@ def _parts(width: int) -> int:
     return min(SHAPES["mlp_forward"].warps, width // 16)
 
 
-def _backward_parts(width: int) -> int:
-    return min(SHAPES["mlp_backward_parts"].warps, width // 16)
+def _backward_parts(size: int, width: int) -> int | None:
+    """The same for `mlp_backward_parts`, more for more frames; None: `mlp_backward`."""
+    if not MLP_BACKWARD_IN_PARTS:
+        return None
+    return min(SHAPES["mlp_backward_parts"].warps * size // 16, width // 16)
 
 
 def in_lines(w1: Tensor, w2: Tensor, parts: int) -> tuple[Tensor, Tensor]:

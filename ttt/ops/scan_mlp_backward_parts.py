@@ -61,6 +61,27 @@ def _turned(x, SPLIT: tl.constexpr):
         return _turned_term(x[0]), _turned_term(x[1])
 
 
+@triton.jit
+def _hidden(z1, zq1, back1, own_x2, own_xq2, own_s1, own_slope, own_read_slope, own_bend):
+    """What a tile needs that takes no product, each thread for itself: of a tile's numbers all
+    parts have all."""
+    z, zq, u = tl.load(z1), tl.load(zq1), tl.load(back1)
+    gate = _gate(z)
+    inner = 1.5957691216057308 + 0.2140644488 * z * z
+    x2, rest = z * gate, 1 - gate
+    slope = gate + x2 * rest * inner
+    bend = 2 * inner + z * (0.4281288976 * z + (rest - gate) * inner * inner)
+    tl.store(own_x2, x2)
+    tl.store(own_slope, slope)
+    tl.store(own_s1, slope * u)
+    tl.store(own_bend, gate * rest * bend * u)
+    gate = _gate(zq)
+    xq2 = zq * gate
+    slope = gate + xq2 * (1 - gate) * (1.5957691216057308 + 0.2140644488 * zq * zq)
+    tl.store(own_xq2, xq2)
+    tl.store(own_read_slope, slope)
+
+
 @triton.jit(do_not_specialize=COUNTS)
 def mlp_backward_parts(
     q, k, v, eta, token_scale, norm_weight, norm_bias, w1, b1, w2, b2, scratch,
@@ -92,11 +113,13 @@ def mlp_backward_parts(
         i // (128 * PARTS) % PARTS == i // 128 % PARTS,
     )
     # And without any order.
-    flat = tl.arange(0, K * 64)
+    flat = tl.arange(0, K * TILE)
     own = scratch + row * K * (9 * D + 5 * F)
     own_x2, own_xq2, own_s1 = own, own + K * D, own + 2 * K * D
-    own_slope, own_read_slope, own_bend = own + 3 * K * D, own + 4 * K * D, own + 5 * K * D
-    own_back, own_d_zq1, own_d_z1 = own + 6 * K * D, own + 7 * K * D, own + 8 * K * D
+    own_slope, own_back = own + 3 * K * D, own + 4 * K * D
+    own_d_zq1, own_d_z1 = own + 5 * K * D, own + 6 * K * D
+    # Of two tiles, in turn.
+    own_read_slope, own_bend = own + 7 * K * D, own + 8 * K * D
     own_s2, own_d_zq2 = own + 9 * K * D, own + 9 * K * D + K * F
     own_d_s2, own_d_z2 = own_d_zq2 + K * F, own_d_zq2 + 2 * K * F
     own_d_target = own_d_zq2 + 3 * K * F
@@ -129,25 +152,11 @@ def mlp_backward_parts(
         s2 *= tl.load(eta + here + t)[:, None]
         tl.store(own_s2 + frames, s2)
         d_written = -tl.sum(tl.sum(s2, 0) * d_bias2, 0)
-        # What needs no product, each thread for itself: in a tile all parts would do it.
-        for j in range(0, num_units, 64):
-            place = j * K + flat
-            z, zq = tl.load(kept_z1 + there * D + place), tl.load(kept_zq1 + there * D + place)
-            u = tl.load(kept_u + there * D + place)
-            gate = _gate(z)
-            inner = 1.5957691216057308 + 0.2140644488 * z * z
-            x2, rest = z * gate, 1 - gate
-            slope = gate + x2 * rest * inner
-            bend = 2 * inner + z * (0.4281288976 * z + (rest - gate) * inner * inner)
-            tl.store(own_x2 + place, x2)
-            tl.store(own_slope + place, slope)
-            tl.store(own_s1 + place, slope * u)
-            tl.store(own_bend + place, gate * rest * bend * u)
-            gate = _gate(zq)
-            xq2 = zq * gate
-            slope = gate + xq2 * (1 - gate) * (1.5957691216057308 + 0.2140644488 * zq * zq)
-            tl.store(own_xq2 + place, xq2)
-            tl.store(own_read_slope + place, slope)
+        _hidden(
+            kept_z1 + there * D + flat, kept_zq1 + there * D + flat, kept_u + there * D + flat,
+            own_x2 + flat, own_xq2 + flat, own_s1 + flat, own_slope + flat,
+            own_read_slope + flat, own_bend + flat,
+        )  # fmt: skip
         tl.debug_barrier()
         s2, d_zq2 = tl.load(own_s2 + parts), tl.load(own_d_zq2 + parts)
         query, key = tl.load(q + here * F + parts), tl.load(k + here * F + parts)
@@ -176,9 +185,18 @@ def mlp_backward_parts(
             xq2 = _tile(tl.load(own_xq2 + j * K + shared), PARTS, K, TILE)
             s1 = _tile(tl.load(own_s1 + j * K + shared), PARTS, K, TILE)
             slope = _tile(tl.load(own_slope + j * K + shared), PARTS, K, TILE)
-            read_slope = _tile(tl.load(own_read_slope + j * K + shared), PARTS, K, TILE)
-            bend = _tile(tl.load(own_bend + j * K + shared), PARTS, K, TILE)
+            turn = j // TILE % 2 * K * TILE
+            read_slope = _tile(tl.load(own_read_slope + turn + shared), PARTS, K, TILE)
+            bend = _tile(tl.load(own_bend + turn + shared), PARTS, K, TILE)
             d_bias1 = tl.load(d_b1 + units + j)
+            # Of the next tile; of the last one again.
+            after = tl.minimum(j + TILE, num_units - TILE) * K + flat
+            later, turn = there * D + after, K * TILE - turn + flat
+            _hidden(
+                kept_z1 + later, kept_zq1 + later, kept_u + later,
+                own_x2 + after, own_xq2 + after, own_s1 + after, own_slope + after,
+                own_read_slope + turn, own_bend + turn,
+            )  # fmt: skip
             # The weights of this mini-batch's start, from those of its end.
             x2_turned = _turned(_terms(x2, mask, SPLIT), SPLIT)
             weight2 = _plus(weight2, x2_turned, written_s2_terms)
@@ -192,6 +210,8 @@ def mlp_backward_parts(
             taken = _plus(taken, key_terms, _flip(_terms(d_weight1, mask, SPLIT)))
             taken2 = _plus(narrow, s2_terms, _flip(d_weight2_terms))
             d_xq2, taken, taken2 = tl.reduce((d_xq2, taken, taken2), 0, _add_three)
+            # What is stored before this, all warps can load.
+            tl.debug_barrier()
             d_xq2, taken, taken2 = _all(d_xq2, PARTS), _all(taken, PARTS), _all(taken2, PARTS)
             d_zq1 = read_slope * d_xq2
             d_zq1_terms = _terms(d_zq1, mask, SPLIT)
@@ -240,7 +260,9 @@ def mlp_backward_parts(
         query_terms = _terms(tl.load(q + here * F + parts), mask, SPLIT)
         key_terms = _terms(tl.load(k + here * F + parts), mask, SPLIT)
         d_query, d_key = wide, wide
-        for j in range(0, num_units, TILE):
+        # From the end: what the first pass came to last may still be in the cache.
+        for back_j in range(0, num_units, TILE):
+            j = num_units - TILE - back_j
             weight2 = _tile(tl.load(w2 + line + j * F), PARTS, TILE, C)
             weight1 = _tile(tl.load(w1 + line + j * F), PARTS, TILE, C)
             d_weight2 = _tile(tl.load(d_w2 + line + j * F), PARTS, TILE, C)
