@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from ttt.ops import scan_kernels as kernels
 from ttt.ops.linear import EPSILON, InnerLayers, flatten
 from ttt.ops.scan_mlp_backward import mlp_backward
+from ttt.ops.scan_mlp_backward_parts import mlp_backward_parts
 
 SPLIT_TYPES: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
 """For frames of these types, factors of products are split in two bfloat16 terms, which is exact to
@@ -46,7 +47,11 @@ SHAPES = {
     "linear_backward": Shape(tile=64),
     "mlp_forward": Shape(tile=16, warps=2),
     "mlp_backward": Shape(),
+    "mlp_backward_parts": Shape(tile=16, warps=2),
 }
+
+MLP_BACKWARD_IN_PARTS = True
+"""Whether TTT-MLP goes backwards by `mlp_backward_parts`, whose warps are its parts."""
 
 
 def scan(
@@ -131,7 +136,13 @@ class _Scan(torch.autograd.Function):
         ends, kept = saved[:count], tuple(saved[count:])
         q, eta = frames[0], frames[3]
         d_out = grads[0].contiguous()
-        d_weights = _for_backward(grads[1:])
+        kernel, parts = kernels.linear_backward, None
+        if count == 4:
+            kernel, parts = mlp_backward, _backward_parts(*q.shape[3:])
+        options = {}
+        if parts is not None:
+            kernel, options = mlp_backward_parts, {"PARTS": parts}
+        d_weights = _for_backward(grads[1:], parts)
         d_frames = [torch.empty_like(x) for x in frames[:4]]
         lead = q.shape[:2]
         # Of each program its own; summed over the batch below.
@@ -145,27 +156,45 @@ class _Scan(torch.autograd.Function):
             else:
                 start = tuple(starts[index * count : (index + 1) * count])
                 weights, kept = _forward(frames, start, out, ctx.num_writes, group, keep=True)
-            changing = _for_backward(weights)
+            changing = _for_backward(weights, parts)
             _launch(
-                kernels.linear_backward if count == 2 else mlp_backward,
+                kernel,
                 frames,
                 (*changing, scratch, *kept, d_out, *d_frames, d_scale, *d_norm, *d_weights),
                 (ctx.num_writes, *group),
+                **options,
             )
         # Some of what was kept is overwritten. Another pass, if one is asked for, goes forwards.
         ctx.has_kept = False
         d_shared = (d_scale.sum((0, 1)), *(x.sum(0) for x in d_norm))
-        return *d_frames, *d_shared, None, None, *_turned(d_weights)
+        return *d_frames, *d_shared, None, None, *_from_backward(d_weights, starts[:count], parts)
 
 
-def _turned(weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """With the first of two layers transposed, as `mlp_backward` takes it."""
-    return (weights[0].mT, *weights[1:]) if len(weights) == 4 else tuple(weights)
-
-
-def _for_backward(weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def _for_backward(weights: Sequence[Tensor], parts: int | None) -> list[Tensor]:
     """Fast weights, or their gradients, for a backward kernel to overwrite."""
-    return tuple(x.clone(memory_format=torch.contiguous_format) for x in _turned(weights))
+    ordered = _backward_order(weights, parts)
+    return [x.clone(memory_format=torch.contiguous_format) for x in ordered]
+
+
+def _from_backward(
+    found: Sequence[Tensor], like: Sequence[Tensor], parts: int | None
+) -> Sequence[Tensor]:
+    """The other way round."""
+    if parts is None:
+        return _backward_order(found, None)
+    results = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in like]
+    for view, x in zip(_backward_order(results, parts), found, strict=True):
+        view.copy_(x)
+    return results
+
+
+def _backward_order(weights: Sequence[Tensor], parts: int | None) -> Sequence[Tensor]:
+    """Views in the order in which a backward kernel takes them."""
+    if len(weights) == 2:
+        return weights
+    w1, b1, w2, b2 = weights
+    w1, w2 = (w1.mT, w2) if parts is None else in_lines(w1, w2, parts)
+    return w1, b1, w2, b2
 
 
 def _groups(num_batches: int, size: int) -> list[tuple[int, int]]:
@@ -214,6 +243,7 @@ def _forward(
         (w1, b1, w2, b2, out, scratch, *kept),
         (num_writes, *group),
         KEEP=keep,
+        LINES=MLP_BACKWARD_IN_PARTS,
         PARTS=parts,
     )
     found1, found2 = (x.new_empty(x.shape) for x in (weights[0], weights[2]))
@@ -225,6 +255,13 @@ def _forward(
 def _parts(width: int) -> int:
     """Parts that `mlp_forward` divides a head into, each one warp's."""
     return min(SHAPES["mlp_forward"].warps, width // 16)
+
+
+def _backward_parts(size: int, width: int) -> int | None:
+    """The same for `mlp_backward_parts`, more for more frames; None: `mlp_backward`."""
+    if not MLP_BACKWARD_IN_PARTS:
+        return None
+    return min(SHAPES["mlp_backward_parts"].warps * size // 16, width // 16)
 
 
 def in_lines(w1: Tensor, w2: Tensor, parts: int) -> tuple[Tensor, Tensor]:
@@ -240,7 +277,9 @@ def in_lines(w1: Tensor, w2: Tensor, parts: int) -> tuple[Tensor, Tensor]:
 
 def _scratch(out: Tensor, weights: Sequence[Tensor]) -> Tensor:
     """A program's own memory."""
-    per_frame = 2 * out.shape[-1] + (5 * weights[1].shape[-1] if len(weights) == 4 else 0)
+    per_frame = 2 * out.shape[-1]
+    if len(weights) == 4:
+        per_frame = 5 * out.shape[-1] + 9 * weights[1].shape[-1]
     rows, size = math.prod(out.shape[:2]), out.shape[3]
     return out.new_empty(rows, size, per_frame, dtype=torch.float32)
 
@@ -255,9 +294,9 @@ def _launch(
     batch, heads, num_batches, size, width = frames[0].shape
     shape = SHAPES[kernel.__name__]
     num_units, tile, warps = width, min(shape.tile, width), shape.warps
-    if kernel in (kernels.mlp_forward, mlp_backward):
+    if kernel is not kernels.linear_forward and kernel is not kernels.linear_backward:
         num_units = options["D"] = others[1].shape[-1]
-    if kernel is kernels.mlp_forward:
+    if "PARTS" in options:
         # All parts have all of a tile's units for all frames.
         tile, warps = max(16, shape.tile * 16 // size), options["PARTS"]
     kernel[(batch * heads,)](

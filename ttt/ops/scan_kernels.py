@@ -379,7 +379,7 @@ def mlp_forward(
     kept_z1, kept_zq1, kept_u, kept_z2, kept_zq2, kept_products2,
     num_heads, num_batches, num_writes, first, last, num_units,
     EPS: tl.constexpr, KEEP: tl.constexpr, K: tl.constexpr, F: tl.constexpr, D: tl.constexpr,
-    TILE: tl.constexpr, SPLIT: tl.constexpr, PARTS: tl.constexpr,
+    TILE: tl.constexpr, SPLIT: tl.constexpr, PARTS: tl.constexpr, LINES: tl.constexpr,
 ):  # fmt: skip
     """w1 and w2 are in the order of `ttt.ops.scan.in_lines`; the scratch begins with zeros."""
     C: tl.constexpr = F // PARTS
@@ -462,7 +462,13 @@ def mlp_forward(
             zq2 = _add_dot(xq2, weight2, zq2, SPLIT)
             z2 = _add_dot(next_x2, weight2, z2, SPLIT)
             products2 = _add_dot(xq2, _swap(x2), products2, SPLIT)
-            if KEEP:
+            if KEEP and LINES:
+                place = there * D + j * K + shared
+                tl.store(kept_zq1 + place, _line(zq1, PARTS, K, TILE), mask=own_line & real)
+                tl.store(kept_u + place, _line(u, PARTS, K, TILE), mask=own_line & real)
+                place += K * D
+                tl.store(kept_z1 + place, _line(z1, PARTS, K, TILE), mask=own_line & more)
+            elif KEEP:
                 place = there * D + j + places
                 tl.store(kept_zq1 + place, _rows(zq1, PARTS, K, TILE), mask=own_rows & real)
                 tl.store(kept_u + place, _rows(u, PARTS, K, TILE), mask=own_rows & real)

@@ -34,6 +34,7 @@ def _terms(x, mask, SPLIT: tl.constexpr):
     elif x.dtype == tl.bfloat16:
         return (x,)
     else:
+        x = x.to(tl.float32)
         bits = x.to(tl.int32, bitcast=True) & mask
         low = x - bits.to(tl.float32, bitcast=True)
         return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True), low.to(tl.bfloat16)
