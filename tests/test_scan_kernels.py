@@ -9,6 +9,7 @@ import torch
 from test_ops_linear import METHODS, every_method, random_inputs
 from torch.utils.checkpoint import checkpoint
 
+from ttt.layers.execution import Execution
 from ttt.ops import linear
 
 pytest.importorskip("triton")
@@ -24,7 +25,7 @@ def test_kernels_interpreted_on_the_cpu():
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
-    assert "20 passed" in done.stdout
+    assert "22 passed" in done.stdout
 
 
 def on_a_device(test):
@@ -168,24 +169,32 @@ def test_the_largest_sizes_run(method, size, width, frames_dtype, kernels):
         assert (a - b).norm() / b.norm() < (1e-5 if frames_dtype == torch.float32 else 5e-3)
 
 
-@on_a_device
-@every_method
-def test_what_is_kept_is_not_made_again(method, kernels, monkeypatch):
-    """A group is gone through forwards once, if all is kept; else again by the backward pass."""
+@pytest.fixture
+def passes(monkeypatch):
+    """Of each launch the direction, and whether it keeps something."""
     from ttt.ops import scan
 
-    op, launch, passes = METHODS[method][0], scan._launch, []
+    launch, found = scan._launch, []
 
     def counted(kernel, *args, **options):
-        passes.append((kernel.__name__.split("_")[1], options.get("KEEP")))
+        found.append((kernel.__name__.split("_")[1], options.get("KEEP")))
         return launch(kernel, *args, **options)
+
+    monkeypatch.setattr(scan, "_launch", counted)
+    return found
+
+
+@on_a_device
+@every_method
+def test_what_is_kept_is_not_made_again(method, kernels, passes):
+    """A group is gone through forwards once, if all is kept; else again by the backward pass."""
+    op = METHODS[method][0]
 
     def without_gradients(*args, **options):
         with torch.no_grad():
             op(*args, **options)
         return op(*args, **options)
 
-    monkeypatch.setattr(scan, "_launch", counted)
     inputs = moderate_inputs(method, 40, 16, 16, False)
     for group_size, expected in (
         (None, [("forward", False), ("forward", True), ("backward", None)]),
@@ -194,6 +203,23 @@ def test_what_is_kept_is_not_made_again(method, kernels, monkeypatch):
         passes.clear()
         kernels(without_gradients, *inputs, torch.float32, scan_checkpoint_group_size=group_size)
         assert passes == expected
+
+
+@on_a_device
+@every_method
+def test_a_layer_that_is_made_again_keeps_nothing_before(method, kernels, passes):
+    op, execution = METHODS[method][0], Execution(checkpointing=True)
+
+    def in_a_layer(*args, **options):
+        return execution.split_layer(lambda *tensors: op(*tensors, **options), *args)
+
+    inputs = moderate_inputs(method, 40, 16, 16, False)
+    expected = kernels(op, *inputs, torch.float32, scan_checkpoint_group_size=None)
+    passes.clear()
+    found = kernels(in_a_layer, *inputs, torch.float32, scan_checkpoint_group_size=None)
+    assert passes == [("forward", False), ("forward", True), ("backward", None)]
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
 
 
 @on_a_device

@@ -3,8 +3,8 @@ pass."""
 
 import logging
 import types
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, Literal
@@ -19,6 +19,7 @@ from torch.utils.checkpoint import (
 
 # The operators of `_KEPT` are registered there.
 from ttt.ops import depth_attention as _depth_attention  # noqa: F401
+from ttt.ops.linear import keeps_in_vain
 
 Checkpointing = bool | Literal["selective"]
 """What is kept for the backward pass: everything (false), the inputs of layers alone (true), or
@@ -76,7 +77,7 @@ class Execution:
     def split_layer(self, function: Callable[..., Any], *args: Any) -> Any:
         """`function(*args)`, a layer with something in it that cannot be compiled; all else in it
         runs through `piece`."""
-        return _checkpointed(function, self.checkpointing is True, *args)
+        return _checkpointed(function, self.checkpointing is True and "split", *args)
 
     def stock(self, function: Callable[..., Any], *args: Any) -> Any:
         """`function(*args)`, with layers that `blocks` does not know in it: not compiled, and where
@@ -134,13 +135,26 @@ def eager_on_cpu(device: torch.device) -> AbstractContextManager[None]:
     return nullcontext() if device.type == "cuda" else no_compile()
 
 
-def _checkpointed(function: Callable[..., Any], mode: Checkpointing, *args: Any) -> Any:
+def _checkpointed(
+    function: Callable[..., Any], mode: Checkpointing | Literal["split"], *args: Any
+) -> Any:
     if mode is False or not torch.is_grad_enabled():
         return function(*args)
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if mode == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+    elif mode == "split":
+        options["context_fn"] = lambda: (_keeping_in_vain(), nullcontext())
     return checkpoint(function, *args, **options)
+
+
+@contextmanager
+def _keeping_in_vain() -> Iterator[None]:
+    token = keeps_in_vain.set(True)
+    try:
+        yield
+    finally:
+        keeps_in_vain.reset(token)
 
 
 def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

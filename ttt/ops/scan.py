@@ -21,9 +21,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ttt.ops import scan_kernels as kernels
-from ttt.ops.linear import EPSILON, InnerLayers, flatten
+from ttt.ops.linear import EPSILON, InnerLayers, flatten, keeps_in_vain
 from ttt.ops.scan_mlp_backward import mlp_backward
-from ttt.ops.scan_mlp_backward_parts import mlp_backward_parts
 
 SPLIT_TYPES: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
 """For frames of these types, factors of products are split in two bfloat16 terms, which is exact to
@@ -46,12 +45,8 @@ SHAPES = {
     "linear_forward": Shape(tile=64),
     "linear_backward": Shape(tile=64),
     "mlp_forward": Shape(tile=16, warps=2),
-    "mlp_backward": Shape(),
-    "mlp_backward_parts": Shape(tile=16, warps=2),
+    "mlp_backward": Shape(tile=16, warps=4),
 }
-
-MLP_BACKWARD_IN_PARTS = True
-"""Whether TTT-MLP goes backwards by `mlp_backward_parts`, whose warps are its parts."""
 
 
 def scan(
@@ -115,19 +110,23 @@ class _Scan(torch.autograd.Function):
         groups = _groups(q.shape[2], group_size or q.shape[2])
         starts: list[Tensor] = []
         kept: tuple[Tensor, ...] = ()
+        ctx.has_kept = group_size is None
+        keep = ctx.has_kept and not keeps_in_vain.get()
         for group in groups:
             starts += weights
-            weights, kept = _forward(
-                frames, weights, out, num_writes, group, keep=group_size is None
-            )
-        ctx.has_kept = group_size is None
+            weights, kept = _forward(frames, weights, out, num_writes, group, keep=keep)
+        if ctx.has_kept and not keep:
+            # Of the shapes that checkpointing expects again, and no memory.
+            num_frames = math.prod(q.shape[:4])
+            kept = tuple(x.new_empty(1, 1).expand(num_frames, x.shape[1]) for x in kept)
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*frames, *starts, *((*weights, *kept) if ctx.has_kept else ()))
         ctx.num_writes, ctx.groups = num_writes, groups
         return out, *weights
 
     @staticmethod
     @once_differentiable  # else the gradients' own gradients would be zero, and nothing say so
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         # Once: under activation checkpointing they can be asked for once.
         saved = list(ctx.saved_tensors)
         count = len(grads) - 1
@@ -135,14 +134,12 @@ class _Scan(torch.autograd.Function):
         starts, saved = saved[7 : 7 + count * len(ctx.groups)], saved[7 + count * len(ctx.groups) :]
         ends, kept = saved[:count], tuple(saved[count:])
         q, eta = frames[0], frames[3]
-        d_out = grads[0].contiguous()
-        kernel, parts = kernels.linear_backward, None
+        d_out = torch.zeros_like(q) if grads[0] is None else grads[0].contiguous()
+        kernel, parts, options = kernels.linear_backward, 0, {}
         if count == 4:
-            kernel, parts = mlp_backward, _backward_parts(*q.shape[3:])
-        options = {}
-        if parts is not None:
-            kernel, options = mlp_backward_parts, {"PARTS": parts}
-        d_weights = _for_backward(grads[1:], parts)
+            parts = _backward_parts(*q.shape[3:])
+            kernel, options = mlp_backward, {"PARTS": parts}
+        d_weights = _for_backward(grads[1:], starts[:count], parts)
         d_frames = [torch.empty_like(x) for x in frames[:4]]
         lead = q.shape[:2]
         # Of each program its own; summed over the batch below.
@@ -156,7 +153,7 @@ class _Scan(torch.autograd.Function):
             else:
                 start = tuple(starts[index * count : (index + 1) * count])
                 weights, kept = _forward(frames, start, out, ctx.num_writes, group, keep=True)
-            changing = _for_backward(weights, parts)
+            changing = _for_backward(weights, weights, parts)
             _launch(
                 kernel,
                 frames,
@@ -170,30 +167,33 @@ class _Scan(torch.autograd.Function):
         return *d_frames, *d_shared, None, None, *_from_backward(d_weights, starts[:count], parts)
 
 
-def _for_backward(weights: Sequence[Tensor], parts: int | None) -> list[Tensor]:
-    """Fast weights, or their gradients, for a backward kernel to overwrite."""
-    ordered = _backward_order(weights, parts)
+def _for_backward(
+    weights: Sequence[Tensor | None], like: Sequence[Tensor], parts: int
+) -> list[Tensor]:
+    """Fast weights, or their gradients, for a backward kernel to overwrite; None is zero."""
+    if all(x is None for x in weights):
+        return [x.new_zeros(x.shape) for x in like]
+    given = [y.new_zeros(y.shape) if x is None else x for x, y in zip(weights, like, strict=True)]
+    ordered = _backward_order(given, parts)
     return [x.clone(memory_format=torch.contiguous_format) for x in ordered]
 
 
-def _from_backward(
-    found: Sequence[Tensor], like: Sequence[Tensor], parts: int | None
-) -> Sequence[Tensor]:
+def _from_backward(found: Sequence[Tensor], like: Sequence[Tensor], parts: int) -> Sequence[Tensor]:
     """The other way round."""
-    if parts is None:
-        return _backward_order(found, None)
-    results = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in like]
+    if len(like) == 2:
+        return found
+    results = [x.new_empty(x.shape) for x in like]
     for view, x in zip(_backward_order(results, parts), found, strict=True):
-        view.copy_(x)
+        view.copy_(x.view(view.shape))
     return results
 
 
-def _backward_order(weights: Sequence[Tensor], parts: int | None) -> Sequence[Tensor]:
+def _backward_order(weights: Sequence[Tensor], parts: int) -> Sequence[Tensor]:
     """Views in the order in which a backward kernel takes them."""
     if len(weights) == 2:
         return weights
     w1, b1, w2, b2 = weights
-    w1, w2 = (w1.mT, w2) if parts is None else in_lines(w1, w2, parts)
+    w1, w2 = in_lines(w1, w2, parts)
     return w1, b1, w2, b2
 
 
@@ -243,7 +243,6 @@ def _forward(
         (w1, b1, w2, b2, out, scratch, *kept),
         (num_writes, *group),
         KEEP=keep,
-        LINES=MLP_BACKWARD_IN_PARTS,
         PARTS=parts,
     )
     found1, found2 = (x.new_empty(x.shape) for x in (weights[0], weights[2]))
@@ -257,11 +256,9 @@ def _parts(width: int) -> int:
     return min(SHAPES["mlp_forward"].warps, width // 16)
 
 
-def _backward_parts(size: int, width: int) -> int | None:
-    """The same for `mlp_backward_parts`, more for more frames; None: `mlp_backward`."""
-    if not MLP_BACKWARD_IN_PARTS:
-        return None
-    return min(SHAPES["mlp_backward_parts"].warps * size // 16, width // 16)
+def _backward_parts(size: int, width: int) -> int:
+    """The same for `mlp_backward`, more for more frames."""
+    return min(SHAPES["mlp_backward"].warps * size // 16, width // 16)
 
 
 def in_lines(w1: Tensor, w2: Tensor, parts: int) -> tuple[Tensor, Tensor]:

@@ -328,24 +328,6 @@ def _line(x, PARTS: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
-def _rows(x, PARTS: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
-    """[PARTS · M · N] by threads as in `_line`, but four numbers in turn are those of a row that a
-    thread has in two neighbouring pieces; see `_row_places`."""
-    x = tl.reshape(x, (PARTS, M // 16, 2, 8, N // 16, 2, 4, 2))
-    return tl.reshape(tl.permute(x, (1, 4, 2, 0, 3, 6, 5, 7)), (PARTS * M * N,))
-
-
-@triton.jit
-def _row_places(PARTS: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
-    """Rows and units of `_rows`, and whether it is this part's to store them, where all have the
-    same."""
-    i = tl.arange(0, PARTS * M * N)
-    rows = i // (256 * PARTS * (N // 16)) * 16 + i // (128 * PARTS) % 2 * 8 + i // 16 % 8
-    units = i // (256 * PARTS) % (N // 16) * 16 + i % 16
-    return rows, units, i // (128 * PARTS) % PARTS == i // 128 % PARTS
-
-
-@triton.jit
 def _all(x, PARTS: tl.constexpr):
     """x [M, N] for all parts."""
     return tl.broadcast_to(x[None], (PARTS, x.shape[0], x.shape[1]))
@@ -354,6 +336,48 @@ def _all(x, PARTS: tl.constexpr):
 @triton.jit
 def _swap(x):
     return tl.permute(x, (0, 2, 1))
+
+
+@triton.jit
+def _turned_term(x):
+    """Xᵀ of each part of what threads have in the order of `_line`, in that order again: pieces of
+    8 x 8 are turned, each by one instruction, and change places."""
+    x = tl.inline_asm_elementwise(
+        "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", "=r,r", [x],
+        dtype=tl.bfloat16, is_pure=True, pack=2,
+    )  # fmt: skip
+    P: tl.constexpr = x.shape[0]
+    M: tl.constexpr = x.shape[1]
+    N: tl.constexpr = x.shape[2]
+    x = tl.reshape(x, (P, M // 8, 8, N // 8, 8))
+    return tl.reshape(tl.permute(x, (0, 3, 2, 1, 4)), (P, N, M))
+
+
+@triton.jit
+def _add_turned(a, b, sum, SPLIT: tl.constexpr):
+    """Aᵀ B + sum."""
+    if not SPLIT:
+        return _add_dot(_swap(a), b, sum, SPLIT)
+    else:
+        a_high, a_low = _halves(a)
+        a_high, a_low = _turned_term(a_high), _turned_term(a_low)
+        if b.dtype == tl.bfloat16:
+            return tl.dot(a_high, b, tl.dot(a_low, b, sum))
+        else:
+            b_high, b_low = _halves(b)
+            return tl.dot(a_high, b_high, tl.dot(a_high, b_low, tl.dot(a_low, b_high, sum)))
+
+
+@triton.jit
+def _add_turning(a, b, sum, SPLIT: tl.constexpr):
+    """A B + sum, B from a product or `_tile`."""
+    if not SPLIT:
+        return _add_dot(a, b, sum, SPLIT)
+    else:
+        b_high, b_low = _halves(b)
+        b_high, b_low = _swap(_turned_term(b_high)), _swap(_turned_term(b_low))
+        a_high, a_low = _halves(a)
+        return tl.dot(a_high, b_high, tl.dot(a_high, b_low, tl.dot(a_low, b_high, sum)))
 
 
 @triton.jit
@@ -379,7 +403,7 @@ def mlp_forward(
     kept_z1, kept_zq1, kept_u, kept_z2, kept_zq2, kept_products2,
     num_heads, num_batches, num_writes, first, last, num_units,
     EPS: tl.constexpr, KEEP: tl.constexpr, K: tl.constexpr, F: tl.constexpr, D: tl.constexpr,
-    TILE: tl.constexpr, SPLIT: tl.constexpr, PARTS: tl.constexpr, LINES: tl.constexpr,
+    TILE: tl.constexpr, SPLIT: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """w1 and w2 are in the order of `ttt.ops.scan.in_lines`; the scratch begins with zeros."""
     C: tl.constexpr = F // PARTS
@@ -393,8 +417,6 @@ def mlp_forward(
     units = (
         row * D + p * 0 + (h // 16 * 16 + h // 2 % 4 * 4 + h // 8 % 2 * 2 + h % 2)[None, None, :]
     )
-    unit_rows, unit_columns, own_rows = _row_places(PARTS, K, TILE)
-    places = unit_rows * D + unit_columns
     # Of each frame and hidden unit, the same for all parts.
     i = tl.arange(0, PARTS * K * TILE)
     shared, own_line = (
@@ -441,16 +463,16 @@ def mlp_forward(
             zq1 = _add_dot(query, _swap(weight1), share, SPLIT)
             z1 = _add_dot(next_key, _swap(weight1), share, SPLIT)
             s1 = slope * u
-            zq1 = _add_dot(steps1, s1, zq1, SPLIT)
-            z1 = _add_dot(next_steps1, s1, z1, SPLIT)
-            weight2 = _add_dot(_swap(x2), -written * s2, weight2, SPLIT)
+            zq1 = _add_turning(steps1, s1, zq1, SPLIT)
+            z1 = _add_turning(next_steps1, s1, z1, SPLIT)
+            weight2 = _add_turned(x2, -written * s2, weight2, SPLIT)
             tl.store(w2 + line + j * F, _line(weight2, PARTS, TILE, C))
             u, zq1, z1 = tl.reduce((u, zq1, z1), 0, _add_three)
             # What is stored from here on, all warps have loaded.
             tl.debug_barrier()
             u, zq1, z1 = _all(u, PARTS), _all(zq1, PARTS), _all(z1, PARTS)
             s1 = -written * slope * u
-            weight1 = _add_dot(_swap(s1), key, weight1, SPLIT)
+            weight1 = _add_turned(s1, key, weight1, SPLIT)
             tl.store(w1 + line + j * F, _line(weight1, PARTS, TILE, C))
             tl.store(b1 + units + j, bias1 + tl.sum(s1, 1, keep_dims=True))
             xq2 = zq1 * _gate(zq1)
@@ -459,21 +481,15 @@ def mlp_forward(
             slope = gate + next_x2 * (1 - gate) * (1.5957691216057308 + 0.2140644488 * z1 * z1)
             tl.store(own_x2 + j * K, _line(next_x2, PARTS, K, TILE), mask=own_line)
             tl.store(own_slope + j * K, _line(slope, PARTS, K, TILE), mask=own_line)
-            zq2 = _add_dot(xq2, weight2, zq2, SPLIT)
-            z2 = _add_dot(next_x2, weight2, z2, SPLIT)
+            zq2 = _add_turning(xq2, weight2, zq2, SPLIT)
+            z2 = _add_turning(next_x2, weight2, z2, SPLIT)
             products2 = _add_dot(xq2, _swap(x2), products2, SPLIT)
-            if KEEP and LINES:
+            if KEEP:
                 place = there * D + j * K + shared
                 tl.store(kept_zq1 + place, _line(zq1, PARTS, K, TILE), mask=own_line & real)
                 tl.store(kept_u + place, _line(u, PARTS, K, TILE), mask=own_line & real)
                 place += K * D
                 tl.store(kept_z1 + place, _line(z1, PARTS, K, TILE), mask=own_line & more)
-            elif KEEP:
-                place = there * D + j + places
-                tl.store(kept_zq1 + place, _rows(zq1, PARTS, K, TILE), mask=own_rows & real)
-                tl.store(kept_u + place, _rows(u, PARTS, K, TILE), mask=own_rows & real)
-                place += K * D
-                tl.store(kept_z1 + place, _rows(z1, PARTS, K, TILE), mask=own_rows & more)
         # The weights have already taken the whole step.
         steps2 = (products2 - 1) * written - products2 * scale[None]
         tl.store(own_zq2 + parts, _add_dot(steps2, s2, zq2, SPLIT))

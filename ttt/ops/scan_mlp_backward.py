@@ -1,8 +1,9 @@
-"""The backward kernel of TTT-MLP; `ttt.ops.scan_kernels` says how to read it.
+"""The backward kernel of TTT-MLP, where each warp has columns of its own of the head's width, as in
+`ttt.ops.scan_kernels.mlp_forward`, which says what that is good for.
 
-The weights and their gradients, 1 MB a program, go through the registers in tiles of hidden units,
-and this is what takes time. Of a mini-batch only d_z2 needs all tiles at once. So there are two
-passes over them: one for all that d_z2 is made of, and one for all that it goes into.
+Two passes over tiles of hidden units: one for all that d_z2 is made of, and one for all that it
+goes into. In each the warps meet once a tile, to add what they have for hidden units. The first
+leaves to the second what it knows of them: of the second layer's input all but d_z2's part.
 """
 
 import triton
@@ -10,15 +11,20 @@ import triton.language as tl
 
 from ttt.ops.scan_kernels import (
     COUNTS,
+    _add_three,
     _add_to,
-    _gelu,
-    _gelu_curvature,
-    _gelu_slope,
+    _add_two,
+    _all,
+    _gate,
     _gradient,
     _gradient_backward,
+    _line,
     _normed,
     _project,
     _steps,
+    _swap,
+    _tile,
+    _turned_term,
 )
 
 
@@ -42,11 +48,11 @@ def _terms(x, mask, SPLIT: tl.constexpr):
 
 @triton.jit
 def _flip(x):
-    """Xᵀ, of terms."""
+    """Xᵀ of each part, of terms; as a right factor it is in the threads that have X."""
     if len(x) == 1:
-        return (tl.trans(x[0]),)
+        return (_swap(x[0]),)
     else:
-        return tl.trans(x[0]), tl.trans(x[1])
+        return _swap(x[0]), _swap(x[1])
 
 
 @triton.jit
@@ -60,33 +66,33 @@ def _plus(total, x, y):
 
 
 @triton.jit
-def _put(pointer, offsets, x, mask, SIZE: tl.constexpr, SPLIT: tl.constexpr):
-    """The terms of a factor of all tiles, into the place of `SIZE` floats."""
-    if SPLIT:
-        pointer = pointer.to(tl.pointer_type(tl.bfloat16), bitcast=True)
-    terms = _terms(x, mask, SPLIT)
-    tl.store(pointer + offsets, terms[0])
-    if SPLIT:
-        tl.store(pointer + SIZE + offsets, terms[1])
-
-
-@triton.jit
-def _get(pointer, offsets, SIZE: tl.constexpr, SPLIT: tl.constexpr):
-    """What `_put` has put there."""
-    if SPLIT:
-        pointer = pointer.to(tl.pointer_type(tl.bfloat16), bitcast=True)
-        return tl.load(pointer + offsets), tl.load(pointer + SIZE + offsets)
+def _turned(x, SPLIT: tl.constexpr):
+    """Xᵀ of each part, of terms. X must come from `_tile` or a product."""
+    if not SPLIT:
+        return (_swap(x[0]),)
     else:
-        return (tl.load(pointer + offsets),)
+        return _turned_term(x[0]), _turned_term(x[1])
 
 
 @triton.jit
-def _prefetch(pointers):
-    """The lines of 128 bytes at `pointers`, into the L2 cache."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [pointers.to(tl.int64)],
-        dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
+def _hidden(z1, zq1, back1, own_x2, own_xq2, own_s1, own_slope, own_read_slope, own_bend):
+    """What a tile needs that takes no product, each thread for itself: of a tile's numbers all
+    parts have all."""
+    z, zq, u = tl.load(z1), tl.load(zq1), tl.load(back1)
+    gate = _gate(z)
+    inner = 1.5957691216057308 + 0.2140644488 * z * z
+    x2, rest = z * gate, 1 - gate
+    slope = gate + x2 * rest * inner
+    bend = 2 * inner + z * (0.4281288976 * z + (rest - gate) * inner * inner)
+    tl.store(own_x2, x2)
+    tl.store(own_slope, slope)
+    tl.store(own_s1, slope * u)
+    tl.store(own_bend, gate * rest * bend * u)
+    gate = _gate(zq)
+    xq2 = zq * gate
+    slope = gate + xq2 * (1 - gate) * (1.5957691216057308 + 0.2140644488 * zq * zq)
+    tl.store(own_xq2, xq2)
+    tl.store(own_read_slope, slope)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -97,37 +103,53 @@ def mlp_backward(
     d_w1, d_b1, d_w2, d_b2,
     num_heads, num_batches, num_writes, first, last, num_units,
     EPS: tl.constexpr, K: tl.constexpr, F: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr,
-    SPLIT: tl.constexpr,
+    SPLIT: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """w1 and d_w1 are transposed, so that a tile of theirs is in one piece. Each tile of weights is
-    loaded where it is needed, and its terms go to shared memory at once: all together would fill
-    the registers."""
+    """The weights and their gradients are in the order of `ttt.ops.scan.in_lines`; what was kept of
+    hidden units is in that of `_line`."""
+    C: tl.constexpr = F // PARTS
     row = tl.program_id(0).to(tl.int64)
     mask = tl.where(num_units > 0, -65536, 0)
     t, f, h = tl.arange(0, K), tl.arange(0, F), tl.arange(0, TILE)
-    frames, square = t[:, None] * F + f[None, :], t[:, None] * K + t[None, :]
-    units = t[:, None] * D + h[None, :]
-    tile = row * F * D + h[:, None] * F + f[None, :]
-    lines = row * F * D + tl.arange(0, TILE * F // 32) * 32
-    own = scratch + row * K * (5 * D + 2 * F)
-    own_d_zq1, own_d_s1 = own + units, own + K * D + units
-    own_s2, own_d_zq2 = own + 2 * K * D, own + 2 * K * D + K * F
-    own_d_z2 = own_d_zq2 + K * F
+    p, c = tl.arange(0, PARTS)[:, None, None], tl.arange(0, C)[None, None, :]
+    frames, parts = t[:, None] * F + f[None, :], p * C + t[None, :, None] * F + c
+    square = t[:, None] * K + t[None, :]
+    line = row * F * D + tl.arange(0, TILE * F)
+    # The order of units in a product.
+    units = (
+        row * D + p * 0 + (h // 16 * 16 + h // 2 % 4 * 4 + h // 8 % 2 * 2 + h % 2)[None, None, :]
+    )
+    # Of each frame and hidden unit, the same for all parts.
+    i = tl.arange(0, PARTS * K * TILE)
+    shared, own_line = (
+        i // (128 * PARTS) * 128 + i % 128,
+        i // (128 * PARTS) % PARTS == i // 128 % PARTS,
+    )
+    # And without any order.
+    flat = tl.arange(0, K * TILE)
+    own = scratch + row * K * (9 * D + 5 * F)
+    own_x2, own_xq2, own_s1 = own, own + K * D, own + 2 * K * D
+    own_slope, own_back = own + 3 * K * D, own + 4 * K * D
+    own_d_zq1, own_d_z1 = own + 5 * K * D, own + 6 * K * D
+    # Of two tiles, in turn.
+    own_read_slope, own_bend = own + 7 * K * D, own + 8 * K * D
+    own_s2, own_d_zq2 = own + 9 * K * D, own + 9 * K * D + K * F
+    own_d_s2, own_d_z2 = own_d_zq2 + K * F, own_d_zq2 + 2 * K * F
+    own_d_target = own_d_zq2 + 3 * K * F
     norm_w = tl.load(norm_weight + row % num_heads * F + f)
     norm_b = tl.load(norm_bias + row % num_heads * F + f)
     scale, causal, write_scale = _steps(token_scale, K)
     d_bias2 = tl.load(d_b2 + row * F + f)
     d_norm_w, d_norm_b = tl.zeros((F,), tl.float32), tl.zeros((F,), tl.float32)
     d_scale = tl.zeros((K,), tl.float32)
-    squares = tl.zeros((K, K), tl.float32)
-    narrow, wide = tl.zeros((K, TILE), tl.float32), tl.zeros((K, F), tl.float32)
-    whole = tl.zeros((TILE, F), tl.float32)
-    for i in range(0, last - first):
-        n = last - 1 - i
+    nothing = tl.zeros((PARTS, K, K), tl.float32)
+    narrow = tl.zeros((PARTS, K, TILE), tl.float32)
+    wide = tl.zeros((PARTS, K, C), tl.float32)
+    whole = tl.zeros((PARTS, TILE, C), tl.float32)
+    for step in range(0, last - first):
+        n = last - 1 - step
         here = (row * num_batches + n) * K
         there = (row * (last - first) + n - first) * K
-        z1, zq1 = kept_z1 + there * D + units, kept_zq1 + there * D + units
-        back1 = kept_u + there * D + units
         written = tl.where(n < num_writes, write_scale, 0.0)
         # What the second layer gave to read, and what it wrote.
         d_found = tl.load(d_out + here * F + frames).to(tl.float32)
@@ -135,65 +157,103 @@ def mlp_backward(
         d_norm_w += tl.sum(d_found * normed, 0)
         d_norm_b += tl.sum(d_found, 0)
         d_zq2 = rstd * _project(d_found * norm_w[None, :], normed, F)
-        _put(own_d_zq2, frames, d_zq2, mask, K * F, SPLIT)
+        tl.store(own_d_zq2 + frames, d_zq2)
         d_bias2_read = tl.sum(d_zq2, 0)
-        query, key = tl.load(q + here * F + frames), tl.load(k + here * F + frames)
-        target = tl.load(v + here * F + frames).to(tl.float32) - key.to(tl.float32)
+        target = tl.load(v + here * F + frames).to(tl.float32)
+        target -= tl.load(k + here * F + frames).to(tl.float32)
         s2 = _gradient(tl.load(kept_z2 + there * F + frames), target, norm_w, norm_b, EPS, F)
         s2 *= tl.load(eta + here + t)[:, None]
-        _put(own_s2, frames, s2, mask, K * F, SPLIT)
-        products1 = 1 + _plus(squares, _terms(query, mask, SPLIT), _flip(_terms(key, mask, SPLIT)))
-        steps1 = products1 * scale
-        products2 = tl.load(kept_products2 + there * K + square)
-        d_zq2_terms = _terms(d_zq2, mask, SPLIT)
-        d_steps2 = -_plus(squares, d_zq2_terms, _flip(_terms(s2, mask, SPLIT)))
-        d_products2 = d_steps2 * scale
-        # The second layer's errors were read and written, and handed back.
-        d_s2 = _plus(wide, _flip(_terms(-products2 * scale, mask, SPLIT)), d_zq2_terms)
-        d_s2 -= written * d_bias2[None, :]
+        tl.store(own_s2 + frames, s2)
         d_written = -tl.sum(tl.sum(s2, 0) * d_bias2, 0)
-        # Summed over tiles: −d_steps1, and of −d_written each unit's part.
-        steps_sum, written_sum = squares, narrow
+        _hidden(
+            kept_z1 + there * D + flat, kept_zq1 + there * D + flat, kept_u + there * D + flat,
+            own_x2 + flat, own_xq2 + flat, own_s1 + flat, own_slope + flat,
+            own_read_slope + flat, own_bend + flat,
+        )  # fmt: skip
         tl.debug_barrier()
+        s2, d_zq2 = tl.load(own_s2 + parts), tl.load(own_d_zq2 + parts)
+        query, key = tl.load(q + here * F + parts), tl.load(k + here * F + parts)
+        s2_terms, d_zq2_terms = _terms(s2, mask, SPLIT), _terms(d_zq2, mask, SPLIT)
+        query_terms, key_terms = _terms(query, mask, SPLIT), _terms(key, mask, SPLIT)
+        written_s2_terms = _terms(written * s2, mask, SPLIT)
+        products1 = _plus(nothing, query_terms, _flip(key_terms))
+        d_steps2 = _plus(nothing, d_zq2_terms, _flip(s2_terms))
+        products1, d_steps2 = tl.reduce((products1, d_steps2), 0, _add_two)
+        products1, d_steps2 = products1 + 1, -d_steps2
+        products2 = tl.load(kept_products2 + there * K + square)
+        d_products2 = d_steps2 * scale
+        read1 = _terms(_all(tl.trans(-products1 * scale), PARTS), mask, SPLIT)
+        read2 = _terms(_all(tl.trans(-products2 * scale), PARTS), mask, SPLIT)
+        d_read2 = _terms(_all(d_products2 * (1 / PARTS), PARTS), mask, SPLIT)
+        d_read2_turned = _terms(_all(tl.trans(d_products2), PARTS), mask, SPLIT)
+        # The second layer's errors were read and written, and handed back.
+        d_s2 = _plus(wide, read2, d_zq2_terms)
+        # Summed over tiles: −d_steps1, and of −d_written each unit's part.
+        steps_sum, written_sum = nothing, narrow
         for j in range(0, num_units, TILE):
-            if SPLIT:
-                ahead = (j + TILE) % num_units
-                _prefetch(d_w1 + lines + ahead * F)
-                _prefetch(d_w2 + lines + ahead * F)
-                _prefetch(w2 + lines + ahead * F)
-            z, u, zq = tl.load(z1 + j), tl.load(back1 + j), tl.load(zq1 + j)
-            d_bias1 = tl.load(d_b1 + row * D + j + h)
+            weight2 = _tile(tl.load(w2 + line + j * F), PARTS, TILE, C)
+            d_weight1 = _tile(tl.load(d_w1 + line + j * F), PARTS, TILE, C)
+            d_weight2 = _tile(tl.load(d_w2 + line + j * F), PARTS, TILE, C)
+            x2 = _tile(tl.load(own_x2 + j * K + shared), PARTS, K, TILE)
+            xq2 = _tile(tl.load(own_xq2 + j * K + shared), PARTS, K, TILE)
+            s1 = _tile(tl.load(own_s1 + j * K + shared), PARTS, K, TILE)
+            slope = _tile(tl.load(own_slope + j * K + shared), PARTS, K, TILE)
+            turn = j // TILE % 2 * K * TILE
+            read_slope = _tile(tl.load(own_read_slope + turn + shared), PARTS, K, TILE)
+            bend = _tile(tl.load(own_bend + turn + shared), PARTS, K, TILE)
+            d_bias1 = tl.load(d_b1 + units + j)
+            # Of the next tile; of the last one again.
+            after = tl.minimum(j + TILE, num_units - TILE) * K + flat
+            later, turn = there * D + after, K * TILE - turn + flat
+            _hidden(
+                kept_z1 + later, kept_zq1 + later, kept_u + later,
+                own_x2 + after, own_xq2 + after, own_s1 + after, own_slope + after,
+                own_read_slope + turn, own_bend + turn,
+            )  # fmt: skip
             # The weights of this mini-batch's start, from those of its end.
-            weight2 = tl.load(w2 + tile + j * F)
-            s2_terms = _get(own_s2, frames, K * F, SPLIT)
-            write2_terms = _terms(-written * _gelu(z), mask, SPLIT)
-            weight2 -= _plus(whole, _flip(write2_terms), s2_terms)
-            tl.store(w2 + tile + j * F, weight2)
+            x2_turned = _turned(_terms(x2, mask, SPLIT), SPLIT)
+            weight2 = _plus(weight2, x2_turned, written_s2_terms)
+            tl.store(w2 + line + j * F, _line(weight2, PARTS, TILE, C))
             weight2_terms = _terms(weight2, mask, SPLIT)
-            d_xq2 = _plus(narrow, _terms(d_products2, mask, SPLIT), _terms(_gelu(z), mask, SPLIT))
-            d_zq2_all = _get(own_d_zq2, frames, K * F, SPLIT)
-            d_xq2 = _plus(d_xq2, d_zq2_all, _flip(weight2_terms))
-            d_weight1 = tl.load(d_w1 + tile + j * F)
-            d_zq1 = _gelu_slope(zq) * d_xq2
-            tl.store(own_d_zq1 + j, d_zq1)
-            # What the first layer gave to read, and wrote.
+            d_weight2_terms = _terms(d_weight2, mask, SPLIT)
+            # By each part: sums below.
+            d_xq2 = _plus(narrow, d_read2, _flip(x2_turned))
+            d_xq2 = _plus(d_xq2, d_zq2_terms, _flip(weight2_terms))
+            taken = tl.broadcast_to(d_bias1 * (1 / PARTS), (PARTS, K, TILE))
+            taken = _plus(taken, key_terms, _flip(_terms(d_weight1, mask, SPLIT)))
+            taken2 = _plus(narrow, s2_terms, _flip(d_weight2_terms))
+            d_xq2, taken, taken2 = tl.reduce((d_xq2, taken, taken2), 0, _add_three)
+            # What is stored before this, all warps can load.
+            tl.debug_barrier()
+            d_xq2, taken, taken2 = _all(d_xq2, PARTS), _all(taken, PARTS), _all(taken2, PARTS)
+            d_zq1 = read_slope * d_xq2
             d_zq1_terms = _terms(d_zq1, mask, SPLIT)
-            s1 = _gelu_slope(z) * u
-            d_weight2 = tl.load(d_w2 + tile + j * F)
+            written_sum += s1 * taken + x2 * taken2
             steps_sum = _plus(steps_sum, d_zq1_terms, _flip(_terms(s1, mask, SPLIT)))
-            key_terms = _terms(tl.load(k + here * F + frames), mask, SPLIT)
-            taken = _plus(narrow, key_terms, _flip(_terms(d_weight1, mask, SPLIT)))
-            taken += d_bias1[None, :]
-            written_sum += s1 * taken
-            d_s1 = _plus(narrow, _flip(_terms(-steps1, mask, SPLIT)), d_zq1_terms)
-            d_s1 -= written * taken
-            tl.store(own_d_s1 + j, d_s1)
-            d_s2 = _plus(d_s2, _terms(_gelu_slope(z) * d_s1, mask, SPLIT), weight2_terms)
-            d_s2 = _plus(d_s2, write2_terms, _terms(d_weight2, mask, SPLIT))
+            d_s1 = _plus(-written * taken, read1, _flip(_turned(d_zq1_terms, SPLIT)))
+            xq2_turned = _turned(_terms(xq2, mask, SPLIT), SPLIT)
+            d_x2 = _plus(-written * taken2, d_read2_turned, _flip(xq2_turned))
+            back = slope * d_s1
+            tl.store(own_back + j * K + shared, _line(back, PARTS, K, TILE), mask=own_line)
+            tl.store(own_d_zq1 + j * K + shared, _line(d_zq1, PARTS, K, TILE), mask=own_line)
+            # But for what d_z2 adds to d_x2.
+            d_z1 = bend * d_s1 + slope * d_x2
+            tl.store(own_d_z1 + j * K + shared, _line(d_z1, PARTS, K, TILE), mask=own_line)
+            back_terms = _terms(back, mask, SPLIT)
+            d_s2 = _plus(d_s2, back_terms, _flip(_turned(weight2_terms, SPLIT)))
+            write2_terms = _terms(-written * x2, mask, SPLIT)
+            d_s2 = _plus(d_s2, write2_terms, _flip(_turned(d_weight2_terms, SPLIT)))
+        tl.store(own_d_s2 + parts, d_s2)
+        # All parts have the same sums.
+        d_written -= tl.sum(tl.sum(tl.sum(written_sum, 0), 1), 0) / PARTS
+        steps_sum = tl.sum(steps_sum, 0) / PARTS
         d_scale += tl.sum(causal * (d_steps2 * products2 - steps_sum * products1), 1)
+        d_scale += tl.where((t == K - 1) & (n < num_writes), d_written, 0.0)
         d_products1 = -steps_sum * scale
-        key = tl.load(k + here * F + frames)
-        target = tl.load(v + here * F + frames).to(tl.float32) - key.to(tl.float32)
+        tl.debug_barrier()
+        d_s2 = tl.load(own_d_s2 + frames) - written * d_bias2[None, :]
+        target = tl.load(v + here * F + frames).to(tl.float32)
+        target -= tl.load(k + here * F + frames).to(tl.float32)
         z2, rate = tl.load(kept_z2 + there * F + frames), tl.load(eta + here + t)
         g = _gradient(z2, target, norm_w, norm_b, EPS, F)
         tl.store(d_eta + here + t, tl.sum(d_s2 * g, 1))
@@ -203,61 +263,61 @@ def mlp_backward(
         d_norm_w += d_nw
         d_norm_b += d_nb
         d_bias2 += d_bias2_read + tl.sum(d_z2, 0)
-        _put(own_d_z2, frames, d_z2, mask, K * F, SPLIT)
         tl.store(d_v + here * F + frames, d_target.to(d_v.dtype.element_ty))
-        d_query, d_key = wide, -d_target
+        tl.store(own_d_z2 + frames, d_z2)
+        tl.store(own_d_target + frames, d_target)
         tl.debug_barrier()
-        for j in range(0, num_units, TILE):
-            if SPLIT:
-                ahead = (j + TILE) % num_units
-                _prefetch(w2 + lines + ahead * F)
-                _prefetch(d_w2 + lines + ahead * F)
-                _prefetch(w1 + lines + ahead * F)
-                _prefetch(d_w1 + lines + ahead * F)
-            z, u, zq = tl.load(z1 + j), tl.load(back1 + j), tl.load(zq1 + j)
-            d_s1, d_zq1 = tl.load(own_d_s1 + j), tl.load(own_d_zq1 + j)
-            d_bias1 = tl.load(d_b1 + row * D + j + h)
-            x2, slope = _gelu(z), _gelu_slope(z)
-            xq2_terms = _terms(_gelu(zq), mask, SPLIT)
-            weight2 = tl.load(w2 + tile + j * F)
-            s2_terms = _get(own_s2, frames, K * F, SPLIT)
-            d_z2_terms = _get(own_d_z2, frames, K * F, SPLIT)
-            d_x2 = _plus(narrow, _flip(_terms(d_products2, mask, SPLIT)), xq2_terms)
-            d_x2 = _plus(d_x2, d_z2_terms, _flip(_terms(weight2, mask, SPLIT)))
-            d_weight2 = tl.load(d_w2 + tile + j * F)
-            taken = _plus(narrow, s2_terms, _flip(_terms(d_weight2, mask, SPLIT)))
-            written_sum += x2 * taken
-            d_x2 -= written * taken
-            d_zq2_all = _get(own_d_zq2, frames, K * F, SPLIT)
-            change = _plus(whole, _flip(_terms(x2, mask, SPLIT)), d_z2_terms)
-            change = _plus(change, _flip(xq2_terms), d_zq2_all)
-            change = _plus(change, _flip(_terms(slope * d_s1, mask, SPLIT)), s2_terms)
-            tl.store(d_w2 + tile + j * F, d_weight2 + change)
-            d_z1 = _gelu_curvature(z) * u * d_s1 + slope * d_x2
-            tl.store(d_b1 + row * D + j + h, d_bias1 + tl.sum(d_z1 + d_zq1, 0))
-            d_z1_terms, d_zq1_terms = _terms(d_z1, mask, SPLIT), _terms(d_zq1, mask, SPLIT)
-            key_terms = _terms(tl.load(k + here * F + frames), mask, SPLIT)
-            weight1 = tl.load(w1 + tile + j * F)
-            write1_terms = _terms(-written * slope * u, mask, SPLIT)
-            weight1 -= _plus(whole, _flip(write1_terms), key_terms)
-            tl.store(w1 + tile + j * F, weight1)
-            weight1_terms = _terms(weight1, mask, SPLIT)
-            d_query = _plus(d_query, d_zq1_terms, weight1_terms)
-            d_key = _plus(d_key, d_z1_terms, weight1_terms)
-            d_weight1 = tl.load(d_w1 + tile + j * F)
-            d_key = _plus(d_key, write1_terms, _terms(d_weight1, mask, SPLIT))
-            query_terms = _terms(tl.load(q + here * F + frames), mask, SPLIT)
-            change = _plus(whole, _flip(d_z1_terms), key_terms)
-            change = _plus(change, _flip(d_zq1_terms), query_terms)
-            tl.store(d_w1 + tile + j * F, d_weight1 + change)
-        d_written -= tl.sum(tl.sum(written_sum, 1), 0)
-        d_scale += tl.where((t == K - 1) & (n < num_writes), d_written, 0.0)
-        query, key = tl.load(q + here * F + frames), tl.load(k + here * F + frames)
-        d_query = _plus(d_query, _terms(d_products1, mask, SPLIT), _terms(key, mask, SPLIT))
-        d_query += tl.load(d_out + here * F + frames).to(tl.float32)
-        tl.store(d_q + here * F + frames, d_query.to(d_q.dtype.element_ty))
-        d_key = _plus(d_key, _flip(_terms(d_products1, mask, SPLIT)), _terms(query, mask, SPLIT))
-        tl.store(d_k + here * F + frames, d_key.to(d_k.dtype.element_ty))
+        s2_terms = _terms(tl.load(own_s2 + parts), mask, SPLIT)
+        d_zq2_terms = _terms(tl.load(own_d_zq2 + parts), mask, SPLIT)
+        d_z2_terms = _terms(tl.load(own_d_z2 + parts), mask, SPLIT)
+        query_terms = _terms(tl.load(q + here * F + parts), mask, SPLIT)
+        key_terms = _terms(tl.load(k + here * F + parts), mask, SPLIT)
+        d_query, d_key = wide, wide
+        # From the end: what the first pass came to last may still be in the cache.
+        for back_j in range(0, num_units, TILE):
+            j = num_units - TILE - back_j
+            weight2 = _tile(tl.load(w2 + line + j * F), PARTS, TILE, C)
+            weight1 = _tile(tl.load(w1 + line + j * F), PARTS, TILE, C)
+            d_weight2 = _tile(tl.load(d_w2 + line + j * F), PARTS, TILE, C)
+            d_weight1 = _tile(tl.load(d_w1 + line + j * F), PARTS, TILE, C)
+            x2 = _tile(tl.load(own_x2 + j * K + shared), PARTS, K, TILE)
+            xq2 = _tile(tl.load(own_xq2 + j * K + shared), PARTS, K, TILE)
+            s1 = _tile(tl.load(own_s1 + j * K + shared), PARTS, K, TILE)
+            slope = _tile(tl.load(own_slope + j * K + shared), PARTS, K, TILE)
+            back = _tile(tl.load(own_back + j * K + shared), PARTS, K, TILE)
+            d_zq1 = _tile(tl.load(own_d_zq1 + j * K + shared), PARTS, K, TILE)
+            d_z1 = _tile(tl.load(own_d_z1 + j * K + shared), PARTS, K, TILE)
+            # Only one part's to change.
+            d_bias1 = tl.load(d_b1 + units + j, mask=p == 0, other=0.0)
+            d_x2 = _plus(narrow, d_z2_terms, _flip(_terms(weight2, mask, SPLIT)))
+            d_x2 = _all(tl.sum(d_x2, 0), PARTS)
+            d_weight2 = _plus(d_weight2, _turned(_terms(x2, mask, SPLIT), SPLIT), d_z2_terms)
+            d_weight2 = _plus(d_weight2, _turned(_terms(xq2, mask, SPLIT), SPLIT), d_zq2_terms)
+            d_weight2 = _plus(d_weight2, _turned(_terms(back, mask, SPLIT), SPLIT), s2_terms)
+            tl.store(d_w2 + line + j * F, _line(d_weight2, PARTS, TILE, C))
+            write1_terms = _terms(-written * s1, mask, SPLIT)
+            weight1 -= _plus(whole, _turned(write1_terms, SPLIT), key_terms)
+            tl.store(w1 + line + j * F, _line(weight1, PARTS, TILE, C))
+            weight1_turned = _flip(_turned(_terms(weight1, mask, SPLIT), SPLIT))
+            d_zq1_terms = _terms(d_zq1, mask, SPLIT)
+            d_query = _plus(d_query, d_zq1_terms, weight1_turned)
+            d_weight1_turned = _flip(_turned(_terms(d_weight1, mask, SPLIT), SPLIT))
+            d_key = _plus(d_key, write1_terms, d_weight1_turned)
+            d_weight1 = _plus(d_weight1, _turned(d_zq1_terms, SPLIT), query_terms)
+            d_z1 += slope * d_x2
+            d_bias1 += tl.sum(d_z1 + d_zq1, 1, keep_dims=True)
+            tl.store(d_b1 + units + j, d_bias1, mask=p == 0)
+            d_z1_terms = _terms(d_z1, mask, SPLIT)
+            d_key = _plus(d_key, d_z1_terms, weight1_turned)
+            d_weight1 = _plus(d_weight1, _turned(d_z1_terms, SPLIT), key_terms)
+            tl.store(d_w1 + line + j * F, _line(d_weight1, PARTS, TILE, C))
+        d_query = _plus(d_query, _terms(_all(d_products1, PARTS), mask, SPLIT), key_terms)
+        d_query += tl.load(d_out + here * F + parts).to(tl.float32)
+        tl.store(d_q + here * F + parts, d_query.to(d_q.dtype.element_ty))
+        d_products1 = _all(tl.trans(d_products1), PARTS)
+        d_key = _plus(d_key, _terms(d_products1, mask, SPLIT), query_terms)
+        d_key -= tl.load(own_d_target + parts)
+        tl.store(d_k + here * F + parts, d_key.to(d_k.dtype.element_ty))
         tl.debug_barrier()
     tl.store(d_b2 + row * F + f, d_bias2)
     _add_to(d_norm_weight + row * F + f, d_norm_w)
