@@ -1,12 +1,13 @@
 """How much GPU memory a training step takes, computed without making any of it.
 
-The peak lies early in the backward pass, at the larger of two stages. In the depth transformer's
-all that was kept is still there; when the main transformer's last layers follow, what the depth
-transformer and the loss had kept is gone, and it is there that TTT works. What is counted, for one
-process:
+The peak lies in the backward pass, at the largest of three stages. In the depth transformer's all
+that was kept is still there; when the main transformer's last layers follow, what the depth
+transformer and the loss had kept is gone, and it is there that TTT works; at its first layers
+nothing else is kept, but all gradients have come. What is counted, for one process:
 
     weights      in `param_dtype`; parameters that train also, or only (if sharded), in float32
-    gradients    float32, of what trains
+    gradients    float32, of what trains and has its gradient by then: all of it, from the second
+                 micro-batch on
     optimizer    two moments in float32
     gathered     of a sharded model: all that is in no layer, and two layers, whole
     kept         the inputs of all layers (activation checkpointing), and what the loss starts from
@@ -44,14 +45,15 @@ RESERVED_BYTES = 1.5e9
 FRAGMENTATION = 0.03
 """Of what a GPU has: lost between blocks."""
 
-TTT_BYTES = {"in_place": 30e3, "linear": 100e3, "mlp": 270e3}
-"""By method, for a frame of a model 4096 wide: measured as an operator (`linear`, `mlp`: as one
-kernel), at 16 x 1250 frames; see docs/benchmarks.md."""
+TTT_BYTES = {"in_place": 30e3, "linear": 200e3, "mlp": 235e3}
+"""By method, for a frame of a model 4096 wide, beside what its layer takes anyway: so that the sum
+is what training steps took, at 16 x 1250 frames, with GPU kernels; see docs/distributed.md."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes at the peak, of one GPU."""
+    """Bytes at the peak, of one GPU. What comes and goes (gradients, kept, working, ttt) is as at
+    the stage where the sum is largest."""
 
     weights: float
     gradients: float
@@ -88,16 +90,21 @@ def estimate(args: TrainArgs, model: TTTLMModel, num_gpus: int) -> Memory:
         gathered = _gathered(model, width)
         gradients = 4 * num_trained / size
         is_few = num_trained < FEW * (num_frozen + num_trained)
-        if args.num_microbatches > 1 and is_few:
-            gradients += 4 * num_trained
+        whole_gradients = 4 * num_trained if args.num_microbatches > 1 and is_few else 0
     else:
+        whole_gradients = 0
         masters = 4 * num_trained if width < 4 else 0
         weights = num_frozen * width + num_trained * width + masters
         gathered, gradients = 0.0, 4 * num_trained
     num_frames = args.batch_size * count_frames(args.duration_sec)
     stages = _stages(args, model, num_frames, width)
-    kept, working, ttt = max(stages, key=sum)
-    return Memory(weights, gradients, 8 * num_trained / size, gathered, kept, working, ttt)
+    in_main = _count(model.transformer, trained=True) / num_trained if num_trained else 0.0
+    present = 1.0 if args.num_microbatches > 1 else 1.0 - in_main
+    early = [(gradients * present + whole_gradients, *stage) for stage in stages]
+    # In the first layers what was kept for the others is gone.
+    late = [(gradients + whole_gradients, 0.0, *stage[1:]) for stage in stages[1:]]
+    at_peak, kept, working, ttt = max(early + late, key=sum)
+    return Memory(weights, at_peak, 8 * num_trained / size, gathered, kept, working, ttt)
 
 
 def _gathered(model: TTTLMModel, width: int) -> float:
@@ -136,11 +143,6 @@ def _stages(
     stages = [(kept_main + kept_depth, working_depth, 0.0), (kept_main, working_main, 0.0)]
     if args.ttt.enabled:
         ttt = TTT_BYTES[args.ttt.method] * num_frames * model.dim / 4096
-        if args.ttt.method != "in_place":
-            # Computed again with attention, and apart from the MLP.
-            layer = main[min(model.ttt_layers)]
-            beside = num_frames * (_products(layer) - _products(layer.gating))
-            working_main = width * ELEMENTWISE * beside
         stages.append((kept_main, working_main, ttt))
     return stages
 

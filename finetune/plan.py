@@ -29,15 +29,15 @@ SEC_PER_FRAME = 1.61 / (16 * 1250)
 """Of Moshi 7B with LoRA of rank 128, without TTT, with activation checkpointing and compiled
 layers, on one NVIDIA H200, which computes as an H100 does; see docs/benchmarks.md."""
 SEC_PER_FRAME_PARAMETERS = 7.687e9
-TTT_FACTOR = {"in_place sum": 1.03, "in_place delta": 1.05, "linear": 1.12, "mlp": 1.74}
+TTT_FACTOR = {"in_place sum": 1.02, "in_place delta": 1.04, "linear": 1.09, "mlp": 1.33}
 """Of the same, relative, in five of 32 layers."""
 SELECTIVE_FACTOR = 0.77
 """Of the same, relative, with gradient_checkpointing: selective."""
-FULL_FACTOR = 4 / 3
-"""Products for the gradients of all weights are the fourth where there were three: forward, forward
-again, backward. Counted, not measured."""
-MANY_GPUS_FACTOR = 0.9
-"""Share of one GPU's speed that each of several has: the goal, not measured."""
+FULL_FACTOR = 1.17
+"""Of training all weights, relative to LoRA: measured with the model sharded over two GPUs."""
+REPLICA_FACTOR, SHARDED_FACTOR = 0.99, 0.94
+"""Share of one GPU's speed that each of several has: measured on two GPUs of one host, joined by
+NVLink, with LoRA. What more hosts cost is not known."""
 
 _NO_SHAPE = (
     *("moshi_name", "mimi_name", "mimi_config_name", "tokenizer_name", "lora_name", "model_type"),
@@ -142,7 +142,8 @@ def _describe_time(args: TrainArgs, model: TTTLMModel, num_gpus: int) -> Iterato
     step_sec = frames * SEC_PER_FRAME * size * factor
     step_sec *= 1.0 if args.gradient_checkpointing is True else SELECTIVE_FACTOR
     step_sec *= FULL_FACTOR if args.full_finetuning else 1.0
-    step_sec /= MANY_GPUS_FACTOR if num_gpus > 1 else 1.0
+    if num_gpus > 1:
+        step_sec /= SHARDED_FACTOR if shard_size(args, num_gpus) > 1 else REPLICA_FACTOR
     yield (
         f"time on H100s or H200s: about {step_sec:.2f} s a step, "
         f"{format_duration(args.max_steps * step_sec)} for all"

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ttt.ops import scan_kernels as kernels
+from ttt.ops import scan_linear_kernels as linear_kernels
 from ttt.ops.linear import EPSILON, InnerLayers, flatten, keeps_in_vain
 from ttt.ops.scan_mlp_backward import mlp_backward
 
@@ -135,7 +136,7 @@ class _Scan(torch.autograd.Function):
         ends, kept = saved[:count], tuple(saved[count:])
         q, eta = frames[0], frames[3]
         d_out = torch.zeros_like(q) if grads[0] is None else grads[0].contiguous()
-        kernel, parts, options = kernels.linear_backward, 0, {}
+        kernel, parts, options = linear_kernels.linear_backward, 0, {}
         if count == 4:
             parts = _backward_parts(*q.shape[3:])
             kernel, options = mlp_backward, {"PARTS": parts}
@@ -223,7 +224,7 @@ def _forward(
         kept = new(width), new(width)
         after = tuple(x.clone(memory_format=torch.contiguous_format) for x in weights)
         _launch(
-            kernels.linear_forward,
+            linear_kernels.linear_forward,
             frames,
             (*after, out, _scratch(out, weights), *kept),
             (num_writes, *group),
@@ -291,9 +292,8 @@ def _launch(
     batch, heads, num_batches, size, width = frames[0].shape
     shape = SHAPES[kernel.__name__]
     num_units, tile, warps = width, min(shape.tile, width), shape.warps
-    if kernel is not kernels.linear_forward and kernel is not kernels.linear_backward:
-        num_units = options["D"] = others[1].shape[-1]
     if "PARTS" in options:
+        num_units = options["D"] = others[1].shape[-1]
         # All parts have all of a tile's units for all frames.
         tile, warps = max(16, shape.tile * 16 // size), options["PARTS"]
     kernel[(batch * heads,)](
