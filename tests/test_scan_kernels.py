@@ -1,6 +1,8 @@
 """The kernels of TTT-Linear and TTT-MLP against the plain form, on a CUDA device or interpreted."""
 
+import itertools
 import os
+import re
 import subprocess
 import sys
 
@@ -25,7 +27,58 @@ def test_kernels_interpreted_on_the_cpu():
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
-    assert "22 passed" in done.stdout
+    assert "24 passed" in done.stdout
+
+
+PIECES = "lane = [[0, 0, 2], [0, 0, 4], [0, 1, 0], [0, 2, 0], [0, 4, 0]]"
+"""Of four rows eight threads each, a thread two neighbours of a row: how tensor cores take them."""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED, reason="compiles")
+@pytest.mark.parametrize("name, parts, size", [("forward", 2, 16), ("backward", 4, 16)])
+def test_threads_hold_what_they_turn(name, parts, size):
+    """Of compiled code, which needs no GPU: Triton chooses which thread holds what, and an
+    instruction that turns pieces of 8 x 8 is right for one choice only. (For pointers that are no
+    multiples of 16 it chooses another; see the test of tensors anywhere in memory.)"""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from ttt.ops import scan_kernels, scan_mlp_backward
+
+    kernel = getattr(scan_kernels if name == "forward" else scan_mlp_backward, f"mlp_{name}")
+    constants = {"EPS": 1e-6, "K": size, "F": 128, "D": 512, "TILE": 16, "SPLIT": True}
+    constants |= {"PARTS": parts, **({"KEEP": True} if name == "forward" else {})}
+    frames = ("q", "k", "v", "out", "d_out", "d_q", "d_k", "d_v")
+    signature = {
+        key: "constexpr"
+        if key in constants
+        else "i32"
+        if key in (*scan_kernels.COUNTS, "num_units")
+        else "*bf16"
+        if key in frames
+        else "*fp32"
+        for key in kernel.arg_names
+    }
+    places = {key: (index,) for index, key in enumerate(kernel.arg_names)}
+    aligned = [["tt.divisibility", 16]]
+    code = triton.compile(
+        ASTSource(
+            kernel,
+            signature,
+            {places[key]: value for key, value in constants.items()},
+            {places[key]: aligned for key, kind in signature.items() if kind.startswith("*")},
+        ),
+        target=GPUTarget("cuda", 90, 32),
+        options={"num_warps": parts, "num_stages": 1},
+    ).asm["ttgir"]
+    layouts = set(re.findall(r"movmatrix.*?-> tensor<[^>]*, (#\w+)>", code))
+    assert layouts
+    for layout in layouts:
+        (definition,) = re.findall(rf"^{layout} = (.*)$", code, re.MULTILINE)
+        is_product = "nvidia_mma<{versionMajor = 2" in definition and "[1, 16, 8]" in definition
+        assert is_product or ("register = [[0, 0, 1]," in definition and PIECES in definition)
 
 
 def on_a_device(test):
@@ -203,6 +256,45 @@ def test_what_is_kept_is_not_made_again(method, kernels, passes):
         passes.clear()
         kernels(without_gradients, *inputs, torch.float32, scan_checkpoint_group_size=group_size)
         assert passes == expected
+
+
+@on_a_device
+@pytest.mark.parametrize("num_layers", [1, 2])
+def test_tensors_may_begin_anywhere_in_memory(num_layers, monkeypatch):
+    """Triton compiles a kernel otherwise for pointers that are no multiples of 16, and then other
+    threads hold what is turned: it must not come to that."""
+    from ttt.ops import scan
+
+    launch, rests = scan._launch, []
+
+    def looked_at(kernel, frames, others, *args, **options):
+        rests.extend(x.data_ptr() % 16 for x in (*frames, *others))
+        return launch(kernel, frames, others, *args, **options)
+
+    def moved(x):
+        longer = x.new_empty(x.numel() + 1)
+        longer[1:] = x.flatten()
+        return longer[1:].view_as(x)
+
+    generator = torch.Generator().manual_seed(0)
+    widths = [16, 16] if num_layers == 1 else [16, 64, 16]
+    shapes = 3 * [(1, 2, 2, 16, 16)] + [(1, 2, 2, 16), (2, 16), (2, 16), (16,)]
+    for inputs, outputs in itertools.pairwise(widths):
+        shapes += [(1, 2, inputs, outputs), (1, 2, outputs)]
+    tensors = [0.1 * torch.randn(shape, generator=generator).to(DEVICE) for shape in shapes]
+    d_out = torch.randn(shapes[0], generator=generator).to(DEVICE)
+    monkeypatch.setattr(scan, "_launch", looked_at)
+    monkeypatch.setattr(scan, "SPLIT_TYPES", ())
+    results = []
+    for place in (torch.clone, moved):
+        leaves = [place(x).requires_grad_() for x in tensors]
+        layers = tuple(zip(leaves[7::2], leaves[8::2], strict=True))
+        out, _ = scan.scan(
+            *leaves[:4], layers, *leaves[4:6], token_scale=leaves[6], num_writes=2, group_size=None
+        )
+        results.append([out, *torch.autograd.grad(out, leaves, place(d_out))])
+    assert rests and not any(rests)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @on_a_device

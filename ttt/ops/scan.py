@@ -84,7 +84,7 @@ def scan(
     if torch.is_grad_enabled() and any(x.requires_grad for x in (*frames, *weights)):
         out, *weights = _Scan.apply(*frames, num_writes, group_size, *weights)
     else:
-        contiguous = tuple(x.contiguous() for x in frames)
+        contiguous = tuple(_aligned(x) for x in frames)
         out = torch.empty_like(contiguous[0])
         everything = (0, q.shape[2])
         weights, _ = _forward(contiguous, weights, out, num_writes, everything, keep=False)
@@ -106,7 +106,7 @@ class _Scan(torch.autograd.Function):
         group_size: int | None,
         *weights: Tensor,
     ) -> tuple[Tensor, ...]:
-        frames = tuple(x.contiguous() for x in (q, k, v, eta, token_scale, ln_weight, ln_bias))
+        frames = tuple(_aligned(x) for x in (q, k, v, eta, token_scale, ln_weight, ln_bias))
         out = torch.empty_like(frames[0])
         groups = _groups(q.shape[2], group_size or q.shape[2])
         starts: list[Tensor] = []
@@ -135,7 +135,7 @@ class _Scan(torch.autograd.Function):
         starts, saved = saved[7 : 7 + count * len(ctx.groups)], saved[7 + count * len(ctx.groups) :]
         ends, kept = saved[:count], tuple(saved[count:])
         q, eta = frames[0], frames[3]
-        d_out = torch.zeros_like(q) if grads[0] is None else grads[0].contiguous()
+        d_out = torch.zeros_like(q) if grads[0] is None else _aligned(grads[0])
         kernel, parts, options = linear_kernels.linear_backward, 0, {}
         if count == 4:
             parts = _backward_parts(*q.shape[3:])
@@ -166,6 +166,13 @@ class _Scan(torch.autograd.Function):
         ctx.has_kept = False
         d_shared = (d_scale.sum((0, 1)), *(x.sum(0) for x in d_norm))
         return *d_frames, *d_shared, None, None, *_from_backward(d_weights, starts[:count], parts)
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """In one piece, from a multiple of 16 bytes on, as all tensors of our own are: for pointers of
+    another kind Triton gives threads other pieces, and `_turned_term` would be wrong."""
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
 def _for_backward(
