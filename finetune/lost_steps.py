@@ -43,9 +43,11 @@ class LostSteps:
             UserError: too many steps in a row were not finite.
         """
         if self.nonfinite_in_a_row >= self.args.max_nonfinite_steps:
+            count = self.nonfinite_in_a_row
+            last = "last step" if count == 1 else f"last {count} steps"
             inner = ", or ttt.learning_rate, or set ttt.max_delta_norm"
             raise UserError(
-                f"the last {self.nonfinite_in_a_row} step(s) had a loss or gradient that is not "
+                f"the {last} had a loss or gradient that is not "
                 f"finite (max_nonfinite_steps); the model does not recover from that. Lower "
                 f"optim.lr or optim.ttt_lr{inner if self.args.ttt.has_fixed_step else ''}, and "
                 f"continue from an earlier checkpoint, if there is one in "
