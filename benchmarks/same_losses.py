@@ -22,7 +22,6 @@ one does not, the exit status is 1 too.
 
 import argparse
 import gc
-import json
 import math
 import sys
 import time
@@ -34,7 +33,15 @@ from typing import Any, NamedTuple
 
 import torch
 from moshi.modules.lora import LoRALinear
-from training_arms import Arm, OtherStockRun, OurRun, StockRun, Weights, random_codes
+from training_arms import (
+    Arm,
+    OtherStockRun,
+    OurRun,
+    StockRun,
+    Weights,
+    print_and_keep,
+    random_codes,
+)
 
 from finetune import chunked_loss
 from ttt import TTTLMModel
@@ -257,14 +264,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     )
     print(f"{name}, torch {torch.__version__}, {options.dtype}, B {options.batch}, ", end="")
     print(f"T {options.frames}, {kind}, lr {options.lr:g}\n{HEADER}", flush=True)
-    found = []
-    for result in results(options):
-        found.append(result)
-        print(line(result), flush=True)
-        if options.json:
-            settings = {key: str(value) for key, value in vars(options).items()}
-            page = {"device": name, "torch": str(torch.__version__), **settings, "results": found}
-            options.json.write_text(json.dumps(page, indent=2) + "\n")
+    found = print_and_keep(results(options), line, name, options)
     print("\n".join(table(found)))
     return found
 

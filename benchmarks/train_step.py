@@ -21,7 +21,6 @@ TTT does at test time.
 
 import argparse
 import gc
-import json
 import math
 import statistics
 import sys
@@ -33,7 +32,16 @@ from typing import Any
 import torch
 from moshi.models.lm import LMModel
 from torch import Tensor
-from training_arms import TTT, Arm, OurRun, StockRun, Weights, lm_kwargs, random_codes
+from training_arms import (
+    TTT,
+    Arm,
+    OurRun,
+    StockRun,
+    Weights,
+    lm_kwargs,
+    print_and_keep,
+    random_codes,
+)
 
 from finetune.model import parameters_by_role
 
@@ -264,14 +272,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     name = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
     print(f"{name}, torch {torch.__version__}, {options.dtype}, T {options.frames}, ", end="")
     print(f"rank {options.rank}\n{HEADER}", flush=True)
-    found = []
-    for result in results(options):
-        found.append(result)
-        print(line(result), flush=True)
-        if options.json:
-            settings = {key: str(value) for key, value in vars(options).items()}
-            page = {"device": name, "torch": str(torch.__version__), **settings, "results": found}
-            options.json.write_text(json.dumps(page, indent=2) + "\n")
+    found = print_and_keep(results(options), line, name, options)
     return found
 
 

@@ -35,19 +35,18 @@ way are split once; float32 frames take three products of TensorFloat32, more ex
 class Shape:
     """How a kernel is compiled."""
 
-    tile: int = 32
+    tile: int
     """Rows of W, or hidden units, at once."""
-    warps: int = 4
-    stages: int = 1
-    """Loading ahead made TTT-MLP slower; its registers are full."""
+    warps: int
 
 
 SHAPES = {
-    "linear_forward": Shape(tile=64),
-    "linear_backward": Shape(tile=64),
+    "linear_forward": Shape(tile=64, warps=4),
+    "linear_backward": Shape(tile=64, warps=4),
     "mlp_forward": Shape(tile=16, warps=2),
     "mlp_backward": Shape(tile=16, warps=4),
 }
+"""The fastest of those that were tried; see docs/benchmarks.md."""
 
 
 def scan(
@@ -317,6 +316,6 @@ def _launch(
         SPLIT=frames[0].dtype in SPLIT_TYPES,
         TILE=tile,
         num_warps=warps,
-        num_stages=shape.stages,
+        num_stages=1,  # the registers are full: nothing can be loaded ahead
         **options,
     )
