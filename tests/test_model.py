@@ -364,7 +364,7 @@ def test_state_bytes_counts_what_streaming_allocates(args):
         (tiny_args(write="delta"), {}, "ttt.learning_rate: belongs to write: sum"),
         (tiny_args(write_strength=5.0), {}, "ttt.write_strength: belongs to write: delta"),
         (tiny_delta_args(max_delta_norm=1.0), {}, "ttt.max_delta_norm: belongs to write: sum"),
-        (tiny_delta_args(write_strength=0.0), {}, "ttt.write_strength: must be positive"),
+        (tiny_delta_args(write_strength=0.0), {}, "ttt.write_strength: must be above 0 and at most 1000"),
         (tiny_args(state_decay=1.5), {}, "ttt.state_decay: must be above 0 and at most 1"),
         (tiny_args(), {"gating": "none", "depformer_gating": "silu"}, "needs gated MLPs"),
         (tiny_linear_args(start_layer=3), {}, "beyond the model's last layer, 2"),

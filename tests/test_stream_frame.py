@@ -70,8 +70,9 @@ def test_a_step_on_the_device_equals_the_plain_one(args, dtype, monkeypatch):
                 state.set_exec_mask(torch.tensor([True, step % 3 != 1, True]).to(device))
                 if step == chunk_size + 2:
                     state.reset(torch.tensor([True, False, False]).to(device))
+                is_frame = torch.tensor([[True], [step % 5 != 4], [step != 2]]).to(device)
                 stream = module._stream_frame if way == "kernels" else module._stream_frames
-                spoken.append(stream(z, source, state).float())
+                spoken.append(stream(z, source, is_frame, state).float())
             outputs[way] = (torch.cat(spoken), state.change.clone(), state.num_pending.clone())
     assert torch.equal(outputs["plain"][2], outputs["kernels"][2])
     for plain, kernels in zip(outputs["plain"][:2], outputs["kernels"][:2], strict=True):

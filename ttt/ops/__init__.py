@@ -3,10 +3,11 @@ rest is fast."""
 
 from ttt.ops import reference, reference_linear
 from ttt.ops.delta import chunk_errors, in_place_delta
-from ttt.ops.in_place import chunk_conv, chunk_delta, in_place_ttt
+from ttt.ops.in_place import causal_conv, chunk_conv, chunk_delta, in_place_ttt
 from ttt.ops.linear import inner_losses, rope, ttt_linear, ttt_mlp
 
 __all__ = [
+    "causal_conv",
     "chunk_conv",
     "chunk_delta",
     "chunk_errors",

@@ -1,14 +1,16 @@
 """Chunks, super-chunks, and the products that both In-Place rules are made of.
 
-Both rules read `O = (M ⊙ Z Zᵀ) E`, where E is what the chunks write and
+At frame u a pair is complete: the target v_u, and the key that it belongs to, k_u = z_{u − lag}. A
+chunk, when it has ended, writes its pairs, and every later frame reads them with its own z. Both
+rules read `O = (M ⊙ Z Kᵀ) E`, where E is what the chunks write and
 
-    M[t, s] = γ^(chunk(t) − 1 − chunk(s))   where frame s lies in an earlier chunk than t, else 0.
+    M[t, u] = γ^(chunk(t) − 1 − chunk(u))   where pair u lies in an earlier chunk than frame t, else 0.
 
 This dual form builds no weight, and its cost grows with T². So a long sequence is cut into
 super-chunks: the dual form inside, and between them one state S [d, h] in float32. With i(t) the
 number of t's chunk inside its super-chunk, and m chunks in each,
 
-    O_k += γ^i ⊙ (Z_k S_kᵀ),   S_{k+1} = γ^m S_k + (γ^(m−1−i) ⊙ E_k)ᵀ Z_k.
+    O_k += γ^i ⊙ (Z_k S_kᵀ),   S_{k+1} = γ^m S_k + (γ^(m−1−i) ⊙ E_k)ᵀ K_k.
 
 Forward and backward take seven products of d × h a frame for the state (it is made a second time in
 the backward pass, as keeping it would take d h for every super-chunk), which is 14 d h operations,
@@ -26,13 +28,43 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ttt.ops import terms
+from ttt.ops.terms import accumulating_dtype
+
 SUPER_CHUNK_FRAMES = 2048
 """About the length of a super-chunk. Shorter, reading and writing S takes longer than computing it;
 longer, the dual form costs more than it saves."""
 BLOCK_FRAMES = 256
 """At least this many frames at once in the dual form, for products that fill a GPU."""
-_ROW_MULTIPLE = 8
-"""Of 16-bit numbers in a row of scores; see `scores`."""
+ROW_MULTIPLE = 8
+"""Rows of matrices start at multiples of as many 16-bit numbers, which are 16 bytes: cuBLAS is
+several times slower where they do not."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """A super-chunk of one row, or a whole sequence of all rows, and the frames that it needs."""
+
+    rows: slice
+    start: int
+    """First frame that reads."""
+    stop: int
+    lead: int
+    """Frames before `start` whose pairs are complete in this window: 0 at a sequence's start, else
+    the lag."""
+
+    @property
+    def length(self) -> int:
+        """Frames that read."""
+        return self.stop - self.start
+
+    def frames(self, x: Tensor) -> Tensor:
+        """Return the frames of x [B, T, ·] that are read with or are keys: [N, lead + length, ·]."""
+        return x[self.rows, self.start - self.lead : self.stop]
+
+    def own(self, x: Tensor) -> Tensor:
+        """Return the frames of x [B, T, ·] from `start` to `stop`: [N, length, ·]."""
+        return x[self.rows, self.start : self.stop]
 
 
 @dataclass(frozen=True)
@@ -46,6 +78,8 @@ class Cut:
     block: int
     """Rows at once in the dual form: a multiple of the chunk size."""
     decay: float
+    lag: int = 0
+    """How many frames earlier than its target a key was read: 0 to the chunk size − 1."""
 
     @property
     def is_whole(self) -> bool:
@@ -57,44 +91,55 @@ class Cut:
         """γ^m: how much of the state outlives a super-chunk."""
         return self.decay ** (self.super_chunk // self.chunk_size)
 
+    def windows(self, batch: int) -> Iterator[list[Window]]:
+        """Yield lists of windows in order of time, which share a state. If the sequence is whole,
+        that is one of all rows; else a list for each row, so that there is one state at a time."""
+        if self.is_whole:
+            yield [Window(slice(None), 0, self.num_frames, 0)]
+            return
+        for row in range(batch):
+            yield [
+                Window(
+                    slice(row, row + 1),
+                    start,
+                    min(start + self.super_chunk, self.num_frames),
+                    self.lag if start else 0,
+                )
+                for start in range(0, self.num_frames, self.super_chunk)
+            ]
+
     def blocks(self, length: int) -> Iterator[tuple[int, int, int]]:
-        """Blocks of rows of a super-chunk of `length` frames: first row a, end of the columns that
-        they read e, last row + 1 b. With one chunk a block, e = a."""
+        """Yield the blocks of rows of a window of `length` frames: first row a, end of the pairs
+        that they read e, last row + 1 b. With one chunk a block, e = a."""
         for a in range(0, length, self.block):
             b = min(a + self.block, length)
             yield a, a + (b - a - 1) // self.chunk_size * self.chunk_size, b
 
-    def groups(self, *tensors: Tensor) -> Iterator[list[tuple[Tensor, ...]]]:
-        """The super-chunks of [B, T, ·] tensors, as views: groups that know nothing of each other.
-
-        A group is a list of batches of equal length, `[n, length, ·]` of every tensor. If the
-        sequence is whole, that is all rows at once; else a row is a group, so that there is one
-        state at a time, of its full super-chunks and what remains.
-        """
-        if self.is_whole:
-            yield [tensors]
-            return
-        full = self.num_frames // self.super_chunk
-        end = full * self.super_chunk
-        for row in zip(*tensors, strict=True):
-            group = [tuple(x[:end].view(full, self.super_chunk, -1) for x in row)]
-            if end < self.num_frames:
-                group.append(tuple(x[end:].unsqueeze(0) for x in row))
-            yield group
+    def offset(self, window: Window) -> int:
+        """Return the place of pair 0's key among the window's `frames`: the lag's negative where
+        the window has no lead, and there is no such key; else 0."""
+        return window.lead - self.lag
 
 
-def cut(num_frames: int, chunk_size: int, width: int, hidden: int, decay: float) -> Cut:
-    """The fastest cut that keeps memory in bounds; see this module's text."""
+def cut(
+    num_frames: int, chunk_size: int, width: int, hidden: int, decay: float, lag: int = 0
+) -> Cut:
+    """Return the fastest cut that keeps memory in bounds; see this module's text.
+
+    Raises:
+        ValueError: a lag of a chunk or more.
+    """
+    if not 0 <= lag < chunk_size:
+        raise ValueError(f"lag: must lie between 0 and chunk_size - 1 = {chunk_size - 1}, got {lag}")
     limit = max(SUPER_CHUNK_FRAMES, 3 * width * hidden // (width + hidden))
     super_chunk = chunk_size * max(1, round(SUPER_CHUNK_FRAMES / chunk_size))
     block = chunk_size * max(1, BLOCK_FRAMES // chunk_size)
-    return Cut(
-        num_frames, chunk_size, num_frames if num_frames <= limit else super_chunk, block, decay
-    )
+    whole = num_frames <= limit
+    return Cut(num_frames, chunk_size, num_frames if whole else super_chunk, block, decay, lag)
 
 
 def split_documents(documents: Tensor) -> list[int]:
-    """Lengths of the documents in [B, T] numbers, row after row. Asks the device."""
+    """Return the lengths of the documents in [B, T] numbers, row after row. Asks the device."""
     starts = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True).flatten()
     edges = [*starts.nonzero().flatten().tolist(), documents.numel()]
     return [b - a for a, b in itertools.pairwise(edges)]
@@ -103,10 +148,8 @@ def split_documents(documents: Tensor) -> list[int]:
 def number_chunks(
     num_frames: int, chunk_size: int, documents: Tensor | None, device: torch.device
 ) -> Tensor:
-    """The number of each frame's chunk, counted through the row: [1, T], or [B, T] with documents.
-
-    A chunk never reaches over the end of a document.
-    """
+    """Return the number of each frame's chunk, counted through the row: [1, T], or [B, T] with
+    documents. A chunk never reaches over the end of a document."""
     frames = torch.arange(num_frames, device=device).unsqueeze(0)
     if documents is None:
         return frames // chunk_size
@@ -118,33 +161,45 @@ def number_chunks(
 # The dual form, inside super-chunks ------------------------------------------------------------
 
 
-def scores(x: Tensor, y: Tensor, cut: Cut) -> Tensor:
-    """M ⊙ X Yᵀ, [N, L, L] of [N, L, ·]. Columns that no chunk of a block of rows reads are left
-    unwritten beyond the block, and zero within it."""
-    length = x.shape[1]
-    # Rows start at multiples of 16 bytes: cuBLAS is several times slower where they do not.
-    stride = -(-length // _ROW_MULTIPLE) * _ROW_MULTIPLE
-    out = x.new_empty(x.shape[0], length, stride)[:, :, :length]
-    chunk = torch.arange(length, device=x.device) // cut.chunk_size
+def aligned(like: Tensor, *shape: int, dtype: torch.dtype) -> Tensor:
+    """Return a new tensor of `shape` whose rows start at multiples of 16 bytes."""
+    stride = -(-shape[-1] // ROW_MULTIPLE) * ROW_MULTIPLE
+    return like.new_empty(*shape[:-1], stride, dtype=dtype)[..., : shape[-1]]
+
+
+def weights_by_age(a: int, b: int, first: int, stop: int, cut: Cut, like: Tensor) -> Tensor:
+    """Return M[t, u] for rows a ≤ t < b and pairs first ≤ u < stop: [b − a, stop − first]."""
+    chunk = torch.arange(max(b, stop), device=like.device) // cut.chunk_size
+    age = chunk[a:b, None] - 1 - chunk[first:stop]
+    powers = torch.pow(cut.decay, age.clamp(min=0).to(accumulating_dtype(like.dtype)))
+    return torch.where(age >= 0, powers, 0.0)
+
+
+def gradient_of_products(d_scores: Tensor, window: Window, cut: Cut) -> Tensor:
+    """Return D + Dᵀ [N, F, F], F = lead + length, for dZ = (D + Dᵀ) Z of the window's frames.
+
+    Args:
+        d_scores: [N, L, L], the gradient of z_t · k_u, zero where no frame of a block reads. Without
+            a lag it is overwritten.
+    """
+    length, offset = window.length, cut.offset(window)
+    if cut.lag == 0:
+        for a, _, b in cut.blocks(length):
+            d_scores[:, :a, a:b] = d_scores[:, a:b, :a].transpose(1, 2)
+            diagonal = d_scores[:, a:b, a:b]
+            diagonal += diagonal.transpose(1, 2).clone()
+        return d_scores
+    frames = window.lead + length
+    out = aligned(d_scores, len(d_scores), frames, frames, dtype=d_scores.dtype).zero_()
     for a, e, b in cut.blocks(length):
-        torch.bmm(x[:, a:b], y[:, :e].transpose(1, 2), out=out[:, a:b, :e])
-        # Without decay only the block on the diagonal needs weights.
-        first = 0 if cut.decay != 1 else a
+        first = max(0, -offset)
         if first < e:
-            age = chunk[a:b, None] - 1 - chunk[first:e]
-            powers = torch.pow(cut.decay, age.clamp(min=0).to(accumulating_dtype(x.dtype)))
-            out[:, a:b, first:e].mul_(torch.where(age >= 0, powers, 0.0))
-        out[:, a:b, e:b] = 0
+            part = d_scores[:, a:b, first:e]
+            rows = slice(window.lead + a, window.lead + b)
+            keys = slice(first + offset, e + offset)
+            out[:, rows, keys] += part
+            out[:, keys, rows] += part.transpose(1, 2)
     return out
-
-
-def symmetrize(d_scores: Tensor, cut: Cut) -> Tensor:
-    """D + Dᵀ in place, where D is as from `scores`: the gradient of Z Zᵀ turned to that of Z."""
-    for a, _, b in cut.blocks(d_scores.shape[1]):
-        d_scores[:, :a, a:b] = d_scores[:, a:b, :a].transpose(1, 2)
-        diagonal = d_scores[:, a:b, a:b]
-        diagonal += diagonal.transpose(1, 2).clone()
-    return d_scores
 
 
 def weighted_frames(
@@ -152,32 +207,15 @@ def weighted_frames(
 ) -> None:
     """OUT = beta · OUT + alpha · WEIGHTS X, of [N, L, L] and [N, L, ·]."""
     length = x.shape[1]
-    even = length // _ROW_MULTIPLE * _ROW_MULTIPLE or length
+    even = length // ROW_MULTIPLE * ROW_MULTIPLE or length
     out.baddbmm_(weights[:, :, :even], x[:, :even], beta=beta, alpha=alpha)
     if even < length:
         # cuBLAS has fast kernels only for sums over a multiple of 8.
         out.baddbmm_(weights[:, :, even:], x[:, even:], alpha=alpha)
 
 
-# The state, between super-chunks ---------------------------------------------------------------
-
-
-def accumulating_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """A B of matrices or batches of them, in float32 (float64 for float64)."""
-    dtype = accumulating_dtype(a.dtype)
-    if dtype == a.dtype:
-        return a @ b
-    if not a.is_cuda:
-        return a.to(dtype) @ b.to(dtype)
-    return (torch.bmm if a.ndim == 3 else torch.mm)(a, b, out_dtype=dtype)
-
-
 def gram(x: Tensor) -> Tensor:
-    """X Xᵀ, [B, C, C] of [B, C, ·], in float32 (float64 for float64); differentiable."""
+    """Return X Xᵀ, [B, C, C] of [B, C, ·], in float32 (float64 for float64); differentiable."""
     return _Gram.apply(x)
 
 
@@ -187,7 +225,7 @@ class _Gram(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        return product(x, x.transpose(1, 2))
+        return terms.product(x, x.transpose(1, 2))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
@@ -196,53 +234,85 @@ class _Gram(torch.autograd.Function):
         return (grad + grad.transpose(1, 2)).to(x.dtype) @ x
 
 
-class State:
-    """Σ γ^… eᵀ z over all frames written so far: [d, h] in float32, and a copy to multiply with.
+# The state, between super-chunks ---------------------------------------------------------------
 
-    Reads and writes take [L, ·] of one super-chunk; `reverse` swaps the two weightings, for the
-    state that the backward pass carries from the end to the start.
+
+class State:
+    """Σ γ^… eᵀ z over all pairs written so far: [d, h] in float32.
+
+    Reads and writes take [L, ·] of one super-chunk. `reverse` swaps the two weightings, for the
+    state that the backward pass carries from the end to the start. What is multiplied with 16-bit
+    frames has `precise` two terms, else one.
     """
 
-    def __init__(self, cut: Cut, *, reverse: bool = False):
+    def __init__(self, cut: Cut, *, reverse: bool = False, precise: bool = False):
         self.cut = cut
         self.value: Tensor | None = None
         self.reverse = reverse
-        self._low: Tensor | None = None
+        self.precise = precise
+        self._low: tuple[Tensor, ...] = ()
 
-    def write(self, e: Tensor, z: Tensor) -> None:
-        """S = γ^m S + (weight ⊙ E)ᵀ Z."""
-        self._low = None
-        e = self._weighted(e, to_end=not self.reverse)
+    def add(self, e: Tensor, z: Tensor, *, first: int = 0) -> None:
+        """S = γ^m S + (weight ⊙ E)ᵀ Z, at the end of a super-chunk.
+
+        Args:
+            e: [L, d], in z's type or the accumulating one; only rows from `first` on are written.
+            z: [L − first, h].
+        """
+        self._low = ()
+        e = self._weighted(e, to_end=not self.reverse)[first:]
+        keep = self.cut.carried
+        for part in terms.split(e, z.dtype) if e.dtype != z.dtype else (e,):
+            self._add(part, z, keep)
+            keep = 1.0
+
+    def add_halo(self, e: Tensor, z: Tensor) -> None:
+        """S += Eᵀ Z, without weights or decay: pairs that stand at a super-chunk's very edge."""
+        self._low = ()
+        for part in terms.split(e, z.dtype) if e.dtype != z.dtype else (e,):
+            self._add(part, z, 1.0)
+
+    def _add(self, e: Tensor, z: Tensor, keep: float) -> None:
         if self.value is None:
-            self.value = product(e.T, z)
-        elif z.is_cuda and self.value.dtype != z.dtype and torch.__version__ >= "2.10":
-            # One pass over the state instead of three.
-            state, kept = self.value, self.cut.carried
-            torch.addmm(state, e.T, z, beta=kept, out_dtype=state.dtype, out=state)
+            self.value = terms.product(e.T[None], z[None])[0]
         else:
-            self.value.mul_(self.cut.carried).add_(product(e.T, z))
+            terms.product(e.T[None], z[None], out=self.value[None], keep=keep)
 
-    def read(self, z: Tensor, out: Tensor, alpha: float) -> None:
-        """OUT += alpha · weight ⊙ (Z Sᵀ), for OUT [L, d]."""
+    def read(self, z: Tensor, out: Tensor, alpha: float = 1.0, *, weighted: bool = True) -> None:
+        """OUT += alpha · weight ⊙ (Z Sᵀ), for OUT [L, d] in z's type or the accumulating one."""
         if self.value is None:
             return
-        low = self._as(z.dtype)
-        if self.cut.decay == 1:
-            out.addmm_(z, low.T, alpha=alpha)
-        else:
-            out.add_(self._weighted(z @ low.T, to_end=self.reverse), alpha=alpha)
+        weighted = weighted and self.cut.decay != 1
+        for low in self._as(z.dtype):
+            if weighted or out.dtype != z.dtype:
+                found = terms.product(z[None], low.T[None])[0]
+                found = self._weighted(found, to_end=self.reverse) if weighted else found
+                out.add_(found, alpha=alpha)
+            else:
+                out.addmm_(z, low.T, alpha=alpha)
 
-    def read_transposed(self, e: Tensor, out: Tensor, alpha: float) -> None:
-        """OUT += alpha · (weight ⊙ E) S, for OUT [L, h]."""
-        if self.value is not None:
-            weighted = self._weighted(e, to_end=self.reverse)
-            out.addmm_(weighted, self._as(e.dtype), alpha=alpha)
+    def read_transposed(
+        self,
+        e: Tensor,
+        out: Tensor,
+        alpha: float = 1.0,
+        *,
+        weighted: bool = True,
+        first: int = 0,
+    ) -> None:
+        """OUT += alpha · (weight ⊙ E) S, for rows of E from `first` on, and OUT [L − first, h]."""
+        if self.value is None:
+            return
+        if weighted:
+            e = self._weighted(e, to_end=self.reverse)
+        out.addmm_(e[first:].to(out.dtype), self._as(out.dtype)[0], alpha=alpha)
 
-    def _as(self, dtype: torch.dtype) -> Tensor:
+    def _as(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """The state to multiply with, made once between writes."""
         assert self.value is not None
-        if self._low is None:
-            self._low = self.value.to(dtype)
+        if not self._low:
+            is_split = self.precise and self.value.dtype != dtype
+            self._low = terms.split(self.value, dtype) if is_split else (self.value.to(dtype),)
         return self._low
 
     def _weighted(self, x: Tensor, *, to_end: bool) -> Tensor:
@@ -255,17 +325,3 @@ class State:
             chunk = self.cut.super_chunk // self.cut.chunk_size - 1 - chunk
         weight = torch.pow(self.cut.decay, chunk.to(accumulating_dtype(x.dtype)))
         return (x * weight.unsqueeze(1)).to(x.dtype)
-
-
-def super_chunks(group: list[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
-    """The super-chunks of a group in order of time, `[length, ·]` of every tensor."""
-    return [tuple(x[k] for x in part) for part in group for k in range(len(part[0]))]
-
-
-def add_gradient_of_reads(parts: list[tuple[Tensor, ...]], alpha: float, cut: Cut) -> None:
-    """dZ += alpha dY S for (z, e, dy, dz) of every super-chunk: makes the state once more."""
-    state = State(cut)
-    for k, (z, e, d_y, d_z) in enumerate(parts):
-        state.read_transposed(d_y, d_z, alpha)
-        if k + 1 < len(parts):
-            state.write(e, z)

@@ -29,6 +29,7 @@ def stream_frame(
     z: Tensor,
     key: Tensor,
     source: Tensor,
+    is_frame: Tensor,
     *,
     change: Tensor,
     pending_z: Tensor,
@@ -38,26 +39,31 @@ def stream_frame(
     exec_mask: Tensor,
     conv: Tensor,
     projection: Tensor,
-    lookahead: int,
+    num_behind: int,
+    lag: int,
     decay: float,
     lr: float = 1.0,
     max_delta_norm: float | None = None,
     beta: Tensor | None = None,
 ) -> Tensor:
-    """Reads the state with one frame, keeps the frame, and writes the chunks that it completes.
+    """Read the state with one frame, keep the frame, and write the chunks that it completes.
 
-    Changes `change` to `exec_mask` in place and asks nothing of the device.
+    Changes what is given from `change` to `num_pending` in place and asks nothing of the device.
+    Shapes and meanings are those of `ttt.layers.in_place.InPlaceState`.
 
     Args:
         z: [B, 1, h], to read with.
         key: [B, 1, h], to write with: z, or scaled.
         source: [B, 1, d], what the frame's target is made of.
+        is_frame: [B, 1], false past the end of a recording.
         change: [B, d, h], S (η ΣΔ for `sum`).
-        pending_z, pending_source: [B, C, h] and [B, C, d], the open chunk.
-        pending_read: [B, C, d], what its frames read; for `delta` alone.
-        num_pending: [B], its frames.
+        pending_z, pending_source, pending_read: [B, lag + C, h], [B, tail + C, d] and
+            [B, lag + C, d]; the last for `delta` alone.
+        num_pending: [B], frames in the open chunk.
         exec_mask: [B], the rows that this frame is for; the others' is not kept.
-        conv, projection, lookahead: [d, K], [d, d] and L, which make targets of sources.
+        conv, projection: [d, K] and [d, d], which make targets of sources.
+        num_behind: how far to the left of its place in `pending_source` a target's conv begins.
+        lag: frames that a key waits for its target.
         decay: γ.
         lr, max_delta_norm: of `sum`.
         beta: one element, β; `delta` if given.
@@ -65,25 +71,34 @@ def stream_frame(
     Returns:
         [B, 1, d], S z in the dtype of `change`.
     """
+    size, tail = pending_z.shape[1] - lag, pending_source.shape[1] - pending_z.shape[1] + lag
     read = _read(change, z)
-    _append(key, pending_z, num_pending)
-    _append(source, pending_source, num_pending)
+    absent = exec_mask & ~is_frame[:, 0]
+    _append(key, pending_z, num_pending, lag, absent)
+    _append(source, pending_source, num_pending, tail)
     if pending_read is not None:
-        _append(read, pending_read, num_pending)
+        _append(read, pending_read, num_pending, lag)
     num_pending += exec_mask
-    write = _Write(num_pending, chunk_size=pending_z.shape[1], dtype=change.dtype)
-    mixed = write.conv(pending_source, conv, lookahead)
+    write = _Write(num_pending, chunk_size=size, dtype=change.dtype)
+    keys = pending_z[:, :size]
+    mixed = write.conv(pending_source, conv, num_behind)
     weights = projection.T.expand(len(z), -1, -1)
     if beta is None:
         values = write.product(mixed, weights, torch.empty_like(mixed))
-        scale = write.scale(pending_z, values, max_delta_norm) if max_delta_norm else None
-        write.product(values.mT, pending_z, change, alpha=lr, beta=decay, scale=scale)
+        scale = write.scale(keys, values, max_delta_norm) if max_delta_norm else None
+        write.product(values.mT, keys, change, alpha=lr, beta=decay, scale=scale)
     else:
         assert pending_read is not None
-        residual = write.product(mixed, weights, torch.empty_like(pending_read), minus=pending_read)
-        errors = write.product(write.inverse(pending_z, beta), residual, torch.empty_like(mixed))
-        write.product(errors.mT, pending_z, change, beta=decay)
-    num_pending.masked_fill_(num_pending == pending_z.shape[1], 0)
+        residual = torch.empty_like(pending_read)[:, :size]
+        write.product(mixed, weights, residual, minus=pending_read[:, :size])
+        errors = write.product(write.inverse(keys, beta), residual, torch.empty_like(residual))
+        write.product(errors.mT, keys, change, beta=decay)
+    write.carry_over(pending_z, lag)
+    write.carry_over(pending_source, tail)
+    if pending_read is not None and lag:
+        # What waits is compared with the state that its own write will see.
+        write.product(pending_z[:, :lag], change.mT, pending_read[:, :lag])
+    num_pending.masked_fill_(num_pending == size, 0)
     return read
 
 
@@ -96,11 +111,27 @@ def _read(change: Tensor, z: Tensor) -> Tensor:
     return out
 
 
-def _append(x: Tensor, buffer: Tensor, num_pending: Tensor) -> None:
-    """buffer[b, num_pending[b]] = x[b, 0]."""
-    batch, chunk_size, size = buffer.shape
+def _append(
+    x: Tensor, buffer: Tensor, num_pending: Tensor, offset: int, absent: Tensor | None = None
+) -> None:
+    """buffer[b, offset + num_pending[b]] = x[b, 0].
+
+    Args:
+        absent: [B], rows in which zeros are kept instead, and over the `offset` frames before.
+    """
+    batch, rows, size = buffer.shape
     grid = (triton.cdiv(size, 1024), batch)
-    kernels.append_kernel[grid](x.contiguous(), buffer, num_pending, chunk_size, size, BLOCK=1024)
+    kernels.append_kernel[grid](
+        x.contiguous(),
+        buffer,
+        num_pending,
+        num_pending if absent is None else absent,
+        rows,
+        size,
+        offset,
+        HAS_ABSENT=absent is not None,
+        BLOCK=1024,
+    )
 
 
 class _Write:
@@ -113,24 +144,33 @@ class _Write:
         self.dtype = dtype
         """To accumulate in."""
 
-    def conv(self, source: Tensor, weight: Tensor, lookahead: int) -> Tensor:
-        """`ttt.ops.chunk_conv` of the open chunk, [B, C, d]."""
-        out = torch.empty_like(source)
-        batch, _, width = source.shape
-        kernel_size = weight.shape[1]
+    def conv(self, source: Tensor, weight: Tensor, num_behind: int) -> Tensor:
+        """The targets' convolution, [B, C, d] of [B, R, d]: frame t is made of R's frames
+        t − num_behind to t − num_behind + K − 1, where there are such."""
+        batch, rows, width = source.shape
+        out = source.new_empty(batch, self.chunk_size, width)
         kernels.conv_kernel[(PROGRAMS, batch)](
             source,
             weight.contiguous(),
             out,
             self.num_pending,
             self.chunk_size,
+            rows,
             width,
-            kernel_size,
-            kernel_size - 1 - lookahead,
+            weight.shape[1],
+            num_behind,
             ACC=_DTYPES[self.dtype],
             BLOCK=1024,
         )
         return out
+
+    def carry_over(self, buffer: Tensor, length: int) -> None:
+        """buffer[:, :length] = buffer[:, C : C + length]."""
+        if length:
+            batch, rows, size = buffer.shape
+            kernels.carry_kernel[(triton.cdiv(size, 1024), batch)](
+                buffer, self.num_pending, self.chunk_size, rows, size, length, BLOCK=1024
+            )
 
     def product(
         self,
@@ -143,10 +183,16 @@ class _Write:
         minus: Tensor | None = None,
         scale: Tensor | None = None,
     ) -> Tensor:
-        """OUT = alpha · scale · A B + beta · OUT − minus, of [B, M, K], [B, K, N] and [B, M, N];
-        `scale` is [B]. `minus` has the strides of `out`."""
+        """OUT = alpha · scale · A B + beta · OUT − minus, of [B, M, K], [B, K, N] and [B, M, N].
+
+        Factors of 16 bits are multiplied as such, and a wide A with them as the sum of two terms.
+
+        Args:
+            minus: with the strides of `out`; A B is rounded to A's type before it is subtracted.
+            scale: [B].
+        """
         assert minus is None or minus.stride() == out.stride()
-        low = a.dtype == b.dtype and a.dtype in (torch.bfloat16, torch.float16)
+        low = b.dtype in (torch.bfloat16, torch.float16)
         wide = self.dtype == torch.float64
         kernels.product_kernel[(PROGRAMS, len(a))](
             a,
@@ -167,8 +213,9 @@ class _Write:
             HAS_BETA=beta != 0,
             HAS_MINUS=minus is not None,
             HAS_SCALE=scale is not None,
+            IS_SPLIT=low and a.dtype != b.dtype,
             # Products of 16-bit numbers are exact in float32; others must not be rounded first.
-            DOT=_DTYPES[a.dtype if low else self.dtype],
+            DOT=_DTYPES[b.dtype if low else self.dtype],
             ACC=_DTYPES[self.dtype],
             BLOCK_M=32 if wide else 64,
             BLOCK_N=32 if wide else 128 if low else 64,

@@ -23,12 +23,39 @@ def read_kernel(change, z, out, width, hidden, ROWS: tl.constexpr, BLOCK: tl.con
 
 
 @triton.jit
-def append_kernel(x, buffer, num_pending, chunk_size, size, BLOCK: tl.constexpr):
+def append_kernel(
+    x,
+    buffer,
+    num_pending,
+    absent,
+    rows,
+    size,
+    offset,
+    HAS_ABSENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     row = tl.program_id(1).to(tl.int64)
-    frame = tl.load(num_pending + row)
+    first = row * rows + tl.load(num_pending + row)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(x + row * size + i, mask=i < size)
-    tl.store(buffer + (row * chunk_size + frame) * size + i, value, mask=i < size)
+    if HAS_ABSENT:
+        if tl.load(absent + row):
+            value = tl.zeros_like(value)
+            for frame in range(0, offset):
+                tl.store(buffer + (first + frame) * size + i, value, mask=i < size)
+    tl.store(buffer + (first + offset) * size + i, value, mask=i < size)
+
+
+@triton.jit
+def carry_kernel(
+    buffer, num_pending, chunk_size, rows, size, length, BLOCK: tl.constexpr
+):
+    row = tl.program_id(1).to(tl.int64)
+    if tl.load(num_pending + row) == chunk_size:
+        i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        for frame in range(0, length):
+            place = buffer + (row * rows + frame) * size + i
+            tl.store(place, tl.load(place + chunk_size * size, mask=i < size), mask=i < size)
 
 
 @triton.jit
@@ -38,6 +65,7 @@ def conv_kernel(
     out,
     num_pending,
     chunk_size,
+    rows,
     width,
     kernel_size,
     num_behind,
@@ -53,8 +81,8 @@ def conv_kernel(
             total = tl.zeros((BLOCK,), ACC)
             for k in range(0, kernel_size):
                 other = frame + k - num_behind
-                inside = (i < width) & (other >= 0) & (other < chunk_size)
-                x = tl.load(source + (row * chunk_size + other) * width + i, mask=inside, other=0.0)
+                inside = (i < width) & (other >= 0) & (other < rows)
+                x = tl.load(source + (row * rows + other) * width + i, mask=inside, other=0.0)
                 w = tl.load(weight + i * kernel_size + k, mask=inside, other=0.0)
                 total += x.to(ACC) * w.to(ACC)
             tl.store(out + (row * chunk_size + frame) * width + i, total, mask=i < width)
@@ -86,6 +114,7 @@ def product_kernel(
     HAS_BETA: tl.constexpr,
     HAS_MINUS: tl.constexpr,
     HAS_SCALE: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
     DOT: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -111,7 +140,12 @@ def product_kernel(
                     mask=(k < inner)[:, None] & (n < columns)[None, :],
                     other=0.0,
                 )
-                total += tl.dot(left.to(DOT), right.to(DOT), input_precision="ieee", out_dtype=ACC)
+                right = right.to(DOT)
+                high = left.to(DOT)
+                total += tl.dot(high, right, input_precision="ieee", out_dtype=ACC)
+                if IS_SPLIT:
+                    low = (left - high.to(left.dtype)).to(DOT)
+                    total += tl.dot(low, right, input_precision="ieee", out_dtype=ACC)
             place = row * out_batch + m[:, None] * out_row + n[None, :] * out_column
             inside = (m < rows)[:, None] & (n < columns)[None, :]
             total *= alpha
@@ -120,6 +154,8 @@ def product_kernel(
             if HAS_BETA:
                 total += beta * tl.load(out + place, mask=inside, other=0.0)
             if HAS_MINUS:
+                # As whole sequences have it.
+                total = total.to(a.dtype.element_ty).to(ACC)
                 total -= tl.load(minus + place, mask=inside, other=0.0)
             tl.store(out + place, total, mask=inside)
 
@@ -181,10 +217,13 @@ def inverse_kernel(
         matrix += row * padded * padded
         i = tl.arange(0, BLOCK)
         total = tl.zeros((BLOCK,), ACC)
+        count = 0
         for a in range(0, padded, BLOCK):
             diagonal = matrix + (a + i) * padded + a + i
-            total += tl.load(diagonal, mask=a + i < chunk_size, other=0.0)
-        strength = tl.sum(total, 0) / chunk_size / tl.load(beta)
+            square = tl.load(diagonal, mask=a + i < chunk_size, other=0.0)
+            total += square
+            count += tl.sum((square > 0).to(tl.int32), 0)
+        strength = tl.sum(total, 0) / tl.maximum(count, 1) / tl.load(beta)
         # In units of λ. A silent chunk becomes the identity here, and zero at the end.
         unit = tl.where(strength > 0, 1.0 / tl.where(strength > 0, strength, 1.0), 0.0)
         for a in range(0, padded, BLOCK):
