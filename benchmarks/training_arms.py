@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.lr_scheduler import OneCycleLR
 
-from finetune.args import LoraArgs, OptimArgs
-from finetune.distributed import World
-from finetune.gradients import accumulate_gradients
-from finetune.loss import LossWeights, total_weight
-from finetune.model import add_lora, parameters_by_role, trainable_by_role
-from finetune.optim import Optimizer
-from finetune.sharding import Sharding
+from finetune.config.args import LoraArgs, OptimArgs
+from finetune.distributed.sharding import Sharding
+from finetune.distributed.world import World
+from finetune.model.build import add_lora, parameters_by_role, trainable_by_role
+from finetune.step.gradients import accumulate_gradients
+from finetune.step.loss import LossWeights, total_weight
+from finetune.step.optim import Optimizer
 from ttt import TTTArgs, TTTLMModel, build_model
 
 TINY = {

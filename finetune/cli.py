@@ -11,8 +11,8 @@ from typing import Any
 
 import fire
 
+from finetune.config.option_values import flag, number, refuse, require, whole_number
 from finetune.errors import UserError
-from finetune.option_values import flag, number, refuse, require, whole_number
 
 
 def main() -> None:
@@ -73,7 +73,7 @@ def train(config: str = "", *unexpected: str, **overrides: Any) -> None:
     """
     refuse(unexpected)
     require(overrides, config=config)
-    from finetune.config import load_config
+    from finetune.config.read import load_config
     from finetune.trainer import Trainer
 
     status = Trainer(load_config(config, overrides)).train()
@@ -99,8 +99,8 @@ def plan(
     """
     refuse(unexpected)
     require(overrides, config=config)
-    from finetune.config import load_config
-    from finetune.plan import plan as lines_of
+    from finetune.config.read import load_config
+    from finetune.plan.plan import plan as lines_of
 
     for line in lines_of(
         load_config(config, overrides),
@@ -123,7 +123,7 @@ def encode(*unexpected: str, config: str = "", **overrides: Any) -> None:
     """
     refuse(unexpected)
     require(overrides, config=config)
-    from finetune.config import load_config
+    from finetune.config.read import load_config
     from finetune.encode import encode_data
 
     encode_data(load_config(config, overrides))
@@ -157,7 +157,7 @@ def generate(
     """
     refuse(unexpected, unknown)
     require(checkpoint=checkpoint, audio=audio)
-    from finetune.generate import continue_recording
+    from finetune.inference import continue_recording
 
     text = continue_recording(
         Path(checkpoint),
@@ -266,7 +266,7 @@ def plot(run_dir: str = "", *unexpected: str, out: str | None = None, **unknown:
     """
     refuse(unexpected, unknown)
     require(run_dir=run_dir)
-    from finetune.plots import plot_losses
+    from finetune.monitoring.plots import plot_losses
 
     print(f"wrote {plot_losses(Path(run_dir), Path(out or Path(run_dir) / 'loss.png'))}")
 

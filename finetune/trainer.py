@@ -10,36 +10,36 @@ from typing import Any
 
 import torch
 
-from finetune.args import TrainArgs
-from finetune.checkpoint import (
+from finetune.checkpoint.random_state import get_random_state, set_random_state
+from finetune.checkpoint.run_dir import (
     created_run_dir,
     fill_shards,
     load_resume_state,
     open_run_dir,
     step_of,
 )
-from finetune.config import changed_keys, public_dict
-from finetune.console import Progress, describe, setup_logging
+from finetune.checkpoint.run_lock import RunLock
+from finetune.checkpoint.writer import CheckpointWriter
+from finetune.config.args import TrainArgs
+from finetune.config.read import changed_keys, public_dict
 from finetune.data import Batch, build_eval_loader, build_train_loader, check_share, open_store
-from finetune.distributed import join_world, peak_memory_gb
-from finetune.effect import EffectWatch
+from finetune.distributed.sharding import build_sharding
+from finetune.distributed.watchdog import Watch
+from finetune.distributed.world import join_world, peak_memory_gb
 from finetune.errors import UserError
 from finetune.evaluation.periodic import build_speech_check, evaluate
-from finetune.gradients import accumulate_gradients
 from finetune.interrupt import Interrupt
-from finetune.loss import LossWeights
-from finetune.lost_steps import LostSteps
-from finetune.memory import explained
-from finetune.metrics import MetricsLogger
-from finetune.model import build_codec, find_checkpoint, load_model, trainable_by_role
-from finetune.optim import Optimizer, StepResult
-from finetune.phases import Phases, StepProfiler
-from finetune.random_state import get_random_state, set_random_state
-from finetune.run_lock import RunLock
-from finetune.saving import CheckpointWriter
-from finetune.sharding import build_sharding
-from finetune.summary import describe_run, write_summary
-from finetune.watch import Watch
+from finetune.model.build import build_codec, find_checkpoint, load_model, trainable_by_role
+from finetune.monitoring.console import Progress, describe, setup_logging
+from finetune.monitoring.metrics import MetricsLogger
+from finetune.monitoring.phases import Phases, StepProfiler
+from finetune.monitoring.ttt_effect import EffectWatch
+from finetune.plan.describe import describe_run, write_summary
+from finetune.plan.memory import explained
+from finetune.step.gradients import accumulate_gradients
+from finetune.step.loss import LossWeights
+from finetune.step.nonfinite import LostSteps
+from finetune.step.optim import Optimizer, StepResult
 from ttt import measuring
 
 logger = logging.getLogger(__name__)

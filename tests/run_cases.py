@@ -10,17 +10,17 @@ os.environ["NO_TORCH_COMPILE"] = "1"
 import torch
 import torch.distributed as dist
 
-import finetune.distributed
+import finetune.distributed.world
 import ttt.layers.depth
-from finetune.config import load_config
-from finetune.distributed import World
+from finetune.config.read import load_config
+from finetune.distributed.world import World
 from finetune.trainer import Trainer
 from ttt.layers import execution
 
 # Several chunks in training, and one in evaluation where a batch is small.
 ttt.layers.depth.CHUNK_FRAMES = 30
 # Gradients in several pieces.
-finetune.distributed.BUCKET_BYTES = 10_000
+finetune.distributed.world.BUCKET_BYTES = 10_000
 
 
 def main(cases_file: str) -> None:

@@ -8,11 +8,11 @@ import time
 
 os.environ["NO_TORCH_COMPILE"] = "1"
 
-import finetune.watch
+import finetune.distributed.watchdog
 from finetune.trainer import Trainer
 
 fault, rank, step = os.environ["FAULT"].split()
-finetune.watch.SILENT_SEC = 4.0
+finetune.distributed.watchdog.SILENT_SEC = 4.0
 next_batches = Trainer.next_batches
 
 

@@ -16,7 +16,7 @@ from data_tools import MIMI_CONFIG, speech_like, tiny_codec, tiny_mimi, write_da
 from moshi.models.loaders import get_mimi
 from training_tools import REPOSITORY, logged, train
 
-from finetune.config import load_config
+from finetune.config.read import load_config
 from finetune.data import (
     Codec,
     DataArgs,

@@ -23,12 +23,12 @@ from training_tools import (
     trainer,
 )
 
-import finetune.checkpoint
+import finetune.checkpoint.run_dir
 import finetune.trainer
-from finetune.checkpoint import list_checkpoints, load_trained_weights, step_of
-from finetune.config import load_config
+from finetune.checkpoint.run_dir import list_checkpoints, load_trained_weights, step_of
+from finetune.config.read import load_config
 from finetune.errors import UserError
-from finetune.model import find_checkpoint, load_model
+from finetune.model.build import find_checkpoint, load_model
 
 NO_TTT = {"ttt.enabled": False, "param_dtype": "float32"}
 
@@ -224,7 +224,7 @@ def test_a_checkpoint_that_was_being_deleted_when_the_run_died_is_none(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(finetune.checkpoint.shutil, "rmtree", die_half_way)
+        patch.setattr(finetune.checkpoint.run_dir.shutil, "rmtree", die_half_way)
         with pytest.raises(KeyboardInterrupt):
             train(config, tmp_path, overrides)
     assert kept_steps(tmp_path) == [2]

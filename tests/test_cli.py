@@ -13,8 +13,8 @@ import soundfile
 
 from finetune import cli
 from finetune.cli import main, run
-from finetune.config import load_config
-from finetune.metrics import metrics_path, read_metrics
+from finetune.config.read import load_config
+from finetune.monitoring.metrics import metrics_path, read_metrics
 
 ROOT = Path(__file__).parent.parent
 DIALOGUES = ROOT / "example/demo/dialogues"

@@ -5,8 +5,8 @@ import os
 import pytest
 import torch
 
-from finetune.compilers import require_compiler
 from finetune.errors import UserError
+from finetune.model.compilers import require_compiler
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

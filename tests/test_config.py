@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from finetune.args import TrainArgs
-from finetune.config import changed_keys, load_config, public_dict, save_config
-from finetune.config_docs import COMMAND, configuration_page
-from finetune.data.args import DataArgs
+from finetune.config.args import TrainArgs
+from finetune.config.data_args import DataArgs
+from finetune.config.docs_page import COMMAND, configuration_page
+from finetune.config.read import changed_keys, load_config, public_dict, save_config
 from finetune.errors import UserError
-from finetune.generate import checkpoint_args
+from finetune.inference import checkpoint_args
 from ttt.config import TTTArgs
 
 ROOT = Path(__file__).parent.parent

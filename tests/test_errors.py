@@ -9,10 +9,10 @@ from data_tools import MIMI_CONFIG
 from safetensors.torch import load_file, save_file
 from training_tools import FULL, LORA, train
 
-from finetune import manifest
+from finetune.checkpoint import manifest
 from finetune.cli import run
 from finetune.cli import train as train_command
-from finetune.config import load_config
+from finetune.config.read import load_config
 
 
 @pytest.fixture

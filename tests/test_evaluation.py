@@ -33,8 +33,8 @@ from finetune.evaluation.run import evaluate_checkpoint
 from finetune.evaluation.statistics import Bootstrap, proportion, slope_parts, student_t
 from finetune.evaluation.streaming import Scorer
 from finetune.evaluation.summary import pairwise_edges, summarise_pairs, summarise_positions
-from finetune.loss import LossWeights
-from finetune.metrics import metrics_path, read_metrics
+from finetune.monitoring.metrics import metrics_path, read_metrics
+from finetune.step.loss import LossWeights
 from ttt import TTTArgs, block_streaming
 
 CARD, TEXT_CARD = 20, 30

@@ -11,7 +11,7 @@ from finetune.data.audio import inspect_audio
 from finetune.data.text import read_transcript
 from finetune.evaluation.codes import Silence, encode_to_file
 from finetune.evaluation.streaming import Scorer, cut
-from finetune.loss import LossWeights, stream_sums
+from finetune.step.loss import LossWeights, stream_sums
 from ttt import TTTArgs, block_streaming
 
 WEIGHTS = LossWeights(text_padding=0.5, first_codebook=3.0)

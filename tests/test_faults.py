@@ -26,10 +26,10 @@ from training_tools import (
     trainer,
 )
 
-from finetune import manifest, run_lock
-from finetune.checkpoint import list_checkpoints, step_of
+from finetune.checkpoint import manifest, run_lock
+from finetune.checkpoint.run_dir import list_checkpoints, step_of
+from finetune.checkpoint.run_lock import RunLock
 from finetune.errors import UserError
-from finetune.run_lock import RunLock
 
 FLOAT32 = {**FULL, "param_dtype": "float32"}
 
@@ -74,7 +74,7 @@ def test_killed_twenty_times_at_random_moments_a_run_ends_as_if_it_never_was(con
 
 SLOW_DISK = """
 import runpy, sys, time
-from finetune import manifest
+from finetune.checkpoint import manifest
 describe = manifest.describe
 def slowly(folder, files):
     time.sleep(3)
@@ -119,7 +119,7 @@ def small_disk(tmp_path):
 
 NO_LOOK_BEFORE = """
 import runpy, sys
-from finetune import saving
+from finetune.checkpoint import writer as saving
 saving.SPARE_BYTES = -10**12
 """
 

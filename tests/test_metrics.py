@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from finetune.console import describe, format_count, format_duration
 from finetune.errors import UserError
-from finetune.metrics import MetricsLogger, read_metrics
-from finetune.plots import plot_losses
+from finetune.monitoring.console import describe, format_count, format_duration
+from finetune.monitoring.metrics import MetricsLogger, read_metrics
+from finetune.monitoring.plots import plot_losses
 
 ROOT = Path(__file__).parents[1]
 KEY = "0123456789abcdef0123456789abcdef01234567"
@@ -177,8 +177,8 @@ WANDB_RUN = """
     import sys
     from pathlib import Path
     from types import SimpleNamespace
-    from finetune.console import setup_logging
-    from finetune.metrics import MetricsLogger
+    from finetune.monitoring.console import setup_logging
+    from finetune.monitoring.metrics import MetricsLogger
 
     setup_logging()
     run_dir, key = Path(sys.argv[1]), sys.argv[2]
@@ -226,7 +226,7 @@ def test_wandb_without_a_key_does_not_ask(tmp_path, wandb_home):
             from pathlib import Path
             from types import SimpleNamespace
             from finetune.errors import UserError
-            from finetune.metrics import MetricsLogger
+            from finetune.monitoring.metrics import MetricsLogger
             args = SimpleNamespace(project="speech", offline=False, key=None, run_name=None)
             try:
                 MetricsLogger(Path(sys.argv[1]), wandb_args=args, config={})
@@ -250,7 +250,7 @@ def test_wandb_missing_says_how_to_install_it(tmp_path, monkeypatch):
 
 CONSOLE_RUN = """
     import logging
-    from finetune.console import Progress, setup_logging
+    from finetune.monitoring.console import Progress, setup_logging
 
     setup_logging()
     logging.getLogger("finetune.trainer").info("writes to %s", "x" * 100)
@@ -293,7 +293,7 @@ def test_other_ranks_only_warn_and_say_who_they_are():
     out = run_python(
         """
         import logging
-        from finetune.console import Progress, setup_logging
+        from finetune.monitoring.console import Progress, setup_logging
         setup_logging(rank=3)
         logging.getLogger("finetune.trainer").info("hello")
         logging.getLogger("finetune.trainer").warning("hot")

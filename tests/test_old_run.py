@@ -12,7 +12,7 @@ import torch
 from training_tools import checkpoint, logged, random_batch
 
 from finetune.cli import evaluate, run, train
-from finetune.generate import load_for_inference
+from finetune.inference import load_for_inference
 
 OLD_RUN = Path(__file__).parent / "fixtures/old_run"
 ROUNDING = {"delta": 1e-5, "sum": 5e-4}

@@ -22,16 +22,16 @@ from training_tools import (
     trainer,
 )
 
-from finetune.args import ParallelArgs, TrainArgs
-from finetune.config import load_config
+from finetune.config.args import ParallelArgs, TrainArgs
+from finetune.config.read import load_config
 from finetune.data import DataArgs, build_train_loader
-from finetune.distributed import World
+from finetune.distributed.sharding import Sharding, shard_size
+from finetune.distributed.world import World
 from finetune.errors import UserError
-from finetune.gradients import accumulate_gradients
-from finetune.loss import LossWeights
-from finetune.metrics import metrics_path, read_metrics
-from finetune.model import find_checkpoint, load_model
-from finetune.sharding import Sharding, shard_size
+from finetune.model.build import find_checkpoint, load_model
+from finetune.monitoring.metrics import metrics_path, read_metrics
+from finetune.step.gradients import accumulate_gradients
+from finetune.step.loss import LossWeights
 from ttt.layers import execution
 
 # Adam makes a whole step of a gradient that is nothing but rounding: at this learning rate such

@@ -25,16 +25,16 @@ from training_tools import (
     trainer,
 )
 
-import finetune.gradients
+import finetune.step.gradients
 import finetune.trainer
-from finetune.args import DataArgs, OptimArgs, TrainArgs
-from finetune.distributed import World
-from finetune.effect import EffectWatch
+from finetune.config.args import DataArgs, OptimArgs, TrainArgs
+from finetune.distributed.world import World
 from finetune.errors import UserError
 from finetune.evaluation.periodic import evaluate
-from finetune.loss import stream_sums
-from finetune.optim import Optimizer
-from finetune.summary import warn_of_slow_scan
+from finetune.monitoring.ttt_effect import EffectWatch
+from finetune.plan.describe import warn_of_slow_scan
+from finetune.step.loss import stream_sums
+from finetune.step.optim import Optimizer
 from ttt import TTTArgs, build_model
 from ttt.layers import execution
 
@@ -355,7 +355,7 @@ def sabotage(monkeypatch, calls, *, break_gradient_only=False):
                 text.loss = text.loss * float("nan")
         return text, audio
 
-    monkeypatch.setattr(finetune.gradients, "stream_sums", broken)
+    monkeypatch.setattr(finetune.step.gradients, "stream_sums", broken)
     return found
 
 

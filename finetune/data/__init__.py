@@ -1,6 +1,7 @@
 """From JSONL files to batches of codes."""
 
-from .args import DataArgs
+from finetune.config.data_args import DataArgs
+
 from .batches import Batch, open_store
 from .codec import Codec
 from .fill import CacheFill

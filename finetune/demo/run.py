@@ -9,14 +9,14 @@ from pathlib import Path
 
 import soundfile
 
-from finetune.checkpoint import list_checkpoints
-from finetune.config import load_config
-from finetune.console import console, format_duration
+from finetune.checkpoint.run_dir import list_checkpoints
+from finetune.config.read import load_config
 from finetune.demo.dialogues import make_dialogues
 from finetune.errors import UserError
-from finetune.generate import continue_dialogue, load_for_inference
-from finetune.metrics import metrics_path, read_metrics
-from finetune.plots import plot_losses
+from finetune.inference import continue_dialogue, load_for_inference
+from finetune.monitoring.console import console, format_duration
+from finetune.monitoring.metrics import metrics_path, read_metrics
+from finetune.monitoring.plots import plot_losses
 from finetune.trainer import Trainer
 
 CONFIG = Path("example/demo.yaml")

@@ -21,7 +21,7 @@ from finetune.data.audio import AudioInfo, inspect_audio, read_audio
 from finetune.data.problems import FileProblem
 from finetune.data.text import read_transcript, text_stream, tokenize_segment
 from finetune.errors import UserError
-from finetune.loss import LossWeights
+from finetune.step.loss import LossWeights
 from ttt import TTTLMModel, block_streaming
 
 from .codes import BLOCK_FRAMES, Silence

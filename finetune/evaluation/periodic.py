@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from finetune.args import TrainArgs
+from finetune.config.args import TrainArgs
 from finetune.data import Batch, Codec, count_frames
-from finetune.distributed import World
-from finetune.loss import LossWeights, stream_sums
-from finetune.sharding import let_go, shard_size
+from finetune.distributed.sharding import let_go, shard_size
+from finetune.distributed.world import World
+from finetune.step.loss import LossWeights, stream_sums
 from ttt import TTTLMModel
 
 from .health import Alarm, alarms, check_health, means

@@ -24,7 +24,7 @@ from finetune.data.audio import inspect_audio
 from finetune.data.problems import FileProblem
 from finetune.data.sources import Recording
 from finetune.data.text import read_transcript
-from finetune.loss import LossWeights
+from finetune.step.loss import LossWeights
 from ttt import TTTLMModel, block_streaming
 
 from .codes import CodesFile, encode_to_file

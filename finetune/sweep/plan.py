@@ -19,13 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from finetune.args import TrainArgs
-from finetune.config import NULLS, check_config, flatten, list_problems, read_yaml
+from finetune.config.args import TrainArgs
+from finetune.config.read import NULLS, check_config, flatten, list_problems, read_yaml
 from finetune.data.sources import load_sources
 from finetune.data.text import count_frames
 from finetune.errors import UserError
-from finetune.model import changed_shape, find_checkpoint, model_shape, plan_model
-from finetune.start import misfits
+from finetune.model.build import changed_shape, find_checkpoint, model_shape, plan_model
+from finetune.model.init_from import misfits
 
 KEYS = ("base", "sweep_dir", "overrides", "runs", "processes", "slurm")
 # What the sweep itself says of each run, and what would stand in a process list.

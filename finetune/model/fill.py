@@ -155,7 +155,7 @@ def _unstacked(
 
 
 class Sharder(Protocol):
-    """What cuts a model that is filled part by part; see `finetune.sharding`."""
+    """What cuts a model that is filled part by part; see `finetune.distributed.sharding`."""
 
     def parts(self, model: TTTLMModel) -> Iterable[tuple[str, nn.Module]]: ...
 

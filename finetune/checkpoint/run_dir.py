@@ -10,7 +10,8 @@
         info.json       step and eval loss
         manifest.json   all these files, with sizes and checksums
 
-A checkpoint is written under another name and renamed when it is complete; `finetune.saving` does.
+A checkpoint is written under another name and renamed when it is complete;
+`finetune.checkpoint.writer` does.
 """
 
 import json
@@ -31,14 +32,14 @@ import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from finetune import manifest
-from finetune.args import TrainArgs
-from finetune.config import save_config
-from finetune.distributed import World
+from finetune.checkpoint import manifest
+from finetune.checkpoint.run_lock import RunLock
+from finetune.config.args import TrainArgs
+from finetune.config.read import save_config
+from finetune.distributed.sharding import Sharding, like_parameter
+from finetune.distributed.world import World
 from finetune.errors import UserError
-from finetune.model import trainable_by_role
-from finetune.run_lock import RunLock
-from finetune.sharding import Sharding, like_parameter
+from finetune.model.build import trainable_by_role
 from ttt import TTTLMModel, ttt_parameters
 
 logger = logging.getLogger(__name__)

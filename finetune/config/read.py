@@ -11,8 +11,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from finetune.args import TrainArgs
-from finetune.config_checks import Problem, cross_checks
+from finetune.config.args import TrainArgs
+from finetune.config.checks import Problem, cross_checks
 from finetune.errors import UserError
 
 logger = logging.getLogger(__name__)

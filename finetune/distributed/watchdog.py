@@ -18,7 +18,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from finetune.distributed import World
+from finetune.distributed.world import World
 
 logger = logging.getLogger(__name__)
 

@@ -5,9 +5,9 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from finetune.args import TrainArgs
+from finetune.config.args import TrainArgs
 from finetune.errors import UserError
-from finetune.optim import StepResult
+from finetune.step.optim import StepResult
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Makes docs/configuration.md from the dataclasses: `python -m finetune.config_docs`."""
+"""Makes docs/configuration.md from the dataclasses: `python -m finetune.config.docs_page`."""
 
 import ast
 import dataclasses
@@ -8,13 +8,13 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any, get_type_hints
 
-from finetune.args import TrainArgs
+from finetune.config.args import TrainArgs
 
-COMMAND = "python -m finetune.config_docs > docs/configuration.md"
+COMMAND = "python -m finetune.config.docs_page > docs/configuration.md"
 
 _INTRO = f"""\
-<!-- Generated from the dataclasses in finetune/args.py, finetune/data/args.py and ttt/config.py.
-Do not edit: change the text there, then run `{COMMAND}` -->
+<!-- Generated from the dataclasses in finetune/config/args.py, finetune/config/data_args.py and
+ttt/config.py. Do not edit: change the text there, then run `{COMMAND}` -->
 
 # Configuration
 

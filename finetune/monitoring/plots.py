@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from finetune.errors import UserError
-from finetune.metrics import metrics_path, read_metrics
+from finetune.monitoring.metrics import metrics_path, read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

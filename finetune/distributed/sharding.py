@@ -24,8 +24,8 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
-from finetune.args import TrainArgs
-from finetune.distributed import World
+from finetune.config.args import TrainArgs
+from finetune.distributed.world import World
 from finetune.errors import UserError
 from ttt import TTTLMModel
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
-from finetune.args import TrainArgs
-from finetune.console import format_count
+from finetune.config.args import TrainArgs
 from finetune.data import FRAME_RATE_HZ, EvalLoader, TrainLoader, count_frames
-from finetune.distributed import World
-from finetune.model import parameters_by_role
-from finetune.sharding import shard_size
+from finetune.distributed.sharding import shard_size
+from finetune.distributed.world import World
+from finetune.model.build import parameters_by_role
+from finetune.monitoring.console import format_count
 from ttt import TTTLMModel
 from ttt.layers.linear import TTTMixer
 from ttt.ops.linear import KERNEL_WIDTHS, kernel_sizes

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from operator import attrgetter
 
-from finetune.args import TrainArgs
+from finetune.config.args import TrainArgs
 
 # What is wrong, by dotted key ("optim.lr", or "full_finetuning, lora.enable"), with its remedy.
 Problem = tuple[str, str]

@@ -1,8 +1,8 @@
 """The processes of a run: who this one is, and sums over all of them.
 
 Every process trains on its own batches, and gradients are summed. It holds the whole model, or a
-part of it: see `finetune.sharding`. A run without `torchrun` is a world of one, for which every
-function here does nothing.
+part of it: see `finetune.distributed.sharding`. A run without `torchrun` is a world of one, for
+which every function here does nothing.
 """
 
 import os

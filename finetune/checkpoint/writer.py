@@ -28,15 +28,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from finetune import manifest
-from finetune.args import TrainArgs
-from finetune.checkpoint import delete_old, fsync
-from finetune.config import save_config
-from finetune.distributed import World
+from finetune.checkpoint import manifest
+from finetune.checkpoint.run_dir import delete_old, fsync
+from finetune.config.args import TrainArgs
+from finetune.config.read import save_config
+from finetune.distributed.sharding import Sharding, like_parameter, whole
+from finetune.distributed.world import World
 from finetune.errors import UserError
-from finetune.model import changed_shape, trainable_by_role
-from finetune.optim import Optimizer
-from finetune.sharding import Sharding, like_parameter, whole
+from finetune.model.build import changed_shape, trainable_by_role
+from finetune.step.optim import Optimizer
 from ttt import TTTLMModel, ttt_parameters
 
 logger = logging.getLogger(__name__)

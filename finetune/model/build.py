@@ -15,18 +15,18 @@ from moshi.modules.lora import LoRALinear, replace_all_linear_with_lora
 from safetensors import SafetensorError
 from torch import nn
 
-from finetune.args import LoraArgs, ModelArgs, ModelPaths, TrainArgs
-from finetune.compilers import require_compiler
+from finetune.config.args import LoraArgs, ModelArgs, ModelPaths, TrainArgs
 from finetune.data import Codec
 from finetune.errors import UserError
-from finetune.start import (
+from finetune.model.compilers import require_compiler
+from finetune.model.fill import Sharder, WeightFiles, fill
+from finetune.model.init_from import (
     EarlierRun,
     describe_start,
     open_earlier_run,
     require_fit,
     trained_files,
 )
-from finetune.weights import Sharder, WeightFiles, fill
 from ttt import TTTLMModel, build_model, ttt_parameters
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from moshi.models.lm import LMModel, LMOutput
 from torch import Tensor
 
-from finetune.chunked_loss import chunked_cross_entropy
+from finetune.step.chunked_loss import chunked_cross_entropy
 from ttt import HiddenStates
 from ttt.layers.blocks import linear_of
 

@@ -1,14 +1,14 @@
 """Everything a training run can be told, as dataclasses: one section of the YAML each.
 
 The string below a field is its documentation: `docs/configuration.md` is made from it.
-`finetune.config` reads a file into these classes and checks the values.
+`finetune.config.read` reads a file into these classes and checks the values.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from finetune.data.args import DataArgs
+from finetune.config.data_args import DataArgs
 from ttt.config import TTTArgs
 
 

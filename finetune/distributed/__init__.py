@@ -1,0 +1,1 @@
+"""Who the processes of a run are, and what each of them holds."""

@@ -1,0 +1,1 @@
+"""What a run takes, before it starts and as it starts."""
