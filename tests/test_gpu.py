@@ -25,7 +25,7 @@ from finetune.model.build import trainable_by_role
 from finetune.step.loss import LossWeights, stream_sums
 from finetune.step.optim import Optimizer
 from ttt import build_model, ops
-from ttt.ops import chunks
+from ttt.ops.in_place import chunks
 
 pytestmark = [
     pytest.mark.gpu,

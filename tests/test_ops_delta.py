@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from test_ops_in_place import random_inputs, sizes
 
 from ttt import ops
-from ttt.ops import reference
+from ttt.ops.in_place import reference
 
 
 @settings(max_examples=150, deadline=None)

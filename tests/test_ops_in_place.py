@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ttt import ops
-from ttt.ops import chunks, reference
+from ttt.ops.in_place import chunks, reference
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from moshi.modules.rope import apply_rope
 
 from ttt import ops
-from ttt.ops import reference_linear
+from ttt.ops.inner_loop import reference as reference_linear
 
 METHODS = {
     "linear": (ops.ttt_linear, reference_linear.ttt_linear, 1e-10),

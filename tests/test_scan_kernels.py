@@ -12,7 +12,7 @@ from test_ops_linear import METHODS, every_method, random_inputs
 from torch.utils.checkpoint import checkpoint
 
 from ttt.layers.execution import Execution
-from ttt.ops import linear
+from ttt.ops.inner_loop import ttt_linear_mlp as linear
 
 pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -45,7 +45,8 @@ def test_threads_hold_what_they_turn(name, parts, size):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from ttt.ops import scan_kernels, scan_mlp_backward
+    from ttt.ops.inner_loop import kernels as scan_kernels
+    from ttt.ops.inner_loop import mlp_backward as scan_mlp_backward
 
     kernel = getattr(scan_kernels if name == "forward" else scan_mlp_backward, f"mlp_{name}")
     constants = {"EPS": 1e-6, "K": size, "F": 128, "D": 512, "TILE": 16, "SPLIT": True}
@@ -116,7 +117,7 @@ def values_and_gradients(op, arguments, token_scale, dtype, frames_dtype=None, *
 def kernels(monkeypatch):
     """Values and gradients by the kernels, where memory that they leave unwritten is NaN."""
 
-    from ttt.ops import scan
+    from ttt.ops.inner_loop import scan_triton as scan
 
     def run(*args, **options):
         with monkeypatch.context() as patch:
@@ -225,7 +226,7 @@ def test_the_largest_sizes_run(method, size, width, frames_dtype, kernels):
 @pytest.fixture
 def passes(monkeypatch):
     """Of each launch the direction, and whether it keeps something."""
-    from ttt.ops import scan
+    from ttt.ops.inner_loop import scan_triton as scan
 
     launch, found = scan._launch, []
 
@@ -263,7 +264,7 @@ def test_what_is_kept_is_not_made_again(method, kernels, passes):
 def test_tensors_may_begin_anywhere_in_memory(num_layers, monkeypatch):
     """Triton compiles a kernel otherwise for pointers that are no multiples of 16, and then other
     threads hold what is turned: it must not come to that."""
-    from ttt.ops import scan
+    from ttt.ops.inner_loop import scan_triton as scan
 
     launch, rests = scan._launch, []
 

@@ -49,7 +49,7 @@ def on_a_device(test):
 )
 def test_a_step_on_the_device_equals_the_plain_one(args, dtype, monkeypatch):
     """Three rows, one of them paused at times, one restarted, one silent for a chunk."""
-    from ttt.ops import stream_frame
+    from ttt.ops.in_place import stream as stream_frame
 
     device = "cpu" if INTERPRETED else "cuda"
     if INTERPRETED:
@@ -83,7 +83,7 @@ def test_a_step_on_the_device_equals_the_plain_one(args, dtype, monkeypatch):
 @on_a_device
 def test_inverses_of_more_than_one_block():
     """Rows: a repeated frame with noise, an incomplete chunk (left alone), and silence."""
-    from ttt.ops import stream_frame
+    from ttt.ops.in_place import stream as stream_frame
 
     device = "cpu" if INTERPRETED else "cuda"
     torch.manual_seed(0)

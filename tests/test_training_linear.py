@@ -15,7 +15,7 @@ from training_tools import (
 from finetune.checkpoint.run_dir import load_trained_weights
 from finetune.config.read import load_config
 from finetune.model.build import find_checkpoint, load_model, parameters_by_role
-from ttt.layers import linear
+from ttt.layers import mixer as linear
 
 LINEAR = {
     "ttt.method": "linear",

@@ -30,9 +30,9 @@ from ttt import TTTArgs, build_model, without_ttt
 from ttt.layers import blocks, depth, execution
 from ttt.layers.blocks import Linear
 from ttt.layers.execution import Execution
-from ttt.ops import attention
-from ttt.ops.attention import causal_attention, rope_table, rotate
-from ttt.ops.depth_attention import depth_attention
+from ttt.ops.moshi import attention
+from ttt.ops.moshi.attention import causal_attention, rope_table, rotate
+from ttt.ops.moshi.depth_attention import depth_attention
 
 PLAIN = TTTArgs(enabled=False)
 WEIGHTS = LossWeights(text_padding=0.3, first_codebook=7.0)
@@ -189,8 +189,8 @@ def test_steps_of_different_frames_do_not_see_each_other():
 INTERPRETED = """
 import contextlib, torch
 torch.cuda.device_of = lambda x: contextlib.nullcontext()
-from ttt.ops import depth_kernels
-from ttt.ops.depth_attention import depth_attention
+from ttt.ops.moshi import depth_kernels
+from ttt.ops.moshi.depth_attention import depth_attention
 for steps, frames, heads, width in [(8, 19, 2, 16), (5, 9, 1, 32)]:
     qkv = torch.randn(steps, frames, 3 * heads * width, requires_grad=True)
     out = depth_attention(qkv, heads)

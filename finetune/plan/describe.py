@@ -14,8 +14,8 @@ from finetune.distributed.world import World
 from finetune.model.build import parameters_by_role
 from finetune.monitoring.console import format_count
 from ttt import TTTLMModel
-from ttt.layers.linear import TTTMixer
-from ttt.ops.linear import KERNEL_WIDTHS, kernel_sizes
+from ttt.layers.mixer import TTTMixer
+from ttt.ops.inner_loop.ttt_linear_mlp import KERNEL_WIDTHS, kernel_sizes
 
 logger = logging.getLogger(__name__)
 

@@ -17,9 +17,10 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+from ttt.ops.inner_loop.ttt_linear_mlp import keeps_in_vain
+
 # The operators of `_KEPT` are registered there.
-from ttt.ops import depth_attention as _depth_attention  # noqa: F401
-from ttt.ops.linear import keeps_in_vain
+from ttt.ops.moshi import depth_attention as _depth_attention  # noqa: F401
 
 Checkpointing = bool | Literal["selective"]
 """What is kept for the backward pass: everything (false), the inputs of layers alone (true), or

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ttt import ops
 from ttt.config import TTTArgs
 from ttt.layers.execution import Execution
-from ttt.ops.chunks import accumulating_dtype, product
-from ttt.ops.in_place import delta_norm_square
+from ttt.ops.in_place.chunks import accumulating_dtype, product
+from ttt.ops.in_place.sum import delta_norm_square
 
 GATE_SPEED = 10.0
 """How much faster than other parameters the gate learns: Adam's steps have a size of their own."""
@@ -298,7 +298,7 @@ class InPlaceGating(StreamingModule[InPlaceState]):
 
     def _stream_frame(self, z: Tensor, source: Tensor, state: InPlaceState) -> Tensor:
         """The same for one frame, and nothing is asked of the device: a CUDA graph can hold it."""
-        from ttt.ops.stream_frame import stream_frame
+        from ttt.ops.in_place.stream import stream_frame
 
         is_delta = self.log_write_strength is not None
         # Triton launches on the current device.

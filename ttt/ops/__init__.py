@@ -1,10 +1,11 @@
 """Pure functions: tensors in, tensors out. `reference` and `reference_linear` define, the
 rest is fast."""
 
-from ttt.ops import reference, reference_linear
-from ttt.ops.delta import chunk_errors, in_place_delta
-from ttt.ops.in_place import chunk_conv, chunk_delta, in_place_ttt
-from ttt.ops.linear import inner_losses, rope, ttt_linear, ttt_mlp
+from ttt.ops.in_place import reference
+from ttt.ops.in_place.delta import chunk_errors, in_place_delta
+from ttt.ops.in_place.sum import chunk_conv, chunk_delta, in_place_ttt
+from ttt.ops.inner_loop import reference as reference_linear
+from ttt.ops.inner_loop.ttt_linear_mlp import inner_losses, rope, ttt_linear, ttt_mlp
 
 __all__ = [
     "chunk_conv",

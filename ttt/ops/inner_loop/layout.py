@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ttt.ops.chunks import number_chunks
+from ttt.ops.in_place.chunks import number_chunks
 
 
 class Layout(NamedTuple):

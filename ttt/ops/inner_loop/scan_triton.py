@@ -20,10 +20,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ttt.ops import scan_kernels as kernels
-from ttt.ops import scan_linear_kernels as linear_kernels
-from ttt.ops.linear import EPSILON, InnerLayers, flatten, keeps_in_vain
-from ttt.ops.scan_mlp_backward import mlp_backward
+from ttt.ops.inner_loop import kernels, linear_kernels
+from ttt.ops.inner_loop.mlp_backward import mlp_backward
+from ttt.ops.inner_loop.ttt_linear_mlp import EPSILON, InnerLayers, flatten, keeps_in_vain
 
 SPLIT_TYPES: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
 """For frames of these types, factors of products are split in two bfloat16 terms, which is exact to
@@ -62,7 +61,7 @@ def scan(
     num_writes: int,
     group_size: int | None,
 ) -> tuple[Tensor, InnerLayers]:
-    """`ttt.ops.linear.inner_scan` of frames laid out in mini-batches.
+    """`ttt.ops.inner_loop.ttt_linear_mlp.inner_scan` of frames laid out in mini-batches.
 
     Args:
         q, k, v: [B, H, N, K, f], K and f powers of two from 16 on, f at most 128, K at most 64,

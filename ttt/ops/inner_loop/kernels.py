@@ -1,7 +1,7 @@
-"""The Triton kernels of `ttt.ops.scan`, which says what they are for and names the shapes.
+"""The Triton kernels of `scan_triton`, which says what they are for and names the shapes.
 
 A program takes one head of one row through mini-batches `first` to `last - 1`, forwards or
-backwards. All arithmetic is in float32. Names are those of `ttt.ops.linear`: z what a layer gives
+backwards. All arithmetic is in float32. Names are those of `ttt_linear_mlp`: z what a layer gives
 for the keys, s = eta · g its errors, zq what it gives for the queries; u is the error that TTT-MLP
 hands back through its second layer, before the GELU; d_x is the gradient of x.
 """
@@ -23,7 +23,7 @@ def _halves(x):
 
 @triton.jit
 def _dot(a, b, SPLIT: tl.constexpr):
-    """A B in float32; SPLIT: see `ttt.ops.scan.SPLIT_TYPES`."""
+    """A B in float32; SPLIT: see `ttt.ops.inner_loop.scan_triton.SPLIT_TYPES`."""
     if not SPLIT:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="tf32x3")
     elif a.dtype == tl.bfloat16 and b.dtype == tl.bfloat16:
@@ -233,7 +233,7 @@ def mlp_forward(
     EPS: tl.constexpr, KEEP: tl.constexpr, K: tl.constexpr, F: tl.constexpr, D: tl.constexpr,
     TILE: tl.constexpr, SPLIT: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """w1 and w2 are in the order of `ttt.ops.scan.in_lines`; the scratch begins with zeros."""
+    """w1 and w2 are in the order of `scan_triton.in_lines`; the scratch begins with zeros."""
     C: tl.constexpr = F // PARTS
     row = tl.program_id(0).to(tl.int64)
     t, f, h = tl.arange(0, K), tl.arange(0, F), tl.arange(0, TILE)

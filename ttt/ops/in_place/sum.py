@@ -2,7 +2,7 @@
 
 A chunk i of frames writes `Δ_i = Σ v_t z_tᵀ` (optionally bounded in norm), and a frame reads the
 sum over strictly earlier chunks of its own document, `η Σ_{j<i} γ^(i−1−j) Δ_j z_t`. No weight is
-ever built for it: with M as in `ttt.ops.chunks`,
+ever built for it: with M as in `ttt.ops.in_place.chunks`,
 
     O = η (M ⊙ Z Zᵀ) V                                    (the dual form)
     dZ = η (D Z + Dᵀ Z),  dV = η (M ⊙ Z Zᵀ)ᵀ dO           with D = M ⊙ dO Vᵀ
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ttt.ops import chunks
+from ttt.ops.in_place import chunks
 
 
 @torch.compiler.disable

@@ -7,7 +7,7 @@ Regularised least squares on the residual: what a chunk has in common with those
 written again, so the state stays bounded however long the stream. Only complete chunks write, and
 a chunk of zeros, where λ = 0, writes nothing.
 
-Reading is as for `sum`, with E in place of V (`ttt.ops.chunks`), so no state is kept per chunk
+Reading is as for `sum`, with E in place of V (`in_place.chunks`), so no state is kept per chunk
 either. With K_i = Z_i Z_iᵀ + λ_i I, whose inverses depend on no state and are all made at once,
 and O_i and G_i what the frames of chunk i read and its errors receive from later chunks,
 
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ttt.ops import chunks
+from ttt.ops.in_place import chunks
 
 
 @torch.compiler.disable

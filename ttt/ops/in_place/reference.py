@@ -1,7 +1,7 @@
 """The definitions: slow, frame by frame, and nothing else to believe in.
 
 The In-Place operators of `ttt.ops` stand here with the same signatures; those of TTT-Linear and
-TTT-MLP in `reference_linear`. The fast forms are tested against these, values and gradients.
+TTT-MLP in `inner_loop`. The fast forms are tested against these, values and gradients.
 """
 
 import torch

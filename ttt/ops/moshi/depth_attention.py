@@ -34,14 +34,14 @@ def fits_kernel(num_steps: int, head_width: int) -> bool:
 
 @torch.library.custom_op("moshi_ttt::depth_attention", mutates_args=())
 def _depth_attention(qkv: Tensor, num_heads: int) -> Tensor:
-    from ttt.ops import depth_kernels
+    from ttt.ops.moshi import depth_kernels
 
     return depth_kernels.forward(qkv, num_heads)
 
 
 @torch.library.custom_op("moshi_ttt::depth_attention_backward", mutates_args=())
 def _depth_attention_backward(d_out: Tensor, qkv: Tensor, num_heads: int) -> Tensor:
-    from ttt.ops import depth_kernels
+    from ttt.ops.moshi import depth_kernels
 
     return depth_kernels.backward(d_out, qkv, num_heads)
 

@@ -1,4 +1,4 @@
-"""The kernels of TTT-Linear; `ttt.ops.scan_kernels` says how to read them.
+"""The kernels of TTT-Linear; `ttt.ops.inner_loop.kernels` says how to read them.
 
 W goes through in tiles of rows: a whole one would fill the registers.
 """
@@ -6,7 +6,7 @@ W goes through in tiles of rows: a whole one would fill the registers.
 import triton
 import triton.language as tl
 
-from ttt.ops.scan_kernels import (
+from ttt.ops.inner_loop.kernels import (
     COUNTS,
     _add_to,
     _dot,

@@ -1,5 +1,5 @@
 """The backward kernel of TTT-MLP, where each warp has columns of its own of the head's width, as in
-`ttt.ops.scan_kernels.mlp_forward`, which says what that is good for.
+`ttt.ops.inner_loop.kernels.mlp_forward`, which says what that is good for.
 
 Two passes over tiles of hidden units: one for all that d_z2 is made of, and one for all that it
 goes into. In each the warps meet once a tile, to add what they have for hidden units. The first
@@ -9,7 +9,7 @@ leaves to the second what it knows of them: of the second layer's input all but 
 import triton
 import triton.language as tl
 
-from ttt.ops.scan_kernels import (
+from ttt.ops.inner_loop.kernels import (
     COUNTS,
     _add_three,
     _add_to,
@@ -30,7 +30,7 @@ from ttt.ops.scan_kernels import (
 
 @triton.jit
 def _terms(x, mask, SPLIT: tl.constexpr):
-    """What X is multiplied as: its terms; see `ttt.ops.scan.SPLIT_TYPES`.
+    """What X is multiplied as: its terms; see `ttt.ops.inner_loop.scan_triton.SPLIT_TYPES`.
 
     Args:
         mask: -65536, but not as a constant: of what comes from loads and constants alone, Triton
@@ -105,7 +105,7 @@ def mlp_backward(
     EPS: tl.constexpr, K: tl.constexpr, F: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr,
     SPLIT: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """The weights and their gradients are in the order of `ttt.ops.scan.in_lines`; what was kept of
+    """The weights and their gradients are in the order of `scan_triton.in_lines`; what was kept of
     hidden units is in that of `_line`."""
     C: tl.constexpr = F // PARTS
     row = tl.program_id(0).to(tl.int64)

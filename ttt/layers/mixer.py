@@ -13,7 +13,7 @@ from ttt import ops
 from ttt.config import TTTArgs
 from ttt.layers.blocks import norm_of, normalize
 from ttt.layers.execution import Execution
-from ttt.ops.linear import (
+from ttt.ops.inner_loop.ttt_linear_mlp import (
     InnerLayers,
     Written,
     flatten,

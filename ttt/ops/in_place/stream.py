@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ttt.ops import stream_kernels as kernels
+from ttt.ops.in_place import kernels
 
 PROGRAMS = 264
 """Programs for a row's write: two for each multiprocessor of an H100."""

@@ -1,4 +1,4 @@
-"""The Triton kernels of `ttt.ops.stream_frame`, which says what they are for.
+"""The Triton kernels of `ttt.ops.in_place.stream`, which says what they are for.
 
 Those that take `num_pending` and `chunk_size` act on the rows that have as many frames pending, and
 return at once in the others.

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ttt.ops.layout import lay_out
+from ttt.ops.inner_loop.layout import lay_out
 
 EPSILON = 1e-6
 """Of the layer norm inside the loop."""
@@ -303,7 +303,7 @@ def inner_scan(
     )
     if documents is None and has_kernel(q, size, len(layers)):
         # Triton is imported where there is a use for it.
-        from ttt.ops.scan import scan
+        from ttt.ops.inner_loop.scan_triton import scan
 
         out, layers = scan(
             q,
@@ -356,7 +356,7 @@ def kernel_sizes(num_layers: int) -> tuple[int, ...]:
 
 
 def has_kernel(q: Tensor, size: int, num_layers: int) -> bool:
-    """Whether one kernel, of `ttt.ops.scan`, can take q [..., f] in mini-batches of `size`."""
+    """Whether one kernel, of `scan_triton`, can take q [..., f] in mini-batches of `size`."""
     fits = size in kernel_sizes(num_layers) and q.shape[-1] in KERNEL_WIDTHS
     return fits and q.is_cuda and q.dtype != torch.float64
 

@@ -1,0 +1,1 @@
+"""In-Place TTT: its definition, and its fast forms for sequences and for streams."""

@@ -1,0 +1,1 @@
+"""TTT-Linear and TTT-MLP: their definition, and their fast forms."""
