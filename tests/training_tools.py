@@ -215,7 +215,14 @@ def run_cases(
     )
     launch = ("--standalone", f"--nproc-per-node={num_processes}")
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", *launch, "tests/run_cases.py", str(file)],
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            *launch,
+            "tests/programs/run_cases.py",
+            str(file),
+        ],
         cwd=REPOSITORY,
         env=os.environ | {"OMP_NUM_THREADS": "1"} | _here(),
         capture_output=True,

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_ops_in_place import random_inputs, sizes
+from test_sum import random_inputs, sizes
 
 from ttt import ops
 from ttt.ops.in_place import reference

@@ -206,7 +206,7 @@ for steps, frames, heads, width in [(8, 19, 2, 16), (5, 9, 1, 32)]:
 
 def test_the_kernels_of_depth_attention_as_interpreted():
     pytest.importorskip("triton")
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[3]
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(root)}
     done = subprocess.run(
         [sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True

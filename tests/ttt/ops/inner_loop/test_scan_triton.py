@@ -8,11 +8,11 @@ import sys
 
 import pytest
 import torch
-from test_ops_linear import METHODS, every_method, random_inputs
+from test_ttt_linear_mlp import METHODS, every_method, random_inputs
 from torch.utils.checkpoint import checkpoint
 
 from ttt.layers.execution import Execution
-from ttt.ops.inner_loop import ttt_linear_mlp as linear
+from ttt.ops.inner_loop import ttt_linear_mlp
 
 pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -45,10 +45,9 @@ def test_threads_hold_what_they_turn(name, parts, size):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from ttt.ops.inner_loop import kernels as scan_kernels
-    from ttt.ops.inner_loop import mlp_backward as scan_mlp_backward
+    from ttt.ops.inner_loop import kernels, mlp_backward
 
-    kernel = getattr(scan_kernels if name == "forward" else scan_mlp_backward, f"mlp_{name}")
+    kernel = getattr(kernels if name == "forward" else mlp_backward, f"mlp_{name}")
     constants = {"EPS": 1e-6, "K": size, "F": 128, "D": 512, "TILE": 16, "SPLIT": True}
     constants |= {"PARTS": parts, **({"KEEP": True} if name == "forward" else {})}
     frames = ("q", "k", "v", "out", "d_out", "d_q", "d_k", "d_v")
@@ -56,7 +55,7 @@ def test_threads_hold_what_they_turn(name, parts, size):
         key: "constexpr"
         if key in constants
         else "i32"
-        if key in (*scan_kernels.COUNTS, "num_units")
+        if key in (*kernels.COUNTS, "num_units")
         else "*bf16"
         if key in frames
         else "*fp32"
@@ -117,14 +116,14 @@ def values_and_gradients(op, arguments, token_scale, dtype, frames_dtype=None, *
 def kernels(monkeypatch):
     """Values and gradients by the kernels, where memory that they leave unwritten is NaN."""
 
-    from ttt.ops.inner_loop import scan_triton as scan
+    from ttt.ops.inner_loop import scan_triton
 
     def run(*args, **options):
         with monkeypatch.context() as patch:
-            patch.setattr(linear, "has_kernel", lambda *_: True)
+            patch.setattr(ttt_linear_mlp, "has_kernel", lambda *_: True)
             if INTERPRETED:
                 # The interpreter cannot multiply bfloat16.
-                patch.setattr(scan, "SPLIT_TYPES", ())
+                patch.setattr(scan_triton, "SPLIT_TYPES", ())
             # For the filling alone: what else runs may sum in any order.
             torch.use_deterministic_algorithms(True, warn_only=True)
             try:
@@ -226,15 +225,15 @@ def test_the_largest_sizes_run(method, size, width, frames_dtype, kernels):
 @pytest.fixture
 def passes(monkeypatch):
     """Of each launch the direction, and whether it keeps something."""
-    from ttt.ops.inner_loop import scan_triton as scan
+    from ttt.ops.inner_loop import scan_triton
 
-    launch, found = scan._launch, []
+    launch, found = scan_triton._launch, []
 
     def counted(kernel, *args, **options):
         found.append((kernel.__name__.split("_")[1], options.get("KEEP")))
         return launch(kernel, *args, **options)
 
-    monkeypatch.setattr(scan, "_launch", counted)
+    monkeypatch.setattr(scan_triton, "_launch", counted)
     return found
 
 
@@ -264,9 +263,9 @@ def test_what_is_kept_is_not_made_again(method, kernels, passes):
 def test_tensors_may_begin_anywhere_in_memory(num_layers, monkeypatch):
     """Triton compiles a kernel otherwise for pointers that are no multiples of 16, and then other
     threads hold what is turned: it must not come to that."""
-    from ttt.ops.inner_loop import scan_triton as scan
+    from ttt.ops.inner_loop import scan_triton
 
-    launch, rests = scan._launch, []
+    launch, rests = scan_triton._launch, []
 
     def looked_at(kernel, frames, others, *args, **options):
         rests.extend(x.data_ptr() % 16 for x in (*frames, *others))
@@ -284,13 +283,13 @@ def test_tensors_may_begin_anywhere_in_memory(num_layers, monkeypatch):
         shapes += [(1, 2, inputs, outputs), (1, 2, outputs)]
     tensors = [0.1 * torch.randn(shape, generator=generator).to(DEVICE) for shape in shapes]
     d_out = torch.randn(shapes[0], generator=generator).to(DEVICE)
-    monkeypatch.setattr(scan, "_launch", looked_at)
-    monkeypatch.setattr(scan, "SPLIT_TYPES", ())
+    monkeypatch.setattr(scan_triton, "_launch", looked_at)
+    monkeypatch.setattr(scan_triton, "SPLIT_TYPES", ())
     results = []
     for place in (torch.clone, moved):
         leaves = [place(x).requires_grad_() for x in tensors]
         layers = tuple(zip(leaves[7::2], leaves[8::2], strict=True))
-        out, _ = scan.scan(
+        out, _ = scan_triton.scan(
             *leaves[:4], layers, *leaves[4:6], token_scale=leaves[6], num_writes=2, group_size=None
         )
         results.append([out, *torch.autograd.grad(out, leaves, place(d_out))])

@@ -22,7 +22,7 @@ from finetune.sweep.run import Children, read_record
 from finetune.sweep.table import logged
 from finetune.trainer import Trainer
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[3]
 DIALOGUES = ROOT / "example/demo/dialogues"
 COMMON = {**PLAIN, "max_steps": 4, "do_eval": True, "eval_freq": 2, "model.attention_context": 9}
 # A learning rate at which nothing is finite after a step.

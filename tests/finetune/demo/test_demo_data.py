@@ -24,7 +24,7 @@ from finetune.demo.train_mimi import MelLoss
 from finetune.demo.train_tokenizer import train_tokenizer
 from finetune.errors import UserError
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[3]
 DEMO = ROOT / "example" / "demo"
 MODEL = DEMO / "model"
 VOICE = Voice("en-us+f3")

@@ -14,7 +14,7 @@ from training_tools import checkpoint, logged, random_batch
 from finetune.cli import evaluate, run, train
 from finetune.inference import load_for_inference
 
-OLD_RUN = Path(__file__).parent / "fixtures/old_run"
+OLD_RUN = Path(__file__).parents[2] / "fixtures/old_run"
 ROUNDING = {"delta": 1e-5, "sum": 5e-4}
 """Relative: `delta` is in float32, and `sum` in bfloat16."""
 LOSSES = {

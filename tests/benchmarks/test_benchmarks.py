@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 @pytest.fixture
 def program(monkeypatch):
     """Imports one of the benchmarks, for the length of a test."""
-    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
     imported = []
 
     def load(name):

@@ -241,7 +241,7 @@ def faulty(config, run_dir, fault, **overrides):
     done = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
-            "tests/run_faulty.py",
+            "tests/programs/run_faulty.py",
             f"--config={config}",
             *options(run_dir=run_dir, max_steps=1000000, **overrides),
         ],

@@ -24,7 +24,7 @@ from finetune.errors import UserError
 from finetune.inference import load_for_inference
 from finetune.model.build import find_checkpoint, load_model, plan_model, trainable_by_role
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[3]
 NO_TTT = {"ttt.enabled": False}
 
 

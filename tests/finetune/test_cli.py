@@ -16,7 +16,7 @@ from finetune.cli import main, run
 from finetune.config.read import load_config
 from finetune.monitoring.metrics import metrics_path, read_metrics
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 DIALOGUES = ROOT / "example/demo/dialogues"
 
 

@@ -15,7 +15,7 @@ from training_tools import (
 from finetune.checkpoint.run_dir import load_trained_weights
 from finetune.config.read import load_config
 from finetune.model.build import find_checkpoint, load_model, parameters_by_role
-from ttt.layers import mixer as linear
+from ttt.layers import mixer
 
 LINEAR = {
     "ttt.method": "linear",
@@ -133,14 +133,14 @@ def test_a_scan_keeps_everything_where_a_kernel_and_one_layer_at_a_time_do(
 ):
     """With a group size of its own, that one. The plain scan would keep all weights as well."""
     seen = set()
-    monkeypatch.setattr(linear, "has_kernel", lambda *_: is_kernel)
+    monkeypatch.setattr(mixer, "has_kernel", lambda *_: is_kernel)
 
     def watched(*args, scan_checkpoint_group_size, **kwargs):
         seen.add(scan_checkpoint_group_size)
         return scan(*args, scan_checkpoint_group_size=scan_checkpoint_group_size, **kwargs)
 
-    scan = linear.inner_scan
-    monkeypatch.setattr(linear, "inner_scan", watched)
+    scan = mixer.inner_scan
+    monkeypatch.setattr(mixer, "inner_scan", watched)
     model = tiny_model(tiny_linear_args(scan_checkpoint_group_size=size)).train()
     model.execution.checkpointing = mode
     output = model(random_codes(num_frames=12), with_heads=False)

@@ -13,7 +13,7 @@ from finetune.errors import UserError
 from finetune.inference import checkpoint_args
 from ttt.config import TTTArgs
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[3]
 MINIMAL = "run_dir: run\ndata: {train_data: train.jsonl}\nlora: {enable: true}\n"
 # The keys of moshi-finetune's example file, with its values and ways of writing numbers.
 MOSHI_FINETUNE = """

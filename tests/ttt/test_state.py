@@ -54,11 +54,12 @@ def run_and_save(write, path):
 @every_rule
 def test_a_killed_process_is_continued_by_another(write, tmp_path):
     path = tmp_path / "state.safetensors"
+    root = Path(__file__).parents[2]
     code = f"import test_state; test_state.run_and_save({write!r}, {str(path)!r})"
     process = subprocess.Popen(
         [sys.executable, "-c", code],
         cwd=Path(__file__).parent,
-        env={**os.environ, "PYTHONPATH": f".:{Path(__file__).parent.parent}"},
+        env={**os.environ, "PYTHONPATH": f".:{root}:{root / 'tests'}"},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

@@ -49,11 +49,11 @@ def on_a_device(test):
 )
 def test_a_step_on_the_device_equals_the_plain_one(args, dtype, monkeypatch):
     """Three rows, one of them paused at times, one restarted, one silent for a chunk."""
-    from ttt.ops.in_place import stream as stream_frame
+    from ttt.ops.in_place import stream
 
     device = "cpu" if INTERPRETED else "cuda"
     if INTERPRETED:
-        monkeypatch.setattr(stream_frame, "PROGRAMS", 2)
+        monkeypatch.setattr(stream, "PROGRAMS", 2)
     module = tiny_model(args, dtype=dtype).to(device).ttt_layers[0]
     chunk_size = args.chunk_size
     outputs = {}
@@ -70,8 +70,8 @@ def test_a_step_on_the_device_equals_the_plain_one(args, dtype, monkeypatch):
                 state.set_exec_mask(torch.tensor([True, step % 3 != 1, True]).to(device))
                 if step == chunk_size + 2:
                     state.reset(torch.tensor([True, False, False]).to(device))
-                stream = module._stream_frame if way == "kernels" else module._stream_frames
-                spoken.append(stream(z, source, state).float())
+                read = module._stream_frame if way == "kernels" else module._stream_frames
+                spoken.append(read(z, source, state).float())
             outputs[way] = (torch.cat(spoken), state.change.clone(), state.num_pending.clone())
     assert torch.equal(outputs["plain"][2], outputs["kernels"][2])
     for plain, kernels in zip(outputs["plain"][:2], outputs["kernels"][:2], strict=True):
@@ -83,7 +83,7 @@ def test_a_step_on_the_device_equals_the_plain_one(args, dtype, monkeypatch):
 @on_a_device
 def test_inverses_of_more_than_one_block():
     """Rows: a repeated frame with noise, an incomplete chunk (left alone), and silence."""
-    from ttt.ops.in_place import stream as stream_frame
+    from ttt.ops.in_place import stream
 
     device = "cpu" if INTERPRETED else "cuda"
     torch.manual_seed(0)
@@ -91,7 +91,7 @@ def test_inverses_of_more_than_one_block():
     z[2] = 0
     gram = z.double() @ z.double().mT
     strength = gram.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] / 10
-    write = stream_frame._Write(
+    write = stream._Write(
         torch.tensor([70, 3, 70], device=device), chunk_size=70, dtype=torch.float32
     )
     inverse = write.inverse(z.to(device), torch.tensor([10.0], device=device)).cpu().double()

@@ -17,7 +17,7 @@ from finetune.monitoring.console import describe, format_count, format_duration
 from finetune.monitoring.metrics import MetricsLogger, read_metrics
 from finetune.monitoring.plots import plot_losses
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[3]
 KEY = "0123456789abcdef0123456789abcdef01234567"
 ESCAPE = "\x1b"
 

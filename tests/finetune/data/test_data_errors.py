@@ -272,10 +272,11 @@ def test_workers_leave_signals_to_the_trainer_and_end_with_it(tmp_path, number, 
         raise SystemExit("the end, without close()")
         """
     )
-    root = Path(__file__).parents[1]
+    root, here = Path(__file__).parents[3], Path(__file__).parent
+    places = [root, root / "tests", here]
     process = subprocess.Popen(
         [sys.executable, "-c", program],
-        env=os.environ | {"PYTHONPATH": f"{root}:{root / 'tests'}", "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"PYTHONPATH": ":".join(map(str, places)), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
