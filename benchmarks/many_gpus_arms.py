@@ -18,12 +18,10 @@ from train_step import profile
 from training_arms import TINY, TTT, OurRun, random_codes
 from training_arms import Arm as Codes
 
-from finetune.config.args import LoraArgs, ModelPaths, OptimArgs, ParallelArgs, TrainArgs
-from finetune.data import DataArgs
-from finetune.distributed.sharding import build_sharding
-from finetune.distributed.world import World, join_world
-from finetune.model.build import load_model, plan_model
-from finetune.plan.memory import estimate
+from finetune.config import DataArgs, LoraArgs, ModelPaths, OptimArgs, ParallelArgs, TrainArgs
+from finetune.distributed import World, build_sharding, join_world
+from finetune.model import load_model, plan_model
+from finetune.plan import estimate
 from ttt import TTTArgs
 
 GB = 1e9

@@ -43,7 +43,7 @@ from training_arms import (
     random_codes,
 )
 
-from finetune.model.build import parameters_by_role
+from finetune.model import parameters_by_role
 
 OUT_OF_MEMORY = "out of memory"
 PEAK_FLOPS = 989e12

@@ -15,13 +15,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.lr_scheduler import OneCycleLR
 
-from finetune.config.args import LoraArgs, OptimArgs
-from finetune.distributed.sharding import Sharding
-from finetune.distributed.world import World
-from finetune.model.build import add_lora, parameters_by_role, trainable_by_role
-from finetune.step.gradients import accumulate_gradients
-from finetune.step.loss import LossWeights, total_weight
-from finetune.step.optim import Optimizer
+from finetune.config import LoraArgs, OptimArgs
+from finetune.distributed import Sharding, World
+from finetune.model import add_lora, parameters_by_role, trainable_by_role
+from finetune.step import LossWeights, Optimizer, accumulate_gradients, total_weight
 from ttt import TTTArgs, TTTLMModel, build_model
 
 TINY = {

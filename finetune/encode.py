@@ -3,11 +3,11 @@
 import logging
 import time
 
-from finetune.config.args import TrainArgs
+from finetune.config import TrainArgs
 from finetune.data import CacheFill, check_share, open_store
-from finetune.distributed.world import join_world
-from finetune.model.build import build_codec, find_checkpoint, plan_model
-from finetune.monitoring.console import format_duration, setup_logging
+from finetune.distributed import join_world
+from finetune.model import build_codec, find_checkpoint, plan_model
+from finetune.monitoring import format_duration, setup_logging
 
 logger = logging.getLogger(__name__)
 

@@ -14,14 +14,12 @@ import torch
 from moshi.models.lm import LMGen
 from torch import Tensor
 
-from finetune.checkpoint.run_dir import load_trained_weights
-from finetune.config.args import ModelPaths, TrainArgs
-from finetune.config.read import load_run_config
-from finetune.data import FRAME_RATE_HZ, Codec, DataArgs, Segment, count_frames
-from finetune.distributed.world import join_world
+from finetune.checkpoint import load_trained_weights
+from finetune.config import DataArgs, ModelPaths, TrainArgs, load_run_config
+from finetune.data import FRAME_RATE_HZ, Codec, Segment, count_frames
+from finetune.distributed import join_world
 from finetune.errors import UserError
-from finetune.model.build import build_codec, find_checkpoint, load_model
-from finetune.model.init_from import require_checkpoint
+from finetune.model import build_codec, find_checkpoint, load_model, require_checkpoint
 from ttt import TTTLMModel
 
 

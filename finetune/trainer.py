@@ -10,36 +10,35 @@ from typing import Any
 
 import torch
 
-from finetune.checkpoint.random_state import get_random_state, set_random_state
-from finetune.checkpoint.run_dir import (
+from finetune.checkpoint import (
+    CheckpointWriter,
+    RunLock,
     created_run_dir,
     fill_shards,
+    get_random_state,
     load_resume_state,
     open_run_dir,
+    set_random_state,
     step_of,
 )
-from finetune.checkpoint.run_lock import RunLock
-from finetune.checkpoint.writer import CheckpointWriter
-from finetune.config.args import TrainArgs
-from finetune.config.read import changed_keys, public_dict
+from finetune.config import TrainArgs, changed_keys, public_dict
 from finetune.data import Batch, build_eval_loader, build_train_loader, check_share, open_store
-from finetune.distributed.sharding import build_sharding
-from finetune.distributed.watchdog import Watch
-from finetune.distributed.world import join_world, peak_memory_gb
+from finetune.distributed import Watch, build_sharding, join_world, peak_memory_gb
 from finetune.errors import UserError
-from finetune.evaluation.periodic import build_speech_check, evaluate
+from finetune.evaluation import build_speech_check, evaluate
 from finetune.interrupt import Interrupt
-from finetune.model.build import build_codec, find_checkpoint, load_model, trainable_by_role
-from finetune.monitoring.console import Progress, describe, setup_logging
-from finetune.monitoring.metrics import MetricsLogger
-from finetune.monitoring.phases import Phases, StepProfiler
-from finetune.monitoring.ttt_effect import EffectWatch
-from finetune.plan.describe import describe_run, write_summary
-from finetune.plan.memory import explained
-from finetune.step.gradients import accumulate_gradients
-from finetune.step.loss import LossWeights
-from finetune.step.nonfinite import LostSteps
-from finetune.step.optim import Optimizer, StepResult
+from finetune.model import build_codec, find_checkpoint, load_model, trainable_by_role
+from finetune.monitoring import (
+    EffectWatch,
+    MetricsLogger,
+    Phases,
+    Progress,
+    StepProfiler,
+    describe,
+    setup_logging,
+)
+from finetune.plan import describe_run, explained, write_summary
+from finetune.step import LossWeights, LostSteps, Optimizer, StepResult, accumulate_gradients
 from ttt import measuring
 
 logger = logging.getLogger(__name__)

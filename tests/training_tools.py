@@ -16,8 +16,8 @@ from helpers import moshi_like
 from moshi.models.lm import LMModel
 from safetensors.torch import load_file, save_file
 
-from finetune.config.read import load_config
-from finetune.monitoring.metrics import Kind, metrics_path, read_metrics
+from finetune.config import load_config
+from finetune.monitoring import Kind, metrics_path, read_metrics
 from finetune.trainer import Trainer
 
 REPOSITORY = Path(__file__).parent.parent

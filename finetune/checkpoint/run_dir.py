@@ -34,12 +34,10 @@ from safetensors.torch import load_file
 
 from finetune.checkpoint import manifest
 from finetune.checkpoint.run_lock import RunLock
-from finetune.config.args import TrainArgs
-from finetune.config.read import save_config
-from finetune.distributed.sharding import Sharding, like_parameter
-from finetune.distributed.world import World
+from finetune.config import TrainArgs, save_config
+from finetune.distributed import Sharding, World, like_parameter
 from finetune.errors import UserError
-from finetune.model.build import trainable_by_role
+from finetune.model import trainable_by_role
 from ttt import TTTLMModel, ttt_parameters
 
 logger = logging.getLogger(__name__)

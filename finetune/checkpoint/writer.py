@@ -30,13 +30,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from finetune.checkpoint import manifest
 from finetune.checkpoint.run_dir import delete_old, fsync
-from finetune.config.args import TrainArgs
-from finetune.config.read import save_config
-from finetune.distributed.sharding import Sharding, like_parameter, whole
-from finetune.distributed.world import World
+from finetune.config import TrainArgs, save_config
+from finetune.distributed import Sharding, World, like_parameter, whole
 from finetune.errors import UserError
-from finetune.model.build import changed_shape, trainable_by_role
-from finetune.step.optim import Optimizer
+from finetune.model import changed_shape, trainable_by_role
+from finetune.step import Optimizer
 from ttt import TTTLMModel, ttt_parameters
 
 logger = logging.getLogger(__name__)

@@ -21,7 +21,7 @@ import torch
 from torch.autograd.profiler import record_function
 from torch.utils.data import DataLoader
 
-from finetune.config.data_args import DataArgs
+from finetune.config import DataArgs
 from finetune.errors import UserError
 
 from .cache import CodeCache

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from finetune.config.data_args import DataArgs
+from finetune.config import DataArgs
 from finetune.errors import UserError
 
 from .batches import Batcher

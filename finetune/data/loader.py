@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from finetune.config.data_args import DataArgs
+from finetune.config import DataArgs
 
 from .batches import Batch, Batcher
 from .codec import Codec

@@ -9,14 +9,12 @@ from pathlib import Path
 
 import soundfile
 
-from finetune.checkpoint.run_dir import list_checkpoints
-from finetune.config.read import load_config
+from finetune.checkpoint import list_checkpoints
+from finetune.config import load_config
 from finetune.demo.dialogues import make_dialogues
 from finetune.errors import UserError
 from finetune.inference import continue_dialogue, load_for_inference
-from finetune.monitoring.console import console, format_duration
-from finetune.monitoring.metrics import metrics_path, read_metrics
-from finetune.monitoring.plots import plot_losses
+from finetune.monitoring import console, format_duration, metrics_path, plot_losses, read_metrics
 from finetune.trainer import Trainer
 
 CONFIG = Path("example/demo.yaml")

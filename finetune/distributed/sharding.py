@@ -24,7 +24,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
-from finetune.config.args import TrainArgs
+from finetune.config import TrainArgs
 from finetune.distributed.world import World
 from finetune.errors import UserError
 from ttt import TTTLMModel

@@ -5,8 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from finetune.config.args import WandbArgs
-from finetune.config.option_values import choices, flag, number, one_of, whole_number
+from finetune.config import WandbArgs, choices, flag, number, one_of, whole_number
 from finetune.errors import UserError
 
 TASKS = ("position", "pairs", "health")

@@ -4,7 +4,7 @@ import logging
 import time
 
 from finetune.data import FRAME_RATE_HZ
-from finetune.monitoring.console import format_duration
+from finetune.monitoring import format_duration
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from moshi.modules.lora import LoRALinear, replace_all_linear_with_lora
 from safetensors import SafetensorError
 from torch import nn
 
-from finetune.config.args import LoraArgs, ModelArgs, ModelPaths, TrainArgs
+from finetune.config import LoraArgs, ModelArgs, ModelPaths, TrainArgs
 from finetune.data import Codec
 from finetune.errors import UserError
 from finetune.model.compilers import require_compiler

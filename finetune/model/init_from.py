@@ -11,9 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.config.args import TrainArgs
-from finetune.config.checks import Problem
-from finetune.config.read import list_problems, load_run_config
+from finetune.config import Problem, TrainArgs, list_problems, load_run_config
 from finetune.errors import UserError
 from ttt import TTTLMModel, ttt_parameters
 

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from finetune.config.args import TrainArgs
+from finetune.config import TrainArgs
 
 logger = logging.getLogger(__name__)
 

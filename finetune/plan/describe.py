@@ -7,12 +7,11 @@ from pathlib import Path
 
 import torch
 
-from finetune.config.args import TrainArgs
+from finetune.config import TrainArgs
 from finetune.data import FRAME_RATE_HZ, EvalLoader, TrainLoader, count_frames
-from finetune.distributed.sharding import shard_size
-from finetune.distributed.world import World
-from finetune.model.build import parameters_by_role
-from finetune.monitoring.console import format_count
+from finetune.distributed import World, shard_size
+from finetune.model import parameters_by_role
+from finetune.monitoring import format_count
 from ttt import TTTLMModel
 from ttt.layers.mixer import TTTMixer
 from ttt.ops.inner_loop.ttt_linear_mlp import KERNEL_WIDTHS, kernel_sizes

@@ -26,12 +26,11 @@ from dataclasses import dataclass, fields
 import torch
 from torch import nn
 
-from finetune.config.args import TrainArgs
+from finetune.config import TrainArgs
 from finetune.data import count_frames
-from finetune.distributed.sharding import FEW, shard_size
-from finetune.distributed.world import peak_memory_gb
+from finetune.distributed import FEW, peak_memory_gb, shard_size
 from finetune.errors import UserError
-from finetune.model.build import parameters_by_role
+from finetune.model import parameters_by_role
 from ttt import TTTLMModel
 from ttt.layers.depth import CHUNK_FRAMES
 

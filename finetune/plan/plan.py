@@ -13,13 +13,12 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from moshi.models import loaders
 
-from finetune.config.args import ModelPaths, TrainArgs
-from finetune.data import count_frames
-from finetune.data.sources import load_sources
-from finetune.distributed.sharding import shard_size
+from finetune.config import ModelPaths, TrainArgs
+from finetune.data import count_frames, load_sources
+from finetune.distributed import shard_size
 from finetune.errors import UserError
-from finetune.model.build import plan_model
-from finetune.monitoring.console import format_count, format_duration
+from finetune.model import plan_model
+from finetune.monitoring import format_count, format_duration
 from finetune.plan.memory import Memory, by_role, estimate, fits
 from ttt import TTTLMModel, state_bytes
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from finetune.errors import UserError
-from finetune.monitoring.console import setup_logging
+from finetune.monitoring import setup_logging
 
 logger = logging.getLogger(__name__)
 

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from finetune.distributed.sharding import sum_gradients_when_needed
-from finetune.distributed.world import World
+from finetune.distributed import World, sum_gradients_when_needed
 from finetune.step.loss import LossWeights, stream_sums, total_weight
 from ttt import TTTLMModel
 

@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from finetune.config.args import TrainArgs
+from finetune.config import TrainArgs
 from finetune.errors import UserError
 from finetune.step.optim import StepResult
 

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.lr_scheduler import OneCycleLR
 
-from finetune.config.args import OptimArgs
-from finetune.distributed.sharding import Sharding, local
-from finetune.distributed.world import World
+from finetune.config import OptimArgs
+from finetune.distributed import Sharding, World, local
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 """What AdamW keeps for every parameter, besides the number of its steps."""

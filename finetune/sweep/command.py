@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from finetune.errors import UserError
-from finetune.monitoring.console import console
+from finetune.monitoring import console
 from finetune.sweep.plan import Sweep, load_sweep
 from finetune.sweep.report import plot_sweep, write_page
 from finetune.sweep.run import run_sweep

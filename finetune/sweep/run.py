@@ -20,9 +20,9 @@ from typing import Any, Literal, TextIO
 
 from rich.text import Text
 
-from finetune.config.read import changed_keys
+from finetune.config import changed_keys
 from finetune.errors import UserError
-from finetune.monitoring.console import console, format_duration
+from finetune.monitoring import console, format_duration
 from finetune.sweep.plan import HARMLESS, PlannedRun, Sweep
 
 Status = Literal["new", "running", "finished", "failed", "stopped", "skipped"]

@@ -15,9 +15,8 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from finetune.errors import UserError
-from finetune.monitoring.console import console
-from finetune.monitoring.metrics import Kind, metrics_path, read_metrics
-from finetune.plan.describe import SUMMARY
+from finetune.monitoring import Kind, console, metrics_path, read_metrics
+from finetune.plan import SUMMARY
 from finetune.sweep.plan import PlannedRun, Sweep
 from finetune.sweep.run import changes_since, read_record
 

@@ -13,8 +13,8 @@ import soundfile
 
 from finetune import cli
 from finetune.cli import main, run
-from finetune.config.read import load_config
-from finetune.monitoring.metrics import metrics_path, read_metrics
+from finetune.config import load_config
+from finetune.monitoring import metrics_path, read_metrics
 
 ROOT = Path(__file__).parents[2]
 DIALOGUES = ROOT / "example/demo/dialogues"

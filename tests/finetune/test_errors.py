@@ -12,7 +12,7 @@ from training_tools import FULL, LORA, train
 from finetune.checkpoint import manifest
 from finetune.cli import run
 from finetune.cli import train as train_command
-from finetune.config.read import load_config
+from finetune.config import load_config
 
 
 @pytest.fixture

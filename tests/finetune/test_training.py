@@ -27,14 +27,14 @@ from training_tools import (
 
 import finetune.step.gradients
 import finetune.trainer
-from finetune.config.args import DataArgs, OptimArgs, TrainArgs
-from finetune.distributed.world import World
+from finetune.config import OptimArgs, TrainArgs
+from finetune.config.args import DataArgs
+from finetune.distributed import World
 from finetune.errors import UserError
-from finetune.evaluation.periodic import evaluate
-from finetune.monitoring.ttt_effect import EffectWatch
+from finetune.evaluation import evaluate
+from finetune.monitoring import EffectWatch
 from finetune.plan.describe import warn_of_slow_scan
-from finetune.step.loss import stream_sums
-from finetune.step.optim import Optimizer
+from finetune.step import Optimizer, stream_sums
 from ttt import TTTArgs, build_model
 from ttt.layers import execution
 

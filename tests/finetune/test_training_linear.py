@@ -12,9 +12,9 @@ from training_tools import (
     train,
 )
 
-from finetune.checkpoint.run_dir import load_trained_weights
-from finetune.config.read import load_config
-from finetune.model.build import find_checkpoint, load_model, parameters_by_role
+from finetune.checkpoint import load_trained_weights
+from finetune.config import load_config
+from finetune.model import find_checkpoint, load_model, parameters_by_role
 from ttt.layers import mixer
 
 LINEAR = {

@@ -12,8 +12,8 @@ import torch.distributed as dist
 
 import finetune.distributed.world
 import ttt.layers.depth
-from finetune.config.read import load_config
-from finetune.distributed.world import World
+from finetune.config import load_config
+from finetune.distributed import World
 from finetune.trainer import Trainer
 from ttt.layers import execution
 

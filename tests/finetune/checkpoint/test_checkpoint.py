@@ -25,10 +25,10 @@ from training_tools import (
 
 import finetune.checkpoint.run_dir
 import finetune.trainer
-from finetune.checkpoint.run_dir import list_checkpoints, load_trained_weights, step_of
-from finetune.config.read import load_config
+from finetune.checkpoint import list_checkpoints, load_trained_weights, step_of
+from finetune.config import load_config
 from finetune.errors import UserError
-from finetune.model.build import find_checkpoint, load_model
+from finetune.model import find_checkpoint, load_model
 
 NO_TTT = {"ttt.enabled": False, "param_dtype": "float32"}
 

@@ -26,9 +26,7 @@ from training_tools import (
     trainer,
 )
 
-from finetune.checkpoint import manifest, run_lock
-from finetune.checkpoint.run_dir import list_checkpoints, step_of
-from finetune.checkpoint.run_lock import RunLock
+from finetune.checkpoint import RunLock, list_checkpoints, manifest, run_lock, step_of
 from finetune.errors import UserError
 
 FLOAT32 = {**FULL, "param_dtype": "float32"}

@@ -5,10 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from finetune.config.args import TrainArgs
-from finetune.config.data_args import DataArgs
+from finetune.config import DataArgs, TrainArgs, changed_keys, load_config, public_dict, save_config
 from finetune.config.docs_page import COMMAND, configuration_page
-from finetune.config.read import changed_keys, load_config, public_dict, save_config
 from finetune.errors import UserError
 from finetune.inference import checkpoint_args
 from ttt.config import TTTArgs

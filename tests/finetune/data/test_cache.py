@@ -16,10 +16,9 @@ from data_tools import MIMI_CONFIG, speech_like, tiny_codec, tiny_mimi, write_da
 from moshi.models.loaders import get_mimi
 from training_tools import REPOSITORY, logged, train
 
-from finetune.config.read import load_config
+from finetune.config import DataArgs, load_config
 from finetune.data import (
     Codec,
-    DataArgs,
     build_eval_loader,
     build_train_loader,
     check_share,

@@ -19,11 +19,19 @@ from data_tools import (
 )
 from torchaudio.functional import resample
 
-from finetune.data import DataArgs, build_eval_loader, build_train_loader, count_frames
-from finetune.data.audio import read_audio
+from finetune.config import DataArgs
+from finetune.data import (
+    Word,
+    build_eval_loader,
+    build_train_loader,
+    count_frames,
+    read_audio,
+    text_stream,
+    tokenize_segment,
+)
 from finetune.data.order import SampleOrder
 from finetune.data.sources import parse_sources
-from finetune.data.text import TimedTokens, Word, text_stream, tokenize_segment
+from finetune.data.text import TimedTokens
 
 PAD, END = 3, 0
 

@@ -15,7 +15,8 @@ import soundfile
 import torch
 from data_tools import speech_like, tiny_codec, write_jsonl, write_recording
 
-from finetune.data import DataArgs, build_eval_loader, build_train_loader
+from finetune.config import DataArgs
+from finetune.data import build_eval_loader, build_train_loader
 from finetune.errors import UserError
 
 

@@ -10,7 +10,8 @@ import torch
 from data_tools import tiny_codec, write_dataset
 from training_tools import logged, train, trainer
 
-from finetune.data import DataArgs, build_eval_loader, build_train_loader
+from finetune.config import DataArgs
+from finetune.data import build_eval_loader, build_train_loader
 from finetune.data.prefetch import Prefetcher
 from finetune.errors import UserError
 

@@ -17,8 +17,8 @@ from moshi.models.lm import LMModel
 from moshi.models.loaders import get_mimi, get_moshi_lm
 from moshi.utils.compile import no_compile
 
-from finetune.demo import texts
-from finetune.demo.dialogues import compose_dialogue, make_dialogues
+from finetune.demo import make_dialogues, texts
+from finetune.demo.dialogues import compose_dialogue
 from finetune.demo.speech import Voice, synthesise
 from finetune.demo.train_mimi import MelLoss
 from finetune.demo.train_tokenizer import train_tokenizer

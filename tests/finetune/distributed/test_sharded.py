@@ -22,16 +22,13 @@ from training_tools import (
     trainer,
 )
 
-from finetune.config.args import ParallelArgs, TrainArgs
-from finetune.config.read import load_config
-from finetune.data import DataArgs, build_train_loader
-from finetune.distributed.sharding import Sharding, shard_size
-from finetune.distributed.world import World
+from finetune.config import DataArgs, ParallelArgs, TrainArgs, load_config
+from finetune.data import build_train_loader
+from finetune.distributed import Sharding, World, shard_size
 from finetune.errors import UserError
-from finetune.model.build import find_checkpoint, load_model
-from finetune.monitoring.metrics import metrics_path, read_metrics
-from finetune.step.gradients import accumulate_gradients
-from finetune.step.loss import LossWeights
+from finetune.model import find_checkpoint, load_model
+from finetune.monitoring import metrics_path, read_metrics
+from finetune.step import LossWeights, accumulate_gradients
 from ttt.layers import execution
 
 # Adam makes a whole step of a gradient that is nothing but rounding: at this learning rate such

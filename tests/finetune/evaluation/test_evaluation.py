@@ -21,20 +21,20 @@ from test_evaluation_streaming import InMemory
 from training_tools import checkpoint, train, trainer, write_model
 
 from finetune.cli import evaluate, run
-from finetune.data.audio import inspect_audio
+from finetune.data import inspect_audio
 from finetune.errors import UserError
+from finetune.evaluation import Options, evaluate_checkpoint
 from finetune.evaluation.conclusions import conclusions
 from finetune.evaluation.health import alarms, check_health, limits, measure, repeat_rate
-from finetune.evaluation.options import HealthOptions, Options, PairOptions
+from finetune.evaluation.options import HealthOptions, PairOptions
 from finetune.evaluation.pairs import PairTask, log_likelihood, read_pairs, zerospeech_lines
 from finetune.evaluation.position import STREAMS, BinSums
 from finetune.evaluation.records import Records
-from finetune.evaluation.run import evaluate_checkpoint
 from finetune.evaluation.statistics import Bootstrap, proportion, slope_parts, student_t
 from finetune.evaluation.streaming import Scorer
 from finetune.evaluation.summary import pairwise_edges, summarise_pairs, summarise_positions
-from finetune.monitoring.metrics import metrics_path, read_metrics
-from finetune.step.loss import LossWeights
+from finetune.monitoring import metrics_path, read_metrics
+from finetune.step import LossWeights
 from ttt import TTTArgs, block_streaming
 
 CARD, TEXT_CARD = 20, 30

@@ -7,11 +7,10 @@ from data_tools import tiny_codec, write_recording
 from helpers import random_codes, tiny_args, tiny_delta_args, tiny_linear_args, tiny_model
 
 import ttt
-from finetune.data.audio import inspect_audio
-from finetune.data.text import read_transcript
+from finetune.data import inspect_audio, read_transcript
 from finetune.evaluation.codes import Silence, encode_to_file
 from finetune.evaluation.streaming import Scorer, cut
-from finetune.step.loss import LossWeights, stream_sums
+from finetune.step import LossWeights, stream_sums
 from ttt import TTTArgs, block_streaming
 
 WEIGHTS = LossWeights(text_padding=0.5, first_codebook=3.0)

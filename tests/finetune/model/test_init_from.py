@@ -19,10 +19,10 @@ from training_tools import (
     trainer,
 )
 
-from finetune.config.read import load_config
+from finetune.config import load_config
 from finetune.errors import UserError
 from finetune.inference import load_for_inference
-from finetune.model.build import find_checkpoint, load_model, plan_model, trainable_by_role
+from finetune.model import find_checkpoint, load_model, plan_model, trainable_by_role
 
 ROOT = Path(__file__).parents[3]
 NO_TTT = {"ttt.enabled": False}

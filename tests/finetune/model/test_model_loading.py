@@ -18,9 +18,8 @@ from training_tools import (
     write_model,
 )
 
-from finetune.config.args import ModelPaths
-from finetune.config.read import load_config
-from finetune.model.build import find_checkpoint, load_model, parameters_by_role, trainable_by_role
+from finetune.config import ModelPaths, load_config
+from finetune.model import find_checkpoint, load_model, parameters_by_role, trainable_by_role
 
 MODES = {
     "full": ({**FULL}, {"base", "embedding", "ttt"}),
@@ -188,7 +187,7 @@ def test_the_shape_is_moshi_7b_where_nothing_says_otherwise(config):
         mimi_path=str(base / "mimi.safetensors"),
         tokenizer_path=str(base / "tokenizer.model"),
     )
-    from finetune.model.build import model_shape
+    from finetune.model import model_shape
 
     shape = model_shape(find_checkpoint(paths))
     assert (shape["num_layers"], shape["dim"], shape["context"]) == (32, 4096, 3000)

@@ -13,9 +13,14 @@ from pathlib import Path
 import pytest
 
 from finetune.errors import UserError
-from finetune.monitoring.console import describe, format_count, format_duration
-from finetune.monitoring.metrics import MetricsLogger, read_metrics
-from finetune.monitoring.plots import plot_losses
+from finetune.monitoring import (
+    MetricsLogger,
+    describe,
+    format_count,
+    format_duration,
+    plot_losses,
+    read_metrics,
+)
 
 ROOT = Path(__file__).parents[3]
 KEY = "0123456789abcdef0123456789abcdef01234567"

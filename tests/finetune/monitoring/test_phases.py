@@ -7,9 +7,9 @@ import signal
 import pytest
 from training_tools import finish, lines_until, logged, logged_steps, start_program, train
 
-from finetune.config.read import load_config
+from finetune.config import load_config
 from finetune.errors import UserError
-from finetune.step.nonfinite import LostSteps
+from finetune.step import LostSteps
 
 
 def test_phases_make_up_the_step(config, tmp_path):

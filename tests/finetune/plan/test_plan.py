@@ -7,12 +7,9 @@ import pytest
 from training_tools import FULL, LORA
 
 from finetune.cli import main
-from finetune.config.args import LoraArgs, ModelPaths, ParallelArgs, TrainArgs
-from finetune.config.read import load_config
-from finetune.data import DataArgs
+from finetune.config import DataArgs, LoraArgs, ModelPaths, ParallelArgs, TrainArgs, load_config
 from finetune.errors import UserError
-from finetune.plan.memory import estimate
-from finetune.plan.plan import plan
+from finetune.plan import estimate, plan
 from ttt import TTTArgs
 
 MOSHI = TrainArgs(
@@ -110,7 +107,7 @@ def test_the_command_plans_a_run_of_a_small_model(config, capsys, monkeypatch, k
 
 
 def test_parts_of_a_model_take_less(config):
-    from finetune.model.build import find_checkpoint, plan_model
+    from finetune.model import find_checkpoint, plan_model
 
     args = load_config(config, FULL)
     model = plan_model(args, find_checkpoint(args.moshi_paths))

@@ -15,12 +15,7 @@ from finetune.recall import study
 from finetune.recall.command import run_key_study, run_recall
 from finetune.recall.experiment import run_arm
 from finetune.recall.jobs import Job, run_jobs
-from finetune.recall.measure import (
-    Answers,
-    measure_length,
-    nothing_written,
-    summarize,
-)
+from finetune.recall.measure import Answers, measure_length, nothing_written, summarize
 from finetune.recall.model import ModelArgs, answer_logits, new_model, read_codes
 from finetune.recall.presets import ARMS, Preset, preset
 from finetune.recall.report import study_table

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from helpers import random_codes, tiny_model
 
-from finetune.step.loss import LossWeights, stream_sums, target_weights, total_weight
+from finetune.step import LossWeights, stream_sums, target_weights, total_weight
 
 WEIGHTS = LossWeights(text_padding=0.3, first_codebook=7.0)
 

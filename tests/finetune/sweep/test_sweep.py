@@ -14,7 +14,7 @@ import yaml
 from training_tools import PLAIN, checkpoint, logged_steps, saved_weights
 
 from finetune.cli import main
-from finetune.config.read import load_config
+from finetune.config import load_config
 from finetune.errors import UserError
 from finetune.sweep import run as sweep_run
 from finetune.sweep.plan import load_sweep

@@ -24,8 +24,7 @@ from moshi.modules.rope import apply_rope
 from moshi.utils.compile import no_compile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from finetune.step import chunked_loss
-from finetune.step.loss import LossWeights, stream_sums
+from finetune.step import LossWeights, chunked_loss, stream_sums
 from ttt import TTTArgs, build_model, without_ttt
 from ttt.layers import blocks, depth, execution
 from ttt.layers.blocks import Linear

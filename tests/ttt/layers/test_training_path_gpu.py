@@ -12,7 +12,7 @@ from helpers import (
 )
 from moshi.modules.lora import LoRALinear, replace_all_linear_with_lora
 
-from finetune.step.loss import LossWeights, stream_sums
+from finetune.step import LossWeights, stream_sums
 from ttt import TTTArgs, build_model
 from ttt.ops.moshi.attention import _blockwise, causal_attention
 from ttt.ops.moshi.depth_attention import depth_attention
