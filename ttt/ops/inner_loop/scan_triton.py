@@ -22,7 +22,8 @@ from torch.autograd.function import once_differentiable
 
 from ttt.ops.inner_loop import kernels, linear_kernels
 from ttt.ops.inner_loop.mlp_backward import mlp_backward
-from ttt.ops.inner_loop.ttt_linear_mlp import EPSILON, InnerLayers, flatten, keeps_in_vain
+from ttt.ops.inner_loop.ttt_linear_mlp import EPSILON, InnerLayers, flatten
+from ttt.ops.recompute import discards_what_is_saved
 
 SPLIT_TYPES: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
 """For frames of these types, factors of products are split in two bfloat16 terms, which is exact to
@@ -110,7 +111,7 @@ class _Scan(torch.autograd.Function):
         starts: list[Tensor] = []
         kept: tuple[Tensor, ...] = ()
         ctx.has_kept = group_size is None
-        keep = ctx.has_kept and not keeps_in_vain.get()
+        keep = ctx.has_kept and not discards_what_is_saved()
         for group in groups:
             starts += weights
             weights, kept = _forward(frames, weights, out, num_writes, group, keep=keep)

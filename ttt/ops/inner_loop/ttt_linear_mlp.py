@@ -16,7 +16,6 @@ Source: Sun et al. 2024, Learning to (Learn at Test Time); docs/mathematics.md.
 """
 
 from collections.abc import Sequence
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -28,10 +27,6 @@ from ttt.ops.inner_loop.layout import lay_out
 
 EPSILON = 1e-6
 """Of the layer norm inside the loop."""
-
-keeps_in_vain: ContextVar[bool] = ContextVar("keeps_in_vain", default=False)
-"""Whether what is kept now for a backward pass is thrown away: in the first of the two passes that
-activation checkpointing makes."""
 
 KERNEL_WIDTHS = (16, 32, 64, 128)
 """Of heads that the kernels take."""
