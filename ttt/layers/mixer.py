@@ -13,17 +13,16 @@ from ttt import ops
 from ttt.config import TTTArgs
 from ttt.layers.blocks import norm_of, normalize
 from ttt.layers.execution import Execution
-from ttt.ops.inner_loop.ttt_linear_mlp import (
+from ttt.ops.inner_loop.pieces import (
     InnerLayers,
     Written,
     flatten,
-    has_kernel,
     inner_errors,
     inner_read,
-    inner_scan,
     inner_write,
     layer_norm,
 )
+from ttt.ops.inner_loop.ttt_linear_mlp import has_kernel, inner_scan
 
 INIT_STD = 0.02
 GROUP_SIZE = 16

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from ttt.ops.inner_loop import kernels, linear_kernels
 from ttt.ops.inner_loop.mlp_backward import mlp_backward
-from ttt.ops.inner_loop.ttt_linear_mlp import EPSILON, InnerLayers, flatten
+from ttt.ops.inner_loop.pieces import EPSILON, InnerLayers, flatten
 from ttt.ops.recompute import discards_what_is_saved
 
 SPLIT_TYPES: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
