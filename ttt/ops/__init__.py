@@ -1,11 +1,14 @@
-"""Pure functions: tensors in, tensors out. `reference` and `reference_linear` define, the
-rest is fast."""
+"""Pure functions: tensors in, tensors out. A folder is an operator; `reference` in it defines what
+the fast forms beside it compute."""
 
-from ttt.ops.in_place import reference
-from ttt.ops.in_place.delta import chunk_errors, in_place_delta
-from ttt.ops.in_place.sum import chunk_conv, chunk_delta, in_place_ttt
-from ttt.ops.inner_loop import reference as reference_linear
-from ttt.ops.inner_loop.ttt_linear_mlp import inner_losses, rope, ttt_linear, ttt_mlp
+from ttt.ops.in_place import (
+    chunk_conv,
+    chunk_delta,
+    chunk_errors,
+    in_place_delta,
+    in_place_ttt,
+)
+from ttt.ops.inner_loop import inner_losses, rope, ttt_linear, ttt_mlp
 
 __all__ = [
     "chunk_conv",
@@ -14,8 +17,6 @@ __all__ = [
     "in_place_delta",
     "in_place_ttt",
     "inner_losses",
-    "reference",
-    "reference_linear",
     "rope",
     "ttt_linear",
     "ttt_mlp",
