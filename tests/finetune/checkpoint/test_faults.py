@@ -117,8 +117,8 @@ def small_disk(tmp_path):
 
 NO_LOOK_BEFORE = """
 import runpy, sys
-from finetune.checkpoint import writer as saving
-saving.SPARE_BYTES = -10**12
+from finetune.checkpoint import writer
+writer.SPARE_BYTES = -10**12
 """
 
 
