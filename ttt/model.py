@@ -18,7 +18,7 @@ from ttt.layers import InPlaceGating, TTTMixer, blocks
 from ttt.layers.depth import DepthLayer, depth_hidden
 from ttt.layers.execution import Checkpointing, Execution, eager_on_cpu
 from ttt.layers.shardable import Shardable
-from ttt.ops.attention import RopeTable, rope_table
+from ttt.ops.moshi.attention import RopeTable, rope_table
 
 logger = logging.getLogger(__name__)
 

@@ -15,17 +15,21 @@ from typing import Any
 
 import torch
 
-from finetune.args import TrainArgs
-from finetune.console import setup_logging
-from finetune.data import FRAME_RATE_HZ, count_frames
-from finetune.data.audio import inspect_audio
-from finetune.data.problems import FileProblem
-from finetune.data.sources import Recording, check_recordings
-from finetune.data.text import read_transcript
+from finetune.config import TrainArgs
+from finetune.data import (
+    FRAME_RATE_HZ,
+    FileProblem,
+    Recording,
+    check_recordings,
+    count_frames,
+    inspect_audio,
+    read_transcript,
+)
 from finetune.distributed import peak_memory_gb
 from finetune.errors import UserError
-from finetune.generate import checkpoint_args, load_for_inference
-from finetune.loss import LossWeights
+from finetune.inference import checkpoint_args, load_for_inference
+from finetune.monitoring import setup_logging
+from finetune.step import LossWeights
 
 from .baseline import Baseline
 from .codes import encode_to_file

@@ -21,8 +21,8 @@ from typing import Any, Literal, TextIO
 from rich.text import Text
 
 from finetune.config import changed_keys
-from finetune.console import console, format_duration
 from finetune.errors import UserError
+from finetune.monitoring import console, format_duration
 from finetune.sweep.plan import HARMLESS, PlannedRun, Sweep
 
 Status = Literal["new", "running", "finished", "failed", "stopped", "skipped"]

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ttt import ops
 from ttt.config import MAX_WRITE_STRENGTH, TTTArgs
 from ttt.layers.execution import Execution
-from ttt.ops.terms import accumulating_dtype, product
-from ttt.ops.in_place import delta_norm_square
+from ttt.ops.in_place.sum import delta_norm_square
+from ttt.ops.in_place.terms import accumulating_dtype, product
 
 GATE_SPEED = 10.0
 """How much faster than other parameters the gate learns: Adam's steps have a size of their own."""
@@ -143,10 +143,9 @@ class InPlaceGating(StreamingModule[InPlaceState]):
     @property
     def write_strength(self) -> Tensor | None:
         """[1], β, at most `MAX_WRITE_STRENGTH` and at least in float32; None with `write: sum`."""
-        log = self.log_write_strength
-        if log is None:
+        if self.log_write_strength is None:
             return None
-        log = log.to(accumulating_dtype(log.dtype))
+        log = self.log_write_strength.to(accumulating_dtype(self.log_write_strength.dtype))
         # At the bound the gradient passes on, so that β can come back.
         excess = (log - math.log(MAX_WRITE_STRENGTH)).clamp(min=0).detach()
         return (log - excess).exp()
@@ -245,7 +244,7 @@ class InPlaceGating(StreamingModule[InPlaceState]):
         return z * _inverse_square(z).to(z.dtype) if self.divides_by_keys else z
 
     def _targets(self, source: Tensor) -> Tensor:
-        """v = W_target · conv(source), [B, T, d]: at each frame the target that is complete there."""
+        """v = W_target · conv(source), [B, T, d]: the target that is complete at each frame."""
         if self.args.carries:
             return F.linear(ops.causal_conv(source, self.gated_conv), self.target_proj)
         mixed = ops.chunk_conv(
@@ -289,7 +288,8 @@ class InPlaceGating(StreamingModule[InPlaceState]):
     def _errors(self, keys: Tensor, v: Tensor, learnt: Tensor, beta: Tensor) -> Tensor:
         """E of whole sequences, [B, T, d], of what their frames have read."""
         size = self.args.chunk_size
-        read, errors = _delayed(learnt, self.lag), []
+        read = _delayed(learnt, self.lag)
+        errors: list[Tensor] = []
         for start in range(0, v.shape[1], size):
             here = slice(start, start + size)
             residual = v[:, here].float() - read[:, here]
@@ -373,7 +373,7 @@ class InPlaceGating(StreamingModule[InPlaceState]):
         self, z: Tensor, source: Tensor, is_frame: Tensor, state: InPlaceState
     ) -> Tensor:
         """The same for one frame, and nothing is asked of the device: a CUDA graph can hold it."""
-        from ttt.ops.stream_frame import stream_frame
+        from ttt.ops.in_place.stream import stream_frame
 
         is_delta = self.log_write_strength is not None
         # Triton launches on the current device.
