@@ -34,7 +34,13 @@ from safetensors.torch import load_file
 
 from finetune.checkpoint import manifest
 from finetune.checkpoint.run_lock import RunLock
-from finetune.config import TrainArgs, save_config
+from finetune.config import (
+    TrainArgs,
+    changed_meaning,
+    list_problems,
+    load_run_config,
+    save_config,
+)
 from finetune.distributed import Sharding, World, like_parameter
 from finetune.errors import UserError
 from finetune.model import trainable_by_role
@@ -80,6 +86,8 @@ def _check_run_dir(args: TrainArgs, run_dir: Path) -> Path | None:
             f"or start without resume (resume: auto starts anew where there is nothing)."
         )
     if args.resume:
+        if latest is not None:
+            _require_same_rule(args, latest)
         return latest
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"run_dir: {run_dir} is a file. Choose another name.")
@@ -95,6 +103,22 @@ def _check_run_dir(args: TrainArgs, run_dir: Path) -> Path | None:
                 f"not deleted. Choose another folder, or empty it yourself."
             )
     return None
+
+
+def _require_same_rule(args: TrainArgs, checkpoint: Path) -> None:
+    """
+    Raises:
+        UserError: by `args`, the checkpoint's TTT parameters would mean something else.
+    """
+    earlier = load_run_config(checkpoint / "args.yaml").ttt
+    changed = list(changed_meaning(earlier, args.ttt)) if earlier.enabled else []
+    if changed and args.ttt.enabled:
+        lines = (
+            f"ttt.{name}: was {there} when the checkpoint was made, and is {here} now; set it to "
+            f"{there}, or start a new run_dir"
+            for name, there, here in changed
+        )
+        raise UserError(list_problems(f"resuming {checkpoint}", lines))
 
 
 def _has_never_begun(run_dir: Path) -> bool:

@@ -9,7 +9,7 @@ from finetune.config.args import (
     TrainArgs,
     WandbArgs,
 )
-from finetune.config.checks import Problem
+from finetune.config.checks import Problem, changed_meaning
 from finetune.config.data_args import DataArgs
 from finetune.config.option_values import (
     choices,
@@ -47,6 +47,7 @@ __all__ = [
     "TrainArgs",
     "WandbArgs",
     "changed_keys",
+    "changed_meaning",
     "check_config",
     "choices",
     "flag",

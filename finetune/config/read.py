@@ -14,6 +14,7 @@ import yaml
 from finetune.config.args import TrainArgs
 from finetune.config.checks import Problem, cross_checks
 from finetune.errors import UserError
+from ttt.config import TTTArgs
 
 logger = logging.getLogger(__name__)
 
@@ -69,24 +70,44 @@ def check_config(
     Raises:
         UserError: the file cannot be read at all.
     """
-    return _check(Path(path), flatten(read_yaml(Path(path))), overrides)
+    written = flatten(read_yaml(Path(path)))
+    return _check(
+        Path(path), _of_its_time(written) if _is_of_a_run(written) else written, overrides
+    )
+
+
+ADDED_SINCE = {"chunk_edge"}
+"""Options of `ttt` that a run's own file may lack: it was written before there were such."""
 
 
 def _of_its_time(written: dict[str, Any]) -> dict[str, Any]:
-    """What a run's own file says, in today's options, by dotted key.
+    """Return what a run's own file says, in today's options, by dotted key.
 
-    Before there was `lr_scale`, all runs had what is `none` now, and a file held a number as
-    learning_rate and a write rule also where nothing read them.
+    Before there was `chunk_edge`, all runs had what is `cut` now. Before there was `lr_scale`, all
+    had what is `none` now, and a file held a number as learning_rate and a write rule also where
+    nothing read them.
     """
-    if "ttt.method" not in written or "ttt.lr_scale" in written:
+    if "ttt.method" not in written:
         return written
+    in_place = written["ttt.method"] == "in_place"
+    added = {}
+    if in_place and "ttt.chunk_edge" not in written:
+        added["ttt.chunk_edge"] = "cut"
+    if "ttt.lr_scale" in written:
+        return written | added
     unread = []
-    if written["ttt.method"] != "in_place":
+    if not in_place:
         unread = ["ttt.write", "ttt.learning_rate"]
     elif written.get("ttt.write") == "delta":
         unread = ["ttt.learning_rate"]
     kept = {key: text for key, text in written.items() if key not in unread}
-    return kept | ({"ttt.lr_scale": "none"} if written["ttt.method"] == "in_place" else {})
+    return kept | added | ({"ttt.lr_scale": "none"} if in_place else {})
+
+
+def _is_of_a_run(written: dict[str, Any]) -> bool:
+    """Whether a file has all options of `ttt` of its time, as those have that a run writes."""
+    names = {field.name for field in dataclasses.fields(TTTArgs)} - ADDED_SINCE
+    return all(f"ttt.{name}" in written for name in names)
 
 
 def _check(

@@ -4,30 +4,21 @@ An earlier run has them in up to three parts: the base (its own, if all weights 
 merged; else the one that it started from), LoRA adapters, and TTT's parameters.
 """
 
-import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.config import Problem, TrainArgs, list_problems, load_run_config
+from finetune.config import (
+    Problem,
+    TrainArgs,
+    changed_meaning,
+    list_problems,
+    load_run_config,
+)
 from finetune.errors import UserError
 from ttt import TTTLMModel, ttt_parameters
-
-# What TTT's trained parameters do not depend on; all other options say what they mean.
-_TTT_MAY_CHANGE = {
-    "enabled",
-    "chunk_size",
-    "learning_rate",
-    "write_strength",
-    "state_decay",
-    "max_delta_norm",
-    "base_lr",
-    "gate_init",
-    "scan_checkpoint_group_size",
-    "attention_context",
-}
 
 
 @dataclass(frozen=True)
@@ -106,14 +97,12 @@ def misfits(
             )
             yield owner, f"is {there} in the earlier run, and {here} here; they must be equal"
     if earlier.ttt.enabled and args.ttt.enabled:
-        for field in dataclasses.fields(args.ttt):
-            there, here = (getattr(each.ttt, field.name) for each in (earlier, args))
-            if field.name not in _TTT_MAY_CHANGE and there != here:
-                yield (
-                    f"ttt.{field.name}",
-                    f"is {there} in the earlier run, and {here} here: its TTT parameters mean "
-                    f"something else; set it to {there}",
-                )
+        for name, there, here in changed_meaning(earlier.ttt, args.ttt):
+            yield (
+                f"ttt.{name}",
+                f"is {there} in the earlier run, and {here} here: its TTT parameters mean "
+                f"something else; set it to {there}",
+            )
     if earlier.lora.enable and earlier.save_adapters:
         there, here = ((a.lora.enable, a.lora.rank, a.lora.scaling) for a in (earlier, args))
         if there != here:

@@ -28,6 +28,7 @@ ARMS: dict[str, Arm] = {
     "sum_hidden": Arm({"write": "sum", "target": "hidden"}),
     "delta": Arm({"write": "delta", "target": "text"}),
     "delta_input": Arm({"write": "delta", "target": "input"}),
+    "delta_hidden": Arm({"write": "delta", "target": "hidden"}),
     "linear": Arm({"method": "linear"}),
     "mlp": Arm({"method": "mlp"}),
     "full": Arm(is_full_attention=True),
