@@ -76,17 +76,27 @@ def _of_its_time(written: dict[str, Any]) -> dict[str, Any]:
     """What a run's own file says, in today's options, by dotted key.
 
     Before there was `lr_scale`, all runs had what is `none` now, and a file held a number as
-    learning_rate and a write rule also where nothing read them.
+    learning_rate and a write rule also where nothing read them. Before there was
+    `qk_conv_kernel_size`, no run of `linear` and `mlp` had a convolution, and all files held a
+    gate_init, which was 0.1 where nobody had set it.
     """
-    if "ttt.method" not in written or "ttt.lr_scale" in written:
+    if "ttt.method" not in written:
+        return written
+    is_in_place = written["ttt.method"] == "in_place"
+    if "ttt.qk_conv_kernel_size" not in written:
+        if is_in_place:
+            written = {key: text for key, text in written.items() if key != "ttt.gate_init"}
+        else:
+            written = {"ttt.gate_init": "0.1", "ttt.qk_conv_kernel_size": "1"} | written
+    if "ttt.lr_scale" in written:
         return written
     unread = []
-    if written["ttt.method"] != "in_place":
+    if not is_in_place:
         unread = ["ttt.write", "ttt.learning_rate"]
     elif written.get("ttt.write") == "delta":
         unread = ["ttt.learning_rate"]
     kept = {key: text for key, text in written.items() if key not in unread}
-    return kept | ({"ttt.lr_scale": "none"} if written["ttt.method"] == "in_place" else {})
+    return kept | ({"ttt.lr_scale": "none"} if is_in_place else {})
 
 
 def _check(
