@@ -317,8 +317,9 @@ class TTTMixer(StreamingModule[TTTMixerState]):
             return torch.zeros(shape, dtype=dtype, device=self.in_proj.device)
 
         tail = None
-        if size := self.args.qk_conv_kernel_size - 1:
-            tail = ConvTail.new(batch_size, size, like=self.in_proj)
+        if self.args.qk_conv_kernel_size > 1:
+            kept = self.args.qk_conv_kernel_size - 1
+            tail = ConvTail.new(batch_size, kept, like=self.in_proj)
         return TTTMixerState(
             batch_size,
             self.in_proj.device,
