@@ -18,6 +18,8 @@ _IN_PLACE = (
     "state_decay",
 )
 _LINEAR_AND_MLP = (
+    "qk_conv_kernel_size",
+    "num_heads",
     "mini_batch_size",
     "base_lr",
     "use_rope",
@@ -28,7 +30,8 @@ _LINEAR_AND_MLP = (
 MAX_WRITE_STRENGTH = 1e3
 """Upper bound of β. Above it, float32 no longer solves for a chunk's writes where keys are much
 alike (docs/numerics.md)."""
-_DEFAULT_BASE_LR = {"linear": 1.0, "mlp": 0.1}
+_DEFAULT_BASE_LR = {"linear": 1.0, "mlp": 10.0}
+_DEFAULT_BASE_LR_WITHOUT_CONV = {"linear": 1.0, "mlp": 0.1}
 _DEFAULT_LEARNING_RATE = {"relative": 3.0, "none": 1e-3}
 
 
@@ -96,12 +99,21 @@ class TTTArgs:
     """Upper bound τ on the Frobenius norm of one chunk's update, before η, for `write: sum`;
     null: no bound."""
 
+    qk_conv_kernel_size: int = 4
+    """Frames that a query and a key of `linear` and `mlp` are made of, each by a convolution of its
+    own over one shared projection: so a key can be what came before its value. 1: no convolution,
+    and a projection each for queries and keys; that form did not learn to recall."""
+
+    num_heads: int | None = None
+    """Heads of `linear` and `mlp`, each with fast weights as wide and high as a head; null: as many
+    as attention has. Fewer and wider ones remember more."""
+
     mini_batch_size: int = 16
     """Frames between two updates of the fast weights (`linear`, `mlp`)."""
 
     base_lr: float | None = None
     """Inner learning rate, which the model scales frame by frame (`linear`, `mlp`); null: 1.0 for
-    `linear`, 0.1 for `mlp`."""
+    `linear`; 10 for `mlp`, and 0.1 with `qk_conv_kernel_size: 1`."""
 
     use_rope: bool = False
     """Turn the keys and queries of `linear` and `mlp` by their position in the mini-batch."""
@@ -109,8 +121,10 @@ class TTTArgs:
     rope_theta: float = 10_000.0
     """How slowly the slowest pair of channels turns, with `use_rope`."""
 
-    gate_init: float = 0.1
-    """α at the start: the layers of `linear` and `mlp` are added with a weight of tanh(α)."""
+    gate_init: float = 1.0
+    """α at the start: the layers of `linear` and `mlp` are added with a weight of tanh(α). They add
+    nothing yet, whatever it is, as their output projection starts at zero; the smaller it is, the
+    slower that one gets to have an effect."""
 
     scan_checkpoint_group_size: int | None = None
     """Mini-batches that `linear` and `mlp` keep together for the backward pass: less memory for
@@ -143,7 +157,10 @@ class TTTArgs:
     @property
     def inner_base_lr(self) -> float:
         """`base_lr`, or its default for the method."""
-        return _DEFAULT_BASE_LR[self.method] if self.base_lr is None else self.base_lr
+        if self.base_lr is not None:
+            return self.base_lr
+        with_conv = self.qk_conv_kernel_size > 1
+        return (_DEFAULT_BASE_LR if with_conv else _DEFAULT_BASE_LR_WITHOUT_CONV)[self.method]
 
     @property
     def lookahead_frames(self) -> int:
@@ -187,6 +204,8 @@ class TTTArgs:
                 ("layer_frequency", 1),
                 ("chunk_size", 1),
                 ("conv_kernel_size", 1),
+                ("qk_conv_kernel_size", 1),
+                ("num_heads", 1),
                 ("mini_batch_size", 2),
                 ("scan_checkpoint_group_size", 1),
             )

@@ -76,32 +76,37 @@ def check_config(
     )
 
 
-ADDED_SINCE = {"chunk_edge"}
+ADDED_SINCE = {"chunk_edge", "qk_conv_kernel_size", "num_heads"}
 """Options of `ttt` that a run's own file may lack: it was written before there were such."""
 
 
 def _of_its_time(written: dict[str, Any]) -> dict[str, Any]:
     """Return what a run's own file says, in today's options, by dotted key.
 
-    Before there was `chunk_edge`, all runs had what is `cut` now. Before there was `lr_scale`, all
-    had what is `none` now, and a file held a number as learning_rate and a write rule also where
-    nothing read them.
+    Before there was `chunk_edge`, all runs had what is `cut` now. Before there was
+    `qk_conv_kernel_size`, no run of `linear` and `mlp` had a convolution, and all files held a
+    gate_init, which was 0.1 where nobody had set it. Before there was `lr_scale`, all had what is
+    `none` now, and a file held a number as learning_rate and a write rule also where nothing read
+    them.
     """
     if "ttt.method" not in written:
         return written
-    in_place = written["ttt.method"] == "in_place"
-    added = {}
-    if in_place and "ttt.chunk_edge" not in written:
-        added["ttt.chunk_edge"] = "cut"
-    if "ttt.lr_scale" in written:
-        return written | added
-    unread = []
-    if not in_place:
-        unread = ["ttt.write", "ttt.learning_rate"]
-    elif written.get("ttt.write") == "delta":
-        unread = ["ttt.learning_rate"]
-    kept = {key: text for key, text in written.items() if key not in unread}
-    return kept | added | ({"ttt.lr_scale": "none"} if in_place else {})
+    is_in_place = written["ttt.method"] == "in_place"
+    unread, missing = set(), {}
+    if "ttt.qk_conv_kernel_size" not in written:
+        if is_in_place:
+            unread.add("ttt.gate_init")
+            missing["ttt.chunk_edge"] = "cut"
+        else:
+            missing |= {"ttt.gate_init": "0.1", "ttt.qk_conv_kernel_size": "1"}
+    if "ttt.lr_scale" not in written:
+        if is_in_place:
+            missing["ttt.lr_scale"] = "none"
+        if not is_in_place or written.get("ttt.write") == "delta":
+            unread.add("ttt.learning_rate")
+        if not is_in_place:
+            unread.add("ttt.write")
+    return missing | {key: text for key, text in written.items() if key not in unread}
 
 
 def _is_of_a_run(written: dict[str, Any]) -> bool:

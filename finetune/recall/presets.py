@@ -17,8 +17,11 @@ class Arm:
     is_full_attention: bool = False
     """Attention sees the whole training sequence instead of a window."""
     is_finetuned: bool = False
-    """A model without TTT is trained on the streams' text first; then TTT is added, with learning
-    rates a tenth of the others' for all but the TTT parameters."""
+    """A model without TTT is trained on the streams' text first; then TTT is added (or, without
+    `ttt`, is not: the control), and it is trained as long again, with learning rates a tenth of the
+    others' for all but the TTT parameters."""
+    ttt_lr_factor: float = 1.0
+    """Of the preset's learning rate of TTT parameters."""
 
 
 ARMS: dict[str, Arm] = {
@@ -29,10 +32,11 @@ ARMS: dict[str, Arm] = {
     "delta": Arm({"write": "delta", "target": "text"}),
     "delta_input": Arm({"write": "delta", "target": "input"}),
     "delta_hidden": Arm({"write": "delta", "target": "hidden"}),
-    "linear": Arm({"method": "linear"}),
-    "mlp": Arm({"method": "mlp"}),
+    "linear": Arm({"method": "linear"}, ttt_lr_factor=3.0),
+    "mlp": Arm({"method": "mlp"}, ttt_lr_factor=3.0),
     "full": Arm(is_full_attention=True),
     "finetuned": Arm({"write": "delta", "target": "text"}, is_finetuned=True),
+    "retrained": Arm(is_finetuned=True),
 }
 """By name. `sum` and `delta` are evaluated a second time with nothing written."""
 
@@ -44,9 +48,11 @@ class Preset:
     Args:
         arms: names in `ARMS`.
         ttt: options of `TTTArgs` that all arms with TTT share (`chunk_size` those in place alone,
-            `mini_batch_size` the others).
+            `mini_batch_size` and `mixer_heads` the others).
         num_eval: sequences of the trained length to evaluate on.
         lengths: how many times longer sequences are, and how many of each kind.
+        mixer_heads: heads of `linear` and `mlp`; None: as many as attention has. A head's fast
+            weights are as large as it is wide, and small models have narrow heads.
     """
 
     streams: StreamArgs
@@ -62,6 +68,7 @@ class Preset:
     lr: float = 2e-3
     ttt_lr: float = 2e-3
     pct_start: float = 0.05
+    mixer_heads: int | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def ttt_args(self, name: str) -> TTTArgs:
@@ -72,7 +79,7 @@ class Preset:
         args = TTTArgs(**{"enabled": True, **self.ttt, **options})
         if args.method == "in_place":
             return replace(args, chunk_size=self.chunk_size)
-        return replace(args, mini_batch_size=self.mini_batch_size)
+        return replace(args, mini_batch_size=self.mini_batch_size, num_heads=self.mixer_heads)
 
     def context(self, name: str) -> int:
         """Frames that attention sees in the arm `name`."""
@@ -98,7 +105,7 @@ def preset(name: Literal["cpu", "gpu"], *, variant: str = "text") -> Preset:
         return Preset(
             streams,
             model,
-            arms=tuple(arm for arm in ARMS if arm != "finetuned"),
+            arms=tuple(name for name, arm in ARMS.items() if not arm.is_finetuned),
             ttt={"start_layer": 0, "layer_frequency": 1},
             chunk_size=16,
             mini_batch_size=16,
@@ -107,6 +114,7 @@ def preset(name: Literal["cpu", "gpu"], *, variant: str = "text") -> Preset:
             num_eval=128,
             lengths={4: 16, 16: 8, 64: 2},
             pct_start=0.3,
+            mixer_heads=1,
         )
     model, streams = _sized(
         ModelArgs(width=768, num_layers=8, num_heads=12, context=32, depformer_width=128),

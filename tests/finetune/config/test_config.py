@@ -4,8 +4,17 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers import tiny_model
 
-from finetune.config import DataArgs, TrainArgs, changed_keys, load_config, public_dict, save_config
+from finetune.config import (
+    DataArgs,
+    TrainArgs,
+    changed_keys,
+    load_config,
+    load_run_config,
+    public_dict,
+    save_config,
+)
 from finetune.config.docs_page import COMMAND, configuration_page
 from finetune.errors import UserError
 from finetune.inference import checkpoint_args
@@ -316,6 +325,27 @@ def test_what_a_run_wrote_before_there_was_lr_scale_means_what_it_meant(tmp_path
     if options == {"method": "in_place", "write": "sum"}:
         with pytest.raises(UserError, match="a hundredth of the default"):
             load_config(file)
+
+
+@pytest.mark.parametrize("method", ["linear", "mlp", "in_place"])
+@pytest.mark.parametrize("gate_init", [0.1, 0.5])
+def test_a_run_from_before_there_were_convolutions_has_none(tmp_path, method, gate_init):
+    file = tmp_path / "args.yaml"
+    save_config(TrainArgs(DataArgs(train_data="train.jsonl"), "run", full_finetuning=True), file)
+    written = yaml.safe_load(file.read_text())
+    written["ttt"] |= {"enabled": True, "method": method, "start_layer": 0, "gate_init": gate_init}
+    del written["ttt"]["qk_conv_kernel_size"], written["ttt"]["num_heads"]
+    file.write_text(yaml.safe_dump(written))
+    ttt = load_run_config(file).ttt
+    if method == "in_place":
+        assert ttt == TTTArgs(enabled=True, start_layer=0)
+        return
+    assert (ttt.qk_conv_kernel_size, ttt.num_heads, ttt.gate_init) == (1, None, gate_init)
+    layer = tiny_model(ttt).ttt_layers[0]
+    assert layer.in_proj.shape == (3 * 16, 16)
+    assert not any("conv" in name for name in layer.ttt_parameters())
+    # A file of one's own means today's form.
+    assert load_config(file).ttt.qk_conv_kernel_size == 4
 
 
 def test_a_step_size_that_nothing_reads_is_not_said_to_be_too_small():
