@@ -76,7 +76,7 @@ def train(config: str = "", *unexpected: str, **overrides: Any) -> None:
     from finetune.config import load_config
     from finetune.trainer import Trainer
 
-    status = Trainer(load_config(config, overrides)).train()
+    status = Trainer(load_config(config, overrides), config=Path(config)).train()
     if status:
         sys.exit(status)
 

@@ -3,7 +3,6 @@
 import logging
 import math
 import time
-from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,7 @@ from typing import Any
 import torch
 
 from finetune.args import TrainArgs
-from finetune.checkpoint import (
-    created_run_dir,
-    fill_shards,
-    load_resume_state,
-    open_run_dir,
-    step_of,
-)
+from finetune.checkpoint import fill_shards, first_whole, load_resume_state, step_of
 from finetune.config import changed_keys, public_dict
 from finetune.console import Progress, describe, setup_logging
 from finetune.data import Batch, build_eval_loader, build_train_loader, check_share, open_store
@@ -35,7 +28,7 @@ from finetune.model import build_codec, find_checkpoint, load_model, trainable_b
 from finetune.optim import Optimizer, StepResult
 from finetune.phases import Phases, StepProfiler
 from finetune.random_state import get_random_state, set_random_state
-from finetune.run_lock import RunLock
+from finetune.run_folder import RunFolder
 from finetune.saving import CheckpointWriter
 from finetune.sharding import build_sharding
 from finetune.summary import describe_run, write_summary
@@ -53,18 +46,24 @@ class Trainer:
             the first step as far as it can be known there.
     """
 
-    def __init__(self, args: TrainArgs):
+    def __init__(self, args: TrainArgs, *, config: Path | None = None):
+        """
+        Args:
+            config: the file that `args` are from.
+        """
         self.args = args
         self.run_dir = Path(args.run_dir)
         self.world = join_world(
             args.device, timeout=timedelta(seconds=1.5 * args.parallel.hang_timeout_sec + 60)
         )
         setup_logging(self.world.rank)
-        self.lock = RunLock(self.run_dir, enabled=self.world.is_main)
-        if (self.run_dir / "args.yaml").is_file():
-            self.lock.take()
-        resume_from = open_run_dir(args)
-        self.world.barrier()
+        self.folder = RunFolder(args, self.world, config=config)
+        with self.folder.starting():
+            self.assemble(args)
+
+    def assemble(self, args: TrainArgs) -> None:
+        """All parts of the run, and its folder."""
+        resume_from, damaged = first_whole(self.folder.open(), self.world)
         self.checkpoint_info = find_checkpoint(args.moshi_paths)
         self.sharding = build_sharding(args, self.world)
         self.model = load_model(args, self.checkpoint_info, self.world.device, self.sharding)
@@ -112,15 +111,18 @@ class Trainer:
             self.checkpoint_info,
             self.world,
             self.sharding,
+            record=self.folder.record,
             on_wait=lambda: self.watch.at(self.step, "checkpoint"),
+            on_saved=self.folder.earn,
         )
         if resume_from is not None:
             self.resume(resume_from)
         self.profiler = StepProfiler(
             args.profile_steps, self.run_dir, rank=self.world.rank, num_done=self.step
         )
-        # Only now, when nothing else can be wrong: it may delete an older run.
-        with created_run_dir(args, self.lock) if self.world.is_main else nullcontext():
+        self.folder.set_damaged_apart(damaged)
+        # Only now, when nothing else can be wrong: it may take the place of an older run.
+        with self.folder.begun():
             self.metrics = MetricsLogger(
                 self.run_dir,
                 wandb_args=args.wandb,
@@ -143,7 +145,7 @@ class Trainer:
             self.args, self.model, self.train_data, self.eval_data, self.world
         ):
             logger.info(line)
-        with self.lock, self.interrupt, self.metrics, self.progress:
+        with self.folder, self.interrupt, self.metrics, self.progress:
             try:
                 with self.watch:
                     return self.loop()
@@ -326,7 +328,7 @@ class Trainer:
 
     def resume(self, checkpoint: Path) -> None:
         """Continue where `checkpoint` was saved, to the bit."""
-        state = load_resume_state(checkpoint, self.world)
+        state = load_resume_state(checkpoint)
         try:
             self.optimizer.restore(
                 state["optimizer"],
@@ -362,6 +364,7 @@ class Trainer:
     def leave(self) -> int:
         if self.step >= self.args.max_steps:
             self.writer.wait()
+            self.folder.earn()
             return 0
         number = self.interrupt.signal_number or 0
         if self.step == 0:
@@ -372,6 +375,7 @@ class Trainer:
             self.writer.wait()
             logger.info("stopped after step %d; continue with --resume", self.step)
         else:
+            self.folder.earn()
             logger.info("stopped after step %d; nothing saved (do_ckpt: false)", self.step)
         return 128 + number
 

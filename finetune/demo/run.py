@@ -44,7 +44,7 @@ def run_demo(run_dir: Path, overrides: Mapping[str, object]) -> None:
     make_dialogues(data_dir)
 
     console.print("[2/4] training a small Moshi with test-time training")
-    status = Trainer(args).train()
+    status = Trainer(args, config=CONFIG).train()
     if status:
         sys.exit(status)
 
