@@ -13,7 +13,6 @@
 A checkpoint is written under another name and renamed when it is complete; `finetune.saving` does.
 """
 
-import json
 import logging
 import math
 import os
@@ -35,6 +34,7 @@ from finetune.distributed import World
 from finetune.errors import UserError
 from finetune.model import trainable_by_role
 from finetune.run_record import RunRecord
+from finetune.safe_files import TensorReader, read_json
 from finetune.sharding import Sharding, like_parameter
 from ttt import TTTLMModel, ttt_parameters
 
@@ -98,10 +98,10 @@ def _delete(checkpoint: Path, record: RunRecord) -> None:
 def _eval_loss(checkpoint: Path) -> float:
     """Infinite if it was not evaluated, or came out as NaN, or its record is damaged."""
     try:
-        loss = json.loads((checkpoint / "info.json").read_text())["eval_loss"]
-    except (OSError, ValueError, KeyError):
+        loss = read_json(checkpoint / "info.json")["eval_loss"]
+    except (OSError, ValueError, KeyError, TypeError):
         return math.inf
-    return math.inf if loss is None or math.isnan(loss) else loss
+    return loss if isinstance(loss, int | float) and not math.isnan(loss) else math.inf
 
 
 def first_whole(candidates: Sequence[Path], world: World) -> tuple[Path | None, list[Path]]:
@@ -144,7 +144,7 @@ def load_resume_state(checkpoint: Path) -> dict[str, Any]:
     """
     try:
         state = torch.load(checkpoint / "resume.pt", map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
         raise UserError(f"cannot read {checkpoint / 'resume.pt'}: {error}") from error
     if not isinstance(state, dict) or state.keys() != RESUME_STATE:
         raise UserError(_OF_ANOTHER_VERSION.format(checkpoint))
@@ -162,13 +162,20 @@ def fill_shards(
 
     Args:
         tensors: by name, with the parameter that each is of.
+
+    Raises:
+        UserError: the files hold something else than these tensors.
     """
+    try:
+        TensorReader(checkpoint / "resume").read_metadata()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{checkpoint / 'resume'} is not read: {error}.") from error
     dcp.load(
         {
             name: like_parameter(tensor.detach(), parameter, sharding)
             for name, (tensor, parameter) in tensors.items()
         },
-        storage_reader=dcp.FileSystemReader(checkpoint / "resume"),
+        storage_reader=TensorReader(checkpoint / "resume"),
         process_group=world.host_group,
         no_dist=world.size == 1,
     )

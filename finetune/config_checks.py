@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from operator import attrgetter
 
 from finetune.args import TrainArgs
+from finetune.path_values import path_problems
 
 # What is wrong, by dotted key ("optim.lr", or "full_finetuning, lora.enable"), with its remedy.
 Problem = tuple[str, str]
@@ -11,6 +12,7 @@ Problem = tuple[str, str]
 
 def cross_checks(args: TrainArgs) -> Iterator[Problem]:
     """Values out of range, and values that contradict each other."""
+    yield from path_problems(args)
     yield from _check_what_trains(args)
     yield from args.model.problems(args.moshi_paths.random_init, args.ttt)
     yield from _check_ranges(args)

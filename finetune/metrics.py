@@ -18,6 +18,7 @@ from typing import Any, Literal, Protocol, TextIO
 from urllib.parse import urlsplit
 
 from finetune.errors import UserError
+from finetune.safe_files import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +134,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     records = []
     for number, line in enumerate(lines, start=1):
         try:
-            record = json.loads(line)
+            record = parse_json(line)
             numbers = {name: float(v) for name, v in record.items() if name not in ("step", "time")}
             records.append({"step": int(record["step"]), "time": record["time"]} | numbers)
         except (ValueError, TypeError, KeyError, AttributeError) as error:

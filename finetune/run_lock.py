@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from finetune.errors import UserError
+from finetune.safe_files import parse_json
 
 NAME = ".lock"
 
@@ -129,7 +130,7 @@ class RunLock:
 def _read(file: IO[str]) -> dict[str, Any]:
     file.seek(0)
     try:
-        holder = json.loads(file.read())
+        holder = parse_json(file.read(_TEXT_BYTES))
     except ValueError:
         return {}
     return holder if isinstance(holder, dict) else {}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError
+from finetune.safe_files import parse_json
 
 _HASHED_BYTES = 2**20
 
@@ -112,7 +113,7 @@ def _complete_lines(path: Path, option: str) -> list[str]:
 
 def _parse(path: Path, line: str, option: str) -> dict[str, Any]:
     try:
-        record = json.loads(line)
+        record = parse_json(line)
     except ValueError:
         record = None
     if not isinstance(record, dict):

@@ -23,6 +23,7 @@ from rich.text import Text
 from finetune.config import changed_keys
 from finetune.console import console, format_duration
 from finetune.errors import UserError
+from finetune.safe_files import parse_json
 from finetune.sweep.plan import HARMLESS, PlannedRun, Sweep
 
 Status = Literal["new", "running", "finished", "failed", "stopped", "skipped"]
@@ -54,7 +55,7 @@ def read_record(run: PlannedRun) -> Record:
     if not path.is_file():
         return Record()
     try:
-        return Record(**json.loads(path.read_text()))
+        return Record(**parse_json(path.read_bytes()))
     except (ValueError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}); delete it to run this again.") from error
 
