@@ -12,7 +12,10 @@ from typing import Any
 import fire
 
 from finetune.errors import UserError
+from finetune.interrupt import ending_on_signals
 from finetune.option_values import flag, number, refuse, require, whole_number
+from finetune.outlet import outlets
+from finetune.secrets import learn_from_words
 
 
 def main() -> None:
@@ -34,23 +37,28 @@ def main() -> None:
 def call(component: Any, *, name: str) -> int:
     """Have fire call what the command line names. Returns the exit status."""
     words = sys.argv[1:]
+    learn_from_words(words)
     if not {"--help", "-h"}.isdisjoint(words):
         # Commands take any option, this one too: after the two dashes it is fire's. All else is
         # left out: given anything to pass to a command, fire would run it before it shows help.
         wanted = words[:1] if isinstance(component, dict) else []
         words = [word for word in wanted if not word.startswith("-")] + ["--", "--help"]
-    return run(lambda: fire.Fire(component, command=words, name=name))
+    with outlets():
+        return run(lambda: fire.Fire(component, command=words, name=name))
 
 
 def run(command: Callable[[], Any]) -> int:
     """Run `command`; a user's mistake is a message, not a traceback. Returns the exit status."""
     try:
-        command()
+        with ending_on_signals():
+            command()
     except UserError as error:
         print(f"\nerror: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
+    except KeyboardInterrupt as error:
+        number = getattr(error, "signal_number", signal.SIGINT)
+        print(f"\nstopped by {signal.Signals(number).name}", file=sys.stderr)
+        return 128 + number
     return 0
 
 

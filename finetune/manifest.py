@@ -29,7 +29,9 @@ def describe(folder: Path, files: Iterable[Path]) -> Entries:
 
 
 def write(folder: Path, entries: Entries) -> None:
-    (folder / NAME).write_text(json.dumps(dict(sorted(entries.items())), indent=1) + "\n")
+    (folder / NAME).write_text(
+        json.dumps(dict(sorted(entries.items())), indent=1) + "\n", encoding="utf-8"
+    )
 
 
 def read(folder: Path) -> Entries:

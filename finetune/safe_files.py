@@ -2,6 +2,7 @@
 folder that they belong to. docs/security.md says what is trusted."""
 
 import json
+import math
 import pickle
 from collections import OrderedDict
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -44,6 +45,30 @@ def parse_json(text: str | bytes) -> Any:
         return json.loads(text)
     except RecursionError:
         raise ValueError("it nests too deep") from None
+
+
+_NO_NUMBERS = ("NaN", "Infinity", "-Infinity")
+
+
+def without_nan(value: Any, *, as_text: bool = False) -> Any:
+    """The same for a JSON file, which has no NaN and no infinity: null, or their names as text."""
+    if isinstance(value, dict):
+        return {key: without_nan(each, as_text=as_text) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(each, as_text=as_text) for each in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        name = "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+        return name if as_text else None
+    return value
+
+
+def with_nan(value: Any) -> Any:
+    """Back from `without_nan(…, as_text=True)`."""
+    if isinstance(value, dict):
+        return {key: with_nan(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [with_nan(each) for each in value]
+    return float(value) if isinstance(value, str) and value in _NO_NUMBERS else value
 
 
 def read_json(path: Path) -> Any:

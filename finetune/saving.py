@@ -246,11 +246,13 @@ class CheckpointWriter:
                 metadata = {"ttt_args": json.dumps(dataclasses.asdict(self.args.ttt))}
             save_file(tensors, path, metadata=metadata)
         config = consolidated_config(self.args, self.info)
-        (partial / "consolidated/config.json").write_text(json.dumps(config, indent=2))
+        (partial / "consolidated/config.json").write_text(
+            json.dumps(config, indent=2), encoding="utf-8"
+        )
         save_config(self.args, partial / "args.yaml")
         torch.save(snapshot.resume_state, partial / "resume.pt")
         info = {"step": snapshot.step, "eval_loss": snapshot.eval_loss}
-        (partial / "info.json").write_text(json.dumps(info))
+        (partial / "info.json").write_text(json.dumps(info), encoding="utf-8")
 
     def _own_files(self, partial: Path) -> list[Path]:
         """Those that this process has written."""

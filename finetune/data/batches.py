@@ -288,3 +288,4 @@ def _leave_signals_to_the_trainer(worker_id: int) -> None:
     # that died of it would break the step that is being finished and print a traceback.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)

@@ -60,7 +60,7 @@ def run_demo(run_dir: Path, overrides: Mapping[str, object]) -> None:
     )
     sound = run_dir / "continuation.wav"
     soundfile.write(sound, continuation.audio.T.numpy(), codec.sample_rate_hz)
-    (run_dir / "continuation.txt").write_text(continuation.text + "\n")
+    (run_dir / "continuation.txt").write_text(continuation.text + "\n", encoding="utf-8")
 
     # As one can type it here, whether or not the environment is active.
     programs = os.path.relpath(Path(sys.executable).parent)
@@ -94,5 +94,5 @@ or the real model, on your data:
 
 
 def _first_recording(jsonl: Path) -> Path:
-    with jsonl.open() as lines:
+    with jsonl.open(encoding="utf-8") as lines:
         return jsonl.parent / json.loads(next(lines))["path"]
