@@ -3,6 +3,7 @@
 The program's parts are imported where a command needs them, so that help and mistakes come at once.
 """
 
+import logging
 import signal
 import sys
 from collections.abc import Callable
@@ -38,6 +39,8 @@ def call(component: Any, *, name: str) -> int:
     """Have fire call what the command line names. Returns the exit status."""
     words = sys.argv[1:]
     learn_from_words(words)
+    # It warns of folders that are not its own, and that it is busy: nothing that a user can mend.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     if not {"--help", "-h"}.isdisjoint(words):
         # Commands take any option, this one too: after the two dashes it is fire's. All else is
         # left out: given anything to pass to a command, fire would run it before it shows help.

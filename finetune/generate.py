@@ -93,7 +93,8 @@ def checkpoint_args(checkpoint: Path, device: str = "auto") -> TrainArgs:
 
 def _is_stock(checkpoint: Path) -> bool:
     has_weights = any(checkpoint.glob("*.safetensors"))
-    return has_weights and not (checkpoint / "consolidated").is_dir()
+    is_part = checkpoint.name == "consolidated" and (checkpoint.parent / "args.yaml").is_file()
+    return has_weights and not is_part and not (checkpoint / "consolidated").is_dir()
 
 
 def continue_recording(

@@ -36,6 +36,7 @@ class RunLock:
         self._path = run_dir / NAME
         self._file: IO[str] | None = None
         self._released = threading.Event()
+        self._beats = 0
 
     def take(self) -> None:
         """Take the lock, if this is not done; the folder exists.
@@ -109,7 +110,9 @@ class RunLock:
             self._beat()
 
     def _beat(self) -> None:
-        self._write({"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()})
+        # A count, not the time of day: a clock may stand still or jump.
+        self._beats += 1
+        self._write({"host": socket.gethostname(), "pid": os.getpid(), "beat": self._beats})
 
     def _write(self, holder: dict[str, Any]) -> None:
         # Only through this file: closing another one of the same name would drop the lock.

@@ -70,7 +70,13 @@ def require_checkpoint(checkpoint: Path, key: str) -> None:
         UserError: it is none; where it is a level too high or too low, the right one is named.
     """
     if (checkpoint / "consolidated").is_dir():
-        return
+        if (checkpoint / "args.yaml").is_file():
+            return
+        raise UserError(
+            f"{key}: {checkpoint} has no args.yaml, as checkpoints of this project have. Of "
+            f"moshi-finetune's, which have none, {checkpoint / 'consolidated'} holds the weights: "
+            f"name all weights (consolidated.safetensors) as moshi_paths.moshi_path instead."
+        )
     inside = sorted(str(path) for path in checkpoint.glob("checkpoints/checkpoint_*[0-9]"))
     inside += sorted(str(path) for path in checkpoint.glob("checkpoint_*[0-9]"))
     above = next((p for p in checkpoint.absolute().parents if (p / "consolidated").is_dir()), None)
