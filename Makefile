@@ -20,7 +20,7 @@ check: $(INSTALLED)
 	$(BIN)/mypy
 
 docs: $(INSTALLED)
-	$(BIN)/python -m finetune.config_docs > docs/configuration.md
+	$(BIN)/python -m finetune.config.docs_page > docs/configuration.md
 
 install: $(INSTALLED)
 

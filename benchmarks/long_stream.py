@@ -1,32 +1,109 @@
 """How large the fast weights become in a stream of an hour: the table of docs/mathematics.md.
 
 python benchmarks/long_stream.py [--frames 50000]
-
-The models and the stream are those of tests/test_long_stream.py.
 """
 
 import argparse
 import os
-import sys
-from pathlib import Path
 
 os.environ["NO_TORCH_COMPILE"] = "1"
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 import torch
-from helpers import tiny_args, tiny_delta_args, tiny_linear_args
-from test_long_stream import speech_and_silence, stream
+from torch import Tensor, nn
 
-SUM = {"chunk_size": 20, "learning_rate": 1e-3}
-METHODS = {
-    "sum": tiny_args(**SUM),
-    "sum, max_delta_norm 1": tiny_args(**SUM, max_delta_norm=1.0),
-    "sum, state_decay 0.99": tiny_args(**SUM, state_decay=0.99),
-    "delta": tiny_delta_args(chunk_size=20),
-    "delta, state_decay 0.99": tiny_delta_args(chunk_size=20, state_decay=0.99),
-    "linear": tiny_linear_args(base_lr=1.0),
-    "mlp": tiny_linear_args(method="mlp", base_lr=0.1, use_rope=True),
+from ttt import TTTArgs, TTTLMModel, build_model
+from ttt.layers import InPlaceGating
+
+CALL_FRAMES = 50
+"""Frames of a call, and of attention's window."""
+
+LM = {
+    **{"dim": 16, "text_card": 30, "existing_text_padding_id": 3, "card": 20, "n_q": 8, "dep_q": 4},
+    **{"num_heads": 2, "num_layers": 3, "hidden_scale": 4, "causal": True, "gating": "silu"},
+    **{"norm": "rms_norm_f32", "positional_embedding": "rope", "max_period": 10000},
+    **{"depformer_dim": 16, "depformer_num_heads": 2, "depformer_num_layers": 1},
+    **{"depformer_dim_feedforward": 64, "depformer_multi_linear": True, "depformer_context": 4},
+    **{"depformer_gating": "silu", "depformer_pos_emb": "none", "depformer_weights_per_step": True},
+    **{"delays": [0, 0, 1, 1, 1, 0, 1, 1, 1], "context": CALL_FRAMES},
 }
+"""A small model with the norm and the positions of Moshi, 1 + 4 + 4 streams."""
+
+LAYERS = {"enabled": True, "start_layer": 0, "layer_frequency": 2}
+SUM = {"write": "sum", "lr_scale": "none", "learning_rate": 1e-3, "chunk_size": 20}
+DELTA = {"write": "delta", "lr_scale": "none", "chunk_size": 20}
+INNER_LOOP = {"mini_batch_size": 4, "scan_checkpoint_group_size": 2}
+METHODS = {
+    "sum": SUM,
+    "sum, max_delta_norm 1": {**SUM, "max_delta_norm": 1.0},
+    "sum, state_decay 0.99": {**SUM, "state_decay": 0.99},
+    "delta": DELTA,
+    "delta, state_decay 0.99": {**DELTA, "state_decay": 0.99},
+    "linear": {**INNER_LOOP, "method": "linear", "base_lr": 1.0},
+    "mlp": {**INNER_LOOP, "method": "mlp", "base_lr": 0.1, "use_rope": True},
+}
+
+
+def random_model(args: TTTArgs) -> TTTLMModel:
+    """A model with random weights, those of TTT as large as after some training."""
+    torch.manual_seed(0)
+    model = build_model(LM, args, device="cpu", dtype=torch.float64).eval()
+    for module in model.ttt_layers.values():
+        if isinstance(module, InPlaceGating):
+            nn.init.normal_(module.target_conv)
+            module.target_proj.data += 0.1 * torch.randn_like(module.target_proj)
+            continue
+        for name, parameter in module.named_parameters():
+            # A position's share of the step, 1/4 and more, must stay above zero.
+            scale = 0.05 if name == "token_offset" else 0.2
+            parameter.data += scale * torch.randn_like(parameter)
+        module.gate.data += 1.0
+    return model.to(torch.float32)
+
+
+def speech_and_silence(num_frames: int) -> Tensor:
+    """Codes [1, 9, T]: speech with pauses (text padding, one code), then digital silence, then one
+    segment over and over, a fifth of the stream each, and speech again."""
+    generator = torch.Generator().manual_seed(3)
+    text = torch.randint(0, LM["text_card"], (1, 1, num_frames), generator=generator)
+    audio = torch.randint(0, LM["card"], (1, 8, num_frames), generator=generator)
+    speech = torch.cat([text, audio], dim=1)
+    pauses = torch.arange(num_frames) // 7 % 3 == 0
+    speech[:, 0, pauses] = 3
+    speech[:, 1:, pauses] = 1
+    fifth = num_frames // 5
+    speech[:, 0, fifth : 2 * fifth] = 3
+    speech[:, 1:, fifth : 2 * fifth] = 1
+    speech[:, :, 2 * fifth : 3 * fifth] = speech[:, :, :25].repeat(1, 1, fifth)[:, :, :fifth]
+    return speech
+
+
+@torch.no_grad()
+def stream(model: TTTLMModel, codes: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Text logits [T, card], sizes of the layers' fast weights after every call (with `in_place`
+    ‖S‖ / ‖W0‖, else relative to their start), and the final fast weights."""
+    modules = model.ttt_layers.values()
+    logits, sizes = [], []
+    with model.streaming(1):
+        for part in codes.split(CALL_FRAMES, dim=2):
+            logits.append(model.forward_text(part)[1][0, 0])
+            sizes.append([fast_weights(m).norm() / size_at_start(m) for m in modules])
+        states = [fast_weights(m).double() for m in modules]
+    return torch.cat(logits), torch.tensor(sizes), states
+
+
+def fast_weights(module: nn.Module) -> Tensor:
+    """Fast weights of a streaming module, or with `in_place` their change."""
+    state = module._streaming_state
+    if isinstance(module, InPlaceGating):
+        return state.change
+    return torch.cat([x.flatten() for pair in state.layers for x in pair])
+
+
+def size_at_start(module: nn.Module) -> Tensor:
+    """Norm of the weights that the fast weights start from."""
+    if isinstance(module, InPlaceGating):
+        return module.base_weight.norm()
+    return torch.cat([x.flatten() for pair in module.inner_layers for x in pair]).norm()
 
 
 def main() -> None:
@@ -35,8 +112,8 @@ def main() -> None:
     codes = speech_and_silence(parser.parse_args().frames)
     print("| | speech | silence | one segment | speech | speech |")
     print("| --- | --- | --- | --- | --- | --- |")
-    for name, args in METHODS.items():
-        _, sizes, _ = stream(args, torch.float32, codes)
+    for name, options in METHODS.items():
+        _, sizes, _ = stream(random_model(TTTArgs(**LAYERS, **options)), codes)
         largest = [f"{fifth.max():.2f}" for fifth in sizes.chunk(5)]
         print(f"| {name} | {' | '.join(largest)} |", flush=True)
 

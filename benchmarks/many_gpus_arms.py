@@ -18,12 +18,10 @@ from train_step import profile
 from training_arms import TINY, TTT, OurRun, random_codes
 from training_arms import Arm as Codes
 
-from finetune.args import LoraArgs, ModelPaths, OptimArgs, ParallelArgs, TrainArgs
-from finetune.data import DataArgs
-from finetune.distributed import World, join_world
-from finetune.memory import estimate
+from finetune.config import DataArgs, LoraArgs, ModelPaths, OptimArgs, ParallelArgs, TrainArgs
+from finetune.distributed import World, build_sharding, join_world
 from finetune.model import load_model, plan_model
-from finetune.sharding import build_sharding
+from finetune.plan import estimate
 from ttt import TTTArgs
 
 GB = 1e9

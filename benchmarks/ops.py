@@ -28,7 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ttt import ops
-from ttt.ops.attention import causal_attention
+from ttt.ops.inner_loop import ttt_linear_mlp
+from ttt.ops.moshi.attention import causal_attention
 
 SIZES = ["1x1250", "16x1250", "4x2048", "1x8192", "1x24000"]
 BETA = 10.0
@@ -162,7 +163,7 @@ def scan_cases(
 
     def plain(*args: Tensor) -> Tensor:
         # Without the kernels that CUDA devices have for it.
-        with patch.object(ops.linear, "has_kernel", return_value=False):
+        with patch.object(ttt_linear_mlp, "has_kernel", return_value=False):
             return op(*args, token_scale=scale)[0]
 
     return [

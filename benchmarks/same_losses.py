@@ -43,7 +43,7 @@ from training_arms import (
     random_codes,
 )
 
-from finetune import chunked_loss
+from finetune.step import chunked_loss
 from ttt import TTTLMModel
 from ttt.layers import execution
 

@@ -15,13 +15,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.lr_scheduler import OneCycleLR
 
-from finetune.args import LoraArgs, OptimArgs
-from finetune.distributed import World
-from finetune.gradients import accumulate_gradients
-from finetune.loss import LossWeights, total_weight
+from finetune.config import LoraArgs, OptimArgs
+from finetune.distributed import Sharding, World
 from finetune.model import add_lora, parameters_by_role, trainable_by_role
-from finetune.optim import Optimizer
-from finetune.sharding import Sharding
+from finetune.step import LossWeights, Optimizer, accumulate_gradients, total_weight
 from ttt import TTTArgs, TTTLMModel, build_model
 
 TINY = {

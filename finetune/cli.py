@@ -12,11 +12,10 @@ from typing import Any
 
 import fire
 
+from finetune.config import flag, number, refuse, require, whole_number
 from finetune.errors import UserError
 from finetune.interrupt import ending_on_signals
-from finetune.option_values import flag, number, refuse, require, whole_number
-from finetune.outlet import outlets
-from finetune.secrets import learn_from_words
+from finetune.safety import learn_from_words, outlets
 
 
 def main() -> None:
@@ -168,7 +167,7 @@ def generate(
     """
     refuse(unexpected, unknown)
     require(checkpoint=checkpoint, audio=audio)
-    from finetune.generate import continue_recording
+    from finetune.inference import continue_recording
 
     text = continue_recording(
         Path(checkpoint),
@@ -257,8 +256,7 @@ def evaluate(
     }
     refuse(unexpected, unknown)
     require(checkpoint=checkpoint)
-    from finetune.evaluation.options import read_options
-    from finetune.evaluation.run import evaluate_checkpoint
+    from finetune.evaluation import evaluate_checkpoint, read_options
 
     options = read_options(given, wandb)
     results = evaluate_checkpoint(options)
@@ -277,7 +275,7 @@ def plot(run_dir: str = "", *unexpected: str, out: str | None = None, **unknown:
     """
     refuse(unexpected, unknown)
     require(run_dir=run_dir)
-    from finetune.plots import plot_losses
+    from finetune.monitoring import plot_losses
 
     print(f"wrote {plot_losses(Path(run_dir), Path(out or Path(run_dir) / 'loss.png'))}")
 
@@ -306,7 +304,7 @@ def sweep(
     """
     refuse(unexpected)
     require(overrides, file=file)
-    from finetune.sweep.command import run_command
+    from finetune.sweep import run_command
 
     status = run_command(
         Path(file),
@@ -359,7 +357,7 @@ def recall(
     """
     given = {name: value for name, value in locals().items() if isinstance(value, str)}
     refuse(unexpected, unknown)
-    from finetune.recall.command import run_command
+    from finetune.recall import run_command
 
     print(run_command(given))
 
@@ -373,7 +371,7 @@ def demo(*unexpected: str, out: str = "runs/demo", **overrides: Any) -> None:
         overrides: keys of example/demo.yaml, dotted.
     """
     refuse(unexpected)
-    from finetune.demo.run import run_demo
+    from finetune.demo import run_demo
 
     run_demo(Path(out), overrides)
 
@@ -399,7 +397,7 @@ def demo_data(
     """
     refuse(unexpected, unknown)
     require(out_dir=out_dir)
-    from finetune.demo.dialogues import make_dialogues
+    from finetune.demo import make_dialogues
 
     make_dialogues(
         Path(out_dir),

@@ -3,11 +3,11 @@
 import logging
 import time
 
-from finetune.args import TrainArgs
-from finetune.console import format_duration, setup_logging
+from finetune.config import TrainArgs
 from finetune.data import CacheFill, check_share, open_store
 from finetune.distributed import join_world
 from finetune.model import build_codec, find_checkpoint, plan_model
+from finetune.monitoring import format_duration, setup_logging
 
 logger = logging.getLogger(__name__)
 

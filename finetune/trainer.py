@@ -9,30 +9,34 @@ from typing import Any
 
 import torch
 
-from finetune.args import TrainArgs
-from finetune.checkpoint import fill_shards, first_whole, load_resume_state, step_of
-from finetune.config import changed_keys, public_dict
-from finetune.console import Progress, describe, setup_logging
+from finetune.checkpoint import (
+    CheckpointWriter,
+    RunFolder,
+    fill_shards,
+    first_whole,
+    get_random_state,
+    load_resume_state,
+    set_random_state,
+    step_of,
+)
+from finetune.config import TrainArgs, changed_keys, public_dict
 from finetune.data import Batch, build_eval_loader, build_train_loader, check_share, open_store
-from finetune.distributed import join_world, peak_memory_gb
-from finetune.effect import EffectWatch
+from finetune.distributed import Watch, build_sharding, join_world, peak_memory_gb
 from finetune.errors import UserError
-from finetune.evaluation.periodic import build_speech_check, evaluate
-from finetune.gradients import accumulate_gradients
+from finetune.evaluation import build_speech_check, evaluate
 from finetune.interrupt import Interrupt
-from finetune.loss import LossWeights
-from finetune.lost_steps import LostSteps
-from finetune.memory import explained
-from finetune.metrics import MetricsLogger
 from finetune.model import build_codec, find_checkpoint, load_model, trainable_by_role
-from finetune.optim import Optimizer, StepResult
-from finetune.phases import Phases, StepProfiler
-from finetune.random_state import get_random_state, set_random_state
-from finetune.run_folder import RunFolder
-from finetune.saving import CheckpointWriter
-from finetune.sharding import build_sharding
-from finetune.summary import describe_run, write_summary
-from finetune.watch import Watch
+from finetune.monitoring import (
+    EffectWatch,
+    MetricsLogger,
+    Phases,
+    Progress,
+    StepProfiler,
+    describe,
+    setup_logging,
+)
+from finetune.plan import describe_run, explained, write_summary
+from finetune.step import LossWeights, LostSteps, Optimizer, StepResult, accumulate_gradients
 from ttt import measuring
 
 logger = logging.getLogger(__name__)

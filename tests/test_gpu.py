@@ -18,14 +18,13 @@ from helpers import (
 from moshi.models.lm import LMGen
 from moshi.utils.compile import no_cuda_graph
 
-from finetune.args import OptimArgs
-from finetune.data import Codec, DataArgs, build_train_loader, codec, open_store
+from finetune.config import DataArgs, OptimArgs
+from finetune.data import Codec, build_train_loader, codec, open_store
 from finetune.distributed import World
-from finetune.loss import LossWeights, stream_sums
 from finetune.model import trainable_by_role
-from finetune.optim import Optimizer
+from finetune.step import LossWeights, Optimizer, stream_sums
 from ttt import build_model, ops
-from ttt.ops import chunks
+from ttt.ops.in_place import chunks
 
 pytestmark = [
     pytest.mark.gpu,

@@ -3,11 +3,15 @@
 import ast
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
+DOORS = {"__init__", "__main__", "cli", "trainer", "inference", "encode", "errors", "interrupt"}
+"""The modules at the root of `finetune`, which put its folders together; all else is in one."""
+FOLDERS = sorted(path.parent.name for path in (ROOT / "finetune").glob("*/__init__.py"))
 
 
 def imports(path):
@@ -29,18 +33,33 @@ def files(*places):
         yield from sorted(path.rglob("*.py")) if path.is_dir() else [path]
 
 
-SIBLINGS = {
-    "finetune/data": "finetune.data",
-    "finetune/loss.py": "finetune.loss",
-    "finetune/optim.py": "finetune.optim",
-    "finetune/metrics.py": "finetune.metrics",
-}
+def is_module(name):
+    path = ROOT.joinpath(*name.split("."))
+    return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
+
+
+def part_of(name):
+    """The folder or door of `finetune` that a module belongs to; nothing for other modules."""
+    parts = name.split(".")
+    return parts[1] if parts[0] == "finetune" and is_module(".".join(parts[:2])) else ""
+
+
+def exported(folder):
+    """The names in a folder's `__all__`."""
+    for node in ast.parse((ROOT / "finetune" / folder / "__init__.py").read_text()).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            return set(ast.literal_eval(node.value))
+    return set()
+
+
 RULES = [
     ("ttt", ["finetune"]),
-    ("ttt/ops", ["ttt.layers", "ttt.model", "ttt.state", "ttt.config", "moshi"]),
-    ("ttt/layers", ["ttt.model", "ttt.state"]),
-    *[(place, [m for p, m in SIBLINGS.items() if p != place]) for place in SIBLINGS],
-    *[(place, ["finetune.trainer", "finetune.cli", "finetune.model"]) for place in SIBLINGS],
+    ("ttt/config.py", ["torch", "moshi", "ttt.ops", "ttt.layers", "ttt.model", "ttt.state"]),
+    ("ttt/ops", ["ttt.layers", "ttt.model", "ttt.state", "ttt.streaming", "ttt.config", "moshi"]),
+    ("ttt/layers", ["ttt.model", "ttt.state", "ttt.streaming"]),
+    ("ttt/model.py", ["ttt.state"]),
+    *[(f"finetune/{name}", ["finetune.cli"]) for name in FOLDERS],
+    *[(f"finetune/{name}", ["finetune.trainer"]) for name in FOLDERS if name != "demo"],
 ]
 
 
@@ -52,19 +71,71 @@ def test_directions(place, forbidden):
                 assert not f"{module}.".startswith(f"{name}."), f"{path} imports {module}"
 
 
+def test_only_doors_stand_outside_the_folders():
+    assert {path.stem for path in (ROOT / "finetune").glob("*.py")} == DOORS
+
+
+@pytest.mark.parametrize("path", files("finetune"), ids=lambda p: str(p.relative_to(ROOT)))
+def test_folders_are_imported_by_their_faces(path):
+    """A folder's `__init__` exports what others use of it."""
+    own = path.relative_to(ROOT / "finetune").parts[0]
+    for module in imports(path):
+        if part_of(module) in {*FOLDERS} - {own}:
+            names = module.split(".")[2:]
+            assert len(names) < 2, f"{path} imports {module}, past the folder's face"
+            assert {*names} <= exported(part_of(module)), f"{path} imports {module}"
+
+
+def test_no_part_of_the_framework_imports_itself_in_a_circle():
+    graph = {}
+    for path in files("finetune"):
+        own = path.relative_to(ROOT / "finetune").parts[0].removesuffix(".py")
+        graph.setdefault(own, set()).update({part_of(module) for module in imports(path)} - {own})
+    del graph["__init__"], graph["__main__"]
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"a circle of imports: {' <- '.join(error.args[1])}")
+
+
+def test_no_module_of_the_library_imports_itself_in_a_circle():
+    graph = {}
+    for path in files("ttt"):
+        own = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        if path.stem != "__init__":
+            graph[own] = {m for m in imports(path) if m.startswith("ttt.") and is_module(m)}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"a circle of imports: {' <- '.join(error.args[1])}")
+
+
+def test_no_benchmark_imports_from_the_tests():
+    tests = {path.stem for path in files("tests")}
+    for path in files("benchmarks"):
+        assert not {module.split(".")[0] for module in imports(path)} & (tests | {"tests"}), path
+
+
 def test_only_the_command_line_prints():
-    speaking = {"cli.py", "config_docs.py", "train_mimi.py", "train_tokenizer.py"}
+    speaking = {"cli.py", "docs_page.py", "train_mimi.py", "train_tokenizer.py"}
     for path in files("ttt", "finetune", "train.py"):
         calls = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
         names = {call.func.id for call in calls if isinstance(call.func, ast.Name)}
         assert "print" not in names or path.name in speaking, path
 
 
-def test_what_a_run_may_not_need_is_not_imported_with_the_trainer():
-    code = (
-        "import sys, finetune.trainer, finetune.cli, finetune.evaluation.run; "
-        "print([m for m in ('wandb', 'tensorboard', 'matplotlib', 'espeakng_loader') "
-        "if m in sys.modules])"
-    )
+def imported(modules, *, of):
+    """Which modules of `of` are imported together with `modules`, in a process of its own."""
+    code = f"import sys, {modules}; print([m for m in {of!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.strip() == "[]", done.stderr
+    assert done.returncode == 0, done.stderr
+    return ast.literal_eval(done.stdout)
+
+
+def test_what_a_run_may_not_need_is_not_imported_with_the_trainer():
+    unneeded = ["wandb", "tensorboard", "matplotlib", "espeakng_loader"]
+    assert imported("finetune.trainer, finetune.cli, finetune.evaluation", of=unneeded) == []
+
+
+def test_a_configuration_is_read_without_what_is_heavy():
+    assert imported("finetune.config, finetune.cli", of=["torch", "moshi", "numpy", "triton"]) == []

@@ -17,7 +17,7 @@ from moshi.models.lm import LMModel
 from safetensors.torch import load_file, save_file
 
 from finetune.config import load_config
-from finetune.metrics import Kind, metrics_path, read_metrics
+from finetune.monitoring import Kind, metrics_path, read_metrics
 from finetune.trainer import Trainer
 
 REPOSITORY = Path(__file__).parent.parent
@@ -215,7 +215,14 @@ def run_cases(
     )
     launch = ("--standalone", f"--nproc-per-node={num_processes}")
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", *launch, "tests/run_cases.py", str(file)],
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            *launch,
+            "tests/programs/run_cases.py",
+            str(file),
+        ],
         cwd=REPOSITORY,
         env=os.environ | {"OMP_NUM_THREADS": "1"} | _here(),
         capture_output=True,

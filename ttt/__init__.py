@@ -1,17 +1,22 @@
 """Test-time training for Moshi: layers whose weights keep learning while the model listens."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from ttt.config import TTTArgs
-from ttt.model import (
-    HiddenStates,
-    TTTLMModel,
-    build_model,
-    measuring,
-    state_bytes,
-    ttt_parameters,
-    without_ttt,
-)
-from ttt.state import get_state, reset, set_state
-from ttt.streaming import block_streaming
+
+if TYPE_CHECKING:
+    from ttt.model import (
+        HiddenStates,
+        TTTLMModel,
+        build_model,
+        measuring,
+        state_bytes,
+        ttt_parameters,
+        without_ttt,
+    )
+    from ttt.state import get_state, reset, set_state
+    from ttt.streaming import block_streaming
 
 __all__ = [
     "HiddenStates",
@@ -27,3 +32,15 @@ __all__ = [
     "ttt_parameters",
     "without_ttt",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Everything but `TTTArgs` needs torch and moshi, which take seconds to import: a program that
+    only reads a configuration does without them."""
+    if name in __all__:
+        for module in ("ttt.model", "ttt.state", "ttt.streaming"):
+            found = importlib.import_module(module)
+            if hasattr(found, name):
+                globals()[name] = getattr(found, name)
+                return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,6 +12,7 @@ _IN_PLACE = (
     "target",
     "conv_kernel_size",
     "conv_lookahead",
+    "chunk_edge",
     "max_delta_norm",
     "write_strength",
     "state_decay",
@@ -24,6 +25,9 @@ _LINEAR_AND_MLP = (
     "gate_init",
     "scan_checkpoint_group_size",
 )
+MAX_WRITE_STRENGTH = 1e3
+"""Upper bound of β. Above it, float32 no longer solves for a chunk's writes where keys are much
+alike (docs/numerics.md)."""
 _DEFAULT_BASE_LR = {"linear": 1.0, "mlp": 0.1}
 _DEFAULT_LEARNING_RATE = {"relative": 3.0, "none": 1e-3}
 
@@ -65,7 +69,7 @@ class TTTArgs:
 
     write_strength: float = 10.0
     """How nearly a chunk's targets are met, for `write: delta`: the initial β, which every layer
-    then learns. It has no unit."""
+    then learns. It has no unit, and is at most 1000."""
 
     state_decay: float = 1.0
     """How much of the fast weights' change outlives each chunk: γ, above 0; 1: all of it."""
@@ -80,6 +84,13 @@ class TTTArgs:
     conv_lookahead: int | None = None
     """How many of these frames lie ahead; null: `conv_kernel_size - 1`. Looking ahead leaks
     nothing, because a chunk is written only once it has ended."""
+
+    chunk_edge: Literal["carry", "cut"] | None = None
+    """What becomes of the last `conv_lookahead` frames of a chunk, whose targets lie partly in the
+    next one. `carry`: the next chunk writes them, when their targets are complete. `cut`: they are
+    written with zeros beyond the chunk for a target, as published; with `write: delta` that erases
+    what is known of them. null: `carry`, and `cut` for the published form (`write: sum` with
+    `lr_scale: none`)."""
 
     max_delta_norm: float | None = None
     """Upper bound τ on the Frobenius norm of one chunk's update, before η, for `write: sum`;
@@ -136,7 +147,20 @@ class TTTArgs:
 
     @property
     def lookahead_frames(self) -> int:
+        """`conv_lookahead`, or its default."""
         return self.conv_kernel_size - 1 if self.conv_lookahead is None else self.conv_lookahead
+
+    @property
+    def carries(self) -> bool:
+        """Whether `chunk_edge` is `carry`, chosen or by default."""
+        if self.chunk_edge is None:
+            return not (self.write == "sum" and self.lr_scale == "none")
+        return self.chunk_edge == "carry"
+
+    @property
+    def lag_frames(self) -> int:
+        """Frames that a key waits for its target, beyond the end of its chunk if need be."""
+        return self.lookahead_frames if self.carries else 0
 
     def layers(self, num_layers: int) -> list[int]:
         """The indices of the TTT layers in a transformer of `num_layers` layers.
@@ -184,8 +208,14 @@ class TTTArgs:
                     "published form, which such numbers are for",
                 )
             )
-        if not 0 < self.write_strength < float("inf"):
-            found.append(("write_strength", f"must be positive, got {self.write_strength}"))
+        if not 0 < self.write_strength <= MAX_WRITE_STRENGTH:
+            found.append(
+                (
+                    "write_strength",
+                    f"must be above 0 and at most {MAX_WRITE_STRENGTH:g}, "
+                    f"got {self.write_strength}",
+                )
+            )
         if not 0 < self.state_decay <= 1:
             found.append(("state_decay", f"must be above 0 and at most 1, got {self.state_decay}"))
         if self.max_delta_norm is not None and not self.max_delta_norm > 0:
@@ -201,6 +231,14 @@ class TTTArgs:
                     "conv_lookahead",
                     f"must lie between 0 and conv_kernel_size - 1 = {self.conv_kernel_size - 1}, "
                     f"got {self.conv_lookahead}",
+                )
+            )
+        elif self.method == "in_place" and self.lag_frames >= max(1, self.chunk_size):
+            found.append(
+                (
+                    "conv_lookahead",
+                    f"is {self.lookahead_frames} frames, and must be less than chunk_size = "
+                    f"{self.chunk_size} with chunk_edge: carry",
                 )
             )
         if self.attention_context is not None and self.attention_context < 1:

@@ -18,7 +18,7 @@ from ttt.layers import InPlaceGating, TTTMixer, blocks
 from ttt.layers.depth import DepthLayer, depth_hidden
 from ttt.layers.execution import Checkpointing, Execution, eager_on_cpu
 from ttt.layers.shardable import Shardable
-from ttt.ops.attention import RopeTable, rope_table
+from ttt.ops.moshi.attention import RopeTable, rope_table
 
 logger = logging.getLogger(__name__)
 
@@ -48,25 +48,33 @@ class TTTTransformerLayer(Shardable, StreamingTransformerLayer):
         cross_attention_src: Tensor | None = None,
         token_embeddings: Tensor | None = None,
         rope: RopeTable | None = None,
+        is_frame: Tensor | None = None,
     ) -> Tensor:
         assert cross_attention_src is None
         if self._streaming_state is not None:
             # Never checkpointed: to compute a step again would advance the stream again.
-            x = self._stock_forward(x, token_embeddings)
+            x = self._stock_forward(x, token_embeddings, is_frame)
             self._streaming_state.offset_cpu += x.shape[1]
             return x
         if not blocks.is_covered(self.self_attn):
-            return self.execution.stock(self._stock_forward, x, token_embeddings)
+            return self.execution.stock(self._stock_forward, x, token_embeddings, is_frame)
         weights = blocks.layer_of(self)
         if self.ttt_module is None or (self.ttt is not None and not self.ttt.active):
             return self.execution.layer(blocks.layer_block, x, weights, rope)
-        x = self.execution.split_layer(self._ttt_forward, x, weights, token_embeddings, rope)
+        x = self.execution.split_layer(
+            self._ttt_forward, x, weights, token_embeddings, rope, is_frame
+        )
         if isinstance(self.gating, InPlaceGating):
             return x
         return self.execution.layer(blocks.mlp_block, x, weights)
 
     def _ttt_forward(
-        self, x: Tensor, weights: blocks.Layer, token_embeddings: Tensor, rope: RopeTable | None
+        self,
+        x: Tensor,
+        weights: blocks.Layer,
+        token_embeddings: Tensor,
+        rope: RopeTable | None,
+        is_frame: Tensor | None,
     ) -> Tensor:
         """The layer as far as what learns at test time is in it."""
         x = self.execution.piece(blocks.attention_block, x, weights, rope)
@@ -74,9 +82,11 @@ class TTTTransformerLayer(Shardable, StreamingTransformerLayer):
             return x + self.ttt(x)
         assert isinstance(self.gating, InPlaceGating)
         normed = self.execution.piece(blocks.normalize, x, weights.norm2)
-        return blocks.add(x, self.gating(normed, token_embeddings), weights.scale2)
+        return blocks.add(x, self.gating(normed, token_embeddings, is_frame), weights.scale2)
 
-    def _stock_forward(self, x: Tensor, token_embeddings: Tensor | None) -> Tensor:
+    def _stock_forward(
+        self, x: Tensor, token_embeddings: Tensor | None, is_frame: Tensor | None
+    ) -> Tensor:
         with eager_on_cpu(x.device):
             x = self._sa_block(x)
             if self.ttt is not None and self.ttt.active:
@@ -84,7 +94,7 @@ class TTTTransformerLayer(Shardable, StreamingTransformerLayer):
             if not isinstance(self.gating, InPlaceGating):
                 return self._ff_block(x)
             assert token_embeddings is not None
-            update = self.gating(self.norm2(x), token_embeddings)
+            update = self.gating(self.norm2(x), token_embeddings, is_frame)
             return x.to(update) + self.layer_scale_2(update)
 
 
@@ -164,7 +174,10 @@ class TTTLMModel(Shardable, LMModel):
             everything = text if everything is None else everything + text
             embeddings = everything if self.ttt_args.target == "input" else text
             out = self.transformer(
-                everything, token_embeddings=embeddings, rope=self._rope_table(sequence)
+                everything,
+                token_embeddings=embeddings,
+                rope=self._rope_table(sequence),
+                is_frame=(sequence != self.zero_token_id).any(1),
             )
             return self.out_norm(out)
 

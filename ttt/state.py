@@ -22,7 +22,7 @@ from moshi.modules.transformer import RingKVCache
 from torch import Tensor, nn
 
 from ttt.layers.in_place import InPlaceState
-from ttt.layers.linear import TTTMixerState
+from ttt.layers.mixer import TTTMixerState
 
 
 def get_state(model: nn.Module, *, whole: bool = False) -> dict[str, Tensor]:

@@ -21,9 +21,9 @@ import torch
 from torch.autograd.profiler import record_function
 from torch.utils.data import DataLoader
 
+from finetune.config import DataArgs
 from finetune.errors import UserError
 
-from .args import DataArgs
 from .cache import CodeCache
 from .codec import Codec
 from .prefetch import Prefetcher

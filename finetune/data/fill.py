@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
+from finetune.config import DataArgs
 from finetune.errors import UserError
 
-from .args import DataArgs
 from .batches import Batcher
 from .codec import Codec
 from .sources import load_sources

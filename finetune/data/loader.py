@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from .args import DataArgs
+from finetune.config import DataArgs
+
 from .batches import Batch, Batcher
 from .codec import Codec
 from .order import SampleOrder

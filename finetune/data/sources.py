@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from finetune.errors import UserError
-from finetune.paths import path_problem, shown
-from finetune.safe_files import is_recording_name, parse_json
+from finetune.safety import is_recording_name, parse_json, path_problem, shown
 
 from .checks import FileChecks
 from .problems import FileProblem

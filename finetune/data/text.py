@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from finetune.safe_files import read_json
+from finetune.safety import read_json
 
 from .problems import FileProblem
 

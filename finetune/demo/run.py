@@ -11,12 +11,10 @@ import soundfile
 
 from finetune.checkpoint import list_checkpoints
 from finetune.config import load_config
-from finetune.console import console, format_duration
 from finetune.demo.dialogues import make_dialogues
 from finetune.errors import UserError
-from finetune.generate import continue_dialogue, load_for_inference
-from finetune.metrics import metrics_path, read_metrics
-from finetune.plots import plot_losses
+from finetune.inference import continue_dialogue, load_for_inference
+from finetune.monitoring import console, format_duration, metrics_path, plot_losses, read_metrics
 from finetune.trainer import Trainer
 
 CONFIG = Path("example/demo.yaml")

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune.data.sources import Recording
+from finetune.data import Recording
 from finetune.errors import UserError
 
 from .records import read_records

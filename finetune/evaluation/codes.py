@@ -15,9 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from finetune.data import Codec
-from finetune.data.audio import AudioInfo, read_audio
-from finetune.data.text import Word, text_stream, tokenize_segment
+from finetune.data import AudioInfo, Codec, Word, read_audio, text_stream, tokenize_segment
 
 logger = logging.getLogger(__name__)
 

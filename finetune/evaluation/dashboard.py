@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from finetune.metrics import open_wandb
+from finetune.monitoring import open_wandb
 
 from .options import Options
 

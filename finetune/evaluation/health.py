@@ -15,7 +15,7 @@ from moshi.utils.compile import no_cuda_graph
 from torch import Tensor
 
 from finetune.data import Codec
-from finetune.generate import generate_codes
+from finetune.inference import generate_codes
 from ttt import TTTLMModel
 
 from .codes import Silence

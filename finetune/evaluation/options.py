@@ -5,9 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from finetune.args import WandbArgs
+from finetune.config import WandbArgs, choices, flag, number, one_of, whole_number
 from finetune.errors import UserError
-from finetune.option_values import choices, flag, number, one_of, whole_number
 
 TASKS = ("position", "pairs", "health")
 ARMS = ("on", "off", "reset", "carried")

@@ -15,14 +15,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from finetune.data import Codec
-from finetune.data.audio import AudioInfo, inspect_audio, read_audio
-from finetune.data.problems import FileProblem
-from finetune.data.text import read_transcript, text_stream, tokenize_segment
+from finetune.data import (
+    AudioInfo,
+    Codec,
+    FileProblem,
+    inspect_audio,
+    read_audio,
+    read_transcript,
+    text_stream,
+    tokenize_segment,
+)
 from finetune.errors import UserError
-from finetune.loss import LossWeights
-from finetune.paths import path_problem
-from finetune.safe_files import is_recording_name, parse_json
+from finetune.safety import is_recording_name, parse_json, path_problem
+from finetune.step import LossWeights
 from ttt import TTTLMModel, block_streaming
 
 from .codes import BLOCK_FRAMES, Silence

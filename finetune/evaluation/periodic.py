@@ -8,11 +8,10 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from finetune.args import TrainArgs
+from finetune.config import TrainArgs
 from finetune.data import Batch, Codec, count_frames
-from finetune.distributed import World
-from finetune.loss import LossWeights, stream_sums
-from finetune.sharding import let_go, shard_size
+from finetune.distributed import World, let_go, shard_size
+from finetune.step import LossWeights, stream_sums
 from ttt import TTTLMModel
 
 from .health import Alarm, alarms, check_health, means

@@ -19,12 +19,15 @@ import torch
 from torch import Tensor
 
 import ttt
-from finetune.data import FRAME_RATE_HZ, Codec
-from finetune.data.audio import inspect_audio
-from finetune.data.problems import FileProblem
-from finetune.data.sources import Recording
-from finetune.data.text import read_transcript
-from finetune.loss import LossWeights
+from finetune.data import (
+    FRAME_RATE_HZ,
+    Codec,
+    FileProblem,
+    Recording,
+    inspect_audio,
+    read_transcript,
+)
+from finetune.step import LossWeights
 from ttt import TTTLMModel, block_streaming
 
 from .codes import CodesFile, encode_to_file

@@ -3,8 +3,8 @@
 import logging
 import time
 
-from finetune.console import format_duration
 from finetune.data import FRAME_RATE_HZ
+from finetune.monitoring import format_duration
 
 logger = logging.getLogger(__name__)
 

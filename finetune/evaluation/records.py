@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError
-from finetune.safe_files import parse_json, with_nan, without_nan
+from finetune.safety import parse_json, with_nan, without_nan
 
 _HASHED_BYTES = 2**20
 

@@ -6,7 +6,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from finetune.console import format_duration
+from finetune.monitoring import format_duration
 
 from .conclusions import plain, signed
 from .figures import (

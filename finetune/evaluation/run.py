@@ -15,18 +15,22 @@ from typing import Any
 
 import torch
 
-from finetune.args import TrainArgs
-from finetune.console import setup_logging
-from finetune.data import FRAME_RATE_HZ, count_frames
-from finetune.data.audio import inspect_audio
-from finetune.data.problems import FileProblem
-from finetune.data.sources import Recording, check_recordings
-from finetune.data.text import read_transcript
+from finetune.config import TrainArgs
+from finetune.data import (
+    FRAME_RATE_HZ,
+    FileProblem,
+    Recording,
+    check_recordings,
+    count_frames,
+    inspect_audio,
+    read_transcript,
+)
 from finetune.distributed import peak_memory_gb
 from finetune.errors import UserError
-from finetune.generate import checkpoint_args, load_for_inference, nonfinite_weights
-from finetune.loss import LossWeights
-from finetune.safe_files import without_nan
+from finetune.inference import checkpoint_args, load_for_inference, nonfinite_weights
+from finetune.monitoring import setup_logging
+from finetune.safety import without_nan
+from finetune.step import LossWeights
 
 from .baseline import Baseline
 from .codes import encode_to_file

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import ttt
 from finetune.errors import UserError
-from finetune.loss import LossWeights, target_weights
+from finetune.step import LossWeights, target_weights
 from ttt import TTTLMModel
 
 

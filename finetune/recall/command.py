@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, get_args
 
-from finetune.console import setup_logging
+from finetune.config import items, one_of, whole_number, whole_numbers
 from finetune.distributed import join_world
 from finetune.errors import UserError
-from finetune.option_values import items, one_of, whole_number, whole_numbers
+from finetune.monitoring import setup_logging
 from finetune.recall import report, study
 from finetune.recall.experiment import check_arms, run
 from finetune.recall.presets import ARMS, Preset, preset

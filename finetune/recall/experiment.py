@@ -11,16 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from finetune.args import OptimArgs
+from finetune.config import OptimArgs
 from finetune.distributed import World
 from finetune.errors import UserError
 from finetune.model import trainable_by_role
-from finetune.optim import Optimizer
 from finetune.recall.jobs import Job, run_jobs
 from finetune.recall.measure import measure_length, measure_trained_length, nothing_written
 from finetune.recall.model import answer_logits, new_model, read_codes
 from finetune.recall.presets import ARMS, Preset
 from finetune.recall.streams import Streams, draw
+from finetune.step import Optimizer
 from ttt import TTTArgs, TTTLMModel, measuring
 
 logger = logging.getLogger(__name__)

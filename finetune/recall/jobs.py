@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from finetune.console import setup_logging
 from finetune.errors import UserError
+from finetune.monitoring import setup_logging
 
 logger = logging.getLogger(__name__)
 

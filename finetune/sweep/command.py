@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from finetune.console import console
 from finetune.errors import UserError
-from finetune.secrets import is_secret
+from finetune.monitoring import console
+from finetune.safety import is_secret
 from finetune.sweep.plan import Sweep, load_sweep
 from finetune.sweep.report import plot_sweep, write_page
 from finetune.sweep.run import run_sweep

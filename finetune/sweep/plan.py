@@ -19,13 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from finetune.args import TrainArgs
-from finetune.config import NULLS, check_config, flatten, list_problems, read_yaml
-from finetune.data.sources import load_sources
-from finetune.data.text import count_frames
+from finetune.config import NULLS, TrainArgs, check_config, flatten, list_problems, read_yaml
+from finetune.data import count_frames, load_sources
 from finetune.errors import UserError
-from finetune.model import changed_shape, find_checkpoint, model_shape, plan_model
-from finetune.start import misfits
+from finetune.model import changed_shape, find_checkpoint, misfits, model_shape, plan_model
 
 KEYS = ("base", "sweep_dir", "overrides", "runs", "processes", "slurm")
 # What the sweep itself says of each run, and what would stand in a process list.

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from finetune.metrics import Kind
-from finetune.plots import running_mean, series
+from finetune.monitoring import Kind, running_mean, series
 from finetune.sweep.plan import Sweep
 from finetune.sweep.table import Row, logged, shown, shown_columns
 

@@ -22,11 +22,10 @@ from typing import Any, Literal, TextIO
 from rich.text import Text
 
 from finetune.config import changed_keys
-from finetune.console import console, format_duration
 from finetune.errors import UserError
 from finetune.interrupt import stop_signals
-from finetune.safe_files import parse_json
-from finetune.secrets import is_secret
+from finetune.monitoring import console, format_duration
+from finetune.safety import is_secret, parse_json
 from finetune.sweep.plan import HARMLESS, PlannedRun, Sweep
 
 Status = Literal["new", "running", "finished", "failed", "stopped", "skipped"]

@@ -14,10 +14,9 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
-from finetune.console import console
 from finetune.errors import UserError
-from finetune.metrics import Kind, metrics_path, read_metrics
-from finetune.summary import SUMMARY
+from finetune.monitoring import Kind, console, metrics_path, read_metrics
+from finetune.plan import SUMMARY
 from finetune.sweep.plan import PlannedRun, Sweep
 from finetune.sweep.run import changes_since, read_record
 

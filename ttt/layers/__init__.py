@@ -1,6 +1,6 @@
 """Modules made of `ttt.ops`, and their streaming state."""
 
 from ttt.layers.in_place import InPlaceGating
-from ttt.layers.linear import TTTMixer
+from ttt.layers.mixer import TTTMixer
 
 __all__ = ["InPlaceGating", "TTTMixer"]

@@ -21,8 +21,8 @@ from moshi.modules.transformer import (
 )
 from torch import Tensor, nn
 
-from ttt.ops.attention import RopeTable, causal_attention, rotate
-from ttt.ops.depth_attention import depth_attention
+from ttt.ops.moshi.attention import RopeTable, causal_attention, rotate
+from ttt.ops.moshi.depth_attention import depth_attention
 
 
 class Linear(NamedTuple):

@@ -3,8 +3,8 @@ pass."""
 
 import logging
 import types
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, Literal
@@ -18,8 +18,8 @@ from torch.utils.checkpoint import (
 )
 
 # The operators of `_KEPT` are registered there.
-from ttt.ops import depth_attention as _depth_attention  # noqa: F401
-from ttt.ops.linear import keeps_in_vain
+from ttt.ops.moshi import depth_attention as _depth_attention  # noqa: F401
+from ttt.ops.recompute import first_forward_pass
 
 Checkpointing = bool | Literal["selective"]
 """What is kept for the backward pass: everything (false), the inputs of layers alone (true), or
@@ -144,17 +144,8 @@ def _checkpointed(
     if mode == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
     elif mode == "split":
-        options["context_fn"] = lambda: (_keeping_in_vain(), nullcontext())
+        options["context_fn"] = lambda: (first_forward_pass(), nullcontext())
     return checkpoint(function, *args, **options)
-
-
-@contextmanager
-def _keeping_in_vain() -> Iterator[None]:
-    token = keeps_in_vain.set(True)
-    try:
-        yield
-    finally:
-        keeps_in_vain.reset(token)
 
 
 def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -11,10 +11,10 @@ from moshi.modules.streaming import State, StreamingModule
 from torch import Tensor, nn
 
 from ttt import ops
-from ttt.config import TTTArgs
+from ttt.config import MAX_WRITE_STRENGTH, TTTArgs
 from ttt.layers.execution import Execution
-from ttt.ops.chunks import accumulating_dtype, product
-from ttt.ops.in_place import delta_norm_square
+from ttt.ops.in_place.sum import delta_norm_square
+from ttt.ops.in_place.terms import accumulating_dtype, product
 
 GATE_SPEED = 10.0
 """How much faster than other parameters the gate learns: Adam's steps have a size of their own."""
@@ -32,12 +32,15 @@ class InPlaceState(State):
     float64 model), apart from W0: a small change added to a bfloat16 W0 would lose half of
     itself."""
     pending_z: Tensor
-    """[B, C, h], what the activations of the open chunk are written with: themselves, or divided by
-    their squared norms."""
+    """[B, lag + C, h], the keys of the chunk before's last `lag` frames, which wait for their
+    targets, and of the open chunk: activations, or those divided by their squared norms; zero where
+    nothing is to be written."""
     pending_source: Tensor
-    """[B, C, d], what the targets of the open chunk are made of."""
+    """[B, tail + C, d], what the targets of the open chunk are made of: its own frames, and the
+    `tail` of those before that the conv reaches back to."""
     pending_read: Tensor | None
-    """[B, C, d], S z of the open chunk, which `write: delta` compares its targets with."""
+    """[B, lag + C, d], S z of the same frames as `pending_z`, with the S that the open chunk reads:
+    `write: delta` compares its targets with it."""
     num_pending: Tensor
     """[B], frames in the open chunk, 0 to C - 1."""
 
@@ -48,7 +51,12 @@ class InPlaceState(State):
 
     def reset(self, reset_mask: Tensor) -> None:
         super().reset(reset_mask)
-        self.change.masked_fill_(reset_mask.view(-1, 1, 1), 0.0)
+        rows = reset_mask.view(-1, 1, 1)
+        self.change.masked_fill_(rows, 0.0)
+        for name, buffer in self.tensors().items():
+            if name.startswith("pending"):
+                # All of it: 0 · NaN would be NaN.
+                buffer.masked_fill_(rows, 0.0)
         self.num_pending.masked_fill_(reset_mask, 0)
 
 
@@ -134,16 +142,38 @@ class InPlaceGating(StreamingModule[InPlaceState]):
 
     @property
     def write_strength(self) -> Tensor | None:
-        """[1], β, at least in float32; None with `write: sum`."""
+        """[1], β, at most `MAX_WRITE_STRENGTH` and at least in float32; None with `write: sum`."""
         if self.log_write_strength is None:
             return None
-        return self.log_write_strength.to(accumulating_dtype(self.log_write_strength.dtype)).exp()
+        log = self.log_write_strength.to(accumulating_dtype(self.log_write_strength.dtype))
+        # At the bound the gradient passes on, so that β can come back.
+        excess = (log - math.log(MAX_WRITE_STRENGTH)).clamp(min=0).detach()
+        return (log - excess).exp()
 
-    def forward(self, x: Tensor, token_embeddings: Tensor) -> Tensor:
+    @property
+    def lag(self) -> int:
+        """How many frames a key waits for its target."""
+        return self.args.lag_frames
+
+    @property
+    def num_behind(self) -> int:
+        """Frames before its own that a target is made of."""
+        return self.args.conv_kernel_size - 1 - self.args.lookahead_frames
+
+    @property
+    def tail(self) -> int:
+        """Frames of the chunk before that the conv reaches back to."""
+        return self.args.conv_kernel_size - 1 if self.args.carries else 0
+
+    def forward(
+        self, x: Tensor, token_embeddings: Tensor, is_frame: Tensor | None = None
+    ) -> Tensor:
         """
         Args:
             x: [B, T, d], the layer's normalised input to its MLP.
             token_embeddings: [B, T, d], see `TTTLMModel.forward_text`; unused by target `hidden`.
+            is_frame: [B, T], false past the end of a recording: such frames are no targets, and
+                those whose targets they are part of are not written. None: all are frames.
 
         Returns:
             [B, T, d].
@@ -153,13 +183,14 @@ class InPlaceGating(StreamingModule[InPlaceState]):
             return self.linear_out(self._activations(x))
         if self._streaming_state is not None:
             z, source = self._activations(x), self._scaled(source)
-            return self.linear_out(z) + self._stream(z, source, self._streaming_state)
+            return self.linear_out(z) + self._stream(z, source, is_frame, self._streaming_state)
         z, v = self.execution.piece(InPlaceGating._prepare, self, x, source)
-        learnt = self._learn(z, v)
+        written = self._is_written(is_frame)
+        learnt = self._learn(z, v, written)
         # At last: activation checkpointing then need not compute it again.
         plain = self.linear_out(z)
         if self.measure and x.shape[1] > self.args.chunk_size:
-            self.measured = self._measure(z, v, plain, learnt)
+            self.measured = self._measure(z, v, written, plain, learnt)
             # Once: activation checkpointing and micro-batches come here again.
             self.measure = False
         return plain + learnt
@@ -177,22 +208,35 @@ class InPlaceGating(StreamingModule[InPlaceState]):
         """z and the targets v of whole sequences."""
         z, v = self._activations(x), self._targets(self._scaled(source))
         if self.divides_by_keys:
-            v = v * _inverse_square(z).to(v.dtype)
+            v = v * _delayed(_inverse_square(z), self.lag).to(v.dtype)
         return z, v
 
-    def _learn(self, z: Tensor, v: Tensor) -> Tensor:
+    def _is_written(self, is_frame: Tensor | None) -> Tensor | None:
+        """[B, T], whether the pair that is complete at a frame is written; None: all are. A pair
+        needs all frames from its key's to its target's last."""
+        if is_frame is None or not self.args.carries:
+            return None
+        written = is_frame
+        for shift in range(1, self.lag + 1):
+            written = written & F.pad(is_frame, (shift, 0), value=True)[:, : is_frame.shape[1]]
+        return written
+
+    def _learn(self, z: Tensor, v: Tensor, written: Tensor | None) -> Tensor:
         """S z of whole sequences, [B, T, d]."""
         chunk_size, decay = self.args.chunk_size, self.args.state_decay
         beta = self.write_strength
         if beta is not None:
-            return ops.in_place_delta(z, v, beta=beta, chunk_size=chunk_size, decay=decay)
+            return ops.in_place_delta(
+                z, v, beta=beta, chunk_size=chunk_size, decay=decay, lag=self.lag, written=written
+            )
         return ops.in_place_ttt(
             z,
-            v,
+            _only(v, written),
             lr=self.args.inner_learning_rate,
             chunk_size=chunk_size,
             max_delta_norm=self.args.max_delta_norm,
             decay=decay,
+            lag=self.lag,
         )
 
     def _keys(self, z: Tensor) -> Tensor:
@@ -200,7 +244,9 @@ class InPlaceGating(StreamingModule[InPlaceState]):
         return z * _inverse_square(z).to(z.dtype) if self.divides_by_keys else z
 
     def _targets(self, source: Tensor) -> Tensor:
-        """v = W_target · conv(source), [B, T, d]."""
+        """v = W_target · conv(source), [B, T, d]: the target that is complete at each frame."""
+        if self.args.carries:
+            return F.linear(ops.causal_conv(source, self.gated_conv), self.target_proj)
         mixed = ops.chunk_conv(
             source,
             self.gated_conv,
@@ -210,78 +256,99 @@ class InPlaceGating(StreamingModule[InPlaceState]):
         return F.linear(mixed, self.target_proj)
 
     @torch.no_grad()
-    def _measure(self, z: Tensor, v: Tensor, plain: Tensor, learnt: Tensor) -> dict[str, Tensor]:
+    def _measure(
+        self, z: Tensor, v: Tensor, written: Tensor | None, plain: Tensor, learnt: Tensor
+    ) -> dict[str, Tensor]:
         """Scalars that tell whether TTT does anything here; see docs/mathematics.md.
 
         effect: ‖what TTT adds‖ / ‖what the projection gives‖, over the frames that can read.
-        delta: mean ‖change of S by a chunk‖ / ‖W0‖ over the complete chunks that write anything
-            (padding does with `delta` alone, once S is not zero), decay aside.
+        delta: mean ‖change of S by a chunk‖ / ‖W0‖ over the complete chunks that write anything,
+            decay aside.
         clip_rate: share of these chunks whose Δ met the bound; 0 without one.
+        write_strength: β, with `write: delta` alone.
         """
         chunk_size = self.args.chunk_size
         readable = slice(chunk_size, None)
-        effect = learnt[:, readable].float().norm() / plain[:, readable].float().norm()
+        found = {"effect": learnt[:, readable].float().norm() / plain[:, readable].float().norm()}
         beta = self.write_strength
         rate = self.args.inner_learning_rate
+        keys, v = _delayed(z, self.lag), _only(v, written)
         if beta is not None:
-            rate, residual = 1.0, v - learnt
-            v = torch.cat(
-                [
-                    ops.chunk_errors(z_chunk, residual_chunk, beta).to(v.dtype)
-                    for z_chunk, residual_chunk in zip(
-                        z.split(chunk_size, 1), residual.split(chunk_size, 1), strict=True
-                    )
-                ],
-                dim=1,
-            )
-        delta = delta_norm_square(z, v, chunk_size).sqrt()
+            rate, found["write_strength"] = 1.0, beta.squeeze()
+            keys = _only(keys, written)
+            v = self._errors(keys, v, learnt, beta)
+        delta = delta_norm_square(keys, v, chunk_size).sqrt()
         num_writing = (delta > 0).sum().clamp(min=1)
         bound = self.args.max_delta_norm or float("inf")
-        clip_rate = (delta > bound).sum() / num_writing
+        found["clip_rate"] = (delta > bound).sum() / num_writing
         delta = delta.clamp(max=bound)
-        base = self.base_weight.float().norm()
-        return {
-            "effect": effect,
-            "delta": rate * delta.sum() / num_writing / base,
-            "clip_rate": clip_rate,
-        }
+        found["delta"] = rate * delta.sum() / num_writing / self.base_weight.float().norm()
+        return found
+
+    def _errors(self, keys: Tensor, v: Tensor, learnt: Tensor, beta: Tensor) -> Tensor:
+        """E of whole sequences, [B, T, d], of what their frames have read."""
+        size = self.args.chunk_size
+        read = _delayed(learnt, self.lag)
+        errors: list[Tensor] = []
+        for start in range(0, v.shape[1], size):
+            here = slice(start, start + size)
+            residual = v[:, here].float() - read[:, here]
+            if errors and self.lag:
+                # These have read before the last chunk wrote.
+                waiting = keys[:, start : start + self.lag]
+                change = product(errors[-1].to(keys.dtype).mT, keys[:, start - size : start])
+                residual[:, : self.lag] = (
+                    v[:, start : start + self.lag]
+                    - self.args.state_decay * read[:, start : start + self.lag].float()
+                    - waiting.float() @ change.float().mT
+                )
+            errors.append(ops.chunk_errors(keys[:, here], residual, beta))
+        return torch.cat(errors, dim=1).to(v.dtype)
 
     # Streaming -------------------------------------------------------------------------------
 
     def _init_streaming_state(self, batch_size: int) -> InPlaceState:
         weight = self.base_weight
-        chunk_size, width = self.args.chunk_size, self.width
+        size, width = self.args.chunk_size, self.width
         dtype = accumulating_dtype(weight.dtype)
         is_delta = self.log_write_strength is not None
         return InPlaceState(
             batch_size,
             weight.device,
             change=weight.new_zeros(batch_size, width, self.hidden, dtype=dtype),
-            pending_z=weight.new_zeros(batch_size, chunk_size, self.hidden),
-            pending_source=weight.new_zeros(batch_size, chunk_size, width),
-            pending_read=weight.new_zeros(batch_size, chunk_size, width, dtype=dtype)
+            pending_z=weight.new_zeros(batch_size, self.lag + size, self.hidden),
+            pending_source=weight.new_zeros(batch_size, self.tail + size, width),
+            pending_read=weight.new_zeros(batch_size, self.lag + size, width, dtype=dtype)
             if is_delta
             else None,
             num_pending=torch.zeros(batch_size, dtype=torch.long, device=weight.device),
         )
 
     def state_bytes(self, batch_size: int) -> int:
-        """What `_init_streaming_state` allocates for `batch_size` streams."""
+        """Return the bytes that `_init_streaming_state` allocates for `batch_size` streams."""
         wide = accumulating_dtype(self.base_weight.dtype).itemsize
-        per_frame = (self.hidden + self.width) * self.base_weight.element_size()
+        narrow = self.base_weight.element_size()
+        keys, sources = self.lag + self.args.chunk_size, self.tail + self.args.chunk_size
+        per_row = wide * self.width * self.hidden + 8
+        per_row += narrow * (keys * self.hidden + sources * self.width)
         if self.log_write_strength is not None:
-            per_frame += self.width * wide
-        per_row = wide * self.width * self.hidden + self.args.chunk_size * per_frame + 8
+            per_row += wide * keys * self.width
         return batch_size * per_row
 
     @torch.no_grad()
-    def _stream(self, z: Tensor, source: Tensor, state: InPlaceState) -> Tensor:
+    def _stream(
+        self, z: Tensor, source: Tensor, is_frame: Tensor | None, state: InPlaceState
+    ) -> Tensor:
         """S z of T more frames, [B, T, d]; rows may differ in position."""
-        if z.is_cuda and z.shape[1] == 1:
-            return self._stream_frame(z, source, state).to(z.dtype)
-        return self._stream_frames(z, source, state).to(z.dtype)
+        if is_frame is None or not self.args.carries:
+            is_frame = torch.ones(z.shape[:2], dtype=torch.bool, device=z.device)
+        on_device = z.is_cuda and z.shape[1] == 1
+        stream = self._stream_frame if on_device else self._stream_frames
+        return stream(z, source, is_frame, state).to(z.dtype)
 
-    def _stream_frames(self, z: Tensor, source: Tensor, state: InPlaceState) -> Tensor:
+    def _stream_frames(
+        self, z: Tensor, source: Tensor, is_frame: Tensor, state: InPlaceState
+    ) -> Tensor:
         num_frames = z.shape[1]
         outputs = []
         start = 0
@@ -291,14 +358,22 @@ class InPlaceGating(StreamingModule[InPlaceState]):
             piece = slice(start, start + length)
             query = z[:, piece].to(state.change.dtype)
             outputs.append(torch.bmm(query, state.change.transpose(1, 2)))
-            self._append(self._keys(z[:, piece]), source[:, piece], outputs[-1], state)
+            self._append(
+                self._keys(z[:, piece]),
+                source[:, piece],
+                outputs[-1],
+                is_frame[:, piece] | ~state.exec_mask[:, None],
+                state,
+            )
             self._write_complete_chunks(state)
             start += length
         return torch.cat(outputs, dim=1)
 
-    def _stream_frame(self, z: Tensor, source: Tensor, state: InPlaceState) -> Tensor:
+    def _stream_frame(
+        self, z: Tensor, source: Tensor, is_frame: Tensor, state: InPlaceState
+    ) -> Tensor:
         """The same for one frame, and nothing is asked of the device: a CUDA graph can hold it."""
-        from ttt.ops.stream_frame import stream_frame
+        from ttt.ops.in_place.stream import stream_frame
 
         is_delta = self.log_write_strength is not None
         # Triton launches on the current device.
@@ -307,6 +382,7 @@ class InPlaceGating(StreamingModule[InPlaceState]):
                 z,
                 self._keys(z),
                 source,
+                is_frame,
                 change=state.change,
                 pending_z=state.pending_z,
                 pending_source=state.pending_source,
@@ -315,42 +391,69 @@ class InPlaceGating(StreamingModule[InPlaceState]):
                 exec_mask=state.exec_mask,
                 conv=self.gated_conv,
                 projection=self.target_proj,
-                lookahead=self.args.lookahead_frames,
+                num_behind=0 if self.args.carries else self.num_behind,
+                lag=self.lag,
                 decay=self.args.state_decay,
                 lr=1.0 if is_delta else self.args.inner_learning_rate,
                 max_delta_norm=self.args.max_delta_norm,
                 beta=self.write_strength,
             )
 
-    def _append(self, z: Tensor, source: Tensor, read: Tensor, state: InPlaceState) -> None:
+    def _append(
+        self, z: Tensor, source: Tensor, read: Tensor, is_frame: Tensor, state: InPlaceState
+    ) -> None:
         """Keep frames of the open chunk. A paused row's land where its next ones will."""
         num_frames = z.shape[1]
         positions = state.num_pending[:, None] + torch.arange(num_frames, device=z.device)
-        for buffer, new in (
-            (state.pending_z, z),
-            (state.pending_source, source),
-            (state.pending_read, read),
+        for buffer, offset, new in (
+            (state.pending_z, self.lag, z),
+            (state.pending_source, self.tail, source),
+            (state.pending_read, self.lag, read),
         ):
             if buffer is not None:
-                index = positions[:, :, None].expand(-1, -1, buffer.shape[-1])
+                index = (offset + positions)[:, :, None].expand(-1, -1, buffer.shape[-1])
                 buffer.scatter_(1, index, new.to(buffer.dtype))
+        for row, frame in (~is_frame).nonzero().tolist():
+            # Its own key, and those that it would be part of the targets of.
+            first = int(state.num_pending[row]) + frame
+            state.pending_z[row, first : first + self.lag + 1] = 0
         state.num_pending += num_frames * state.exec_mask
 
     def _write_complete_chunks(self, state: InPlaceState) -> None:
-        beta = self.write_strength
-        for row in (state.num_pending == self.args.chunk_size).nonzero().flatten().tolist():
+        beta, size = self.write_strength, self.args.chunk_size
+        for row in (state.num_pending == size).nonzero().flatten().tolist():
             here = slice(row, row + 1)
-            z = state.pending_z[here]
-            v = self._targets(state.pending_source[here])
+            keys = state.pending_z[here, :size]
+            v = self._targets(state.pending_source[here])[:, self.tail :]
             if beta is None:
-                delta = ops.chunk_delta(z, v, max_delta_norm=self.args.max_delta_norm)
+                delta = ops.chunk_delta(keys, v, max_delta_norm=self.args.max_delta_norm)
                 delta = self.args.inner_learning_rate * delta
             else:
                 assert state.pending_read is not None
-                errors = ops.chunk_errors(z, v - state.pending_read[here], beta)
-                delta = product(errors.to(z.dtype).transpose(1, 2), z)
-            state.change[here].mul_(self.args.state_decay).add_(delta)
+                errors = ops.chunk_errors(keys, v - state.pending_read[here, :size], beta)
+                delta = errors.mT @ keys.to(errors.dtype)
+            change = state.change[here].mul_(self.args.state_decay).add_(delta)
+            self._carry_over(here, change, state)
             state.num_pending[row] = 0
+
+    def _carry_over(self, row: slice, change: Tensor, state: InPlaceState) -> None:
+        """Move what the next chunk needs of a row's last one to where it looks for it."""
+        size = self.args.chunk_size
+        for buffer, length in ((state.pending_z, self.lag), (state.pending_source, self.tail)):
+            buffer[row, :length] = buffer[row, size : size + length].clone()
+        if state.pending_read is not None:
+            waiting = state.pending_z[row, : self.lag].to(change.dtype)
+            state.pending_read[row, : self.lag] = waiting @ change.mT
+
+
+def _delayed(x: Tensor, lag: int) -> Tensor:
+    """[B, T, ·] of [B, T, ·]: at each frame x of `lag` frames ago, and zeros at first."""
+    return F.pad(x, (0, 0, lag, 0))[:, : x.shape[1]] if lag else x
+
+
+def _only(x: Tensor, frames: Tensor | None) -> Tensor:
+    """x [B, T, ·] at `frames` [B, T], zero elsewhere; None: everywhere."""
+    return x if frames is None else torch.where(frames.unsqueeze(-1), x, 0.0)
 
 
 def _normalised(source: Tensor) -> Tensor:

@@ -1,20 +1,24 @@
-"""Pure functions: tensors in, tensors out. `reference` and `reference_linear` define, the
-rest is fast."""
+"""Pure functions: tensors in, tensors out. A folder is an operator; `reference` in it defines what
+the fast forms beside it compute."""
 
-from ttt.ops import reference, reference_linear
-from ttt.ops.delta import chunk_errors, in_place_delta
-from ttt.ops.in_place import chunk_conv, chunk_delta, in_place_ttt
-from ttt.ops.linear import inner_losses, rope, ttt_linear, ttt_mlp
+from ttt.ops.in_place import (
+    causal_conv,
+    chunk_conv,
+    chunk_delta,
+    chunk_errors,
+    in_place_delta,
+    in_place_ttt,
+)
+from ttt.ops.inner_loop import inner_losses, rope, ttt_linear, ttt_mlp
 
 __all__ = [
+    "causal_conv",
     "chunk_conv",
     "chunk_delta",
     "chunk_errors",
     "in_place_delta",
     "in_place_ttt",
     "inner_losses",
-    "reference",
-    "reference_linear",
     "rope",
     "ttt_linear",
     "ttt_mlp",

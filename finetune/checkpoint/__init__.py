@@ -1,0 +1,26 @@
+"""What a run leaves on disk, and continues from."""
+
+from finetune.checkpoint.random_state import get_random_state, set_random_state
+from finetune.checkpoint.run_dir import (
+    fill_shards,
+    first_whole,
+    list_checkpoints,
+    load_resume_state,
+    load_trained_weights,
+    step_of,
+)
+from finetune.checkpoint.run_folder import RunFolder
+from finetune.checkpoint.writer import CheckpointWriter
+
+__all__ = [
+    "CheckpointWriter",
+    "RunFolder",
+    "fill_shards",
+    "first_whole",
+    "get_random_state",
+    "list_checkpoints",
+    "load_resume_state",
+    "load_trained_weights",
+    "set_random_state",
+    "step_of",
+]

@@ -1,0 +1,370 @@
+"""Writing checkpoints while training goes on.
+
+At a checkpoint's step everything is copied to the host: of the optimizer's state each process
+copies its own part, and of the weights for people the first process has all, gathered tensor by
+tensor. A thread in every process then writes, checks and counts: the checkpoint gets its name when
+all of it lies on the disk. Until then it is `….incomplete`, which nothing ever reads.
+"""
+
+import dataclasses
+import json
+import logging
+import math
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from moshi.models import loaders
+from moshi.modules.lora import LoRALinear
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+
+from finetune.checkpoint import manifest
+from finetune.checkpoint.run_dir import delete_old
+from finetune.checkpoint.run_record import RunRecord, fsync
+from finetune.config import TrainArgs, save_config
+from finetune.distributed import Sharding, World, like_parameter, whole
+from finetune.errors import UserError
+from finetune.model import changed_shape, trainable_by_role
+from finetune.step import Optimizer
+from ttt import TTTLMModel, ttt_parameters
+
+logger = logging.getLogger(__name__)
+
+SPARE_BYTES = 2**24
+"""What must be free on the disk besides a checkpoint's tensors."""
+
+LEAVING_SEC = 60.0
+"""How long a run that ends by an error waits for a checkpoint that is being written."""
+
+# torch.save, safetensors and DCP report a full disk as errors of their own.
+_WRITING_ERRORS = (OSError, RuntimeError, SafetensorError, CheckpointException)
+
+
+@dataclass
+class Snapshot:
+    """A step's checkpoint in memory."""
+
+    step: int
+    eval_loss: float | None
+    weights: dict[str, dict[str, Tensor]]
+    """What is for people: files of tensors; empty but on the first process."""
+    shards: dict[str, Tensor]
+    """The optimizer's tensors, this process's parts."""
+    resume_state: dict[str, Any]
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all processes' tensors together."""
+        tensors = [
+            *self.shards.values(),
+            *(t for file in self.weights.values() for t in file.values()),
+        ]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of a run; all processes do the same with it.
+
+    A checkpoint that cannot be written is an error in the log, and training goes on: what was saved
+    before is whole, and the next one may succeed. `wait` raises if the latest has failed.
+    """
+
+    def __init__(
+        self,
+        args: TrainArgs,
+        info: loaders.CheckpointInfo,
+        world: World,
+        sharding: Sharding | None,
+        *,
+        record: RunRecord,
+        on_wait: Callable[[], None] = lambda: None,
+        on_saved: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.args = args
+        self.info = info
+        self.world = world
+        self.sharding = sharding
+        self.on_wait = on_wait
+        """Called now and then while the training waits for a disk."""
+        self.on_saved = on_saved
+        """Called by the first process, in the thread, when a checkpoint is complete."""
+        self.record = record
+        self.last_step = 0
+        """Of the latest checkpoint that was begun."""
+        self._folder = Path(args.run_dir) / "checkpoints"
+        self._thread: threading.Thread | None = None
+        self._error: str | None = None
+
+    def save(
+        self,
+        model: TTTLMModel,
+        optimizer: Optimizer,
+        *,
+        step: int,
+        eval_loss: float | None,
+        resume_state: dict[str, Any],
+    ) -> None:
+        """Begin the checkpoint of `step`; the one before is completed first."""
+        self._join()
+        self._error = None
+        self.last_step = step
+        snapshot = Snapshot(
+            step,
+            eval_loss,
+            dict(self._weights(model)),
+            dict(self._shards(optimizer)),
+            {"optimizer": optimizer.summary(), **resume_state},
+        )
+        self._error = self.world.first(self._prepare(snapshot))
+        if self._error is not None:
+            self._report()
+            return
+        self._error = f"the checkpoint of step {step} was not completed."
+        if self.args.ckpt_async:
+            self._thread = threading.Thread(
+                target=self._write, args=(snapshot,), name="checkpoint", daemon=True
+            )
+            self._thread.start()
+        else:
+            self._write(snapshot)
+
+    def wait(self) -> None:
+        """Until the latest checkpoint is complete.
+
+        Raises:
+            UserError: it could not be written; older checkpoints are untouched.
+        """
+        self._join()
+        if self._error is not None:
+            raise UserError(self._error)
+
+    def close(self) -> None:
+        """End; for a while at most, as the other processes may be gone."""
+        self._join(math.inf if self.world.size == 1 else LEAVING_SEC)
+
+    def _join(self, timeout_sec: float = math.inf) -> None:
+        started_at = time.monotonic()
+        while self._thread is not None and time.monotonic() < started_at + timeout_sec:
+            self.on_wait()
+            self._thread.join(timeout=1.0)
+            if not self._thread.is_alive():
+                self._thread = None
+
+    # --- into memory ------------------------------------------------------------------------------
+
+    def _weights(self, model: TTTLMModel) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        for name, tensors in consolidated(self.args, model).items():
+            on_host = {}
+            if self.sharding is None and not self.world.is_main:
+                continue
+            for key, tensor in tensors:
+                # All processes gather; one keeps, and not on its GPU.
+                if self.world.is_main:
+                    on_host[key] = self._hold(tensor).cpu().contiguous()
+            if self.world.is_main:
+                yield name, on_host
+
+    def _shards(self, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
+        for name, (tensor, parameter) in optimizer.tensors().items():
+            yield name, like_parameter(self._hold(tensor.detach()), parameter, self.sharding)
+
+    def _hold(self, tensor: Tensor) -> Tensor:
+        return tensor.to("cpu", copy=True) if self.args.ckpt_async else tensor
+
+    # --- onto the disk ----------------------------------------------------------------------------
+
+    def _prepare(self, snapshot: Snapshot) -> str | None:
+        """Make the folder, if there is room; what is wrong if not."""
+        if not self.world.is_main:
+            return None
+        try:
+            partial = self._partial(snapshot.step)
+            if partial.exists() and not self.record.delete(self._name(partial)):
+                raise OSError(f"{partial} holds something that no run wrote: move it away")
+            self.record.add(trees=[self._name(partial)])
+            (partial / "consolidated").mkdir(parents=True)
+            free, needed = shutil.disk_usage(partial).free, snapshot.num_bytes + SPARE_BYTES
+            if free < needed:
+                self.record.delete(self._name(partial))
+                raise OSError(f"it needs {needed / 1e9:.2f} GB")
+        except OSError as error:
+            return self._explain(snapshot.step, error)
+        return None
+
+    def _write(self, snapshot: Snapshot) -> None:
+        """In the thread: this process's files, then together with the others the rest. Meanwhile
+        the training must not exchange anything through `world.gather`."""
+        if self.world.device.type == "cuda":
+            # A thread begins on the first GPU; DCP asks for the current one, though all is on the
+            # host.
+            torch.cuda.set_device(self.world.device)
+        partial = self._partial(snapshot.step)
+        entries: manifest.Entries = {}
+        error = None
+        try:
+            self._write_shards(snapshot, partial / "resume")
+            if self.world.is_main:
+                self._write_rest(snapshot, partial)
+            entries = manifest.describe(partial, self._own_files(partial))
+        except _WRITING_ERRORS as problem:
+            error = self._explain(snapshot.step, problem)
+        everything = self.world.gather((entries, error))
+        self._error = next((text for _, text in everything if text is not None), None)
+        if self.world.is_main:
+            if self._error is None:
+                self._error = self._complete(snapshot.step, [entry for entry, _ in everything])
+            if self._error is not None:
+                self._remove(partial)
+        self._error = self.world.first(self._error)
+        self._report()
+
+    def _write_shards(self, snapshot: Snapshot, folder: Path) -> None:
+        dcp.save(
+            dict(snapshot.shards),
+            storage_writer=dcp.FileSystemWriter(folder),
+            process_group=self.world.host_group,
+            no_dist=self.world.size == 1,
+        )
+
+    def _write_rest(self, snapshot: Snapshot, partial: Path) -> None:
+        for name, tensors in snapshot.weights.items():
+            path = partial / "consolidated" / name
+            metadata = None
+            if name == "ttt.safetensors":
+                metadata = {"ttt_args": json.dumps(dataclasses.asdict(self.args.ttt))}
+            save_file(tensors, path, metadata=metadata)
+        config = consolidated_config(self.args, self.info)
+        (partial / "consolidated/config.json").write_text(
+            json.dumps(config, indent=2), encoding="utf-8"
+        )
+        save_config(self.args, partial / "args.yaml")
+        torch.save(snapshot.resume_state, partial / "resume.pt")
+        info = {"step": snapshot.step, "eval_loss": snapshot.eval_loss}
+        (partial / "info.json").write_text(json.dumps(info), encoding="utf-8")
+
+    def _own_files(self, partial: Path) -> list[Path]:
+        """Those that this process has written."""
+        own = list((partial / "resume").glob(f"__{self.world.rank}_*"))
+        if self.world.is_main:
+            own += [path for path in partial.rglob("*") if path.is_file() and path.name[:2] != "__"]
+        return own
+
+    def _complete(self, step: int, entries: list[manifest.Entries]) -> str | None:
+        """The last step, by one process; what went wrong, if anything."""
+        partial, final = self._partial(step), self._folder / f"checkpoint_{step:06d}"
+        try:
+            manifest.write(partial, {name: e for each in entries for name, e in each.items()})
+            for file in partial.rglob("*"):
+                fsync(file)
+            name = self._name(final)
+            self.record.add(
+                f"{name}/{file.relative_to(partial).as_posix()}"
+                for file in partial.rglob("*")
+                if file.is_file()
+            )
+            os.replace(partial, final)
+            fsync(self._folder)
+        except OSError as error:
+            return self._explain(step, error)
+        self.on_saved()
+        delete_old(self.args, final, self.record)
+        return None
+
+    def _remove(self, partial: Path) -> None:
+        try:
+            self.record.delete(self._name(partial))
+        except OSError as error:
+            logger.warning("could not delete %s: %s", partial, error)
+
+    def _name(self, checkpoint: Path) -> str:
+        return f"{self._folder.name}/{checkpoint.name}"
+
+    def _partial(self, step: int) -> Path:
+        return self._folder / f"checkpoint_{step:06d}.incomplete"
+
+    def _explain(self, step: int, error: BaseException) -> str:
+        free_gb = shutil.disk_usage(self.args.run_dir).free / 1e9
+        reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+        return (
+            f"the checkpoint of step {step} could not be written to {self._folder} ({free_gb:.2f} "
+            f"GB free): {reason}. Older checkpoints are untouched: make room, then continue from "
+            f"the latest with --resume."
+        )
+
+    def _report(self) -> None:
+        if not self.world.is_main:
+            return
+        if self._error is None:
+            logger.info("saved %s", self._folder / f"checkpoint_{self.last_step:06d}")
+        else:
+            logger.error("%s Training goes on; the next checkpoint tries again.", self._error)
+
+
+def consolidated(args: TrainArgs, model: TTTLMModel) -> dict[str, Iterator[tuple[str, Tensor]]]:
+    """The weights for people, file by file: what trained, under the names of stock `moshi`.
+
+    The tensors are gathered as they are asked for; all processes must ask for all.
+    """
+    dtype = getattr(torch, args.param_dtype)
+    files: dict[str, Iterator[tuple[str, Tensor]]] = {}
+    if args.lora.enable and args.save_adapters:
+        files["lora.safetensors"] = (
+            (name, whole(parameter, dtype))
+            for role, named in trainable_by_role(model).items()
+            if role != "ttt"
+            for name, parameter in named.items()
+        )
+    elif args.lora.enable or args.full_finetuning:
+        files["consolidated.safetensors"] = merged_weights(model, dtype)
+    if args.ttt.enabled:
+        files["ttt.safetensors"] = (
+            (name, whole(parameter, dtype)) for name, parameter in ttt_parameters(model).items()
+        )
+    return files
+
+
+def merged_weights(model: TTTLMModel, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """The weights under the names of the stock model, LoRA merged, without TTT's own; one after
+    the other, as a second copy of all may not fit beside the first. Of a sharded model all
+    processes must ask for all of them."""
+    adapters = {
+        prefix: module for prefix, module in model.named_modules() if isinstance(module, LoRALinear)
+    }
+    own = ttt_parameters(model)
+    for name, weight in model.named_parameters():
+        prefix, _, part = name.rpartition(".")
+        owner, _, inner = prefix.rpartition(".")
+        if name in own or (owner in adapters and inner in ("lora_A", "lora_B")):
+            continue
+        if owner in adapters and inner == "frozen_W":
+            down, up = adapters[owner].lora_A.weight, adapters[owner].lora_B.weight
+            change = whole(up, dtype).mm(whole(down, dtype)) * adapters[owner].scaling
+            yield f"{owner}.{part}", change + whole(weight, dtype)
+        else:
+            yield name, whole(weight, dtype)
+
+
+def consolidated_config(args: TrainArgs, info: loaders.CheckpointInfo) -> dict[str, Any]:
+    """The config.json beside them."""
+    adapters_only = args.lora.enable and args.save_adapters
+    config = changed_shape(
+        loaders._lm_kwargs if info.raw_config is None else info.raw_config, args.model
+    )
+    config["lora"] = adapters_only
+    if args.model.attention_context is not None:
+        config["context"] = args.model.attention_context
+    if adapters_only:
+        config |= {"lora_rank": args.lora.rank, "lora_scaling": args.lora.scaling}
+    elif args.lora.enable or args.full_finetuning:
+        config["moshi_name"] = "consolidated.safetensors"
+    return config

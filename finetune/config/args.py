@@ -1,0 +1,276 @@
+"""Everything a training run can be told, as dataclasses: one section of the YAML each.
+
+The string below a field is its documentation: `docs/configuration.md` is made from it.
+`finetune.config.read` reads a file into these classes and checks the values.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+from finetune.config.data_args import DataArgs
+from ttt.config import TTTArgs
+
+
+@dataclass
+class ModelPaths:
+    """Where the weights come from."""
+
+    hf_repo_id: str | None = "kyutai/moshiko-pytorch-bf16"
+    """A Hugging Face model repository, or a local folder of the same layout."""
+
+    mimi_path: str | None = None
+    """File of Mimi's weights; null: the one in `hf_repo_id`."""
+
+    moshi_path: str | None = None
+    """File of the language model's weights; null: the one in `hf_repo_id`."""
+
+    tokenizer_path: str | None = None
+    """File of the SentencePiece text tokenizer; null: the one in `hf_repo_id`."""
+
+    config_path: str | None = None
+    """JSON file with the language model's shape; null: the one in `hf_repo_id`, or Moshi 7B's
+    where there is none."""
+
+    mimi_config_path: str | None = None
+    """JSON file with Mimi's shape; null: the one in `hf_repo_id`, or that of Moshi's own Mimi
+    where there is none."""
+
+    random_init: bool = False
+    """Start the language model from random weights: for demonstrations and benchmarks."""
+
+    init_from: str | None = None
+    """A checkpoint of an earlier run, `RUN/checkpoints/checkpoint_NNNNNN`, whose trained weights
+    (base, LoRA, TTT) this run starts from, in place of `moshi_path` or random weights. Optimizer,
+    schedule, step and data start anew; TTT that the earlier run had not is added untrained."""
+
+
+@dataclass
+class ModelArgs:
+    """Changes to the model's shape; all but the window need `moshi_paths.random_init`."""
+
+    attention_context: int | None = None
+    """Frames that attention sees, in all layers but those for which `ttt.attention_context` says
+    otherwise; null: as the checkpoint has it (3000 in Moshi)."""
+
+    norm: Literal["layer_norm", "rms_norm_f32"] | None = None
+    """Normalisation in both transformers; null: as in config.json (`rms_norm_f32` in Moshi)."""
+
+    gating: Literal["none", "silu"] | None = None
+    """The MLPs of the main transformer: `silu`: gated, with hidden width h; `none`: a plain MLP
+    (GELU) of width 3h/2, which has as many parameters; null: as in config.json (`silu` in
+    Moshi)."""
+
+    positional_embedding: Literal["sin", "rope"] | None = None
+    """Positions in the main transformer: sines added to its input, or queries and keys turned;
+    null: as in config.json (`rope` in Moshi)."""
+
+    def problems(self, random_init: bool, ttt: TTTArgs) -> Iterator[tuple[str, str]]:
+        """What contradicts these values elsewhere: dotted keys, and the problem with its remedy."""
+        for name in ("norm", "gating", "positional_embedding"):
+            if getattr(self, name) is not None and not random_init:
+                yield (
+                    f"model.{name}, moshi_paths.random_init",
+                    "trained weights are of the shape in their config.json, which can be changed "
+                    f"for random weights alone; remove model.{name}, or set random_init to true",
+                )
+        if self.gating == "none" and ttt.enabled and ttt.method == "in_place":
+            yield (
+                "model.gating, ttt.method",
+                "in_place learns in gated MLPs, and with gating none there are none; set "
+                "ttt.method to linear or mlp, ttt.enabled to false, or gating to silu",
+            )
+
+
+@dataclass
+class OptimArgs:
+    """AdamW and its one-cycle schedule."""
+
+    lr: float = 1e-4
+    """Highest learning rate of everything that trains except the TTT parameters."""
+
+    ttt_lr: float = 3e-4
+    """Highest learning rate of the TTT parameters. Not `ttt.learning_rate`, the step size of the
+    fast weights."""
+
+    weight_decay: float = 0.1
+    """Weight decay."""
+
+    pct_start: float = 0.05
+    """Share of `max_steps` over which the learning rates rise, between 0 and 1."""
+
+
+@dataclass
+class LoraArgs:
+    """Low-rank adapters on the linear layers, instead of training all weights."""
+
+    enable: bool = False
+    """Whether to train LoRA adapters."""
+
+    rank: int = 64
+    """Rank of the adapters."""
+
+    scaling: float = 2.0
+    """Factor on the adapters' output."""
+
+    ft_embed: bool = False
+    """Whether the embeddings train as well, in full."""
+
+
+@dataclass
+class ParallelArgs:
+    """Several processes, on one host or many; see [distributed.md](distributed.md)."""
+
+    shard_size: int | Literal["auto"] = "auto"
+    """Processes that share one copy of the model: each holds a part of all weights, gradients and
+    optimizer states (FSDP2). 1: every process holds all of it, and they exchange gradients alone.
+    It must divide the number of processes: 8 on 16 makes two copies. `auto`: all processes if all
+    weights train, else 1."""
+
+    hang_timeout_sec: float = 600.0
+    """Seconds after which a process that has not moved on ends the run, with a message that names
+    it and the place where it stands."""
+
+
+@dataclass
+class WandbArgs:
+    """Weights & Biases."""
+
+    project: str | None = None
+    """Project to log to; null: wandb is not used."""
+
+    offline: bool = False
+    """Log to files in the run folder, to be sent later with `wandb sync`."""
+
+    key: str | None = field(default=None, repr=False)
+    """API key; null: the one that wandb finds itself (`wandb login`, `WANDB_API_KEY`). It is never
+    written to the run folder or to a log."""
+
+    run_name: str | None = None
+    """Name of the run; null: the name of `run_dir`."""
+
+
+@dataclass
+class TrainArgs:
+    """A training run."""
+
+    data: DataArgs
+    """What to train and evaluate on: stereo audio and transcripts, see [data.md](data.md)."""
+
+    run_dir: str
+    """Folder for everything the run writes. It must be new or empty, unless `resume` or
+    `overwrite_run_dir` say otherwise."""
+
+    moshi_paths: ModelPaths = field(default_factory=ModelPaths)
+    """Where the weights come from."""
+
+    model: ModelArgs = field(default_factory=ModelArgs)
+    """Changes to the model's shape."""
+
+    full_finetuning: bool = False
+    """Train all weights of the language model. With this and `lora.enable` both false, the TTT
+    parameters train alone."""
+
+    lora: LoraArgs = field(default_factory=LoraArgs)
+    """LoRA: low-rank adapters on the linear layers, trained instead of all weights."""
+
+    ttt: TTTArgs = field(default_factory=TTTArgs)
+    """Test-time training: layers whose weights keep learning while the model reads."""
+
+    first_codebook_weight_multiplier: float = 1.0
+    """Weight in the loss of the first (semantic) codebook of the audio; the others have 1."""
+
+    text_padding_weight: float = 0.5
+    """Weight in the loss of text padding and end-of-padding; words have 1."""
+
+    duration_sec: float = 10.0
+    """Length of a training sequence, in seconds (12.5 frames each)."""
+
+    batch_size: int = 1
+    """Sequences per device and forward pass."""
+
+    num_microbatches: int = 1
+    """Forward passes whose gradients are accumulated into one step."""
+
+    max_steps: int = 100
+    """Optimizer steps to train for."""
+
+    max_norm: float = 1.0
+    """Upper bound on the norm of the gradient; a larger gradient is scaled down to it."""
+
+    gradient_checkpointing: bool | Literal["selective"] = True
+    """What the forward pass keeps for the backward pass. `true`: the inputs of layers alone; all
+    else is computed again, for the least memory and about a quarter more time. `selective`: also
+    the results of attention and of large matrix products, which take most of that time. `false`:
+    everything."""
+
+    compile: bool | None = None
+    """Whether to compile the layers with `torch.compile`: the first step takes a minute or so, all
+    others are faster. null: on a GPU. Needs gcc or clang: on a GPU in any case, for the kernels,
+    and on a CPU (with `param_dtype: float32`) if true."""
+
+    optim: OptimArgs = field(default_factory=OptimArgs)
+    """The optimizer, AdamW, with a one-cycle schedule."""
+
+    param_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Type of the parameters in the forward pass. The optimizer's own copy is always float32."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; `auto`: on the GPU if there is one."""
+
+    seed: int = 0
+    """Seed of the data order and of new parameters."""
+
+    log_freq: int = 1
+    """Steps between two logged lines of training metrics."""
+
+    profile_steps: list[int] | None = None
+    """First and last of the steps to profile, as `[10, 12]`: a trace for
+    [Perfetto](https://ui.perfetto.dev) in `profile/` of the run folder, one a process. Profiled
+    steps are slower."""
+
+    do_eval: bool = False
+    """Whether to evaluate on `data.eval_data`."""
+
+    eval_freq: int = 0
+    """Steps between two evaluations, if `do_eval`; below 1: only after the last step. There is one
+    before the first step as well."""
+
+    health_sec: float = 6.0
+    """At every evaluation the model continues two of its segments for this long, and the log warns
+    if what it says is no longer like speech; 0: do not. It takes a `duration_sec` of 3 s or more,
+    and a model that is not sharded. See [evaluation.md](evaluation.md)."""
+
+    do_ckpt: bool = True
+    """Whether to write checkpoints."""
+
+    ckpt_freq: int = 0
+    """Steps between two checkpoints, if `do_ckpt`; below 1: only after the last step."""
+
+    ckpt_async: bool = True
+    """Whether training goes on while a checkpoint is written, from a copy of it in the host's
+    memory. `false` needs no such copy."""
+
+    num_ckpt_keep: int | None = 3
+    """How many of the latest checkpoints to keep, besides the best; null: all."""
+
+    save_adapters: bool = True
+    """With LoRA: write the adapters alone. False: merge them into the weights and write those."""
+
+    resume: bool | Literal["auto"] = False
+    """Continue from the latest checkpoint in `run_dir`. `true`: there must be one; `auto`: if there
+    is one, else start anew."""
+
+    overwrite_run_dir: bool = False
+    """Replace the run that `run_dir` holds. What that run wrote is deleted when the new one has
+    written its first checkpoint, or has come to its end; files of your own stay."""
+
+    max_nonfinite_steps: int = 10
+    """Steps in a row with a loss or gradient that is not finite (each is skipped) after which the
+    run stops with an explanation."""
+
+    parallel: ParallelArgs = field(default_factory=ParallelArgs)
+    """Several processes: what they share, and how long they wait for each other."""
+
+    wandb: WandbArgs = field(default_factory=WandbArgs)
+    """Logging to Weights & Biases."""

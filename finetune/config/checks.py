@@ -1,0 +1,128 @@
+"""What is wrong with a configuration whose values are all of the right type."""
+
+from collections.abc import Callable, Iterator
+from operator import attrgetter
+
+from finetune.config.args import TrainArgs
+from finetune.config.path_values import path_problems
+
+# What is wrong, by dotted key ("optim.lr", or "full_finetuning, lora.enable"), with its remedy.
+Problem = tuple[str, str]
+
+
+def cross_checks(args: TrainArgs) -> Iterator[Problem]:
+    """Values out of range, and values that contradict each other."""
+    yield from path_problems(args)
+    yield from _check_what_trains(args)
+    yield from args.model.problems(args.moshi_paths.random_init, args.ttt)
+    yield from _check_ranges(args)
+    yield from _check_profile(args)
+    yield from _check_paths(args)
+    yield from _check_run(args)
+    yield from ((f"ttt.{field}", text) for field, text in args.ttt.problems())
+
+
+def _check_what_trains(args: TrainArgs) -> Iterator[Problem]:
+    if args.full_finetuning and args.lora.enable:
+        yield (
+            "full_finetuning, lora.enable",
+            "both are true, but LoRA is trained instead of the full weights; set one to false",
+        )
+    if not (args.full_finetuning or args.lora.enable or args.ttt.enabled):
+        yield (
+            "full_finetuning, lora.enable, ttt.enabled",
+            "all are false, so nothing would train; set at least one to true",
+        )
+
+
+def _at_least(low: float) -> tuple[str, Callable[[float], bool]]:
+    return f"{low} or more", lambda value: value >= low
+
+
+_POSITIVE: tuple[str, Callable[[float], bool]] = ("more than 0", lambda value: value > 0)
+_RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "batch_size": _at_least(1),
+    "model.attention_context": _at_least(1),
+    "num_microbatches": _at_least(1),
+    "max_steps": _at_least(1),
+    "log_freq": _at_least(1),
+    "num_ckpt_keep": _at_least(1),
+    "max_nonfinite_steps": _at_least(1),
+    "duration_sec": _POSITIVE,
+    "max_norm": _POSITIVE,
+    "seed": _at_least(0),
+    "first_codebook_weight_multiplier": _at_least(0),
+    "text_padding_weight": _at_least(0),
+    "health_sec": _at_least(0),
+    "optim.lr": _at_least(0),
+    "optim.ttt_lr": _at_least(0),
+    "optim.weight_decay": _at_least(0),
+    "optim.pct_start": ("more than 0 and less than 1", lambda value: 0 < value < 1),
+    "data.num_workers": _at_least(0),
+    "parallel.hang_timeout_sec": _POSITIVE,
+    "data.prefetch_steps": _at_least(0),
+}
+_LORA_RANGES = {"lora.rank": _at_least(1), "lora.scaling": _POSITIVE}
+
+
+def _check_ranges(args: TrainArgs) -> Iterator[Problem]:
+    for key, (allowed, holds) in (_RANGES | (_LORA_RANGES if args.lora.enable else {})).items():
+        value = attrgetter(key)(args)
+        if value is not None and not holds(value):
+            yield key, f"must be {allowed}, got {value}"
+    size = args.parallel.shard_size
+    if size != "auto" and size < 1:
+        yield "parallel.shard_size", f"must be auto, or 1 or more, got {size}"
+
+
+def _check_profile(args: TrainArgs) -> Iterator[Problem]:
+    steps = args.profile_steps
+    if steps is None:
+        return
+    if len(steps) != 2 or not 1 <= steps[0] <= steps[1] <= args.max_steps:
+        yield (
+            "profile_steps",
+            f"must be the first and the last step to profile, between 1 and max_steps "
+            f"({args.max_steps}), as [10, 12]; got {steps}",
+        )
+
+
+def _check_paths(args: TrainArgs) -> Iterator[Problem]:
+    if not args.run_dir:
+        yield "run_dir", "empty; name a new folder for what the run writes"
+    if not args.data.train_data:
+        yield "data.train_data", "empty; name a .jsonl file or a folder of them"
+    if args.do_eval and not args.data.eval_data:
+        yield (
+            "do_eval, data.eval_data",
+            "evaluation is on without data; name a .jsonl file, or set do_eval to false",
+        )
+    paths = args.moshi_paths
+    if paths.random_init and paths.moshi_path:
+        yield (
+            "moshi_paths.random_init, moshi_paths.moshi_path",
+            "random weights and weights from a file contradict; set one of the two only",
+        )
+    if paths.init_from and paths.moshi_path:
+        yield (
+            "moshi_paths.init_from, moshi_paths.moshi_path",
+            "both say which weights to start from; set one of the two only",
+        )
+    missing = [
+        f"moshi_paths.{name}"
+        for name in ("moshi_path", "mimi_path", "tokenizer_path")
+        if not getattr(paths, name) and not (name == "moshi_path" and paths.init_from)
+    ]
+    if missing and not paths.hf_repo_id and not paths.random_init:
+        yield (
+            f"moshi_paths.hf_repo_id, {', '.join(missing)}",
+            "without a repository each file must be named; name what is null, or set hf_repo_id",
+        )
+
+
+def _check_run(args: TrainArgs) -> Iterator[Problem]:
+    if args.resume and args.overwrite_run_dir:
+        yield (
+            "resume, overwrite_run_dir",
+            "one would continue from what the other deletes; set one of the two only",
+        )

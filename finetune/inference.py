@@ -1,0 +1,223 @@
+"""Continue a dialogue: Moshi listens to the user's channel and speaks.
+
+The model runs in stock `moshi`'s `LMGen`, one frame at a time, with its TTT state.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import soundfile
+import torch
+from moshi.models.lm import LMGen
+from torch import Tensor
+
+from finetune.checkpoint import load_trained_weights
+from finetune.config import DataArgs, ModelPaths, TrainArgs, load_run_config
+from finetune.data import FRAME_RATE_HZ, Codec, Segment, count_frames
+from finetune.distributed import join_world
+from finetune.errors import UserError
+from finetune.model import build_codec, find_checkpoint, load_model, require_checkpoint
+from ttt import TTTLMModel
+
+
+@dataclass
+class Continuation:
+    """What was said, prompt included.
+
+    audio: float32 [2, num_samples] at Mimi's rate: left Moshi, right the user.
+    text: Moshi's words, with `|` between the prompt's and its own.
+    codes: int64 [1 + Moshi's codebooks, T].
+    """
+
+    audio: Tensor
+    text: str
+    codes: Tensor
+
+
+def load_for_inference(checkpoint: Path, device: str = "auto") -> tuple[TTTLMModel, Codec]:
+    """The model of a checkpoint folder, in eval mode, and its codec.
+
+    Args:
+        checkpoint: of a run; or a folder of a stock Moshi, laid out as on Hugging Face, which is
+            loaded as it is, without TTT.
+
+    Raises:
+        UserError: no checkpoint there, or its base model cannot be found any more.
+    """
+    args = checkpoint_args(checkpoint, device)
+    # Nothing trains here, so nothing is compiled.
+    args.compile = False
+    info = find_checkpoint(args.moshi_paths)
+    model = load_model(args, info, join_world(args.device).device)
+    if not _is_stock(checkpoint):
+        load_trained_weights(model, args, checkpoint)
+    return model.eval().requires_grad_(False), build_codec(info, model)
+
+
+def nonfinite_weights(model: TTTLMModel) -> str | None:
+    """Which weights are NaN or infinite, in a sentence; None: all are numbers."""
+    bad = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
+    if not bad:
+        return None
+    more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+    return f"weights of the model are NaN or infinite ({', '.join(bad[:3])}{more})"
+
+
+def checkpoint_args(checkpoint: Path, device: str = "auto") -> TrainArgs:
+    """The configuration that made a checkpoint; of a stock Moshi, one that leaves it as it is.
+
+    Raises:
+        UserError: no checkpoint there.
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"--device: there is no {device!r}; choose from auto, cpu, cuda.")
+    if _is_stock(checkpoint):
+        return TrainArgs(
+            data=DataArgs(),
+            run_dir="",
+            moshi_paths=ModelPaths(hf_repo_id=str(checkpoint)),
+            device=cast(Literal["auto", "cpu", "cuda"], device),
+        )
+    require_checkpoint(checkpoint, "--checkpoint")
+    args = load_run_config(checkpoint / "args.yaml", {"device": device})
+    if (checkpoint / "consolidated" / "consolidated.safetensors").is_file():
+        # All weights are here: what they started from may be gone.
+        args.moshi_paths.init_from = None
+    return args
+
+
+def _is_stock(checkpoint: Path) -> bool:
+    has_weights = any(checkpoint.glob("*.safetensors"))
+    is_part = checkpoint.name == "consolidated" and (checkpoint.parent / "args.yaml").is_file()
+    return has_weights and not is_part and not (checkpoint / "consolidated").is_dir()
+
+
+def continue_recording(
+    checkpoint: Path, audio: Path, out: Path, *, device: str, **options: Any
+) -> str:
+    """See `finetune.cli.generate`; returns what Moshi says.
+
+    Args:
+        out: the wav to write.
+        options: of `continue_dialogue`.
+
+    Raises:
+        UserError: one of the three paths is wrong; see `continue_dialogue`.
+    """
+    if out.suffix != ".wav" or not out.absolute().parent.is_dir():
+        raise UserError(f"--out: {out} must be a .wav file in a folder that exists.")
+    if not audio.is_file():
+        raise UserError(f"--audio: there is no file {audio}; correct the path.")
+    model, codec = load_for_inference(checkpoint, device)
+    problem = nonfinite_weights(model)
+    if problem is not None:
+        raise UserError(f"--checkpoint: {checkpoint}: {problem}, so there is nothing to hear.")
+    continuation = continue_dialogue(model, codec, codec.read_recording(audio), **options)
+    soundfile.write(out, continuation.audio.T.numpy(), codec.sample_rate_hz)
+    return continuation.text
+
+
+@torch.no_grad()
+def continue_dialogue(
+    model: TTTLMModel,
+    codec: Codec,
+    dialogue: Segment,
+    *,
+    prompt_sec: float,
+    seed: int = 0,
+    temperature: float = 0.8,
+    text_temperature: float = 0.7,
+) -> Continuation:
+    """Moshi hears the user's channel of `dialogue` to its end, and speaks after `prompt_sec`.
+
+    During the prompt, Moshi's own words and voice are those of the recording.
+
+    Raises:
+        UserError: the prompt is as long as the recording.
+    """
+    codes = codec.encode([dialogue])
+    num_frames = dialogue.num_valid_frames
+    prompt_frames = count_frames(prompt_sec) if prompt_sec > 0 else 0
+    if prompt_frames >= num_frames:
+        raise UserError(
+            f"--prompt_sec: {prompt_sec:g} s leave nothing to say of a recording of "
+            f"{num_frames / FRAME_RATE_HZ:.1f} s ({dialogue.path})."
+        )
+    torch.manual_seed(seed)
+    said = generate_codes(
+        model,
+        codes[:, :, :num_frames],
+        prompt_frames=prompt_frames,
+        temperature=temperature,
+        text_temperature=text_temperature,
+    )
+    voice = codec.decode(said[:, 1:])[0]
+    user = dialogue.audio[1:]
+    num_samples = min(voice.shape[-1], user.shape[-1])
+    audio = torch.cat([voice[:, :num_samples].cpu(), user[:, :num_samples]])
+    text = " | ".join(
+        codec.detokenize(part) for part in (said[0, 0, :prompt_frames], said[0, 0, prompt_frames:])
+    )
+    return Continuation(audio, text, said[0].cpu())
+
+
+@torch.no_grad()
+def generate_codes(
+    model: TTTLMModel,
+    codes: Tensor,
+    *,
+    prompt_frames: int,
+    temperature: float,
+    text_temperature: float,
+) -> Tensor:
+    """Moshi's text and audio codes, [B, 1 + dep_q, T], given the user's in `codes` [B, 17, T].
+
+    The first `prompt_frames` of Moshi's own are those in `codes`.
+    """
+    num_rows, _, num_frames = codes.shape
+    own, user = codes[:, : 1 + model.dep_q], codes[:, 1 + model.dep_q :]
+    text_of_step: list[Tensor | None] = [None]
+
+    def force_text(token: Tensor) -> None:
+        if text_of_step[0] is not None:
+            token[:] = text_of_step[0]
+
+    generator = LMGen(model, temp=temperature, temp_text=text_temperature, on_text_hook=force_text)
+    delays = torch.tensor(model.delays[1 : 1 + model.dep_q], device=codes.device)
+    streams = torch.arange(1, 1 + model.dep_q, device=codes.device)
+    frames = []
+    num_steps = num_frames + max(model.delays)
+    with _caches_of(model, num_steps), generator.streaming(num_rows):
+        # Step s predicts text frame s and, of a delayed stream, frame s - delay. It reads the
+        # user's frame s - 1; at step 0 the model hears its initial token, whatever it is given.
+        for step in range(num_steps):
+            heard = user[:, :, min(max(step - 1, 0), num_frames - 1), None]
+            forced = None
+            text_of_step[0] = own[:, 0, step] if step < prompt_frames else None
+            if step < prompt_frames:
+                # All codebooks of a step are forced or none: the last frame of the prompt's delayed
+                # codebooks is the model's own.
+                at = step - delays
+                forced = own[:, streams, at.clamp(min=0)][:, :, None]
+                forced = torch.where((at < 0)[None, :, None], model.initial_token_id, forced)
+            frame = generator.step(heard, depformer_replace_tokens=forced)
+            if frame is not None:
+                frames.append(frame)
+    return torch.cat(frames, dim=2)[:, :, :num_frames]
+
+
+@contextmanager
+def _caches_of(model: TTTLMModel, num_steps: int) -> Iterator[None]:
+    """Attention caches of no more steps than there are: those of a whole window take gigabytes."""
+    attentions = [layer.self_attn for layer in model.transformer.layers]
+    contexts = [attention.context for attention in attentions]
+    for attention, context in zip(attentions, contexts, strict=True):
+        attention.context = num_steps if context is None else min(context, num_steps)
+    try:
+        yield
+    finally:
+        for attention, context in zip(attentions, contexts, strict=True):
+            attention.context = context

@@ -1,0 +1,28 @@
+"""From a configuration to a model with its weights in it."""
+
+from finetune.model.build import (
+    add_lora,
+    build_codec,
+    changed_shape,
+    find_checkpoint,
+    load_model,
+    model_shape,
+    parameters_by_role,
+    plan_model,
+    trainable_by_role,
+)
+from finetune.model.init_from import misfits, require_checkpoint
+
+__all__ = [
+    "add_lora",
+    "build_codec",
+    "changed_shape",
+    "find_checkpoint",
+    "load_model",
+    "misfits",
+    "model_shape",
+    "parameters_by_role",
+    "plan_model",
+    "require_checkpoint",
+    "trainable_by_role",
+]

@@ -1,0 +1,171 @@
+"""The weights that a run starts from: Moshi's, or those of an earlier run.
+
+An earlier run has them in up to three parts: the base (its own, if all weights trained or LoRA was
+merged; else the one that it started from), LoRA adapters, and TTT's parameters.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.config import Problem, TrainArgs, list_problems, load_run_config
+from finetune.errors import UserError
+from finetune.safety import read_json
+from ttt import TTTLMModel, ttt_parameters
+
+# What TTT's trained parameters do not depend on; all other options say what they mean.
+_TTT_MAY_CHANGE = {
+    "enabled",
+    "chunk_size",
+    "learning_rate",
+    "write_strength",
+    "state_decay",
+    "max_delta_norm",
+    "base_lr",
+    "gate_init",
+    "scan_checkpoint_group_size",
+    "attention_context",
+}
+
+
+@dataclass(frozen=True)
+class EarlierRun:
+    """A checkpoint to start from, with the configuration that made it and its config.json."""
+
+    checkpoint: Path
+    args: TrainArgs
+    config: dict[str, Any]
+
+    @property
+    def base_weights(self) -> Path | None:
+        """The file with all weights, if this run has written one."""
+        file = self.checkpoint / "consolidated" / "consolidated.safetensors"
+        return file if file.is_file() else None
+
+
+def open_earlier_run(init_from: str) -> EarlierRun:
+    """
+    Raises:
+        UserError: there is no checkpoint, or it is damaged.
+    """
+    checkpoint = Path(init_from)
+    require_checkpoint(checkpoint, "moshi_paths.init_from")
+    file = checkpoint / "consolidated" / "config.json"
+    try:
+        config = read_json(file)
+    except (OSError, ValueError) as error:
+        raise UserError(f"moshi_paths.init_from: cannot read {file}: {error}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"moshi_paths.init_from: {file} holds no `key: value` pairs.")
+    return EarlierRun(checkpoint, load_run_config(checkpoint / "args.yaml"), config)
+
+
+def require_checkpoint(checkpoint: Path, key: str) -> None:
+    """
+    Raises:
+        UserError: it is none; where it is a level too high or too low, the right one is named.
+    """
+    if (checkpoint / "consolidated").is_dir():
+        if (checkpoint / "args.yaml").is_file():
+            return
+        raise UserError(
+            f"{key}: {checkpoint} has no args.yaml, as checkpoints of this project have. Of "
+            f"moshi-finetune's, which have none, {checkpoint / 'consolidated'} holds the weights: "
+            f"name all weights (consolidated.safetensors) as moshi_paths.moshi_path instead."
+        )
+    inside = sorted(str(path) for path in checkpoint.glob("checkpoints/checkpoint_*[0-9]"))
+    inside += sorted(str(path) for path in checkpoint.glob("checkpoint_*[0-9]"))
+    above = next((p for p in checkpoint.absolute().parents if (p / "consolidated").is_dir()), None)
+    if checkpoint.is_dir() and inside:
+        hint = f" Did you mean {inside[-1]}?"
+    elif above is not None:
+        hint = f" It is inside a checkpoint: did you mean {above}?"
+    elif checkpoint.is_dir() and (checkpoint / "lora.safetensors").is_file():
+        hint = (
+            " It holds the weights of a checkpoint alone: its folder `consolidated`, or a copy of "
+            "that. The folder that it was in is needed, with its args.yaml."
+        )
+    else:
+        hint = "" if checkpoint.exists() else " There is nothing of that name."
+    raise UserError(
+        f"{key}: {checkpoint} is no checkpoint (it has no folder `consolidated`).{hint}"
+    )
+
+
+def require_fit(
+    earlier: EarlierRun, args: TrainArgs, shape: Mapping[str, Any], earlier_shape: Mapping[str, Any]
+) -> None:
+    """
+    Args:
+        shape, earlier_shape: what `LMModel` takes for this run, and for the earlier one.
+
+    Raises:
+        UserError: this run's configuration cannot go on from the earlier one's weights.
+    """
+    problems = [
+        f"{keys}: {text}" for keys, text in misfits(args, shape, earlier.args, earlier_shape)
+    ]
+    if problems:
+        what = f"starting from {earlier.checkpoint} (moshi_paths.init_from)"
+        raise UserError(list_problems(what, problems))
+
+
+def misfits(
+    args: TrainArgs,
+    shape: Mapping[str, Any],
+    earlier: TrainArgs,
+    earlier_shape: Mapping[str, Any],
+) -> Iterator[Problem]:
+    """Why weights that `earlier` trained cannot be the start of `args`, key by key."""
+    for key in sorted(shape.keys() | earlier_shape.keys()):
+        there, here = earlier_shape.get(key), shape.get(key)
+        if key != "context" and there != here:
+            owner = (
+                f"model.{key}" if hasattr(args.model, key) else f"moshi_paths.config_path, {key}"
+            )
+            yield owner, f"is {there} in the earlier run, and {here} here; they must be equal"
+    if earlier.ttt.enabled and args.ttt.enabled:
+        for field in dataclasses.fields(args.ttt):
+            there, here = (getattr(each.ttt, field.name) for each in (earlier, args))
+            if field.name not in _TTT_MAY_CHANGE and there != here:
+                yield (
+                    f"ttt.{field.name}",
+                    f"is {there} in the earlier run, and {here} here: its TTT parameters mean "
+                    f"something else; set it to {there}",
+                )
+    if earlier.lora.enable and earlier.save_adapters:
+        there, here = ((a.lora.enable, a.lora.rank, a.lora.scaling) for a in (earlier, args))
+        if there != here:
+            yield (
+                "lora.enable, lora.rank, lora.scaling",
+                f"the earlier run's adapters have rank {there[1]} and scaling {there[2]:g}, and "
+                "this run has "
+                + (f"rank {here[1]} and scaling {here[2]:g}" if here[0] else "no LoRA")
+                + "; set the same, or have the earlier run merge them (save_adapters: false)",
+            )
+
+
+def trained_files(
+    model: TTTLMModel, args: TrainArgs, earlier: EarlierRun
+) -> Iterator[tuple[Path, set[str]]]:
+    """The files of the earlier run's LoRA and TTT, as far as it has them and this run goes on with
+    them, and the weights that they must hold."""
+    folder = earlier.checkpoint / "consolidated"
+    if earlier.args.lora.enable and earlier.args.save_adapters:
+        lora = {name for name, _ in model.named_parameters() if ".lora_" in name}
+        yield folder / "lora.safetensors", lora
+    if earlier.args.ttt.enabled and args.ttt.enabled:
+        yield folder / "ttt.safetensors", set(ttt_parameters(model))
+
+
+def describe_start(args: TrainArgs, earlier: EarlierRun) -> str:
+    """A line for the log: where the weights come from, and what becomes of TTT."""
+    ttt = {
+        (True, True): "; its TTT goes on",
+        (False, True): "; TTT is added, untrained",
+        (True, False): "; its TTT is left out (ttt.enabled: false)",
+        (False, False): "",
+    }[earlier.args.ttt.enabled, args.ttt.enabled]
+    return f"starting from the weights of {earlier.checkpoint}{ttt}"

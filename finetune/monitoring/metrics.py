@@ -1,0 +1,309 @@
+"""Where the numbers of a run go: JSON lines, TensorBoard and, on request, Weights & Biases."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import socket
+import sys
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Protocol, TextIO
+from urllib.parse import urlsplit
+
+from finetune.errors import UserError
+from finetune.safety import parse_json
+
+logger = logging.getLogger(__name__)
+
+Kind = Literal["train", "eval"]
+KINDS: tuple[Kind, ...] = ("train", "eval")
+WANDB_CONNECT_SEC = 10
+WANDB_INIT_SEC = 30
+
+
+class WandbSettings(Protocol):
+    """What `MetricsLogger` reads of the `wandb` section of the configuration."""
+
+    @property
+    def project(self) -> str | None: ...
+    @property
+    def offline(self) -> bool: ...
+    @property
+    def key(self) -> str | None: ...
+    @property
+    def run_name(self) -> str | None: ...
+
+
+class MetricsLogger:
+    """Writes every metric of a run to all of its outputs.
+
+    In `run_dir`: `metrics.train.jsonl` and `metrics.eval.jsonl` (one object a line, complete
+    after every `log`), `tb/`, and with `wandb_args.project` the folder `wandb/`.
+
+    With `resumed_step` the run goes on after that step: what was logged later is cut off, because
+    those steps will run again, and the wandb run of before is continued.
+
+    With `enabled=False` (every rank but the first) nothing is opened and nothing is written.
+
+    Raises `UserError` if a file cannot be written or wandb cannot be used.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        wandb_args: WandbSettings,
+        config: dict[str, Any],
+        enabled: bool = True,
+        resumed_step: int | None = None,
+    ) -> None:
+        self._enabled = enabled
+        self._outputs = ExitStack()
+        if not enabled:
+            return
+        with ExitStack() as opened:  # closes what is open already if a later output fails
+            with _writing(run_dir):
+                run_dir.mkdir(parents=True, exist_ok=True)
+            self._files = {
+                kind: opened.enter_context(_open_jsonl(metrics_path(run_dir, kind), resumed_step))
+                for kind in KINDS
+            }
+            self._tensorboard = _open_tensorboard(run_dir / "tb", resumed_step)
+            opened.callback(self._tensorboard.close)
+            self._wandb: Any = None
+            if wandb_args.project:
+                self._wandb = open_wandb(run_dir, wandb_args, config, resumed_step is not None)
+                opened.push(self._finish_wandb)
+            self._outputs = opened.pop_all()
+
+    def log(self, kind: Kind, step: int, metrics: Mapping[str, float]) -> None:
+        """Write the metrics of one optimizer step; `time` (UTC) is added to the JSON line."""
+        if not self._enabled:
+            return
+        values = {name: float(value) for name, value in metrics.items()}
+        now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+        line = {"step": step, "time": now} | {name: _to_json(v) for name, v in values.items()}
+        file = self._files[kind]
+        with _writing(Path(file.name)):
+            file.write(json.dumps(line, allow_nan=False) + "\n")
+            file.flush()
+
+        tagged = {f"{kind}/{name}": value for name, value in values.items()}
+        with _writing(Path(self._tensorboard.log_dir)):
+            for tag, value in tagged.items():
+                self._tensorboard.add_scalar(tag, value, step)
+        if self._wandb is not None:
+            self._wandb.log({"step": step, **tagged})
+
+    def close(self) -> None:
+        """Finish all outputs; a second call does nothing."""
+        self._outputs.close()
+
+    def __enter__(self) -> MetricsLogger:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._outputs.__exit__(exc_type, exc, traceback)
+
+    def _finish_wandb(self, exc_type: type[BaseException] | None, *_: object) -> None:
+        self._wandb.finish(exit_code=0 if exc_type is None else 1)
+
+
+def metrics_path(run_dir: Path, kind: Kind) -> Path:
+    return run_dir / f"metrics.{kind}.jsonl"
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All complete lines of a metrics file, in order, numbers as floats (NaN and infinity too).
+
+    A last line without its newline, which a killed run leaves behind, is not complete.
+    """
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = parse_json(line)
+            numbers = {name: float(v) for name, v in record.items() if name not in ("step", "time")}
+            records.append({"step": int(record["step"]), "time": record["time"]} | numbers)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UserError(
+                f"{path}, line {number}: not a line of metrics ({error!r}). Nothing but the "
+                "training run writes this file: remove the line or restore the file."
+            ) from error
+    return records
+
+
+def _to_json(value: float) -> float | str:
+    # JSON has no NaN and no infinity. As a string the value stays visible, and both
+    # Python's float() and JavaScript's Number() turn it back into what it was.
+    if math.isfinite(value):
+        return value
+    return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turn a full disk or a missing permission into a message that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written: {error.strerror or error}. Free some space or fix the "
+            "permissions, or choose another run_dir."
+        ) from error
+
+
+@contextmanager
+def _open_jsonl(path: Path, resumed_step: int | None) -> Iterator[TextIO]:
+    with _writing(path):
+        if resumed_step is not None and path.exists():
+            _cut_after(path, resumed_step)
+        file = path.open("w" if resumed_step is None else "a", encoding="utf-8")
+    # Not around the whole run: an error that passes through here may have nothing to do with it.
+    try:
+        yield file
+    finally:
+        with _writing(path):
+            file.close()
+
+
+def _cut_after(path: Path, step: int) -> None:
+    """Drop the lines of later steps, and an incomplete last line, in one atomic replacement."""
+    keep = [record["step"] <= step for record in read_metrics(path)]
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    shorter = path.with_suffix(".tmp")
+    shorter.write_text(
+        "".join(line for line, kept in zip(lines, keep, strict=False) if kept), encoding="utf-8"
+    )
+    shorter.replace(path)
+
+
+def _open_tensorboard(folder: Path, resumed_step: int | None) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    first_step = 0 if resumed_step is None else resumed_step + 1
+    with _writing(folder):
+        return SummaryWriter(str(folder), purge_step=first_step, flush_secs=10)
+
+
+def open_wandb(run_dir: Path, args: WandbSettings, config: dict[str, Any], resumed: bool) -> Any:
+    """Start the wandb run, or continue the one named in `run_dir/wandb_run_id`."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError(
+            "wandb.project is set, but the package wandb is not installed: "
+            "pip install 'moshi-ttt[wandb]', or unset wandb.project."
+        ) from error
+
+    offline = args.offline or os.environ.get("WANDB_MODE") == "offline"
+    id_file = run_dir / "wandb_run_id"
+    run_id = id_file.read_text(encoding="utf-8").strip() if resumed and id_file.exists() else None
+    try:
+        with _without_prompt(), _key_hidden_in_arguments(args.key), _key_in_environment(args.key):
+            if not offline:
+                _check_reachable(wandb.setup().settings.base_url)
+            run = wandb.init(
+                project=args.project,
+                name=args.run_name,
+                id=run_id,
+                resume="allow" if run_id and not offline else None,
+                mode="offline" if offline else None,
+                config=_without_key(config),
+                dir=str(run_dir),
+                # Our own lines say what is needed, and a captured progress bar is only noise.
+                settings=wandb.Settings(init_timeout=WANDB_INIT_SEC, silent=True, console="off"),
+            )
+    except (wandb.errors.Error, ValueError, OSError) as error:
+        reason = " ".join(str(error).split())
+        if args.key:
+            reason = reason.replace(args.key, "***")
+        raise UserError(
+            f"wandb cannot be reached or refused the run ({reason}). Either set "
+            f"--wandb.offline=true and sync later with `wandb sync {run_dir}/wandb/offline-run-*`, "
+            "or give a valid wandb.key (or run `wandb login` once), or unset wandb.project."
+        ) from error
+
+    with _writing(id_file):
+        id_file.write_text(run.id + "\n", encoding="utf-8")
+    # A step metric of our own: wandb's step refuses to go back, as it must after resuming.
+    run.define_metric("step")
+    for kind in KINDS:
+        run.define_metric(f"{kind}/*", step_metric="step")
+    if offline:
+        logger.info("wandb is offline; upload later with: wandb sync %s", Path(run.dir).parent)
+    else:
+        logger.info("wandb: %s", run.url)
+    return run
+
+
+def _check_reachable(url: str) -> None:
+    """Fail at once without a network; wandb itself would retry until its time is over.
+
+    Behind a proxy only wandb can tell. Raises OSError.
+    """
+    if urllib.request.getproxies().keys() & {"http", "https", "all"}:
+        return
+    parts = urlsplit(url)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    try:
+        socket.create_connection((parts.hostname or "", port), timeout=WANDB_CONNECT_SEC).close()
+    except OSError as error:
+        raise OSError(f"no connection to {url}: {error}") from error
+
+
+def _without_key(config: dict[str, Any]) -> dict[str, Any]:
+    section = config.get("wandb")
+    if not isinstance(section, dict):
+        return config
+    return config | {"wandb": {name: v for name, v in section.items() if name != "key"}}
+
+
+@contextmanager
+def _without_prompt() -> Iterator[None]:
+    """No login question: wandb asks only if there is a terminal to answer from."""
+    terminal = sys.stdin
+    with open(os.devnull) as nothing:
+        sys.stdin = nothing
+        try:
+            yield
+        finally:
+            sys.stdin = terminal
+
+
+@contextmanager
+def _key_hidden_in_arguments(key: str | None) -> Iterator[None]:
+    """wandb saves the command line with the run, and `--wandb.key=…` may be on it."""
+    arguments = sys.argv
+    sys.argv = [argument.replace(key, "***") if key else argument for argument in arguments]
+    try:
+        yield
+    finally:
+        sys.argv = arguments
+
+
+@contextmanager
+def _key_in_environment(key: str | None) -> Iterator[None]:
+    """Hand over the key for the length of the start; `wandb.login` would write it to ~/.netrc."""
+    before = os.environ.get("WANDB_API_KEY")
+    if key:
+        os.environ["WANDB_API_KEY"] = key
+    try:
+        yield
+    finally:
+        if key:
+            del os.environ["WANDB_API_KEY"]
+            if before is not None:
+                os.environ["WANDB_API_KEY"] = before

@@ -1,0 +1,108 @@
+"""Watches what TTT does to its layers' outputs, and says so early, and when it is out of bounds."""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from finetune.config import TrainArgs
+
+logger = logging.getLogger(__name__)
+
+INERT_EFFECT = 4e-3
+"""Below this share of what it is added to, most of what TTT adds is lost in bfloat16, whose numbers
+lie 4e-3 to 8e-3 of their size apart. More is no proof of learning: docs/evidence.md."""
+EXPLOSIVE_EFFECT = 100.0
+"""Above it, what TTT adds has drowned the layer that it is added to: docs/evidence.md."""
+EARLY_STEP = 5
+FIRST_INERT_STEP = 20
+"""Untrained, TTT changes nothing: before this step nothing is said about that."""
+
+
+class EffectWatch:
+    """A line on the effect early in a run; a warning, once each, if TTT does nothing in a layer
+    after it has had time to, or if it drowns one."""
+
+    def __init__(self, args: TrainArgs):
+        self.args = args
+        self.said: list[str] = []
+
+    def look(self, step: int, measured: Mapping[str, float]) -> None:
+        """
+        Args:
+            step: that was taken; a logged one.
+            measured: by `ttt.measuring`, `layer_05/effect` and so on.
+        """
+        effects = {
+            key.split("/")[0].removeprefix("layer_"): value
+            for key, value in measured.items()
+            if key.endswith("/effect")
+        }
+        if not effects:
+            return
+        if step >= min(EARLY_STEP, self.args.max_steps):
+            self._say_once(
+                "early",
+                logging.INFO,
+                f"after {step} steps TTT changes its layers' outputs by {_each(effects)} of their "
+                "size; untrained it changes nothing",
+            )
+        inert = {layer: value for layer, value in effects.items() if value < INERT_EFFECT}
+        if inert and step >= self._first_inert_step:
+            self._say_once(
+                "inert",
+                logging.WARNING,
+                f"after {step} steps TTT changes the outputs of {_layers(inert)} by {_each(inert)} "
+                f"of their size, less than {INERT_EFFECT:g}: there it does nothing. "
+                f"{self._advice_if_inert()}, and watch ttt/*/effect.",
+            )
+        # What is not a number is not below either.
+        drowned = {k: v for k, v in effects.items() if not v <= EXPLOSIVE_EFFECT}
+        if drowned:
+            self._say_once(
+                "explosive",
+                logging.WARNING,
+                f"at step {step} TTT adds {_each(drowned)} times the output of {_layers(drowned)}, "
+                f"and drowns it. {self._advice_if_explosive()}, and watch ttt/*/effect.",
+            )
+
+    @property
+    def _first_inert_step(self) -> int:
+        """A tenth of the run, and all of the learning rates' rise, are time enough to begin."""
+        share = max(0.1, self.args.optim.pct_start)
+        return max(FIRST_INERT_STEP, round(share * self.args.max_steps))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"said": self.said}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.said = list(state["said"])
+
+    def _say_once(self, what: str, level: int, text: str) -> None:
+        if what not in self.said:
+            self.said.append(what)
+            logger.log(level, "%s", text)
+
+    def _advice_if_inert(self) -> str:
+        ttt, outer = self.args.ttt, f"raise optim.ttt_lr (now {self.args.optim.ttt_lr:g})"
+        if not ttt.has_fixed_step:
+            return outer.capitalize()
+        inner = f"aise ttt.learning_rate (now {ttt.inner_learning_rate:g}), or {outer}"
+        return f"Set ttt.lr_scale: relative, or r{inner}" if ttt.lr_scale == "none" else f"R{inner}"
+
+    def _advice_if_explosive(self) -> str:
+        ttt, outer = self.args.ttt, f"lower optim.ttt_lr (now {self.args.optim.ttt_lr:g})"
+        if not ttt.has_fixed_step:
+            return outer.capitalize()
+        return (
+            "With write: sum, what all chunks have in common, such as padding and silence, adds "
+            "up: set ttt.write: delta or ttt.state_decay, lower ttt.learning_rate (now "
+            f"{ttt.inner_learning_rate:g}), or {outer}"
+        )
+
+
+def _each(effects: Mapping[str, float]) -> str:
+    return ", ".join(f"{value:.2g} ({layer})" for layer, value in effects.items())
+
+
+def _layers(effects: Mapping[str, float]) -> str:
+    return f"layer{'s' * (len(effects) > 1)} {', '.join(effects)}"

@@ -1,0 +1,14 @@
+"""What a run takes, before it starts and as it starts."""
+
+from finetune.plan.describe import SUMMARY, describe_run, write_summary
+from finetune.plan.memory import estimate, explained
+from finetune.plan.plan import plan
+
+__all__ = [
+    "SUMMARY",
+    "describe_run",
+    "estimate",
+    "explained",
+    "plan",
+    "write_summary",
+]

@@ -1,0 +1,143 @@
+"""What a run says of itself at its start."""
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from finetune.config import TrainArgs
+from finetune.data import FRAME_RATE_HZ, EvalLoader, TrainLoader, count_frames
+from finetune.distributed import World, shard_size
+from finetune.model import parameters_by_role
+from finetune.monitoring import format_count
+from ttt import TTTLMModel
+from ttt.layers.mixer import TTTMixer
+from ttt.ops.inner_loop.ttt_linear_mlp import KERNEL_WIDTHS, kernel_sizes
+
+logger = logging.getLogger(__name__)
+
+
+def describe_run(
+    args: TrainArgs,
+    model: TTTLMModel,
+    train_data: TrainLoader,
+    eval_data: EvalLoader | None,
+    world: World,
+) -> Iterator[str]:
+    """A few lines: data, parameters, TTT against attention, memory, and where it writes.
+
+    Logs a warning where TTT can have nothing to do.
+    """
+    num_frames = count_frames(args.duration_sec)
+    global_batch = args.batch_size * args.num_microbatches * world.size
+    yield (
+        f"data: {train_data.num_segments} segments of up to {num_frames} frames from "
+        f"{train_data.total_duration_sec / 3600:.2f} h of audio"
+        + (f", {eval_data.num_segments} to evaluate" if eval_data else "")
+        + f"; {global_batch} a step on {world.size} x {world.device.type}"
+    )
+    if world.size > 1:
+        size = shard_size(args, world.size)
+        whole = "each holds the whole model"
+        yield f"{world.size} processes: " + (
+            whole if size == 1 else f"{size} share a copy of the model (parallel.shard_size)"
+        )
+    roles = []
+    for role, named in parameters_by_role(model).items():
+        total = sum(p.numel() for p in named.values())
+        trains = sum(p.numel() for p in named.values() if p.requires_grad)
+        roles.append(f"{role} {format_count(total)}{'' if trains else ' (frozen)'}")
+    yield f"parameters: {', '.join(roles)}"
+    yield from _describe_ttt(args, model, num_frames)
+    if world.device.type == "cuda":
+        warn_of_slow_scan(args, model)
+        free, total = torch.cuda.mem_get_info()
+        yield f"memory: {(total - free) / 1e9:.1f} of {total / 1e9:.1f} GB taken before training"
+    yield f"writes to {args.run_dir}"
+
+
+SUMMARY = "summary.json"
+
+
+def write_summary(
+    args: TrainArgs, model: TTTLMModel, train_data: TrainLoader, world: World
+) -> None:
+    """What of a run its metrics do not have, into `summary.json` in its folder."""
+    by_role = {
+        role: sum(p.numel() for p in named.values())
+        for role, named in parameters_by_role(model).items()
+    }
+    segments_per_step = args.batch_size * args.num_microbatches * world.size
+    content = {
+        "parameters": sum(by_role.values()),
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "parameters_by_role": by_role,
+        "train_segments": train_data.num_segments,
+        "segments_per_step": segments_per_step,
+        "steps_per_epoch": train_data.num_segments / segments_per_step,
+        "device": str(world.device.type),
+        "processes": world.size,
+    }
+    (Path(args.run_dir) / SUMMARY).write_text(
+        json.dumps(content, indent=2) + "\n", encoding="utf-8"
+    )
+
+
+def warn_of_slow_scan(args: TrainArgs, model: TTTLMModel) -> None:
+    """If no kernel takes TTT-Linear's or TTT-MLP's mini-batches."""
+    mixer = next((m for m in model.modules() if isinstance(m, TTTMixer)), None)
+    if mixer is None:
+        return
+    sizes, size = kernel_sizes(mixer.num_inner_layers), args.ttt.mini_batch_size
+    width = mixer.head_width
+    if size not in sizes or width not in KERNEL_WIDTHS:
+        logger.warning(
+            f"ttt.mini_batch_size is {size}, of heads of {width}: the GPU kernels of "
+            f"ttt.method {args.ttt.method} take {_either(sizes)} frames of "
+            f"heads of {_either(KERNEL_WIDTHS)}. Without them it computes the same, several times "
+            f"slower."
+        )
+
+
+def _either(numbers: Sequence[int]) -> str:
+    return f"{', '.join(map(str, numbers[:-1]))} or {numbers[-1]}"
+
+
+def _describe_ttt(args: TrainArgs, model: TTTLMModel, num_frames: int) -> Iterator[str]:
+    window = model.context
+    attention = f"attention sees {window} frames of {num_frames}"
+    if args.ttt.attention_context is not None:
+        attention += f", and {args.ttt.attention_context} in the layers that ttt names"
+    if not model.ttt_layers:
+        yield f"TTT: off; {attention}"
+        return
+    every = args.ttt.update_frames
+    updates = (num_frames - 1) // every
+    method = args.ttt.method.replace("_", "-")
+    if args.ttt.method == "in_place":
+        method += f" ({args.ttt.write}"
+        if args.ttt.has_fixed_step:
+            # One number means something else in each form.
+            scale = {"relative": "relative", "none": "not scaled"}[args.ttt.lr_scale]
+            method += f", {scale}, learning rate {args.ttt.inner_learning_rate:g}"
+        method += ")"
+    yield (
+        f"TTT: {method} in layers "
+        f"{', '.join(map(str, model.ttt_layers))}; {updates} updates a sequence, every {every} "
+        f"frames ({every / FRAME_RATE_HZ:.1f} s); {attention}"
+    )
+    if updates == 0:
+        is_in_place = args.ttt.method == "in_place"
+        option = "chunk_size" if is_in_place else "mini_batch_size"
+        effect = "TTT never learns anything" if is_in_place else "TTT carries nothing on"
+        logger.warning(
+            f"duration_sec is {args.duration_sec:g} ({num_frames} frames), not longer "
+            f"than ttt.{option} ({every} frames): {effect}. Raise the one or lower the other."
+        )
+    elif window is None or window >= num_frames:
+        logger.warning(
+            f"attention sees the whole sequence ({num_frames} frames), so there is little "
+            f"for TTT to remember. Sequences should be longer than the window: raise duration_sec."
+        )

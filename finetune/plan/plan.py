@@ -1,0 +1,201 @@
+"""What a run will take, before it is paid for: memory, steps, tokens, hours.
+
+The model is made of `meta` tensors: no weights are read, no GPU is needed.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from moshi.models import loaders
+
+from finetune.config import ModelPaths, TrainArgs
+from finetune.data import count_frames, load_sources
+from finetune.distributed import shard_size
+from finetune.errors import UserError
+from finetune.model import plan_model
+from finetune.monitoring import format_count, format_duration
+from finetune.plan.memory import Memory, by_role, estimate, fits
+from finetune.safety import read_json
+from ttt import TTTLMModel, state_bytes
+
+GB = 1e9
+
+SEC_PER_FRAME = 1.61 / (16 * 1250)
+"""Of Moshi 7B with LoRA of rank 128, without TTT, with activation checkpointing and compiled
+layers, on one NVIDIA H200, which computes as an H100 does; see docs/benchmarks.md."""
+SEC_PER_FRAME_PARAMETERS = 7.687e9
+TTT_FACTOR = {"in_place sum": 1.02, "in_place delta": 1.04, "linear": 1.09, "mlp": 1.33}
+"""Of the same, relative, in five of 32 layers."""
+SELECTIVE_FACTOR = 0.77
+"""Of the same, relative, with gradient_checkpointing: selective."""
+FULL_FACTOR = 1.17
+"""Of training all weights, relative to LoRA: measured with the model sharded over two GPUs."""
+REPLICA_FACTOR, SHARDED_FACTOR = 0.99, 0.94
+"""Share of one GPU's speed that each of several has: measured on two GPUs of one host, joined by
+NVLink, with LoRA. What more hosts cost is not known."""
+
+_NO_SHAPE = (
+    *("moshi_name", "mimi_name", "mimi_config_name", "tokenizer_name", "lora_name", "model_type"),
+    *("lm_gen_config", "tts_config", "stt_config", "model_id"),
+)
+
+
+def plan(args: TrainArgs, *, num_gpus: int, gpu_memory_gb: float) -> Iterator[str]:
+    """Lines to print.
+
+    Raises:
+        UserError: an impossible configuration.
+    """
+    info, source = _shape(args.moshi_paths)
+    model = plan_model(args, info)
+    memory = estimate(args, model, num_gpus)
+    roles = ", ".join(
+        f"{role} {format_count(count)}{'' if trains else ' (frozen)'}"
+        for role, (count, trains) in by_role(model).items()
+    )
+    yield f"parameters: {roles}; {source}"
+    yield _describe_sharing(args, num_gpus)
+    yield "memory of each GPU at its peak, estimated:"
+    for field in dataclasses.fields(memory):
+        yield f"  {field.name:<10} {getattr(memory, field.name) / GB:7.1f} GB"
+    yield f"  {'peak':<10} {memory.peak / GB:7.1f} GB of {gpu_memory_gb:g} GB"
+    if args.ttt.enabled:
+        state_gb = state_bytes(model, 1) / GB
+        yield f"TTT state, when it streams: {state_gb:.2f} GB a stream"
+    yield from _describe_time(args, model, num_gpus)
+    if fits(memory, gpu_memory_gb * GB):
+        yield "it fits"
+        return
+    yield f"it does not fit: {memory.peak / GB:.1f} GB, and CUDA needs room of its own"
+    yield from _advise(args, model, info, num_gpus, gpu_memory_gb)
+
+
+def _shape(paths: ModelPaths) -> tuple[loaders.CheckpointInfo, str]:
+    """A checkpoint without its weights, and where its shape is from."""
+    config_path = Path(paths.config_path) if paths.config_path else None
+    source = "shape of Moshi 7B"
+    repo = paths.hf_repo_id
+    if config_path is None and repo is not None:
+        try:
+            local = Path(repo) / "config.json"
+            config_path = (
+                local if Path(repo).is_dir() else Path(hf_hub_download(repo, "config.json"))
+            )
+        except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError):
+            source = f"shape of Moshi 7B, as {repo} cannot be asked"
+    config: dict[str, Any] | None = None
+    if config_path is not None and config_path.is_file():
+        try:
+            config = read_json(config_path)
+        except ValueError as error:
+            raise UserError(f"moshi_paths: {config_path} is not valid JSON: {error}.") from error
+        if not isinstance(config, dict):
+            raise UserError(f"moshi_paths: {config_path} is not valid: expected keys and values.")
+        source = f"shape of {config_path}"
+        config = {key: value for key, value in config.items() if key not in _NO_SHAPE}
+    nothing = Path("none")
+    return loaders.CheckpointInfo(nothing, nothing, nothing, lm_config=config), source
+
+
+def _describe_sharing(args: TrainArgs, num_gpus: int) -> str:
+    size = shard_size(args, num_gpus)
+    if num_gpus == 1:
+        return "one GPU holds everything"
+    if size == 1:
+        return f"{num_gpus} GPUs: each holds everything (parallel.shard_size: 1)"
+    copies = num_gpus // size
+    where = "one copy" if copies == 1 else f"{copies} copies"
+    return f"{num_gpus} GPUs: {where} of the model, each over {size} (parallel.shard_size)"
+
+
+def _describe_time(args: TrainArgs, model: TTTLMModel, num_gpus: int) -> Iterator[str]:
+    num_frames = count_frames(args.duration_sec)
+    segments_per_step = args.batch_size * args.num_microbatches * num_gpus
+    tokens_per_step = segments_per_step * num_frames * (1 + model.dep_q)
+    yield (
+        f"a step: {segments_per_step} segments of {num_frames} frames, "
+        f"{format_count(tokens_per_step)} tokens; {args.max_steps} steps: "
+        f"{format_count(args.max_steps * tokens_per_step)} tokens"
+    )
+    try:
+        data = load_sources(
+            args.data.train_data,
+            key="data.train_data",
+            num_frames=num_frames,
+            on_error=args.data.on_error,
+        )
+        steps = data.num_segments / segments_per_step
+        yield (
+            f"data: {data.num_segments} segments, {steps:.1f} steps an epoch; the run is "
+            f"{args.max_steps / steps:.2f} epochs"
+        )
+    except UserError as error:
+        yield f"data: steps of an epoch are not known: {error}"
+    method = args.ttt.method + (f" {args.ttt.write}" if args.ttt.method == "in_place" else "")
+    num_ttt_layers = len(model.ttt_layers) / len(model.transformer.layers) * 32
+    factor = 1.0 + (TTT_FACTOR[method] - 1.0) * num_ttt_layers / 5
+    frames = segments_per_step // num_gpus * num_frames
+    size = sum(p.numel() for p in model.parameters()) / SEC_PER_FRAME_PARAMETERS
+    step_sec = frames * SEC_PER_FRAME * size * factor
+    step_sec *= 1.0 if args.gradient_checkpointing is True else SELECTIVE_FACTOR
+    step_sec *= FULL_FACTOR if args.full_finetuning else 1.0
+    if num_gpus > 1:
+        step_sec /= SHARDED_FACTOR if shard_size(args, num_gpus) > 1 else REPLICA_FACTOR
+    yield (
+        f"time on H100s or H200s: about {step_sec:.2f} s a step, "
+        f"{format_duration(args.max_steps * step_sec)} for all"
+    )
+
+
+def _advise(
+    args: TrainArgs,
+    model: TTTLMModel,
+    info: loaders.CheckpointInfo,
+    num_gpus: int,
+    gpu_memory_gb: float,
+) -> Iterator[str]:
+    """Changes that make it fit, each alone."""
+    fitting = [
+        (what, memory)
+        for what, memory in _changes(args, model, info, num_gpus)
+        if fits(memory, gpu_memory_gb * GB)
+    ]
+    if not fitting:
+        yield "no single change is enough: combine LoRA, more GPUs, a smaller batch_size"
+    for kind in dict.fromkeys(what.split(":")[0] for what, _ in fitting):
+        # The least change of each kind.
+        what, memory = next(each for each in fitting if each[0].startswith(kind))
+        yield f"  {what}: {memory.peak / GB:.1f} GB"
+
+
+def _changes(
+    args: TrainArgs, model: TTTLMModel, info: loaders.CheckpointInfo, num_gpus: int
+) -> Iterator[tuple[str, Memory]]:
+    """What could be changed, and the memory that the run takes then; small changes first."""
+    if args.gradient_checkpointing is not True:
+        changed = _with(args, gradient_checkpointing=True)
+        yield "gradient_checkpointing: true", estimate(changed, model, num_gpus)
+    batch_size = args.batch_size
+    while batch_size > 1:
+        batch_size //= 2
+        microbatches = args.num_microbatches * -(-args.batch_size // batch_size)
+        changed = _with(args, batch_size=batch_size, num_microbatches=microbatches)
+        what = f"batch_size: {batch_size} with num_microbatches: {microbatches}"
+        yield what, estimate(changed, model, num_gpus)
+    for number in (num_gpus, 2, 4, 8, 16, 32, 64):
+        if 1 < number >= num_gpus:
+            parallel = dataclasses.replace(args.parallel, shard_size=number)
+            what = f"GPUs: {number} with parallel.shard_size: {number}"
+            yield what, estimate(_with(args, parallel=parallel), model, number)
+    if args.full_finetuning:
+        lora = dataclasses.replace(args.lora, enable=True)
+        changed = _with(args, full_finetuning=False, lora=lora)
+        yield "lora.enable: true", estimate(changed, plan_model(changed, info), num_gpus)
+
+
+def _with(args: TrainArgs, **changes: Any) -> TrainArgs:
+    return dataclasses.replace(args, **changes)

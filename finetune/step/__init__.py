@@ -1,0 +1,17 @@
+"""The arithmetic of one optimizer step: loss, gradients, update."""
+
+from finetune.step.gradients import accumulate_gradients
+from finetune.step.loss import LossWeights, stream_sums, target_weights, total_weight
+from finetune.step.nonfinite import LostSteps
+from finetune.step.optim import Optimizer, StepResult
+
+__all__ = [
+    "LossWeights",
+    "LostSteps",
+    "Optimizer",
+    "StepResult",
+    "accumulate_gradients",
+    "stream_sums",
+    "target_weights",
+    "total_weight",
+]

@@ -1,0 +1,273 @@
+"""The benchmarks run, and print no speed for what is wrong."""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+
+@pytest.fixture
+def program(monkeypatch):
+    """Imports one of the benchmarks, for the length of a test."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    imported = []
+
+    def load(name):
+        imported.append(name)
+        return importlib.import_module(name)
+
+    yield load
+    for name in {*imported, "training_arms", "train_step"} & sys.modules.keys():
+        del sys.modules[name]
+
+
+@pytest.fixture
+def benchmark(program):
+    return program("ops")
+
+
+SMALL = ["--device=cpu", "--dtype=float32", "--width=8", "--hidden=12", "--chunk-size=4"]
+SMALL += ["--sizes=2x23", "--windows=7"]
+
+
+def test_operators_are_checked_and_timed(benchmark, tmp_path, capsys):
+    path = tmp_path / "ops.json"
+    benchmark.main([*SMALL, "--repeats", "1", "--warmup", "0", "--json", str(path)])
+    results = json.loads(path.read_text())["results"]
+    assert [r["method"] for r in results] == [
+        "projection",
+        "sum",
+        "delta",
+        "sum, bf16 weights",
+        "sum, fp32 weights",
+        "linear, plain scan",
+        "linear",
+        "linear, groups of 16",
+        "mlp, plain scan",
+        "mlp",
+        "mlp, groups of 16",
+        "attention",
+        "window 7",
+        "masked 7",
+    ]
+    for result in results:
+        # Weights in bfloat16 are not float32's equal.
+        assert ("forward_backward_ratio" in result) == ("bf16" not in result["method"])
+    assert "differs from the reference" in capsys.readouterr().out
+
+
+def test_a_wrong_operator_gets_no_time(benchmark, monkeypatch, capsys):
+    monkeypatch.setattr(
+        benchmark.ops, "in_place_ttt", lambda z, v, **_: torch.zeros_like(v) + 0 * v * z.sum()
+    )
+    found = benchmark.main([*SMALL, "--repeats", "1", "--methods", "sum"])
+    assert [result["method"] for result in found] == ["projection", "sum"]
+    assert "wrong" in found[1] and "forward_ms" not in found[1]
+
+
+def test_a_wrong_window_gets_no_time(benchmark, monkeypatch):
+    right = benchmark.causal_attention
+    monkeypatch.setattr(
+        benchmark, "causal_attention", lambda q, k, v, window: right(q, k, v, window + 1)
+    )
+    found = benchmark.main([*SMALL, "--repeats", "1", "--methods", "window 7"])
+    assert [result["method"] for result in found] == ["attention", "window 7"]
+    assert "forward_ms" in found[0] and "wrong" in found[1]
+
+
+STEP = ["--model=tiny", "--device=cpu", "--dtype=float32", "--batch=2", "--frames=20", "--rank=4"]
+STEP += ["--warmup=1", "--steps=1"]
+
+
+def test_training_steps_are_compared_and_timed(program, tmp_path):
+    path = tmp_path / "train_step.json"
+    program("train_step").main([*STEP, "--json", str(path)])
+    results = {r["name"]: r for r in json.loads(path.read_text())["results"]}
+    assert list(results) == [
+        "stock",
+        "ours",
+        "ours, in_place sum",
+        "ours, in_place delta",
+        "ours, linear",
+        "ours, mlp",
+        "ours, selective",
+        "ours, eager",
+        "stock, full",
+        "ours, full",
+    ]
+    for name, result in results.items():
+        assert result["loss_difference"] < 1e-5 and result["speedup"] > 0, name
+        assert 0 < result["mfu"] < 1 and result["tokens_per_sec"] > 0
+    assert results["ours"]["losses"][1] != results["ours"]["losses"][0]
+
+
+def test_a_training_step_with_other_losses_gets_no_time(program, monkeypatch, capsys):
+    train_step = program("train_step")
+    step = train_step.OurRun.step
+    monkeypatch.setattr(train_step.OurRun, "step", lambda *args: step(*args) + 1e-4)
+    found = train_step.main([*STEP, "--arms", "stock", "ours"])
+    assert "step_sec" in found[0] and "step_sec" not in found[1] and "mfu" not in found[1]
+    assert "losses differ from the stock model's by 1.0e-04" in capsys.readouterr().out
+    assert train_step.exit_status(found) == 1
+
+
+@pytest.mark.parametrize("wrong", ["OurRun", "StockRun"])
+def test_a_training_step_whose_later_losses_are_no_numbers_gets_no_time(
+    program, monkeypatch, wrong
+):
+    train_step = program("train_step")
+    run = getattr(train_step, wrong)
+    step, losses = run.step, []
+
+    def failing(*args):
+        losses.append(step(*args) if not losses else float("nan"))
+        return losses[-1]
+
+    monkeypatch.setattr(run, "step", failing)
+    found = train_step.main([*STEP, "--arms", "stock", "ours"])
+    assert "wrong" in found[1] and not {"step_sec", "speedup"} & found[1].keys()
+    assert train_step.exit_status(found) == 1
+
+
+def test_the_stock_model_runs_with_every_choice_of_arms(program, capsys):
+    train_step = program("train_step")
+    found = train_step.main([*STEP, "--arms", "ours"])
+    assert [r["name"] for r in found] == ["stock", "ours"] and found[1]["speedup"] > 0
+    assert train_step.exit_status(found) == 0
+    options = train_step.parse([*STEP, "--arms", "ours, full"])
+    assert [arm.name for arm in train_step.chosen_arms(options)] == ["stock, full", "ours, full"]
+    with pytest.raises(SystemExit) as stopped:
+        train_step.parse([*STEP, "--arms", "nosuch"])
+    assert stopped.value.code == 2 and "there is no 'nosuch'" in capsys.readouterr().err
+
+
+def test_only_a_search_may_run_out_of_memory(program):
+    status = program("train_step").exit_status
+    assert status([{"wrong": "out of memory"}]) == 1
+    assert status([{"wrong": "out of memory", "is_search": True}]) == 0
+    assert status([{"wrong": "losses are not finite", "is_search": True}]) == 1
+
+
+@pytest.mark.parametrize("is_full", [True, False], ids=["full", "lora"])
+def test_operations_of_a_step_are_counted(program, is_full):
+    """Against PyTorch's own counter, which counts all pairs of frames in attention."""
+    train_step = program("train_step")
+    options = train_step.parse([*STEP, "--frames=20"])
+    arm = train_step.Arm("ours", is_full=is_full, checkpointing=False, compile=False)
+    model = train_step.Weights(options).ours(arm)
+    run = train_step.OurRun(model, options)
+    with FlopCounterMode(display=False) as counter:
+        run.step(train_step.random_codes(2, arm, options))
+    counts = counter.get_flop_counts()["Global"]
+    products = sum(n for op, n in counts.items() if "attention" not in str(op))
+    window = 20 * 21 / 2 / 20
+    attention = 12 * 2 * 20 * window * train_step.lm_kwargs(arm, options)["dim"] * 3
+    counted = train_step.operations(model, arm, 2, options)
+    # The first layer's input needs a gradient here, as the embeddings train.
+    assert counted - attention == pytest.approx(products, rel=0.02)
+
+
+LOSSES = ["--model=tiny", "--device=cpu", "--batch=2", "--frames=60", "--rank=4", "--lr=1e-3"]
+
+
+@pytest.mark.parametrize(
+    "dtype, kind", [("float32", []), ("bfloat16", []), ("bfloat16", ["--full"])]
+)
+def test_losses_stay_within_the_bound_and_errors_do_not(
+    program, monkeypatch, tmp_path, dtype, kind
+):
+    same_losses, path = program("same_losses"), tmp_path / "losses.json"
+    all_runs = same_losses.runs
+    monkeypatch.setattr(
+        same_losses, "runs", lambda options: [r for r in all_runs(options) if not r.arm.compile]
+    )
+    options = [*LOSSES, *kind, "--dtype", dtype, "--planted", "--steps=8", "--json", str(path)]
+    found = same_losses.main(options)
+    assert same_losses.exit_status(found) == 0, found
+    results = {r["name"]: r for r in json.loads(path.read_text())["results"]}
+    assert len(results) == 3 + 3 + (1 if kind else 2)
+    for name, result in results.items():
+        losses = result["losses"]
+        assert losses[-1] < losses[0] - 0.01
+        if name.startswith("planted"):
+            assert result["share_of_bound"] > 2
+        elif name.startswith("ours"):
+            assert len(result["bounds"]) == 8 and max(result["bounds"]) < 0.1
+
+
+MANY = ["--model=tiny", "--device=cpu", "--gpus=2", "--batch=2", "--frames=40", "--rank=2"]
+MANY += ["--loss-steps=2", "--warmup=0", "--steps=1"]
+
+
+@pytest.mark.slow
+def test_several_gpus_are_compared_with_one(program, tmp_path):
+    program("many_gpus_arms")
+    path = tmp_path / "many.json"
+    program("many_gpus").main([*MANY, f"--json={path}", f"--log-dir={tmp_path}"])
+    results = json.loads(path.read_text())["results"]
+    assert len(results) == 9 and not any("wrong" in result for result in results)
+    for result in results:
+        if result["gpus"] == 2:
+            assert result["loss_difference"] < 1e-5, result["name"]
+
+
+@pytest.fixture
+def many_gpus(program, monkeypatch, tmp_path):
+    """With processes that only write what a test says, for each start in turn."""
+    program("many_gpus_arms")
+    many_gpus = program("many_gpus")
+
+    def run(*scripts, arms):
+        started = []
+
+        def start(names, on_all, results_file, log, options):
+            code = f"import json, os, sys, time; names = {names!r}\n{scripts[len(started)]}"
+            started.append(names)
+            write = (
+                "def write(name, loss=5.0, **more):\n"
+                f"    with open({str(results_file)!r}, 'a') as file:\n"
+                "        line = dict(name=name, gpus=1, batch=2, losses=[loss], step_sec=1.0)\n"
+                "        line |= dict(tokens_per_sec=9.0, plan_gb=1.0) | more\n"
+                "        file.write(json.dumps(line) + '\\n')\n"
+            )
+            return subprocess.Popen([sys.executable, "-c", write + code], start_new_session=True)
+
+        monkeypatch.setattr(many_gpus, "start", start)
+        found = many_gpus.main([*MANY, "--limit=3", f"--log-dir={tmp_path}", "--arms", *arms])
+        return {result["name"]: result for result in found}, started
+
+    return run
+
+
+ALL_GOOD = "[write(name) for name in names]"
+
+
+def test_another_loss_on_several_gpus_gets_no_time(many_gpus):
+    found, _ = many_gpus(
+        ALL_GOOD,
+        "write('replicas', 5.01); write('sharded', tokens_per_sec=17.0)",
+        arms=["replicas", "sharded"],
+    )
+    assert "step_sec" not in found["replicas"] and "1.0e-02" in found["replicas"]["wrong"]
+    assert found["sharded"]["speedup"] == pytest.approx(17 / 9)
+
+
+@pytest.mark.parametrize(
+    "end",
+    ["os._exit(1)", "write('sharded', wrong='no memory'); os._exit(1)", "time.sleep(60)"],
+    ids=["fails", "says why", "hangs"],
+)
+def test_a_line_that_fails_does_not_stop_the_others(many_gpus, end):
+    found, started = many_gpus(
+        ALL_GOOD,
+        f"write('replicas'); {end}",
+        ALL_GOOD,
+        arms=["replicas", "sharded", "sharded, full"],
+    )
+    assert started[1:] == [["replicas", "sharded", "sharded, full"], ["sharded, full"]]
+    assert [name for name, result in found.items() if "wrong" in result] == ["sharded"]

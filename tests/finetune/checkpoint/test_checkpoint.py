@@ -1,0 +1,426 @@
+"""Checkpoints: what stock `moshi` makes of them, what is kept, and how a run goes on from one."""
+
+import json
+import resource
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from moshi.models.loaders import CheckpointInfo
+from safetensors.torch import load_file, save_file
+from training_tools import (
+    FULL,
+    LORA,
+    PLAIN,
+    assert_same_weights,
+    checkpoint,
+    logged,
+    logged_steps,
+    random_batch,
+    saved_weights,
+    train,
+    trainer,
+)
+
+import finetune.checkpoint.run_record
+import finetune.trainer
+from finetune.checkpoint import list_checkpoints, load_trained_weights, step_of
+from finetune.checkpoint.run_record import RunRecord
+from finetune.config import load_config
+from finetune.errors import UserError
+from finetune.model import find_checkpoint, load_model
+
+NO_TTT = {"ttt.enabled": False, "param_dtype": "float32"}
+
+
+def kept_steps(run_dir):
+    return [step_of(path) for path in list_checkpoints(run_dir)]
+
+
+@torch.no_grad()
+def logits(model):
+    """Text and audio logits; NaN where the model has none."""
+    output = model.eval()(random_batch())
+    return output.text_logits, output.logits
+
+
+def assert_same_logits(model, expected, **tolerance):
+    for found, wanted in zip(logits(model), logits(expected), strict=True):
+        torch.testing.assert_close(found, wanted, equal_nan=True, **tolerance)
+
+
+# --- reading checkpoints --------------------------------------------------------------------------
+
+
+def stock_moshi(config: Path, run_dir: Path, weights: Path, lora: Path | None = None):
+    """What stock `moshi` builds from a checkpoint and the base's other files."""
+    base = config.parent / "model"
+    info = CheckpointInfo.from_hf_repo(
+        "nobody/nothing",
+        moshi_weights=weights,
+        mimi_weights=base / "mimi.safetensors",
+        tokenizer=base / "tokenizer.model",
+        config_path=checkpoint(run_dir, 4) / "consolidated/config.json",
+        mimi_config_path=base / "mimi_config.json",
+        lora_weights=lora,
+    )
+    assert info.get_mimi().num_codebooks == 4 and info.get_text_tokenizer().vocab_size() > 0
+    return info.get_moshi(device="cpu", dtype=torch.float32)
+
+
+def test_stock_moshi_loads_a_full_checkpoint(config, tmp_path):
+    run = train(config, tmp_path, PLAIN)
+    weights = checkpoint(tmp_path, 4) / "consolidated/consolidated.safetensors"
+    stock = stock_moshi(config, tmp_path, weights)
+    own = run.model.state_dict()
+    assert all(torch.equal(weight, own[key]) for key, weight in stock.state_dict().items())
+    # The training path multiplies larger matrices at once, and rounds elsewhere.
+    assert_same_logits(stock, run.model, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("ft_embed", [False, True])
+def test_stock_moshi_loads_adapters(config, tmp_path, ft_embed):
+    run = train(config, tmp_path, {**LORA, **NO_TTT, "optim.lr": 0.03, "lora.ft_embed": ft_embed})
+    base = config.parent / "model/model.safetensors"
+    adapters = checkpoint(tmp_path, 4) / "consolidated/lora.safetensors"
+    found = stock_moshi(config, tmp_path, base, adapters)
+    assert_same_logits(found, run.model, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("ft_embed", [False, True])
+def test_stock_moshi_loads_merged_adapters(config, tmp_path, ft_embed):
+    run = train(
+        config,
+        tmp_path,
+        {**LORA, **NO_TTT, "optim.lr": 0.03, "lora.ft_embed": ft_embed, "save_adapters": False},
+    )
+    merged = checkpoint(tmp_path, 4) / "consolidated/consolidated.safetensors"
+    found = stock_moshi(config, tmp_path, merged)
+    assert_same_logits(found, run.model, rtol=1e-4, atol=1e-4)
+    unmerged = load_model(run.args, run.checkpoint_info, "cpu")
+    assert (logits(unmerged)[0] - logits(found)[0]).abs().max() > 1e-2, "the adapters did nothing"
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [{}, FULL, LORA, {**LORA, "lora.ft_embed": True}, {**LORA, "save_adapters": False}],
+    ids=["ttt alone", "full", "lora", "lora and embeddings", "merged lora"],
+)
+def test_a_checkpoint_gives_back_the_model_with_its_ttt(config, tmp_path, overrides):
+    run = train(config, tmp_path, {**overrides, "param_dtype": "float32", "optim.ttt_lr": 0.1})
+    saved = checkpoint(tmp_path, 4)
+    args = load_config(saved / "args.yaml")
+    model = load_model(args, find_checkpoint(args.moshi_paths), "cpu")
+    assert not torch.equal(logits(model)[0], logits(run.model)[0])
+    load_trained_weights(model, args, saved)
+    merged = not args.save_adapters
+    assert_same_logits(model, run.model, rtol=0, atol=1e-4 if merged else 0)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda weights: weights.popitem(), "it lacks"),
+        (lambda weights: weights.update(other=torch.zeros(1)), "it has other"),
+        (lambda weights: weights.update({k: w[:1] for k, w in weights.items()}), "has shape"),
+    ],
+    ids=["missing", "unknown", "misshapen"],
+)
+def test_weights_of_another_model_are_refused(config, tmp_path, spoil, message):
+    delta = {"ttt.write": "delta", "ttt.learning_rate": None}
+    train(config, tmp_path, delta)
+    saved = checkpoint(tmp_path, 4)
+    path = saved / "consolidated/ttt.safetensors"
+    weights = load_file(path)
+    spoil(weights)
+    save_file({name: weight.clone() for name, weight in weights.items()}, path)
+    args = load_config(saved / "args.yaml")
+    model = load_model(args, find_checkpoint(args.moshi_paths), "cpu")
+    with pytest.raises(UserError, match=message):
+        load_trained_weights(model, args, saved)
+
+
+def test_another_attention_window_is_in_the_checkpoint(config, tmp_path):
+    train(config, tmp_path, {**PLAIN, "model.attention_context": 7})
+    saved = json.loads((checkpoint(tmp_path, 4) / "consolidated/config.json").read_text())
+    assert saved["context"] == 7
+
+
+def test_files_say_what_they_are(config, tmp_path):
+    def files(run_dir, overrides):
+        train(config, run_dir, overrides)
+        return {file.name for file in (checkpoint(run_dir, 4) / "consolidated").iterdir()}
+
+    full, lora, ttt = "consolidated.safetensors", "lora.safetensors", "ttt.safetensors"
+    assert files(tmp_path / "full", FULL) == {"config.json", full, ttt}
+    assert files(tmp_path / "lora", LORA) == {"config.json", lora, ttt}
+    assert files(tmp_path / "ttt", {}) == {"config.json", ttt}
+    assert files(tmp_path / "plain", PLAIN) == {"config.json", full}
+
+
+def test_a_run_can_start_from_the_weights_of_another(config, tmp_path):
+    first = train(config, tmp_path / "first", PLAIN)
+    folder = checkpoint(tmp_path / "first", 4) / "consolidated"
+    base = config.parent / "model"
+    second = trainer(
+        config,
+        tmp_path / "second",
+        {
+            **PLAIN,
+            "moshi_paths.config_path": folder / "config.json",
+            "moshi_paths.moshi_path": folder / "consolidated.safetensors",
+            "moshi_paths.hf_repo_id": str(base),
+        },
+    )
+    assert_same_logits(second.model, first.model, rtol=0, atol=0)
+
+
+# --- which are kept -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "eval_losses, expected",
+    [
+        ([3.0, 1.0, 2.0, 2.5, 1.5], [2, 4, 5]),
+        ([3.0, 2.0, 1.5, 1.2, 1.0], [4, 5]),
+        ([float("nan"), 1.0, 2.0, float("nan"), 1.5], [2, 4, 5]),
+        (None, [4, 5]),
+    ],
+    ids=["best is old", "best is last", "some are NaN", "no evaluation"],
+)
+def test_the_last_checkpoints_and_the_best_are_kept(
+    config, tmp_path, monkeypatch, eval_losses, expected
+):
+    overrides = {"max_steps": 5, "ckpt_freq": 1, "num_ckpt_keep": 2}
+    if eval_losses:
+        overrides |= {"do_eval": True, "eval_freq": 1}
+        coming = iter([4.0, *eval_losses])  # the first is from before the first step
+        monkeypatch.setattr(
+            finetune.trainer,
+            "evaluate",
+            lambda *args, **options: {
+                "loss": next(coming),
+                "text_perplexity": 1.0,
+                "audio_perplexity": 1.0,
+            },
+        )
+    train(config, tmp_path, overrides)
+    assert kept_steps(tmp_path) == expected
+
+
+def test_all_are_kept_on_request(config, tmp_path):
+    train(config, tmp_path, {"ckpt_freq": 1, "num_ckpt_keep": "null"})
+    assert kept_steps(tmp_path) == [1, 2, 3, 4]
+
+
+def test_a_checkpoint_that_was_being_deleted_when_the_run_died_is_none(
+    config, tmp_path, monkeypatch
+):
+    overrides = {"ckpt_freq": 1, "num_ckpt_keep": 1, "max_steps": 6, "ckpt_async": False}
+
+    def die_half_way(run_dir, units):
+        for file in (run_dir / units[0]).glob("*.*"):
+            file.unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune.checkpoint.run_record, "delete_units", die_half_way)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, tmp_path, overrides)
+    assert kept_steps(tmp_path) == [2]
+    train(config, tmp_path, {**overrides, "resume": True})
+    assert kept_steps(tmp_path) == [6]
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 1
+
+
+# --- resuming -------------------------------------------------------------------------------------
+
+
+def stop_after(run, step):
+    """Ends a run as `kill -9` would after this step: nothing is saved, nothing is said."""
+    log = run.log
+
+    def log_and_die(*args, **kwargs):
+        log(*args, **kwargs)
+        if run.step == step:
+            raise KeyboardInterrupt
+
+    run.log = log_and_die
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+
+
+TEN_STEPS = {"max_steps": 10, "ckpt_freq": 5}
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        PLAIN,
+        LORA,
+        {**LORA, "lora.ft_embed": True, "save_adapters": False},
+        {"data.num_workers": 2, "num_microbatches": 2},
+        {**FULL, "gradient_checkpointing": True, "data.shuffle": False},
+    ],
+    ids=["float32", "lora", "merged lora and embeddings", "micro-batches", "checkpointing"],
+)
+def test_a_resumed_run_is_the_run_that_never_stopped(config, tmp_path, overrides):
+    overrides = {**TEN_STEPS, **overrides}
+    train(config, tmp_path / "whole", overrides)
+    stop_after(trainer(config, tmp_path / "cut", overrides), 7)
+    assert logged_steps(tmp_path / "cut") == [1, 2, 3, 4, 5, 6, 7]
+    resumed = train(config, tmp_path / "cut", {**overrides, "resume": True})
+    assert resumed.step == 10
+    assert logged_steps(tmp_path / "cut") == list(range(1, 11))
+    assert logged(tmp_path / "cut") == logged(tmp_path / "whole")
+    assert_same_weights(saved_weights(tmp_path / "cut", 10), saved_weights(tmp_path / "whole", 10))
+
+
+def resumed_from(config, run_dir, first, later):
+    """Stops a run after step 7 and goes on from step 5 with other options."""
+    stop_after(trainer(config, run_dir, {**TEN_STEPS, **first}), 7)
+    return train(config, run_dir, {**TEN_STEPS, **first, **later, "resume": True})
+
+
+def test_options_changed_on_resuming_take_effect(config, tmp_path):
+    whole = {name: tmp_path / name for name in ("same", "lr", "max_norm", "weight_decay")}
+    resumed_from(config, whole["same"], FULL, {})
+    resumed_from(config, whole["lr"], FULL, {"optim.lr": 6e-3})
+    resumed_from(config, whole["max_norm"], FULL, {"max_norm": 1e-6})
+    resumed_from(config, whole["weight_decay"], FULL, {"optim.weight_decay": 1.0})
+    rates, new_rates = logged(whole["same"], "lr"), logged(whole["lr"], "lr")
+    assert new_rates[:5] == rates[:5]
+    assert new_rates[5:9] == pytest.approx([2 * rate for rate in rates[5:9]])
+    weights = {name: saved_weights(run, 10)["text_linear.weight"] for name, run in whole.items()}
+    for name in ("lr", "max_norm", "weight_decay"):
+        assert logged(whole[name])[:6] == logged(whole["same"])[:6]
+        assert not torch.equal(weights[name], weights["same"]), name
+
+
+def test_a_resumed_run_can_be_longer(config, tmp_path):
+    train(config, tmp_path, TEN_STEPS)
+    run = train(config, tmp_path, {**TEN_STEPS, "max_steps": 12, "resume": True})
+    assert run.step == 12
+    assert logged_steps(tmp_path) == list(range(1, 13))
+
+
+def test_a_resumed_run_that_is_complete_does_nothing(config, tmp_path):
+    train(config, tmp_path, TEN_STEPS)
+    before = saved_weights(tmp_path, 10)
+    train(config, tmp_path, {**TEN_STEPS, "resume": True})
+    assert_same_weights(saved_weights(tmp_path, 10), before)
+    assert logged_steps(tmp_path) == list(range(1, 11))
+
+
+def test_a_run_resumed_with_fewer_steps_than_it_has_made_is_refused(config, tmp_path):
+    train(config, tmp_path, TEN_STEPS)
+    with pytest.raises(UserError, match="max_steps"):
+        trainer(config, tmp_path, {**TEN_STEPS, "max_steps": 8, "resume": True})
+
+
+@pytest.mark.parametrize("other", [FULL, LORA, {"ttt.start_layer": 1}])
+def test_a_run_is_not_resumed_with_other_trainable_parameters(config, tmp_path, other):
+    train(config, tmp_path)
+    with pytest.raises(UserError, match="does not belong to this configuration"):
+        trainer(config, tmp_path, {**other, "resume": True})
+
+
+@pytest.mark.parametrize("other", [{"lora.rank": 4}, {"ttt.conv_kernel_size": 3}])
+def test_a_run_is_not_resumed_with_parameters_of_another_shape(config, tmp_path, other):
+    train(config, tmp_path, LORA)
+    with pytest.raises(UserError, match="does not belong to this configuration"):
+        trainer(config, tmp_path, {**LORA, **other, "resume": True})
+
+
+def test_resume_auto_starts_anew_where_there_is_nothing_and_goes_on_where_there_is(
+    config, tmp_path
+):
+    overrides = {**TEN_STEPS, "resume": "auto"}
+    stop_after(trainer(config, tmp_path / "auto", overrides), 7)
+    train(config, tmp_path / "auto", overrides)
+    assert logged_steps(tmp_path / "auto") == list(range(1, 11))
+    train(config, tmp_path / "whole", TEN_STEPS)
+    assert logged(tmp_path / "auto") == logged(tmp_path / "whole")
+
+
+def test_resume_auto_forgets_what_no_checkpoint_holds(config, tmp_path):
+    overrides = {"resume": "auto", "do_eval": True}
+    stop_after(trainer(config, tmp_path, overrides), 2)
+    train(config, tmp_path, overrides)
+    assert logged_steps(tmp_path) == [1, 2, 3, 4]
+    assert len(logged(tmp_path, kind="eval")) == 2  # before the first step, and after the last
+
+
+def test_resuming_where_there_is_no_checkpoint_is_refused(config, tmp_path):
+    with pytest.raises(UserError, match="no complete checkpoint in"):
+        trainer(config, tmp_path / "none", {"resume": True})
+
+
+def test_an_unfinished_checkpoint_is_ignored_and_removed(config, tmp_path):
+    stop_after(trainer(config, tmp_path, TEN_STEPS), 7)
+    unfinished = tmp_path / "checkpoints/checkpoint_000007.incomplete"
+    RunRecord(tmp_path).add(trees=["checkpoints/checkpoint_000007.incomplete"])
+    shutil.copytree(checkpoint(tmp_path, 5), unfinished)
+    run = trainer(config, tmp_path, {**TEN_STEPS, "resume": True})
+    assert run.step == 5
+    assert not unfinished.exists()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(b"what is this?" * 100),
+        lambda path: path.write_bytes(bytes(1000)),
+        lambda path: path.unlink(),
+    ],
+    ids=["torn", "empty", "text", "zeros", "missing"],
+)
+def test_a_damaged_checkpoint_is_named_with_the_remedy(config, tmp_path, damage):
+    train(config, tmp_path, {"ckpt_freq": 2})
+    damage(checkpoint(tmp_path, 4) / "resume.pt")
+    with pytest.raises(UserError, match=r"checkpoint_000004/resume.pt.*damaged.*Delete"):
+        trainer(config, tmp_path, {"resume": True})
+    shutil.rmtree(checkpoint(tmp_path, 4))  # the remedy
+    assert trainer(config, tmp_path, {"resume": True}).step == 2
+
+
+# --- a full disk ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def largest_file():
+    """Sets the size in bytes above which writing fails, which is what a full disk comes to."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("file", ["consolidated/consolidated.safetensors", "resume/__0_0.distcp"])
+def test_a_checkpoint_that_does_not_fit_on_the_disk_harms_nothing(
+    config, tmp_path, largest_file, file
+):
+    overrides = {**FULL, "param_dtype": "float32", **TEN_STEPS}
+    train(config, tmp_path / "whole", overrides)
+    run = trainer(config, tmp_path / "cut", overrides)
+    size = (checkpoint(tmp_path / "whole", 10) / file).stat().st_size
+    save = run.save
+    run.save = lambda: [largest_file(size - 500) if run.step == 10 else None, save()]
+    with pytest.raises(UserError, match=r"checkpoint of step 10 .*Older checkpoints are untouched"):
+        run.train()
+    largest_file(resource.RLIM_INFINITY)
+    assert [path.name for path in (tmp_path / "cut/checkpoints").iterdir()] == ["checkpoint_000005"]
+    train(config, tmp_path / "cut", {**overrides, "resume": True})
+    assert_same_weights(saved_weights(tmp_path / "cut", 10), saved_weights(tmp_path / "whole", 10))
+
+
+def test_secrets_are_in_no_file(config, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    pytest.importorskip("wandb")
+    overrides = {"wandb.project": "p", "wandb.offline": True, "wandb.key": "s3cr3t" * 7}
+    train(config, tmp_path, overrides)
+    assert not [f for f in tmp_path.rglob("*") if f.is_file() and b"s3cr3t" in f.read_bytes()]
+    info = json.loads((checkpoint(tmp_path, 4) / "info.json").read_text())
+    assert info == {"step": 4, "eval_loss": None}

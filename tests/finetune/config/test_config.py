@@ -1,0 +1,349 @@
+"""The configuration: files that load, and mistakes that are all reported with a remedy."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from finetune.config import DataArgs, TrainArgs, changed_keys, load_config, public_dict, save_config
+from finetune.config.docs_page import COMMAND, configuration_page
+from finetune.errors import UserError
+from finetune.inference import checkpoint_args
+from ttt.config import TTTArgs
+
+ROOT = Path(__file__).parents[3]
+MINIMAL = "run_dir: run\ndata: {train_data: train.jsonl}\nlora: {enable: true}\n"
+# The keys of moshi-finetune's example file, with its values and ways of writing numbers.
+MOSHI_FINETUNE = """
+data:
+  eval_data: ''
+  shuffle: true
+  train_data: 'train.jsonl'
+moshi_paths:
+  hf_repo_id: "kyutai/moshiko-pytorch-bf16"
+full_finetuning: false
+lora:
+  enable: true
+  rank: 128
+  scaling: 2.
+  ft_embed: false
+first_codebook_weight_multiplier: 100.
+text_padding_weight: .5
+duration_sec: 100
+batch_size: 16
+max_steps: 2000
+gradient_checkpointing: true
+optim:
+  lr: 2e-6
+  weight_decay: 0.1
+  pct_start: 0.05
+seed: 0
+log_freq: 1
+eval_freq: 100
+do_eval: false
+do_ckpt: true
+ckpt_freq: 100
+save_adapters: true
+run_dir: "run"
+wandb:
+  project: ""
+  run_name: ""
+  key: ""
+  offline: False
+overwrite_run_dir: true
+"""
+
+
+@pytest.fixture
+def load(tmp_path):
+    def load_text(text: str, **overrides) -> TrainArgs:
+        path = tmp_path / "run.yaml"
+        path.write_text(text, encoding="utf-8")
+        return load_config(path, {key.replace("__", "."): overrides[key] for key in overrides})
+
+    return load_text
+
+
+@pytest.fixture
+def problems(load):
+    """The reported lines below the heading."""
+
+    def load_wrong(text: str, **overrides) -> list[str]:
+        with pytest.raises(UserError) as error:
+            load(text, **overrides)
+        return [line.removeprefix("  - ") for line in str(error.value).splitlines()[1:]]
+
+    return load_wrong
+
+
+RUNS = [
+    path
+    for path in sorted((ROOT / "example").glob("*.yaml"))
+    if "sweep_dir:" not in path.read_text()  # sweeps are in test_sweep.py
+]
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda p: p.name)
+def test_shipped_files_load(path):
+    args = load_config(path, {})
+    assert args.run_dir and args.data.train_data
+
+
+def test_moshi_finetune_file_loads_with_equal_values(load):
+    args = load(MOSHI_FINETUNE)
+    assert args.data == DataArgs(train_data="train.jsonl", eval_data="", shuffle=True)
+    assert args.moshi_paths.hf_repo_id == "kyutai/moshiko-pytorch-bf16"
+    assert (args.lora.enable, args.lora.rank, args.lora.scaling) == (True, 128, 2.0)
+    assert (args.lora.ft_embed, args.full_finetuning) == (False, False)
+    assert (args.first_codebook_weight_multiplier, args.text_padding_weight) == (100.0, 0.5)
+    assert (args.duration_sec, args.batch_size, args.max_steps) == (100.0, 16, 2000)
+    assert (args.optim.lr, args.optim.weight_decay, args.optim.pct_start) == (2e-6, 0.1, 0.05)
+    assert (args.seed, args.log_freq, args.eval_freq, args.ckpt_freq) == (0, 1, 100, 100)
+    assert (args.do_eval, args.do_ckpt, args.save_adapters) == (False, True, True)
+    assert (args.gradient_checkpointing, args.overwrite_run_dir) == (True, True)
+    assert (args.wandb.project, args.wandb.run_name, args.wandb.key) == (None, None, None)
+    assert args.ttt.enabled is False
+
+
+def test_defaults_are_those_of_moshi_finetune(load):
+    args = load(MINIMAL)
+    assert (args.lora.rank, args.lora.scaling, args.optim.lr) == (64, 2.0, 1e-4)
+    assert (args.optim.weight_decay, args.optim.pct_start) == (0.1, 0.05)
+    assert (args.first_codebook_weight_multiplier, args.text_padding_weight) == (1.0, 0.5)
+    assert (args.duration_sec, args.batch_size, args.num_microbatches) == (10.0, 1, 1)
+    assert (args.max_steps, args.max_norm, args.log_freq, args.seed) == (100, 1.0, 1, 0)
+    assert (args.do_ckpt, args.ckpt_freq, args.num_ckpt_keep) == (True, 0, 3)
+    assert (args.eval_freq, args.do_eval, args.gradient_checkpointing) == (0, False, True)
+    assert (args.save_adapters, args.overwrite_run_dir) == (True, False)
+    assert (args.param_dtype, args.data.shuffle) == ("bfloat16", False)
+
+
+def test_every_problem_is_reported_at_once(problems):
+    found = problems(
+        "run_dir: run\n"
+        "data: {train_data: train.jsonl}\n"
+        "ttt: {enabled: true, chunk_sise: 3}\n"
+        "optim: {lr: fast, pct_start: 2}\n"
+        "full_finetuning: true\n"
+        "lora: {enable: true}\n",
+        batch_size=0,
+    )
+    assert found == [
+        "ttt.chunk_sise: unknown key, did you mean ttt.chunk_size?",
+        "optim.lr: expected a number, got 'fast'",
+        "full_finetuning, lora.enable: both are true, but LoRA is trained instead of the full "
+        "weights; set one to false",
+        "batch_size: must be 1 or more, got 0 (on the command line)",
+        "optim.pct_start: must be more than 0 and less than 1, got 2.0",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("lr: 1e-4", "lr: unknown key, did you mean optim.lr?"),
+        ("tt: {enabled: true}", "tt.enabled: unknown key, did you mean ttt.enabled?"),
+        ("xyz: 1", "xyz: unknown key; remove it"),
+        ("batch_size: 1.5", "batch_size: expected a whole number, got '1.5'"),
+        ("batch_size: true", "batch_size: expected a whole number, got 'true'"),
+        ("max_norm: .nan", "max_norm: expected a number, got '.nan'"),
+        ("max_norm: inf", "max_norm: expected a number, got 'inf'"),
+        ("seed: null", "seed: expected a whole number, got nothing"),
+        ("do_ckpt: 1", "do_ckpt: expected true or false, got '1'"),
+        ("device: gpu", "device: expected auto or cpu or cuda, got 'gpu'"),
+        ("resume: maybe", "resume: expected true or false or auto, got 'maybe'"),
+        ("num_ckpt_keep: all", "num_ckpt_keep: expected a whole number or null, got 'all'"),
+        ("max_steps: [1, 2]", "max_steps: expected a whole number, got a list"),
+        ("optim: 3", "optim: is a section: expected keys of its own below it"),
+        ("batch_size: {train: 1}", "batch_size.train: unknown key, did you mean batch_size?"),
+        ("num_microbatches: 0", "num_microbatches: must be 1 or more, got 0"),
+        ("num_ckpt_keep: 0", "num_ckpt_keep: must be 1 or more, got 0"),
+        ("duration_sec: -1", "duration_sec: must be more than 0, got -1.0"),
+        ("ttt: {enabled: true, chunk_size: 0}", "ttt.chunk_size: must be at least 1, got 0"),
+    ],
+)
+def test_a_wrong_line_is_the_only_problem(problems, line, problem):
+    assert problems(MINIMAL + line + "\n") == [problem]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "keys"),
+    [
+        ({"lora__enable": False}, "full_finetuning, lora.enable, ttt.enabled"),
+        ({"run_dir": ""}, "run_dir"),
+        ({"data__train_data": ""}, "data.train_data"),
+        ({"do_eval": True}, "do_eval, data.eval_data"),
+        ({"lora__rank": 0}, "lora.rank"),
+        ({"resume": True, "overwrite_run_dir": True}, "resume, overwrite_run_dir"),
+        (
+            {"moshi_paths__random_init": True, "moshi_paths__moshi_path": "x.safetensors"},
+            "moshi_paths.random_init, moshi_paths.moshi_path",
+        ),
+        (
+            {"moshi_paths__hf_repo_id": None, "moshi_paths__mimi_path": "x.safetensors"},
+            "moshi_paths.hf_repo_id, moshi_paths.moshi_path, moshi_paths.tokenizer_path",
+        ),
+    ],
+)
+def test_contradictions(problems, overrides, keys):
+    (found,) = problems(MINIMAL, **overrides)
+    assert found.split(": ")[0] == keys
+    assert "secret" not in found
+
+
+def test_harmless_combinations_load(load):
+    load(MINIMAL, eval_freq=100, do_eval=False)
+    load(MINIMAL, lora__enable=False, full_finetuning=True, save_adapters=True)
+    load(MINIMAL, lora__enable=False, ttt__enabled=True, lora__rank=0)
+    load(MINIMAL, moshi_paths__hf_repo_id=None, moshi_paths__random_init=True)
+
+
+def test_a_rejected_value_causes_no_second_complaint(problems):
+    text = "run_dir: run\ndata: {train_data: train.jsonl}\n"
+    for lora in ("{enable: si}", "{enabel: true}", "3"):
+        assert len(problems(text + f"lora: {lora}\n")) == 1
+
+
+def test_what_must_be_given(problems):
+    assert problems("lora: {enable: true}") == [
+        "run_dir: missing, and it has no default; add it",
+        "data.train_data: empty; name a .jsonl file or a folder of them",
+    ]
+
+
+def test_the_type_of_the_key_decides_what_a_value_means(load):
+    args = load(
+        MINIMAL + "optim: {lr: 1e-3, weight_decay: '0.5'}\nmax_steps: 1e3\nduration_sec: 30\n"
+        "do_eval: off\nwandb: {project: on, run_name: 0123}\nresume: auto\n"
+    )
+    assert (args.optim.lr, args.optim.weight_decay, args.max_steps) == (1e-3, 0.5, 1000)
+    assert isinstance(args.max_steps, int) and isinstance(args.duration_sec, float)
+    assert (args.wandb.project, args.wandb.run_name) == ("on", "0123")
+    assert (args.do_eval, args.resume) == (False, "auto")
+
+
+def test_null_sections_have_their_defaults(load):
+    assert load(MINIMAL + "wandb: null\nttt:\noptim: ~\n") == load(MINIMAL)
+    assert load(MINIMAL + "optim: {lr: 1}\n", optim=None) == load(MINIMAL)
+
+
+def test_overrides_as_fire_passes_them(load):
+    overrides = {
+        "optim__lr": "1e-4",
+        "ttt__chunk_size": 64,
+        "ttt__enabled": "true",
+        "resume": True,
+        "num_ckpt_keep": None,
+        "wandb__project": 2024,
+        "lora": {"rank": 8},
+    }
+    args = load(MINIMAL + "optim: {lr: fast}\nttt:\n", **overrides)
+    assert (args.optim.lr, args.ttt.chunk_size, args.ttt.enabled) == (1e-4, 64, True)
+    assert (args.resume, args.num_ckpt_keep, args.wandb.project) == (True, None, "2024")
+    assert (args.lora.enable, args.lora.rank) == (True, 8)
+
+
+def test_an_unknown_override_is_reported_like_a_key(problems):
+    assert problems(MINIMAL, ttt_chunk_size=64) == [
+        "ttt_chunk_size: unknown key, did you mean ttt.chunk_size? (on the command line)"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("run_dir: run\nrun_dir: other\n", "line 2, column 1.*'run_dir' appears twice"),
+        ("optim:\n  lr: 1\n  lr: 2\n", "line 3, column 3.*'lr' appears twice"),
+        ("a: 1\n\tb: 2\n", "line 2, column 1: not valid YAML"),
+        ("run_dir: [a\n", "line 2, column 1: not valid YAML"),
+        ("", "is empty"),
+        ("- run_dir\n", "holds no"),
+    ],
+)
+def test_files_that_are_not_a_configuration(load, text, expected):
+    with pytest.raises(UserError, match=f"run.yaml.*{expected}"):
+        load(text)
+
+
+def test_a_missing_file_names_similar_ones(tmp_path):
+    (tmp_path / "moshi_ttt.yaml").touch()
+    with pytest.raises(UserError, match=r"moshi_tt\.yaml\. Did you mean .*moshi_ttt\.yaml\?"):
+        load_config(tmp_path / "moshi_tt.yaml", {})
+    with pytest.raises(UserError, match="Is a directory"):
+        load_config(tmp_path, {})
+
+
+def test_saved_configuration_loads_and_has_no_secret(load, tmp_path):
+    text = MINIMAL + "wandb: {project: p, key: hunter2}\noptim: {lr: 1e-7}\nresume: auto\n"
+    args = load(text, run_dir="läufe/true")
+    save_config(args, tmp_path / "args.yaml")
+
+    assert args.wandb.key == "hunter2"
+    for written in ((tmp_path / "args.yaml").read_text(), repr(args), str(public_dict(args))):
+        assert "hunter2" not in written
+    assert "key" not in public_dict(args)["wandb"]
+    assert load_config(tmp_path / "args.yaml", {"wandb.key": "hunter2"}) == args
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "in_place", "write": "sum"},
+        {"method": "in_place", "write": "delta"},
+        {"method": "linear", "write": "sum"},
+        {"method": "mlp", "write": "sum"},
+        {"method": "in_place", "write": "sum", "enabled": False},
+    ],
+    ids=str,
+)
+def test_what_a_run_wrote_before_there_was_lr_scale_means_what_it_meant(tmp_path, options):
+    """It had a learning rate and a write rule whether they were read or not."""
+    file = tmp_path / "args.yaml"
+    save_config(TrainArgs(DataArgs(train_data="train.jsonl"), "run", full_finetuning=True), file)
+    written = yaml.safe_load(file.read_text())
+    written["ttt"] |= {"enabled": True, "learning_rate": 0.001, **options}
+    del written["ttt"]["lr_scale"]
+    file.write_text(yaml.safe_dump(written))
+    (tmp_path / "consolidated").mkdir()
+    args = checkpoint_args(tmp_path)
+    ttt = args.ttt
+    assert (ttt.enabled, ttt.method) == (written["ttt"]["enabled"], options["method"])
+    if ttt.method == "in_place":
+        assert (ttt.write, ttt.lr_scale) == (options["write"], "none")
+        assert ttt.inner_learning_rate == 1e-3
+    assert not changed_keys(file, args)
+    # A file of one's own is read as it stands.
+    if options == {"method": "in_place", "write": "sum"}:
+        with pytest.raises(UserError, match="a hundredth of the default"):
+            load_config(file)
+
+
+def test_a_step_size_that_nothing_reads_is_not_said_to_be_too_small():
+    small = {"enabled": True, "learning_rate": 0.001}
+    for args in (
+        TTTArgs(**small, write="delta"),
+        TTTArgs(**small, method="linear"),
+        TTTArgs(learning_rate=0.001, write="sum"),
+    ):
+        assert not any("hundredth" in text for _, text in args.problems())
+    assert any("hundredth" in text for _, text in TTTArgs(**small, write="sum").problems())
+
+
+def test_documentation_is_fresh():
+    written = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    assert written == configuration_page(), f"out of date; run: {COMMAND}"
+
+
+@pytest.mark.parametrize("choice", ["ttt.write=delta", "ttt.method=linear", "ttt.method=mlp"])
+@pytest.mark.parametrize("name", ["demo", "moshi_ttt"])
+def test_another_method_can_be_chosen_on_the_command_line(choice, name):
+    """What the file sets for its own method is left out; what the command line sets is not."""
+    key, value = choice.split("=")
+    args = load_config(ROOT / f"example/{name}.yaml", {key: value})
+    assert getattr(args.ttt, key.split(".")[1]) == value
+    assert args.ttt.learning_rate == TTTArgs.learning_rate
+    with pytest.raises(UserError, match=r"ttt\.learning_rate"):
+        load_config(
+            ROOT / f"example/{name}.yaml",
+            {key: value, "ttt.learning_rate": "0.5"},
+        )

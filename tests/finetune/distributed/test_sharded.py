@@ -1,0 +1,242 @@
+"""Several processes on the CPU, whole models or parts of one, against a single process."""
+
+import os
+import shutil
+import subprocess
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import random_codes, tiny_delta_args, tiny_model
+from torch import nn
+from training_tools import (
+    FULL,
+    LORA,
+    REPOSITORY,
+    checkpoint,
+    logged,
+    logged_steps,
+    run_cases,
+    saved_weights,
+    train,
+    trainer,
+)
+
+from finetune.config import DataArgs, ParallelArgs, TrainArgs, load_config
+from finetune.data import build_train_loader
+from finetune.distributed import Sharding, World, shard_size
+from finetune.errors import UserError
+from finetune.model import find_checkpoint, load_model
+from finetune.monitoring import metrics_path, read_metrics
+from finetune.step import LossWeights, accumulate_gradients
+from ttt.layers import execution
+
+# Adam makes a whole step of a gradient that is nothing but rounding: at this learning rate such
+# steps are below what is compared.
+COMMON = {
+    "param_dtype": "float32",
+    "optim.lr": 1e-4,
+    "optim.ttt_lr": 1e-4,
+    "do_eval": True,
+    "text_padding_weight": 0.3,
+}
+LINEAR = {"ttt.method": "linear", "ttt.mini_batch_size": 5}
+COMPILED = {"compile": True, "gradient_checkpointing": True}
+CASES = {
+    "lora, in-place": {**LORA, "lora.ft_embed": True, "num_microbatches": 2},
+    "lora, delta": {**LORA, "ttt.write": "delta", "save_adapters": False, **COMPILED},
+    "lora, replicas": {**LORA, "parallel.shard_size": 1},
+    "full, in-place": {**FULL, "gradient_checkpointing": True, "num_microbatches": 2},
+    "full, linear": {**FULL, **LINEAR, **COMPILED, "gradient_checkpointing": "selective"},
+    "full, mlp": {**FULL, **LINEAR, "ttt.method": "mlp"},
+    "full, random": {**FULL, "moshi_paths.random_init": True},
+}
+RESUMED = {**FULL, **COMMON, "max_steps": 6, "ckpt_freq": 2}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("sharded")
+
+
+@pytest.fixture(scope="module")
+def two(folder, config):
+    """Runs on two processes, each of which has half of the model, if nothing else is said."""
+    runs = {folder / name: {**COMMON, **overrides} for name, overrides in CASES.items()}
+    runs[folder / "two"] = RESUMED
+    runs = {run: {"parallel.shard_size": 2, **o, "batch_size": 2} for run, o in runs.items()}
+    output = run_cases(folder, config, 2, runs)
+    # Two processes saved step 2, and no later one.
+    shutil.copytree(checkpoint(folder / "two", 2), checkpoint(folder / "four", 2))
+    shutil.copy(folder / "two/args.yaml", folder / "four/args.yaml")
+    return output
+
+
+@pytest.fixture(scope="module")
+def four(folder, config, two):
+    """Four processes go on from what two have saved: in two copies of the model, two parts each."""
+    overrides = {**RESUMED, "batch_size": 1, "parallel.shard_size": 2, "resume": True}
+    return run_cases(folder, config, 4, {folder / "four": overrides})
+
+
+@pytest.fixture(scope="module")
+def one(folder, config):
+    """The run that one process makes."""
+    train(config, folder / "one", {**RESUMED, "batch_size": 4})
+    return folder / "one"
+
+
+def assert_same_runs(one, other, last_step):
+    for kind in ("train", "eval"):
+        assert logged(one, kind=kind) == pytest.approx(logged(other, kind=kind), abs=1e-5)
+    norms = logged(one, "grad_norm")
+    assert norms == pytest.approx(logged(other, "grad_norm"), rel=1e-4)
+    weights = saved_weights(other, last_step)
+    for name, weight in saved_weights(one, last_step).items():
+        torch.testing.assert_close(weight, weights[name], rtol=0, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_are_one(config, tmp_path, folder, two, name):
+    train(config, tmp_path, {**COMMON, **CASES[name], "compile": False, "batch_size": 4})
+    assert_same_runs(folder / name, tmp_path, 4)
+
+
+def test_what_a_sharded_model_says_is_not_checked_and_the_log_says_so(folder, two):
+    num_sharded = 1 + sum(case.get("parallel.shard_size") != 1 for case in CASES.values())
+    assert two.count("a sharded model (parallel.shard_size) would have to be") == num_sharded
+    assert two.count("health_sec: the health of speech is not checked") == len(CASES) + 1
+    assert not any(
+        "health" in name for name in read_metrics(metrics_path(folder / "two", "eval"))[0]
+    )
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """A group of this process alone."""
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield World(0, 1, torch.device("cpu"))
+    dist.destroy_process_group()
+
+
+def test_sharded_layers_share_what_is_compiled(alone, monkeypatch):
+    """As those that are not sharded do; but for the first, whose input may need no gradient."""
+    monkeypatch.setattr(execution, "BACKEND", "aot_eager")
+    weights = LossWeights(text_padding=0.3, first_codebook=1.0)
+    graphs = torch._dynamo.utils.counters["stats"]
+    counts = []
+    for is_sharded in (False, True):
+        for num_layers in (5, 9):
+            torch._dynamo.reset()
+            execution._compiled.cache_clear()
+            before = graphs["unique_graphs"]
+            args = tiny_delta_args(start_layer=1, layer_frequency=2)
+            model = tiny_model(args, dtype=torch.float32, num_layers=num_layers).train()
+            model.execution.__dict__.update({"compile": True, "checkpointing": True})
+            if is_sharded:
+                sharding = Sharding.build(alone, 1, torch.float32)
+                for _, part in sharding.parts(model):
+                    sharding.cut(part)
+            for seed in range(2):
+                codes = random_codes(num_frames=12, seed=seed)
+                accumulate_gradients(model, [codes], weights, alone)
+            counts.append(graphs["unique_graphs"] - before)
+    assert len(set(counts)) == 1, counts
+
+
+def test_what_two_processes_saved_four_continue(folder, one, four):
+    assert logged_steps(folder / "four") == [3, 4, 5, 6]
+    assert logged(folder / "four") == pytest.approx(logged(one)[2:], abs=1e-5)
+    weights = saved_weights(one, 6)
+    for name, weight in saved_weights(folder / "four", 6).items():
+        torch.testing.assert_close(weight, weights[name], rtol=0, atol=1e-5, msg=name)
+
+
+def test_what_four_processes_saved_one_continues(config, tmp_path, folder, one, four):
+    shutil.copytree(checkpoint(folder / "four", 4), checkpoint(tmp_path, 4))
+    resumed = train(config, tmp_path, {**RESUMED, "batch_size": 4, "resume": True})
+    assert resumed.step == 6
+    assert logged(tmp_path) == pytest.approx(logged(one)[4:], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_what_four_processes_saved_two_continue(config, tmp_path, folder, one, four):
+    shutil.copytree(checkpoint(folder / "four", 4), checkpoint(tmp_path / "run", 4))
+    overrides = {**RESUMED, "batch_size": 2, "resume": True}
+    run_cases(tmp_path, config, 2, {tmp_path / "run": overrides})
+    assert logged(tmp_path / "run") == pytest.approx(logged(one)[4:], abs=1e-5)
+
+
+def test_the_order_of_data_does_not_depend_on_the_number_of_processes(config, tmp_path):
+    """One process for 2 steps of 4 samples, then two, then four: as one that never stopped."""
+    run = trainer(config, tmp_path, {"batch_size": 4})
+    expected = torch.cat([next(run.train_data).codes for _ in range(6)])
+    places = {"duration_sec": run.args.duration_sec, "seed": run.args.seed, "device": "cpu"}
+    places["store"] = None
+    found, position = [], None
+    for size in (1, 2, 4):
+        loaders = [
+            build_train_loader(
+                run.args.data, run.codec, batch_size=4 // size, rank=rank, world_size=size, **places
+            )
+            for rank in range(size)
+        ]
+        for loader in loaders:
+            if position is not None:
+                loader.load_state_dict(position)
+        found += [next(loader).codes for _ in range(2) for loader in loaders]
+        position = loaders[0].state_dict()
+    assert torch.equal(torch.cat(found), expected)
+
+
+def test_no_more_than_a_part_of_the_model_is_whole_at_a_time(config):
+    class Cutter:
+        sizes: list[int]
+
+        def parts(self, model):
+            self.model, self.sizes = model, []
+            return Sharding.parts(self, model)
+
+        def cut(self, part):
+            self.sizes.append(sum(p.numel() for p in self.model.parameters() if not p.is_meta))
+            for module in part.modules():
+                for name, parameter in list(module.named_parameters(recurse=False)):
+                    setattr(module, name, nn.Parameter(parameter.new_zeros(0)))
+
+    args, cutter = load_config(config, LORA), Cutter()
+    load_model(args, find_checkpoint(args.moshi_paths), "cpu", cutter)
+    whole = load_model(args, find_checkpoint(args.moshi_paths), "cpu")
+    assert sum(cutter.sizes) == sum(p.numel() for p in whole.parameters())
+    assert max(cutter.sizes) < 0.5 * sum(cutter.sizes)
+
+
+def test_the_script_for_slurm_is_valid_and_gives_the_options_on():
+    script = REPOSITORY / "example/slurm.sbatch"
+    subprocess.run(["bash", "-n", script], check=True)
+    stubs = 'srun() { shift; echo "$@"; }; scontrol() { echo node1; echo node2; }'
+    shell = f'{stubs}; . "$0" "$@"'
+    variables = {"SLURM_NNODES": "2", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-2]"}
+    done = subprocess.run(
+        ["bash", "-c", shell, script, "my.yaml", "--run_dir=x y"],
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == (
+        "torchrun --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-id=7-0 "
+        "--rdzv-endpoint=node1:29500 train.py --config my.yaml --resume=auto --run_dir=x y\n"
+    )
+
+
+def test_processes_are_divided_evenly_or_not_at_all():
+    def size(wanted, num_processes, **overrides):
+        args = TrainArgs(DataArgs(), "", parallel=ParallelArgs(shard_size=wanted), **overrides)
+        return shard_size(args, num_processes)
+
+    assert size("auto", 8, full_finetuning=True) == 8
+    assert size("auto", 8) == 1
+    assert size(4, 8) == 4
+    with pytest.raises(UserError, match=r"parallel.shard_size: 8 processes .* groups of 3"):
+        size(3, 8)

@@ -1,0 +1,222 @@
+"""Starting from an earlier run's weights, and models whose shape the configuration chooses."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from moshi.modules.transformer import RMSNorm
+from torch import nn
+from training_tools import (
+    FULL,
+    LORA,
+    assert_same_weights,
+    checkpoint,
+    logged,
+    random_batch,
+    train,
+    trainer,
+)
+
+from finetune.config import load_config
+from finetune.errors import UserError
+from finetune.inference import load_for_inference
+from finetune.model import find_checkpoint, load_model, plan_model, trainable_by_role
+
+ROOT = Path(__file__).parents[3]
+NO_TTT = {"ttt.enabled": False}
+
+
+def trained(config, run_dir, overrides):
+    """A short run's checkpoint and its weights."""
+    run = train(config, run_dir, {"max_steps": 2, **overrides})
+    return checkpoint(run_dir, 2), weights(run.model)
+
+
+def weights(model):
+    return {name: weight.clone() for name, weight in model.state_dict().items()}
+
+
+def start(config, run_dir, init_from, overrides):
+    return trainer(config, run_dir, {**overrides, "moshi_paths.init_from": str(init_from)})
+
+
+@pytest.mark.parametrize("options", [FULL, LORA, LORA | {"lora.ft_embed": True}, {}], ids=str)
+def test_all_weights_are_kept_and_nothing_else(config, tmp_path, options):
+    """Base, LoRA and TTT to the bit; optimizer, step and data position are new."""
+    earlier, expected = trained(config, tmp_path / "one", options)
+    run = start(config, tmp_path / "two", earlier, options)
+    assert_same_weights(weights(run.model), expected)
+    untouched = trainer(config, tmp_path / "three", options)
+    assert trainable_by_role(run.model).keys() == trainable_by_role(untouched.model).keys()
+    assert run.step == 0 and not run.optimizer.adamw.state
+    assert run.train_data.state_dict() == untouched.train_data.state_dict()
+    masters = [m for role in run.optimizer.masters.values() for m in role]
+    own = [p.float() for named in trainable_by_role(run.model).values() for p in named.values()]
+    assert all(torch.equal(m, p) for m, p in zip(masters, own, strict=True))
+
+
+def test_ttt_is_added_to_a_base_without_and_changes_nothing_at_first(config, tmp_path, capsys):
+    window = {"model.attention_context": 4}
+    earlier, expected = trained(config, tmp_path / "base", FULL | NO_TTT | window)
+    run = start(config, tmp_path / "ttt", earlier, FULL | window)
+    assert "TTT is added, untrained" in capsys.readouterr().out
+    kept = weights(run.model)
+    assert_same_weights({name: kept[name] for name in expected}, expected)
+    base, _ = load_for_inference(earlier, "cpu")
+    codes = random_batch()
+    with torch.no_grad():
+        for one, other in zip(_logits(run.model.eval(), codes), _logits(base, codes), strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=2e-2)
+
+    assert run.train() == 0
+    shutil.rmtree(tmp_path / "base")  # all weights are in the second run's checkpoints
+    again, _ = load_for_inference(checkpoint(tmp_path / "ttt", 4), "cpu")
+    assert_same_weights(weights(again), weights(run.model))
+
+
+def _logits(model, codes):
+    out = model(codes)
+    return [torch.where(out.mask[..., None], out.logits.float(), 0.0)]
+
+
+def test_a_chain_finds_its_base(config, tmp_path):
+    """All weights, then TTT alone, then LoRA: each checkpoint has only what it trained."""
+    first, base = trained(config, tmp_path / "one", FULL | NO_TTT)
+    second, with_ttt = trained(config, tmp_path / "two", {"moshi_paths.init_from": str(first)})
+    run = start(config, tmp_path / "three", second, LORA)
+    merged = {
+        name.replace("frozen_W.", ""): weight for name, weight in run.model.named_parameters()
+    }
+    for name, weight in (base | with_ttt).items():
+        assert torch.equal(merged[name], weight), name
+    assert all(not weight.any() for name, weight in merged.items() if "lora_B" in name)
+    assert run.train() == 0
+    third = checkpoint(tmp_path / "three", 4)
+    again, _ = load_for_inference(third, "cpu")
+    assert_same_weights(weights(again), weights(run.model))
+
+
+def test_resuming_goes_on_where_it_was_and_not_at_the_start(config, tmp_path):
+    earlier, _ = trained(config, tmp_path / "one", FULL)
+    options = FULL | {"moshi_paths.init_from": str(earlier), "param_dtype": "float32"}
+    train(config, tmp_path / "whole", options | {"max_steps": 4})
+    half = trainer(config, tmp_path / "half", options | {"max_steps": 4, "ckpt_freq": 2})
+    half.train_step(), half.train_step(), half.save(), half.writer.wait(), half.metrics.close()
+    resumed = train(config, tmp_path / "half", options | {"max_steps": 4, "resume": True})
+    assert resumed.step == 4
+    assert logged(tmp_path / "half") == logged(tmp_path / "whole")
+
+
+@pytest.fixture(scope="module")
+def with_lora_and_ttt(config, tmp_path_factory):
+    return trained(config, tmp_path_factory.mktemp("earlier") / "run", LORA)[0]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (LORA | {"ttt.write": "delta"}, r"ttt\.write: is sum in the earlier run, and delta here"),
+        (LORA | {"ttt.target": "input"}, r"ttt\.target: is text"),
+        (LORA | {"ttt.start_layer": 1}, r"ttt\.start_layer: is 0"),
+        (LORA | {"ttt.method": "linear"}, r"ttt\.method: is in_place .* linear here"),
+        (FULL, r"lora\.enable, .*rank 2 and scaling 2, and this run has no LoRA.*save_adapters"),
+        (LORA | {"lora.rank": 3}, r"lora\.rank.*rank 2 .*rank 3"),
+        (LORA | {"ttt.target": "input", "ttt.conv_kernel_size": 3}, "has 2 problems"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_is_named(config, tmp_path, with_lora_and_ttt, overrides, named):
+    with pytest.raises(UserError, match=f"(?s)init_from.*{named}"):
+        start(config, tmp_path / "run", with_lora_and_ttt, overrides)
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_model_is_named_by_what_differs(config, tmp_path, with_lora_and_ttt):
+    args = load_config(config)
+    shape = json.loads((Path(args.moshi_paths.hf_repo_id) / "config.json").read_text())
+    other = tmp_path / "config.json"
+    other.write_text(json.dumps(shape | {"num_layers": 1, "positional_embedding": "sin"}))
+    overrides = LORA | {"moshi_paths.config_path": str(other)}
+    with pytest.raises(UserError) as error:
+        start(config, tmp_path / "run", with_lora_and_ttt, overrides)
+    assert "num_layers: is 2 in the earlier run, and 1 here" in str(error.value)
+    # It has no weights, so nothing else would tell.
+    assert "positional_embedding: is rope in the earlier run, and sin here" in str(error.value)
+
+
+def test_a_run_folder_given_for_a_checkpoint_says_so(config, tmp_path, with_lora_and_ttt):
+    with pytest.raises(UserError, match=f"init_from: .*Did you mean {with_lora_and_ttt}"):
+        start(config, tmp_path, with_lora_and_ttt.parent.parent, LORA)
+    with pytest.raises(UserError, match=r"init_from, moshi_paths\.moshi_path: both"):
+        start(config, tmp_path, "somewhere", {"moshi_paths.moshi_path": "else"})
+
+
+# --- norm, gating, positions ----------------------------------------------------------------------
+
+STACKS = [
+    {"model.norm": norm, "model.gating": gating, "model.positional_embedding": positions}
+    for norm in ("layer_norm", "rms_norm_f32")
+    for gating in ("none", "silu")
+    for positions in ("sin", "rope")
+]
+
+
+def demo_args(**overrides):
+    return load_config(ROOT / "example/demo.yaml", {**NO_TTT, **overrides})
+
+
+@pytest.mark.parametrize("stack", STACKS, ids=lambda stack: "-".join(stack.values()))
+def test_no_linear_layer_has_a_bias_and_gates_cost_no_parameters(stack):
+    args = demo_args(**stack)
+    model = plan_model(args, find_checkpoint(args.moshi_paths))
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    assert len(linear) > 30 and all(module.bias is None for module in linear)
+    biases = [name for name, _ in model.named_parameters() if name.endswith("bias")]
+    assert all("norm" in name for name in biases)
+    assert bool(biases) == (stack["model.norm"] == "layer_norm")
+    transformer = model.transformer
+    assert all((x.gating is None) == (stack["model.gating"] == "none") for x in transformer.layers)
+    assert (transformer.rope is None) == (stack["model.positional_embedding"] == "sin")
+    kind = nn.LayerNorm if stack["model.norm"] == "layer_norm" else RMSNorm
+    assert all(isinstance(x.norm1, kind) for x in transformer.layers)
+
+    other = {"none": "silu", "silu": "none"}[stack["model.gating"]]
+    twin = plan_model(
+        demo_args(**stack | {"model.gating": other}), find_checkpoint(args.moshi_paths)
+    )
+    assert _count(twin) == _count(model)
+
+
+def _count(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_the_chosen_shape_is_saved_and_needs_random_weights(config, tmp_path):
+    stack = STACKS[0]
+    with pytest.raises(UserError, match="has 3 problems") as error:
+        load_config(config, FULL | NO_TTT | stack)
+    assert "model.gating, moshi_paths.random_init: trained weights" in str(error.value)
+
+    random = FULL | NO_TTT | {"moshi_paths.random_init": True, "max_steps": 2}
+    run = train(config, tmp_path / "run", random | stack)
+    saved = checkpoint(tmp_path / "run", 2)
+    shape = json.loads((saved / "consolidated/config.json").read_text())
+    assert {key: shape[key.removeprefix("model.")] for key in stack} == stack
+    assert shape["depformer_gating"] == "silu"
+    model, _ = load_for_inference(saved, "cpu")
+    assert_same_weights(weights(model), weights(run.model))
+    # And a run that starts from it must be of the same shape.
+    with pytest.raises(UserError, match=r"model\.positional_embedding: is sin in the earlier run"):
+        changed = stack | {"model.positional_embedding": "rope"}
+        start(config, tmp_path / "two", saved, random | changed)
+
+
+def test_a_plain_mlp_leaves_linear_ttt_but_not_in_place():
+    plain = {"model.gating": "none", "ttt.enabled": True}
+    with pytest.raises(UserError, match=r"model\.gating, ttt\.method: .*set ttt.method to linear"):
+        demo_args(**plain)
+    args = demo_args(**plain | {"ttt.method": "linear", "ttt.mini_batch_size": 8})
+    model = load_model(args, find_checkpoint(args.moshi_paths), "cpu")
+    assert list(model.ttt_layers) == [1, 3]

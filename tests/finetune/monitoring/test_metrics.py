@@ -1,0 +1,350 @@
+import errno
+import json
+import os
+import pty
+import re
+import socket
+import subprocess
+import sys
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from finetune.errors import UserError
+from finetune.monitoring import (
+    MetricsLogger,
+    describe,
+    format_count,
+    format_duration,
+    plot_losses,
+    read_metrics,
+)
+
+ROOT = Path(__file__).parents[3]
+KEY = "0123456789abcdef0123456789abcdef01234567"
+ESCAPE = "\x1b"
+
+
+@dataclass
+class Wandb:
+    project: str | None = None
+    offline: bool = True
+    key: str | None = None
+    run_name: str | None = None
+
+
+def open_logger(run_dir, resumed_step=None, **wandb):
+    return MetricsLogger(
+        run_dir, wandb_args=Wandb(**wandb), config={"lr": 1.0}, resumed_step=resumed_step
+    )
+
+
+def steps(run_dir, kind):
+    return [r["step"] for r in read_metrics(run_dir / f"metrics.{kind}.jsonl")]
+
+
+def scalars(run_dir, tag):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run_dir / "tb"))
+    events.Reload()
+    return [(e.step, e.value) for e in events.Scalars(tag)]
+
+
+# --- files
+
+
+def test_every_line_is_complete_valid_json_at_once(tmp_path):
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    with open_logger(tmp_path) as metrics:
+        metrics.log("train", 1, {"loss": 2.5, "ttt/layer_05/effect": 1e-9})
+        metrics.log("train", 2, {"loss": float("nan"), "grad_norm": float("inf"), "lr": -1e400})
+        metrics.log("eval", 2, {"text_perplexity": 7.0})
+        text = (tmp_path / "metrics.train.jsonl").read_text()  # before closing
+    first, second = (json.loads(line, parse_constant=refuse) for line in text.splitlines())
+    assert first["time"].endswith("+00:00")
+    assert {"step": 1, "loss": 2.5, "ttt/layer_05/effect": 1e-9}.items() <= first.items()
+    assert (second["loss"], second["grad_norm"], second["lr"]) == ("NaN", "Infinity", "-Infinity")
+    assert read_metrics(tmp_path / "metrics.train.jsonl")[1]["grad_norm"] == float("inf")
+    assert steps(tmp_path, "eval") == [2]
+
+
+def test_tensorboard_shows_the_same_numbers(tmp_path):
+    with open_logger(tmp_path) as metrics:
+        metrics.log("train", 3, {"loss": 2.5})
+        metrics.log("eval", 3, {"loss": 3.5})
+    assert scalars(tmp_path, "train/loss") == [(3, 2.5)]
+    assert scalars(tmp_path, "eval/loss") == [(3, 3.5)]
+
+
+def test_resuming_cuts_off_the_steps_that_run_again(tmp_path):
+    with open_logger(tmp_path) as metrics:
+        for step in range(1, 6):
+            metrics.log("train", step, {"loss": step})
+        metrics.log("eval", 4, {"loss": 4})
+    with (tmp_path / "metrics.train.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')  # killed in the middle of a line
+    with open_logger(tmp_path, resumed_step=3) as metrics:
+        metrics.log("train", 4, {"loss": 40})
+    assert steps(tmp_path, "train") == [1, 2, 3, 4]
+    assert steps(tmp_path, "eval") == []
+    assert scalars(tmp_path, "train/loss") == [(1, 1), (2, 2), (3, 3), (4, 40)]
+    assert sorted(p.name for p in tmp_path.glob("metrics*")) == [
+        "metrics.eval.jsonl",
+        "metrics.train.jsonl",
+    ]
+
+
+def test_other_ranks_write_nothing(tmp_path):
+    wandb = Wandb(project="p")
+    with MetricsLogger(tmp_path / "run", wandb_args=wandb, config={}, enabled=False) as metrics:
+        metrics.log("train", 1, {"loss": 1.0})
+    metrics.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_names_the_file(tmp_path):
+    (tmp_path / "metrics.train.jsonl").symlink_to("/dev/full")
+    with (
+        pytest.raises(UserError, match=r"metrics\.train\.jsonl cannot be written.*space"),
+        open_logger(tmp_path) as metrics,
+    ):
+        metrics.log("train", 1, {"loss": 1.0})
+
+
+def test_an_unwritable_file_names_the_file(tmp_path):
+    (tmp_path / "metrics.eval.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"metrics\.eval\.jsonl cannot be written"):
+        open_logger(tmp_path)
+
+
+def test_a_run_folder_that_is_a_file_is_named(tmp_path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(UserError, match="run cannot be written"):
+        open_logger(tmp_path / "run")
+
+
+# --- wandb
+
+
+@pytest.fixture
+def wandb_home(tmp_path, monkeypatch):
+    """wandb as a new user has it: no login, no settings, and a server that nobody answers for."""
+    pytest.importorskip("wandb")
+    for name in [n for n in os.environ if n.startswith("WANDB_") or n.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")  # 10 s at exit without a network
+    return tmp_path / "home"
+
+
+def run_python(code, *arguments, **environment):
+    """Run `code` in a process of its own, without a terminal."""
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
+        cwd=ROOT,
+        env=os.environ | environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def run_on_terminal(code, *arguments, **environment):
+    """Run `code` on a pseudo-terminal: exit status and all that it wrote."""
+    main_end, terminal = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
+        cwd=ROOT,
+        env=os.environ | {"TERM": "xterm", "COLUMNS": "100"} | environment,
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+    )
+    os.close(terminal)
+    written = b""
+    try:
+        while data := os.read(main_end, 65536):
+            written += data
+    except OSError as error:  # how Linux says that the other end is closed
+        assert error.errno == errno.EIO
+    os.close(main_end)
+    return process.wait(timeout=60), written.decode()
+
+
+WANDB_RUN = """
+    import sys
+    from pathlib import Path
+    from types import SimpleNamespace
+    from finetune.monitoring.console import setup_logging
+    from finetune.monitoring.metrics import MetricsLogger
+
+    setup_logging()
+    run_dir, key = Path(sys.argv[1]), sys.argv[2]
+    args = SimpleNamespace(project="speech", offline=True, key=key, run_name="first")
+    config = {"lr": 1.0, "wandb": {"key": key, "project": "speech"}}
+    for done in (None, 1):
+        with MetricsLogger(
+            run_dir, wandb_args=args, config=config, resumed_step=done
+        ) as metrics:
+            metrics.log("train", 1, {"loss": 1.0})
+            metrics.log("eval", 1, {"loss": 1.0})
+"""
+
+
+def test_wandb_offline_works_and_the_key_is_nowhere(tmp_path, wandb_home):
+    run_dir = tmp_path / "run"
+    # The key is on the command line too, which wandb saves with a run.
+    process = run_python(WANDB_RUN, run_dir, KEY)
+    assert process.returncode == 0, process.stderr
+    sync_from = re.findall(r"wandb sync (\S+)", process.stdout)
+    assert len(sync_from) == 2 and all(list(Path(p).glob("*.wandb")) for p in sync_from)
+    run_id = (run_dir / "wandb_run_id").read_text().strip()
+    assert len(list(run_dir.glob(f"wandb/offline-run-*/run-{run_id}.wandb"))) == 2
+
+    everything = [p for top in (run_dir, wandb_home) for p in top.rglob("*") if p.is_file()]
+    assert len(everything) > 5
+    assert [p for p in everything if KEY.encode() in p.read_bytes()] == []
+    assert KEY not in process.stdout + process.stderr
+
+
+def test_wandb_without_network_is_one_message(tmp_path, wandb_home):
+    with pytest.raises(UserError, match=r"(?s)cannot be reached.*--wandb\.offline=true") as caught:
+        open_logger(tmp_path / "run", project="speech", offline=False, key=KEY)
+    assert "\n" not in str(caught.value)
+    assert KEY not in str(caught.value)
+    assert "WANDB_API_KEY" not in os.environ
+    assert not (tmp_path / "run" / "wandb").exists()
+
+
+def test_wandb_without_a_key_does_not_ask(tmp_path, wandb_home):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        code, text = run_on_terminal(
+            """
+            import sys
+            from pathlib import Path
+            from types import SimpleNamespace
+            from finetune.errors import UserError
+            from finetune.monitoring.metrics import MetricsLogger
+            args = SimpleNamespace(project="speech", offline=False, key=None, run_name=None)
+            try:
+                MetricsLogger(Path(sys.argv[1]), wandb_args=args, config={})
+            except UserError as error:
+                print(error)
+            """,
+            tmp_path / "run",
+            WANDB_BASE_URL=f"http://127.0.0.1:{server.getsockname()[1]}",
+        )
+    assert code == 0
+    assert "give a valid wandb.key" in text and "choice" not in text
+
+
+def test_wandb_missing_says_how_to_install_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match=r"pip install 'moshi-ttt\[wandb\]'"):
+        open_logger(tmp_path, project="speech")
+
+
+# --- console
+
+CONSOLE_RUN = """
+    import logging
+    from finetune.monitoring.console import Progress, setup_logging
+
+    setup_logging()
+    logging.getLogger("finetune.trainer").info("writes to %s", "x" * 100)
+    logging.getLogger("urllib3").info("noise")
+    metrics = {"loss": 5.314, "text_loss": 3.1, "audio_loss": 2.21, "lr": 1e-3, "step_sec": 0.31}
+    with Progress(total=20) as progress:
+        for step in range(1, 21):
+            progress.update(step, metrics if step % 10 == 0 else {})
+        progress.message("eval [at] step 20")
+        logging.getLogger("finetune.trainer").warning("careful")
+"""
+
+
+def test_in_a_pipe_lines_are_plain():
+    # FORCE_COLOR, which CI services like to set, must not bring the bar into a file.
+    out = run_python(CONSOLE_RUN, FORCE_COLOR="1").stdout
+    assert ESCAPE not in out and "\r" not in out
+    lines = [re.sub(r"^\d\d:\d\d:\d\d ", "", line) for line in out.splitlines()]
+    assert lines == [
+        "writes to " + "x" * 100,
+        "step 10/20  loss 5.31 (text 3.10 audio 2.21)  lr 1.0e-03  0.31 s/step  eta 0:00",
+        "step 20/20  loss 5.31 (text 3.10 audio 2.21)  lr 1.0e-03  0.31 s/step  eta 0:00",
+        "eval [at] step 20",
+        "warning: careful",
+    ]
+
+
+def test_on_a_terminal_the_bar_is_live():
+    code, text = run_on_terminal(CONSOLE_RUN)
+    assert code == 0
+    assert ESCAPE + "[1A" in text  # the cursor goes up: the bar is drawn again in its place
+    assert "step 20/20" in text and "━" in text and "noise" not in text
+    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
+    rows = [row.rstrip() for row in re.split(r"[\r\n]+", plain)]
+    assert any(re.fullmatch(r"\d\d:\d\d:\d\d eval \[at\] step 20", row) for row in rows)
+    assert any(re.fullmatch(r"\d\d:\d\d:\d\d warning: careful", row) for row in rows)
+
+
+def test_other_ranks_only_warn_and_say_who_they_are():
+    out = run_python(
+        """
+        import logging
+        from finetune.monitoring.console import Progress, setup_logging
+        setup_logging(rank=3)
+        logging.getLogger("finetune.trainer").info("hello")
+        logging.getLogger("finetune.trainer").warning("hot")
+        with Progress(total=1, enabled=False) as progress:
+            progress.update(1, {"loss": 1.0})
+            progress.message("done")
+        """
+    ).stdout
+    assert re.fullmatch(r"\d\d:\d\d:\d\d \[rank 3\] warning: hot\n", out)
+
+
+def test_numbers_for_people():
+    assert [format_count(x) for x in (940, 2900, 84_200, 1.2e6)] == ["940", "2.9k", "84k", "1.2M"]
+    assert [format_duration(x) for x in (58, 725, 11220)] == ["0:58", "12:05", "3:07:00"]
+    assert describe({}) == ""
+    assert describe({"loss": float("nan")}) == "loss nan"
+
+
+# --- plot
+
+
+def draw(run_dir):
+    picture = plot_losses(run_dir, run_dir / "plots" / "loss.png")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    return picture.stat().st_size
+
+
+def test_plot_of_a_long_run_with_gaps(tmp_path):
+    with open_logger(tmp_path) as metrics:
+        for step in range(1, 301):
+            loss = float("nan") if step == 50 else 100.0 / step
+            metrics.log("train", step, {"loss": 2 * loss, "text_loss": loss, "audio_loss": loss})
+        metrics.log("eval", 300, {"loss": 1.0, "text_loss": 0.5, "audio_loss": 0.5})
+    assert draw(tmp_path) > 20_000
+
+
+@pytest.mark.parametrize("kind", ["train", "eval"])
+def test_plot_of_a_single_point(tmp_path, kind):
+    with open_logger(tmp_path) as metrics:
+        metrics.log(kind, 1, {"loss": 3.0})
+    draw(tmp_path)
+
+
+def test_plot_without_metrics_says_what_is_missing(tmp_path):
+    with pytest.raises(UserError, match="holds no metrics"):
+        plot_losses(tmp_path, tmp_path / "loss.png")
+    (tmp_path / "metrics.train.jsonl").write_text("hello\n")
+    with pytest.raises(UserError, match=r"metrics\.train\.jsonl, line 1"):
+        plot_losses(tmp_path, tmp_path / "loss.png")

@@ -1,0 +1,214 @@
+"""The commands of the README, on the dialogues that come with the project."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from finetune import cli
+from finetune.cli import main, run
+from finetune.config import load_config
+from finetune.monitoring import metrics_path, read_metrics
+
+ROOT = Path(__file__).parents[2]
+DIALOGUES = ROOT / "example/demo/dialogues"
+
+
+def command(*words):
+    return subprocess.run(
+        [sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.fixture(scope="module")
+def demo_run(tmp_path_factory):
+    """`example/demo.yaml`, a few steps of it, on short dialogues."""
+    run_dir = tmp_path_factory.mktemp("demo") / "run"
+    done = command(
+        "train.py",
+        "--config=example/demo.yaml",
+        f"--data.train_data={DIALOGUES / 'train.jsonl'}",
+        f"--data.eval_data={DIALOGUES / 'eval.jsonl'}",
+        f"--data.cache_dir={run_dir.parent / 'codes'}",
+        f"--run_dir={run_dir}",
+        "--duration_sec=4",
+        "--ttt.chunk_size=10",
+        "--max_steps=12",
+        "--batch_size=2",
+        "--log_freq=1",
+    )
+    assert done.returncode == 0, done.stderr
+    return run_dir, done.stdout
+
+
+def test_training_says_what_it_does_and_learns(demo_run):
+    run_dir, output = demo_run
+    assert (
+        "TTT: in-place (delta) in layers 1, 3; 4 updates a sequence, every 10 frames (0.8 s)"
+        in output
+    )
+    before, after = read_metrics(metrics_path(run_dir, "eval"))
+    assert after["loss"] < 0.8 * before["loss"]
+    last = read_metrics(metrics_path(run_dir, "train"))[-1]
+    assert last["step"] == 12 and last["ttt/layer_03/effect"] > 1e-4
+
+
+def test_a_dialogue_is_continued_to_a_wav_one_can_listen_to(demo_run, tmp_path, capsys):
+    run_dir, _ = demo_run
+    sound = tmp_path / "continuation.wav"
+    arguments = ["generate", f"--checkpoint={run_dir}/checkpoints/checkpoint_000012"]
+    arguments += [f"--audio={DIALOGUES / 'eval_000.wav'}", f"--out={sound}", "--prompt_sec=2"]
+    assert call(arguments) == 0
+    audio, rate = soundfile.read(sound)
+    heard, _ = soundfile.read(DIALOGUES / "eval_000.wav")
+    assert rate == 24_000 and audio.shape == (len(heard), 2)
+    # Right: the user, as recorded. Left: Moshi's voice, first the prompt, through Mimi.
+    assert np.abs(audio[:, 1] - heard[:, 1]).max() < 1e-3
+    assert np.abs(audio[2 * rate :, 0]).max() > 1e-3
+    own_words = [
+        word
+        for word, (start_sec, _), speaker in json.loads((DIALOGUES / "eval_000.json").read_text())[
+            "alignments"
+        ]
+        if speaker == "SPEAKER_MAIN" and start_sec < 1.0
+    ]
+    printed = capsys.readouterr().out
+    assert "|" in printed and all(word in printed for word in own_words)
+
+    again = tmp_path / "again.wav"
+    assert call([*arguments[:-2], f"--out={again}", "--prompt_sec=2"]) == 0
+    assert again.read_bytes() == sound.read_bytes(), "the same seed gives the same sound"
+
+
+def test_the_loss_curve_is_drawn(demo_run):
+    run_dir, _ = demo_run
+    assert call(["plot", str(run_dir)]) == 0
+    assert (run_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "--checkpoint={run}", "--audio={wav}"], "Did you mean"),
+        (["generate", "--checkpoint=nowhere", "--audio={wav}"], "nowhere is no checkpoint"),
+        (
+            ["generate", "--checkpoint={checkpoint}", "--audio=no.wav", "--out={tmp}/o.wav"],
+            "there is no file no.wav",
+        ),
+        (["generate", "--checkpoint={checkpoint}", "--audio={wav}", "--out={tmp}/o.mp3"], "--out"),
+        (
+            [
+                "generate",
+                "--checkpoint={checkpoint}",
+                "--audio={wav}",
+                "--out={tmp}/o.wav",
+                "--prompt_sec=9",
+            ],
+            "--prompt_sec",
+        ),
+        (["plot", "nowhere"], "nowhere"),
+        (["train", "nowhere.yaml"], "nowhere.yaml"),
+        (["demo-data", "{run}"], "{run}"),
+        (["train", "--confg", "x.yaml"], "unknown option: --confg. Did you mean --config?"),
+        (["plan", "--conf=x.yaml", "--gpus=8"], "unknown option: --conf. Did you mean --config?"),
+        (["encode", "--Config=x.yaml", "--batch_size=8"], "Did you mean --config?"),
+        (["train", "--optim.lr=1"], "--config is missing"),
+        (["plan", "-c", "x.yaml"], "unknown option: --c. Did you mean --config?"),
+        (["plan"], "--config is missing"),
+        (["encode"], "--config is missing"),
+        (["sweep", "--fille=x.yaml"], "unknown option: --fille. Did you mean --file?"),
+        (["sweep", "--table"], "--file is missing"),
+        (["plot"], "--run_dir is missing"),
+        (["demo-data", "--outdir=x"], "unknown option: --outdir"),
+        (["demo-data"], "--out_dir is missing"),
+    ],
+)
+def test_a_mistake_is_one_message(demo_run, tmp_path, capsys, arguments, message):
+    run_dir, _ = demo_run
+    names = {
+        "run": run_dir,
+        "checkpoint": run_dir / "checkpoints/checkpoint_000012",
+        "wav": DIALOGUES / "eval_000.wav",
+        "tmp": tmp_path,
+    }
+    assert call([word.format(**names) for word in arguments]) == 1
+    said = capsys.readouterr().err
+    assert message.format(**names) in said and said.startswith("\nerror: ")
+    assert said.count("\n") == 2, "one paragraph"
+
+
+def call(arguments):
+    """`moshi-ttt ...` in this process; its exit status."""
+    old, sys.argv = sys.argv, ["moshi-ttt", *arguments]
+    try:
+        with pytest.raises(SystemExit) as leaving:
+            main()
+    finally:
+        sys.argv = old
+    return leaving.value.code
+
+
+def test_an_unforeseen_error_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        run(lambda: 1 // 0)
+
+
+def test_the_readme_names_what_there_is():
+    readme = (ROOT / "README.md").read_text()
+    for target in re.findall(r"\]\(([^)#h][^)#]*)", readme):
+        assert (ROOT / target).exists(), target
+    for config in re.findall(r"--config ([^\s`]+)", readme):
+        load_config(ROOT / config, {})
+
+
+@pytest.mark.slow
+def test_the_demonstration(tmp_path):
+    """`make demo`, in an empty folder with the configuration and the model."""
+    shutil.copytree(ROOT / "example", tmp_path / "example")
+    done = subprocess.run(
+        [sys.executable, "-c", "from finetune.cli import main; main()", "demo"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    first, *_, last = read_metrics(metrics_path(tmp_path / "runs/demo", "eval"))
+    assert last["loss"] < 0.65 * first["loss"]
+    audio, _ = soundfile.read(tmp_path / "runs/demo/continuation.wav")
+    assert np.abs(audio[:, 0]).max() > 0.01
+    assert "Next:" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["train", "plan", "evaluate", "sweep", "recall", "demo-data"])
+def test_help_is_given_when_it_is_asked_for(command, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["moshi-ttt", command, "--help"])
+    monkeypatch.setenv("PAGER", "cat")
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert not left.value.code
+    shown = capsys.readouterr()
+    assert f"moshi-ttt {command}" in shown.out + shown.err
+
+
+@pytest.mark.parametrize("dashes", [[], ["--"]])
+@pytest.mark.parametrize(
+    "words", [["moshi-ttt", "demo-data", "{}", "--seed=1"], ["train.py", "--out_dir", "{}"]]
+)
+def test_help_runs_nothing_whatever_else_is_given(words, dashes, tmp_path, monkeypatch, capsys):
+    given = [word.format(tmp_path / "made") for word in words]
+    monkeypatch.setattr(sys, "argv", [*given, *dashes, "--help"])
+    monkeypatch.setenv("PAGER", "cat")
+    with pytest.raises(SystemExit) as left:
+        if words[0] == "moshi-ttt":
+            main()
+        else:
+            cli.call(cli.demo_data, name="train.py")
+    assert not left.value.code
+    assert "num_dialogues" in "".join(capsys.readouterr())
+    assert not (tmp_path / "made").exists()

@@ -1,0 +1,148 @@
+"""Training runs with TTT-Linear and TTT-MLP."""
+
+import pytest
+import torch
+from helpers import random_codes, tiny_linear_args, tiny_model
+from training_tools import (
+    LORA,
+    assert_same_weights,
+    checkpoint,
+    logged,
+    random_batch,
+    train,
+)
+
+from finetune.checkpoint import load_trained_weights
+from finetune.config import load_config
+from finetune.model import find_checkpoint, load_model, parameters_by_role
+from ttt.layers import mixer
+
+LINEAR = {
+    "ttt.method": "linear",
+    "ttt.mini_batch_size": 4,
+    # The configuration of the tests sets these, of another method; back to their defaults.
+    "ttt.chunk_size": 256,
+    "ttt.write": "delta",
+    "ttt.learning_rate": None,
+    "param_dtype": "float32",
+    "optim.ttt_lr": 3e-2,
+}
+
+
+@pytest.fixture(scope="module")
+def baseline(config, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("baseline") / "run"
+    train(config, run_dir, LINEAR)
+    return logged(run_dir)
+
+
+@pytest.mark.parametrize(
+    "option, value",
+    [
+        ("ttt.method", "mlp"),
+        ("ttt.mini_batch_size", 5),
+        ("ttt.base_lr", 4.0),
+        ("ttt.gate_init", 0.5),
+        ("ttt.attention_context", 3),
+        ("ttt.start_layer", 1),
+        ("ttt.layer_frequency", 2),
+    ],
+)
+def test_an_option_changes_the_run(config, tmp_path, baseline, option, value):
+    train(config, tmp_path, {**LINEAR, option: value})
+    assert logged(tmp_path) != baseline
+
+
+@pytest.mark.parametrize(
+    "option, value", [("ttt.scan_checkpoint_group_size", 1), ("gradient_checkpointing", True)]
+)
+def test_what_is_kept_for_the_backward_pass_changes_nothing(
+    config, tmp_path, baseline, option, value
+):
+    train(config, tmp_path, {**LINEAR, option: value})
+    assert logged(tmp_path) == pytest.approx(baseline, rel=1e-6)
+
+
+def test_rope_changes_the_losses_from_the_second_step_on(config, tmp_path, baseline):
+    """The first is that of the model without TTT, and the output projection's gradient."""
+    train(config, tmp_path / "rope", {**LINEAR, "ttt.use_rope": True})
+    rope = logged(tmp_path / "rope")
+    assert rope[0] == baseline[0]
+    assert all(a != b for a, b in zip(rope[1:], baseline[1:], strict=True))
+    train(config, tmp_path / "fast", {**LINEAR, "ttt.use_rope": True, "ttt.rope_theta": 10.0})
+    assert logged(tmp_path / "fast")[1:] != rope[1:]
+
+
+@pytest.mark.parametrize("method", ["linear", "mlp"])
+def test_a_checkpoint_gives_back_the_model_with_its_ttt(config, tmp_path, method):
+    run = train(config, tmp_path, {**LINEAR, "ttt.method": method, "optim.ttt_lr": 0.1})
+    saved = checkpoint(tmp_path, 4)
+    args = load_config(saved / "args.yaml")
+    model = load_model(args, find_checkpoint(args.moshi_paths), "cpu").eval()
+    codes = random_batch()
+    with torch.no_grad():
+        trained = run.model.eval()(codes).text_logits
+        assert not torch.equal(model(codes).text_logits, trained)
+        load_trained_weights(model, args, saved)
+        assert torch.equal(model(codes).text_logits, trained)
+
+
+def load(config, overrides):
+    args = load_config(config, {**LINEAR, **overrides})
+    return load_model(args, find_checkpoint(args.moshi_paths), "cpu")
+
+
+def test_parameters_of_ttt_train_whole_and_depend_on_the_seed_alone(config):
+    model = load(config, LORA)
+    roles = parameters_by_role(model)
+    assert set(roles["ttt"]) == {name for name, _ in model.named_parameters() if ".ttt." in name}
+    assert all(parameter.requires_grad for parameter in roles["ttt"].values())
+    assert not any(".ttt." in name for name in roles["lora"])
+    torch.rand(7)
+    assert_same_weights(dict(load(config, LORA).named_parameters()), dict(model.named_parameters()))
+    other = parameters_by_role(load(config, {**LORA, "seed": 1}))["ttt"]
+    drawn = "transformer.layers.0.ttt.in_proj"
+    assert not torch.equal(other[drawn], roles["ttt"][drawn])
+    rounded = load(config, {**LORA, "param_dtype": "bfloat16"})
+    assert {parameter.dtype for parameter in rounded.parameters()} == {torch.bfloat16}
+
+
+def test_a_run_tells_what_ttt_does(config, tmp_path, capsys):
+    train(config, tmp_path, {**LINEAR, "ttt.method": "mlp", "ttt.attention_context": 7})
+    out = capsys.readouterr().out
+    assert "mlp in layers 0, 1; 6 updates a sequence, every 4 frames (0.3 s)" in out
+    assert "attention sees 12 frames of 25, and 7 in the layers that ttt names" in out
+    assert "WARNING" not in out
+    effects = logged(tmp_path, "ttt/layer_01/effect")
+    assert effects[0] == 0 < effects[-1]
+    for name in ("initial", "before", "after"):
+        assert all(loss > 0 for loss in logged(tmp_path, f"ttt/layer_01/inner_loss_{name}"))
+
+
+def test_a_sequence_without_an_update_is_warned_of(config, tmp_path, capsys):
+    train(config, tmp_path, {**LINEAR, "ttt.mini_batch_size": 25, "max_steps": 1})
+    out = capsys.readouterr().out
+    assert "not longer than ttt.mini_batch_size (25 frames): TTT carries nothing on" in out
+
+
+@pytest.mark.parametrize("mode", [False, "selective", True])
+@pytest.mark.parametrize("size", [None, 3])
+@pytest.mark.parametrize("is_kernel", [True, False])
+def test_a_scan_keeps_everything_where_a_kernel_and_one_layer_at_a_time_do(
+    mode, size, is_kernel, monkeypatch
+):
+    """With a group size of its own, that one. The plain scan would keep all weights as well."""
+    seen = set()
+    monkeypatch.setattr(mixer, "has_kernel", lambda *_: is_kernel)
+
+    def watched(*args, scan_checkpoint_group_size, **kwargs):
+        seen.add(scan_checkpoint_group_size)
+        return scan(*args, scan_checkpoint_group_size=scan_checkpoint_group_size, **kwargs)
+
+    scan = mixer.inner_scan
+    monkeypatch.setattr(mixer, "inner_scan", watched)
+    model = tiny_model(tiny_linear_args(scan_checkpoint_group_size=size)).train()
+    model.execution.checkpointing = mode
+    output = model(random_codes(num_frames=12), with_heads=False)
+    output.text.sum().backward()
+    assert seen == {size or (None if mode is True and is_kernel else 16)}

@@ -1,0 +1,36 @@
+"""Started by `torchrun`: several small runs one after the other, in the same processes."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ["NO_TORCH_COMPILE"] = "1"
+
+import torch
+import torch.distributed as dist
+
+import finetune.distributed.world
+import ttt.layers.depth
+from finetune.config import load_config
+from finetune.distributed import World
+from finetune.trainer import Trainer
+from ttt.layers import execution
+
+# Several chunks in training, and one in evaluation where a batch is small.
+ttt.layers.depth.CHUNK_FRAMES = 30
+# Gradients in several pieces.
+finetune.distributed.world.BUCKET_BYTES = 10_000
+
+
+def main(cases_file: str) -> None:
+    World.close = lambda self: None  # the next run needs the same processes
+    if not torch.cuda.is_available():
+        execution.BACKEND = "aot_eager"  # inductor takes long
+    for case in json.loads(Path(cases_file).read_text()):
+        Trainer(load_config(case["config"], case["overrides"])).train()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,142 @@
+"""`write: delta` against its definition, and what must hold for any memory that learns so."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_sum import random_inputs, sizes
+
+from ttt import ops
+from ttt.ops.in_place import reference
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    num_frames=st.integers(1, 40),
+    chunk_size=st.integers(1, 9),
+    strength=st.sampled_from([0.1, 10.0, 1000.0]),
+    decay=st.sampled_from([1.0, 0.9, 0.3]),
+    packed=st.booleans(),
+    super_chunk=st.sampled_from([4, 12, 2048]),
+    block=st.sampled_from([1, 6, 256]),
+)
+def test_delta_equals_its_definition(
+    seed, num_frames, chunk_size, strength, decay, packed, super_chunk, block
+):
+    z, v, documents, weights = random_inputs(seed, num_frames=num_frames)
+    beta = torch.tensor(strength, dtype=torch.float64, requires_grad=True)
+    options = {
+        "beta": beta,
+        "chunk_size": chunk_size,
+        "documents": documents if packed else None,
+        "decay": decay,
+    }
+    results = []
+    for op in (reference.in_place_delta, ops.in_place_delta):
+        with sizes(super_chunk, block):
+            out = op(z, v, **options)
+        # Frames of a single chunk leave the definition's output without any graph.
+        loss = (out * weights).sum() + 0 * (z.sum() + v.sum() + beta)
+        results.append((out, *torch.autograd.grad(loss, (z, v, beta))))
+    for slow, fast in zip(*results, strict=True):
+        scale = slow.abs().max().item()
+        torch.testing.assert_close(fast, slow, rtol=1e-7, atol=1e-9 * (1 + scale))
+
+
+def test_backward_pass_gradchecks():
+    z, v, _, _ = random_inputs(0, batch=1, num_frames=9, hidden=3, width=2)
+    beta = torch.tensor([2.0], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda z, v, beta: ops.in_place_delta(z, v, beta=beta, chunk_size=2, decay=0.9),
+        (z, v, beta),
+    )
+
+
+def test_packed_documents_equal_documents_apart():
+    z, v, _, _ = random_inputs(3, num_frames=17)
+    lengths = [5, 1, 8, 3]
+    documents = torch.repeat_interleave(torch.tensor([4, 2, 4, 9]), torch.tensor(lengths))
+    options = {"beta": 10.0, "chunk_size": 3}
+    packed = ops.in_place_delta(z, v, documents=documents.expand(2, -1), **options)
+    apart = [
+        ops.in_place_delta(z_part, v_part, **options)
+        for z_part, v_part in zip(z.split(lengths, 1), v.split(lengths, 1), strict=True)
+    ]
+    torch.testing.assert_close(packed, torch.cat(apart, 1), rtol=1e-12, atol=1e-12)
+
+
+def test_what_is_known_is_not_written_again():
+    """The same chunk a hundred times: what is read of it tends to its targets and stays there,
+    where `sum` grows without end."""
+    z, v, _, _ = random_inputs(1, batch=1, num_frames=4, hidden=16)
+    z, v = z.detach().repeat(1, 100, 1), v.detach().repeat(1, 100, 1)
+    out = ops.in_place_delta(z, v, beta=10.0, chunk_size=4)
+    torch.testing.assert_close(out[:, -4:], v[:, -4:], rtol=1e-6, atol=1e-6)
+    assert ops.in_place_ttt(z, v, lr=1.0, chunk_size=4)[:, -4:].norm() > 100 * v[:, -4:].norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_digital_silence_is_well_behaved(dtype):
+    """Chunks of one repeated frame, of zeros, and of zeros but one frame."""
+    z, v, _, _ = random_inputs(2, batch=1, num_frames=24, hidden=16)
+    z, v = z.detach().to(dtype), v.detach().to(dtype)
+    z[:, 4:12] = z[:, 4:5]
+    z[:, 12:18] = 0
+    z.requires_grad_(), v.requires_grad_()
+    beta = torch.tensor(10.0, requires_grad=True)
+    out = ops.in_place_delta(z, v, beta=beta, chunk_size=4)
+    out.float().square().sum().backward()
+    for x in (out, z.grad, v.grad, beta.grad):
+        assert x.isfinite().all()
+    assert out.norm() < 3 * v.norm()
+    assert v.grad[:, 12:16].abs().max() == 0
+
+
+def test_silence_writes_nothing():
+    z, v, _, _ = random_inputs(4, num_frames=12)
+    silent = torch.cat([z[:, :4], torch.zeros_like(z[:, :4]), z[:, 8:]], dim=1)
+    out = ops.in_place_delta(silent, v, beta=10.0, chunk_size=4)
+    without = ops.in_place_delta(
+        z[:, [*range(4), *range(8, 12)]], v[:, :8], beta=10.0, chunk_size=4
+    )
+    torch.testing.assert_close(out[:, 8:], without[:, 4:], rtol=1e-12, atol=1e-12)
+
+
+def test_the_scale_of_activations_does_not_matter():
+    """β has no unit: ten times as long activations read the same."""
+    z, v, _, _ = random_inputs(5)
+    options = {"beta": 10.0, "chunk_size": 4}
+    torch.testing.assert_close(
+        ops.in_place_delta(1000 * z, v, **options), ops.in_place_delta(z, v, **options)
+    )
+
+
+@pytest.mark.parametrize("super_chunk", [16, 2048])
+def test_bfloat16_is_as_close_as_its_rounding(super_chunk):
+    z, v, _, _ = random_inputs(6, num_frames=64, hidden=32, width=16)
+    low_z, low_v = z.detach().bfloat16(), v.detach().bfloat16()
+    with sizes(super_chunk, 8):
+        exact = ops.in_place_delta(low_z.double(), low_v.double(), beta=10.0, chunk_size=8)
+        rounded = ops.in_place_delta(low_z, low_v, beta=10.0, chunk_size=8)
+    assert rounded.dtype == torch.bfloat16
+    assert (rounded - exact).norm() / exact.norm() < 0.02
+
+
+@pytest.mark.parametrize("rule", ["sum", "delta"])
+def test_what_the_backward_pass_keeps_grows_with_the_length_and_not_its_square(rule):
+    sizes_of_kept = []
+
+    def keep(tensor):
+        sizes_of_kept[-1] += tensor.numel()
+        return tensor
+
+    for num_frames in (64, 512):
+        sizes_of_kept.append(0)
+        z, v, _, _ = random_inputs(0, num_frames=num_frames)
+        with sizes(16, 4), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            if rule == "sum":
+                ops.in_place_ttt(z, v, lr=1.0, chunk_size=4)
+            else:
+                ops.in_place_delta(z, v, beta=10.0, chunk_size=4)
+    assert sizes_of_kept[1] < 8.1 * sizes_of_kept[0]

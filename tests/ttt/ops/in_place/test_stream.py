@@ -1,0 +1,101 @@
+"""The kernels of a streaming step against the plain form, on a CUDA device or interpreted."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import tiny_args, tiny_delta_args, tiny_model, tiny_relative_args
+
+pytest.importorskip("triton")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED, reason="would call itself")
+def test_kernels_interpreted_on_the_cpu():
+    """Triton reads this variable when it is imported, hence another process."""
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-x", __file__]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert "11 passed" in done.stdout
+
+
+def on_a_device(test):
+    missing = not INTERPRETED and not torch.cuda.is_available()
+    skip = pytest.mark.skipif(missing, reason="needs a CUDA device, or Triton's interpreter")
+    return pytest.mark.gpu(skip(test))
+
+
+@on_a_device
+# The interpreter cannot multiply bfloat16.
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, torch.float16 if INTERPRETED else torch.bfloat16],
+    ids=["32 bits", "16 bits"],
+)
+@pytest.mark.parametrize(
+    "args",
+    [
+        tiny_args(chunk_size=3, conv_kernel_size=3, conv_lookahead=1, state_decay=0.8),
+        tiny_args(chunk_size=3, max_delta_norm=0.5),
+        tiny_delta_args(chunk_size=3, state_decay=0.8),
+        tiny_relative_args(chunk_size=3, max_delta_norm=0.5),
+        tiny_relative_args(chunk_size=3, write="delta"),
+    ],
+    ids=["sum", "bounded", "delta", "relative, bounded", "relative delta"],
+)
+def test_a_step_on_the_device_equals_the_plain_one(args, dtype, monkeypatch):
+    """Three rows, one of them paused at times, one restarted, one silent for a chunk."""
+    from ttt.ops.in_place import stream
+
+    device = "cpu" if INTERPRETED else "cuda"
+    if INTERPRETED:
+        monkeypatch.setattr(stream, "PROGRAMS", 2)
+    module = tiny_model(args, dtype=dtype).to(device).ttt_layers[0]
+    chunk_size = args.chunk_size
+    outputs = {}
+    for way in ("plain", "kernels"):
+        torch.manual_seed(0)
+        spoken = []
+        with torch.no_grad(), module.streaming(3):
+            state = module._streaming_state
+            for step in range(2 * chunk_size + 3):
+                z = torch.randn(3, 1, module.hidden).to(device, dtype)
+                source = torch.randn(3, 1, module.width).to(device, dtype)
+                if step < chunk_size:
+                    z[2] = 0
+                state.set_exec_mask(torch.tensor([True, step % 3 != 1, True]).to(device))
+                if step == chunk_size + 2:
+                    state.reset(torch.tensor([True, False, False]).to(device))
+                is_frame = torch.tensor([[True], [step % 5 != 4], [step != 2]]).to(device)
+                stream = module._stream_frame if way == "kernels" else module._stream_frames
+                spoken.append(stream(z, source, is_frame, state).float())
+            outputs[way] = (torch.cat(spoken), state.change.clone(), state.num_pending.clone())
+    assert torch.equal(outputs["plain"][2], outputs["kernels"][2])
+    for plain, kernels in zip(outputs["plain"][:2], outputs["kernels"][:2], strict=True):
+        assert plain.abs().max() > 0.01
+        error = (kernels - plain).norm() / plain.norm()
+        assert error < (1e-5 if dtype == torch.float32 else 2e-2)
+
+
+@on_a_device
+def test_inverses_of_more_than_one_block():
+    """Rows: a repeated frame with noise, an incomplete chunk (left alone), and silence."""
+    from ttt.ops.in_place import stream
+
+    device = "cpu" if INTERPRETED else "cuda"
+    torch.manual_seed(0)
+    z = 0.01 * torch.randn(3, 70, 8) + torch.ones(8)
+    z[2] = 0
+    gram = z.double() @ z.double().mT
+    strength = gram.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] / 10
+    write = stream._Write(
+        torch.tensor([70, 3, 70], device=device), chunk_size=70, dtype=torch.float32
+    )
+    inverse = write.inverse(z.to(device), torch.tensor([10.0], device=device)).cpu().double()
+    product = inverse[0] @ (gram[0] + strength[0] * torch.eye(70))
+    torch.testing.assert_close(product, torch.eye(70).double(), rtol=0, atol=1e-3)
+    assert torch.equal(inverse[2], torch.zeros(70, 70).double())

@@ -1,0 +1,136 @@
+"""A stream's state: saved in mid-chunk, restored elsewhere, cleared for some rows."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import (
+    random_codes,
+    tiny_args,
+    tiny_delta_args,
+    tiny_linear_args,
+    tiny_model,
+    tiny_relative_args,
+)
+from moshi.models.lm import LMGen
+from safetensors.torch import load_file, save_file
+
+import ttt
+
+ARGS = {
+    "sum": tiny_args(),
+    "delta": tiny_delta_args(),
+    "relative": tiny_relative_args(),
+    "linear": tiny_linear_args(),
+    "mlp": tiny_linear_args(method="mlp", base_lr=0.4, use_rope=True),
+}
+every_rule = pytest.mark.parametrize("write", ARGS)
+SAVE_FRAMES, NUM_FRAMES = 13, 24
+"""Saved in the middle of the third chunk."""
+
+
+def build(write):
+    return tiny_model(ARGS[write], dtype=torch.float32)
+
+
+def user_codes():
+    return random_codes(batch=2, num_frames=NUM_FRAMES)[:, 5:]
+
+
+def run_and_save(write, path):
+    """What the process does that is killed: it generates, saves and never ends."""
+    generator = LMGen(build(write), use_sampling=False)
+    with generator.streaming(2):
+        for t in range(SAVE_FRAMES):
+            generator.step(user_codes()[:, :, t : t + 1])
+        save_file(ttt.get_state(generator, whole=True), path)
+    print("saved", flush=True)
+    sys.stdin.read()
+
+
+@every_rule
+def test_a_killed_process_is_continued_by_another(write, tmp_path):
+    path = tmp_path / "state.safetensors"
+    root = Path(__file__).parents[2]
+    code = f"import test_state; test_state.run_and_save({write!r}, {str(path)!r})"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parent,
+        env={**os.environ, "PYTHONPATH": f".:{root}:{root / 'tests'}"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "saved\n"
+    process.kill()
+    process.communicate()
+
+    generator = LMGen(build(write), use_sampling=False)
+    with generator.streaming(2):
+        steps = [generator.step(user_codes()[:, :, t : t + 1]) for t in range(NUM_FRAMES)]
+        final = ttt.get_state(generator, whole=True)
+    with generator.streaming(2):
+        ttt.set_state(generator, load_file(path))
+        continued = [
+            generator.step(user_codes()[:, :, t : t + 1]) for t in range(SAVE_FRAMES, NUM_FRAMES)
+        ]
+        assert_equal_states(ttt.get_state(generator, whole=True), final)
+    for a, b in zip(continued, steps[SAVE_FRAMES:], strict=True):
+        assert torch.equal(a, b)
+
+
+def assert_equal_states(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def test_what_was_learnt_is_carried_into_a_new_stream_alone():
+    model = build("sum")
+    codes = random_codes(num_frames=12)
+    with torch.no_grad(), model.streaming(2):
+        model.forward_text(codes)
+        learnt = ttt.get_state(model)
+    assert {name.split(".")[3] for name in learnt} == {"gating"}
+    with torch.no_grad(), model.streaming(2):
+        ttt.set_state(model, learnt)
+        assert_equal_states(ttt.get_state(model), learnt)
+        state = ttt.get_state(model, whole=True)
+        assert state["transformer.layers.0.self_attn.kv_cache.end_offset"].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("rows", [[1], torch.tensor([False, True])])
+def test_rows_forget_alone(rows):
+    model = build("sum")
+    with torch.no_grad(), model.streaming(2):
+        model.forward_text(random_codes(num_frames=12))
+        model.set_exec_mask(torch.tensor([True, False]))
+        before = ttt.get_state(model, whole=True)
+        ttt.reset(model, rows)
+        after = ttt.get_state(model, whole=True)
+        for name in before:
+            if name.endswith((".change", ".num_pending")):
+                assert torch.equal(after[name][0], before[name][0])
+                assert before[name][1].abs().max() > 0 and after[name][1].abs().max() == 0
+            else:
+                assert torch.equal(after[name], before[name])
+        ttt.reset(model)
+        assert ttt.get_state(model)["transformer.layers.0.gating.change"].abs().max() == 0
+
+
+def test_what_cannot_be_restored_is_one_clear_error():
+    model = build("sum")
+    with pytest.raises(ValueError, match="not streaming"):
+        ttt.get_state(model)
+    with model.streaming(2):
+        state = ttt.get_state(model)
+    with model.streaming(3), pytest.raises(ValueError, match="batch size: transformer"):
+        ttt.set_state(model, state)
+    with pytest.raises(ValueError, match="not streaming"):
+        ttt.set_state(model, state)
+    other = build("delta")
+    with other.streaming(2), pytest.raises(ValueError, match="lacks"):
+        ttt.set_state(other, state)

@@ -1,0 +1,290 @@
+"""In-Place TTT, `write: delta`: a chunk writes what the memory does not know yet.
+
+    E_i     = (K_i K_iᵀ + λ_i I)⁻¹ (V_i − K_i S_iᵀ)        λ_i = mean_u ‖k_u‖² / β
+    S_{i+1} = γ S_i + E_iᵀ K_i,    o_t = S_{chunk(t)} z_t
+
+Regularised least squares on the residual: what a chunk has in common with those before it is not
+written again, so the state stays bounded however long the stream. Only complete chunks write. The
+mean is over the pairs that are written and whose keys are not zero; without any, nothing is.
+
+Reading is as for `sum`, with E in place of V (`in_place.chunks`), so no state is kept per chunk
+either. With H_i = K_i K_iᵀ + λ_i I, whose inverses depend on no state and are all made at once, and
+O, R and P what frames read, what keys read, and what errors receive from later chunks,
+
+    forward, first chunk to last:     R_i = K_i S_iᵀ,   E_i = H_i⁻¹ (V_i − R_i)
+    backward, last chunk to first:    P_i = Σ_{j>i} γ^… (K_i Z_jᵀ) Y_j,   X_i = H_i⁻¹ P_i
+    dV = X,  dH_i = −X_i E_iᵀ,  dZ as for `sum` with Y in place of dO, and by dH_i.
+
+A key's own frame has mostly read just R already. The last `lag` frames of a chunk, whose pairs the
+next chunk writes, are read again with what their own chunk has written,
+
+    R_u = γ O_t + (k_u · K_{i−1}) E_{i−1},   t = u − lag in chunk i − 1, u in chunk i.
+
+So Y_t = dO_t − X_u for most frames, dO_t − γ X_u for these, and dO_t where the pair is not written.
+
+With 16-bit inputs the products of z are exact, and what is made of them is precise: H⁻¹ enlarges
+what is rounded, and one bfloat16 each for Z Kᵀ and E put outputs wrong by as much as their size.
+Inverses and what they are multiplied with are in float32; Z Kᵀ and E are sums of two terms
+(`in_place.terms`); and as keys that are nearly one (silence) have errors E that are large and
+cancel each other, a frame reads a chunk's sum of E apart,
+
+    Σ_u w_u E_u = w̄ Σ_u E_u + Σ_u (w_u − w̄) E_u,   w̄ = mean_u w_u,   w = z_t Kᵀ,
+
+so that rounding counts by how much keys differ. Likewise what errors receive from a chunk's Y.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ttt.ops.in_place import chunks, delta_window, terms
+
+
+@torch.compiler.disable
+def in_place_delta(
+    z: Tensor,
+    v: Tensor,
+    *,
+    beta: Tensor | float,
+    chunk_size: int,
+    decay: float = 1.0,
+    documents: Tensor | None = None,
+    lag: int = 0,
+    written: Tensor | None = None,
+) -> Tensor:
+    """Return what the fast weights add to the output of the projection that they change.
+
+    The inverses are made in float32 whatever the inputs, in float64 for float64: accurate while β
+    stays below some 1e3 (docs/numerics.md).
+
+    Args:
+        z: [B, T, h], the projection's inputs: keys when written, queries when read.
+        v: [B, T, d], the targets that are complete at each frame.
+        beta: β > 0, a number or a tensor of one element: how nearly a chunk's targets are met.
+        chunk_size: frames per chunk, counted from the start of each document.
+        decay: γ, how much of the state outlives each later chunk, 0 to 1.
+        documents: [B, T] integers; a new document begins wherever the number changes, and nothing
+            passes from one to the next. None: every row is one document.
+        lag: v_u is the target of frame u − lag, whose z is its key; 0 to chunk_size − 1. The first
+            `lag` frames of a document complete nothing.
+        written: [B, T], false where the pair that is complete at a frame is not written. None: all
+            are.
+
+    Returns:
+        [B, T, d]. Zero within the first chunk of each document.
+    """
+    if documents is not None:
+        lengths = chunks.split_documents(documents)
+        flat = [z.flatten(0, 1).split(lengths), v.flatten(0, 1).split(lengths)]
+        if written is not None:
+            flat.append(written.flatten().split(lengths))
+        parts = [
+            in_place_delta(
+                *(x.unsqueeze(0) for x in part[:2]),
+                beta=beta,
+                chunk_size=chunk_size,
+                decay=decay,
+                lag=lag,
+                written=part[2].unsqueeze(0) if written is not None else None,
+            )
+            for part in zip(*flat, strict=True)
+        ]
+        return torch.cat(parts, dim=1).view(v.shape)
+    beta = torch.as_tensor(beta, dtype=terms.accumulating_dtype(z.dtype), device=z.device)
+    cut = chunks.cut(z.shape[1], chunk_size, v.shape[2], z.shape[2], decay, lag)
+    return _Delta.apply(z.contiguous(), v.contiguous(), beta.reshape(()), written, cut)
+
+
+def chunk_errors(keys: Tensor, residual: Tensor, beta: Tensor | float) -> Tensor:
+    """Return E of one chunk, as streaming writes it.
+
+    Args:
+        keys: [B, C, h], zero where nothing is to be written.
+        residual: [B, C, d], V − K Sᵀ.
+        beta: see `in_place_delta`.
+
+    Returns:
+        [B, C, d], at least in float32.
+    """
+    inverse, _, _ = delta_window.inverse(chunks.gram(keys), beta)
+    return inverse @ residual.to(inverse.dtype)
+
+
+class _Delta(torch.autograd.Function):
+    """Keeps z, E, the scores and the inverses for the backward pass; v is not needed."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, z: Tensor, v: Tensor, beta: Tensor, written: Tensor | None, cut: chunks.Cut
+    ) -> Tensor:
+        out = torch.empty_like(v)
+        saved: list[Tensor] = []
+        for group in cut.windows(len(z)):
+            state = chunks.State(cut, precise=True)
+            for window in group:
+                frames, own_v = window.frames(z), window.own(v)
+                rows = None if written is None else window.own(written)
+                kept = delta_window.prepare(frames, rows, beta, window, cut)
+                read = own_v.new_zeros(own_v.shape, dtype=beta.dtype)
+                edge = None
+                if state.value is not None:
+                    state.read(window.own(z)[0], read[0])
+                    edge = read.new_zeros(1, window.lead, v.shape[2])
+                    state.read(frames[0, : window.lead], edge[0], weighted=False)
+                e = v.new_empty(len(own_v), *kept.scores.shape[2:], v.shape[2])
+                delta_window.write(kept, own_v, read, e, cut, edge)
+                window.own(out).copy_(read)
+                if window.stop < cut.num_frames:
+                    _add_keys(
+                        state, delta_window.value(e, cut.chunk_size)[0], frames[0], window, cut
+                    )
+                saved += [*kept, e]
+        ctx.save_for_backward(z, beta, *saved)
+        ctx.cut = cut
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        z, beta, *saved = ctx.saved_tensors
+        cut: chunks.Cut = ctx.cut
+        d_out = grads[0].contiguous()
+        d_z = torch.empty_like(z) if cut.is_whole else torch.zeros_like(z)
+        d_v = torch.zeros_like(d_out)
+        d_beta = torch.zeros_like(beta)
+        size = len(delta_window.Kept._fields) + 1
+        per_window = (saved[i : i + size] for i in range(0, len(saved), size))
+        for group in cut.windows(len(z)):
+            parts = [(window, *next(per_window)) for window in group]
+            later = chunks.State(cut, reverse=True, precise=True)
+            adjoints = []
+            for window, *tensors, e in reversed(parts):
+                kept = delta_window.Kept(*tensors)
+                frames = window.frames(z)
+                shape = len(e), e.shape[1] * cut.chunk_size, e.shape[4]
+                x = e.new_zeros(shape, dtype=beta.dtype)
+                if later.value is not None:
+                    later.read(_keys(frames[0], window, cut)[: x.shape[1]], x[0])
+                y = delta_window.write_backward(kept, window.own(d_out), x, cut)
+                window.own(d_v)[:, : x.shape[1]] = x
+                d_products, d_strengths = _gradient_of_products(kept, x, y, e, beta, window, cut)
+                d_beta -= (d_strengths * kept.strengths).sum() / beta
+                _add_weighted(d_products, frames, window.frames(d_z), replace=cut.is_whole)
+                adjoints.append((x, y))
+                if later.value is not None:
+                    first = max(0, -cut.offset(window))
+                    d_keys = window.frames(d_z)[0, : window.length - first]
+                    later.read_transposed(
+                        delta_window.value(e, cut.chunk_size)[0],
+                        d_keys[: len(x[0]) - first],
+                        first=first,
+                    )
+                if window.start > 0:
+                    own_y = delta_window.value(y, cut.chunk_size, swap=True)[0, : window.length]
+                    later.add(own_y, window.own(z)[0])
+                    edge = -x[0, : window.lead]
+                    later.add_halo(edge, frames[0, : len(edge)])
+            if len(group) > 1:
+                _add_gradient_of_reads(parts, adjoints[::-1], z, d_z, cut)
+        return d_z, d_v, d_beta, None, None
+
+
+def _keys(frames: Tensor, window: chunks.Window, cut: chunks.Cut) -> Tensor:
+    """[L, h], the keys of a window's pairs, zero where there is none."""
+    first = max(0, -cut.offset(window))
+    return F.pad(frames[: window.length - first], (0, 0, first, 0))
+
+
+def _add_keys(
+    state: chunks.State, e: Tensor, frames: Tensor, window: chunks.Window, cut: chunks.Cut
+) -> None:
+    """The pairs of a full window into the state: e [L, d], frames [F, h]."""
+    first = max(0, -cut.offset(window))
+    state.add(e, frames[: window.length - first], first=first)
+
+
+def _gradient_of_products(
+    kept: delta_window.Kept,
+    x: Tensor,
+    y: Tensor,
+    e: Tensor,
+    beta: Tensor,
+    window: chunks.Window,
+    cut: chunks.Cut,
+) -> tuple[Tensor, Tensor]:
+    """D + Dᵀ [N, F, F] for dZ = (D + Dᵀ) Z, and dλ [N, n], both in the accumulating type."""
+    size = cut.chunk_size
+    length, batch = window.length, len(y)
+    d_scores = chunks.aligned(y, batch, length, length, dtype=beta.dtype)
+    for a, end, b in cut.blocks(length):
+        d_scores[:, a:b, end:b] = 0
+        if end == 0:
+            continue
+        left = y[:, a // size : -(-b // size)].flatten(3)
+        right = e[:, : end // size].flatten(3)
+        part = terms.product(left.flatten(1, 2), right.flatten(1, 2).mT)
+        part = part.view(batch, left.shape[1], left.shape[2], right.shape[1], right.shape[2])
+        part = part[:, :, :size, :, :size].reshape(batch, -1, end)[:, : b - a]
+        start = 0 if cut.decay != 1 else a
+        if start < end:
+            part[:, :, start:] *= chunks.weights_by_age(a, b, start, end, cut, y)
+        d_scores[:, a:b, :end] = part
+    total = chunks.gradient_of_products(d_scores, window, cut)
+    left_of_x = terms.left(x, y.dtype, dim=2).flatten(2)
+    d_strengths = []
+    for i in range(kept.strengths.shape[1]):
+        start = i * size
+        keys, skip = delta_window.places(i, window, cut)
+        if i > 0 and cut.lag:
+            read = terms.product(
+                left_of_x[:, start : start + cut.lag], e[:, i - 1, :size].flatten(2).mT
+            )
+            before, skipped = delta_window.places(i - 1, window, cut)
+            rows = slice(before.stop, before.stop + cut.lag)
+            total[:, rows, before] -= read[:, :, skipped:]
+            total[:, before, rows] -= read[:, :, skipped:].mT
+        d_matrix = terms.product(
+            left_of_x[:, start : start + size], e[:, i, :size].flatten(2).mT
+        ).neg_()
+        diagonal = d_matrix.diagonal(dim1=1, dim2=2)
+        d_strength = diagonal.sum(1)
+        is_counted = kept.inverses[:, i].diagonal(dim1=1, dim2=2) != 0
+        diagonal += is_counted * (d_strength / (kept.counts[:, i] * beta)).unsqueeze(1)
+        d_matrix = d_matrix[:, skip:, skip:]
+        total[:, keys, keys] += d_matrix + d_matrix.mT
+        d_strengths.append(d_strength)
+    if not d_strengths:
+        return total, x.new_zeros(len(x), 0)
+    return total, torch.stack(d_strengths, dim=1)
+
+
+def _add_weighted(weights: Tensor, frames: Tensor, d_frames: Tensor, *, replace: bool) -> None:
+    """dZ += weights Z, or dZ = weights Z."""
+    keep = 0.0 if replace else 1.0
+    if weights.dtype == frames.dtype:
+        chunks.weighted_frames(weights, frames, d_frames, beta=keep)
+        return
+    high, low = terms.split(weights, frames.dtype)
+    chunks.weighted_frames(low, frames, d_frames, beta=keep)
+    chunks.weighted_frames(high, frames, d_frames, beta=1.0)
+
+
+def _add_gradient_of_reads(
+    parts: list[tuple[Any, ...]],
+    adjoints: list[tuple[Tensor, Tensor]],
+    z: Tensor,
+    d_z: Tensor,
+    cut: chunks.Cut,
+) -> None:
+    """dZ += what reading earlier windows hands back, for the windows of one row: makes the state
+    once more."""
+    state = chunks.State(cut)
+    for (window, *_, e), (x, y) in zip(parts, adjoints, strict=True):
+        frames, d_frames = window.frames(z)[0], window.frames(d_z)[0]
+        own_y = delta_window.value(y, cut.chunk_size, swap=True)[0, : window.length]
+        state.read_transposed(own_y, window.own(d_z)[0])
+        edge = -x[0, : window.lead]
+        state.read_transposed(edge, d_frames[: len(edge)], weighted=False)
+        if window.stop < cut.num_frames:
+            _add_keys(state, delta_window.value(e, cut.chunk_size)[0], frames, window, cut)

@@ -1,0 +1,5 @@
+"""TTT-Linear and TTT-MLP: their definition, and their fast forms."""
+
+from ttt.ops.inner_loop.ttt_linear_mlp import inner_losses, rope, ttt_linear, ttt_mlp
+
+__all__ = ["inner_losses", "rope", "ttt_linear", "ttt_mlp"]

@@ -1,0 +1,1 @@
+"""Moshi's own arithmetic, made fast."""
