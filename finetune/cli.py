@@ -3,8 +3,6 @@
 The program's parts are imported where a command needs them, so that help and mistakes come at once.
 """
 
-import logging
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +12,8 @@ import fire
 
 from finetune.config import flag, number, refuse, require, whole_number
 from finetune.errors import UserError
-from finetune.interrupt import ending_on_signals
-from finetune.safety import learn_from_words, outlets
+from finetune.interrupt import ending_on_signals, signal_of
+from finetune.safety import learn_from_words, not_too_long, outlets
 
 
 def main() -> None:
@@ -38,15 +36,13 @@ def call(component: Any, *, name: str) -> int:
     """Have fire call what the command line names. Returns the exit status."""
     words = sys.argv[1:]
     learn_from_words(words)
-    # It warns of folders that are not its own, and that it is busy: nothing that a user can mend.
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     if not {"--help", "-h"}.isdisjoint(words):
-        # Commands take any option, this one too: after the two dashes it is fire's. All else is
-        # left out: given anything to pass to a command, fire would run it before it shows help.
+        # Commands take any option: after the two dashes it is fire's. All else is left out: given
+        # anything to pass to a command, fire would run it before it shows help.
         wanted = words[:1] if isinstance(component, dict) else []
         words = [word for word in wanted if not word.startswith("-")] + ["--", "--help"]
     with outlets():
-        return run(lambda: fire.Fire(component, command=words, name=name))
+        return run(lambda: fire.Fire(component, command=not_too_long(words), name=name))
 
 
 def run(command: Callable[[], Any]) -> int:
@@ -58,9 +54,8 @@ def run(command: Callable[[], Any]) -> int:
         print(f"\nerror: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as error:
-        number = getattr(error, "signal_number", signal.SIGINT)
-        print(f"\nstopped by {signal.Signals(number).name}", file=sys.stderr)
-        return 128 + number
+        print(f"\nstopped by {signal_of(error).name}", file=sys.stderr)
+        return 128 + signal_of(error)
     return 0
 
 
@@ -87,8 +82,7 @@ def train(config: str = "", *unexpected: str, **overrides: Any) -> None:
     from finetune.trainer import Trainer
 
     status = Trainer(load_config(config, overrides), config=Path(config)).train()
-    if status:
-        sys.exit(status)
+    sys.exit(status or None)
 
 
 @_literal

@@ -33,6 +33,12 @@ class Stopped(KeyboardInterrupt):
         self.signal_number = signal_number
 
 
+def signal_of(error: KeyboardInterrupt) -> signal.Signals:
+    """The signal that has ended a command."""
+    number = error.signal_number if isinstance(error, Stopped) else signal.SIGINT
+    return signal.Signals(number)
+
+
 @contextmanager
 def ending_on_signals() -> Iterator[None]:
     """Signals that ask to stop end what runs in here as Ctrl-C does, so that it is cleared up;

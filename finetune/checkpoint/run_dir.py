@@ -147,7 +147,12 @@ def load_resume_state(checkpoint: Path) -> dict[str, Any]:
         state = torch.load(checkpoint / "resume.pt", map_location="cpu", weights_only=True)
     except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
         raise UserError(f"cannot read {checkpoint / 'resume.pt'}: {error}") from error
-    if not isinstance(state, dict) or state.keys() != RESUME_STATE:
+    if (
+        not isinstance(state, dict)
+        or state.keys() != RESUME_STATE
+        or not all(isinstance(part, dict) for part in state.values())
+        or state["counts"].get("step") != step_of(checkpoint)
+    ):
         raise UserError(_OF_ANOTHER_VERSION.format(checkpoint))
     return state
 

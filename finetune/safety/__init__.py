@@ -10,7 +10,7 @@ from finetune.safety.files import (
     without_nan,
 )
 from finetune.safety.outlet import outlets
-from finetune.safety.paths import path_problem, shown
+from finetune.safety.paths import not_too_long, path_problem, shown
 from finetune.safety.secrets import is_secret, learn_from, learn_from_words, redact
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "is_secret",
     "learn_from",
     "learn_from_words",
+    "not_too_long",
     "outlets",
     "parse_json",
     "path_problem",

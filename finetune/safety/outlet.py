@@ -5,6 +5,7 @@ ASCII alone. None of this may end a run, or let what C code prints land in a fil
 """
 
 import io
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -95,6 +96,8 @@ def fill_standard_descriptors() -> None:
 def outlets() -> Iterator[None]:
     """Standard output and error as `Outlet`, for the length of a command."""
     fill_standard_descriptors()
+    # It warns of folders that are not its own, and that it is busy: nothing that a user can mend.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = Outlet(sys.stdout), Outlet(sys.stderr)
     try:

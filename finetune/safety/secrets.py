@@ -32,6 +32,8 @@ def learn_from_words(words: Iterable[str]) -> None:
     """The same of a command line, with dashes or without, and of the environment."""
     name = ""
     for word in words:
+        if word == "=":
+            continue  # typed with spaces around it
         left, sign, right = word.partition("=")
         if sign and (is_secret(left.strip("-")) or (not left and is_secret(name))):
             learn(right.strip("'\""))

@@ -137,7 +137,7 @@ def change_config(folder, name="config.json", **changes):
         {"dim": 32},
         {"card": 64},
         {"depformer_num_layers": 2},
-        {"dep_q": 8},
+        {"dep_q": 6},
         {"delays": [0] * 17},
         {"num_layers": ...},
         {"dim": "large"},
