@@ -34,29 +34,26 @@ def main() -> None:
 
 def call(component: Any, *, name: str) -> int:
     """Have fire call what the command line names. Returns the exit status."""
-    words = sys.argv[1:]
-    learn_from_words(words)
+    learn_from_words(words := sys.argv[1:])
     if not {"--help", "-h"}.isdisjoint(words):
-        # Commands take any option: after the two dashes it is fire's. All else is left out: given
-        # anything to pass to a command, fire would run it before it shows help.
+        # After two dashes help is fire's; with an option besides, it would run the command first.
         wanted = words[:1] if isinstance(component, dict) else []
         words = [word for word in wanted if not word.startswith("-")] + ["--", "--help"]
-    with outlets():
+    with outlets(), ending_on_signals():
         return run(lambda: fire.Fire(component, command=not_too_long(words), name=name))
 
 
 def run(command: Callable[[], Any]) -> int:
     """Run `command`; a user's mistake is a message, not a traceback. Returns the exit status."""
     try:
-        with ending_on_signals():
-            command()
+        command()
+        return 0
     except UserError as error:
         print(f"\nerror: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as error:
         print(f"\nstopped by {signal_of(error).name}", file=sys.stderr)
         return 128 + signal_of(error)
-    return 0
 
 
 # The mark that `SetParseFn` leaves on a function; with an underscore, help does not list it.
@@ -82,7 +79,8 @@ def train(config: str = "", *unexpected: str, **overrides: Any) -> None:
     from finetune.trainer import Trainer
 
     status = Trainer(load_config(config, overrides), config=Path(config)).train()
-    sys.exit(status or None)
+    if status:
+        sys.exit(status)
 
 
 @_literal
