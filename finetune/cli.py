@@ -3,7 +3,6 @@
 The program's parts are imported where a command needs them, so that help and mistakes come at once.
 """
 
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,8 @@ import fire
 
 from finetune.config import flag, number, refuse, require, whole_number
 from finetune.errors import UserError
+from finetune.interrupt import ending_on_signals, signal_of
+from finetune.safety import learn_from_words, not_too_long, outlets
 
 
 def main() -> None:
@@ -33,25 +34,26 @@ def main() -> None:
 
 def call(component: Any, *, name: str) -> int:
     """Have fire call what the command line names. Returns the exit status."""
-    words = sys.argv[1:]
+    learn_from_words(words := sys.argv[1:])
     if not {"--help", "-h"}.isdisjoint(words):
-        # Commands take any option, this one too: after the two dashes it is fire's. All else is
-        # left out: given anything to pass to a command, fire would run it before it shows help.
+        # After two dashes help is fire's; with an option besides, it would run the command first.
         wanted = words[:1] if isinstance(component, dict) else []
         words = [word for word in wanted if not word.startswith("-")] + ["--", "--help"]
-    return run(lambda: fire.Fire(component, command=words, name=name))
+    with outlets(), ending_on_signals():
+        return run(lambda: fire.Fire(component, command=not_too_long(words), name=name))
 
 
 def run(command: Callable[[], Any]) -> int:
     """Run `command`; a user's mistake is a message, not a traceback. Returns the exit status."""
     try:
         command()
+        return 0
     except UserError as error:
         print(f"\nerror: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
-    return 0
+    except KeyboardInterrupt as error:
+        print(f"\nstopped by {signal_of(error).name}", file=sys.stderr)
+        return 128 + signal_of(error)
 
 
 # The mark that `SetParseFn` leaves on a function; with an underscore, help does not list it.
@@ -76,7 +78,7 @@ def train(config: str = "", *unexpected: str, **overrides: Any) -> None:
     from finetune.config import load_config
     from finetune.trainer import Trainer
 
-    status = Trainer(load_config(config, overrides)).train()
+    status = Trainer(load_config(config, overrides), config=Path(config)).train()
     if status:
         sys.exit(status)
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from operator import attrgetter
 
 from finetune.config.args import TrainArgs
+from finetune.config.path_values import path_problems
 from ttt.config import TTTArgs
 
 # What is wrong, by dotted key ("optim.lr", or "full_finetuning, lora.enable"), with its remedy.
@@ -13,6 +14,7 @@ Problem = tuple[str, str]
 
 def cross_checks(args: TrainArgs) -> Iterator[Problem]:
     """Values out of range, and values that contradict each other."""
+    yield from path_problems(args)
     yield from _check_what_trains(args)
     yield from args.model.problems(args.moshi_paths.random_init, args.ttt)
     yield from _check_ranges(args)

@@ -10,13 +10,14 @@ from collections.abc import Iterable
 from typing import Any
 
 from finetune.errors import UserError
+from finetune.safety import redact
 
 
 def refuse(unexpected: tuple[str, ...], unknown: dict[str, Any] | None = None) -> None:
     """fire complains of arguments that nobody takes only when the command has run."""
     for word in unexpected:
         hint = f" Did you mean --{word}?" if "=" in word else ""
-        raise UserError(f"unexpected argument: {word}.{hint}")
+        raise UserError(redact(f"unexpected argument: {word}.{hint}"))
     for name in unknown or {}:
         raise UserError(f"unknown option: --{name}. Ask for --help to see those there are.")
 

@@ -14,6 +14,7 @@ import yaml
 from finetune.config.args import TrainArgs
 from finetune.config.checks import Problem, cross_checks
 from finetune.errors import UserError
+from finetune.safety import learn_from
 from ttt.config import TTTArgs
 
 logger = logging.getLogger(__name__)
@@ -121,6 +122,8 @@ def _check(
     if written.keys() >= {"base", "sweep_dir"}:
         raise UserError(f"{path} is a sweep, not one run's configuration: moshi-ttt sweep {path}")
     from_command_line = flatten(overrides or {})
+    learn_from(written)
+    learn_from(from_command_line)
     emptied = tuple(f"{key}." for key, text in from_command_line.items() if text in NULLS)
     written = {key: text for key, text in written.items() if not key.startswith(emptied)}
     args, problems = _parse_all(TrainArgs, written | from_command_line)

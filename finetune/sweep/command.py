@@ -5,6 +5,7 @@ from pathlib import Path
 
 from finetune.errors import UserError
 from finetune.monitoring import console
+from finetune.safety import is_secret
 from finetune.sweep.plan import Sweep, load_sweep
 from finetune.sweep.report import plot_sweep, write_page
 from finetune.sweep.run import run_sweep
@@ -37,6 +38,12 @@ def run_command(
             f"{', '.join(sweep.runs)}."
         )
     if slurm:
+        for key in overrides:
+            if is_secret(key):
+                raise UserError(
+                    f"{key}: a script that stays on the disk is no place for secrets. Leave it "
+                    f"out, and use `wandb login` once, or export WANDB_API_KEY before sbatch."
+                )
         arguments = [f"--{key}={value}" for key, value in overrides.items()]
         if folder:
             arguments.append(f"--sweep_dir={folder}")

@@ -48,7 +48,7 @@ def write_array(sweep: Sweep, arguments: list[str]) -> Path:
     script = folder / "sweep.sbatch"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        script.write_text("\n".join(lines) + "\n")
+        script.write_text("\n".join(lines) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"{script} cannot be written: {error.strerror}.") from error
     return script
