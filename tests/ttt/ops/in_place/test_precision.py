@@ -58,10 +58,15 @@ def errors(kind, beta, device, dtype=torch.bfloat16, super_chunk=2048, lag=1):
 def test_bfloat16_is_as_exact_as_its_inputs(kind, beta, super_chunk, device):
     """One bfloat16 rounds by 0.2 %, and the results are such."""
     out, d_z, d_v = errors(kind, beta, device, super_chunk=super_chunk)
-    assert out < 0.01
-    # Frames of silence differ by 1e-3, hardly more than 16 bits tell apart.
-    assert d_v < (0.02 if kind == "silence" else 0.01)
-    assert d_z < (0.1 if kind == "silence" else 0.02)
+    is_hard = kind == "silence" and beta == 100.0
+    assert out < (0.02 if is_hard else 0.01)
+    assert d_v < 0.01
+    if kind != "silence":
+        # Between super-chunks dz is a sum of bfloat16 numbers.
+        assert d_z < (0.01 if super_chunk > NUM_FRAMES else 0.03)
+    elif super_chunk > NUM_FRAMES:
+        # Frames of silence differ by 1e-3, hardly more than 16 bits tell apart.
+        assert d_z < 0.2
 
 
 @pytest.mark.parametrize("device", DEVICES)
