@@ -264,16 +264,15 @@ def _gradient_of_products(
 
 def _add_weighted(weights: Tensor, frames: Tensor, d_frames: Tensor, *, replace: bool) -> None:
     """dZ += weights Z, or dZ = weights Z."""
-    keep = 0.0 if replace else 1.0
-    if weights.dtype == frames.dtype:
-        chunks.weighted_frames(weights, frames, d_frames, beta=keep)
-        return
-    high = chunks.aligned(weights, *weights.shape, dtype=frames.dtype)
-    low = chunks.aligned(weights, *weights.shape, dtype=frames.dtype)
-    high.copy_(weights)
-    low.copy_(weights.sub_(high))
-    chunks.weighted_frames(low, frames, d_frames, beta=keep)
-    chunks.weighted_frames(high, frames, d_frames, beta=1.0)
+    parts = [weights]
+    if weights.dtype != frames.dtype:
+        parts = [
+            chunks.aligned(weights, *weights.shape, dtype=frames.dtype) for _ in ("low", "high")
+        ]
+        parts[1].copy_(weights)
+        # The smaller first: what it adds to is then rounded once.
+        parts[0].copy_(weights.sub_(parts[1]))
+    chunks.weighted_frames(parts, frames, d_frames, beta=0.0 if replace else 1.0)
 
 
 def _add_gradient_of_reads(

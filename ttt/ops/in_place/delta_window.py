@@ -54,8 +54,10 @@ def prepare(
     if lead:
         terms.product(z[:, :lead], z[:, :lead].mT, out=products[:, :lead, :lead])
     for a, _, b in cut.blocks(length):
-        rows = slice(lead + a, lead + b)
-        terms.product(z[:, rows], z[:, : lead + b].mT, out=products[:, rows, : lead + b])
+        # An open chunk writes nothing, so nobody needs its columns.
+        rows, end = slice(lead + a, lead + b), lead + min(b, count * size)
+        if end > lead:
+            terms.product(z[:, rows], z[:, :end].mT, out=products[:, rows, :end])
     grams = products.new_zeros(batch, count, size, size)
     again = products.new_zeros(batch, count, cut.lag, size)
     for i in range(count):
