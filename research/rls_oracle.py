@@ -12,7 +12,7 @@ recursive least squares, c = ∞ is `delta`. Affordable forms keep of I − P it
 largest eigenvalues. Weights are those of the arm `delta`, as `moshi-ttt recall --device cpu`
 trains it; the rule is replaced when they are evaluated, or from the start (`--train-rule`).
 
-    python research/rls_oracle.py --seed 0 --out results --rules delta,exact:0,rank64:0.001
+    python research/rls_oracle.py --seed 0 --out results --rules delta,exact:0,rank64:0.0001
 """
 
 import argparse
@@ -116,12 +116,11 @@ class OracleGating(InPlaceGating):
 
     def _write_complete_chunks(self, state: InPlaceState) -> None:
         size = self.args.chunk_size
-        is_complete = state.num_pending == size
-        if not is_complete.any():
+        if not (state.num_pending == size).any():
             return
-        assert is_complete.all()
+        assert (state.num_pending == size).all()
         if self.account is None:
-            self.account = Account(self.rule, len(is_complete), self.hidden)
+            self.account = Account(self.rule, len(state.num_pending), self.hidden)
         targets = self._targets(state.pending_source)[:, self.tail :]
         new = write(
             state.change.double(),
