@@ -17,7 +17,6 @@ trains it; the rule is replaced when they are evaluated, or from the start (`--t
 
 import argparse
 import json
-import time
 from pathlib import Path
 from typing import Any, cast
 
@@ -175,7 +174,6 @@ def main() -> None:
     for rule in args.rules.split(","):
         for times in map(int, args.lengths.split(",")):
             set_rule(model, rule)
-            started_at = time.monotonic()
             found = measure.measure_length(
                 model, chosen.streams, times=times, num_sequences=args.sequences,
                 update_frames=chosen.chunk_size,
@@ -187,7 +185,6 @@ def main() -> None:
                 "times": times,
                 "accuracy": {kind: found[kind]["accuracy"] for kind in KINDS},
                 "state_ratio": max(found[kind]["state_ratio"] for kind in KINDS),
-                "sec": time.monotonic() - started_at,
             }
             with (args.out / "results.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
