@@ -345,6 +345,7 @@ def test_a_run_from_before_there_were_convolutions_has_none(tmp_path, method, ga
     assert layer.in_proj.shape == (3 * 16, 16)
     assert not any("conv" in name for name in layer.ttt_parameters())
     # A file of one's own means today's form.
+    file.write_text(f"{MINIMAL}ttt: {{enabled: true, method: {method}}}\n")
     assert load_config(file).ttt.qk_conv_kernel_size == 4
 
 
