@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from finetune.config import TrainArgs
+from ttt.config import MAX_WRITE_STRENGTH
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +64,24 @@ class EffectWatch:
                 logging.WARNING,
                 f"at step {step} TTT adds {_each(drowned)} times the output of {_layers(drowned)}, "
                 f"and drowns it. {self._advice_if_explosive()}, and watch ttt/*/effect.",
+            )
+
+        self._look_at_strengths(step, measured)
+
+    def _look_at_strengths(self, step: int, measured: Mapping[str, float]) -> None:
+        strengths = {
+            key.split("/")[0].removeprefix("layer_"): value
+            for key, value in measured.items()
+            if key.endswith("/write_strength")
+        }
+        bound = {k: v for k, v in strengths.items() if v >= 0.999 * MAX_WRITE_STRENGTH}
+        if bound:
+            self._say_once(
+                "write_strength",
+                logging.WARNING,
+                f"at step {step} β of {_layers(bound)} has met its bound, {MAX_WRITE_STRENGTH:g}: "
+                "above it, chunks of frames that are much alike could not be solved for in float32. "
+                "Lower optim.ttt_lr or ttt.write_strength, and watch ttt/*/write_strength.",
             )
 
     @property
