@@ -19,7 +19,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from finetune.config import NULLS, TrainArgs, check_config, flatten, list_problems, read_yaml
+from finetune.config import (
+    NULLS,
+    Size,
+    TrainArgs,
+    check_config,
+    flatten,
+    list_problems,
+    parse,
+    read_yaml,
+)
 from finetune.data import count_frames, load_sources
 from finetune.errors import UserError
 from finetune.model import changed_shape, find_checkpoint, misfits, model_shape, plan_model
@@ -32,9 +41,7 @@ _OWN_KEYS = {
     "overwrite_run_dir": "a sweep runs again what was changed",
     "wandb.key": "a sweep's file is no place for secrets; use `wandb login` or WANDB_API_KEY",
 }
-# Changing these does not make another experiment of a run.
-HARMLESS = ("wandb.", "log_freq", "ckpt_freq", "num_ckpt_keep", "data.num_workers")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
 
 # A line about each run that has the problem: name of the run, and what is wrong.
 _Found = tuple[str, str]
@@ -114,7 +121,7 @@ def load_sweep(
     if found:
         raise UserError(list_problems(file, _grouped(found, len(runs))))
     slurm = {key: str(value) for key, value in content.get("slurm", {}).items()}
-    return Sweep(file, base, target, runs, int(content.get("processes", 1)), slurm)
+    return Sweep(file, base, target, runs, parse(content.get("processes", "1"), Size), slurm)
 
 
 # --- the file -------------------------------------------------------------------------------------
@@ -169,9 +176,10 @@ def _structure_problems(content: dict[str, Any]) -> Iterator[str]:
     for key in ("overrides", "slurm"):
         if not isinstance(content.get(key, {}), dict):
             yield f"{key}: expected `key: value` lines below it"
-    processes = content.get("processes", "1")
-    if not isinstance(processes, str) or not processes.isdecimal() or int(processes) < 1:
-        yield f"processes: expected a whole number of at least 1, got {processes!r}"
+    try:
+        parse(content.get("processes", "1"), Size)
+    except ValueError as error:
+        yield f"processes: {error}"
     runs = content.get("runs")
     if not runs or not isinstance(runs, dict):
         yield "runs: there are none; name at least one, with what it changes below its name"
