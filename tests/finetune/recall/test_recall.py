@@ -233,7 +233,7 @@ def test_jobs_come_back_in_order(tmp_path, workers):
     [
         (
             {"variant": "video"},
-            "--variant: expected text or audio or joint or segments, got 'video'",
+            "or segments, got 'video'",
         ),
         ({"preset": "tpu"}, "--preset: expected cpu or gpu"),
         ({"seeds": "0,x"}, "--seeds: expected a whole number"),
