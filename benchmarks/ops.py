@@ -33,6 +33,8 @@ from ttt.ops.moshi.attention import causal_attention
 
 SIZES = ["1x1250", "16x1250", "4x2048", "1x8192", "1x24000"]
 BETA = 10.0
+LAG_FRAMES = 1
+"""As with the default conv of two frames."""
 HEAD_WIDTH = 128
 MINI_BATCH_FRAMES = 16
 MAX_SCAN_FRAMES = 2048
@@ -70,7 +72,8 @@ def in_place_cases(batch: int, num_frames: int, options: argparse.Namespace) -> 
         return F.linear(z, weight) + ops.in_place_ttt(z, v, lr=lr, chunk_size=chunk_size)
 
     def with_delta(z: Tensor, v: Tensor, weight: Tensor, beta: Tensor) -> Tensor:
-        return F.linear(z, weight) + ops.in_place_delta(z, v, beta=beta, chunk_size=chunk_size)
+        learnt = ops.in_place_delta(z, v, beta=beta, chunk_size=chunk_size, lag=LAG_FRAMES)
+        return F.linear(z, weight) + learnt
 
     def materialized(dtype: torch.dtype) -> Callable[..., Tensor]:
         def run(z: Tensor, v: Tensor, weight: Tensor) -> Tensor:
@@ -110,14 +113,17 @@ def materialize_delta(
     """The rule as it is written."""
     outputs = []
     state = torch.zeros_like(weight).expand(len(z), -1, -1)
-    eye = torch.eye(chunk_size, dtype=z.dtype, device=z.device)
-    for z_i, v_i in zip(z.split(chunk_size, 1), v.split(chunk_size, 1), strict=True):
-        read = z_i @ state.mT
-        outputs.append(z_i @ weight.T + read)
-        if z_i.shape[1] == chunk_size:
-            strength = z_i.square().sum(2).mean(1)[:, None, None] / beta
-            errors = torch.linalg.solve(z_i @ z_i.mT + strength * eye, v_i - read)
-            state = state + errors.mT @ z_i
+    for start in range(0, z.shape[1], chunk_size):
+        z_i, end = z[:, start : start + chunk_size], start + chunk_size
+        outputs.append(z_i @ (weight + state).mT)
+        if end <= z.shape[1]:
+            first = max(start, LAG_FRAMES)
+            keys = z[:, first - LAG_FRAMES : end - LAG_FRAMES]
+            eye = torch.eye(keys.shape[1], dtype=z.dtype, device=z.device)
+            strength = keys.square().sum(2).mean(1)[:, None, None] / beta
+            residual = v[:, first:end] - keys @ state.mT
+            errors = torch.linalg.solve(keys @ keys.mT + strength * eye, residual)
+            state = state + errors.mT @ keys
     return torch.cat(outputs, dim=1)
 
 

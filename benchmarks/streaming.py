@@ -59,6 +59,8 @@ def make_model(
     for name, parameter in ttt_parameters(model).items():
         if name.endswith(("target_conv", "out_proj")):
             torch.nn.init.normal_(parameter, std=0.02)
+        elif name.endswith("target_gate"):
+            parameter.data.fill_(0.1)
     return model.eval().requires_grad_(False)
 
 

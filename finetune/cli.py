@@ -6,12 +6,11 @@ A command is a function of a dataclass, its options; fire hands over the words t
 
 import difflib
 import inspect
-import signal
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, NoReturn, get_type_hints
 
 import fire
 from annotated_types import Ge, Le
@@ -29,9 +28,11 @@ from finetune.config import (
 from finetune.demo import DemoDataOptions, DemoOptions
 from finetune.errors import UserError
 from finetune.evaluation import Options as EvaluateOptions
+from finetune.interrupt import ending_on_signals, signal_of
 from finetune.recall import RecallOptions
+from finetune.safety import learn_from_words, not_too_long, outlets, redact
 from finetune.sweep import SweepOptions
-from ttt.options import NonNegative
+from ttt.options import NonNegative, abbreviated
 
 Words = Callable[..., None]
 COMMANDS: dict[str, Words] = {}
@@ -61,7 +62,12 @@ def main() -> None:
 
 def call(component: Mapping[str, Words] | Words, *, name: str) -> int:
     """Have fire call what the command line names. Returns the exit status."""
-    typed = sys.argv[1:]
+    learn_from_words(typed := sys.argv[1:])
+    with outlets(), ending_on_signals():
+        return run(lambda: _follow(not_too_long(typed), component, name))
+
+
+def _follow(typed: list[str], component: Mapping[str, Words] | Words, name: str) -> None:
     wants_help = not {"--help", "-h"}.isdisjoint(typed)
     if not isinstance(component, Mapping):
         chosen = component
@@ -72,31 +78,32 @@ def call(component: Mapping[str, Words] | Words, *, name: str) -> int:
         print("\n".join([f"{name} COMMAND [--OPTION=VALUE ...]; {name} COMMAND --help", ""]))
         for each, function in component.items():
             print(f"  {each:<12} {str(function.__doc__).splitlines()[0]}")
-        return 0
+        return
     else:
-        return run(lambda: _refuse_command(typed[0], component))
+        _refuse_command(typed[0], component)
     if wants_help:
         print(help_page(name, chosen))
-        return 0
-    return run(lambda: fire.Fire(chosen, command=typed, name=name))
+    else:
+        fire.Fire(chosen, command=typed, name=name)
 
 
-def _refuse_command(word: str, known: Mapping[str, Words]) -> None:
+def _refuse_command(word: str, known: Mapping[str, Words]) -> NoReturn:
     close = difflib.get_close_matches(word[:100], known, n=1)
     hint = f"Did you mean {close[0]}?" if close else f"There are {', '.join(known)}."
-    raise UserError(f"unknown command: {word[:100]}. {hint}")
+    raise UserError(f"unknown command: {abbreviated(redact(word))}. {hint}")
 
 
 def run(command: Callable[[], Any]) -> int:
     """Run `command`; a user's mistake is a message, not a traceback. Returns the exit status."""
     try:
         command()
+        return 0
     except UserError as error:
         print(f"\nerror: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
-    return 0
+    except KeyboardInterrupt as error:
+        print(f"\nstopped by {signal_of(error).name}", file=sys.stderr)
+        return 128 + signal_of(error)
 
 
 @dataclass(frozen=True)
@@ -114,7 +121,7 @@ def train(options: ConfigOptions, overrides: dict[str, Any]) -> None:
     args = load_config(options.config, overrides)
     from finetune.trainer import Trainer
 
-    status = Trainer(args).train()
+    status = Trainer(args, config=options.config).train()
     if status:
         sys.exit(status)
 

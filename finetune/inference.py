@@ -57,6 +57,15 @@ def load_for_inference(checkpoint: Path, device: str = "auto") -> tuple[TTTLMMod
     return model.eval().requires_grad_(False), build_codec(info, model)
 
 
+def nonfinite_weights(model: TTTLMModel) -> str | None:
+    """Which weights are NaN or infinite, in a sentence; None: all are numbers."""
+    bad = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
+    if not bad:
+        return None
+    more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+    return f"weights of the model are NaN or infinite ({', '.join(bad[:3])}{more})"
+
+
 def checkpoint_args(checkpoint: Path, device: str = "auto") -> TrainArgs:
     """The configuration that made a checkpoint; of a stock Moshi, one that leaves it as it is.
 
@@ -82,7 +91,8 @@ def checkpoint_args(checkpoint: Path, device: str = "auto") -> TrainArgs:
 
 def _is_stock(checkpoint: Path) -> bool:
     has_weights = any(checkpoint.glob("*.safetensors"))
-    return has_weights and not (checkpoint / "consolidated").is_dir()
+    is_part = checkpoint.name == "consolidated" and (checkpoint.parent / "args.yaml").is_file()
+    return has_weights and not is_part and not (checkpoint / "consolidated").is_dir()
 
 
 def continue_recording(
@@ -102,6 +112,9 @@ def continue_recording(
     if not audio.is_file():
         raise UserError(f"--audio: there is no file {audio}; correct the path.")
     model, codec = load_for_inference(checkpoint, device)
+    problem = nonfinite_weights(model)
+    if problem is not None:
+        raise UserError(f"--checkpoint: {checkpoint}: {problem}, so there is nothing to hear.")
     continuation = continue_dialogue(model, codec, codec.read_recording(audio), **options)
     soundfile.write(out, continuation.audio.T.numpy(), codec.sample_rate_hz)
     return continuation.text

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: finish the step, save, leave; a second Ctrl-C leaves at once."""
+"""Ctrl-C, SIGTERM, SIGHUP: finish the step, save, leave; a second Ctrl-C leaves at once."""
 
 import logging
 import os
@@ -6,11 +6,62 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 
 logger = logging.getLogger(__name__)
 
 _ONE_CTRL_C_SEC = 1.0
 """Signals this close are one: a Ctrl-C can come from the terminal and once more from a launcher."""
+
+
+def stop_signals() -> list[signal.Signals]:
+    """The signals that ask to stop: Ctrl-C, a scheduler's, and that of a terminal which is gone
+    (unless `nohup` has it ignored)."""
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    return numbers
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal has asked to stop, where nothing is to be finished first."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__()
+        self.signal_number = signal_number
+
+
+def signal_of(error: KeyboardInterrupt) -> signal.Signals:
+    """The signal that has ended a command."""
+    number = error.signal_number if isinstance(error, Stopped) else signal.SIGINT
+    return signal.Signals(number)
+
+
+@contextmanager
+def ending_on_signals() -> Iterator[None]:
+    """Signals that ask to stop end what runs in here as Ctrl-C does, so that it is cleared up;
+    where no step is under way that should be finished. See `Interrupt` for the others."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    here = os.getpid()
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != here:
+            # In a process that was forked: it ends as if nobody had asked for more.
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        raise Stopped(number)
+
+    previous = {number: signal.signal(number, stop) for number in stop_signals()}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 class Interrupt:
@@ -29,7 +80,7 @@ class Interrupt:
     def __enter__(self) -> "Interrupt":
         self._send.setblocking(False)
         self._previous_fd = signal.set_wakeup_fd(self._send.fileno(), warn_on_full_buffer=False)
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in stop_signals():
             # The handler itself does nothing; that there is one makes Python write to the socket.
             self._previous[number] = signal.signal(number, lambda number, frame: None)
         threading.Thread(target=self._listen, name="signals", daemon=True).start()

@@ -3,7 +3,6 @@
 import logging
 import math
 import time
-from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,11 @@ import torch
 
 from finetune.checkpoint import (
     CheckpointWriter,
-    RunLock,
-    created_run_dir,
+    RunFolder,
     fill_shards,
+    first_whole,
     get_random_state,
     load_resume_state,
-    open_run_dir,
     set_random_state,
     step_of,
 )
@@ -52,18 +50,24 @@ class Trainer:
             the first step as far as it can be known there.
     """
 
-    def __init__(self, args: TrainArgs):
+    def __init__(self, args: TrainArgs, *, config: Path | None = None):
+        """
+        Args:
+            config: the file that `args` are from.
+        """
         self.args = args
         self.run_dir = Path(args.run_dir)
         self.world = join_world(
             args.device, timeout=timedelta(seconds=1.5 * args.parallel.hang_timeout_sec + 60)
         )
         setup_logging(self.world.rank)
-        self.lock = RunLock(self.run_dir, enabled=self.world.is_main)
-        if (self.run_dir / "args.yaml").is_file():
-            self.lock.take()
-        resume_from = open_run_dir(args)
-        self.world.barrier()
+        self.folder = RunFolder(args, self.world, config=config)
+        with self.folder.starting():
+            self.assemble(args)
+
+    def assemble(self, args: TrainArgs) -> None:
+        """All parts of the run, and its folder."""
+        resume_from, damaged = first_whole(self.folder.open(), self.world)
         self.checkpoint_info = find_checkpoint(args.moshi_paths)
         self.sharding = build_sharding(args, self.world)
         self.model = load_model(args, self.checkpoint_info, self.world.device, self.sharding)
@@ -111,15 +115,18 @@ class Trainer:
             self.checkpoint_info,
             self.world,
             self.sharding,
+            record=self.folder.record,
             on_wait=lambda: self.watch.at(self.step, "checkpoint"),
+            on_saved=self.folder.earn,
         )
         if resume_from is not None:
             self.resume(resume_from)
         self.profiler = StepProfiler(
             args.profile_steps, self.run_dir, rank=self.world.rank, num_done=self.step
         )
-        # Only now, when nothing else can be wrong: it may delete an older run.
-        with created_run_dir(args, self.lock) if self.world.is_main else nullcontext():
+        self.folder.set_damaged_apart(damaged)
+        # Only now, when nothing else can be wrong: it may take the place of an older run.
+        with self.folder.begun():
             self.metrics = MetricsLogger(
                 self.run_dir,
                 wandb_args=args.wandb,
@@ -142,7 +149,7 @@ class Trainer:
             self.args, self.model, self.train_data, self.eval_data, self.world
         ):
             logger.info(line)
-        with self.lock, self.interrupt, self.metrics, self.progress:
+        with self.folder, self.interrupt, self.metrics, self.progress:
             try:
                 with self.watch:
                     return self.loop()
@@ -325,7 +332,7 @@ class Trainer:
 
     def resume(self, checkpoint: Path) -> None:
         """Continue where `checkpoint` was saved, to the bit."""
-        state = load_resume_state(checkpoint, self.world)
+        state = load_resume_state(checkpoint)
         try:
             self.optimizer.restore(
                 state["optimizer"],
@@ -361,6 +368,7 @@ class Trainer:
     def leave(self) -> int:
         if self.step >= self.args.max_steps:
             self.writer.wait()
+            self.folder.earn()
             return 0
         number = self.interrupt.signal_number or 0
         if self.step == 0:
@@ -371,6 +379,7 @@ class Trainer:
             self.writer.wait()
             logger.info("stopped after step %d; continue with --resume", self.step)
         else:
+            self.folder.earn()
             logger.info("stopped after step %d; nothing saved (do_ckpt: false)", self.step)
         return 128 + number
 

@@ -109,6 +109,7 @@ def fast_state(module):
         weights, pending = [state.change], [state.pending_z, state.pending_source]
     else:
         weights = [x for pair in state.layers for x in pair]
+        weights += [] if state.tail is None else [state.tail.frames]
         # The frames first, as the other method has them.
         pending = [x.transpose(1, 2) for pair in state.written for x in pair]
     kept = [x[row, : state.num_pending[row]].clone() for x in pending for row in range(len(x))]

@@ -22,7 +22,8 @@ from ttt.options import (
 MAX_WRITE_STRENGTH = 1e3
 """Upper bound of β. Above it, float32 no longer solves for a chunk's writes where keys are much
 alike (docs/numerics.md)."""
-_DEFAULT_BASE_LR = {"linear": 1.0, "mlp": 0.1}
+_DEFAULT_BASE_LR = {"linear": 1.0, "mlp": 10.0}
+_DEFAULT_BASE_LR_WITHOUT_CONV = {"linear": 1.0, "mlp": 0.1}
 _DEFAULT_LEARNING_RATE = {"relative": 3.0, "none": 1e-3}
 
 
@@ -36,6 +37,7 @@ def _open_gate(gate: float) -> float:
 
 
 Gate = Annotated[float, Ge(-LARGEST), Le(LARGEST), AfterValidator(_open_gate)]
+Heads = Annotated[int, Ge(1), Le(10**4)]
 
 
 @dataclass
@@ -102,12 +104,21 @@ class TTTArgs:
     """Upper bound τ on the Frobenius norm of one chunk's update, before η, for `write: sum`;
     null: no bound."""
 
+    qk_conv_kernel_size: Annotated[int, Ge(1), Le(4096), INNER_LOOP] = 4
+    """Frames that a query and a key of `linear` and `mlp` are made of, each by a convolution of its
+    own over one shared projection: so a key can be what came before its value. 1: no convolution,
+    and a projection each for queries and keys; that form did not learn to recall."""
+
+    num_heads: Annotated[Heads | None, INNER_LOOP] = None
+    """Heads of `linear` and `mlp`, each with fast weights as wide and high as a head; null: as many
+    as attention has. Fewer and wider ones remember more."""
+
     mini_batch_size: Annotated[int, Ge(2), Le(10**6), INNER_LOOP] = 16
     """Frames between two updates of the fast weights (`linear`, `mlp`)."""
 
     base_lr: Annotated[NonNegative | None, INNER_LOOP] = None
     """Inner learning rate, which the model scales frame by frame (`linear`, `mlp`); null: 1.0 for
-    `linear`, 0.1 for `mlp`."""
+    `linear`; 10 for `mlp`, and 0.1 with `qk_conv_kernel_size: 1`."""
 
     use_rope: Annotated[bool, INNER_LOOP] = False
     """Turn the keys and queries of `linear` and `mlp` by their position in the mini-batch."""
@@ -115,8 +126,10 @@ class TTTArgs:
     rope_theta: Annotated[float, Gt(1), Le(LARGEST), INNER_LOOP] = 10_000.0
     """How slowly the slowest pair of channels turns, with `use_rope`."""
 
-    gate_init: Annotated[Gate, INNER_LOOP] = 0.1
-    """α at the start: the layers of `linear` and `mlp` are added with a weight of tanh(α)."""
+    gate_init: Annotated[Gate, INNER_LOOP] = 1.0
+    """α at the start: the layers of `linear` and `mlp` are added with a weight of tanh(α). They add
+    nothing yet, whatever it is, as their output projection starts at zero; the smaller it is, the
+    slower that one gets to have an effect."""
 
     scan_checkpoint_group_size: Annotated[Count | None, INNER_LOOP] = None
     """Mini-batches that `linear` and `mlp` keep together for the backward pass: less memory for
@@ -149,7 +162,10 @@ class TTTArgs:
     @property
     def inner_base_lr(self) -> float:
         """`base_lr`, or its default for the method."""
-        return _DEFAULT_BASE_LR[self.method] if self.base_lr is None else self.base_lr
+        if self.base_lr is not None:
+            return self.base_lr
+        with_conv = self.qk_conv_kernel_size > 1
+        return (_DEFAULT_BASE_LR if with_conv else _DEFAULT_BASE_LR_WITHOUT_CONV)[self.method]
 
     @property
     def lookahead_frames(self) -> int:

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from finetune.safety import read_json, stays_inside
+
 NAME = "manifest.json"
 
 _PIECE_BYTES = 2**24
@@ -27,7 +29,9 @@ def describe(folder: Path, files: Iterable[Path]) -> Entries:
 
 
 def write(folder: Path, entries: Entries) -> None:
-    (folder / NAME).write_text(json.dumps(dict(sorted(entries.items())), indent=1) + "\n")
+    (folder / NAME).write_text(
+        json.dumps(dict(sorted(entries.items())), indent=1) + "\n", encoding="utf-8"
+    )
 
 
 def read(folder: Path) -> Entries:
@@ -35,9 +39,11 @@ def read(folder: Path) -> Entries:
     Raises:
         OSError, ValueError: there is none, or it is damaged.
     """
-    entries = json.loads((folder / NAME).read_text())
+    entries = read_json(folder / NAME)
     if not isinstance(entries, dict):
         raise ValueError(f"{NAME} is no list of files")
+    if outside := [name for name in entries if not stays_inside(name)]:
+        raise ValueError(f"{NAME} names {outside[0]!r}, which is not in its folder")
     return entries
 
 
@@ -67,7 +73,7 @@ def first_problem(folder: Path, *, names: Iterable[str] | None = None) -> str | 
             if _checksum(file) != entries[name]["sha256"]:
                 return f"{file} is damaged (its checksum is not that in {NAME})"
     except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{folder / NAME} is missing or damaged ({type(error).__name__})"
+        return f"{folder / NAME} is missing or damaged ({type(error).__name__}: {error})"
     return None
 
 

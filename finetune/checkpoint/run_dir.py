@@ -14,16 +14,13 @@ A checkpoint is written under another name and renamed when it is complete;
 `finetune.checkpoint.writer` does.
 """
 
-import json
 import logging
 import math
 import os
 import pickle
 import re
-import shutil
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +30,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from finetune.checkpoint import manifest
-from finetune.checkpoint.run_lock import RunLock
-from finetune.config import TrainArgs, save_config
+from finetune.checkpoint.run_record import RunRecord
+from finetune.checkpoint.tensor_reader import TensorReader
+from finetune.config import TrainArgs
 from finetune.distributed import Sharding, World, like_parameter
 from finetune.errors import UserError
 from finetune.model import trainable_by_role
+from finetune.safety import read_json
 from ttt import TTTLMModel, ttt_parameters
 
 logger = logging.getLogger(__name__)
@@ -46,7 +45,7 @@ logger = logging.getLogger(__name__)
 warnings.filterwarnings("ignore", message="TypedStorage is deprecated")
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninit")
 
-_NAME = re.compile(r"checkpoint_(\d{6,})")
+CHECKPOINT_NAME = re.compile(r"checkpoint_(\d{6,})")
 
 RESUME_STATE = {"optimizer", "data", "random", "effect", "counts"}
 """What resume.pt holds."""
@@ -56,119 +55,19 @@ _OF_ANOTHER_VERSION = (
 )
 
 
-def open_run_dir(args: TrainArgs) -> Path | None:
-    """Check that the run may write to its folder; the checkpoint to resume from, if any.
-
-    Changes nothing, so that every process can ask.
-
-    Raises:
-        UserError: the folder cannot be read, holds something else, or nothing to resume from.
-    """
-    try:
-        return _check_run_dir(args, Path(args.run_dir))
-    except OSError as error:
-        raise UserError(
-            f"run_dir: cannot read {args.run_dir}: {error.strerror or error}."
-        ) from error
-
-
-def _check_run_dir(args: TrainArgs, run_dir: Path) -> Path | None:
-    latest = max(list_checkpoints(run_dir), default=None, key=step_of)
-    if args.resume is True and latest is None:
-        raise UserError(
-            f"resume: there is no complete checkpoint in {run_dir / 'checkpoints'}. Check run_dir, "
-            f"or start without resume (resume: auto starts anew where there is nothing)."
-        )
-    if args.resume:
-        return latest
-    if run_dir.exists() and not run_dir.is_dir():
-        raise UserError(f"run_dir: {run_dir} is a file. Choose another name.")
-    if run_dir.is_dir() and any(run_dir.iterdir()) and not _has_never_begun(run_dir):
-        if not args.overwrite_run_dir:
-            raise UserError(
-                f"run_dir: {run_dir} already holds a run. Choose another folder, continue that run "
-                f"with --resume, or delete what is there with --overwrite_run_dir."
-            )
-        if not (run_dir / "args.yaml").is_file():
-            raise UserError(
-                f"run_dir: {run_dir} holds files, but no args.yaml: it is no run folder, so it is "
-                f"not deleted. Choose another folder, or empty it yourself."
-            )
-    return None
-
-
-def _has_never_begun(run_dir: Path) -> bool:
-    """Whether this is what a start that failed leaves behind: the next one need not care."""
-    metrics = run_dir / "metrics.train.jsonl"
-    return (
-        (run_dir / "args.yaml").is_file()
-        and not (run_dir / "checkpoints").exists()
-        and not (metrics.exists() and metrics.stat().st_size)
-    )
-
-
-@contextmanager
-def created_run_dir(args: TrainArgs, lock: RunLock) -> Iterator[None]:
-    """Make the run folder with its args.yaml, after `open_run_dir`; only one process does, and
-    holds the folder's `lock` from then on.
-
-    What it replaces is deleted when the block ends well, and comes back if it does not.
-
-    Raises:
-        UserError: the folder cannot be written to.
-    """
-    run_dir = Path(args.run_dir).resolve()
-    replaced = run_dir.with_name(f"{run_dir.name}.replaced")
-    try:
-        if args.overwrite_run_dir and run_dir.is_dir():
-            if replaced.exists():
-                shutil.rmtree(replaced)
-            os.replace(run_dir, replaced)
-            run_dir.mkdir()
-            lock.move(replaced, run_dir)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        lock.take()
-        for leftover in (run_dir / "checkpoints").glob("*.incomplete"):
-            shutil.rmtree(leftover)
-        save_config(args, run_dir / "args.yaml")
-    except OSError as error:
-        raise UserError(
-            f"run_dir: cannot write to {run_dir}: {error.strerror or error}."
-        ) from error
-    try:
-        yield
-    except BaseException:
-        if replaced.exists():
-            lock.move(run_dir, replaced)
-            shutil.rmtree(run_dir)
-            os.replace(replaced, run_dir)
-        raise
-    if replaced.exists():
-        shutil.rmtree(replaced)
-
-
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """The complete checkpoints of a run."""
     folder = run_dir / "checkpoints"
-    return sorted(p for p in folder.glob("checkpoint_*") if _NAME.fullmatch(p.name))
+    return sorted(p for p in folder.glob("checkpoint_*") if CHECKPOINT_NAME.fullmatch(p.name))
 
 
 def step_of(checkpoint: Path) -> int:
-    match = _NAME.fullmatch(checkpoint.name)
+    match = CHECKPOINT_NAME.fullmatch(checkpoint.name)
     assert match is not None
     return int(match[1])
 
 
-def fsync(path: Path) -> None:
-    """Have the disk take what was written to a file or folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def delete_old(args: TrainArgs, newest: Path) -> None:
+def delete_old(args: TrainArgs, newest: Path, record: RunRecord) -> None:
     """Keep the last `num_ckpt_keep` checkpoints, and the best by eval loss."""
     if args.num_ckpt_keep is None:
         return
@@ -181,34 +80,53 @@ def delete_old(args: TrainArgs, newest: Path) -> None:
     for path in checkpoints:
         if path not in keep:
             try:
-                _delete(path)
+                _delete(path, record)
             except OSError as error:
                 logger.warning("could not delete the old checkpoint %s: %s", path, error)
 
 
-def _delete(checkpoint: Path) -> None:
+def _delete(checkpoint: Path, record: RunRecord) -> None:
+    name, doomed = (f"checkpoints/{checkpoint.name}{end}" for end in ("", ".deleted.incomplete"))
+    if record.found_at(name).units != [name]:
+        logger.warning("kept %s: something in it was not written by this run", checkpoint)
+        return
     # Renamed first: half of a checkpoint must not look like a checkpoint, should this be killed.
-    doomed = checkpoint.with_name(f"{checkpoint.name}.deleted.incomplete")
-    os.replace(checkpoint, doomed)
-    shutil.rmtree(doomed)
+    record.add(trees=[doomed])
+    os.replace(checkpoint, record.run_dir / doomed)
+    record.delete(doomed)
 
 
 def _eval_loss(checkpoint: Path) -> float:
     """Infinite if it was not evaluated, or came out as NaN, or its record is damaged."""
     try:
-        loss = json.loads((checkpoint / "info.json").read_text())["eval_loss"]
-    except (OSError, ValueError, KeyError):
+        loss = read_json(checkpoint / "info.json")["eval_loss"]
+    except (OSError, ValueError, KeyError, TypeError):
         return math.inf
-    return math.inf if loss is None or math.isnan(loss) else loss
+    return loss if isinstance(loss, int | float) and not math.isnan(loss) else math.inf
 
 
-def load_resume_state(checkpoint: Path, world: World) -> dict[str, Any]:
-    """What a run continues from, apart from the optimizer's tensors. All files are checked, each by
-    one of the processes.
+def first_whole(candidates: Sequence[Path], world: World) -> tuple[Path | None, list[Path]]:
+    """The first of some checkpoints that is whole, and those before it, which are damaged. All
+    files are checked, each by one of the processes.
 
     Raises:
-        UserError: a file is missing or damaged, or another version has written it.
+        UserError: there are some, and none is whole.
     """
+    damaged: list[Path] = []
+    for checkpoint in candidates:
+        problem = _problem(checkpoint, world)
+        if problem is None:
+            return checkpoint, damaged
+        damaged.append(checkpoint)
+        following = candidates[len(damaged) : len(damaged) + 1]
+        if following and world.is_main:
+            logger.warning("%s; trying the one before, %s", problem, following[0])
+    if damaged:
+        raise UserError(f"{problem}. Delete {damaged[-1]} to resume from the one before.")
+    return None, []
+
+
+def _problem(checkpoint: Path, world: World) -> str | None:
     parts = [checkpoint / name for name in ("resume.pt", manifest.NAME, "resume")]
     if [part.exists() for part in parts] == [True, False, False]:
         raise UserError(_OF_ANOTHER_VERSION.format(checkpoint))
@@ -216,14 +134,25 @@ def load_resume_state(checkpoint: Path, world: World) -> dict[str, Any]:
         names = sorted(manifest.read(checkpoint))[world.rank :: world.size]
     except (OSError, ValueError):
         names = []
-    problem = world.first(manifest.first_problem(checkpoint, names=names))
-    if problem is not None:
-        raise UserError(f"{problem}. Delete {checkpoint} to resume from the one before.")
+    return world.first(manifest.first_problem(checkpoint, names=names))
+
+
+def load_resume_state(checkpoint: Path) -> dict[str, Any]:
+    """What a run continues from, apart from the optimizer's tensors.
+
+    Raises:
+        UserError: it cannot be read, or another version has written it.
+    """
     try:
         state = torch.load(checkpoint / "resume.pt", map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
         raise UserError(f"cannot read {checkpoint / 'resume.pt'}: {error}") from error
-    if not isinstance(state, dict) or state.keys() != RESUME_STATE:
+    if (
+        not isinstance(state, dict)
+        or state.keys() != RESUME_STATE
+        or not all(isinstance(part, dict) for part in state.values())
+        or state["counts"].get("step") != step_of(checkpoint)
+    ):
         raise UserError(_OF_ANOTHER_VERSION.format(checkpoint))
     return state
 
@@ -239,13 +168,20 @@ def fill_shards(
 
     Args:
         tensors: by name, with the parameter that each is of.
+
+    Raises:
+        UserError: the files hold something else than these tensors.
     """
+    try:
+        TensorReader(checkpoint / "resume").read_metadata()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{checkpoint / 'resume'} is not read: {error}.") from error
     dcp.load(
         {
             name: like_parameter(tensor.detach(), parameter, sharding)
             for name, (tensor, parameter) in tensors.items()
         },
-        storage_reader=dcp.FileSystemReader(checkpoint / "resume"),
+        storage_reader=TensorReader(checkpoint / "resume"),
         process_group=world.host_group,
         no_dist=world.size == 1,
     )

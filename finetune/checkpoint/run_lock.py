@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from finetune.errors import UserError
+from finetune.safety import parse_json
 
 NAME = ".lock"
 
@@ -35,6 +36,7 @@ class RunLock:
         self._path = run_dir / NAME
         self._file: IO[str] | None = None
         self._released = threading.Event()
+        self._beats = 0
 
     def take(self) -> None:
         """Take the lock, if this is not done; the folder exists.
@@ -44,8 +46,21 @@ class RunLock:
         """
         if self._file is not None or not self._enabled:
             return
+        while not self._take():
+            pass  # whoever had it has removed the file meanwhile
+        self._released.clear()
+        self._beat()
+        threading.Thread(target=self._keep_beating, name="run lock", daemon=True).start()
+
+    @property
+    def is_held(self) -> bool:
+        return self._file is not None
+
+    def _take(self) -> bool:
+        """Whether the lock taken is that of the file which is there now."""
         # The text of a process that lives must stay, so no mode of `open` will do.
-        file = os.fdopen(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666), "r+")
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+        file = os.fdopen(os.open(self._path, flags, 0o666), "r+")
         try:
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -56,18 +71,17 @@ class RunLock:
             holder = _read(file)
             if holder.get("host") not in (None, socket.gethostname()) and self._changes(file):
                 raise self._refusal(holder)
+            if not (
+                self._path.exists()
+                and os.path.samestat(os.fstat(file.fileno()), os.stat(self._path))
+            ):
+                file.close()
+                return False
         except BaseException:
             file.close()
             raise
         self._file = file
-        self._released.clear()
-        self._beat()
-        threading.Thread(target=self._keep_beating, name="run lock", daemon=True).start()
-
-    def move(self, old: Path, new: Path) -> None:
-        """Take the file from one folder to another: the lock stays as it is."""
-        if self._file is not None:
-            os.replace(old / NAME, new / NAME)
+        return True
 
     def __enter__(self) -> "RunLock":
         return self
@@ -96,7 +110,9 @@ class RunLock:
             self._beat()
 
     def _beat(self) -> None:
-        self._write({"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()})
+        # A count, not the time of day: a clock may stand still or jump.
+        self._beats += 1
+        self._write({"host": socket.gethostname(), "pid": os.getpid(), "beat": self._beats})
 
     def _write(self, holder: dict[str, Any]) -> None:
         # Only through this file: closing another one of the same name would drop the lock.
@@ -117,7 +133,7 @@ class RunLock:
 def _read(file: IO[str]) -> dict[str, Any]:
     file.seek(0)
     try:
-        holder = json.loads(file.read())
+        holder = parse_json(file.read(_TEXT_BYTES))
     except ValueError:
         return {}
     return holder if isinstance(holder, dict) else {}

@@ -29,7 +29,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from finetune.checkpoint import manifest
-from finetune.checkpoint.run_dir import delete_old, fsync
+from finetune.checkpoint.run_dir import delete_old
+from finetune.checkpoint.run_record import RunRecord, fsync
 from finetune.config import TrainArgs, save_config
 from finetune.distributed import Sharding, World, like_parameter, whole
 from finetune.errors import UserError
@@ -85,7 +86,9 @@ class CheckpointWriter:
         world: World,
         sharding: Sharding | None,
         *,
+        record: RunRecord,
         on_wait: Callable[[], None] = lambda: None,
+        on_saved: Callable[[], None] = lambda: None,
     ) -> None:
         self.args = args
         self.info = info
@@ -93,6 +96,9 @@ class CheckpointWriter:
         self.sharding = sharding
         self.on_wait = on_wait
         """Called now and then while the training waits for a disk."""
+        self.on_saved = on_saved
+        """Called by the first process, in the thread, when a checkpoint is complete."""
+        self.record = record
         self.last_step = 0
         """Of the latest checkpoint that was begun."""
         self._folder = Path(args.run_dir) / "checkpoints"
@@ -183,12 +189,13 @@ class CheckpointWriter:
             return None
         try:
             partial = self._partial(snapshot.step)
-            if partial.exists():
-                shutil.rmtree(partial)
+            if partial.exists() and not self.record.delete(self._name(partial)):
+                raise OSError(f"{partial} holds something that no run wrote: move it away")
+            self.record.add(trees=[self._name(partial)])
             (partial / "consolidated").mkdir(parents=True)
             free, needed = shutil.disk_usage(partial).free, snapshot.num_bytes + SPARE_BYTES
             if free < needed:
-                shutil.rmtree(partial)
+                self.record.delete(self._name(partial))
                 raise OSError(f"it needs {needed / 1e9:.2f} GB")
         except OSError as error:
             return self._explain(snapshot.step, error)
@@ -217,7 +224,7 @@ class CheckpointWriter:
             if self._error is None:
                 self._error = self._complete(snapshot.step, [entry for entry, _ in everything])
             if self._error is not None:
-                shutil.rmtree(partial, ignore_errors=True)
+                self._remove(partial)
         self._error = self.world.first(self._error)
         self._report()
 
@@ -237,11 +244,13 @@ class CheckpointWriter:
                 metadata = {"ttt_args": json.dumps(dataclasses.asdict(self.args.ttt))}
             save_file(tensors, path, metadata=metadata)
         config = consolidated_config(self.args, self.info)
-        (partial / "consolidated/config.json").write_text(json.dumps(config, indent=2))
+        (partial / "consolidated/config.json").write_text(
+            json.dumps(config, indent=2), encoding="utf-8"
+        )
         save_config(self.args, partial / "args.yaml")
         torch.save(snapshot.resume_state, partial / "resume.pt")
         info = {"step": snapshot.step, "eval_loss": snapshot.eval_loss}
-        (partial / "info.json").write_text(json.dumps(info))
+        (partial / "info.json").write_text(json.dumps(info), encoding="utf-8")
 
     def _own_files(self, partial: Path) -> list[Path]:
         """Those that this process has written."""
@@ -257,12 +266,28 @@ class CheckpointWriter:
             manifest.write(partial, {name: e for each in entries for name, e in each.items()})
             for file in partial.rglob("*"):
                 fsync(file)
+            name = self._name(final)
+            self.record.add(
+                f"{name}/{file.relative_to(partial).as_posix()}"
+                for file in partial.rglob("*")
+                if file.is_file()
+            )
             os.replace(partial, final)
             fsync(self._folder)
         except OSError as error:
             return self._explain(step, error)
-        delete_old(self.args, final)
+        self.on_saved()
+        delete_old(self.args, final, self.record)
         return None
+
+    def _remove(self, partial: Path) -> None:
+        try:
+            self.record.delete(self._name(partial))
+        except OSError as error:
+            logger.warning("could not delete %s: %s", partial, error)
+
+    def _name(self, checkpoint: Path) -> str:
+        return f"{self._folder.name}/{checkpoint.name}"
 
     def _partial(self, step: int) -> Path:
         return self._folder / f"checkpoint_{step:06d}.incomplete"

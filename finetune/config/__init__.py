@@ -11,6 +11,7 @@ from finetune.config.args import (
     TrainArgs,
     WandbArgs,
 )
+from finetune.config.checks import changed_meaning
 from finetune.config.data_args import DataArgs
 from finetune.config.docs_page import help_page, pages
 from finetune.config.fields import Problem, keys_that
@@ -49,6 +50,7 @@ __all__ = [
     "TrainArgs",
     "WandbArgs",
     "changed_keys",
+    "changed_meaning",
     "check_config",
     "flatten",
     "help_page",

@@ -270,7 +270,8 @@ class TrainArgs:
     is one, else start anew."""
 
     overwrite_run_dir: Annotated[bool, START] = False
-    """Delete what an existing `run_dir` holds."""
+    """Replace the run that `run_dir` holds. What that run wrote is deleted when the new one has
+    written its first checkpoint, or has come to its end; files of your own stay."""
 
     max_nonfinite_steps: Count = 10
     """Steps in a row with a loss or gradient that is not finite (each is skipped) after which the

@@ -1,9 +1,11 @@
 """What is wrong with a configuration whose values are all of the right type."""
 
+import dataclasses
 from collections.abc import Iterator
 
 from finetune.config.args import TrainArgs
 from finetune.config.fields import Problem
+from ttt.config import TTTArgs
 
 
 def cross_checks(args: TrainArgs) -> Iterator[Problem]:
@@ -88,3 +90,30 @@ def _check_run(args: TrainArgs) -> Iterator[Problem]:
             "resume, overwrite_run_dir",
             "one would continue from what the other deletes; set one of the two only",
         )
+
+
+_TTT_MAY_CHANGE = {
+    "enabled",
+    "chunk_size",
+    "learning_rate",
+    "write_strength",
+    "state_decay",
+    "max_delta_norm",
+    "base_lr",
+    "gate_init",
+    "scan_checkpoint_group_size",
+    "attention_context",
+}
+"""Options that trained TTT parameters do not depend on; all others say what they mean."""
+
+
+def changed_meaning(earlier: TTTArgs, now: TTTArgs) -> Iterator[tuple[str, str, str]]:
+    """Yield the options by which parameters trained under `earlier` would mean something else: each
+    as its name, its earlier value and its present one."""
+    for field in dataclasses.fields(now):
+        there, here = (getattr(each, field.name) for each in (earlier, now))
+        if field.name == "chunk_edge":
+            # null means one of the two.
+            there, here = ("carry" if each.carries else "cut" for each in (earlier, now))
+        if field.name not in _TTT_MAY_CHANGE and there != here:
+            yield field.name, str(there), str(here)

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 from finetune.config.fields import Field, all_fields, fill
 from finetune.config.marks import Positional
 from finetune.errors import UserError
+from finetune.safety import learn_from, redact
 from ttt.options import abbreviated
 
 Options = TypeVar("Options")
@@ -25,6 +26,7 @@ def read_options(
     Raises:
         UserError: naming every mistake.
     """
+    learn_from(given)
     fields = {field.key: field for field in all_fields(cls) if not field.section}
     own = {name: value for name, value in given.items() if name in fields}
     others = {name: value for name, value in given.items() if name not in fields}
@@ -32,7 +34,7 @@ def read_options(
     own |= dict(zip(places, words, strict=False))
     for word in words[len(places) :]:
         hint = f" Did you mean --{word}?" if "=" in word else ""
-        raise UserError(f"unexpected argument: {abbreviated(word)}.{hint}")
+        raise UserError(f"unexpected argument: {abbreviated(redact(word))}.{hint}")
     missing = [key for key, field in fields.items() if field.is_required and not own.get(key)]
     for name in () if with_overrides and not missing else others:
         # With keys of a configuration among the options, one may be what is missing.
@@ -41,7 +43,7 @@ def read_options(
         similar += [key for key in known if key.startswith(name)]
         if similar or not with_overrides:
             hint = f"Did you mean --{similar[0]}?" if similar else "Ask for --help to see them all."
-            raise UserError(f"unknown option: --{abbreviated(name)}. {hint}")
+            raise UserError(f"unknown option: --{abbreviated(redact(name))}. {hint}")
     for name in missing:
         raise UserError(f"--{name} is missing. Ask for --help to see what it is.")
     options, problems = fill(cls, {key: _text(value) for key, value in own.items()})

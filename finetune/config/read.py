@@ -15,6 +15,9 @@ from finetune.config.fields import Problem, fill, keys_that, suggestion
 from finetune.config.marks import START
 from finetune.config.values import NULLS, valid_path
 from finetune.errors import UserError
+from finetune.safety import learn_from
+from ttt.config import TTTArgs
+from ttt.options import abbreviated
 
 logger = logging.getLogger(__name__)
 
@@ -60,24 +63,49 @@ def check_config(
     Raises:
         UserError: the file cannot be read at all.
     """
-    return _check(Path(path), flatten(read_yaml(Path(path))), overrides)
+    written = flatten(read_yaml(Path(path)))
+    return _check(
+        Path(path), _of_its_time(written) if _is_of_a_run(written) else written, overrides
+    )
+
+
+ADDED_SINCE = {"chunk_edge", "qk_conv_kernel_size", "num_heads"}
+"""Options of `ttt` that a run's own file may lack: it was written before there were such."""
 
 
 def _of_its_time(written: dict[str, Any]) -> dict[str, Any]:
-    """What a run's own file says, in today's options, by dotted key.
+    """Return what a run's own file says, in today's options, by dotted key.
 
-    Before there was `lr_scale`, all runs had what is `none` now, and a file held a number as
-    learning_rate and a write rule also where nothing read them.
+    Before there was `chunk_edge`, all runs had what is `cut` now. Before there was
+    `qk_conv_kernel_size`, no run of `linear` and `mlp` had a convolution, and all files held a
+    gate_init, which was 0.1 where nobody had set it. Before there was `lr_scale`, all had what is
+    `none` now, and a file held a number as learning_rate and a write rule also where nothing read
+    them.
     """
-    if "ttt.method" not in written or "ttt.lr_scale" in written:
+    if "ttt.method" not in written:
         return written
-    unread = []
-    if written["ttt.method"] != "in_place":
-        unread = ["ttt.write", "ttt.learning_rate"]
-    elif written.get("ttt.write") == "delta":
-        unread = ["ttt.learning_rate"]
-    kept = {key: text for key, text in written.items() if key not in unread}
-    return kept | ({"ttt.lr_scale": "none"} if written["ttt.method"] == "in_place" else {})
+    is_in_place = written["ttt.method"] == "in_place"
+    unread, missing = set(), {}
+    if "ttt.qk_conv_kernel_size" not in written:
+        if is_in_place:
+            unread.add("ttt.gate_init")
+            missing["ttt.chunk_edge"] = "cut"
+        else:
+            missing |= {"ttt.gate_init": "0.1", "ttt.qk_conv_kernel_size": "1"}
+    if "ttt.lr_scale" not in written:
+        if is_in_place:
+            missing["ttt.lr_scale"] = "none"
+        if not is_in_place or written.get("ttt.write") == "delta":
+            unread.add("ttt.learning_rate")
+        if not is_in_place:
+            unread.add("ttt.write")
+    return missing | {key: text for key, text in written.items() if key not in unread}
+
+
+def _is_of_a_run(written: dict[str, Any]) -> bool:
+    """Whether a file has all options of `ttt` of its time, as those have that a run writes."""
+    names = {field.name for field in dataclasses.fields(TTTArgs)} - ADDED_SINCE
+    return all(f"ttt.{name}" in written for name in names)
 
 
 def _check(
@@ -86,6 +114,8 @@ def _check(
     if written.keys() >= {"base", "sweep_dir"}:
         raise UserError(f"{path} is a sweep, not one run's configuration: moshi-ttt sweep {path}")
     from_command_line = flatten(overrides or {})
+    learn_from(written)
+    learn_from(from_command_line)
     emptied = tuple(f"{key}." for key, text in from_command_line.items() if text in NULLS)
     written = {key: text for key, text in written.items() if not key.startswith(emptied)}
     args, problems = fill(TrainArgs, written | from_command_line)
@@ -153,7 +183,7 @@ class _Loader(yaml.BaseLoader):
             key = str(key_node.value)
             if key in seen:
                 raise yaml.constructor.ConstructorError(
-                    problem=f"the key {key!r} appears twice; keep one of them",
+                    problem=f"the key {abbreviated(repr(key))} appears twice; keep one of them",
                     problem_mark=key_node.start_mark,
                 )
             seen.add(key)

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import AfterValidator, ValidationError
 
+from finetune.safety import path_problem, redact
 from ttt.options import abbreviated, adapter, broken_rule
 
 NULLS = ("", "~", "null", "Null", "NULL", "None")
@@ -20,18 +21,12 @@ _NAMES = {
     Path: "a path",
     NoneType: "null",
 }
-_LONGEST_NAME, _LONGEST_PATH = 255, 4095
 
 
 def valid_path(path: Any) -> Any:
     """Return the path, or raise `ValueError` for one that no file system has."""
-    size = len(str(path).encode())
-    if size > _LONGEST_PATH or any(len(p.encode()) > _LONGEST_NAME for p in Path(path).parts):
-        raise ValueError(f"is too long for a path ({size} bytes)")
-    try:
-        Path(path).expanduser()
-    except RuntimeError as error:
-        raise ValueError(f"{path} names no home folder; give the whole path") from error
+    if problem := path_problem(str(path)):
+        raise ValueError(problem)
     return path
 
 
@@ -80,7 +75,7 @@ def parse(raw: Any, kind: Any) -> Any:
         " or ".join(map(str, get_args(each))) if get_origin(each) is Literal else _NAMES[each]
         for each in (several and (str,)) or options
     ]
-    got = "nothing" if raw in NULLS else abbreviated(repr(raw))
+    got = "nothing" if raw in NULLS else abbreviated(redact(repr(raw)))
     got = got if isinstance(raw, str) else "a list"
     raise ValueError(f"expected {' or '.join(expected)}, got {got}")
 
@@ -94,7 +89,7 @@ def _candidates(text: str) -> Iterator[Any]:
     if "\0" in text:
         raise ValueError("holds a NUL character, which no text may")
     try:
-        text.encode()
+        text.encode(errors="surrogateescape")  # a path's bytes may be no text at all
     except UnicodeEncodeError as error:
         raise ValueError("holds characters that are not Unicode (lone surrogates)") from error
     if text.lower() in _BOOLS:
@@ -125,5 +120,5 @@ def _parse_several(raw: Any, kind: Any) -> Any:
         return [parse(item, element) for item in items]
     except ValueError as error:
         raise ValueError(
-            f"expected whole numbers, as [10, 12], got {abbreviated(repr(raw))}"
+            f"expected whole numbers, as [10, 12], got {abbreviated(redact(repr(raw)))}"
         ) from error

@@ -13,7 +13,7 @@ from finetune.data.loader import (
 )
 from finetune.data.problems import FileProblem
 from finetune.data.segments import Segment, SegmentReader
-from finetune.data.sources import Recording, check_recordings, load_sources
+from finetune.data.sources import Recording, check_recordings, load_sources, parse_sources
 from finetune.data.text import (
     FRAME_RATE_HZ,
     Word,
@@ -44,6 +44,7 @@ __all__ = [
     "inspect_audio",
     "load_sources",
     "open_store",
+    "parse_sources",
     "read_audio",
     "read_transcript",
     "text_stream",

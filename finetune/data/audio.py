@@ -22,6 +22,11 @@ _ROLLOFF = 0.99
 # 2^31 or 2^32 bytes.
 _UNKNOWN_WAV_BYTES = 0x7FFF0000
 
+# The resampler's kernel has a value for each phase and tap. Rates with a large common divisor need
+# few (44.1 kHz to 24 kHz: 12 thousand), those without one gigabytes.
+_MAX_KERNEL_VALUES = 2**25
+MIMI_RATE_HZ = 24000
+
 _STEREO_REMEDY = (
     "expected stereo with Moshi on the left and the user on the right, for example by "
     "`ffmpeg -i moshi.wav -i user.wav -filter_complex amerge=inputs=2 -ac 2 both.wav` "
@@ -60,12 +65,25 @@ def inspect_audio(path: Path, *, allow_mono: bool = False) -> AudioInfo:
     if num_channels != 2 and not (allow_mono and num_channels == 1):
         kind = "mono" if num_channels == 1 else f"made of {num_channels} channels"
         raise FileProblem(f"recording {path} is {kind}: {_STEREO_REMEDY}")
+    if num_samples < 0 or rate < 1:
+        raise FileProblem(f"recording {path} has a header that makes no sense: {_COPY_REMEDY}")
+    _require_resampler(path, rate, MIMI_RATE_HZ)
     if _is_truncated(path, num_samples):
         raise FileProblem(
             f"recording {path} is truncated, its header promises more audio than the file holds: "
             f"{_COPY_REMEDY}"
         )
     return AudioInfo(num_samples, rate)
+
+
+def _require_resampler(path: Path, rate_hz: int, new_rate_hz: int) -> None:
+    divisor = math.gcd(rate_hz, new_rate_hz)
+    if rate_hz // divisor * (new_rate_hz // divisor) > _MAX_KERNEL_VALUES:
+        raise FileProblem(
+            f"recording {path} has {rate_hz} samples a second, from which there is no exact way to "
+            f"{new_rate_hz} within reasonable memory: convert it, for example by "
+            f"`ffmpeg -i in.wav -ar {new_rate_hz} out.wav`, or remove its line"
+        )
 
 
 def _is_truncated(path: Path, num_samples: int) -> bool:
@@ -126,6 +144,7 @@ def _read_resampled(
 ) -> torch.Tensor:
     # Every `old` samples in give `new` samples out. Reading from a multiple of `old` leaves the
     # phase of the filter as it would be in the whole recording.
+    _require_resampler(path, file.samplerate, new_rate_hz)
     divisor = math.gcd(file.samplerate, new_rate_hz)
     old, new = file.samplerate // divisor, new_rate_hz // divisor
     total_samples = -(-file.frames * new // old)

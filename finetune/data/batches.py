@@ -181,8 +181,16 @@ class Batcher:
         )
         # A fork copies the locks of native libraries as they are: not while Mimi uses them. The
         # training process itself is waiting for its first batch.
-        with self._codec.lock:
-            workers: Any = iter(loader)
+        try:
+            with self._codec.lock:
+                workers: Any = iter(loader)
+        except OSError as error:
+            raise UserError(
+                f"the {self._num_workers} workers that decode audio cannot be started "
+                f"({error.strerror or error}). Set data.num_workers lower, or to 0; or give the "
+                "machine (or the container, --shm-size) more shared memory, or `ulimit -n` more "
+                "open files."
+            ) from None
         # Workers ignore signals, so they must be told to end before Python waits for them at exit.
         atexit.register(workers._shutdown_workers)
         try:
@@ -288,3 +296,4 @@ def _leave_signals_to_the_trainer(worker_id: int) -> None:
     # that died of it would break the step that is being finished and print a traceback.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)

@@ -136,10 +136,23 @@ class Codec:
 
     @torch.no_grad()
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
-        """Audio of codes `[B, num_codebooks, T]`: float32 `[B, 1, num_samples]`."""
+        """Audio of codes `[B, num_codebooks, T]`: float32 `[B, 1, num_samples]`.
+
+        Long ones are decoded in pieces that follow one another: Mimi's attention has a mask over
+        all pairs of frames of a call. The samples are those of one call, to rounding.
+        """
         with self.lock:
-            audio: torch.Tensor = self._mimi_on_device().decode(codes.to(self.device))
-            return audio
+            mimi = self._mimi_on_device()
+            if codes.shape[-1] <= _PIECE_FRAMES:
+                audio: torch.Tensor = mimi.decode(codes.to(self.device))
+                return audio
+            steps_per_frame = round(mimi.encoder_frame_rate / mimi.frame_rate)
+            with block_streaming(mimi, len(codes), _PIECE_FRAMES * steps_per_frame):
+                pieces = [
+                    mimi.decode(piece.to(self.device)).cpu()
+                    for piece in codes.split(_PIECE_FRAMES, dim=-1)
+                ]
+        return torch.cat(pieces, dim=-1).to(self.device)
 
     def encode(self, segments: Sequence[Segment]) -> torch.Tensor:
         """Codes of segments of one length: int64 `[B, num_streams, num_frames]` on `device`.

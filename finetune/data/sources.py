@@ -1,6 +1,5 @@
 """From `data.train_data` to checked recordings, cut into segments."""
 
-import json
 import logging
 import math
 import re
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from finetune.errors import UserError
+from finetune.safety import is_recording_name, parse_json, path_problem, shown
 
 from .checks import FileChecks
 from .problems import FileProblem
@@ -236,13 +236,21 @@ def _numbered_lines(jsonl: Path) -> list[tuple[int, str]]:
 def _check_line(jsonl: Path, number: int, text: str, checks: FileChecks) -> _Line:
     origin = f"{jsonl}:{number}"
     try:
-        fields = json.loads(text)
+        fields = parse_json(text)
         written, promised_sec = fields["path"], fields["duration"]
         well_formed = isinstance(written, str) and type(promised_sec) in (int, float)
     except (ValueError, KeyError, TypeError):
         well_formed = False
     if not well_formed:
         problem = 'malformed line: expected {"path": "a.wav", "duration": 12.3} (seconds)'
+        return _Line(None, [f"{origin}: {problem}"])
+    if (wrong := path_problem(written)) is not None:
+        return _Line(None, [f"{origin}: the path {wrong}"])
+    if not is_recording_name(written):
+        problem = (
+            f"the path {shown(written)} leads out of the folder of {jsonl.name}: put that file "
+            f"above the recordings, or give absolute paths"
+        )
         return _Line(None, [f"{origin}: {problem}"])
 
     recording = Recording(jsonl.parent / written, written, origin, 0.0)

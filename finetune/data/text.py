@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from finetune.safety import read_json
+
 from .problems import FileProblem
 
 FRAME_RATE_HZ = 12.5
@@ -43,7 +45,7 @@ def read_transcript(path: Path) -> list[Word]:
         FileProblem: the file is missing, is not JSON, or does not have the expected form.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except FileNotFoundError:
         raise FileProblem(
             f"transcript {path} is missing: make one with the word times, in the form {_FORMAT}; "

@@ -116,11 +116,15 @@ def make_dialogues(
             dialogue = compose_dialogue(rng, split, min_sec, max_sec)
             path = partial / f"{split}_{index:03d}.wav"
             _write_wav(path, mix(dialogue, rng))
-            path.with_suffix(".json").write_text(json.dumps(_alignments(dialogue)) + "\n")
+            path.with_suffix(".json").write_text(
+                json.dumps(_alignments(dialogue)) + "\n", encoding="utf-8"
+            )
             lines.append(json.dumps({"path": path.name, "duration": dialogue.duration_sec}))
             total_sec += dialogue.duration_sec
-        (partial / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
-    (partial / _PARAMETERS_FILE).write_text(json.dumps(parameters, indent=2) + "\n")
+        (partial / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (partial / _PARAMETERS_FILE).write_text(
+        json.dumps(parameters, indent=2) + "\n", encoding="utf-8"
+    )
     os.replace(partial, out_dir)
     logger.info("Wrote %d dialogues, %.1f min, to %s.", num_dialogues, total_sec / 60, out_dir)
 
@@ -240,7 +244,7 @@ def _is_made_already(out_dir: Path, parameters: dict) -> bool:
     if not out_dir.exists() or (out_dir.is_dir() and not any(out_dir.iterdir())):
         return False
     parameters_file = out_dir / _PARAMETERS_FILE
-    if parameters_file.is_file() and parameters_file.read_text() == (
+    if parameters_file.is_file() and parameters_file.read_text(encoding="utf-8") == (
         json.dumps(parameters, indent=2) + "\n"
     ):
         return True

@@ -42,7 +42,7 @@ def run_demo(run_dir: Path, overrides: Mapping[str, object]) -> None:
     make_dialogues(data_dir)
 
     console.print("[2/4] training a small Moshi with test-time training")
-    status = Trainer(args).train()
+    status = Trainer(args, config=CONFIG).train()
     if status:
         sys.exit(status)
 
@@ -58,7 +58,7 @@ def run_demo(run_dir: Path, overrides: Mapping[str, object]) -> None:
     )
     sound = run_dir / "continuation.wav"
     soundfile.write(sound, continuation.audio.T.numpy(), codec.sample_rate_hz)
-    (run_dir / "continuation.txt").write_text(continuation.text + "\n")
+    (run_dir / "continuation.txt").write_text(continuation.text + "\n", encoding="utf-8")
 
     # As one can type it here, whether or not the environment is active.
     programs = os.path.relpath(Path(sys.executable).parent)
@@ -92,5 +92,5 @@ or the real model, on your data:
 
 
 def _first_recording(jsonl: Path) -> Path:
-    with jsonl.open() as lines:
+    with jsonl.open(encoding="utf-8") as lines:
         return jsonl.parent / json.loads(next(lines))["path"]

@@ -102,7 +102,7 @@ class Segments:
 def read_wavs(jsonl_path: Path) -> list[Tensor]:
     """The recordings that a dialogue list names: int16 [channels, S] each."""
     wavs = []
-    for line in jsonl_path.read_text().splitlines():
+    for line in jsonl_path.read_text(encoding="utf-8").splitlines():
         with wave.open(str(jsonl_path.parent / json.loads(line)["path"]), "rb") as file:
             assert file.getframerate() == SAMPLE_RATE and file.getsampwidth() == 2
             pcm = np.frombuffer(file.readframes(file.getnframes()), dtype="<i2")
@@ -226,7 +226,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = True  # all shapes are fixed
-    mimi_config = json.loads((args.out.parent / "mimi_config.json").read_text())
+    mimi_config = json.loads((args.out.parent / "mimi_config.json").read_text(encoding="utf-8"))
     with no_compile():
         mimi = get_mimi(args.start_from, mimi_config, args.device, NUM_CODEBOOKS)
         length_samples = _SEGMENT_FRAMES * mimi.frame_size

@@ -149,7 +149,9 @@ def peak_memory_gb(device: torch.device) -> float:
     status = Path("/proc/self/status")
     if status.is_file():
         # Not getrusage: there a process starts with the peak of the one that started it.
-        peak_kb = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM:"))
+        peak_kb = next(
+            x for x in status.read_text(encoding="utf-8").splitlines() if x.startswith("VmHWM:")
+        )
         return int(peak_kb.split()[1]) * 1024 / 1e9
     import resource  # not on every system
 

@@ -5,7 +5,6 @@ For sBLIMP, sWUGGY, spoken StoryCloze and their kin: a JSONL of
 speech of one side of the conversation; the other side is silence, as Mimi encodes it.
 """
 
-import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,8 +26,10 @@ from finetune.data import (
     tokenize_segment,
 )
 from finetune.errors import UserError
+from finetune.safety import is_recording_name, parse_json, path_problem
 from finetune.step import LossWeights
 from ttt import TTTLMModel, block_streaming
+from ttt.options import abbreviated
 
 from .codes import BLOCK_FRAMES, Silence
 from .options import PairOptions
@@ -83,7 +84,9 @@ def read_pairs(path: Path) -> list[Pair]:
             continue
         pair = _parse(path, number, text)
         if pair.id in pairs:
-            raise UserError(f"{path}:{number}: the id {pair.id!r} has come before.")
+            raise UserError(
+                f"{path}:{number}: the id {abbreviated(repr(pair.id))} has come before."
+            )
         pairs[pair.id] = pair
     if not pairs:
         raise UserError(f"--pairs: {path} is empty: it needs lines like {_FORMAT}.")
@@ -92,13 +95,21 @@ def read_pairs(path: Path) -> list[Pair]:
 
 def _parse(path: Path, number: int, text: str) -> Pair:
     try:
-        fields = json.loads(text)
+        fields = parse_json(text)
         good, bad = fields["good"], fields["bad"]
         well_formed = isinstance(good, str) and isinstance(bad, str)
     except (ValueError, KeyError, TypeError):
         well_formed = False
     if not well_formed:
         raise UserError(f"{path}:{number}: malformed line: expected {_FORMAT}.")
+    for name in (good, bad):
+        if (problem := path_problem(name)) is not None:
+            raise UserError(f"{path}:{number}: the path {problem}.")
+        if not is_recording_name(name):
+            raise UserError(
+                f"{path}:{number}: {name[:100]!r} leads out of the folder of {path.name}: put that "
+                f"file above the recordings, or give absolute paths."
+            )
     id, group = str(fields.get("id", number)), str(fields.get("group", "all"))
     return Pair(id, group, path.parent / good, path.parent / bad)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError
+from finetune.safety import parse_json, with_nan, without_nan
 
 _HASHED_BYTES = 2**20
 
@@ -49,14 +50,14 @@ class Records:
                 os.truncate(path, sum(len(line.encode()) + 1 for line in lines))
             else:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(json.dumps(header) + "\n")
+                path.write_text(json.dumps(header) + "\n", encoding="utf-8")
         except OSError as error:
             raise UserError(f"--out: cannot write {path}: {error.strerror or error}.") from error
 
     def append(self, record: Mapping[str, Any]) -> None:
         record = dict(record)
-        with self.path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(without_nan(record, as_text=True), allow_nan=False) + "\n")
         self.records.append(record)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -112,7 +113,7 @@ def _complete_lines(path: Path, option: str) -> list[str]:
 
 def _parse(path: Path, line: str, option: str) -> dict[str, Any]:
     try:
-        record = json.loads(line)
+        record = with_nan(parse_json(line))
     except ValueError:
         record = None
     if not isinstance(record, dict):

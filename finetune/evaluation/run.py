@@ -27,8 +27,9 @@ from finetune.data import (
 )
 from finetune.distributed import peak_memory_gb
 from finetune.errors import UserError
-from finetune.inference import checkpoint_args, load_for_inference
+from finetune.inference import checkpoint_args, load_for_inference, nonfinite_weights
 from finetune.monitoring import setup_logging
+from finetune.safety import without_nan
 from finetune.step import LossWeights
 
 from .baseline import Baseline
@@ -85,6 +86,8 @@ class Evaluation:
             self.missing["baseline"] = self.baseline.missing
         self._check_reset()
         self.model, self.codec = load_for_inference(options.checkpoint, options.device)
+        problem = nonfinite_weights(self.model)
+        self.bad_weights = [] if problem is None else [f"{problem}: nothing here means anything."]
         self.window_frames = check_attention_window(self.model)
         self.reset_frames = options.reset_frames or max(
             self.window_frames, 2 * self.model.ttt_args.update_frames
@@ -223,7 +226,9 @@ class Evaluation:
         summary = summarise_pairs(self.pairs, found, task.missing, options.pair)
         self.missing["pairs"] = [f"{id}: {why}" for id, why in summary["missing"].items()]
         lines = zerospeech_lines(self.pairs, found, options.pair)
-        (options.out / "zerospeech.txt").write_text("".join(f"{line}\n" for line in lines))
+        (options.out / "zerospeech.txt").write_text(
+            "".join(f"{line}\n" for line in lines), encoding="utf-8"
+        )
         return summary
 
     def health(self) -> dict[str, Any]:
@@ -360,13 +365,14 @@ class Evaluation:
             "options": {name: _plain(value) for name, value in options.items()},
             "notes": self.notes,
             "missing": {task: whats for task, whats in self.missing.items() if whats},
-            "conclusions": conclusions(results),
+            "conclusions": [*self.bad_weights, *conclusions(results)],
             **results,
         }
 
     def _write(self, results: dict[str, Any]) -> None:
         out = self.options.out
-        (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+        text = json.dumps(without_nan(results), indent=1, allow_nan=False)
+        (out / "results.json").write_text(text + "\n", encoding="utf-8")
         write_tables(results, out)
         page = html_report(results)
         (out / "report.html").write_text(page, encoding="utf-8")

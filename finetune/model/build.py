@@ -1,6 +1,5 @@
 """From configuration to a model: find the files, build, load, add LoRA, decide what trains."""
 
-import json
 import logging
 import textwrap
 from collections.abc import Mapping
@@ -28,6 +27,8 @@ from finetune.model.init_from import (
     require_fit,
     trained_files,
 )
+from finetune.model.trainable_shape import require_trainable
+from finetune.safety import read_json, safetensors_problem, stays_inside
 from ttt import TTTLMModel, build_model, ttt_parameters
 
 logger = logging.getLogger(__name__)
@@ -61,6 +62,11 @@ def find_checkpoint(paths: ModelPaths) -> loaders.CheckpointInfo:
             raise UserError(
                 f"moshi_paths.{key}: needed, because moshi_paths.hf_repo_id is null. Name the "
                 f"file, or set hf_repo_id to a repository or folder that has it."
+            )
+        if given is None and not (isinstance(name, str) and stays_inside(name)):
+            raise UserError(
+                f"moshi_paths.{key}: {config_path} names {name!r}, which is not in its folder. "
+                f"Name the file yourself, if you trust it."
             )
         path = Path(given) if given is not None else folder / name  # type: ignore[operator]
         if not path.is_file():
@@ -107,7 +113,7 @@ def _from_hub(repo: str, paths: ModelPaths) -> loaders.CheckpointInfo:
     if not is_reachable():
         constants.HF_HUB_OFFLINE = True  # what is in the cache still serves
     try:
-        return loaders.CheckpointInfo.from_hf_repo(
+        info = loaders.CheckpointInfo.from_hf_repo(
             repo,
             # Where they are not needed, the weights are not downloaded.
             moshi_weights=(
@@ -125,15 +131,25 @@ def _from_hub(repo: str, paths: ModelPaths) -> loaders.CheckpointInfo:
             f"private repository, log in with `hf auth login`. A downloaded copy works as well: "
             f"set hf_repo_id to its folder."
         ) from error
+    for key, name in (info.raw_config or {}).items():
+        if key.endswith("_name") and isinstance(name, str) and not stays_inside(name):
+            raise UserError(
+                f"moshi_paths.hf_repo_id: {key} in the config.json of {repo} is {name!r}, which is "
+                f"not in the repository. Name the file yourself, if you trust it."
+            )
+    return info
 
 
 def _read_json(path: Path, key: str) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        found = read_json(path)
     except OSError as error:
         raise UserError(f"{key}: cannot read {path}: {error.strerror}.") from error
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise UserError(f"{key}: {path} is not valid JSON: {error}.") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{key}: {path} is not valid: expected an object {{…}} of keys and values.")
+    return found
 
 
 def model_shape(info: loaders.CheckpointInfo) -> dict[str, Any]:
@@ -153,12 +169,15 @@ def model_shape(info: loaders.CheckpointInfo) -> dict[str, Any]:
             "moshi_paths: this is a LoRA checkpoint. Train from its base, or from a checkpoint "
             "that was saved with save_adapters: false, which has LoRA merged (TTT starts anew)."
         )
+    require_trainable(config)
     return _with_known_names(config)
 
 
 def _with_known_names(config: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of a config.json that may be about the shape, as `LMModel` calls them."""
     shape = {key: value for key, value in config.items() if key not in _NOT_SHAPE}
+    if not shape.get("conditioners", True):
+        del shape["conditioners"]  # there are none
     if "demux_second_stream" in shape:
         shape["demux_second_text_stream"] = shape.pop("demux_second_stream")
     return shape
@@ -273,6 +292,9 @@ def build_codec(
         UserError: they cannot be read, or do not fit the model.
     """
     user_codebooks = model.n_q - model.dep_q
+    problem = safetensors_problem(info.mimi_weights)
+    if problem is not None:
+        raise UserError(f"moshi_paths.mimi_path: {info.mimi_weights}: {problem}")
     try:
         mimi = loaders.get_mimi(
             info.mimi_weights,

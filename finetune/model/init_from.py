@@ -4,30 +4,21 @@ An earlier run has them in up to three parts: the base (its own, if all weights 
 merged; else the one that it started from), LoRA adapters, and TTT's parameters.
 """
 
-import dataclasses
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.config import Problem, TrainArgs, list_problems, load_run_config
+from finetune.config import (
+    Problem,
+    TrainArgs,
+    changed_meaning,
+    list_problems,
+    load_run_config,
+)
 from finetune.errors import UserError
+from finetune.safety import read_json
 from ttt import TTTLMModel, ttt_parameters
-
-# What TTT's trained parameters do not depend on; all other options say what they mean.
-_TTT_MAY_CHANGE = {
-    "enabled",
-    "chunk_size",
-    "learning_rate",
-    "write_strength",
-    "state_decay",
-    "max_delta_norm",
-    "base_lr",
-    "gate_init",
-    "scan_checkpoint_group_size",
-    "attention_context",
-}
 
 
 @dataclass(frozen=True)
@@ -54,23 +45,44 @@ def open_earlier_run(init_from: str) -> EarlierRun:
     require_checkpoint(checkpoint, "moshi_paths.init_from")
     file = checkpoint / "consolidated" / "config.json"
     try:
-        config = json.loads(file.read_text())
+        config = read_json(file)
     except (OSError, ValueError) as error:
         raise UserError(f"moshi_paths.init_from: cannot read {file}: {error}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"moshi_paths.init_from: {file} holds no `key: value` pairs.")
     return EarlierRun(checkpoint, load_run_config(checkpoint / "args.yaml"), config)
 
 
 def require_checkpoint(checkpoint: Path, key: str) -> None:
     """
     Raises:
-        UserError: it is none; if it is a run's folder, its latest checkpoint is suggested.
+        UserError: it is none; where it is a level too high or too low, the right one is named.
     """
-    if not (checkpoint / "consolidated").is_dir():
-        inside = sorted(str(path) for path in checkpoint.glob("checkpoints/checkpoint_*"))
-        hint = f" Did you mean {inside[-1]}?" if inside else ""
+    if (checkpoint / "consolidated").is_dir():
+        if (checkpoint / "args.yaml").is_file():
+            return
         raise UserError(
-            f"{key}: {checkpoint} is no checkpoint (it has no folder `consolidated`).{hint}"
+            f"{key}: {checkpoint} has no args.yaml, as checkpoints of this project have. Of "
+            f"moshi-finetune's, which have none, {checkpoint / 'consolidated'} holds the weights: "
+            f"name all weights (consolidated.safetensors) as moshi_paths.moshi_path instead."
         )
+    inside = sorted(str(path) for path in checkpoint.glob("checkpoints/checkpoint_*[0-9]"))
+    inside += sorted(str(path) for path in checkpoint.glob("checkpoint_*[0-9]"))
+    above = next((p for p in checkpoint.absolute().parents if (p / "consolidated").is_dir()), None)
+    if checkpoint.is_dir() and inside:
+        hint = f" Did you mean {inside[-1]}?"
+    elif above is not None:
+        hint = f" It is inside a checkpoint: did you mean {above}?"
+    elif checkpoint.is_dir() and (checkpoint / "lora.safetensors").is_file():
+        hint = (
+            " It holds the weights of a checkpoint alone: its folder `consolidated`, or a copy of "
+            "that. The folder that it was in is needed, with its args.yaml."
+        )
+    else:
+        hint = "" if checkpoint.exists() else " There is nothing of that name."
+    raise UserError(
+        f"{key}: {checkpoint} is no checkpoint (it has no folder `consolidated`).{hint}"
+    )
 
 
 def require_fit(
@@ -106,14 +118,12 @@ def misfits(
             )
             yield owner, f"is {there} in the earlier run, and {here} here; they must be equal"
     if earlier.ttt.enabled and args.ttt.enabled:
-        for field in dataclasses.fields(args.ttt):
-            there, here = (getattr(each.ttt, field.name) for each in (earlier, args))
-            if field.name not in _TTT_MAY_CHANGE and there != here:
-                yield (
-                    f"ttt.{field.name}",
-                    f"is {there} in the earlier run, and {here} here: its TTT parameters mean "
-                    f"something else; set it to {there}",
-                )
+        for name, there, here in changed_meaning(earlier.ttt, args.ttt):
+            yield (
+                f"ttt.{name}",
+                f"is {there} in the earlier run, and {here} here: its TTT parameters mean "
+                f"something else; set it to {there}",
+            )
     if earlier.lora.enable and earlier.save_adapters:
         there, here = ((a.lora.enable, a.lora.rank, a.lora.scaling) for a in (earlier, args))
         if there != here:

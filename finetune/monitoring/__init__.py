@@ -8,12 +8,20 @@ from finetune.monitoring.console import (
     format_duration,
     setup_logging,
 )
-from finetune.monitoring.metrics import Kind, MetricsLogger, metrics_path, open_wandb, read_metrics
+from finetune.monitoring.metrics import (
+    KINDS,
+    Kind,
+    MetricsLogger,
+    metrics_path,
+    open_wandb,
+    read_metrics,
+)
 from finetune.monitoring.phases import Phases, StepProfiler
 from finetune.monitoring.plots import plot_losses, running_mean, series
 from finetune.monitoring.ttt_effect import EffectWatch
 
 __all__ = [
+    "KINDS",
     "EffectWatch",
     "Kind",
     "MetricsLogger",

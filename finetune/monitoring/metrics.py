@@ -18,6 +18,7 @@ from typing import Any, Literal, Protocol, TextIO
 from urllib.parse import urlsplit
 
 from finetune.errors import UserError
+from finetune.safety import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -129,11 +130,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
     A last line without its newline, which a killed run leaves behind, is not complete.
     """
-    lines = path.read_text().split("\n")[:-1]
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
     records = []
     for number, line in enumerate(lines, start=1):
         try:
-            record = json.loads(line)
+            record = parse_json(line)
             numbers = {name: float(v) for name, v in record.items() if name not in ("step", "time")}
             records.append({"step": int(record["step"]), "time": record["time"]} | numbers)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -169,7 +170,7 @@ def _open_jsonl(path: Path, resumed_step: int | None) -> Iterator[TextIO]:
     with _writing(path):
         if resumed_step is not None and path.exists():
             _cut_after(path, resumed_step)
-        file = path.open("w" if resumed_step is None else "a")
+        file = path.open("w" if resumed_step is None else "a", encoding="utf-8")
     # Not around the whole run: an error that passes through here may have nothing to do with it.
     try:
         yield file
@@ -181,9 +182,11 @@ def _open_jsonl(path: Path, resumed_step: int | None) -> Iterator[TextIO]:
 def _cut_after(path: Path, step: int) -> None:
     """Drop the lines of later steps, and an incomplete last line, in one atomic replacement."""
     keep = [record["step"] <= step for record in read_metrics(path)]
-    lines = path.read_text().splitlines(keepends=True)
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     shorter = path.with_suffix(".tmp")
-    shorter.write_text("".join(line for line, kept in zip(lines, keep, strict=False) if kept))
+    shorter.write_text(
+        "".join(line for line, kept in zip(lines, keep, strict=False) if kept), encoding="utf-8"
+    )
     shorter.replace(path)
 
 
@@ -207,7 +210,7 @@ def open_wandb(run_dir: Path, args: WandbSettings, config: dict[str, Any], resum
 
     offline = args.offline or os.environ.get("WANDB_MODE") == "offline"
     id_file = run_dir / "wandb_run_id"
-    run_id = id_file.read_text().strip() if resumed and id_file.exists() else None
+    run_id = id_file.read_text(encoding="utf-8").strip() if resumed and id_file.exists() else None
     try:
         with _without_prompt(), _key_hidden_in_arguments(args.key), _key_in_environment(args.key):
             if not offline:
@@ -234,7 +237,7 @@ def open_wandb(run_dir: Path, args: WandbSettings, config: dict[str, Any], resum
         ) from error
 
     with _writing(id_file):
-        id_file.write_text(run.id + "\n")
+        id_file.write_text(run.id + "\n", encoding="utf-8")
     # A step metric of our own: wandb's step refuses to go back, as it must after resuming.
     run.define_metric("step")
     for kind in KINDS:

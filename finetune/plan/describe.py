@@ -80,7 +80,9 @@ def write_summary(
         "device": str(world.device.type),
         "processes": world.size,
     }
-    (Path(args.run_dir) / SUMMARY).write_text(json.dumps(content, indent=2) + "\n")
+    (Path(args.run_dir) / SUMMARY).write_text(
+        json.dumps(content, indent=2) + "\n", encoding="utf-8"
+    )
 
 
 def warn_of_slow_scan(args: TrainArgs, model: TTTLMModel) -> None:

@@ -4,7 +4,6 @@ The model is made of `meta` tensors: no weights are read, no GPU is needed.
 """
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from finetune.errors import UserError
 from finetune.model import plan_model, shape_from_hub
 from finetune.monitoring import format_count, format_duration
 from finetune.plan.memory import Memory, by_role, estimate, fits
+from finetune.safety import read_json
 from ttt import TTTLMModel, state_bytes
 
 GB = 1e9
@@ -85,9 +85,11 @@ def _shape(paths: ModelPaths) -> tuple[loaders.CheckpointInfo, str]:
     config: dict[str, Any] | None = None
     if config_path is not None and config_path.is_file():
         try:
-            config = json.loads(config_path.read_text())
+            config = read_json(config_path)
         except ValueError as error:
             raise UserError(f"moshi_paths: {config_path} is not valid JSON: {error}.") from error
+        if not isinstance(config, dict):
+            raise UserError(f"moshi_paths: {config_path} is not valid: expected keys and values.")
         source = f"shape of {config_path}"
         config = {key: value for key, value in config.items() if key not in _NO_SHAPE}
     nothing = Path("none")

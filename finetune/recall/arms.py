@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune.errors import UserError
+from ttt.options import abbreviated
 
 
 @dataclass(frozen=True)
@@ -16,8 +17,11 @@ class Arm:
     is_full_attention: bool = False
     """Attention sees the whole training sequence instead of a window."""
     is_finetuned: bool = False
-    """A model without TTT is trained on the streams' text first; then TTT is added, with learning
-    rates a tenth of the others' for all but the TTT parameters."""
+    """A model without TTT is trained on the streams' text first; then TTT is added (or, without
+    `ttt`, is not: the control), and it is trained as long again, with learning rates a tenth of the
+    others' for all but the TTT parameters."""
+    ttt_lr_factor: float = 1.0
+    """Of the preset's learning rate of TTT parameters."""
 
 
 ARMS: dict[str, Arm] = {
@@ -27,10 +31,12 @@ ARMS: dict[str, Arm] = {
     "sum_hidden": Arm({"write": "sum", "target": "hidden"}),
     "delta": Arm({"write": "delta", "target": "text"}),
     "delta_input": Arm({"write": "delta", "target": "input"}),
-    "linear": Arm({"method": "linear"}),
-    "mlp": Arm({"method": "mlp"}),
+    "delta_hidden": Arm({"write": "delta", "target": "hidden"}),
+    "linear": Arm({"method": "linear"}, ttt_lr_factor=3.0),
+    "mlp": Arm({"method": "mlp"}, ttt_lr_factor=3.0),
     "full": Arm(is_full_attention=True),
     "finetuned": Arm({"write": "delta", "target": "text"}, is_finetuned=True),
+    "retrained": Arm(is_finetuned=True),
 }
 """By name. `sum` and `delta` are evaluated a second time with nothing written."""
 
@@ -42,4 +48,5 @@ def check_arms(arms: Sequence[str]) -> None:
     """
     unknown = [name for name in arms if name not in ARMS]
     if unknown:
-        raise UserError(f"--arms: there is no {', '.join(unknown)}. Choose from {', '.join(ARMS)}.")
+        names = abbreviated(", ".join(unknown))
+        raise UserError(f"--arms: there is no {names}. Choose from {', '.join(ARMS)}.")

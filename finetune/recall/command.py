@@ -153,14 +153,14 @@ def _prepare(out: Path, experiment: str) -> None:
         except OSError as error:
             raise UserError(f"--out: cannot write to {folder}: {error.strerror}.") from error
     mark = out / "experiment.txt"
-    earlier = mark.read_text().strip() if mark.is_file() else experiment
+    earlier = mark.read_text(encoding="utf-8").strip() if mark.is_file() else experiment
     if earlier != experiment:
         raise UserError(
             f"--out: {out} has the results of `moshi-ttt recall {earlier}`, which those of "
             f"{experiment} would replace. Name another folder, or none: without --out each "
             f"experiment has its own."
         )
-    mark.write_text(f"{experiment}\n")
+    mark.write_text(f"{experiment}\n", encoding="utf-8")
 
 
 def _report(chosen: Preset, results: Sequence[dict[str, Any]]) -> list[str]:
@@ -198,7 +198,7 @@ def _report(chosen: Preset, results: Sequence[dict[str, Any]]) -> list[str]:
 
 def _write(text: str, out: Path) -> str:
     try:
-        (out / "report.md").write_text(text + "\n")
+        (out / "report.md").write_text(text + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"--out: cannot write to {out}: {error.strerror}.") from error
     return text

@@ -85,7 +85,8 @@ def train_arm(
     model = new_model(preset.model, preset.streams, args, **options)
     if not arm.is_finetuned:
         label = f"{name}, seed {seed}"
-        return model, train(model, preset, seed=seed, lr=preset.lr, label=label), []
+        ttt_lr = preset.ttt_lr * arm.ttt_lr_factor
+        return model, train(model, preset, seed=seed, lr=preset.lr, ttt_lr=ttt_lr, label=label), []
     base = new_model(preset.model, preset.streams, TTTArgs(), **options)
     base_curve = train(
         base, preset, seed=seed, lr=preset.lr, label=f"base, seed {seed}", whole_text=True
@@ -102,11 +103,15 @@ def train(
     seed: int,
     lr: float,
     label: str,
+    ttt_lr: float | None = None,
     whole_text: bool = False,
     stop_at: float = 2.0,
 ) -> list[dict[str, float]]:
     """Train on the answers (or on all text), until two logged accuracies in a row are `stop_at` or
     more. Returns what was logged.
+
+    Args:
+        ttt_lr: of TTT parameters; None: the preset's.
 
     Raises:
         UserError: the loss is not finite.
@@ -114,7 +119,11 @@ def train(
     model.train()
     optimizer = Optimizer(
         trainable_by_role(model),
-        OptimArgs(lr=lr, ttt_lr=preset.ttt_lr, pct_start=preset.pct_start),
+        OptimArgs(
+            lr=lr,
+            ttt_lr=preset.ttt_lr if ttt_lr is None else ttt_lr,
+            pct_start=preset.pct_start,
+        ),
         max_steps=preset.num_steps,
     )
     world = World(0, 1, model.device)
@@ -210,5 +219,6 @@ def _describe(preset: Preset, name: str, device: torch.device) -> dict[str, Any]
     del config["arms"]
     config["lengths"] = preset.longer(name)
     config["ttt"] = dataclasses.asdict(preset.ttt_args(name))
+    config["ttt_lr"] = preset.ttt_lr * ARMS[name].ttt_lr_factor
     config["device"] = device.type
     return config

@@ -81,7 +81,7 @@ def _run(job: Job, out: Path) -> Result:
     temporary = path.with_suffix(".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(result, indent=1))
+        temporary.write_text(json.dumps(result, indent=1), encoding="utf-8")
         # At once or not at all.
         temporary.replace(path)
     except OSError as error:
@@ -93,7 +93,7 @@ def _read(path: Path) -> Result | None:
     if not path.exists():
         return None
     try:
-        result: Result = json.loads(path.read_text())
+        result: Result = json.loads(path.read_text(encoding="utf-8"))
         result["config"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a result of this program; move it away.") from error

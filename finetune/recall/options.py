@@ -9,6 +9,7 @@ from annotated_types import Ge, Le
 from finetune.config import FilePath, Seed, Size
 from finetune.errors import UserError
 from finetune.recall.arms import check_arms
+from ttt.options import abbreviated
 
 Variant = Literal["text", "audio", "joint", "segments"]
 _COMMON = {"seeds", "workers", "device"}
@@ -70,9 +71,10 @@ class RecallOptions:
             raise UserError(f"{names}: not read {mode}; leave it out.")
         check_arms(self.arms or ())
         if self.lengths and self.lengths != (0,) and min(self.lengths) < 2:
+            got = abbreviated(",".join(map(str, self.lengths)))
             raise UserError(
                 "--lengths: expected whole numbers of at least 2 (the trained length is always "
-                f"measured), or 0 alone for none, got {','.join(map(str, self.lengths))}."
+                f"measured), or 0 alone for none, got {got}."
             )
         for width in self.widths or ():
             if width % (2 * num_heads(width)):

@@ -16,9 +16,11 @@ class Preset:
     Args:
         arms: names in `ARMS`.
         ttt: options of `TTTArgs` that all arms with TTT share (`chunk_size` those in place alone,
-            `mini_batch_size` the others).
+            `mini_batch_size` and `mixer_heads` the others).
         num_eval: sequences of the trained length to evaluate on.
         lengths: how many times longer sequences are, and how many of each kind.
+        mixer_heads: heads of `linear` and `mlp`; None: as many as attention has. A head's fast
+            weights are as large as it is wide, and small models have narrow heads.
     """
 
     streams: StreamArgs
@@ -34,6 +36,7 @@ class Preset:
     lr: float = 2e-3
     ttt_lr: float = 2e-3
     pct_start: float = 0.05
+    mixer_heads: int | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def ttt_args(self, name: str) -> TTTArgs:
@@ -44,7 +47,7 @@ class Preset:
         args = TTTArgs(**{"enabled": True, **self.ttt, **options})
         if args.method == "in_place":
             return replace(args, chunk_size=self.chunk_size)
-        return replace(args, mini_batch_size=self.mini_batch_size)
+        return replace(args, mini_batch_size=self.mini_batch_size, num_heads=self.mixer_heads)
 
     def context(self, name: str) -> int:
         """Frames that attention sees in the arm `name`."""
@@ -70,7 +73,7 @@ def preset(name: Literal["cpu", "gpu"], *, variant: str = "text") -> Preset:
         return Preset(
             streams,
             model,
-            arms=tuple(arm for arm in ARMS if arm != "finetuned"),
+            arms=tuple(name for name, arm in ARMS.items() if not arm.is_finetuned),
             ttt={"start_layer": 0, "layer_frequency": 1},
             chunk_size=16,
             mini_batch_size=16,
@@ -79,6 +82,7 @@ def preset(name: Literal["cpu", "gpu"], *, variant: str = "text") -> Preset:
             num_eval=128,
             lengths={4: 16, 16: 8, 64: 2},
             pct_start=0.3,
+            mixer_heads=1,
         )
     model, streams = _sized(
         ModelArgs(width=768, num_layers=8, num_heads=12, context=32, depformer_width=128),

@@ -60,7 +60,7 @@ def write_csv(results: Sequence[Result], path: Path) -> None:
         UserError: it cannot be written.
     """
     try:
-        with path.open("w", newline="") as file:
+        with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             writer.writerows(rows(results))

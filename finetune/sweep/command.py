@@ -4,12 +4,14 @@ from collections.abc import Mapping
 
 from finetune.errors import UserError
 from finetune.monitoring import console
+from finetune.safety import is_secret
 from finetune.sweep.options import SweepOptions
 from finetune.sweep.plan import Sweep, load_sweep
 from finetune.sweep.report import plot_sweep, write_page
 from finetune.sweep.run import run_sweep
 from finetune.sweep.slurm import write_array
 from finetune.sweep.table import collect, print_table, write_tables
+from ttt.options import abbreviated
 
 
 def run_command(options: SweepOptions, overrides: Mapping[str, object]) -> int:
@@ -26,10 +28,16 @@ def run_command(options: SweepOptions, overrides: Mapping[str, object]) -> int:
     unknown = set(only) - sweep.runs.keys()
     if unknown:
         raise UserError(
-            f"--only: {file} has no run {', '.join(sorted(unknown))}; it has "
+            f"--only: {file} has no run {abbreviated(', '.join(sorted(unknown)))}; it has "
             f"{', '.join(sweep.runs)}."
         )
     if options.slurm:
+        for key in overrides:
+            if is_secret(key):
+                raise UserError(
+                    f"{key}: a script that stays on the disk is no place for secrets. Leave it "
+                    f"out, and use `wandb login` once, or export WANDB_API_KEY before sbatch."
+                )
         arguments = [f"--{key}={value}" for key, value in overrides.items()]
         if options.sweep_dir:
             arguments.append(f"--sweep_dir={options.sweep_dir}")

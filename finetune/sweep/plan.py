@@ -32,6 +32,7 @@ from finetune.config import (
 from finetune.data import count_frames, load_sources
 from finetune.errors import UserError
 from finetune.model import changed_shape, find_checkpoint, misfits, model_shape, plan_model
+from ttt.options import abbreviated
 
 KEYS = ("base", "sweep_dir", "overrides", "runs", "processes", "slurm")
 # What the sweep itself says of each run, and what would stand in a process list.
@@ -166,9 +167,9 @@ def _sections(content: dict[str, Any]) -> dict[str, Any]:
 
 def _structure_problems(content: dict[str, Any]) -> Iterator[str]:
     for key in sorted(content.keys() - set(KEYS)):
-        close = difflib.get_close_matches(key, KEYS, n=1)
+        close = difflib.get_close_matches(key[:100], KEYS, n=1)
         hint = f"did you mean {close[0]}?" if close else "a sweep has " + ", ".join(KEYS)
-        yield f"{key}: unknown key, {hint}"
+        yield f"{abbreviated(key)}: unknown key, {hint}"
     for key in ("base", "sweep_dir"):
         if not isinstance(content.get(key), str) or not content[key]:
             what = "the configuration that all runs start from" if key == "base" else "a folder"
@@ -186,21 +187,22 @@ def _structure_problems(content: dict[str, Any]) -> Iterator[str]:
         return
     for name, entry in runs.items():
         if not _NAME.fullmatch(name):
-            yield f"runs, {name!r}: a name is made of letters, digits, - and _"
+            yield f"runs, {abbreviated(repr(name))}: a name is made of letters, digits, - and _"
         if not isinstance(entry, dict):
-            yield f"runs, {name}: expected `key: value` lines below it, got {entry!r}"
+            got = abbreviated(repr(entry))
+            yield f"runs, {abbreviated(name)}: expected `key: value` lines below it, got {got}"
     for where, section in (("overrides", content.get("overrides")), *runs.items()):
         for key in flatten(section).keys() & _OWN_KEYS if isinstance(section, dict) else ():
-            yield f"{where}, {key}: remove it: {_OWN_KEYS[key]}"
+            yield f"{abbreviated(where)}, {key}: remove it: {_OWN_KEYS[key]}"
 
 
 def _after_problems(entries: Mapping[str, Mapping[str, str]]) -> Iterator[str]:
     for name, own in entries.items():
         after = own.get("after")
         if after is not None and after not in entries:
-            close = difflib.get_close_matches(after, entries, n=1)
+            close = difflib.get_close_matches(after[:100], entries, n=1)
             hint = f" Did you mean {close[0]}?" if close else ""
-            yield f"{name}, after: there is no run {after!r}.{hint}"
+            yield f"{name}, after: there is no run {abbreviated(repr(after))}.{hint}"
         elif after and "moshi_paths.init_from" in own:
             yield (
                 f"{name}, moshi_paths.init_from: `after: {after}` says already what it starts "

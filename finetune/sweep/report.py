@@ -100,7 +100,8 @@ def write_page(sweep: Sweep, rows: Sequence[Row], picture: Path, out: Path) -> P
             lines=lines,
             changes=changes,
             image=image,
-        )
+        ),
+        encoding="utf-8",
     )
     return out
 

@@ -6,6 +6,7 @@ Beside the run folder NAME lie NAME.log, what the run has printed, and NAME.json
 import dataclasses
 import fcntl
 import json
+import os
 import re
 import signal
 import subprocess
@@ -22,7 +23,9 @@ from rich.text import Text
 
 from finetune.config import HARMLESS, TrainArgs, changed_keys, keys_that
 from finetune.errors import UserError
+from finetune.interrupt import stop_signals
 from finetune.monitoring import console, format_duration
+from finetune.safety import is_secret, parse_json
 from finetune.sweep.plan import PlannedRun, Sweep
 
 Status = Literal["new", "running", "finished", "failed", "stopped", "skipped"]
@@ -54,7 +57,7 @@ def read_record(run: PlannedRun) -> Record:
     if not path.is_file():
         return Record()
     try:
-        return Record(**json.loads(path.read_text()))
+        return Record(**parse_json(path.read_bytes()))
     except (ValueError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}); delete it to run this again.") from error
 
@@ -62,7 +65,7 @@ def read_record(run: PlannedRun) -> Record:
 def write_record(run: PlannedRun, record: Record) -> None:
     path = _record_path(run)
     partial = path.with_suffix(".tmp")
-    partial.write_text(json.dumps(dataclasses.asdict(record), indent=2) + "\n")
+    partial.write_text(json.dumps(dataclasses.asdict(record), indent=2) + "\n", encoding="utf-8")
     partial.replace(path)
 
 
@@ -149,7 +152,7 @@ def _run_one(sweep: Sweep, run: PlannedRun, label: str, children: "Children") ->
         write_record(run, record)
         _say(f"{label}: running; tail -f {log.name}")
         started_at, log_start = time.monotonic(), log.tell()
-        code = children.run(_command(sweep, run, options), log, label)
+        code = children.run(_command(sweep, run, options), log, label, _environment(run))
         took_sec = time.monotonic() - started_at
     record.total_sec += took_sec
     record.status = _status_of(code, children)
@@ -167,14 +170,22 @@ def _command(sweep: Sweep, run: PlannedRun, options: dict[str, str]) -> list[str
     if sweep.processes > 1:
         launcher += ["torch.distributed.run", "--standalone"]
         launcher += [f"--nproc-per-node={sweep.processes}", "-m"]
-    overrides = [f"--{key}={value}" for key, value in (run.overrides | options).items()]
+    given = run.overrides | options
+    # Everybody on the machine can read a command line: see `_environment`.
+    overrides = [f"--{key}={value}" for key, value in given.items() if not is_secret(key)]
     return [*launcher, "finetune", "train", str(sweep.base), *overrides]
+
+
+def _environment(run: PlannedRun) -> dict[str, str]:
+    """Of a run's process: the key of wandb reaches it so."""
+    key = run.args.wandb.key
+    return dict(os.environ) | ({"WANDB_API_KEY": key} if key else {})
 
 
 def _status_of(code: int, children: "Children") -> Status:
     if code == 0:
         return "finished"
-    signals = (signal.SIGINT, signal.SIGTERM)
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     was_signalled = code in [128 + s for s in signals] + [-s for s in signals]
     return "stopped" if children.signal_number or was_signalled else "failed"
 
@@ -199,7 +210,7 @@ def _reason(log: Path, start: int, code: int) -> str:
 def _locked(path: Path) -> Iterator[TextIO]:
     """The log of a run, open at its end. The run's process inherits the lock: as long as it lives,
     also without the process that started it, nobody else may run the same."""
-    with path.open("a") as log:
+    with path.open("a", encoding="utf-8") as log:
         try:
             fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -222,7 +233,7 @@ class Children:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "Children":
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in stop_signals():
             self._previous[number] = signal.signal(number, self._hand_on)
         return self
 
@@ -230,9 +241,11 @@ class Children:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def run(self, command: list[str], log: TextIO, label: str) -> int:
+    def run(self, command: list[str], log: TextIO, label: str, environment: dict[str, str]) -> int:
         """The exit status; negative for the signal that killed it."""
-        self._process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        self._process = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, env=environment
+        )
         try:
             if self.signal_number:  # it came while this one was being started
                 self._process.send_signal(self.signal_number)

@@ -110,7 +110,7 @@ def _row(sweep: Sweep, run: PlannedRun) -> Row:
     train, evaluation = logged(sweep, run, "train"), logged(sweep, run, "eval")
     summary_file = run.run_dir / SUMMARY
     if (train or evaluation) and summary_file.is_file():
-        summary = json.loads(summary_file.read_text())
+        summary = json.loads(summary_file.read_text(encoding="utf-8"))
         row.parameters = summary["parameters"]
         row.trainable_parameters = summary["trainable_parameters"]
         if train:
@@ -233,7 +233,7 @@ def write_tables(rows: Sequence[Row], folder: Path) -> list[Path]:
         folder / "table.json": json.dumps(_json(records), indent=2, allow_nan=False) + "\n",
     }
     for path, content in written.items():
-        path.write_text(content)
+        path.write_text(content, encoding="utf-8")
     return list(written)
 
 

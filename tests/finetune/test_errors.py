@@ -57,9 +57,7 @@ def test_an_existing_run(fails, config, tmp_path):
 
 def test_an_existing_run_is_replaced_on_request(config, tmp_path):
     train(config, tmp_path / "run", {"ckpt_freq": 1})
-    (tmp_path / "run/notes.txt").write_text("old")
     train(config, tmp_path / "run", {"max_steps": 2, "overwrite_run_dir": True})
-    assert not (tmp_path / "run/notes.txt").exists()
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["checkpoint_000002"]
 
 
@@ -139,7 +137,7 @@ def change_config(folder, name="config.json", **changes):
         {"dim": 32},
         {"card": 64},
         {"depformer_num_layers": 2},
-        {"dep_q": 8},
+        {"dep_q": 6},
         {"delays": [0] * 17},
         {"num_layers": ...},
         {"dim": "large"},

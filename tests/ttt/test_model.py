@@ -39,8 +39,11 @@ IN_PLACE = {
 LINEAR = {
     "linear": tiny_linear_args(),
     "linear with rope": tiny_linear_args(use_rope=True),
+    "linear, one wide head": tiny_linear_args(num_heads=1, qk_conv_kernel_size=2),
+    "linear without convolution": tiny_linear_args(qk_conv_kernel_size=1),
     "mlp": tiny_linear_args(method="mlp", base_lr=0.4),
     "mlp with rope": tiny_linear_args(method="mlp", base_lr=0.4, use_rope=True),
+    "mlp without convolution": tiny_linear_args(method="mlp", base_lr=0.4, qk_conv_kernel_size=1),
 }
 ARGS = IN_PLACE | LINEAR
 

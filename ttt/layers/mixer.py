@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ttt import ops
 from ttt.config import TTTArgs
 from ttt.layers.blocks import norm_of, normalize
+from ttt.layers.conv_tail import ConvTail
 from ttt.layers.execution import Execution
 from ttt.ops.inner_loop.pieces import (
     InnerLayers,
@@ -25,6 +26,9 @@ from ttt.ops.inner_loop.pieces import (
 from ttt.ops.inner_loop.ttt_linear_mlp import has_kernel, inner_scan
 
 INIT_STD = 0.02
+MLP_INIT_STD = 0.1
+"""Of TTT-MLP's inner weights, behind convolutions. With 0.02 its hidden units hardly bend, and all
+of them write the same."""
 GROUP_SIZE = 16
 """`scan_checkpoint_group_size`, where a layer's or all layers' share would be much at once."""
 
@@ -46,6 +50,8 @@ class TTTMixerState(State):
     """[B], frames in the open mini-batch, 0 to K - 1."""
     initial: InnerLayers
     """The learnt weights that a stream starts from: the module's parameters, without B."""
+    tail: ConvTail | None
+    """What the convolutions look back to; None: there are none."""
 
     def tensors(self) -> dict[str, Tensor]:
         """All that a stream depends on, by name."""
@@ -53,6 +59,8 @@ class TTTMixerState(State):
         for index, (layer, written) in enumerate(zip(self.layers, self.written, strict=True), 1):
             names = (f"w{index}", f"b{index}", f"pending_x{index}", f"pending_e{index}")
             named.update(zip(names, (*layer, *written), strict=True))
+        if self.tail is not None:
+            named |= {"tail": self.tail.frames, "has_begun": self.tail.has_begun}
         return named
 
     @torch.no_grad()
@@ -65,6 +73,8 @@ class TTTMixerState(State):
         for pending in flatten(self.written):
             pending.masked_fill_(reset_mask.view(-1, 1, 1, 1), 0.0)
         self.num_pending.masked_fill_(reset_mask, 0)
+        if self.tail is not None:
+            self.tail.reset(reset_mask)
 
 
 class TTTMixer(StreamingModule[TTTMixerState]):
@@ -74,7 +84,10 @@ class TTTMixer(StreamingModule[TTTMixerState]):
     projections of norm(x). All parameters but the norm's are bare, so that nothing wraps them in
     LoRA:
 
-        in_proj: [3d, d], queries, keys and values.
+        in_proj: [2d, d], what queries and keys are made of, and values; without convolutions
+            [3d, d], queries, keys and values.
+        conv_q, conv_k: [d, qk_conv_kernel_size], of queries and keys; not there if that is 1. At
+            the start a query is the frame's own, and a key that of the frame before.
         out_proj: [d, d], starts at zero: TTT then changes nothing, and this has a gradient.
         gate: [d], α, starts at `gate_init`. Never zero both: no gradient would ever flow.
         inner_w1, inner_b1 (and 2 with `mlp`): [H, in, out], [H, out], the fast weights' start.
@@ -88,10 +101,10 @@ class TTTMixer(StreamingModule[TTTMixerState]):
         width: d.
         num_heads: H; a head is f = d / H wide.
         norm: the kind of norm, as `LMModel` names it.
-        args: the TTT configuration.
+        args: the TTT configuration; its `num_heads` replaces H.
 
     Raises:
-        ValueError: an odd f with RoPE.
+        ValueError: heads that do not divide d, or an odd f with RoPE.
     """
 
     def __init__(
@@ -106,6 +119,11 @@ class TTTMixer(StreamingModule[TTTMixerState]):
     ):
         super().__init__()
         self.args = args
+        num_heads = args.num_heads or num_heads
+        if width % num_heads:
+            raise ValueError(
+                f"ttt.num_heads: {num_heads} heads do not divide this model's width, {width}."
+            )
         self.num_heads, self.head_width = num_heads, width // num_heads
         f, size = self.head_width, args.mini_batch_size
         if args.use_rope and f % 2:
@@ -118,7 +136,11 @@ class TTTMixer(StreamingModule[TTTMixerState]):
 
         # In the type of the model's weights, as all norms of a loaded model are.
         self.norm = create_norm_fn(norm, width, device=device, dtype=dtype).to(dtype)
-        self.in_proj, self.out_proj = new(3 * width, width), new(width, width)
+        kernel = args.qk_conv_kernel_size
+        self.in_proj = new((2 if kernel > 1 else 3) * width, width)
+        if kernel > 1:
+            self.conv_q, self.conv_k = new(width, kernel), new(width, kernel)
+        self.out_proj = new(width, width)
         self.gate = new(width)
         inner_widths = [f, f] if args.method == "linear" else [f, 4 * f, f]
         self.num_inner_layers = len(inner_widths) - 1
@@ -150,15 +172,22 @@ class TTTMixer(StreamingModule[TTTMixerState]):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """The start of training: see the class; the rest as in the paper."""
+        has_conv = self.args.qk_conv_kernel_size > 1
+        inner_std = MLP_INIT_STD if has_conv and self.args.method == "mlp" else INIT_STD
         for name, parameter in self.named_parameters():
             if name.startswith("inner_w") or name == "lr_weight":
-                nn.init.normal_(parameter, std=INIT_STD)
+                nn.init.normal_(parameter, std=inner_std if name != "lr_weight" else INIT_STD)
             elif name in ("norm.alpha", "norm.weight", "inner_norm_weight"):
                 parameter.fill_(1.0)
             else:
                 parameter.zero_()
         # Queries and keys of unit size at any width.
         nn.init.normal_(self.in_proj, std=self.in_proj.shape[1] ** -0.5)
+        if has_conv:
+            # What followed a frame is found where the frame comes again: q_t meets k_s where frame
+            # t is as frame s - 1 was, with v_s.
+            self.conv_q[:, -1] = 1.0
+            self.conv_k[:, -2] = 1.0
         self.gate.fill_(self.args.gate_init)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -200,7 +229,7 @@ class TTTMixer(StreamingModule[TTTMixerState]):
         normed = x if norm is None else normalize(x, norm)
         q, k, v = (
             y.unflatten(-1, (self.num_heads, self.head_width)).transpose(1, 2)
-            for y in F.linear(normed, self.in_proj).chunk(3, dim=-1)
+            for y in self._project(normed)
         )
         if self.args.use_rope:
             positions = self._positions(x.shape[1], x.device)
@@ -208,6 +237,20 @@ class TTTMixer(StreamingModule[TTTMixerState]):
             q = ops.rope(q, positions, theta=self.args.rope_theta).to(v.dtype)
             k = ops.rope(k, positions, theta=self.args.rope_theta).to(v.dtype)
         return q, k, v, *self._learning_rates(normed)
+
+    def _project(self, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, each [B, T, d]."""
+        projected = F.linear(normed, self.in_proj)
+        if self.args.qk_conv_kernel_size == 1:
+            q, k, v = projected.chunk(3, dim=-1)
+            return q, k, v
+        shared, v = projected.chunk(2, dim=-1)
+        state = self._streaming_state
+        before = None
+        if state is not None and state.tail is not None:
+            before = state.tail.pass_by(shared, state.exec_mask)
+        q, k = (ops.short_conv(shared, w, before=before) for w in (self.conv_q, self.conv_k))
+        return q, k, v
 
     def _scan_checkpoint_group_size(self, q: Tensor) -> int | None:
         """As the operators take it: None keeps everything. What the kernels keep, one layer can
@@ -272,6 +315,10 @@ class TTTMixer(StreamingModule[TTTMixerState]):
             shape = (batch_size, self.num_heads, size, width)
             return torch.zeros(shape, dtype=dtype, device=self.in_proj.device)
 
+        tail = None
+        if self.args.qk_conv_kernel_size > 1:
+            kept = self.args.qk_conv_kernel_size - 1
+            tail = ConvTail.new(batch_size, kept, like=self.in_proj)
         return TTTMixerState(
             batch_size,
             self.in_proj.device,
@@ -279,6 +326,7 @@ class TTTMixer(StreamingModule[TTTMixerState]):
             written=tuple((pending(w.shape[1]), pending(w.shape[2])) for w, _ in initial),
             num_pending=torch.zeros(batch_size, dtype=torch.long, device=self.in_proj.device),
             initial=initial,
+            tail=tail,
         )
 
     def state_bytes(self, batch_size: int) -> int:
@@ -287,7 +335,9 @@ class TTTMixer(StreamingModule[TTTMixerState]):
         values = sum(w.numel() + b.numel() for w, b in self.inner_layers)
         pending = sum(w.shape[1] + w.shape[2] for w, _ in self.inner_layers)
         values += self.num_heads * self.args.mini_batch_size * pending
-        return batch_size * (size * values + 8)
+        tail = self.args.qk_conv_kernel_size - 1
+        tail_bytes = ConvTail.num_bytes(tail, like=self.in_proj) if tail else 0
+        return batch_size * (size * values + 8 + tail_bytes)
 
     @torch.no_grad()
     def _stream(

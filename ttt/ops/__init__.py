@@ -9,7 +9,7 @@ from ttt.ops.in_place import (
     in_place_delta,
     in_place_ttt,
 )
-from ttt.ops.inner_loop import inner_losses, rope, ttt_linear, ttt_mlp
+from ttt.ops.inner_loop import inner_losses, rope, short_conv, ttt_linear, ttt_mlp
 
 __all__ = [
     "causal_conv",
@@ -20,6 +20,7 @@ __all__ = [
     "in_place_ttt",
     "inner_losses",
     "rope",
+    "short_conv",
     "ttt_linear",
     "ttt_mlp",
 ]

@@ -23,9 +23,10 @@ from training_tools import (
     trainer,
 )
 
-import finetune.checkpoint.run_dir
+import finetune.checkpoint.run_record
 import finetune.trainer
 from finetune.checkpoint import list_checkpoints, load_trained_weights, step_of
+from finetune.checkpoint.run_record import RunRecord
 from finetune.config import load_config
 from finetune.errors import UserError
 from finetune.model import find_checkpoint, load_model
@@ -218,13 +219,13 @@ def test_a_checkpoint_that_was_being_deleted_when_the_run_died_is_none(
 ):
     overrides = {"ckpt_freq": 1, "num_ckpt_keep": 1, "max_steps": 6, "ckpt_async": False}
 
-    def die_half_way(path, **kwargs):
-        for file in Path(path).glob("*.*"):
+    def die_half_way(run_dir, units):
+        for file in (run_dir / units[0]).glob("*.*"):
             file.unlink()
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(finetune.checkpoint.run_dir.shutil, "rmtree", die_half_way)
+        patch.setattr(finetune.checkpoint.run_record, "delete_units", die_half_way)
         with pytest.raises(KeyboardInterrupt):
             train(config, tmp_path, overrides)
     assert kept_steps(tmp_path) == [2]
@@ -359,6 +360,7 @@ def test_resuming_where_there_is_no_checkpoint_is_refused(config, tmp_path):
 def test_an_unfinished_checkpoint_is_ignored_and_removed(config, tmp_path):
     stop_after(trainer(config, tmp_path, TEN_STEPS), 7)
     unfinished = tmp_path / "checkpoints/checkpoint_000007.incomplete"
+    RunRecord(tmp_path).add(trees=["checkpoints/checkpoint_000007.incomplete"])
     shutil.copytree(checkpoint(tmp_path, 5), unfinished)
     run = trainer(config, tmp_path, {**TEN_STEPS, "resume": True})
     assert run.step == 5

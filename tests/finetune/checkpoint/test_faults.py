@@ -26,7 +26,8 @@ from training_tools import (
     trainer,
 )
 
-from finetune.checkpoint import RunLock, list_checkpoints, manifest, run_lock, step_of
+from finetune.checkpoint import list_checkpoints, manifest, run_lock, step_of
+from finetune.checkpoint.run_lock import RunLock
 from finetune.errors import UserError
 
 FLOAT32 = {**FULL, "param_dtype": "float32"}

@@ -21,6 +21,7 @@ from test_evaluation_streaming import InMemory
 from training_tools import checkpoint, train, trainer, write_model
 
 from finetune.cli import evaluate, run
+from finetune.config import WandbArgs
 from finetune.data import inspect_audio
 from finetune.errors import UserError
 from finetune.evaluation import Options, evaluate_checkpoint
@@ -482,7 +483,7 @@ def test_wandb_gets_the_numbers_and_the_report(trained, tmp_path, monkeypatch):
         return Run
 
     monkeypatch.setattr("finetune.evaluation.dashboard.open_wandb", opened)
-    chosen = {"wandb_project": "speech", "wandb_offline": True, "arms": ("off",), "limit": 1}
+    chosen = {"wandb": WandbArgs("speech", offline=True), "arms": ("off",), "limit": 1}
     results = evaluate_checkpoint(options(trained, tmp_path / "out", **chosen))
     mean = results["position"]["arms"]["off"]["text"]["mean"]["value"]
     assert logged["position/off/text/mean"] == mean and "report" in logged and finished

@@ -12,12 +12,13 @@ import finetune.recall.command as command
 from finetune.cli import recall, run
 from finetune.errors import UserError
 from finetune.recall import study
+from finetune.recall.arms import ARMS
 from finetune.recall.command import run_key_study, run_recall
 from finetune.recall.experiment import run_arm
 from finetune.recall.jobs import Job, run_jobs
 from finetune.recall.measure import Answers, measure_length, nothing_written, summarize
 from finetune.recall.model import ModelArgs, answer_logits, new_model, read_codes
-from finetune.recall.presets import ARMS, Preset, preset
+from finetune.recall.presets import Preset, preset
 from finetune.recall.report import study_table
 from finetune.recall.streams import StreamArgs, draw
 from ttt import TTTArgs
@@ -233,7 +234,7 @@ def test_jobs_come_back_in_order(tmp_path, workers):
     [
         (
             {"variant": "video"},
-            "or segments, got 'video'",
+            "--variant: expected text or audio or joint or segments or null, got 'video'",
         ),
         ({"preset": "tpu"}, "--preset: expected cpu or gpu"),
         ({"seeds": "0,x"}, "--seeds: expected a whole number"),

@@ -45,7 +45,7 @@ def commands(monkeypatch):
     """Runs are trained in this process, which is faster; the command lines that were given."""
     given = []
 
-    def train_here(self, command, log, label):
+    def train_here(self, command, log, label, environment):
         base, *options = command[command.index("train") + 1 :]
         given.append(options)
         overrides = dict(option.removeprefix("--").split("=", 1) for option in options)
@@ -355,6 +355,9 @@ def test_mistakes_in_the_file(write, config, tmp_path, capsys):
     assert "nothing has been run yet" in capsys.readouterr().err
     assert sweep(path, "--slurm=maybe") == 1
     assert "--slurm: expected true or false" in capsys.readouterr().err
+    assert sweep(path, "--slurm", "--wandb.key=deadbeefcafe") == 1
+    assert "no place for secrets" in capsys.readouterr().err
+    assert not [*tmp_path.rglob("*.sbatch")]
 
 
 # --- what is shipped ------------------------------------------------------------------------------

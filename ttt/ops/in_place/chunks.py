@@ -20,7 +20,7 @@ take twice the memory of z, so the limit is set at 3 d h / (d + h), 9,000 frames
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -205,15 +205,20 @@ def gradient_of_products(d_scores: Tensor, window: Window, cut: Cut) -> Tensor:
 
 
 def weighted_frames(
-    weights: Tensor, x: Tensor, out: Tensor, *, alpha: float = 1.0, beta: float = 0.0
+    parts: Sequence[Tensor], x: Tensor, out: Tensor, *, alpha: float = 1.0, beta: float = 0.0
 ) -> None:
-    """OUT = beta · OUT + alpha · WEIGHTS X, of [N, L, L] and [N, L, ·]."""
+    """OUT = beta · OUT + alpha · Σ PARTS X, of [N, L, L] and [N, L, ·]."""
     length = x.shape[1]
-    even = length // ROW_MULTIPLE * ROW_MULTIPLE or length
-    out.baddbmm_(weights[:, :, :even], x[:, :even], beta=beta, alpha=alpha)
+    even = length // ROW_MULTIPLE * ROW_MULTIPLE
+    for part in parts if even else ():
+        out.baddbmm_(part[:, :, :even], x[:, :even], beta=beta, alpha=alpha)
+        beta = 1.0
     if even < length:
         # cuBLAS has fast kernels only for sums over a multiple of 8.
-        out.baddbmm_(weights[:, :, even:], x[:, even:], alpha=alpha)
+        missing = -(length - even) * len(parts) % ROW_MULTIPLE
+        weights = F.pad(torch.cat([part[:, :, even:] for part in parts], 2), (0, missing))
+        frames = F.pad(x[:, even:].repeat(1, len(parts), 1), (0, 0, 0, missing))
+        out.baddbmm_(weights, frames, beta=beta, alpha=alpha)
 
 
 def gram(x: Tensor) -> Tensor:

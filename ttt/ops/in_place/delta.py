@@ -127,14 +127,17 @@ class _Delta(torch.autograd.Function):
                 frames, own_v = window.frames(z), window.own(v)
                 rows = None if written is None else window.own(written)
                 kept = delta_window.prepare(frames, rows, beta, window, cut)
-                read = own_v.new_zeros(own_v.shape, dtype=beta.dtype)
-                edge = None
+                read, edge = torch.empty_like(own_v, dtype=beta.dtype), None
                 if state.value is not None:
+                    read.zero_()
                     state.read(window.own(z)[0], read[0])
                     edge = read.new_zeros(1, window.lead, v.shape[2])
                     state.read(frames[0, : window.lead], edge[0], weighted=False)
-                e = v.new_empty(len(own_v), *kept.scores.shape[2:], v.shape[2])
-                delta_window.write(kept, own_v, read, e, cut, edge)
+                size = cut.chunk_size
+                e = v.new_empty(
+                    len(own_v), window.length // size, *terms.shape(size, v.dtype), v.shape[2]
+                )
+                delta_window.write(kept, own_v, read, e, window, cut, edge)
                 window.own(out).copy_(read)
                 if window.stop < cut.num_frames:
                     _add_keys(
@@ -166,7 +169,7 @@ class _Delta(torch.autograd.Function):
                 x = e.new_zeros(shape, dtype=beta.dtype)
                 if later.value is not None:
                     later.read(_keys(frames[0], window, cut)[: x.shape[1]], x[0])
-                y = delta_window.write_backward(kept, window.own(d_out), x, cut)
+                y = delta_window.write_backward(kept, window.own(d_out), x, window, cut)
                 window.own(d_v)[:, : x.shape[1]] = x
                 d_products, d_strengths = _gradient_of_products(kept, x, y, e, beta, window, cut)
                 d_beta -= (d_strengths * kept.strengths).sum() / beta
@@ -261,13 +264,15 @@ def _gradient_of_products(
 
 def _add_weighted(weights: Tensor, frames: Tensor, d_frames: Tensor, *, replace: bool) -> None:
     """dZ += weights Z, or dZ = weights Z."""
-    keep = 0.0 if replace else 1.0
-    if weights.dtype == frames.dtype:
-        chunks.weighted_frames(weights, frames, d_frames, beta=keep)
-        return
-    high, low = terms.split(weights, frames.dtype)
-    chunks.weighted_frames(low, frames, d_frames, beta=keep)
-    chunks.weighted_frames(high, frames, d_frames, beta=1.0)
+    parts = [weights]
+    if weights.dtype != frames.dtype:
+        parts = [
+            chunks.aligned(weights, *weights.shape, dtype=frames.dtype) for _ in ("low", "high")
+        ]
+        parts[1].copy_(weights)
+        # The smaller first: what it adds to is then rounded once.
+        parts[0].copy_(weights.sub_(parts[1]))
+    chunks.weighted_frames(parts, frames, d_frames, beta=0.0 if replace else 1.0)
 
 
 def _add_gradient_of_reads(

@@ -296,7 +296,7 @@ class _Sum(torch.autograd.Function):
                 d_scores = _scores(own_d_out, own_v, window, replace(cut, lag=0))
                 d_scores = chunks.gradient_of_products(d_scores, window, cut)
                 chunks.weighted_frames(
-                    d_scores, window.frames(z), window.frames(d_z), alpha=lr, beta=1.0
+                    [d_scores], window.frames(z), window.frames(d_z), alpha=lr, beta=1.0
                 )
             if len(group) > 1:
                 _backward_of_state(group, z, v, d_out, d_z, d_v, lr, cut)

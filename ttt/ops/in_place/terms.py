@@ -12,7 +12,12 @@ inner dimension stays in one piece. Numbers of 32 or 64 bits are their own singl
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+PADDING = 8
+"""Frames that are added to a chunk for its sum: as many as 16 bytes have 16-bit numbers, so that
+products stay fast."""
 
 
 def accumulating_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -39,6 +44,109 @@ def right(x: Tensor, dtype: torch.dtype, *, dim: int) -> Tensor:
         return x.unsqueeze(dim)
     high, low = split(x, dtype)
     return torch.stack([high, low, high], dim)
+
+
+def shape(size: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Return C' and m: how many frames a chunk of `size` has in products of `dtype`, and terms."""
+    return (size, 1) if num_terms(dtype) == 1 else (size + PADDING, 3)
+
+
+def of_weights(
+    x: Tensor, size: int, dtype: torch.dtype, *, shift: int = 0, swap: bool = False
+) -> Tensor:
+    """Return weights as left terms, chunk by chunk: centered, and their mean.
+
+    Args:
+        x: [N, R, K] in the accumulating type: in each row the weights of frames `shift` and on.
+        size: C, frames of a chunk.
+        swap: right terms, for the other factor's left ones.
+
+    Returns:
+        [N, R, ⌈(shift + K) / C⌉, C', m]; for wide types the weights as they are, and C' = C.
+    """
+    batch, rows, columns = x.shape
+    count = -(-(shift + columns) // size)
+    padded, m = shape(size, dtype)
+    if m == 1 or not x.is_cuda or count == 0 or rows == 0:
+        x = F.pad(x, (shift, count * size - shift - columns)).unflatten(2, (count, size))
+        if m == 1:
+            return x.unsqueeze(-1)
+        mean = x.mean(-1, keepdim=True)
+        ends = [mean, _rest(mean, dtype), mean]
+        x = F.pad(torch.cat([x - mean, *ends], -1), (0, PADDING - len(ends)))
+        return (right if swap else left)(x, dtype, dim=-1)
+    from ttt.ops.in_place import terms_kernels as kernels
+
+    out = torch.empty(batch, rows, count, padded, m, dtype=dtype, device=x.device)
+    across = 1 << (size - 1).bit_length()
+    block = max(1, min(32, 8192 // across))
+    with torch.cuda.device_of(x):
+        kernels.weights_kernel[(-(-rows // block), count, batch)](
+            x,
+            out,
+            rows,
+            columns,
+            shift,
+            size,
+            padded,
+            count,
+            *x.stride(),
+            IS_LEFT=not swap,
+            ROWS=block,
+            COLUMNS=across,
+            PADDING=PADDING,
+            num_warps=8,
+        )
+    return out
+
+
+def of_values(x: Tensor, size: int, out: Tensor, *, swap: bool = False) -> None:
+    """Write the frames of a chunk and their sum, as right terms, to `out`.
+
+    With `of_weights` as the left factor, Σ_u w_u x_u is then w̄ Σ_u x_u + Σ_u (w_u − w̄) x_u, whose
+    first sum is exact to 24 bits: x may be large and cancel itself where all w are nearly one.
+
+    Args:
+        x: [N, T, d] in the accumulating type, T up to C; frames past them are zero.
+        size: C.
+        out: [N, C', m, d].
+        swap: left terms, for weights that have right ones.
+    """
+    dtype = out.dtype
+    if num_terms(dtype) == 1 or not x.is_cuda:
+        x = F.pad(x, (0, 0, 0, size - x.shape[1]))
+        if num_terms(dtype) > 1:
+            total = x.sum(1, keepdim=True)
+            ends = [total, total, _rest(total, dtype)]
+            x = F.pad(torch.cat([x, *ends], 1), (0, 0, 0, PADDING - len(ends)))
+        out.copy_((left if swap else right)(x, dtype, dim=2))
+        return
+    from ttt.ops.in_place import terms_kernels as kernels
+
+    batch, length, width = x.shape
+    with torch.cuda.device_of(x):
+        kernels.values_kernel[(-(-width // 64), batch)](
+            x,
+            out,
+            length,
+            size,
+            width,
+            x.stride(0),
+            x.stride(1),
+            out.stride(0),
+            IS_LEFT=swap,
+            ROWS=32,
+            COLUMNS=64,
+            PADDING=PADDING,
+            num_warps=4,
+        )
+
+
+def _rest(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """What two terms leave of means and sums, for which they are not enough: x ≈ x₁ + x₂ + rest,
+    and (x₁ + x₂) (y₁ + y₂) + rest (y₁ + y₂) + (x₁ + x₂) rest are three products of two terms."""
+    high, low = split(x, dtype)
+    return x - high - low
 
 
 def split(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

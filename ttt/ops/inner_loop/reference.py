@@ -1,4 +1,5 @@
-"""The definitions of TTT-Linear and TTT-MLP: frame by frame, every gradient by autograd.
+"""The definitions of TTT-Linear and TTT-MLP, and of the convolution before them: frame by frame,
+every gradient by autograd.
 
 Signatures are those of `ttt.ops`, less what only says how to compute.
 """
@@ -60,6 +61,21 @@ def ttt_mlp(
 
     weights = (w1, b1, w2, b2)
     return _every_row(network, (q, k, v, eta), weights, ln_weight, ln_bias, token_scale, documents)
+
+
+def short_conv(x: Tensor, weight: Tensor, *, documents: Tensor | None = None) -> Tensor:
+    """See `ttt.ops.short_conv`."""
+    size = weight.shape[1]
+    rows = []
+    for row in range(x.shape[0]):
+        outputs, first = [], 0
+        for t in range(x.shape[1]):
+            if documents is not None and t > 0 and documents[row, t] != documents[row, t - 1]:
+                first = t
+            terms = [weight[:, size - 1 - ago] * x[row, max(t - ago, first)] for ago in range(size)]
+            outputs.append(torch.stack(terms).sum(0))
+        rows.append(torch.stack(outputs))
+    return torch.stack(rows)
 
 
 def _every_row(

@@ -20,9 +20,11 @@ from ttt.ops.in_place import reference
     packed=st.booleans(),
     super_chunk=st.sampled_from([4, 12, 2048]),
     block=st.sampled_from([1, 6, 256]),
+    lag=st.integers(0, 3),
+    some_written=st.booleans(),
 )
 def test_delta_equals_its_definition(
-    seed, num_frames, chunk_size, strength, decay, packed, super_chunk, block
+    seed, num_frames, chunk_size, strength, decay, packed, super_chunk, block, lag, some_written
 ):
     z, v, documents, weights = random_inputs(seed, num_frames=num_frames)
     beta = torch.tensor(strength, dtype=torch.float64, requires_grad=True)
@@ -31,6 +33,8 @@ def test_delta_equals_its_definition(
         "chunk_size": chunk_size,
         "documents": documents if packed else None,
         "decay": decay,
+        "lag": min(lag, chunk_size - 1),
+        "written": weights[..., 0] < 0.8 if some_written else None,
     }
     results = []
     for op in (reference.in_place_delta, ops.in_place_delta):

@@ -44,9 +44,10 @@ def random_inputs(seed, batch=2, num_frames=19, hidden=7, width=5):
     packed=st.booleans(),
     super_chunk=st.sampled_from([4, 12, 2048]),
     block=st.sampled_from([1, 6, 256]),
+    lag=st.integers(0, 3),
 )
 def test_in_place_equals_its_definition(
-    seed, num_frames, chunk_size, bound, decay, packed, super_chunk, block
+    seed, num_frames, chunk_size, bound, decay, packed, super_chunk, block, lag
 ):
     z, v, documents, weights = random_inputs(seed, num_frames=num_frames)
     options = {
@@ -55,6 +56,7 @@ def test_in_place_equals_its_definition(
         "max_delta_norm": bound,
         "documents": documents if packed else None,
         "decay": decay,
+        "lag": min(lag, chunk_size - 1),
     }
     results = []
     for op in (reference.in_place_ttt, ops.in_place_ttt):

@@ -205,6 +205,42 @@ def test_what_is_kept_for_the_backward_pass_does_not_grow_with_the_mini_batches(
 # RoPE ---------------------------------------------------------------------------------------------
 
 
+def random_conv_inputs(num_frames=13, width=3, size=4):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, num_frames, width, generator=generator, dtype=torch.float64)
+    weight = torch.randn(width, size, generator=generator, dtype=torch.float64)
+    return x.requires_grad_(), weight.requires_grad_()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("num_frames, size", [(13, 4), (2, 4), (7, 2), (5, 1)])
+def test_the_short_convolution_equals_its_definition(num_frames, size, packed):
+    documents = random_documents(3, 2, num_frames) if packed else None
+    results = []
+    for op in (ops.short_conv, reference_linear.short_conv):
+        x, weight = random_conv_inputs(num_frames, size=size)
+        out = op(x, weight, documents=documents)
+        (out * torch.linspace(-1, 2, out.numel(), dtype=out.dtype).view_as(out)).sum().backward()
+        results.append((out.detach(), x.grad, weight.grad))
+    for fast, defined in zip(*results, strict=True):
+        assert_same(fast, defined, 1e-12)
+
+
+def test_a_convolution_goes_on_from_the_frames_before():
+    x, weight = (y.detach() for y in random_conv_inputs())
+    whole = ops.short_conv(x, weight)
+    for cut in range(3, 13):
+        rest = ops.short_conv(x[:, cut:], weight, before=x[:, cut - 3 : cut])
+        assert torch.equal(rest, whole[:, cut:])
+
+
+def test_before_the_first_frame_lies_that_frame_and_never_nothing():
+    """A key of frames before alone would be zero at first, and the inner norm divides by it."""
+    x, _ = random_conv_inputs()
+    shift = torch.tensor([0.0, 0.0, 1.0, 0.0], dtype=x.dtype).expand(3, -1)
+    assert torch.equal(ops.short_conv(x, shift), torch.cat([x[:, :1], x[:, :-1]], dim=1))
+
+
 def random_heads(num_frames=16, width=8):
     generator = torch.Generator().manual_seed(0)
     return [

@@ -1,0 +1,325 @@
+"""The folder of a run: whose it is, what the run continues from, and what it replaces.
+
+One process of a run has it, from before anything is loaded until the run's end. Whatever was in the
+folder stays as it is until nothing else can be wrong with the new run, and comes back if that ends
+without a checkpoint.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from finetune.checkpoint import manifest
+from finetune.checkpoint.replacing import delete_replaced, set_aside, settle
+from finetune.checkpoint.run_dir import CHECKPOINT_NAME, list_checkpoints, step_of
+from finetune.checkpoint.run_lock import NAME as LOCK_NAME
+from finetune.checkpoint.run_lock import RunLock
+from finetune.checkpoint.run_record import NAME as RECORD_NAME
+from finetune.checkpoint.run_record import Found, RunRecord
+from finetune.config import (
+    TrainArgs,
+    changed_meaning,
+    list_problems,
+    load_run_config,
+    save_config,
+)
+from finetune.data import parse_sources
+from finetune.distributed import World
+from finetune.errors import UserError
+from finetune.monitoring import KINDS, metrics_path
+from finetune.plan import SUMMARY
+
+logger = logging.getLogger(__name__)
+
+_OWN_FILES = ("args.yaml", "wandb_run_id", SUMMARY)
+
+
+class RunFolder:
+    """Entered around training; `starting` around what comes before.
+
+    Args:
+        config: the file of the configuration, where there is one.
+    """
+
+    def __init__(self, args: TrainArgs, world: World, *, config: Path | None = None) -> None:
+        self.run_dir = Path(args.run_dir)
+        self.record = RunRecord(self.run_dir)
+        self._args = args
+        self._world = world
+        self._config = config
+        self._lock = RunLock(self.run_dir, enabled=world.is_main)
+        self._made: list[Path] = []
+        self._had_lock_file = True
+
+    # --- before the first step --------------------------------------------------------------------
+
+    @contextmanager
+    def starting(self) -> Iterator[None]:
+        """A start that fails in here leaves everything as it was."""
+        try:
+            yield
+        except BaseException:
+            self._leave()
+            raise
+
+    def open(self) -> list[Path]:
+        """Take the lock, put right what an earlier start has left half done, and check that the
+        run may write here. Every process calls this.
+
+        Returns:
+            The checkpoints that the run may continue from, the newest first; none: a new run.
+
+        Raises:
+            UserError: the folder is in use, or cannot be written to; it holds something else, or
+                nothing to resume from; or it would be overwritten and must not be.
+        """
+        candidates = None
+        if self._world.is_main:
+            with self._errors_named():
+                self._take()
+                settle(self.run_dir)
+                candidates = self._check()
+        return self._world.first(candidates) or []
+
+    def _take(self) -> None:
+        if self.run_dir.exists() and not self.run_dir.is_dir():
+            raise UserError(f"run_dir: {self.run_dir} is a file. Choose another name.")
+        missing = [p for p in (self.run_dir, *self.run_dir.parents) if not p.exists()]
+        for folder in reversed(missing):
+            folder.mkdir(exist_ok=True)
+            self._made.append(folder)
+        self._had_lock_file = (self.run_dir / LOCK_NAME).exists()
+        self._lock.take()
+
+    def _check(self) -> list[Path]:
+        args, run_dir = self._args, self.run_dir
+        checkpoints = sorted(list_checkpoints(run_dir), key=step_of, reverse=True)
+        if args.resume is True and not checkpoints:
+            raise UserError(
+                f"resume: there is no complete checkpoint in {run_dir / 'checkpoints'}. Check "
+                f"run_dir, or start without resume (resume: auto starts anew where there is "
+                f"nothing)."
+            )
+        if args.resume:
+            for checkpoint in checkpoints[:1]:
+                _require_same_rule(args, checkpoint)
+            return checkpoints[:1] if args.resume is True else checkpoints
+        if not self._holds_something():
+            return []
+        if not args.overwrite_run_dir:
+            what = "already holds a run" if self.record.exists() else "already holds files"
+            raise UserError(
+                f"run_dir: {run_dir} {what}. Choose another folder, continue a run that is there "
+                f"with --resume, or replace it with --overwrite_run_dir."
+            )
+        self._check_replaceable()
+        return []
+
+    def _holds_something(self) -> bool:
+        """Whether there is more than a start that failed leaves behind."""
+        if not self.record.exists():
+            return any(path.name != LOCK_NAME for path in self.run_dir.iterdir())
+        metrics = metrics_path(self.run_dir, "train")
+        return (self.run_dir / "checkpoints").exists() or (
+            metrics.exists() and metrics.stat().st_size > 0
+        )
+
+    def _check_replaceable(self) -> None:
+        """
+        Raises:
+            UserError: overwriting would delete, or mix with, what is no earlier run's.
+        """
+        run_dir, where = self.run_dir, self.run_dir.resolve()
+        if run_dir.is_symlink():
+            raise UserError(
+                f"run_dir: {run_dir} is a symbolic link to {where}, and nothing is overwritten "
+                f"through a link. Name that folder itself."
+            )
+        if not self.record.exists():
+            raise UserError(
+                f"run_dir: {run_dir} holds files, but no record of a run ({RECORD_NAME}): it is no "
+                f"run folder, so it is not deleted. Choose another folder, or empty it yourself."
+            )
+        here = Path.cwd().resolve()
+        if where == here or where in here.parents:
+            raise UserError(
+                f"run_dir: {run_dir} is the folder that this was started in, or holds it, so it is "
+                f"not overwritten. Start from elsewhere, or choose another folder."
+            )
+        for key, path in _inputs(self._args, self._config):
+            if where in (path.resolve(), *path.resolve().parents, *path.absolute().parents):
+                raise UserError(
+                    f"run_dir, {key}: {path} is inside {run_dir}, which would be overwritten. "
+                    f"Choose another run_dir, or move that out of it."
+                )
+        for name in self.record.found().foreign:
+            if _is_in_the_way(name):
+                raise UserError(
+                    f"run_dir: {run_dir / name} was not written by the run in {run_dir}, so it is "
+                    f"not deleted, and the new run would write there. Move it away."
+                )
+
+    @contextmanager
+    def begun(self) -> Iterator[None]:
+        """The run begins in here, on the first process: nothing else is wrong with it.
+
+        Raises:
+            UserError: the folder cannot be written to.
+        """
+        if not self._world.is_main:
+            yield
+            return
+        with self._errors_named():
+            if self._args.overwrite_run_dir and self.record.exists():
+                self._set_aside(self.record.found())
+            if not self.record.exists():
+                self.record.create()
+                if self._args.resume:
+                    self._adopt()
+            for tree in self.record.read().trees:
+                if tree.endswith(".incomplete"):
+                    self.record.delete(tree)
+            self.record.add(self._own_files(), trees=self._own_trees())
+            save_config(self._args, self.run_dir / "args.yaml")
+        before = self._tensorboard_files()
+        try:
+            yield
+        finally:
+            self.record.add(self._tensorboard_files() - before)
+
+    def _set_aside(self, found: Found) -> None:
+        kept = [name for name in found.foreign if "/" not in name] or found.foreign
+        if kept:
+            names = ", ".join(kept[:5])
+            logger.warning("left where it is in %s, as no run wrote it: %s", self.run_dir, names)
+        if found.units:
+            set_aside(self.run_dir, found)
+
+    def _adopt(self) -> None:
+        """Take down a run of a version that kept no record, which is being resumed."""
+        for checkpoint in list_checkpoints(self.run_dir):
+            if manifest.is_whole(checkpoint):
+                names = (*manifest.read(checkpoint), manifest.NAME)
+                folder = checkpoint.relative_to(self.run_dir).as_posix()
+                self.record.add(f"{folder}/{name}" for name in names)
+        self.record.add(self._tensorboard_files())
+
+    def _own_files(self) -> list[str]:
+        names = list(_OWN_FILES)
+        for kind in KINDS:
+            path = metrics_path(Path(), kind)
+            names += [path.name, path.with_suffix(".tmp").name]
+        if self._args.profile_steps is not None:
+            first, last = self._args.profile_steps
+            names += [
+                f"profile/steps_{first}-{step}.rank{rank}.json.gz"
+                for step in range(first, last + 1)
+                for rank in range(self._world.size)
+            ]
+        return names
+
+    def _own_trees(self) -> list[str]:
+        return [] if (self.run_dir / "wandb").exists() else ["wandb"]
+
+    def _tensorboard_files(self) -> set[str]:
+        return {f"tb/{path.name}" for path in (self.run_dir / "tb").glob("events.*")}
+
+    # --- while it trains, and at its end ----------------------------------------------------------
+
+    def earn(self) -> None:
+        """What this run replaces may go: a checkpoint is complete, or the run has come to its end.
+        Called again it does nothing."""
+        if self._world.is_main:
+            try:
+                delete_replaced(self.run_dir)
+            except OSError as error:
+                logger.warning("could not delete the replaced run in %s: %s", self.run_dir, error)
+
+    def set_damaged_apart(self, checkpoints: list[Path]) -> None:
+        """Rename checkpoints that the run does not continue from and will write again."""
+        for path in checkpoints if self._world.is_main else []:
+            new = path.with_name(f"{path.name}.damaged")
+            with self._errors_named():
+                path.rename(new)
+            logger.warning("%s is called %s now; look at it, or delete it", path, new.name)
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._leave()
+
+    def _leave(self) -> None:
+        """Put back what has been replaced, unless the run has earned its place, and let go."""
+        if self._lock.is_held:
+            try:
+                settle(self.run_dir)
+            except OSError as error:
+                logger.error(
+                    "could not put the earlier run back: %s. It is whole in %s/.replaced; the "
+                    "next start tries again.",
+                    error,
+                    self.run_dir,
+                )
+            if not self._had_lock_file and not self.record.exists():
+                (self.run_dir / LOCK_NAME).unlink(missing_ok=True)
+            self._lock.release()
+        for folder in reversed(self._made):
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+        self._made.clear()
+
+    @contextmanager
+    def _errors_named(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"run_dir: cannot write to {self.run_dir}: {error.strerror or error}."
+            ) from error
+
+
+def _inputs(args: TrainArgs, config: Path | None) -> Iterator[tuple[str, Path]]:
+    """What the run reads, by the key that names it."""
+    if config is not None:
+        yield "config", config
+    for key, spec in (
+        ("data.train_data", args.data.train_data),
+        ("data.eval_data", args.data.eval_data if args.do_eval else ""),
+    ):
+        for path, _ in parse_sources(spec, key) if spec else []:
+            yield key, path
+    if args.data.cache_dir:
+        yield "data.cache_dir", Path(args.data.cache_dir)
+    for key, value in vars(args.moshi_paths).items():
+        if isinstance(value, str) and Path(value).exists():
+            yield f"moshi_paths.{key}", Path(value)
+
+
+def _is_in_the_way(name: str) -> bool:
+    """Whether a run would write to, or read, what somebody else has put there."""
+    first, *rest = name.split("/")
+    if first == "checkpoints":
+        # A link in place of the folder, or what would count as a checkpoint.
+        return (
+            not rest or CHECKPOINT_NAME.fullmatch(rest[0].removesuffix(".incomplete")) is not None
+        )
+    own = (*_OWN_FILES, *(metrics_path(Path(), kind).name for kind in KINDS))
+    return first in own or name in ("tb", "profile", "wandb")
+
+
+def _require_same_rule(args: TrainArgs, checkpoint: Path) -> None:
+    """
+    Raises:
+        UserError: by `args`, the checkpoint's TTT parameters would mean something else.
+    """
+    earlier = load_run_config(checkpoint / "args.yaml").ttt
+    changed = list(changed_meaning(earlier, args.ttt)) if earlier.enabled else []
+    if changed and args.ttt.enabled:
+        lines = (
+            f"ttt.{name}: was {there} when the checkpoint was made, and is {here} now; set it to "
+            f"{there}, or start a new run_dir"
+            for name, there, here in changed
+        )
+        raise UserError(list_problems(f"resuming {checkpoint}", lines))

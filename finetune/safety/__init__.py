@@ -1,0 +1,32 @@
+"""What comes in from somebody else, and what goes out: files, paths, secrets, standard streams."""
+
+from finetune.safety.files import (
+    is_recording_name,
+    parse_json,
+    read_json,
+    safetensors_problem,
+    stays_inside,
+    with_nan,
+    without_nan,
+)
+from finetune.safety.outlet import outlets
+from finetune.safety.paths import not_too_long, path_problem, shown
+from finetune.safety.secrets import is_secret, learn_from, learn_from_words, redact
+
+__all__ = [
+    "is_recording_name",
+    "is_secret",
+    "learn_from",
+    "learn_from_words",
+    "not_too_long",
+    "outlets",
+    "parse_json",
+    "path_problem",
+    "read_json",
+    "redact",
+    "safetensors_problem",
+    "shown",
+    "stays_inside",
+    "with_nan",
+    "without_nan",
+]

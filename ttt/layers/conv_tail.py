@@ -1,0 +1,49 @@
+"""What a short causal convolution keeps of a stream: the frames that its next ones look back to."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class ConvTail:
+    """The last frames of each row's stream. Both tensors keep their address."""
+
+    frames: Tensor
+    """[B, kernel - 1, d], in the type of what is convolved."""
+    has_begun: Tensor
+    """[B], whether `frames` holds any; before its first frame a stream holds none."""
+
+    @classmethod
+    def new(cls, batch_size: int, num_frames: int, like: Tensor) -> "ConvTail":
+        """Of rows that have not begun; `like` [..., d] tells width, type and device."""
+        return cls(
+            like.new_zeros(batch_size, num_frames, like.shape[-1]),
+            torch.zeros(batch_size, dtype=torch.bool, device=like.device),
+        )
+
+    @staticmethod
+    def num_bytes(num_frames: int, like: Tensor) -> int:
+        """Bytes of a row's tensors; see `new`."""
+        return num_frames * like.shape[-1] * like.dtype.itemsize + torch.bool.itemsize
+
+    @torch.no_grad()
+    def pass_by(self, x: Tensor, exec_mask: Tensor) -> Tensor:
+        """Take the next frames x [B, T, d] in, in the rows of `exec_mask` [B].
+
+        Returns:
+            [B, kernel - 1, d], the frames before x: the first of x again where there are none.
+        """
+        before = torch.where(self.has_begun[:, None, None], self.frames, x[:, :1])
+        last = torch.cat([before, x], dim=1)[:, -self.frames.shape[1] :]
+        self.frames.copy_(torch.where(exec_mask[:, None, None], last, self.frames))
+        self.has_begun.logical_or_(exec_mask)
+        return before
+
+    @torch.no_grad()
+    def reset(self, reset_mask: Tensor) -> None:
+        """Forget the rows of `reset_mask` [B]."""
+        # Nothing reads these before they are written again; a saved state is the same for all that.
+        self.frames.masked_fill_(reset_mask[:, None, None], 0.0)
+        self.has_begun.masked_fill_(reset_mask, False)
