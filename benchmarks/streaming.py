@@ -31,8 +31,9 @@ SMALL = {"dim": 64, "num_heads": 4, "num_layers": 8, "depformer_dim": 32, "depfo
          "depformer_num_layers": 2, "depformer_dim_feedforward": 128, "context": 100}  # fmt: skip
 FLOAT32 = {"dim": 1024, "num_heads": 8, "num_layers": 12, "depformer_num_layers": 2}
 """What is smaller than in Moshi 7B, where tokens are compared; TTT in layers 5 and 11."""
-STATE_TOLERANCE = 2e-2
-"""Of ‖with graphs − without‖ / ‖without‖: bfloat16 activations, rounded in another order."""
+STATE_TOLERANCE = {"sum": 2e-2, "delta": 5e-2}
+"""Of ‖with graphs − without‖ / ‖without‖, by write rule: bfloat16 activations, rounded in another
+order. `delta` solves a system of equations that is made of them, which enlarges their rounding."""
 
 
 @dataclass
@@ -146,7 +147,7 @@ def check_state(model: TTTLMModel, codes: torch.Tensor) -> float:
     graphed = run_stream(model, codes, graphs=True, force=True).fast_weights
     eager = run_stream(model, codes, graphs=False, force=True).fast_weights
     worst = max(((graphed[i] - eager[i]).norm() / eager[i].norm()).item() for i in eager)
-    if not worst < STATE_TOLERANCE:
+    if not worst < STATE_TOLERANCE[model.ttt_args.write]:
         sys.exit(f"wrong: with CUDA graphs the fast weights differ by {worst:.1e} of their size")
     return worst
 

@@ -225,7 +225,7 @@ class TTTArgs:
                     f"got {self.conv_lookahead}",
                 )
             )
-        elif self.method == "in_place" and self.lag_frames >= max(1, self.chunk_size):
+        elif self.method == "in_place" and self.lag_frames >= self.chunk_size >= 1:
             found.append(
                 (
                     "conv_lookahead",

@@ -35,6 +35,9 @@ IN_PLACE = {
     "relative, hidden, no lookahead": tiny_relative_args(target="hidden", conv_lookahead=0),
     "relative delta": tiny_relative_args(write="delta"),
     "delta, input, decay": tiny_delta_args(target="input", state_decay=0.8),
+    "delta, cut": tiny_relative_args(write="delta", chunk_edge="cut"),
+    "delta, long kernel": tiny_relative_args(write="delta", conv_kernel_size=4, conv_lookahead=2),
+    "carried sum": tiny_args(chunk_edge="carry", max_delta_norm=0.5, state_decay=0.8),
 }
 LINEAR = {
     "linear": tiny_linear_args(),
@@ -263,6 +266,16 @@ def test_a_restarted_stream_remembers_nothing(args):
         first = model.forward_text(codes)[1]
         model.reset_streaming()
         assert torch.equal(model.forward_text(codes)[1], first)
+
+
+@every_method
+@pytest.mark.parametrize("lengths", [1, 4])
+def test_frames_past_the_end_are_streamed_as_they_are_trained(args, lengths):
+    """A recording ends in mid-chunk; what is read after it sees what was written before."""
+    model = tiny_model(args, context=40)
+    codes = random_codes(num_frames=24)
+    codes[1, :, 9:13] = -1
+    assert_same(stream(model, codes, lengths)[0], text_logits(model, codes))
 
 
 @every_method

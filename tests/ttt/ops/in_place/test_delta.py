@@ -144,3 +144,49 @@ def test_what_the_backward_pass_keeps_grows_with_the_length_and_not_its_square(r
             else:
                 ops.in_place_delta(z, v, beta=10.0, chunk_size=4)
     assert sizes_of_kept[1] < 8.1 * sizes_of_kept[0]
+
+
+CHUNK_FRAMES = 8
+
+
+def recalled(fact, again, num_frames=64):
+    """How much of its value a key gives back at frame `again`, and 8 chunks on, after the fact at
+    frame `fact`; the value follows its key, as a target does by default."""
+    generator = torch.Generator().manual_seed(fact * 100 + again)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    z, x = normal(1, num_frames, 2048), normal(1, num_frames, 32)
+    key, value = normal(2048), normal(32)
+    last = num_frames - 1
+    z[0, [fact, again, last]] = key
+    x[0, [fact + 1, again + 1]] = value
+    out = ops.in_place_delta(z, x, beta=10.0, chunk_size=CHUNK_FRAMES, lag=1)[0]
+    return [(out[t] @ value / value.square().sum()).item() for t in (again, last)]
+
+
+def test_a_chunks_edge_is_a_place_like_any_other():
+    """A key at each position of a chunk, again at each position of a later one."""
+    positions = range(CHUNK_FRAMES)
+    then, later = torch.tensor(
+        [[recalled(p, 3 * CHUNK_FRAMES + q) for q in positions] for p in positions]
+    ).unbind(-1)
+    for found in (then, later):
+        assert found.mean() > 0.85
+        assert (found.mean(0) - found.mean()).abs().max() < 0.02
+        assert (found.mean(1) - found.mean()).abs().max() < 0.02
+
+
+def test_what_is_not_written_is_as_if_its_key_were_zero_when_written():
+    """A frame that is no target neither writes nor erases what is known of its key."""
+    z, v, _, _ = random_inputs(7, batch=1, num_frames=24, hidden=16)
+    written = torch.ones(1, 24, dtype=torch.bool)
+    written[0, 13:16] = False
+    options = {"beta": 10.0, "chunk_size": 4}
+    out = ops.in_place_delta(z, v, written=written, **options)
+    other = torch.where(written.unsqueeze(-1), v, 100.0)
+    assert torch.equal(ops.in_place_delta(z, other, written=written, **options), out)
+    everything = ops.in_place_delta(z, v, **options)
+    assert torch.equal(out[:, :16], everything[:, :16])
+    assert not torch.allclose(out[:, 16:], everything[:, 16:])

@@ -155,3 +155,38 @@ def test_bfloat16_is_as_close_as_its_rounding():
     rounded = ops.in_place_ttt(z.bfloat16(), v.bfloat16(), lr=0.1, chunk_size=8)
     assert rounded.dtype == torch.bfloat16
     assert (rounded - exact).norm() / exact.norm() < 0.01
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("what", ["z", "v"])
+def test_a_frame_that_is_not_finite_reaches_no_earlier_one(what, lag):
+    z, v, _, _ = random_inputs(5, batch=1, num_frames=24)
+    z, v = z.detach().clone(), v.detach().clone()
+    (z if what == "z" else v)[0, 13] = float("inf")
+    options = {"lr": 1.0, "chunk_size": 4, "lag": lag}
+    expected = reference.in_place_ttt(z, v, **options)
+    found = ops.in_place_ttt(z, v, **options)
+    assert torch.equal(found.isfinite().all(-1), expected.isfinite().all(-1))
+    finite = expected.isfinite().all(-1)
+    torch.testing.assert_close(found[finite], expected[finite])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    num_frames=st.integers(1, 15),
+    kernel_size=st.integers(1, 4),
+    packed=st.booleans(),
+)
+def test_causal_conv_equals_its_definition(seed, num_frames, kernel_size, packed):
+    _, x, documents, _ = random_inputs(seed, num_frames=num_frames)
+    weight = torch.randn(5, kernel_size, dtype=torch.float64, requires_grad=True)
+    options = {"documents": documents if packed else None}
+    slow, fast = (op.causal_conv(x, weight, **options) for op in (reference, ops))
+    torch.testing.assert_close(fast, slow, rtol=1e-9, atol=1e-9)
+
+
+def test_a_lag_is_shorter_than_a_chunk():
+    z, v, _, _ = random_inputs(0)
+    with pytest.raises(ValueError, match="lag: must lie between 0 and chunk_size - 1 = 3, got 4"):
+        ops.in_place_ttt(z, v, lr=1.0, chunk_size=4, lag=4)
