@@ -20,7 +20,7 @@ check: $(INSTALLED)
 	$(BIN)/mypy
 
 docs: $(INSTALLED)
-	$(BIN)/python -m finetune.config.docs_page > docs/configuration.md
+	$(BIN)/python -c 'from finetune import cli; cli.write_docs()'
 
 install: $(INSTALLED)
 

@@ -139,3 +139,30 @@ def test_what_a_run_may_not_need_is_not_imported_with_the_trainer():
 
 def test_a_configuration_is_read_without_what_is_heavy():
     assert imported("finetune.config, finetune.cli", of=["torch", "moshi", "numpy", "triton"]) == []
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--help"],
+        ["train", "--config", "example/demo.yaml", "--batch_sise=3"],
+        ["train", "--config", "example/nowhere.yaml"],
+        *[[name, "--config", "example/demo.yaml", "--sed=1"] for name in ("plan", "encode")],
+        ["generate", "--checkpoint=x", "--audio=x", "--seed=-1"],
+        ["evaluate", "--checkpoint=x", "--arms=of"],
+        ["recall", "--arms=delta_rule"],
+        ["sweep", "example/curriculum.yaml", "--table=perhaps"],
+        ["demo-data", "x", "--min_sec=1"],
+    ],
+    ids=" ".join,
+)
+def test_help_and_mistakes_come_before_anything_heavy(words):
+    heavy = ["torch", "moshi", "triton", "numpy", "matplotlib", "huggingface_hub"]
+    code = (
+        f"import sys; sys.argv = ['moshi-ttt', *{words!r}]\nfrom finetune.cli import main\n"
+        f"try: main()\nexcept SystemExit as left: status = left.code\n"
+        f"print([m for m in {heavy!r} if m in sys.modules], status)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    status = 0 if words == ["--help"] else 1
+    assert done.stdout.splitlines()[-1] == f"[] {status}", done.stderr

@@ -1,38 +1,43 @@
 """The configuration of test-time training: the `ttt` section of a run's YAML."""
 
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Annotated, Literal
 
-# Of which methods an option is; those that are not named here belong to all.
-_IN_PLACE = (
-    "write",
-    "chunk_size",
-    "learning_rate",
-    "lr_scale",
-    "target",
-    "conv_kernel_size",
-    "conv_lookahead",
-    "chunk_edge",
-    "max_delta_norm",
-    "write_strength",
-    "state_decay",
+from annotated_types import Ge, Gt, Le
+from pydantic import AfterValidator
+
+from ttt.options import (
+    IN_PLACE,
+    INNER_LOOP,
+    LARGEST,
+    Count,
+    Frames,
+    Methods,
+    NonNegative,
+    Positive,
+    marks,
+    out_of_bounds,
 )
-_LINEAR_AND_MLP = (
-    "qk_conv_kernel_size",
-    "num_heads",
-    "mini_batch_size",
-    "base_lr",
-    "use_rope",
-    "rope_theta",
-    "gate_init",
-    "scan_checkpoint_group_size",
-)
+
 MAX_WRITE_STRENGTH = 1e3
 """Upper bound of β. Above it, float32 no longer solves for a chunk's writes where keys are much
 alike (docs/numerics.md)."""
 _DEFAULT_BASE_LR = {"linear": 1.0, "mlp": 10.0}
 _DEFAULT_BASE_LR_WITHOUT_CONV = {"linear": 1.0, "mlp": 0.1}
 _DEFAULT_LEARNING_RATE = {"relative": 3.0, "none": 1e-3}
+
+
+def _open_gate(gate: float) -> float:
+    if gate == 0:
+        raise ValueError(
+            "must be a number other than 0, got 0.0: behind a closed gate the output projection, "
+            "which starts at zero, would never learn"
+        )
+    return gate
+
+
+Gate = Annotated[float, Ge(-LARGEST), Le(LARGEST), AfterValidator(_open_gate)]
+Heads = Annotated[int, Ge(1), Le(10**4)]
 
 
 @dataclass
@@ -46,94 +51,94 @@ class TTTArgs:
     """`in_place`: the output projection of the gated MLP is the fast weight. `linear`, `mlp`: new
     layers between attention and MLP, whose heads hold a linear map or a small MLP that learns."""
 
-    start_layer: int = 5
+    start_layer: Annotated[int, Ge(0), Le(10**4)] = 5
     """The first layer with TTT, counted from 0."""
 
-    layer_frequency: int = 6
+    layer_frequency: Count = 6
     """Layers `start_layer + k * layer_frequency` have TTT; Moshi 7B: 5, 11, 17, 23, 29."""
 
-    write: Literal["sum", "delta"] = "delta"
+    write: Annotated[Literal["sum", "delta"], IN_PLACE] = "delta"
     """What a chunk writes. `delta`: what the fast weights do not know yet, by regularised least
     squares; it stays bounded on long streams. `sum`, the published rule: the sum of outer products
     of targets and MLP activations."""
 
-    chunk_size: int = 256
+    chunk_size: Annotated[Frames, IN_PLACE] = 256
     """Frames between two updates of the fast weights; 256 frames are 20.5 s."""
 
-    lr_scale: Literal["none", "relative"] = "relative"
+    lr_scale: Annotated[Literal["none", "relative"], IN_PLACE] = "relative"
     """What the size of an update is relative to. `relative`: to nothing but the learned gate, as
     targets and activations are normalised where they are written. `none`: the published form, whose
     updates are as large as the norms of activations and embeddings make them."""
 
-    learning_rate: float | None = None
+    learning_rate: Annotated[NonNegative | None, IN_PLACE] = None
     """Inner learning rate η, the step size of an update, for `write: sum`; null: 3 with `lr_scale:
     relative`, and 1e-3 with `none`, where a good one depends on the model: watch `ttt/*/effect` in
     the metrics, not this number."""
 
-    write_strength: float = 10.0
+    write_strength: Annotated[float, Gt(0), Le(MAX_WRITE_STRENGTH), IN_PLACE] = 10.0
     """How nearly a chunk's targets are met, for `write: delta`: the initial β, which every layer
     then learns. It has no unit, and is at most 1000."""
 
-    state_decay: float = 1.0
+    state_decay: Annotated[float, Gt(0), Le(1), IN_PLACE] = 1.0
     """How much of the fast weights' change outlives each chunk: γ, above 0; 1: all of it."""
 
-    target: Literal["text", "input", "hidden"] = "text"
+    target: Annotated[Literal["text", "input", "hidden"], IN_PLACE] = "text"
     """What is written: a function of the text embedding (`text`), of the sum of all streams'
     embeddings (`input`), or of the MLP's own normalised input (`hidden`)."""
 
-    conv_kernel_size: int = 2
+    conv_kernel_size: Annotated[int, Ge(1), Le(4096), IN_PLACE] = 2
     """Frames that one target is made of."""
 
-    conv_lookahead: int | None = None
+    conv_lookahead: Annotated[int | None, IN_PLACE] = None
     """How many of these frames lie ahead; null: `conv_kernel_size - 1`. Looking ahead leaks
     nothing, because a chunk is written only once it has ended."""
 
-    chunk_edge: Literal["carry", "cut"] | None = None
+    chunk_edge: Annotated[Literal["carry", "cut"] | None, IN_PLACE] = None
     """What becomes of the last `conv_lookahead` frames of a chunk, whose targets lie partly in the
     next one. `carry`: the next chunk writes them, when their targets are complete. `cut`: they are
     written with zeros beyond the chunk for a target, as published; with `write: delta` that erases
     what is known of them. null: `carry`, and `cut` for the published form (`write: sum` with
     `lr_scale: none`)."""
 
-    max_delta_norm: float | None = None
+    max_delta_norm: Annotated[Positive | None, IN_PLACE] = None
     """Upper bound τ on the Frobenius norm of one chunk's update, before η, for `write: sum`;
     null: no bound."""
 
-    qk_conv_kernel_size: int = 4
+    qk_conv_kernel_size: Annotated[int, Ge(1), Le(4096), INNER_LOOP] = 4
     """Frames that a query and a key of `linear` and `mlp` are made of, each by a convolution of its
     own over one shared projection: so a key can be what came before its value. 1: no convolution,
     and a projection each for queries and keys; that form did not learn to recall."""
 
-    num_heads: int | None = None
+    num_heads: Annotated[Heads | None, INNER_LOOP] = None
     """Heads of `linear` and `mlp`, each with fast weights as wide and high as a head; null: as many
     as attention has. Fewer and wider ones remember more."""
 
-    mini_batch_size: int = 16
+    mini_batch_size: Annotated[int, Ge(2), Le(10**6), INNER_LOOP] = 16
     """Frames between two updates of the fast weights (`linear`, `mlp`)."""
 
-    base_lr: float | None = None
+    base_lr: Annotated[NonNegative | None, INNER_LOOP] = None
     """Inner learning rate, which the model scales frame by frame (`linear`, `mlp`); null: 1.0 for
     `linear`; 10 for `mlp`, and 0.1 with `qk_conv_kernel_size: 1`."""
 
-    use_rope: bool = False
+    use_rope: Annotated[bool, INNER_LOOP] = False
     """Turn the keys and queries of `linear` and `mlp` by their position in the mini-batch."""
 
-    rope_theta: float = 10_000.0
+    rope_theta: Annotated[float, Gt(1), Le(LARGEST), INNER_LOOP] = 10_000.0
     """How slowly the slowest pair of channels turns, with `use_rope`."""
 
-    gate_init: float = 1.0
+    gate_init: Annotated[Gate, INNER_LOOP] = 1.0
     """α at the start: the layers of `linear` and `mlp` are added with a weight of tanh(α). They add
     nothing yet, whatever it is, as their output projection starts at zero; the smaller it is, the
     slower that one gets to have an effect."""
 
-    scan_checkpoint_group_size: int | None = None
+    scan_checkpoint_group_size: Annotated[Count | None, INNER_LOOP] = None
     """Mini-batches that `linear` and `mlp` keep together for the backward pass: less memory for
     small groups, as only the fast weights are kept between them, and one pass forwards more. null:
     all of them with `gradient_checkpointing: true`, where one layer at a time keeps anything, if a
     kernel does the scan (on CUDA, for powers of two; see [mathematics.md](mathematics.md)); else
     16."""
 
-    attention_context: int | None = None
+    attention_context: Frames | None = None
     """Frames that attention sees in the TTT layers; null: as many as in the others. With
     `enabled: false` it still counts in these layers, so that a control run differs in TTT alone."""
 
@@ -197,23 +202,8 @@ class TTTArgs:
 
     def problems(self) -> list[tuple[str, str]]:
         """What is wrong with these values: pairs of field name and problem with its remedy."""
-        found = [
-            (name, f"must be at least {low}, got {getattr(self, name)}")
-            for name, low in (
-                ("start_layer", 0),
-                ("layer_frequency", 1),
-                ("chunk_size", 1),
-                ("conv_kernel_size", 1),
-                ("qk_conv_kernel_size", 1),
-                ("num_heads", 1),
-                ("mini_batch_size", 2),
-                ("scan_checkpoint_group_size", 1),
-            )
-            if getattr(self, name) is not None and getattr(self, name) < low
-        ]
-        if not 0 <= self.inner_learning_rate < float("inf"):
-            found.append(("learning_rate", f"must be 0 or more, got {self.learning_rate}"))
-        elif (
+        found = [*out_of_bounds(self)]
+        if (
             self.enabled
             and self.has_fixed_step
             and self.lr_scale == "relative"
@@ -225,23 +215,6 @@ class TTTArgs:
                     f"is {self.learning_rate:g}, and with lr_scale: relative a hundredth of the "
                     "default, 3, does next to nothing. Leave it out, or set lr_scale: none for the "
                     "published form, which such numbers are for",
-                )
-            )
-        if not 0 < self.write_strength <= MAX_WRITE_STRENGTH:
-            found.append(
-                (
-                    "write_strength",
-                    f"must be above 0 and at most {MAX_WRITE_STRENGTH:g}, "
-                    f"got {self.write_strength}",
-                )
-            )
-        if not 0 < self.state_decay <= 1:
-            found.append(("state_decay", f"must be above 0 and at most 1, got {self.state_decay}"))
-        if self.max_delta_norm is not None and not self.max_delta_norm > 0:
-            found.append(
-                (
-                    "max_delta_norm",
-                    f"must be positive, or null for no bound; got {self.max_delta_norm}",
                 )
             )
         if self.conv_kernel_size >= 1 and not 0 <= self.lookahead_frames < self.conv_kernel_size:
@@ -260,35 +233,15 @@ class TTTArgs:
                     f"{self.chunk_size} with chunk_edge: carry",
                 )
             )
-        if self.attention_context is not None and self.attention_context < 1:
-            found.append(("attention_context", f"must be at least 1, got {self.attention_context}"))
-        return found + self._linear_problems() + self.misplaced()
-
-    def _linear_problems(self) -> list[tuple[str, str]]:
-        found = []
-        if self.base_lr is not None and not 0 <= self.base_lr < float("inf"):
-            found.append(("base_lr", f"must be 0 or more, or null; got {self.base_lr}"))
-        if not 1 < self.rope_theta < float("inf"):
-            found.append(("rope_theta", f"must be more than 1, got {self.rope_theta}"))
-        if self.gate_init == 0 or not abs(self.gate_init) < float("inf"):
-            found.append(
-                (
-                    "gate_init",
-                    f"must be a number other than 0, got {self.gate_init}: behind a closed gate "
-                    "the output projection, which starts at zero, would never learn",
-                )
-            )
-        return found
+        return [*found, *self.misplaced()]
 
     def misplaced(self) -> list[tuple[str, str]]:
         """Options that were changed and that nothing would read: as `problems`."""
-        others = _LINEAR_AND_MLP if self.method == "in_place" else _IN_PLACE
-        owner = "linear and mlp" if self.method == "in_place" else "in_place"
         changed = {f.name for f in fields(self) if getattr(self, f.name) != f.default}
         found = [
             (name, f"is an option of method {owner}, and ttt.method is {self.method}; remove it")
-            for name in others
-            if name in changed
+            for name, owner in marks(type(self), Methods).items()
+            if name in changed and self.method not in owner.names
         ]
         for rule, name in (
             ("sum", "learning_rate"),

@@ -1,4 +1,4 @@
-"""What a run can be told: its options, how they are read and checked, and their page in docs."""
+"""What a run can be told: its options, how they are read and checked, and their pages in docs."""
 
 from finetune.config.args import (
     LoraArgs,
@@ -6,24 +6,18 @@ from finetune.config.args import (
     ModelPaths,
     OptimArgs,
     ParallelArgs,
+    Seed,
+    Size,
     TrainArgs,
     WandbArgs,
 )
-from finetune.config.checks import Problem, changed_meaning
+from finetune.config.checks import changed_meaning
 from finetune.config.data_args import DataArgs
-from finetune.config.option_values import (
-    choices,
-    flag,
-    items,
-    number,
-    one_of,
-    refuse,
-    require,
-    whole_number,
-    whole_numbers,
-)
+from finetune.config.docs_page import help_page, pages
+from finetune.config.fields import Problem, keys_that
+from finetune.config.marks import HARMLESS, POSITIONAL, Prefix
+from finetune.config.options import read_options
 from finetune.config.read import (
-    NULLS,
     changed_keys,
     check_config,
     flatten,
@@ -34,35 +28,40 @@ from finetune.config.read import (
     read_yaml,
     save_config,
 )
+from finetune.config.values import NULLS, FilePath, PathsText, PathText, parse
 
 __all__ = [
+    "HARMLESS",
     "NULLS",
+    "POSITIONAL",
     "DataArgs",
+    "FilePath",
     "LoraArgs",
     "ModelArgs",
     "ModelPaths",
     "OptimArgs",
     "ParallelArgs",
+    "PathText",
+    "PathsText",
+    "Prefix",
     "Problem",
+    "Seed",
+    "Size",
     "TrainArgs",
     "WandbArgs",
     "changed_keys",
     "changed_meaning",
     "check_config",
-    "choices",
-    "flag",
     "flatten",
-    "items",
+    "help_page",
+    "keys_that",
     "list_problems",
     "load_config",
     "load_run_config",
-    "number",
-    "one_of",
+    "pages",
+    "parse",
     "public_dict",
+    "read_options",
     "read_yaml",
-    "refuse",
-    "require",
     "save_config",
-    "whole_number",
-    "whole_numbers",
 ]

@@ -6,40 +6,48 @@ The string below a field is its documentation: `docs/configuration.md` is made f
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt, Le, Lt
 
 from finetune.config.data_args import DataArgs
+from finetune.config.marks import HARMLESS, START
+from finetune.config.values import PathText
 from ttt.config import TTTArgs
+from ttt.options import LARGEST, Count, Frames, NonNegative, Positive
+
+Size = Annotated[int, Ge(1), Le(2**16)]
+Seed = Annotated[int, Ge(0), Lt(2**63)]
 
 
 @dataclass
 class ModelPaths:
     """Where the weights come from."""
 
-    hf_repo_id: str | None = "kyutai/moshiko-pytorch-bf16"
+    hf_repo_id: PathText | None = "kyutai/moshiko-pytorch-bf16"
     """A Hugging Face model repository, or a local folder of the same layout."""
 
-    mimi_path: str | None = None
+    mimi_path: PathText | None = None
     """File of Mimi's weights; null: the one in `hf_repo_id`."""
 
-    moshi_path: str | None = None
+    moshi_path: PathText | None = None
     """File of the language model's weights; null: the one in `hf_repo_id`."""
 
-    tokenizer_path: str | None = None
+    tokenizer_path: PathText | None = None
     """File of the SentencePiece text tokenizer; null: the one in `hf_repo_id`."""
 
-    config_path: str | None = None
+    config_path: PathText | None = None
     """JSON file with the language model's shape; null: the one in `hf_repo_id`, or Moshi 7B's
     where there is none."""
 
-    mimi_config_path: str | None = None
+    mimi_config_path: PathText | None = None
     """JSON file with Mimi's shape; null: the one in `hf_repo_id`, or that of Moshi's own Mimi
     where there is none."""
 
     random_init: bool = False
     """Start the language model from random weights: for demonstrations and benchmarks."""
 
-    init_from: str | None = None
+    init_from: PathText | None = None
     """A checkpoint of an earlier run, `RUN/checkpoints/checkpoint_NNNNNN`, whose trained weights
     (base, LoRA, TTT) this run starts from, in place of `moshi_path` or random weights. Optimizer,
     schedule, step and data start anew; TTT that the earlier run had not is added untrained."""
@@ -49,7 +57,7 @@ class ModelPaths:
 class ModelArgs:
     """Changes to the model's shape; all but the window need `moshi_paths.random_init`."""
 
-    attention_context: int | None = None
+    attention_context: Frames | None = None
     """Frames that attention sees, in all layers but those for which `ttt.attention_context` says
     otherwise; null: as the checkpoint has it (3000 in Moshi)."""
 
@@ -86,17 +94,17 @@ class ModelArgs:
 class OptimArgs:
     """AdamW and its one-cycle schedule."""
 
-    lr: float = 1e-4
+    lr: NonNegative = 1e-4
     """Highest learning rate of everything that trains except the TTT parameters."""
 
-    ttt_lr: float = 3e-4
+    ttt_lr: NonNegative = 3e-4
     """Highest learning rate of the TTT parameters. Not `ttt.learning_rate`, the step size of the
     fast weights."""
 
-    weight_decay: float = 0.1
+    weight_decay: NonNegative = 0.1
     """Weight decay."""
 
-    pct_start: float = 0.05
+    pct_start: Annotated[float, Gt(0), Lt(1)] = 0.05
     """Share of `max_steps` over which the learning rates rise, between 0 and 1."""
 
 
@@ -107,10 +115,10 @@ class LoraArgs:
     enable: bool = False
     """Whether to train LoRA adapters."""
 
-    rank: int = 64
+    rank: Annotated[int, Ge(0), Le(2**16)] = 64
     """Rank of the adapters."""
 
-    scaling: float = 2.0
+    scaling: Annotated[float, Ge(-LARGEST), Le(LARGEST)] = 2.0
     """Factor on the adapters' output."""
 
     ft_embed: bool = False
@@ -121,13 +129,13 @@ class LoraArgs:
 class ParallelArgs:
     """Several processes, on one host or many; see [distributed.md](distributed.md)."""
 
-    shard_size: int | Literal["auto"] = "auto"
+    shard_size: Count | Literal["auto"] = "auto"
     """Processes that share one copy of the model: each holds a part of all weights, gradients and
     optimizer states (FSDP2). 1: every process holds all of it, and they exchange gradients alone.
     It must divide the number of processes: 8 on 16 makes two copies. `auto`: all processes if all
     weights train, else 1."""
 
-    hang_timeout_sec: float = 600.0
+    hang_timeout_sec: Annotated[float, Gt(0), Le(1e7)] = 600.0
     """Seconds after which a process that has not moved on ends the run, with a message that names
     it and the place where it stands."""
 
@@ -157,7 +165,7 @@ class TrainArgs:
     data: DataArgs
     """What to train and evaluate on: stereo audio and transcripts, see [data.md](data.md)."""
 
-    run_dir: str
+    run_dir: Annotated[PathText, START]
     """Folder for everything the run writes. It must be new or empty, unless `resume` or
     `overwrite_run_dir` say otherwise."""
 
@@ -177,25 +185,25 @@ class TrainArgs:
     ttt: TTTArgs = field(default_factory=TTTArgs)
     """Test-time training: layers whose weights keep learning while the model reads."""
 
-    first_codebook_weight_multiplier: float = 1.0
+    first_codebook_weight_multiplier: NonNegative = 1.0
     """Weight in the loss of the first (semantic) codebook of the audio; the others have 1."""
 
-    text_padding_weight: float = 0.5
+    text_padding_weight: NonNegative = 0.5
     """Weight in the loss of text padding and end-of-padding; words have 1."""
 
-    duration_sec: float = 10.0
+    duration_sec: Annotated[float, Ge(0.08), Le(86_400)] = 10.0
     """Length of a training sequence, in seconds (12.5 frames each)."""
 
-    batch_size: int = 1
+    batch_size: Size = 1
     """Sequences per device and forward pass."""
 
-    num_microbatches: int = 1
+    num_microbatches: Size = 1
     """Forward passes whose gradients are accumulated into one step."""
 
-    max_steps: int = 100
+    max_steps: Count = 100
     """Optimizer steps to train for."""
 
-    max_norm: float = 1.0
+    max_norm: Positive = 1.0
     """Upper bound on the norm of the gradient; a larger gradient is scaled down to it."""
 
     gradient_checkpointing: bool | Literal["selective"] = True
@@ -218,10 +226,10 @@ class TrainArgs:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; `auto`: on the GPU if there is one."""
 
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the data order and of new parameters."""
 
-    log_freq: int = 1
+    log_freq: Annotated[Count, HARMLESS] = 1
     """Steps between two logged lines of training metrics."""
 
     profile_steps: list[int] | None = None
@@ -232,11 +240,11 @@ class TrainArgs:
     do_eval: bool = False
     """Whether to evaluate on `data.eval_data`."""
 
-    eval_freq: int = 0
+    eval_freq: Annotated[int, Ge(-(10**9)), Le(10**9)] = 0
     """Steps between two evaluations, if `do_eval`; below 1: only after the last step. There is one
     before the first step as well."""
 
-    health_sec: float = 6.0
+    health_sec: Annotated[float, Ge(0), Le(3600)] = 6.0
     """At every evaluation the model continues two of its segments for this long, and the log warns
     if what it says is no longer like speech; 0: do not. It takes a `duration_sec` of 3 s or more,
     and a model that is not sharded. See [evaluation.md](evaluation.md)."""
@@ -244,33 +252,33 @@ class TrainArgs:
     do_ckpt: bool = True
     """Whether to write checkpoints."""
 
-    ckpt_freq: int = 0
+    ckpt_freq: Annotated[int, Ge(-(10**9)), Le(10**9), HARMLESS] = 0
     """Steps between two checkpoints, if `do_ckpt`; below 1: only after the last step."""
 
     ckpt_async: bool = True
     """Whether training goes on while a checkpoint is written, from a copy of it in the host's
     memory. `false` needs no such copy."""
 
-    num_ckpt_keep: int | None = 3
+    num_ckpt_keep: Annotated[Count | None, HARMLESS] = 3
     """How many of the latest checkpoints to keep, besides the best; null: all."""
 
     save_adapters: bool = True
     """With LoRA: write the adapters alone. False: merge them into the weights and write those."""
 
-    resume: bool | Literal["auto"] = False
+    resume: Annotated[bool | Literal["auto"], START] = False
     """Continue from the latest checkpoint in `run_dir`. `true`: there must be one; `auto`: if there
     is one, else start anew."""
 
-    overwrite_run_dir: bool = False
+    overwrite_run_dir: Annotated[bool, START] = False
     """Replace the run that `run_dir` holds. What that run wrote is deleted when the new one has
     written its first checkpoint, or has come to its end; files of your own stay."""
 
-    max_nonfinite_steps: int = 10
+    max_nonfinite_steps: Count = 10
     """Steps in a row with a loss or gradient that is not finite (each is skipped) after which the
     run stops with an explanation."""
 
     parallel: ParallelArgs = field(default_factory=ParallelArgs)
     """Several processes: what they share, and how long they wait for each other."""
 
-    wandb: WandbArgs = field(default_factory=WandbArgs)
+    wandb: Annotated[WandbArgs, HARMLESS] = field(default_factory=WandbArgs)
     """Logging to Weights & Biases."""

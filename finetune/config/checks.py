@@ -1,23 +1,18 @@
 """What is wrong with a configuration whose values are all of the right type."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
-from operator import attrgetter
+from collections.abc import Iterator
 
 from finetune.config.args import TrainArgs
-from finetune.config.path_values import path_problems
+from finetune.config.fields import Problem
 from ttt.config import TTTArgs
-
-# What is wrong, by dotted key ("optim.lr", or "full_finetuning, lora.enable"), with its remedy.
-Problem = tuple[str, str]
 
 
 def cross_checks(args: TrainArgs) -> Iterator[Problem]:
-    """Values out of range, and values that contradict each other."""
-    yield from path_problems(args)
+    """Yield values that contradict each other."""
     yield from _check_what_trains(args)
     yield from args.model.problems(args.moshi_paths.random_init, args.ttt)
-    yield from _check_ranges(args)
+    yield from _check_lora(args)
     yield from _check_profile(args)
     yield from _check_paths(args)
     yield from _check_run(args)
@@ -37,44 +32,11 @@ def _check_what_trains(args: TrainArgs) -> Iterator[Problem]:
         )
 
 
-def _at_least(low: float) -> tuple[str, Callable[[float], bool]]:
-    return f"{low} or more", lambda value: value >= low
-
-
-_POSITIVE: tuple[str, Callable[[float], bool]] = ("more than 0", lambda value: value > 0)
-_RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
-    "batch_size": _at_least(1),
-    "model.attention_context": _at_least(1),
-    "num_microbatches": _at_least(1),
-    "max_steps": _at_least(1),
-    "log_freq": _at_least(1),
-    "num_ckpt_keep": _at_least(1),
-    "max_nonfinite_steps": _at_least(1),
-    "duration_sec": _POSITIVE,
-    "max_norm": _POSITIVE,
-    "seed": _at_least(0),
-    "first_codebook_weight_multiplier": _at_least(0),
-    "text_padding_weight": _at_least(0),
-    "health_sec": _at_least(0),
-    "optim.lr": _at_least(0),
-    "optim.ttt_lr": _at_least(0),
-    "optim.weight_decay": _at_least(0),
-    "optim.pct_start": ("more than 0 and less than 1", lambda value: 0 < value < 1),
-    "data.num_workers": _at_least(0),
-    "parallel.hang_timeout_sec": _POSITIVE,
-    "data.prefetch_steps": _at_least(0),
-}
-_LORA_RANGES = {"lora.rank": _at_least(1), "lora.scaling": _POSITIVE}
-
-
-def _check_ranges(args: TrainArgs) -> Iterator[Problem]:
-    for key, (allowed, holds) in (_RANGES | (_LORA_RANGES if args.lora.enable else {})).items():
-        value = attrgetter(key)(args)
-        if value is not None and not holds(value):
-            yield key, f"must be {allowed}, got {value}"
-    size = args.parallel.shard_size
-    if size != "auto" and size < 1:
-        yield "parallel.shard_size", f"must be auto, or 1 or more, got {size}"
+def _check_lora(args: TrainArgs) -> Iterator[Problem]:
+    if args.lora.enable and args.lora.rank < 1:
+        yield "lora.rank", f"must be 1 or more, got {args.lora.rank}"
+    if args.lora.enable and args.lora.scaling <= 0:
+        yield "lora.scaling", f"must be more than 0, got {args.lora.scaling}"
 
 
 def _check_profile(args: TrainArgs) -> Iterator[Problem]:

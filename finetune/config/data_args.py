@@ -1,16 +1,21 @@
 """The `data` section of the configuration."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Le
+
+from finetune.config.marks import HARMLESS
+from finetune.config.values import PathsText, PathText
 
 
 @dataclass
 class DataArgs:
-    train_data: str = ""
+    train_data: PathsText = ""
     """Training data: `path[:weight],…`, each path a `.jsonl` file or a folder of them. Batches mix
     the sources in proportion to the weights (default 1)."""
 
-    eval_data: str = ""
+    eval_data: PathsText = ""
     """Evaluation data, written like `train_data`. Every evaluation reads all of it once; weights
     play no part."""
 
@@ -22,15 +27,15 @@ class DataArgs:
     """What a broken line, recording or transcript does: `raise` stops the run and names them all,
     `skip` leaves them out, warns and counts."""
 
-    num_workers: int = 2
+    num_workers: Annotated[int, Ge(0), Le(1024), HARMLESS] = 2
     """Background processes per rank that decode audio; 0 decodes in the training process."""
 
-    prefetch_steps: int | None = None
+    prefetch_steps: Annotated[int, Ge(0), Le(10_000)] | None = None
     """Steps whose batches are made ahead, in a thread of their own; 0 makes each when it is needed.
     null: 2 on a GPU, and 0 on a CPU, where the thread would only take the step's cores. Changes no
     number."""
 
-    cache_dir: str | None = None
+    cache_dir: PathText | None = None
     """Folder that keeps the codes of all segments for good, so that Mimi encodes each only once;
     null: they are kept in memory alone. Many runs and processes may share it, see
     [data.md](data.md)."""

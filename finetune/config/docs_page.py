@@ -1,16 +1,19 @@
-"""Makes docs/configuration.md from the dataclasses: `python -m finetune.config.docs_page`."""
+"""Pages made from the dataclasses: the configuration's, its JSON schema, and help of commands."""
 
-import ast
-import dataclasses
-import inspect
-import sys
+import json
 import textwrap
-from collections.abc import Iterator
-from typing import Any, get_type_hints
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+from pydantic import TypeAdapter
 
 from finetune.config.args import TrainArgs
+from finetune.config.fields import Field, all_fields, field_docs, fields_of
+from finetune.config.values import members
 
-COMMAND = "python -m finetune.config.docs_page > docs/configuration.md"
+COMMAND = "make docs"
 
 _INTRO = f"""\
 <!-- Generated from the dataclasses in finetune/config/args.py, finetune/config/data_args.py and
@@ -38,62 +41,134 @@ reported together, each by its dotted name and with a remedy.
 
 
 def configuration_page() -> str:
-    """The text of docs/configuration.md."""
+    """Return the text of docs/configuration.md."""
     return "\n".join([_INTRO, "## Top level", "", *_section(TrainArgs)])
 
 
-def field_docs(cls: type) -> dict[str, str]:
-    """The string literal below each field of a dataclass, as one line."""
-    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
-    assert isinstance(definition, ast.ClassDef)
-    docs = {}
-    for statement, following in zip(definition.body, definition.body[1:], strict=False):
-        match statement, following:
-            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(ast.Constant(str(text))):
-                docs[name] = " ".join(text.split())
-    return docs
-
-
-def _section(cls: Any) -> Iterator[str]:
-    """The table of one section, then the sections inside it."""
-    types, docs = get_type_hints(cls), field_docs(cls)
+def _section(cls: type, prefix: str = "") -> Iterator[str]:
+    """Yield the table of one section, then the sections inside it."""
     yield "| key | type | default | meaning |"
     yield "| --- | --- | --- | --- |"
-    for field in dataclasses.fields(cls):
-        text = docs[field.name].replace("|", "\\|")
-        if dataclasses.is_dataclass(types[field.name]):
+    fields = fields_of(cls, prefix)
+    for field in fields:
+        text = field.doc.replace("|", "\\|")
+        if field.section:
             yield f"| `{field.name}` | section | see [below](#{field.name}) | {text} |"
         else:
-            kind = _type_name(types[field.name]).replace("|", "\\|")
+            kind = type_name(field.kind).replace("|", "\\|")
             yield f"| `{field.name}` | {kind} | {_default(field)} | {text} |"
     yield ""
-    for field in dataclasses.fields(cls):
-        if dataclasses.is_dataclass(types[field.name]):
-            yield from [f"## `{field.name}`", "", docs[field.name], ""]
-            yield from _section(types[field.name])
+    for field in fields:
+        if field.section:
+            yield from [f"## `{field.name}`", "", field.doc, ""]
+            yield from _section(field.section, field.prefix)
 
 
-def _type_name(kind: Any) -> str:
-    if kind == list[int]:
-        return "list of whole numbers"
-    if isinstance(kind, type):
-        names = {bool: "true, false", int: "whole number", float: "number", str: "text"}
-        return names.get(kind, "null")
-    options = kind.__args__
-    return ", ".join(
-        f"`{option}`" if isinstance(option, str) else _type_name(option) for option in options
-    )
+def type_name(kind: Any) -> str:
+    """Return what a value may be, for a table."""
+    names = {bool: "true, false", int: "whole number", float: "number", str: "text", Path: "path"}
+    found = []
+    for each in members(kind):
+        if get_origin(each) is list:
+            found.append("list of whole numbers")
+        elif get_origin(each) is tuple:
+            found.append(f"some of {type_name(get_args(each)[0])}, with commas between them")
+        elif get_args(each):
+            found += [f"`{word}`" for word in get_args(each)]
+        else:
+            found.append(names.get(each, "null"))
+    return ", ".join(found)
 
 
-def _default(field: dataclasses.Field[Any]) -> str:
-    if field.default is dataclasses.MISSING:
+def _default(field: Field) -> str:
+    if field.default is MISSING:
         return "required"
-    if isinstance(field.default, str):
-        return f"`{field.default}`" if field.default else "empty"
-    if field.default is None:
-        return "null"
-    return str(field.default).lower()
+    if isinstance(field.default, tuple):
+        return f"`{','.join(map(str, field.default))}`"
+    if isinstance(field.default, str | Path):
+        return f"`{field.default}`" if str(field.default) else "empty"
+    return "null" if field.default is None else str(field.default).lower()
 
 
-if __name__ == "__main__":
-    sys.stdout.write(configuration_page())
+def configuration_schema() -> str:
+    """Return the text of docs/config.schema.json, from which editors complete and check keys."""
+    schema = TypeAdapter(TrainArgs).json_schema()
+    sections = {
+        each.section.__name__: each.section for each in all_fields(TrainArgs) if each.section
+    }
+    for name, part in [("TrainArgs", schema), *schema["$defs"].items()]:
+        docs = field_docs(sections.get(name, TrainArgs))
+        part["additionalProperties"] = False
+        part["patternProperties"] = {r"\.": {}}  # dotted names, in which any key may be given
+        for key, value in part["properties"].items():
+            value["description"] = docs[key]
+            if "$ref" in value:
+                value["anyOf"] = [{"$ref": value.pop("$ref")}, {"type": "null"}]
+    return json.dumps(schema, indent=1) + "\n"
+
+
+# --- commands -------------------------------------------------------------------------------------
+
+_COMMANDS_INTRO = f"""\
+<!-- Generated from the dataclasses of the commands' options. Do not edit: change the text there,
+then run `{COMMAND}` -->
+
+# Commands
+
+`moshi-ttt COMMAND --OPTION=VALUE ...`; `train.py` is `moshi-ttt train`. Options are read as a
+configuration's keys are, and every mistake in them is named before anything is loaded. Where
+"KEY" is written, all keys of [configuration.md](configuration.md) are options too, by their dotted
+names.
+"""
+
+
+def commands_page(commands: Mapping[str, Callable[..., Any]]) -> str:
+    """Return the text of docs/commands.md."""
+    lines = [_COMMANDS_INTRO]
+    for name, command in commands.items():
+        lines += [f"## {name}", "", _text(command), "", *_usage(name, command), ""]
+        lines += ["| option | type | default | meaning |", "| --- | --- | --- | --- |"]
+        lines += [
+            f"| `--{field.key}` | {type_name(field.kind)} | {_default(field)} | {field.doc} |"
+            for field in _options(command)
+        ]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def help_page(name: str, command: Callable[..., Any]) -> str:
+    """Return what `moshi-ttt NAME --help` shows."""
+    lines = [*_usage(name, command), "", _text(command), ""]
+    for field in _options(command):
+        lines.append(f"  --{field.key}   ({_default(field).strip('`')})")
+        lines += textwrap.wrap(
+            f"{field.doc} [{type_name(field.kind)}]",
+            96,
+            initial_indent=" " * 6,
+            subsequent_indent=" " * 6,
+        )
+    return "\n".join(lines)
+
+
+def _text(command: Callable[..., Any]) -> str:
+    return textwrap.dedent(f"    {command.__doc__}").strip()
+
+
+def _options(command: Any) -> list[Field]:
+    return [field for field in all_fields(command.options) if not field.section]
+
+
+def _usage(name: str, command: Any) -> list[str]:
+    required = "".join(f" --{f.key}=..." for f in _options(command) if f.is_required)
+    keys = " [--KEY=VALUE ...]" if command.with_overrides else ""
+    program = name if name.endswith(".py") else f"moshi-ttt {name}"
+    return [f"    {program}{required} [--OPTION=VALUE ...]{keys}"]
+
+
+def pages(commands: Mapping[str, Callable[..., Any]]) -> dict[str, str]:
+    """Return the generated files of `docs/` by name."""
+    return {
+        "configuration.md": configuration_page(),
+        "commands.md": commands_page(commands),
+        "config.schema.json": configuration_schema(),
+    }

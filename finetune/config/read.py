@@ -3,31 +3,23 @@
 import dataclasses
 import difflib
 import logging
-import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 import yaml
 
 from finetune.config.args import TrainArgs
-from finetune.config.checks import Problem, cross_checks
+from finetune.config.checks import cross_checks
+from finetune.config.fields import Problem, fill, keys_that, suggestion
+from finetune.config.marks import START
+from finetune.config.values import NULLS, valid_path
 from finetune.errors import UserError
 from finetune.safety import learn_from
 from ttt.config import TTTArgs
+from ttt.options import abbreviated
 
 logger = logging.getLogger(__name__)
-
-NULLS = ("", "~", "null", "Null", "NULL", "None")
-_BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-_NAMES = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "text",
-    NoneType: "null",
-}
 
 
 def load_config(path: str | Path, overrides: Mapping[str, object] | None = None) -> TrainArgs:
@@ -126,17 +118,17 @@ def _check(
     learn_from(from_command_line)
     emptied = tuple(f"{key}." for key, text in from_command_line.items() if text in NULLS)
     written = {key: text for key, text in written.items() if not key.startswith(emptied)}
-    args, problems = _parse_all(TrainArgs, written | from_command_line)
+    args, problems = fill(TrainArgs, written | from_command_line)
     if from_command_line.keys() & {"ttt.method", "ttt.write"}:
         # The file is for another method: its options for that one do not stand in the way.
         foreign = {f"ttt.{name}" for name, _ in args.ttt.misplaced()} - from_command_line.keys()
         for key in sorted(foreign & written.keys()):
             logger.warning("%s of %s is left out: it is not for this method", key, path)
         written = {key: text for key, text in written.items() if key not in foreign}
-        args, problems = _parse_all(TrainArgs, written | from_command_line)
+        args, problems = fill(TrainArgs, written | from_command_line)
 
     # A default stands where a value was rejected: what follows from it alone is not the user's.
-    settled = {key for key, _ in problems} | {_suggestion(TrainArgs, key) for key, _ in problems}
+    settled = {key for key, _ in problems} | {suggestion(TrainArgs, key) for key, _ in problems}
     for keys, text in cross_checks(args):
         sections = {key.split(".")[0] for key in keys.split(", ")}
         if not settled & (sections | set(keys.split(", "))):
@@ -167,7 +159,7 @@ def changed_keys(path: Path, args: TrainArgs) -> dict[str, tuple[str, str]]:
     return {
         key: (str(old.get(key)), str(new.get(key)))
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and key not in ("resume", "overwrite_run_dir", "run_dir")
+        if old.get(key) != new.get(key) and key not in keys_that(TrainArgs, START)
     }
 
 
@@ -191,7 +183,7 @@ class _Loader(yaml.BaseLoader):
             key = str(key_node.value)
             if key in seen:
                 raise yaml.constructor.ConstructorError(
-                    problem=f"the key {key!r} appears twice; keep one of them",
+                    problem=f"the key {abbreviated(repr(key))} appears twice; keep one of them",
                     problem_mark=key_node.start_mark,
                 )
             seen.add(key)
@@ -204,7 +196,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         UserError: no such file, not YAML, a key twice, or no mapping.
     """
-    if not path.exists():
+    try:
+        valid_path(path)
+        exists = path.exists()
+    except ValueError as error:
+        raise UserError(f"The configuration's path {error}.") from error
+    if not exists:
         raise UserError(f"There is no configuration file {path}.{_files_nearby(path)}")
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
@@ -220,13 +217,27 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}{place}: not valid YAML: {error.problem}{context}.") from error
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {error}") from error
+    except RecursionError as error:
+        raise UserError(f"{path}: its keys and lists are nested too deeply.") from error
     if not isinstance(content, dict):
         found = "is empty" if content is None else "holds no `key: value` lines"
         raise UserError(
             f"{path} {found}. A configuration names at least `run_dir` and `data.train_data`; "
             "start from a file in example/."
         )
+    _require_few_values(path, content)
     return content
+
+
+def _require_few_values(path: Path, content: Any, most: int = 10_000) -> None:
+    """Refuse a file that aliases make endless."""
+    count, left = 0, [content]
+    while left:
+        value, count = left.pop(), count + 1
+        if count > most:
+            raise UserError(f"{path} holds more than {most} values; it is no configuration.")
+        if isinstance(value, dict | list):
+            left += value.values() if isinstance(value, dict) else value
 
 
 def _files_nearby(path: Path) -> str:
@@ -250,121 +261,3 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
             text = "null" if value is None else str(value)
             flat[f"{prefix}{name}"] = text.lower() if isinstance(value, bool) else text
     return flat
-
-
-# --- types ----------------------------------------------------------------------------------------
-
-
-def _fields(cls: type, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
-    """The dotted name and type of every field and section, and whether it must be given."""
-    types = get_type_hints(cls)
-    for field in dataclasses.fields(cls):
-        kind = types[field.name]
-        if dataclasses.is_dataclass(kind):
-            yield prefix + field.name, kind, False
-            yield from _fields(kind, f"{prefix}{field.name}.")  # type: ignore[arg-type]
-        else:
-            required = field.default is field.default_factory is dataclasses.MISSING
-            yield prefix + field.name, kind, required
-
-
-def _parse_all(cls: type[TrainArgs], flat: Mapping[str, Any]) -> tuple[TrainArgs, list[Problem]]:
-    """Typed values of `flat`, defaults for what is absent or wrong, and what is wrong."""
-    fields = {key: (kind, required) for key, kind, required in _fields(cls)}
-    values: dict[str, Any] = {}
-    problems: list[Problem] = []
-    for key, raw in flat.items():
-        if key not in fields:
-            similar = _suggestion(cls, key)
-            hint = f", did you mean {similar}?" if similar else "; remove it"
-            problems.append((key, f"unknown key{hint}"))
-        elif dataclasses.is_dataclass(fields[key][0]):
-            if raw not in NULLS:
-                problems.append((key, "is a section: expected keys of its own below it"))
-        else:
-            try:
-                values[key] = _parse(raw, fields[key][0])
-            except ValueError as error:
-                problems.append((key, str(error)))
-    for key, (_, required) in fields.items():
-        if required and key not in flat:
-            problems.append((key, "missing, and it has no default; add it"))
-        if required and key not in values:
-            values[key] = ""  # what must be given is text: a stand-in, to go on checking
-    return _build(cls, values), problems
-
-
-def _suggestion(cls: type, unknown: str) -> str | None:
-    """The existing key that was probably meant."""
-    known = [key for key, _, _ in _fields(cls)]
-    last_part = unknown.split(".")[-1]
-    by_last_part = {key.split(".")[-1]: key for key in reversed(known)}
-    if unknown in known:
-        return None
-    if last_part in by_last_part:
-        return by_last_part[last_part]
-    if close := difflib.get_close_matches(unknown, known, n=1, cutoff=0.75):
-        return close[0]
-    close = difflib.get_close_matches(last_part, by_last_part, n=1, cutoff=0.75)
-    return by_last_part[close[0]] if close else None
-
-
-def _build(cls: Any, values: Mapping[str, Any], prefix: str = "") -> Any:
-    chosen = {}
-    for name, kind in get_type_hints(cls).items():
-        if dataclasses.is_dataclass(kind):
-            chosen[name] = _build(kind, values, f"{prefix}{name}.")
-        elif prefix + name in values:
-            chosen[name] = values[prefix + name]
-    return cls(**chosen)
-
-
-def _parse(raw: Any, kind: Any) -> Any:
-    """The value of type `kind` that the text `raw` means, or `ValueError`."""
-    options = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
-    if list[int] in options and raw not in NULLS:
-        return _parse_list(raw)
-    if isinstance(raw, str):
-        # null first: as text it would be the word "null"
-        for option in sorted(options, key=lambda option: option is not NoneType):
-            try:
-                return _parse_one(raw, option)
-            except (ValueError, KeyError, OverflowError):
-                continue
-    expected = [
-        " or ".join(map(str, get_args(option))) if get_origin(option) is Literal else _NAMES[option]
-        for option in options
-    ]
-    got = "a list" if not isinstance(raw, str) else "nothing" if raw in NULLS else repr(raw)
-    raise ValueError(f"expected {' or '.join(expected)}, got {got}")
-
-
-def _parse_list(raw: Any) -> list[int]:
-    """Whole numbers, as `[10, 12]` in YAML or on the command line."""
-    items = raw.strip("[]() ").split(",") if isinstance(raw, str) else raw
-    try:
-        return [_parse_one(str(item).strip(), int) for item in items]
-    except (ValueError, OverflowError):
-        raise ValueError(f"expected whole numbers, as [10, 12], got {raw!r}") from None
-
-
-def _parse_one(raw: str, kind: Any) -> Any:
-    if kind is NoneType:
-        return {null: None for null in NULLS}[raw]
-    if kind is bool:
-        return _BOOLS[raw.lower()]
-    if kind is int:
-        number = float(raw)
-        if not number.is_integer():
-            raise ValueError(raw)
-        return int(raw) if raw.lstrip("+-").isdecimal() else int(number)
-    if kind is float:
-        if not math.isfinite(float(raw)):
-            raise ValueError(raw)
-        return float(raw)
-    if kind is str:
-        if raw in NULLS[1:]:
-            raise ValueError(raw)
-        return raw
-    assert get_origin(kind) is Literal, f"a field of type {kind} cannot be read from YAML"
-    return {str(choice): choice for choice in get_args(kind)}[raw]

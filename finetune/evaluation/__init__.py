@@ -4,14 +4,30 @@
 `moshi-ttt evaluate`, which begins in `run.py`.
 """
 
-from finetune.evaluation.options import Options, read_options
-from finetune.evaluation.periodic import build_speech_check, evaluate
-from finetune.evaluation.run import evaluate_checkpoint
+from typing import TYPE_CHECKING, Any
+
+from finetune.evaluation.options import Options
+
+if TYPE_CHECKING:
+    from finetune.evaluation.periodic import build_speech_check, evaluate
+    from finetune.evaluation.run import evaluate_checkpoint
 
 __all__ = [
     "Options",
     "build_speech_check",
     "evaluate",
     "evaluate_checkpoint",
-    "read_options",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is slow to import only when it is asked for."""
+    if name == "evaluate_checkpoint":
+        from finetune.evaluation.run import evaluate_checkpoint
+
+        return evaluate_checkpoint
+    if name in ("build_speech_check", "evaluate"):
+        from finetune.evaluation import periodic
+
+        return getattr(periodic, name)
+    raise AttributeError(name)

@@ -1,15 +1,21 @@
 """What `moshi-ttt evaluate` can be told."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Literal
 
-from finetune.config import WandbArgs, choices, flag, number, one_of, whole_number
+from annotated_types import Ge, Le
+
+from finetune.config import FilePath, PathsText, Prefix, Seed, Size, WandbArgs
 from finetune.errors import UserError
+from ttt.options import Count, Frames, NonNegative
 
-TASKS = ("position", "pairs", "health")
-ARMS = ("on", "off", "reset", "carried")
+Task = Literal["position", "pairs", "health"]
+Arm = Literal["on", "off", "reset", "carried"]
+TASKS: tuple[Task, ...] = ("position", "pairs", "health")
+ARMS: tuple[Arm, ...] = ("on", "off", "reset", "carried")
+Duration = Annotated[float, Ge(0.08), Le(86_400)]
+_OUT = Path("evaluation/RUN/CHECKPOINT")
 
 
 @dataclass(frozen=True)
@@ -18,127 +24,122 @@ class PairOptions:
     whether the weighted sum is divided by the number of frames (`mean`) or not (`sum`)."""
 
     side: Literal["moshi", "user"] = "moshi"
+    """Whose voice a mono recording is; the other side is silent."""
+
     text: Literal["padding", "transcript"] = "padding"
-    text_weight: float = 0.0
-    first_codebook_weight: float = 1.0
-    other_codebooks_weight: float = 0.0
+    """`transcript`: the words of the .json beside each recording."""
+
+    text_weight: NonNegative = 0.0
+    """Weight of the text stream in the likelihood."""
+
+    first_codebook_weight: NonNegative = 1.0
+    """Weight of the first codebook."""
+
+    other_codebooks_weight: NonNegative = 0.0
+    """Weight of each other codebook."""
+
     length_norm: Literal["mean", "sum"] = "mean"
+    """`mean`: divide by the number of frames; `sum`: do not."""
 
 
 @dataclass(frozen=True)
 class HealthOptions:
     """Seeded continuations: how many, of how long a prompt, and how long they are."""
 
-    num_continuations: int = 8
-    prompt_sec: float = 5.0
-    health_sec: float = 20.0
-    temperature: float = 0.8
-    text_temperature: float = 0.7
+    num_continuations: Size = 8
+    """How many continuations are made for health."""
+
+    prompt_sec: Duration = 5.0
+    """Seconds of each recording before Moshi takes over."""
+
+    health_sec: Annotated[float, Ge(1), Le(86_400)] = 20.0
+    """Seconds of each continuation."""
+
+    temperature: NonNegative = 0.8
+    """Temperature of the audio of continuations."""
+
+    text_temperature: NonNegative = 0.7
+    """Temperature of their text."""
 
 
 @dataclass(frozen=True)
 class Options:
-    checkpoint: Path
-    out: Path
-    tasks: tuple[str, ...]
-    data: str | None = None
-    pairs: Path | None = None
-    arms: tuple[str, ...] = ARMS
-    reset_frames: int | None = None
-    bin_sec: float = 10.0
-    max_sec: float | None = None
-    limit: int | None = None
-    batch_size: int = 4
-    block_frames: int = 250
+    checkpoint: FilePath
+    """A folder run_dir/checkpoints/checkpoint_NNNNNN, or of a stock Moshi."""
+
+    tasks: tuple[Task, ...] = ()
+    """Some of position, pairs, health; position and health if not given, and pairs with --pairs."""
+
+    data: PathsText | None = None
+    """A JSONL of recordings as for training; null: the run's data.eval_data."""
+
+    pairs: FilePath | None = None
+    """A JSONL of {"good": "a.wav", "bad": "b.wav", "id": "17", "group": "agreement"}."""
+
+    out: FilePath = _OUT
+    """The folder to write to."""
+
+    arms: tuple[Arm, ...] = ARMS
+    """Arms of loss by position: with TTT, without, TTT reset now and then, TTT starting from the
+    state of another recording."""
+
+    reset_frames: Frames | None = None
+    """How often the arm `reset` resets, more than a chunk; null: what attention sees, and at least
+    two chunks."""
+
+    baseline: FilePath | None = None
+    """The output folder of an evaluation of another checkpoint, to compare with."""
+
+    bin_sec: Duration = 10.0
+    """Width of the bins of position."""
+
+    max_sec: Duration | None = None
+    """Read no more than this of each recording."""
+
+    limit: Count | None = None
+    """Read no more than the first so many recordings."""
+
+    batch_size: Size = 4
+    """Recordings side by side."""
+
+    block_frames: Frames = 250
+    """Frames computed at once; it bounds the memory and changes no result."""
+
+    pair: Annotated[PairOptions, Prefix("pair_")] = field(default_factory=PairOptions)
+    health: Annotated[HealthOptions, Prefix("")] = field(default_factory=HealthOptions)
+
+    seed: Seed = 0
+    """Seed of continuations and of the bootstrap."""
+
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    seed: int = 0
-    baseline: Path | None = None
-    pair: PairOptions = field(default_factory=PairOptions)
-    health: HealthOptions = field(default_factory=HealthOptions)
-    wandb_project: str | None = None
-    wandb_run_name: str | None = None
-    wandb_offline: bool = False
+    """Where to compute; `auto`: on the GPU if there is one."""
 
-    @property
-    def wandb(self) -> WandbArgs:
-        return WandbArgs(self.wandb_project, self.wandb_offline, run_name=self.wandb_run_name)
+    wandb: WandbArgs = field(default_factory=WandbArgs)
 
+    def __post_init__(self) -> None:
+        """Put in what follows from the other options where nothing is given."""
+        default = ("position", "health", "pairs" if self.pairs else "health")
+        tasks = self.tasks or default
+        object.__setattr__(self, "tasks", tuple(task for task in TASKS if task in tasks))
+        object.__setattr__(self, "arms", tuple(arm for arm in ARMS if arm in self.arms))
+        if self.out == _OUT:
+            object.__setattr__(self, "out", default_out(Path(self.checkpoint)))
 
-def read_options(given: Mapping[str, str], wandb: Mapping[str, Any]) -> Options:
-    """The options of `moshi-ttt evaluate` from what the command line says.
-
-    Args:
-        given: by name, as typed; what is not there has no default.
-        wandb: `project`, `offline` and `run_name`, None where they were not given.
-
-    Raises:
-        UserError: a value that an option cannot have.
-    """
-    checkpoint, pairs, baseline = (given.get(name) for name in ("checkpoint", "pairs", "baseline"))
-    assert checkpoint is not None
-
-    def count(name: str) -> int:
-        return whole_number(name, given[name], low=1)
-
-    def at_least(low: float, name: str) -> float:
-        return number(name, given[name], low=low)
-
-    tasks = given["tasks"] or f"position,health{',pairs' * bool(pairs)}"
-    return Options(
-        checkpoint=Path(checkpoint),
-        out=Path(given["out"]) if given.get("out") else default_out(Path(checkpoint)),
-        tasks=choices("tasks", tasks, TASKS),
-        data=given.get("data"),
-        pairs=None if pairs is None else Path(pairs),
-        arms=choices("arms", given["arms"], ARMS),
-        reset_frames=count("reset_frames") if "reset_frames" in given else None,
-        baseline=None if baseline is None else Path(baseline),
-        bin_sec=at_least(0.08, "bin_sec"),
-        max_sec=at_least(0.08, "max_sec") if "max_sec" in given else None,
-        limit=count("limit") if "limit" in given else None,
-        batch_size=count("batch_size"),
-        block_frames=count("block_frames"),
-        device=one_of("device", given["device"], ("auto", "cpu", "cuda")),
-        seed=whole_number("seed", given["seed"], low=0),
-        pair=PairOptions(
-            side=one_of("pair_side", given["pair_side"], ("moshi", "user")),
-            text=one_of("pair_text", given["pair_text"], ("padding", "transcript")),
-            text_weight=at_least(0.0, "pair_text_weight"),
-            first_codebook_weight=at_least(0.0, "pair_first_codebook_weight"),
-            other_codebooks_weight=at_least(0.0, "pair_other_codebooks_weight"),
-            length_norm=one_of("pair_length_norm", given["pair_length_norm"], ("mean", "sum")),
-        ),
-        health=HealthOptions(
-            num_continuations=count("num_continuations"),
-            prompt_sec=at_least(0.08, "prompt_sec"),
-            health_sec=at_least(1.0, "health_sec"),
-            temperature=at_least(0.0, "temperature"),
-            text_temperature=at_least(0.0, "text_temperature"),
-        ),
-        wandb_project=wandb["project"],
-        wandb_run_name=wandb["run_name"],
-        wandb_offline=flag("wandb.offline", str(wandb["offline"] or False)),
-    )
-
-
-def check_options(options: Options) -> None:
-    """
-    Raises:
-        UserError: an option that has no effect without another one, or lacks another one.
-    """
-    if "pairs" in options.tasks and options.pairs is None:
-        raise UserError("--tasks: pairs needs --pairs, the JSONL of the pairs.")
-    if "pairs" not in options.tasks and options.pairs is not None:
-        raise UserError("--pairs: counts for the task pairs alone; add it to --tasks.")
-    if "position" not in options.tasks and options.baseline is not None:
-        raise UserError("--baseline: counts for the task position alone; add it to --tasks.")
-    if options.wandb_project is None:
-        for name, value in (
-            ("offline", options.wandb_offline),
-            ("run_name", options.wandb_run_name),
-        ):
-            if value:
-                raise UserError(f"--wandb.{name}: name the project too: --wandb.project=NAME.")
+    def check(self) -> None:
+        """
+        Raises:
+            UserError: an option that has no effect without another one, or lacks another one.
+        """
+        if "pairs" in self.tasks and self.pairs is None:
+            raise UserError("--tasks: pairs needs --pairs, the JSONL of the pairs.")
+        if "pairs" not in self.tasks and self.pairs is not None:
+            raise UserError("--pairs: counts for the task pairs alone; add it to --tasks.")
+        if "position" not in self.tasks and self.baseline is not None:
+            raise UserError("--baseline: counts for the task position alone; add it to --tasks.")
+        if self.wandb.project is None:
+            for name in ("offline", "run_name"):
+                if getattr(self.wandb, name):
+                    raise UserError(f"--wandb.{name}: name the project too: --wandb.project=NAME.")
 
 
 def what_takes_less(options: Options) -> str:

@@ -29,6 +29,7 @@ from finetune.errors import UserError
 from finetune.safety import is_recording_name, parse_json, path_problem
 from finetune.step import LossWeights
 from ttt import TTTLMModel, block_streaming
+from ttt.options import abbreviated
 
 from .codes import BLOCK_FRAMES, Silence
 from .options import PairOptions
@@ -83,7 +84,9 @@ def read_pairs(path: Path) -> list[Pair]:
             continue
         pair = _parse(path, number, text)
         if pair.id in pairs:
-            raise UserError(f"{path}:{number}: the id {pair.id!r} has come before.")
+            raise UserError(
+                f"{path}:{number}: the id {abbreviated(repr(pair.id))} has come before."
+            )
         pairs[pair.id] = pair
     if not pairs:
         raise UserError(f"--pairs: {path} is empty: it needs lines like {_FORMAT}.")

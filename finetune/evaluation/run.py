@@ -37,7 +37,7 @@ from .codes import encode_to_file
 from .conclusions import conclusions
 from .dashboard import to_wandb
 from .health import check_health
-from .options import Options, check_options, what_takes_less
+from .options import Options, what_takes_less
 from .pairs import Pair, PairTask, read_pairs, zerospeech_lines
 from .position import PositionTask, estimated_frames, frames_of, long_enough
 from .records import Records, checkpoint_fingerprint
@@ -62,7 +62,7 @@ class Evaluation:
     def __init__(self, options: Options) -> None:
         setup_logging()
         self.options = options
-        check_options(options)
+        options.check()
         self.args: TrainArgs = checkpoint_args(options.checkpoint, options.device)
         # All that can be wrong with the data comes before the model is loaded.
         self.missing: dict[str, list[str]] = {}
@@ -169,7 +169,7 @@ class Evaluation:
         if not self.model.ttt_layers:
             self._note("This checkpoint has no TTT: its loss is that of the arm `off`, alone.")
             return ["off"]
-        arms = list(self.options.arms)
+        arms: list[str] = list(self.options.arms)
         update_frames = self.model.ttt_args.update_frames
         if self._longest_frames() <= update_frames:
             warnings.append(
@@ -345,7 +345,8 @@ class Evaluation:
 
     def _described(self, results: dict[str, Any]) -> dict[str, Any]:
         options = dataclasses.asdict(self.options)
-        for section in ("pair", "health"):
+        del options["wandb"]["key"]
+        for section in ("pair", "health", "wandb"):
             options |= {f"{section}.{name}": v for name, v in options.pop(section).items()}
         args = self.args.ttt
         layers = ", ".join(map(str, self.model.ttt_layers))

@@ -11,6 +11,7 @@ from finetune.model.build import (
     plan_model,
     trainable_by_role,
 )
+from finetune.model.hub import shape_from_hub
 from finetune.model.init_from import misfits, require_checkpoint
 
 __all__ = [
@@ -24,5 +25,6 @@ __all__ = [
     "parameters_by_role",
     "plan_model",
     "require_checkpoint",
+    "shape_from_hub",
     "trainable_by_role",
 ]

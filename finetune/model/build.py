@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub import constants
 from moshi.models import loaders
 from moshi.models.lm_utils import ScaledEmbedding
 from moshi.modules.lora import LoRALinear, replace_all_linear_with_lora
@@ -19,6 +19,7 @@ from finetune.data import Codec
 from finetune.errors import UserError
 from finetune.model.compilers import require_compiler
 from finetune.model.fill import Sharder, WeightFiles, fill
+from finetune.model.hub import HUB_ERRORS, is_reachable
 from finetune.model.init_from import (
     EarlierRun,
     describe_start,
@@ -109,6 +110,8 @@ def find_checkpoint(paths: ModelPaths) -> loaders.CheckpointInfo:
 
 
 def _from_hub(repo: str, paths: ModelPaths) -> loaders.CheckpointInfo:
+    if not is_reachable():
+        constants.HF_HUB_OFFLINE = True  # what is in the cache still serves
     try:
         info = loaders.CheckpointInfo.from_hf_repo(
             repo,
@@ -121,7 +124,7 @@ def _from_hub(repo: str, paths: ModelPaths) -> loaders.CheckpointInfo:
             config_path=paths.config_path,
             mimi_config_path=Path(paths.mimi_config_path) if paths.mimi_config_path else None,
         )
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except HUB_ERRORS as error:
         raise UserError(
             f"moshi_paths.hf_repo_id: {repo!r} is no local folder, and cannot be had from the "
             f"Hugging Face hub ({type(error).__name__}). Check its name and the network; for a "

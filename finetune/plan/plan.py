@@ -8,15 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from moshi.models import loaders
 
 from finetune.config import ModelPaths, TrainArgs
 from finetune.data import count_frames, load_sources
 from finetune.distributed import shard_size
 from finetune.errors import UserError
-from finetune.model import plan_model
+from finetune.model import plan_model, shape_from_hub
 from finetune.monitoring import format_count, format_duration
 from finetune.plan.memory import Memory, by_role, estimate, fits
 from finetune.safety import read_json
@@ -80,12 +78,9 @@ def _shape(paths: ModelPaths) -> tuple[loaders.CheckpointInfo, str]:
     source = "shape of Moshi 7B"
     repo = paths.hf_repo_id
     if config_path is None and repo is not None:
-        try:
-            local = Path(repo) / "config.json"
-            config_path = (
-                local if Path(repo).is_dir() else Path(hf_hub_download(repo, "config.json"))
-            )
-        except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError):
+        folder = Path(repo)
+        config_path = folder / "config.json" if folder.is_dir() else shape_from_hub(repo)
+        if config_path is None:
             source = f"shape of Moshi 7B, as {repo} cannot be asked"
     config: dict[str, Any] | None = None
     if config_path is not None and config_path.is_file():

@@ -1,87 +1,48 @@
 """`moshi-ttt recall`: run what is asked for, write the results, and say what came out."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal
 
-from finetune.config import items, one_of, whole_number, whole_numbers
 from finetune.distributed import join_world
 from finetune.errors import UserError
 from finetune.monitoring import setup_logging
 from finetune.recall import report, study
-from finetune.recall.experiment import check_arms, run
-from finetune.recall.presets import ARMS, Preset, preset
-from finetune.recall.streams import Variant
+from finetune.recall.arms import ARMS, check_arms
+from finetune.recall.experiment import run
+from finetune.recall.options import RecallOptions, Variant
+from finetune.recall.presets import Preset, preset
 
 
-def run_command(given: Mapping[str, str]) -> str:
-    """See `finetune.cli.recall`; returns what it prints.
-
-    Args:
-        given: the options that were given, as typed, by name.
-    """
-    study_name = given.get("study")
-    _refuse_unread(study_name, given.keys() - {"out", "study"})
-    size, variant = given.get("preset") or "cpu", given.get("variant") or "text"
-    out = Path(given["out"]) if given.get("out") else default_out(study_name, size, variant)
-    if study_name == "keys":
-        return run_key_study(out, widths=_widths(given))
+def run_command(options: RecallOptions) -> str:
+    """Run what the options say; returns what is to be printed."""
+    out, widths = options.folder, list(options.widths or ())
+    if options.study == "keys":
+        return run_key_study(out, widths=widths)
     where: dict[str, Any] = {
-        "seeds": whole_numbers("seeds", given.get("seeds", "0"), low=0),
-        "device": one_of("device", given.get("device") or "auto", ("auto", "cpu", "cuda")),
-        "workers": whole_number("workers", given.get("workers", "1"), low=1),
+        "seeds": list(options.seeds or (0,)),
+        "device": options.device or "auto",
+        "workers": options.workers or 1,
     }
-    if study_name == "scale":
-        return run_scale_study(out, widths=_widths(given), **where)
+    if options.study == "scale":
+        return run_scale_study(out, widths=widths, **where)
     return run_recall(
         out,
-        size=size,
-        variant=variant,
-        arms=items("arms", given["arms"]) if "arms" in given else [],
-        num_steps=whole_number("steps", given["steps"], low=2) if "steps" in given else None,
-        lengths=_lengths(given["lengths"]) if "lengths" in given else None,
+        size=options.preset or "cpu",
+        variant=options.variant or "text",
+        arms=list(options.arms or ()),
+        num_steps=options.steps,
+        lengths=None if options.lengths is None else [n for n in options.lengths if n],
         **where,
     )
-
-
-def _refuse_unread(study_name: str | None, given: Set[str]) -> None:
-    """Options that what is asked for does not read."""
-    common = {"seeds", "workers", "device"}
-    read = {
-        None: {"preset", "variant", "arms", "steps", "lengths"} | common,
-        "scale": {"widths"} | common,
-        "keys": {"widths"},
-    }
-    if study_name not in read:
-        raise UserError(f"--study: there is no {study_name!r}; choose scale or keys.")
-    if given - read[study_name]:
-        unread = ", ".join(f"--{name}" for name in sorted(given - read[study_name]))
-        mode = f"with --study {study_name}" if study_name else "without --study"
-        raise UserError(f"{unread}: not read {mode}; leave it out.")
-
-
-def _widths(given: Mapping[str, str]) -> list[int]:
-    return whole_numbers("widths", given["widths"], low=16) if "widths" in given else []
-
-
-def _lengths(text: str) -> list[int]:
-    lengths = whole_numbers("lengths", text, low=0)
-    if lengths == [0]:
-        return []
-    if min(lengths) < 2:
-        raise UserError(
-            "--lengths: expected whole numbers of at least 2 (the trained length is always "
-            f"measured), or 0 alone for none, got {text!r}."
-        )
-    return lengths
 
 
 def run_recall(
     out: Path,
     *,
-    size: str,
-    variant: str,
+    size: Literal["cpu", "gpu"],
+    variant: Variant,
     arms: Sequence[str],
     seeds: Sequence[int],
     num_steps: int | None,
@@ -101,7 +62,7 @@ def run_recall(
     """
     setup_logging()
     check_arms(arms)
-    chosen = _preset(size, variant)
+    chosen = preset(size, variant=variant)
     if lengths is not None:
         chosen = dataclasses.replace(chosen, lengths=_counts(lengths, chosen.lengths))
     if num_steps is not None:
@@ -129,7 +90,6 @@ def run_scale_study(
         UserError: `out` cannot be written.
     """
     setup_logging()
-    _check_widths(widths)
     _prepare(out, "--study scale")
     results = study.run_study(
         study.cells(widths=widths or study.WIDTHS, seeds=seeds),
@@ -159,7 +119,6 @@ def run_key_study(out: Path, *, widths: Sequence[int]) -> str:
     Raises:
         UserError: `out` cannot be written.
     """
-    _check_widths(widths)
     _prepare(out, "--study keys")
     lines = [
         "Cosine of z at a question and at its own fact / at the others (share of questions nearest "
@@ -176,12 +135,6 @@ def run_key_study(out: Path, *, widths: Sequence[int]) -> str:
             ]
             lines.append(f"| {width} | {std:g} | {' | '.join(cells)} |")
     return _write("\n".join(lines), out)
-
-
-def default_out(study_name: str | None, size: str, variant: str) -> Path:
-    """Where results go if nothing is said: no two experiments into one folder."""
-    name = f"study_{study_name}" if study_name else "gpu_" * (size == "gpu") + variant
-    return Path("runs/recall") / name
 
 
 def _prepare(out: Path, experiment: str) -> None:
@@ -208,26 +161,6 @@ def _prepare(out: Path, experiment: str) -> None:
             f"experiment has its own."
         )
     mark.write_text(f"{experiment}\n", encoding="utf-8")
-
-
-def _check_widths(widths: Sequence[int]) -> None:
-    for width in widths:
-        num_heads = study.num_heads(width)
-        if width % (2 * num_heads):
-            raise UserError(
-                f"--widths: {width} cannot be divided into {num_heads} heads of an even size; "
-                f"choose a multiple of {2 * num_heads}."
-            )
-
-
-def _preset(size: str, variant: str) -> Preset:
-    if size not in ("cpu", "gpu"):
-        raise UserError(f"--preset: there is no {size!r}; choose cpu or gpu.")
-    if variant not in get_args(Variant):
-        raise UserError(
-            f"--variant: there is no {variant!r}; choose from {', '.join(get_args(Variant))}."
-        )
-    return preset(size, variant=variant)  # type: ignore[arg-type]
 
 
 def _report(chosen: Preset, results: Sequence[dict[str, Any]]) -> list[str]:

@@ -15,10 +15,11 @@ from finetune.config import OptimArgs
 from finetune.distributed import World
 from finetune.errors import UserError
 from finetune.model import trainable_by_role
+from finetune.recall.arms import ARMS, check_arms
 from finetune.recall.jobs import Job, run_jobs
 from finetune.recall.measure import measure_length, measure_trained_length, nothing_written
 from finetune.recall.model import answer_logits, new_model, read_codes
-from finetune.recall.presets import ARMS, Preset
+from finetune.recall.presets import Preset
 from finetune.recall.streams import Streams, draw
 from finetune.step import Optimizer
 from ttt import TTTArgs, TTTLMModel, measuring
@@ -179,16 +180,6 @@ def _losses(
 def _effects(record: dict[str, float]) -> str:
     effects = [f"{v:.2g}" for k, v in record.items() if k.endswith("/effect")]
     return f"  effect {' '.join(effects)}" if effects else ""
-
-
-def check_arms(arms: Sequence[str]) -> None:
-    """
-    Raises:
-        UserError: one of them is unknown.
-    """
-    unknown = [name for name in arms if name not in ARMS]
-    if unknown:
-        raise UserError(f"--arms: there is no {', '.join(unknown)}. Choose from {', '.join(ARMS)}.")
 
 
 def run(

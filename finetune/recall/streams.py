@@ -12,6 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from finetune.recall.options import Variant
+
 PADDING = 3
 SILENCE = 0
 """Of all codebooks; in the text it is Moshi's end of padding, which does not occur here."""
@@ -25,7 +27,6 @@ BURST_BLOCK_FRAMES = 64
 BURST_SHARE = 0.6
 """Of the blocks of frames that are silent through and through, in filler of silence."""
 
-Variant = Literal["text", "audio", "joint", "segments"]
 Kind = Literal["trained", "old", "late", "rebound", "silence"]
 KINDS: tuple[Kind, ...] = ("old", "late", "rebound", "silence")
 """What long streams test. `old`: facts at the very beginning. `late`: facts near the end, after a

@@ -15,6 +15,7 @@ from finetune.recall.experiment import train
 from finetune.recall.jobs import Job, run_jobs
 from finetune.recall.measure import measure_trained_length
 from finetune.recall.model import ModelArgs, new_model, read_codes
+from finetune.recall.options import num_heads
 from finetune.recall.presets import Preset
 from finetune.recall.streams import StreamArgs, draw
 from ttt import TTTArgs
@@ -37,11 +38,6 @@ NUM_STEPS = 200
 LEARNT_ACCURACY = 0.9
 """Where training stops early: all answers but those to facts that straddle chunks."""
 NUM_EVAL = 64
-
-
-def num_heads(width: int) -> int:
-    """Of a model of the study."""
-    return max(4, width // 64)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import os
 
 from finetune.errors import UserError
+from finetune.safety.secrets import redact
 
 MAX_PATH_BYTES = 4095
 MAX_NAME_BYTES = 255
@@ -37,6 +38,7 @@ def is_too_long(text: str) -> bool:
 
 def shown(text: str) -> str:
     """A path for a message, short and in characters that can be printed."""
+    text = redact(text)
     plain = ascii(text) if any(0xD800 <= ord(c) <= 0xDFFF or c < " " for c in text) else repr(text)
     return plain if len(plain) <= 100 else f"{plain[:60]}… ({len(text)} characters)"
 

@@ -1,7 +1,19 @@
 """Sweeps: named variations of one configuration, trained one after another and compared."""
 
-from finetune.sweep.command import run_command
+from typing import Any
+
+from finetune.sweep.options import SweepOptions
 
 __all__ = [
+    "SweepOptions",
     "run_command",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is slow to import only when it is asked for."""
+    if name == "run_command":
+        from finetune.sweep.command import run_command
+
+        return run_command
+    raise AttributeError(name)

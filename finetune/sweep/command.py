@@ -1,28 +1,21 @@
 """`moshi-ttt sweep`: check everything, run what is left to run, compare."""
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 
 from finetune.errors import UserError
 from finetune.monitoring import console
 from finetune.safety import is_secret
+from finetune.sweep.options import SweepOptions
 from finetune.sweep.plan import Sweep, load_sweep
 from finetune.sweep.report import plot_sweep, write_page
 from finetune.sweep.run import run_sweep
 from finetune.sweep.slurm import write_array
 from finetune.sweep.table import collect, print_table, write_tables
+from ttt.options import abbreviated
 
 
-def run_command(
-    file: Path,
-    overrides: Mapping[str, object],
-    *,
-    folder: Path | None,
-    only: Sequence[str],
-    table_only: bool,
-    slurm: bool,
-) -> int:
-    """See `finetune.cli.sweep`.
+def run_command(options: SweepOptions, overrides: Mapping[str, object]) -> int:
+    """Check everything, then do what the options say.
 
     Returns:
         An exit status: 0 if all that was to be run is finished.
@@ -30,14 +23,15 @@ def run_command(
     Raises:
         UserError: anything that can be known to be wrong before the first run.
     """
-    sweep = load_sweep(file, overrides, folder)
+    file, only = options.file, options.only or ()
+    sweep = load_sweep(file, overrides, options.sweep_dir)
     unknown = set(only) - sweep.runs.keys()
     if unknown:
         raise UserError(
-            f"--only: {file} has no run {', '.join(sorted(unknown))}; it has "
+            f"--only: {file} has no run {abbreviated(', '.join(sorted(unknown)))}; it has "
             f"{', '.join(sweep.runs)}."
         )
-    if slurm:
+    if options.slurm:
         for key in overrides:
             if is_secret(key):
                 raise UserError(
@@ -45,11 +39,11 @@ def run_command(
                     f"out, and use `wandb login` once, or export WANDB_API_KEY before sbatch."
                 )
         arguments = [f"--{key}={value}" for key, value in overrides.items()]
-        if folder:
-            arguments.append(f"--sweep_dir={folder}")
+        if options.sweep_dir:
+            arguments.append(f"--sweep_dir={options.sweep_dir}")
         console.print(f"wrote {write_array(sweep, arguments)}; submit it with sbatch")
         return 0
-    status = 0 if table_only else run_sweep(sweep, only or list(sweep.runs))
+    status = 0 if options.table else run_sweep(sweep, only or list(sweep.runs))
     show_results(sweep)
     return status
 

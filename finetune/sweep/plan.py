@@ -19,10 +19,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from finetune.config import NULLS, TrainArgs, check_config, flatten, list_problems, read_yaml
+from finetune.config import (
+    NULLS,
+    Size,
+    TrainArgs,
+    check_config,
+    flatten,
+    list_problems,
+    parse,
+    read_yaml,
+)
 from finetune.data import count_frames, load_sources
 from finetune.errors import UserError
 from finetune.model import changed_shape, find_checkpoint, misfits, model_shape, plan_model
+from ttt.options import abbreviated
 
 KEYS = ("base", "sweep_dir", "overrides", "runs", "processes", "slurm")
 # What the sweep itself says of each run, and what would stand in a process list.
@@ -32,9 +42,7 @@ _OWN_KEYS = {
     "overwrite_run_dir": "a sweep runs again what was changed",
     "wandb.key": "a sweep's file is no place for secrets; use `wandb login` or WANDB_API_KEY",
 }
-# Changing these does not make another experiment of a run.
-HARMLESS = ("wandb.", "log_freq", "ckpt_freq", "num_ckpt_keep", "data.num_workers")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
 
 # A line about each run that has the problem: name of the run, and what is wrong.
 _Found = tuple[str, str]
@@ -114,7 +122,7 @@ def load_sweep(
     if found:
         raise UserError(list_problems(file, _grouped(found, len(runs))))
     slurm = {key: str(value) for key, value in content.get("slurm", {}).items()}
-    return Sweep(file, base, target, runs, int(content.get("processes", 1)), slurm)
+    return Sweep(file, base, target, runs, parse(content.get("processes", "1"), Size), slurm)
 
 
 # --- the file -------------------------------------------------------------------------------------
@@ -159,9 +167,9 @@ def _sections(content: dict[str, Any]) -> dict[str, Any]:
 
 def _structure_problems(content: dict[str, Any]) -> Iterator[str]:
     for key in sorted(content.keys() - set(KEYS)):
-        close = difflib.get_close_matches(key, KEYS, n=1)
+        close = difflib.get_close_matches(key[:100], KEYS, n=1)
         hint = f"did you mean {close[0]}?" if close else "a sweep has " + ", ".join(KEYS)
-        yield f"{key}: unknown key, {hint}"
+        yield f"{abbreviated(key)}: unknown key, {hint}"
     for key in ("base", "sweep_dir"):
         if not isinstance(content.get(key), str) or not content[key]:
             what = "the configuration that all runs start from" if key == "base" else "a folder"
@@ -169,30 +177,32 @@ def _structure_problems(content: dict[str, Any]) -> Iterator[str]:
     for key in ("overrides", "slurm"):
         if not isinstance(content.get(key, {}), dict):
             yield f"{key}: expected `key: value` lines below it"
-    processes = content.get("processes", "1")
-    if not isinstance(processes, str) or not processes.isdecimal() or int(processes) < 1:
-        yield f"processes: expected a whole number of at least 1, got {processes!r}"
+    try:
+        parse(content.get("processes", "1"), Size)
+    except ValueError as error:
+        yield f"processes: {error}"
     runs = content.get("runs")
     if not runs or not isinstance(runs, dict):
         yield "runs: there are none; name at least one, with what it changes below its name"
         return
     for name, entry in runs.items():
         if not _NAME.fullmatch(name):
-            yield f"runs, {name!r}: a name is made of letters, digits, - and _"
+            yield f"runs, {abbreviated(repr(name))}: a name is made of letters, digits, - and _"
         if not isinstance(entry, dict):
-            yield f"runs, {name}: expected `key: value` lines below it, got {entry!r}"
+            got = abbreviated(repr(entry))
+            yield f"runs, {abbreviated(name)}: expected `key: value` lines below it, got {got}"
     for where, section in (("overrides", content.get("overrides")), *runs.items()):
         for key in flatten(section).keys() & _OWN_KEYS if isinstance(section, dict) else ():
-            yield f"{where}, {key}: remove it: {_OWN_KEYS[key]}"
+            yield f"{abbreviated(where)}, {key}: remove it: {_OWN_KEYS[key]}"
 
 
 def _after_problems(entries: Mapping[str, Mapping[str, str]]) -> Iterator[str]:
     for name, own in entries.items():
         after = own.get("after")
         if after is not None and after not in entries:
-            close = difflib.get_close_matches(after, entries, n=1)
+            close = difflib.get_close_matches(after[:100], entries, n=1)
             hint = f" Did you mean {close[0]}?" if close else ""
-            yield f"{name}, after: there is no run {after!r}.{hint}"
+            yield f"{name}, after: there is no run {abbreviated(repr(after))}.{hint}"
         elif after and "moshi_paths.init_from" in own:
             yield (
                 f"{name}, moshi_paths.init_from: `after: {after}` says already what it starts "

@@ -21,12 +21,12 @@ from typing import Any, Literal, TextIO
 
 from rich.text import Text
 
-from finetune.config import changed_keys
+from finetune.config import HARMLESS, TrainArgs, changed_keys, keys_that
 from finetune.errors import UserError
 from finetune.interrupt import stop_signals
 from finetune.monitoring import console, format_duration
 from finetune.safety import is_secret, parse_json
-from finetune.sweep.plan import HARMLESS, PlannedRun, Sweep
+from finetune.sweep.plan import PlannedRun, Sweep
 
 Status = Literal["new", "running", "finished", "failed", "stopped", "skipped"]
 _POLL_SEC = 1.0
@@ -82,10 +82,11 @@ def changes_since(run: PlannedRun, runs: dict[str, PlannedRun]) -> list[str]:
     config = run.run_dir / "args.yaml"
     if not config.is_file():
         return []
+    harmless = keys_that(TrainArgs, HARMLESS)
     found = [
         f"{key} was {old} and is {new} now"
         for key, (old, new) in changed_keys(config, run.args).items()
-        if not key.startswith(HARMLESS)
+        if key not in harmless
     ]
     if run.after and read_record(run).started_from != read_record(runs[run.after]).ended_at:
         found.append(f"{run.after}, which it starts from, was run again")

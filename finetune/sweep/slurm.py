@@ -6,6 +6,7 @@ from pathlib import Path
 
 from finetune.errors import UserError
 from finetune.sweep.plan import Sweep
+from ttt.options import abbreviated
 
 # Two minutes before the time is over the job is told to stop; it saves, and the same array goes on.
 DEFAULTS = {"signal": "B:TERM@120"}
@@ -31,7 +32,10 @@ def write_array(sweep: Sweep, arguments: list[str]) -> Path:
     }
     for key, value in options.items():
         if "\n" in value or not key.replace("-", "").isalnum():
-            raise UserError(f"slurm, {key}: {value!r} is no option of sbatch in one line.")
+            raise UserError(
+                f"slurm, {abbreviated(key)}: {abbreviated(repr(value))} is no option of sbatch in "
+                "one line."
+            )
     command = [sys.executable, "-m", "finetune", "sweep", str(sweep.file.resolve()), *arguments]
     lines = [
         "#!/bin/bash",

@@ -1,23 +1,30 @@
 """The configuration: files that load, and mistakes that are all reported with a remedy."""
 
+import json
 from pathlib import Path
 
 import pytest
 import yaml
 from helpers import tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from finetune.cli import COMMANDS
 from finetune.config import (
     DataArgs,
     TrainArgs,
     changed_keys,
     load_config,
     load_run_config,
+    pages,
     public_dict,
+    read_yaml,
     save_config,
 )
-from finetune.config.docs_page import COMMAND, configuration_page
+from finetune.config.docs_page import COMMAND
 from finetune.errors import UserError
 from finetune.inference import checkpoint_args
+from finetune.sweep.plan import _read, _sections
 from ttt.config import TTTArgs
 
 ROOT = Path(__file__).parents[3]
@@ -140,10 +147,10 @@ def test_every_problem_is_reported_at_once(problems):
     assert found == [
         "ttt.chunk_sise: unknown key, did you mean ttt.chunk_size?",
         "optim.lr: expected a number, got 'fast'",
+        "optim.pct_start: must be less than 1, got 2.0",
+        "batch_size: must be 1 or more, got 0 (on the command line)",
         "full_finetuning, lora.enable: both are true, but LoRA is trained instead of the full "
         "weights; set one to false",
-        "batch_size: must be 1 or more, got 0 (on the command line)",
-        "optim.pct_start: must be more than 0 and less than 1, got 2.0",
     ]
 
 
@@ -167,8 +174,8 @@ def test_every_problem_is_reported_at_once(problems):
         ("batch_size: {train: 1}", "batch_size.train: unknown key, did you mean batch_size?"),
         ("num_microbatches: 0", "num_microbatches: must be 1 or more, got 0"),
         ("num_ckpt_keep: 0", "num_ckpt_keep: must be 1 or more, got 0"),
-        ("duration_sec: -1", "duration_sec: must be more than 0, got -1.0"),
-        ("ttt: {enabled: true, chunk_size: 0}", "ttt.chunk_size: must be at least 1, got 0"),
+        ("duration_sec: -1", "duration_sec: must be 0.08 or more, got -1.0"),
+        ("ttt: {enabled: true, chunk_size: 0}", "ttt.chunk_size: must be 1 or more, got 0"),
     ],
 )
 def test_a_wrong_line_is_the_only_problem(problems, line, problem):
@@ -361,8 +368,19 @@ def test_a_step_size_that_nothing_reads_is_not_said_to_be_too_small():
 
 
 def test_documentation_is_fresh():
-    written = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
-    assert written == configuration_page(), f"out of date; run: {COMMAND}"
+    for name, text in pages(COMMANDS).items():
+        written = (ROOT / "docs" / name).read_text(encoding="utf-8")
+        assert written == text, f"docs/{name} is out of date; run: {COMMAND}"
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda p: p.name)
+def test_editors_find_the_schema_of_a_shipped_file(path):
+    first, mark = path.read_text().splitlines()[0], "# yaml-language-server: $schema="
+    assert first.startswith(mark)
+    schema = json.loads((path.parent / first.removeprefix(mark)).read_text())
+    keys = schema["properties"].keys() | schema["$defs"]["TTTArgs"]["properties"].keys()
+    assert {"batch_size", "ttt", "chunk_size"} <= keys
+    assert schema["properties"]["batch_size"]["minimum"] == 1
 
 
 @pytest.mark.parametrize("choice", ["ttt.write=delta", "ttt.method=linear", "ttt.method=mlp"])
@@ -378,3 +396,72 @@ def test_another_method_can_be_chosen_on_the_command_line(choice, name):
             ROOT / f"example/{name}.yaml",
             {key: value, "ttt.learning_rate": "0.5"},
         )
+
+
+WORDS = "1e9 1e12 1e18 1e39 1e300 1e308 1e-300 0.01 -1 0 nan inf null true auto 1,2 ~no_such_user/x"
+LONG = ["18446744073709551616", "9" * 5000, "x" * 5000, "a/" * 2500, "a\0b", "a\ud800", ""]
+HOSTILE = st.one_of(
+    st.sampled_from([*WORDS.split(), *LONG, [], ["1"], [[]], {"a": "1"}, {}]),
+    st.text(max_size=20),
+    st.integers(),
+    st.floats(),
+)
+
+
+def every_key():
+    """Yield each key of each shipped file, by its way from the top."""
+
+    def walk(path, section, way=()):
+        for key, value in section.items():
+            yield path, (*way, key)
+            if isinstance(value, dict):
+                yield from walk(path, value, (*way, key))
+
+    for path in sorted((ROOT / "example").glob("*.yaml")):
+        yield from walk(path, yaml.safe_load(path.read_text()))
+
+
+@settings(max_examples=400, deadline=None)
+@given(place=st.sampled_from([*every_key()]), value=HOSTILE)
+def test_any_value_at_any_key_is_a_configuration_or_one_message(tmp_path_factory, place, value):
+    path, (*way, last) = place
+    content = yaml.safe_load(path.read_text())
+    section = content
+    for key in way:
+        section = section[key]
+    section[last] = value
+    changed = tmp_path_factory.getbasetemp() / "changed.yaml"
+    changed.write_text(yaml.safe_dump(content))
+    try:
+        if "sweep_dir" in content or "runs" in content:
+            _read(changed, _sections(read_yaml(changed)))
+        else:
+            save_config(load_config(changed), changed)
+    except UserError as error:
+        assert len(str(error)) <= 2000
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("batch_size", "1e9"), ("num_microbatches", "1e12"), ("duration_sec", "1e-300"),
+        ("duration_sec", "0.01"), ("duration_sec", "1e9"), ("duration_sec", "1e308"),
+        ("ttt.chunk_size", "1e18"), ("ttt.conv_kernel_size", "1e9"), ("lora.rank", "1e12"),
+        ("seed", str(2**64)), ("optim.lr", "1e300"), ("ttt.gate_init", "1e300"),
+        ("text_padding_weight", "1e39"), ("parallel.hang_timeout_sec", "1e300"),
+        ("data.num_workers", "100000"), ("max_steps", "9" * 5000), ("run_dir", "x" * 5000),
+        ("run_dir", "a\0b"), ("run_dir", "a\ud800"), ("data.cache_dir", "~no_such_user/x"),
+        ("data.train_data", "~no_such_user/x"),
+    ],
+)  # fmt: skip
+def test_an_absurd_value_is_one_short_problem(problems, key, value):
+    (found,) = problems(MINIMAL, **{key.replace(".", "__"): value})
+    assert found.startswith(f"{key}: ") and len(found) < 200
+
+
+def test_a_file_nested_beyond_reason_is_one_message(load):
+    for text in ("[" * 100_000, "a: &a [1]\n" + "".join(
+        f"k{i}: &{chr(98 + i)} [*{chr(97 + i)}, *{chr(97 + i)}]\n" for i in range(20)
+    )):  # fmt: skip
+        with pytest.raises(UserError, match=r"nested too deeply|more than"):
+            load(text)

@@ -21,6 +21,7 @@ from test_evaluation_streaming import InMemory
 from training_tools import checkpoint, train, trainer, write_model
 
 from finetune.cli import evaluate, run
+from finetune.config import WandbArgs
 from finetune.data import inspect_audio
 from finetune.errors import UserError
 from finetune.evaluation import Options, evaluate_checkpoint
@@ -482,7 +483,7 @@ def test_wandb_gets_the_numbers_and_the_report(trained, tmp_path, monkeypatch):
         return Run
 
     monkeypatch.setattr("finetune.evaluation.dashboard.open_wandb", opened)
-    chosen = {"wandb_project": "speech", "wandb_offline": True, "arms": ("off",), "limit": 1}
+    chosen = {"wandb": WandbArgs("speech", offline=True), "arms": ("off",), "limit": 1}
     results = evaluate_checkpoint(options(trained, tmp_path / "out", **chosen))
     mean = results["position"]["arms"]["off"]["text"]["mean"]["value"]
     assert logged["position/off/text/mean"] == mean and "report" in logged and finished
@@ -733,20 +734,20 @@ def test_speech_that_cannot_be_checked_is_told_at_the_start(
     ("arguments", "message"),
     [
         ({"checkpoint": "nowhere"}, "nowhere is no checkpoint"),
-        ({"tasks": "positions"}, "--tasks: there is no 'positions'; choose from position, pairs"),
-        ({"arms": "on,of"}, "--arms: there is no 'of'"),
+        ({"tasks": "positions"}, "--tasks: expected position or pairs or health, got 'positions'"),
+        ({"arms": "on,of"}, "--arms: expected on or off or reset or carried, got 'of'"),
         ({"tasks": "pairs"}, "pairs needs --pairs"),
         ({"tasks": "position", "pairs": "nope.jsonl"}, "--pairs: counts for the task pairs alone"),
         ({"tasks": "health", "baseline": "base"}, "--baseline: counts for the task position alone"),
         ({"wandb.offline": "true"}, "--wandb.offline: name the project too"),
-        ({"wandb.offline": "yse"}, "--wandb.offline: is on or off"),
+        ({"wandb.offline": "yse"}, "--wandb.offline: expected true or false"),
         ({"checkpoint": ""}, "--checkpoint is missing"),
         ({"checkpoint": "", "chekpoint": "x"}, "unknown option: --chekpoint"),
-        ({"pair_side": "left"}, "--pair_side: there is no 'left'; choose from moshi, user"),
+        ({"pair_side": "left"}, "--pair_side: expected moshi or user"),
         ({"data": "none.jsonl"}, "none.jsonl does not exist"),
         ({"data": "EMPTY"}, "is empty"),
         ({"bin_sec": "wide"}, "--bin_sec: expected a number"),
-        ({"device": "gpu"}, "--device: there is no 'gpu'"),
+        ({"device": "gpu"}, "--device: expected auto or cpu or cuda"),
         ({"limits": "3"}, "unknown option: --limits"),
     ],
 )

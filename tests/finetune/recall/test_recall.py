@@ -12,12 +12,13 @@ import finetune.recall.command as command
 from finetune.cli import recall, run
 from finetune.errors import UserError
 from finetune.recall import study
+from finetune.recall.arms import ARMS
 from finetune.recall.command import run_key_study, run_recall
 from finetune.recall.experiment import run_arm
 from finetune.recall.jobs import Job, run_jobs
 from finetune.recall.measure import Answers, measure_length, nothing_written, summarize
 from finetune.recall.model import ModelArgs, answer_logits, new_model, read_codes
-from finetune.recall.presets import ARMS, Preset, preset
+from finetune.recall.presets import Preset, preset
 from finetune.recall.report import study_table
 from finetune.recall.streams import StreamArgs, draw
 from ttt import TTTArgs
@@ -231,16 +232,19 @@ def test_jobs_come_back_in_order(tmp_path, workers):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"variant": "video"}, "there is no 'video'"),
-        ({"preset": "tpu"}, "there is no 'tpu'"),
+        (
+            {"variant": "video"},
+            "--variant: expected text or audio or joint or segments or null, got 'video'",
+        ),
+        ({"preset": "tpu"}, "--preset: expected cpu or gpu"),
         ({"seeds": "0,x"}, "--seeds: expected a whole number"),
-        ({"study": "width"}, "there is no 'width'; choose scale or keys"),
+        ({"study": "width"}, "--study: expected scale or keys"),
         ({"arms": "off,delta_rule"}, "--arms: there is no delta_rule"),
-        ({"device": "gpu"}, "--device: there is no 'gpu'; choose from auto, cpu, cuda"),
-        ({"steps": "--5"}, "--steps: expected a whole number of at least 2, got '--5'"),
-        ({"steps": "²"}, "--steps: expected a whole number of at least 2, got '²'"),
+        ({"device": "gpu"}, "--device: expected auto or cpu or cuda"),
+        ({"steps": "--5"}, "--steps: expected a whole number or null, got '--5'"),
+        ({"steps": "²"}, "--steps: expected a whole number or null, got '²'"),
         ({"sizes": "3"}, "unknown option: --sizes"),
-        ({"seeds": ""}, "--seeds: expected at least one"),
+        ({"seeds": ","}, "--seeds: expected at least one"),
         ({"arms": ","}, "--arms: expected at least one"),
         ({"lengths": "1"}, "--lengths: expected whole numbers of at least 2"),
         ({"lengths": "0,4"}, "--lengths: expected whole numbers of at least 2"),

@@ -13,10 +13,9 @@ import pytest
 import yaml
 from training_tools import REPOSITORY, checkpoint, logged_steps, train
 
-from finetune.cli import call
+from finetune.cli import COMMANDS, call
 from finetune.cli import train as train_command
-from finetune.config import load_config
-from finetune.config.path_values import path_problems
+from finetune.config import check_config, load_config
 from finetune.monitoring import metrics_path
 from finetune.safety import learn_from, learn_from_words, path_problem, redact, secrets
 from finetune.safety.outlet import Outlet
@@ -92,6 +91,18 @@ def test_no_message_repeats_a_key(config, tmp_path, monkeypatch, capsys):
         assert "error: " in said and KEY not in said
 
 
+@pytest.mark.parametrize("key", [KEY, 3 * KEY])
+@pytest.mark.parametrize("words", ["--batch_size={}", "--task={}", "--pair_side={}", "{}", "{}=1"])
+def test_a_message_about_an_option_hides_the_key_before_it_is_shortened(
+    key, words, monkeypatch, capsys
+):
+    given = [words.format(key), "--checkpoint=x", f"--wandb.key={key}"]
+    monkeypatch.setattr(sys, "argv", ["moshi-ttt", *given])
+    assert call(COMMANDS["evaluate"], name="evaluate") == 1
+    said = "".join(capsys.readouterr())
+    assert "error: " in said and KEY[:20] not in said
+
+
 def holding(key, folder):
     """The files in a folder, and names, that hold a key."""
     return [
@@ -122,8 +133,8 @@ def test_no_file_and_no_stream_of_any_command_holds_the_key(config, tmp_path):
          f"--out={tmp_path}/o.wav"): 0,
         ("generate", f"--checkpoint={saved}", f"--wandb.key={KEY}"): 1,
         ("evaluate", f"--checkpoint={saved}", f"--out={tmp_path}/evaluation", "--tasks=position",
-         f"--data={config.parent}/eval/all.jsonl", *wandb[:2]): 0,
-        ("evaluate", f"--checkpoint={saved}", f"--wandb.key={KEY}"): 1,
+         f"--data={config.parent}/eval/all.jsonl", *wandb): 0,
+        ("evaluate", f"--batch_size={KEY}", f"--checkpoint={saved}", f"--wandb.key={KEY}"): 1,
         ("plot", run_dir): 0,
         ("recall", f"--wandb.key={KEY}"): 1,
         ("demo-data", tmp_path / "data", f"--wandb.key={KEY}"): 1,
@@ -317,19 +328,16 @@ NO_PATHS = ["a" * 5000, "x/" * 2500, "a\0b", "\ud800", "~nobody_has_this_name/x"
 @pytest.mark.parametrize("path", NO_PATHS, ids=lambda path: ascii(path)[:20])
 def test_what_no_path_can_be_is_one_message(config, path):
     assert path_problem(path) is not None
-    args = load_config(config)
     keys = ["run_dir", "data.train_data", "data.eval_data", "data.cache_dir",
             "moshi_paths.moshi_path", "moshi_paths.init_from"]  # fmt: skip
     for key in keys:
-        *sections, name = key.split(".")
-        changed = load_config(config)
-        setattr(getattr(changed, sections[0]) if sections else changed, name, path)
-        (found,) = path_problems(changed)
-        assert found[0] == key and len(found[1]) < 300
-        found[1].encode()
-    assert list(path_problems(args)) == []
+        _, ((found, text),) = check_config(config, {key: path})
+        assert found == key and len(text) < 300
+        text.encode()
+    assert check_config(config)[1] == []
 
 
 @pytest.mark.parametrize("path", ["a", "/a/b", "~/a", "größe", "\udcff", "a" * 255, "../x"])
-def test_what_a_path_can_be(path):
+def test_what_a_path_can_be(config, path):
     assert path_problem(path) is None
+    assert load_config(config, {"run_dir": path}).run_dir == path

@@ -45,7 +45,7 @@ def commands(monkeypatch):
     """Runs are trained in this process, which is faster; the command lines that were given."""
     given = []
 
-    def train_here(self, command, log, label):
+    def train_here(self, command, log, label, environment):
         base, *options = command[command.index("train") + 1 :]
         given.append(options)
         overrides = dict(option.removeprefix("--").split("=", 1) for option in options)
@@ -278,7 +278,7 @@ def test_all_problems_of_all_runs_are_reported_before_the_first(write, commands,
     message = capsys.readouterr().err
     assert "sweep.yaml has 3 problems" in message
     assert "misspelt: optim.lrr: unknown key, did you mean optim.lr?" in message
-    assert "misspelt: ttt.chunk_size: must be at least 1, got 0" in message
+    assert "misspelt: ttt.chunk_size: must be 1 or more, got 0" in message
     assert "wrong: optim.lr: expected a number, got 'fast'" in message
     assert not (path.parent / "sweep").exists()
     # What is wrong with all of them is said once; on the command line it counts for all.
@@ -354,7 +354,10 @@ def test_mistakes_in_the_file(write, config, tmp_path, capsys):
     assert sweep(path, "--table") == 1
     assert "nothing has been run yet" in capsys.readouterr().err
     assert sweep(path, "--slurm=maybe") == 1
-    assert "--slurm: is on or off" in capsys.readouterr().err
+    assert "--slurm: expected true or false" in capsys.readouterr().err
+    assert sweep(path, "--slurm", "--wandb.key=deadbeefcafe") == 1
+    assert "no place for secrets" in capsys.readouterr().err
+    assert not [*tmp_path.rglob("*.sbatch")]
 
 
 # --- what is shipped ------------------------------------------------------------------------------

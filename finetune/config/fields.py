@@ -1,0 +1,166 @@
+"""Dataclasses of options, section by section: their fields, and how values get into them."""
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import textwrap
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, dataclass
+from functools import cache
+from typing import Annotated, Any, get_origin, get_type_hints
+
+from finetune.config.marks import Change, Prefix
+from finetune.config.values import NULLS, members, parse
+from ttt.options import abbreviated
+
+# What is wrong, by dotted key ("optim.lr", or "full_finetuning, lora.enable"), with its remedy.
+Problem = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Field:
+    """One option, or a section of options.
+
+    key: its whole name, with those of the sections that it is in.
+    kind: its type, with bounds and marks.
+    section: the dataclass of a section.
+    """
+
+    key: str
+    name: str
+    kind: Any
+    section: type | None
+    default: Any
+    doc: str
+    change: Change | None
+
+    @property
+    def is_required(self) -> bool:
+        return self.section is None and self.default is MISSING
+
+    @property
+    def prefix(self) -> str:
+        """How the keys in this section begin."""
+        own = [each.text for each in _metadata(self.kind) if isinstance(each, Prefix)]
+        return own[0] if own else f"{self.key}."
+
+
+def _metadata(kind: Any) -> tuple[Any, ...]:
+    return kind.__metadata__ if get_origin(kind) is Annotated else ()
+
+
+@cache
+def fields_of(cls: type, prefix: str = "", change: Change | None = None) -> tuple[Field, ...]:
+    """Return the fields of a dataclass; sections as such, without what is in them."""
+    kinds, docs = get_type_hints(cls, include_extras=True), field_docs(cls)
+    found = []
+    for field in dataclasses.fields(cls):
+        kind = kinds[field.name]
+        own = members(kind)[0]
+        marks = [each for each in _metadata(kind) if isinstance(each, Change)]
+        found.append(
+            Field(
+                prefix + field.name,
+                field.name,
+                kind,
+                own if isinstance(own, type) and dataclasses.is_dataclass(own) else None,
+                field.default,
+                docs.get(field.name, ""),
+                marks[0] if marks else change,
+            )
+        )
+    return tuple(found)
+
+
+def all_fields(cls: type) -> Iterator[Field]:
+    """Yield the fields of a dataclass, and behind each section those that are in it."""
+
+    def walk(fields: tuple[Field, ...]) -> Iterator[Field]:
+        for field in fields:
+            yield field
+            if field.section:
+                yield from walk(fields_of(field.section, field.prefix, field.change))
+
+    return walk(fields_of(cls))
+
+
+@cache
+def field_docs(cls: type) -> dict[str, str]:
+    """Return the string literal below each field of a dataclass, as one line."""
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    assert isinstance(definition, ast.ClassDef)
+    docs = {}
+    for statement, following in zip(definition.body, definition.body[1:], strict=False):
+        match statement, following:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(ast.Constant(str(text))):
+                docs[name] = " ".join(text.split())
+    return docs
+
+
+def fill(cls: type, flat: Mapping[str, Any]) -> tuple[Any, list[Problem]]:
+    """Return `cls` with the values of `flat`, and what is wrong.
+
+    Args:
+        flat: texts or lists of texts, by dotted key.
+
+    Returns:
+        An instance that has defaults for what is absent or wrong; problems by key.
+    """
+    # A section without a name of its own (an empty prefix) cannot be given as a whole.
+    fields = {
+        field.key: field
+        for field in all_fields(cls)
+        if not (field.section and "." not in field.prefix)
+    }
+    values: dict[str, Any] = {}
+    problems: list[Problem] = []
+    for key, raw in flat.items():
+        if key not in fields:
+            similar = suggestion(cls, key)
+            hint = f", did you mean {similar}?" if similar else "; remove it"
+            problems.append((abbreviated(key), f"unknown key{hint}"))
+        elif fields[key].section:
+            if raw not in NULLS:
+                problems.append((key, "is a section: expected keys of its own below it"))
+        else:
+            try:
+                values[key] = parse(raw, fields[key].kind)
+            except ValueError as error:
+                problems.append((key, str(error)))
+    for key, field in fields.items():
+        if field.is_required and key not in flat:
+            problems.append((key, "missing, and it has no default; add it"))
+        if field.is_required and key not in values:
+            values[key] = ""  # what must be given is text: a stand-in, to go on checking
+    return _build(cls, values), problems
+
+
+def _build(cls: type, values: Mapping[str, Any], prefix: str = "") -> Any:
+    chosen = {}
+    for field in fields_of(cls, prefix):
+        if field.section:
+            chosen[field.name] = _build(field.section, values, field.prefix)
+        elif field.key in values:
+            chosen[field.name] = values[field.key]
+    return cls(**chosen)
+
+
+def suggestion(cls: type, unknown: str) -> str | None:
+    """Return the existing key that was probably meant."""
+    known = [field.key for field in all_fields(cls)]
+    last_part = unknown.split(".")[-1]
+    by_last_part = {key.split(".")[-1]: key for key in reversed(known)}
+    if unknown in known:
+        return None
+    if last_part in by_last_part:
+        return by_last_part[last_part]
+    if close := difflib.get_close_matches(unknown[:100], known, n=1, cutoff=0.75):
+        return close[0]
+    close = difflib.get_close_matches(last_part[:100], by_last_part, n=1, cutoff=0.75)
+    return by_last_part[close[0]] if close else None
+
+
+def keys_that(cls: type, change: Change) -> set[str]:
+    """Return the keys of a dataclass with this mark."""
+    return {field.key for field in all_fields(cls) if field.change is change}

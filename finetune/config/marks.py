@@ -1,0 +1,29 @@
+"""Marks that stand beside an option, in its type: what the option means to a run and on a line."""
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Change(Enum):
+    """What it means if an option is not as it was when a run began."""
+
+    START = "how the run is started, not what it is"
+    HARMLESS = "no result changes: it may be another one on resume"
+
+
+START, HARMLESS = Change.START, Change.HARMLESS
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """How the names of a section's options begin on a command line, instead of `SECTION.`."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Positional:
+    """An option that may stand on a command line without its name."""
+
+
+POSITIONAL = Positional()

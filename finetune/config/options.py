@@ -1,0 +1,63 @@
+"""Options of commands: dataclasses, read from a command line as a configuration is from YAML."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+from finetune.config.fields import Field, all_fields, fill
+from finetune.config.marks import Positional
+from finetune.errors import UserError
+from finetune.safety import learn_from, redact
+from ttt.options import abbreviated
+
+Options = TypeVar("Options")
+
+
+def read_options(
+    cls: type[Options], words: Sequence[str], given: Mapping[str, Any], *, with_overrides: bool
+) -> tuple[Options, dict[str, Any]]:
+    """Return a command's options, and the keys of a configuration that stand among them.
+
+    Args:
+        words: what was given without a name.
+        given: texts by name.
+        with_overrides: names that are no option are keys of a configuration.
+
+    Raises:
+        UserError: naming every mistake.
+    """
+    learn_from(given)
+    fields = {field.key: field for field in all_fields(cls) if not field.section}
+    own = {name: value for name, value in given.items() if name in fields}
+    others = {name: value for name, value in given.items() if name not in fields}
+    places = [key for key, field in fields.items() if is_positional(field) and key not in own]
+    own |= dict(zip(places, words, strict=False))
+    for word in words[len(places) :]:
+        hint = f" Did you mean --{word}?" if "=" in word else ""
+        raise UserError(f"unexpected argument: {abbreviated(redact(word))}.{hint}")
+    missing = [key for key, field in fields.items() if field.is_required and not own.get(key)]
+    for name in () if with_overrides and not missing else others:
+        # With keys of a configuration among the options, one may be what is missing.
+        known = missing if with_overrides else list(fields)
+        similar = difflib.get_close_matches(name[:100], known, n=1)
+        similar += [key for key in known if key.startswith(name)]
+        if similar or not with_overrides:
+            hint = f"Did you mean --{similar[0]}?" if similar else "Ask for --help to see them all."
+            raise UserError(f"unknown option: --{abbreviated(redact(name))}. {hint}")
+    for name in missing:
+        raise UserError(f"--{name} is missing. Ask for --help to see what it is.")
+    options, problems = fill(cls, {key: _text(value) for key, value in own.items()})
+    if problems:
+        lines = [f"--{key}: {text}" for key, text in problems]
+        raise UserError(
+            lines[0] if len(lines) == 1 else "\n  - ".join(["several options:", *lines])
+        )
+    return options, others
+
+
+def is_positional(field: Field) -> bool:
+    return any(isinstance(each, Positional) for each in getattr(field.kind, "__metadata__", ()))
+
+
+def _text(value: Any) -> Any:
+    return value if isinstance(value, str | list) else str(value)

@@ -1,0 +1,24 @@
+"""What `moshi-ttt sweep` can be told."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from finetune.config import POSITIONAL, FilePath
+
+
+@dataclass(frozen=True)
+class SweepOptions:
+    file: Annotated[FilePath, POSITIONAL]
+    """The sweep's YAML file."""
+
+    only: tuple[str, ...] | None = None
+    """Names of runs, with commas between them; null: all."""
+
+    sweep_dir: FilePath | None = None
+    """The folder to write to, instead of the file's."""
+
+    table: bool = False
+    """Run nothing, show what there is."""
+
+    slurm: bool = False
+    """Run nothing, write a script for a SLURM job array."""
