@@ -80,7 +80,7 @@ class EffectWatch:
                 "write_strength",
                 logging.WARNING,
                 f"at step {step} β of {_layers(bound)} has met its bound, {MAX_WRITE_STRENGTH:g}: "
-                "above it, chunks of frames that are much alike could not be solved for in float32. "
+                "above it, float32 could not solve for chunks of frames that are much alike. "
                 "Lower optim.ttt_lr or ttt.write_strength, and watch ttt/*/write_strength.",
             )
 
