@@ -8,6 +8,7 @@ from ttt.ops.in_place import (
     chunk_errors,
     in_place_delta,
     in_place_ttt,
+    reference,
 )
 from ttt.ops.inner_loop import inner_losses, rope, short_conv, ttt_linear, ttt_mlp
 
@@ -19,6 +20,7 @@ __all__ = [
     "in_place_delta",
     "in_place_ttt",
     "inner_losses",
+    "reference",
     "rope",
     "short_conv",
     "ttt_linear",
