@@ -16,6 +16,7 @@ from finetune.checkpoint import (
     first_whole,
     get_random_state,
     load_resume_state,
+    require_same_rule,
     set_random_state,
     step_of,
 )
@@ -333,6 +334,7 @@ class Trainer:
     def resume(self, checkpoint: Path) -> None:
         """Continue where `checkpoint` was saved, to the bit."""
         state = load_resume_state(checkpoint)
+        require_same_rule(self.args, checkpoint)
         try:
             self.optimizer.restore(
                 state["optimizer"],

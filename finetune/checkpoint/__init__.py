@@ -9,7 +9,7 @@ from finetune.checkpoint.run_dir import (
     load_trained_weights,
     step_of,
 )
-from finetune.checkpoint.run_folder import RunFolder
+from finetune.checkpoint.run_folder import RunFolder, require_same_rule
 from finetune.checkpoint.writer import CheckpointWriter
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "list_checkpoints",
     "load_resume_state",
     "load_trained_weights",
+    "require_same_rule",
     "set_random_state",
     "step_of",
 ]

@@ -102,8 +102,6 @@ class RunFolder:
                 f"nothing)."
             )
         if args.resume:
-            for checkpoint in checkpoints[:1]:
-                _require_same_rule(args, checkpoint)
             return checkpoints[:1] if args.resume is True else checkpoints
         if not self._holds_something():
             return []
@@ -309,8 +307,9 @@ def _is_in_the_way(name: str) -> bool:
     return first in own or name in ("tb", "profile", "wandb")
 
 
-def _require_same_rule(args: TrainArgs, checkpoint: Path) -> None:
-    """
+def require_same_rule(args: TrainArgs, checkpoint: Path) -> None:
+    """Check that a checkpoint's TTT parameters mean in this run what they meant in theirs.
+
     Raises:
         UserError: by `args`, the checkpoint's TTT parameters would mean something else.
     """

@@ -191,6 +191,9 @@ def _structure_problems(content: dict[str, Any]) -> Iterator[str]:
         if not isinstance(entry, dict):
             got = abbreviated(repr(entry))
             yield f"runs, {abbreviated(name)}: expected `key: value` lines below it, got {got}"
+        elif not isinstance(entry.get("after"), str | None):
+            got = abbreviated(repr(entry["after"]))
+            yield f"{abbreviated(name)}, after: expected the name of a run, got {got}"
     for where, section in (("overrides", content.get("overrides")), *runs.items()):
         for key in flatten(section).keys() & _OWN_KEYS if isinstance(section, dict) else ():
             yield f"{abbreviated(where)}, {key}: remove it: {_OWN_KEYS[key]}"
