@@ -334,7 +334,6 @@ class Trainer:
     def resume(self, checkpoint: Path) -> None:
         """Continue where `checkpoint` was saved, to the bit."""
         state = load_resume_state(checkpoint)
-        require_same_rule(self.args, checkpoint)
         try:
             self.optimizer.restore(
                 state["optimizer"],
@@ -345,6 +344,7 @@ class Trainer:
                 f"{checkpoint} does not belong to this configuration: {error}. Resume with the "
                 f"configuration in {checkpoint / 'args.yaml'}, or start a new run_dir."
             ) from error
+        require_same_rule(self.args, checkpoint)
         self.train_data.load_state_dict(state["data"])
         set_random_state(state["random"])
         self.effect.load_state_dict(state["effect"])
