@@ -374,7 +374,7 @@ def test_state_bytes_counts_what_streaming_allocates(args):
     ("args", "lm_overrides", "message"),
     [
         (tiny_args(start_layer=3), {}, "beyond the model's last layer, 2"),
-        (tiny_args(chunk_size=0), {}, "ttt.chunk_size: must be at least 1"),
+        (tiny_args(chunk_size=0), {}, "ttt.chunk_size: must be 1 or more, got 0"),
         (tiny_args(conv_lookahead=2), {}, "ttt.conv_lookahead"),
         (tiny_relative_args(learning_rate=1e-3), {}, "ttt.learning_rate: is 0.001, and with lr_sc"),
         (tiny_args(write="delta"), {}, "ttt.learning_rate: belongs to write: sum"),
@@ -383,18 +383,18 @@ def test_state_bytes_counts_what_streaming_allocates(args):
         (
             tiny_delta_args(write_strength=0.0),
             {},
-            "ttt.write_strength: must be above 0",
+            "ttt.write_strength: must be more than 0, got 0.0",
         ),
-        (tiny_args(state_decay=1.5), {}, "ttt.state_decay: must be above 0 and at most 1"),
+        (tiny_args(state_decay=1.5), {}, "ttt.state_decay: must be at most 1, got 1.5"),
         (tiny_args(), {"gating": "none", "depformer_gating": "silu"}, "needs gated MLPs"),
         (tiny_linear_args(start_layer=3), {}, "beyond the model's last layer, 2"),
-        (tiny_linear_args(mini_batch_size=1), {}, "ttt.mini_batch_size: must be at least 2, got 1"),
+        (tiny_linear_args(mini_batch_size=1), {}, "ttt.mini_batch_size: must be 2 or more, got 1"),
         (tiny_linear_args(use_rope=True), {"dim": 18}, "ttt.use_rope: needs an even head width"),
         (tiny_linear_args(gate_init=0.0), {}, "ttt.gate_init: must be a number other than 0"),
         (tiny_linear_args(rope_theta=5.0), {}, "ttt.rope_theta: has no effect with use_rope"),
         (tiny_linear_args(chunk_size=8), {}, "ttt.chunk_size: is an option of method in_place"),
         (tiny_args(use_rope=True), {}, "ttt.use_rope: is an option of method linear and mlp"),
-        (tiny_args(attention_context=0), {}, "ttt.attention_context: must be at least 1"),
+        (tiny_args(attention_context=0), {}, "ttt.attention_context: must be 1 or more, got 0"),
     ],
 )
 def test_what_cannot_be_built_is_one_clear_error(args, lm_overrides, message):
