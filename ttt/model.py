@@ -327,9 +327,9 @@ def measuring(model: TTTLMModel, *, enabled: bool = True) -> Iterator[dict[str, 
     """Collects what TTT does in the forward passes within the block, if `enabled`.
 
     The dictionary that it gives is filled when the block ends: `layer_05/effect` and so on, scalar
-    tensors of the first forward pass. See `InPlaceGating._measure` for their meaning; with `linear`
-    and `mlp` they are `effect`, ‖what TTT adds‖ / ‖what it is added to‖, and `inner_loss_initial`,
-    `inner_loss_before` and `inner_loss_after`, see `TTTMixer._inner_losses`.
+    tensors of the first forward pass; `ttt.layers.in_place_measure` says what they mean. With
+    `linear` and `mlp` they are `effect`, ‖what TTT adds‖ / ‖what it is added to‖, and
+    `inner_loss_initial`, `inner_loss_before` and `inner_loss_after`, see `TTTMixer._inner_losses`.
     """
     collected: dict[str, Tensor] = {}
     for module in model.ttt_layers.values():

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from ttt import ops
 from ttt.config import MAX_WRITE_STRENGTH, TTTArgs
 from ttt.layers.execution import Execution
-from ttt.ops.in_place.sum import delta_norm_square
-from ttt.ops.in_place.terms import accumulating_dtype, product
+from ttt.layers.frames import delayed, inverse_square, normalised, only
+from ttt.layers.in_place_measure import measure
+from ttt.ops.in_place.terms import accumulating_dtype
 
 GATE_SPEED = 10.0
 """How much faster than other parameters the gate learns: Adam's steps have a size of their own."""
@@ -190,7 +191,9 @@ class InPlaceGating(StreamingModule[InPlaceState]):
         # At last: activation checkpointing then need not compute it again.
         plain = self.linear_out(z)
         if self.measure and x.shape[1] > self.args.chunk_size:
-            self.measured = self._measure(z, v, written, plain, learnt)
+            beta, base = self.write_strength, self.base_weight
+            seen = z, v, written, plain, learnt
+            self.measured = measure(self.args, *seen, beta=beta, base=base)
             # Once: activation checkpointing and micro-batches come here again.
             self.measure = False
         return plain + learnt
@@ -202,13 +205,13 @@ class InPlaceGating(StreamingModule[InPlaceState]):
 
     def _scaled(self, source: Tensor) -> Tensor:
         """What the targets are made of, as `lr_scale` has it."""
-        return source if self.target_gate is None else _normalised(source)
+        return source if self.target_gate is None else normalised(source)
 
     def _prepare(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
         """z and the targets v of whole sequences."""
         z, v = self._activations(x), self._targets(self._scaled(source))
         if self.divides_by_keys:
-            v = v * _delayed(_inverse_square(z), self.lag).to(v.dtype)
+            v = v * delayed(inverse_square(z), self.lag).to(v.dtype)
         return z, v
 
     def _is_written(self, is_frame: Tensor | None) -> Tensor | None:
@@ -231,7 +234,7 @@ class InPlaceGating(StreamingModule[InPlaceState]):
             )
         return ops.in_place_ttt(
             z,
-            _only(v, written),
+            only(v, written),
             lr=self.args.inner_learning_rate,
             chunk_size=chunk_size,
             max_delta_norm=self.args.max_delta_norm,
@@ -241,7 +244,7 @@ class InPlaceGating(StreamingModule[InPlaceState]):
 
     def _keys(self, z: Tensor) -> Tensor:
         """What z is written with, as z itself."""
-        return z * _inverse_square(z).to(z.dtype) if self.divides_by_keys else z
+        return z * inverse_square(z).to(z.dtype) if self.divides_by_keys else z
 
     def _targets(self, source: Tensor) -> Tensor:
         """v = W_target · conv(source), [B, T, d]: the target that is complete at each frame."""
@@ -254,56 +257,6 @@ class InPlaceGating(StreamingModule[InPlaceState]):
             lookahead=self.args.lookahead_frames,
         )
         return F.linear(mixed, self.target_proj)
-
-    @torch.no_grad()
-    def _measure(
-        self, z: Tensor, v: Tensor, written: Tensor | None, plain: Tensor, learnt: Tensor
-    ) -> dict[str, Tensor]:
-        """Scalars that tell whether TTT does anything here; see docs/mathematics.md.
-
-        effect: ‖what TTT adds‖ / ‖what the projection gives‖, over the frames that can read.
-        delta: mean ‖change of S by a chunk‖ / ‖W0‖ over the complete chunks that write anything,
-            decay aside.
-        clip_rate: share of these chunks whose Δ met the bound; 0 without one.
-        write_strength: β, with `write: delta` alone.
-        """
-        chunk_size = self.args.chunk_size
-        readable = slice(chunk_size, None)
-        found = {"effect": learnt[:, readable].float().norm() / plain[:, readable].float().norm()}
-        beta = self.write_strength
-        rate = self.args.inner_learning_rate
-        keys, v = _delayed(z, self.lag), _only(v, written)
-        if beta is not None:
-            rate, found["write_strength"] = 1.0, beta.squeeze()
-            keys = _only(keys, written)
-            v = self._errors(keys, v, learnt, beta)
-        delta = delta_norm_square(keys, v, chunk_size).sqrt()
-        num_writing = (delta > 0).sum().clamp(min=1)
-        bound = self.args.max_delta_norm or float("inf")
-        found["clip_rate"] = (delta > bound).sum() / num_writing
-        delta = delta.clamp(max=bound)
-        found["delta"] = rate * delta.sum() / num_writing / self.base_weight.float().norm()
-        return found
-
-    def _errors(self, keys: Tensor, v: Tensor, learnt: Tensor, beta: Tensor) -> Tensor:
-        """E of whole sequences, [B, T, d], of what their frames have read."""
-        size = self.args.chunk_size
-        read = _delayed(learnt, self.lag)
-        errors: list[Tensor] = []
-        for start in range(0, v.shape[1], size):
-            here = slice(start, start + size)
-            residual = v[:, here].float() - read[:, here]
-            if errors and self.lag:
-                # These have read before the last chunk wrote.
-                waiting = keys[:, start : start + self.lag]
-                change = product(errors[-1].to(keys.dtype).mT, keys[:, start - size : start])
-                residual[:, : self.lag] = (
-                    v[:, start : start + self.lag]
-                    - self.args.state_decay * read[:, start : start + self.lag].float()
-                    - waiting.float() @ change.float().mT
-                )
-            errors.append(ops.chunk_errors(keys[:, here], residual, beta))
-        return torch.cat(errors, dim=1).to(v.dtype)
 
     # Streaming -------------------------------------------------------------------------------
 
@@ -444,26 +397,3 @@ class InPlaceGating(StreamingModule[InPlaceState]):
         if state.pending_read is not None:
             waiting = state.pending_z[row, : self.lag].to(change.dtype)
             state.pending_read[row, : self.lag] = waiting @ change.mT
-
-
-def _delayed(x: Tensor, lag: int) -> Tensor:
-    """[B, T, ·] of [B, T, ·]: at each frame x of `lag` frames ago, and zeros at first."""
-    return F.pad(x, (0, 0, lag, 0))[:, : x.shape[1]] if lag else x
-
-
-def _only(x: Tensor, frames: Tensor | None) -> Tensor:
-    """x [B, T, ·] at `frames` [B, T], zero elsewhere; None: everywhere."""
-    return x if frames is None else torch.where(frames.unsqueeze(-1), x, 0.0)
-
-
-def _normalised(source: Tensor) -> Tensor:
-    """Frames of [B, T, d] divided by their RMS; frames of zeros stay zeros."""
-    wide = source.to(accumulating_dtype(source.dtype))
-    square = wide.square().mean(-1, keepdim=True)
-    return (wide * torch.where(square > 0, square, 1.0).rsqrt()).to(source.dtype)
-
-
-def _inverse_square(z: Tensor) -> Tensor:
-    """1 / ‖z_t‖², [B, T, 1], at least in float32; 0 for frames of zeros."""
-    square = z.to(accumulating_dtype(z.dtype)).square().sum(-1, keepdim=True)
-    return torch.where(square > 0, 1 / torch.where(square > 0, square, 1.0), 0.0)

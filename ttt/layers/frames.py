@@ -1,0 +1,30 @@
+"""Small functions of sequences of frames."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ttt.ops.in_place.terms import accumulating_dtype
+
+
+def delayed(x: Tensor, lag: int) -> Tensor:
+    """Return x of `lag` frames ago at each frame, [B, T, ·] of [B, T, ·], and zeros at first."""
+    return F.pad(x, (0, 0, lag, 0))[:, : x.shape[1]] if lag else x
+
+
+def only(x: Tensor, frames: Tensor | None) -> Tensor:
+    """Return x [B, T, ·] at `frames` [B, T], and zero elsewhere; None: everywhere."""
+    return x if frames is None else torch.where(frames.unsqueeze(-1), x, 0.0)
+
+
+def normalised(source: Tensor) -> Tensor:
+    """Return the frames of [B, T, d] divided by their RMS; frames of zeros stay zeros."""
+    wide = source.to(accumulating_dtype(source.dtype))
+    square = wide.square().mean(-1, keepdim=True)
+    return (wide * torch.where(square > 0, square, 1.0).rsqrt()).to(source.dtype)
+
+
+def inverse_square(z: Tensor) -> Tensor:
+    """Return 1 / ‖z_t‖², [B, T, 1], at least in float32; 0 for frames of zeros."""
+    square = z.to(accumulating_dtype(z.dtype)).square().sum(-1, keepdim=True)
+    return torch.where(square > 0, 1 / torch.where(square > 0, square, 1.0), 0.0)
