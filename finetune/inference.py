@@ -58,7 +58,7 @@ def load_for_inference(checkpoint: Path, device: str = "auto") -> tuple[TTTLMMod
 
 
 def nonfinite_weights(model: TTTLMModel) -> str | None:
-    """Which weights are NaN or infinite, in a sentence; None: all are numbers."""
+    """Return which weights are NaN or infinite, in a sentence; None: all are numbers."""
     bad = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
     if not bad:
         return None

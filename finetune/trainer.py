@@ -363,7 +363,7 @@ class Trainer:
             )
 
     def interrupted(self) -> bool:
-        """Whether a process has got a signal to stop; all of them agree."""
+        """Return whether a process has got a signal to stop; all of them agree."""
         flag = torch.tensor(float(self.interrupt.signal_number is not None))
         return bool(self.world.sum(flag.to(self.world.device)).item())
 
@@ -386,5 +386,5 @@ class Trainer:
         return 128 + number
 
     def is_due(self, every: int) -> bool:
-        """Whether something that is done every so many steps is due at this one."""
+        """Return whether something that is done every so many steps is due at this one."""
         return (every >= 1 and self.step % every == 0) or self.step == self.args.max_steps

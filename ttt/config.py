@@ -149,7 +149,7 @@ class TTTArgs:
 
     @property
     def has_fixed_step(self) -> bool:
-        """Whether `learning_rate` and `max_delta_norm` count."""
+        """Return whether `learning_rate` and `max_delta_norm` count."""
         return self.method == "in_place" and self.write == "sum"
 
     @property
@@ -174,7 +174,7 @@ class TTTArgs:
 
     @property
     def carries(self) -> bool:
-        """Whether `chunk_edge` is `carry`, chosen or by default."""
+        """Return whether `chunk_edge` is `carry`, chosen or by default."""
         if self.chunk_edge is None:
             return not (self.write == "sum" and self.lr_scale == "none")
         return self.chunk_edge == "carry"
@@ -201,7 +201,8 @@ class TTTArgs:
         return layers
 
     def problems(self) -> list[tuple[str, str]]:
-        """What is wrong with these values: pairs of field name and problem with its remedy."""
+        """Return what is wrong with these values: pairs of field name and problem with its
+        remedy."""
         found = [*out_of_bounds(self)]
         if (
             self.enabled

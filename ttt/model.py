@@ -39,7 +39,7 @@ class TTTTransformerLayer(Shardable, StreamingTransformerLayer):
 
     @property
     def ttt_module(self) -> TTTModule | None:
-        """What learns at test time in this layer."""
+        """Return what learns at test time in this layer."""
         return self.gating if isinstance(self.gating, InPlaceGating) else self.ttt
 
     def forward(

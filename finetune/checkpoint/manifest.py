@@ -48,7 +48,7 @@ def read(folder: Path) -> Entries:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether all files are there, in their sizes; their contents are not read."""
+    """Return whether all files are there, in their sizes; their contents are not read."""
     try:
         entries = read(folder)
         return all((folder / n).stat().st_size == e["bytes"] for n, e in entries.items())
@@ -57,7 +57,7 @@ def is_whole(folder: Path) -> bool:
 
 
 def first_problem(folder: Path, *, names: Iterable[str] | None = None) -> str | None:
-    """What is wrong with the folder, in words that begin with the file; None: nothing.
+    """Return what is wrong with the folder, in words that begin with the file; None: nothing.
 
     Args:
         names: the files to read; all if None.

@@ -128,7 +128,7 @@ def _merge(source: Path, target: Path) -> None:
 
 
 def _has_checkpoint(run_dir: Path, content: Content) -> bool:
-    """Whether the run has completed a checkpoint."""
+    """Return whether the run has completed a checkpoint."""
     folders = (run_dir / "checkpoints").glob("checkpoint_*")
     return any(
         content.owns(f"checkpoints/{folder.name}/{manifest.NAME}") and manifest.is_whole(folder)

@@ -138,7 +138,7 @@ def _problem(checkpoint: Path, world: World) -> str | None:
 
 
 def load_resume_state(checkpoint: Path) -> dict[str, Any]:
-    """What a run continues from, apart from the optimizer's tensors.
+    """Return what a run continues from, apart from the optimizer's tensors.
 
     Raises:
         UserError: it cannot be read, or another version has written it.

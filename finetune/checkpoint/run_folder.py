@@ -115,7 +115,7 @@ class RunFolder:
         return []
 
     def _holds_something(self) -> bool:
-        """Whether there is more than a start that failed leaves behind."""
+        """Return whether there is more than a start that failed leaves behind."""
         if not self.record.exists():
             return any(path.name != LOCK_NAME for path in self.run_dir.iterdir())
         metrics = metrics_path(self.run_dir, "train")
@@ -226,7 +226,7 @@ class RunFolder:
     # --- while it trains, and at its end ----------------------------------------------------------
 
     def earn(self) -> None:
-        """What this run replaces may go: a checkpoint is complete, or the run has come to its end.
+        """Delete what this run replaces: a checkpoint is complete, or the run has come to its end.
         Called again it does nothing."""
         if self._world.is_main:
             try:
@@ -279,7 +279,7 @@ class RunFolder:
 
 
 def _inputs(args: TrainArgs, config: Path | None) -> Iterator[tuple[str, Path]]:
-    """What the run reads, by the key that names it."""
+    """Yield what the run reads, by the key that names it."""
     if config is not None:
         yield "config", config
     for key, spec in (
@@ -296,7 +296,7 @@ def _inputs(args: TrainArgs, config: Path | None) -> Iterator[tuple[str, Path]]:
 
 
 def _is_in_the_way(name: str) -> bool:
-    """Whether a run would write to, or read, what somebody else has put there."""
+    """Return whether a run would write to, or read, what somebody else has put there."""
     first, *rest = name.split("/")
     if first == "checkpoints":
         # A link in place of the folder, or what would count as a checkpoint.

@@ -57,7 +57,7 @@ class RunLock:
         return self._file is not None
 
     def _take(self) -> bool:
-        """Whether the lock taken is that of the file which is there now."""
+        """Return whether the lock taken is that of the file which is there now."""
         # The text of a process that lives must stay, so no mode of `open` will do.
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
         file = os.fdopen(os.open(self._path, flags, 0o666), "r+")
@@ -97,7 +97,7 @@ class RunLock:
             self._file = None
 
     def _changes(self, file: IO[str]) -> bool:
-        """Whether somebody still writes into the file."""
+        """Return whether somebody still writes into the file."""
         before, started_at = _read(file), time.monotonic()
         while time.monotonic() < started_at + WATCH_SEC:
             time.sleep(1.0)

@@ -46,7 +46,7 @@ class Content:
         return name in self.files or any(str(p) in self.trees for p in (path, *path.parents))
 
     def made(self, folder: str) -> bool:
-        """Whether the run writes into it, and so has made it."""
+        """Return whether the run writes into it, and so has made it."""
         inside = f"{folder}/"
         names = (*self.files, *self.trees)
         return self.owns(folder) or any(name.startswith(inside) for name in names)
@@ -70,7 +70,7 @@ class RunRecord:
         self._lock = threading.Lock()
 
     def exists(self) -> bool:
-        """Whether a run of ours has written into the folder."""
+        """Return whether a run of ours has written into the folder."""
         return self._read() is not None
 
     def read(self) -> Content:
@@ -105,7 +105,8 @@ class RunRecord:
         self._append([what])
 
     def found(self, *, without: str | None = None) -> Found:
-        """What lies in the folder, apart from the record, the lock, and the folder `without`."""
+        """Return what lies in the folder, apart from the record, the lock, and the folder
+        `without`."""
         content = self.read()
         skipped = {NAME, _NEW_NAME, LOCK_NAME, without}
         units: list[str] = []

@@ -74,7 +74,8 @@ class ModelArgs:
     null: as in config.json (`rope` in Moshi)."""
 
     def problems(self, random_init: bool, ttt: TTTArgs) -> Iterator[tuple[str, str]]:
-        """What contradicts these values elsewhere: dotted keys, and the problem with its remedy."""
+        """Yield what contradicts these values elsewhere: dotted keys, and the problem with its
+        remedy."""
         for name in ("norm", "gating", "positional_embedding"):
             if getattr(self, name) is not None and not random_init:
                 yield (

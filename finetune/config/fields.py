@@ -41,7 +41,7 @@ class Field:
 
     @property
     def prefix(self) -> str:
-        """How the keys in this section begin."""
+        """Return how the keys in this section begin."""
         own = [each.text for each in _metadata(self.kind) if isinstance(each, Prefix)]
         return own[0] if own else f"{self.key}."
 

@@ -103,7 +103,8 @@ def _of_its_time(written: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_of_a_run(written: dict[str, Any]) -> bool:
-    """Whether a file has all options of `ttt` of its time, as those have that a run writes."""
+    """Return whether a file has all options of `ttt` of its time, as those have that a run
+    writes."""
     names = {field.name for field in dataclasses.fields(TTTArgs)} - ADDED_SINCE
     return all(f"ttt.{name}" in written for name in names)
 
@@ -137,7 +138,7 @@ def _check(
 
 
 def list_problems(path: str | Path, problems: Iterable[str]) -> str:
-    """What a user is told of a file with problems, a line each."""
+    """Return what a user is told of a file with problems, a line each."""
     lines = [f"  - {problem}" for problem in problems]
     count = "a problem" if len(lines) == 1 else f"{len(lines)} problems"
     return "\n".join([f"{path} has {count}:", *lines])
@@ -151,7 +152,8 @@ def public_dict(args: TrainArgs) -> dict[str, Any]:
 
 
 def changed_keys(path: Path, args: TrainArgs) -> dict[str, tuple[str, str]]:
-    """What differs in `args` from the configuration in `path`: old and new value by dotted key.
+    """Return what differs in `args` from the configuration in `path`: old and new value by dotted
+    key.
 
     Keys that say how a run is started, not what it is, are left out.
     """

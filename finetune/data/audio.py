@@ -101,7 +101,7 @@ def _is_truncated(path: Path, num_samples: int) -> bool:
 
 
 def _wav_data_end_bytes(path: Path) -> int | None:
-    """Where the samples of a wav file must end by its own header; None if it does not say.
+    """Return where the samples of a wav file must end by its own header; None if it does not say.
 
     libsndfile quietly takes what there is of a truncated wav as the whole, so it has to be asked
     here.

@@ -119,7 +119,7 @@ class Batcher:
                 yield batch
 
     def has(self, ref: SegmentRef) -> bool:
-        """Whether the codes of a segment are kept on disk, undamaged: they are read."""
+        """Return whether the codes of a segment are kept on disk, undamaged: they are read."""
         blob = None if self._cache is None else self._cache.find(ref)
         if self._cache is None or blob is None:
             return False
@@ -277,7 +277,7 @@ class Batcher:
 
 
 def _worker_context() -> multiprocessing.context.BaseContext:
-    """How workers start: by fork where that is safe, because it takes no time.
+    """Return how workers start: by fork where that is safe, because it takes no time.
 
     A process that has used CUDA must not fork: its driver threads and locks do not survive. There
     a helper process forks, which has imported torch once and never touched the GPU.

@@ -29,7 +29,8 @@ class FileChecks:
         return info
 
     def lacks_main_speaker(self, path: Path) -> bool:
-        """Whether a transcript holds words, but none of Moshi; raises as `read_transcript`."""
+        """Return whether a transcript holds words, but none of Moshi; raises as
+        `read_transcript`."""
         key = _file_key("transcript", path)
         known = self._store.get(key) if self._store and key else None
         if known is not None:

@@ -246,8 +246,8 @@ class Codec:
 
     @cached_property
     def fingerprint(self) -> bytes:
-        """What codes depend on besides audio: Mimi's weights, shape and version, and the way it
-        is used."""
+        """Return what codes depend on besides audio: Mimi's weights, shape and version, and the way
+        it is used."""
         digest = hashlib.blake2b(digest_size=16)
         used = (moshi.__version__, self.mimi.num_codebooks, _PIECE_FRAMES)
         digest.update(repr(used).encode())

@@ -146,7 +146,7 @@ class SegmentReader(Dataset):
         return self._from_audio(ref, [])
 
     def decode_kept(self, kept: bytes) -> torch.Tensor:
-        """What `CodeCache` keeps, as `Segment.audio_codes`."""
+        """Return what `CodeCache` keeps, as `Segment.audio_codes`."""
         codes = np.frombuffer(kept, dtype="<u2").astype(np.int64)
         return torch.from_numpy(codes).view(2, self.num_codebooks, -1)
 

@@ -94,7 +94,7 @@ class Store:
 
     @property
     def can_write(self) -> bool:
-        """Whether nothing has failed so far."""
+        """Return whether nothing has failed so far."""
         return self.write_error is None
 
     def get(self, key: bytes) -> bytes | None:
@@ -113,7 +113,7 @@ class Store:
                     self.flush()
 
     def find(self, key: bytes) -> Blob | None:
-        """Where the blob of `key` is."""
+        """Return where the blob of `key` is."""
         entry = self._values.get(key)
         if entry is None:
             return None

@@ -184,7 +184,7 @@ def _next_turn(
     end_sec: float,
     previous: Speaker | None,
 ) -> Turn:
-    """What follows `previous`, who spoke until `end_sec`; nobody interrupts himself."""
+    """Return what follows `previous`, who spoke until `end_sec`; nobody interrupts himself."""
     gap_sec = rng.uniform(*_GAP_SEC)
     if rng.random() < _OVERLAP_PROBABILITY and previous == _other(speaker):
         gap_sec = -rng.uniform(0.05, _MAX_OVERLAP_SEC)

@@ -176,7 +176,7 @@ def save_half(mimi: MimiModel, path: Path) -> None:
 
 @torch.no_grad()
 def measure(mimi: MimiModel, jsonl_path: Path) -> dict[str, float | list[float]]:
-    """How well `mimi` (on CPU) rebuilds the recordings of a list, each as one sequence.
+    """Return how well `mimi` (on CPU) rebuilds the recordings of a list, each as one sequence.
 
     `mel_loss` and `mel_loss_of_silence` are `MelLoss`; `mel_correlation` is that of log-mel
     values (1024 samples, 100 bands) where there is speech; `bits_per_codebook` are entropies.

@@ -59,7 +59,8 @@ class Sharding:
         return self.mesh.size(-1)
 
     def parts(self, model: TTTLMModel) -> Iterator[tuple[str, nn.Module]]:
-        """What is gathered at once, by its name in the model; the rest of the model comes last."""
+        """Yield what is gathered at once, by its name in the model; the rest of the model comes
+        last."""
         for name in ("transformer", "depformer"):
             transformer = getattr(model, name)
             for index, layer in enumerate(transformer.layers if transformer is not None else ()):
@@ -107,7 +108,7 @@ def build_sharding(args: TrainArgs, world: World) -> Sharding | None:
 
 
 def shard_size(args: TrainArgs, num_processes: int) -> int:
-    """How many processes share a copy of the model.
+    """Return how many processes share a copy of the model.
 
     Raises:
         UserError: they cannot be divided so.

@@ -61,7 +61,7 @@ class World:
             torch._foreach_copy_(bucket, summed)
 
     def gather(self, thing: T) -> list[T]:
-        """What each process has, by rank; exchanged by way of the host."""
+        """Return what each process has, by rank; exchanged by way of the host."""
         if self.size == 1:
             return [thing]
         found: list[Any] = [None] * self.size
@@ -69,7 +69,7 @@ class World:
         return found
 
     def first(self, thing: T | None) -> T | None:
-        """What the first process has that has something."""
+        """Return what the first process has that has something."""
         return next((each for each in self.gather(thing) if each is not None), None)
 
     def in_step(

@@ -69,7 +69,8 @@ def _of_position(position: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _sign(estimate: Mapping[str, Any], *, num_tests: int = 1) -> str:
-    """What a 95 % interval shows; with `num_tests`, one of 1 − 5 % / num_tests (Bonferroni)."""
+    """Return what a 95 % interval shows; with `num_tests`, one of 1 − 5 % / num_tests
+    (Bonferroni)."""
     value, low, high = estimate["value"], estimate["low"], estimate["high"]
     if value is None or low is None or high is None or max(-low, high) < NEGLIGIBLE_NATS:
         return _SAME

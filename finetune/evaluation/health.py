@@ -127,7 +127,8 @@ def repeat_rate(codes: list[int]) -> float:
 
 
 def alarms(generated: Mapping[str, float], recorded: Mapping[str, float]) -> list[Alarm]:
-    """What is wrong with the means of the measures, compared with those of the recordings."""
+    """Return what is wrong with the means of the measures, compared with those of the
+    recordings."""
     own, usual = generated, recorded
     found = []
     if own["entropy"] < MIN_ENTROPY_RATIO * usual["entropy"]:
@@ -172,6 +173,7 @@ def frame_levels_db(audio: Tensor, frame_samples: int) -> Tensor:
 
 
 def _level_of_silence(codec: Codec) -> float:
-    """How loud Mimi's rendering of encoded silence is, in dB: no codec is perfectly quiet."""
+    """Return how loud Mimi's rendering of encoded silence is, in dB: no codec is perfectly
+    quiet."""
     codes = Silence(codec).codes(25)[None, : codec.moshi_codebooks]
     return float(frame_levels_db(codec.decode(codes)[:, 0], codec.mimi.frame_size).max())

@@ -143,7 +143,7 @@ class Options:
 
 
 def what_takes_less(options: Options) -> str:
-    """Which options make an evaluation take less memory of the GPU."""
+    """Return which options make an evaluation take less memory of the GPU."""
     sizes = {"batch_size": options.batch_size, "block_frames": options.block_frames}
     ways = [f"a smaller --{name} (now {size})" for name, size in sizes.items() if size > 1]
     return "; ".join([*ways, "--device cpu, which is slow"])

@@ -138,7 +138,8 @@ class Scorer:
         )
 
     def _weights(self, targets: Tensor) -> Tensor:
-        """What the training loss gives to these targets, of which those without are zero tokens."""
+        """Return what the training loss gives to these targets, of which those without are zero
+        tokens."""
         # It gives nothing to the last frames of a sequence, which delayed streams never read. Here
         # the sequence goes on.
         padded = F.pad(targets, (0, self.max_delay), value=self.model.zero_token_id)

@@ -38,7 +38,8 @@ _NOT_SHAPE = ("lora", "lora_rank", "lora_scaling", "depformer_causal")
 
 
 def find_checkpoint(paths: ModelPaths) -> loaders.CheckpointInfo:
-    """Where everything is that a run starts from: on the hub, in a local folder, or file by file.
+    """Return where everything is that a run starts from: on the hub, in a local folder, or file by
+    file.
 
     Raises:
         UserError: naming what is missing.

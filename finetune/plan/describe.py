@@ -64,7 +64,7 @@ SUMMARY = "summary.json"
 def write_summary(
     args: TrainArgs, model: TTTLMModel, train_data: TrainLoader, world: World
 ) -> None:
-    """What of a run its metrics do not have, into `summary.json` in its folder."""
+    """Write what a run's metrics do not have into `summary.json` in its folder."""
     by_role = {
         role: sum(p.numel() for p in named.values())
         for role, named in parameters_by_role(model).items()

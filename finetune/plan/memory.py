@@ -123,8 +123,8 @@ def _gathered(model: TTTLMModel, width: int) -> float:
 def _stages(
     args: TrainArgs, model: TTTLMModel, num_frames: int, width: int
 ) -> list[tuple[float, float, float]]:
-    """What is kept, what works, and TTT's own: in the backward pass of the depth transformer, and
-    of each kind of the main transformer's blocks."""
+    """Return what is kept, what works, and TTT's own: in the backward pass of the depth
+    transformer, and of each kind of the main transformer's blocks."""
     main, depth = model.transformer.layers, model.depformer.layers
     depth_rows = num_frames * model.dep_q
     depth_dim = model.depformer_text_emb.embedding_dim
@@ -187,7 +187,7 @@ def explained(args: TrainArgs, device: torch.device, what: str, *, trains: bool)
 
 
 def _explain_out_of_memory(args: TrainArgs, device: torch.device, what: str, trains: bool) -> str:
-    """What to do when something does not fit."""
+    """Return what to do when something does not fit."""
     ways = []
     if args.batch_size > 1:
         ways.append(

@@ -170,7 +170,7 @@ def _advise(
 def _changes(
     args: TrainArgs, model: TTTLMModel, info: loaders.CheckpointInfo, num_gpus: int
 ) -> Iterator[tuple[str, Memory]]:
-    """What could be changed, and the memory that the run takes then; small changes first."""
+    """Yield what could be changed, and the memory that the run takes then; small changes first."""
     if args.gradient_checkpointing is not True:
         changed = _with(args, gradient_checkpointing=True)
         yield "gradient_checkpointing: true", estimate(changed, model, num_gpus)

@@ -114,7 +114,8 @@ def _counts(lengths: Sequence[int], known: dict[int, int]) -> dict[int, int]:
 
 
 def run_key_study(out: Path, *, widths: Sequence[int]) -> str:
-    """How well untrained models tell keys apart; returns a table, which is in `out/report.md` too.
+    """Return how well untrained models tell keys apart; returns a table, which is in
+    `out/report.md` too.
 
     Raises:
         UserError: `out` cannot be written.

@@ -31,13 +31,13 @@ class ModelArgs:
 
     @property
     def reach_frames(self) -> int:
-        """How many frames back the stacked windows carry anything."""
+        """Return how many frames back the stacked windows carry anything."""
         return self.num_layers * (self.context - 1)
 
 
 def lm_kwargs(args: ModelArgs, streams: StreamArgs) -> dict[str, Any]:
-    """What `ttt.build_model` takes: Moshi's structure, with half of the codebooks Moshi's own and
-    half the user's, and the acoustic ones delayed."""
+    """Return what `ttt.build_model` takes: Moshi's structure, with half of the codebooks Moshi's
+    own and half the user's, and the acoustic ones delayed."""
     half = streams.num_codebooks // 2
     delays = [0, *[0, *[1] * (half - 1)] * 2]
     return {

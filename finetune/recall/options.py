@@ -85,7 +85,7 @@ class RecallOptions:
 
     @property
     def folder(self) -> Path:
-        """Where results go: if nothing is said, no two experiments into one folder."""
+        """Return where results go: if nothing is said, no two experiments into one folder."""
         variant = "gpu_" * (self.preset == "gpu") + (self.variant or "text")
         return self.out or Path("runs/recall") / (f"study_{self.study}" if self.study else variant)
 

@@ -125,7 +125,8 @@ def run_cell(cell: Cell, preset: Preset, device: torch.device) -> dict[str, Any]
 
 @torch.no_grad()
 def key_match(embedding_std: float, width: int) -> dict[int, tuple[float, float, float]]:
-    """How well an untrained model's activations tell a key from the others when it comes again.
+    """Return how well an untrained model's activations tell a key from the others when it comes
+    again.
 
     Returns:
         By layer: mean cosine of z at a question and at its own fact, at the other facts, and the

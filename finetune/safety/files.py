@@ -12,8 +12,8 @@ MAX_JSON_BYTES = 2**28
 
 
 def stays_inside(name: str) -> bool:
-    """Whether a name in a file leads to something in the folder of that file, by its letters alone:
-    links that the owner of the folder has put there are his own business."""
+    """Return whether a name in a file leads to something in the folder of that file, by its letters
+    alone: links that the owner of the folder has put there are his own business."""
     parts = PurePosixPath(name).parts
     return (
         bool(parts)
@@ -25,8 +25,8 @@ def stays_inside(name: str) -> bool:
 
 
 def is_recording_name(name: str) -> bool:
-    """Whether a line of data may name a recording so: in the folder of the file, or, as an absolute
-    path, anywhere. A recording is only ever read as audio."""
+    """Return whether a line of data may name a recording so: in the folder of the file, or, as an
+    absolute path, anywhere. A recording is only ever read as audio."""
     if PurePosixPath(name).is_absolute():
         return "\0" not in name
     return stays_inside(name)

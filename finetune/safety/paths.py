@@ -30,7 +30,7 @@ def path_problem(text: str) -> str | None:
 
 
 def is_too_long(text: str) -> bool:
-    """Whether Linux takes no path of that length, or a name in it."""
+    """Return whether Linux takes no path of that length, or a name in it."""
     encoded = text.encode(errors="surrogatepass")
     longest = max(len(name) for name in encoded.split(b"/"))
     return len(encoded) > MAX_PATH_BYTES or longest > MAX_NAME_BYTES

@@ -45,7 +45,7 @@ def learn_from_words(words: Iterable[str]) -> None:
 
 
 def is_secret(name: str) -> bool:
-    """Whether an option of this name holds a secret."""
+    """Return whether an option of this name holds a secret."""
     return _NAME.search(name) is not None
 
 

@@ -85,7 +85,7 @@ def target_weights(model: LMModel, codes: Tensor, weights: LossWeights) -> tuple
 
 
 def _masks(model: LMModel, codes: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the model's own masks are true."""
+    """Return where the model's own masks are true."""
     num_frames = codes.shape[2]
     delays = torch.tensor(model.delays[: 1 + model.dep_q], device=codes.device)
     is_read = torch.arange(num_frames, device=codes.device) < num_frames - delays[:, None]

@@ -127,8 +127,8 @@ class Optimizer:
         return dict(zip(norms, squares.sqrt(), strict=True))
 
     def tensors(self) -> dict[str, tuple[Tensor, nn.Parameter]]:
-        """What the optimizer keeps, by name (`exp_avg/transformer.layers.0.norm1.alpha`): each
-        tensor with the parameter that it is of. Of a sharded one, this process's part."""
+        """Return what the optimizer keeps, by name (`exp_avg/transformer.layers.0.norm1.alpha`):
+        each tensor with the parameter that it is of. Of a sharded one, this process's part."""
         found = {}
         for name, (parameter, master) in self._named().items():
             found[f"master/{name}"] = (master, parameter)

@@ -129,7 +129,7 @@ def load_sweep(
 
 
 def _read(file: Path, content: dict[str, Any]) -> dict[str, dict[str, str]]:
-    """What the file says of each run, by dotted key, in an order in which they can run."""
+    """Return what the file says of each run, by dotted key, in an order in which they can run."""
     if "runs" not in content and content.keys() & {"data", "run_dir", "moshi_paths"}:
         raise UserError(
             f"{file} is the configuration of one run. A sweep's file names it as its `base`, and "
@@ -246,7 +246,7 @@ def _configure(
 
 
 def _check_model(run: PlannedRun, runs: Mapping[str, PlannedRun]) -> list[_Found]:
-    """What only shows when the model is built, or its files are looked for."""
+    """Return what only shows when the model is built, or its files are looked for."""
     found = []
     try:
         info = find_checkpoint(run.args.moshi_paths)

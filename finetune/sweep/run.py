@@ -191,7 +191,8 @@ def _status_of(code: int, children: "Children") -> Status:
 
 
 def _reason(log: Path, start: int, code: int) -> str:
-    """What a run that failed had to say: its error message, or the last line that it printed."""
+    """Return what a run that failed had to say: its error message, or the last line that it
+    printed."""
     if code < 0:
         name = signal.Signals(-code).name
         return f"killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")

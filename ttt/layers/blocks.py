@@ -132,7 +132,7 @@ def _scale_of(module: nn.Module) -> Tensor | None:
 
 
 def is_covered(attention: StreamingMultiheadAttention) -> bool:
-    """Whether these functions know this kind of attention; else the stock code must do."""
+    """Return whether these functions know this kind of attention; else the stock code must do."""
     return attention.causal and attention.kv_repeat == 1 and not attention.cross_attention
 
 
@@ -182,7 +182,7 @@ def normalize(x: Tensor, norm: Norm) -> Tensor:
 
 
 def hidden_of_mlp(x: Tensor, mlp: Mlp) -> Tensor:
-    """What the outward projection reads."""
+    """Return what the outward projection reads."""
     inward = project(x, mlp.inward)
     if not mlp.is_gated:
         return mlp.activation(inward)
@@ -241,7 +241,7 @@ def depth_layer_block(x: Tensor, steps: Sequence[Layer]) -> Tensor:
 
 
 def depth_input_block(x: Tensor, tokens: Tensor, linears: Sequence[Linear]) -> Tensor:
-    """What the depth transformer reads at each step, [K, N, C].
+    """Return what the depth transformer reads at each step, [K, N, C].
 
     Args:
         x: [N, d], the main transformer's output.

@@ -38,7 +38,7 @@ class DepthLayer(Shardable, StreamingTransformerLayer):
 def depth_hidden(
     model: LMModel, sequence: Tensor, transformer_out: Tensor, execution: Execution
 ) -> Tensor:
-    """What the heads of the audio codebooks read.
+    """Return what the heads of the audio codebooks read.
 
     Args:
         sequence: [B, 17, T], the delayed codes from the first frame on, as the model writes them.
@@ -92,14 +92,14 @@ def _input_of(
 
 
 def _is_covered(depformer: StreamingTransformer) -> bool:
-    """Whether `blocks` knows this kind of depth transformer, as all of Moshi's are."""
+    """Return whether `blocks` knows this kind of depth transformer, as all of Moshi's are."""
     return depformer.positional_embedding == "none" and all(
         blocks.is_covered(layer.self_attn) and _is_even(layer.gating) for layer in depformer.layers
     )
 
 
 def _is_even(gating: Any) -> bool:
-    """Whether the MLPs of all steps have one shape."""
+    """Return whether the MLPs of all steps have one shape."""
     if not isinstance(gating, nn.ModuleList):
         return True
     if not all(isinstance(step, ActivationGating) for step in gating):

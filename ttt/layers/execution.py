@@ -66,8 +66,8 @@ class Execution:
 
     @property
     def makes_layers_again(self) -> bool:
-        """Whether the backward pass makes what a `split_layer` keeps, one layer after the other:
-        then it may be much."""
+        """Return whether the backward pass makes what a `split_layer` keeps, one layer after the
+        other: then it may be much."""
         return self.checkpointing is True
 
     def layer(self, block: Callable[..., Any], *args: Any) -> Any:

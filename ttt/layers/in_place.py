@@ -131,7 +131,8 @@ class InPlaceGating(StreamingModule[InPlaceState]):
 
     @property
     def divides_by_keys(self) -> bool:
-        """Whether frames are written with the key z / ‖z‖²; `write: delta` divides by itself."""
+        """Return whether frames are written with the key z / ‖z‖²; `write: delta` divides by
+        itself."""
         return self.args.lr_scale == "relative" and self.args.write == "sum"
 
     @property
@@ -153,7 +154,7 @@ class InPlaceGating(StreamingModule[InPlaceState]):
 
     @property
     def lag(self) -> int:
-        """How many frames a key waits for its target."""
+        """Return how many frames a key waits for its target."""
         return self.args.lag_frames
 
     @property
@@ -204,7 +205,7 @@ class InPlaceGating(StreamingModule[InPlaceState]):
         return self.activation(gate) * up
 
     def _scaled(self, source: Tensor) -> Tensor:
-        """What the targets are made of, as `lr_scale` has it."""
+        """Return what the targets are made of, as `lr_scale` has it."""
         return source if self.target_gate is None else normalised(source)
 
     def _prepare(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
@@ -243,7 +244,7 @@ class InPlaceGating(StreamingModule[InPlaceState]):
         )
 
     def _keys(self, z: Tensor) -> Tensor:
-        """What z is written with, as z itself."""
+        """Return what z is written with, as z itself."""
         return z * inverse_square(z).to(z.dtype) if self.divides_by_keys else z
 
     def _targets(self, source: Tensor) -> Tensor:

@@ -262,7 +262,7 @@ class TTTMixer(StreamingModule[TTTMixerState]):
         return GROUP_SIZE if size is None and not kept_whole else size
 
     def _finish(self, mixed: Tensor, x: Tensor) -> Tensor:
-        """What is added to x, of the operator's [B, H, T, f]."""
+        """Return what is added to x, of the operator's [B, H, T, f]."""
         mixed = mixed.to(x.dtype).transpose(1, 2).flatten(2)
         return torch.tanh(self.gate) * F.linear(mixed, self.out_proj)
 

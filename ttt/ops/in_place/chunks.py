@@ -83,7 +83,7 @@ class Cut:
 
     @property
     def is_whole(self) -> bool:
-        """Whether there is a single super-chunk, and no state."""
+        """Return whether there is a single super-chunk, and no state."""
         return self.super_chunk >= self.num_frames
 
     @property

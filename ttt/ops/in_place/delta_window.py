@@ -82,8 +82,8 @@ def prepare(
 
 
 def places(i: int, window: chunks.Window, cut: chunks.Cut) -> tuple[slice, int]:
-    """Where the keys of chunk i are among a window's frames, and how many of its first pairs have
-    none."""
+    """Return where the keys of chunk i are among a window's frames, and how many of its first pairs
+    have none."""
     start = i * cut.chunk_size + cut.offset(window)
     skip = max(0, -start)
     return slice(start + skip, start + cut.chunk_size), skip

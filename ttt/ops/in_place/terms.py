@@ -143,8 +143,9 @@ def of_values(x: Tensor, size: int, out: Tensor, *, swap: bool = False) -> None:
 
 
 def _rest(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """What two terms leave of means and sums, for which they are not enough: x ≈ x₁ + x₂ + rest,
-    and (x₁ + x₂) (y₁ + y₂) + rest (y₁ + y₂) + (x₁ + x₂) rest are three products of two terms."""
+    """Return what two terms leave of means and sums, for which they are not enough: x ≈ x₁ + x₂
+    + rest, and (x₁ + x₂) (y₁ + y₂) + rest (y₁ + y₂) + (x₁ + x₂) rest are three products of two
+    terms."""
     high, low = split(x, dtype)
     return x - high - low
 

@@ -47,7 +47,7 @@ def _mean(x, F: tl.constexpr):
 
 @triton.jit
 def _normed(z, EPS: tl.constexpr, F: tl.constexpr):
-    """What a layer norm scales, and 1 / standard deviation."""
+    """Return what a layer norm scales, and 1 / standard deviation."""
     centred = z - _mean(z, F)
     rstd = tl.rsqrt(_mean(centred * centred, F) + EPS)
     return centred * rstd, rstd
@@ -220,7 +220,8 @@ def _add_three(a, b, c, x, y, z):
 
 @triton.jit
 def _gate(x):
-    """What the tanh-GELU multiplies x by, by instructions that take no care of tiny numbers."""
+    """Return what the tanh-GELU multiplies x by, by instructions that take no care of tiny
+    numbers."""
     root = tl.rsqrt(1 + tl.exp2(x * (-2.302208198 - 0.1029432396 * x * x)))
     return root * root
 

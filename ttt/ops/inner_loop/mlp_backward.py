@@ -30,7 +30,7 @@ from ttt.ops.inner_loop.kernels import (
 
 @triton.jit
 def _terms(x, mask, SPLIT: tl.constexpr):
-    """What X is multiplied as: its terms; see `ttt.ops.inner_loop.scan_triton.SPLIT_TYPES`.
+    """Return what X is multiplied as: its terms; see `ttt.ops.inner_loop.scan_triton.SPLIT_TYPES`.
 
     Args:
         mask: -65536, but not as a constant: of what comes from loads and constants alone, Triton
@@ -76,8 +76,8 @@ def _turned(x, SPLIT: tl.constexpr):
 
 @triton.jit
 def _hidden(z1, zq1, back1, own_x2, own_xq2, own_s1, own_slope, own_read_slope, own_bend):
-    """What a tile needs that takes no product, each thread for itself: of a tile's numbers all
-    parts have all."""
+    """Return what a tile needs that takes no product, each thread for itself: of a tile's numbers
+    all parts have all."""
     z, zq, u = tl.load(z1), tl.load(zq1), tl.load(back1)
     gate = _gate(z)
     inner = 1.5957691216057308 + 0.2140644488 * z * z

@@ -41,7 +41,8 @@ def inner_forward(layers: InnerLayers, x: Tensor) -> tuple[list[Tensor], list[Te
 def inner_errors(
     layers: InnerLayers, k: Tensor, v: Tensor, eta: Tensor, ln_weight: Tensor, ln_bias: Tensor
 ) -> Written:
-    """What frames write, by the weights of their mini-batch's start. Shapes: see `ttt_linear`."""
+    """Return what frames write, by the weights of their mini-batch's start. Shapes: see
+    `ttt_linear`."""
     inputs, outputs = inner_forward(layers, k)
     gradient = _reconstruction_gradient(outputs[-1], v - k, ln_weight, ln_bias)
     errors = [eta.unsqueeze(-1) * gradient]

@@ -66,14 +66,15 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, context: int | None) -> Te
 
 
 def _suits_flash(q: Tensor) -> bool:
-    """Whether FlashAttention takes queries of this type and head width."""
+    """Return whether FlashAttention takes queries of this type and head width."""
     width = q.shape[-1]
     return q.dtype in (torch.bfloat16, torch.float16) and width % 8 == 0 and width <= 256
 
 
 @torch.compiler.assume_constant_result
 def _has_flash(device: torch.device) -> bool:
-    """Whether it runs on this device. Code that is compiled takes the answer as a constant."""
+    """Return whether it runs on this device. Code that is compiled takes the answer as a
+    constant."""
     return _capability(device) >= (8, 0)
 
 
