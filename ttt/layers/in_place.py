@@ -192,9 +192,11 @@ class InPlaceGating(StreamingModule[InPlaceState]):
         # At last: activation checkpointing then need not compute it again.
         plain = self.linear_out(z)
         if self.measure and x.shape[1] > self.args.chunk_size:
-            beta, base = self.write_strength, self.base_weight
             seen = z, v, written, plain, learnt
-            self.measured = measure(self.args, *seen, beta=beta, base=base)
+            # Nothing is saved for a backward pass: checkpointing compares what is with the next.
+            with torch.no_grad():
+                beta, base = self.write_strength, self.base_weight
+                self.measured = measure(self.args, *seen, beta=beta, base=base)
             # Once: activation checkpointing and micro-batches come here again.
             self.measure = False
         return plain + learnt

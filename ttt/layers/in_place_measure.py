@@ -10,7 +10,6 @@ from ttt.ops.in_place.sum import delta_norm_square
 from ttt.ops.in_place.terms import product
 
 
-@torch.no_grad()
 def measure(
     args: TTTArgs,
     z: Tensor,
