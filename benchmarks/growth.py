@@ -30,7 +30,7 @@ MAX_SLOPE = {"memory_mb": 20.0, "files": 0.5, "threads": 0.5}
 
 
 def look() -> dict[str, float]:
-    """What this process holds now."""
+    """Return what this process holds now."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return {
         "memory_mb": int(status["VmRSS"].split()[0]) / 1024,
@@ -82,7 +82,7 @@ def main() -> None:
 
 
 def measure(folder: Path, num_steps: int, num_evaluations: int, minutes: float) -> list[bool]:
-    """Whether training, evaluation and generation are flat."""
+    """Measure whether training, evaluation and generation are flat."""
     make_dialogues(folder / "data", num_dialogues=10, min_sec=4.0, max_sec=6.0)
     args = load_config(
         ROOT / "example/demo.yaml",

@@ -1,4 +1,5 @@
-"""How large the fast weights become in a stream of an hour: the table of docs/mathematics.md.
+"""This program measures the size of fast weights in a stream of an hour: the table of
+docs/mathematics.md.
 
 python benchmarks/long_stream.py [--frames 50000]
 """

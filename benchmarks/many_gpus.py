@@ -40,7 +40,7 @@ from train_step import TOLERANCE
 
 
 def results(options: argparse.Namespace, page: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Of every line, judged; what else the processes say goes to `page`."""
+    """Return the result of every line, judged; what else the processes say goes to `page`."""
     judge = Judge(options)
     deadline = time.monotonic() + options.total_limit
     for on_all in (False, True):
@@ -57,8 +57,7 @@ def results(options: argparse.Namespace, page: dict[str, Any]) -> Iterator[dict[
 def from_workers(
     names: list[str], on_all: bool, deadline: float, options: argparse.Namespace
 ) -> Iterator[dict[str, Any]]:
-    """What processes for these lines give; if not of all, then what is wrong with the first that is
-    missing."""
+    """Return what processes for these lines give; if one is missing, what is wrong with it."""
     missing = list(names)
     if time.monotonic() > deadline:
         yield from ({"name": name, "wrong": "not run: out of time"} for name in missing)
@@ -100,7 +99,7 @@ def from_workers(
 def start(
     names: list[str], on_all: bool, results_file: Path, log: Path, options: argparse.Namespace
 ) -> "subprocess.Popen[bytes]":
-    """One process, or one for each GPU, in a process group of their own."""
+    """Start one process, or one for each GPU, in a process group of their own."""
     launch = [sys.executable]
     if on_all:
         launch += ["-m", "torch.distributed.run", "--standalone"]

@@ -146,7 +146,7 @@ def measure(arm: Arm, options: argparse.Namespace, world: World) -> dict[str, An
 
 
 def link(world: World) -> dict[str, Any]:
-    """How long the processes take to sum a GB of float32."""
+    """Measure how long the processes take to sum a GB of float32."""
     tensor = torch.zeros(250_000_000 if world.device.type == "cuda" else 1000, device=world.device)
     seconds = []
     for _ in range(4):

@@ -133,7 +133,7 @@ def linear_cases(batch: int, num_frames: int, options: argparse.Namespace) -> li
 
 
 def mlp_cases(batch: int, num_frames: int, options: argparse.Namespace) -> list[Case]:
-    """The same for TTT-MLP."""
+    """Return the cases for TTT-MLP."""
     return scan_cases("mlp", ops.ttt_mlp, [1, 4], batch, num_frames, options)
 
 

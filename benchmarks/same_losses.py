@@ -91,12 +91,12 @@ def runs(options: argparse.Namespace) -> Iterator[Run]:
 
 
 def lose_gradients(model: TTTLMModel) -> None:
-    """One layer of the main transformer."""
+    """Lose the gradients of one layer of the main transformer."""
     model.transformer.layers[len(model.transformer.layers) // 2].requires_grad_(False)
 
 
 def change_scale(model: TTTLMModel) -> None:
-    """Of what LoRA adds, 2 everywhere."""
+    """Change the scale of what LoRA adds to 2 everywhere."""
     for module in model.modules():
         if isinstance(module, LoRALinear):
             module.scaling *= 1.1
@@ -145,7 +145,7 @@ def losses_of(run: Run, weights: Weights, options: argparse.Namespace) -> dict[s
 def bounds_of(
     stock: list[float], others: list[list[float]], options: argparse.Namespace
 ) -> list[float]:
-    """How far a loss may be from the stock model's at each step."""
+    """Return how far a loss may be from the stock model's at each step."""
     apart = [
         max(abs(loss - expected) for loss in at_step)
         for expected, *at_step in zip(stock, *others, strict=True)
@@ -157,7 +157,8 @@ def bounds_of(
 
 
 def judged(result: dict[str, Any], stock: list[float], bounds: list[float]) -> dict[str, Any]:
-    """With the largest difference, and the step at which it is largest against the bound."""
+    """Return a verdict with the largest difference, and the step at which it is largest against the
+    bound."""
     found = list(zip(result["losses"], stock, bounds, strict=False))
     shares = [abs(loss - expected) / bound for loss, expected, bound in found]
     worst = max(range(len(shares)), key=lambda step: shares[step])

@@ -104,7 +104,7 @@ def run_stream(
 
 
 def fast_weights(model: TTTLMModel) -> dict[int, torch.Tensor]:
-    """By layer, a tensor of the streaming state that changes with every update alone."""
+    """Return, by layer, a tensor of the streaming state that changes with every update alone."""
     states = {index: module._streaming_state for index, module in model.ttt_layers.items()}
     tensors = {index: state.tensors() for index, state in states.items() if state is not None}
     return {index: named.get("change", named.get("w1")) for index, named in tensors.items()}

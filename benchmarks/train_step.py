@@ -68,7 +68,7 @@ def arms(options: argparse.Namespace) -> Iterator[Arm]:
 
 
 def operations(model: LMModel, arm: Arm, batch: int, options: argparse.Namespace) -> float:
-    """Of a step; see this file's text."""
+    """Return the operations of a step; see this file's text."""
     kwargs, own = lm_kwargs(arm, options), parameters_by_role(model)
     lora = sum(p.numel() for p in own.get("lora", {}).values())
     base = sum(p.numel() for p in own["base"].values() if p.dim() == 2)
@@ -118,7 +118,8 @@ def measure(arm: Arm, weights: Weights, options: argparse.Namespace) -> dict[str
 
 
 def profile(run: Any, codes: Tensor, arm: Arm, options: argparse.Namespace) -> None:
-    """Where a step's time goes: milliseconds, calls and name of each kernel (or operator)."""
+    """Return where a step's time goes: milliseconds, calls and name of each kernel (or
+    operator)."""
     kinds = [torch.profiler.ProfilerActivity.CPU]
     if options.device == "cuda":
         kinds = [torch.profiler.ProfilerActivity.CUDA]
@@ -137,7 +138,7 @@ def profile(run: Any, codes: Tensor, arm: Arm, options: argparse.Namespace) -> N
 
 
 def chosen_arms(options: argparse.Namespace) -> list[Arm]:
-    """In the table's order, with the stock arms that they are compared with."""
+    """Return the arms in the table's order, with the stock arms that they are compared with."""
     chosen = [arm for arm in arms(options) if not options.arms or arm.name in options.arms]
     kinds = {arm.is_full for arm in chosen}
     return [

@@ -1,4 +1,4 @@
-"""What the training benchmarks run: stock and ours, from the same weights, on the same codes."""
+"""The training benchmarks run stock and ours, from the same weights, on the same codes."""
 
 import argparse
 import json
@@ -108,8 +108,8 @@ class StockRun:
 
 
 class OtherStockRun(StockRun):
-    """The same with what the mathematics leaves open done otherwise: row by row, and attention by
-    PyTorch's plain form. Only rounding differs."""
+    """The stock run with what the mathematics leaves open done otherwise: row by row, and attention
+    by PyTorch's plain form. Only rounding differs."""
 
     def backward(self, codes: Tensor) -> Tensor:
         weights = total_weight(self.model, [codes], WEIGHTS)
@@ -134,7 +134,7 @@ def _plain_sums(
 
 
 class OurRun:
-    """What `finetune.trainer` does in a step."""
+    """Our run does what `finetune.trainer` does in a step."""
 
     def __init__(
         self,
@@ -170,8 +170,8 @@ def lm_kwargs(arm: Arm, options: argparse.Namespace) -> dict[str, Any]:
 
 
 class Weights:
-    """The same for all arms of a kind: random, drawn on the device from one seed. LoRA starts with
-    zeros on one side, as in `moshi-finetune`."""
+    """Weights are the same for all arms of a kind: random, drawn on the device from one seed. LoRA
+    starts with zeros on one side, as in `moshi-finetune`."""
 
     def __init__(self, options: argparse.Namespace):
         self.options = options

@@ -25,7 +25,7 @@ from ttt import TTTLMModel
 
 @dataclass
 class Continuation:
-    """What was said, prompt included.
+    """Continuation of a dialogue; the prompt is included.
 
     audio: float32 [2, num_samples] at Mimi's rate: left Moshi, right the user.
     text: Moshi's words, with `|` between the prompt's and its own.

@@ -67,7 +67,7 @@ class Trainer:
             self.assemble(args)
 
     def assemble(self, args: TrainArgs) -> None:
-        """All parts of the run, and its folder."""
+        """Assemble all parts of the run, and its folder."""
         resume_from, damaged = first_whole(self.folder.open(), self.world)
         self.checkpoint_info = find_checkpoint(args.moshi_paths)
         self.sharding = build_sharding(args, self.world)
@@ -177,7 +177,7 @@ class Trainer:
         return self.leave()
 
     def train_step(self) -> None:
-        """One optimizer step on the next batches."""
+        """Take one optimizer step on the next batches."""
         started_at = time.monotonic()
         self.phases.clear()
         self.watch.at(self.step + 1, "data")
@@ -265,7 +265,8 @@ class Trainer:
         return self.train_data.num_encoded + (self.eval_data.num_encoded if self.eval_data else 0)
 
     def evaluate(self) -> None:
-        """If the configuration asks for it; at step 0 too, to have something to compare with."""
+        """Evaluate if the configuration asks for it; at step 0 too, to have something to compare
+        with."""
         if self.eval_data is None:
             return
 

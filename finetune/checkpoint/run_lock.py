@@ -1,4 +1,4 @@
-"""One run at a time in a run folder."""
+"""A run folder is locked, so that one run at a time writes to it."""
 
 import fcntl
 import json

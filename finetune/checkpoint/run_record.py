@@ -31,7 +31,7 @@ _FIRST = {"moshi-ttt": "run"}
 
 @dataclass
 class Content:
-    """What a record says; paths as POSIX, from the run folder on."""
+    """Content of a record; paths are POSIX and relative to the run folder."""
 
     files: set[str] = field(default_factory=set)
     trees: set[str] = field(default_factory=set)
@@ -54,7 +54,7 @@ class Content:
 
 @dataclass(frozen=True)
 class Found:
-    """What lies in a folder: `units` are the run's own, each a file or a folder with nothing else
+    """Content of a folder: `units` are the run's own, each a file or a folder with nothing else
     in it; `foreign` are files, links and empty folders of somebody else."""
 
     units: list[str]
@@ -117,7 +117,7 @@ class RunRecord:
         return Found(units, foreign)
 
     def found_at(self, name: str) -> Found:
-        """The same of one file or folder."""
+        """Return what `found` returns, for one file or folder."""
         path = PurePosixPath(name)
         units: list[str] = []
         foreign: list[str] = []

@@ -64,7 +64,7 @@ class Snapshot:
 
     @property
     def num_bytes(self) -> int:
-        """Of all processes' tensors together."""
+        """Return the size of all processes' tensors together, in bytes."""
         tensors = [
             *self.shards.values(),
             *(t for file in self.weights.values() for t in file.values()),
@@ -202,8 +202,8 @@ class CheckpointWriter:
         return None
 
     def _write(self, snapshot: Snapshot) -> None:
-        """In the thread: this process's files, then together with the others the rest. Meanwhile
-        the training must not exchange anything through `world.gather`."""
+        """Write this process's files in the thread, then the rest together with the others.
+        Meanwhile the training must not exchange anything through `world.gather`."""
         if self.world.device.type == "cuda":
             # A thread begins on the first GPU; DCP asks for the current one, though all is on the
             # host.
@@ -253,7 +253,7 @@ class CheckpointWriter:
         (partial / "info.json").write_text(json.dumps(info), encoding="utf-8")
 
     def _own_files(self, partial: Path) -> list[Path]:
-        """Those that this process has written."""
+        """Return the files that this process has written."""
         own = list((partial / "resume").glob(f"__{self.world.rank}_*"))
         if self.world.is_main:
             own += [path for path in partial.rglob("*") if path.is_file() and path.name[:2] != "__"]

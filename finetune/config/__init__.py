@@ -1,4 +1,5 @@
-"""What a run can be told: its options, how they are read and checked, and their pages in docs."""
+"""This room holds what a run can be told: options, their reading and checking, their pages in
+docs."""
 
 from finetune.config.args import (
     LoraArgs,

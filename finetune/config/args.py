@@ -22,7 +22,7 @@ Seed = Annotated[int, Ge(0), Lt(2**63)]
 
 @dataclass
 class ModelPaths:
-    """Where the weights come from."""
+    """Sources of the base model's weights."""
 
     hf_repo_id: PathText | None = "kyutai/moshiko-pytorch-bf16"
     """A Hugging Face model repository, or a local folder of the same layout."""

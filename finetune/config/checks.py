@@ -1,4 +1,5 @@
-"""What is wrong with a configuration whose values are all of the right type."""
+"""A configuration whose values are all of the right type is checked for what does not fit
+together."""
 
 import dataclasses
 from collections.abc import Iterator

@@ -20,7 +20,7 @@ Problem = tuple[str, str]
 
 @dataclass(frozen=True)
 class Field:
-    """One option, or a section of options.
+    """A field is one option, or a section of options.
 
     key: its whole name, with those of the sections that it is in.
     kind: its type, with bounds and marks.

@@ -5,7 +5,7 @@ from enum import Enum
 
 
 class Change(Enum):
-    """What it means if an option is not as it was when a run began."""
+    """Mark that says what follows if an option is not as it was when a run began."""
 
     START = "how the run is started, not what it is"
     HARMLESS = "no result changes: it may be another one on resume"
@@ -16,7 +16,8 @@ START, HARMLESS = Change.START, Change.HARMLESS
 
 @dataclass(frozen=True)
 class Prefix:
-    """How the names of a section's options begin on a command line, instead of `SECTION.`."""
+    """Mark that says how the names of a section's options begin on a command line, not
+    `SECTION.`."""
 
     text: str
 

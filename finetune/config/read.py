@@ -1,4 +1,4 @@
-"""From a YAML file and command line to a `TrainArgs`, with every problem named at once."""
+"""A YAML file and a command line become a `TrainArgs`; every problem is named at once."""
 
 import dataclasses
 import difflib
@@ -36,8 +36,8 @@ def load_config(path: str | Path, overrides: Mapping[str, object] | None = None)
 
 
 def load_run_config(path: str | Path, overrides: Mapping[str, object] | None = None) -> TrainArgs:
-    """As `load_config`, for an `args.yaml` that a run has written, also before options were added
-    or their defaults changed: it means what it meant then."""
+    """Load an `args.yaml` that a run has written, also before options were added or their defaults
+    changed: it means what it meant then."""
     written = _of_its_time(flatten(read_yaml(Path(path))))
     return _whole(path, _check(Path(path), written, overrides), overrides)
 
@@ -58,7 +58,8 @@ def _whole(
 def check_config(
     path: str | Path, overrides: Mapping[str, object] | None = None
 ) -> tuple[TrainArgs, list[Problem]]:
-    """As `load_config`, but what is wrong is handed back; defaults stand where it is.
+    """Load a configuration as `load_config` does, but hand back what is wrong, with defaults in its
+    place.
 
     Raises:
         UserError: the file cannot be read at all.

@@ -1,4 +1,4 @@
-"""From text, as it stands in YAML or on a command line, to a value of a field's type."""
+"""Text from YAML or a command line becomes a value of a field's type."""
 
 import math
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""What the demonstration's commands can be told."""
+"""Options of the demonstration's commands."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What the two speakers of the demonstration dialogues say: a small grammar of everyday topics.
+"""Texts of the demonstration's dialogues come from a small grammar of everyday topics.
 
 A sentence belongs either to training or to evaluation, for ever and whatever the seed: a checksum
 of its letters decides. Evaluation therefore never reads a sentence aloud that was trained on.

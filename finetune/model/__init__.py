@@ -1,4 +1,4 @@
-"""From a configuration to a model with its weights in it."""
+"""This room makes a model with its weights from a configuration."""
 
 from finetune.model.build import (
     add_lora,

@@ -1,4 +1,4 @@
-"""From configuration to a model: find the files, build, load, add LoRA, decide what trains."""
+"""A configuration becomes a model: find the files, build, load, add LoRA, decide what trains."""
 
 import logging
 import textwrap
@@ -338,7 +338,8 @@ def build_codec(
 
 
 def _brief(error: Exception) -> str:
-    """Its kind and the beginning of its message, which may list every weight there is."""
+    """Return an error's kind and the beginning of its message, which may list every weight there
+    is."""
     return textwrap.shorten(f"{type(error).__name__}: {error}", 300, placeholder=" …")
 
 
@@ -376,7 +377,7 @@ def training_roles(args: TrainArgs) -> set[str]:
 
 
 def parameters_by_role(model: TTTLMModel) -> dict[str, dict[str, nn.Parameter]]:
-    """All parameters by role and name; the role follows from the module that holds them.
+    """Return all parameters by role and name; the role follows from the module that holds them.
 
     Roles: "ttt" (TTT's own), "lora" (adapters), "embedding", and "base" (all else). Roles without
     parameters are left out.

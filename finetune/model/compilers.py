@@ -1,5 +1,5 @@
-"""What has to be installed beside Python before a model can run: asked once, and not found out in
-the middle of the first step."""
+"""Compilers that a model needs beside Python are looked for once, not missed in the middle of the
+first step."""
 
 import importlib.util
 import os

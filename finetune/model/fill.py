@@ -32,7 +32,7 @@ _REDRAWN = ("transformer.layers.", "text_linear", "linears.")
 
 
 class _Place(NamedTuple):
-    """Where a weight is: the whole tensor `key` of a file, or one of `num_parts` parts of it."""
+    """Place of a weight: the whole tensor `key` of a file, or one of `num_parts` parts of it."""
 
     path: Path
     key: str
@@ -68,7 +68,7 @@ class WeightFiles:
         self._places |= {frozen[name]: place for name, place in found.items()}
 
     def add_exactly(self, path: Path, names: Iterable[str], model: TTTLMModel) -> None:
-        """All weights of a file, which must be those of `names`, or more of the model's.
+        """Add all weights of a file, which must be those of `names`, or more of the model's.
 
         Raises:
             UserError: the file is missing or damaged, or of another model.
@@ -155,7 +155,8 @@ def _unstacked(
 
 
 class Sharder(Protocol):
-    """What cuts a model that is filled part by part; see `finetune.distributed.sharding`."""
+    """Interface that cuts a model as it is filled part by part; see
+    `finetune.distributed.sharding`."""
 
     def parts(self, model: TTTLMModel) -> Iterable[tuple[str, nn.Module]]: ...
 

@@ -1,4 +1,4 @@
-"""Which models this project trains right, by their config.json; all others are refused."""
+"""A model's config.json tells whether this project trains it right; all others are refused."""
 
 from collections.abc import Mapping
 from typing import Any

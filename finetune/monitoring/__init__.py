@@ -1,4 +1,4 @@
-"""What a person sees of a run: log, metrics, curves, times, and what TTT does."""
+"""This room shows a person a run: log, metrics, curves, times, and what TTT does."""
 
 from finetune.monitoring.console import (
     Progress,

@@ -1,4 +1,4 @@
-"""What a person sees while a program runs: log lines and the progress of training."""
+"""The console shows log lines and the progress of training."""
 
 from __future__ import annotations
 
@@ -88,7 +88,8 @@ class Progress:
             logger.info("%s", text)
 
     def _eta_sec(self, step: int) -> float | None:
-        """From the pace since the first update: the first step, which compiles, misleads."""
+        """Return the seconds left at the pace since the first update: the first step, which
+        compiles, misleads."""
         now = time.monotonic()
         if self._timed_from is None:
             self._timed_from = (step, now)

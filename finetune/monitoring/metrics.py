@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: JSON lines, TensorBoard and, on request, Weights & Biases."""
+"""The numbers of a run go to JSON lines, TensorBoard and, on request, Weights & Biases."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ WANDB_INIT_SEC = 30
 
 
 class WandbSettings(Protocol):
-    """What `MetricsLogger` reads of the `wandb` section of the configuration."""
+    """Fields of the configuration's `wandb` section that `MetricsLogger` reads."""
 
     @property
     def project(self) -> str | None: ...
@@ -126,7 +126,8 @@ def metrics_path(run_dir: Path, kind: Kind) -> Path:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All complete lines of a metrics file, in order, numbers as floats (NaN and infinity too).
+    """Return all complete lines of a metrics file, in order, numbers as floats (NaN and infinity
+    too).
 
     A last line without its newline, which a killed run leaves behind, is not complete.
     """

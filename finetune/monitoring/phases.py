@@ -1,4 +1,4 @@
-"""Where the time of a step goes: times of its phases, and a profile of chosen steps."""
+"""The time of a step is told by its phases, and by a profile of chosen steps."""
 
 import logging
 import time
@@ -89,7 +89,7 @@ class StepProfiler:
         self._last_step = num_done
 
     def before_step(self, step: int) -> None:
-        """To be called before step `step` begins."""
+        """Begin the profile if step `step`, which comes next, is chosen."""
         if self._steps is not None and step == self._steps[0]:
             activities = [ProfilerActivity.CPU]
             if torch.cuda.is_available():
@@ -98,7 +98,7 @@ class StepProfiler:
             self._profile.start()
 
     def after_step(self, step: int) -> None:
-        """To be called when step `step` is done."""
+        """End the profile if step `step`, which is done, was its last."""
         self._last_step = step
         if self._steps is not None and step >= self._steps[1]:
             self.close()

@@ -1,4 +1,4 @@
-"""What a run says of itself at its start."""
+"""A run describes itself at its start."""
 
 import json
 import logging

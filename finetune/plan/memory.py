@@ -1,4 +1,4 @@
-"""How much GPU memory a training step takes, computed without making any of it.
+"""The GPU memory of a training step is computed without making any of it.
 
 The peak lies in the backward pass, at the largest of three stages. In the depth transformer's all
 that was kept is still there; when the main transformer's last layers follow, what the depth

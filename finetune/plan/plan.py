@@ -1,4 +1,4 @@
-"""What a run will take, before it is paid for: memory, steps, tokens, hours.
+"""A plan says what a run will take before it is paid for: memory, steps, tokens, hours.
 
 The model is made of `meta` tensors: no weights are read, no GPU is needed.
 """

@@ -10,7 +10,7 @@ from ttt.options import abbreviated
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to remember; all else is the same in all arms."""
+    """An arm is one way to remember; all else is the same in all arms."""
 
     ttt: dict[str, Any] | None = None
     """Options of `TTTArgs`; None: no TTT."""

@@ -214,7 +214,7 @@ def run(
 
 
 def _describe(preset: Preset, name: str, device: torch.device) -> dict[str, Any]:
-    """All that an arm's result depends on, but the seed."""
+    """Return all that an arm's result depends on, but the seed."""
     config = dataclasses.asdict(preset)
     del config["arms"]
     config["lengths"] = preset.longer(name)

@@ -22,7 +22,7 @@ Result = dict[str, Any]
 
 @dataclass(frozen=True)
 class Job:
-    """One run."""
+    """A job is one run: an arm and a seed."""
 
     name: str
     """Of its file, without the ending."""

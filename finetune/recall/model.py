@@ -79,7 +79,7 @@ def new_model(
     device: torch.device,
     dtype: torch.dtype,
 ) -> TTTLMModel:
-    """The same seed gives the same weights, whatever TTT adds to them."""
+    """Return a new model; the same seed gives the same weights, whatever TTT adds to them."""
     kwargs = lm_kwargs(args, streams)
     torch.manual_seed(seed)
     plain = build_model(kwargs, TTTArgs(), device=device, dtype=dtype)
@@ -115,8 +115,11 @@ def logits_at(
     frames: Tensor,
     asked_stream: int,
 ) -> Tensor:
-    """The same of what `forward_text` gave for some frames; `spoken` [B, K, T] are the codes that
-    the model says, delayed."""
+    """Return logits as `answer_logits` does, from what `forward_text` gave for some frames.
+
+    Args:
+        spoken: [B, K, T], the codes that the model says, delayed.
+    """
 
     def at(x: Tensor) -> Tensor:
         return x.gather(1, frames[:, :, None].expand(-1, -1, x.shape[2]))

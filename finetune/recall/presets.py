@@ -1,4 +1,4 @@
-"""What is compared, and at which sizes."""
+"""Presets name what is compared, and at which sizes."""
 
 from dataclasses import dataclass, replace
 from typing import Any, Literal

@@ -36,7 +36,7 @@ the newest counts. `silence`: as `old`, and most of the filler is bursts of sile
 
 @dataclass(frozen=True)
 class StreamArgs:
-    """What the streams are made of."""
+    """Parameters of the streams."""
 
     variant: Variant = "text"
     """Where facts and answers are. `text`: in the text. `audio`: in the first codebook. `joint`: a
@@ -176,7 +176,7 @@ def _segment(
     again: tuple[int, int],
     random: torch.Generator,
 ) -> Streams:
-    """One segment twice, with a text of tokens that all differ."""
+    """Return one segment twice, with a text of tokens that all differ."""
     batch, length = len(codes), 2 * args.num_pairs
     words = args.first_key + _distinct(batch, length, args.num_keys, random)
     first, second = (

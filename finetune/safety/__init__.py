@@ -1,4 +1,5 @@
-"""What comes in from somebody else, and what goes out: files, paths, secrets, standard streams."""
+"""This room guards what comes in from somebody else and what goes out: files, paths, secrets,
+streams."""
 
 from finetune.safety.files import (
     is_recording_name,

@@ -33,8 +33,8 @@ def is_recording_name(name: str) -> bool:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """As `json.loads`, but all that can be wrong is a ValueError: it nests too deep, or has numbers
-    of more digits than Python converts, for example."""
+    """Parse JSON; all that can be wrong is a ValueError: it nests too deep, or has numbers of more
+    digits than Python converts, for example."""
     try:
         return json.loads(text)
     except RecursionError:
@@ -45,7 +45,8 @@ _NO_NUMBERS = ("NaN", "Infinity", "-Infinity")
 
 
 def without_nan(value: Any, *, as_text: bool = False) -> Any:
-    """The same for a JSON file, which has no NaN and no infinity: null, or their names as text."""
+    """Return a value fit for a JSON file, which has no NaN and no infinity: null, or their names as
+    text."""
     if isinstance(value, dict):
         return {key: without_nan(each, as_text=as_text) for key, each in value.items()}
     if isinstance(value, list | tuple):

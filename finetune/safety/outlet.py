@@ -1,4 +1,4 @@
-"""Where text leaves the program: standard output and error, whatever they are connected to.
+"""Text leaves the program by standard output and error, whatever they are connected to.
 
 They may be closed, a pipe that nobody reads any more, a terminal that is gone, or one that knows
 ASCII alone. None of this may end a run, or let what C code prints land in a file of the run.

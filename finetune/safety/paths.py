@@ -1,4 +1,4 @@
-"""What no path can be, whatever is on the disk."""
+"""Some texts can be no path, whatever is on the disk."""
 
 import os
 

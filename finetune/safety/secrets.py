@@ -29,7 +29,7 @@ def learn_from(options: Mapping[str, object]) -> None:
 
 
 def learn_from_words(words: Iterable[str]) -> None:
-    """The same of a command line, with dashes or without, and of the environment."""
+    """Learn the secrets of a command line, with dashes or without, and of the environment."""
     name = ""
     for word in words:
         if word == "=":
@@ -50,7 +50,7 @@ def is_secret(name: str) -> bool:
 
 
 def redact(text: str) -> str:
-    """The same text without the secrets that are known."""
+    """Return a text without the secrets that are known."""
     for secret in _known:
         if secret in text:
             text = text.replace(secret, HIDDEN)

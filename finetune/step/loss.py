@@ -19,7 +19,7 @@ from ttt.layers.blocks import linear_of
 
 @dataclass(frozen=True)
 class LossWeights:
-    """How much a target counts: 1, unless it is text padding or of the first audio codebook."""
+    """Weights of targets: 1, unless a target is text padding or of the first audio codebook."""
 
     text_padding: float
     first_codebook: float

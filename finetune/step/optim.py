@@ -19,7 +19,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class StepResult:
-    """What an optimizer step found and used: gradient norms before clipping, over all and by role;
+    """Result of an optimizer step: gradient norms before clipping, over all and by role;
     learning rates by name (`lr`, and `ttt_lr` if TTT trains)."""
 
     grad_norm: float
@@ -108,7 +108,7 @@ class Optimizer:
         return result
 
     def _take_own_gradients(self) -> None:
-        """Those of this process's parts; FSDP has summed them."""
+        """Take the gradients of this process's parts; FSDP has summed them."""
         for parameter, master in self._named().values():
             if parameter.grad is not None:
                 master.grad = local(parameter.grad)

@@ -1,4 +1,4 @@
-"""What `moshi-ttt sweep` can be told."""
+"""Options of `moshi-ttt sweep`."""
 
 from dataclasses import dataclass
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""From a sweep's file to the runs that it describes, with every problem named before the first.
+"""A sweep's file becomes the runs that it describes; every problem is named before the first.
 
 base: example/demo.yaml       # any run's configuration
 sweep_dir: runs/my_sweep      # one run folder for each run, and the table
@@ -50,7 +50,7 @@ _Found = tuple[str, str]
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One run of a sweep.
+    """A planned run is one run of a sweep.
 
     own: what its entry in the file says, by dotted key, without `after`.
     after: the run whose last weights it starts from.
@@ -73,7 +73,7 @@ class PlannedRun:
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a file describes; `runs` by name, each after the one that it starts from."""
+    """Content of a sweep's file; `runs` by name, each after the one that it starts from."""
 
     file: Path
     base: Path
@@ -155,7 +155,7 @@ def _after(entries: Mapping[str, Mapping[str, str]], name: str) -> str | None:
 
 
 def _sections(content: dict[str, Any]) -> dict[str, Any]:
-    """With nothing, or null, below a key as a section without keys."""
+    """Return a run's sections; nothing, or null, below a key is a section without keys."""
     filled = {
         key: {} if key in ("overrides", "runs", "slurm") and value in NULLS else value
         for key, value in content.items()
@@ -287,7 +287,7 @@ def _check_data(runs: Iterable[PlannedRun]) -> list[_Found]:
 
 
 def _grouped(found: Iterable[_Found], num_runs: int) -> Iterator[str]:
-    """One line for what is wrong in the same way with several runs."""
+    """Return one line for what is wrong in the same way with several runs."""
     names: dict[str, list[str]] = {}
     for name, text in found:
         names.setdefault(text, []).append(name)

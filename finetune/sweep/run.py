@@ -36,7 +36,7 @@ _LAUNCHER_LINE = re.compile(r"[EW]\d{4} ")
 
 @dataclass
 class Record:
-    """What is known of a run.
+    """Record of what is known of a run.
 
     status: "running" if the process that ran it died without a word.
     message: why it failed or was skipped.
@@ -177,7 +177,7 @@ def _command(sweep: Sweep, run: PlannedRun, options: dict[str, str]) -> list[str
 
 
 def _environment(run: PlannedRun) -> dict[str, str]:
-    """Of a run's process: the key of wandb reaches it so."""
+    """Return the environment of a run's process: the key of wandb reaches it so."""
     key = run.args.wandb.key
     return dict(os.environ) | ({"WANDB_API_KEY": key} if key else {})
 

@@ -1,4 +1,4 @@
-"""What came of the runs of a sweep, in numbers: for people, for spreadsheets, for programs."""
+"""Results of a sweep's runs are tables of numbers: for people, for spreadsheets, for programs."""
 
 import csv
 import dataclasses
@@ -26,7 +26,7 @@ FINAL_SHARE = 0.1
 
 @dataclass
 class Row:
-    """One run; None where it has not got so far, or is not evaluated.
+    """A row is one run; None where it has not got so far, or is not evaluated.
 
     status: of its record, or "outdated": it was run with other settings, which `message` names.
     eval_loss, eval_loss_first, eval_loss_best: after the last evaluation, before training, and the
@@ -173,7 +173,7 @@ _BOUNDLESS = Console(width=1000)
 
 
 def shown_columns(rows: Sequence[Row]) -> dict[str, str]:
-    """Those of `COLUMNS` in which anything stands."""
+    """Return those of `COLUMNS` in which anything stands."""
     return {
         heading: name
         for heading, name in COLUMNS.items()
@@ -182,7 +182,7 @@ def shown_columns(rows: Sequence[Row]) -> dict[str, str]:
 
 
 def shown(row: Row, name: str) -> str:
-    """One value as people read it."""
+    """Return one value as people read it."""
     value = getattr(row, name)
     if value is None:
         return "–"
@@ -238,7 +238,7 @@ def write_tables(rows: Sequence[Row], folder: Path) -> list[Path]:
 
 
 def _json(value: Any) -> Any:
-    """Without NaN and infinity, which JSON has not: as text."""
+    """Return a value with NaN and infinity, which JSON has not, as text."""
     if isinstance(value, list):
         return [_json(item) for item in value]
     if isinstance(value, dict):

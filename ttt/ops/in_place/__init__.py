@@ -1,4 +1,5 @@
-"""In-Place TTT: its definition, and its fast forms for sequences and for streams."""
+"""This room holds In-Place TTT: its definition, and its fast forms for sequences and for
+streams."""
 
 from ttt.ops.in_place import reference
 from ttt.ops.in_place.delta import chunk_errors, in_place_delta

@@ -69,7 +69,7 @@ class Window:
 
 @dataclass(frozen=True)
 class Cut:
-    """How sequences of one shape are cut into chunks, blocks of rows, and super-chunks."""
+    """A cut divides sequences of one shape into chunks, blocks of rows, and super-chunks."""
 
     num_frames: int
     chunk_size: int

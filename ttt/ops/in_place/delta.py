@@ -1,4 +1,4 @@
-"""In-Place TTT, `write: delta`: a chunk writes what the memory does not know yet.
+"""With `write: delta`, a chunk writes what the memory does not know yet.
 
     E_i     = (K_i K_iᵀ + λ_i I)⁻¹ (V_i − K_i S_iᵀ)        λ_i = mean_u ‖k_u‖² / β
     S_{i+1} = γ S_i + E_iᵀ K_i,    o_t = S_{chunk(t)} z_t

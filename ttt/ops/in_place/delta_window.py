@@ -15,7 +15,7 @@ from ttt.ops.in_place import chunks, terms
 
 
 class Kept(NamedTuple):
-    """What a window's products are made with; n complete chunks."""
+    """Tensors that a window's products are made with; n complete chunks."""
 
     products: Tensor
     """[N, F, F], z_t · z_s of the window's frames with the decay between them, in the accumulating
@@ -106,7 +106,7 @@ def write(
     cut: chunks.Cut,
     edge: Tensor | None,
 ) -> None:
-    """One window, chunk by chunk: adds to OUT what its chunks read of each other, makes E.
+    """Write one window, chunk by chunk: add to OUT what its chunks read of each other, and make E.
 
     Without an `edge` nothing has been read of earlier windows, and OUT need not hold anything.
 

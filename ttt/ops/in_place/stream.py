@@ -1,4 +1,4 @@
-"""One frame of a stream on a CUDA device, of either In-Place rule, for a CUDA graph to hold.
+"""A CUDA graph holds one frame of a stream, of either In-Place rule.
 
 A graph replays the same kernels at every frame, while a chunk is written once in `chunk_size`
 frames and at each row's own time. So the kernels of a write decide for themselves: their programs

@@ -1,4 +1,4 @@
-"""In-Place TTT, `write: sum`: the output projection of a gated MLP learns while it reads.
+"""With `write: sum`, the output projection of a gated MLP learns while it reads.
 
 A chunk i writes `Δ_i = Σ v_u k_uᵀ` over its pairs (optionally bounded in norm), and a frame reads
 the sum over strictly earlier chunks of its own document, `η Σ_{j<i} γ^(i−1−j) Δ_j z_t`. No weight

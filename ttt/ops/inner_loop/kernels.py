@@ -55,7 +55,8 @@ def _normed(z, EPS: tl.constexpr, F: tl.constexpr):
 
 @triton.jit
 def _project(x, normed, F: tl.constexpr):
-    """Without its mean and its part along `normed`: a layer norm's gradient, but for 1/std."""
+    """Return a vector without its mean and its part along `normed`: a layer norm's gradient, but
+    for 1/std."""
     return x - _mean(x, F) - normed * _mean(x * normed, F)
 
 
@@ -69,7 +70,7 @@ def _gradient(z, target, weight, bias, EPS: tl.constexpr, F: tl.constexpr):
 
 @triton.jit
 def _gradient_backward(d_g, z, target, weight, bias, EPS: tl.constexpr, F: tl.constexpr):
-    """Of `_gradient`: to z, target, weight, bias."""
+    """Return the gradients of `_gradient` to z, target, weight, bias."""
     normed, rstd = _normed(z, EPS, F)
     w = weight[None, :]
     missed = normed * w + bias[None, :] - target

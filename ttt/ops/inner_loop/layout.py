@@ -1,4 +1,4 @@
-"""Where frames lie in mini-batches that documents begin anew."""
+"""Frames are laid out in mini-batches that documents begin anew."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ from ttt.ops.in_place.chunks import number_chunks
 
 
 class Layout(NamedTuple):
-    """How frames are laid out in whole mini-batches, N of K frames a row."""
+    """A layout puts frames into whole mini-batches, N of K frames a row."""
 
     num_mini_batches: int
     slots: Tensor | None
@@ -47,7 +47,7 @@ def _as_index(slots: Tensor, x: Tensor) -> Tensor:
 
 
 def lay_out(num_frames: int, size: int, documents: Tensor | None, like: Tensor) -> Layout:
-    """Of rows of `num_frames` frames, in mini-batches of `size` frames.
+    """Return the layout of rows of `num_frames` frames, in mini-batches of `size` frames.
 
     Args:
         documents: [B, T], see `ttt.ops.ttt_linear`. With them the device is asked how many

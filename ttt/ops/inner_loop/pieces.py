@@ -23,7 +23,7 @@ def flatten(layers: InnerLayers) -> tuple[Tensor, ...]:
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Of every head its own. x: [B, H, T, f]; weight, bias: [H, f]."""
+    """Apply to every head a layer norm of its own. x: [B, H, T, f]; weight, bias: [H, f]."""
     normed = F.layer_norm(x, x.shape[-1:], eps=EPSILON)
     return normed * weight.unsqueeze(-2) + bias.unsqueeze(-2)
 

@@ -114,7 +114,7 @@ def _document(
     ln_bias: Tensor,
     token_scale: Tensor,
 ) -> tuple[Tensor, Weights]:
-    """One document of one row; q, k, v are [H, T, f] and eta is [H, T]."""
+    """Scan one document of one row; q, k, v are [H, T, f] and eta is [H, T]."""
     q, k, v, eta = frames
 
     def norm(z: Tensor) -> Tensor:

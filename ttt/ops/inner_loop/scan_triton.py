@@ -33,7 +33,7 @@ way are split once; float32 frames take three products of TensorFloat32, more ex
 
 @dataclass(frozen=True)
 class Shape:
-    """How a kernel is compiled."""
+    """A shape says how a kernel is compiled."""
 
     tile: int
     """Rows of W, or hidden units, at once."""
@@ -168,8 +168,9 @@ class _Scan(torch.autograd.Function):
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """In one piece, from a multiple of 16 bytes on, as all tensors of our own are: for pointers of
-    another kind Triton gives threads other pieces, and `_turned_term` would be wrong."""
+    """Return a tensor in one piece, from a multiple of 16 bytes on, as all tensors of our own are:
+    for pointers of another kind Triton gives threads other pieces, and `_turned_term` would be
+    wrong."""
     x = x.contiguous()
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
@@ -264,7 +265,7 @@ def _parts(width: int) -> int:
 
 
 def _backward_parts(size: int, width: int) -> int:
-    """The same for `mlp_backward`, more for more frames."""
+    """Return the number of parts for `mlp_backward`, more for more frames."""
     return min(SHAPES["mlp_backward"].warps * size // 16, width // 16)
 
 

@@ -267,7 +267,7 @@ def inner_scan(
 
 
 def kernel_sizes(num_layers: int) -> tuple[int, ...]:
-    """Of mini-batches that the kernels take."""
+    """Return the sizes of mini-batches that the kernels take."""
     return (16, 32, 64)[: 4 - num_layers]
 
 

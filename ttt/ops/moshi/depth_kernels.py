@@ -24,7 +24,7 @@ def _probabilities(q, k, steps, frames, is_row, scale):
 
 @triton.jit
 def _rows(num_frames, STEPS: tl.constexpr, PADDED_STEPS: tl.constexpr, ROWS: tl.constexpr):
-    """Of this tile: step and frame of each row, and whether there is such a row."""
+    """Return step and frame of each row of this tile, and whether there is such a row."""
     row = tl.arange(0, ROWS)
     steps = row % PADDED_STEPS
     frames = tl.program_id(0) * (ROWS // PADDED_STEPS) + row // PADDED_STEPS
