@@ -7,12 +7,11 @@ from finetune.model.build import (
     find_checkpoint,
     load_model,
     model_shape,
-    parameters_by_role,
     plan_model,
-    trainable_by_role,
 )
 from finetune.model.hub import shape_from_hub
 from finetune.model.init_from import misfits, require_checkpoint
+from finetune.model.roles import parameters_by_role, trainable_by_role
 
 __all__ = [
     "add_lora",

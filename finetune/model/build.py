@@ -1,4 +1,4 @@
-"""A configuration becomes a model: find the files, build, load, add LoRA, decide what trains."""
+"""A configuration becomes a model: find the files, build, load, add LoRA, mark what trains."""
 
 import logging
 import textwrap
@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from huggingface_hub import constants
 from moshi.models import loaders
-from moshi.models.lm_utils import ScaledEmbedding
 from moshi.modules.lora import LoRALinear, replace_all_linear_with_lora
 from safetensors import SafetensorError
 from torch import nn
@@ -27,9 +26,10 @@ from finetune.model.init_from import (
     require_fit,
     trained_files,
 )
+from finetune.model.roles import parameters_by_role, training_roles
 from finetune.model.trainable_shape import require_trainable
 from finetune.safety import read_json, safetensors_problem, stays_inside
-from ttt import TTTLMModel, build_model, ttt_parameters
+from ttt import TTTLMModel, build_model
 
 logger = logging.getLogger(__name__)
 
@@ -366,47 +366,3 @@ def add_lora(model: TTTLMModel, args: LoraArgs, *, seed: int) -> None:
         if isinstance(module, LoRALinear):
             # The package leaves both factors random, which would change the model at once.
             nn.init.zeros_(module.lora_B.weight)
-
-
-def training_roles(args: TrainArgs) -> set[str]:
-    if args.full_finetuning:
-        return {"base", "embedding", "ttt"}
-    if args.lora.enable:
-        return {"lora", "ttt"} | ({"embedding"} if args.lora.ft_embed else set())
-    return {"ttt"}
-
-
-def parameters_by_role(model: TTTLMModel) -> dict[str, dict[str, nn.Parameter]]:
-    """Return all parameters by role and name; the role follows from the module that holds them.
-
-    Roles: "ttt" (TTT's own), "lora" (adapters), "embedding", and "base" (all else). Roles without
-    parameters are left out.
-    """
-    own = ttt_parameters(model)
-    lora, embeddings = set(), set()
-    for prefix, module in model.named_modules():
-        if isinstance(module, LoRALinear):
-            lora |= {f"{prefix}.{part}.weight" for part in ("lora_A", "lora_B")}
-        elif isinstance(module, ScaledEmbedding):
-            embeddings |= {f"{prefix}.{name}" for name, _ in module.named_parameters()}
-    roles: dict[str, dict[str, nn.Parameter]] = {"base": {}, "embedding": {}, "lora": {}, "ttt": {}}
-    for name, parameter in model.named_parameters():
-        if name in own:
-            role = "ttt"
-        elif name in lora:
-            role = "lora"
-        elif name in embeddings:
-            role = "embedding"
-        else:
-            role = "base"
-        roles[role][name] = parameter
-    return {role: named for role, named in roles.items() if named}
-
-
-def trainable_by_role(model: TTTLMModel) -> dict[str, dict[str, nn.Parameter]]:
-    """`parameters_by_role`, those alone that train."""
-    trainable = {
-        role: {name: p for name, p in named.items() if p.requires_grad}
-        for role, named in parameters_by_role(model).items()
-    }
-    return {role: named for role, named in trainable.items() if named}
