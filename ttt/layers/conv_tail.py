@@ -23,11 +23,6 @@ class ConvTail:
             torch.zeros(batch_size, dtype=torch.bool, device=like.device),
         )
 
-    @staticmethod
-    def num_bytes(num_frames: int, like: Tensor) -> int:
-        """Bytes of a row's tensors; see `new`."""
-        return num_frames * like.shape[-1] * like.dtype.itemsize + torch.bool.itemsize
-
     @torch.no_grad()
     def pass_by(self, x: Tensor, exec_mask: Tensor) -> Tensor:
         """Take the next frames x [B, T, d] in, in the rows of `exec_mask` [B].
