@@ -130,7 +130,7 @@ def test_it_trains_and_is_measured_and_evaluated(run):
     folder = Path(run.args.run_dir)
     effects = logged(folder, "ttt/layer_01/effect")
     assert effects[0] == 0 < effects[-1]
-    assert len(logged(folder, "eval_loss", "eval")) == 2
+    assert len(logged(folder, "loss", "eval")) == 3
     saved = load_file(checkpoint(folder, 4) / "consolidated/ttt.safetensors")
     names = [f"transformer.layers.{i}.ttt.{n}" for i in (0, 1) for n in ("in_proj", "out_proj")]
     assert all(saved[name].abs().max() > 0 for name in names)
