@@ -22,9 +22,10 @@ from ttt.registry import METHODS
 class TTTState(State):
     """What one layer has learnt in each row's stream, and the frames not yet written.
 
-    A subclass is a dataclass of tensors [B, …], which are zero where a stream begins. Each tensor
-    keeps its address and is changed in place: stock `LMGen` captures the step in a CUDA graph. What
-    is learnt is float32 at least. In rows where `exec_mask` [B] is false nothing may change.
+    A subclass is a dataclass of tensors [B, …]; where a stream does not begin with zeros, it also
+    has a `reset`. Each tensor keeps its address and is changed in place: stock `LMGen` captures the
+    step in a CUDA graph. What is learnt is float32 at least. In rows where `exec_mask` [B] is false
+    nothing may change.
     """
 
     @abstractmethod

@@ -35,10 +35,3 @@ class ConvTail:
         self.frames.copy_(torch.where(exec_mask[:, None, None], last, self.frames))
         self.has_begun.logical_or_(exec_mask)
         return before
-
-    @torch.no_grad()
-    def reset(self, reset_mask: Tensor) -> None:
-        """Forget the rows of `reset_mask` [B]."""
-        # Nothing reads these before they are written again; a saved state is the same for all that.
-        self.frames.masked_fill_(reset_mask[:, None, None], 0.0)
-        self.has_begun.masked_fill_(reset_mask, False)

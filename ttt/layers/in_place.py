@@ -1,7 +1,6 @@
 """The gated MLP of a Moshi layer, with an output projection that learns at test time."""
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -145,11 +144,11 @@ class InPlaceGating(TTTLayer[InPlaceState]):
         # At last: activation checkpointing then need not compute it again.
         plain = self.linear_out(z)
         if x.shape[1] > self.args.chunk_size:
-            self.measure_once(lambda: self._measure(z, v, written, plain, learnt))
+            seen = z, v, written, plain, learnt
+            self.measure_once(
+                lambda: measure(self.args, *seen, beta=self.write_strength, base=self.base_weight)
+            )
         return plain + learnt
-
-    def _measure(self, *seen: Any) -> dict[str, Tensor]:
-        return measure(self.args, *seen, beta=self.write_strength, base=self.base_weight)
 
     def _activations(self, x: Tensor) -> Tensor:
         """z, [B, T, h]."""

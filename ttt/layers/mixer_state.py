@@ -42,12 +42,6 @@ class TTTMixerState(TTTState):
     @torch.no_grad()
     def reset(self, reset_mask: Tensor) -> None:
         super().reset(reset_mask)
-        for fast, start in zip(flatten(self.layers), flatten(self.initial), strict=True):
+        for fast, start in zip(self.fast_weights(), flatten(self.initial), strict=True):
             rows = reset_mask.view(-1, *(1 for _ in start.shape))
             fast.copy_(torch.where(rows, start.to(fast.dtype), fast))
-        # Nothing reads these before they are written again, but 0 · NaN would be NaN.
-        for pending in flatten(self.written):
-            pending.masked_fill_(reset_mask.view(-1, 1, 1, 1), 0.0)
-        self.num_pending.masked_fill_(reset_mask, 0)
-        if self.tail is not None:
-            self.tail.reset(reset_mask)
