@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ttt import TTTArgs, TTTLMModel, build_model
-from ttt.layers import InPlaceGating
+from ttt.layers import TTTLayer
 
 CALL_FRAMES = 50
 """Frames of a call, and of attention's window."""
@@ -42,6 +42,9 @@ METHODS = {
     "linear": {**INNER_LOOP, "method": "linear", "base_lr": 1.0},
     "mlp": {**INNER_LOOP, "method": "mlp", "base_lr": 0.1, "use_rope": True},
 }
+NOISE = {"target_proj": 0.1, "token_offset": 0.05}
+"""By parameter, how large the random change is; 0.2 for others. A position's share of the step, 1/4
+and more, must stay above zero."""
 
 
 def random_model(args: TTTArgs) -> TTTLMModel:
@@ -49,15 +52,13 @@ def random_model(args: TTTArgs) -> TTTLMModel:
     torch.manual_seed(0)
     model = build_model(LM, args, device="cpu", dtype=torch.float64).eval()
     for module in model.ttt_layers.values():
-        if isinstance(module, InPlaceGating):
-            nn.init.normal_(module.target_conv)
-            module.target_proj.data += 0.1 * torch.randn_like(module.target_proj)
-            continue
-        for name, parameter in module.named_parameters():
-            # A position's share of the step, 1/4 and more, must stay above zero.
-            scale = 0.05 if name == "token_offset" else 0.2
-            parameter.data += scale * torch.randn_like(parameter)
-        module.gate.data += 1.0
+        for name, parameter in module.ttt_parameters().items():
+            if name == "target_conv":
+                nn.init.normal_(parameter)
+            elif name != "log_write_strength":
+                parameter.data += NOISE.get(name, 0.2) * torch.randn_like(parameter)
+            if name == "gate":
+                parameter.data += 1.0
     return model.to(torch.float32)
 
 
@@ -85,26 +86,23 @@ def stream(model: TTTLMModel, codes: Tensor) -> tuple[Tensor, Tensor, list[Tenso
     modules = model.ttt_layers.values()
     logits, sizes = [], []
     with model.streaming(1):
+        starts = [fast_weights(m).norm() for m in modules]
         for part in codes.split(CALL_FRAMES, dim=2):
             logits.append(model.forward_text(part)[1][0, 0])
-            sizes.append([fast_weights(m).norm() / size_at_start(m) for m in modules])
+            sizes.append([size(m, start) for m, start in zip(modules, starts, strict=True)])
         states = [fast_weights(m).double() for m in modules]
     return torch.cat(logits), torch.tensor(sizes), states
 
 
-def fast_weights(module: nn.Module) -> Tensor:
-    """Fast weights of a streaming module, or with `in_place` their change."""
-    state = module._streaming_state
-    if isinstance(module, InPlaceGating):
-        return state.change
-    return torch.cat([x.flatten() for pair in state.layers for x in pair])
+def fast_weights(module: TTTLayer) -> Tensor:
+    """Fast weights of a streaming module, or with `in_place` their change, as one vector."""
+    return torch.cat([x.flatten() for x in module._streaming_state.fast_weights()])
 
 
-def size_at_start(module: nn.Module) -> Tensor:
-    """Norm of the weights that the fast weights start from."""
-    if isinstance(module, InPlaceGating):
-        return module.base_weight.norm()
-    return torch.cat([x.flatten() for pair in module.inner_layers for x in pair]).norm()
+def size(module: TTTLayer, norm_at_start: Tensor) -> Tensor:
+    """How large the fast weights of a streaming module are; see `stream`."""
+    ratio = module.change_ratio()
+    return fast_weights(module).norm() / norm_at_start if ratio is None else ratio[0]
 
 
 def main() -> None:

@@ -106,8 +106,7 @@ def run_stream(
 def fast_weights(model: TTTLMModel) -> dict[int, torch.Tensor]:
     """Return, by layer, a tensor of the streaming state that changes with every update alone."""
     states = {index: module._streaming_state for index, module in model.ttt_layers.items()}
-    tensors = {index: state.tensors() for index, state in states.items() if state is not None}
-    return {index: named.get("change", named.get("w1")) for index, named in tensors.items()}
+    return {i: state.fast_weights()[0] for i, state in states.items() if state is not None}
 
 
 def synchronize(device: torch.device) -> None:
@@ -166,7 +165,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     ttt_args = TTTArgs(enabled=True, method=options.method)
-    if options.method == "in_place":
+    if ttt_args.reads("write"):
         ttt_args.write, ttt_args.chunk_size = options.write, options.chunk_size
     expected = options.steps // ttt_args.update_frames
     warm_up = min(20, options.steps // 4)
@@ -185,7 +184,7 @@ def main() -> None:
         model = make_model(ttt_args if enabled else TTTArgs(), device)
         page = {"machine": name, "method": options.method if enabled else "no TTT"}
         if enabled:
-            page["write"] = options.write if options.method == "in_place" else None
+            page["write"] = options.write if ttt_args.reads("write") else None
             page["state_difference_graphs_eager"] = check_state(model, short)
         for batch in options.batch:
             stream = run_stream(model, codes[batch], graphs=True)

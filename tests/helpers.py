@@ -3,7 +3,7 @@
 import torch
 
 from ttt import TTTArgs, TTTLMModel, build_model
-from ttt.layers import InPlaceGating
+from ttt.layers.mixer_state import TTTMixerState
 
 DELAYS = [0, 0, 1, 1, 1, 0, 1, 1, 1]
 """Text, four Moshi codebooks, four user codebooks; delayed as in Moshi."""
@@ -88,32 +88,32 @@ def tiny_model(
 
 
 def as_if_trained(module):
-    if isinstance(module, InPlaceGating):
-        torch.nn.init.normal_(module.target_conv)
-        if module.target_gate is not None:
-            module.target_gate.data.fill_(0.1)
-        module.target_proj.data += 0.1 * torch.randn_like(module.target_proj)
-        return
-    for name, parameter in module.named_parameters():
-        # A position's share of the step, 1/4 and more, must stay above zero.
-        scale = 0.05 if name == "token_offset" else 0.2
-        parameter.data += scale * torch.randn_like(parameter)
-    module.gate.data += 1.0
+    # A position's share of the step, 1/4 and more, must stay above zero.
+    noise = {"target_proj": 0.1, "token_offset": 0.05}
+    for name, parameter in module.ttt_parameters().items():
+        if name == "target_conv":
+            torch.nn.init.normal_(parameter)
+        elif name == "target_gate":
+            parameter.data.fill_(0.1)
+        elif name != "log_write_strength":
+            parameter.data += noise.get(name, 0.2) * torch.randn_like(parameter)
+        if name == "gate":
+            parameter.data += 1.0
 
 
 def fast_state(module):
     """What a TTT module's stream depends on, as far as it means anything: the places of pending
     frames that have not come yet hold leftovers."""
     state = module._streaming_state
-    if isinstance(module, InPlaceGating):
-        weights, pending = [state.change], [state.pending_z, state.pending_source]
-    else:
-        weights = [x for pair in state.layers for x in pair]
-        weights += [] if state.tail is None else [state.tail.frames]
-        # The frames first, as the other method has them.
-        pending = [x.transpose(1, 2) for pair in state.written for x in pair]
-    kept = [x[row, : state.num_pending[row]].clone() for x in pending for row in range(len(x))]
-    return [*(x.clone() for x in weights), *kept, state.num_pending.clone()]
+    kept = [x.clone() for x in state.fast_weights()]
+    for name, x in state.tensors().items():
+        if name.startswith("pending"):
+            # The frames first, as the other method has them.
+            x = x.transpose(1, 2) if isinstance(state, TTTMixerState) else x
+            kept += [x[row, : state.num_pending[row]].clone() for row in range(len(x))]
+        elif name in ("num_pending", "tail"):
+            kept.append(x.clone())
+    return kept
 
 
 def random_codes(batch=2, num_frames=23, seed=1, num_streams=9, text_card=30, card=20):

@@ -55,6 +55,7 @@ def exported(folder):
 RULES = [
     ("ttt", ["finetune"]),
     ("ttt/config.py", ["torch", "moshi", "ttt.ops", "ttt.layers", "ttt.model", "ttt.state"]),
+    ("ttt/registry.py", ["torch", "moshi", "ttt.ops", "ttt.layers", "ttt.model", "ttt.state"]),
     ("ttt/ops", ["ttt.layers", "ttt.model", "ttt.state", "ttt.streaming", "ttt.config", "moshi"]),
     ("ttt/layers", ["ttt.model", "ttt.state", "ttt.streaming"]),
     ("ttt/model.py", ["ttt.state"]),

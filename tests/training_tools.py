@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 import yaml
@@ -95,6 +96,20 @@ def train(config: Path, run_dir: Path, overrides: dict[str, Any] | None = None) 
     run = trainer(config, run_dir, overrides)
     assert run.train() == 0
     return run
+
+
+def stop_after(run: Trainer, step: int) -> None:
+    """Ends a run as `kill -9` would after this step: nothing is saved, nothing is said."""
+    log = run.log
+
+    def log_and_die(*args: Any, **kwargs: Any) -> None:
+        log(*args, **kwargs)
+        if run.step == step:
+            raise KeyboardInterrupt
+
+    run.log = log_and_die  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
 
 
 def logged(run_dir: Path, name: str = "loss", kind: Kind = "train") -> list[float]:

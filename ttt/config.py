@@ -14,16 +14,16 @@ from ttt.options import (
     Frames,
     Methods,
     NonNegative,
+    OneOf,
     Positive,
     marks,
     out_of_bounds,
 )
+from ttt.registry import METHODS
 
 MAX_WRITE_STRENGTH = 1e3
 """Upper bound of β. Above it, float32 no longer solves for a chunk's writes where keys are much
 alike (docs/numerics.md)."""
-_DEFAULT_BASE_LR = {"linear": 1.0, "mlp": 10.0}
-_DEFAULT_BASE_LR_WITHOUT_CONV = {"linear": 1.0, "mlp": 0.1}
 _DEFAULT_LEARNING_RATE = {"relative": 3.0, "none": 1e-3}
 
 
@@ -47,7 +47,7 @@ class TTTArgs:
     enabled: bool = False
     """Whether the model has TTT layers."""
 
-    method: Literal["in_place", "linear", "mlp"] = "in_place"
+    method: Annotated[str, OneOf(METHODS.keys)] = "in_place"
     """`in_place`: the output projection of the gated MLP is the fast weight. `linear`, `mlp`: new
     layers between attention and MLP, whose heads hold a linear map or a small MLP that learns."""
 
@@ -145,12 +145,20 @@ class TTTArgs:
     @property
     def update_frames(self) -> int:
         """Frames between two updates of the fast weights."""
-        return self.chunk_size if self.method == "in_place" else self.mini_batch_size
+        option = METHODS[self.method].update_option
+        frames: int = getattr(self, option) if option else 1
+        return frames
+
+    def reads(self, option: str) -> bool:
+        """Return whether the chosen method reads an option."""
+        owners = marks(type(self), Methods).get(option)
+        is_marked = owners is None or self.method in owners.names
+        return is_marked or option in METHODS[self.method].also_reads
 
     @property
     def has_fixed_step(self) -> bool:
         """Return whether `learning_rate` and `max_delta_norm` count."""
-        return self.method == "in_place" and self.write == "sum"
+        return self.reads("write") and self.write == "sum"
 
     @property
     def inner_learning_rate(self) -> float:
@@ -158,14 +166,6 @@ class TTTArgs:
         if self.learning_rate is None:
             return _DEFAULT_LEARNING_RATE[self.lr_scale]
         return self.learning_rate
-
-    @property
-    def inner_base_lr(self) -> float:
-        """`base_lr`, or its default for the method."""
-        if self.base_lr is not None:
-            return self.base_lr
-        with_conv = self.qk_conv_kernel_size > 1
-        return (_DEFAULT_BASE_LR if with_conv else _DEFAULT_BASE_LR_WITHOUT_CONV)[self.method]
 
     @property
     def lookahead_frames(self) -> int:
@@ -204,6 +204,8 @@ class TTTArgs:
         """Return what is wrong with these values: pairs of field name and problem with its
         remedy."""
         found = [*out_of_bounds(self)]
+        if self.method not in METHODS:
+            return found
         if (
             self.enabled
             and self.has_fixed_step
@@ -226,7 +228,7 @@ class TTTArgs:
                     f"got {self.conv_lookahead}",
                 )
             )
-        elif self.method == "in_place" and self.lag_frames >= self.chunk_size >= 1:
+        elif self.reads("chunk_edge") and self.lag_frames >= self.chunk_size >= 1:
             found.append(
                 (
                     "conv_lookahead",
@@ -242,14 +244,14 @@ class TTTArgs:
         found = [
             (name, f"is an option of method {owner}, and ttt.method is {self.method}; remove it")
             for name, owner in marks(type(self), Methods).items()
-            if name in changed and self.method not in owner.names
+            if name in changed and not self.reads(name)
         ]
         for rule, name in (
             ("sum", "learning_rate"),
             ("sum", "max_delta_norm"),
             ("delta", "write_strength"),
         ):
-            if self.method == "in_place" and self.write != rule and name in changed:
+            if self.reads("write") and self.write != rule and name in changed:
                 found.append(
                     (
                         name,
@@ -257,6 +259,6 @@ class TTTArgs:
                         f"remove it, or set write: {rule}",
                     )
                 )
-        if "rope_theta" in changed and self.method != "in_place" and not self.use_rope:
+        if "rope_theta" in changed and self.reads("rope_theta") and not self.use_rope:
             found.append(("rope_theta", "has no effect with use_rope: false; remove it"))
         return found

@@ -9,20 +9,18 @@ from typing import Any
 import torch
 from moshi.models.lm import LMModel, LMOutput
 from moshi.models.lm_utils import _delay_sequence
-from moshi.modules.gating import ActivationGating
 from moshi.modules.transformer import StreamingTransformerLayer
 from torch import Tensor, nn
 
 from ttt.config import TTTArgs
-from ttt.layers import InPlaceGating, TTTMixer, blocks
+from ttt.layers import Place, TTTLayer, blocks, layer_class
 from ttt.layers.depth import DepthLayer, depth_hidden
 from ttt.layers.execution import Checkpointing, Execution, eager_on_cpu
 from ttt.layers.shardable import Shardable
-from ttt.ops.moshi.attention import RopeTable, rope_table
+from ttt.ops.rope import RopeTable, rope_table
+from ttt.registry import METHODS
 
 logger = logging.getLogger(__name__)
-
-TTTModule = InPlaceGating | TTTMixer
 
 
 class TTTTransformerLayer(Shardable, StreamingTransformerLayer):
@@ -34,13 +32,13 @@ class TTTTransformerLayer(Shardable, StreamingTransformerLayer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.ttt: TTTMixer | None = None
+        self.ttt: TTTLayer | None = None
         self.execution = Execution()
 
     @property
-    def ttt_module(self) -> TTTModule | None:
+    def ttt_module(self) -> TTTLayer | None:
         """Return what learns at test time in this layer."""
-        return self.gating if isinstance(self.gating, InPlaceGating) else self.ttt
+        return self.gating if isinstance(self.gating, TTTLayer) else self.ttt
 
     def forward(
         self,
@@ -64,7 +62,7 @@ class TTTTransformerLayer(Shardable, StreamingTransformerLayer):
         x = self.execution.split_layer(
             self._ttt_forward, x, weights, token_embeddings, rope, is_frame
         )
-        if isinstance(self.gating, InPlaceGating):
+        if isinstance(self.gating, TTTLayer):
             return x
         return self.execution.layer(blocks.mlp_block, x, weights)
 
@@ -79,8 +77,8 @@ class TTTTransformerLayer(Shardable, StreamingTransformerLayer):
         """The layer as far as what learns at test time is in it."""
         x = self.execution.piece(blocks.attention_block, x, weights, rope)
         if self.ttt is not None:
-            return x + self.ttt(x)
-        assert isinstance(self.gating, InPlaceGating)
+            return x + self.ttt(x, token_embeddings, is_frame)
+        assert isinstance(self.gating, TTTLayer)
         normed = self.execution.piece(blocks.normalize, x, weights.norm2)
         return blocks.add(x, self.gating(normed, token_embeddings, is_frame), weights.scale2)
 
@@ -90,8 +88,8 @@ class TTTTransformerLayer(Shardable, StreamingTransformerLayer):
         with eager_on_cpu(x.device):
             x = self._sa_block(x)
             if self.ttt is not None and self.ttt.active:
-                x = x + self.ttt(x)
-            if not isinstance(self.gating, InPlaceGating):
+                x = x + self.ttt(x, token_embeddings, is_frame)
+            if not isinstance(self.gating, TTTLayer):
                 return self._ff_block(x)
             assert token_embeddings is not None
             update = self.gating(self.norm2(x), token_embeddings, is_frame)
@@ -112,9 +110,8 @@ class HiddenStates:
 class TTTLMModel(Shardable, LMModel):
     """A stock `LMModel`, trainable and streamable as such, with TTT in some layers.
 
-    State-dict keys are the stock ones, plus `transformer.layers.N.gating.target_*` and, with
-    `write: delta`, `gating.log_write_strength` (in-place), or `transformer.layers.N.ttt.*` (linear,
-    mlp).
+    State-dict keys are the stock ones, plus `transformer.layers.N.ttt.*`, or where a method's layer
+    takes the place of the MLP, what it adds to `transformer.layers.N.gating.*`.
     """
 
     ttt_args: TTTArgs
@@ -122,7 +119,7 @@ class TTTLMModel(Shardable, LMModel):
     """How whole sequences are computed in training; the layers share it."""
 
     @property
-    def ttt_layers(self) -> dict[int, TTTModule]:
+    def ttt_layers(self) -> dict[int, TTTLayer]:
         """The TTT modules by layer index."""
         return {
             index: layer.ttt_module
@@ -187,13 +184,9 @@ class TTTLMModel(Shardable, LMModel):
         if rope is None or self._streaming_state is not None:
             return None
         head_width = self.dim // self.transformer.layers[0].self_attn.num_heads
-        return rope_table(
-            sequence.shape[2],
-            head_width,
-            rope.max_period,
-            interleave=rope.interleave,
-            device=sequence.device,
-        )
+        frames = torch.arange(sequence.shape[2], device=sequence.device)
+        # Against [B, T, H, D].
+        return rope_table(frames[:, None], head_width, rope.max_period, interleave=rope.interleave)
 
     def forward_depformer_training(self, sequence: Tensor, transformer_out: Tensor) -> Tensor:
         """As stock: audio logits [B, K, T, card]."""
@@ -241,9 +234,11 @@ def build_model(
     if problems:
         raise ValueError("; ".join(f"ttt.{name}: {problem}" for name, problem in problems))
     indices = ttt_args.layers(lm_kwargs["num_layers"])
-    if indices and ttt_args.method == "in_place" and lm_kwargs.get("gating", "none") == "none":
+    method = METHODS[ttt_args.method]
+    if indices and method.replaces_mlp and lm_kwargs.get("gating", "none") == "none":
         raise ValueError(
-            "ttt.method: in_place needs gated MLPs, and this model has none (gating: none)."
+            f"ttt.method: {ttt_args.method} needs gated MLPs, and this model has none "
+            "(gating: none)."
         )
     if lm_kwargs.get("cross_attention") or lm_kwargs.get("fuser") is not None:
         raise ValueError(
@@ -259,30 +254,22 @@ def build_model(
     )
     model.ttt_args = ttt_args
     model.execution = Execution(gradient_checkpointing, compile)
+    norm = lm_kwargs.get("norm", "layer_norm")
     for index in indices:
-        layer = model.transformer.layers[index]
-        if ttt_args.method == "in_place":
-            assert isinstance(layer.gating, ActivationGating)
-            layer.gating = InPlaceGating(layer.gating, ttt_args)
+        block = model.transformer.layers[index]
+        place = Place(block, model.dim, block.self_attn.num_heads, norm, device, dtype)
+        layer = layer_class(ttt_args.method)(place, ttt_args)
+        if method.replaces_mlp:
+            block.gating = layer
         else:
-            layer.ttt = TTTMixer(
-                model.dim,
-                layer.self_attn.num_heads,
-                lm_kwargs.get("norm", "layer_norm"),
-                ttt_args,
-                device=device,
-                dtype=dtype,
-            )
+            block.ttt = layer
     assert list(model.ttt_layers) == indices
     for module in [*model.transformer.layers, *model.ttt_layers.values()]:
         module.execution = model.execution
     _set_attention_context(model, ttt_args)
-    if indices and ttt_args.use_rope:
-        logger.info(
-            "TTT turns queries and keys by their position modulo %d (RoPE, theta %g)",
-            ttt_args.mini_batch_size,
-            ttt_args.rope_theta,
-        )
+    # Every layer says the same.
+    for remark in dict.fromkeys(r for m in model.ttt_layers.values() for r in m.remarks()):
+        logger.info(remark)
     return model
 
 
@@ -312,7 +299,7 @@ def ttt_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {
         f"{name}.{key}": parameter
         for name, module in model.named_modules()
-        if isinstance(module, TTTModule)
+        if isinstance(module, TTTLayer)
         for key, parameter in module.ttt_parameters().items()
     }
 
@@ -327,9 +314,8 @@ def measuring(model: TTTLMModel, *, enabled: bool = True) -> Iterator[dict[str, 
     """Collects what TTT does in the forward passes within the block, if `enabled`.
 
     The dictionary that it gives is filled when the block ends: `layer_05/effect` and so on, scalar
-    tensors of the first forward pass; `ttt.layers.in_place_measure` says what they mean. With
-    `linear` and `mlp` they are `effect`, ‖what TTT adds‖ / ‖what it is added to‖, and
-    `inner_loss_initial`, `inner_loss_before` and `inner_loss_after`, see `TTTMixer._inner_losses`.
+    tensors of the first forward pass. Every method has `effect`, ‖what TTT adds‖ / ‖what it is
+    added to‖; what else there is, `ttt.layers.in_place_measure` and `TTTMixer._inner_losses` say.
     """
     collected: dict[str, Tensor] = {}
     for module in model.ttt_layers.values():

@@ -21,8 +21,7 @@ from moshi.modules.streaming import State, StreamingModule
 from moshi.modules.transformer import RingKVCache
 from torch import Tensor, nn
 
-from ttt.layers.in_place import InPlaceState
-from ttt.layers.mixer import TTTMixerState
+from ttt.layers import TTTLayer, TTTState
 
 
 def get_state(model: nn.Module, *, whole: bool = False) -> dict[str, Tensor]:
@@ -111,7 +110,7 @@ def _states(model: nn.Module, *, whole: bool) -> Iterator[tuple[str, State]]:
     for name, module in model.named_modules():
         if isinstance(module, StreamingModule) and module._streaming_state is not None:
             is_streaming = True
-            if whole or hasattr(module, "ttt_parameters"):
+            if whole or isinstance(module, TTTLayer):
                 yield name, module._streaming_state
     if not is_streaming:
         raise ValueError("the model is not streaming: there is no state outside of `streaming()`.")
@@ -121,7 +120,7 @@ def _fields(model: nn.Module, *, whole: bool) -> Iterator[tuple[str, object, str
     """All that changes while streaming: a name, the object that holds it, and its field."""
     for module_name, state in _states(model, whole=whole):
         prefix = f"{module_name}." if module_name else ""
-        if isinstance(state, InPlaceState | TTTMixerState):
+        if isinstance(state, TTTState):
             owner = SimpleNamespace(exec_mask=state.exec_mask, **state.tensors())
             yield from ((f"{prefix}{name}", owner, name) for name in vars(owner))
             continue

@@ -15,6 +15,7 @@ from finetune.config.marks import HARMLESS, START
 from finetune.config.values import PathText
 from ttt.config import TTTArgs
 from ttt.options import LARGEST, Count, Frames, NonNegative, Positive
+from ttt.registry import METHODS
 
 Size = Annotated[int, Ge(1), Le(2**16)]
 Seed = Annotated[int, Ge(0), Lt(2**63)]
@@ -83,11 +84,12 @@ class ModelArgs:
                     "trained weights are of the shape in their config.json, which can be changed "
                     f"for random weights alone; remove model.{name}, or set random_init to true",
                 )
-        if self.gating == "none" and ttt.enabled and ttt.method == "in_place":
+        if self.gating == "none" and ttt.enabled and METHODS[ttt.method].replaces_mlp:
+            others = [name for name, method in METHODS.items() if not method.replaces_mlp]
             yield (
                 "model.gating, ttt.method",
-                "in_place learns in gated MLPs, and with gating none there are none; set "
-                "ttt.method to linear or mlp, ttt.enabled to false, or gating to silu",
+                f"{ttt.method} learns in gated MLPs, and with gating none there are none; set "
+                f"ttt.method to {' or '.join(others)}, ttt.enabled to false, or gating to silu",
             )
 
 

@@ -348,9 +348,9 @@ class Evaluation:
         del options["wandb"]["key"]
         for section in ("pair", "health", "wandb"):
             options |= {f"{section}.{name}": v for name, v in options.pop(section).items()}
-        args = self.args.ttt
+        method = "".join({layer.describe() for layer in self.model.ttt_layers.values()})
         layers = ", ".join(map(str, self.model.ttt_layers))
-        described = f"TTT: {args.method} ({args.write}) in layers {layers}" if layers else "no TTT"
+        described = f"TTT: {method} in layers {layers}" if layers else "no TTT"
         return {
             "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "model": {

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from finetune.errors import UserError
 from ttt import TTTLMModel, ttt_parameters
-from ttt.model import TTTModule
+from ttt.layers import TTTLayer
 
 # Attention's projections as they were once stored: those of all steps of the depth transformer one
 # above the other. The released Moshi has these names.
@@ -224,7 +224,7 @@ def _widen(module: nn.Module) -> None:
 
 def _start(module: nn.Module, name: str, layer_scales: Mapping[str, float | None]) -> None:
     """Random weights, as stock `moshi` draws them; TTT's and LoRA's leave the model as it is."""
-    if isinstance(module, TTTModule | nn.Linear | nn.Embedding | nn.LayerNorm):
+    if isinstance(module, TTTLayer | nn.Linear | nn.Embedding | nn.LayerNorm):
         module.reset_parameters()
     elif isinstance(module, RMSNorm):
         module.alpha.fill_(1.0)

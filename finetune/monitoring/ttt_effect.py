@@ -6,6 +6,7 @@ from typing import Any
 
 from finetune.config import TrainArgs
 from ttt.config import MAX_WRITE_STRENGTH
+from ttt.layers import layer_class
 
 logger = logging.getLogger(__name__)
 
@@ -102,21 +103,18 @@ class EffectWatch:
             logger.log(level, "%s", text)
 
     def _advice_if_inert(self) -> str:
-        ttt, outer = self.args.ttt, f"raise optim.ttt_lr (now {self.args.optim.ttt_lr:g})"
-        if not ttt.has_fixed_step:
-            return outer.capitalize()
-        inner = f"aise ttt.learning_rate (now {ttt.inner_learning_rate:g}), or {outer}"
-        return f"Set ttt.lr_scale: relative, or r{inner}" if ttt.lr_scale == "none" else f"R{inner}"
+        way = layer_class(self.args.ttt.method).how_to_strengthen(self.args.ttt)
+        return _either(way, f"raise optim.ttt_lr (now {self.args.optim.ttt_lr:g})")
 
     def _advice_if_explosive(self) -> str:
-        ttt, outer = self.args.ttt, f"lower optim.ttt_lr (now {self.args.optim.ttt_lr:g})"
-        if not ttt.has_fixed_step:
-            return outer.capitalize()
-        return (
-            "With write: sum, what all chunks have in common, such as padding and silence, adds "
-            "up: set ttt.write: delta or ttt.state_decay, lower ttt.learning_rate (now "
-            f"{ttt.inner_learning_rate:g}), or {outer}"
-        )
+        way = layer_class(self.args.ttt.method).how_to_weaken(self.args.ttt)
+        return _either(way, f"lower optim.ttt_lr (now {self.args.optim.ttt_lr:g})")
+
+
+def _either(way: str, other: str) -> str:
+    """Return the beginning of a sentence."""
+    text = f"{way}, or {other}" if way else other
+    return text[0].upper() + text[1:]
 
 
 def _each(effects: Mapping[str, float]) -> str:

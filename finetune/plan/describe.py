@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -13,8 +13,7 @@ from finetune.distributed import World, shard_size
 from finetune.model import parameters_by_role
 from finetune.monitoring import format_count
 from ttt import TTTLMModel
-from ttt.layers.mixer import TTTMixer
-from ttt.ops.inner_loop.ttt_linear_mlp import KERNEL_WIDTHS, kernel_sizes
+from ttt.registry import METHODS
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +51,7 @@ def describe_run(
     yield f"parameters: {', '.join(roles)}"
     yield from _describe_ttt(args, model, num_frames)
     if world.device.type == "cuda":
-        warn_of_slow_scan(args, model)
+        warn_of_slow_layers(model)
         free, total = torch.cuda.mem_get_info()
         yield f"memory: {(total - free) / 1e9:.1f} of {total / 1e9:.1f} GB taken before training"
     yield f"writes to {args.run_dir}"
@@ -85,24 +84,10 @@ def write_summary(
     )
 
 
-def warn_of_slow_scan(args: TrainArgs, model: TTTLMModel) -> None:
-    """If no kernel takes TTT-Linear's or TTT-MLP's mini-batches."""
-    mixer = next((m for m in model.modules() if isinstance(m, TTTMixer)), None)
-    if mixer is None:
-        return
-    sizes, size = kernel_sizes(mixer.num_inner_layers), args.ttt.mini_batch_size
-    width = mixer.head_width
-    if size not in sizes or width not in KERNEL_WIDTHS:
-        logger.warning(
-            f"ttt.mini_batch_size is {size}, of heads of {width}: the GPU kernels of "
-            f"ttt.method {args.ttt.method} take {_either(sizes)} frames of "
-            f"heads of {_either(KERNEL_WIDTHS)}. Without them it computes the same, several times "
-            f"slower."
-        )
-
-
-def _either(numbers: Sequence[int]) -> str:
-    return f"{', '.join(map(str, numbers[:-1]))} or {numbers[-1]}"
+def warn_of_slow_layers(model: TTTLMModel) -> None:
+    """Log a warning where TTT takes more time on a GPU than it need."""
+    for caution in dict.fromkeys(c for m in model.ttt_layers.values() for c in m.cautions()):
+        logger.warning(caution)
 
 
 def _describe_ttt(args: TrainArgs, model: TTTLMModel, num_frames: int) -> Iterator[str]:
@@ -115,26 +100,19 @@ def _describe_ttt(args: TrainArgs, model: TTTLMModel, num_frames: int) -> Iterat
         return
     every = args.ttt.update_frames
     updates = (num_frames - 1) // every
-    method = args.ttt.method.replace("_", "-")
-    if args.ttt.method == "in_place":
-        method += f" ({args.ttt.write}"
-        if args.ttt.has_fixed_step:
-            # One number means something else in each form.
-            scale = {"relative": "relative", "none": "not scaled"}[args.ttt.lr_scale]
-            method += f", {scale}, learning rate {args.ttt.inner_learning_rate:g}"
-        method += ")"
+    layer = next(iter(model.ttt_layers.values()))
     yield (
-        f"TTT: {method} in layers "
+        f"TTT: {layer.describe()} in layers "
         f"{', '.join(map(str, model.ttt_layers))}; {updates} updates a sequence, every {every} "
         f"frames ({every / FRAME_RATE_HZ:.1f} s); {attention}"
     )
     if updates == 0:
-        is_in_place = args.ttt.method == "in_place"
-        option = "chunk_size" if is_in_place else "mini_batch_size"
-        effect = "TTT never learns anything" if is_in_place else "TTT carries nothing on"
+        effect = "carries nothing on" if layer.reads_open_chunk else "never learns anything"
+        option = METHODS[args.ttt.method].update_option
         logger.warning(
             f"duration_sec is {args.duration_sec:g} ({num_frames} frames), not longer "
-            f"than ttt.{option} ({every} frames): {effect}. Raise the one or lower the other."
+            f"than {f'ttt.{option}' if option else 'an update'} ({every} frames): TTT {effect}. "
+            f"Raise the one{' or lower the other' if option else ''}."
         )
     elif window is None or window >= num_frames:
         logger.warning(

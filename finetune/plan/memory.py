@@ -32,6 +32,7 @@ from finetune.distributed import FEW, peak_memory_gb, shard_size
 from finetune.errors import UserError
 from finetune.model import parameters_by_role
 from ttt import TTTLMModel
+from ttt.layers import layer_class
 from ttt.layers.depth import CHUNK_FRAMES
 
 ELEMENTWISE = 1.5
@@ -43,11 +44,6 @@ RESERVED_BYTES = 1.5e9
 """CUDA's and NCCL's own."""
 FRAGMENTATION = 0.03
 """Of what a GPU has: lost between blocks."""
-
-TTT_BYTES = {"in_place": 30e3, "linear": 208e3, "mlp": 243e3}
-"""By method, for a frame of a model 4096 wide, beside what its layer takes anyway: so that the sum
-is what training steps took, at 16 x 1250 frames, with GPU kernels; see docs/distributed.md. In
-`linear` and `mlp`, 8e3 of it are reckoned and not measured: what the convolutions read."""
 
 
 @dataclass(frozen=True)
@@ -141,8 +137,9 @@ def _stages(
     working_depth = width * WORKING * min(num_frames, CHUNK_FRAMES) * depth_products
     working_main = width * WORKING * per_main
     stages = [(kept_main + kept_depth, working_depth, 0.0), (kept_main, working_main, 0.0)]
-    if args.ttt.enabled:
-        ttt = TTT_BYTES[args.ttt.method] * num_frames * model.dim / 4096
+    cost = layer_class(args.ttt.method).cost(args.ttt) if args.ttt.enabled else None
+    if cost is not None:
+        ttt = cost.bytes_per_frame * num_frames * model.dim / 4096
         stages.append((kept_main, working_main, ttt))
     return stages
 

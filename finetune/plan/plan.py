@@ -19,6 +19,7 @@ from finetune.monitoring import format_count, format_duration
 from finetune.plan.memory import Memory, by_role, estimate, fits
 from finetune.safety import read_json
 from ttt import TTTLMModel, state_bytes
+from ttt.layers import layer_class
 
 GB = 1e9
 
@@ -26,8 +27,6 @@ SEC_PER_FRAME = 1.61 / (16 * 1250)
 """Of Moshi 7B with LoRA of rank 128, without TTT, with activation checkpointing and compiled
 layers, on one NVIDIA H200, which computes as an H100 does; see docs/benchmarks.md."""
 SEC_PER_FRAME_PARAMETERS = 7.687e9
-TTT_FACTOR = {"in_place sum": 1.02, "in_place delta": 1.04, "linear": 1.09, "mlp": 1.33}
-"""Of the same, relative, in five of 32 layers."""
 SELECTIVE_FACTOR = 0.77
 """Of the same, relative, with gradient_checkpointing: selective."""
 FULL_FACTOR = 1.17
@@ -64,6 +63,8 @@ def plan(args: TrainArgs, *, num_gpus: int, gpu_memory_gb: float) -> Iterator[st
     if args.ttt.enabled:
         state_gb = state_bytes(model, 1) / GB
         yield f"TTT state, when it streams: {state_gb:.2f} GB a stream"
+        if layer_class(args.ttt.method).cost(args.ttt) is None:
+            yield f"what training with ttt.method {args.ttt.method} costs is not known, nor counted"
     yield from _describe_time(args, model, num_gpus)
     if fits(memory, gpu_memory_gb * GB):
         yield "it fits"
@@ -130,9 +131,7 @@ def _describe_time(args: TrainArgs, model: TTTLMModel, num_gpus: int) -> Iterato
         )
     except UserError as error:
         yield f"data: steps of an epoch are not known: {error}"
-    method = args.ttt.method + (f" {args.ttt.write}" if args.ttt.method == "in_place" else "")
-    num_ttt_layers = len(model.ttt_layers) / len(model.transformer.layers) * 32
-    factor = 1.0 + (TTT_FACTOR[method] - 1.0) * num_ttt_layers / 5
+    factor = _ttt_factor(args, model)
     frames = segments_per_step // num_gpus * num_frames
     size = sum(p.numel() for p in model.parameters()) / SEC_PER_FRAME_PARAMETERS
     step_sec = frames * SEC_PER_FRAME * size * factor
@@ -144,6 +143,15 @@ def _describe_time(args: TrainArgs, model: TTTLMModel, num_gpus: int) -> Iterato
         f"time on H100s or H200s: about {step_sec:.2f} s a step, "
         f"{format_duration(args.max_steps * step_sec)} for all"
     )
+
+
+def _ttt_factor(args: TrainArgs, model: TTTLMModel) -> float:
+    """Return the time of a step, relative to that without TTT."""
+    cost = layer_class(args.ttt.method).cost(args.ttt)
+    if cost is None:
+        return 1.0
+    num_ttt_layers = len(model.ttt_layers) / len(model.transformer.layers) * 32
+    return 1.0 + (cost.time_factor - 1.0) * num_ttt_layers / 5
 
 
 def _advise(

@@ -33,11 +33,11 @@ SEQUENCES_AT_ONCE = 32
 def run_arm(preset: Preset, name: str, seed: int, device: torch.device) -> dict[str, Any]:
     """Train the arm `name` and measure it; everything that is known of it."""
     started_at = time.monotonic()
-    arm, args = ARMS[name], preset.ttt_args(name)
+    args = preset.ttt_args(name)
     model, curve, base_curve = train_arm(preset, name, seed=seed, device=device)
     trained_at = time.monotonic()
     model.eval()
-    update_frames = preset.chunk_size if args.method == "in_place" else args.update_frames
+    update_frames = args.update_frames if args.enabled else preset.chunk_size
     where: dict[str, Any] = {"update_frames": update_frames}
 
     def trained_length() -> dict[str, Any]:
@@ -57,7 +57,7 @@ def run_arm(preset: Preset, name: str, seed: int, device: torch.device) -> dict[
         "base_curve": base_curve,
         "trained_length": trained_length(),
     }
-    if arm.ttt is not None and args.method == "in_place":
+    if any(module.write_gates() for module in model.ttt_layers.values()):
         with nothing_written(model):
             result["nothing_written"] = trained_length()
     result["longer"] = {}

@@ -14,7 +14,6 @@ from torch import Tensor
 from finetune.recall.model import answer_logits, logits_at, read_codes
 from finetune.recall.streams import KINDS, StreamArgs, Streams, draw
 from ttt import TTTLMModel, block_streaming
-from ttt.layers import InPlaceGating
 
 NUM_RESAMPLES = 1000
 MIN_SEQUENCES = 8
@@ -123,13 +122,11 @@ def measure_length(
 
 
 def _state_ratios(model: TTTLMModel) -> Tensor | None:
-    """‖S‖ / ‖W0‖ of every row [B], in the layer where it is largest; None without in-place TTT."""
-    ratios = [
-        (module._streaming_state.change.flatten(1).norm(dim=1) / module.base_weight.norm()).cpu()
-        for module in model.ttt_layers.values()
-        if isinstance(module, InPlaceGating) and module._streaming_state is not None
-    ]
-    return torch.stack(ratios).amax(0) if ratios else None
+    """Return ‖S‖ / ‖W0‖ of every row [B], in the layer where it is largest; None without TTT that
+    changes weights."""
+    ratios = [module.change_ratio() for module in model.ttt_layers.values()]
+    known = [ratio.cpu() for ratio in ratios if ratio is not None]
+    return torch.stack(known).amax(0) if known else None
 
 
 def summarize(found: Answers, chosen: Tensor) -> dict[str, Any]:
@@ -154,15 +151,15 @@ def summarize(found: Answers, chosen: Tensor) -> dict[str, Any]:
 
 @contextmanager
 def nothing_written(model: TTTLMModel) -> Iterator[None]:
-    """In-place TTT whose inner learning rate is 0, whatever its rule: all targets are zero."""
-    convs = [m.target_conv for m in model.ttt_layers.values() if isinstance(m, InPlaceGating)]
-    kept = [conv.detach().clone() for conv in convs]
+    """Within the block no TTT layer that has `write_gates` writes anything."""
+    gates = [gate for module in model.ttt_layers.values() for gate in module.write_gates()]
+    kept = [gate.detach().clone() for gate in gates]
     with torch.no_grad():
-        for conv in convs:
-            conv.zero_()
+        for gate in gates:
+            gate.zero_()
     try:
         yield
     finally:
         with torch.no_grad():
-            for conv, values in zip(convs, kept, strict=True):
-                conv.copy_(values)
+            for gate, values in zip(gates, kept, strict=True):
+                gate.copy_(values)

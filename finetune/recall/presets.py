@@ -15,11 +15,11 @@ class Preset:
 
     Args:
         arms: names in `ARMS`.
-        ttt: options of `TTTArgs` that all arms with TTT share (`chunk_size` those in place alone,
-            `mini_batch_size` and `mixer_heads` the others).
+        ttt: options of `TTTArgs` that all arms with TTT share; `chunk_size`, `mini_batch_size` and
+            `mixer_heads` are for those whose method reads them.
         num_eval: sequences of the trained length to evaluate on.
         lengths: how many times longer sequences are, and how many of each kind.
-        mixer_heads: heads of `linear` and `mlp`; None: as many as attention has. A head's fast
+        mixer_heads: `num_heads` of TTT; None: as many as attention has. A head's fast
             weights are as large as it is wide, and small models have narrow heads.
     """
 
@@ -45,9 +45,12 @@ class Preset:
         if options is None:
             return TTTArgs()
         args = TTTArgs(**{"enabled": True, **self.ttt, **options})
-        if args.method == "in_place":
-            return replace(args, chunk_size=self.chunk_size)
-        return replace(args, mini_batch_size=self.mini_batch_size, num_heads=self.mixer_heads)
+        sizes: dict[str, Any] = {
+            "chunk_size": self.chunk_size,
+            "mini_batch_size": self.mini_batch_size,
+            "num_heads": self.mixer_heads,
+        }
+        return replace(args, **{key: value for key, value in sizes.items() if args.reads(key)})
 
     def context(self, name: str) -> int:
         """Frames that attention sees in the arm `name`."""

@@ -33,7 +33,7 @@ from finetune.distributed import World
 from finetune.errors import UserError
 from finetune.evaluation import evaluate
 from finetune.monitoring import EffectWatch
-from finetune.plan.describe import warn_of_slow_scan
+from finetune.plan.describe import warn_of_slow_layers
 from finetune.step import Optimizer, stream_sums
 from ttt import TTTArgs, build_model
 from ttt.layers import execution
@@ -542,7 +542,7 @@ def test_a_run_warns_where_ttt_can_have_nothing_to_do(
 def test_a_run_on_a_gpu_warns_where_no_kernel_scans(caplog, method, size, warns):
     ttt = TTTArgs(enabled=True, method=method, mini_batch_size=size, start_layer=0)
     model = build_model(tiny_lm_kwargs(dim=32), ttt, device="cpu", dtype=torch.float32)
-    warn_of_slow_scan(TrainArgs(DataArgs(), "", ttt=ttt), model)
+    warn_of_slow_layers(model)
     assert ("16 or 32 frames" in caplog.text) == warns
 
 

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from moshi.models.lm import LMGen, LMModel
 
 from ttt import TTTArgs, build_model, measuring, ops, state_bytes, ttt_parameters
+from ttt.registry import METHODS
 
 IN_PLACE = {
     "text": tiny_args(),
@@ -55,8 +56,18 @@ def each_of(args):
     return pytest.mark.parametrize("args", args.values(), ids=args.keys())
 
 
-every_method = each_of(ARGS)
-"""A new method is tested by being added to `ARGS`."""
+INVARIANTS = []
+"""What must hold for every method, as functions of its `TTTArgs`."""
+
+
+def every_method(test):
+    """Run an invariant for each of `ARGS`; a new method is tested by being added there."""
+    INVARIANTS.append(test)
+    return each_of(ARGS)(test)
+
+
+def test_every_method_is_tested():
+    assert {args.method for args in ARGS.values()} == METHODS.keys()
 
 
 def stock_copy(model, **lm_overrides):

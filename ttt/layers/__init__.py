@@ -1,6 +1,5 @@
 """Modules made of `ttt.ops`, and their streaming state."""
 
-from ttt.layers.in_place import InPlaceGating
-from ttt.layers.mixer import TTTMixer
+from ttt.layers.base import Cost, Place, TTTLayer, TTTState, layer_class
 
-__all__ = ["InPlaceGating", "TTTMixer"]
+__all__ = ["Cost", "Place", "TTTLayer", "TTTState", "layer_class"]

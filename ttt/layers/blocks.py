@@ -21,8 +21,9 @@ from moshi.modules.transformer import (
 )
 from torch import Tensor, nn
 
-from ttt.ops.moshi.attention import RopeTable, causal_attention, rotate
+from ttt.ops.moshi.attention import causal_attention
 from ttt.ops.moshi.depth_attention import depth_attention
+from ttt.ops.rope import RopeTable, rotate
 
 
 class Linear(NamedTuple):

@@ -23,11 +23,6 @@ class ConvTail:
             torch.zeros(batch_size, dtype=torch.bool, device=like.device),
         )
 
-    @staticmethod
-    def num_bytes(num_frames: int, like: Tensor) -> int:
-        """Bytes of a row's tensors; see `new`."""
-        return num_frames * like.shape[-1] * like.dtype.itemsize + torch.bool.itemsize
-
     @torch.no_grad()
     def pass_by(self, x: Tensor, exec_mask: Tensor) -> Tensor:
         """Take the next frames x [B, T, d] in, in the rows of `exec_mask` [B].
@@ -40,10 +35,3 @@ class ConvTail:
         self.frames.copy_(torch.where(exec_mask[:, None, None], last, self.frames))
         self.has_begun.logical_or_(exec_mask)
         return before
-
-    @torch.no_grad()
-    def reset(self, reset_mask: Tensor) -> None:
-        """Forget the rows of `reset_mask` [B]."""
-        # Nothing reads these before they are written again; a saved state is the same for all that.
-        self.frames.masked_fill_(reset_mask[:, None, None], 0.0)
-        self.has_begun.masked_fill_(reset_mask, False)

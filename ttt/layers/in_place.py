@@ -1,67 +1,26 @@
 """The gated MLP of a Moshi layer, with an output projection that learns at test time."""
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from moshi.modules.gating import ActivationGating
 from moshi.modules.lora import LoRALinear
-from moshi.modules.streaming import State, StreamingModule
 from torch import Tensor, nn
 
 from ttt import ops
 from ttt.config import MAX_WRITE_STRENGTH, TTTArgs
-from ttt.layers.execution import Execution
+from ttt.layers.base import Cost, Place, TTTLayer
 from ttt.layers.frames import delayed, inverse_square, normalised, only
 from ttt.layers.in_place_measure import measure
+from ttt.layers.in_place_state import InPlaceState
 from ttt.ops.in_place.terms import accumulating_dtype
 
 GATE_SPEED = 10.0
 """How much faster than other parameters the gate learns: Adam's steps have a size of their own."""
 
 
-@dataclass
-class InPlaceState(State):
-    """What one layer has learnt in each row's stream, and the frames not yet written.
-
-    Every tensor keeps its address: stock `LMGen` captures the step in a CUDA graph.
-    """
-
-    change: Tensor
-    """[B, d, h], S: what the fast weights add to the projection W0. In float32 (float64 in a
-    float64 model), apart from W0: a small change added to a bfloat16 W0 would lose half of
-    itself."""
-    pending_z: Tensor
-    """[B, lag + C, h], the keys of the chunk before's last `lag` frames, which wait for their
-    targets, and of the open chunk: activations, or those divided by their squared norms; zero where
-    nothing is to be written."""
-    pending_source: Tensor
-    """[B, tail + C, d], what the targets of the open chunk are made of: its own frames, and the
-    `tail` of those before that the conv reaches back to."""
-    pending_read: Tensor | None
-    """[B, lag + C, d], S z of the same frames as `pending_z`, with the S that the open chunk reads:
-    `write: delta` compares its targets with it."""
-    num_pending: Tensor
-    """[B], frames in the open chunk, 0 to C - 1."""
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All that a stream depends on, by name."""
-        names = ("change", "pending_z", "pending_source", "pending_read", "num_pending")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-
-    def reset(self, reset_mask: Tensor) -> None:
-        super().reset(reset_mask)
-        rows = reset_mask.view(-1, 1, 1)
-        self.change.masked_fill_(rows, 0.0)
-        for name, buffer in self.tensors().items():
-            if name.startswith("pending"):
-                # All of it: 0 · NaN would be NaN.
-                buffer.masked_fill_(rows, 0.0)
-        self.num_pending.masked_fill_(reset_mask, 0)
-
-
-class InPlaceGating(StreamingModule[InPlaceState]):
+class InPlaceGating(TTTLayer[InPlaceState]):
     """`o = (W0 + S) z`, where `z = act(gate x) * up x` and S is written chunk by chunk.
 
     Takes the place of a layer's `ActivationGating` and keeps its linear layers and their names, so
@@ -74,18 +33,21 @@ class InPlaceGating(StreamingModule[InPlaceState]):
         log_write_strength: [1], log β; with `write: delta` alone.
 
     Args:
-        gating: the stock module to take over.
+        place: a layer with a gated MLP, to be taken over.
         args: the TTT configuration.
     """
 
-    def __init__(self, gating: ActivationGating, args: TTTArgs):
-        super().__init__()
+    reads_open_chunk = False
+
+    def __init__(self, place: Place, args: TTTArgs):
+        super().__init__(place, args)
+        gating = place.block.gating
+        assert isinstance(gating, ActivationGating)
         self.linear_in = gating.linear_in
         self.linear_out = gating.linear_out
         self.activation = gating.activation
-        self.args = args
         weight = self.base_weight
-        self.width, self.hidden = weight.shape
+        self.hidden = weight.shape[1]
         self.target_conv = nn.Parameter(weight.new_empty(self.width, args.conv_kernel_size))
         self.target_proj = nn.Parameter(weight.new_empty(self.width, self.width))
         self.target_gate: nn.Parameter | None = None
@@ -95,12 +57,6 @@ class InPlaceGating(StreamingModule[InPlaceState]):
         if args.write == "delta":
             self.log_write_strength = nn.Parameter(weight.new_empty(1))
         self.reset_parameters()
-        self.active = True
-        """Whether it reads and writes its fast weights; see `ttt.without_ttt`."""
-        self.execution = Execution()
-        self.measure = False
-        """Whether parallel forward passes fill `measured`; see `ttt.measuring`."""
-        self.measured: dict[str, Tensor] = {}
 
     @property
     def base_weight(self) -> Tensor:
@@ -168,21 +124,17 @@ class InPlaceGating(StreamingModule[InPlaceState]):
         return self.args.conv_kernel_size - 1 if self.args.carries else 0
 
     def forward(
-        self, x: Tensor, token_embeddings: Tensor, is_frame: Tensor | None = None
+        self, x: Tensor, token_embeddings: Tensor | None, is_frame: Tensor | None
     ) -> Tensor:
-        """
-        Args:
-            x: [B, T, d], the layer's normalised input to its MLP.
-            token_embeddings: [B, T, d], see `TTTLMModel.forward_text`; unused by target `hidden`.
-            is_frame: [B, T], false past the end of a recording: such frames are no targets, and
-                those whose targets they are part of are not written. None: all are frames.
+        """Return the MLP's output, [B, T, d]; see `TTTLayer.forward`.
 
-        Returns:
-            [B, T, d].
+        Frames past the end of a recording are no targets, and those whose targets they are part of
+        are not written. Target `hidden` reads no embeddings.
         """
         source = x if self.args.target == "hidden" else token_embeddings
         if not self.active:
             return self.linear_out(self._activations(x))
+        assert source is not None
         if self._streaming_state is not None:
             z, source = self._activations(x), self._scaled(source)
             return self.linear_out(z) + self._stream(z, source, is_frame, self._streaming_state)
@@ -191,14 +143,11 @@ class InPlaceGating(StreamingModule[InPlaceState]):
         learnt = self._learn(z, v, written)
         # At last: activation checkpointing then need not compute it again.
         plain = self.linear_out(z)
-        if self.measure and x.shape[1] > self.args.chunk_size:
+        if x.shape[1] > self.args.chunk_size:
             seen = z, v, written, plain, learnt
-            # Nothing is saved for a backward pass: checkpointing compares what is with the next.
-            with torch.no_grad():
-                beta, base = self.write_strength, self.base_weight
-                self.measured = measure(self.args, *seen, beta=beta, base=base)
-            # Once: activation checkpointing and micro-batches come here again.
-            self.measure = False
+            self.measure_once(
+                lambda: measure(self.args, *seen, beta=self.write_strength, base=self.base_weight)
+            )
         return plain + learnt
 
     def _activations(self, x: Tensor) -> Tensor:
@@ -261,6 +210,45 @@ class InPlaceGating(StreamingModule[InPlaceState]):
         )
         return F.linear(mixed, self.target_proj)
 
+    # What is asked of it ---------------------------------------------------------------------
+
+    @classmethod
+    def cost(cls, args: TTTArgs) -> Cost:
+        return Cost({"sum": 1.02, "delta": 1.04}[args.write], bytes_per_frame=30e3)
+
+    @classmethod
+    def how_to_strengthen(cls, args: TTTArgs) -> str:
+        if not args.has_fixed_step:
+            return ""
+        step = f"raise ttt.learning_rate (now {args.inner_learning_rate:g})"
+        return f"set ttt.lr_scale: relative, or {step}" if args.lr_scale == "none" else step
+
+    @classmethod
+    def how_to_weaken(cls, args: TTTArgs) -> str:
+        if not args.has_fixed_step:
+            return ""
+        return (
+            "with write: sum, what all chunks have in common, such as padding and silence, adds "
+            "up: set ttt.write: delta or ttt.state_decay, lower ttt.learning_rate (now "
+            f"{args.inner_learning_rate:g})"
+        )
+
+    def describe(self) -> str:
+        args, details = self.args, str(self.args.write)
+        if args.has_fixed_step:
+            # One number means something else in each form.
+            scale = {"relative": "relative", "none": "not scaled"}[args.lr_scale]
+            details += f", {scale}, learning rate {args.inner_learning_rate:g}"
+        return f"{super().describe()} ({details})"
+
+    def change_ratio(self) -> Tensor:
+        assert self._streaming_state is not None
+        return self._streaming_state.change.flatten(1).norm(dim=1) / self.base_weight.norm()
+
+    def write_gates(self) -> list[nn.Parameter]:
+        # With a conv of zeros all targets are zero, whatever the rule.
+        return [self.target_conv]
+
     # Streaming -------------------------------------------------------------------------------
 
     def _init_streaming_state(self, batch_size: int) -> InPlaceState:
@@ -279,17 +267,6 @@ class InPlaceGating(StreamingModule[InPlaceState]):
             else None,
             num_pending=torch.zeros(batch_size, dtype=torch.long, device=weight.device),
         )
-
-    def state_bytes(self, batch_size: int) -> int:
-        """Return the bytes that `_init_streaming_state` allocates for `batch_size` streams."""
-        wide = accumulating_dtype(self.base_weight.dtype).itemsize
-        narrow = self.base_weight.element_size()
-        keys, sources = self.lag + self.args.chunk_size, self.tail + self.args.chunk_size
-        per_row = wide * self.width * self.hidden + 8
-        per_row += narrow * (keys * self.hidden + sources * self.width)
-        if self.log_write_strength is not None:
-            per_row += wide * keys * self.width
-        return batch_size * per_row
 
     @torch.no_grad()
     def _stream(

@@ -1,19 +1,20 @@
 """A layer of its own, between attention and MLP, whose heads learn at test time."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from moshi.modules.streaming import State, StreamingModule
 from moshi.modules.transformer import create_norm_fn
 from torch import Tensor, nn
 
 from ttt import ops
 from ttt.config import TTTArgs
+from ttt.layers.base import Cost, Place, TTTLayer
 from ttt.layers.blocks import norm_of, normalize
 from ttt.layers.conv_tail import ConvTail
-from ttt.layers.execution import Execution
+from ttt.layers.mixer_state import TTTMixerState
 from ttt.ops.inner_loop.pieces import (
     InnerLayers,
     Written,
@@ -23,62 +24,15 @@ from ttt.ops.inner_loop.pieces import (
     inner_write,
     layer_norm,
 )
-from ttt.ops.inner_loop.ttt_linear_mlp import has_kernel, inner_scan
+from ttt.ops.inner_loop.ttt_linear_mlp import KERNEL_WIDTHS, has_kernel, inner_scan, kernel_sizes
 
 INIT_STD = 0.02
-MLP_INIT_STD = 0.1
-"""Of TTT-MLP's inner weights, behind convolutions. With 0.02 its hidden units hardly bend, and all
-of them write the same."""
 GROUP_SIZE = 16
 """`scan_checkpoint_group_size`, where a layer's or all layers' share would be much at once."""
 
 
-@dataclass
-class TTTMixerState(State):
-    """The fast weights of each row's stream, and what the open mini-batch will write.
-
-    Every tensor keeps its address: stock `LMGen` captures the step in a CUDA graph. All are in
-    float32 (float64 in a float64 model).
-    """
-
-    layers: InnerLayers
-    """Per inner layer W [B, H, in, out] and b [B, H, out], at the open mini-batch's start."""
-    written: Written
-    """Per inner layer its inputs [B, H, K, in] and errors [B, H, K, out]; places from
-    `num_pending` on hold nothing of meaning."""
-    num_pending: Tensor
-    """[B], frames in the open mini-batch, 0 to K - 1."""
-    initial: InnerLayers
-    """The learnt weights that a stream starts from: the module's parameters, without B."""
-    tail: ConvTail | None
-    """What the convolutions look back to; None: there are none."""
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All that a stream depends on, by name."""
-        named = {"num_pending": self.num_pending}
-        for index, (layer, written) in enumerate(zip(self.layers, self.written, strict=True), 1):
-            names = (f"w{index}", f"b{index}", f"pending_x{index}", f"pending_e{index}")
-            named.update(zip(names, (*layer, *written), strict=True))
-        if self.tail is not None:
-            named |= {"tail": self.tail.frames, "has_begun": self.tail.has_begun}
-        return named
-
-    @torch.no_grad()
-    def reset(self, reset_mask: Tensor) -> None:
-        super().reset(reset_mask)
-        for fast, start in zip(flatten(self.layers), flatten(self.initial), strict=True):
-            rows = reset_mask.view(-1, *(1 for _ in start.shape))
-            fast.copy_(torch.where(rows, start.to(fast.dtype), fast))
-        # Nothing reads these before they are written again, but 0 · NaN would be NaN.
-        for pending in flatten(self.written):
-            pending.masked_fill_(reset_mask.view(-1, 1, 1, 1), 0.0)
-        self.num_pending.masked_fill_(reset_mask, 0)
-        if self.tail is not None:
-            self.tail.reset(reset_mask)
-
-
-class TTTMixer(StreamingModule[TTTMixerState]):
-    """`tanh(α) ⊙ out_proj · TTT(norm(x))`, to be added to x.
+class TTTMixer(TTTLayer[TTTMixerState]):
+    """`tanh(α) ⊙ out_proj · TTT(norm(x))`, to be added to x: `TTTLinear` or `TTTMLP`.
 
     TTT is `ops.ttt_linear` or `ops.ttt_mlp`, by head, of queries, keys and values that are
     projections of norm(x). All parameters but the norm's are bare, so that nothing wraps them in
@@ -98,28 +52,23 @@ class TTTMixer(StreamingModule[TTTMixerState]):
             max(0, 1/(t+1) + token_offset[t]).
 
     Args:
-        width: d.
-        num_heads: H; a head is f = d / H wide.
-        norm: the kind of norm, as `LMModel` names it.
-        args: the TTT configuration; its `num_heads` replaces H.
+        place: the layer that gets it; a head is f = d / H wide.
+        args: the TTT configuration; its `num_heads` replaces attention's as H.
 
     Raises:
         ValueError: heads that do not divide d, or an odd f with RoPE.
     """
 
-    def __init__(
-        self,
-        width: int,
-        num_heads: int,
-        norm: str,
-        args: TTTArgs,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ):
-        super().__init__()
-        self.args = args
-        num_heads = args.num_heads or num_heads
+    hidden_factors: ClassVar[tuple[int, ...]]
+    """Widths of the hidden layers of what a head holds, as multiples of f."""
+    inner_std: ClassVar[float] = INIT_STD
+    """Of the inner weights' start, behind convolutions."""
+    default_base_lr: ClassVar[float] = 1.0
+    default_base_lr_without_conv: ClassVar[float] = 1.0
+
+    def __init__(self, place: Place, args: TTTArgs):
+        super().__init__(place, args)
+        width, num_heads = place.width, args.num_heads or place.num_heads
         if width % num_heads:
             raise ValueError(
                 f"ttt.num_heads: {num_heads} heads do not divide this model's width, {width}."
@@ -132,17 +81,18 @@ class TTTMixer(StreamingModule[TTTMixerState]):
             )
 
         def new(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))
+            return nn.Parameter(torch.empty(*shape, device=place.device, dtype=place.dtype))
 
         # In the type of the model's weights, as all norms of a loaded model are.
-        self.norm = create_norm_fn(norm, width, device=device, dtype=dtype).to(dtype)
+        norm = create_norm_fn(place.norm, width, device=place.device, dtype=place.dtype)
+        self.norm = norm.to(place.dtype)
         kernel = args.qk_conv_kernel_size
         self.in_proj = new((2 if kernel > 1 else 3) * width, width)
         if kernel > 1:
             self.conv_q, self.conv_k = new(width, kernel), new(width, kernel)
         self.out_proj = new(width, width)
         self.gate = new(width)
-        inner_widths = [f, f] if args.method == "linear" else [f, 4 * f, f]
+        inner_widths = [f, *(factor * f for factor in self.hidden_factors), f]
         self.num_inner_layers = len(inner_widths) - 1
         for index, (inputs, outputs) in enumerate(pairwise(inner_widths), 1):
             self.register_parameter(f"inner_w{index}", new(num_heads, inputs, outputs))
@@ -151,12 +101,6 @@ class TTTMixer(StreamingModule[TTTMixerState]):
         self.lr_weight, self.lr_bias = new(num_heads, width), new(num_heads)
         self.token_offset = new(size)
         self.reset_parameters()
-        self.active = True
-        """Whether its layer uses it; see `ttt.without_ttt`."""
-        self.execution = Execution()
-        self.measure = False
-        """Whether parallel forward passes fill `measured`; see `ttt.measuring`."""
-        self.measured: dict[str, Tensor] = {}
 
     @property
     def inner_layers(self) -> InnerLayers:
@@ -166,14 +110,19 @@ class TTTMixer(StreamingModule[TTTMixerState]):
             for index in range(1, 1 + self.num_inner_layers)
         )
 
-    def ttt_parameters(self) -> dict[str, nn.Parameter]:
-        return dict(self.named_parameters())
+    @property
+    def base_lr(self) -> float:
+        """`base_lr` of the configuration, or its default."""
+        if self.args.base_lr is not None:
+            return self.args.base_lr
+        with_conv = self.args.qk_conv_kernel_size > 1
+        return self.default_base_lr if with_conv else self.default_base_lr_without_conv
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """The start of training: see the class; the rest as in the paper."""
         has_conv = self.args.qk_conv_kernel_size > 1
-        inner_std = MLP_INIT_STD if has_conv and self.args.method == "mlp" else INIT_STD
+        inner_std = self.inner_std if has_conv else INIT_STD
         for name, parameter in self.named_parameters():
             if name.startswith("inner_w") or name == "lr_weight":
                 nn.init.normal_(parameter, std=inner_std if name != "lr_weight" else INIT_STD)
@@ -190,14 +139,11 @@ class TTTMixer(StreamingModule[TTTMixerState]):
             self.conv_k[:, -2] = 1.0
         self.gate.fill_(self.args.gate_init)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """
-        Args:
-            x: [B, T, d], the residual stream after attention.
-
-        Returns:
-            [B, T, d], to be added to it.
-        """
+    def forward(
+        self, x: Tensor, token_embeddings: Tensor | None, is_frame: Tensor | None
+    ) -> Tensor:
+        """Return what is added to x; see `TTTLayer.forward`. No embeddings are read, and frames
+        past the end of a recording are frames as others."""
         state = self._streaming_state
         if state is not None:
             mixed = self._stream(*self._prepare(x), state)
@@ -215,12 +161,12 @@ class TTTMixer(StreamingModule[TTTMixerState]):
             scan_checkpoint_group_size=self._scan_checkpoint_group_size(q),
         )
         update = self.execution.piece(TTTMixer._finish, self, mixed, x)
-        if self.measure:
-            effect = update.detach().float().norm() / x.detach().float().norm()
-            losses = self._inner_losses(k, v, eta, token_scale)
-            self.measured = {"effect": effect, **losses}
-            # Once: activation checkpointing and micro-batches come here again.
-            self.measure = False
+        self.measure_once(
+            lambda: {
+                "effect": update.float().norm() / x.float().norm(),
+                **self._inner_losses(k, v, eta, token_scale),
+            }
+        )
         return update
 
     def _prepare(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -233,9 +179,8 @@ class TTTMixer(StreamingModule[TTTMixerState]):
         )
         if self.args.use_rope:
             positions = self._positions(x.shape[1], x.device)
-            # Rounded once, as attention's are: the scan is fastest in the type of the values.
-            q = ops.rope(q, positions, theta=self.args.rope_theta).to(v.dtype)
-            k = ops.rope(k, positions, theta=self.args.rope_theta).to(v.dtype)
+            q = ops.rope(q, positions, theta=self.args.rope_theta)
+            k = ops.rope(k, positions, theta=self.args.rope_theta)
         return q, k, v, *self._learning_rates(normed)
 
     def _project(self, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -278,7 +223,7 @@ class TTTMixer(StreamingModule[TTTMixerState]):
         """Of each frame [B, H, T] and each position [K], at least in float32."""
         dtype = torch.promote_types(normed.dtype, torch.float32)
         gate = F.linear(normed, self.lr_weight, self.lr_bias).to(dtype).transpose(1, 2)
-        eta = self.args.inner_base_lr * torch.sigmoid(gate) / self.head_width
+        eta = self.base_lr * torch.sigmoid(gate) / self.head_width
         size = self.args.mini_batch_size
         shares = 1 / torch.arange(1, size + 1, device=normed.device, dtype=dtype)
         return eta, (shares + self.token_offset.to(dtype)).clamp(min=0)
@@ -301,6 +246,25 @@ class TTTMixer(StreamingModule[TTTMixerState]):
             token_scale=token_scale,
         )
         return {f"inner_loss_{name}": losses.mean() for name, losses in by_position.items()}
+
+    # What is asked of it ---------------------------------------------------------------------
+
+    def remarks(self) -> Iterator[str]:
+        if self.args.use_rope:
+            yield (
+                "TTT turns queries and keys by their position modulo "
+                f"{self.args.mini_batch_size} (RoPE, theta {self.args.rope_theta:g})"
+            )
+
+    def cautions(self) -> Iterator[str]:
+        sizes, size = kernel_sizes(self.num_inner_layers), self.args.mini_batch_size
+        if size not in sizes or self.head_width not in KERNEL_WIDTHS:
+            yield (
+                f"ttt.mini_batch_size is {size}, of heads of {self.head_width}: the GPU kernels of "
+                f"ttt.method {self.args.method} take {_either(sizes)} frames of "
+                f"heads of {_either(KERNEL_WIDTHS)}. Without them it computes the same, several "
+                "times slower."
+            )
 
     # Streaming -------------------------------------------------------------------------------
 
@@ -328,16 +292,6 @@ class TTTMixer(StreamingModule[TTTMixerState]):
             initial=initial,
             tail=tail,
         )
-
-    def state_bytes(self, batch_size: int) -> int:
-        """Of the tensors in a streaming state."""
-        size = torch.promote_types(self.in_proj.dtype, torch.float32).itemsize
-        values = sum(w.numel() + b.numel() for w, b in self.inner_layers)
-        pending = sum(w.shape[1] + w.shape[2] for w, _ in self.inner_layers)
-        values += self.num_heads * self.args.mini_batch_size * pending
-        tail = self.args.qk_conv_kernel_size - 1
-        tail_bytes = ConvTail.num_bytes(tail, like=self.in_proj) if tail else 0
-        return batch_size * (size * values + 8 + tail_bytes)
 
     @torch.no_grad()
     def _stream(
@@ -392,3 +346,33 @@ class TTTMixer(StreamingModule[TTTMixerState]):
         for fast, new in zip(flatten(state.layers), flatten(updated), strict=True):
             fast.copy_(new)
         state.num_pending.masked_fill_(complete, 0)
+
+
+class TTTLinear(TTTMixer):
+    """`TTTMixer` whose heads hold a linear map; `ttt.ops.ttt_linear`."""
+
+    hidden_factors = ()
+
+    @classmethod
+    def cost(cls, args: TTTArgs) -> Cost:
+        # 8e3 of the bytes are reckoned and not measured: what the convolutions read.
+        return Cost(1.09, bytes_per_frame=208e3)
+
+
+class TTTMLP(TTTMixer):
+    """`TTTMixer` whose heads hold a small MLP; `ttt.ops.ttt_mlp`."""
+
+    hidden_factors = (4,)
+    # With 0.02 the hidden units hardly bend, and all of them write the same.
+    inner_std = 0.1
+    default_base_lr = 10.0
+    default_base_lr_without_conv = 0.1
+
+    @classmethod
+    def cost(cls, args: TTTArgs) -> Cost:
+        # 8e3 of the bytes are reckoned and not measured: what the convolutions read.
+        return Cost(1.33, bytes_per_frame=243e3)
+
+
+def _either(numbers: Sequence[int]) -> str:
+    return f"{', '.join(map(str, numbers[:-1]))} or {numbers[-1]}"

@@ -10,7 +10,8 @@ from ttt.ops.in_place import (
     in_place_ttt,
     reference,
 )
-from ttt.ops.inner_loop import inner_losses, rope, short_conv, ttt_linear, ttt_mlp
+from ttt.ops.inner_loop import inner_losses, short_conv, ttt_linear, ttt_mlp
+from ttt.ops.rope import rope
 
 __all__ = [
     "causal_conv",

@@ -19,6 +19,7 @@ from training_tools import (
     logged_steps,
     random_batch,
     saved_weights,
+    stop_after,
     train,
     trainer,
 )
@@ -235,20 +236,6 @@ def test_a_checkpoint_that_was_being_deleted_when_the_run_died_is_none(
 
 
 # --- resuming -------------------------------------------------------------------------------------
-
-
-def stop_after(run, step):
-    """Ends a run as `kill -9` would after this step: nothing is saved, nothing is said."""
-    log = run.log
-
-    def log_and_die(*args, **kwargs):
-        log(*args, **kwargs)
-        if run.step == step:
-            raise KeyboardInterrupt
-
-    run.log = log_and_die
-    with pytest.raises(KeyboardInterrupt):
-        run.train()
 
 
 TEN_STEPS = {"max_steps": 10, "ckpt_freq": 5}

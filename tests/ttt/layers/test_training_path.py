@@ -30,8 +30,9 @@ from ttt.layers import blocks, depth, execution
 from ttt.layers.blocks import Linear
 from ttt.layers.execution import Execution
 from ttt.ops.moshi import attention
-from ttt.ops.moshi.attention import causal_attention, rope_table, rotate
+from ttt.ops.moshi.attention import causal_attention
 from ttt.ops.moshi.depth_attention import depth_attention
+from ttt.ops.rope import rope_table, rotate
 
 PLAIN = TTTArgs(enabled=False)
 WEIGHTS = LossWeights(text_padding=0.3, first_codebook=7.0)
@@ -169,7 +170,7 @@ def test_a_window_takes_less_than_all_pairs():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rope_is_moshis_to_the_bit(interleave, dtype):
     q, k = torch.randn(2, 2, 7, 3, 8).to(dtype)
-    table = rope_table(7, 8, 1000.0, interleave=interleave, device=q.device)
+    table = rope_table(torch.arange(7)[:, None], 8, 1000.0, interleave=interleave)
     with no_compile():
         expected = apply_rope(q, k, torch.zeros(2, dtype=torch.long), 1000.0, interleave, True)
     for x, turned in zip((q, k), expected, strict=True):

@@ -125,26 +125,6 @@ def ttt_mlp(
     return out, (w1, b1, w2, b2)
 
 
-def rope(x: Tensor, positions: Tensor, *, theta: float) -> Tensor:
-    """Rotary position embedding on interleaved pairs of channels, at least in float32.
-
-    Args:
-        x: [B, H, T, f], f even.
-        positions: [1 or B, T], for TTT those inside the mini-batch.
-        theta: the slowest pair turns by about 1/theta a position.
-
-    Returns:
-        [B, H, T, f].
-    """
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    width = x.shape[-1]
-    exponents = torch.arange(0, width, 2, device=x.device, dtype=x.dtype) / width
-    angles = positions[:, None, :, None] * theta**-exponents
-    cos, sin = angles.cos(), angles.sin()
-    even, odd = x[..., 0::2], x[..., 1::2]
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
-
-
 @torch.no_grad()
 def inner_losses(
     k: Tensor,

@@ -6,45 +6,11 @@ on CUDA, from Ampere on), or blocks of queries with the keys that they can see: 
 window in both.
 """
 
-import math
 from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-RopeTable = tuple[Tensor, Tensor]
-"""cos and ±sin [T, 1, D], float32, of the angles by which RoPE turns each channel; see `rotate`."""
-
-
-def rope_table(
-    num_frames: int, head_width: int, theta: float, *, interleave: bool, device: torch.device
-) -> RopeTable:
-    """The angles of `moshi`'s RoPE for frames 0 … T − 1: pair d turns by t · theta^(−2d / D)."""
-    pairs = torch.arange(head_width // 2, device=device, dtype=torch.float32)
-    frequencies = torch.exp(pairs * (-math.log(theta) * 2 / head_width))
-    frames = torch.arange(num_frames, device=device, dtype=torch.float32)
-    angles = frequencies * frames[:, None, None]
-    cos, sin = angles.cos(), angles.sin()
-    dim = -1 if interleave else -2
-    return torch.stack([cos, cos], dim).flatten(-2), torch.stack([-sin, sin], dim).flatten(-2)
-
-
-def rotate(x: Tensor, table: RopeTable, *, interleave: bool) -> Tensor:
-    """RoPE as `moshi` computes it, in float32 and rounded once: of a pair (r, i),
-    (r cos − i sin, i cos + r sin). Written as a product with each channel's partner, which
-    compiles to one pass over memory where pairs put together again do not.
-
-    Args:
-        x: [B, T, H, D].
-        interleave: pairs are neighbours (r0, i0, r1, i1, …), or else the halves of a head.
-    """
-    cos, sin = table
-    if interleave:
-        partner = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-    else:
-        partner = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
-    return (x.float() * cos + partner.float() * sin).to(x.dtype)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, context: int | None) -> Tensor:

@@ -1,0 +1,191 @@
+"""What a TTT method gives: a layer, its streaming state, and what the rest of the program asks of
+them. `ttt/registry.py` lists the methods."""
+
+import dataclasses
+import importlib
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import ClassVar, TypeVar
+
+import torch
+from moshi.modules.streaming import State, StreamingModule
+from moshi.modules.transformer import StreamingTransformerLayer
+from torch import Tensor, nn
+
+from ttt.config import TTTArgs
+from ttt.layers.execution import Execution
+from ttt.registry import METHODS
+
+
+@dataclass
+class TTTState(State):
+    """What one layer has learnt in each row's stream, and the frames not yet written.
+
+    A subclass is a dataclass of tensors [B, …]; where a stream does not begin with zeros, it also
+    has a `reset`. Each tensor keeps its address and is changed in place: stock `LMGen` captures the
+    step in a CUDA graph. What is learnt is float32 at least. In rows where `exec_mask` [B] is false
+    nothing may change.
+    """
+
+    @abstractmethod
+    def fast_weights(self) -> tuple[Tensor, ...]:
+        """Return the tensors [B, …] that change with every update, and with nothing else."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all that a stream depends on, by name."""
+        named = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value for name, value in named.items() if isinstance(value, Tensor)}
+
+    @torch.no_grad()
+    def reset(self, reset_mask: Tensor) -> None:
+        """Let the rows of `reset_mask` [B] begin anew."""
+        super().reset(reset_mask)
+        for tensor in self.tensors().values():
+            # All of it: what is not read before it is written again may be NaN, and 0 · NaN is too.
+            tensor.masked_fill_(reset_mask.view(-1, *(1 for _ in tensor.shape[1:])), 0)
+
+
+@dataclass(frozen=True)
+class Place:
+    """The transformer layer that gets a TTT layer, and the shape of what is to be made for it."""
+
+    block: StreamingTransformerLayer
+    width: int
+    """d."""
+    num_heads: int
+    """Attention's."""
+    norm: str
+    """The kind of norm, as `LMModel` names it."""
+    device: torch.device | str | None
+    dtype: torch.dtype | None
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What training takes with a method, beside what it takes without TTT; as measured, with GPU
+    kernels (docs/benchmarks.md, docs/distributed.md)."""
+
+    time_factor: float
+    """Time of a step with TTT in five of 32 layers of Moshi 7B, relative to that without."""
+    bytes_per_frame: float
+    """Of memory at the peak, for a frame of the batch of a model 4096 wide, beside what the block
+    takes anyway: so that the sum is what training steps took, at 16 x 1250 frames."""
+
+
+StateT = TypeVar("StateT", bound=TTTState)
+
+
+class TTTLayer(StreamingModule[StateT]):
+    """The base class of the layers that learn at test time.
+
+    A method gives `__init__`, `reset_parameters`, `forward` and `_init_streaming_state`; all else
+    has a default. Its parameters are bare `nn.Parameter`s, for `moshi` wraps every `nn.Linear` in
+    LoRA, and start so that the model computes what it does without TTT, yet has a gradient.
+    Training, streaming and any split of a sequence into calls must compute the same: the list of
+    tests in tests/ttt/test_model.py says what that means, and runs for every method.
+
+    Args:
+        place: the transformer layer that gets it; the model puts it there.
+        args: the TTT configuration.
+    """
+
+    reads_open_chunk: ClassVar[bool] = True
+    """Whether a frame reads what the frames before it in its own chunk are to write: whether there
+    is any learning in a sequence without a single update."""
+
+    def __init__(self, place: Place, args: TTTArgs):
+        super().__init__()
+        self.args, self.width = args, place.width
+        self.active = True
+        """Whether it reads and writes its fast weights; see `ttt.without_ttt`. A layer after
+        attention is not called if not; one in place of the MLP is, and is that MLP."""
+        self.execution = Execution()
+        """How pieces of a parallel forward pass are compiled and checkpointed."""
+        self.measure = False
+        """Whether parallel forward passes fill `measured`; see `ttt.measuring`."""
+        self.measured: dict[str, Tensor] = {}
+        """Scalars by name; `effect`, ‖what TTT adds‖ / ‖what it is added to‖, is always one."""
+
+    @abstractmethod
+    def reset_parameters(self) -> None:
+        """Set its own bare parameters to the start of training."""
+
+    @abstractmethod
+    def forward(
+        self, x: Tensor, token_embeddings: Tensor | None, is_frame: Tensor | None
+    ) -> Tensor:
+        """Compute T frames: of whole sequences, or with a `_streaming_state` the next ones.
+
+        Args:
+            x: [B, T, d], the residual stream after attention; in place of the MLP, the MLP's
+                normalised input.
+            token_embeddings: [B, T, d], see `TTTLMModel.forward_text`.
+            is_frame: [B, T], false past the end of a recording; None: all are frames.
+
+        Returns:
+            [B, T, d], to be added to the residual stream.
+        """
+
+    def ttt_parameters(self) -> dict[str, nn.Parameter]:
+        """Return what the method has added to the model's parameters, by name in this module."""
+        return dict(self.named_parameters())
+
+    def measure_once(self, find: Callable[[], dict[str, Tensor]]) -> None:
+        """Fill `measured` with what `find` returns, if it is asked for."""
+        if not self.measure:
+            return
+        # Nothing is saved for a backward pass: checkpointing compares what is with the next.
+        with torch.no_grad():
+            self.measured = find()
+        # Once: activation checkpointing and micro-batches come here again.
+        self.measure = False
+
+    def state_bytes(self, batch_size: int) -> int:
+        """Return the bytes of the streaming state of `batch_size` streams; one stream's is made
+        for it, and thrown away."""
+        tensors = self._init_streaming_state(1).tensors().values()
+        return batch_size * sum(tensor.nbytes for tensor in tensors)
+
+    def change_ratio(self) -> Tensor | None:
+        """Return ‖change by the stream‖ / ‖weights that it is added to‖ of each row [B], while it
+        streams; None: the fast weights are not changes of trained weights."""
+        return None
+
+    def write_gates(self) -> list[nn.Parameter]:
+        """Return parameters that, set to zero, let nothing be written; none: there are no such."""
+        return []
+
+    @classmethod
+    def cost(cls, args: TTTArgs) -> Cost | None:
+        """Return what it costs in training; None: that was not measured."""
+        return None
+
+    @classmethod
+    def how_to_strengthen(cls, args: TTTArgs) -> str:
+        """Return what raises its effect, beside `optim.ttt_lr`: "raise ttt.base_lr", or nothing."""
+        return ""
+
+    @classmethod
+    def how_to_weaken(cls, args: TTTArgs) -> str:
+        """Return what lowers its effect, beside `optim.ttt_lr`, or nothing."""
+        return ""
+
+    def describe(self) -> str:
+        """Return the method in a few words."""
+        return self.args.method.replace("_", "-")
+
+    def remarks(self) -> Iterator[str]:
+        """Yield what is to be said of the configuration when a model is built."""
+        yield from ()
+
+    def cautions(self) -> Iterator[str]:
+        """Yield what makes this layer slow on a GPU."""
+        yield from ()
+
+
+def layer_class(method: str) -> type[TTTLayer]:
+    """Return the class of a registered method's layers."""
+    module, _, name = METHODS[method].layer.partition(":")
+    found: type[TTTLayer] = getattr(importlib.import_module(module), name)
+    return found
