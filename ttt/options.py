@@ -1,12 +1,13 @@
 """Facts that stand beside an option, in its type: its bounds, and the methods that read it."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from typing import Annotated, Any, get_type_hints
 
 from annotated_types import Ge, Gt, Le
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, GetCoreSchemaHandler, TypeAdapter, ValidationError
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 LARGEST = 1e38
 """Upper bound of numbers that end up in float32."""
@@ -30,6 +31,27 @@ class Methods:
 
 IN_PLACE = Methods(("in_place",))
 INNER_LOOP = Methods(("linear", "mlp"))
+
+
+@dataclasses.dataclass(frozen=True)
+class OneOf:
+    """Mark of text that must be one of the words that there are when it is read."""
+
+    words: Callable[[], Iterable[str]]
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self._known, handler(source))
+
+    def __get_pydantic_json_schema__(self, *_: Any) -> dict[str, Any]:
+        return {"enum": list(self.words()), "type": "string"}
+
+    def _known(self, word: str) -> str:
+        if word not in self.words():
+            raise PydanticCustomError("unknown_word", "is not one of the words")
+        return word
+
 
 _BOUNDS = {
     "greater_than": "more than {gt:g}",

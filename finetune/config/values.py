@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import AfterValidator, ValidationError
 
 from finetune.safety import path_problem, redact
-from ttt.options import abbreviated, adapter, broken_rule
+from ttt.options import OneOf, abbreviated, adapter, broken_rule
 
 NULLS = ("", "~", "null", "Null", "NULL", "None")
 _BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
@@ -42,8 +42,12 @@ FilePath = Annotated[Path, AfterValidator(valid_path)]
 
 
 def members(kind: Any) -> tuple[Any, ...]:
-    """Return the types that a type is a union of, without what is annotated."""
+    """Return the types that a type is a union of, without what is annotated; words that are listed
+    elsewhere are a `Literal` of them."""
     if get_origin(kind) is Annotated:
+        for mark in kind.__metadata__:
+            if isinstance(mark, OneOf):
+                return (Literal.__getitem__(tuple(mark.words())),)
         return members(get_args(kind)[0])
     if get_origin(kind) in (Union, UnionType):
         return tuple(member for each in get_args(kind) for member in members(each))
