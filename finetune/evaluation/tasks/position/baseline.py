@@ -7,8 +7,7 @@ from typing import Any
 
 from finetune.data import Recording
 from finetune.errors import UserError
-
-from .records import read_records
+from finetune.evaluation.records import read_records
 
 logger = logging.getLogger(__name__)
 
