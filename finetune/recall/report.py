@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import UserError
+from finetune.report import PICTURE, line_style, tidy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,7 +21,6 @@ COLUMNS = [
     "arm", "seed", "times_the_length", "kind", "distance", "answers",
     "accuracy", "accuracy_low", "accuracy_high", "loss", "loss_low", "loss_high", "state_ratio",
 ]  # fmt: skip
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
 
 
 def rows(results: Sequence[Result]) -> Iterator[dict[str, Any]]:
@@ -175,13 +175,12 @@ def plot(results: Sequence[Result], path: Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(15, 4.6), dpi=120, layout="constrained")
+    figure = Figure(figsize=(15, 4.6), **PICTURE)
     by_distance, over_training, longer = figure.subplots(1, 3)
     names = arms_of(results)
-    colors = {name: COLORS[i % len(COLORS)] for i, name in enumerate(names)}
     for result in results:
         label = result["arm"] if result["seed"] == results[0]["seed"] else None
-        style: dict[str, Any] = {"color": colors[result["arm"]], "label": label, "marker": "."}
+        style = line_style(names.index(result["arm"])) | {"label": label, "marker": "."}
         _draw_distances(by_distance, result, style)
         curve = result["curve"]
         over_training.plot([r["step"] for r in curve], [r["accuracy"] for r in curve], **style)
@@ -197,8 +196,7 @@ def plot(results: Sequence[Result], path: Path) -> None:
         axes.set_title(title, loc="left")
         axes.set_xlabel(label)
         axes.set_ylim(-0.03, 1.03)
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
+        tidy(axes)
     longer.set_xscale("log", base=2)
     longer.legend(frameon=False, bbox_to_anchor=(1.02, 1.0), loc="upper left")
     try:

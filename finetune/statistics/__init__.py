@@ -1,7 +1,7 @@
 """How far a measured number is to be trusted: 95 % intervals, the same for all that is measured."""
 
 from finetune.statistics.intervals import (
-    MIN_RECORDINGS,
+    MIN_SEQUENCES,
     Array,
     Bootstrap,
     Estimate,
@@ -12,7 +12,7 @@ from finetune.statistics.intervals import (
 )
 
 __all__ = [
-    "MIN_RECORDINGS",
+    "MIN_SEQUENCES",
     "Array",
     "Bootstrap",
     "Estimate",

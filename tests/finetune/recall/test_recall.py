@@ -353,8 +353,11 @@ def test_few_sequences_have_no_interval():
     is_right = torch.rand(8, 10, generator=torch.Generator().manual_seed(0)) < 0.5
     found = Answers(is_right, (~is_right).float(), is_right, is_right)
     chosen = torch.ones_like(is_right)
-    assert None not in summarize(found, chosen)["accuracy"]
-    chosen[3] = False
+    chosen[3:] = False
+    _, low, high = summarize(found, chosen)["accuracy"]
+    _, low_of_all, high_of_all = summarize(found, torch.ones_like(is_right))["accuracy"]
+    assert 0 <= low <= low_of_all < high_of_all <= high <= 1
+    chosen[2] = False
     value, low, high = summarize(found, chosen)["accuracy"]
     assert 0 < value < 1 and low is None and high is None
 

@@ -142,13 +142,13 @@ class Position(Task):
 
     def note(self, found: Found) -> str:
         from finetune.monitoring import format_duration
-        from finetune.statistics import MIN_RECORDINGS
+        from finetune.statistics import MIN_SEQUENCES
 
         if not found["num_recordings"]:
             return "No recording could be read."
-        few = found["num_recordings"] < MIN_RECORDINGS
+        few = found["num_recordings"] < MIN_SEQUENCES
         caution = (
-            f" With less than {MIN_RECORDINGS} recordings there are no intervals." if few else ""
+            f" With less than {MIN_SEQUENCES} recordings there are no intervals." if few else ""
         )
         return (
             f"{found['num_recordings']} recordings, "
