@@ -30,7 +30,8 @@ from finetune.recall.presets import Preset, preset
 from finetune.recall.streams import KINDS
 from ttt import TTTLMModel
 from ttt.layers import InPlaceGating
-from ttt.layers.in_place import InPlaceState, _delayed
+from ttt.layers.frames import delayed
+from ttt.layers.in_place import InPlaceState
 
 
 class Account:
@@ -104,7 +105,7 @@ class OracleGating(InPlaceGating):
     def _learn(self, z: Tensor, v: Tensor, written: Tensor | None) -> Tensor:
         account = Account(self.rule, len(z), self.hidden)
         change = z.new_zeros(len(z), self.width, self.hidden, dtype=torch.float64)
-        keys, v = _delayed(z, self.lag).double(), v.double()
+        keys, v = delayed(z, self.lag).double(), v.double()
         beta = cast(Tensor, self.write_strength).double()
         outputs = []
         for start in range(0, z.shape[1], self.args.chunk_size):

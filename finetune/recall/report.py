@@ -215,33 +215,3 @@ def _draw_distances(axes: Axes, result: Result, style: dict[str, Any]) -> None:
     axes.plot(middle, value, **style)
     if None not in (*low, *high):
         axes.fill_between(middle, low, high, color=style["color"], alpha=0.15, linewidth=0)
-
-
-def study_table(results: Sequence[Result]) -> list[str]:
-    """Markdown: accuracy within one chunk of the study's forms, by width, embeddings and chunk; the
-    mean of the seeds, and the least of them where they differ."""
-    by_cell: dict[tuple[Any, ...], list[float]] = {}
-    for result in results:
-        cell = result["cell"]
-        key = (cell["width"], cell["embedding_std"], cell["chunk_size"], cell["form"])
-        accuracy = result["trained_length"]["in one chunk"]["accuracy"]
-        by_cell.setdefault(key, []).append(accuracy[0])
-    forms = list(dict.fromkeys(key[3] for key in by_cell))
-    lines = [
-        f"| width | embeddings' std | chunk | {' | '.join(forms)} |",
-        "| --- " * (3 + len(forms)) + "|",
-    ]
-    for place in sorted({key[:3] for key in by_cell}):
-        cells = [_seeds(by_cell.get((*place, form), [])) for form in forms]
-        lines.append(f"| {' | '.join(f'{x:g}' for x in place)} | {' | '.join(cells)} |")
-    counts = [[v for key, vs in by_cell.items() if key[3] == form for v in vs] for form in forms]
-    learnt = [f"{sum(v >= 0.9 for v in values)} of {len(values)}" for values in counts]
-    lines.append(f"| runs that reach 0.90 | | | {' | '.join(learnt)} |")
-    return lines
-
-
-def _seeds(values: Sequence[float]) -> str:
-    if not values:
-        return "–"
-    mean = sum(values) / len(values)
-    return f"{mean:.2f}" + (f" (≥ {min(values):.2f})" if min(values) < mean - 0.01 else "")
