@@ -10,11 +10,12 @@ from finetune.config import TrainArgs
 from finetune.data import Codec, Recording, check_recordings
 from finetune.errors import UserError
 from finetune.inference import load_for_inference
+from finetune.kept import Records
 from finetune.step import LossWeights
 from ttt import TTTLMModel
 
+from .fingerprints import checkpoint_fingerprint
 from .options import Options
-from .records import Records, checkpoint_fingerprint
 from .streaming import check_attention_window
 
 logger = logging.getLogger(__name__)

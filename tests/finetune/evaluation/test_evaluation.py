@@ -26,7 +26,6 @@ from finetune.data import inspect_audio
 from finetune.errors import UserError
 from finetune.evaluation import Options, evaluate_checkpoint
 from finetune.evaluation.bin_sums import BinSums
-from finetune.evaluation.records import Records
 from finetune.evaluation.streaming import Scorer
 from finetune.evaluation.streams import STREAMS
 from finetune.evaluation.tasks import TASKS
@@ -47,6 +46,7 @@ from finetune.evaluation.tasks.pairs.score import (
 )
 from finetune.evaluation.tasks.pairs.summary import summarise_pairs
 from finetune.evaluation.tasks.position.summary import pairwise_edges, summarise_positions
+from finetune.kept import Records
 from finetune.monitoring import metrics_path, read_metrics
 from finetune.statistics import Bootstrap, proportion, slope_parts, student_t
 from finetune.step import LossWeights

@@ -189,7 +189,7 @@ def test_jobs_come_back_in_order(tmp_path, workers):
     jobs = [Job(f"job{x}", {"x": x}, square, (x,)) for x in range(3)]
     assert [r["square"] for r in run_jobs(jobs, tmp_path, workers=workers)] == [0, 1, 4]
     (tmp_path / "job1.json").write_text("{")
-    with pytest.raises(UserError, match=r"job1\.json is not a result"):
+    with pytest.raises(UserError, match=r"job1\.json is damaged.* move it away"):
         run_jobs(jobs, tmp_path, workers=1)
 
 

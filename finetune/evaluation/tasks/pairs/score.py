@@ -28,9 +28,10 @@ from finetune.data import (
 from finetune.errors import UserError
 from finetune.evaluation.bin_sums import BinSums
 from finetune.evaluation.codes import BLOCK_FRAMES, Silence
+from finetune.evaluation.fingerprints import file_versions
 from finetune.evaluation.progress import Progress
-from finetune.evaluation.records import Records, file_versions
 from finetune.evaluation.streaming import Scorer
+from finetune.kept import Records
 from finetune.safety import is_recording_name, parse_json, path_problem
 from finetune.step import LossWeights
 from ttt import TTTLMModel, block_streaming

@@ -25,9 +25,10 @@ from finetune.data import (
 )
 from finetune.evaluation.bin_sums import BinSums, first_not_finite
 from finetune.evaluation.codes import CodesFile, encode_to_file
+from finetune.evaluation.fingerprints import file_versions
 from finetune.evaluation.progress import Progress
-from finetune.evaluation.records import Records, file_versions
 from finetune.evaluation.streaming import Scorer
+from finetune.kept import Records
 from finetune.step import LossWeights
 from ttt import TTTLMModel, block_streaming
 
