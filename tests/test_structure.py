@@ -118,7 +118,7 @@ def test_no_benchmark_imports_from_the_tests():
 
 
 def test_only_the_command_line_prints():
-    speaking = {"cli.py", "docs_page.py", "train_mimi.py", "train_tokenizer.py"}
+    speaking = {"cli.py", "docs_page.py"}
     for path in files("ttt", "finetune", "train.py"):
         calls = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
         names = {call.func.id for call in calls if isinstance(call.func, ast.Name)}

@@ -10,7 +10,7 @@ from typing import Any, get_args, get_origin
 from pydantic import TypeAdapter
 
 from finetune.config.args import TrainArgs
-from finetune.config.fields import Field, all_fields, field_docs, fields_of
+from finetune.config.fields import Field, all_fields, complete, field_docs, fields_of
 from finetune.config.values import members
 
 COMMAND = "make docs"
@@ -155,7 +155,7 @@ def _text(command: Callable[..., Any]) -> str:
 
 
 def _options(command: Any) -> list[Field]:
-    return [field for field in all_fields(command.options) if not field.section]
+    return [field for field in all_fields(complete(command.options)) if not field.section]
 
 
 def _usage(name: str, command: Any) -> list[str]:

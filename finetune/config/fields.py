@@ -88,6 +88,15 @@ def all_fields(cls: type) -> Iterator[Field]:
 @cache
 def field_docs(cls: type) -> dict[str, str]:
     """Return the string literal below each field of a dataclass, as one line."""
+    docs: dict[str, str] = {}
+    for each in reversed(cls.__mro__):
+        # A dataclass that a function has put together has no source, and no fields of its own.
+        if "__dataclass_fields__" in vars(each) and vars(each).get("__annotations__"):
+            docs |= _own_field_docs(each)
+    return docs
+
+
+def _own_field_docs(cls: type) -> dict[str, str]:
     (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
     assert isinstance(definition, ast.ClassDef)
     docs = {}
@@ -96,6 +105,13 @@ def field_docs(cls: type) -> dict[str, str]:
             case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(ast.Constant(str(text))):
                 docs[name] = " ".join(text.split())
     return docs
+
+
+def complete(cls: Any) -> type:
+    """Return a dataclass of options with those that are registered for it elsewhere, if it is one
+    that others add to."""
+    whole: type = cls.complete() if hasattr(cls, "complete") else cls
+    return whole
 
 
 def fill(cls: type, flat: Mapping[str, Any]) -> tuple[Any, list[Problem]]:

@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
-from finetune.config.fields import Field, all_fields, fill
+from finetune.config.fields import Field, all_fields, complete, fill
 from finetune.config.marks import Positional
 from finetune.errors import UserError
 from finetune.safety import learn_from, redact
@@ -27,6 +27,7 @@ def read_options(
         UserError: naming every mistake.
     """
     learn_from(given)
+    cls = complete(cls)
     fields = {field.key: field for field in all_fields(cls) if not field.section}
     own = {name: value for name, value in given.items() if name in fields}
     others = {name: value for name, value in given.items() if name not in fields}

@@ -1,28 +1,22 @@
 """An evaluation's results in Weights & Biases."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from finetune.monitoring import open_wandb
 
 from .options import Options
+from .tasks import TASKS
 
 
 def scalars(results: Mapping[str, Any]) -> dict[str, float]:
     """Single numbers of the results by name, for a dashboard."""
-    found: dict[str, Any] = {}
-    position = results.get("position", {})
-    compared = [("-".join(d["arms"]), d) for d in position.get("differences", [])]
-    for name, of_stream in [*position.get("arms", {}).items(), *compared]:
-        for stream in position["guessing"]:
-            for place in ("mean", "beyond_window"):
-                found[f"position/{name}/{stream}/{place}"] = of_stream[stream][place]["value"]
-    if "pairs" in results:
-        groups: Sequence[tuple[str, Any]] = [*results["pairs"]["groups"].items()]
-        for name, group in [("all", results["pairs"]["all"]), *groups]:
-            found[f"pairs/{name}/accuracy"] = group["accuracy"]["value"]
-    for name, of in results.get("health", {}).get("measures", {}).items():
-        found[f"health/{name}"] = of["generated"]["value"]
+    found = {
+        f"{name}/{key}": value
+        for name, task in TASKS.items()
+        if name in results
+        for key, value in task.scalars(results[name]).items()
+    }
     return {name: value for name, value in found.items() if value is not None}
 
 

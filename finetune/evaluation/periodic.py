@@ -14,7 +14,7 @@ from finetune.distributed import World, let_go, shard_size
 from finetune.step import LossWeights, stream_sums
 from ttt import TTTLMModel
 
-from .health import Alarm, alarms, check_health, means
+from .tasks.health.measure import Alarm, alarms, check_health, means
 
 logger = logging.getLogger(__name__)
 

@@ -9,12 +9,13 @@ import numpy as np
 
 from finetune.errors import UserError
 from finetune.monitoring.metrics import metrics_path, read_metrics
+from finetune.report import COLORS, DARK, MUTED, PICTURE, tidy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 CURVES = {"loss": "total", "text_loss": "text", "audio_loss": "audio"}
-COLORS = {"total": "#333333", "text": "#0072b2", "audio": "#d55e00"}  # safe for the colour-blind
+CURVE_COLORS = {"total": DARK, "text": COLORS[0], "audio": COLORS[1]}
 EVAL_STYLE: dict[str, Any] = {
     "linestyle": (0, (2, 2)),
     "linewidth": 1.0,
@@ -41,18 +42,17 @@ def plot_losses(run_dir: Path, out: Path) -> Path:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(8, 4.8), dpi=150, layout="constrained")
+    figure = Figure(figsize=(8, 4.8), **PICTURE)
     axes = figure.add_subplot()
     for name, label in CURVES.items():
-        _draw_train(axes, *series(train, name), COLORS[label])
-        axes.plot(*series(evaluation, name), color=COLORS[label], zorder=3, **EVAL_STYLE)
+        _draw_train(axes, *series(train, name), CURVE_COLORS[label])
+        axes.plot(*series(evaluation, name), color=CURVE_COLORS[label], zorder=3, **EVAL_STYLE)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss (nats)")
     axes.set_title(f"Loss of {run_dir.resolve().name}", loc="left")
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+    tidy(axes)
     _add_legend(axes, n_train=len(train), has_eval=bool(evaluation))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -95,11 +95,13 @@ def running_mean(values: np.ndarray, reach: int) -> np.ndarray:
 def _add_legend(axes: Axes, *, n_train: int, has_eval: bool) -> None:
     from matplotlib.lines import Line2D
 
-    handles = [Line2D([], [], color=color, linewidth=3, label=n) for n, color in COLORS.items()]
+    handles = [
+        Line2D([], [], color=color, linewidth=3, label=name) for name, color in CURVE_COLORS.items()
+    ]
     if n_train:
         label = "training" if n_train < SMOOTH_FROM_POINTS else "training (running mean)"
-        handles.append(Line2D([], [], color="grey", linewidth=1.6, label=label))
+        handles.append(Line2D([], [], color=MUTED, linewidth=1.6, label=label))
     if has_eval:
-        handles.append(Line2D([], [], color="grey", label="evaluation", **EVAL_STYLE))
+        handles.append(Line2D([], [], color=MUTED, label="evaluation", **EVAL_STYLE))
     below: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0.0, -0.25)}
     axes.legend(handles=handles, frameon=False, ncols=len(handles), **below)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from finetune.distributed import join_world
 from finetune.errors import UserError
 from finetune.monitoring import setup_logging
-from finetune.recall import report, study
+from finetune.recall import report
 from finetune.recall.arms import ARMS, check_arms
 from finetune.recall.experiment import run
 from finetune.recall.options import RecallOptions, Variant
@@ -17,24 +17,16 @@ from finetune.recall.presets import Preset, preset
 
 def run_command(options: RecallOptions) -> str:
     """Run what the options say; returns what is to be printed."""
-    out, widths = options.folder, list(options.widths or ())
-    if options.study == "keys":
-        return run_key_study(out, widths=widths)
-    where: dict[str, Any] = {
-        "seeds": list(options.seeds or (0,)),
-        "device": options.device or "auto",
-        "workers": options.workers or 1,
-    }
-    if options.study == "scale":
-        return run_scale_study(out, widths=widths, **where)
     return run_recall(
-        out,
-        size=options.preset or "cpu",
-        variant=options.variant or "text",
+        options.folder,
+        size=options.preset,
+        variant=options.variant,
         arms=list(options.arms or ()),
+        seeds=list(options.seeds),
         num_steps=options.steps,
         lengths=None if options.lengths is None else [n for n in options.lengths if n],
-        **where,
+        device=options.device,
+        workers=options.workers,
     )
 
 
@@ -67,7 +59,7 @@ def run_recall(
         chosen = dataclasses.replace(chosen, lengths=_counts(lengths, chosen.lengths))
     if num_steps is not None:
         chosen = dataclasses.replace(chosen, num_steps=num_steps)
-    _prepare(out, f"--preset {size} --variant {variant}")
+    prepare_folder(out, f"--preset {size} --variant {variant}")
     results = run(
         chosen,
         out / "runs",
@@ -78,32 +70,7 @@ def run_recall(
     )
     report.write_csv(results, out / "recall.csv")
     report.plot(results, out / "recall.png")
-    return _write("\n".join(_report(chosen, results)), out)
-
-
-def run_scale_study(
-    out: Path, *, widths: Sequence[int], seeds: Sequence[int], device: str, workers: int
-) -> str:
-    """The study of scales; returns its report, which is in `out/report.md` as well.
-
-    Raises:
-        UserError: `out` cannot be written.
-    """
-    setup_logging()
-    _prepare(out, "--study scale")
-    results = study.run_study(
-        study.cells(widths=widths or study.WIDTHS, seeds=seeds),
-        out / "runs",
-        device=join_world(device).device,  # type: ignore[arg-type]
-        workers=workers,
-    )
-    lines = [
-        f"Accuracy at facts within one chunk after {study.NUM_STEPS} steps or less (chance "
-        f"{1 / results[0]['config']['streams']['num_values']:.2f}):",
-        "",
-        *report.study_table(results),
-    ]
-    return _write("\n".join(lines), out)
+    return write_report("\n".join(_report(chosen, results)), out)
 
 
 def _counts(lengths: Sequence[int], known: dict[int, int]) -> dict[int, int]:
@@ -113,32 +80,7 @@ def _counts(lengths: Sequence[int], known: dict[int, int]) -> dict[int, int]:
     }
 
 
-def run_key_study(out: Path, *, widths: Sequence[int]) -> str:
-    """Return how well untrained models tell keys apart; returns a table, which is in
-    `out/report.md` too.
-
-    Raises:
-        UserError: `out` cannot be written.
-    """
-    _prepare(out, "--study keys")
-    lines = [
-        "Cosine of z at a question and at its own fact / at the others (share of questions nearest "
-        "to their own fact), before training:",
-        "",
-        "| width | embeddings' std | first layer | second layer |",
-        "| --- | --- | --- | --- |",
-    ]
-    for width in widths or study.WIDTHS:
-        for std in study.EMBEDDING_STDS:
-            cells = [
-                f"{own:.2f} / {others:.2f} ({nearest:.2f})"
-                for own, others, nearest in study.key_match(std, width).values()
-            ]
-            lines.append(f"| {width} | {std:g} | {' | '.join(cells)} |")
-    return _write("\n".join(lines), out)
-
-
-def _prepare(out: Path, experiment: str) -> None:
+def prepare_folder(out: Path, experiment: str) -> None:
     """Make the folders and write to them, before hours are spent on what could not be kept.
 
     Raises:
@@ -157,9 +99,8 @@ def _prepare(out: Path, experiment: str) -> None:
     earlier = mark.read_text(encoding="utf-8").strip() if mark.is_file() else experiment
     if earlier != experiment:
         raise UserError(
-            f"--out: {out} has the results of `moshi-ttt recall {earlier}`, which those of "
-            f"{experiment} would replace. Name another folder, or none: without --out each "
-            f"experiment has its own."
+            f"--out: {out} has the results of another experiment ({earlier}), which those of this "
+            f"one ({experiment}) would replace. Name another folder."
         )
     mark.write_text(f"{experiment}\n", encoding="utf-8")
 
@@ -197,7 +138,7 @@ def _report(chosen: Preset, results: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def _write(text: str, out: Path) -> str:
+def write_report(text: str, out: Path) -> str:
     try:
         (out / "report.md").write_text(text + "\n", encoding="utf-8")
     except OSError as error:

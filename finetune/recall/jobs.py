@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from finetune.errors import UserError
+from finetune.kept import Kept
 from finetune.monitoring import setup_logging
 
 logger = logging.getLogger(__name__)
@@ -45,7 +46,10 @@ def run_jobs(jobs: Sequence[Job], out: Path, *, workers: int) -> list[Result]:
     """
     results: dict[str, Result] = {}
     for job in jobs:
-        known = _read(out / f"{job.name}.json")
+        kept = _kept(job, out)
+        known = kept.read()
+        if known is not None and "config" not in known:
+            raise UserError(f"{kept.path} is not a result of this program; move it away.")
         if known is not None and known["config"] == json.loads(json.dumps(job.config)):
             results[job.name] = known
         elif known is not None:
@@ -77,24 +81,9 @@ def _start_worker(threads: int) -> None:
 
 def _run(job: Job, out: Path) -> Result:
     result = {"config": job.config, **job.function(*job.arguments)}
-    path = out / f"{job.name}.json"
-    temporary = path.with_suffix(".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(result, indent=1), encoding="utf-8")
-        # At once or not at all.
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"--out: cannot write {path}: {error.strerror}.") from error
+    _kept(job, out).write(result)
     return result
 
 
-def _read(path: Path) -> Result | None:
-    if not path.exists():
-        return None
-    try:
-        result: Result = json.loads(path.read_text(encoding="utf-8"))
-        result["config"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a result of this program; move it away.") from error
-    return result
+def _kept(job: Job, out: Path) -> Kept:
+    return Kept(out / f"{job.name}.json")

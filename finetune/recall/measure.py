@@ -13,11 +13,9 @@ from torch import Tensor
 
 from finetune.recall.model import answer_logits, logits_at, read_codes
 from finetune.recall.streams import KINDS, StreamArgs, Streams, draw
+from finetune.statistics import Bootstrap
 from ttt import TTTLMModel, block_streaming
 
-NUM_RESAMPLES = 1000
-MIN_SEQUENCES = 8
-"""With fewer, resampling says nothing of how far the value is to be trusted."""
 NUM_DISTANCE_BINS = 4
 PIECE_FRAMES = 128
 """Of long streams, read at once."""
@@ -131,21 +129,21 @@ def _state_ratios(model: TTTLMModel) -> Tensor | None:
 
 def summarize(found: Answers, chosen: Tensor) -> dict[str, Any]:
     """Accuracy and mean loss of the chosen answers [B, Q], each with its 95 % interval over
-    resampled sequences: [value, low, high], None where there is no answer, and low and high None
-    where fewer than `MIN_SEQUENCES` have one."""
+    sequences: [value, low, high], None where there is no answer, and low and high None where too
+    few sequences have one (see `finetune.statistics`)."""
     chosen = chosen.expand_as(found.is_right)
     counts = chosen.sum(1).double().numpy()
     if counts.sum() == 0:
         return {"count": 0, "accuracy": None, "loss": None}
-    rows = np.random.default_rng(0).integers(len(counts), size=(NUM_RESAMPLES, len(counts)))
-    rows = rows[counts[rows].sum(1) > 0]
+    bootstrap = Bootstrap(len(counts))
     summary: dict[str, Any] = {"count": int(counts.sum())}
-    has_interval = (counts > 0).sum() >= MIN_SEQUENCES
-    for name, values in (("accuracy", found.is_right.double()), ("loss", found.loss.double())):
-        sums = (values * chosen).sum(1).numpy()
-        means = sums[rows].sum(1) / counts[rows].sum(1)
-        bounds = np.quantile(means, [0.025, 0.975]).tolist() if has_interval else [None, None]
-        summary[name] = [float(sums.sum() / counts.sum()), *bounds]
+    for name, values, most in (("accuracy", found.is_right, 1.0), ("loss", found.loss, np.inf)):
+        estimate = bootstrap.ratio((values.double() * chosen).sum(1).numpy(), counts)
+        bounds = [
+            None if bound is None else float(np.clip(bound, 0.0, most))
+            for bound in (estimate.low, estimate.high)
+        ]
+        summary[name] = [estimate.value, *bounds]
     return summary
 
 

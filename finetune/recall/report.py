@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import UserError
+from finetune.report import PICTURE, line_style, tidy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,7 +21,6 @@ COLUMNS = [
     "arm", "seed", "times_the_length", "kind", "distance", "answers",
     "accuracy", "accuracy_low", "accuracy_high", "loss", "loss_low", "loss_high", "state_ratio",
 ]  # fmt: skip
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
 
 
 def rows(results: Sequence[Result]) -> Iterator[dict[str, Any]]:
@@ -175,13 +175,12 @@ def plot(results: Sequence[Result], path: Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(15, 4.6), dpi=120, layout="constrained")
+    figure = Figure(figsize=(15, 4.6), **PICTURE)
     by_distance, over_training, longer = figure.subplots(1, 3)
     names = arms_of(results)
-    colors = {name: COLORS[i % len(COLORS)] for i, name in enumerate(names)}
     for result in results:
         label = result["arm"] if result["seed"] == results[0]["seed"] else None
-        style: dict[str, Any] = {"color": colors[result["arm"]], "label": label, "marker": "."}
+        style = line_style(names.index(result["arm"])) | {"label": label, "marker": "."}
         _draw_distances(by_distance, result, style)
         curve = result["curve"]
         over_training.plot([r["step"] for r in curve], [r["accuracy"] for r in curve], **style)
@@ -197,8 +196,7 @@ def plot(results: Sequence[Result], path: Path) -> None:
         axes.set_title(title, loc="left")
         axes.set_xlabel(label)
         axes.set_ylim(-0.03, 1.03)
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
+        tidy(axes)
     longer.set_xscale("log", base=2)
     longer.legend(frameon=False, bbox_to_anchor=(1.02, 1.0), loc="upper left")
     try:
@@ -217,33 +215,3 @@ def _draw_distances(axes: Axes, result: Result, style: dict[str, Any]) -> None:
     axes.plot(middle, value, **style)
     if None not in (*low, *high):
         axes.fill_between(middle, low, high, color=style["color"], alpha=0.15, linewidth=0)
-
-
-def study_table(results: Sequence[Result]) -> list[str]:
-    """Markdown: accuracy within one chunk of the study's forms, by width, embeddings and chunk; the
-    mean of the seeds, and the least of them where they differ."""
-    by_cell: dict[tuple[Any, ...], list[float]] = {}
-    for result in results:
-        cell = result["cell"]
-        key = (cell["width"], cell["embedding_std"], cell["chunk_size"], cell["form"])
-        accuracy = result["trained_length"]["in one chunk"]["accuracy"]
-        by_cell.setdefault(key, []).append(accuracy[0])
-    forms = list(dict.fromkeys(key[3] for key in by_cell))
-    lines = [
-        f"| width | embeddings' std | chunk | {' | '.join(forms)} |",
-        "| --- " * (3 + len(forms)) + "|",
-    ]
-    for place in sorted({key[:3] for key in by_cell}):
-        cells = [_seeds(by_cell.get((*place, form), [])) for form in forms]
-        lines.append(f"| {' | '.join(f'{x:g}' for x in place)} | {' | '.join(cells)} |")
-    counts = [[v for key, vs in by_cell.items() if key[3] == form for v in vs] for form in forms]
-    learnt = [f"{sum(v >= 0.9 for v in values)} of {len(values)}" for values in counts]
-    lines.append(f"| runs that reach 0.90 | | | {' | '.join(learnt)} |")
-    return lines
-
-
-def _seeds(values: Sequence[float]) -> str:
-    if not values:
-        return "–"
-    mean = sum(values) / len(values)
-    return f"{mean:.2f}" + (f" (≥ {min(values):.2f})" if min(values) < mean - 0.01 else "")

@@ -5,7 +5,6 @@ Beside the run folder NAME lie NAME.log, what the run has printed, and NAME.json
 
 import dataclasses
 import fcntl
-import json
 import os
 import re
 import signal
@@ -24,8 +23,9 @@ from rich.text import Text
 from finetune.config import HARMLESS, TrainArgs, changed_keys, keys_that
 from finetune.errors import UserError
 from finetune.interrupt import stop_signals
+from finetune.kept import Kept
 from finetune.monitoring import console, format_duration
-from finetune.safety import is_secret, parse_json
+from finetune.safety import is_secret
 from finetune.sweep.plan import PlannedRun, Sweep
 
 Status = Literal["new", "running", "finished", "failed", "stopped", "skipped"]
@@ -53,24 +53,21 @@ class Record:
 
 
 def read_record(run: PlannedRun) -> Record:
-    path = _record_path(run)
-    if not path.is_file():
-        return Record()
+    kept = _kept(run)
     try:
-        return Record(**parse_json(path.read_bytes()))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}); delete it to run this again.") from error
+        return Record(**(kept.read() or {}))
+    except TypeError as error:
+        raise UserError(
+            f"{kept.path} is damaged ({error}): delete it to run this again."
+        ) from error
 
 
 def write_record(run: PlannedRun, record: Record) -> None:
-    path = _record_path(run)
-    partial = path.with_suffix(".tmp")
-    partial.write_text(json.dumps(dataclasses.asdict(record), indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+    _kept(run).write(dataclasses.asdict(record))
 
 
-def _record_path(run: PlannedRun) -> Path:
-    return run.run_dir.with_name(f"{run.name}.json")
+def _kept(run: PlannedRun) -> Kept:
+    return Kept(run.run_dir.with_name(f"{run.name}.json"))
 
 
 def log_path(run: PlannedRun) -> Path:

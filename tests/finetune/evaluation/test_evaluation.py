@@ -25,16 +25,30 @@ from finetune.config import WandbArgs
 from finetune.data import inspect_audio
 from finetune.errors import UserError
 from finetune.evaluation import Options, evaluate_checkpoint
-from finetune.evaluation.conclusions import conclusions
-from finetune.evaluation.health import alarms, check_health, limits, measure, repeat_rate
-from finetune.evaluation.options import HealthOptions, PairOptions
-from finetune.evaluation.pairs import PairTask, log_likelihood, read_pairs, zerospeech_lines
-from finetune.evaluation.position import STREAMS, BinSums
-from finetune.evaluation.records import Records
-from finetune.evaluation.statistics import Bootstrap, proportion, slope_parts, student_t
+from finetune.evaluation.bin_sums import BinSums
 from finetune.evaluation.streaming import Scorer
-from finetune.evaluation.summary import pairwise_edges, summarise_pairs, summarise_positions
+from finetune.evaluation.streams import STREAMS
+from finetune.evaluation.tasks import TASKS
+from finetune.evaluation.tasks.health import ContinuationOptions
+from finetune.evaluation.tasks.health.measure import (
+    alarms,
+    check_health,
+    limits,
+    measure,
+    repeat_rate,
+)
+from finetune.evaluation.tasks.pairs import PairOptions
+from finetune.evaluation.tasks.pairs.score import (
+    PairScorer,
+    log_likelihood,
+    read_pairs,
+    zerospeech_lines,
+)
+from finetune.evaluation.tasks.pairs.summary import summarise_pairs
+from finetune.evaluation.tasks.position.summary import pairwise_edges, summarise_positions
+from finetune.kept import Records
 from finetune.monitoring import metrics_path, read_metrics
+from finetune.statistics import Bootstrap, proportion, slope_parts, student_t
 from finetune.step import LossWeights
 from ttt import TTTArgs, block_streaming
 
@@ -207,7 +221,7 @@ def test_conclusions_say_no_more_than_the_intervals():
         difference = {"arms": arms} | {s: {"beyond_window": e} for s, e in by_stream.items()}
         place = {"longest_sec": 600, "attention_window_sec": 240, "differences": [difference]}
         place |= {"num_recordings": 20, "ttt_wrote": True, "warnings": []}
-        return conclusions({"position": place})
+        return list(TASKS["position"].sentences(place))
 
     better, worse = estimate(-0.02, -0.03, -0.01), estimate(0.02, 0.01, 0.03)
     unsure, tiny = estimate(-0.02, -0.05, 0.01), estimate(2e-5, 1e-5, 3e-5)
@@ -268,7 +282,7 @@ STREAMS_OF_TINY_CODEC = {
 def scores_of(model, folder, options):
     pairs = read_pairs(folder / "pairs.jsonl")
     records = Records(folder / f"{id(model)}.jsonl", {})
-    task = PairTask(
+    task = PairScorer(
         model, tiny_codec(), pairs, options=options, batch_size=3, block_frames=10, records=records
     )
     task.run()
@@ -314,7 +328,7 @@ def test_the_other_side_is_silent_and_stereo_is_taken_as_it_is(pair_folder):
     speech = codec.mimi.encode(padded)[0]
     model = preferring(0, 1.0)
     for side, first in (("moshi", (speech, silence)), ("user", (silence, speech))):
-        task = PairTask(model, codec, pairs, options=PairOptions(side=side), **options)
+        task = PairScorer(model, codec, pairs, options=PairOptions(side=side), **options)
         codes = task._encode(pairs[0].bad, _info(pairs[0].bad))
         assert (codes[1:9] == first[0]).float().mean() > 0.99
         assert (codes[9:] == first[1]).float().mean() > 0.99
@@ -439,10 +453,10 @@ def trained(config, tmp_path_factory):
 
 def options(trained, out, **changes):
     path, data = trained
-    health = HealthOptions(num_continuations=2, prompt_sec=0.4, health_sec=1.0)
+    health = ContinuationOptions(num_continuations=2, prompt_sec=0.4, health_sec=1.0)
     given = {"tasks": ("position",), "bin_sec": 0.8, "batch_size": 2, "device": "cpu"}
     given |= {"data": str(data), "health": health, "block_frames": 7}
-    return Options(checkpoint=path, out=out, **{**given, **changes})
+    return Options.complete()(checkpoint=path, out=out, **{**given, **changes})
 
 
 def test_a_report_that_stands_alone(trained, tmp_path, pair_folder):
@@ -664,7 +678,7 @@ def test_a_stock_moshi_is_a_baseline(trained, tmp_path):
 
 def test_a_wrong_baseline_is_told_before_anything_is_computed(trained, tmp_path, monkeypatch):
     evaluate_checkpoint(options(trained, tmp_path / "base", arms=("on",)))
-    monkeypatch.setattr("finetune.evaluation.run.load_for_inference", None)
+    monkeypatch.setattr("finetune.evaluation.bench.load_for_inference", None)
 
     def refused(message, **changes):
         with pytest.raises(UserError, match=message):
@@ -789,7 +803,7 @@ def test_results_that_never_came_stand_in_nobodys_way(tmp_path):
     ("where", "sizes", "ways"),
     [
         ("finetune.evaluation.streaming.Scorer.score", {}, ["batch_size (now 2)"]),
-        ("finetune.evaluation.run.load_for_inference", {"batch_size": 1}, []),
+        ("finetune.evaluation.bench.load_for_inference", {"batch_size": 1}, []),
     ],
 )
 def test_memory_that_is_too_small_is_one_message(

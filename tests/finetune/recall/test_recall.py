@@ -11,15 +11,13 @@ from helpers import tiny_args, tiny_relative_args
 import finetune.recall.command as command
 from finetune.cli import recall, run
 from finetune.errors import UserError
-from finetune.recall import study
 from finetune.recall.arms import ARMS
-from finetune.recall.command import run_key_study, run_recall
+from finetune.recall.command import run_recall
 from finetune.recall.experiment import run_arm
 from finetune.recall.jobs import Job, run_jobs
 from finetune.recall.measure import Answers, measure_length, nothing_written, summarize
 from finetune.recall.model import ModelArgs, answer_logits, new_model, read_codes
 from finetune.recall.presets import Preset, preset
-from finetune.recall.report import study_table
 from finetune.recall.streams import StreamArgs, draw
 from ttt import TTTArgs
 
@@ -182,40 +180,6 @@ def test_every_arm_runs(name, tmp_path, monkeypatch):
     assert f"| {name} |" in report and (result["base_curve"] != []) == (name == "finetuned")
 
 
-def test_a_cell_of_the_study_is_trained_as_its_row_says(tmp_path, monkeypatch):
-    monkeypatch.setattr(study, "NUM_STEPS", 2)
-    monkeypatch.setattr(study, "NUM_EVAL", 8)
-    built, build_one = [], study.new_model
-
-    def spy(*args, **options):
-        model = build_one(*args, **options)
-        layer = next(iter(model.ttt_layers.values()))
-        built.append((model, model.text_emb.weight.std().item(), layer))
-        return model
-
-    monkeypatch.setattr(study, "new_model", spy)
-    forms = ["sum, none, η 0.1", "delta, relative"]
-    chosen = study.cells(stds=[0.14], widths=[16, 32], chunk_sizes=[64], forms=forms)
-    results = study.run_study(chosen, tmp_path, device=torch.device("cpu"), workers=1)
-    assert len(built) == len(chosen) == 4
-    for cell, (model, embedding, layer) in zip(chosen, built, strict=True):
-        assert model.dim == cell.width and abs(embedding - 0.14) < 0.02
-        assert layer.args.chunk_size == 64
-        form = (layer.args.write, layer.args.lr_scale, layer.args.inner_learning_rate)
-        assert form[:2] == (("sum", "none") if cell.form == forms[0] else ("delta", "relative"))
-        assert cell.form != forms[0] or form[2] == 0.1
-    table = "\n".join(study_table(results))
-    assert all(form in table for form in forms)
-    assert "| 16 | 0.14 | 64 |" in table and "| 32 | 0.14 | 64 |" in table
-
-
-def test_keys_are_told_apart_where_embeddings_are_large(tmp_path):
-    first, *_ = study.key_match(1.0, 16).values()
-    small, *_ = study.key_match(0.02, 16).values()
-    assert first[0] > first[1] + 0.3 and first[2] > 0.7 > small[2] + 0.2
-    assert run_key_study(tmp_path, widths=[16]).count("| 16 |") == 3
-
-
 def square(x):
     return {"square": x * x}
 
@@ -225,7 +189,7 @@ def test_jobs_come_back_in_order(tmp_path, workers):
     jobs = [Job(f"job{x}", {"x": x}, square, (x,)) for x in range(3)]
     assert [r["square"] for r in run_jobs(jobs, tmp_path, workers=workers)] == [0, 1, 4]
     (tmp_path / "job1.json").write_text("{")
-    with pytest.raises(UserError, match=r"job1\.json is not a result"):
+    with pytest.raises(UserError, match=r"job1\.json is damaged.* move it away"):
         run_jobs(jobs, tmp_path, workers=1)
 
 
@@ -234,30 +198,20 @@ def test_jobs_come_back_in_order(tmp_path, workers):
     [
         (
             {"variant": "video"},
-            "--variant: expected text or audio or joint or segments or null, got 'video'",
+            "--variant: expected text or audio or joint or segments, got 'video'",
         ),
         ({"preset": "tpu"}, "--preset: expected cpu or gpu"),
         ({"seeds": "0,x"}, "--seeds: expected a whole number"),
-        ({"study": "width"}, "--study: expected scale or keys"),
         ({"arms": "off,delta_rule"}, "--arms: there is no delta_rule"),
         ({"device": "gpu"}, "--device: expected auto or cpu or cuda"),
         ({"steps": "--5"}, "--steps: expected a whole number or null, got '--5'"),
         ({"steps": "²"}, "--steps: expected a whole number or null, got '²'"),
         ({"sizes": "3"}, "unknown option: --sizes"),
+        ({"study": "scale"}, "unknown option: --study"),
         ({"seeds": ","}, "--seeds: expected at least one"),
         ({"arms": ","}, "--arms: expected at least one"),
         ({"lengths": "1"}, "--lengths: expected whole numbers of at least 2"),
         ({"lengths": "0,4"}, "--lengths: expected whole numbers of at least 2"),
-        ({"widths": "64"}, "--widths: not read without --study"),
-        ({"study": "scale", "steps": "9", "arms": "off"}, "--arms, --steps: not read with --study"),
-        ({"study": "scale", "preset": "cpu"}, "--preset: not read with --study scale"),
-        ({"study": "scale", "lengths": "4"}, "--lengths: not read with --study scale"),
-        ({"study": "scale", "variant": "text"}, "--variant: not read with --study scale"),
-        ({"study": "keys", "seeds": "0"}, "--seeds: not read with --study keys"),
-        ({"study": "keys", "workers": "1"}, "--workers: not read with --study keys"),
-        ({"study": "keys", "device": "cpu"}, "--device: not read with --study keys"),
-        ({"study": "keys", "widths": "17"}, "17 cannot be divided into 4 heads of an even size"),
-        ({"study": "scale", "widths": "328"}, "328 cannot be divided into 5 heads"),
     ],
 )
 def test_mistakes_are_explained(arguments, message, capsys, tmp_path):
@@ -268,32 +222,25 @@ def test_mistakes_are_explained(arguments, message, capsys, tmp_path):
 
 
 @pytest.mark.parametrize("blocked", ["", "runs"])
-@pytest.mark.parametrize("options", [{}, {"study": "scale"}, {"study": "keys"}])
 def test_a_folder_that_cannot_be_written_is_told_before_training(
-    blocked, options, tmp_path, monkeypatch, capsys
+    blocked, tmp_path, monkeypatch, capsys
 ):
     def never(*_, **__):
         raise AssertionError("trained")
 
     monkeypatch.setattr(command, "run", never)
-    monkeypatch.setattr(study, "run_study", never)
-    monkeypatch.setattr(study, "key_match", never)
     place = tmp_path / "out"
     if blocked:
         place.mkdir()
     (place / blocked).write_text("a file, not a folder")
-    assert run(lambda: recall(out=str(place), **options)) == 1
+    assert run(lambda: recall(out=str(place))) == 1
     assert "--out: cannot write to" in capsys.readouterr().err
 
 
 def test_experiments_do_not_share_a_folder(tmp_path, monkeypatch):
     places = {}
-    for what in ("run_recall", "run_scale_study", "run_key_study"):
-        monkeypatch.setattr(command, what, lambda out, **options: places.update({out: options}))
-    asked = [
-        {}, {"variant": "audio"}, {"preset": "gpu"}, {"study": "scale"}, {"study": "keys"},
-        {"out": str(tmp_path)},
-    ]  # fmt: skip
+    monkeypatch.setattr(command, "run_recall", lambda out, **given: places.update({out: given}))
+    asked = [{}, {"variant": "audio"}, {"preset": "gpu"}, {"out": str(tmp_path)}]
     for options in asked:
         recall(**options)
     assert len(places) == len(asked) and tmp_path in places
@@ -301,7 +248,6 @@ def test_experiments_do_not_share_a_folder(tmp_path, monkeypatch):
 
 def test_another_experiment_does_not_replace_what_is_in_a_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(command, "preset", lambda size, variant: tiny_preset(arms=("off",)))
-    monkeypatch.setattr(study, "WIDTHS", (16,))
     options = {"out": str(tmp_path), "arms": "off", "lengths": "0", "device": "cpu"}
     assert run(lambda: recall(**options)) == 0
     kept = {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
@@ -309,11 +255,8 @@ def test_another_experiment_does_not_replace_what_is_in_a_folder(tmp_path, monke
     for other in ({"variant": "audio"}, {"preset": "gpu"}):
         assert run(lambda other=other: recall(**options, **other)) == 1
         message = capsys.readouterr().err
-        assert f"--out: {tmp_path} has the results of" in message
+        assert f"--out: {tmp_path} has the results of another experiment" in message
         assert "--preset cpu --variant text" in message
-    for name in ("keys", "scale"):
-        assert run(lambda name=name: recall(out=str(tmp_path), study=name)) == 1
-        assert f"--study {name} would replace" in capsys.readouterr().err
     assert all(path.read_bytes() == content for path, content in kept.items())
     assert run(lambda: recall(**options, seeds="0,1")) == 0
     assert (tmp_path / "runs/off_seed1.json").is_file()
@@ -353,8 +296,11 @@ def test_few_sequences_have_no_interval():
     is_right = torch.rand(8, 10, generator=torch.Generator().manual_seed(0)) < 0.5
     found = Answers(is_right, (~is_right).float(), is_right, is_right)
     chosen = torch.ones_like(is_right)
-    assert None not in summarize(found, chosen)["accuracy"]
-    chosen[3] = False
+    chosen[3:] = False
+    _, low, high = summarize(found, chosen)["accuracy"]
+    _, low_of_all, high_of_all = summarize(found, torch.ones_like(is_right))["accuracy"]
+    assert 0 <= low <= low_of_all < high_of_all <= high <= 1
+    chosen[2] = False
     value, low, high = summarize(found, chosen)["accuracy"]
     assert 0 < value < 1 and low is None and high is None
 

@@ -25,7 +25,7 @@ from finetune.data.problems import FileProblem
 from finetune.data.sources import load_sources
 from finetune.data.text import read_transcript
 from finetune.errors import UserError
-from finetune.evaluation.pairs import read_pairs
+from finetune.evaluation.tasks.pairs.score import read_pairs
 from finetune.inference import load_for_inference
 from finetune.model import find_checkpoint
 from finetune.safety import stays_inside, with_nan, without_nan

@@ -1,4 +1,4 @@
-"""From records to results: what `results.json` says, and the tables made of it."""
+"""From the records of recordings to loss by position, with intervals."""
 
 import dataclasses
 import math
@@ -8,12 +8,8 @@ from typing import Any
 import numpy as np
 
 from finetune.data import FRAME_RATE_HZ
-
-from .health import MEASURES, alarms, limits, means
-from .options import PairOptions
-from .pairs import Pair, log_likelihood
-from .position import STREAMS
-from .statistics import Array, Bootstrap, Estimate, mean, proportion, slope_parts
+from finetune.evaluation.streams import STREAMS
+from finetune.statistics import Array, Bootstrap, Estimate, slope_parts
 
 COMPARISONS = (
     ("on", "off"),
@@ -56,7 +52,7 @@ def summarise_positions(
     Only recordings that every arm has are counted, so that the arms are of the same data.
 
     Args:
-        records: of `PositionTask`.
+        records: of `PositionRun`.
         window_frames: what attention sees; `beyond_window` is of the positions after it.
         vocabulary: of each stream, for the loss of guessing.
     """
@@ -166,87 +162,3 @@ def pairwise_edges(num_bins: int) -> list[tuple[int, int]]:
     if len(inner) > 1 and num_bins - inner[-1] < (inner[-1] - inner[-2]) / 2:
         inner.pop()
     return list(zip(inner, [*inner[1:], num_bins], strict=True))
-
-
-def summarise_pairs(
-    pairs: Sequence[Pair],
-    records: Iterable[Mapping[str, Any]],
-    missing: Mapping[str, str],
-    options: PairOptions,
-) -> Json:
-    """Accuracy over all pairs and by group; a tie counts as half.
-
-    Pairs with a recording that is missing, or whose score is no number, are counted apart.
-    """
-    every_score = {record["wav"]: log_likelihood(record, options) for record in records}
-    scores = {wav: score for wav, score in every_score.items() if math.isfinite(score)}
-    reasons: dict[str, str] = {}
-    margins: dict[str, list[float]] = {}
-    for pair in pairs:
-        margins.setdefault(pair.group, [])
-        for wav in (str(pair.good), str(pair.bad)):
-            if wav not in scores:
-                reasons[pair.id] = missing.get(wav, f"{wav} has no finite score")
-        if pair.id not in reasons:
-            margins[pair.group].append(scores[str(pair.good)] - scores[str(pair.bad)])
-    everything = [margin for group in margins.values() for margin in group]
-    groups = {name: _accuracy(group) for name, group in sorted(margins.items())}
-    for pair in pairs:
-        groups[pair.group]["num_missing"] += pair.id in reasons
-    each = [
-        {
-            "id": pair.id,
-            "group": pair.group,
-            "good": scores.get(str(pair.good)),
-            "bad": scores.get(str(pair.bad)),
-            "missing": reasons.get(pair.id, ""),
-        }
-        for pair in pairs
-    ]
-    return {
-        "scores": each,
-        "options": dataclasses.asdict(options),
-        "num_pairs": len(pairs),
-        "num_missing": len(reasons),
-        "missing": reasons,
-        "all": _accuracy(everything) | {"num_missing": len(reasons)},
-        "groups": groups,
-    }
-
-
-def _accuracy(margins: Sequence[float]) -> Json:
-    ties = sum(margin == 0 for margin in margins)
-    wins = sum(margin > 0 for margin in margins)
-    return {
-        "num_scored": len(margins),
-        "num_ties": ties,
-        "num_missing": 0,
-        "accuracy": dataclasses.asdict(proportion(wins + ties / 2, len(margins))),
-        "mean_difference": dataclasses.asdict(mean(np.array(margins, dtype=float))),
-    }
-
-
-def summarise_health(records: Sequence[Mapping[str, Any]], *, seed: int = 0) -> Json:
-    """Means of the measures with intervals, beside those of the recordings, and alarms."""
-    results = [{kind: r[kind] for kind in ("generated", "recorded")} for r in records]
-    bootstrap = Bootstrap(len(results), seed=seed)
-    own, usual = means(results, "generated"), means(results, "recorded")
-    limit = limits(usual)
-    ones = np.ones(len(results))
-
-    def estimate(kind: str, name: str) -> Json:
-        values = np.array([result[kind][name] for result in results])
-        return dataclasses.asdict(bootstrap.ratio(values, ones))
-
-    return {
-        "num_continuations": len(results),
-        "measures": {
-            name: {
-                "generated": estimate("generated", name),
-                "recorded": estimate("recorded", name),
-                "alarm_if": limit[name],
-            }
-            for name in MEASURES
-        },
-        "alarms": [dataclasses.asdict(alarm) for alarm in alarms(own, usual)],
-    }

@@ -1,6 +1,6 @@
 """Trains the text tokenizer of the demonstration.
 
-python -m finetune.demo.train_tokenizer --out example/demo/model/tokenizer.model
+python research/train_tokenizer.py --out example/demo/model/tokenizer.model
 """
 
 from __future__ import annotations

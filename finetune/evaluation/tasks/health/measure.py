@@ -15,10 +15,9 @@ from moshi.utils.compile import no_cuda_graph
 from torch import Tensor
 
 from finetune.data import Codec
+from finetune.evaluation.codes import Silence
 from finetune.inference import generate_codes
 from ttt import TTTLMModel
-
-from .codes import Silence
 
 logger = logging.getLogger(__name__)
 

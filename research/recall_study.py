@@ -1,8 +1,18 @@
-"""Does one default learn? The recall task over sizes of embeddings, widths and chunks."""
+"""Does one default learn? The recall task over sizes of embeddings, widths and chunks.
 
+    python research/recall_study.py scale --out runs/recall/study_scale
+    python research/recall_study.py keys --out runs/recall/study_keys
+
+`scale` trains seven forms of the update, 27 places each; what is in the folder already is not
+trained again, and the widest model belongs on a GPU. `keys` trains nothing: it asks how well fresh
+models tell keys apart, in seconds.
+"""
+
+import argparse
 import dataclasses
 import itertools
 import logging
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +21,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from finetune.cli import run
+from finetune.distributed import join_world
+from finetune.errors import UserError
+from finetune.monitoring import setup_logging
+from finetune.recall.command import prepare_folder, write_report
 from finetune.recall.experiment import train
 from finetune.recall.jobs import Job, run_jobs
 from finetune.recall.measure import measure_trained_length
 from finetune.recall.model import ModelArgs, new_model, read_codes
-from finetune.recall.options import num_heads
 from finetune.recall.presets import Preset
 from finetune.recall.streams import StreamArgs, draw
 from ttt import TTTArgs
@@ -177,3 +191,128 @@ def run_study(
         config = {k: v for k, v in config.items() if k not in ("arms", "lengths", "dtype")}
         jobs.append(Job(cell.name, config, run_cell, (cell, preset, device)))
     return run_jobs(jobs, out, workers=workers)
+
+
+def num_heads(width: int) -> int:
+    """Return the number of heads of a model of this width.
+
+    Raises:
+        UserError: it cannot be divided into heads of an even size.
+    """
+    heads = max(4, width // 64)
+    if width < 16 or width % (2 * heads):
+        raise UserError(
+            f"--widths: {width} cannot be divided into {heads} heads of an even size; choose a "
+            f"multiple of {2 * heads} from 16 on."
+        )
+    return heads
+
+
+def scale_report(
+    out: Path, *, widths: Sequence[int], seeds: Sequence[int], device: str, workers: int
+) -> str:
+    """Run the study of scales; returns its report, which is in `out/report.md` as well.
+
+    Raises:
+        UserError: `out` cannot be written.
+    """
+    setup_logging()
+    prepare_folder(out, "--study scale")
+    results = run_study(
+        cells(widths=widths, seeds=seeds),
+        out / "runs",
+        device=join_world(device).device,  # type: ignore[arg-type]
+        workers=workers,
+    )
+    lines = [
+        f"Accuracy at facts within one chunk after {NUM_STEPS} steps or less (chance "
+        f"{1 / results[0]['config']['streams']['num_values']:.2f}):",
+        "",
+        *study_table(results),
+    ]
+    return write_report("\n".join(lines), out)
+
+
+def keys_report(out: Path, *, widths: Sequence[int]) -> str:
+    """Ask how well untrained models tell keys apart; returns a table, which is in `out/report.md`
+    too.
+
+    Raises:
+        UserError: `out` cannot be written.
+    """
+    prepare_folder(out, "--study keys")
+    lines = [
+        "Cosine of z at a question and at its own fact / at the others (share of questions nearest "
+        "to their own fact), before training:",
+        "",
+        "| width | embeddings' std | first layer | second layer |",
+        "| --- | --- | --- | --- |",
+    ]
+    for width in widths:
+        for std in EMBEDDING_STDS:
+            cells = [
+                f"{own:.2f} / {others:.2f} ({nearest:.2f})"
+                for own, others, nearest in key_match(std, width).values()
+            ]
+            lines.append(f"| {width} | {std:g} | {' | '.join(cells)} |")
+    return write_report("\n".join(lines), out)
+
+
+def study_table(results: Sequence[dict[str, Any]]) -> list[str]:
+    """Markdown: accuracy within one chunk of the study's forms, by width, embeddings and chunk; the
+    mean of the seeds, and the least of them where they differ."""
+    by_cell: dict[tuple[Any, ...], list[float]] = {}
+    for result in results:
+        cell = result["cell"]
+        key = (cell["width"], cell["embedding_std"], cell["chunk_size"], cell["form"])
+        accuracy = result["trained_length"]["in one chunk"]["accuracy"]
+        by_cell.setdefault(key, []).append(accuracy[0])
+    forms = list(dict.fromkeys(key[3] for key in by_cell))
+    lines = [
+        f"| width | embeddings' std | chunk | {' | '.join(forms)} |",
+        "| --- " * (3 + len(forms)) + "|",
+    ]
+    for place in sorted({key[:3] for key in by_cell}):
+        cells = [_seeds(by_cell.get((*place, form), [])) for form in forms]
+        lines.append(f"| {' | '.join(f'{x:g}' for x in place)} | {' | '.join(cells)} |")
+    counts = [[v for key, vs in by_cell.items() if key[3] == form for v in vs] for form in forms]
+    learnt = [f"{sum(v >= 0.9 for v in values)} of {len(values)}" for values in counts]
+    lines.append(f"| runs that reach 0.90 | | | {' | '.join(learnt)} |")
+    return lines
+
+
+def _seeds(values: Sequence[float]) -> str:
+    if not values:
+        return "–"
+    mean = sum(values) / len(values)
+    return f"{mean:.2f}" + (f" (≥ {min(values):.2f})" if min(values) < mean - 0.01 else "")
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(each) for each in text.split(",")]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("study", choices=("scale", "keys"))
+    parser.add_argument("--out", type=Path, required=True, help="folder of report and results")
+    parser.add_argument("--widths", type=_numbers, default=list(WIDTHS), help="as in 64,256")
+    parser.add_argument("--seeds", type=_numbers, default=[0], help="of `scale`, as in 0,1")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--workers", type=int, default=1, help="runs of `scale` at a time")
+    args = parser.parse_args()
+
+    def study() -> None:
+        for width in args.widths:
+            num_heads(width)
+        if args.study == "keys":
+            print(keys_report(args.out, widths=args.widths))
+        else:
+            where = {"device": args.device, "workers": args.workers}
+            print(scale_report(args.out, widths=args.widths, seeds=args.seeds, **where))
+
+    return run(study)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -10,13 +10,9 @@ Every recording is read from its start to its end in streaming mode, once for ea
 
 import contextlib
 import logging
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor
 
 import ttt
 from finetune.data import (
@@ -27,22 +23,19 @@ from finetune.data import (
     inspect_audio,
     read_transcript,
 )
+from finetune.evaluation.bin_sums import BinSums, first_not_finite
+from finetune.evaluation.codes import CodesFile, encode_to_file
+from finetune.evaluation.fingerprints import file_versions
+from finetune.evaluation.progress import Progress
+from finetune.evaluation.streaming import Scorer
+from finetune.kept import Records
 from finetune.step import LossWeights
 from ttt import TTTLMModel, block_streaming
 
-from .codes import CodesFile, encode_to_file
-from .options import Options
-from .progress import Progress
-from .records import Records, file_versions
-from .streaming import ScoredBlock, Scorer
-
 logger = logging.getLogger(__name__)
 
-STREAMS = ("text", "words", "first_codebook", "other_codebooks")
-"""`words` are the targets of the text stream that are no padding."""
 
-
-class PositionTask:
+class PositionRun:
     """Fills `records` with the sums of each arm over each recording, by bins of position.
 
     A record: arm, recording, its size_bytes, num_frames and version (of recording and transcript;
@@ -62,9 +55,12 @@ class PositionTask:
         codec: Codec,
         recordings: Sequence[Recording],
         *,
-        options: Options,
         arms: Sequence[str],
         reset_frames: int,
+        bin_frames: int,
+        max_frames: int | None,
+        batch_size: int,
+        block_frames: int,
         weights: LossWeights,
         records: Records,
         folder: Path,
@@ -73,14 +69,15 @@ class PositionTask:
         self.codec = codec
         # Rows of a batch should be of like length; and what takes most memory should come first.
         self.recordings = sorted(recordings, key=lambda r: -r.duration_sec)
-        self.options = options
         self.arms = arms
         self.reset_frames = reset_frames
         self.weights = weights
         self.records = records
         self.folder = folder
-        self.max_frames = frames_of(options.max_sec)
-        self.bin_frames = frames_of(options.bin_sec) or 1
+        self.max_frames = max_frames
+        self.bin_frames = bin_frames
+        self.batch_size = batch_size
+        self.block_frames = block_frames
         self.missing: dict[str, str] = {}
         self.not_finite: set[str] = set()
         # From what is shorter than that, TTT learns nothing that another one could start with.
@@ -89,7 +86,7 @@ class PositionTask:
 
     def run(self) -> None:
         """Everything that `records` does not hold yet."""
-        size = self.options.batch_size
+        size = self.batch_size
         batches = [self.recordings[i : i + size] for i in range(0, len(self.recordings), size)]
         arms_of_batches = ((arm, batch) for batch in batches for arm in self.arms)
         work = [(arm, todo) for arm, batch in arms_of_batches if (todo := self._todo(arm, batch))]
@@ -156,7 +153,7 @@ class PositionTask:
         model = self.model
         switch = ttt.without_ttt(model) if arm == "off" else contextlib.nullcontext()
         sums = BinSums(model, len(rows), max(row.num_frames for row in rows), self.bin_frames)
-        with switch, block_streaming(model, len(rows), self.options.block_frames):
+        with switch, block_streaming(model, len(rows), self.block_frames):
             if arm == "carried":
                 self._learn([self._codes[str(self._donor(r).path)] for r in readable])
             reset = self.reset_frames if arm == "reset" else None
@@ -188,8 +185,7 @@ class PositionTask:
         logger.warning("missing: %s", text)
 
     def _scorer(self, rows: Sequence[CodesFile]) -> Scorer:
-        block_frames = self.options.block_frames
-        return Scorer(self.model, rows, weights=self.weights, block_frames=block_frames)
+        return Scorer(self.model, rows, weights=self.weights, block_frames=self.block_frames)
 
     def _learn(self, donors: Sequence[CodesFile]) -> None:
         """Leave what TTT learns from the donors as the state that all else starts from."""
@@ -226,63 +222,6 @@ class PositionTask:
 
 def _key_of(record: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(record[name] for name in ("arm", "recording", "version", "control"))
-
-
-def first_not_finite(streams: Mapping[str, Mapping[str, Sequence[float]]]) -> int | None:
-    """The first bin in which a sum of a record's streams is no number, or infinite."""
-    bad = [
-        bin
-        for sums in streams.values()
-        for bin, values in enumerate(zip(*sums.values(), strict=True))
-        if not all(map(math.isfinite, values))
-    ]
-    return min(bad, default=None)
-
-
-class BinSums:
-    """Sums of the scored targets of a batch, by stream and bin of position.
-
-    Args:
-        num_frames: of the longest row.
-    """
-
-    def __init__(
-        self, model: TTTLMModel, batch_size: int, num_frames: int, bin_frames: int
-    ) -> None:
-        self.bin_frames = bin_frames
-        num_bins = -(-num_frames // bin_frames)
-        self.num_codebooks = model.dep_q
-        # loss, weight, nll, count; the streams, and the words after them.
-        self.sums = torch.zeros(
-            4, batch_size, 2 + model.dep_q, num_bins, dtype=torch.float64, device=model.device
-        )
-
-    def add(self, block: ScoredBlock) -> None:
-        nll = torch.where(block.is_target, block.nll, 0.0)
-        parts = torch.stack([nll * block.weight, block.weight, nll, block.is_target.float()])
-        words = block.is_word.float() * torch.stack([nll, torch.ones_like(nll)])[:, :, :1]
-        parts = torch.cat([parts, words.repeat(2, 1, 1, 1)], dim=2).double()
-        frames = torch.cat([block.frames, block.frames[:1]])
-        index = (frames.clamp(min=0) // self.bin_frames).clamp(max=self.sums.shape[3] - 1)
-        self.sums.scatter_add_(3, index.expand_as(parts), parts)
-
-    def of_row(self, row: int, num_frames: int) -> dict[str, dict[str, list[float]]]:
-        """By stream: lists with an entry for each bin of a row's own length."""
-        num_bins = -(-num_frames // self.bin_frames)
-        sums = self.sums[:, row, :, :num_bins].cpu()
-        last = 1 + self.num_codebooks
-        of_stream: dict[str, Tensor] = {
-            "text": sums[:, 0],
-            "words": sums[:, last],
-            "first_codebook": sums[:, 1],
-            "other_codebooks": sums[:, 2:last].sum(1),
-        }
-        return {stream: dict(_named(of_stream[stream])) for stream in STREAMS}
-
-
-def _named(parts: Tensor) -> Iterator[tuple[str, list[float]]]:
-    for name, values in zip(("loss", "weight", "nll", "count"), parts.tolist(), strict=True):
-        yield name, [round(value, 6) for value in values]
 
 
 def estimated_frames(recording: Recording, max_frames: int | None) -> int:

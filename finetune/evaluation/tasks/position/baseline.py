@@ -7,8 +7,7 @@ from typing import Any
 
 from finetune.data import Recording
 from finetune.errors import UserError
-
-from .records import read_records
+from finetune.kept import read_records
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +29,10 @@ class Baseline:
     ) -> None:
         self.missing: list[str] = []
         """Of which recordings it has read something else."""
-        header, records = read_records(folder / "position.jsonl")
+        earlier = read_records(folder / "position.jsonl", "--baseline")
+        if earlier is None:
+            raise UserError(f"--baseline: there is no evaluation of loss by position in {folder}.")
+        header, records = earlier
         for name, value in settings.items():
             if header.get(name) != value:
                 raise UserError(

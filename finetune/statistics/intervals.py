@@ -1,6 +1,7 @@
-"""Intervals: bootstrap over recordings, and over pairs the score interval of a proportion.
+"""Intervals: bootstrap over sequences, and over pairs the score interval of a proportion.
 
-All intervals are of 95 %. A recording is what is drawn: its frames are no independent samples.
+All intervals are of 95 %. What is drawn is a whole sequence, a recording or a synthetic stream: its
+frames are no independent samples.
 """
 
 import functools
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 NUM_RESAMPLES = 2000
 Z_95 = 1.959964
-MIN_RECORDINGS = 3
+MIN_SEQUENCES = 3
 """With fewer, there is no interval."""
 
 Array = NDArray[np.float64]
@@ -22,7 +23,7 @@ Array = NDArray[np.float64]
 class Estimate:
     """A value with its interval; None where there is too little to tell.
 
-    count: of the recordings or pairs that it is of.
+    count: of the sequences or pairs that it is of.
     """
 
     value: float | None
@@ -32,17 +33,14 @@ class Estimate:
 
 
 class Bootstrap:
-    """How often each of R recordings is drawn in each resample; the same for all that is compared,
+    """How often each of R sequences is drawn in each resample; the same for all that is compared,
     so that differences are paired."""
 
-    def __init__(self, num_recordings: int, *, seed: int = 0) -> None:
-        self.num_recordings = num_recordings
-        generator = np.random.default_rng(seed)
-        shares = np.full(num_recordings, 1 / num_recordings)
-        self._draws = generator.multinomial(num_recordings, shares, NUM_RESAMPLES).astype(float)
+    def __init__(self, num_sequences: int, *, seed: int = 0) -> None:
+        self._draws = _draws(num_sequences, seed)
 
     def ratio(self, numerator: Array, denominator: Array) -> Estimate:
-        """Σ numerator / Σ denominator over recordings, both [R]."""
+        """Return Σ numerator / Σ denominator over sequences, both [R]."""
         value = _divide(numerator.sum(), denominator.sum())
         samples = _divide(self._draws @ numerator, self._draws @ denominator)
         return self._estimate(value, samples, denominator > 0)
@@ -50,7 +48,7 @@ class Bootstrap:
     def ratio_difference(
         self, numerators: tuple[Array, Array], denominators: tuple[Array, Array]
     ) -> Estimate:
-        """The first ratio minus the second, over the same recordings."""
+        """Return the first ratio minus the second, over the same sequences."""
         value, other = (
             _divide(n.sum(), d.sum()) for n, d in zip(numerators, denominators, strict=True)
         )
@@ -63,16 +61,24 @@ class Bootstrap:
 
     @staticmethod
     def _estimate(value: Array, samples: Array, counts: NDArray[np.bool_]) -> Estimate:
-        """The percentile interval, widened about the value for few recordings: resampling n of them
+        """The percentile interval, widened about the value for few sequences: resampling n of them
         gives (n − 1) / n of their variance, and takes the spread that it sees for the true one."""
         count = int(counts.sum())
         if not np.isfinite(value):
             return Estimate(None, None, None, count)
-        if count < MIN_RECORDINGS:
+        if count < MIN_SEQUENCES:
             return Estimate(float(value), None, None, count)
         widening = student_t(0.975, count - 1) / Z_95 * math.sqrt(count / (count - 1))
         low, high = value + widening * (np.nanpercentile(samples, [2.5, 97.5]) - value)
         return Estimate(float(value), float(low), float(high), count)
+
+
+@functools.lru_cache(maxsize=4)
+def _draws(num_sequences: int, seed: int) -> Array:
+    """Return the number of times that each sequence is drawn, [resamples, R]."""
+    shares = np.full(num_sequences, 1 / num_sequences)
+    generator = np.random.default_rng(seed)
+    return generator.multinomial(num_sequences, shares, NUM_RESAMPLES).astype(float)
 
 
 @functools.cache

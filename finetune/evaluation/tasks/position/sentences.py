@@ -3,9 +3,9 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from .figures import STREAM_TITLES
-from .position import STREAMS
-from .statistics import student_t
+from finetune.evaluation.streams import STREAM_TITLES, STREAMS
+from finetune.report import signed
+from finetune.statistics import student_t
 
 _TITLES = {
     ("on", "off"): "TTT on, compared with off",
@@ -20,25 +20,8 @@ NEGLIGIBLE_NATS = 0.001
 """A difference smaller than this is called none, however sure it is."""
 
 
-def conclusions(results: Mapping[str, Any]) -> list[str]:
-    """A sentence for every comparison, and for every alarm."""
-    found = []
-    if "position" in results:
-        found += list(_of_position(results["position"]))
-    if "pairs" in results:
-        found.append(_of_pairs(results["pairs"]))
-    if "health" in results:
-        found += [
-            f"Alarm: {alarm['text']} ({alarm['measure']})." for alarm in _alarms(results)
-        ] or [f"No sign of collapse in {results['health']['num_continuations']} continuations."]
-    return found
-
-
-def _alarms(results: Mapping[str, Any]) -> list[dict[str, str]]:
-    return results["health"]["alarms"]
-
-
-def _of_position(position: Mapping[str, Any]) -> Iterator[str]:
+def sentences(position: Mapping[str, Any]) -> Iterator[str]:
+    """Yield warnings, and a sentence for every comparison."""
     for warning in position["warnings"]:
         yield f"Warning: {warning}"
     if not position["num_recordings"]:
@@ -79,36 +62,3 @@ def _sign(estimate: Mapping[str, Any], *, num_tests: int = 1) -> str:
     if value + widening * (high - value) < 0:
         return _BETTER
     return _WORSE if value + widening * (low - value) > 0 else _SAME
-
-
-def signed(estimate: Mapping[str, float | None], digits: int = 4) -> str:
-    """`−0.0123 [−0.0150, −0.0100]`; without an interval where there is none."""
-    if estimate["value"] is None:
-        return "–"
-    value, low, high = (estimate[name] for name in ("value", "low", "high"))
-    text = f"{value:+.{digits}f}"
-    if low is not None and high is not None:
-        text += f" [{low:+.{digits}f}, {high:+.{digits}f}]"
-    return text.replace("-", "−")
-
-
-def plain(estimate: Mapping[str, float | None], digits: int = 3) -> str:
-    """The same without plus signs."""
-    return signed(estimate, digits).replace("+", "")
-
-
-def _of_pairs(pairs: Mapping[str, Any]) -> str:
-    accuracy = pairs["all"]["accuracy"]
-    if accuracy["value"] is None:
-        return f"None of the {pairs['num_pairs']} pairs could be scored."
-    if accuracy["low"] > 0.5:
-        verdict = "better than chance"
-    elif accuracy["high"] < 0.5:
-        verdict = "worse than chance"
-    else:
-        verdict = "not shown to differ from chance"
-    missing = f"; {pairs['num_missing']} more are missing" if pairs["num_missing"] else ""
-    return (
-        f"Of {pairs['all']['num_scored']} pairs, the good one is found likelier in a share of "
-        f"{plain(accuracy)}: {verdict}{missing}."
-    )

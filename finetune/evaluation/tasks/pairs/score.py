@@ -26,17 +26,18 @@ from finetune.data import (
     tokenize_segment,
 )
 from finetune.errors import UserError
+from finetune.evaluation.bin_sums import BinSums
+from finetune.evaluation.codes import BLOCK_FRAMES, Silence
+from finetune.evaluation.fingerprints import file_versions
+from finetune.evaluation.progress import Progress
+from finetune.evaluation.streaming import Scorer
+from finetune.kept import Records
 from finetune.safety import is_recording_name, parse_json, path_problem
 from finetune.step import LossWeights
 from ttt import TTTLMModel, block_streaming
 from ttt.options import abbreviated
 
-from .codes import BLOCK_FRAMES, Silence
-from .options import PairOptions
-from .position import BinSums
-from .progress import Progress
-from .records import Records, file_versions
-from .streaming import Scorer
+from . import PairOptions
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +115,7 @@ def _parse(path: Path, number: int, text: str) -> Pair:
     return Pair(id, group, path.parent / good, path.parent / bad)
 
 
-class PairTask:
+class PairScorer:
     """Fills `records` with the likelihood of every recording of the pairs, stream by stream.
 
     A record: wav, its version (of file and transcript) and num_frames, and of each stream its `nll`

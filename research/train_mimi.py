@@ -1,6 +1,6 @@
 """Trains the small Mimi of the demonstration on synthetic dialogues.
 
-    python -m finetune.demo.train_mimi --data DIR --out example/demo/model/mimi.safetensors
+    python research/train_mimi.py --data DIR --out example/demo/model/mimi.safetensors
 
 The network is the stock one (`moshi.models.loaders.get_mimi`), described by `mimi_config.json`
 beside the output. A quarter of the time it learns to copy speech through its narrow middle; then

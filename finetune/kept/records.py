@@ -1,10 +1,9 @@
-"""Results as they come, one JSON line each, so that an evaluation can be interrupted and continued.
+"""Results as they come, one JSON line each, so that work can be interrupted and continued.
 
 The first line says what the results depend on: those of another checkpoint or of other options are
 never mixed with them.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -12,9 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError
-from finetune.safety import parse_json, with_nan, without_nan
-
-_HASHED_BYTES = 2**20
+from finetune.kept.whole import decoded, encoded
 
 
 class Records:
@@ -57,51 +54,27 @@ class Records:
     def append(self, record: Mapping[str, Any]) -> None:
         record = dict(record)
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(without_nan(record, as_text=True), allow_nan=False) + "\n")
+            file.write(encoded(record) + "\n")
         self.records.append(record)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return iter(self.records)
 
 
-def read_records(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The fingerprint and the records of an evaluation, to compare with.
+def read_records(path: Path, option: str) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
+    """Return the fingerprint and the records of a file, to compare with; None if there is none.
+
+    Args:
+        option: the option that has led here, for messages.
 
     Raises:
-        UserError: there is none, or it is damaged.
+        UserError: it cannot be read, or is damaged.
     """
-    lines = _complete_lines(path, "--baseline")
+    lines = _complete_lines(path, option)
     if not lines:
-        raise UserError(f"--baseline: there is no evaluation of loss by position in {path.parent}.")
-    header, *records = [_parse(path, line, "--baseline") for line in lines]
+        return None
+    header, *records = [_parse(path, line, option) for line in lines]
     return header.get("fingerprint") or {}, records
-
-
-def file_versions(*paths: Path) -> str:
-    """Sizes and times of files, which tell whether they are still those that were read."""
-    return " ".join(_version(path) for path in paths)
-
-
-def _version(path: Path) -> str:
-    status = path.stat() if path.is_file() else None
-    return f"{status.st_size}@{status.st_mtime_ns}" if status else "none"
-
-
-def checkpoint_fingerprint(checkpoint: Path) -> str:
-    """Identifies a checkpoint, wherever it lies: by its configuration, and the names, sizes, first
-    and last MiB of its files of weights."""
-    inside = checkpoint / "consolidated"
-    folder = inside if inside.is_dir() else checkpoint
-    files = [*folder.glob("*.safetensors"), *folder.glob("*.json"), *checkpoint.glob("args.yaml")]
-    digest = hashlib.sha256()
-    for path in sorted(files):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size} ".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(_HASHED_BYTES))
-            file.seek(max(0, size - _HASHED_BYTES))
-            digest.update(file.read(_HASHED_BYTES))
-    return digest.hexdigest()[:16]
 
 
 def _complete_lines(path: Path, option: str) -> list[str]:
@@ -113,14 +86,11 @@ def _complete_lines(path: Path, option: str) -> list[str]:
 
 def _parse(path: Path, line: str, option: str) -> dict[str, Any]:
     try:
-        record = with_nan(parse_json(line))
+        return decoded(line)
     except ValueError:
-        record = None
-    if not isinstance(record, dict):
         raise UserError(
             f"{option}: {path} is damaged. Choose another {option}, or delete that file."
-        )
-    return record
+        ) from None
 
 
 def _difference(earlier: Any, now: Mapping[str, Any]) -> str:

@@ -1,0 +1,159 @@
+"""The task `health`: is what the model says still speech?
+
+prompts.py chooses what is continued, measure.py measures it, also in training; summary.py and
+figure.py tell what came out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any
+
+from annotated_types import Ge, Le
+
+from finetune.config import Prefix, Size
+from finetune.evaluation.tasks.base import Found, Json, Task, TaskOptions
+from finetune.report import Table, plain
+from ttt.options import NonNegative
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from finetune.evaluation.bench import Bench
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ContinuationOptions:
+    """Seeded continuations: how many, of how long a prompt, and how long they are."""
+
+    num_continuations: Size = 8
+    """How many continuations are made for health."""
+
+    prompt_sec: Annotated[float, Ge(0.08), Le(86_400)] = 5.0
+    """Seconds of each recording before Moshi takes over."""
+
+    health_sec: Annotated[float, Ge(1), Le(86_400)] = 20.0
+    """Seconds of each continuation."""
+
+    temperature: NonNegative = 0.8
+    """Temperature of the audio of continuations."""
+
+    text_temperature: NonNegative = 0.7
+    """Temperature of their text."""
+
+
+@dataclass(frozen=True)
+class HealthOptions(TaskOptions):
+    """The continuations."""
+
+    health: Annotated[ContinuationOptions, Prefix("")] = field(default_factory=ContinuationOptions)
+
+
+class Health(Task):
+    """Measures of continuations beside those of the recordings themselves, and alarms."""
+
+    name = "health"
+    title = "Health of generated speech"
+    options = HealthOptions
+
+    def runs_unasked(self, options: Any) -> bool:
+        return True
+
+    def run(self, bench: Bench, options: HealthOptions, prepared: None) -> Json:
+        import torch
+
+        from finetune.data import FRAME_RATE_HZ, count_frames
+
+        from .measure import check_health
+        from .prompts import choose_prompts
+        from .summary import summarise_health
+
+        wanted, seed, batch_size = options.health, bench.options.seed, bench.options.batch_size
+        prompt_frames = max(1, count_frames(wanted.prompt_sec))
+        num_frames = prompt_frames + max(1, count_frames(wanted.health_sec))
+        codes, num_frames = choose_prompts(bench, wanted, prompt_frames, num_frames)
+        prompts = [list(codes)[index % len(codes)] for index in range(wanted.num_continuations)]
+        settings = {
+            **dataclasses.asdict(wanted),
+            "seed": seed,
+            "num_frames": num_frames,
+            "batch_size": batch_size,
+            "prompts": [str(recording.path) for recording in prompts],
+        }
+        records = bench.records(self.name, settings)
+        for start in range(0, len(prompts), batch_size):
+            batch = prompts[start : start + batch_size]
+            if {*range(start, start + len(batch))} <= {record["index"] for record in records}:
+                continue
+            results = check_health(
+                bench.model,
+                bench.codec,
+                torch.stack([codes[recording] for recording in batch]).to(bench.model.device),
+                prompt_frames=prompt_frames,
+                seed=seed + start,
+                temperature=wanted.temperature,
+                text_temperature=wanted.text_temperature,
+            )
+            for index, result in enumerate(results, start):
+                records.append({"index": index, **result})
+            logger.info("health: %d of %d continuations", start + len(batch), len(prompts))
+        by_index = {record["index"]: record for record in records}
+        return {
+            **summarise_health([by_index[i] for i in range(len(prompts))], seed=seed),
+            "prompt_sec": prompt_frames / FRAME_RATE_HZ,
+            "continuation_sec": (num_frames - prompt_frames) / FRAME_RATE_HZ,
+            "seed": seed,
+        }
+
+    def sentences(self, found: Found) -> Iterable[str]:
+        alarms = [f"Alarm: {alarm['text']} ({alarm['measure']})." for alarm in found["alarms"]]
+        return alarms or [f"No sign of collapse in {found['num_continuations']} continuations."]
+
+    def note(self, found: Found) -> str:
+        return (
+            f"{found['num_continuations']} continuations of {found['continuation_sec']:g} s after "
+            f"{found['prompt_sec']:g} s of prompt, seed {found['seed']}. The recordings in the "
+            "same seconds are measured in the same way, and the limits are made of them."
+        )
+
+    def figure(self, found: Found, model: Found) -> Figure:
+        from .figure import health_figure
+
+        return health_figure(found, model["vocabulary"])
+
+    def tables(self, found: Found) -> Sequence[Table]:
+        from .measure import MEANING
+
+        names = {alarm["measure"] for alarm in found["alarms"]}
+        alarming = [row for row, name in enumerate(found["measures"]) if name in names]
+        rows = [
+            [
+                MEANING[name],
+                plain(of["generated"]),
+                plain(of["recorded"]),
+                of["alarm_if"],
+                "alarm" if name in names else "",
+            ]
+            for name, of in found["measures"].items()
+        ]
+        columns = ("measure", "continuations", "recordings", "alarm if", "")
+        return [Table(columns, rows, alarming=alarming)]
+
+    def csv(self, found: Found) -> Table:
+        rows = [
+            [name, kind, *(of[kind][key] for key in ("value", "low", "high"))]
+            for name, of in found["measures"].items()
+            for kind in ("generated", "recorded")
+        ]
+        return Table(("measure", "of", "mean", "low", "high"), rows)
+
+    def scalars(self, found: Found) -> dict[str, float | None]:
+        return {name: of["generated"]["value"] for name, of in found["measures"].items()}
+
+
+TASK = Health()

@@ -1,0 +1,75 @@
+"""The recordings that the model continues."""
+
+import logging
+import math
+import tempfile
+from pathlib import Path
+
+from torch import Tensor
+
+from finetune.data import (
+    FRAME_RATE_HZ,
+    Codec,
+    FileProblem,
+    Recording,
+    inspect_audio,
+    read_transcript,
+)
+from finetune.errors import UserError
+from finetune.evaluation.bench import Bench
+from finetune.evaluation.codes import encode_to_file
+
+from . import ContinuationOptions
+
+logger = logging.getLogger(__name__)
+
+
+def choose_prompts(
+    bench: Bench, wanted: ContinuationOptions, prompt_frames: int, num_frames: int
+) -> tuple[dict[Recording, Tensor], int]:
+    """Return the codes [17, T] of the first recordings that are long enough to be continued, at
+    most one for each continuation; and T, which is `num_frames` or as long as recordings are.
+
+    Raises:
+        UserError: there is no such recording.
+    """
+
+    def whole_frames(recording: Recording) -> int:
+        return math.floor(recording.duration_sec * FRAME_RATE_HZ)
+
+    longest = max(whole_frames(recording) for recording in bench.recordings)
+    if longest <= prompt_frames:
+        raise UserError(f"--prompt_sec: no recording is longer than {wanted.prompt_sec:g} s.")
+    if longest < num_frames:
+        num_frames = longest
+        bench.note(
+            f"No recording is long enough for --health_sec: continuations are "
+            f"{(num_frames - prompt_frames) / FRAME_RATE_HZ:.1f} s long."
+        )
+    found: dict[Recording, Tensor] = {}
+    for recording in bench.recordings:
+        if len(found) == wanted.num_continuations:
+            break
+        if whole_frames(recording) >= num_frames:
+            try:
+                found[recording] = _first_codes(bench.codec, recording, num_frames)
+            except FileProblem as problem:
+                missing = f"{recording.origin}: {problem}"
+                bench.missing.setdefault("health", []).append(missing)
+                logger.warning("missing: %s", missing)
+    if not found:
+        raise UserError("--data: no recording can be read to its end, to be continued.")
+    return found, num_frames
+
+
+def _first_codes(codec: Codec, recording: Recording, num_frames: int) -> Tensor:
+    """
+    Raises:
+        FileProblem: the recording or its transcript cannot be read.
+    """
+    words = read_transcript(recording.transcript_path)
+    info = inspect_audio(recording.path)
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "codes"
+        codes = encode_to_file(codec, recording.path, info, words, target, max_frames=num_frames)
+        return codes.read(0, num_frames)

@@ -1,0 +1,168 @@
+"""The task `pairs`: of two recordings, which one does the model find likelier?
+
+score.py reads the pairs and scores recordings; summary.py and figure.py tell what came out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from finetune.config import FilePath, Prefix
+from finetune.errors import UserError
+from finetune.evaluation.tasks.base import Found, Json, Task, TaskOptions
+from finetune.report import Table, plain, signed
+from ttt.options import NonNegative
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from finetune.evaluation.bench import Bench, Inputs
+
+    from .score import Pair
+
+
+@dataclass(frozen=True)
+class PairOptions:
+    """How the likelihood of a recording is made of those of its tokens: weights of the streams, and
+    whether the weighted sum is divided by the number of frames (`mean`) or not (`sum`)."""
+
+    side: Literal["moshi", "user"] = "moshi"
+    """Whose voice a mono recording is; the other side is silent."""
+
+    text: Literal["padding", "transcript"] = "padding"
+    """`transcript`: the words of the .json beside each recording."""
+
+    text_weight: NonNegative = 0.0
+    """Weight of the text stream in the likelihood."""
+
+    first_codebook_weight: NonNegative = 1.0
+    """Weight of the first codebook."""
+
+    other_codebooks_weight: NonNegative = 0.0
+    """Weight of each other codebook."""
+
+    length_norm: Literal["mean", "sum"] = "mean"
+    """`mean`: divide by the number of frames; `sum`: do not."""
+
+
+@dataclass(frozen=True)
+class PairsOptions(TaskOptions):
+    """The pairs, and how they are scored."""
+
+    pairs: FilePath | None = None
+    """A JSONL of {"good": "a.wav", "bad": "b.wav", "id": "17", "group": "agreement"}."""
+
+    pair: Annotated[PairOptions, Prefix("pair_")] = field(default_factory=PairOptions)
+
+
+class Pairs(Task):
+    """Accuracy of preferring the good recording of each pair, over all pairs and by group."""
+
+    name = "pairs"
+    title = "Paired likelihood"
+    options = PairsOptions
+    uses_recordings = False
+
+    def runs_unasked(self, options: PairsOptions) -> bool:
+        return options.pairs is not None
+
+    def check(self, options: PairsOptions, *, is_chosen: bool) -> None:
+        if is_chosen and options.pairs is None:
+            raise UserError("--tasks: pairs needs --pairs, the JSONL of the pairs.")
+        if not is_chosen and options.pairs is not None:
+            raise UserError("--pairs: counts for the task pairs alone; add it to --tasks.")
+
+    def prepare(self, inputs: Inputs, options: PairsOptions) -> list[Pair]:
+        from .score import read_pairs
+
+        assert options.pairs is not None
+        return read_pairs(options.pairs)
+
+    def run(self, bench: Bench, options: PairsOptions, prepared: list[Pair]) -> Json:
+        from .score import PairScorer, zerospeech_lines
+        from .summary import summarise_pairs
+
+        settings = {"side": options.pair.side, "text": options.pair.text}
+        work = PairScorer(
+            bench.model,
+            bench.codec,
+            prepared,
+            options=options.pair,
+            batch_size=bench.options.batch_size,
+            block_frames=bench.options.block_frames,
+            records=bench.records(self.name, settings),
+        )
+        work.run()
+        found = work.results()
+        summary = summarise_pairs(prepared, found, work.missing, options.pair)
+        bench.missing[self.name] = [f"{id}: {why}" for id, why in summary["missing"].items()]
+        lines = zerospeech_lines(prepared, found, options.pair)
+        (bench.options.out / "zerospeech.txt").write_text(
+            "".join(f"{line}\n" for line in lines), encoding="utf-8"
+        )
+        return summary
+
+    def sentences(self, found: Found) -> Iterable[str]:
+        accuracy = found["all"]["accuracy"]
+        if accuracy["value"] is None:
+            return [f"None of the {found['num_pairs']} pairs could be scored."]
+        if accuracy["low"] > 0.5:
+            verdict = "better than chance"
+        elif accuracy["high"] < 0.5:
+            verdict = "worse than chance"
+        else:
+            verdict = "not shown to differ from chance"
+        missing = f"; {found['num_missing']} more are missing" if found["num_missing"] else ""
+        return [
+            f"Of {found['all']['num_scored']} pairs, the good one is found likelier in a share of "
+            f"{plain(accuracy)}: {verdict}{missing}."
+        ]
+
+    def note(self, found: Found) -> str:
+        options = found["options"]
+        norm = "divided by the number of frames" if options["length_norm"] == "mean" else "as it is"
+        return (
+            "Accuracy: the share of pairs whose good recording is likelier; a tie counts as half; "
+            "Wilson's 95 % interval. The log-likelihood is the sum over frames of "
+            f"text × {options['text_weight']:g}, first codebook × "
+            f"{options['first_codebook_weight']:g}, other codebooks × "
+            f"{options['other_codebooks_weight']:g}, {norm}. Mono speech is on the side of "
+            f"{options['side']}; the other side hears silence; the text is {options['text']}."
+        )
+
+    def figure(self, found: Found, model: Found) -> Figure:
+        from .figure import pairs_figure
+
+        return pairs_figure(found)
+
+    def tables(self, found: Found) -> Sequence[Table]:
+        rows = [
+            [
+                name,
+                group["num_scored"],
+                group["num_missing"],
+                group["num_ties"],
+                plain(group["accuracy"]),
+                signed(group["mean_difference"]),
+            ]
+            for name, group in _groups(found)
+        ]
+        columns = ("group", "pairs", "missing", "ties", "accuracy", "mean difference, nats")
+        return [Table(columns, rows)]
+
+    def csv(self, found: Found) -> Table:
+        rows = [list(score.values()) for score in found["scores"]]
+        return Table(("id", "group", "good", "bad", "missing"), rows)
+
+    def scalars(self, found: Found) -> dict[str, float | None]:
+        return {f"{name}/accuracy": group["accuracy"]["value"] for name, group in _groups(found)}
+
+
+def _groups(found: Found) -> list[tuple[str, Any]]:
+    """Return name and results of all pairs together, and of each group."""
+    return [("all", found["all"]), *found["groups"].items()]
+
+
+TASK = Pairs()

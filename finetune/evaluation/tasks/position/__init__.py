@@ -1,0 +1,292 @@
+"""The task `position`: loss by position in the recording, with TTT and with controls.
+
+measure.py reads the recordings, baseline.py the results of an earlier evaluation; summary.py makes
+numbers of them, figure.py and sentences.py show them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from annotated_types import Ge, Le
+
+from finetune.config import FilePath
+from finetune.errors import UserError
+from finetune.evaluation.streams import STREAM_TITLES, STREAMS
+from finetune.evaluation.tasks.base import Found, Json, Task, TaskOptions
+from finetune.report import Table, plain, signed
+from ttt.options import Frames
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from finetune.evaluation.bench import Bench, Inputs
+
+    from .baseline import Baseline
+
+Arm = Literal["on", "off", "reset", "carried"]
+ARMS: tuple[Arm, ...] = ("on", "off", "reset", "carried")
+Duration = Annotated[float, Ge(0.08), Le(86_400)]
+
+
+@dataclass(frozen=True)
+class PositionOptions(TaskOptions):
+    """How recordings are read, and what they are read with."""
+
+    arms: tuple[Arm, ...] = ARMS
+    """Arms of loss by position: with TTT, without, TTT reset now and then, TTT starting from the
+    state of another recording."""
+
+    reset_frames: Frames | None = None
+    """How often the arm `reset` resets, more than a chunk; null: what attention sees, and at least
+    two chunks."""
+
+    baseline: FilePath | None = None
+    """The output folder of an evaluation of another checkpoint, to compare with."""
+
+    bin_sec: Duration = 10.0
+    """Width of the bins of position."""
+
+    max_sec: Duration | None = None
+    """Read no more than this of each recording."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "arms", tuple(arm for arm in ARMS if arm in self.arms))
+
+
+class Position(Task):
+    """Loss by position of every arm, and paired differences between arms."""
+
+    name = "position"
+    title = "Loss by position"
+    options = PositionOptions
+
+    def runs_unasked(self, options: Any) -> bool:
+        return True
+
+    def check(self, options: PositionOptions, *, is_chosen: bool) -> None:
+        if not is_chosen and options.baseline is not None:
+            raise UserError("--baseline: counts for the task position alone; add it to --tasks.")
+
+    def prepare(self, inputs: Inputs, options: PositionOptions) -> Baseline | None:
+        from .baseline import Baseline
+
+        baseline = None
+        if options.baseline is not None:
+            settings = _settings(inputs, options)
+            baseline = Baseline(options.baseline, settings, inputs.recordings)
+            inputs.missing["baseline"] = baseline.missing
+        _check_reset(inputs, options)
+        return baseline
+
+    def run(self, bench: Bench, options: PositionOptions, prepared: Baseline | None) -> Json:
+        from finetune.data import FRAME_RATE_HZ
+
+        from .measure import PositionRun
+        from .summary import summarise_positions
+
+        settings = _settings(bench, options)
+        every = bench.model.ttt_args.update_frames
+        reset_frames = options.reset_frames or max(bench.window_frames, 2 * every)
+        warnings: list[str] = []
+        # Before anything is said of arms: what is there already may be of other settings.
+        records = bench.records(self.name, settings)
+        arms = _arms_there_are(bench, options, reset_frames, warnings)
+        with tempfile.TemporaryDirectory(prefix="codes_", dir=bench.options.out) as folder:
+            work = PositionRun(
+                bench.model,
+                bench.codec,
+                bench.recordings,
+                arms=arms,
+                reset_frames=reset_frames,
+                bin_frames=settings["bin_frames"],
+                max_frames=settings["max_frames"],
+                batch_size=bench.options.batch_size,
+                block_frames=bench.options.block_frames,
+                weights=bench.weights,
+                records=records,
+                folder=Path(folder),
+            )
+            work.run()
+        bench.missing.setdefault(self.name, []).extend(work.missing.values())
+        if work.not_finite:
+            warnings.append(
+                f"The loss of {len(work.not_finite)} recordings is not finite in some arm; they "
+                f"are counted nowhere and listed as missing data."
+            )
+        found = work.results()
+        summary = summarise_positions(
+            found + (prepared.comparable(found) if prepared else []),
+            bin_frames=settings["bin_frames"],
+            window_frames=bench.window_frames,
+            vocabulary=bench.vocabulary,
+            seed=bench.options.seed,
+        )
+        return {
+            **summary,
+            "reset_sec": reset_frames / FRAME_RATE_HZ,
+            "ttt_wrote": _longest_frames(bench, options) > every,
+            "warnings": warnings,
+        }
+
+    def sentences(self, found: Found) -> Iterable[str]:
+        from .sentences import sentences
+
+        return sentences(found)
+
+    def note(self, found: Found) -> str:
+        from finetune.monitoring import format_duration
+        from finetune.statistics import MIN_SEQUENCES
+
+        if not found["num_recordings"]:
+            return "No recording could be read."
+        few = found["num_recordings"] < MIN_SEQUENCES
+        caution = (
+            f" With less than {MIN_SEQUENCES} recordings there are no intervals." if few else ""
+        )
+        return (
+            f"{found['num_recordings']} recordings, "
+            f"{format_duration(found['duration_sec'])} together, the longest "
+            f"{format_duration(found['longest_sec'])}. Cross-entropy in nats per token, weighted "
+            f"as in training, read in streaming mode from the start of each recording. In "
+            f"brackets: 95 % intervals, bootstrap over recordings; differences are paired. Slopes "
+            f"are within recordings: each has a level of its own.{caution}"
+        )
+
+    def figure(self, found: Found, model: Found) -> Figure | None:
+        from .figure import position_figure
+
+        return position_figure(found) if found["num_recordings"] else None
+
+    def tables(self, found: Found) -> Sequence[Table]:
+        from .figure import arm_label
+
+        columns = (
+            "stream",
+            "mean",
+            "beyond the window",
+            "slope per doubling of position",
+            "slope per hour, beyond the window",
+        )
+        differences = [
+            [" − ".join(d["arms"]), STREAM_TITLES[stream], *_cells(d[stream], signed)]
+            for d in found.get("differences", ())
+            for stream in STREAMS
+        ]
+        arms = [
+            [arm_label(arm, found), STREAM_TITLES[stream], *_cells(of_stream[stream], plain)]
+            for arm, of_stream in found["arms"].items()
+            for stream in STREAMS
+        ]
+        return Table(("compared", *columns), differences), Table(("arm", *columns), arms)
+
+    def csv(self, found: Found) -> Table:
+        keys = ("start_sec", "stop_sec", "count", "weight", "value", "low", "high")
+        rows = [
+            [name, stream, *(point[key] for key in keys)]
+            for name, of in _curves(found)
+            for stream in STREAMS
+            for point in of[stream]["curve"]
+        ]
+        columns = ["arm", "stream", "start_sec", "stop_sec", "num_recordings", "weight"]
+        return Table([*columns, "loss", "low", "high"], rows)
+
+    def scalars(self, found: Found) -> dict[str, float | None]:
+        return {
+            f"{name}/{stream}/{place}": of[stream][place]["value"]
+            for name, of in _curves(found)
+            for stream in found["guessing"]
+            for place in ("mean", "beyond_window")
+        }
+
+
+def _settings(inputs: Inputs, options: PositionOptions) -> Json:
+    """Return what the records of a recording depend on, beside the checkpoint."""
+    from .measure import frames_of
+
+    return {
+        "bin_frames": frames_of(options.bin_sec) or 1,
+        "max_frames": frames_of(options.max_sec),
+        **dataclasses.asdict(inputs.weights),
+    }
+
+
+def _curves(found: Found) -> list[tuple[str, Found]]:
+    differences = [("-".join(d["arms"]), d) for d in found.get("differences", ())]
+    return [*found["arms"].items(), *differences]
+
+
+def _cells(of_stream: Found, show: Callable[..., str]) -> list[str]:
+    places = ("mean", "beyond_window", "slope_per_doubling", "slope_per_hour_beyond_window")
+    return [show(of_stream[p], 4) if "slope" in p or show is signed else show(of_stream[p])
+            for p in places]  # fmt: skip
+
+
+def _longest_frames(bench: Bench, options: PositionOptions) -> int:
+    """Return the length of the longest recording, as far as it is read."""
+    from .measure import estimated_frames, frames_of
+
+    max_frames = frames_of(options.max_sec)
+    return max(estimated_frames(recording, max_frames) for recording in bench.recordings)
+
+
+def _arms_there_are(
+    bench: Bench, options: PositionOptions, reset_frames: int, warnings: list[str]
+) -> list[str]:
+    """Return those of the asked-for arms that there are for this checkpoint and data."""
+    from finetune.data import FRAME_RATE_HZ
+
+    from .measure import frames_of, long_enough
+
+    if not bench.model.ttt_layers:
+        bench.note("This checkpoint has no TTT: its loss is that of the arm `off`, alone.")
+        return ["off"]
+    arms: list[str] = list(options.arms)
+    update_frames = bench.model.ttt_args.update_frames
+    longest_frames = _longest_frames(bench, options)
+    if longest_frames <= update_frames:
+        warnings.append(
+            f"No recording is longer than one chunk of {update_frames} frames "
+            f"({update_frames / FRAME_RATE_HZ:g} s): TTT never wrote, and nothing can be said "
+            f"about it."
+        )
+        return [arm for arm in arms if arm in ("on", "off")]
+    donors = long_enough(bench.recordings, update_frames, frames_of(options.max_sec))
+    if "carried" in arms and len(donors) < 2:
+        arms.remove("carried")
+        bench.note(
+            f"The arm `carried` is left out: it needs two recordings of at least the "
+            f"{update_frames} frames after which TTT writes."
+        )
+    if "reset" in arms and longest_frames <= reset_frames:
+        arms.remove("reset")
+        bench.note(
+            f"What is read of no recording is longer than the {reset_frames} frames after "
+            f"which TTT would be reset: the arm `reset` is left out. A lower --reset_frames "
+            f"may bring it back; it must exceed {update_frames}."
+        )
+    return arms
+
+
+def _check_reset(inputs: Inputs, options: PositionOptions) -> None:
+    """
+    Raises:
+        UserError: resets so frequent that nothing learnt is ever read.
+    """
+    ttt_args = inputs.args.ttt
+    wanted, least = options.reset_frames, ttt_args.update_frames + 1
+    if ttt_args.enabled and "reset" in options.arms and wanted is not None and wanted < least:
+        raise UserError(
+            f"--reset_frames: TTT writes after every {least - 1} frames in this checkpoint. "
+            f"Reset every {wanted} frames, it would never read what it has learnt, and the arm "
+            f"`reset` would be the arm `off`. Give at least {least}, better some times that."
+        )
+
+
+TASK = Position()

@@ -1,0 +1,6 @@
+"""What is done already: results on the disk, so that no work is done twice."""
+
+from finetune.kept.records import Records, read_records
+from finetune.kept.whole import Kept
+
+__all__ = ["Kept", "Records", "read_records"]

@@ -1,0 +1,66 @@
+"""The result of one piece of work, in a file that is there as a whole or not at all."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import UserError
+from finetune.safety import parse_json, with_nan, without_nan
+
+
+class Kept:
+    """A JSON object on the disk, beside which a crash leaves nothing half done.
+
+    Args:
+        path: the file; its folder is made when it is written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self) -> dict[str, Any] | None:
+        """Return what is kept; None if nothing is.
+
+        Raises:
+            UserError: the file cannot be read, or holds something else.
+        """
+        try:
+            return decoded(self.path.read_bytes()) if self.path.exists() else None
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be read: {error.strerror or error}.") from error
+        except ValueError as error:
+            raise UserError(
+                f"{self.path} is damaged ({error}): delete it, or move it away, to do this again."
+            ) from error
+
+    def write(self, value: Mapping[str, Any]) -> None:
+        """Keep a value in the place of what was kept before.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        partial = self.path.with_suffix(".tmp")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_text(encoded(value, indent=1) + "\n", encoding="utf-8")
+            partial.replace(self.path)
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be written: {error.strerror or error}.") from error
+
+
+def encoded(value: Mapping[str, Any], *, indent: int | None = None) -> str:
+    """Return a value as JSON, in which NaN and infinities are text."""
+    return json.dumps(without_nan(dict(value), as_text=True), indent=indent, allow_nan=False)
+
+
+def decoded(text: str | bytes) -> dict[str, Any]:
+    """Return the value of `encoded`.
+
+    Raises:
+        ValueError: it is no JSON, or no object.
+    """
+    value = with_nan(parse_json(text))
+    if not isinstance(value, dict):
+        raise ValueError("it is no JSON object")
+    return value

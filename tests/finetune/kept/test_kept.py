@@ -1,0 +1,58 @@
+"""What is done is kept as a whole, and read again as it was."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+from finetune.errors import UserError
+from finetune.kept import Kept, Records, read_records
+
+
+def test_a_result_comes_back_as_it_was(tmp_path):
+    kept = Kept(tmp_path / "new/result.json")
+    assert kept.read() is None
+    kept.write({"loss": math.inf, "name": "é", "curve": [1.5, math.nan]})
+    found = kept.read()
+    assert found["loss"] == math.inf and found["name"] == "é"
+    assert found["curve"][0] == 1.5 and math.isnan(found["curve"][1])
+
+
+def test_a_crash_while_writing_leaves_what_was_there(tmp_path, monkeypatch):
+    kept = Kept(tmp_path / "result.json")
+    kept.write({"step": 1})
+
+    def dies(path, target):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", dies)
+    with pytest.raises(KeyboardInterrupt):
+        kept.write({"step": 2})
+    assert kept.read() == {"step": 1}
+
+
+@pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff", b"[" * 100_000])
+def test_a_damaged_file_is_named(tmp_path, content):
+    (tmp_path / "result.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"result\.json is damaged .*: delete it, or move it away"):
+        Kept(tmp_path / "result.json").read()
+
+
+def test_a_place_that_cannot_be_used_is_named(tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(UserError, match=r"file/result\.json cannot be written: "):
+        Kept(tmp_path / "file/result.json").write({})
+    (tmp_path / "result.json").mkdir()
+    with pytest.raises(UserError, match=r"result\.json cannot be read: "):
+        Kept(tmp_path / "result.json").read()
+
+
+def test_records_are_read_by_others_with_what_they_depend_on(tmp_path):
+    path = tmp_path / "records.jsonl"
+    Records(path, {"seed": 0}).append({"loss": math.nan})
+    header, (record,) = read_records(path, "--with")
+    assert header == {"seed": 0} and math.isnan(record["loss"])
+    assert read_records(tmp_path / "none.jsonl", "--with") is None
+    path.write_text("{}\n[]\n")
+    with pytest.raises(UserError, match=r"--with: .*records\.jsonl is damaged"):
+        read_records(path, "--with")
