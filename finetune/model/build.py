@@ -2,7 +2,7 @@
 
 import logging
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +236,8 @@ def load_model(
     info: loaders.CheckpointInfo,
     device: torch.device | str,
     sharder: Sharder | None = None,
+    *,
+    check: Callable[[TTTLMModel], None] | None = None,
 ) -> TTTLMModel:
     """The model to train, on `device`, with its trainable parameters marked.
 
@@ -244,6 +246,7 @@ def load_model(
 
     Args:
         sharder: cuts the model between processes while it is loaded.
+        check: called with the model on `meta`, before any of its weights are made or read.
 
     Raises:
         UserError: weights that do not fit the model, an impossible TTT configuration, or no
@@ -258,6 +261,8 @@ def load_model(
         there = _with_known_names(earlier.config)
         require_fit(earlier, args, shape, {key: there.get(key) for key in shape})
     model = plan_model(args, info, compile=compile)
+    if check is not None:
+        check(model)
     files = WeightFiles()
     if earlier is not None:
         files.add_base(_base_weights(earlier), model)
