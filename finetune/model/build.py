@@ -2,6 +2,7 @@
 
 import logging
 import textwrap
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -114,17 +115,20 @@ def _from_hub(repo: str, paths: ModelPaths) -> loaders.CheckpointInfo:
     if not is_reachable():
         constants.HF_HUB_OFFLINE = True  # what is in the cache still serves
     try:
-        info = loaders.CheckpointInfo.from_hf_repo(
-            repo,
-            # Where they are not needed, the weights are not downloaded.
-            moshi_weights=(
-                Path("none") if paths.random_init or paths.init_from else paths.moshi_path
-            ),
-            mimi_weights=paths.mimi_path,
-            tokenizer=paths.tokenizer_path,
-            config_path=paths.config_path,
-            mimi_config_path=Path(paths.mimi_config_path) if paths.mimi_config_path else None,
-        )
+        with warnings.catch_warnings():
+            # `moshi` says this of every repository that it cannot reach as well.
+            warnings.filterwarnings("ignore", "Repository .* contains no config.json")
+            info = loaders.CheckpointInfo.from_hf_repo(
+                repo,
+                # Where they are not needed, the weights are not downloaded.
+                moshi_weights=(
+                    Path("none") if paths.random_init or paths.init_from else paths.moshi_path
+                ),
+                mimi_weights=paths.mimi_path,
+                tokenizer=paths.tokenizer_path,
+                config_path=paths.config_path,
+                mimi_config_path=Path(paths.mimi_config_path) if paths.mimi_config_path else None,
+            )
     except HUB_ERRORS as error:
         raise UserError(
             f"moshi_paths.hf_repo_id: {repo!r} is no local folder, and cannot be had from the "
