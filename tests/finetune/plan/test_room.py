@@ -228,7 +228,7 @@ def test_a_host_without_limits(system):
 
 
 def test_limits_of_control_groups(system):
-    proc, cgroups = system
+    _, cgroups = system
     stat = "anon 7\ninactive_file 100000000\nactive_file 200000000\n"
     task = {"memory.max": "max\n", "memory.current": "5", "memory.stat": stat}
     job = {"memory.max": "2000000000\n", "memory.current": "900000000\n", "memory.stat": stat}
