@@ -120,7 +120,9 @@ def _explain(
     if training:
 
         def is_enough(then: Memory) -> bool:
-            return len(needs) * then.peak + checkpoint <= place.free_bytes
+            # A checkpoint is of what trains, as the moments are.
+            copied = checkpoint * then.optimizer / memory.optimizer
+            return len(needs) * then.peak + copied <= place.free_bytes
 
         ways += _ways(args, model, info, world, is_enough)
     if checkpoint and training <= place.free_bytes:

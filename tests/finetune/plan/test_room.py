@@ -86,6 +86,15 @@ def test_a_run_that_just_does_not_fit_is_told_what_does(
     assert "shard_size" not in said, "there are no GPUs to spread over"
 
 
+def test_adapters_beyond_reason_are_told_to_be_smaller(
+    starts, monkeypatch, memory_of, makes_no_model
+):
+    monkeypatch.setattr(room, "SMALL_BYTES", 0)
+    memory_of(host_gb=0.1)
+    status, said = starts("--lora.enable=true", "--lora.rank=65536")
+    assert status == 1 and re.search(r"lora\.rank: \d+: 0\.\d GB", said), said
+
+
 def test_force_goes_on_with_a_warning(starts, tmp_path, monkeypatch, memory_of):
     monkeypatch.setattr(room, "SMALL_BYTES", 0)
     memory_of(host_gb=0.0)
