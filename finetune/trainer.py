@@ -59,7 +59,6 @@ class Trainer:
             force: go on where the memory cannot be enough by estimate.
         """
         self.args = args
-        self.force = force
         self.run_dir = Path(args.run_dir)
         self.world = join_world(
             args.device, timeout=timedelta(seconds=1.5 * args.parallel.hang_timeout_sec + 60)
@@ -67,9 +66,9 @@ class Trainer:
         setup_logging(self.world.rank)
         self.folder = RunFolder(args, self.world, config=config)
         with self.folder.starting():
-            self.assemble(args)
+            self.assemble(args, force=force)
 
-    def assemble(self, args: TrainArgs) -> None:
+    def assemble(self, args: TrainArgs, *, force: bool) -> None:
         """Assemble all parts of the run, and its folder."""
         resume_from, damaged = first_whole(self.folder.open(), self.world)
         self.checkpoint_info = info = find_checkpoint(args.moshi_paths)
@@ -77,7 +76,7 @@ class Trainer:
 
         def check(planned: TTTLMModel) -> None:
             copied = snapshot_bytes(args, planned, self.world)
-            require_room(args, info, planned, self.world, checkpoint_bytes=copied, force=self.force)
+            require_room(args, info, planned, self.world, checkpoint_bytes=copied, force=force)
 
         self.model = load_model(args, info, self.world.device, self.sharding, check=check)
         self.codec = build_codec(self.checkpoint_info, self.model)
@@ -348,6 +347,8 @@ class Trainer:
                 state["optimizer"],
                 fill=lambda tensors: fill_shards(checkpoint, tensors, self.world, self.sharding),
             )
+        except UserError:  # of the files; a ValueError of their content
+            raise
         except ValueError as error:
             raise UserError(
                 f"{checkpoint} does not belong to this configuration: {error}. Resume with the "

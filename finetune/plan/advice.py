@@ -56,7 +56,7 @@ class _Advice:
     is_enough: Callable[[Memory], bool]
 
     def less_kept(self) -> Changes:
-        less = {True: [], "selective": [True], False: ["selective", True]}
+        less: dict[Any, list[Any]] = {True: [], "selective": [True], False: ["selective", True]}
         for value in less[self.args.gradient_checkpointing]:
             what = f"gradient_checkpointing: {str(value).lower()}"
             yield what, self._with(gradient_checkpointing=value)

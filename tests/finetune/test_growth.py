@@ -1,5 +1,6 @@
 """Nothing grows with the length of a run or of a dialogue but what has to."""
 
+import contextlib
 import importlib
 from pathlib import Path
 
@@ -29,9 +30,10 @@ def test_steps_evaluations_and_speech_leave_nothing_behind(growth, tmp_path, cap
 def test_what_grows_is_noticed(growth, capsys):
     held = []
     assert not growth.watched("0.2 MB a step", 200, lambda: held.append(b"x" * 200_000))
-    assert not growth.watched("files", 60, lambda: held.append(Path("/dev/null").open()))
-    for file in held[200:]:
-        file.close()
+    with contextlib.ExitStack() as opened:
+        assert not growth.watched(
+            "files", 60, lambda: opened.enter_context(Path("/dev/null").open())
+        )
     assert growth.watched("nothing", 60, lambda: None)
     assert capsys.readouterr().out.count("GROWS") == 2
 
