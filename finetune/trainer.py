@@ -111,7 +111,6 @@ class Trainer:
             build_eval_loader(args.data, self.codec, **places) if args.do_eval else None
         )
         self.speech_check = build_speech_check(args, self.codec, self.world)
-
         self.phases = Phases(self.world.device)
         self.step = 0
         self.lost_steps = LostSteps(args)
