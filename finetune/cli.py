@@ -107,13 +107,16 @@ def run(command: Callable[[], Any]) -> int:
 
 
 @dataclass(frozen=True)
-class ConfigOptions:
+class TrainOptions:
     config: Annotated[FilePath, POSITIONAL]
     """The YAML file of the run; docs/configuration.md lists its keys."""
 
+    force: bool = False
+    """Start although the estimated memory is more than there is."""
+
 
 @command
-def train(options: ConfigOptions, overrides: dict[str, Any]) -> None:
+def train(options: TrainOptions, overrides: dict[str, Any]) -> None:
     """Train as a YAML file says.
 
     Any of its keys may be given as well: --optim.lr=1e-4 --ttt.chunk_size=64 --resume
@@ -121,7 +124,7 @@ def train(options: ConfigOptions, overrides: dict[str, Any]) -> None:
     args = load_config(options.config, overrides)
     from finetune.trainer import Trainer
 
-    status = Trainer(args, config=options.config).train()
+    status = Trainer(args, config=options.config, force=options.force).train()
     if status:
         sys.exit(status)
 
@@ -280,7 +283,7 @@ def demo(options: DemoOptions, overrides: dict[str, Any]) -> None:
     """
     from finetune.demo import run_demo
 
-    run_demo(options.out, overrides)
+    run_demo(options.out, overrides, force=options.force)
 
 
 @command

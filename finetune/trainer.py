@@ -18,6 +18,7 @@ from finetune.checkpoint import (
     load_resume_state,
     require_same_rule,
     set_random_state,
+    snapshot_bytes,
     step_of,
 )
 from finetune.config import TrainArgs, changed_keys, public_dict
@@ -36,9 +37,9 @@ from finetune.monitoring import (
     describe,
     setup_logging,
 )
-from finetune.plan import describe_run, explained, write_summary
+from finetune.plan import describe_run, explained, require_room, write_summary
 from finetune.step import LossWeights, LostSteps, Optimizer, StepResult, accumulate_gradients
-from ttt import measuring
+from ttt import TTTLMModel, measuring
 
 logger = logging.getLogger(__name__)
 
@@ -51,10 +52,11 @@ class Trainer:
             the first step as far as it can be known there.
     """
 
-    def __init__(self, args: TrainArgs, *, config: Path | None = None):
+    def __init__(self, args: TrainArgs, *, config: Path | None = None, force: bool = False):
         """
         Args:
             config: the file that `args` are from.
+            force: go on where the memory cannot be enough by estimate.
         """
         self.args = args
         self.run_dir = Path(args.run_dir)
@@ -64,14 +66,19 @@ class Trainer:
         setup_logging(self.world.rank)
         self.folder = RunFolder(args, self.world, config=config)
         with self.folder.starting():
-            self.assemble(args)
+            self.assemble(args, force=force)
 
-    def assemble(self, args: TrainArgs) -> None:
+    def assemble(self, args: TrainArgs, *, force: bool) -> None:
         """Assemble all parts of the run, and its folder."""
         resume_from, damaged = first_whole(self.folder.open(), self.world)
-        self.checkpoint_info = find_checkpoint(args.moshi_paths)
+        self.checkpoint_info = info = find_checkpoint(args.moshi_paths)
         self.sharding = build_sharding(args, self.world)
-        self.model = load_model(args, self.checkpoint_info, self.world.device, self.sharding)
+
+        def check(planned: TTTLMModel) -> None:
+            copied = snapshot_bytes(args, planned, self.world)
+            require_room(args, info, planned, self.world, checkpoint_bytes=copied, force=force)
+
+        self.model = load_model(args, info, self.world.device, self.sharding, check=check)
         self.codec = build_codec(self.checkpoint_info, self.model)
         self.loss_weights = LossWeights(
             args.text_padding_weight, args.first_codebook_weight_multiplier
@@ -104,7 +111,6 @@ class Trainer:
             build_eval_loader(args.data, self.codec, **places) if args.do_eval else None
         )
         self.speech_check = build_speech_check(args, self.codec, self.world)
-
         self.phases = Phases(self.world.device)
         self.step = 0
         self.lost_steps = LostSteps(args)
@@ -340,6 +346,8 @@ class Trainer:
                 state["optimizer"],
                 fill=lambda tensors: fill_shards(checkpoint, tensors, self.world, self.sharding),
             )
+        except UserError:  # of the files; a ValueError of their content
+            raise
         except ValueError as error:
             raise UserError(
                 f"{checkpoint} does not belong to this configuration: {error}. Resume with the "

@@ -248,9 +248,9 @@ def run_cases(
     return done.stdout
 
 
-def finish(process: "subprocess.Popen[str]") -> tuple[int, str]:
+def finish(process: "subprocess.Popen[str]", *, timeout_sec: float = 120) -> tuple[int, str]:
     """The exit status of a program, and what it has printed since it was last read."""
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=timeout_sec)
     return process.returncode, output
 
 

@@ -10,7 +10,7 @@ from finetune.checkpoint.run_dir import (
     step_of,
 )
 from finetune.checkpoint.run_folder import RunFolder, require_same_rule
-from finetune.checkpoint.writer import CheckpointWriter
+from finetune.checkpoint.writer import CheckpointWriter, snapshot_bytes
 
 __all__ = [
     "CheckpointWriter",
@@ -23,5 +23,6 @@ __all__ = [
     "load_trained_weights",
     "require_same_rule",
     "set_random_state",
+    "snapshot_bytes",
     "step_of",
 ]

@@ -175,7 +175,12 @@ def fill_shards(
     try:
         TensorReader(checkpoint / "resume").read_metadata()
     except (OSError, ValueError) as error:
-        raise UserError(f"{checkpoint / 'resume'} is not read: {error}.") from error
+        raise UserError(
+            f"{checkpoint / 'resume/.metadata'} does not say where the optimizer's tensors are, "
+            f"and nothing of it was run: {error}. Delete {checkpoint} to resume from the one "
+            f"before; or start a new run from its weights, which are safe to read: "
+            f"moshi_paths.init_from: {checkpoint}"
+        ) from error
     dcp.load(
         {
             name: like_parameter(tensor.detach(), parameter, sharding)

@@ -29,7 +29,7 @@ class TensorReader(dcp.FileSystemReader):
         except OSError:
             raise
         except Exception as error:  # a damaged pickle can raise anything
-            raise ValueError(f"its metadata cannot be read: {error}") from error
+            raise ValueError(f"it is no list of tensors ({error})") from error
         _require_plain(found)
         found.storage_meta = metadata.StorageMeta(load_id=self.load_id)
         return found
@@ -66,19 +66,22 @@ class _MetadataUnpickler(pickle.Unpickler):
         try:
             return _ADMITTED[module, name]
         except KeyError:
-            raise pickle.UnpicklingError(f"{module}.{name} has no place in metadata") from None
+            raise pickle.UnpicklingError(
+                f"it asks for {module}.{name}, as another version of PyTorch might, or somebody "
+                "who wants code to be run"
+            ) from None
 
 
 def _require_plain(found: Any) -> None:
     if not isinstance(found, Metadata):
-        raise ValueError(f"its metadata are a {type(found).__name__}")
+        raise ValueError(f"it is no list of tensors, but a {type(found).__name__}")
     # All else that DCP knows is unpickled when it is loaded, as any code.
     tensors = found.state_dict_metadata
     if not isinstance(tensors, dict) or not all(
         isinstance(name, str) and isinstance(entry, TensorStorageMetadata)
         for name, entry in tensors.items()
     ):
-        raise ValueError("its metadata name something that is no tensor")
+        raise ValueError("it names something that is no tensor")
     places = found.storage_data
     if not isinstance(places, dict) or not all(
         isinstance(place, filesystem._StorageInfo)
@@ -87,4 +90,4 @@ def _require_plain(found: Any) -> None:
         and not place.transform_descriptors
         for place in places.values()
     ):
-        raise ValueError("its metadata name a file elsewhere, or one that is stored in another way")
+        raise ValueError("it names a file elsewhere, or one that is stored in another way")

@@ -32,7 +32,7 @@ from finetune.checkpoint import manifest
 from finetune.checkpoint.run_dir import delete_old
 from finetune.checkpoint.run_record import RunRecord, fsync
 from finetune.config import TrainArgs, save_config
-from finetune.distributed import Sharding, World, like_parameter, whole
+from finetune.distributed import Sharding, World, like_parameter, shard_size, whole
 from finetune.errors import UserError
 from finetune.model import changed_shape, trainable_by_role
 from finetune.step import Optimizer
@@ -308,6 +308,23 @@ class CheckpointWriter:
             logger.info("saved %s", self._folder / f"checkpoint_{self.last_step:06d}")
         else:
             logger.error("%s Training goes on; the next checkpoint tries again.", self._error)
+
+
+def snapshot_bytes(args: TrainArgs, model: TTTLMModel, world: World) -> float:
+    """Bytes of the host's memory that a checkpoint takes in this process until it is written.
+
+    Args:
+        model: may be on `meta`, and is not sharded yet.
+    """
+    if not args.do_ckpt or not (args.ckpt_async or world.device.type == "cuda"):
+        return 0.0
+    num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    # Float32 weights and two moments.
+    found = 12.0 * num_trained / shard_size(args, world.size) if args.ckpt_async else 0.0
+    if world.is_main:
+        for tensors in consolidated(args, model).values():
+            found += sum(tensor.numel() * tensor.element_size() for _, tensor in tensors)
+    return found
 
 
 def consolidated(args: TrainArgs, model: TTTLMModel) -> dict[str, Iterator[tuple[str, Tensor]]]:

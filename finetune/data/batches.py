@@ -9,6 +9,8 @@ import atexit
 import itertools
 import logging
 import multiprocessing
+import multiprocessing.queues
+import os
 import signal
 import sys
 from collections.abc import Generator, Iterable, Iterator
@@ -20,6 +22,7 @@ from typing import Any, Literal
 import torch
 from torch.autograd.profiler import record_function
 from torch.utils.data import DataLoader
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from finetune.config import DataArgs
 from finetune.errors import UserError
@@ -175,7 +178,7 @@ class Batcher:
             num_workers=self._num_workers,
             prefetch_factor=max(2, -(-2 * self.batch_size // self._num_workers)),
             multiprocessing_context=_worker_context(),
-            worker_init_fn=_leave_signals_to_the_trainer,
+            worker_init_fn=_prepare_worker,
             # Its own, because a loader draws a seed: the model's random numbers stay what they are.
             generator=torch.Generator(),
         )
@@ -291,9 +294,24 @@ def _worker_context() -> multiprocessing.context.BaseContext:
     return context
 
 
-def _leave_signals_to_the_trainer(worker_id: int) -> None:
+# Where workers cannot be started, PyTorch's destructor asks for what its constructor had not yet
+# set, and Python prints that.
+setattr(_MultiProcessingDataLoaderIter, "_shutdown", True)  # noqa: B010
+
+
+def _prepare_worker(worker_id: int) -> None:
     # Ctrl-C and torchrun signal the whole process group. The trainer decides what to do; a worker
     # that died of it would break the step that is being finished and print a traceback.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    # Segments leave in a thread of multiprocessing, by way of shared memory. Where there is no more
+    # of it, multiprocessing prints a traceback and forgets the segment, for which the trainer would
+    # wait for ever. That a worker ends is noticed.
+    setattr(  # noqa: B010
+        multiprocessing.queues.Queue, "_on_queue_feeder_error", staticmethod(_end_worker)
+    )
+
+
+def _end_worker(error: Exception, segment: Any) -> None:
+    os._exit(1)

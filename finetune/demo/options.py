@@ -16,6 +16,9 @@ class DemoOptions:
     out: FilePath = Path("runs/demo")
     """The run folder; what an earlier demonstration left there is replaced."""
 
+    force: bool = False
+    """Start although the estimated memory is more than there is."""
+
 
 @dataclass(frozen=True)
 class DemoDataOptions:

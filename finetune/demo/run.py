@@ -21,7 +21,7 @@ CONFIG = Path("example/demo.yaml")
 PROMPT_SEC = 5.0
 
 
-def run_demo(run_dir: Path, overrides: Mapping[str, object]) -> None:
+def run_demo(run_dir: Path, overrides: Mapping[str, object], *, force: bool = False) -> None:
     """Make the data if it is not there, train `example/demo.yaml`, and show what came out.
 
     Raises:
@@ -42,7 +42,7 @@ def run_demo(run_dir: Path, overrides: Mapping[str, object]) -> None:
     make_dialogues(data_dir)
 
     console.print("[2/4] training a small Moshi with test-time training")
-    status = Trainer(args, config=CONFIG).train()
+    status = Trainer(args, config=CONFIG, force=force).train()
     if status:
         sys.exit(status)
 

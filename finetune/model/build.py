@@ -2,7 +2,8 @@
 
 import logging
 import textwrap
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -114,17 +115,20 @@ def _from_hub(repo: str, paths: ModelPaths) -> loaders.CheckpointInfo:
     if not is_reachable():
         constants.HF_HUB_OFFLINE = True  # what is in the cache still serves
     try:
-        info = loaders.CheckpointInfo.from_hf_repo(
-            repo,
-            # Where they are not needed, the weights are not downloaded.
-            moshi_weights=(
-                Path("none") if paths.random_init or paths.init_from else paths.moshi_path
-            ),
-            mimi_weights=paths.mimi_path,
-            tokenizer=paths.tokenizer_path,
-            config_path=paths.config_path,
-            mimi_config_path=Path(paths.mimi_config_path) if paths.mimi_config_path else None,
-        )
+        with warnings.catch_warnings():
+            # `moshi` says this of every repository that it cannot reach as well.
+            warnings.filterwarnings("ignore", "Repository .* contains no config.json")
+            info = loaders.CheckpointInfo.from_hf_repo(
+                repo,
+                # Where they are not needed, the weights are not downloaded.
+                moshi_weights=(
+                    Path("none") if paths.random_init or paths.init_from else paths.moshi_path
+                ),
+                mimi_weights=paths.mimi_path,
+                tokenizer=paths.tokenizer_path,
+                config_path=paths.config_path,
+                mimi_config_path=Path(paths.mimi_config_path) if paths.mimi_config_path else None,
+            )
     except HUB_ERRORS as error:
         raise UserError(
             f"moshi_paths.hf_repo_id: {repo!r} is no local folder, and cannot be had from the "
@@ -236,6 +240,8 @@ def load_model(
     info: loaders.CheckpointInfo,
     device: torch.device | str,
     sharder: Sharder | None = None,
+    *,
+    check: Callable[[TTTLMModel], None] | None = None,
 ) -> TTTLMModel:
     """The model to train, on `device`, with its trainable parameters marked.
 
@@ -244,6 +250,7 @@ def load_model(
 
     Args:
         sharder: cuts the model between processes while it is loaded.
+        check: called with the model on `meta`, before any of its weights are made or read.
 
     Raises:
         UserError: weights that do not fit the model, an impossible TTT configuration, or no
@@ -258,6 +265,8 @@ def load_model(
         there = _with_known_names(earlier.config)
         require_fit(earlier, args, shape, {key: there.get(key) for key in shape})
     model = plan_model(args, info, compile=compile)
+    if check is not None:
+        check(model)
     files = WeightFiles()
     if earlier is not None:
         files.add_base(_base_weights(earlier), model)

@@ -3,6 +3,7 @@
 from finetune.plan.describe import SUMMARY, describe_run, write_summary
 from finetune.plan.memory import estimate, explained
 from finetune.plan.plan import plan
+from finetune.plan.room import require_room
 
 __all__ = [
     "SUMMARY",
@@ -10,5 +11,6 @@ __all__ = [
     "estimate",
     "explained",
     "plan",
+    "require_room",
     "write_summary",
 ]

@@ -16,7 +16,8 @@ from finetune.distributed import shard_size
 from finetune.errors import UserError
 from finetune.model import plan_model, shape_from_hub
 from finetune.monitoring import format_count, format_duration
-from finetune.plan.memory import Memory, by_role, estimate, fits
+from finetune.plan.advice import ways_to_fit
+from finetune.plan.memory import by_role, estimate, fits
 from finetune.safety import read_json
 from ttt import TTTLMModel, state_bytes
 from ttt.layers import layer_class
@@ -70,7 +71,11 @@ def plan(args: TrainArgs, *, num_gpus: int, gpu_memory_gb: float) -> Iterator[st
         yield "it fits"
         return
     yield f"it does not fit: {memory.peak / GB:.1f} GB, and CUDA needs room of its own"
-    yield from _advise(args, model, info, num_gpus, gpu_memory_gb)
+    ways = ways_to_fit(args, model, info, num_gpus, lambda then: fits(then, gpu_memory_gb * GB))
+    for way in ways:
+        yield f"  {way}"
+    if not ways:
+        yield "no single change is enough: combine LoRA, more GPUs, a smaller batch_size"
 
 
 def _shape(paths: ModelPaths) -> tuple[loaders.CheckpointInfo, str]:
@@ -152,53 +157,3 @@ def _ttt_factor(args: TrainArgs, model: TTTLMModel) -> float:
         return 1.0
     num_ttt_layers = len(model.ttt_layers) / len(model.transformer.layers) * 32
     return 1.0 + (cost.time_factor - 1.0) * num_ttt_layers / 5
-
-
-def _advise(
-    args: TrainArgs,
-    model: TTTLMModel,
-    info: loaders.CheckpointInfo,
-    num_gpus: int,
-    gpu_memory_gb: float,
-) -> Iterator[str]:
-    """Changes that make it fit, each alone."""
-    fitting = [
-        (what, memory)
-        for what, memory in _changes(args, model, info, num_gpus)
-        if fits(memory, gpu_memory_gb * GB)
-    ]
-    if not fitting:
-        yield "no single change is enough: combine LoRA, more GPUs, a smaller batch_size"
-    for kind in dict.fromkeys(what.split(":")[0] for what, _ in fitting):
-        # The least change of each kind.
-        what, memory = next(each for each in fitting if each[0].startswith(kind))
-        yield f"  {what}: {memory.peak / GB:.1f} GB"
-
-
-def _changes(
-    args: TrainArgs, model: TTTLMModel, info: loaders.CheckpointInfo, num_gpus: int
-) -> Iterator[tuple[str, Memory]]:
-    """Yield what could be changed, and the memory that the run takes then; small changes first."""
-    if args.gradient_checkpointing is not True:
-        changed = _with(args, gradient_checkpointing=True)
-        yield "gradient_checkpointing: true", estimate(changed, model, num_gpus)
-    batch_size = args.batch_size
-    while batch_size > 1:
-        batch_size //= 2
-        microbatches = args.num_microbatches * -(-args.batch_size // batch_size)
-        changed = _with(args, batch_size=batch_size, num_microbatches=microbatches)
-        what = f"batch_size: {batch_size} with num_microbatches: {microbatches}"
-        yield what, estimate(changed, model, num_gpus)
-    for number in (num_gpus, 2, 4, 8, 16, 32, 64):
-        if 1 < number >= num_gpus:
-            parallel = dataclasses.replace(args.parallel, shard_size=number)
-            what = f"GPUs: {number} with parallel.shard_size: {number}"
-            yield what, estimate(_with(args, parallel=parallel), model, number)
-    if args.full_finetuning:
-        lora = dataclasses.replace(args.lora, enable=True)
-        changed = _with(args, full_finetuning=False, lora=lora)
-        yield "lora.enable: true", estimate(changed, plan_model(changed, info), num_gpus)
-
-
-def _with(args: TrainArgs, **changes: Any) -> TrainArgs:
-    return dataclasses.replace(args, **changes)

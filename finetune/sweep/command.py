@@ -41,9 +41,12 @@ def run_command(options: SweepOptions, overrides: Mapping[str, object]) -> int:
         arguments = [f"--{key}={value}" for key, value in overrides.items()]
         if options.sweep_dir:
             arguments.append(f"--sweep_dir={options.sweep_dir}")
+        if options.force:
+            arguments.append("--force")
         console.print(f"wrote {write_array(sweep, arguments)}; submit it with sbatch")
         return 0
-    status = 0 if options.table else run_sweep(sweep, only or list(sweep.runs))
+    names = only or list(sweep.runs)
+    status = 0 if options.table else run_sweep(sweep, names, force=options.force)
     show_results(sweep)
     return status
 

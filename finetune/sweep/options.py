@@ -22,3 +22,6 @@ class SweepOptions:
 
     slurm: bool = False
     """Run nothing, write a script for a SLURM job array."""
+
+    force: bool = False
+    """Start runs although their estimated memory is more than there is."""

@@ -90,8 +90,11 @@ def changes_since(run: PlannedRun, runs: dict[str, PlannedRun]) -> list[str]:
     return found
 
 
-def run_sweep(sweep: Sweep, only: Collection[str]) -> int:
+def run_sweep(sweep: Sweep, only: Collection[str], *, force: bool = False) -> int:
     """Run what is not finished of `only`, in order.
+
+    Args:
+        force: runs start although their estimated memory is more than there is.
 
     Returns:
         An exit status: 0, 1 if a run failed or was skipped, or 128 + the signal that ended it.
@@ -113,7 +116,7 @@ def run_sweep(sweep: Sweep, only: Collection[str]) -> int:
     with Children() as children:
         for number, run in enumerate(chosen, start=1):
             label = f"[{number}/{len(chosen)}] {run.name}"
-            record = _run_one(sweep, run, label, children)
+            record = _run_one(sweep, run, label, children, force)
             failed |= record.status != "finished"
             if record.status == "stopped" or children.signal_number:
                 _say("stopped; the same command goes on from here")
@@ -127,7 +130,9 @@ def _done(sweep: Sweep, name: str) -> Status:
     return "new" if changes_since(run, sweep.runs) else read_record(run).status
 
 
-def _run_one(sweep: Sweep, run: PlannedRun, label: str, children: "Children") -> Record:
+def _run_one(
+    sweep: Sweep, run: PlannedRun, label: str, children: "Children", force: bool
+) -> Record:
     record = read_record(run)
     changes = changes_since(run, sweep.runs)
     if record.status == "finished" and not changes:
@@ -142,6 +147,8 @@ def _run_one(sweep: Sweep, run: PlannedRun, label: str, children: "Children") ->
     if changes:
         _say(f"{label}: runs again from its beginning: {'; '.join(changes)}")
         record, options = Record(), {"overwrite_run_dir": "true"}
+    if force:
+        options["force"] = "true"
     with _locked(log_path(run)) as log:
         record.status, record.message = "running", ""
         if run.after:

@@ -61,7 +61,8 @@ def test_killed_twenty_times_at_random_moments_a_run_ends_as_if_it_never_was(con
         for path in list_checkpoints(tmp_path / "killed"):
             assert manifest.first_problem(path) is None
     assert num_steps_seen > 20
-    status, output = finish(start(config, tmp_path / "killed", overrides))
+    # 400 steps take minutes on a machine that others use.
+    status, output = finish(start(config, tmp_path / "killed", overrides), timeout_sec=900)
     assert status == 0, output
     train(config, tmp_path / "whole", {**overrides, "resume": False})
     assert logged_steps(tmp_path / "killed") == list(range(1, 401))

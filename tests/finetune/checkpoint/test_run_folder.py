@@ -82,6 +82,16 @@ def _checkpoints_are_a_link(run_dir):
     (run_dir / "checkpoints").symlink_to(run_dir.parent / "far")
 
 
+def _a_checkpoint_is_a_link(run_dir):
+    checkpoint(run_dir, 2).rename(run_dir.parent / "far")
+    checkpoint(run_dir, 2).symlink_to(run_dir.parent / "far")
+
+
+def _curves_are_a_link(run_dir):
+    (run_dir / "tb").rename(run_dir.parent / "far")
+    (run_dir / "tb").symlink_to("../far")
+
+
 def _a_file_in_a_checkpoint(run_dir):
     (checkpoint(run_dir, 2) / "thesis.txt").write_text("years of work")
 
@@ -108,6 +118,8 @@ def _a_record_behind_a_link(run_dir):
     [
         (_args_is_a_link, "args.yaml was not written by the run"),
         (_checkpoints_are_a_link, "checkpoints was not written by the run"),
+        (_a_checkpoint_is_a_link, "checkpoint_000002 was not written by the run"),
+        (_curves_are_a_link, "tb was not written by the run"),
         (_a_file_in_a_checkpoint, "thesis.txt was not written by the run"),
         (_a_checkpoint_of_somebody_else, "checkpoint_000007.* was not written by the run"),
         (_no_record, "no record of a run"),
@@ -164,6 +176,25 @@ def test_nothing_is_replaced_through_a_link(config, run_dir):
     above = run_dir.parent / "above"  # a folder further up may well be one
     above.symlink_to(run_dir.parent)
     train(config, above / "run", OVERWRITE)
+
+
+def test_a_file_that_has_another_name_elsewhere_stays_there(config, run_dir):
+    """A hard link: some keep the best checkpoint so."""
+    file = checkpoint(run_dir, 2) / "info.json"
+    kept = run_dir.parent / "kept.json"
+    kept.hardlink_to(file)
+    before = kept.read_bytes()
+    train(config, run_dir, OVERWRITE)
+    assert kept.read_bytes() == before and not file.exists()
+
+
+@pytest.mark.parametrize("target", ["nowhere", "run2"], ids=["nothing", "itself"])
+def test_a_link_that_leads_nowhere_is_no_run_folder(config, run_dir, target):
+    link = run_dir.parent / "run2"
+    link.symlink_to(target)
+    with pytest.raises(UserError, match="run_dir: "):
+        trainer(config, link, OVERWRITE)
+    assert os.readlink(link) == target and not (run_dir.parent / "nowhere").exists()
 
 
 def test_a_users_project_is_not_written_into(config, tmp_path):
@@ -337,6 +368,31 @@ def test_a_read_only_parent_and_a_folder_of_its_own_file_system(config, run_dir)
         parent.chmod(0o755)
     assert len(list_checkpoints(run_dir)) == 1
     assert [path.name for path in parent.iterdir()] == ["run"]
+
+
+def test_a_parent_that_nobody_can_write_to_and_a_run_folder_mounted_in_it(config, tmp_path):
+    """Not even root: a file system that is read-only, and another in it for the run alone."""
+    parent, run_dir = tmp_path / "parent", tmp_path / "parent/run"
+    parent.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "none", parent]).returncode:
+        pytest.skip("only root can mount")
+    try:
+        run_dir.mkdir()
+        (parent / "other").mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "none", run_dir], check=True)
+        subprocess.run(["mount", "-o", "remount,ro", parent], check=True)
+        with pytest.raises(UserError, match="run_dir: cannot write to"):
+            trainer(config, parent / "other")
+        train(config, run_dir, {"max_steps": 2})
+        before = tree(run_dir)
+        with pytest.raises(UserError, match="moshi_path"):
+            trainer(config, run_dir, OVERWRITE | {"moshi_paths.moshi_path": "nowhere"})
+        assert tree(run_dir) == before
+        train(config, run_dir, OVERWRITE)
+        assert [path.name for path in list_checkpoints(run_dir)] == ["checkpoint_000001"]
+    finally:
+        for mount in (run_dir, parent):
+            subprocess.run(["umount", "--lazy", mount])
 
 
 # --- power cuts -----------------------------------------------------------------------------------

@@ -235,7 +235,7 @@ def test_places_to_run_in(config, tmp_path, variables, shell):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", ["4k", "200k"])
+@pytest.mark.parametrize("size", ["4k", "100k", "400k"])
 def test_shared_memory_that_is_too_small_is_one_message(config, tmp_path, size):
     mount = f'unshare -m bash -c "mount -t tmpfs -o size={size} none /dev/shm && $0"'
     if os.geteuid() or subprocess.run(["unshare", "-m", "true"]).returncode:
@@ -243,6 +243,7 @@ def test_shared_memory_that_is_too_small_is_one_message(config, tmp_path, size):
     run = ("train", config, f"--run_dir={tmp_path}/run", "--data.num_workers=2")
     status, output = finished(*run, shell=mount)
     assert status == 1
+    assert "Traceback" not in output and "Exception" not in output
     last = output.strip().splitlines()[-1]
     assert last.startswith("error: ") and "data.num_workers" in last and "--shm-size" in last
 

@@ -115,8 +115,10 @@ def test_resuming_runs_nothing_of_a_checkpoint(config, run_dir, tmp_path, attack
     found.storage_meta = None
     file.write_bytes(attack(found, mark))
     sign(saved)
-    with pytest.raises(UserError, match=r"checkpoint_000004/resume is not read: its metadata"):
+    with pytest.raises(UserError, match=r"_000004/resume/\.metadata does not say") as error:
         trainer(config, run_dir, LORA | {"resume": True})
+    assert str(error.value).startswith(str(saved)) and "configuration" not in str(error.value)
+    assert f"Delete {saved}" in str(error.value) and f"init_from: {saved}" in str(error.value)
     assert not mark.exists()
 
 
