@@ -51,8 +51,27 @@ LINEAR = {
 ARGS = IN_PLACE | LINEAR
 
 
+BY_DEFAULT = {
+    "text",
+    "relative, hidden, no lookahead",
+    "carried sum",
+    "delta, long kernel",
+    "delta, input, decay",
+    "linear, one wide head",
+    "linear without convolution",
+    "mlp with rope",
+}
+"""Every option has each of its values in one of these. All combinations of `ARGS`: `-m slow`."""
+
+
 def each_of(args):
-    return pytest.mark.parametrize("args", args.values(), ids=args.keys())
+    return pytest.mark.parametrize(
+        "args",
+        [
+            pytest.param(value, id=name, marks=[] if name in BY_DEFAULT else pytest.mark.slow)
+            for name, value in args.items()
+        ],
+    )
 
 
 every_method = each_of(ARGS)
