@@ -45,9 +45,9 @@ class Arm:
     """Of the losses; None: all."""
 
 
-ALL = {"on_all": True}
-FSDP = {"on_all": True, "is_sharded": True}
-FEW = {"is_full": True, "has_few_layers": True}
+ALL: dict[str, Any] = {"on_all": True}
+FSDP: dict[str, Any] = {"on_all": True, "is_sharded": True}
+FEW: dict[str, Any] = {"is_full": True, "has_few_layers": True}
 ARMS = [
     Arm("one GPU"),
     Arm("one GPU, TTT off", ttt=False),
@@ -63,7 +63,7 @@ ARMS = [
 
 def train_args(arm: Arm, options: argparse.Namespace) -> TrainArgs:
     """The configuration of a line."""
-    layers = {"start_layer": 1} if options.model == "tiny" else {}
+    layers: dict[str, Any] = {"start_layer": 1} if options.model == "tiny" else {}
     return TrainArgs(
         DataArgs(),
         run_dir="",
