@@ -11,8 +11,13 @@ export OMP_WAIT_POLICY = PASSIVE
 demo: $(INSTALLED)
 	$(BIN)/moshi-ttt demo
 
+# Processes that run tests, each on one thread. A file of tests stays in one process, as its tests
+# share runs.
+WORKERS ?= 2
+
+test: export OMP_NUM_THREADS = 1
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -24,7 +29,6 @@ docs: $(INSTALLED)
 
 install: $(INSTALLED)
 
-# torchaudio does not name the torch it was built for: it must be of the same release.
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "Python 3.10 or later is needed"'
 	$(PYTHON) -m venv .venv

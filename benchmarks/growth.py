@@ -13,6 +13,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -139,13 +140,13 @@ def speaks(saved: Path, minutes: float) -> bool:
     at = [0]
     forward = model.forward_text
 
-    def counted(*arguments: object, **named: object) -> object:
+    def counted(*arguments: Any, **named: Any) -> Any:
         at[0] += 1
         if at[0] % max(1, num_frames // 60) == 0:
             seen.append((float(at[0]), look()))
         return forward(*arguments, **named)
 
-    model.forward_text = counted
+    model.forward_text = counted  # type: ignore[method-assign]
     said = generate_codes(model, codes, prompt_frames=0, temperature=0.8, text_temperature=0.7)
     found = slopes(seen)
     flat = is_flat(found, span=num_frames * 2 / 3)

@@ -6,6 +6,7 @@ python benchmarks/long_stream.py [--frames 50000]
 
 import argparse
 import os
+from typing import Any
 
 os.environ["NO_TORCH_COMPILE"] = "1"
 
@@ -18,7 +19,7 @@ from ttt.layers import TTTLayer
 CALL_FRAMES = 50
 """Frames of a call, and of attention's window."""
 
-LM = {
+LM: dict[str, Any] = {
     **{"dim": 16, "text_card": 30, "existing_text_padding_id": 3, "card": 20, "n_q": 8, "dep_q": 4},
     **{"num_heads": 2, "num_layers": 3, "hidden_scale": 4, "causal": True, "gating": "silu"},
     **{"norm": "rms_norm_f32", "positional_embedding": "rope", "max_period": 10000},
@@ -29,11 +30,11 @@ LM = {
 }
 """A small model with the norm and the positions of Moshi, 1 + 4 + 4 streams."""
 
-LAYERS = {"enabled": True, "start_layer": 0, "layer_frequency": 2}
-SUM = {"write": "sum", "lr_scale": "none", "learning_rate": 1e-3, "chunk_size": 20}
-DELTA = {"write": "delta", "lr_scale": "none", "chunk_size": 20}
-INNER_LOOP = {"mini_batch_size": 4, "scan_checkpoint_group_size": 2}
-METHODS = {
+LAYERS: dict[str, Any] = {"enabled": True, "start_layer": 0, "layer_frequency": 2}
+SUM: dict[str, Any] = {"write": "sum", "lr_scale": "none", "learning_rate": 1e-3, "chunk_size": 20}
+DELTA: dict[str, Any] = {"write": "delta", "lr_scale": "none", "chunk_size": 20}
+INNER_LOOP: dict[str, Any] = {"mini_batch_size": 4, "scan_checkpoint_group_size": 2}
+METHODS: dict[str, dict[str, Any]] = {
     "sum": SUM,
     "sum, max_delta_norm 1": {**SUM, "max_delta_norm": 1.0},
     "sum, state_decay 0.99": {**SUM, "state_decay": 0.99},

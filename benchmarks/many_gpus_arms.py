@@ -19,7 +19,7 @@ from training_arms import TINY, TTT, OurRun, random_codes
 from training_arms import Arm as Codes
 
 from finetune.config import DataArgs, LoraArgs, ModelPaths, OptimArgs, ParallelArgs, TrainArgs
-from finetune.distributed import World, build_sharding, join_world
+from finetune.distributed import World, build_sharding, join_world, num_processes, shard_size
 from finetune.model import load_model, plan_model
 from finetune.plan import estimate
 from ttt import TTTArgs
@@ -45,9 +45,9 @@ class Arm:
     """Of the losses; None: all."""
 
 
-ALL = {"on_all": True}
-FSDP = {"on_all": True, "is_sharded": True}
-FEW = {"is_full": True, "has_few_layers": True}
+ALL: dict[str, Any] = {"on_all": True}
+FSDP: dict[str, Any] = {"on_all": True, "is_sharded": True}
+FEW: dict[str, Any] = {"is_full": True, "has_few_layers": True}
 ARMS = [
     Arm("one GPU"),
     Arm("one GPU, TTT off", ttt=False),
@@ -63,7 +63,7 @@ ARMS = [
 
 def train_args(arm: Arm, options: argparse.Namespace) -> TrainArgs:
     """The configuration of a line."""
-    layers = {"start_layer": 1} if options.model == "tiny" else {}
+    layers: dict[str, Any] = {"start_layer": 1} if options.model == "tiny" else {}
     return TrainArgs(
         DataArgs(),
         run_dir="",
@@ -80,10 +80,11 @@ def train_args(arm: Arm, options: argparse.Namespace) -> TrainArgs:
     )
 
 
-def measure(arm: Arm, options: argparse.Namespace, world: World) -> dict[str, Any]:
+def measure(arm: Arm, options: argparse.Namespace) -> dict[str, Any]:
     """Losses, seconds per step and memory."""
     started = time.monotonic()
     args = train_args(arm, options)
+    world = join_world(options.device, shard_size=shard_size(args, num_processes()))
     kwargs = dict(TINY if options.model == "tiny" else loaders._lm_kwargs)
     if arm.has_few_layers:
         kwargs["num_layers"] = min(kwargs["num_layers"], options.full_layers)
@@ -174,7 +175,7 @@ def work(options: argparse.Namespace) -> None:
             write(speed)
     for arm in chosen:
         try:
-            result = measure(arm, options, world)
+            result = measure(arm, options)
         except Exception as error:
             traceback.print_exc()
             kind = "out of memory" if isinstance(error, torch.OutOfMemoryError) else repr(error)

@@ -192,7 +192,7 @@ def attention_cases(batch: int, num_frames: int, options: argparse.Namespace) ->
     ]
 
     def windowed(window: int) -> Callable[..., Tensor]:
-        return lambda *qkv: causal_attention(*qkv, window)
+        return lambda q, k, v: causal_attention(q, k, v, window)
 
     def masked(window: int) -> Callable[..., Tensor]:
         frames = torch.arange(num_frames, device=options.device)

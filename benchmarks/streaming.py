@@ -179,7 +179,7 @@ def main() -> None:
     result = check_tokens(ttt_args, codes[options.batch[0]], expected, device)
     print(json.dumps({"machine": name, "greedy tokens in float32": result}), flush=True)
 
-    off_ms = {}
+    off_ms: dict[int, float] = {}
     for enabled in (False, True):
         model = make_model(ttt_args if enabled else TTTArgs(), device)
         page = {"machine": name, "method": options.method if enabled else "no TTT"}

@@ -27,7 +27,7 @@ TINY = {
     **{"depformer_dim": 32, "depformer_num_heads": 4, "depformer_num_layers": 2},
     "depformer_dim_feedforward": 132,
 }
-TTT = {
+TTT: dict[str, dict[str, Any]] = {
     "in_place sum": {"method": "in_place", "write": "sum", "lr_scale": "none"},
     "in_place delta": {"method": "in_place", "write": "delta"},
     "linear": {"method": "linear"},

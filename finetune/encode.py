@@ -30,7 +30,13 @@ def encode_data(args: TrainArgs) -> None:
         codec = build_codec(info, plan_model(args, info), world.device)
         store = open_store(args.data)
         if world.size > 1:
-            check_share(args.data, store=store, with_eval=args.do_eval, **world.place)
+            check_share(
+                args.data,
+                store=store,
+                rank=world.rank,
+                world_size=world.size,
+                with_eval=args.do_eval,
+            )
             world.barrier()
         fill = CacheFill(
             args.data,
@@ -38,7 +44,8 @@ def encode_data(args: TrainArgs) -> None:
             duration_sec=args.duration_sec,
             store=store,
             with_eval=args.do_eval,
-            **world.place,
+            rank=world.rank,
+            world_size=world.size,
         )
         _run(fill, args.duration_sec)
         world.barrier()

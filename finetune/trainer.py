@@ -23,7 +23,14 @@ from finetune.checkpoint import (
 )
 from finetune.config import TrainArgs, changed_keys, public_dict
 from finetune.data import Batch, build_eval_loader, build_train_loader, check_share, open_store
-from finetune.distributed import Watch, build_sharding, join_world, peak_memory_gb
+from finetune.distributed import (
+    Watch,
+    build_sharding,
+    join_world,
+    num_processes,
+    peak_memory_gb,
+    shard_size,
+)
 from finetune.errors import UserError
 from finetune.evaluation import build_speech_check, evaluate
 from finetune.interrupt import Interrupt
@@ -61,7 +68,9 @@ class Trainer:
         self.args = args
         self.run_dir = Path(args.run_dir)
         self.world = join_world(
-            args.device, timeout=timedelta(seconds=1.5 * args.parallel.hang_timeout_sec + 60)
+            args.device,
+            shard_size=shard_size(args, num_processes()),
+            timeout=timedelta(seconds=1.5 * args.parallel.hang_timeout_sec + 60),
         )
         setup_logging(self.world.rank)
         self.folder = RunFolder(args, self.world, config=config)
@@ -93,12 +102,19 @@ class Trainer:
         places: dict[str, Any] = {
             "duration_sec": args.duration_sec,
             "batch_size": args.batch_size,
-            **self.world.place,
+            "rank": self.world.data_rank,
+            "world_size": self.world.data_size,
             "device": self.world.device,
             "store": store,
         }
         if self.world.size > 1:
-            check_share(args.data, store=store, with_eval=args.do_eval, **self.world.place)
+            check_share(
+                args.data,
+                store=store,
+                rank=self.world.rank,
+                world_size=self.world.size,
+                with_eval=args.do_eval,
+            )
             self.world.barrier()
         self.train_data = build_train_loader(
             args.data,
@@ -242,7 +258,7 @@ class Trainer:
         if not self.is_due(self.args.log_freq):
             self.progress.update(self.step, {})
             return
-        frames = sum(batch.codes[:, 0].numel() for batch in batches) * self.world.size
+        frames = sum(batch.codes[:, 0].numel() for batch in batches) * self.world.data_size
         measured = {name: value.item() for name, value in ttt.items()}
         metrics = {
             "loss": sum(losses),

@@ -1,7 +1,9 @@
 """Before `moshi` is imported: it compiles small functions, which costs more than the tests do."""
 
+import json
 import logging
 import os
+import shutil
 
 import pytest
 
@@ -14,6 +16,30 @@ def config(tmp_path_factory):
     from training_tools import write_config
 
     return write_config(tmp_path_factory.mktemp("training"))
+
+
+@pytest.fixture(scope="session")
+def finished_runs(tmp_path_factory):
+    """The runs that tests share, by their overrides."""
+    return tmp_path_factory.mktemp("finished"), {}
+
+
+@pytest.fixture
+def finished_run(config, finished_runs):
+    """Puts a run to its last step, with the given overrides, into a folder that does not exist yet
+    or is empty: a copy, for the same run was made before."""
+    from training_tools import train
+
+    parent, known = finished_runs
+
+    def copy(run_dir, overrides=None):
+        key = json.dumps(overrides or {}, sort_keys=True)
+        if key not in known:
+            train(config, parent / str(len(known)), overrides)
+            known[key] = parent / str(len(known))
+        return shutil.copytree(known[key], run_dir, symlinks=True, dirs_exist_ok=True)
+
+    return copy
 
 
 @pytest.fixture(autouse=True)

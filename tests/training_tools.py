@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -216,14 +216,27 @@ def torchrun(*arguments: str) -> "subprocess.Popen[str]":
 
 
 def run_cases(
-    folder: Path, config: Path, num_processes: int, cases: dict[Path, dict[str, Any]]
+    folder: Path,
+    config: Path,
+    num_processes: int,
+    cases: dict[Path, dict[str, Any]],
+    *,
+    with_toy_dimension: Container[Path] = (),
 ) -> str:
-    """Runs `cases` (overrides by run folder) in processes of their own; what they print."""
+    """Runs `cases` (overrides by run folder) in processes of their own; what they print.
+
+    Args:
+        with_toy_dimension: the cases in which each two neighbors are to read the same data.
+    """
     file = folder / f"cases_{num_processes}.json"
     file.write_text(
         json.dumps(
             [
-                {"config": str(config), "overrides": {"run_dir": str(run_dir), **overrides}}
+                {
+                    "config": str(config),
+                    "overrides": {"run_dir": str(run_dir), **overrides},
+                    "has_toy_dimension": run_dir in with_toy_dimension,
+                }
                 for run_dir, overrides in cases.items()
             ]
         )

@@ -127,6 +127,11 @@ class TTTLMModel(Shardable, LMModel):
             if layer.ttt_module is not None
         }
 
+    def _init_weights(self) -> None:
+        # On `meta` there is nothing to draw, and drawing it takes seconds for a large model.
+        if not self.text_emb.weight.is_meta:
+            super()._init_weights()
+
     def forward(
         self, codes: Tensor, condition_tensors: None = None, *, with_heads: bool = True
     ) -> LMOutput | HiddenStates:

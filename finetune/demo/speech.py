@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -121,7 +122,7 @@ def _run_espeak(text: str, voice: Voice) -> tuple[np.ndarray, list[tuple[int, in
     blocks: list[bytes] = []
     events: list[tuple[int, int]] = []
 
-    def collect(wav, num_samples, event) -> int:
+    def collect(wav: Any, num_samples: int, event: Any) -> int:
         if num_samples > 0:
             blocks.append(ctypes.string_at(wav, 2 * num_samples))
         index = 0

@@ -12,7 +12,7 @@ from finetune.distributed.sharding import (
     whole,
 )
 from finetune.distributed.watchdog import Watch
-from finetune.distributed.world import World, join_world, peak_memory_gb
+from finetune.distributed.world import World, join_world, num_processes, peak_memory_gb
 
 __all__ = [
     "FEW",
@@ -24,6 +24,7 @@ __all__ = [
     "let_go",
     "like_parameter",
     "local",
+    "num_processes",
     "peak_memory_gb",
     "shard_size",
     "sum_gradients_when_needed",

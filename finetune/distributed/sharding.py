@@ -38,20 +38,20 @@ class Sharding:
     """How a model is cut: every `size` processes share a copy, and there may be several copies."""
 
     mesh: DeviceMesh
-    """(copies, parts); or (parts) alone where there is one copy."""
+    """(replicate, shard); or (shard) alone where there is one copy."""
     host_mesh: DeviceMesh
     """The same processes, for tensors in host memory."""
     dtype: torch.dtype
     """Of the forward pass."""
 
     @classmethod
-    def build(cls, world: World, size: int, dtype: torch.dtype) -> "Sharding":
-        shape = (world.size // size, size) if size < world.size else (size,)
-        names = ("copies", "parts")[-len(shape) :]
-        mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=names)
-        host_mesh = mesh
+    def build(cls, world: World, dtype: torch.dtype) -> "Sharding":
+        """Cut along the `shard` dimension of the world's mesh, in each copy alike."""
+        assert world.mesh is not None
+        host = world.mesh
         if world.device.type != "cpu":
-            host_mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+            host = init_device_mesh("cpu", tuple(host.shape), mesh_dim_names=host.mesh_dim_names)
+        mesh, host_mesh = (each[world.data_dimensions] for each in (world.mesh, host))
         return cls(mesh, host_mesh, dtype)
 
     @property
@@ -93,18 +93,15 @@ class Sharding:
 
     def sum_over_parts(self, tensor: Tensor) -> Tensor:
         """Over the processes that share a copy; also stored in `tensor` itself."""
-        dist.all_reduce(tensor, group=self.mesh.get_group("parts"))
+        dist.all_reduce(tensor, group=self.mesh.get_group("shard"))
         return tensor
 
 
 def build_sharding(args: TrainArgs, world: World) -> Sharding | None:
-    """As the configuration says; None: every process has the whole model.
-
-    Raises:
-        UserError: the processes cannot be divided so.
-    """
-    size = shard_size(args, world.size)
-    return Sharding.build(world, size, getattr(torch, args.param_dtype)) if size > 1 else None
+    """Return how the model is cut, or None where every process has the whole model."""
+    if world.dimension_size("shard") == 1:
+        return None
+    return Sharding.build(world, getattr(torch, args.param_dtype))
 
 
 def shard_size(args: TrainArgs, num_processes: int) -> int:

@@ -1,10 +1,14 @@
-"""The processes of a run: who this one is, and sums over all of them.
+"""The processes of a run: who this one is, and sums over them.
 
-Every process trains on its own batches, and gradients are summed. It holds the whole model, or a
-part of it: see `finetune.distributed.sharding`. A run without `torchrun` is a world of one, for
-which every function here does nothing.
+The processes stand in a mesh of named dimensions. `replicate` counts copies of the model, `shard`
+the processes that share a copy (see `finetune.distributed.sharding`). Along these two, every
+process trains on its own batches, and gradients are summed: they are the data dimensions. Processes
+that differ along another dimension only read the same batches, so a process's rank is not its
+share of the data: that is `data_rank` of `data_size`. A run without `torchrun` is a world of one,
+for which every function here does nothing.
 """
 
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -15,6 +19,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from finetune.errors import UserError
 
@@ -22,6 +27,10 @@ T = TypeVar("T")
 
 BUCKET_BYTES = 2**28
 """Exchanged at once when many tensors are: enough for the link's full speed, and little memory."""
+
+
+DATA_DIMENSIONS = ("replicate", "shard")
+"""Along these dimensions of the mesh, every process reads other data."""
 
 
 @dataclass(frozen=True)
@@ -32,29 +41,66 @@ class World:
     host_group: dist.ProcessGroup | None = None
     """All processes, for a thread that works beside the training: it must not mix its exchanges
     with those of the training."""
+    mesh: DeviceMesh | None = None
+    """All processes by named dimensions, without those of size 1; None in a world of one."""
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
     @property
-    def place(self) -> dict[str, int]:
-        """This process among all, as the data loaders want it."""
-        return {"rank": self.rank, "world_size": self.size}
+    def data_size(self) -> int:
+        """Into how many shares the data is divided."""
+        return math.prod(self.dimension_size(name) for name in DATA_DIMENSIONS)
+
+    @property
+    def data_rank(self) -> int:
+        """Which share of the data this process reads, from 0 on."""
+        rank = 0
+        for name in self.data_dimensions:
+            assert self.mesh is not None
+            rank = rank * self.dimension_size(name) + self.mesh.get_local_rank(name)
+        return rank
+
+    @property
+    def data_dimensions(self) -> tuple[str, ...]:
+        """The names of the dimensions of the mesh along which the data differs."""
+        return tuple(name for name in DATA_DIMENSIONS if name in self._sizes())
+
+    def dimension_size(self, name: str) -> int:
+        """Return how many processes there are along a dimension; 1 where the mesh has no such."""
+        return self._sizes().get(name, 1)
+
+    def _sizes(self) -> dict[str, int]:
+        if self.mesh is None:
+            return {}
+        assert self.mesh.mesh_dim_names is not None
+        return dict(zip(self.mesh.mesh_dim_names, self.mesh.shape, strict=True))
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum of `tensor` over all processes; also stored in `tensor` itself."""
+        """Return the sum of `tensor` over all processes; also stored in `tensor` itself."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
 
-    def sum_all(self, tensors: Iterable[torch.Tensor]) -> None:
-        """`sum` of many tensors of one type, in place. They are exchanged by way of few large ones:
-        Moshi 7B with LoRA has 700 gradients, and every exchange takes time of its own."""
+    def sum_over_data(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the sum of `tensor` over all shares of the data, each counted once; also stored in
+        `tensor` itself."""
+        if self.data_size == self.size:
+            return self.sum(tensor)
+        for name in self.data_dimensions:
+            assert self.mesh is not None
+            dist.all_reduce(tensor, group=self.mesh.get_group(name))
+        return tensor
+
+    def sum_all_over_data(self, tensors: Iterable[torch.Tensor]) -> None:
+        """`sum_over_data` of many tensors of one type, in place. They are exchanged by way of few
+        large ones: Moshi 7B with LoRA has 700 gradients, and every exchange takes time of its
+        own."""
         if self.size == 1:
             return
         for bucket in _buckets(tensors):
-            parts = self.sum(torch.cat([tensor.flatten() for tensor in bucket])).split(
+            parts = self.sum_over_data(torch.cat([tensor.flatten() for tensor in bucket])).split(
                 [tensor.numel() for tensor in bucket]
             )
             summed = [part.view_as(x) for part, x in zip(parts, bucket, strict=True)]
@@ -110,18 +156,27 @@ def _buckets(tensors: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
         yield bucket
 
 
+def num_processes() -> int:
+    """Return how many processes `torchrun` started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 def join_world(
-    device: Literal["auto", "cpu", "cuda"], *, timeout: timedelta = timedelta(minutes=15)
+    device: Literal["auto", "cpu", "cuda"],
+    *,
+    shard_size: int = 1,
+    timeout: timedelta = timedelta(minutes=15),
 ) -> World:
     """Join the processes that `torchrun` started, or be alone.
 
     Args:
+        shard_size: how many processes share a copy of the model; it divides their number.
         timeout: how long an exchange between processes may take at most.
 
     Raises:
         UserError: `cuda` was asked for and there is none, or there are fewer than processes.
     """
-    size = int(os.environ.get("WORLD_SIZE", 1))
+    size = num_processes()
     rank = int(os.environ.get("RANK", 0))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     available = torch.cuda.device_count()
@@ -139,7 +194,21 @@ def join_world(
         backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timeout)
     host_group = dist.new_group(backend="gloo", timeout=timeout) if size > 1 else None
-    return World(rank, size, place, host_group)
+    mesh = build_mesh(place, {"replicate": size // shard_size, "shard": shard_size})
+    return World(rank, size, place, host_group, mesh)
+
+
+def build_mesh(device: torch.device, sizes: dict[str, int]) -> DeviceMesh | None:
+    """Return the mesh of all processes, or None for one process alone.
+
+    Args:
+        sizes: of each dimension by name; ranks count along the last one first. A dimension of
+            size 1 is left out: it would only cost groups of one process each.
+    """
+    several = {name: size for name, size in sizes.items() if size > 1}
+    if not several:
+        return None
+    return init_device_mesh(device.type, tuple(several.values()), mesh_dim_names=tuple(several))
 
 
 def peak_memory_gb(device: torch.device) -> float:

@@ -32,7 +32,7 @@ def evaluate(
     *,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
-    """Average over all targets of all batches of all processes; every target counts once.
+    """Average over all targets of all batches of all data ranks; every target counts once.
 
     Args:
         should_stop: asked before every batch; true ends early, and the result means nothing.
@@ -55,7 +55,7 @@ def evaluate(
             total[row] += torch.stack([part.double() for part in parts]).cpu()
     model.train(was_training)
     let_go(model)
-    totals = world.sum(total.to(world.device)).tolist()
+    totals = world.sum_over_data(total.to(world.device)).tolist()
     (text_loss, text_nll), (audio_loss, audio_nll) = (
         (loss / max(weight, 1e-9), nll / max(count, 1)) for loss, weight, nll, count in totals
     )

@@ -57,10 +57,11 @@ class WeightFiles:
         Raises:
             UserError: the file cannot be read, or does not fit.
         """
+        own = ttt_parameters(model)
         expected = {
             name.replace(".frozen_W.", "."): parameter.shape
             for name, parameter in model.named_parameters()
-            if name not in ttt_parameters(model) and ".lora_" not in name
+            if name not in own and ".lora_" not in name
         }
         frozen = {name.replace(".frozen_W.", "."): name for name, _ in model.named_parameters()}
         found = _unstacked(_places(path, "moshi_paths.moshi_path"), expected)

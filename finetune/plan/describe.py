@@ -30,7 +30,7 @@ def describe_run(
     Logs a warning where TTT can have nothing to do.
     """
     num_frames = count_frames(args.duration_sec)
-    global_batch = args.batch_size * args.num_microbatches * world.size
+    global_batch = args.batch_size * args.num_microbatches * world.data_size
     yield (
         f"data: {train_data.num_segments} segments of up to {num_frames} frames from "
         f"{train_data.total_duration_sec / 3600:.2f} h of audio"
@@ -68,7 +68,7 @@ def write_summary(
         role: sum(p.numel() for p in named.values())
         for role, named in parameters_by_role(model).items()
     }
-    segments_per_step = args.batch_size * args.num_microbatches * world.size
+    segments_per_step = args.batch_size * args.num_microbatches * world.data_size
     content = {
         "parameters": sum(by_role.values()),
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),

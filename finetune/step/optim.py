@@ -88,7 +88,7 @@ class Optimizer:
         A loss or gradient that is not finite changes nothing but the schedule.
         """
         if self.sharding is None:
-            world.sum_all(m.grad for m in self._all_masters() if m.grad is not None)
+            world.sum_all_over_data(m.grad for m in self._all_masters() if m.grad is not None)
         else:
             self._take_own_gradients()
         norms = self._norms()

@@ -176,7 +176,12 @@ LOSSES = ["--model=tiny", "--device=cpu", "--batch=2", "--frames=60", "--rank=4"
 
 
 @pytest.mark.parametrize(
-    "dtype, kind", [("float32", []), ("bfloat16", []), ("bfloat16", ["--full"])]
+    "dtype, kind",
+    [
+        ("float32", []),
+        pytest.param("bfloat16", [], marks=pytest.mark.slow),
+        ("bfloat16", ["--full"]),
+    ],
 )
 def test_losses_stay_within_the_bound_and_errors_do_not(
     program, monkeypatch, tmp_path, dtype, kind

@@ -46,8 +46,8 @@ def test_a_missing_configuration(fails, config):
     assert "There is no configuration file" in message and "Did you mean" in message
 
 
-def test_an_existing_run(fails, config, tmp_path):
-    train(config, tmp_path / "run")
+def test_an_existing_run(fails, finished_run, tmp_path):
+    finished_run(tmp_path / "run")
     before = sorted(tmp_path.rglob("*"))
     message = fails()
     assert "already holds a run" in message
@@ -222,16 +222,16 @@ def test_resuming_nothing(fails):
     assert "no complete checkpoint" in fails(resume=True)
 
 
-def test_resuming_with_another_configuration_names_the_right_one(fails, config, tmp_path):
-    train(config, tmp_path / "run", LORA)
+def test_resuming_with_another_configuration_names_the_right_one(fails, finished_run, tmp_path):
+    finished_run(tmp_path / "run", LORA)
     message = fails(resume=True, **FULL)
     named = tmp_path / "run/checkpoints/checkpoint_000004/args.yaml"
     assert str(named) in message
     assert load_config(named).lora.enable
 
 
-def test_resuming_what_another_version_wrote(fails, config, tmp_path):
-    train(config, tmp_path / "run", {})
+def test_resuming_what_another_version_wrote(fails, finished_run, tmp_path):
+    finished_run(tmp_path / "run")
     saved = tmp_path / "run/checkpoints/checkpoint_000004"
     shutil.rmtree(saved / "resume")
     (saved / "manifest.json").unlink()
@@ -239,8 +239,8 @@ def test_resuming_what_another_version_wrote(fails, config, tmp_path):
     assert "another version" in message and f"moshi_paths.init_from: {saved}" in message
 
 
-def test_resuming_a_state_that_holds_something_else(fails, config, tmp_path):
-    train(config, tmp_path / "run", {})
+def test_resuming_a_state_that_holds_something_else(fails, finished_run, tmp_path):
+    finished_run(tmp_path / "run")
     saved = tmp_path / "run/checkpoints/checkpoint_000004"
     for content in ({"step": 4}, b"no tensors"):
         if isinstance(content, dict):

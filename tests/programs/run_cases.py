@@ -1,5 +1,6 @@
 """Started by `torchrun`: several small runs one after the other, in the same processes."""
 
+import dataclasses
 import json
 import os
 import sys
@@ -11,9 +12,10 @@ import torch
 import torch.distributed as dist
 
 import finetune.distributed.world
+import finetune.trainer
 import ttt.layers.depth
 from finetune.config import load_config
-from finetune.distributed import World
+from finetune.distributed import World, join_world
 from finetune.trainer import Trainer
 from ttt.layers import execution
 
@@ -23,11 +25,21 @@ ttt.layers.depth.CHUNK_FRAMES = 30
 finetune.distributed.world.BUCKET_BYTES = 10_000
 
 
+def join_with_toy_dimension(device, *, shard_size, timeout):
+    """`join_world` where each two neighbors read the same data, and compute the same."""
+    world = join_world(device, timeout=timeout)
+    sizes = {"replicate": world.size // shard_size // 2, "shard": shard_size, "toy": 2}
+    mesh = finetune.distributed.world.build_mesh(world.device, sizes)
+    return dataclasses.replace(world, mesh=mesh)
+
+
 def main(cases_file: str) -> None:
     World.close = lambda self: None  # the next run needs the same processes
     if not torch.cuda.is_available():
         execution.BACKEND = "aot_eager"  # inductor takes long
     for case in json.loads(Path(cases_file).read_text()):
+        toy = case["has_toy_dimension"]
+        finetune.trainer.join_world = join_with_toy_dimension if toy else join_world
         Trainer(load_config(case["config"], case["overrides"])).train()
     dist.destroy_process_group()
 

@@ -128,9 +128,8 @@ def test_a_checkpoint_gives_back_the_model_with_its_ttt(config, tmp_path, overri
     ],
     ids=["missing", "unknown", "misshapen"],
 )
-def test_weights_of_another_model_are_refused(config, tmp_path, spoil, message):
-    delta = {"ttt.write": "delta", "ttt.learning_rate": None}
-    train(config, tmp_path, delta)
+def test_weights_of_another_model_are_refused(finished_run, tmp_path, spoil, message):
+    finished_run(tmp_path, {"ttt.write": "delta", "ttt.learning_rate": None})
     saved = checkpoint(tmp_path, 4)
     path = saved / "consolidated/ttt.safetensors"
     weights = load_file(path)
@@ -148,9 +147,9 @@ def test_another_attention_window_is_in_the_checkpoint(config, tmp_path):
     assert saved["context"] == 7
 
 
-def test_files_say_what_they_are(config, tmp_path):
+def test_files_say_what_they_are(finished_run, tmp_path):
     def files(run_dir, overrides):
-        train(config, run_dir, overrides)
+        finished_run(run_dir, overrides)
         return {file.name for file in (checkpoint(run_dir, 4) / "consolidated").iterdir()}
 
     full, lora, ttt = "consolidated.safetensors", "lora.safetensors", "ttt.safetensors"
@@ -244,9 +243,10 @@ TEN_STEPS = {"max_steps": 10, "ckpt_freq": 5}
 @pytest.mark.parametrize(
     "overrides",
     [
-        PLAIN,
-        LORA,
-        {**LORA, "lora.ft_embed": True, "save_adapters": False},
+        # Each of the others has what these have: float32, and adapters.
+        pytest.param(PLAIN, marks=pytest.mark.slow),
+        pytest.param(LORA, marks=pytest.mark.slow),
+        {**LORA, "lora.ft_embed": True, "save_adapters": False, "param_dtype": "float32"},
         {"data.num_workers": 2, "num_microbatches": 2},
         {**FULL, "gradient_checkpointing": True, "data.shuffle": False},
     ],
@@ -264,18 +264,18 @@ def test_a_resumed_run_is_the_run_that_never_stopped(config, tmp_path, overrides
     assert_same_weights(saved_weights(tmp_path / "cut", 10), saved_weights(tmp_path / "whole", 10))
 
 
-def resumed_from(config, run_dir, first, later):
-    """Stops a run after step 7 and goes on from step 5 with other options."""
-    stop_after(trainer(config, run_dir, {**TEN_STEPS, **first}), 7)
-    return train(config, run_dir, {**TEN_STEPS, **first, **later, "resume": True})
-
-
 def test_options_changed_on_resuming_take_effect(config, tmp_path):
-    whole = {name: tmp_path / name for name in ("same", "lr", "max_norm", "weight_decay")}
-    resumed_from(config, whole["same"], FULL, {})
-    resumed_from(config, whole["lr"], FULL, {"optim.lr": 6e-3})
-    resumed_from(config, whole["max_norm"], FULL, {"max_norm": 1e-6})
-    resumed_from(config, whole["weight_decay"], FULL, {"optim.weight_decay": 1.0})
+    """A run that was stopped after step 7 goes on from step 5 with other options."""
+    stop_after(trainer(config, tmp_path / "cut", {**TEN_STEPS, **FULL}), 7)
+    whole = {}
+    for name, later in {
+        "same": {},
+        "lr": {"optim.lr": 6e-3},
+        "max_norm": {"max_norm": 1e-6},
+        "weight_decay": {"optim.weight_decay": 1.0},
+    }.items():
+        whole[name] = shutil.copytree(tmp_path / "cut", tmp_path / name)
+        train(config, whole[name], {**TEN_STEPS, **FULL, **later, "resume": True})
     rates, new_rates = logged(whole["same"], "lr"), logged(whole["lr"], "lr")
     assert new_rates[:5] == rates[:5]
     assert new_rates[5:9] == pytest.approx([2 * rate for rate in rates[5:9]])
@@ -285,49 +285,53 @@ def test_options_changed_on_resuming_take_effect(config, tmp_path):
         assert not torch.equal(weights[name], weights["same"]), name
 
 
-def test_a_resumed_run_can_be_longer(config, tmp_path):
-    train(config, tmp_path, TEN_STEPS)
+def test_a_resumed_run_can_be_longer(config, finished_run, tmp_path):
+    finished_run(tmp_path, TEN_STEPS)
     run = train(config, tmp_path, {**TEN_STEPS, "max_steps": 12, "resume": True})
     assert run.step == 12
     assert logged_steps(tmp_path) == list(range(1, 13))
 
 
-def test_a_resumed_run_that_is_complete_does_nothing(config, tmp_path):
-    train(config, tmp_path, TEN_STEPS)
+def test_a_resumed_run_that_is_complete_does_nothing(config, finished_run, tmp_path):
+    finished_run(tmp_path, TEN_STEPS)
     before = saved_weights(tmp_path, 10)
     train(config, tmp_path, {**TEN_STEPS, "resume": True})
     assert_same_weights(saved_weights(tmp_path, 10), before)
     assert logged_steps(tmp_path) == list(range(1, 11))
 
 
-def test_a_run_resumed_with_fewer_steps_than_it_has_made_is_refused(config, tmp_path):
-    train(config, tmp_path, TEN_STEPS)
+def test_a_run_resumed_with_fewer_steps_than_it_has_made_is_refused(config, finished_run, tmp_path):
+    finished_run(tmp_path, TEN_STEPS)
     with pytest.raises(UserError, match="max_steps"):
         trainer(config, tmp_path, {**TEN_STEPS, "max_steps": 8, "resume": True})
 
 
 @pytest.mark.parametrize("other", [FULL, LORA, {"ttt.start_layer": 1}])
-def test_a_run_is_not_resumed_with_other_trainable_parameters(config, tmp_path, other):
-    train(config, tmp_path)
+def test_a_run_is_not_resumed_with_other_trainable_parameters(
+    config, finished_run, tmp_path, other
+):
+    finished_run(tmp_path)
     with pytest.raises(UserError, match="does not belong to this configuration"):
         trainer(config, tmp_path, {**other, "resume": True})
 
 
 @pytest.mark.parametrize("other", [{"lora.rank": 4}, {"ttt.conv_kernel_size": 3}])
-def test_a_run_is_not_resumed_with_parameters_of_another_shape(config, tmp_path, other):
-    train(config, tmp_path, LORA)
+def test_a_run_is_not_resumed_with_parameters_of_another_shape(
+    config, finished_run, tmp_path, other
+):
+    finished_run(tmp_path, LORA)
     with pytest.raises(UserError, match="does not belong to this configuration"):
         trainer(config, tmp_path, {**LORA, **other, "resume": True})
 
 
 def test_resume_auto_starts_anew_where_there_is_nothing_and_goes_on_where_there_is(
-    config, tmp_path
+    config, finished_run, tmp_path
 ):
     overrides = {**TEN_STEPS, "resume": "auto"}
     stop_after(trainer(config, tmp_path / "auto", overrides), 7)
     train(config, tmp_path / "auto", overrides)
     assert logged_steps(tmp_path / "auto") == list(range(1, 11))
-    train(config, tmp_path / "whole", TEN_STEPS)
+    finished_run(tmp_path / "whole", TEN_STEPS)
     assert logged(tmp_path / "auto") == logged(tmp_path / "whole")
 
 
@@ -365,8 +369,8 @@ def test_an_unfinished_checkpoint_is_ignored_and_removed(config, tmp_path):
     ],
     ids=["torn", "empty", "text", "zeros", "missing"],
 )
-def test_a_damaged_checkpoint_is_named_with_the_remedy(config, tmp_path, damage):
-    train(config, tmp_path, {"ckpt_freq": 2})
+def test_a_damaged_checkpoint_is_named_with_the_remedy(config, finished_run, tmp_path, damage):
+    finished_run(tmp_path, {"ckpt_freq": 2})
     damage(checkpoint(tmp_path, 4) / "resume.pt")
     with pytest.raises(UserError, match=r"checkpoint_000004/resume.pt.*damaged.*Delete"):
         trainer(config, tmp_path, {"resume": True})
@@ -387,10 +391,10 @@ def largest_file():
 
 @pytest.mark.parametrize("file", ["consolidated/consolidated.safetensors", "resume/__0_0.distcp"])
 def test_a_checkpoint_that_does_not_fit_on_the_disk_harms_nothing(
-    config, tmp_path, largest_file, file
+    config, finished_run, tmp_path, largest_file, file
 ):
     overrides = {**FULL, "param_dtype": "float32", **TEN_STEPS}
-    train(config, tmp_path / "whole", overrides)
+    finished_run(tmp_path / "whole", overrides)
     run = trainer(config, tmp_path / "cut", overrides)
     size = (checkpoint(tmp_path / "whole", 10) / file).stat().st_size
     save = run.save

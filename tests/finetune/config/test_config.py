@@ -1,5 +1,7 @@
 """The configuration: files that load, and mistakes that are all reported with a remedy."""
 
+import copy
+import functools
 import json
 from pathlib import Path
 
@@ -408,6 +410,11 @@ HOSTILE = st.one_of(
 )
 
 
+@functools.cache
+def parsed(path):
+    return yaml.safe_load(path.read_text())
+
+
 def every_key():
     """Yield each key of each shipped file, by its way from the top."""
 
@@ -425,7 +432,7 @@ def every_key():
 @given(place=st.sampled_from([*every_key()]), value=HOSTILE)
 def test_any_value_at_any_key_is_a_configuration_or_one_message(tmp_path_factory, place, value):
     path, (*way, last) = place
-    content = yaml.safe_load(path.read_text())
+    content = copy.deepcopy(parsed(path))
     section = content
     for key in way:
         section = section[key]

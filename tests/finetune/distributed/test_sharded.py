@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from helpers import random_codes, tiny_delta_args, tiny_model
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from training_tools import (
     FULL,
     LORA,
@@ -25,6 +27,7 @@ from training_tools import (
 from finetune.config import DataArgs, ParallelArgs, TrainArgs, load_config
 from finetune.data import build_train_loader
 from finetune.distributed import Sharding, World, shard_size
+from finetune.distributed.world import build_mesh
 from finetune.errors import UserError
 from finetune.model import find_checkpoint, load_model
 from finetune.monitoring import metrics_path, read_metrics
@@ -51,6 +54,7 @@ CASES = {
     "full, mlp": {**FULL, **LINEAR, "ttt.method": "mlp"},
     "full, random": {**FULL, "moshi_paths.random_init": True},
 }
+PAIRS = {"pairs, replicas": 1, "pairs, sharded": 2}
 RESUMED = {**FULL, **COMMON, "max_steps": 6, "ckpt_freq": 2}
 
 
@@ -74,9 +78,15 @@ def two(folder, config):
 
 @pytest.fixture(scope="module")
 def four(folder, config, two):
-    """Four processes go on from what two have saved: in two copies of the model, two parts each."""
+    """Four processes go on from what two have saved: in two copies of the model, two parts each.
+    Then they stand in pairs that read the same data, and share a model with another pair or not."""
     overrides = {**RESUMED, "batch_size": 1, "parallel.shard_size": 2, "resume": True}
-    return run_cases(folder, config, 4, {folder / "four": overrides})
+    pairs = {
+        folder / name: {**RESUMED, "batch_size": 2, "parallel.shard_size": size}
+        for name, size in PAIRS.items()
+    }
+    cases = {folder / "four": overrides, **pairs}
+    return run_cases(folder, config, 4, cases, with_toy_dimension=pairs)
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +126,8 @@ def alone(tmp_path):
     """A group of this process alone."""
     store = dist.FileStore(str(tmp_path / "store"), 1)
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield World(0, 1, torch.device("cpu"))
+    mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("shard",))
+    yield World(0, 1, torch.device("cpu"), mesh=mesh)
     dist.destroy_process_group()
 
 
@@ -135,7 +146,7 @@ def test_sharded_layers_share_what_is_compiled(alone, monkeypatch):
             model = tiny_model(args, dtype=torch.float32, num_layers=num_layers).train()
             model.execution.__dict__.update({"compile": True, "checkpointing": True})
             if is_sharded:
-                sharding = Sharding.build(alone, 1, torch.float32)
+                sharding = Sharding.build(alone, torch.float32)
                 for _, part in sharding.parts(model):
                     sharding.cut(part)
             for seed in range(2):
@@ -158,6 +169,60 @@ def test_what_four_processes_saved_one_continues(config, tmp_path, folder, one, 
     resumed = train(config, tmp_path, {**RESUMED, "batch_size": 4, "resume": True})
     assert resumed.step == 6
     assert logged(tmp_path) == pytest.approx(logged(one)[4:], abs=1e-5)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_processes_that_read_the_same_data_count_once(folder, one, four, name):
+    """Losses, gradients and what is logged are those of two shares of the data, not of four."""
+    assert_same_runs(folder / name, one, 6)
+    assert logged_steps(folder / name) == [1, 2, 3, 4, 5, 6]
+    for metric in ("epoch", "skipped_segments"):
+        assert logged(folder / name, metric) == logged(one, metric)
+    assert four.count("; 4 a step on 4 x cpu") == 1 + len(PAIRS)
+
+
+def test_a_pair_is_saved_once_and_one_process_continues(config, tmp_path, folder, one, four):
+    for name in PAIRS:
+        saved = checkpoint(folder / name, 4)
+        shutil.copytree(saved, checkpoint(tmp_path / name, 4))
+        overrides = {**RESUMED, "batch_size": 4, "resume": True}
+        assert train(config, tmp_path / name, overrides).step == 6
+        assert logged(tmp_path / name) == pytest.approx(logged(one)[4:], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "sizes, shares",
+    [
+        ({"replicate": 4, "shard": 1}, [0, 1, 2, 3]),
+        ({"replicate": 2, "shard": 2}, [0, 1, 2, 3]),
+        ({"replicate": 2, "shard": 1, "toy": 2}, [0, 0, 1, 1]),
+        ({"toy": 2, "shard": 2}, [0, 1, 0, 1]),
+        ({"toy": 4}, [0, 0, 0, 0]),
+    ],
+)
+def test_a_share_of_the_data_is_not_a_rank(config, tmp_path, sizes, shares):
+    """Each of four processes by itself, in place of which no other one answers."""
+    run = trainer(config, tmp_path, {"batch_size": 4})
+    whole = next(run.train_data).codes
+    for rank, share in enumerate(shares):
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=4)
+        try:
+            world = World(rank, 4, torch.device("cpu"), mesh=build_mesh(torch.device("cpu"), sizes))
+            assert (world.data_rank, world.data_size) == (share, len(set(shares)))
+            loader = build_train_loader(
+                run.args.data,
+                run.codec,
+                duration_sec=run.args.duration_sec,
+                seed=run.args.seed,
+                batch_size=4 // world.data_size,
+                rank=world.data_rank,
+                world_size=world.data_size,
+                device="cpu",
+                store=None,
+            )
+            assert torch.equal(next(loader).codes, whole.chunk(world.data_size)[share])
+        finally:
+            dist.destroy_process_group()
 
 
 @pytest.mark.slow

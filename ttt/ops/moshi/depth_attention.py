@@ -5,6 +5,8 @@ these are 320,000 attentions of 8 × 8, of which general kernels each make a til
 tile holds the steps of several frames, and pairs of different frames are masked.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -57,12 +59,12 @@ def _(d_out: Tensor, qkv: Tensor, num_heads: int) -> Tensor:
     return torch.empty_like(qkv)
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(inputs[0])
     ctx.num_heads = inputs[1]
 
 
-def _backward(ctx, d_out):
+def _backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, None]:
     (qkv,) = ctx.saved_tensors
     return _depth_attention_backward(d_out.contiguous(), qkv, ctx.num_heads), None
 
