@@ -30,7 +30,7 @@ def encode_data(args: TrainArgs) -> None:
         codec = build_codec(info, plan_model(args, info), world.device)
         store = open_store(args.data)
         if world.size > 1:
-            check_share(args.data, store=store, with_eval=args.do_eval, **world.place)
+            check_share(args.data, codec, store=store, with_eval=args.do_eval, **world.place)
             world.barrier()
         fill = CacheFill(
             args.data,

@@ -21,7 +21,14 @@ from finetune.checkpoint import (
     step_of,
 )
 from finetune.config import TrainArgs, changed_keys, public_dict
-from finetune.data import Batch, build_eval_loader, build_train_loader, check_share, open_store
+from finetune.data import (
+    Batch,
+    build_eval_loader,
+    build_train_loader,
+    check_share,
+    open_store,
+    warn_if_shared,
+)
 from finetune.distributed import Watch, build_sharding, join_world, peak_memory_gb
 from finetune.errors import UserError
 from finetune.evaluation import build_speech_check, evaluate
@@ -91,7 +98,9 @@ class Trainer:
             "store": store,
         }
         if self.world.size > 1:
-            check_share(args.data, store=store, with_eval=args.do_eval, **self.world.place)
+            check_share(
+                args.data, self.codec, store=store, with_eval=args.do_eval, **self.world.place
+            )
             self.world.barrier()
         self.train_data = build_train_loader(
             args.data,
@@ -103,6 +112,8 @@ class Trainer:
         self.eval_data = (
             build_eval_loader(args.data, self.codec, **places) if args.do_eval else None
         )
+        if self.eval_data is not None:
+            warn_if_shared(self.train_data, self.eval_data)
         self.speech_check = build_speech_check(args, self.codec, self.world)
 
         self.phases = Phases(self.world.device)

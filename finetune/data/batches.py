@@ -27,8 +27,8 @@ from finetune.errors import UserError
 from .cache import CodeCache
 from .codec import Codec
 from .prefetch import Prefetcher
+from .recording import SegmentRef
 from .segments import BrokenSegment, Segment, Task
-from .sources import SegmentRef
 from .store import DamagedBlob, Store
 from .text import FRAME_RATE_HZ
 

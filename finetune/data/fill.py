@@ -50,7 +50,7 @@ class CacheFill:
             )
         num_frames = count_frames(duration_sec)
         options: dict[str, Any] = {
-            "num_frames": num_frames, "on_error": args.on_error, "store": store,
+            "num_frames": num_frames, "on_error": args.on_error, "store": store, "text": codec.text,
         }  # fmt: skip
         parts = [load_sources(args.train_data, key="data.train_data", **options)]
         if with_eval:

@@ -19,14 +19,7 @@ import torch
 from torch import Tensor
 
 import ttt
-from finetune.data import (
-    FRAME_RATE_HZ,
-    Codec,
-    FileProblem,
-    Recording,
-    inspect_audio,
-    read_transcript,
-)
+from finetune.data import FRAME_RATE_HZ, Codec, FileProblem, Recording
 from finetune.step import LossWeights
 from ttt import TTTLMModel, block_streaming
 
@@ -124,7 +117,7 @@ class PositionTask:
 
     def _version(self, arm: str, recording: Recording) -> str:
         used = [recording, self._donor(recording)] if arm == "carried" else [recording]
-        return file_versions(*(path for r in used for path in (r.path, r.transcript_path)))
+        return file_versions(*(path for r in used for path in r.files))
 
     def _control(self, arm: str, recording: Recording) -> Any:
         if arm == "reset":
@@ -212,9 +205,7 @@ class PositionTask:
         try:
             self._codes[name] = encode_to_file(
                 self.codec,
-                recording.path,
-                inspect_audio(recording.path),
-                read_transcript(recording.transcript_path),
+                recording,
                 self.folder / f"{len(self._codes)}.codes",
                 max_frames=self.max_frames,
                 on_block=lambda num_frames: progress.advance(num_frames, f"encoding {name}"),

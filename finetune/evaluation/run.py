@@ -22,8 +22,6 @@ from finetune.data import (
     Recording,
     check_recordings,
     count_frames,
-    inspect_audio,
-    read_transcript,
 )
 from finetune.distributed import peak_memory_gb
 from finetune.errors import UserError
@@ -309,13 +307,9 @@ class Evaluation:
         Raises:
             FileProblem: the recording or its transcript cannot be read.
         """
-        words = read_transcript(recording.transcript_path)
-        info = inspect_audio(recording.path)
         with tempfile.TemporaryDirectory() as folder:
             target = Path(folder) / "codes"
-            codes = encode_to_file(
-                self.codec, recording.path, info, words, target, max_frames=num_frames
-            )
+            codes = encode_to_file(self.codec, recording, target, max_frames=num_frames)
             return codes.read(0, num_frames)
 
     # Data and results -----------------------------------------------------------------------------
@@ -327,7 +321,7 @@ class Evaluation:
                 "--data: name the JSONL of the recordings; the checkpoint's configuration names no "
                 "data.eval_data."
             )
-        recordings, problems = check_recordings(spec, key="--data")
+        recordings, problems = check_recordings(spec, key="--data", text=self.codec.text)
         for problem in problems[:5]:
             logger.warning("missing: %s", problem)
         if problems:

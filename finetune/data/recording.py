@@ -1,0 +1,106 @@
+"""A recording, however it is kept."""
+
+import dataclasses
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from .problems import FileProblem
+from .text import FRAME_RATE_HZ, TextEncoder
+from .transcripts import Word
+
+if TYPE_CHECKING:
+    from .inspection import Inspection
+
+
+@dataclass(frozen=True)
+class Recording(ABC):
+    """One recording of a source, which can be read in any process.
+
+    A subclass is a frozen dataclass of what is needed to read it: small, because it travels to the
+    workers with every segment, and hashable.
+    """
+
+    path: Path
+    """The file that holds it, or what stands for it in messages and results."""
+    path_as_written: str
+    """Its name in the source: the same wherever the data lies."""
+    origin: str
+    """Where it is listed, as `file:line`, for messages."""
+    duration_sec: float
+    """What the source promises; after `inspect` found no error, the truth."""
+
+    @property
+    def location(self) -> str:
+        """What two recordings share if and only if they are the same."""
+        return str(self.path)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Everything on disk whose change changes it: audio and words."""
+        return (self.path,)
+
+    @abstractmethod
+    def audio_version(self) -> tuple[object, ...] | None:
+        """Return what changes whenever the audio does, a fingerprint for codes that are kept; None:
+        it cannot be found. No file is read for it."""
+
+    @abstractmethod
+    def inspect(self, *, thorough: bool = False, text: TextEncoder | None = None) -> "Inspection":
+        """Inspect it, see `inspect_recording`; never raises for what is wrong with it."""
+
+    @abstractmethod
+    def read_words(self) -> list[Word]:
+        """Read all words of all speakers, in any order.
+
+        Raises:
+            FileProblem: they cannot be read.
+        """
+
+    @abstractmethod
+    def read_audio(self, start_sample: int, num_samples: int, sample_rate_hz: int) -> torch.Tensor:
+        """Read part of the audio: float32 `[2, at most num_samples]`, left Moshi, right the user.
+
+        Shorter at its end. The samples are those of the whole, cut.
+
+        Args:
+            start_sample, num_samples: counted at `sample_rate_hz`.
+
+        Raises:
+            FileProblem: it cannot be read.
+        """
+
+    def checked(self) -> "Recording":
+        """Inspect it once more, and return it with its true length.
+
+        Raises:
+            FileProblem: it cannot be used.
+        """
+        found = self.inspect()
+        for error in found.errors:
+            raise FileProblem(error.message, error.remedy, code=error.code)
+        return self.lasting(found.duration_sec)
+
+    def lasting(self, duration_sec: float) -> "Recording":
+        """Return the same recording with its true length."""
+        return dataclasses.replace(self, duration_sec=duration_sec)
+
+
+class SegmentRef(NamedTuple):
+    """Which part of a recording: the frames from `start_frame` on."""
+
+    recording: Recording
+    start_frame: int
+
+
+def cut(recording: Recording, num_frames: int) -> list[SegmentRef]:
+    """Segments of `num_frames` frames, one after the other; a last one may be shorter.
+
+    A rest of less than one frame is left out.
+    """
+    num_whole_frames = math.floor(recording.duration_sec * FRAME_RATE_HZ + 1e-6)
+    return [SegmentRef(recording, start) for start in range(0, num_whole_frames, num_frames)]
