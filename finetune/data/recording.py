@@ -5,16 +5,15 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 
+from .audio import MIMI_RATE_HZ
+from .inspection import Finding, Inspection, Subject, inspect_subject
 from .problems import FileProblem
 from .text import FRAME_RATE_HZ, TextEncoder
-from .transcripts import Word
-
-if TYPE_CHECKING:
-    from .inspection import Inspection
+from .transcripts import Transcript, Word
 
 
 @dataclass(frozen=True)
@@ -49,9 +48,29 @@ class Recording(ABC):
         """Return what changes whenever the audio does, a fingerprint for codes that are kept; None:
         it cannot be found. No file is read for it."""
 
-    @abstractmethod
-    def inspect(self, *, thorough: bool = False, text: TextEncoder | None = None) -> "Inspection":
-        """Inspect it, see `inspect_recording`; never raises for what is wrong with it."""
+    def inspect(self, *, thorough: bool = False, text: TextEncoder | None = None) -> Inspection:
+        """Inspect it, see `inspect_recording`; never raises for what is wrong with it.
+
+        A layout that knows its files better may look at them first.
+        """
+        subject = Subject(
+            str(self.path),
+            f"the transcript of {self.path}",
+            is_readable=True,
+            duration_sec=self.duration_sec,
+            sample_rate_hz=MIMI_RATE_HZ,
+            num_channels=2,
+            num_samples=math.ceil(self.duration_sec * MIMI_RATE_HZ - 1e-3),
+            read_audio=lambda start, num: self.read_audio(start, num, MIMI_RATE_HZ),
+            text=text,
+            thorough=thorough,
+        )
+        inspection = Inspection(self.path)
+        try:
+            subject.transcript = Transcript(self.read_words())
+        except FileProblem as problem:
+            inspection.findings.append(Finding.of_problem(problem))
+        return inspect_subject(subject, inspection)
 
     @abstractmethod
     def read_words(self) -> list[Word]:
