@@ -29,9 +29,13 @@ COPY_REMEDY = "copy or convert it again, or remove its line"
 # 2^31 or 2^32 bytes.
 _UNKNOWN_WAV_BYTES = 0x7FFF0000
 
-_BLOCK_SAMPLES = 2**16
-_KEPT_SAMPLES = 2**16
-"""Of what has been decoded, for the margin before a part that follows the one before."""
+_AV_BLOCK_SAMPLES = 2**16
+_MARGIN_SAMPLES = 2**16
+"""How far before its part a reader may begin, to resample it."""
+
+_BLOCK_SAMPLES = 2**23
+"""libmpg123 rounds otherwise after every call (in the last bit of a float). In one call, which is
+for nearly all files, the samples are those that any program gets that reads the whole file."""
 
 
 class Decoder(ABC):
@@ -82,8 +86,8 @@ class ForwardDecoder(Decoder):
         self.path = path
         self._blocks: Iterator[np.ndarray] | None = None
         self._kept: np.ndarray = np.zeros((0, 0), np.float32)
+        """The samples before `_end`."""
         self._end = 0
-        """The samples `_end − len(_kept) … _end` are in `_kept`."""
 
     @abstractmethod
     def _decode(self) -> Iterator[np.ndarray]:
@@ -94,20 +98,18 @@ class ForwardDecoder(Decoder):
             self._restart()
         assert self._blocks is not None
         parts = [self._kept]
+        first = self._end - len(self._kept)
         while self._end < stop:
             block = next(self._blocks, None)
             if block is None:
                 break
+            parts.append(block)
             self._end += len(block)
-            if self._end > start - _KEPT_SAMPLES:
-                parts.append(block)
-            else:
-                parts = [block]
-        held = np.concatenate(parts)
-        first = self._end - len(held)
-        # Of what is asked for next, a margin lies before the end of this part.
-        self._kept = held[max(0, stop - _KEPT_SAMPLES - first) :].copy()
-        return held[max(0, start - first) : max(0, stop - first)]
+            # What is read next may begin a margin before this part.
+            while first + len(parts[0]) <= start - _MARGIN_SAMPLES:
+                first += len(parts.pop(0))
+        self._kept = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return self._kept[max(0, start - first) : max(0, stop - first)]
 
     def count(self) -> int:
         """Decode all of it and return the number of samples of each channel."""
@@ -136,6 +138,7 @@ class SequentialDecoder(ForwardDecoder):
 
     def _decode(self) -> Iterator[np.ndarray]:
         with soundfile.SoundFile(self.path) as file:
+            file.seek(0)  # its first frame was decoded to find the format, and is rounded otherwise
             while len(block := file.read(_BLOCK_SAMPLES, dtype="float32", always_2d=True)):
                 yield block
 
@@ -150,6 +153,7 @@ class AvDecoder(ForwardDecoder):
         self.num_samples = None
 
     def _decode(self) -> Iterator[np.ndarray]:
+        block: list[np.ndarray] = []
         with _av_stream(self.path) as (container, stream):
             for frame in container.decode(stream):
                 if (frame.rate, frame.layout.nb_channels) != (
@@ -160,7 +164,12 @@ class AvDecoder(ForwardDecoder):
                         f"recording {self.path} changes its rate or its channels on the way",
                         COPY_REMEDY,
                     )
-                yield _float_samples(frame, self.num_channels)
+                block.append(_float_samples(frame, self.num_channels))
+                if sum(map(len, block)) >= _AV_BLOCK_SAMPLES:
+                    yield np.concatenate(block)
+                    block.clear()
+        if block:
+            yield np.concatenate(block)
 
 
 def _float_samples(frame: "av.AudioFrame", num_channels: int) -> np.ndarray:
