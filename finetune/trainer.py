@@ -79,7 +79,7 @@ class Trainer:
         self.checkpoint_info = find_checkpoint(args.moshi_paths)
         self.sharding = build_sharding(args, self.world)
         self.model = load_model(args, self.checkpoint_info, self.world.device, self.sharding)
-        self.codec = build_codec(self.checkpoint_info, self.model)
+        self.codec = build_codec(self.checkpoint_info, self.model, word_start=args.data.word_start)
         self.loss_weights = LossWeights(
             args.text_padding_weight, args.first_codebook_weight_multiplier
         )

@@ -15,6 +15,7 @@ from finetune.data.loader import (
     warn_if_shared,
 )
 from finetune.data.problems import FileProblem
+from finetune.data.reading import Reading
 from finetune.data.recording import Recording
 from finetune.data.segments import Segment, SegmentReader
 from finetune.data.sources import check_recordings, load_sources, parse_sources
@@ -39,6 +40,7 @@ __all__ = [
     "FileProblem",
     "Finding",
     "Inspection",
+    "Reading",
     "Recording",
     "Segment",
     "SegmentReader",

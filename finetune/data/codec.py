@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import moshi
 import sentencepiece
@@ -52,6 +52,7 @@ class Codec:
         text_padding_id: int = 3,
         end_of_text_padding_id: int = 0,
         zero_token_id: int = -1,
+        word_start: Literal["auto", "always", "never"] = "auto",
         device: torch.device | str | None = None,
     ) -> None:
         """Freezes `mimi`.
@@ -60,6 +61,7 @@ class Codec:
             device: where Mimi computes; it moves there when it is first needed. None: where it is.
             moshi_codebooks: codebooks of the left channel, the model's `dep_q`.
             user_codebooks: codebooks of the right channel, the model's `n_q - dep_q`.
+            word_start: see `data.word_start`.
             zero_token_id: what stands after the end of a recording, in every stream.
 
         Raises:
@@ -75,7 +77,7 @@ class Codec:
         self.mimi = mimi.eval().requires_grad_(False)
         # As it is of tensors that are there: a GPU with its number.
         self.device = torch.empty(0, device=device or next(mimi.parameters()).device).device
-        self.text = TextEncoder(tokenizer, text_padding_id, end_of_text_padding_id)
+        self.text = TextEncoder(tokenizer, text_padding_id, end_of_text_padding_id, word_start)
         self.moshi_codebooks = moshi_codebooks
         self.user_codebooks = user_codebooks
         self.zero_token_id = zero_token_id

@@ -11,6 +11,7 @@ from finetune.errors import UserError
 
 from .batches import Batcher
 from .codec import Codec
+from .reading import Reading
 from .sources import load_sources
 from .store import Store
 from .text import count_frames
@@ -52,9 +53,18 @@ class CacheFill:
         options: dict[str, Any] = {
             "num_frames": num_frames, "on_error": args.on_error, "store": store, "text": codec.text,
         }  # fmt: skip
-        parts = [load_sources(args.train_data, key="data.train_data", **options)]
+        specs = {"data.train_data": args.train_data}
         if with_eval:
-            parts.append(load_sources(args.eval_data, key="data.eval_data", **options))
+            specs["data.eval_data"] = args.eval_data
+        parts = [
+            load_sources(
+                spec,
+                key=key,
+                reading=Reading.of(args, training=key == "data.train_data"),
+                **options,
+            )
+            for key, spec in specs.items()
+        ]
         segments = [ref for part in parts for source in part.sources for ref in source.segments]
         self._store = store
         self._refs = list(dict.fromkeys(segments))[rank::world_size]

@@ -13,6 +13,7 @@ from .batches import Batch, Batcher
 from .codec import Codec
 from .inspection import inspect_listing
 from .order import SampleOrder
+from .reading import Reading
 from .recording import Recording, SegmentRef
 from .sources import DataSet, check_share_of_sources, load_sources, warn_of
 from .store import Store
@@ -43,7 +44,13 @@ def check_share(
         specs["data.eval_data"] = args.eval_data
     for key, spec in specs.items():
         check_share_of_sources(
-            spec, key=key, store=store, text=codec.text, rank=rank, world_size=world_size
+            spec,
+            key=key,
+            store=store,
+            text=codec.text,
+            reading=Reading.of(args, training=key == "data.train_data"),
+            rank=rank,
+            world_size=world_size,
         )
 
 
@@ -79,6 +86,7 @@ def build_train_loader(
         on_error=args.on_error,
         store=store,
         text=codec.text,
+        reading=Reading.of(args, training=True),
     )
     batcher = Batcher(
         args,
@@ -112,6 +120,7 @@ def build_eval_loader(
         on_error=args.on_error,
         store=store,
         text=codec.text,
+        reading=Reading.of(args, training=False),
     )
     batcher = Batcher(
         args,

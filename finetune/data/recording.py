@@ -13,7 +13,7 @@ from .audio import MIMI_RATE_HZ
 from .inspection import Finding, Inspection, Subject, inspect_subject
 from .problems import FileProblem
 from .text import FRAME_RATE_HZ, TextEncoder
-from .transcripts import Transcript, Word
+from .transcripts import MAIN_SPEAKER, OTHER_SPEAKER, Transcript, Word
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,39 @@ class Recording(ABC):
     def lasting(self, duration_sec: float) -> "Recording":
         """Return the same recording with its true length."""
         return dataclasses.replace(self, duration_sec=duration_sec)
+
+
+@dataclass(frozen=True)
+class OtherSide(Recording):
+    """A recording with Moshi in the user's place: channels and speakers are exchanged."""
+
+    inner: Recording
+
+    @classmethod
+    def of(cls, inner: Recording) -> "OtherSide":
+        name = f"{inner.path_as_written} (other side)"
+        return cls(inner.path, name, inner.origin, inner.duration_sec, inner)
+
+    @property
+    def location(self) -> str:
+        return f"{self.inner.location} (other side)"
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return self.inner.files
+
+    def audio_version(self) -> tuple[object, ...] | None:
+        version = self.inner.audio_version()
+        return None if version is None else (*version, "other side")
+
+    def read_words(self) -> list[Word]:
+        return [
+            word._replace(speaker=OTHER_SPEAKER if word.speaker == MAIN_SPEAKER else MAIN_SPEAKER)
+            for word in self.inner.read_words()
+        ]
+
+    def read_audio(self, start_sample: int, num_samples: int, sample_rate_hz: int) -> torch.Tensor:
+        return self.inner.read_audio(start_sample, num_samples, sample_rate_hz).flip(0)
 
 
 class SegmentRef(NamedTuple):

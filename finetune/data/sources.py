@@ -14,7 +14,8 @@ from finetune.errors import UserError
 from .checks import Checks
 from .inspection import Finding, inspect_listing
 from .layouts import Entry, open_source
-from .recording import Recording, SegmentRef, cut
+from .reading import Reading
+from .recording import OtherSide, Recording, SegmentRef, cut
 from .store import Store
 from .text import TextEncoder
 
@@ -73,6 +74,7 @@ def load_sources(
     on_error: Literal["raise", "skip"],
     store: Store | None = None,
     text: TextEncoder | None = None,
+    reading: Reading | None = None,
 ) -> DataSet:
     """Read and check everything that a configuration key names.
 
@@ -82,6 +84,7 @@ def load_sources(
         num_frames: length of a segment.
         store: remembers what was found, so that unchanged files are not opened again.
         text: makes tokens of the words; None: what tokens show is not looked at.
+        reading: what is done with the audio; None: nothing.
 
     Raises:
         UserError: a path or weight is wrong, nothing usable is left, or (`on_error="raise"`)
@@ -95,7 +98,7 @@ def load_sources(
         store.refresh(at_once=True)  # the other ranks have just checked their shares
     checks = Checks(store, text)
     for path, weight in parse_sources(spec, key):
-        checked = _check_source(path, key, checks)
+        checked = _check_source(path, key, checks, reading)
         recordings = [each.recording for each in checked if each.recording is not None]
         problems += [problem for each in checked for problem in each.problems]
         warnings += [(each.origin, found) for each in checked for found in each.warnings]
@@ -125,6 +128,7 @@ def check_share_of_sources(
     key: str,
     store: Store,
     text: TextEncoder | None = None,
+    reading: Reading | None = None,
     rank: int,
     world_size: int,
 ) -> None:
@@ -134,12 +138,12 @@ def check_share_of_sources(
     """
     checks = Checks(store, text)
     for path, _ in parse_sources(spec, key):
-        _check_source(path, key, checks, slice(rank, None, world_size))
+        _check_source(path, key, checks, reading, slice(rank, None, world_size))
     checks.flush()
 
 
 def check_recordings(
-    spec: str, *, key: str, text: TextEncoder | None = None
+    spec: str, *, key: str, text: TextEncoder | None = None, reading: Reading | None = None
 ) -> tuple[list[Recording], list[str]]:
     """All usable recordings that `spec` names, and what is wrong with each of the others.
 
@@ -147,7 +151,11 @@ def check_recordings(
         UserError: a path is wrong, or a file cannot be read or is empty.
     """
     checks = Checks(None, text)
-    checked = [c for path, _ in parse_sources(spec, key) for c in _check_source(path, key, checks)]
+    checked = [
+        each
+        for path, _ in parse_sources(spec, key)
+        for each in _check_source(path, key, checks, reading)
+    ]
     recordings = [each.recording for each in checked if each.recording is not None]
     warn_of([(each.origin, found) for each in checked for found in each.warnings], key)
     return recordings, [problem for each in checked for problem in each.problems]
@@ -193,13 +201,22 @@ def parse_sources(spec: str, key: str) -> list[tuple[Path, float]]:
 
 
 def _check_source(
-    path: Path, key: str, checks: Checks, part: slice = slice(None)
+    path: Path,
+    key: str,
+    checks: Checks,
+    reading: Reading | None,
+    part: slice = slice(None),
 ) -> list[_Checked]:
     """Check all entries of a source, or part of them."""
-    entries = open_source(path, key).entries()[part]
+    entries = open_source(path, key, reading).entries()[part]
     logger.info("checking %d recordings of %s", len(entries), path)
     with ThreadPoolExecutor(_NUM_CHECK_THREADS) as pool:
-        return list(pool.map(lambda entry: _check(entry, checks), entries))
+        checked = list(pool.map(lambda entry: _check(entry, checks), entries))
+        if reading is None or not reading.swap_channels:
+            return checked
+        good = [each.recording for each in checked if each.recording is not None]
+        other_sides = [Entry(each.origin, OtherSide.of(each)) for each in good]
+        return checked + list(pool.map(lambda entry: _check(entry, checks), other_sides))
 
 
 def _check(entry: Entry, checks: Checks) -> _Checked:

@@ -2,10 +2,11 @@
 
 import hashlib
 import math
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import sentencepiece
 
@@ -34,17 +35,24 @@ class TextEncoder:
     tokenizer: sentencepiece.SentencePieceProcessor
     text_padding_id: int = 3
     end_of_text_padding_id: int = 0
+    word_start: Literal["auto", "always", "never"] = "always"
+    """See `data.word_start`."""
 
     @property
     def fingerprint(self) -> bytes:
         """Return what tokens depend on besides words."""
-        ids = (self.text_padding_id, self.end_of_text_padding_id)
+        ids = (self.text_padding_id, self.end_of_text_padding_id, self.word_start)
         proto = self.tokenizer.serialized_model_proto()
         return hashlib.blake2b(repr(ids).encode() + proto, digest_size=16).digest()
 
     def tokenize(self, word: str) -> list[int]:
         """The tokens of one word, by itself, without begin-of-sentence."""
-        tokens: list[int] = self.tokenizer.encode(word.strip(), add_bos=False, add_eos=False)
+        word = word.strip()
+        with_mark = self.word_start == "always" or (
+            self.word_start == "auto" and not _has_no_spaces(word)
+        )
+        tokenizer = self.tokenizer if with_mark else _without_mark(self.tokenizer)
+        tokens: list[int] = tokenizer.encode(word, add_bos=False, add_eos=False)
         return tokens
 
     def tokenize_often(self, word: str) -> list[int]:
@@ -59,6 +67,27 @@ class TextEncoder:
             text_padding_id=self.text_padding_id,
             end_of_text_padding_id=self.end_of_text_padding_id,
         )
+
+
+_SCRIPTS_WITHOUT_SPACES = (
+    "CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN",
+)  # fmt: skip
+
+
+def _has_no_spaces(word: str) -> bool:
+    """Return whether a word begins in a script that puts no spaces between words."""
+    first = next((letter for letter in word if letter.isalpha()), "")
+    return bool(first) and unicodedata.name(first, "").startswith(_SCRIPTS_WITHOUT_SPACES)
+
+
+@lru_cache(maxsize=8)
+def _without_mark(
+    tokenizer: sentencepiece.SentencePieceProcessor,
+) -> sentencepiece.SentencePieceProcessor:
+    """The same tokenizer, but words do not begin with its mark."""
+    # Protocol buffers that follow one another are merged: normalizer_spec.add_dummy_prefix = false.
+    proto = tokenizer.serialized_model_proto() + b"\x1a\x02\x18\x00"
+    return sentencepiece.SentencePieceProcessor(model_proto=proto)
 
 
 @lru_cache(maxsize=2**17)

@@ -11,6 +11,8 @@ from finetune.safety import parse_json
 from .problems import FileProblem
 
 MAIN_SPEAKER = "SPEAKER_MAIN"
+OTHER_SPEAKER = "SPEAKER_OTHER"
+"""Moshi, where a recording is read from its other side."""
 
 _FORMAT = '{"alignments": [["word", [start_sec, end_sec], "SPEAKER_MAIN"], ...]}'
 _AGAIN = f"make it again, in the form {_FORMAT}"

@@ -19,6 +19,7 @@ from finetune.config import TrainArgs
 from finetune.data import (
     FRAME_RATE_HZ,
     FileProblem,
+    Reading,
     Recording,
     check_recordings,
     count_frames,
@@ -321,7 +322,12 @@ class Evaluation:
                 "--data: name the JSONL of the recordings; the checkpoint's configuration names no "
                 "data.eval_data."
             )
-        recordings, problems = check_recordings(spec, key="--data", text=self.codec.text)
+        recordings, problems = check_recordings(
+            spec,
+            key="--data",
+            text=self.codec.text,
+            reading=Reading.of(self.args.data, training=False),
+        )
         for problem in problems[:5]:
             logger.warning("missing: %s", problem)
         if problems:

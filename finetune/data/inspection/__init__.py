@@ -5,6 +5,7 @@ A check is a small function that yields findings; the three lists below are all 
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -38,6 +39,7 @@ def inspect_recording(
     duration_sec: float | None = None,
     thorough: bool = False,
     text: TextEncoder | None = None,
+    main_channel: Literal["left", "right"] = "left",
 ) -> Inspection:
     """Inspect a stereo recording and its transcript.
 
@@ -48,6 +50,7 @@ def inspect_recording(
         thorough: listen to all of the audio. Otherwise to a few words alone, and to the rest where
             these sound wrong: what a run has time for at its start.
         text: makes tokens of the words; None: what tokens show is not looked at.
+        main_channel: where Moshi is.
     """
     subject = Subject(
         str(path),
@@ -56,6 +59,7 @@ def inspect_recording(
         text=text,
         path=path,
         thorough=thorough,
+        main_side=main_channel,
     )
     inspection = Inspection(path)
     try:
@@ -67,7 +71,7 @@ def inspect_recording(
         subject.num_samples, subject.sample_rate_hz = info.num_samples, info.sample_rate_hz
         subject.num_channels, subject.is_exact = info.num_channels, info.is_exact
         subject.duration_sec = info.duration_sec
-        subject.read_audio = _reader(path, info.sample_rate_hz)
+        subject.read_audio = _reader(path, info.sample_rate_hz, main_channel == "right")
     has_transcript = True
     if transcript is not None:
         try:
@@ -78,8 +82,16 @@ def inspect_recording(
     return inspect_subject(subject, inspection, with_words=has_transcript)
 
 
-def _reader(path: Path, sample_rate_hz: int) -> Callable[[int, int], torch.Tensor]:
-    return lambda start, num: read_audio(path, start, num, sample_rate_hz)
+def _reader(
+    path: Path, sample_rate_hz: int, is_swapped: bool
+) -> Callable[[int, int], torch.Tensor]:
+    """Read Moshi first, then the user."""
+
+    def read(start: int, num: int) -> torch.Tensor:
+        audio = read_audio(path, start, num, sample_rate_hz)
+        return audio.flip(0) if is_swapped else audio
+
+    return read
 
 
 def inspect_subject(

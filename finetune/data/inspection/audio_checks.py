@@ -116,34 +116,38 @@ def channels(subject: Subject, heard: Heard) -> Iterator[Finding]:
             "channels-equal",
             "error",
             f"both channels of {subject.name} are the same, so that Moshi would be its own user",
-            "put each speaker on a channel of their own, Moshi on the left",
+            f"put each speaker on a channel of their own, Moshi on the {subject.main_side}",
         )
         return
     if heard.is_complete and has_words and heard.peak[0] < SILENT:
-        where = "both channels are" if heard.peak[1] < SILENT else "the left channel is"
+        where = (
+            "both channels are" if heard.peak[1] < SILENT else f"the {subject.main_side} channel is"
+        )
         yield Finding(
             "silent-channel",
             "error",
             f"{where} silent in {subject.name}, although the transcript gives {MAIN_SPEAKER} words",
-            "put Moshi on the left (channels may be swapped, or one was lost)",
+            f"put Moshi on the {subject.main_side} (channels may be swapped, or one was lost), or "
+            "set data.main_channel",
         )
         return
     if heard.is_complete and others and heard.peak[1] < SILENT:
         yield Finding(
             "silent-user",
             "warning",
-            f"the right channel is silent in {subject.name}, although the transcript gives other "
-            "speakers words",
-            "put the user on the right",
+            f"the {subject.user_side} channel is silent in {subject.name}, although the transcript "
+            "gives other speakers words",
+            f"put the user on the {subject.user_side}",
         )
         return
     if has_words and _fit_the_other_side(heard):
         yield Finding(
             "swapped-channels",
             "warning",
-            f"while {MAIN_SPEAKER} has words in {subject.name}, the right channel is loud and the "
-            "left one is not",
-            "put Moshi on the left and the user on the right, or correct the speaker names",
+            f"while {MAIN_SPEAKER} has words in {subject.name}, the {subject.user_side} channel is "
+            f"loud and the {subject.main_side} one is not",
+            f"put Moshi on the {subject.main_side}, set data.main_channel, or correct the speaker "
+            "names",
         )
 
 

@@ -54,7 +54,7 @@ class Inspection:
 
 
 ReadAudio = Callable[[int, int], torch.Tensor]
-"""Reads `[num_channels, n]`, at the recording's own rate, from sample `start`, at most `num`."""
+"""Reads `[2, n]`, Moshi first, at the recording's own rate, from sample `start`, at most `num`."""
 
 
 @dataclass
@@ -70,6 +70,7 @@ class Subject:
         promised_sec: the length that a line promises.
         is_exact: see `AudioInfo`.
         path: its file, if it is one.
+        main_side: the channel that Moshi is on, for messages.
     """
 
     name: str
@@ -86,6 +87,11 @@ class Subject:
     text: TextEncoder | None = None
     path: Path | None = None
     thorough: bool = False
+    main_side: Literal["left", "right"] = "left"
+
+    @property
+    def user_side(self) -> str:
+        return "right" if self.main_side == "left" else "left"
 
     @cached_property
     def main_words(self) -> list[Word]:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from ..reading import Reading
 from .base import Entry, Source
 from .jsonl import JsonlSource, StereoFile
 
@@ -13,11 +14,12 @@ SOURCES: list[type[Source]] = [
 """All there are. The first that reads a path has it; the last reads whatever is left."""
 
 
-def open_source(path: Path, key: str) -> Source:
+def open_source(path: Path, key: str, reading: Reading | None = None) -> Source:
     """Return the source that reads a path.
 
     Args:
         key: the configuration's key that names the path, for messages.
+        reading: None: as files are.
     """
     kind = next((kind for kind in SOURCES if kind.reads(path)), SOURCES[-1])
-    return kind(path, key)
+    return kind(path, key, reading or Reading())

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import NamedTuple
 
+from ..reading import Reading
 from ..recording import Recording
 
 
@@ -22,10 +23,15 @@ class Source(ABC):
     travels to the processes that read.
     """
 
-    def __init__(self, path: Path, key: str) -> None:
-        """`key`: the configuration's key that names the path, for messages."""
+    def __init__(self, path: Path, key: str, reading: Reading) -> None:
+        """
+        Args:
+            key: the configuration's key that names the path, for messages.
+            reading: what recordings of audio files are to do with what is in them.
+        """
         self.path = path
         self.key = key
+        self.reading = reading
 
     @classmethod
     @abstractmethod

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -12,6 +12,7 @@ from finetune.safety import is_recording_name, parse_json, path_problem, shown
 
 from ..audio import read_audio
 from ..inspection import Inspection, inspect_recording
+from ..reading import Reading
 from ..recording import Recording
 from ..text import TextEncoder
 from ..transcripts import Word, read_text, read_transcript
@@ -22,7 +23,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StereoFile(Recording):
-    """A stereo file, Moshi on the left; the words are in a `.json` of the same name."""
+    """A stereo file; the words are in a `.json` of the same name."""
+
+    reading: Reading = field(default_factory=Reading)
 
     @property
     def transcript_path(self) -> Path:
@@ -38,7 +41,7 @@ class StereoFile(Recording):
             status = os.stat(path)
         except OSError:
             return None
-        return path, (status.st_size, status.st_mtime_ns)
+        return path, (status.st_size, status.st_mtime_ns), *self.reading.changes
 
     def inspect(self, *, thorough: bool = False, text: TextEncoder | None = None) -> Inspection:
         return inspect_recording(
@@ -47,13 +50,15 @@ class StereoFile(Recording):
             duration_sec=self.duration_sec,
             thorough=thorough,
             text=text,
+            main_channel=self.reading.main_channel,
         )
 
     def read_words(self) -> list[Word]:
         return read_transcript(self.transcript_path)
 
     def read_audio(self, start_sample: int, num_samples: int, sample_rate_hz: int) -> torch.Tensor:
-        return read_audio(self.path, start_sample, num_samples, sample_rate_hz)
+        audio = read_audio(self.path, start_sample, num_samples, sample_rate_hz)
+        return self.reading.apply(audio, start_sample, sample_rate_hz, self.path_as_written)
 
 
 class JsonlSource(Source):
@@ -65,7 +70,7 @@ class JsonlSource(Source):
         return True
 
     def entries(self) -> list[Entry]:
-        return [entry for file in self._files() for entry in _entries_of(file)]
+        return [entry for file in self._files() for entry in _entries_of(file, self.reading)]
 
     def _files(self) -> list[Path]:
         path = self.path
@@ -87,7 +92,7 @@ class JsonlSource(Source):
         return files
 
 
-def _entries_of(jsonl: Path) -> list[Entry]:
+def _entries_of(jsonl: Path, reading: Reading) -> list[Entry]:
     try:
         texts = read_text(jsonl).split("\n")
     except (OSError, ValueError) as error:
@@ -98,10 +103,10 @@ def _entries_of(jsonl: Path) -> list[Entry]:
             f'{jsonl} is empty: it needs one line {{"path": "a.wav", "duration": 12.3}} for each '
             "recording."
         )
-    return [_entry(jsonl, number, text) for number, text in numbered]
+    return [_entry(jsonl, number, text, reading) for number, text in numbered]
 
 
-def _entry(jsonl: Path, number: int, text: str) -> Entry:
+def _entry(jsonl: Path, number: int, text: str, reading: Reading) -> Entry:
     origin = f"{jsonl}:{number}"
     try:
         fields = parse_json(text)
@@ -120,4 +125,5 @@ def _entry(jsonl: Path, number: int, text: str) -> Entry:
             f"above the recordings, or give absolute paths"
         )
         return Entry(origin, None, problem)
-    return Entry(origin, StereoFile(jsonl.parent / written, written, origin, promised_sec))
+    path = jsonl.parent / written
+    return Entry(origin, StereoFile(path, written, origin, promised_sec, reading))
