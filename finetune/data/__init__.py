@@ -16,7 +16,7 @@ from finetune.data.loader import (
 )
 from finetune.data.problems import FileProblem
 from finetune.data.reading import Reading
-from finetune.data.recording import Recording
+from finetune.data.recording import Codes, Recording, SegmentRef
 from finetune.data.segments import Segment, SegmentReader
 from finetune.data.sources import check_recordings, load_sources, parse_sources
 from finetune.data.text import (
@@ -35,6 +35,7 @@ __all__ = [
     "Batch",
     "CacheFill",
     "Codec",
+    "Codes",
     "Entry",
     "EvalLoader",
     "FileProblem",
@@ -44,6 +45,7 @@ __all__ = [
     "Recording",
     "Segment",
     "SegmentReader",
+    "SegmentRef",
     "Source",
     "TextEncoder",
     "TrainLoader",

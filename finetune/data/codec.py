@@ -118,6 +118,7 @@ class Codec:
             num_frames=num_frames,
             sample_rate_hz=self.sample_rate_hz,
             num_codebooks=self.mimi.num_codebooks,
+            num_codes=self.mimi.cardinality,
         )
 
     def read_recording(self, path: Path) -> Segment:

@@ -5,15 +5,24 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 
 from .audio import MIMI_RATE_HZ
 from .inspection import Finding, Inspection, Subject, inspect_subject
 from .problems import FileProblem
-from .text import FRAME_RATE_HZ, TextEncoder
+from .text import FRAME_RATE_HZ, TextEncoder, count_frames
 from .transcripts import MAIN_SPEAKER, OTHER_SPEAKER, Transcript, Word
+
+
+class Codes(NamedTuple):
+    """Part of a recording that was encoded before."""
+
+    audio: torch.Tensor
+    """Int64 `[2, num_codebooks, T]`: Moshi, the user."""
+    text: torch.Tensor | None = None
+    """Int64 `[T]`; None: it is made of the words."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +41,9 @@ class Recording(ABC):
     """Where it is listed, as `file:line`, for messages."""
     duration_sec: float
     """What the source promises; after `inspect` found no error, the truth."""
+
+    has_codes: ClassVar[bool] = False
+    """Whether it is kept as codes, for `read_codes`, and not as audio."""
 
     @property
     def location(self) -> str:
@@ -54,19 +66,21 @@ class Recording(ABC):
         A layout that knows its files better may look at them first.
         """
         subject = Subject(
-            str(self.path),
-            f"the transcript of {self.path}",
+            self.location,
+            f"the transcript of {self.location}",
             is_readable=True,
             duration_sec=self.duration_sec,
-            sample_rate_hz=MIMI_RATE_HZ,
-            num_channels=2,
-            num_samples=math.ceil(self.duration_sec * MIMI_RATE_HZ - 1e-3),
-            read_audio=lambda start, num: self.read_audio(start, num, MIMI_RATE_HZ),
             text=text,
             thorough=thorough,
         )
+        if not self.has_codes:
+            subject.sample_rate_hz, subject.num_channels = MIMI_RATE_HZ, 2
+            subject.num_samples = math.ceil(self.duration_sec * MIMI_RATE_HZ - 1e-3)
+            subject.read_audio = lambda start, num: self.read_audio(start, num, MIMI_RATE_HZ)
         inspection = Inspection(self.path)
         try:
+            if self.has_codes:
+                self.read_codes(0, count_frames(self.duration_sec))
             subject.transcript = Transcript(self.read_words())
         except FileProblem as problem:
             inspection.findings.append(Finding.of_problem(problem))
@@ -80,7 +94,6 @@ class Recording(ABC):
             FileProblem: they cannot be read.
         """
 
-    @abstractmethod
     def read_audio(self, start_sample: int, num_samples: int, sample_rate_hz: int) -> torch.Tensor:
         """Read part of the audio: float32 `[2, at most num_samples]`, left Moshi, right the user.
 
@@ -92,6 +105,15 @@ class Recording(ABC):
         Raises:
             FileProblem: it cannot be read.
         """
+        raise FileProblem(f"{self.location} has no audio, only codes", "name the audio instead")
+
+    def read_codes(self, start_frame: int, num_frames: int) -> Codes:
+        """Read the codes of at most `num_frames` frames of what `has_codes`.
+
+        Raises:
+            FileProblem: they cannot be read.
+        """
+        raise NotImplementedError
 
     def checked(self) -> "Recording":
         """Inspect it once more, and return it with its true length.
@@ -114,6 +136,10 @@ class OtherSide(Recording):
     """A recording with Moshi in the user's place: channels and speakers are exchanged."""
 
     inner: Recording
+
+    @property
+    def has_codes(self) -> bool:  # type: ignore[override]
+        return self.inner.has_codes
 
     @classmethod
     def of(cls, inner: Recording) -> "OtherSide":
@@ -140,6 +166,16 @@ class OtherSide(Recording):
 
     def read_audio(self, start_sample: int, num_samples: int, sample_rate_hz: int) -> torch.Tensor:
         return self.inner.read_audio(start_sample, num_samples, sample_rate_hz).flip(0)
+
+    def read_codes(self, start_frame: int, num_frames: int) -> Codes:
+        audio, text = self.inner.read_codes(start_frame, num_frames)
+        if text is not None:
+            raise FileProblem(
+                f"codes {self.inner.location} hold the text of one side alone",
+                "leave the row of text out and write a transcript with the words of both, or set "
+                "data.swap_channels to false",
+            )
+        return Codes(audio.flip(0))
 
 
 class SegmentRef(NamedTuple):

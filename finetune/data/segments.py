@@ -84,13 +84,24 @@ class SegmentReader(Dataset):
     """Reads segments by their reference; holds no model, so that a worker can have a copy."""
 
     def __init__(
-        self, text: TextEncoder, *, num_frames: int, sample_rate_hz: int, num_codebooks: int
+        self,
+        text: TextEncoder,
+        *,
+        num_frames: int,
+        sample_rate_hz: int,
+        num_codebooks: int,
+        num_codes: int,
     ) -> None:
-        """`num_codebooks`: of each channel, in codes that were kept."""
+        """
+        Args:
+            num_codebooks: of each channel, in codes that were kept.
+            num_codes: entries of a codebook.
+        """
         self.text = text
         self.num_frames = num_frames
         self.sample_rate_hz = sample_rate_hz
         self.num_codebooks = num_codebooks
+        self.num_codes = num_codes
         self.identify = False
         """Whether segments that are read get an `identity`."""
 
@@ -109,6 +120,8 @@ class SegmentReader(Dataset):
             FileProblem: the recording or its transcript cannot be read.
         """
         words = ref.recording.read_words()
+        if ref.recording.has_codes:
+            return self._from_encoded(ref, words)
         if codes is None:
             return self._from_audio(ref, words)
         try:
@@ -141,6 +154,33 @@ class SegmentReader(Dataset):
         if self.identify:
             digest = hashlib.blake2b(audio.numpy().data, digest_size=16).digest()
             segment.identity = AudioIdentity(file, digest)
+        return segment
+
+    def _from_encoded(self, ref: SegmentRef, words: list[Word]) -> Segment:
+        audio, text = ref.recording.read_codes(ref.start_frame, self.num_frames)
+        name = ref.recording.location
+        if audio.shape[1] < self.num_codebooks:
+            raise FileProblem(
+                f"codes {name} are of {audio.shape[1]} codebooks a channel, and the model reads "
+                f"{self.num_codebooks}",
+                "encode with as many codebooks, or name the audio instead",
+            )
+        highest = max(int(audio.max()), 0) if audio.numel() else 0
+        if highest >= self.num_codes:
+            raise FileProblem(
+                f"codes {name} go up to {highest}, and Mimi has {self.num_codes} a codebook",
+                "check that they are Mimi's, and that rows are streams",
+            )
+        segment = self._segment(ref, words, audio.shape[2])
+        segment.audio_codes = audio
+        if text is not None:
+            if text.numel() and int(text.max()) >= self.text.tokenizer.vocab_size():
+                raise FileProblem(
+                    f"the text of codes {name} holds tokens up to {int(text.max())}, and the "
+                    f"tokenizer has {self.text.tokenizer.vocab_size()}",
+                    "make it with the model's own tokenizer",
+                )
+            segment.text_tokens = text
         return segment
 
     def _from_codes(self, ref: SegmentRef, words: list[Word], kept: Blob) -> Segment:

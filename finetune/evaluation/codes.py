@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from finetune.data import Codec, Recording
+from finetune.data import Codec, Recording, SegmentRef
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +61,13 @@ def encode_to_file(
     num_samples = math.ceil(recording.duration_sec * codec.sample_rate_hz - 1e-3)
     num_frames = -(-num_samples // codec.mimi.frame_size)
     num_frames = min(num_frames, max_frames or num_frames)
+    if recording.has_codes:
+        segment = codec.reader(num_frames).read(SegmentRef(recording, 0))
+        assert segment.audio_codes is not None
+        everything = codec.streams(segment, segment.audio_codes)
+        everything.T.int().numpy().tofile(target)
+        on_block(num_frames)
+        return CodesFile(target, codec.num_streams)
     tokens = torch.tensor(codec.text.stream(recording.read_words(), 0, num_frames))
     start = 0
     with target.open("wb") as file:

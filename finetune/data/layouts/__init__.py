@@ -4,11 +4,13 @@ from pathlib import Path
 
 from ..reading import Reading
 from .base import Entry, Source
+from .codes import CodesSource
 from .jsonl import JsonlSource, StereoFile
 
-__all__ = ["SOURCES", "Entry", "JsonlSource", "Source", "StereoFile", "open_source"]
+__all__ = ["SOURCES", "CodesSource", "Entry", "JsonlSource", "Source", "StereoFile", "open_source"]
 
 SOURCES: list[type[Source]] = [
+    CodesSource,
     JsonlSource,
 ]
 """All there are. The first that reads a path has it; the last reads whatever is left."""
