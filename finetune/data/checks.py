@@ -1,18 +1,21 @@
 """The inspection of recordings, remembered for those that have not changed since."""
 
+import dataclasses
+import json
 import os
 import struct
+from pathlib import Path
 
-from .inspection import VERSION, Inspection
+from .inspection import VERSION, Finding, Inspection
 from .recording import Recording
-from .store import Store, make_key
+from .store import DamagedBlob, Store, make_key
 from .text import TextEncoder
 
-_FOUND = struct.Struct("<dII")  # duration, rate, channels
+_CLEAN = struct.Struct("<dII")  # duration, rate, channels
 
 
 class Checks:
-    """Inspects recordings; those without a finding are not opened again until they change."""
+    """Inspects recordings; those without an error are not opened again until they change."""
 
     def __init__(self, store: Store | None, text: TextEncoder | None = None) -> None:
         self._store = store
@@ -21,14 +24,24 @@ class Checks:
 
     def inspect(self, recording: Recording) -> Inspection:
         """As `Recording.inspect`, the fast part."""
-        key = self._key(recording)
-        known = self._store.get(key) if self._store is not None and key is not None else None
-        if known is not None:
-            return Inspection(recording.path, *_FOUND.unpack(known))
+        key = self._key(recording) if self._store is not None else None
+        if self._store is None or key is None:
+            return recording.inspect(text=self._text)
+        # Most have no finding: a value of 16 bytes says all.
+        if (known := self._store.get(key)) is not None:
+            return Inspection(recording.path, *_CLEAN.unpack(known))
+        with_findings = make_key("findings", key)
+        if (blob := self._store.find(with_findings)) is not None:
+            try:
+                return _unpacked(blob.read())
+            except DamagedBlob as damage:
+                self._store.report_damage(blob, str(damage))
         inspection = recording.inspect(text=self._text)
-        if self._store is not None and key is not None and not inspection.findings:
+        if not inspection.findings:
             found = inspection.duration_sec, inspection.sample_rate_hz, inspection.num_channels
-            self._store.put(key, _FOUND.pack(*found))
+            self._store.put(key, _CLEAN.pack(*found))
+        elif not inspection.errors:
+            self._store.append(with_findings, _packed(inspection))
         return inspection
 
     def flush(self) -> None:
@@ -47,3 +60,13 @@ class Checks:
         files = [(each.st_size, each.st_mtime_ns) for each in status]
         promised = recording.duration_sec
         return make_key("inspected", VERSION, audio, files, promised, self._fingerprint)
+
+
+def _packed(inspection: Inspection) -> bytes:
+    return json.dumps(dataclasses.asdict(inspection), default=str).encode()
+
+
+def _unpacked(content: bytes) -> Inspection:
+    fields = json.loads(content)
+    findings = [Finding(*each) for each in fields.pop("findings")]
+    return Inspection(Path(fields.pop("path")), findings=findings, **fields)

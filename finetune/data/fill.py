@@ -67,6 +67,7 @@ class CacheFill:
         ]
         segments = [ref for part in parts for source in part.sources for ref in source.segments]
         self._store = store
+        self._num_appended_before = store.num_appended
         self._refs = list(dict.fromkeys(segments))[rank::world_size]
         # Codes stay on the CPU, where nothing is made ahead; workers read ahead as always.
         self._batcher = Batcher(args, codec, num_frames, _PER_TURN, torch.device("cpu"), store)
@@ -103,8 +104,9 @@ class CacheFill:
 
     def _stop_if_not_kept(self) -> None:
         if (error := self._store.write_error) is not None:
+            num_kept = self._store.num_appended - self._num_appended_before
             raise UserError(
                 f"data.cache_dir: {self._store.folder} cannot be written ({error.strerror}); "
-                f"{self._store.num_appended} segments were kept. Make room, or name a folder that "
+                f"{num_kept} segments were kept. Make room, or name a folder that "
                 "can be written, and start again: what was kept stays."
             )

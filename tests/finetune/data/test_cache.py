@@ -374,6 +374,16 @@ def test_unchanged_files_are_not_opened_again(data, tmp_path, monkeypatch):
         loader(data, tmp_path / "cache")
 
 
+def test_warnings_come_again_without_opening_a_file(data, tmp_path, monkeypatch, caplog):
+    content = json.loads((data / "1.json").read_text())
+    (data / "1.json").write_text(json.dumps(content | {"mood": "calm"}))
+    loader(data, tmp_path / "cache")
+    forbid_audio(monkeypatch)
+    caplog.clear()
+    assert loader(data, tmp_path / "cache").num_segments == 8
+    assert "1.json holds what is not used here (mood)" in caplog.text
+
+
 def test_ranks_share_the_check(data, tmp_path, monkeypatch):
     store = Store(tmp_path / "cache")
     for rank in range(2):
