@@ -33,6 +33,13 @@ _AV_BLOCK_SAMPLES = 2**16
 _MARGIN_SAMPLES = 2**16
 """How far before its part a reader may begin, to resample it."""
 
+# What holds audio itself. FFmpeg also reads playlists, which lead to other files and places.
+_AV_OPTIONS = {
+    "protocol_whitelist": "file",
+    "format_whitelist": "aac,ac3,aiff,amr,ape,asf,au,avi,caf,dts,eac3,flac,flv,matroska,webm,"
+    "mov,mp4,m4a,3gp,3g2,mj2,mp3,mpeg,mpegts,ogg,tta,w64,wav,wv",
+}
+
 _BLOCK_SAMPLES = 2**23
 """libmpg123 rounds otherwise after every call (in the last bit of a float). In one call, which is
 for nearly all files, the samples are those that any program gets that reads the whole file."""
@@ -197,7 +204,7 @@ def _av_stream(
 
     try:
         # A name as "file:…" leads to a file, whatever protocol it looks like.
-        with av.open(f"file:{path}") as container:
+        with av.open(f"file:{path}", options=_AV_OPTIONS) as container:
             if not container.streams.audio:
                 raise FileProblem(f"recording {path} holds no audio", COPY_REMEDY)
             yield container, container.streams.audio[0]

@@ -44,8 +44,8 @@ def _listed_twice(recordings: Sequence[Listed], files: dict[Listed, str]) -> Ite
         yield Finding(
             "listed-twice",
             "warning",
-            f"{_number(again)} listed more than once, and {_count(again)} so often in training "
-            f"({first.location} {again[files[first]]} times, first in {first.origin})",
+            f"{_number(again)} listed more than once, and {_count(again)} as often ("
+            f"{first.location} {again[files[first]]} times, first in {first.origin})",
             "remove the lines that come again, or give a weight to what is to come more often",
         )
 

@@ -138,6 +138,18 @@ def test_video_without_sound_and_text_are_no_recordings(tmp_path):
         inspect_audio(path)
 
 
+@pytest.mark.parametrize("name", ["a.wav", "a.mp3", "a.m3u8"])
+def test_a_playlist_is_not_followed(tmp_path, name):
+    write_av(tmp_path / "secret.m4a", "aac", 24000)
+    lines = ["#EXTM3U", "#EXT-X-TARGETDURATION:12", "#EXTINF:12,", "secret.m4a", "#EXT-X-ENDLIST"]
+    (tmp_path / name).write_text("\n".join(lines) + "\n")
+    with pytest.raises(FileProblem, match="cannot be read"):
+        inspect_audio(tmp_path / name)
+    (tmp_path / name).write_text(f"ffconcat version 1.0\nfile '{tmp_path}/secret.m4a'\n")
+    with pytest.raises(FileProblem, match="cannot be read"):
+        inspect_audio(tmp_path / name)
+
+
 def test_a_mono_video_is_refused_as_a_mono_wav_is(tmp_path):
     path = write_av(tmp_path / "a.mp4", "aac", 24000, num_channels=1)
     with pytest.raises(FileProblem, match="is mono"):
