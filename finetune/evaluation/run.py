@@ -325,7 +325,6 @@ class Evaluation:
         recordings, problems = check_recordings(
             spec,
             key="--data",
-            text=self.codec.text,
             reading=Reading.of(self.args.data, training=False),
         )
         for problem in problems[:5]:
