@@ -39,6 +39,10 @@ def train_loader(path, **changes):
     )
 
 
+def warnings(caplog):
+    return [record.message for record in caplog.records if record.levelno >= logging.WARNING]
+
+
 class Case:
     """A recording of 4 s that tests spoil."""
 
@@ -159,7 +163,7 @@ def test_warnings_are_said_once_with_an_example_and_a_count(tmp_path, caplog):
         (tmp_path / f"{name}.json").write_text(json.dumps(words))
     with caplog.at_level(logging.WARNING):
         train_loader(jsonl)
-    (said,) = caplog.messages
+    (said,) = warnings(caplog)
     assert said.startswith(f"data.train_data: {jsonl}:1: transcript {tmp_path / '0.json'} holds")
     assert "text_conditions" in said and said.endswith("[unused-keys] The same of 1 more.")
 
@@ -261,7 +265,7 @@ def test_recordings_that_are_listed_twice(tmp_path, caplog):
     more = [*lines, lines[0], {"path": "link.wav", "duration": 2.0}]
     with caplog.at_level(logging.WARNING):
         train_loader(write_jsonl(folder / "all.jsonl", more))
-    (said,) = caplog.messages
+    (said,) = warnings(caplog)
     assert "2 recordings are listed more than once" in said and "0.wav 2 times" in said
 
 

@@ -11,7 +11,15 @@ from data_tools import WORDS, tiny_codec, write_jsonl
 from training_tools import logged, train, trainer
 
 from finetune.config import load_config
-from finetune.data import SOURCES, Entry, Recording, Source, Word, check_recordings
+from finetune.data import (
+    SOURCES,
+    Entry,
+    Reading,
+    Recording,
+    Source,
+    Word,
+    check_recordings,
+)
 from finetune.encode import encode_data
 from finetune.errors import UserError
 from finetune.evaluation.codes import encode_to_file
@@ -71,7 +79,7 @@ def on_disk(folder):
     """The same as files, in the layout of moshi-finetune."""
     folder.mkdir()
     lines = []
-    for entry in SinesSource(folder, "data").entries():
+    for entry in SinesSource(folder, "data", Reading()).entries():
         tones = entry.recording
         samples = tones.read_audio(0, 10 * RATE_HZ, RATE_HZ).T.numpy()
         path = folder / f"{tones.path_as_written}.wav"
