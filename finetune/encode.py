@@ -27,11 +27,14 @@ def encode_data(args: TrainArgs) -> None:
     try:
         info = find_checkpoint(args.moshi_paths)
         # Of the language model nothing but its shape is needed.
-        codec = build_codec(info, plan_model(args, info), world.device)
+        codec = build_codec(
+            info, plan_model(args, info), world.device, word_start=args.data.word_start
+        )
         store = open_store(args.data)
         if world.size > 1:
             check_share(
                 args.data,
+                codec,
                 store=store,
                 rank=world.rank,
                 world_size=world.size,

@@ -54,7 +54,9 @@ def load_for_inference(checkpoint: Path, device: str = "auto") -> tuple[TTTLMMod
     model = load_model(args, info, join_world(args.device).device)
     if not _is_stock(checkpoint):
         load_trained_weights(model, args, checkpoint)
-    return model.eval().requires_grad_(False), build_codec(info, model)
+    return model.eval().requires_grad_(False), build_codec(
+        info, model, word_start=args.data.word_start
+    )
 
 
 def nonfinite_weights(model: TTTLMModel) -> str | None:

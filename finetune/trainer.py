@@ -22,7 +22,14 @@ from finetune.checkpoint import (
     step_of,
 )
 from finetune.config import TrainArgs, changed_keys, public_dict
-from finetune.data import Batch, build_eval_loader, build_train_loader, check_share, open_store
+from finetune.data import (
+    Batch,
+    build_eval_loader,
+    build_train_loader,
+    check_share,
+    open_store,
+    warn_if_shared,
+)
 from finetune.distributed import (
     Watch,
     build_sharding,
@@ -88,7 +95,7 @@ class Trainer:
             require_room(args, info, planned, self.world, checkpoint_bytes=copied, force=force)
 
         self.model = load_model(args, info, self.world.device, self.sharding, check=check)
-        self.codec = build_codec(self.checkpoint_info, self.model)
+        self.codec = build_codec(info, self.model, word_start=args.data.word_start)
         self.loss_weights = LossWeights(
             args.text_padding_weight, args.first_codebook_weight_multiplier
         )
@@ -110,6 +117,7 @@ class Trainer:
         if self.world.size > 1:
             check_share(
                 args.data,
+                self.codec,
                 store=store,
                 rank=self.world.rank,
                 world_size=self.world.size,
@@ -126,6 +134,8 @@ class Trainer:
         self.eval_data = (
             build_eval_loader(args.data, self.codec, **places) if args.do_eval else None
         )
+        if self.eval_data is not None:
+            warn_if_shared(self.train_data, self.eval_data)
         self.speech_check = build_speech_check(args, self.codec, self.world)
         self.phases = Phases(self.world.device)
         self.step = 0

@@ -27,6 +27,22 @@ class DataArgs:
     """What a broken line, recording or transcript does: `raise` stops the run and names them all,
     `skip` leaves them out, warns and counts."""
 
+    main_channel: Literal["left", "right"] = "left"
+    """The channel of the recordings that is Moshi's; the other is the user's."""
+
+    swap_channels: bool = False
+    """Whether each training recording also comes from its other side, with Moshi in the user's
+    place: the words of all other speakers become Moshi's. Their transcripts must hold the words of
+    both. Evaluation data are not swapped."""
+
+    room_tone: Annotated[float, Ge(-120), Le(-20)] | None = None
+    """Level in dBFS (decibels of full scale), -70 for example, of a quiet noise in place of digital
+    silence, which makes models fall silent; null: silence stays."""
+
+    word_start: Literal["auto", "always", "never"] = "auto"
+    """When the tokens of a word begin with the tokenizer's mark of a word's beginning. `auto`: not
+    in scripts without spaces between words (Chinese, Japanese, Thai, …)."""
+
     num_workers: Annotated[int, Ge(0), Le(1024), HARMLESS] = 2
     """Background processes per rank that decode audio; 0 decodes in the training process."""
 

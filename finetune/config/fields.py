@@ -130,8 +130,14 @@ def fill(cls: type, flat: Mapping[str, Any]) -> tuple[Any, list[Problem]]:
         if not (field.section and "." not in field.prefix)
     }
     values: dict[str, Any] = {}
-    problems: list[Problem] = []
+    foreign = {key: section for key in flat if (section := _foreign_section(cls, key))}
+    problems: list[Problem] = [
+        (abbreviated(section), "there is no such section; remove it with all that is in it")
+        for section in dict.fromkeys(foreign.values())
+    ]
     for key, raw in flat.items():
+        if key in foreign:
+            continue
         if key not in fields:
             similar = suggestion(cls, key)
             hint = f", did you mean {similar}?" if similar else "; remove it"
@@ -160,6 +166,16 @@ def _build(cls: type, values: Mapping[str, Any], prefix: str = "") -> Any:
         elif field.key in values:
             chosen[field.name] = values[field.key]
     return cls(**chosen)
+
+
+def _foreign_section(cls: type, key: str) -> str | None:
+    """Return the section that a key is in, if there is none of that name nor of a similar one:
+    what is in it has nothing to do with keys of the same name elsewhere."""
+    section, dot, _ = key.partition(".")
+    known = {field.key.split(".")[0] for field in all_fields(cls)}
+    if not dot or difflib.get_close_matches(section[:100], known, n=1, cutoff=0.6):
+        return None
+    return section
 
 
 def suggestion(cls: type, unknown: str) -> str | None:

@@ -4,36 +4,50 @@ from finetune.data.audio import AudioInfo, inspect_audio, read_audio
 from finetune.data.batches import Batch, open_store
 from finetune.data.codec import Codec
 from finetune.data.fill import CacheFill
+from finetune.data.inspection import Finding, Inspection, inspect_listing, inspect_recording
+from finetune.data.layouts import SOURCES, Entry, Source
 from finetune.data.loader import (
     EvalLoader,
     TrainLoader,
     build_eval_loader,
     build_train_loader,
     check_share,
+    warn_if_shared,
 )
 from finetune.data.problems import FileProblem
+from finetune.data.reading import Reading
+from finetune.data.recording import Codes, Recording, SegmentRef
 from finetune.data.segments import Segment, SegmentReader
-from finetune.data.sources import Recording, check_recordings, load_sources, parse_sources
+from finetune.data.sources import check_recordings, load_sources, parse_sources
 from finetune.data.text import (
     FRAME_RATE_HZ,
-    Word,
+    TextEncoder,
     count_frames,
-    read_transcript,
     text_stream,
     tokenize_segment,
 )
+from finetune.data.transcripts import Word, read_transcript
 
 __all__ = [
     "FRAME_RATE_HZ",
+    "SOURCES",
     "AudioInfo",
     "Batch",
     "CacheFill",
     "Codec",
+    "Codes",
+    "Entry",
     "EvalLoader",
     "FileProblem",
+    "Finding",
+    "Inspection",
+    "Reading",
     "Recording",
     "Segment",
     "SegmentReader",
+    "SegmentRef",
+    "Source",
+    "TextEncoder",
     "TrainLoader",
     "Word",
     "build_eval_loader",
@@ -42,6 +56,8 @@ __all__ = [
     "check_share",
     "count_frames",
     "inspect_audio",
+    "inspect_listing",
+    "inspect_recording",
     "load_sources",
     "open_store",
     "parse_sources",
@@ -49,4 +65,5 @@ __all__ = [
     "read_transcript",
     "text_stream",
     "tokenize_segment",
+    "warn_if_shared",
 ]

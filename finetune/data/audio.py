@@ -1,7 +1,7 @@
-"""Stereo recordings: what their headers promise, and exact reading from the middle."""
+"""Recordings: what their headers promise, and exact reading from the middle."""
 
 import math
-import struct
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +10,14 @@ import soundfile
 import torch
 from torchaudio.functional import resample
 
+from .decoders import (
+    COPY_REMEDY,
+    Decoder,
+    ForwardDecoder,
+    SeekingDecoder,
+    decoder_of,
+    wav_is_cut_off,
+)
 from .problems import FileProblem
 
 # `torchaudio.functional.resample`: its filter spans this many zero crossings, and cuts off at
@@ -17,10 +25,6 @@ from .problems import FileProblem
 # know how far the filter reaches.
 _FILTER_WIDTH = 6
 _ROLLOFF = 0.99
-
-# Programs that write a wav into a pipe cannot know its length and leave a placeholder of about
-# 2^31 or 2^32 bytes.
-_UNKNOWN_WAV_BYTES = 0x7FFF0000
 
 # The resampler's kernel has a value for each phase and tap. Rates with a large common divisor need
 # few (44.1 kHz to 24 kHz: 12 thousand), those without one gigabytes.
@@ -32,7 +36,6 @@ _STEREO_REMEDY = (
     "`ffmpeg -i moshi.wav -i user.wav -filter_complex amerge=inputs=2 -ac 2 both.wav` "
     "or `sox -M moshi.wav user.wav both.wav`"
 )
-_COPY_REMEDY = "copy or convert it again, or remove its line"
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,10 @@ class AudioInfo:
 
     num_samples: int
     sample_rate_hz: int
+    num_channels: int = 2
+    is_exact: bool = True
+    """Whether the file says its length in samples; in other formats programs differ in what they
+    count, by a few frames of the codec."""
 
     @property
     def duration_sec(self) -> float:
@@ -48,32 +55,54 @@ class AudioInfo:
 
 
 def inspect_audio(path: Path, *, allow_mono: bool = False) -> AudioInfo:
-    """The length of a stereo recording, after checking that it can be read to its end.
+    """Return the length of a stereo recording, after checking that it can be read to its end.
 
-    Reads the header and the last sample only.
+    Of wav, flac and the like it reads the header and the last sample only. What has no length in
+    its header is decoded.
 
     Raises:
         FileProblem: missing, not readable as audio, truncated, or not stereo.
     """
     if not path.is_file():
-        raise FileProblem(f"recording {path} is missing: correct the path or remove the line")
+        remedy = _other_spelling(path) or "correct the path or remove the line"
+        raise FileProblem(f"recording {path} is missing", remedy, code="missing")
     try:
-        with soundfile.SoundFile(path) as file:
-            num_samples, rate, num_channels = file.frames, file.samplerate, file.channels
+        return _inspect(path, decoder_of(path), allow_mono)
     except (soundfile.SoundFileError, OSError) as error:
-        raise FileProblem(f"recording {path} cannot be read ({error}): {_COPY_REMEDY}") from None
+        raise FileProblem(f"recording {path} cannot be read ({error})", COPY_REMEDY) from None
+
+
+def _inspect(path: Path, decoder: Decoder, allow_mono: bool) -> AudioInfo:
+    rate, num_channels = decoder.sample_rate_hz, decoder.num_channels
     if num_channels != 2 and not (allow_mono and num_channels == 1):
         kind = "mono" if num_channels == 1 else f"made of {num_channels} channels"
-        raise FileProblem(f"recording {path} is {kind}: {_STEREO_REMEDY}")
-    if num_samples < 0 or rate < 1:
-        raise FileProblem(f"recording {path} has a header that makes no sense: {_COPY_REMEDY}")
+        raise FileProblem(f"recording {path} is {kind}", _STEREO_REMEDY, code="not-stereo")
+    num_samples = decoder.num_samples
+    if (num_samples or 0) < 0 or rate < 1:
+        raise FileProblem(f"recording {path} has a header that makes no sense", COPY_REMEDY)
     _require_resampler(path, rate, MIMI_RATE_HZ)
-    if _is_truncated(path, num_samples):
+    if num_samples is None:
+        assert isinstance(decoder, ForwardDecoder)
+        num_samples = decoder.count()
+    elif _is_truncated(path, num_samples):
         raise FileProblem(
-            f"recording {path} is truncated, its header promises more audio than the file holds: "
-            f"{_COPY_REMEDY}"
+            f"recording {path} is truncated, its header promises more audio than the file holds",
+            COPY_REMEDY,
+            code="truncated",
         )
-    return AudioInfo(num_samples, rate)
+    return AudioInfo(num_samples, rate, num_channels, isinstance(decoder, SeekingDecoder))
+
+
+def _other_spelling(path: Path) -> str | None:
+    """Return what to do about a file that is there under a name that only looks the same."""
+    for form in ("NFC", "NFD"):
+        name = unicodedata.normalize(form, path.name)
+        if name != path.name and path.with_name(name).is_file():
+            return (
+                "a file whose name looks the same is there, but its letters are in the Unicode "
+                f"form {form}; write the name in that form, or rename the file"
+            )
+    return None
 
 
 def _require_resampler(path: Path, rate_hz: int, new_rate_hz: int) -> None:
@@ -81,14 +110,15 @@ def _require_resampler(path: Path, rate_hz: int, new_rate_hz: int) -> None:
     if rate_hz // divisor * (new_rate_hz // divisor) > _MAX_KERNEL_VALUES:
         raise FileProblem(
             f"recording {path} has {rate_hz} samples a second, from which there is no exact way to "
-            f"{new_rate_hz} within reasonable memory: convert it, for example by "
-            f"`ffmpeg -i in.wav -ar {new_rate_hz} out.wav`, or remove its line"
+            f"{new_rate_hz} within reasonable memory",
+            f"convert it, for example by `ffmpeg -i in.wav -ar {new_rate_hz} out.wav`, or remove "
+            "its line",
+            code="rate",
         )
 
 
 def _is_truncated(path: Path, num_samples: int) -> bool:
-    promised_end = _wav_data_end_bytes(path)
-    if promised_end is not None and promised_end > path.stat().st_size:
+    if wav_is_cut_off(path):
         return True
     if num_samples == 0:
         return False
@@ -98,24 +128,6 @@ def _is_truncated(path: Path, num_samples: int) -> bool:
             return len(file.read(1)) < 1
     except soundfile.SoundFileError:
         return True
-
-
-def _wav_data_end_bytes(path: Path) -> int | None:
-    """Return where the samples of a wav file must end by its own header; None if it does not say.
-
-    libsndfile quietly takes what there is of a truncated wav as the whole, so it has to be asked
-    here.
-    """
-    with path.open("rb") as file:
-        if file.read(12)[0:4] != b"RIFF":
-            return None
-        while len(header := file.read(8)) == 8:
-            name, num_bytes = struct.unpack("<4sI", header)
-            if name == b"data":
-                known = 0 < num_bytes < _UNKNOWN_WAV_BYTES
-                return file.tell() + num_bytes if known else None
-            file.seek(num_bytes + num_bytes % 2, 1)
-    return None
 
 
 def read_audio(
@@ -133,37 +145,39 @@ def read_audio(
         FileProblem: the file cannot be read, or holds less than its header promises.
     """
     try:
-        with soundfile.SoundFile(path) as file:
-            return _read_resampled(file, path, start_sample, num_samples, sample_rate_hz)
+        return _read_resampled(decoder_of(path), path, start_sample, num_samples, sample_rate_hz)
     except (soundfile.SoundFileError, OSError) as error:
-        raise FileProblem(f"recording {path} cannot be read ({error}): {_COPY_REMEDY}") from None
+        raise FileProblem(f"recording {path} cannot be read ({error})", COPY_REMEDY) from None
 
 
 def _read_resampled(
-    file: soundfile.SoundFile, path: Path, start_sample: int, num_samples: int, new_rate_hz: int
+    decoder: Decoder, path: Path, start_sample: int, num_samples: int, new_rate_hz: int
 ) -> torch.Tensor:
     # Every `old` samples in give `new` samples out. Reading from a multiple of `old` leaves the
     # phase of the filter as it would be in the whole recording.
-    _require_resampler(path, file.samplerate, new_rate_hz)
-    divisor = math.gcd(file.samplerate, new_rate_hz)
-    old, new = file.samplerate // divisor, new_rate_hz // divisor
-    total_samples = -(-file.frames * new // old)
-    stop_sample = min(start_sample + num_samples, total_samples)
+    _require_resampler(path, decoder.sample_rate_hz, new_rate_hz)
+    divisor = math.gcd(decoder.sample_rate_hz, new_rate_hz)
+    old, new = decoder.sample_rate_hz // divisor, new_rate_hz // divisor
+    stop_sample = start_sample + num_samples
 
     reach = math.ceil(_FILTER_WIDTH * old / (min(old, new) * _ROLLOFF)) if old != new else 0
     margin_blocks = -(-reach // old)
     first_block = max(0, start_sample // new - margin_blocks)
-    last_block = -(-stop_sample // new) + margin_blocks
-    start, stop = first_block * old, min(last_block * old, file.frames)
+    start, stop = first_block * old, (-(-stop_sample // new) + margin_blocks) * old
+    if decoder.num_samples is not None:
+        stop = min(stop, decoder.num_samples)
 
-    file.seek(start)
-    samples = file.read(stop - start, dtype="float32", always_2d=True)
-    if len(samples) < stop - start:
-        raise FileProblem(f"recording {path} ends before its header says: {_COPY_REMEDY}")
+    samples = decoder.read(start, stop)
+    end = start + len(samples)
+    if end < stop:
+        if decoder.num_samples is not None:
+            raise FileProblem(f"recording {path} ends before its header says", COPY_REMEDY)
+        stop = end
     if not np.isfinite(samples).all():
-        raise FileProblem(f"recording {path} holds samples that are not numbers: {_COPY_REMEDY}")
+        raise FileProblem(f"recording {path} holds samples that are not numbers", COPY_REMEDY)
+    stop_sample = min(stop_sample, -(-stop * new // old))
     audio = torch.from_numpy(samples.T.copy())
-    if old != new:
+    if old != new and audio.shape[1]:
         audio = resample(audio, old, new, lowpass_filter_width=_FILTER_WIDTH, rolloff=_ROLLOFF)
     offset = first_block * new
-    return audio[:, start_sample - offset : stop_sample - offset]
+    return audio[:, start_sample - offset : max(start_sample, stop_sample) - offset]

@@ -30,8 +30,8 @@ from finetune.errors import UserError
 from .cache import CodeCache
 from .codec import Codec
 from .prefetch import Prefetcher
+from .recording import SegmentRef
 from .segments import BrokenSegment, Segment, Task
-from .sources import SegmentRef
 from .store import DamagedBlob, Store
 from .text import FRAME_RATE_HZ
 
@@ -122,7 +122,9 @@ class Batcher:
                 yield batch
 
     def has(self, ref: SegmentRef) -> bool:
-        """Return whether the codes of a segment are kept on disk, undamaged: they are read."""
+        """Return whether the codes of a segment are on disk, undamaged: they are read."""
+        if ref.recording.has_codes:
+            return True
         blob = None if self._cache is None else self._cache.find(ref)
         if self._cache is None or blob is None:
             return False
@@ -150,7 +152,7 @@ class Batcher:
     def _task(self, ref: SegmentRef) -> Task:
         if ref in self._kept:
             return Task(None)
-        if self._cache is None:
+        if self._cache is None or ref.recording.has_codes:
             return Task(ref)
         codes = self._cache.find(ref)
         if codes is None:

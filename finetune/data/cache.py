@@ -8,8 +8,8 @@ stay the same, the recording is not read again.
 import torch
 
 from .codec import Codec
-from .segments import AudioIdentity, identify_file
-from .sources import SegmentRef
+from .recording import SegmentRef
+from .segments import AudioIdentity, identify_part
 from .store import Blob, Store, make_key
 
 
@@ -27,7 +27,7 @@ class CodeCache:
 
         Looks at the recording's size and time of change alone.
         """
-        file_key = identify_file(ref, self._num_frames, self._sample_rate_hz)
+        file_key = identify_part(ref, self._num_frames, self._sample_rate_hz)
         samples = None if file_key is None else self._store.get(file_key)
         return None if samples is None else self._store.find(self._key(samples))
 

@@ -1,54 +1,72 @@
-"""What the check of the data found, remembered for files that have not changed since."""
+"""The inspection of recordings, remembered for those that have not changed since."""
 
+import dataclasses
+import json
 import os
 import struct
 from pathlib import Path
 
-from .audio import AudioInfo, inspect_audio
-from .store import Store, make_key
-from .text import MAIN_SPEAKER, read_transcript
+from .inspection import VERSION, Finding, Inspection
+from .recording import Recording
+from .store import DamagedBlob, Store, make_key
+from .text import TextEncoder
 
-_LENGTH = struct.Struct("<QQ")  # samples, rate
+_CLEAN = struct.Struct("<dII")  # duration, rate, channels
 
 
-class FileChecks:
-    """What the check at the start found, for files that have not changed since."""
+class Checks:
+    """Inspects recordings; those without an error are not opened again until they change."""
 
-    def __init__(self, store: Store | None) -> None:
+    def __init__(self, store: Store | None, text: TextEncoder | None = None) -> None:
         self._store = store
+        self._text = text
+        self._fingerprint = text.fingerprint if store is not None and text is not None else None
 
-    def audio_info(self, path: Path) -> AudioInfo:
-        """As `inspect_audio`."""
-        key = _file_key("recording", path)
-        known = self._store.get(key) if self._store and key else None
-        if known is not None:
-            return AudioInfo(*_LENGTH.unpack(known))
-        info = inspect_audio(path)
-        if self._store and key:
-            self._store.put(key, _LENGTH.pack(info.num_samples, info.sample_rate_hz))
-        return info
-
-    def lacks_main_speaker(self, path: Path) -> bool:
-        """Return whether a transcript holds words, but none of Moshi; raises as
-        `read_transcript`."""
-        key = _file_key("transcript", path)
-        known = self._store.get(key) if self._store and key else None
-        if known is not None:
-            return known[0] == 1
-        words = read_transcript(path)
-        lacks = bool(words) and all(word.speaker != MAIN_SPEAKER for word in words)
-        if self._store and key:
-            self._store.put(key, bytes([lacks]) * 16)
-        return lacks
+    def inspect(self, recording: Recording) -> Inspection:
+        """As `Recording.inspect`, the fast part."""
+        key = self._key(recording) if self._store is not None else None
+        if self._store is None or key is None:
+            return recording.inspect(text=self._text)
+        # Most have no finding: a value of 16 bytes says all.
+        if (known := self._store.get(key)) is not None:
+            return Inspection(recording.path, *_CLEAN.unpack(known))
+        with_findings = make_key("findings", key)
+        if (blob := self._store.find(with_findings)) is not None:
+            try:
+                return _unpacked(blob.read())
+            except DamagedBlob as damage:
+                self._store.report_damage(blob, str(damage))
+        inspection = recording.inspect(text=self._text)
+        if not inspection.findings:
+            found = inspection.duration_sec, inspection.sample_rate_hz, inspection.num_channels
+            self._store.put(key, _CLEAN.pack(*found))
+        elif not inspection.errors:
+            self._store.append(with_findings, _packed(inspection))
+        return inspection
 
     def flush(self) -> None:
-        if self._store:
+        """Let other processes see what was found."""
+        if self._store is not None:
             self._store.flush()
 
+    def _key(self, recording: Recording) -> bytes | None:
+        audio = recording.audio_version()
+        if audio is None:
+            return None
+        try:
+            status = [os.stat(path) for path in recording.files]
+        except OSError:
+            return None
+        files = [(each.st_size, each.st_mtime_ns) for each in status]
+        promised = recording.duration_sec
+        return make_key("inspected", VERSION, audio, files, promised, self._fingerprint)
 
-def _file_key(kind: str, path: Path) -> bytes | None:
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    return make_key(kind, os.path.abspath(path), status.st_size, status.st_mtime_ns)
+
+def _packed(inspection: Inspection) -> bytes:
+    return json.dumps(dataclasses.asdict(inspection), default=str).encode()
+
+
+def _unpacked(content: bytes) -> Inspection:
+    fields = json.loads(content)
+    findings = [Finding(*each) for each in fields.pop("findings")]
+    return Inspection(Path(fields.pop("path")), findings=findings, **fields)

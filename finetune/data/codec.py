@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import moshi
 import sentencepiece
@@ -21,10 +21,11 @@ from finetune.errors import UserError
 from ttt import block_streaming
 
 from .audio import inspect_audio
+from .layouts import StereoFile
 from .problems import FileProblem
-from .segments import Segment, SegmentReader, tokenize
-from .sources import Recording, SegmentRef
-from .text import FRAME_RATE_HZ, count_frames
+from .recording import SegmentRef
+from .segments import Segment, SegmentReader
+from .text import FRAME_RATE_HZ, TextEncoder, count_frames
 
 _PIECE_FRAMES = 1250
 """Longer segments are encoded in pieces of this length. Mimi's first layers hold 64 floats a
@@ -51,6 +52,7 @@ class Codec:
         text_padding_id: int = 3,
         end_of_text_padding_id: int = 0,
         zero_token_id: int = -1,
+        word_start: Literal["auto", "always", "never"] = "auto",
         device: torch.device | str | None = None,
     ) -> None:
         """Freezes `mimi`.
@@ -59,6 +61,7 @@ class Codec:
             device: where Mimi computes; it moves there when it is first needed. None: where it is.
             moshi_codebooks: codebooks of the left channel, the model's `dep_q`.
             user_codebooks: codebooks of the right channel, the model's `n_q - dep_q`.
+            word_start: see `data.word_start`.
             zero_token_id: what stands after the end of a recording, in every stream.
 
         Raises:
@@ -74,11 +77,9 @@ class Codec:
         self.mimi = mimi.eval().requires_grad_(False)
         # As it is of tensors that are there: a GPU with its number.
         self.device = torch.empty(0, device=device or next(mimi.parameters()).device).device
-        self.tokenizer = tokenizer
+        self.text = TextEncoder(tokenizer, text_padding_id, end_of_text_padding_id, word_start)
         self.moshi_codebooks = moshi_codebooks
         self.user_codebooks = user_codebooks
-        self.text_padding_id = text_padding_id
-        self.end_of_text_padding_id = end_of_text_padding_id
         self.zero_token_id = zero_token_id
         self.lock = threading.Lock()
         """Held while Mimi computes; other processes must not be forked meanwhile."""
@@ -94,19 +95,30 @@ class Codec:
         """1 text, then Moshi's codebooks, then the user's."""
         return 1 + self.moshi_codebooks + self.user_codebooks
 
+    @property
+    def tokenizer(self) -> sentencepiece.SentencePieceProcessor:
+        return self.text.tokenizer
+
+    @property
+    def text_padding_id(self) -> int:
+        return self.text.text_padding_id
+
+    @property
+    def end_of_text_padding_id(self) -> int:
+        return self.text.end_of_text_padding_id
+
     def tokenize(self, word: str) -> list[int]:
         """The tokens of one word, by itself, without begin-of-sentence."""
-        return tokenize(self.tokenizer, word)
+        return self.text.tokenize(word)
 
     def reader(self, num_frames: int) -> SegmentReader:
         """A reader of segments of `num_frames` frames whose tokens and rate suit this codec."""
         return SegmentReader(
-            self.tokenizer,
+            self.text,
             num_frames=num_frames,
             sample_rate_hz=self.sample_rate_hz,
-            text_padding_id=self.text_padding_id,
-            end_of_text_padding_id=self.end_of_text_padding_id,
             num_codebooks=self.mimi.num_codebooks,
+            num_codes=self.mimi.cardinality,
         )
 
     def read_recording(self, path: Path) -> Segment:
@@ -117,7 +129,7 @@ class Codec:
         """
         try:
             duration_sec = inspect_audio(path).duration_sec
-            recording = Recording(path, str(path), str(path), duration_sec)
+            recording = StereoFile(path, str(path), str(path), duration_sec)
             reader = self.reader(count_frames(duration_sec))
             if recording.transcript_path.exists():
                 return reader.read(SegmentRef(recording, 0))
@@ -168,13 +180,18 @@ class Codec:
         Args:
             audio_codes: `[2, num_codebooks, num_valid_frames]`, what `encode_audio` gives.
         """
-        valid = segment.num_valid_frames
-        first_user = 1 + self.moshi_codebooks
         codes = torch.full((self.num_streams, segment.num_frames), self.zero_token_id)
-        codes[0, :valid] = segment.text_tokens
-        codes[1:first_user, :valid] = audio_codes[0, : self.moshi_codebooks]
-        codes[first_user:, :valid] = audio_codes[1, : self.user_codebooks]
+        codes[:, : segment.num_valid_frames] = self.join(segment.text_tokens, *audio_codes)
         return codes
+
+    def join(self, text: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        """Put text and both channels together: int64 `[num_streams, T]`.
+
+        Args:
+            text: `[T]`.
+            left, right: codes `[num_codebooks, T]` of Moshi and of the user.
+        """
+        return torch.cat([text[None], left[: self.moshi_codebooks], right[: self.user_codebooks]])
 
     @torch.no_grad()
     def encode_audio(self, segment: Segment) -> torch.Tensor:

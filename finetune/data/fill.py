@@ -11,6 +11,7 @@ from finetune.errors import UserError
 
 from .batches import Batcher
 from .codec import Codec
+from .reading import Reading
 from .sources import load_sources
 from .store import Store
 from .text import count_frames
@@ -50,13 +51,23 @@ class CacheFill:
             )
         num_frames = count_frames(duration_sec)
         options: dict[str, Any] = {
-            "num_frames": num_frames, "on_error": args.on_error, "store": store,
+            "num_frames": num_frames, "on_error": args.on_error, "store": store, "text": codec.text,
         }  # fmt: skip
-        parts = [load_sources(args.train_data, key="data.train_data", **options)]
+        specs = {"data.train_data": args.train_data}
         if with_eval:
-            parts.append(load_sources(args.eval_data, key="data.eval_data", **options))
+            specs["data.eval_data"] = args.eval_data
+        parts = [
+            load_sources(
+                spec,
+                key=key,
+                reading=Reading.of(args, training=key == "data.train_data"),
+                **options,
+            )
+            for key, spec in specs.items()
+        ]
         segments = [ref for part in parts for source in part.sources for ref in source.segments]
         self._store = store
+        self._num_appended_before = store.num_appended
         self._refs = list(dict.fromkeys(segments))[rank::world_size]
         # Codes stay on the CPU, where nothing is made ahead; workers read ahead as always.
         self._batcher = Batcher(args, codec, num_frames, _PER_TURN, torch.device("cpu"), store)
@@ -93,8 +104,9 @@ class CacheFill:
 
     def _stop_if_not_kept(self) -> None:
         if (error := self._store.write_error) is not None:
+            num_kept = self._store.num_appended - self._num_appended_before
             raise UserError(
                 f"data.cache_dir: {self._store.folder} cannot be written ({error.strerror}); "
-                f"{self._store.num_appended} segments were kept. Make room, or name a folder that "
+                f"{num_kept} segments were kept. Make room, or name a folder that "
                 "can be written, and start again: what was kept stays."
             )

@@ -11,8 +11,11 @@ from finetune.config import DataArgs
 
 from .batches import Batch, Batcher
 from .codec import Codec
+from .inspection import inspect_listing
 from .order import SampleOrder
-from .sources import DataSet, SegmentRef, check_share_of_files, load_sources
+from .reading import Reading
+from .recording import Recording, SegmentRef
+from .sources import DataSet, check_share_of_sources, load_sources, warn_of
 from .store import Store
 from .text import count_frames
 
@@ -20,7 +23,13 @@ logger = logging.getLogger(__name__)
 
 
 def check_share(
-    args: DataArgs, *, store: Store | None, rank: int, world_size: int, with_eval: bool
+    args: DataArgs,
+    codec: Codec,
+    *,
+    store: Store | None,
+    rank: int,
+    world_size: int,
+    with_eval: bool,
 ) -> None:
     """With `data.cache_dir`: check this rank's share of the data, so that the ranks, which need all
     of it, need not each open every file.
@@ -34,7 +43,15 @@ def check_share(
     if with_eval:
         specs["data.eval_data"] = args.eval_data
     for key, spec in specs.items():
-        check_share_of_files(spec, key=key, store=store, rank=rank, world_size=world_size)
+        check_share_of_sources(
+            spec,
+            key=key,
+            store=store,
+            text=codec.text,
+            reading=Reading.of(args, training=key == "data.train_data"),
+            rank=rank,
+            world_size=world_size,
+        )
 
 
 def build_train_loader(
@@ -68,6 +85,8 @@ def build_train_loader(
         num_frames=num_frames,
         on_error=args.on_error,
         store=store,
+        text=codec.text,
+        reading=Reading.of(args, training=True),
     )
     batcher = Batcher(
         args,
@@ -100,6 +119,8 @@ def build_eval_loader(
         num_frames=num_frames,
         on_error=args.on_error,
         store=store,
+        text=codec.text,
+        reading=Reading.of(args, training=False),
     )
     batcher = Batcher(
         args,
@@ -110,6 +131,13 @@ def build_eval_loader(
         store,
     )
     return EvalLoader(batcher, data, rank, world_size)
+
+
+def warn_if_shared(train: "TrainLoader", evaluation: "EvalLoader") -> None:
+    """Warn if recordings that are evaluated are trained on as well."""
+    found = inspect_listing(train.recordings, evaluation.recordings)
+    shared = [each for each in found if each.code == "evaluation-in-training"]
+    warn_of([("data.train_data", each) for each in shared], "data.eval_data")
 
 
 class TrainLoader:
@@ -189,6 +217,10 @@ class TrainLoader:
             self._batches = None
 
     @property
+    def recordings(self) -> list[Recording]:
+        return self._data.recordings
+
+    @property
     def num_segments(self) -> int:
         return self._data.num_segments
 
@@ -230,6 +262,10 @@ class EvalLoader:
     def __len__(self) -> int:
         """Batches of this rank in one pass."""
         return -(-len(self._refs) // self._batcher.batch_size)
+
+    @property
+    def recordings(self) -> list[Recording]:
+        return self._data.recordings
 
     @property
     def num_segments(self) -> int:

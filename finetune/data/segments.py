@@ -1,28 +1,26 @@
 """Reading one segment: what the background workers do."""
 
 import hashlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import sentencepiece
 import torch
 from torch.utils.data import Dataset
 
-from .audio import read_audio
 from .problems import FileProblem
-from .sources import SegmentRef
+from .recording import SegmentRef
 from .store import Blob, DamagedBlob, make_key
-from .text import FRAME_RATE_HZ, Word, read_transcript, text_stream, tokenize_segment
+from .text import FRAME_RATE_HZ, TextEncoder
+from .transcripts import Word
 
 
 class AudioIdentity(NamedTuple):
     """What the audio of a segment is known by. All are 16 bytes."""
 
     file: bytes | None
-    """Of the part of the file, see `identify_file`."""
+    """Of the part of the file, see `identify_part`."""
     samples: bytes
     """Of the samples themselves."""
 
@@ -73,24 +71,13 @@ class Task(NamedTuple):
     """Where its audio codes are kept."""
 
 
-def identify_file(ref: SegmentRef, num_frames: int, sample_rate_hz: int) -> bytes | None:
-    """A key for the part of a file that a segment is; another one if the file has changed.
-
-    By the file's path, size and time of change. None: it cannot be found.
-    """
-    path = os.path.abspath(ref.recording.path)
-    try:
-        status = os.stat(path)
-    except OSError:
+def identify_part(ref: SegmentRef, num_frames: int, sample_rate_hz: int) -> bytes | None:
+    """A key for the part of a recording that a segment is; another one if the recording has
+    changed. None: it cannot be found."""
+    version = ref.recording.audio_version()
+    if version is None:
         return None
-    changed = (status.st_size, status.st_mtime_ns)
-    return make_key("segment", path, changed, ref.start_frame, num_frames, sample_rate_hz)
-
-
-def tokenize(tokenizer: sentencepiece.SentencePieceProcessor, word: str) -> list[int]:
-    """The tokens of one word, by itself, without begin-of-sentence."""
-    tokens: list[int] = tokenizer.encode(word.strip(), add_bos=False, add_eos=False)
-    return tokens
+    return make_key("segment", *version, ref.start_frame, num_frames, sample_rate_hz)
 
 
 class SegmentReader(Dataset):
@@ -98,22 +85,23 @@ class SegmentReader(Dataset):
 
     def __init__(
         self,
-        tokenizer: sentencepiece.SentencePieceProcessor,
+        text: TextEncoder,
         *,
         num_frames: int,
         sample_rate_hz: int,
-        text_padding_id: int,
-        end_of_text_padding_id: int,
         num_codebooks: int,
+        num_codes: int,
     ) -> None:
-        """`num_codebooks`: of each channel, in codes that were kept."""
-        self.tokenizer = tokenizer
+        """
+        Args:
+            num_codebooks: of each channel, in codes that were kept.
+            num_codes: entries of a codebook.
+        """
+        self.text = text
         self.num_frames = num_frames
         self.sample_rate_hz = sample_rate_hz
-        self.text_padding_id = text_padding_id
-        self.end_of_text_padding_id = end_of_text_padding_id
-
         self.num_codebooks = num_codebooks
+        self.num_codes = num_codes
         self.identify = False
         """Whether segments that are read get an `identity`."""
 
@@ -131,13 +119,15 @@ class SegmentReader(Dataset):
         Raises:
             FileProblem: the recording or its transcript cannot be read.
         """
-        transcript = read_transcript(ref.recording.transcript_path)
+        words = ref.recording.read_words()
+        if ref.recording.has_codes:
+            return self._from_encoded(ref, words)
         if codes is None:
-            return self._from_audio(ref, transcript)
+            return self._from_audio(ref, words)
         try:
-            return self._from_codes(ref, transcript, codes)
+            return self._from_codes(ref, words, codes)
         except DamagedBlob as damage:
-            segment = self._from_audio(ref, transcript)
+            segment = self._from_audio(ref, words)
             segment.damage = str(damage)
             return segment
 
@@ -150,42 +140,57 @@ class SegmentReader(Dataset):
         codes = np.frombuffer(kept, dtype="<u2").astype(np.int64)
         return torch.from_numpy(codes).view(2, self.num_codebooks, -1)
 
-    def _from_audio(self, ref: SegmentRef, transcript: list[Word]) -> Segment:
+    def _from_audio(self, ref: SegmentRef, words: list[Word]) -> Segment:
         frame_samples = round(self.sample_rate_hz / FRAME_RATE_HZ)
         # Before it is read: a change in between must not pass unnoticed later.
-        file = identify_file(ref, self.num_frames, self.sample_rate_hz) if self.identify else None
-        audio = read_audio(
-            ref.recording.path,
+        file = identify_part(ref, self.num_frames, self.sample_rate_hz) if self.identify else None
+        audio = ref.recording.read_audio(
             ref.start_frame * frame_samples,
             self.num_frames * frame_samples,
             self.sample_rate_hz,
         ).contiguous()
-        segment = self._segment(ref, transcript, -(-audio.shape[1] // frame_samples))
+        segment = self._segment(ref, words, -(-audio.shape[1] // frame_samples))
         segment.audio = audio
         if self.identify:
             digest = hashlib.blake2b(audio.numpy().data, digest_size=16).digest()
             segment.identity = AudioIdentity(file, digest)
         return segment
 
-    def _from_codes(self, ref: SegmentRef, transcript: list[Word], kept: Blob) -> Segment:
+    def _from_encoded(self, ref: SegmentRef, words: list[Word]) -> Segment:
+        audio, text = ref.recording.read_codes(ref.start_frame, self.num_frames)
+        name = ref.recording.location
+        if audio.shape[1] < self.num_codebooks:
+            raise FileProblem(
+                f"codes {name} are of {audio.shape[1]} codebooks a channel, and the model reads "
+                f"{self.num_codebooks}",
+                "encode with as many codebooks, or name the audio instead",
+            )
+        highest = max(int(audio.max()), 0) if audio.numel() else 0
+        if highest >= self.num_codes:
+            raise FileProblem(
+                f"codes {name} go up to {highest}, and Mimi has {self.num_codes} a codebook",
+                "check that they are Mimi's, and that rows are streams",
+            )
+        segment = self._segment(ref, words, audio.shape[2])
+        segment.audio_codes = audio
+        if text is not None:
+            if text.numel() and int(text.max()) >= self.text.tokenizer.vocab_size():
+                raise FileProblem(
+                    f"the text of codes {name} holds tokens up to {int(text.max())}, and the "
+                    f"tokenizer has {self.text.tokenizer.vocab_size()}",
+                    "make it with the model's own tokenizer",
+                )
+            segment.text_tokens = text
+        return segment
+
+    def _from_codes(self, ref: SegmentRef, words: list[Word], kept: Blob) -> Segment:
         codes = self.decode_kept(kept.read())
-        segment = self._segment(ref, transcript, codes.shape[-1])
+        segment = self._segment(ref, words, codes.shape[-1])
         segment.audio_codes = codes
         return segment
 
-    def _segment(self, ref: SegmentRef, transcript: list[Word], num_valid_frames: int) -> Segment:
-        words = tokenize_segment(
-            transcript,
-            ref.start_frame,
-            num_valid_frames,
-            lambda word: tokenize(self.tokenizer, word),
-        )
-        text_tokens = text_stream(
-            words,
-            num_valid_frames,
-            text_padding_id=self.text_padding_id,
-            end_of_text_padding_id=self.end_of_text_padding_id,
-        )
+    def _segment(self, ref: SegmentRef, words: list[Word], num_valid_frames: int) -> Segment:
+        text_tokens = self.text.stream(words, ref.start_frame, num_valid_frames)
         return Segment(
             audio=torch.zeros(2, 0),
             text_tokens=torch.tensor(text_tokens, dtype=torch.int64),

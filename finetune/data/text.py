@@ -1,34 +1,24 @@
-"""Transcripts, and the text stream that is made of them: one token a frame."""
+"""The text stream that is made of words: one token a frame."""
 
-import json
+import hashlib
 import math
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal, NamedTuple
 
-from finetune.safety import read_json
+import sentencepiece
 
-from .problems import FileProblem
+from .transcripts import MAIN_SPEAKER, Word
 
 FRAME_RATE_HZ = 12.5
-MAIN_SPEAKER = "SPEAKER_MAIN"
-
-_FORMAT = '{"alignments": [["word", [start_sec, end_sec], "SPEAKER_MAIN"], ...]}'
 
 
 def count_frames(duration_sec: float) -> int:
     """Frames of a segment of this length, rounded up."""
     # The tolerance keeps rounding, as in 1.04 * 12.5 = 13.000000000000002, from adding a frame.
     return math.ceil(duration_sec * FRAME_RATE_HZ - 1e-6)
-
-
-class Word(NamedTuple):
-    """One alignment of a transcript; times from the start of the recording."""
-
-    text: str
-    start_sec: float
-    end_sec: float
-    speaker: str
 
 
 class TimedTokens(NamedTuple):
@@ -38,65 +28,79 @@ class TimedTokens(NamedTuple):
     tokens: list[int]
 
 
-def read_transcript(path: Path) -> list[Word]:
-    """All alignments of a transcript, as they stand in the file.
+@dataclass(frozen=True)
+class TextEncoder:
+    """A text tokenizer and the model's special tokens: from words to the text stream."""
 
-    Raises:
-        FileProblem: the file is missing, is not JSON, or does not have the expected form.
-    """
-    try:
-        content = read_json(path)
-    except FileNotFoundError:
-        raise FileProblem(
-            f"transcript {path} is missing: make one with the word times, in the form {_FORMAT}; "
-            "an empty list means that Moshi says nothing"
-        ) from None
-    except OSError as error:
-        raise FileProblem(
-            f"transcript {path} cannot be read ({error.strerror}): check the file and its "
-            "permissions"
-        ) from None
-    except ValueError as error:
-        raise FileProblem(
-            f"transcript {path} is not valid JSON ({error}): make it again, in the form {_FORMAT}"
-        ) from None
-    if not isinstance(content, dict) or not isinstance(content.get("alignments"), list):
-        raise FileProblem(
-            f'transcript {path} has no list "alignments": it must have the form {_FORMAT}'
+    tokenizer: sentencepiece.SentencePieceProcessor
+    text_padding_id: int = 3
+    end_of_text_padding_id: int = 0
+    word_start: Literal["auto", "always", "never"] = "always"
+    """See `data.word_start`."""
+
+    @property
+    def fingerprint(self) -> bytes:
+        """Return what tokens depend on besides words."""
+        ids = (self.text_padding_id, self.end_of_text_padding_id, self.word_start)
+        proto = self.tokenizer.serialized_model_proto()
+        return hashlib.blake2b(repr(ids).encode() + proto, digest_size=16).digest()
+
+    def tokenize(self, word: str) -> list[int]:
+        """The tokens of one word, by itself, without begin-of-sentence."""
+        word = word.strip()
+        with_mark = self.word_start == "always" or (
+            self.word_start == "auto" and not _has_no_spaces(word)
         )
-    for index, entry in enumerate(content["alignments"]):
-        if not _is_alignment(entry):
-            raise FileProblem(
-                f"transcript {path} is malformed: alignments[{index}] is {_short(entry)}, "
-                'expected ["word", [start_sec, end_sec], "SPEAKER_MAIN"]'
-            )
-    return [
-        Word(text, start_sec, end_sec, speaker)
-        for text, (start_sec, end_sec), speaker in content["alignments"]
-    ]
+        tokenizer = self.tokenizer if with_mark else _without_mark(self.tokenizer)
+        tokens: list[int] = tokenizer.encode(word, add_bos=False, add_eos=False)
+        return tokens
+
+    def tokenize_often(self, word: str) -> list[int]:
+        """As `tokenize`, for all words of all data: most come again and again."""
+        return _tokenized(self, word)
+
+    def stream(self, words: Iterable[Word], start_frame: int, num_frames: int) -> list[int]:
+        """The text stream of a segment, see `tokenize_segment` and `text_stream`."""
+        return text_stream(
+            tokenize_segment(words, start_frame, num_frames, self.tokenize),
+            num_frames,
+            text_padding_id=self.text_padding_id,
+            end_of_text_padding_id=self.end_of_text_padding_id,
+        )
 
 
-def _is_alignment(entry: Any) -> bool:
-    # Asked for every word of all data at the start.
+_SCRIPTS_WITHOUT_SPACES = (
+    "CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN",
+)  # fmt: skip
+
+
+def _has_no_spaces(word: str) -> bool:
+    """Return whether a word begins in a script that puts no spaces between words."""
+    first = next((letter for letter in word if letter.isalpha()), "")
+    return bool(first) and unicodedata.name(first, "").startswith(_SCRIPTS_WITHOUT_SPACES)
+
+
+@lru_cache(maxsize=8)
+def _without_mark(
+    tokenizer: sentencepiece.SentencePieceProcessor,
+) -> sentencepiece.SentencePieceProcessor:
+    """The same tokenizer, but words do not begin with its mark."""
+    # Protocol buffers that follow one another are merged: normalizer_spec.add_dummy_prefix = false.
+    proto = tokenizer.serialized_model_proto() + b"\x1a\x02\x18\x00"
+    return sentencepiece.SentencePieceProcessor(model_proto=proto)
+
+
+@lru_cache(maxsize=2**17)
+def _tokenized(text: TextEncoder, word: str) -> list[int]:
+    return text.tokenize(word)
+
+
+def is_spoken(word: Word) -> bool:
+    """Return whether a word becomes text: one of the main speaker, of positive duration, with
+    anything in it."""
     return (
-        isinstance(entry, list)
-        and len(entry) == 3
-        and isinstance(entry[0], str)
-        and isinstance(entry[1], list)
-        and len(entry[1]) == 2
-        and _is_time(entry[1][0])
-        and _is_time(entry[1][1])
-        and isinstance(entry[2], str)
+        word.speaker == MAIN_SPEAKER and word.end_sec > word.start_sec and bool(word.text.strip())
     )
-
-
-def _is_time(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def tokenize_segment(
@@ -107,7 +111,7 @@ def tokenize_segment(
 ) -> list[TimedTokens]:
     """The words of the main speaker that start in a segment, sorted by start and tokenized.
 
-    Words without a positive duration are left out. The segment covers the frames
+    Empty words, and those without a positive duration, are left out. The segment covers the frames
     `start_frame … start_frame + num_frames − 1` of the recording.
     """
     selected = []
@@ -115,8 +119,7 @@ def tokenize_segment(
         # Counting in frames from the recording's start, and subtracting a whole number, keeps a
         # word in the same frame wherever the segment begins.
         start_frames = word.start_sec * FRAME_RATE_HZ - start_frame
-        audible = word.speaker == MAIN_SPEAKER and word.end_sec > word.start_sec
-        if audible and 0 <= start_frames < num_frames:
+        if is_spoken(word) and 0 <= start_frames < num_frames:
             selected.append((start_frames, word.text))
     selected.sort(key=lambda item: item[0])
     return [TimedTokens(start_frames, tokenize(text)) for start_frames, text in selected]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.config import TrainArgs
-from finetune.data import Codec, Recording, check_recordings
+from finetune.data import Codec, Reading, Recording, check_recordings
 from finetune.errors import UserError
 from finetune.inference import load_for_inference
 from finetune.kept import Records
@@ -111,7 +111,9 @@ def usable_recordings(options: Options, args: TrainArgs) -> tuple[list[Recording
             "--data: name the JSONL of the recordings; the checkpoint's configuration names no "
             "data.eval_data."
         )
-    recordings, problems = check_recordings(spec, key="--data")
+    recordings, problems = check_recordings(
+        spec, key="--data", reading=Reading.of(args.data, training=False)
+    )
     for problem in problems[:5]:
         logger.warning("missing: %s", problem)
     if problems:

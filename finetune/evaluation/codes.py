@@ -7,6 +7,7 @@ Mimi's attention window and so gives slightly different codes once a recording e
 """
 
 import logging
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from finetune.data import AudioInfo, Codec, Word, read_audio, text_stream, tokenize_segment
+from finetune.data import Codec, Recording, SegmentRef
 
 logger = logging.getLogger(__name__)
 
@@ -41,16 +42,13 @@ class CodesFile:
 
 def encode_to_file(
     codec: Codec,
-    audio: Path,
-    info: AudioInfo,
-    words: list[Word],
+    recording: Recording,
     target: Path,
     *,
     max_frames: int | None = None,
     on_block: Callable[[int], None] = lambda num_frames: None,
 ) -> CodesFile:
-    """The codes of a stereo recording, or of its first `max_frames`, and of its main speaker's
-    words.
+    """The codes of a recording, or of its first `max_frames`, and of its main speaker's words.
 
     Args:
         on_block: told how many frames more are done.
@@ -58,33 +56,36 @@ def encode_to_file(
     Raises:
         FileProblem: the recording cannot be read.
     """
-    num_samples = -(-info.num_samples * codec.sample_rate_hz // info.sample_rate_hz)
+    recording = recording.checked()
+    # To a sample, whatever rounding the length in seconds has seen.
+    num_samples = math.ceil(recording.duration_sec * codec.sample_rate_hz - 1e-3)
     num_frames = -(-num_samples // codec.mimi.frame_size)
     num_frames = min(num_frames, max_frames or num_frames)
-    tokens = text_stream(
-        tokenize_segment(words, 0, num_frames, codec.tokenize),
-        num_frames,
-        text_padding_id=codec.text_padding_id,
-        end_of_text_padding_id=codec.end_of_text_padding_id,
-    )
+    if recording.has_codes:
+        segment = codec.reader(num_frames).read(SegmentRef(recording, 0))
+        assert segment.audio_codes is not None
+        everything = codec.streams(segment, segment.audio_codes)
+        everything.T.int().numpy().tofile(target)
+        on_block(num_frames)
+        return CodesFile(target, codec.num_streams)
+    tokens = torch.tensor(codec.text.stream(recording.read_words(), 0, num_frames))
     start = 0
     with target.open("wb") as file:
-        for sides in codec.encode_blocks(_audio_blocks(codec, audio, num_frames), BLOCK_FRAMES):
+        for sides in codec.encode_blocks(_audio_blocks(codec, recording, num_frames), BLOCK_FRAMES):
             stop = min(start + sides.shape[2], num_frames)
             left, right = sides[:, :, : stop - start].cpu()
-            text = torch.tensor(tokens[start:stop])[None]
-            everything = [text, left[: codec.moshi_codebooks], right[: codec.user_codebooks]]
-            torch.cat(everything).T.int().numpy().tofile(file)
+            everything = codec.join(tokens[start:stop], left, right)
+            everything.T.int().numpy().tofile(file)
             on_block(stop - start)
             start = stop
     return CodesFile(target, codec.num_streams)
 
 
-def _audio_blocks(codec: Codec, path: Path, num_frames: int) -> Iterator[Tensor]:
+def _audio_blocks(codec: Codec, recording: Recording, num_frames: int) -> Iterator[Tensor]:
     """Float32 [channels, 10 s at Mimi's rate] that cover the recording; the last is padded."""
     block_samples = BLOCK_FRAMES * codec.mimi.frame_size
     for start in range(0, num_frames * codec.mimi.frame_size, block_samples):
-        audio = read_audio(path, start, block_samples, codec.sample_rate_hz)
+        audio = recording.read_audio(start, block_samples, codec.sample_rate_hz)
         yield F.pad(audio, (0, block_samples - audio.shape[1]))
 
 

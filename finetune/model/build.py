@@ -5,7 +5,7 @@ import textwrap
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import constants
@@ -291,12 +291,17 @@ def load_model(
 
 
 def build_codec(
-    info: loaders.CheckpointInfo, model: TTTLMModel, device: torch.device | str | None = None
+    info: loaders.CheckpointInfo,
+    model: TTTLMModel,
+    device: torch.device | str | None = None,
+    *,
+    word_start: Literal["auto", "always", "never"] = "auto",
 ) -> Codec:
     """Mimi and the text tokenizer of a checkpoint, for the streams of `model`.
 
     Args:
         device: where Mimi computes when it is needed; None: where the model is.
+        word_start: see `data.word_start`.
 
     Raises:
         UserError: they cannot be read, or do not fit the model.
@@ -342,6 +347,7 @@ def build_codec(
         text_padding_id=model.text_padding_token_id,
         end_of_text_padding_id=model.end_of_text_padding_id,
         zero_token_id=model.zero_token_id,
+        word_start=word_start,
         device=device or model.device,
     )
 

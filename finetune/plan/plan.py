@@ -11,7 +11,7 @@ from typing import Any
 from moshi.models import loaders
 
 from finetune.config import ModelPaths, TrainArgs
-from finetune.data import count_frames, load_sources
+from finetune.data import Reading, count_frames, load_sources
 from finetune.distributed import shard_size
 from finetune.errors import UserError
 from finetune.model import plan_model, shape_from_hub
@@ -128,6 +128,7 @@ def _describe_time(args: TrainArgs, model: TTTLMModel, num_gpus: int) -> Iterato
             key="data.train_data",
             num_frames=num_frames,
             on_error=args.data.on_error,
+            reading=Reading.of(args.data, training=True),
         )
         steps = data.num_segments / segments_per_step
         yield (

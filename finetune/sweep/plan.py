@@ -29,7 +29,7 @@ from finetune.config import (
     parse,
     read_yaml,
 )
-from finetune.data import count_frames, load_sources
+from finetune.data import Reading, count_frames, load_sources
 from finetune.errors import UserError
 from finetune.model import changed_shape, find_checkpoint, misfits, model_shape, plan_model
 from ttt.options import abbreviated
@@ -269,18 +269,20 @@ def _check_model(run: PlannedRun, runs: Mapping[str, PlannedRun]) -> list[_Found
 
 def _check_data(runs: Iterable[PlannedRun]) -> list[_Found]:
     """Broken recordings and the like; data that several runs share are read once."""
-    users: dict[tuple[str, str, int, Literal["raise", "skip"]], list[str]] = {}
+    users: dict[tuple[str, str, int, Literal["raise", "skip"], Reading], list[str]] = {}
     for run in runs:
         data, num_frames = run.args.data, count_frames(run.args.duration_sec)
         used = {"data.train_data": data.train_data}
         if run.args.do_eval:
             used["data.eval_data"] = data.eval_data
         for key, spec in used.items():
-            users.setdefault((key, spec, num_frames, data.on_error), []).append(run.name)
+            reading = Reading.of(data, training=key == "data.train_data")
+            place = (key, spec, num_frames, data.on_error, reading)
+            users.setdefault(place, []).append(run.name)
     found = []
-    for (key, spec, num_frames, on_error), names in users.items():
+    for (key, spec, num_frames, on_error, reading), names in users.items():
         try:
-            load_sources(spec, key=key, num_frames=num_frames, on_error=on_error)
+            load_sources(spec, key=key, num_frames=num_frames, on_error=on_error, reading=reading)
         except UserError as error:
             found += [(name, str(error)) for name in names]
     return found

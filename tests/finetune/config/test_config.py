@@ -162,6 +162,10 @@ def test_every_problem_is_reported_at_once(problems):
         ("lr: 1e-4", "lr: unknown key, did you mean optim.lr?"),
         ("tt: {enabled: true}", "tt.enabled: unknown key, did you mean ttt.enabled?"),
         ("xyz: 1", "xyz: unknown key; remove it"),
+        (
+            "tracker: {seed: 1, run_name: a}",
+            "tracker: there is no such section; remove it with all that is in it",
+        ),
         ("batch_size: 1.5", "batch_size: expected a whole number, got '1.5'"),
         ("batch_size: true", "batch_size: expected a whole number, got 'true'"),
         ("max_norm: .nan", "max_norm: expected a number, got '.nan'"),

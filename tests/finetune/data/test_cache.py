@@ -192,8 +192,8 @@ def forbid_audio(monkeypatch):
     def refuse(path, *_):
         raise AssertionError(f"{path} was opened")
 
-    monkeypatch.setattr("finetune.data.segments.read_audio", refuse)
-    monkeypatch.setattr("finetune.data.checks.inspect_audio", refuse)
+    monkeypatch.setattr("finetune.data.layouts.jsonl.read_audio", refuse)
+    monkeypatch.setattr("finetune.data.inspection.inspect_audio", refuse)
 
 
 def test_a_second_run_encodes_nothing_and_opens_no_recording(data, tmp_path, monkeypatch):
@@ -366,7 +366,7 @@ def test_long_segments_are_encoded_in_pieces_to_the_same_codes():
 def test_unchanged_files_are_not_opened_again(data, tmp_path, monkeypatch):
     loader(data, tmp_path / "cache")
     forbid_audio(monkeypatch)
-    monkeypatch.setattr("finetune.data.checks.read_transcript", lambda path: 1 / 0)
+    monkeypatch.setattr("finetune.data.inspection.load_transcript", lambda path: 1 / 0)
     assert loader(data, tmp_path / "cache").num_segments == 8
     monkeypatch.undo()
     (data / "1.json").write_text("{")
@@ -374,11 +374,23 @@ def test_unchanged_files_are_not_opened_again(data, tmp_path, monkeypatch):
         loader(data, tmp_path / "cache")
 
 
+def test_warnings_come_again_without_opening_a_file(data, tmp_path, monkeypatch, caplog):
+    content = json.loads((data / "1.json").read_text())
+    (data / "1.json").write_text(json.dumps(content | {"mood": "calm"}))
+    loader(data, tmp_path / "cache")
+    forbid_audio(monkeypatch)
+    caplog.clear()
+    assert loader(data, tmp_path / "cache").num_segments == 8
+    assert "1.json holds what is not used here (mood)" in caplog.text
+
+
 def test_ranks_share_the_check(data, tmp_path, monkeypatch):
     store = Store(tmp_path / "cache")
     for rank in range(2):
         spec = str(data / "all.jsonl")
-        sources.check_share_of_files(spec, key="a", store=store, rank=rank, world_size=2)
+        sources.check_share_of_sources(
+            spec, key="a", store=store, text=tiny_codec().text, rank=rank, world_size=2
+        )
     forbid_audio(monkeypatch)
     assert loader(data, tmp_path / "cache").num_segments == 8
 
@@ -387,7 +399,7 @@ def test_ranks_that_check_at_the_same_time_see_each_other(data, tmp_path, monkey
     args = DataArgs(train_data=str(data / "all.jsonl"), cache_dir=str(tmp_path / "cache"))
     stores = [open_store(args) for _ in range(2)]
     for rank, one in enumerate(stores):
-        check_share(args, store=one, rank=rank, world_size=2, with_eval=False)
+        check_share(args, tiny_codec(), store=one, rank=rank, world_size=2, with_eval=False)
     forbid_audio(monkeypatch)
     for one in stores:
         found = build_train_loader(

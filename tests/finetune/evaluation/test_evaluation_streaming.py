@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from data_tools import tiny_codec, write_recording
+from data_tools import tiny_codec, write_jsonl, write_recording
 from helpers import random_codes, tiny_args, tiny_delta_args, tiny_linear_args, tiny_model
 
 import ttt
-from finetune.data import inspect_audio, read_transcript
+from finetune.data import check_recordings
 from finetune.evaluation.codes import Silence, encode_to_file
 from finetune.evaluation.streaming import Scorer, cut
 from finetune.step import LossWeights, stream_sums
@@ -173,20 +173,18 @@ def test_ranges_end_at_blocks_and_at_cuts():
 @pytest.mark.parametrize("rate_hz", [24_000, 16_000])
 def test_codes_read_part_by_part_are_those_of_the_whole_recording(tmp_path, rate_hz):
     """Far beyond what Mimi's attention sees, 2 s here, and beyond a block of 10 s."""
-    write_recording(tmp_path, "a.wav", 27.3, rate_hz=rate_hz)
+    line = write_recording(tmp_path, "a.wav", 27.3, rate_hz=rate_hz)
     path, codec = tmp_path / "a.wav", tiny_codec()
     whole = codec.encode([codec.read_recording(path)])[0]
-    words = read_transcript(path.with_suffix(".json"))
-    codes = encode_to_file(codec, path, inspect_audio(path), words, tmp_path / "codes")
+    recordings, _ = check_recordings(str(write_jsonl(tmp_path / "a.jsonl", [line])), key="data")
+    codes = encode_to_file(codec, recordings[0], tmp_path / "codes")
     assert codes.num_frames == whole.shape[1]
     parts = codes.read(0, codes.num_frames)
     assert torch.equal(parts[0], whole[0])
     # A rounding error may tip a code now and then, which changes the finer ones of its frame.
     assert (parts == whole).float().mean() > 0.999
     assert torch.equal(codes.read(130, 140), parts[:, 130:140])
-    first = encode_to_file(
-        codec, path, inspect_audio(path), words, tmp_path / "first", max_frames=50
-    )
+    first = encode_to_file(codec, recordings[0], tmp_path / "first", max_frames=50)
     assert torch.equal(first.read(0, 50), parts[:, :50])
 
 

@@ -23,7 +23,7 @@ from finetune.cli import run
 from finetune.data.audio import inspect_audio, read_audio
 from finetune.data.problems import FileProblem
 from finetune.data.sources import load_sources
-from finetune.data.text import read_transcript
+from finetune.data.transcripts import read_transcript
 from finetune.errors import UserError
 from finetune.evaluation.tasks.pairs.score import read_pairs
 from finetune.inference import load_for_inference

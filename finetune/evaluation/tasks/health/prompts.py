@@ -12,8 +12,6 @@ from finetune.data import (
     Codec,
     FileProblem,
     Recording,
-    inspect_audio,
-    read_transcript,
 )
 from finetune.errors import UserError
 from finetune.evaluation.bench import Bench
@@ -67,9 +65,7 @@ def _first_codes(codec: Codec, recording: Recording, num_frames: int) -> Tensor:
     Raises:
         FileProblem: the recording or its transcript cannot be read.
     """
-    words = read_transcript(recording.transcript_path)
-    info = inspect_audio(recording.path)
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "codes"
-        codes = encode_to_file(codec, recording.path, info, words, target, max_frames=num_frames)
+        codes = encode_to_file(codec, recording, target, max_frames=num_frames)
         return codes.read(0, num_frames)

@@ -22,8 +22,6 @@ from finetune.data import (
     inspect_audio,
     read_audio,
     read_transcript,
-    text_stream,
-    tokenize_segment,
 )
 from finetune.errors import UserError
 from finetune.evaluation.bin_sums import BinSums
@@ -151,7 +149,7 @@ class PairScorer:
             try:
                 found[wav] = inspect_audio(wav, allow_mono=True)
                 if not found[wav].num_samples:
-                    raise FileProblem(f"recording {wav} is empty")
+                    raise FileProblem(f"recording {wav} is empty", "remove its line")
             except FileProblem as problem:
                 self.missing[str(wav)] = str(problem)
         # Rows of a batch should be of like length.
@@ -228,25 +226,13 @@ class PairScorer:
             speech, silence = encoded[0], self.silence.codes(num_frames)
             is_moshi = self.options.side == "moshi"
             left, right = (speech, silence) if is_moshi else (silence, speech)
-        everything = [
-            self._text(wav, num_frames)[None],
-            left[: codec.moshi_codebooks],
-            right[: codec.user_codebooks],
-        ]
-        return torch.cat(everything)
+        return codec.join(self._text(wav, num_frames), left, right)
 
     def _text(self, wav: Path, num_frames: int) -> Tensor:
-        codec = self.codec
         words = []
         if self.options.text == "transcript":
             words = read_transcript(wav.with_suffix(".json"))
-        tokens = text_stream(
-            tokenize_segment(words, 0, num_frames, codec.tokenize),
-            num_frames,
-            text_padding_id=codec.text_padding_id,
-            end_of_text_padding_id=codec.end_of_text_padding_id,
-        )
-        return torch.tensor(tokens)
+        return torch.tensor(self.codec.text.stream(words, 0, num_frames))
 
 
 def log_likelihood(record: Mapping[str, Any], options: PairOptions) -> float:

@@ -15,14 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import ttt
-from finetune.data import (
-    FRAME_RATE_HZ,
-    Codec,
-    FileProblem,
-    Recording,
-    inspect_audio,
-    read_transcript,
-)
+from finetune.data import FRAME_RATE_HZ, Codec, FileProblem, Recording
 from finetune.evaluation.bin_sums import BinSums, first_not_finite
 from finetune.evaluation.codes import CodesFile, encode_to_file
 from finetune.evaluation.fingerprints import file_versions
@@ -121,7 +114,7 @@ class PositionRun:
 
     def _version(self, arm: str, recording: Recording) -> str:
         used = [recording, self._donor(recording)] if arm == "carried" else [recording]
-        return file_versions(*(path for r in used for path in (r.path, r.transcript_path)))
+        return file_versions(*(path for r in used for path in r.files))
 
     def _control(self, arm: str, recording: Recording) -> Any:
         if arm == "reset":
@@ -208,9 +201,7 @@ class PositionRun:
         try:
             self._codes[name] = encode_to_file(
                 self.codec,
-                recording.path,
-                inspect_audio(recording.path),
-                read_transcript(recording.transcript_path),
+                recording,
                 self.folder / f"{len(self._codes)}.codes",
                 max_frames=self.max_frames,
                 on_block=lambda num_frames: progress.advance(num_frames, f"encoding {name}"),
@@ -225,7 +216,7 @@ def _key_of(record: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def estimated_frames(recording: Recording, max_frames: int | None) -> int:
-    """Of its first `max_frames`; from the length that its header tells."""
+    """Return how many frames there are of a recording's first `max_frames`, by the length that the header tells."""
     num_frames = round(recording.duration_sec * FRAME_RATE_HZ)
     return min(num_frames, max_frames or num_frames)
 

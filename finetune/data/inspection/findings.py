@@ -1,0 +1,115 @@
+"""What an inspection finds, and what its checks look at."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+
+from ..problems import FileProblem
+from ..text import TextEncoder, is_spoken
+from ..transcripts import MAIN_SPEAKER, Transcript, Word
+
+
+class Finding(NamedTuple):
+    """One thing that is wrong with a recording, or may be."""
+
+    code: str
+    """The kind, a stable name in kebab case."""
+    severity: Literal["error", "warning"]
+    """`error`: training on it would be wrong. `warning`: it may be meant."""
+    message: str
+    """A clause that names the file."""
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.message}: {self.remedy}"
+
+    @classmethod
+    def of_problem(cls, problem: FileProblem) -> "Finding":
+        """The error that a file cannot be read."""
+        return cls(problem.code, "error", problem.what, problem.remedy)
+
+
+@dataclass
+class Inspection:
+    """What is known of a recording, and what is wrong with it. The numbers are 0 if it cannot be
+    read."""
+
+    path: Path
+    duration_sec: float = 0.0
+    sample_rate_hz: int = 0
+    num_channels: int = 0
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def errors(self) -> list[Finding]:
+        return [finding for finding in self.findings if finding.severity == "error"]
+
+    @property
+    def warnings(self) -> list[Finding]:
+        return [finding for finding in self.findings if finding.severity == "warning"]
+
+
+ReadAudio = Callable[[int, int], torch.Tensor]
+"""Reads `[2, n]`, Moshi first, at the recording's own rate, from sample `start`, at most `num`."""
+
+
+@dataclass
+class Subject:
+    """A recording as the checks see it.
+
+    Args:
+        name: what messages call the recording.
+        text_name: what messages call its words.
+        is_readable: the length is known.
+        num_samples, sample_rate_hz, num_channels: 0 if the audio cannot be read, or is codes.
+        read_audio: None if there is no audio to listen to.
+        promised_sec: the length that a line promises.
+        is_exact: see `AudioInfo`.
+        path: its file, if it is one.
+        main_side: the channel that Moshi is on, for messages.
+    """
+
+    name: str
+    text_name: str
+    is_readable: bool = False
+    duration_sec: float = 0.0
+    sample_rate_hz: int = 0
+    num_channels: int = 0
+    num_samples: int = 0
+    read_audio: ReadAudio | None = None
+    transcript: Transcript = field(default_factory=lambda: Transcript([]))
+    promised_sec: float | None = None
+    is_exact: bool = True
+    text: TextEncoder | None = None
+    path: Path | None = None
+    thorough: bool = False
+    main_side: Literal["left", "right"] = "left"
+
+    @property
+    def user_side(self) -> str:
+        return "right" if self.main_side == "left" else "left"
+
+    @cached_property
+    def main_words(self) -> list[Word]:
+        """All words of the main speaker, whether or not they become text."""
+        return [word for word in self.transcript.words if word.speaker == MAIN_SPEAKER]
+
+    @cached_property
+    def spoken_words(self) -> list[Word]:
+        """What becomes text, in the order of time."""
+        words = (word for word in self.main_words if is_spoken(word))
+        return sorted(words, key=lambda word: word.start_sec)
+
+    @cached_property
+    def other_words(self) -> list[Word]:
+        """The words of all other speakers."""
+        return [word for word in self.transcript.words if word.speaker != MAIN_SPEAKER]
+
+    @property
+    def has_audio(self) -> bool:
+        """Return whether there is audio to listen to."""
+        return self.read_audio is not None and self.num_samples > 0

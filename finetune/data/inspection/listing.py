@@ -1,0 +1,93 @@
+"""Checks of a list of recordings, which no single one of them shows."""
+
+import os
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator, Sequence, Sized
+from typing import Protocol
+
+from .findings import Finding
+
+
+class Listed(Protocol):
+    """A recording, by what a list says of it."""
+
+    @property
+    def origin(self) -> str: ...
+
+    @property
+    def location(self) -> str: ...
+
+
+def inspect_listing(
+    recordings: Sequence[Listed], evaluation: Sequence[Listed] = ()
+) -> list[Finding]:
+    """Inspect the recordings of a source, or of all training data, together.
+
+    Args:
+        recordings: what trains.
+        evaluation: what is evaluated; empty: that is not looked at.
+    """
+    files = {r: os.path.realpath(r.location) for r in {*recordings, *evaluation}}
+    return [
+        *_listed_twice(recordings, files),
+        *_other_unicode_forms(recordings),
+        *_evaluated_and_trained(recordings, evaluation, files),
+    ]
+
+
+def _listed_twice(recordings: Sequence[Listed], files: dict[Listed, str]) -> Iterator[Finding]:
+    times = Counter(files[r] for r in recordings)
+    again = {file: number for file, number in times.items() if number > 1}
+    if again:
+        first = next(r for r in recordings if files[r] in again)
+        yield Finding(
+            "listed-twice",
+            "warning",
+            f"{_number(again)} listed more than once, and {_count(again)} as often ("
+            f"{first.location} {again[files[first]]} times, first in {first.origin})",
+            "remove the lines that come again, or give a weight to what is to come more often",
+        )
+
+
+def _other_unicode_forms(recordings: Sequence[Listed]) -> Iterator[Finding]:
+    by_form: dict[str, set[str]] = {}
+    for recording in recordings:
+        name = recording.location
+        if not name.isascii():
+            by_form.setdefault(unicodedata.normalize("NFC", name), set()).add(name)
+    same = {form: names for form, names in by_form.items() if len(names) > 1}
+    if same:
+        yield Finding(
+            "same-name-in-unicode",
+            "warning",
+            f"{_number(same)} listed under names that look the same and differ in their Unicode "
+            f"form alone (for example {next(iter(same))})",
+            "check whether they are copies of one recording; rename one of them, or remove a line",
+        )
+
+
+def _evaluated_and_trained(
+    recordings: Sequence[Listed], evaluation: Sequence[Listed], files: dict[Listed, str]
+) -> Iterator[Finding]:
+    trained = {files[r] for r in recordings}
+    both = {files[r]: r for r in evaluation if files[r] in trained}
+    if both:
+        first = next(iter(both.values()))
+        total = len({files[r] for r in evaluation})
+        yield Finding(
+            "evaluation-in-training",
+            "warning",
+            f"{len(both)} of {total} recordings of data.eval_data are in data.train_data as well "
+            f"({first.location}, by {first.origin}), so the evaluation does not show how well "
+            "other speech is modeled",
+            "take them out of data.train_data (a folder stands for all .jsonl files in it)",
+        )
+
+
+def _number(some: Sized) -> str:
+    return "1 recording is" if len(some) == 1 else f"{len(some)} recordings are"
+
+
+def _count(some: Sized) -> str:
+    return "counts" if len(some) == 1 else "count"

@@ -1,0 +1,27 @@
+"""The layouts in which data may lie on disk."""
+
+from pathlib import Path
+
+from ..reading import Reading
+from .base import Entry, Source
+from .codes import CodesSource
+from .jsonl import JsonlSource, StereoFile
+
+__all__ = ["SOURCES", "CodesSource", "Entry", "JsonlSource", "Source", "StereoFile", "open_source"]
+
+SOURCES: list[type[Source]] = [
+    CodesSource,
+    JsonlSource,
+]
+"""All there are. The first that reads a path has it; the last reads whatever is left."""
+
+
+def open_source(path: Path, key: str, reading: Reading | None = None) -> Source:
+    """Return the source that reads a path.
+
+    Args:
+        key: the configuration's key that names the path, for messages.
+        reading: None: as files are.
+    """
+    kind = next((kind for kind in SOURCES if kind.reads(path)), SOURCES[-1])
+    return kind(path, key, reading or Reading())

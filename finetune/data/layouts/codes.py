@@ -1,0 +1,128 @@
+"""Codes instead of audio: `.npz` files whose arrays are dialogues."""
+
+import os
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from finetune.errors import UserError
+
+from ..problems import FileProblem
+from ..recording import Codes, Recording
+from ..text import FRAME_RATE_HZ
+from ..transcripts import Word, read_transcript
+from .base import Entry, Source
+
+_FORM = (
+    "expected whole numbers [streams, frames]: 17 rows for a model of 8 + 8 codebooks (text, then "
+    "Moshi's, then the user's), or 16 without text"
+)
+
+
+@dataclass(frozen=True)
+class CodesArray(Recording):
+    """An array of an `.npz`: with its text stream, or with words in a `.json`."""
+
+    name: str
+    has_text: bool
+    is_turned: bool
+    """Whether the user's codes stand before Moshi's."""
+
+    has_codes = True
+
+    @property
+    def transcript_path(self) -> Path:
+        return self.path.with_name(f"{self.name}.json")
+
+    @property
+    def location(self) -> str:
+        return f"{self.path}/{self.name}"
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return (self.path,) if self.has_text else (self.path, self.transcript_path)
+
+    def audio_version(self) -> tuple[object, ...] | None:
+        try:
+            status = os.stat(self.path)
+        except OSError:
+            return None
+        path = os.path.abspath(self.path)
+        return path, (status.st_size, status.st_mtime_ns), self.name, self.is_turned
+
+    def read_words(self) -> list[Word]:
+        return [] if self.has_text else read_transcript(self.transcript_path)
+
+    def read_codes(self, start_frame: int, num_frames: int) -> Codes:
+        try:
+            with np.load(self.path, allow_pickle=False) as arrays:
+                array = arrays[self.name]
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            raise FileProblem(
+                f"codes {self.location} cannot be read ({error})", "copy or make them again"
+            ) from None
+        part = torch.from_numpy(array[:, start_frame : start_frame + num_frames].astype(np.int64))
+        if (part < 0).any():
+            raise FileProblem(
+                f"codes {self.location} hold numbers below 0", "cut padding off, and write it again"
+            )
+        text = part[0] if self.has_text else None
+        sides = part[int(self.has_text) :].reshape(2, -1, part.shape[1])
+        return Codes(sides.flip(0) if self.is_turned else sides, text)
+
+
+class CodesSource(Source):
+    """An `.npz` with an array `[streams, frames]` for each dialogue, or a folder of such files."""
+
+    @classmethod
+    def reads(cls, path: Path) -> bool:
+        if path.is_dir():
+            return any(path.rglob("*.npz")) and not any(path.rglob("*.jsonl"))
+        return path.suffix == ".npz"
+
+    def entries(self) -> list[Entry]:
+        files = sorted(self.path.rglob("*.npz")) if self.path.is_dir() else [self.path]
+        if not self.path.exists():
+            raise UserError(f"{self.key}: {self.path} does not exist. Correct the path.")
+        return [entry for file in files for entry in self._of_file(file)]
+
+    def _of_file(self, path: Path) -> list[Entry]:
+        try:
+            shapes = _shapes(path)
+        except (OSError, ValueError, zipfile.BadZipFile) as error:
+            problem = f"{path} cannot be read as .npz ({error}): copy or make it again"
+            return [Entry(str(path), None, problem)]
+        return [self._entry(path, name, *about) for name, about in shapes.items()]
+
+    def _entry(self, path: Path, name: str, shape: tuple[int, ...], dtype: np.dtype) -> Entry:
+        origin = f"{path}/{name}"
+        if len(shape) != 2 or shape[0] < 2 or not np.issubdtype(dtype, np.integer):
+            return Entry(origin, None, f"codes have shape {list(shape)} of {dtype}: {_FORM}")
+        has_text = shape[0] % 2 == 1
+        is_turned = self.reading.main_channel == "right"
+        duration_sec = shape[1] / FRAME_RATE_HZ
+        written = f"{path.name}/{name}"
+        recording = CodesArray(path, written, origin, duration_sec, name, has_text, is_turned)
+        return Entry(origin, recording)
+
+
+def _shapes(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Return shape and type of each array, from the headers alone."""
+    found = {}
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.namelist():
+            if not member.endswith(".npy"):
+                continue
+            with archive.open(member) as file:
+                major, _ = np.lib.format.read_magic(file)
+                read = (
+                    np.lib.format.read_array_header_1_0
+                    if major == 1
+                    else np.lib.format.read_array_header_2_0
+                )
+                shape, _, dtype = read(file)
+            found[member.removesuffix(".npy")] = (shape, dtype)
+    return found

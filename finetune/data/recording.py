@@ -1,0 +1,194 @@
+"""A recording, however it is kept."""
+
+import dataclasses
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, NamedTuple
+
+import torch
+
+from .audio import MIMI_RATE_HZ
+from .inspection import Finding, Inspection, Subject, inspect_subject
+from .problems import FileProblem
+from .text import FRAME_RATE_HZ, TextEncoder, count_frames
+from .transcripts import MAIN_SPEAKER, OTHER_SPEAKER, Transcript, Word
+
+
+class Codes(NamedTuple):
+    """Part of a recording that was encoded before."""
+
+    audio: torch.Tensor
+    """Int64 `[2, num_codebooks, T]`: Moshi, the user."""
+    text: torch.Tensor | None = None
+    """Int64 `[T]`; None: it is made of the words."""
+
+
+@dataclass(frozen=True)
+class Recording(ABC):
+    """One recording of a source, which can be read in any process.
+
+    A subclass is a frozen dataclass of what is needed to read it: small, because it travels to the
+    workers with every segment, and hashable.
+    """
+
+    path: Path
+    """The file that holds it, or what stands for it in messages and results."""
+    path_as_written: str
+    """Its name in the source: the same wherever the data lies."""
+    origin: str
+    """Where it is listed, as `file:line`, for messages."""
+    duration_sec: float
+    """What the source promises; after `inspect` found no error, the truth."""
+
+    has_codes: ClassVar[bool] = False
+    """Whether it is kept as codes, for `read_codes`, and not as audio."""
+
+    @property
+    def location(self) -> str:
+        """What two recordings share if and only if they are the same."""
+        return str(self.path)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Everything on disk whose change changes it: audio and words."""
+        return (self.path,)
+
+    @abstractmethod
+    def audio_version(self) -> tuple[object, ...] | None:
+        """Return what changes whenever the audio does, a fingerprint for codes that are kept; None:
+        it cannot be found. No file is read for it."""
+
+    def inspect(self, *, thorough: bool = False, text: TextEncoder | None = None) -> Inspection:
+        """Inspect it, see `inspect_recording`; never raises for what is wrong with it.
+
+        A layout that knows its files better may look at them first.
+        """
+        subject = Subject(
+            self.location,
+            f"the transcript of {self.location}",
+            is_readable=True,
+            duration_sec=self.duration_sec,
+            text=text,
+            thorough=thorough,
+        )
+        if not self.has_codes:
+            subject.sample_rate_hz, subject.num_channels = MIMI_RATE_HZ, 2
+            subject.num_samples = math.ceil(self.duration_sec * MIMI_RATE_HZ - 1e-3)
+            subject.read_audio = lambda start, num: self.read_audio(start, num, MIMI_RATE_HZ)
+        inspection = Inspection(self.path)
+        try:
+            if self.has_codes:
+                self.read_codes(0, count_frames(self.duration_sec))
+            subject.transcript = Transcript(self.read_words())
+        except FileProblem as problem:
+            inspection.findings.append(Finding.of_problem(problem))
+        return inspect_subject(subject, inspection)
+
+    @abstractmethod
+    def read_words(self) -> list[Word]:
+        """Read all words of all speakers, in any order.
+
+        Raises:
+            FileProblem: they cannot be read.
+        """
+
+    def read_audio(self, start_sample: int, num_samples: int, sample_rate_hz: int) -> torch.Tensor:
+        """Read part of the audio: float32 `[2, at most num_samples]`, left Moshi, right the user.
+
+        Shorter at its end. The samples are those of the whole, cut.
+
+        Args:
+            start_sample, num_samples: counted at `sample_rate_hz`.
+
+        Raises:
+            FileProblem: it cannot be read.
+        """
+        raise FileProblem(f"{self.location} has no audio, only codes", "name the audio instead")
+
+    def read_codes(self, start_frame: int, num_frames: int) -> Codes:
+        """Read the codes of at most `num_frames` frames of what `has_codes`.
+
+        Raises:
+            FileProblem: they cannot be read.
+        """
+        raise NotImplementedError
+
+    def checked(self) -> "Recording":
+        """Inspect it once more, and return it with its true length.
+
+        Raises:
+            FileProblem: it cannot be used.
+        """
+        found = self.inspect()
+        for error in found.errors:
+            raise FileProblem(error.message, error.remedy, code=error.code)
+        return self.lasting(found.duration_sec)
+
+    def lasting(self, duration_sec: float) -> "Recording":
+        """Return the same recording with its true length."""
+        return dataclasses.replace(self, duration_sec=duration_sec)
+
+
+@dataclass(frozen=True)
+class OtherSide(Recording):
+    """A recording with Moshi in the user's place: channels and speakers are exchanged."""
+
+    inner: Recording
+
+    @property
+    def has_codes(self) -> bool:  # type: ignore[override]
+        return self.inner.has_codes
+
+    @classmethod
+    def of(cls, inner: Recording) -> "OtherSide":
+        name = f"{inner.path_as_written} (other side)"
+        return cls(inner.path, name, inner.origin, inner.duration_sec, inner)
+
+    @property
+    def location(self) -> str:
+        return f"{self.inner.location} (other side)"
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return self.inner.files
+
+    def audio_version(self) -> tuple[object, ...] | None:
+        version = self.inner.audio_version()
+        return None if version is None else (*version, "other side")
+
+    def read_words(self) -> list[Word]:
+        return [
+            word._replace(speaker=OTHER_SPEAKER if word.speaker == MAIN_SPEAKER else MAIN_SPEAKER)
+            for word in self.inner.read_words()
+        ]
+
+    def read_audio(self, start_sample: int, num_samples: int, sample_rate_hz: int) -> torch.Tensor:
+        return self.inner.read_audio(start_sample, num_samples, sample_rate_hz).flip(0)
+
+    def read_codes(self, start_frame: int, num_frames: int) -> Codes:
+        audio, text = self.inner.read_codes(start_frame, num_frames)
+        if text is not None:
+            raise FileProblem(
+                f"codes {self.inner.location} hold the text of one side alone",
+                "leave the row of text out and write a transcript with the words of both, or set "
+                "data.swap_channels to false",
+            )
+        return Codes(audio.flip(0))
+
+
+class SegmentRef(NamedTuple):
+    """Which part of a recording: the frames from `start_frame` on."""
+
+    recording: Recording
+    start_frame: int
+
+
+def cut(recording: Recording, num_frames: int) -> list[SegmentRef]:
+    """Segments of `num_frames` frames, one after the other; a last one may be shorter.
+
+    A rest of less than one frame is left out.
+    """
+    num_whole_frames = math.floor(recording.duration_sec * FRAME_RATE_HZ + 1e-6)
+    return [SegmentRef(recording, start) for start in range(0, num_whole_frames, num_frames)]

@@ -1,0 +1,145 @@
+"""Transcripts: the words of a recording with their times."""
+
+import json
+import math
+import zlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from finetune.safety import parse_json
+
+from .problems import FileProblem
+
+MAIN_SPEAKER = "SPEAKER_MAIN"
+OTHER_SPEAKER = "SPEAKER_OTHER"
+"""Moshi, where a recording is read from its other side."""
+
+_FORMAT = '{"alignments": [["word", [start_sec, end_sec], "SPEAKER_MAIN"], ...]}'
+_AGAIN = f"make it again, in the form {_FORMAT}"
+_MAX_BYTES = 2**28
+
+
+class Word(NamedTuple):
+    """One alignment of a transcript; times from the start of the recording."""
+
+    text: str
+    start_sec: float
+    end_sec: float
+    speaker: str
+
+
+class Transcript(NamedTuple):
+    """What a transcript holds, in the order of the file."""
+
+    words: list[Word]
+    unused: frozenset[str] = frozenset()
+    """Keys, and elements of alignments, that are there and mean nothing here."""
+
+
+def read_transcript(path: Path) -> list[Word]:
+    """All alignments of a transcript, as they stand in the file.
+
+    Raises:
+        FileProblem: see `load_transcript`.
+    """
+    return load_transcript(path).words
+
+
+def load_transcript(path: Path) -> Transcript:
+    """Read a transcript: UTF-8 or UTF-16, with a byte order mark or without, also gzipped.
+
+    Raises:
+        FileProblem: the file is missing, is not JSON, or does not have the expected form.
+    """
+    try:
+        content = parse_json(read_text(path))
+    except FileNotFoundError:
+        raise FileProblem(
+            f"transcript {path} is missing",
+            f"make one with the word times, in the form {_FORMAT}; an empty list means that Moshi "
+            "says nothing",
+            code="transcript-missing",
+        ) from None
+    except OSError as error:
+        raise FileProblem(
+            f"transcript {path} cannot be read ({error.strerror or error})",
+            "check the file and its permissions",
+            code="transcript-unreadable",
+        ) from None
+    except ValueError as error:
+        raise FileProblem(
+            f"transcript {path} is not valid JSON ({error})", _AGAIN, code="transcript-malformed"
+        ) from None
+    if not isinstance(content, dict) or not isinstance(content.get("alignments"), list):
+        raise FileProblem(
+            f'transcript {path} has no list "alignments"',
+            f"it must have the form {_FORMAT}",
+            code="transcript-malformed",
+        )
+    unused = {str(key) for key in content if key != "alignments"}
+    words = []
+    for index, entry in enumerate(content["alignments"]):
+        if not _is_alignment(entry):
+            raise FileProblem(
+                f"transcript {path} is malformed: alignments[{index}] is {_short(entry)}, "
+                'expected ["word", [start_sec, end_sec], "SPEAKER_MAIN"]',
+                _AGAIN,
+                code="transcript-malformed",
+            )
+        text, (start_sec, end_sec), speaker = entry[:3]
+        words.append(Word(text, start_sec, end_sec, speaker))
+        if len(entry) > 3:
+            unused.add("alignments[…][3]")
+    return Transcript(words, frozenset(unused))
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a file in UTF-8 or UTF-16, with a byte order mark or without; gzipped or
+    not.
+
+    Raises:
+        OSError, ValueError: it cannot be read, is larger than any such file, or is no text.
+    """
+    if path.stat().st_size > _MAX_BYTES:
+        raise ValueError(f"it is larger than {_MAX_BYTES / 2**20:.0f} MiB")
+    content = path.read_bytes()
+    if content[:2] == b"\x1f\x8b":
+        content = _gunzip(content)
+    return content.decode(json.detect_encoding(content))
+
+
+def _gunzip(content: bytes) -> bytes:
+    unpacking = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)
+    try:
+        text = unpacking.decompress(content, _MAX_BYTES)
+    except zlib.error as error:
+        raise ValueError(f"it is a damaged gzip file: {error}") from None
+    if unpacking.unconsumed_tail:
+        raise ValueError(f"it unpacks to more than {_MAX_BYTES / 2**20:.0f} MiB")
+    if not unpacking.eof:
+        raise ValueError("it is a gzip file that was cut off")
+    return text
+
+
+def _is_alignment(entry: Any) -> bool:
+    # Asked for every word of all data at the start. moshi-finetune takes the first three elements
+    # as well, whatever follows (a confidence, for example).
+    return (
+        isinstance(entry, list)
+        and len(entry) >= 3
+        and isinstance(entry[0], str)
+        and isinstance(entry[1], list)
+        and len(entry[1]) == 2
+        and _is_time(entry[1][0])
+        and _is_time(entry[1][1])
+        and isinstance(entry[2], str)
+    )
+
+
+def _is_time(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."

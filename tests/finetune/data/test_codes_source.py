@@ -1,0 +1,114 @@
+"""Codes instead of audio: an `.npz` trains as the recordings that it was made from."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from data_tools import tiny_codec, write_dataset
+from training_tools import logged, train
+
+from finetune.config import DataArgs, load_config
+from finetune.data import build_train_loader, check_recordings
+from finetune.encode import encode_data
+from finetune.errors import UserError
+from finetune.evaluation.codes import encode_to_file
+
+DURATIONS_SEC = [2.0, 2.0, 1.2]
+
+
+def loaded(path, **options):
+    """All segments, in order: `[segments, 17, 25]`."""
+    args = DataArgs(train_data=str(path), num_workers=0, **options)
+    loader = build_train_loader(
+        args, tiny_codec(), duration_sec=2.0, batch_size=1, seed=0, device="cpu", store=None
+    )
+    codes = torch.cat([next(loader).codes for _ in range(loader.num_segments)])
+    loader.close()
+    return codes
+
+
+@pytest.fixture
+def audio(tmp_path):
+    return write_dataset(tmp_path / "audio", DURATIONS_SEC)
+
+
+@pytest.fixture
+def codes(audio):
+    """What the recordings are, by segment, without padding: `[17, T]` each."""
+    return [row[:, row[0] >= 0].numpy() for row in loaded(audio)]
+
+
+def save(path, arrays, dtype=np.int16):
+    path.parent.mkdir(exist_ok=True)
+    np.savez(path, **{str(index): array.astype(dtype) for index, array in enumerate(arrays)})
+    return path
+
+
+@pytest.mark.parametrize("with_text", [True, False])
+def test_it_is_what_the_audio_is(tmp_path, audio, codes, with_text):
+    path = save(tmp_path / "codes/all.npz", codes if with_text else [c[1:] for c in codes])
+    if not with_text:
+        for index in range(3):
+            words = (tmp_path / f"audio/{index}.json").read_text()
+            (path.parent / f"{index}.json").write_text(words)
+    assert torch.equal(loaded(path), loaded(audio))
+    assert torch.equal(loaded(path.parent), loaded(audio))  # a folder of such files
+    turned = loaded(path, main_channel="right")
+    assert torch.equal(turned, loaded(audio, main_channel="right"))
+
+
+def test_both_sides_need_a_transcript(tmp_path, codes):
+    path = save(tmp_path / "codes/all.npz", codes)
+    with pytest.raises(UserError, match="hold the text of one side alone"):
+        loaded(path, swap_channels=True)
+    save(path, [c[1:] for c in codes])
+    for index in range(3):
+        words = [["fine", [0.2, 0.4], "SPEAKER_USER"], ["you", [0.8, 0.9], "SPEAKER_MAIN"]]
+        (path.parent / f"{index}.json").write_text(json.dumps({"alignments": words}))
+    both = loaded(path, swap_channels=True)
+    assert len(both) == 6 and torch.equal(both[3:, 1:9], both[:3, 9:])
+    codec = tiny_codec()
+    assert [codec.detokenize(both[row, 0]) for row in (0, 3)] == ["you", "fine"]
+
+
+def test_a_run_encoding_and_evaluation_read_it(config, tmp_path, audio, codes, capsys):
+    path = save(tmp_path / "codes/all.npz", codes)
+    for name, data in (("audio", audio), ("codes", path)):
+        train(config, tmp_path / f"run {name}", {"data.train_data": data, "data.num_workers": 1})
+    assert logged(tmp_path / "run codes") == logged(tmp_path / "run audio")
+    assert set(logged(tmp_path / "run codes", "encoded_segments")) == {0}
+    encode_data(load_config(config, {"data.train_data": path, "data.cache_dir": tmp_path / "c"}))
+    assert "0 of 3 segments are to be encoded" in capsys.readouterr().out
+    recordings, _ = check_recordings(str(path), key="data")
+    found = encode_to_file(tiny_codec(), recordings[2], tmp_path / "found")
+    assert np.array_equal(found.read(0, 15), codes[2])
+
+
+BROKEN = {
+    "cannot be read as .npz": lambda path, codes: path.write_bytes(b"hello"),
+    "hold numbers below 0": lambda path, codes: save(path, [codes[0] - 40]),
+    "go up to 99, and Mimi has 32": lambda path, codes: save(path, [np.full((17, 25), 99)]),
+    "are of 4 codebooks a channel": lambda path, codes: save(path, [codes[0][:9]]),
+    "tokens up to 5000": lambda path, codes: save(path, [np.vstack([codes[0][:1] * 0 + 5000,
+                                                                    codes[0][1:]])]),
+    "codes have shape [17]": lambda path, codes: save(path, [np.zeros(17)]),
+    "of float32: expected whole numbers": lambda path, codes: save(path, codes, np.float32),
+    "0.json is missing": lambda path, codes: save(path, [codes[0][1:]]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", BROKEN)
+def test_what_is_wrong_is_named(tmp_path, codes, message):
+    path = save(tmp_path / "codes/all.npz", codes)
+    BROKEN[message](path, codes)
+    with pytest.raises(UserError) as error:
+        loaded(path)
+    assert message in str(error.value) and str(path) in str(error.value)
+
+
+def test_nothing_in_it_is_run(tmp_path):
+    path = tmp_path / "all.npz"
+    np.savez(path, a=np.array([{"x": 1}], dtype=object))
+    with pytest.raises(UserError, match=r"codes have shape \[1\] of object"):
+        loaded(path)

@@ -1,0 +1,308 @@
+"""What is wrong with recordings is found and named, each kind once, and nothing in good ones."""
+
+import gzip
+import json
+import logging
+import shutil
+import unicodedata
+
+import numpy as np
+import pytest
+import soundfile
+from data_tools import (
+    WORDS,
+    some_words,
+    speech_like,
+    tiny_codec,
+    write_dataset,
+    write_jsonl,
+    write_recording,
+)
+
+from finetune.config import DataArgs
+from finetune.data import (
+    build_eval_loader,
+    build_train_loader,
+    inspect_recording,
+    warn_if_shared,
+)
+from finetune.errors import UserError
+
+RATE_HZ = 24000
+TEXT = tiny_codec().text
+
+
+def train_loader(path, **changes):
+    args = DataArgs(train_data=str(path), num_workers=0, **changes)
+    return build_train_loader(
+        args, tiny_codec(), duration_sec=1.0, batch_size=2, seed=0, device="cpu", store=None
+    )
+
+
+def warnings(caplog):
+    return [record.message for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+class Case:
+    """A recording of 4 s that tests spoil."""
+
+    def __init__(self, folder):
+        self.path, self.transcript = folder / "a.wav", folder / "a.json"
+        write_recording(folder, "a.wav", 4.0)
+
+    def audio(self, change, **options):
+        samples, rate_hz = soundfile.read(self.path, dtype="float32")
+        soundfile.write(self.path, change(samples), rate_hz, **options)
+
+    def words(self, change):
+        self.transcript.write_text(json.dumps({"alignments": change(some_words(4.0))}))
+
+    def content(self, **content):
+        self.transcript.write_text(json.dumps({"alignments": some_words(4.0)} | content))
+
+    def found(self, *, thorough, **options):
+        inspection = inspect_recording(
+            self.path, self.transcript, thorough=thorough, text=TEXT, **options
+        )
+        return {finding.code: finding for finding in inspection.findings}
+
+
+@pytest.fixture
+def case(tmp_path):
+    return Case(tmp_path)
+
+
+def with_times(change):
+    return lambda words: [[text, change(*times), who] for text, times, who in words]
+
+
+def silence(channel):
+    def change(samples):
+        samples[:, channel] = 0
+        return samples
+
+    return change
+
+
+def only_while_speaking(samples, *, channel):
+    """Sound on one channel while the words are spoken, and on the other between them."""
+    loud = np.zeros(len(samples), bool)
+    for _, (start, end), _ in some_words(4.0):
+        loud[round(start * RATE_HZ) : round(end * RATE_HZ)] = True
+    samples[:, channel] *= loud
+    samples[:, 1 - channel] *= ~loud
+    return samples
+
+
+def loud_square(samples):
+    samples[20000:30000, 0] = np.sign(samples[20000:30000, 0])
+    return samples
+
+
+ERRORS = {
+    "silent-channel": lambda case: case.audio(silence(0)),
+    "channels-equal": lambda case: case.audio(lambda s: s[:, :1].repeat(2, axis=1)),
+    "integer-units": lambda case: case.audio(lambda s: s * 20000, subtype="FLOAT"),
+    "other-time-units": lambda case: case.words(with_times(lambda a, b: [a * 1e3, b * 1e3])),
+    "words-after-the-end": lambda case: case.words(with_times(lambda a, b: [a + 5, b + 5])),
+    "words-without-length": lambda case: case.words(with_times(lambda a, b: [a, a])),
+    "transcript-malformed": lambda case: case.transcript.write_text("[]"),
+    "transcript-missing": lambda case: case.transcript.unlink(),
+    "truncated": lambda case: case.path.write_bytes(case.path.read_bytes()[:200_000]),
+    "missing": lambda case: case.path.unlink(),
+    "not-stereo": lambda case: case.audio(lambda s: s[:, 0]),
+}
+WARNINGS = {
+    "swapped-channels": lambda case: case.audio(lambda s: only_while_speaking(s, channel=1)),
+    "negative-times": lambda case: case.words(
+        lambda words: [["well", [-0.2, -0.1], "SPEAKER_MAIN"], *words]
+    ),
+    "unsorted-words": lambda case: case.words(lambda words: words[::-1]),
+    "overlapping-words": lambda case: case.words(with_times(lambda a, b: [a, b + 0.6])),
+    "sentences-as-words": lambda case: case.words(
+        lambda words: [["hello there how are you", *words[0][1:]], *words[1:]]
+    ),
+    "unknown-characters": lambda case: case.words(
+        lambda words: [["日本", *words[0][1:]], *words[1:]]
+    ),
+    "tokens-without-frame": lambda case: case.words(
+        lambda words: [[" ".join(WORDS), *words[i][1:]] for i in range(len(words))]
+    ),
+    "no-main-speaker": lambda case: case.words(
+        lambda words: [[text, times, "SPEAKER_00"] for text, times, _ in words]
+    ),
+    "unused-keys": lambda case: case.content(text_conditions={"mood": "calm"}),
+}
+
+
+@pytest.mark.parametrize("thorough", [False, True])
+@pytest.mark.parametrize("code", [*ERRORS, *WARNINGS])
+def test_each_kind_is_found(case, code, thorough):
+    assert case.found(thorough=thorough, duration_sec=4.0) == {}
+    (ERRORS | WARNINGS)[code](case)
+    finding = case.found(thorough=thorough, duration_sec=4.0)[code]
+    assert finding.severity == ("error" if code in ERRORS else "warning")
+    assert "a.wav" in finding.message or "a.json" in finding.message
+    assert finding.remedy
+
+
+@pytest.mark.parametrize("code", ERRORS)
+def test_errors_stop_a_run_and_are_skipped_if_wanted(case, tmp_path, code):
+    good = write_recording(tmp_path, "good.wav", 2.0)
+    ERRORS[code](case)
+    lines = write_jsonl(tmp_path / "all.jsonl", [{"path": "a.wav", "duration": 4.0}, good])
+    with pytest.raises(UserError, match=r"all\.jsonl:1: "):
+        train_loader(lines)
+    assert train_loader(lines, on_error="skip").num_segments == 2
+
+
+def test_warnings_are_said_once_with_an_example_and_a_count(tmp_path, caplog):
+    jsonl = write_dataset(tmp_path, [2.0, 2.0, 2.0])
+    for name in ("0", "2"):
+        words = {"alignments": some_words(2.0), "text_conditions": 1}
+        (tmp_path / f"{name}.json").write_text(json.dumps(words))
+    with caplog.at_level(logging.WARNING):
+        train_loader(jsonl)
+    (said,) = warnings(caplog)
+    assert said.startswith(f"data.train_data: {jsonl}:1: transcript {tmp_path / '0.json'} holds")
+    assert "text_conditions" in said and said.endswith("[unused-keys] The same of 1 more.")
+
+
+def test_clipping_is_heard_when_all_of_it_is_listened_to(case):
+    case.audio(loud_square)
+    assert "clipping" in case.found(thorough=True)
+
+
+def test_a_silent_user_who_has_words_is_heard_when_all_of_it_is_listened_to(case):
+    case.audio(silence(1))
+    assert case.found(thorough=True) == {}  # nobody else has words
+    case.words(lambda words: [*words, ["hm", [3.0, 3.2], "SPEAKER_USER"]])
+    assert "silent-user" in case.found(thorough=True)
+
+
+def test_the_reverse_of_swapped_is_fine(case):
+    case.audio(lambda samples: only_while_speaking(samples, channel=0))
+    for thorough in (False, True):
+        assert case.found(thorough=thorough) == {}
+
+
+def test_a_few_bad_words_are_a_warning(case):
+    case.words(lambda words: [*words[:-1], ["late", [4.5, 4.8], "SPEAKER_MAIN"]])
+    found = case.found(thorough=False)
+    assert found["words-after-the-end"].severity == "warning"
+    case.words(lambda words: [["hello", [0.1, 0.1], "SPEAKER_MAIN"], *words[1:]])
+    assert case.found(thorough=False)["words-without-length"].severity == "warning"
+
+
+# --- what transcripts may be ----------------------------------------------------------------------
+
+ENCODED = {
+    "byte order mark": lambda text: text.encode("utf-8-sig"),
+    "UTF-16": lambda text: text.encode("utf-16"),
+    "UTF-16 without a mark": lambda text: text.encode("utf-16-be"),
+    "gzip": lambda text: gzip.compress(text.encode()),
+}
+
+
+@pytest.mark.parametrize("encode", ENCODED.values(), ids=ENCODED)
+def test_encodings_of_transcripts_and_lists(case, tmp_path, encode):
+    case.transcript.write_bytes(encode(case.transcript.read_text()))
+    lines = tmp_path / "all.jsonl"
+    lines.write_bytes(encode('{"path": "a.wav", "duration": 4.0}\n'))
+    batch = next(train_loader(lines))
+    assert (batch.codes[:, 0] > 3).any()
+
+
+def test_a_damaged_gzip_is_a_message(case):
+    case.transcript.write_bytes(gzip.compress(case.transcript.read_bytes())[:-20])
+    assert (
+        "gzip file that was cut off" in case.found(thorough=False)["transcript-malformed"].message
+    )
+
+
+def test_elements_after_the_third_are_not_read(case):
+    plain = next(train_loader(write_jsonl(case.path.with_suffix(".jsonl"),
+                                          [{"path": "a.wav", "duration": 4.0}])))  # fmt: skip
+    case.words(lambda words: [[*word, 0.9, {"model": "x"}] for word in words])
+    more = next(train_loader(case.path.with_suffix(".jsonl")))
+    assert (plain.codes == more.codes).all()
+
+
+def test_empty_words_change_nothing(case):
+    lines = write_jsonl(case.path.with_suffix(".jsonl"), [{"path": "a.wav", "duration": 4.0}])
+    case.words(lambda words: [["hello there", [0.3, 0.9], "SPEAKER_MAIN"]])
+    plain = next(train_loader(lines))
+    case.words(lambda words: [["hello there", [0.3, 0.9], "SPEAKER_MAIN"],
+                              ["  ", [0.35, 0.5], "SPEAKER_MAIN"]])  # fmt: skip
+    assert (next(train_loader(lines)).codes == plain.codes).all()
+
+
+# --- lists ----------------------------------------------------------------------------------------
+
+
+def test_hidden_files_are_passed_over(tmp_path):
+    write_dataset(tmp_path / "data", [2.0])
+    for name in ("._all.jsonl", ".ipynb_checkpoints/all.jsonl", "sub/.old.jsonl"):
+        (tmp_path / "data" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "data" / name).write_bytes(b"\0\5\x16\7")
+    assert train_loader(tmp_path / "data").num_segments == 2
+    (tmp_path / "data/all.jsonl").unlink()
+    with pytest.raises(UserError, match=r"no \.jsonl file that is not hidden"):
+        train_loader(tmp_path / "data")
+
+
+def test_a_line_that_names_an_apple_double(tmp_path):
+    line = write_recording(tmp_path, "._a.wav", 2.0)
+    with pytest.raises(UserError, match="what macOS leaves beside a file"):
+        train_loader(write_jsonl(tmp_path / "all.jsonl", [line]))
+
+
+def test_recordings_that_are_listed_twice(tmp_path, caplog):
+    folder = write_dataset(tmp_path / "data", [2.0, 2.0, 2.0]).parent
+    (folder / "link.wav").symlink_to("1.wav")
+    (folder / "link.json").symlink_to("1.json")
+    lines = (folder / "all.jsonl").read_text().splitlines()
+    more = [*lines, lines[0], {"path": "link.wav", "duration": 2.0}]
+    with caplog.at_level(logging.WARNING):
+        train_loader(write_jsonl(folder / "all.jsonl", more))
+    (said,) = warnings(caplog)
+    assert "2 recordings are listed more than once" in said and "0.wav 2 times" in said
+
+
+def test_names_in_two_unicode_forms(tmp_path, caplog):
+    line = write_recording(tmp_path, unicodedata.normalize("NFC", "Café.wav"), 2.0)
+    other = unicodedata.normalize("NFD", "Café.wav")
+    lines = write_jsonl(tmp_path / "all.jsonl", [line | {"path": other}])
+    with pytest.raises(UserError, match="is missing: a file whose name looks the same is there"):
+        train_loader(lines)
+    for suffix in (".wav", ".json"):
+        copy = (tmp_path / other).with_suffix(suffix)
+        shutil.copy((tmp_path / line["path"]).with_suffix(suffix), copy)
+    with caplog.at_level(logging.WARNING):
+        train_loader(write_jsonl(tmp_path / "all.jsonl", [line, line | {"path": other}]))
+    assert "differ in their Unicode form alone" in caplog.text
+
+
+def test_evaluation_recordings_in_the_training_set(tmp_path, caplog):
+    train = write_dataset(tmp_path / "train", [2.0, 2.0])
+    other = write_dataset(tmp_path / "other", [2.0], seed=7)
+    for evaluated, expected in ((other, 0), (train, 1)):
+        args = DataArgs(train_data=str(train), eval_data=str(evaluated), num_workers=0)
+        loaders = [
+            build(args, tiny_codec(), duration_sec=1.0, batch_size=2, device="cpu", store=None, **o)
+            for build, o in ((build_train_loader, {"seed": 0}), (build_eval_loader, {}))
+        ]
+        with caplog.at_level(logging.WARNING):
+            warn_if_shared(*loaders)
+        assert caplog.text.count("2 of 2 recordings of data.eval_data are in") == expected
+
+
+def test_good_speech_has_no_findings(tmp_path):
+    soundfile.write(tmp_path / "a.flac", speech_like(3.0, 44100), 44100)
+    (tmp_path / "a.json").write_text(json.dumps({"alignments": some_words(3.0)}))
+    for thorough in (False, True):
+        found = inspect_recording(
+            tmp_path / "a.flac", tmp_path / "a.json", thorough=thorough, text=TEXT
+        )
+        assert found.findings == []
+        assert (found.duration_sec, found.sample_rate_hz, found.num_channels) == (3.0, 44100, 2)
