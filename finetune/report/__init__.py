@@ -1,0 +1,38 @@
+"""What people are shown: tables, figures in one palette, and pages made from one template.
+
+It imports nothing heavy: matplotlib and Jinja2 come with the first figure and the first page.
+"""
+
+from finetune.report.figures import (
+    ALARM,
+    COLORS,
+    DARK,
+    MUTED,
+    PICTURE,
+    line_style,
+    png_element,
+    svg_element,
+    tidy,
+)
+from finetune.report.page import Entry, Page, Section, html_page
+from finetune.report.tables import Table, plain, signed, write_csv
+
+__all__ = [
+    "ALARM",
+    "COLORS",
+    "DARK",
+    "MUTED",
+    "PICTURE",
+    "Entry",
+    "Page",
+    "Section",
+    "Table",
+    "html_page",
+    "line_style",
+    "plain",
+    "png_element",
+    "signed",
+    "svg_element",
+    "tidy",
+    "write_csv",
+]
