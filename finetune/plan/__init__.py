@@ -3,12 +3,15 @@
 from finetune.plan.describe import SUMMARY, describe_run, write_summary
 from finetune.plan.memory import estimate, explained
 from finetune.plan.plan import plan
+from finetune.plan.starter import Wanted, write_config
 
 __all__ = [
     "SUMMARY",
+    "Wanted",
     "describe_run",
     "estimate",
     "explained",
     "plan",
+    "write_config",
     "write_summary",
 ]
