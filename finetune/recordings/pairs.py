@@ -176,5 +176,5 @@ def _carry_words(pair: Pair) -> None:
         for word in read_transcript(path)
     ]
     alignments = [entry for _, entry in sorted(words, key=lambda item: item[0])]
-    text = json.dumps({"alignments": alignments}, ensure_ascii=False)
-    write_whole(pair.joined.with_suffix(".json"), text + "\n")
+    content = json.dumps({"alignments": alignments}, ensure_ascii=False)
+    write_whole(pair.joined.with_suffix(".json"), content + "\n")
