@@ -1,109 +1,46 @@
-"""The command line: `moshi-ttt SUBCOMMAND`, and `train.py`, which is `moshi-ttt train`.
+"""The commands: `moshi-ttt SUBCOMMAND`, and `train.py`, which is `moshi-ttt train`.
 
 The program's parts are imported where a command needs them, so that help and mistakes come at once.
-A command is a function of a dataclass, its options; fire hands over the words that were typed.
+A command is a function of a dataclass, its options.
 """
 
-import difflib
-import inspect
 import sys
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, get_type_hints
+from typing import Annotated, Any, Literal
 
-import fire
 from annotated_types import Ge, Le
 
+from finetune.command_line import COMMANDS, call, command, data_command, print_all
+from finetune.command_line import run as run  # who calls a command from Python looks for it here
 from finetune.config import (
     POSITIONAL,
     FilePath,
+    PathText,
     Seed,
     Size,
-    help_page,
+    ask_for_missing,
+    completion_script,
+    explain,
     load_config,
     pages,
-    read_options,
 )
 from finetune.demo import DemoDataOptions, DemoOptions
-from finetune.errors import UserError
 from finetune.evaluation import Options as EvaluateOptions
-from finetune.interrupt import ending_on_signals, signal_of
 from finetune.recall import RecallOptions
-from finetune.safety import learn_from_words, not_too_long, outlets, redact
+from finetune.recordings import (
+    AnnotateOptions,
+    CheckOptions,
+    IndexOptions,
+    ShowOptions,
+    StatsOptions,
+)
 from finetune.sweep import SweepOptions
-from ttt.options import NonNegative, abbreviated
-
-Words = Callable[..., None]
-COMMANDS: dict[str, Words] = {}
-"""What `moshi-ttt` can do, by name."""
-
-
-def command(function: Callable[..., None]) -> Words:
-    """Make a command of a function of options and, if it takes them, of a configuration's keys."""
-    cls = get_type_hints(function)["options"]
-    with_overrides = "overrides" in inspect.signature(function).parameters
-
-    # Values come as they were typed: fire would make `2026_11_22` a number.
-    @fire.decorators.SetParseFn(str)
-    def words(*words: str, **given: Any) -> None:
-        options, overrides = read_options(cls, words, given, with_overrides=with_overrides)
-        function(options, overrides) if with_overrides else function(options)
-
-    words.__doc__ = function.__doc__
-    vars(words).update(options=cls, with_overrides=with_overrides)
-    COMMANDS[function.__name__.replace("_", "-")] = words
-    return words
+from ttt.options import NonNegative
 
 
 def main() -> None:
     sys.exit(call(COMMANDS, name="moshi-ttt"))
-
-
-def call(component: Mapping[str, Words] | Words, *, name: str) -> int:
-    """Have fire call what the command line names. Returns the exit status."""
-    learn_from_words(typed := sys.argv[1:])
-    with outlets(), ending_on_signals():
-        return run(lambda: _follow(not_too_long(typed), component, name))
-
-
-def _follow(typed: list[str], component: Mapping[str, Words] | Words, name: str) -> None:
-    wants_help = not {"--help", "-h"}.isdisjoint(typed)
-    if not isinstance(component, Mapping):
-        chosen = component
-    elif typed and typed[0] in component:
-        name, chosen = typed[0], component[typed[0]]
-        typed = typed[1:]
-    elif wants_help or not typed:
-        print("\n".join([f"{name} COMMAND [--OPTION=VALUE ...]; {name} COMMAND --help", ""]))
-        for each, function in component.items():
-            print(f"  {each:<12} {str(function.__doc__).splitlines()[0]}")
-        return
-    else:
-        _refuse_command(typed[0], component)
-    if wants_help:
-        print(help_page(name, chosen))
-    else:
-        fire.Fire(chosen, command=typed, name=name)
-
-
-def _refuse_command(word: str, known: Mapping[str, Words]) -> NoReturn:
-    close = difflib.get_close_matches(word[:100], known, n=1)
-    hint = f"Did you mean {close[0]}?" if close else f"There are {', '.join(known)}."
-    raise UserError(f"unknown command: {abbreviated(redact(word))}. {hint}")
-
-
-def run(command: Callable[[], Any]) -> int:
-    """Run `command`; a user's mistake is a message, not a traceback. Returns the exit status."""
-    try:
-        command()
-        return 0
-    except UserError as error:
-        print(f"\nerror: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt as error:
-        print(f"\nstopped by {signal_of(error).name}", file=sys.stderr)
-        return 128 + signal_of(error)
 
 
 @dataclass(frozen=True)
@@ -130,6 +67,18 @@ def train(options: TrainOptions, overrides: dict[str, Any]) -> None:
 
 
 @dataclass(frozen=True)
+class KeyOptions:
+    key: Annotated[str | None, POSITIONAL] = None
+    """A key, as ttt.chunk_size, or a section; null: all keys are listed."""
+
+
+@command
+def config(options: KeyOptions) -> None:
+    """Explain a key of a run's configuration: its type, bounds, default and meaning."""
+    print(explain(options.key))
+
+
+@dataclass(frozen=True)
 class PlanOptions:
     config: FilePath
     """The YAML file of the run."""
@@ -151,23 +100,131 @@ def plan(options: PlanOptions, overrides: dict[str, Any]) -> None:
         print(line)
 
 
+# --- data ----------------------------------------------------------------------------------------
+
+
+@data_command
+def data_index(options: IndexOptions) -> None:
+    """Find the recordings of a folder, measure them, and write the JSONL that training reads.
+
+    Hidden files are passed over. With --pair, two mono files for each dialogue are joined first:
+    moshi-ttt data index FOLDER --pair '{id}_left.wav,{id}_right.wav'
+    """
+    from finetune.recordings import index_folder
+
+    print_all(index_folder(options))
+
+
+@data_command
+def data_annotate(options: AnnotateOptions) -> None:
+    """Find when each word is said, and write the transcripts that training reads.
+
+    Beside NAME.wav, `--engine align` looks for NAME.left.txt and NAME.right.txt, or for NAME.txt
+    with lines that begin with A: (left) or B: (right). What is done is not done again.
+    """
+    from finetune.recordings import annotate_data
+
+    print_all(annotate_data(options))
+
+
+@data_command
+def data_check(options: CheckOptions, overrides: dict[str, Any]) -> None:
+    """Inspect recordings and transcripts before a run is trained on them.
+
+    It may be stopped at any time and started again. The exit status is 1 if there are errors: what
+    training on would be wrong.
+    """
+    from finetune.recordings import check_data
+
+    if not check_data(options, overrides):
+        sys.exit(1)
+
+
+@data_command
+def data_show(options: ShowOptions, overrides: dict[str, Any]) -> None:
+    """Draw a segment, and cut it out to listen to: waveforms, words and, with --config, tokens.
+
+    Words in red have nothing, or far less than the other side, on the side of their speaker.
+    """
+    from finetune.recordings import show_segment
+
+    print_all(show_segment(options, overrides))
+
+
+@data_command
+def data_stats(options: StatsOptions, overrides: dict[str, Any]) -> None:
+    """Count hours, words and tokens: who speaks how much, how fast, and when both do."""
+    from finetune.recordings import describe_data
+
+    print_all(describe_data(options, overrides))
+
+
 @dataclass(frozen=True)
 class EncodeOptions:
     config: FilePath
     """The YAML file of the run."""
 
 
-@command
-def encode(options: EncodeOptions, overrides: dict[str, Any]) -> None:
+@data_command
+def data_encode(options: EncodeOptions, overrides: dict[str, Any]) -> None:
     """Encode all data of a run ahead of it, into data.cache_dir.
 
     It may be stopped at any time and started again. On several GPUs:
-    torchrun --nproc-per-node 8 --no-python moshi-ttt encode --config X.yaml
+    torchrun --nproc-per-node 8 --no-python moshi-ttt data encode --config X.yaml
     """
     args = load_config(options.config, overrides)
     from finetune.encode import encode_data
 
     encode_data(args)
+
+
+@dataclass(frozen=True)
+class InitOptions:
+    out: Annotated[FilePath, POSITIONAL] = Path("my.yaml")
+    """The YAML file to write; one that is there is never replaced."""
+
+    data: FilePath | None = None
+    """The JSONL to train on; null: it is asked for."""
+
+    eval_data: FilePath | None = None
+    """A JSONL to evaluate on; null: none."""
+
+    goal: Literal["remember", "adapt"] | None = None
+    """`remember`: TTT that carries what was said beyond attention's reach. `adapt`: another voice,
+    manner or subject, without TTT. null: it is asked for."""
+
+    gpu_memory: Annotated[float, Ge(1), Le(1e5)] | None = None
+    """Memory of each GPU, in GB; null: it is asked for."""
+
+    gpus: Size = 1
+    """How many GPUs, on one host."""
+
+    repo: PathText = "kyutai/moshiko-pytorch-bf16"
+    """Moshi's weights: a Hugging Face repository, or a local folder of the same layout."""
+
+    run_dir: FilePath = Path("runs/first")
+    """The run folder that the file names."""
+
+
+@command
+def init(options: InitOptions) -> None:
+    """Write a commented configuration that fits your GPUs and data; what is missing is asked for.
+
+    moshi-ttt init my.yaml --data talks/data.jsonl --goal remember --gpu_memory 80
+    """
+    answers = ask_for_missing(options, ["data", "goal", "gpu_memory"])
+    from finetune.plan import Wanted, write_config
+
+    wanted = Wanted(
+        answers.data,
+        answers.eval_data,
+        answers.goal,
+        answers.gpus,
+        answers.gpu_memory,
+        answers.run_dir,
+        answers.repo,
+    )
+    print_all(write_config(wanted, answers.out))
 
 
 @dataclass(frozen=True)
@@ -298,6 +355,22 @@ def demo_data(options: DemoDataOptions) -> None:
         max_sec=options.max_sec,
         seed=options.seed,
     )
+
+
+@dataclass(frozen=True)
+class CompletionOptions:
+    shell: Annotated[Literal["bash", "zsh"], POSITIONAL]
+    """The shell."""
+
+
+@command
+def completion(options: CompletionOptions) -> None:
+    """Print what makes a shell complete commands, options and keys.
+
+    Now: eval "$(moshi-ttt completion bash)". For good: write that line into ~/.bashrc, or the one
+    for zsh into ~/.zshrc.
+    """
+    print(completion_script(COMMANDS, options.shell), end="")
 
 
 def write_docs() -> None:

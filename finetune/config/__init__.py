@@ -13,11 +13,13 @@ from finetune.config.args import (
     WandbArgs,
 )
 from finetune.config.checks import changed_meaning
+from finetune.config.completion import completion_script
 from finetune.config.data_args import DataArgs
 from finetune.config.docs_page import help_page, pages
+from finetune.config.explain import explain
 from finetune.config.fields import Problem, keys_that
 from finetune.config.marks import HARMLESS, POSITIONAL, Prefix
-from finetune.config.options import read_options
+from finetune.config.options import ask_for_missing, read_options
 from finetune.config.read import (
     changed_keys,
     check_config,
@@ -50,9 +52,12 @@ __all__ = [
     "Size",
     "TrainArgs",
     "WandbArgs",
+    "ask_for_missing",
     "changed_keys",
     "changed_meaning",
     "check_config",
+    "completion_script",
+    "explain",
     "flatten",
     "help_page",
     "keys_that",

@@ -108,6 +108,11 @@ _TTT_MAY_CHANGE = {
 """Options that trained TTT parameters do not depend on; all others say what they mean."""
 
 
+def may_change(name: str) -> bool:
+    """Return whether an option of `ttt` may be another where trained TTT parameters are used."""
+    return name in _TTT_MAY_CHANGE
+
+
 def changed_meaning(earlier: TTTArgs, now: TTTArgs) -> Iterator[tuple[str, str, str]]:
     """Yield the options by which parameters trained under `earlier` would mean something else: each
     as its name, its earlier value and its present one."""
@@ -116,5 +121,5 @@ def changed_meaning(earlier: TTTArgs, now: TTTArgs) -> Iterator[tuple[str, str, 
         if field.name == "chunk_edge":
             # null means one of the two.
             there, here = ("carry" if each.carries else "cut" for each in (earlier, now))
-        if field.name not in _TTT_MAY_CHANGE and there != here:
+        if not may_change(field.name) and there != here:
             yield field.name, str(there), str(here)

@@ -56,7 +56,7 @@ def _section(cls: type, prefix: str = "") -> Iterator[str]:
             yield f"| `{field.name}` | section | see [below](#{field.name}) | {text} |"
         else:
             kind = type_name(field.kind).replace("|", "\\|")
-            yield f"| `{field.name}` | {kind} | {_default(field)} | {text} |"
+            yield f"| `{field.name}` | {kind} | {default_text(field)} | {text} |"
     yield ""
     for field in fields:
         if field.section:
@@ -80,7 +80,8 @@ def type_name(kind: Any) -> str:
     return ", ".join(found)
 
 
-def _default(field: Field) -> str:
+def default_text(field: Field) -> str:
+    """Return a field's default, for a table."""
     if field.default is MISSING:
         return "required"
     if isinstance(field.default, tuple):
@@ -129,7 +130,7 @@ def commands_page(commands: Mapping[str, Callable[..., Any]]) -> str:
         lines += [f"## {name}", "", _text(command), "", *_usage(name, command), ""]
         lines += ["| option | type | default | meaning |", "| --- | --- | --- | --- |"]
         lines += [
-            f"| `--{field.key}` | {type_name(field.kind)} | {_default(field)} | {field.doc} |"
+            f"| `--{field.key}` | {type_name(field.kind)} | {default_text(field)} | {field.doc} |"
             for field in _options(command)
         ]
         lines.append("")
@@ -140,7 +141,7 @@ def help_page(name: str, command: Callable[..., Any]) -> str:
     """Return what `moshi-ttt NAME --help` shows."""
     lines = [*_usage(name, command), "", _text(command), ""]
     for field in _options(command):
-        lines.append(f"  --{field.key}   ({_default(field).strip('`')})")
+        lines.append(f"  --{field.key}   ({default_text(field).strip('`')})")
         lines += textwrap.wrap(
             f"{field.doc} [{type_name(field.kind)}]",
             96,

@@ -1,11 +1,14 @@
 """Options of commands: dataclasses, read from a command line as a configuration is from YAML."""
 
+import dataclasses
 import difflib
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from finetune.config.fields import Field, all_fields, complete, fill
 from finetune.config.marks import Positional
+from finetune.config.values import parse
 from finetune.errors import UserError
 from finetune.safety import learn_from, redact
 from ttt.options import abbreviated
@@ -54,6 +57,29 @@ def read_options(
             lines[0] if len(lines) == 1 else "\n  - ".join(["several options:", *lines])
         )
     return options, others
+
+
+def ask_for_missing(options: Any, names: Sequence[str]) -> Any:
+    """Return options with answers in the place of those that are null, asked on the terminal.
+
+    Raises:
+        UserError: one is null, and there is no terminal.
+    """
+    fields = {field.key: field for field in all_fields(type(options))}
+    for name in names:
+        if getattr(options, name) is not None:
+            continue
+        if not sys.stdin.isatty():
+            raise UserError(f"--{name} is missing. Ask for --help to see what it is.")
+        field, answer = fields[name], None
+        while answer is None:
+            text = input(f"{field.doc.split(' null:')[0]}\n{name}: ")
+            try:
+                answer = parse(text, field.kind)
+            except ValueError as error:
+                sys.stderr.write(f"{error}\n")
+        options = dataclasses.replace(options, **{name: answer})
+    return options
 
 
 def is_positional(field: Field) -> bool:

@@ -4,8 +4,9 @@ from finetune.data.audio import AudioInfo, inspect_audio, read_audio
 from finetune.data.batches import Batch, open_store
 from finetune.data.codec import Codec
 from finetune.data.fill import CacheFill
+from finetune.data.inspection import VERSION as INSPECTION_VERSION
 from finetune.data.inspection import Finding, Inspection, inspect_listing, inspect_recording
-from finetune.data.layouts import SOURCES, Entry, Source
+from finetune.data.layouts import SOURCES, Entry, Source, open_source
 from finetune.data.loader import (
     EvalLoader,
     TrainLoader,
@@ -30,6 +31,7 @@ from finetune.data.transcripts import Word, read_transcript
 
 __all__ = [
     "FRAME_RATE_HZ",
+    "INSPECTION_VERSION",
     "SOURCES",
     "AudioInfo",
     "Batch",
@@ -59,6 +61,7 @@ __all__ = [
     "inspect_listing",
     "inspect_recording",
     "load_sources",
+    "open_source",
     "open_store",
     "parse_sources",
     "read_audio",

@@ -48,7 +48,7 @@ def plan(args: TrainArgs, *, num_gpus: int, gpu_memory_gb: float) -> Iterator[st
     Raises:
         UserError: an impossible configuration.
     """
-    info, source = _shape(args.moshi_paths)
+    info, source = shape_of(args.moshi_paths)
     model = plan_model(args, info)
     memory = estimate(args, model, num_gpus)
     roles = ", ".join(
@@ -78,8 +78,8 @@ def plan(args: TrainArgs, *, num_gpus: int, gpu_memory_gb: float) -> Iterator[st
         yield "no single change is enough: combine LoRA, more GPUs, a smaller batch_size"
 
 
-def _shape(paths: ModelPaths) -> tuple[loaders.CheckpointInfo, str]:
-    """A checkpoint without its weights, and where its shape is from."""
+def shape_of(paths: ModelPaths) -> tuple[loaders.CheckpointInfo, str]:
+    """Return a checkpoint without its weights, and where its shape is from."""
     config_path = Path(paths.config_path) if paths.config_path else None
     source = "shape of Moshi 7B"
     repo = paths.hf_repo_id

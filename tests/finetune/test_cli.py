@@ -127,6 +127,11 @@ def test_the_loss_curve_is_drawn(demo_run):
         (["plot"], "--run_dir is missing"),
         (["demo-data", "--outdir=x"], "unknown option: --outdir"),
         (["demo-data"], "--out_dir is missing"),
+        (["data", "indx"], "unknown command: data indx. Did you mean data index?"),
+        (["index", "x"], "unknown command: index. Did you mean data index?"),
+        (["dat"], "unknown command: dat. Did you mean data?"),
+        (["data", "xyz"], "There are index, annotate, check, show, stats, encode."),
+        (["data", "index"], "--folder is missing"),
     ],
 )
 def test_a_mistake_is_one_message(demo_run, tmp_path, capsys, arguments, message):
@@ -185,9 +190,24 @@ def test_the_demonstration(tmp_path):
     assert "Next:" in done.stdout
 
 
-@pytest.mark.parametrize("command", ["train", "plan", "evaluate", "sweep", "recall", "demo-data"])
+def test_a_group_lists_its_commands_and_encode_answers_to_its_old_name(monkeypatch, capsys):
+    for words in (["data"], ["data", "--help"]):
+        assert call(words) == 0
+        shown = capsys.readouterr().out
+        assert "\n  annotate  " in shown and "\n  train" not in shown
+    assert call(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "\n  data  " in shown and "annotate" not in shown
+    assert call(["encode", "--help"]) == 0
+    assert "moshi-ttt data encode --config" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["train", "plan", "evaluate", "sweep", "recall", "demo-data", "data index", "data encode"],
+)
 def test_help_is_given_when_it_is_asked_for(command, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["moshi-ttt", command, "--help"])
+    monkeypatch.setattr(sys, "argv", ["moshi-ttt", *command.split(), "--help"])
     monkeypatch.setenv("PAGER", "cat")
     with pytest.raises(SystemExit) as left:
         main()

@@ -216,7 +216,7 @@ def _key_of(record: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def estimated_frames(recording: Recording, max_frames: int | None) -> int:
-    """Return how many frames there are of a recording's first `max_frames`, by the length that the header tells."""
+    """Return how many frames are read of a recording, by the length that its header tells."""
     num_frames = round(recording.duration_sec * FRAME_RATE_HZ)
     return min(num_frames, max_frames or num_frames)
 

@@ -1,0 +1,239 @@
+"""A first configuration for what there is, of GPUs and of data: `moshi-ttt init`."""
+
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Literal
+
+import numpy as np
+
+from finetune.config import TrainArgs, load_config
+from finetune.data import FRAME_RATE_HZ, count_frames, open_source
+from finetune.errors import UserError
+from finetune.model import plan_model
+from finetune.plan.memory import Memory, estimate, fits
+from finetune.plan.plan import GB, shape_of
+
+Goal = Literal["remember", "adapt"]
+
+WINDOW_SEC = 240
+"""What Moshi's attention sees: 3000 frames."""
+_FRAMES_A_STEP = 20_000
+"""16 segments of 100 s, what the shipped examples train on at once."""
+_CHUNK_FRAMES = 256
+_MAX_STEPS, _MIN_STEPS, _EPOCHS = 2000, 100, 10
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a configuration is to be made for.
+
+    Args:
+        repo: where Moshi's weights are.
+        eval_data: None: there is none.
+    """
+
+    data: Path
+    eval_data: Path | None
+    goal: Goal
+    gpus: int
+    gpu_memory_gb: float
+    run_dir: Path
+    repo: str
+
+
+@dataclass(frozen=True)
+class _Size:
+    """What depends on memory and on data."""
+
+    duration_sec: int
+    batch_size: int
+    num_microbatches: int
+    shard_size: int
+    max_steps: int
+    attention_context: int | None
+
+
+def write_config(wanted: Wanted, out: Path) -> Iterator[str]:
+    """Write a commented YAML file that fits the memory. Yields lines to print.
+
+    Raises:
+        UserError: `out` is there already, the data cannot be read, or nothing fits.
+    """
+    if out.exists():
+        raise UserError(f"{out} is there already; give another --out.")
+    lengths_sec = _lengths_sec(wanted.data)
+    size, memory = _fitting_size(wanted, lengths_sec)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with out.open("x", encoding="utf-8") as file:
+            file.write(_text(wanted, size, memory, lengths_sec))
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {error.strerror or error}.") from error
+    yield (
+        f"wrote {out}: it takes some {memory.peak / GB:.0f} of {wanted.gpu_memory_gb:g} GB of each "
+        "GPU"
+    )
+    options = f"--config {out} --gpus {wanted.gpus} --gpu_memory {wanted.gpu_memory_gb:g}"
+    yield f"next: moshi-ttt plan {options}"
+    yield f"then: torchrun --nproc-per-node {wanted.gpus} train.py --config {out}"
+
+
+def _lengths_sec(data: Path) -> np.ndarray:
+    """Return what the lines of the data promise, sorted."""
+    entries = open_source(data, "--data").entries()
+    lengths = [entry.recording.duration_sec for entry in entries if entry.recording is not None]
+    if not lengths:
+        raise UserError(f"{data} lists no recording; moshi-ttt data check {data} says why.")
+    return np.sort(lengths)
+
+
+def _fitting_size(wanted: Wanted, lengths_sec: np.ndarray) -> tuple[_Size, Memory]:
+    """Return the largest batch that fits, of segments as long as the goal wants."""
+    model = None
+    for size in _sizes(wanted, lengths_sec):
+        args = _load(_text(wanted, size, None, lengths_sec))
+        # Sizes leave its shape as it is.
+        model = model or plan_model(args, shape_of(args.moshi_paths)[0])
+        memory = estimate(args, model, wanted.gpus)
+        if fits(memory, wanted.gpu_memory_gb * GB):
+            return size, memory
+    raise UserError(
+        f"Moshi does not fit: at the least it takes {memory.peak / GB:.0f} GB of each GPU, with "
+        f"room of CUDA's own beside it. Raise --gpu_memory or --gpus."
+    )
+
+
+def _load(text: str) -> TrainArgs:
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "init.yaml")
+        path.write_text(text, encoding="utf-8")
+        return load_config(path)
+
+
+def _sizes(wanted: Wanted, lengths_sec: np.ndarray) -> Iterator[_Size]:
+    """Yield sizes, those that are to be preferred first."""
+    duration_sec, attention_context = _segment(wanted.goal, lengths_sec)
+    num_frames = count_frames(duration_sec)
+    num_segments = int(np.ceil(lengths_sec / duration_sec).sum())
+    segments_a_step = min(max(1, round(_FRAMES_A_STEP / num_frames)), num_segments)
+    segments_a_step = 2 ** int(math.log2(segments_a_step))
+    steps = math.ceil(_EPOCHS * num_segments / (segments_a_step * wanted.gpus))
+    max_steps = min(max(steps, _MIN_STEPS), _MAX_STEPS)
+    for shard_size in dict.fromkeys((1, wanted.gpus)):
+        batch_size = segments_a_step
+        while batch_size >= 1:
+            microbatches = math.ceil(segments_a_step / batch_size)
+            yield _Size(
+                duration_sec, batch_size, microbatches, shard_size, max_steps, attention_context
+            )
+            batch_size //= 2
+
+
+def _segment(goal: Goal, lengths_sec: np.ndarray) -> tuple[int, int | None]:
+    """Return how long segments are, in seconds, and what attention may see of them, in frames."""
+    typical_sec = float(np.quantile(lengths_sec, 0.5))
+    if goal == "adapt":
+        return max(4, math.ceil(min(100.0, typical_sec))), None
+    if typical_sec > 1.2 * WINDOW_SEC:
+        return math.ceil(min(600.0, typical_sec)), None
+    # Attention would see all of them, and TTT would have nothing to do.
+    duration_sec = max(4, math.ceil(typical_sec))
+    return duration_sec, max(1, count_frames(duration_sec) // 3)
+
+
+def _chunk_frames(num_frames: int) -> int:
+    """Return how many frames a chunk has, so that some eight are in a segment."""
+    return min(_CHUNK_FRAMES, max(5, num_frames // 8))
+
+
+def _text(wanted: Wanted, size: _Size, memory: Memory | None, lengths_sec: np.ndarray) -> str:
+    """Return the YAML, with comments."""
+    num_frames = count_frames(size.duration_sec)
+    hours = lengths_sec.sum() / 3600
+    peak = f", some {memory.peak / GB:.0f} GB at the peak" if memory else ""
+    lines = [
+        f"# Made by moshi-ttt init: to {wanted.goal}, on {wanted.gpus} x {wanted.gpu_memory_gb:g} "
+        f"GB{peak}.",
+        "# moshi-ttt config KEY explains a key; docs/configuration.md has all of them.",
+        "",
+        "data:",
+        f"  train_data: {_quoted(wanted.data)}   # {len(lengths_sec)} recordings, {hours:.2f} h",
+    ]
+    if wanted.eval_data is not None:
+        lines.append(f"  eval_data: {_quoted(wanted.eval_data)}")
+    lines += [
+        "  shuffle: true",
+        "  cache_dir: data/codes   # keeps Mimi's codes, so that audio is encoded only once",
+        "",
+        f"run_dir: {_quoted(wanted.run_dir)}",
+        "",
+        "moshi_paths:",
+        f"  hf_repo_id: {_quoted(wanted.repo)}",
+        "",
+        "lora:",
+        "  enable: true",
+        "  rank: 128",
+        "  scaling: 2.",
+        "",
+    ]
+    lines += _ttt_lines(wanted.goal, num_frames)
+    if size.attention_context is not None:
+        lines += [
+            f"# Recordings are shorter than what Moshi's attention sees ({WINDOW_SEC} s), so that "
+            "TTT would have",
+            "# nothing to do. Attention is cut to a third of a segment: an experiment, no model to "
+            "ship. With",
+            f"# recordings of more than {1.2 * WINDOW_SEC:.0f} s, remove this and make segments "
+            "as long.",
+            "model:",
+            f"  attention_context: {size.attention_context}",
+            "",
+        ]
+    lines += [
+        f"duration_sec: {size.duration_sec}   # {num_frames} frames a segment",
+        f"batch_size: {size.batch_size}   # segments a GPU at once: what memory has room for",
+        f"num_microbatches: {size.num_microbatches}   # passes a step",
+        f"max_steps: {size.max_steps}",
+        "",
+        "gradient_checkpointing: true   # selective is faster, where memory allows it",
+        "param_dtype: bfloat16",
+        "first_codebook_weight_multiplier: 100.",
+        "text_padding_weight: .5",
+        "optim:",
+        "  lr: 2e-6       # LoRA",
+        "  ttt_lr: 3e-4   # TTT parameters, which start from nothing",
+        "",
+        f"do_eval: {str(wanted.eval_data is not None).lower()}",
+        "eval_freq: 100",
+        "ckpt_freq: 100",
+    ]
+    if size.shard_size > 1:
+        lines += [
+            "",
+            "parallel:",
+            f"  shard_size: {size.shard_size}   # the GPUs share one copy of the model",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _ttt_lines(goal: Goal, num_frames: int) -> list[str]:
+    if goal == "adapt":
+        return ["ttt:", "  enabled: false   # true: see moshi-ttt init --goal remember", ""]
+    chunk = _chunk_frames(num_frames)
+    return [
+        "ttt:",
+        "  enabled: true",
+        "  method: in_place",
+        "  write: delta   # stays bounded on streams much longer than the segments",
+        f"  chunk_size: {chunk}   # frames between two updates: {chunk / FRAME_RATE_HZ:.1f} s",
+        "",
+    ]
+
+
+def _quoted(value: object) -> str:
+    text = os.fspath(value) if isinstance(value, Path) else str(value)
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'

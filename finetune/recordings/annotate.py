@@ -1,0 +1,190 @@
+"""Word times for recordings: `moshi-ttt data annotate`."""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from finetune.data import inspect_audio, read_audio
+from finetune.errors import UserError
+from finetune.recordings.align import SAMPLE_RATE_HZ, Aligner
+from finetune.recordings.files import listed, write_whole
+from finetune.recordings.listing import list_data
+from finetune.recordings.options import AnnotateOptions
+from finetune.recordings.texts import CHANNELS, Channel, read_texts, text_paths
+from finetune.recordings.work import RecordingError, do_all
+
+SPEAKERS = ("SPEAKER_MAIN", "SPEAKER_USER")
+"""Moshi and the user, who are on the left and the right unless it is the other way round."""
+
+_MANY_WORDS = 5
+
+Entry = tuple[str, tuple[float, float], str]
+Transcriber = Callable[[np.ndarray], list[tuple[str, float, float]]]
+"""From a channel at 16 kHz to its words with their times."""
+
+
+def annotate_data(options: AnnotateOptions) -> Iterator[str]:
+    """Write a transcript beside each recording that has none. Yields lines to print.
+
+    It may be stopped at any time: what is written is whole, and is not made again.
+
+    Raises:
+        UserError: the JSONL cannot be read, the engine is not installed, or, at the end, some
+            recordings have no transcript; all of them are named.
+    """
+    listing = list_data(options.data)
+    problems = [f"{origin}: {problem}" for origin, problem in listing.problems]
+    paths = list(dict.fromkeys(recording.path for recording in listing.recordings))
+    missing = [path for path in paths if options.overwrite or not transcript_path(path).exists()]
+    if len(missing) < len(paths):
+        yield f"{len(paths) - len(missing)} of {len(paths)} recordings have a transcript already"
+    if options.engine == "align":
+        yield from _warn_of_older(set(paths) - set(missing), options.main_channel)
+        Aligner.require()
+        align = partial(_align, main_channel=options.main_channel)
+        jobs = do_all(align, missing, title="aligning", workers=options.workers)
+    else:
+        transcribe = _whisper(options)
+        # One process: the model is large, and uses all cores or the GPU.
+        jobs = do_all(
+            lambda path: _annotate(path, transcribe, options.main_channel),
+            missing,
+            title="recognizing",
+            workers=1,
+        )
+    num_words = num_done = 0
+    for done in jobs:
+        if done.problem is None:
+            num_done, num_words = num_done + 1, num_words + (done.result or 0)
+        else:
+            problems.append(done.problem)
+    yield f"wrote {num_done} transcripts with {num_words} words"
+    if problems:
+        raise UserError(
+            f"recordings that have no transcript; all others are done: {listed(sorted(problems))}"
+        )
+    yield f"next: moshi-ttt data check {options.data}"
+
+
+def transcript_path(audio: Path) -> Path:
+    return audio.with_suffix(".json")
+
+
+def _warn_of_older(annotated: set[Path], main_channel: Channel) -> Iterator[str]:
+    """Yield a warning if texts were changed after their transcripts were made."""
+    older = []
+    for path in sorted(annotated):
+        try:
+            texts = text_paths(path, main_channel)
+        except RecordingError:
+            continue  # the transcript is from elsewhere
+        made_at = transcript_path(path).stat().st_mtime_ns
+        if any(text.stat().st_mtime_ns > made_at for text in texts):
+            older.append(path)
+    if older:
+        yield (
+            f"warning: {len(older)} transcripts are older than their texts ({older[0].name}, for "
+            "example); --overwrite makes all again"
+        )
+
+
+@cache
+def _aligner() -> Aligner:
+    return Aligner()
+
+
+def _speakers(main_channel: Channel) -> tuple[str, str]:
+    """Return who is on the left and on the right."""
+    return SPEAKERS if main_channel == "left" else (SPEAKERS[1], SPEAKERS[0])
+
+
+def _align(path: Path, main_channel: Channel) -> int:
+    """Write the transcript of a recording whose words are known. Returns the number of words."""
+    texts = read_texts(path, main_channel)
+    samples = read_channels(path)
+    found: list[Entry] = []
+    for channel, (words, speaker) in enumerate(zip(texts, _speakers(main_channel), strict=True)):
+        try:
+            times = _aligner().align(samples[channel], words)
+        except RecordingError as error:
+            # A few words would fit almost any speech.
+            swapped = len(words) >= _MANY_WORDS and _fits(samples[1 - channel], words)
+            raise RecordingError(
+                f"{path}, {CHANNELS[channel]} channel: {error}: "
+                + (
+                    "it fits the other channel; swap the channels or the texts"
+                    if swapped
+                    else "check that the text is of this recording and channel, and complete"
+                )
+            ) from None
+        found += [(word, time, speaker) for word, time in zip(words, times, strict=True)]
+    return _write(path, found)
+
+
+def _fits(samples: np.ndarray, words: Sequence[str]) -> bool:
+    try:
+        _aligner().align(samples, words)
+    except RecordingError:
+        return False
+    return True
+
+
+def read_channels(path: Path) -> np.ndarray:
+    """Return a whole stereo recording at 16 kHz: float32 `[2, S]`.
+
+    Raises:
+        FileProblem: it cannot be read, or is not stereo.
+    """
+    duration_sec = inspect_audio(path).duration_sec
+    num_samples = math.ceil(duration_sec * SAMPLE_RATE_HZ) + 1
+    return read_audio(path, 0, num_samples, SAMPLE_RATE_HZ).numpy()
+
+
+def _annotate(path: Path, transcribe: Transcriber, main_channel: Channel) -> int:
+    """Write the transcript of a recording whose words are not known. Returns their number."""
+    found: list[Entry] = []
+    for samples, speaker in zip(read_channels(path), _speakers(main_channel), strict=True):
+        found += [(word, (start, end), speaker) for word, start, end in transcribe(samples)]
+    return _write(path, found)
+
+
+def _write(path: Path, found: list[Entry]) -> int:
+    alignments = [
+        [word, [round(start, 3), round(end, 3)], speaker]
+        for word, (start, end), speaker in sorted(found, key=lambda entry: entry[1])
+    ]
+    text = json.dumps({"alignments": alignments}, ensure_ascii=False)
+    write_whole(transcript_path(path), text + "\n")
+    return len(found)
+
+
+def _whisper(options: AnnotateOptions) -> Transcriber:
+    try:
+        from faster_whisper import WhisperModel
+    except ImportError as error:
+        raise UserError(
+            "--engine whisper needs faster-whisper, which is not installed. Install it with: "
+            "pip install 'moshi-ttt[whisper]'"
+        ) from error
+    try:
+        model: Any = WhisperModel(options.model, device=options.device)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"--model {options.model} cannot be loaded ({error}): give a folder with a model for "
+            "faster-whisper, or the name of one that can be downloaded, such as small"
+        ) from error
+
+    def transcribe(samples: np.ndarray) -> list[tuple[str, float, float]]:
+        # Without the filter, Whisper puts words into silence, of which a channel has much.
+        segments, _ = model.transcribe(
+            samples, language=options.language, word_timestamps=True, vad_filter=True
+        )
+        words = [word for segment in segments for word in segment.words or ()]
+        return [(w.word.strip(), float(w.start), float(w.end)) for w in words if w.word.strip()]
+
+    return transcribe

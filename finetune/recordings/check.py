@@ -1,0 +1,231 @@
+"""The inspection of all recordings: `moshi-ttt data check`."""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from finetune.data import (
+    INSPECTION_VERSION,
+    Finding,
+    Inspection,
+    Recording,
+    TextEncoder,
+    inspect_listing,
+)
+from finetune.monitoring import console
+from finetune.recordings.encoder import WordStart, text_encoder
+from finetune.recordings.files import listed, write_whole
+from finetune.recordings.ledger import Ledger, file_key
+from finetune.recordings.listing import list_data
+from finetune.recordings.options import CheckOptions
+from finetune.recordings.work import do_all
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A recording, or a line that names none, and what was found."""
+
+    origin: str
+    path: str
+    duration_sec: float
+    sample_rate_hz: int
+    num_channels: int
+    findings: list[Finding]
+
+    @property
+    def has_errors(self) -> bool:
+        return any(finding.severity == "error" for finding in self.findings)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was found: in each recording, and in all of them together."""
+
+    data: Path
+    checked: list[Checked]
+    together: list[Finding]
+    notes: list[str]
+
+    @property
+    def num_errors(self) -> int:
+        """Recordings on which training would be wrong."""
+        return sum(each.has_errors for each in self.checked)
+
+    @property
+    def duration_sec(self) -> float:
+        return sum(each.duration_sec for each in self.checked)
+
+    def all_findings(self) -> Iterator[tuple[str, Finding]]:
+        """Yield where each finding is, and the finding; errors first."""
+        found = [(str(self.data), finding) for finding in self.together]
+        found += [(each.origin, finding) for each in self.checked for finding in each.findings]
+        yield from sorted(found, key=lambda item: item[1].severity != "error")
+
+
+def check_data(options: CheckOptions, overrides: Mapping[str, Any]) -> bool:
+    """Inspect all recordings of a JSONL or of a run, and say what was found.
+
+    Returns:
+        Whether there is no error.
+
+    Raises:
+        UserError: see `inspect_data`.
+    """
+    report = inspect_data(options, overrides)
+    if options.json is not None:
+        write_whole(options.json, json.dumps(as_json(report), ensure_ascii=False, indent=1) + "\n")
+    if options.html is not None:
+        from finetune.recordings.check_page import page_of
+
+        write_whole(options.html, page_of(report))
+    if (table := summary_table(report)) is not None:
+        console.print(table)
+    for sentence in sentences(report):
+        console.print(sentence, markup=False, soft_wrap=True)
+    return not report.num_errors and all(each.severity != "error" for each in report.together)
+
+
+def inspect_data(options: CheckOptions, overrides: Mapping[str, Any]) -> Report:
+    """Inspect all recordings of a JSONL or of a run, over processes.
+
+    What is finished is kept in `options.cache`: stopped and called again, it goes on.
+
+    Raises:
+        UserError: nothing is there, or a file cannot be read or written.
+    """
+    listing = list_data(options.data, overrides)
+    tokenizer = options.tokenizer or listing.tokenizer
+    # What is wrong with it is said once, and here.
+    text = text_encoder(tokenizer, listing.word_start) if tokenizer is not None else None
+    work = partial(
+        _inspect, thorough=not options.fast, tokenizer=tokenizer, word_start=listing.word_start
+    )
+    found = _inspect_all(options, listing.all, work, text)
+    checked = [
+        Checked(origin, "", 0.0, 0, 0, [Finding("malformed-line", "error", *_in_two(problem))])
+        for origin, problem in listing.problems
+    ]
+    checked += [Checked(each.origin, str(each.path), *_facts(found[each])) for each in listing.all]
+    together = inspect_listing(listing.recordings, listing.evaluation)
+    return Report(options.data, checked, together, _notes(options, tokenizer))
+
+
+def _in_two(problem: str) -> tuple[str, str]:
+    what, _, remedy = problem.partition(": ")
+    return what, remedy or "correct the line"
+
+
+def _facts(found: Inspection) -> tuple[float, int, int, list[Finding]]:
+    return found.duration_sec, found.sample_rate_hz, found.num_channels, found.findings
+
+
+def _notes(options: CheckOptions, tokenizer: Path | None) -> list[str]:
+    notes = []
+    if options.fast:
+        notes.append("of the audio, a few words of each recording were heard (--fast)")
+    if tokenizer is None:
+        notes.append("text tokens were not looked at: no tokenizer is here, name one: --tokenizer")
+    return notes
+
+
+def _inspect_all(
+    options: CheckOptions,
+    recordings: list[Recording],
+    work: Callable[[Recording], Inspection],
+    text: TextEncoder | None,
+) -> dict[Recording, Inspection]:
+    """Return what is found in each recording, by now or at an earlier time."""
+    data = options.data.resolve()
+    path = options.cache or data.with_name(f".{data.name}.checked")
+    tokens = text.fingerprint if text is not None else None
+    found: dict[Recording, Inspection] = {}
+    keys = {}
+    with Ledger(path) as ledger:
+        for recording in recordings:
+            key = file_key(
+                recording, INSPECTION_VERSION, options.fast, tokens, recording.duration_sec
+            )
+            keys[recording] = key
+            if key is not None and (kept := ledger.get(key)) is not None:
+                duration_sec, rate_hz, num_channels, findings = kept
+                all_findings = [Finding(*each) for each in findings]
+                found[recording] = Inspection(
+                    recording.path, duration_sec, rate_hz, num_channels, findings=all_findings
+                )
+        missing = [recording for recording in recordings if recording not in found]
+        for done in do_all(work, missing, title="checking", workers=options.workers):
+            assert done.result is not None
+            found[done.job] = done.result
+            if (key := keys[done.job]) is not None:
+                ledger.put(key, _facts(done.result))
+    return found
+
+
+def _inspect(
+    recording: Recording, *, thorough: bool, tokenizer: Path | None, word_start: WordStart
+) -> Inspection:
+    text = text_encoder(tokenizer, word_start) if tokenizer is not None else None
+    return recording.inspect(thorough=thorough, text=text)
+
+
+# --- what is shown --------------------------------------------------------------------------------
+
+
+def summary_table(report: Report) -> Table | None:
+    """Return a table of the kinds of findings, for a terminal; None: nothing was found."""
+    kinds = Counter((finding.severity, finding.code) for _, finding in report.all_findings())
+    if not kinds:
+        return None
+    table = Table(show_edge=False, pad_edge=False)
+    for column in ("", "kind", "how many", "what to do"):
+        table.add_column(column, justify="right" if column == "how many" else "left")
+    remedies = {finding.code: finding.remedy for _, finding in report.all_findings()}
+    for (severity, code), count in kinds.items():
+        color = "red" if severity == "error" else "yellow"
+        table.add_row(f"[{color}]{severity}[/]", code, str(count), escape(remedies[code]))
+    return table
+
+
+def sentences(report: Report) -> Iterator[str]:
+    """Yield what is to be said below the table: all errors, and a warning of each kind."""
+    errors: list[str] = []
+    warnings: dict[str, str] = {}
+    for where, finding in report.all_findings():
+        line = f"{where}: {finding.message} [{finding.code}]"
+        if finding.severity == "error":
+            errors.append(line)
+        else:
+            warnings.setdefault(finding.code, line)
+    if errors:
+        yield f"errors, {listed(errors)}"
+    if warnings:
+        yield f"a warning of each kind, {listed(warnings.values())}"
+    num_warned = sum(bool(each.findings) and not each.has_errors for each in report.checked)
+    yield (
+        f"{len(report.checked)} recordings, {report.duration_sec / 3600:.2f} h: "
+        f"{report.num_errors} with errors, {num_warned} with warnings alone"
+    )
+    yield from (f"note: {note}" for note in report.notes)
+
+
+def as_json(report: Report) -> dict[str, Any]:
+    """Return a report as JSON has it."""
+    return {
+        "data": str(report.data),
+        "num_recordings": len(report.checked),
+        "num_with_errors": report.num_errors,
+        "duration_sec": report.duration_sec,
+        "together": [finding._asdict() for finding in report.together],
+        "recordings": [
+            {**vars(each), "findings": [finding._asdict() for finding in each.findings]}
+            for each in report.checked
+        ],
+        "notes": report.notes,
+    }

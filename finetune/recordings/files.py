@@ -1,0 +1,70 @@
+"""Files of a data set: found, read and written whole."""
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import UserError
+
+AUDIO_SUFFIXES = frozenset(
+    {".wav", ".wave", ".flac", ".ogg", ".oga", ".aif", ".aiff", ".aifc"}
+    | {".mp3", ".m4a", ".aac", ".opus", ".webm", ".mp4", ".wma"}
+)
+
+
+def find_files(folder: Path, suffixes: Iterable[str]) -> tuple[list[Path], list[Path]]:
+    """Return the files of a folder at any depth with one of these endings, in order, and those that
+    were passed over because they are hidden.
+
+    A name that begins with a dot hides a file, or all that is in a folder. macOS leaves files
+    `._NAME` beside the true ones.
+    """
+    suffixes = {suffix.lower() for suffix in suffixes}
+    found: list[Path] = []
+    hidden: list[Path] = []
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            path = Path(place, name)
+            if path.suffix.lower() in suffixes:
+                (hidden if name.startswith(".") else found).append(path)
+    return sorted(found), hidden
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file that is there as a whole, or not at all.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}.") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def json_lines(values: Iterable[Any]) -> str:
+    """Return the text of a JSONL file."""
+    return "".join(f"{json.dumps(value, ensure_ascii=False)}\n" for value in values)
+
+
+def refuse_to_replace(path: Path, *, overwrite: bool) -> None:
+    """Raise `UserError` if a file is there that must not be replaced."""
+    if path.exists() and not overwrite:
+        raise UserError(
+            f"{path} is there already. Give another --out, or --overwrite to replace it."
+        )
+
+
+def listed(problems: Iterable[str], most: int = 20) -> str:
+    """Return how many problems there are, and the first of them, a line each."""
+    lines = list(problems)
+    more = [f"… and {len(lines) - most} more"] if len(lines) > most else []
+    return "\n  - ".join([f"{len(lines)}:", *lines[:most], *more])

@@ -1,0 +1,87 @@
+"""From a folder of recordings to a JSONL: `moshi-ttt data index`."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from finetune.data import inspect_audio
+from finetune.errors import UserError
+from finetune.recordings.annotate import transcript_path
+from finetune.recordings.files import (
+    AUDIO_SUFFIXES,
+    find_files,
+    json_lines,
+    listed,
+    refuse_to_replace,
+    write_whole,
+)
+from finetune.recordings.options import IndexOptions
+from finetune.recordings.pairs import find_pairs, join
+from finetune.recordings.work import RecordingError, do_all
+
+
+def index_folder(options: IndexOptions) -> Iterator[str]:
+    """Measure all recordings of a folder and list them in a JSONL. Yields lines to print.
+
+    What cannot be read is named and left out. With `options.pair`, mono files are joined first.
+
+    Raises:
+        UserError: there is no folder, nothing in it can be used, or the JSONL is there already.
+    """
+    folder, out = options.folder, options.out or options.folder / "data.jsonl"
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder. Give the one that the recordings are in.")
+    if out.suffix != ".jsonl":
+        raise UserError(f"--out {out}: its name must end in .jsonl, as training asks for.")
+    refuse_to_replace(out, overwrite=options.overwrite)
+    problems: list[str] = []
+    if options.pair is None:
+        paths, hidden = find_files(folder, AUDIO_SUFFIXES)
+        if hidden:
+            yield f"passed over {len(hidden)} hidden files ({hidden[0].name}, for example)"
+    else:
+        pairs, problems = find_pairs(folder, options.pair, options.joined_dir, options.overwrite)
+        paths = []
+        for joined in do_all(join, pairs, title="joining"):
+            if joined.problem is None:
+                paths.append(joined.job.joined)
+            else:
+                problems.append(joined.problem)
+    durations_sec = {}
+    for done in do_all(_duration_sec, paths, title="measuring"):
+        if done.result is not None:
+            durations_sec[done.job] = done.result
+        else:
+            problems.append(str(done.problem))
+    if problems:
+        yield f"left out {listed(problems)}"
+    if not durations_sec:
+        raise UserError(f"{folder} holds no recording that can be used; {out} is not written.")
+    write_whole(out, json_lines(_lines(durations_sec, out)))
+    total_sec = sum(durations_sec.values())
+    yield f"wrote {out}: {len(durations_sec)} recordings, {total_sec / 3600:.2f} h"
+    num_bare = sum(not transcript_path(path).exists() for path in durations_sec)
+    if num_bare:
+        yield f"next: {num_bare} have no transcript (.json); moshi-ttt data annotate {out}"
+    else:
+        yield f"next: moshi-ttt data check {out}"
+
+
+def _duration_sec(path: Path) -> float:
+    """Return the length of a recording. Raises `FileProblem` if it cannot be used."""
+    info = inspect_audio(path, allow_mono=True)
+    if info.num_channels == 1:
+        raise RecordingError(
+            f"{path} is mono: if each speaker has a file, --pair joins them; else put Moshi on the "
+            "left and the user on the right of one file"
+        )
+    return info.duration_sec
+
+
+def _lines(durations_sec: dict[Path, float], out: Path) -> Iterator[dict[str, object]]:
+    """Yield the lines of the JSONL, in the order of the names; paths start from its folder."""
+    base = out.absolute().parent
+    for path in sorted(durations_sec):
+        whole = path.absolute()
+        inside = whole.is_relative_to(base)
+        name = whole.relative_to(base).as_posix() if inside else str(whole)
+        yield {"path": name, "duration": round(durations_sec[path], 6)}

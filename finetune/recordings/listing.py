@@ -1,0 +1,85 @@
+"""What a command is to look at: the recordings of a JSONL, or of a run."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import try_to_load_from_cache
+from moshi.models.loaders import TEXT_TOKENIZER_NAME
+
+from finetune.config import ModelPaths, load_config
+from finetune.data import Reading, Recording, open_source, parse_sources
+from finetune.errors import UserError
+from finetune.model import find_checkpoint
+from finetune.recordings.encoder import WordStart
+
+
+@dataclass
+class Listing:
+    """Recordings, unopened, and lines that name none."""
+
+    recordings: list[Recording] = field(default_factory=list)
+    evaluation: list[Recording] = field(default_factory=list)
+    problems: list[tuple[str, str]] = field(default_factory=list)
+    """Of lines: where, and what is wrong."""
+    tokenizer: Path | None = None
+    """The run's sentencepiece model, if it is on this machine."""
+    word_start: WordStart = "auto"
+    """See `data.word_start`."""
+
+    @property
+    def all(self) -> list[Recording]:
+        """Each recording once."""
+        return list(dict.fromkeys([*self.recordings, *self.evaluation]))
+
+
+def list_data(data: Path, overrides: Mapping[str, Any] | None = None) -> Listing:
+    """Return what a JSONL (or another source) lists, or what a run's YAML file names.
+
+    Args:
+        overrides: keys of the run's configuration.
+
+    Raises:
+        UserError: nothing is there, or it cannot be read.
+    """
+    listing = Listing()
+    if data.suffix.lower() in (".yaml", ".yml"):
+        args = load_config(data, overrides)
+        train, evaluation = (Reading.of(args.data, training=each) for each in (True, False))
+        _list(args.data.train_data, "data.train_data", train, listing.recordings, listing)
+        if args.data.eval_data:
+            _list(args.data.eval_data, "data.eval_data", evaluation, listing.evaluation, listing)
+        listing.word_start = args.data.word_start
+        listing.tokenizer = local_tokenizer(args.moshi_paths)
+    elif overrides:
+        raise UserError(
+            f"--{next(iter(overrides))} is no option. Keys of a configuration go with a run's "
+            f"YAML file; {data} is none."
+        )
+    else:
+        _list(str(data), str(data), Reading(), listing.recordings, listing)
+    return listing
+
+
+def _list(spec: str, key: str, reading: Reading, found: list[Recording], listing: Listing) -> None:
+    for path, _ in parse_sources(spec, key):
+        for entry in open_source(path, key, reading).entries():
+            if entry.recording is not None:
+                found.append(entry.recording)
+            else:
+                listing.problems.append((entry.origin, entry.problem))
+
+
+def local_tokenizer(paths: ModelPaths) -> Path | None:
+    """Return the file of a run's tokenizer, unless it would have to be downloaded.
+
+    Raises:
+        UserError: it should be on this machine, and is not.
+    """
+    if paths.tokenizer_path:
+        return Path(paths.tokenizer_path)
+    if not paths.hf_repo_id or Path(paths.hf_repo_id).is_dir():
+        return find_checkpoint(paths).tokenizer
+    known = try_to_load_from_cache(paths.hf_repo_id, TEXT_TOKENIZER_NAME)
+    return Path(known) if isinstance(known, str) else None

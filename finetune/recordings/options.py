@@ -1,0 +1,124 @@
+"""What the commands `moshi-ttt data …` can be told."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Le
+
+from finetune.config import POSITIONAL, FilePath
+
+Workers = Annotated[int, Ge(1), Le(1024)]
+
+
+@dataclass(frozen=True)
+class IndexOptions:
+    folder: Annotated[FilePath, POSITIONAL]
+    """The folder with the recordings, at any depth."""
+
+    out: FilePath | None = None
+    """The JSONL to write; null: FOLDER/data.jsonl."""
+
+    pair: str | None = None
+    """How the two mono files of a dialogue are called, Moshi's first, with {id} for what they have
+    in common: '{id}_left.wav,{id}_right.wav' or 'moshi/{id}.wav,user/{id}.wav'. They are joined to
+    stereo; other files are not listed."""
+
+    joined_dir: FilePath | None = None
+    """Where joined recordings go; null: FOLDER/stereo."""
+
+    overwrite: bool = False
+    """Replace a JSONL and joined recordings that are there already."""
+
+
+@dataclass(frozen=True)
+class AnnotateOptions:
+    data: Annotated[FilePath, POSITIONAL]
+    """The JSONL of the recordings, as `moshi-ttt data index` writes it."""
+
+    engine: Literal["align", "whisper"] = "align"
+    """`align`: find the times of words that are known, from English texts beside each recording.
+    `whisper`: recognize the words too, with faster-whisper."""
+
+    main_channel: Literal["left", "right"] = "left"
+    """Where Moshi is, as in `data.main_channel`."""
+
+    overwrite: bool = False
+    """Make transcripts again that are there already."""
+
+    workers: Workers | None = None
+    """Processes of `align`; null: one for each core."""
+
+    model: str = "small"
+    """For `whisper`: a folder with a model for faster-whisper, or the name of one to download."""
+
+    language: str | None = None
+    """For `whisper`: the language, such as en or fr; null: it is recognized, channel by channel."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """For `whisper`: where to compute; `auto`: on the GPU if there is one."""
+
+
+@dataclass(frozen=True)
+class CheckOptions:
+    data: Annotated[FilePath, POSITIONAL]
+    """A JSONL, or a run's YAML file, whose training and evaluation data are checked."""
+
+    fast: bool = False
+    """Look at headers, transcripts and a few words of each recording alone, as a run does at its
+    start; otherwise all audio is listened to."""
+
+    tokenizer: FilePath | None = None
+    """A sentencepiece model, to check the text tokens; null: that of the run, if DATA is a YAML
+    file and the tokenizer is on this machine."""
+
+    json: FilePath | None = None
+    """A JSON file to write with all that was found."""
+
+    html: FilePath | None = None
+    """An HTML page to write with all that was found."""
+
+    cache: FilePath | None = None
+    """A file that keeps results, so that recordings that have not changed are not checked again;
+    null: `.NAME.checked` beside DATA."""
+
+    workers: Workers | None = None
+    """Processes; null: one for each core."""
+
+
+@dataclass(frozen=True)
+class ShowOptions:
+    file: Annotated[FilePath, POSITIONAL]
+    """The JSONL."""
+
+    index: Annotated[int, Ge(0), Le(10**9)] = 0
+    """Which of its recordings, counted from 0."""
+
+    start_sec: Annotated[float, Ge(0), Le(1e7)] = 0.0
+    """Where the segment starts; rounded down to a whole frame of 80 ms."""
+
+    duration_sec: Annotated[float, Ge(0.5), Le(120)] = 12.0
+    """How long the segment is."""
+
+    config: FilePath | None = None
+    """A run's YAML file whose files are on this machine: its text tokens, codes and loss weights
+    are shown as well."""
+
+    out: FilePath = Path("segment.png")
+    """The picture to write; the sound goes beside it, as a stereo wav."""
+
+
+@dataclass(frozen=True)
+class StatsOptions:
+    data: Annotated[FilePath, POSITIONAL]
+    """A JSONL, or a run's YAML file, whose training and evaluation data are counted."""
+
+    tokenizer: FilePath | None = None
+    """A sentencepiece model, to count text tokens; null: that of the run, if DATA is a YAML file
+    and the tokenizer is on this machine."""
+
+    out: FilePath | None = None
+    """A PNG to draw the distributions into."""
+
+    workers: Workers | None = None
+    """Processes; null: one for each core."""

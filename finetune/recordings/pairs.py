@@ -1,0 +1,180 @@
+"""Two mono files of a dialogue, one a speaker, joined to a stereo file."""
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import soundfile
+
+from finetune.data import inspect_audio, read_audio, read_transcript
+from finetune.errors import UserError
+from finetune.recordings.files import write_whole
+from finetune.recordings.work import RecordingError
+
+MAX_DIFFERENCE_SEC = 0.1
+"""Two files of a dialogue may differ by this much in length; the shorter one ends in silence."""
+
+_MAX_WAV_BYTES = 2**32 - 2**16
+_ID = "{id}"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The two mono files of a dialogue, and the stereo file that is to be made of them."""
+
+    left: Path
+    right: Path
+    joined: Path
+    overwrite: bool
+
+
+def find_pairs(
+    folder: Path, pattern: str, joined_dir: Path | None, overwrite: bool
+) -> tuple[list[Pair], list[str]]:
+    """Return the pairs of a folder by the names of their files, and what has no partner.
+
+    Args:
+        pattern: `LEFT,RIGHT`, names from `folder` on with `{id}` in each.
+
+    Raises:
+        UserError: no such pattern, or nothing is called so.
+    """
+    left, right = _parse(pattern)
+    sides = [_by_id(folder, side) for side in (left, right)]
+    if not sides[0] and not sides[1]:
+        raise UserError(
+            f"--pair {pattern}: no file in {folder} is called so. Names start from there, as in "
+            "'moshi/{id}.wav,user/{id}.wav'."
+        )
+    pairs, problems = [], []
+    for name in sorted(sides[0].keys() | sides[1].keys()):
+        joined = (joined_dir or folder / "stereo") / f"{name}.wav"
+        if name in sides[0] and name in sides[1]:
+            pairs.append(Pair(sides[0][name], sides[1][name], joined, overwrite))
+        else:
+            here, other = (0, right) if name in sides[0] else (1, left)
+            missing = folder / other.replace(_ID, name)
+            problems.append(f"{sides[here][name]} has no partner: there is no {missing}")
+    return pairs, problems
+
+
+def _parse(pattern: str) -> tuple[str, str]:
+    sides = [side.strip() for side in pattern.split(",")]
+    if len(sides) != 2 or any(side.count(_ID) != 1 for side in sides) or sides[0] == sides[1]:
+        raise UserError(
+            f"--pair {pattern}: give two different names with a comma between them, Moshi's first, "
+            "each with {id} once: '{id}_left.wav,{id}_right.wav'"
+        )
+    return sides[0], sides[1]
+
+
+def _by_id(folder: Path, side: str) -> dict[str, Path]:
+    """Return the files that one side of a pattern names, by what stands for `{id}`."""
+    before, after = side.split(_ID)
+    name = re.compile(re.escape(before) + r"(?P<id>.+)" + re.escape(after))
+    found = {}
+    for place, folders, names in os.walk(folder):
+        folders[:] = [each for each in folders if not each.startswith(".")]
+        for path in (Path(place, each) for each in names if not each.startswith(".")):
+            if match := name.fullmatch(path.relative_to(folder).as_posix()):
+                found[match["id"]] = path
+    return found
+
+
+def join(pair: Pair) -> None:
+    """Write the stereo file of a pair, and its texts or transcript if both files have one.
+
+    Samples are not changed: 16 bits stay 16 bits, everything else becomes 32-bit floats. A joined
+    file that is newer than its two files stays as it is.
+
+    Raises:
+        FileProblem: a file cannot be read.
+        RecordingError: the two do not fit each other, or another file is in the way.
+    """
+    infos = [inspect_audio(path, allow_mono=True) for path in (pair.left, pair.right)]
+    for path, info in zip((pair.left, pair.right), infos, strict=True):
+        if info.num_channels != 1:
+            raise RecordingError(f"{path} is not mono: leave out --pair if it holds both speakers")
+    rates = [info.sample_rate_hz for info in infos]
+    if rates[0] != rates[1]:
+        raise RecordingError(
+            f"{pair.left} has {rates[0]} samples a second, but {pair.right} {rates[1]}: convert "
+            f"one of them, as in `ffmpeg -i in.wav -ar {max(rates)} out.wav`"
+        )
+    lengths_sec = [info.duration_sec for info in infos]
+    if abs(lengths_sec[0] - lengths_sec[1]) > MAX_DIFFERENCE_SEC:
+        raise RecordingError(
+            f"{pair.left} lasts {lengths_sec[0]:.3f} s, but {pair.right} {lengths_sec[1]:.3f} s, "
+            "so that they may not start together: cut or fill them to one length"
+        )
+    if _is_made_already(pair):
+        return
+    num_samples = max(info.num_samples for info in infos)
+    samples = np.zeros((num_samples, 2), dtype=np.float32)
+    for channel, (path, info) in enumerate(zip((pair.left, pair.right), infos, strict=True)):
+        audio = read_audio(path, 0, info.num_samples, info.sample_rate_hz)
+        samples[: audio.shape[1], channel] = audio[0].numpy()
+    _write_wav(pair, samples, rates[0])
+    _carry_words(pair)
+
+
+def _is_made_already(pair: Pair) -> bool:
+    if not pair.joined.exists() or pair.overwrite:
+        return False
+    made_at = pair.joined.stat().st_mtime_ns
+    if any(path.stat().st_mtime_ns > made_at for path in (pair.left, pair.right)):
+        raise RecordingError(
+            f"{pair.joined} is there, but is older than {pair.left.name} or {pair.right.name}: "
+            "--overwrite makes it again"
+        )
+    return True
+
+
+def _write_wav(pair: Pair, samples: np.ndarray, rate_hz: int) -> None:
+    is_short = all(_is_16_bits(path) for path in (pair.left, pair.right))
+    if samples.size * (2 if is_short else 4) > _MAX_WAV_BYTES:
+        raise RecordingError(
+            f"{pair.left} and {pair.right} are too long for one wav file: cut them into parts"
+        )
+    partial = pair.joined.with_name(f".{pair.joined.name}.{os.getpid()}.partial")
+    try:
+        pair.joined.parent.mkdir(parents=True, exist_ok=True)
+        subtype = "PCM_16" if is_short else "FLOAT"
+        soundfile.write(partial, samples, rate_hz, format="WAV", subtype=subtype)
+        os.replace(partial, pair.joined)
+    except (OSError, soundfile.SoundFileError) as error:
+        raise UserError(f"{pair.joined} cannot be written: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _is_16_bits(path: Path) -> bool:
+    try:
+        return bool(soundfile.info(path).subtype == "PCM_16")
+    except soundfile.SoundFileError:
+        return False
+
+
+def _carry_words(pair: Pair) -> None:
+    """Put the texts or the transcripts of both files beside the joined one."""
+    texts = [path.with_suffix(".txt") for path in (pair.left, pair.right)]
+    if texts[0].is_file():
+        for channel, text in zip(("left", "right"), texts, strict=True):
+            if text.is_file():
+                target = pair.joined.with_name(f"{pair.joined.stem}.{channel}.txt")
+                target.write_bytes(text.read_bytes())
+    transcripts = [path.with_suffix(".json") for path in (pair.left, pair.right)]
+    if not transcripts[0].is_file():
+        return
+    words = [
+        (word.start_sec, [word.text, [word.start_sec, word.end_sec], speaker])
+        for path, speaker in zip(transcripts, ("SPEAKER_MAIN", "SPEAKER_USER"), strict=True)
+        if path.is_file()
+        for word in read_transcript(path)
+    ]
+    alignments = [entry for _, entry in sorted(words, key=lambda item: item[0])]
+    content = json.dumps({"alignments": alignments}, ensure_ascii=False)
+    write_whole(pair.joined.with_suffix(".json"), content + "\n")

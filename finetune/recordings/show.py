@@ -1,0 +1,158 @@
+"""One segment to look at and listen to: `moshi-ttt data show`."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+import torch
+
+from finetune.config import TrainArgs, load_config
+from finetune.data import (
+    FRAME_RATE_HZ,
+    FileProblem,
+    Finding,
+    Reading,
+    Recording,
+    Segment,
+    Word,
+    count_frames,
+    open_source,
+)
+from finetune.errors import UserError
+from finetune.model import build_codec, find_checkpoint, plan_model
+from finetune.recordings.options import ShowOptions
+from finetune.step import LossWeights, target_weights
+
+SAMPLE_RATE_HZ = 24_000
+
+
+@dataclass(frozen=True)
+class Streams:
+    """What a model is fed of a segment, and what counts in its loss.
+
+    text: T pieces, empty where there is padding, "·" for end-of-padding.
+    codes: int `[16, T]`, of Moshi and of the user.
+    text_weights, audio_weights: `[T]` and `[8, T]`.
+    """
+
+    text: list[str]
+    codes: np.ndarray
+    text_weights: np.ndarray
+    audio_weights: np.ndarray
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A segment of a recording.
+
+    samples: float `[2, S]` at 24 kHz.
+    words: those that sound in it; times from the start of the recording.
+    findings: of the whole recording.
+    """
+
+    recording: Recording
+    start_sec: float
+    samples: np.ndarray
+    words: list[Word]
+    findings: list[Finding]
+    streams: Streams | None
+
+    @property
+    def duration_sec(self) -> float:
+        return self.samples.shape[1] / SAMPLE_RATE_HZ
+
+
+def show_segment(options: ShowOptions, overrides: Mapping[str, Any]) -> list[str]:
+    """Draw a segment, and write its sound beside the picture. Returns lines to print.
+
+    Raises:
+        UserError: there is no such line, or it cannot be read, or nothing can be written.
+    """
+    if options.out.suffix.lower() != ".png":
+        raise UserError(f"--out {options.out}: the picture is a PNG; give a name with .png.")
+    args = load_config(options.config, overrides) if options.config is not None else None
+    if args is None and overrides:
+        raise UserError(f"--{next(iter(overrides))} goes with --config, a run's YAML file.")
+    reading = Reading.of(args.data, training=True) if args is not None else Reading()
+    recording = _entry(options.file, options.index, reading)
+    shown = _read(recording, options, args)
+    from finetune.recordings.picture import draw
+
+    draw(shown, options.out)
+    sound = options.out.with_suffix(".wav")
+    try:
+        soundfile.write(sound, shown.samples.T, SAMPLE_RATE_HZ, subtype="PCM_16")
+    except (OSError, soundfile.SoundFileError) as error:
+        raise UserError(f"{sound} cannot be written: {error}") from error
+    lines = [f"{each.severity}: {each} [{each.code}]" for each in shown.findings]
+    if args is not None and shown.streams is None:
+        lines.append("tokens and codes are not shown: the run's files are not on this machine")
+    return [*lines, f"wrote {options.out}", f"wrote {sound}   left Moshi, right the user"]
+
+
+def _entry(path: Path, index: int, reading: Reading) -> Recording:
+    entries = open_source(path, str(path), reading).entries()
+    if index >= len(entries):
+        raise UserError(
+            f"--index {index}: {path} has {len(entries)} recordings, 0 to {len(entries) - 1}."
+        )
+    entry = entries[index]
+    if entry.recording is None:
+        raise UserError(f"{entry.origin}: {entry.problem}")
+    return entry.recording
+
+
+def _read(recording: Recording, options: ShowOptions, args: TrainArgs | None) -> Shown:
+    found = recording.inspect(thorough=True)
+    start_frame = math.floor(options.start_sec * FRAME_RATE_HZ + 1e-6)
+    if found.duration_sec and start_frame >= found.duration_sec * FRAME_RATE_HZ:
+        raise UserError(
+            f"--start_sec {options.start_sec:g}: {recording.path} lasts {found.duration_sec:.2f} s."
+        )
+    start_sec = start_frame / FRAME_RATE_HZ
+    num_frames = count_frames(options.duration_sec)
+    start = round(start_sec * SAMPLE_RATE_HZ)
+    num_samples = round(num_frames / FRAME_RATE_HZ * SAMPLE_RATE_HZ)
+    try:
+        samples = recording.read_audio(start, num_samples, SAMPLE_RATE_HZ).numpy()
+    except FileProblem as problem:
+        raise UserError(str(problem)) from None
+    try:
+        words = recording.read_words()
+    except FileProblem:
+        words = []  # the inspection has said so
+    end_sec = start_sec + samples.shape[1] / SAMPLE_RATE_HZ
+    inside = [word for word in words if word.end_sec > start_sec and word.start_sec < end_sec]
+    segment = Segment(
+        torch.from_numpy(samples), torch.zeros(0), num_frames, recording.path, start_sec
+    )
+    streams = _streams(args, segment, words) if args is not None else None
+    return Shown(recording, start_sec, samples, inside, found.findings, streams)
+
+
+def _streams(args: TrainArgs, segment: Segment, words: list[Word]) -> Streams | None:
+    """Return what a run is fed; None if its tokenizer and Mimi would have to be downloaded."""
+    repo = args.moshi_paths.hf_repo_id
+    if repo and not Path(repo).is_dir():
+        return None
+    info = find_checkpoint(args.moshi_paths)
+    model = plan_model(args, info)
+    codec = build_codec(info, model, "cpu", word_start=args.data.word_start)
+    frame_samples = codec.sample_rate_hz / FRAME_RATE_HZ
+    num_valid = math.ceil(segment.audio.shape[1] / frame_samples)
+    start_frame = round(segment.start_sec * FRAME_RATE_HZ)
+    segment.text_tokens = torch.tensor(codec.text.stream(words, start_frame, num_valid))
+    codes = codec.encode([segment])
+    weights = LossWeights(args.text_padding_weight, args.first_codebook_weight_multiplier)
+    text_weights, audio_weights = target_weights(model, codes, weights)
+    special = {codec.text.text_padding_id: "", codec.text.end_of_text_padding_id: "·", -1: ""}
+    tokenizer = codec.text.tokenizer
+    text = [
+        special[token] if token in special else tokenizer.id_to_piece(token).replace("▁", " ")
+        for token in codes[0, 0].tolist()
+    ]
+    return Streams(text, codes[0, 1:].numpy(), text_weights[0, 0].numpy(), audio_weights[0].numpy())

@@ -1,0 +1,112 @@
+"""One job for each of many recordings, over processes, with a bar."""
+
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from finetune.data import FileProblem
+from finetune.monitoring import console
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+_JOBS_AHEAD = 4
+
+
+class RecordingError(Exception):
+    """Something cannot be done with one recording; says what is wrong and what to do."""
+
+
+@dataclass(frozen=True)
+class Done(Generic[Job, Result]):
+    """A job with its result, or why there is none."""
+
+    job: Job
+    result: Result | None = None
+    problem: str | None = None
+
+
+def do_all(
+    work: Callable[[Job], Result],
+    jobs: Sequence[Job],
+    *,
+    title: str,
+    workers: int | None = None,
+) -> Iterator[Done[Job, Result]]:
+    """Yield the jobs as they are finished, in any order.
+
+    Args:
+        work: a function of a module, which other processes can import. What cannot be done with a
+            recording is a `RecordingError` or a `FileProblem`.
+        title: stands before the bar.
+        workers: processes; None: one for each core. 1: this process.
+    """
+    workers = min(workers or num_cores(), len(jobs))
+    with _bar(title, len(jobs)) as advance:
+        if workers <= 1:
+            for job in jobs:
+                yield _attempt(work, job)
+                advance()
+            return
+        # Forked, workers start at once: they need not import PyTorch. Elsewhere it is not safe.
+        method = "fork" if sys.platform == "linux" else "spawn"
+        with ProcessPoolExecutor(
+            workers, multiprocessing.get_context(method), initializer=_be_one_thread
+        ) as pool:
+            try:
+                for done in _in_any_order(pool, work, jobs, workers * _JOBS_AHEAD):
+                    yield done
+                    advance()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+
+def _in_any_order(
+    pool: ProcessPoolExecutor, work: Callable[[Job], Result], jobs: Sequence[Job], num_ahead: int
+) -> Iterator[Done[Job, Result]]:
+    left = iter(jobs)
+    running: set[Future[Done[Job, Result]]] = set()
+    while True:
+        while len(running) < num_ahead and (job := next(left, None)) is not None:
+            running.add(pool.submit(_attempt, work, job))
+        if not running:
+            return
+        finished, running = wait(running, return_when=FIRST_COMPLETED)
+        for future in finished:
+            yield future.result()
+
+
+def _attempt(work: Callable[[Job], Result], job: Job) -> Done[Job, Result]:
+    try:
+        return Done(job, work(job))
+    except (RecordingError, FileProblem) as problem:
+        return Done(job, problem=str(problem))
+
+
+def _be_one_thread() -> None:
+    # Each worker has a core; and threads that computed before a fork are not there after it.
+    torch.set_num_threads(1)
+
+
+def num_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def _bar(title: str, total: int) -> Iterator[Callable[[], None]]:
+    """Show a bar on a terminal, and nothing elsewhere. Yields what moves it on by one."""
+    columns = (TextColumn(title), BarColumn(None), MofNCompleteColumn(), TimeRemainingColumn())
+    shown = console.is_interactive and total > 1
+    with Progress(*columns, console=console, transient=True, disable=not shown) as progress:
+        task = progress.add_task("", total=total)
+        yield lambda: progress.advance(task)

@@ -1,0 +1,81 @@
+"""`moshi-ttt init`: a first configuration that fits."""
+
+import io
+import json
+import re
+import sys
+
+import pytest
+from recordings_tools import call
+
+from finetune.config import load_config
+from finetune.plan import plan
+
+
+def data(folder, length_sec, number=40):
+    line = json.dumps({"path": "a.wav", "duration": length_sec})
+    (folder / "data.jsonl").write_text(f"{line}\n" * number)
+    return folder / "data.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("goal", "length_sec", "gpus", "gpu_memory"),
+    [("remember", 400, 1, 80), ("remember", 30, 2, 40), ("adapt", 60, 4, 24)],
+)
+def test_the_file_is_valid_and_plan_says_that_it_fits(
+    tmp_path, goal, length_sec, gpus, gpu_memory, capsys
+):
+    out = tmp_path / "made/my.yaml"
+    words = [f"--goal={goal}", f"--gpus={gpus}", f"--gpu_memory={gpu_memory}"]
+    assert call("init", out, "--data", data(tmp_path, length_sec), *words) == 0
+    args = load_config(out)
+    assert args.data.train_data == str(tmp_path / "data.jsonl")
+    lines = list(plan(args, num_gpus=gpus, gpu_memory_gb=gpu_memory))
+    assert lines[-1] == "it fits"
+    (peak,) = [line for line in lines if line.strip().startswith("peak")]
+    said = capsys.readouterr().out
+    assert re.search(rf"some {float(peak.split()[1]):.0f} of {gpu_memory} GB", said)
+    assert f"moshi-ttt plan --config {out} --gpus {gpus}" in said
+    assert args.ttt.enabled == (goal == "remember")
+    if goal == "remember":
+        # Something must be left for TTT to remember.
+        window = args.model.attention_context or 3000
+        assert window < 12.5 * args.duration_sec <= 12.5 * length_sec + 12.5
+
+
+def test_a_larger_gpu_takes_more_at_once(tmp_path):
+    sizes = []
+    for gpu_memory in (28, 80):
+        out = tmp_path / f"{gpu_memory}.yaml"
+        words = ["--goal=adapt", f"--gpu_memory={gpu_memory}"]
+        assert call("init", out, "--data", data(tmp_path, 100), *words) == 0
+        args = load_config(out)
+        sizes.append(args.batch_size)
+        assert args.batch_size * args.num_microbatches == 16
+    assert sizes[0] < sizes[1]
+
+
+def test_what_cannot_be_is_said_and_nothing_is_replaced(tmp_path, capsys):
+    out = tmp_path / "my.yaml"
+    words = ["init", out, "--data", data(tmp_path, 100), "--goal=adapt"]
+    assert call(*words, "--gpu_memory=8") == 1
+    assert "at the least it takes" in capsys.readouterr().err and not out.exists()
+    out.write_text("mine")
+    assert call(*words, "--gpu_memory=80") == 1
+    assert "is there already" in capsys.readouterr().err and out.read_text() == "mine"
+    assert call(*words) == 1
+    assert "--gpu_memory is missing" in capsys.readouterr().err
+
+
+def test_on_a_terminal_what_is_missing_is_asked_for(tmp_path, monkeypatch, capsys):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    answers = f"{data(tmp_path, 100)}\nlearn\nadapt\nmuch\n80\n"
+    monkeypatch.setattr(sys, "stdin", Terminal(answers))
+    assert call("init", tmp_path / "my.yaml") == 0
+    said = capsys.readouterr()
+    assert "The JSONL to train on;" in said.out
+    assert "expected remember or adapt" in said.err and "expected a number" in said.err
+    assert not load_config(tmp_path / "my.yaml").ttt.enabled

@@ -1,0 +1,157 @@
+"""`moshi-ttt data index`: from a folder to the JSONL that training reads."""
+
+import json
+import shutil
+
+import av
+import numpy as np
+import pytest
+import soundfile
+from recordings_tools import DIALOGUES, NAMES, call, lines_of, mono_folder, plain_folder
+
+PAIR = "{id}_left.wav,{id}_right.wav"
+
+
+def test_all_recordings_are_listed_with_their_lengths_and_paths_from_the_jsonl(tmp_path, capsys):
+    folder = plain_folder(tmp_path / "talks/2026")
+    samples, rate = soundfile.read(DIALOGUES / "eval_000.wav")
+    soundfile.write(folder / "b.flac", samples[:24_000], rate)
+    soundfile.write(folder / "c.ogg", samples[:48_000], rate)
+    assert call("data", "index", tmp_path / "talks") == 0
+    lines = lines_of(tmp_path / "talks/data.jsonl")
+    lengths = {line["path"]: line["duration"] for line in lines}
+    assert lengths == {
+        **{f"2026/{name}.wav": 5.0 for name in NAMES},
+        "2026/b.flac": 1.0,
+        "2026/c.ogg": 2.0,
+    }
+    assert list(lengths) == sorted(lengths)
+    said = capsys.readouterr().out
+    assert "5 recordings" in said and "next: 5 have no transcript (.json); moshi-ttt data" in said
+
+
+def test_what_is_compressed_is_measured_as_it_is_decoded(tmp_path):
+    samples, rate = soundfile.read(DIALOGUES / "eval_000.wav", dtype="float32")
+    with av.open(str(tmp_path / "a.m4a"), "w") as file:
+        stream = file.add_stream("aac", rate=rate, layout="stereo")
+        frame = av.AudioFrame.from_ndarray(samples.T.copy(), format="fltp", layout="stereo")
+        frame.sample_rate = rate
+        for packet in [*stream.encode(frame), *stream.encode(None)]:
+            file.mux(packet)
+    assert call("data", "index", tmp_path) == 0
+    (line,) = lines_of(tmp_path / "data.jsonl")
+    assert line["path"] == "a.m4a" and line["duration"] == pytest.approx(5.0, abs=0.1)
+
+
+def test_hidden_files_are_passed_over_and_broken_ones_named(tmp_path, capsys):
+    folder = plain_folder(tmp_path / "talks", ["train_000"])
+    shutil.copy(folder / "train_000.wav", folder / "._train_000.wav")
+    (folder / ".trash").mkdir()
+    shutil.copy(folder / "train_000.wav", folder / ".trash/old.wav")
+    (folder / "broken.wav").write_text("no audio")
+    soundfile.write(folder / "mono.wav", np.zeros(24_000), 24_000)
+    assert call("data", "index", folder) == 0
+    assert [line["path"] for line in lines_of(folder / "data.jsonl")] == ["train_000.wav"]
+    said = capsys.readouterr().out
+    assert "passed over 1 hidden" in said
+    assert "broken.wav cannot be read" in said
+    assert "mono.wav is mono" in said and "--pair" in said
+
+
+def test_a_jsonl_elsewhere_has_whole_paths_and_training_reads_it(tmp_path):
+    folder = plain_folder(tmp_path / "talks", ["train_000"])
+    shutil.copy(DIALOGUES / "train_000.json", folder)
+    assert call("data", "index", folder, "--out", tmp_path / "lists/all.jsonl") == 0
+    (line,) = lines_of(tmp_path / "lists/all.jsonl")
+    assert line["path"] == str(folder / "train_000.wav")
+    assert call("data", "check", tmp_path / "lists/all.jsonl") == 0
+
+
+def test_nothing_is_replaced_unless_it_is_asked_for(tmp_path, capsys):
+    folder = plain_folder(tmp_path, ["train_000"])
+    (folder / "data.jsonl").write_text("mine")
+    assert call("data", "index", folder) == 1
+    assert "--overwrite" in capsys.readouterr().err
+    assert (folder / "data.jsonl").read_text() == "mine"
+    assert call("data", "index", folder, "--overwrite") == 0
+    assert len(lines_of(folder / "data.jsonl")) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["{tmp}/nowhere"], "no folder"),
+        (["{tmp}"], "no recording that can be used"),
+        (["{tmp}", "--out=list.json"], ".jsonl"),
+        (["{tmp}", "--pair={id}.wav"], "two different names"),
+        (["{tmp}", "--pair={id}_a.wav,{id}_a.wav"], "two different names"),
+        (["{tmp}", "--pair={id}_a.wav,{id}_b.wav"], "no file in"),
+    ],
+)
+def test_a_mistake_is_one_message(tmp_path, capsys, words, message):
+    assert call("data", "index", *[word.replace("{tmp}", str(tmp_path)) for word in words]) == 1
+    said = capsys.readouterr().err
+    assert message in said and said.startswith("\nerror: ") and said.count("\n") == 2
+
+
+def test_two_mono_files_are_joined_sample_by_sample_with_their_texts(tmp_path):
+    folder = mono_folder(tmp_path)
+    assert call("data", "index", folder, "--pair", PAIR) == 0
+    lines = lines_of(folder / "data.jsonl")
+    assert [line["path"] for line in lines] == sorted(f"stereo/{name}.wav" for name in NAMES)
+    for name in NAMES:
+        joined, rate = soundfile.read(folder / f"stereo/{name}.wav", dtype="int16")
+        true, true_rate = soundfile.read(DIALOGUES / f"{name}.wav", dtype="int16")
+        assert rate == true_rate and np.array_equal(joined, true)
+        text = (folder / f"stereo/{name}.left.txt").read_text()
+        assert text == (folder / f"{name}_left.txt").read_text()
+
+
+def test_pairs_may_lie_in_folders_and_bring_transcripts(tmp_path):
+    samples = np.random.default_rng(0).normal(0, 0.1, (2, 24_000))
+    for channel, side in enumerate(["moshi", "user"]):
+        (tmp_path / side).mkdir()
+        soundfile.write(tmp_path / side / "a.wav", samples[channel], 24_000, subtype="FLOAT")
+        content = {"alignments": [[side, [0.1 + channel, 0.2 + channel], "SPEAKER_MAIN"]]}
+        (tmp_path / side / "a.json").write_text(json.dumps(content))
+    assert call("data", "index", tmp_path, "--pair", "moshi/{id}.wav,user/{id}.wav") == 0
+    joined, _ = soundfile.read(tmp_path / "stereo/a.wav", dtype="float32")
+    assert np.array_equal(joined, samples.T.astype(np.float32))
+    assert json.loads((tmp_path / "stereo/a.json").read_text())["alignments"] == [
+        ["moshi", [0.1, 0.2], "SPEAKER_MAIN"],
+        ["user", [1.1, 1.2], "SPEAKER_USER"],
+    ]
+
+
+def test_two_files_that_do_not_belong_together_are_named_and_left_out(tmp_path, capsys):
+    def mono(name, num_samples, rate=24_000):
+        soundfile.write(tmp_path / f"{name}.wav", np.full(num_samples, 0.1), rate)
+
+    mono("good_left", 24_000), mono("good_right", 24_100)  # 4 ms: filled with silence
+    mono("length_left", 24_000), mono("length_right", 30_000)
+    mono("rate_left", 24_000), mono("rate_right", 16_000, 16_000)
+    mono("alone_left", 24_000)
+    assert call("data", "index", tmp_path, "--pair", PAIR) == 0
+    (line,) = lines_of(tmp_path / "data.jsonl")
+    assert line["path"] == "stereo/good.wav"
+    said = capsys.readouterr().out
+    assert "length_left.wav lasts 1.000 s, but" in said
+    assert "rate_left.wav has 24000 samples a second, but" in said
+    assert "alone_left.wav has no partner: there is no" in said
+
+
+def test_a_joined_file_is_kept_until_its_parts_change(tmp_path, capsys):
+    folder = mono_folder(tmp_path, ["train_000"])
+    words = ["data", "index", folder, "--pair", PAIR]
+    assert call(*words) == 0
+    joined = folder / "stereo/train_000.wav"
+    made_at = joined.stat().st_mtime_ns
+    (folder / "data.jsonl").unlink()
+    assert call(*words) == 0
+    assert joined.stat().st_mtime_ns == made_at
+    (folder / "data.jsonl").unlink()
+    soundfile.write(folder / "train_000_left.wav", np.zeros(120_000), 24_000)
+    assert call(*words) == 1
+    assert "older than train_000_left.wav" in capsys.readouterr().out
+    assert call(*words, "--overwrite") == 0
+    assert not soundfile.read(joined)[0][:, 0].any()
