@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ttt import ops
 from ttt.config import MAX_WRITE_STRENGTH, TTTArgs
 from ttt.layers.execution import Execution
-from ttt.layers.frames import delayed, inverse_square, normalised, only
+from ttt.layers.frames import delayed, in_rows, inverse_square, normalised, only
 from ttt.layers.in_place_measure import measure
 from ttt.ops.in_place.terms import accumulating_dtype
 
@@ -97,6 +97,8 @@ class InPlaceGating(StreamingModule[InPlaceState]):
         self.reset_parameters()
         self.active = True
         """Whether it reads and writes its fast weights; see `ttt.without_ttt`."""
+        self.rows_on: Tensor | None = None
+        """[B], which rows of a stream use them; None: all. See `ttt.use_in_rows`."""
         self.execution = Execution()
         self.measure = False
         """Whether parallel forward passes fill `measured`; see `ttt.measuring`."""
@@ -185,7 +187,8 @@ class InPlaceGating(StreamingModule[InPlaceState]):
             return self.linear_out(self._activations(x))
         if self._streaming_state is not None:
             z, source = self._activations(x), self._scaled(source)
-            return self.linear_out(z) + self._stream(z, source, is_frame, self._streaming_state)
+            learnt = self._stream(z, source, is_frame, self._streaming_state)
+            return self.linear_out(z) + in_rows(learnt, self.rows_on)
         z, v = self.execution.piece(InPlaceGating._prepare, self, x, source)
         written = self._is_written(is_frame)
         learnt = self._learn(z, v, written)
@@ -279,6 +282,13 @@ class InPlaceGating(StreamingModule[InPlaceState]):
             else None,
             num_pending=torch.zeros(batch_size, dtype=torch.long, device=weight.device),
         )
+
+    @torch.no_grad()
+    def stream_change(self) -> Tensor:
+        """Return ‖S‖ / ‖W0‖ of each row of a stream, float32 [B]."""
+        assert self._streaming_state is not None
+        change = self._streaming_state.change
+        return (change.flatten(1).norm(dim=1) / self.base_weight.float().norm()).float()
 
     def state_bytes(self, batch_size: int) -> int:
         """Return the bytes that `_init_streaming_state` allocates for `batch_size` streams."""

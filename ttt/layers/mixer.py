@@ -14,6 +14,7 @@ from ttt.config import TTTArgs
 from ttt.layers.blocks import norm_of, normalize
 from ttt.layers.conv_tail import ConvTail
 from ttt.layers.execution import Execution
+from ttt.layers.frames import in_rows
 from ttt.ops.inner_loop.pieces import (
     InnerLayers,
     Written,
@@ -153,6 +154,8 @@ class TTTMixer(StreamingModule[TTTMixerState]):
         self.reset_parameters()
         self.active = True
         """Whether its layer uses it; see `ttt.without_ttt`."""
+        self.rows_on: Tensor | None = None
+        """[B], which rows of a stream use it; None: all. See `ttt.use_in_rows`."""
         self.execution = Execution()
         self.measure = False
         """Whether parallel forward passes fill `measured`; see `ttt.measuring`."""
@@ -201,7 +204,7 @@ class TTTMixer(StreamingModule[TTTMixerState]):
         state = self._streaming_state
         if state is not None:
             mixed = self._stream(*self._prepare(x), state)
-            return self._finish(mixed, x)
+            return in_rows(self._finish(mixed, x), self.rows_on)
         q, k, v, eta, token_scale = self.execution.piece(TTTMixer._prepare, self, x)
         mixed, _ = inner_scan(
             q,
@@ -303,6 +306,17 @@ class TTTMixer(StreamingModule[TTTMixerState]):
         return {f"inner_loss_{name}": losses.mean() for name, losses in by_position.items()}
 
     # Streaming -------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def stream_change(self) -> Tensor:
+        """Return ‖W − W_initial‖ / ‖W_initial‖ over all fast weights, by row of a stream, float32
+        [B]."""
+        state = self._streaming_state
+        assert state is not None
+        pairs = list(zip(flatten(state.layers), flatten(state.initial), strict=True))
+        squares = [(w - start.to(w.dtype)).square().flatten(1).sum(1) for w, start in pairs]
+        base = torch.stack([start.float().square().sum() for _, start in pairs]).sum()
+        return (torch.stack(squares).sum(0) / base).sqrt().float()
 
     def _init_streaming_state(self, batch_size: int) -> TTTMixerState:
         size, initial = self.args.mini_batch_size, self.inner_layers
