@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, get_type_hints
+from typing import Annotated, Any, NoReturn, get_type_hints
 
 import fire
 from annotated_types import Ge, Le
@@ -18,7 +18,6 @@ from annotated_types import Ge, Le
 from finetune.config import (
     POSITIONAL,
     FilePath,
-    Seed,
     Size,
     help_page,
     load_config,
@@ -31,8 +30,9 @@ from finetune.evaluation import Options as EvaluateOptions
 from finetune.interrupt import ending_on_signals, signal_of
 from finetune.recall import RecallOptions
 from finetune.safety import learn_from_words, not_too_long, outlets, redact
+from finetune.serve import GenerateOptions
 from finetune.sweep import SweepOptions
-from ttt.options import NonNegative, abbreviated
+from ttt.options import abbreviated
 
 Words = Callable[..., None]
 COMMANDS: dict[str, Words] = {}
@@ -167,43 +167,40 @@ def encode(options: EncodeOptions, overrides: dict[str, Any]) -> None:
     encode_data(args)
 
 
-@dataclass(frozen=True)
-class GenerateOptions:
-    checkpoint: FilePath
-    """A folder run_dir/checkpoints/checkpoint_NNNNNN."""
-
-    audio: FilePath
-    """A stereo recording, left Moshi, right the user; with a transcript (.json) beside it, the
-    prompt has its words."""
-
-    out: FilePath = Path("continuation.wav")
-    """The stereo wav to write."""
-
-    prompt_sec: Annotated[float, Ge(0), Le(86_400)] = 5.0
-    """Seconds in which Moshi says what it says in the recording."""
-
-    seed: Seed = 0
-    """Seed of the sampling."""
-
-    temperature: NonNegative = 0.8
-    """Temperature of the audio; 0 always takes the likeliest code."""
-
-    text_temperature: NonNegative = 0.7
-    """Temperature of the text."""
-
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute; `auto`: on the GPU if there is one."""
-
-
 @command
 def generate(options: GenerateOptions) -> None:
-    """Continue a recorded dialogue: Moshi hears the user's channel to its end, and answers."""
+    """Let Moshi listen to recordings and speak: one, a folder, a tree, or the rest of a dialogue.
+
+    The answer to a recording is as long as the recording; its words are beside it, as .json. A
+    recording that cannot be read is named, and the others are answered. docs/talk.md has more.
+    """
+    options.check()
+    if options.prompt_sec:
+        return _continue(options)
+    from finetune.monitoring import setup_logging
+    from finetune.serve import answer_recordings
+
+    setup_logging()
+    outcome = answer_recordings(options)
+    if len(outcome.texts) == 1:
+        print(f"Moshi: {next(iter(outcome.texts.values()))}")
+    if outcome.written:
+        more = f" and {len(outcome.written) - 1} more" if len(outcome.written) > 1 else ""
+        print(f"wrote {outcome.written[0]}{more}")
+    if outcome.problems:
+        lines = [f"{len(outcome.problems)} recordings were not answered:"]
+        raise UserError("\n  - ".join([*lines, *outcome.problems.values()]))
+
+
+def _continue(options: GenerateOptions) -> None:
     from finetune.inference import continue_recording
 
+    assert options.audio is not None
+    out = options.out or Path("continuation.wav")
     text = continue_recording(
         options.checkpoint,
         options.audio,
-        options.out,
+        out,
         device=options.device,
         prompt_sec=options.prompt_sec,
         seed=options.seed,
@@ -211,7 +208,7 @@ def generate(options: GenerateOptions) -> None:
         text_temperature=options.text_temperature,
     )
     print(f"Moshi: {text}")
-    print(f"wrote {options.out}")
+    print(f"wrote {out}")
 
 
 @command

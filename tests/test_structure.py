@@ -148,7 +148,7 @@ def test_a_configuration_is_read_without_what_is_heavy():
         ["train", "--config", "example/demo.yaml", "--batch_sise=3"],
         ["train", "--config", "example/nowhere.yaml"],
         *[[name, "--config", "example/demo.yaml", "--sed=1"] for name in ("plan", "encode")],
-        ["generate", "--checkpoint=x", "--audio=x", "--seed=-1"],
+        ["generate", "--checkpoint=x", "--audio=x", "--ttt=perhaps"],
         ["evaluate", "--checkpoint=x", "--arms=of"],
         ["recall", "--arms=delta_rule"],
         ["sweep", "example/curriculum.yaml", "--table=perhaps"],

@@ -152,11 +152,26 @@ def set_row(module: nn.Module, row: int, state: Mapping[str, Tensor], *, whole: 
         ValueError: the module is not streaming, or the state is not one of this model; nothing is
             changed then.
     """
-    fields = dict(_row_fields(module, row, whole=whole))
-    if problem := _mismatch(fields, state):
+    if problem := row_problem(module, row, state, whole=whole):
         raise ValueError(problem)
-    for name, value in fields.items():
+    for name, value in _row_fields(module, row, whole=whole):
         value.copy_(state[name])
+
+
+def row_problem(
+    module: nn.Module, row: int, state: Mapping[str, Tensor], *, whole: bool
+) -> str | None:
+    """Return why `set_row` would refuse a state; None: it would not."""
+    fields = dict(_row_fields(module, row, whole=whole))
+    if differ := sorted(fields.keys() ^ state.keys()):
+        return f"the state is not of this model: {len(differ)} entries differ ({differ[0]})."
+    for name, value in fields.items():
+        if state[name].shape != value.shape or state[name].dtype != value.dtype:
+            return (
+                f"the state is of another configuration: {name} is {_kind(state[name])}, and this "
+                f"stream's is {_kind(value)}."
+            )
+    return None
 
 
 def clear_rows(module: nn.Module, rows: Tensor) -> None:
@@ -182,19 +197,6 @@ def _row_fields(module: nn.Module, row: int, *, whole: bool) -> Iterator[tuple[s
             # Counters that only the depth transformer reads, a pause, and what all rows share.
             continue
         yield name, value.select(1 if name.endswith("kv_cache.cache") else 0, row)
-
-
-def _mismatch(fields: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str | None:
-    """Return why a row's state is not one for these fields."""
-    if differ := sorted(fields.keys() ^ state.keys()):
-        return f"the state is not of this model: {len(differ)} entries differ ({differ[0]})."
-    for name, value in fields.items():
-        if state[name].shape != value.shape or state[name].dtype != value.dtype:
-            return (
-                f"the state is of another configuration: {name} is {_kind(state[name])}, and this "
-                f"stream's is {_kind(value)}."
-            )
-    return None
 
 
 def _kind(value: Tensor) -> str:

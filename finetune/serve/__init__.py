@@ -1,5 +1,29 @@
 """Talk to a model: files in and out, and calls."""
 
-from finetune.serve.engine import Engine, Row, Spoken, open_engine
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["Engine", "Row", "Spoken", "open_engine"]
+from finetune.serve.options import GenerateOptions, ServeOptions
+
+if TYPE_CHECKING:
+    from finetune.serve.engine import open_engine
+    from finetune.serve.files import answer_recordings
+    from finetune.serve.server import serve
+
+__all__ = ["GenerateOptions", "ServeOptions", "answer_recordings", "open_engine", "serve"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is slow to import only when it is asked for."""
+    if name == "open_engine":
+        from finetune.serve.engine import open_engine
+
+        return open_engine
+    if name == "answer_recordings":
+        from finetune.serve.files import answer_recordings
+
+        return answer_recordings
+    if name == "serve":
+        from finetune.serve.server import serve
+
+        return serve
+    raise AttributeError(name)

@@ -112,6 +112,11 @@ class Engine:
         row.taken, row.ttt_on, row.reset_every_frames = False, True, None
         self.restart(row)
 
+    def begin(self, row: Row) -> None:
+        """Make a row's first step, which hears nothing, if it has not been made."""
+        if row.num_steps == 0:
+            self._advance([row], self._no_codes())
+
     def restart(self, row: Row) -> None:
         """Begin a row's conversation anew."""
         only = self._mask([row])
@@ -145,13 +150,11 @@ class Engine:
         # step comes next, so that a conversation begins without waiting. It also gives attention
         # something to see: with nothing, a row that waits would be NaN.
         silent = [row for row in self.rows if row.num_steps == 0]
-        if early := [row for row in heard if row in silent]:
+        if early := [row for row in silent if row in heard or not heard]:
             self._advance(early, self._no_codes())
-            silent = [row for row in silent if row not in early]
         if not heard:
-            if silent:
-                self._advance(silent, self._no_codes())
             return {}
+        silent = [row for row in silent if row not in early]
         codes = self._encode(heard, frames)
         tokens = self._advance([*heard, *silent], codes)
         for row in heard:
@@ -175,6 +178,7 @@ class Engine:
 
     def _advance(self, rows: list[Row], codes: Tensor) -> Tensor:
         """One step of the model in some rows: text and audio [B, 1 + dep_q, 1]."""
+        assert not torch.is_grad_enabled()
         for row in rows:
             every = row.reset_every_frames
             if every is not None and row.num_frames and row.num_frames % every == 0:
