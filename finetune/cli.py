@@ -30,7 +30,7 @@ from finetune.evaluation import Options as EvaluateOptions
 from finetune.interrupt import ending_on_signals, signal_of
 from finetune.recall import RecallOptions
 from finetune.safety import learn_from_words, not_too_long, outlets, redact
-from finetune.serve import GenerateOptions
+from finetune.serve import GenerateOptions, ServeOptions
 from finetune.sweep import SweepOptions
 from ttt.options import abbreviated
 
@@ -209,6 +209,17 @@ def _continue(options: GenerateOptions) -> None:
     )
     print(f"Moshi: {text}")
     print(f"wrote {out}")
+
+
+@command
+def serve(options: ServeOptions) -> None:
+    """Let people call the model: a page to talk to it, and the protocol of stock moshi.client.
+
+    On SIGTERM no new calls are taken, and those that there are may end. docs/talk.md has more.
+    """
+    from finetune.serve import serve as answer_calls
+
+    answer_calls(options)
 
 
 @command

@@ -149,6 +149,7 @@ def test_a_configuration_is_read_without_what_is_heavy():
         ["train", "--config", "example/nowhere.yaml"],
         *[[name, "--config", "example/demo.yaml", "--sed=1"] for name in ("plan", "encode")],
         ["generate", "--checkpoint=x", "--audio=x", "--ttt=perhaps"],
+        ["serve", "--checkpoint=x", "--max_users=0"],
         ["evaluate", "--checkpoint=x", "--arms=of"],
         ["recall", "--arms=delta_rule"],
         ["sweep", "example/curriculum.yaml", "--table=perhaps"],

@@ -174,6 +174,15 @@ def row_problem(
     return None
 
 
+def row_bytes(module: nn.Module) -> int:
+    """Return the bytes that one row of a stream takes.
+
+    Raises:
+        ValueError: the module is not streaming.
+    """
+    return sum(value.nbytes for _, value in _row_fields(module, 0, whole=True))
+
+
 def clear_rows(module: nn.Module, rows: Tensor) -> None:
     """Restart some rows of a stream, and erase what a reset alone would leave in their caches,
     where a mask hides it as long as it is finite.

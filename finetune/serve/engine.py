@@ -112,6 +112,7 @@ class Engine:
         row.taken, row.ttt_on, row.reset_every_frames = False, True, None
         self.restart(row)
 
+    @torch.no_grad()
     def begin(self, row: Row) -> None:
         """Make a row's first step, which hears nothing, if it has not been made."""
         if row.num_steps == 0:
@@ -128,6 +129,11 @@ class Engine:
         """Make TTT forget what it has learnt in a conversation; attention remembers."""
         if self.model.ttt_layers:
             ttt.reset(self.generator, self._mask([row]))
+
+    def row_bytes(self) -> int:
+        """Return what the state of one conversation takes."""
+        modules = self.generator, self.codec.mimi
+        return sum(ttt.row_bytes(module) for module in modules)
 
     def changes(self) -> dict[int, list[float]]:
         """Return how far each row's fast weights are from where they start, relative to those, by
@@ -178,7 +184,6 @@ class Engine:
 
     def _advance(self, rows: list[Row], codes: Tensor) -> Tensor:
         """One step of the model in some rows: text and audio [B, 1 + dep_q, 1]."""
-        assert not torch.is_grad_enabled()
         for row in rows:
             every = row.reset_every_frames
             if every is not None and row.num_frames and row.num_frames % every == 0:

@@ -1,7 +1,12 @@
 """`moshi-ttt generate`: recordings in, answers out."""
 
 import json
+import os
+import signal
+import subprocess
 import sys
+import urllib.request
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +17,7 @@ from training_tools import checkpoint, train, write_model
 from finetune.cli import main
 from finetune.data import count_frames
 
+ROOT = Path(__file__).parents[3]
 GREEDY = ["--temperature=0", "--text_temperature=0", "--device=cpu"]
 
 
@@ -164,3 +170,29 @@ def test_a_mistake_is_one_message(trained, tmp_path, capsys, words, message):
         "ok.wav",
         "text.wav",
     ]
+
+
+def test_the_server_is_a_command_that_ends_when_it_is_asked_to(trained, tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "NO_TORCH_COMPILE": "1"}
+    code = "from finetune.cli import main; main()"
+    words = ["serve", f"--checkpoint={trained}", "--port=0", "--max_users=2", "--device=cpu"]
+    start = [sys.executable, "-c", code]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen([*start, *words], cwd=ROOT, env=environment, **streams)
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if "listening" in line:
+            break
+    assert "listening" in lines[-1], lines
+    url = json.loads(lines[-1][lines[-1].index("{") :])["url"]
+    with urllib.request.urlopen(f"{url}/health") as answer:
+        assert json.load(answer) == {"status": "ok"}
+    port = url.rsplit(":", 1)[1]
+    second = [*start, *words[:2], f"--port={port}"]
+    done = subprocess.run(second, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 2
+    assert f"127.0.0.1:{port} cannot be listened on" in done.stderr
+    process.send_signal(signal.SIGTERM)
+    rest, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "stopped" in rest and "Traceback" not in rest

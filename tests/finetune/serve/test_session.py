@@ -21,6 +21,13 @@ def saved(model, codec, frames, part="all", max_users=1, row=0):
         return pack(engine, engine.rows[row], ME, part)
 
 
+def assert_same(one, other):
+    """To the bit."""
+    one, other = load(one), load(other)
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
 @pytest.mark.parametrize("rule", ARGS)
 def test_another_day_it_goes_on_to_the_bit(rule):
     model, codec = parts(rule)
@@ -46,7 +53,7 @@ def test_a_row_of_one_batch_goes_on_in_another_row_of_another_batch():
     content = saved(model, codec, frames[:11], max_users=2, row=1)
     with engine_of(model, codec, 3) as engine:
         unpack(engine, engine.rows[2], ME, content, "it")
-        assert pack(engine, engine.rows[2], ME, "all") == content
+        assert_same(pack(engine, engine.rows[2], ME, "all"), content)
         tokens = [engine.step({2: frame})[2].text_token for frame in frames[11:]]
     assert tokens == [spoken.text_token for spoken in whole[11:]]
 
@@ -102,7 +109,7 @@ def test_an_altered_session_is_refused_and_changes_nothing(name, value, message)
         for broken in (b"", b"x" * 100, content[:-5], b"\xff" * 8 + content[8:]):
             with pytest.raises(UserError, match=r"^it is (no|a damaged) session"):
                 unpack(engine, engine.rows[0], ME, broken, "it")
-        assert pack(engine, engine.rows[0], ME, "all") == before
+        assert_same(pack(engine, engine.rows[0], ME, "all"), before)
 
 
 def test_the_fingerprint_is_of_the_weights(tmp_path):
