@@ -37,7 +37,7 @@ _PAGE = {
 }
 _HEADERS = {
     "Content-Security-Policy": "default-src 'self'; connect-src 'self' ws: wss:; "
-    "media-src 'self' blob:; frame-ancestors 'none'; base-uri 'none'",
+    "media-src 'self' blob:; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
@@ -69,6 +69,7 @@ class Server:
                 *[web.get(path, self.page) for path in _PAGE],
             ]
         )
+        self.app.on_shutdown.append(self.end_calls)
         folder = files("finetune.serve") / "page"
         self._page = {path: (folder / name).read_bytes() for path, (name, _) in _PAGE.items()}
 
@@ -193,6 +194,10 @@ class Server:
         until = loop.time() + drain_sec
         while self.sockets and loop.time() < until and not hurry.is_set():
             await asyncio.sleep(0.05)
+        await self.end_calls()
+
+    async def end_calls(self, _: web.Application | None = None) -> None:
+        """Say goodbye to all callers."""
         goodbyes = [
             ws.close(code=WSCloseCode.GOING_AWAY, message=b"the server is shutting down")
             for ws in list(self.sockets)
