@@ -30,7 +30,7 @@ from finetune.evaluation import Options as EvaluateOptions
 from finetune.interrupt import ending_on_signals, signal_of
 from finetune.recall import RecallOptions
 from finetune.safety import learn_from_words, not_too_long, outlets, redact
-from finetune.serve import GenerateOptions, ServeOptions
+from finetune.serve import ExportOptions, GenerateOptions, ServeOptions
 from finetune.sweep import SweepOptions
 from ttt.options import abbreviated
 
@@ -220,6 +220,19 @@ def serve(options: ServeOptions) -> None:
     from finetune.serve import serve as answer_calls
 
     answer_calls(options)
+
+
+@command
+def export(options: ExportOptions) -> None:
+    """Write a checkpoint as stock moshi loads it, TTT's weights beside, with a model card.
+
+    It is loaded into stock moshi and compared before it is called done. docs/talk.md has more.
+    """
+    from finetune.serve import export_checkpoint
+
+    done = export_checkpoint(options)
+    print(f"stock moshi's logits differ by {done.difference:.1e} of their norm, TTT off")
+    print(f"wrote {options.out}: {', '.join(path.name for path in done.files)}")
 
 
 @command

@@ -2,14 +2,23 @@
 
 from typing import TYPE_CHECKING, Any
 
-from finetune.serve.options import GenerateOptions, ServeOptions
+from finetune.serve.options import ExportOptions, GenerateOptions, ServeOptions
 
 if TYPE_CHECKING:
     from finetune.serve.engine import open_engine
+    from finetune.serve.export import export_checkpoint
     from finetune.serve.files import answer_recordings
     from finetune.serve.server import serve
 
-__all__ = ["GenerateOptions", "ServeOptions", "answer_recordings", "open_engine", "serve"]
+__all__ = [
+    "ExportOptions",
+    "GenerateOptions",
+    "ServeOptions",
+    "answer_recordings",
+    "export_checkpoint",
+    "open_engine",
+    "serve",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -22,6 +31,10 @@ def __getattr__(name: str) -> Any:
         from finetune.serve.files import answer_recordings
 
         return answer_recordings
+    if name == "export_checkpoint":
+        from finetune.serve.export import export_checkpoint
+
+        return export_checkpoint
     if name == "serve":
         from finetune.serve.server import serve
 

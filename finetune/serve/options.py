@@ -164,3 +164,21 @@ class ServeOptions:
 
     device: Device = "auto"
     """Where to compute; `auto`: on the GPU if there is one."""
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    checkpoint: FilePath
+    """A folder run_dir/checkpoints/checkpoint_NNNNNN."""
+
+    out: FilePath
+    """The folder to write to; new or empty."""
+
+    form: Literal["merged", "adapters"] = "merged"
+    """merged: all weights, LoRA merged into them; adapters: LoRA alone, for the base model."""
+
+    push: str | None = None
+    """Then upload it to this repository of the Hugging Face hub, which is made private."""
+
+    device: Device = "auto"
+    """Where to compute; `auto`: on the GPU if there is one."""

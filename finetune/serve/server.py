@@ -69,7 +69,7 @@ class Server:
                 *[web.get(path, self.page) for path in _PAGE],
             ]
         )
-        self.app.on_shutdown.append(self.end_calls)
+        self.app.on_shutdown.append(self.end_calls)  # type: ignore[arg-type]
         folder = files("finetune.serve") / "page"
         self._page = {path: (folder / name).read_bytes() for path, (name, _) in _PAGE.items()}
 
@@ -194,9 +194,9 @@ class Server:
         until = loop.time() + drain_sec
         while self.sockets and loop.time() < until and not hurry.is_set():
             await asyncio.sleep(0.05)
-        await self.end_calls()
+        await self.end_calls(self.app)
 
-    async def end_calls(self, _: web.Application | None = None) -> None:
+    async def end_calls(self, app: web.Application) -> None:
         """Say goodbye to all callers."""
         goodbyes = [
             ws.close(code=WSCloseCode.GOING_AWAY, message=b"the server is shutting down")
