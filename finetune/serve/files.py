@@ -16,6 +16,7 @@ from finetune.inference import load_for_inference, nonfinite_weights
 from finetune.serve.engine import Engine, Row, Samples, open_engine
 from finetune.serve.options import GenerateOptions, reset_every_frames
 from finetune.serve.progress import Progress
+from finetune.serve.report import Report
 from finetune.serve.session import Identity, identify, load_session, save_session
 from finetune.serve.words import Words
 
@@ -110,6 +111,7 @@ class _Desk:
         self.engine = engine
         self.options = options
         self.outcome = Outcome()
+        self.report = Report(engine, options.report) if options.report is not None else None
 
     def answer(self, jobs: list[Job]) -> Outcome:
         waiting = iter(jobs)
@@ -130,6 +132,8 @@ class _Desk:
             finally:
                 for each in open_jobs:
                     each.discard()
+        if self.report is not None:
+            self.report.write()
         return self.outcome
 
     def _begin(self, job: Job) -> "_Conversation | None":
@@ -140,7 +144,10 @@ class _Desk:
             session = self.options.session
             if session is not None and session.exists():
                 load_session(session, self.engine, row, self._identity())
-            return _Conversation(job, row, self.engine, self.options)
+            begun = _Conversation(job, row, self.engine, self.options)
+            if self.report is not None:
+                self.report.begin(row, str(job.source))
+            return begun
         except FileProblem as problem:
             self._give_up(job, row, problem)
             return None
@@ -165,6 +172,8 @@ class _Desk:
                 each.discard()
                 self._give_up(each.job, each.row, problem)
         spoken = self.engine.step(frames)
+        if self.report is not None:
+            self.report.look([each.row for each in going])
         still = []
         for each in going:
             if each.row.index in spoken:
@@ -178,6 +187,8 @@ class _Desk:
 
     def _finish(self, each: "_Conversation") -> None:
         each.keep()
+        if self.report is not None:
+            self.report.end(each.row, each.words)
         if self.options.session is not None:
             part = self.options.session_part
             save_session(self.options.session, self.engine, each.row, self._identity(), part)

@@ -88,6 +88,9 @@ class GenerateOptions:
     session_part: Part = "all"
     """What is kept: all, so that the conversation goes on exactly; or what TTT has learnt alone."""
 
+    report: FilePath | None = None
+    """The folder to write a report to: what TTT does, per layer and chunk, beside the words."""
+
     batch_size: Size = 8
     """Recordings side by side."""
 
@@ -118,7 +121,7 @@ class GenerateOptions:
             raise UserError(f"--output_name: {self.output_name} must end in .wav.")
         if not self.prompt_sec:
             return
-        for name in ("input_dir", "session"):
+        for name in ("input_dir", "session", "report"):
             if getattr(self, name) is not None:
                 raise UserError(f"--{name}: not with --prompt_sec, which takes one recording.")
         if self.ttt != "on":

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ttt import ops
 from ttt.config import MAX_WRITE_STRENGTH, TTTArgs
 from ttt.layers.execution import Execution
-from ttt.layers.frames import delayed, in_rows, inverse_square, normalised, only
+from ttt.layers.frames import delayed, effect_by_row, in_rows, inverse_square, normalised, only
 from ttt.layers.in_place_measure import measure
 from ttt.ops.in_place.terms import accumulating_dtype
 
@@ -99,6 +99,10 @@ class InPlaceGating(StreamingModule[InPlaceState]):
         """Whether it reads and writes its fast weights; see `ttt.without_ttt`."""
         self.rows_on: Tensor | None = None
         """[B], which rows of a stream use them; None: all. See `ttt.use_in_rows`."""
+        self.measures_stream = False
+        """Whether steps of a stream leave `stream_effect`; set it before the first."""
+        self.stream_effect: Tensor | None = None
+        """[B], ‖S z‖ / ‖W0 z‖ of the last step."""
         self.execution = Execution()
         self.measure = False
         """Whether parallel forward passes fill `measured`; see `ttt.measuring`."""
@@ -188,7 +192,10 @@ class InPlaceGating(StreamingModule[InPlaceState]):
         if self._streaming_state is not None:
             z, source = self._activations(x), self._scaled(source)
             learnt = self._stream(z, source, is_frame, self._streaming_state)
-            return self.linear_out(z) + in_rows(learnt, self.rows_on)
+            plain, learnt = self.linear_out(z), in_rows(learnt, self.rows_on)
+            if self.measures_stream:
+                self.stream_effect = effect_by_row(learnt, plain)
+            return plain + learnt
         z, v = self.execution.piece(InPlaceGating._prepare, self, x, source)
         written = self._is_written(is_frame)
         learnt = self._learn(z, v, written)
@@ -286,9 +293,18 @@ class InPlaceGating(StreamingModule[InPlaceState]):
     @torch.no_grad()
     def stream_change(self) -> Tensor:
         """Return ‖S‖ / ‖W0‖ of each row of a stream, float32 [B]."""
+        (change,) = self.stream_weights()
+        return (change.flatten(1).norm(dim=1) / self.start_norm()).float()
+
+    def stream_weights(self) -> list[Tensor]:
+        """Return the fast weights of a stream, as far as they differ by row: S, [B, d, h]."""
         assert self._streaming_state is not None
-        change = self._streaming_state.change
-        return (change.flatten(1).norm(dim=1) / self.base_weight.float().norm()).float()
+        return [self._streaming_state.change]
+
+    @torch.no_grad()
+    def start_norm(self) -> Tensor:
+        """Return ‖W0‖."""
+        return self.base_weight.float().norm()
 
     def state_bytes(self, batch_size: int) -> int:
         """Return the bytes that `_init_streaming_state` allocates for `batch_size` streams."""

@@ -136,6 +136,32 @@ def test_a_session_goes_on_where_it_ended(trained, tmp_path, part, capsys):
     assert "session" in capsys.readouterr().err
 
 
+def test_the_report_says_what_ttt_did_and_when(trained, tmp_path):
+    record(tmp_path / "in/a.wav", 17 * 1920, seed=1)
+    record(tmp_path / "in/b.wav", 9 * 1920, seed=2)
+    words = [f"--checkpoint={trained}", f"--audio={tmp_path}/in", f"--out={tmp_path}/out", *GREEDY]
+    assert call(*words, f"--report={tmp_path}/report") == 0
+    report = json.loads((tmp_path / "report/report.json").read_text())
+    assert report["update_frames"] == 5 and report["layers"] == [0, 1]
+    first, second = report["recordings"]
+    assert [chunk["end_sec"] for chunk in first["chunks"]] == [0.4, 0.8, 1.2, 1.36]
+    assert len(second["chunks"]) == 2
+    for layer in ("0", "1"):
+        values = [chunk["layers"][layer] for chunk in first["chunks"]]
+        # It reads what was written in chunks before; the first step, which hears nothing, counts.
+        assert values[0]["written"] == pytest.approx(values[0]["change"], rel=1e-4)
+        assert all(value["written"] > 0 for value in values[:3]) and values[3]["written"] == 0
+        assert values[3]["change"] == pytest.approx(values[2]["change"])
+        assert 0 < values[0]["effect"] < values[2]["effect"]
+    said = json.loads((tmp_path / "out/a.json").read_text())["alignments"]
+    assert [w["word"] for w in first["words"]] == [word for word, _, _ in said]
+    page = (tmp_path / "report/report.html").read_text()
+    assert "a.wav" in page and "<svg" in page and "http" not in page
+
+    words[0] = f"--checkpoint={write_model(tmp_path / 'stock')}"
+    assert call(*words, f"--report={tmp_path}/none") == 1
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
