@@ -1,4 +1,4 @@
-"""Calls: who is connected, what they have said, and the loop that lets the model hear it."""
+"""Calls wait here with what they have said, and a loop lets the model hear it."""
 
 import asyncio
 import json
@@ -26,9 +26,9 @@ logger = logging.getLogger(__name__)
 
 FRAME_SEC = 1 / FRAME_RATE_HZ
 INBOX_FRAMES = 25
-"""What a caller may send ahead: 2 s. Who sends more is read no further until it is heard."""
+"""Frames that a caller may send ahead: 2 s. Who sends more is read no further until it is heard."""
 OUTBOX_FRAMES = 50
-"""What a caller may leave unread: 4 s, beside what the network holds. Then the call waits."""
+"""Frames that a caller may leave unread: 4 s, beside what the network holds. Then the call waits."""
 CHANGES_EVERY_FRAMES = 5
 
 Result = TypeVar("Result")

@@ -1,4 +1,4 @@
-"""One call: what its websocket carries, both ways."""
+"""One call is carried over its websocket, both ways, until somebody ends it."""
 
 import asyncio
 import json
@@ -16,7 +16,7 @@ MAX_MALFORMED = 50
 MAX_MESSAGES_PER_SEC = 200.0
 BURST_MESSAGES = 400.0
 MAX_SEND_SEC = 20.0
-"""How long a caller may read nothing at all."""
+"""Seconds for which a caller may read nothing at all."""
 
 
 class CutOff(Exception):

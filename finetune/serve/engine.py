@@ -23,7 +23,7 @@ Samples = np.ndarray
 
 @dataclass
 class Spoken:
-    """What Moshi says in one frame."""
+    """Moshi's text and audio of one frame."""
 
     text_token: int
     audio: Samples
@@ -35,7 +35,7 @@ class Spoken:
 
 @dataclass
 class Row:
-    """One conversation, as far as the engine has to know about it."""
+    """One conversation's place in the batch."""
 
     index: int
     taken: bool = False

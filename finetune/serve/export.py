@@ -25,12 +25,12 @@ logger = logging.getLogger(__name__)
 
 _VERIFIED_FRAMES = 16
 _MAX_DIFFERENCE = {torch.float32: 1e-4, torch.bfloat16: 0.03, torch.float16: 0.01}
-"""Of all logits, relative to their norm: merged weights round otherwise than adapters beside."""
+"""Largest distance of all logits, relative to their norm: merged weights round otherwise than adapters beside."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Exported:
-    """What was written, and how far stock `moshi` is from our model without TTT."""
+    """Files of an export, and the distance of stock `moshi` from our model without TTT."""
 
     files: list[Path]
     difference: float

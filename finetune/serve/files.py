@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 RECORDINGS = {".wav", ".flac", ".mp3", ".ogg", ".opus"}
 _BLOCK_FRAMES = 125
-"""How much of a recording is read at once: 10 s. Its length bounds no memory."""
+"""Frames of a recording that are read at once: 10 s. Its length takes no memory."""
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,13 @@ class Job:
 
 @dataclass
 class Outcome:
-    """What became of the jobs."""
+    """Answers that were written, and recordings that could not be answered."""
 
     written: list[Path] = field(default_factory=list)
     problems: dict[Path, str] = field(default_factory=dict)
     """By recording."""
     texts: dict[Path, str] = field(default_factory=dict)
-    """What Moshi says, by recording."""
+    """Words that Moshi says, by recording."""
 
 
 def list_jobs(options: GenerateOptions) -> list[Job]:

@@ -1,4 +1,4 @@
-"""What `moshi-ttt generate` and `moshi-ttt serve` can be told."""
+"""Options of `moshi-ttt generate`, `moshi-ttt serve` and `moshi-ttt export`."""
 
 import math
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""How far the answering of recordings is: a bar on a terminal, else a line now and then."""
+"""Progress of answering recordings: a bar on a terminal, else a line now and then."""
 
 import logging
 import time

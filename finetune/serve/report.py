@@ -1,4 +1,4 @@
-"""What TTT did while recordings were answered: by layer and chunk, beside the words."""
+"""A report of TTT at work while recordings are answered: by layer and chunk, beside the words."""
 
 import html
 import json

@@ -1,4 +1,4 @@
-"""The server: calls, their sessions, the page, metrics, and how it begins and ends."""
+"""The server answers calls, keeps their sessions, and gives out the page and metrics."""
 
 import asyncio
 import hmac

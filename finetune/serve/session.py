@@ -1,4 +1,4 @@
-"""Where a conversation stands, as one file: to go on with it another day."""
+"""A conversation's state is kept as one file, to go on with it another day."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""What goes over a call's websocket: the messages of stock `moshi.server`, and those of our page.
+"""The messages of a call's websocket are those of stock `moshi.server`, and some for our page.
 
 A message is a byte, its kind, and what that kind holds. Kinds and numbers are those of Kyutai's
 servers; stock `moshi.client` sends audio alone, and is sent handshake, audio and text.
@@ -90,7 +90,7 @@ _ACTIONS: dict[str, Action] = {"restart": "restart", "forget": "forget"}
 
 
 def action_of(kind: int, payload: bytes) -> Action | None:
-    """What a control or metadata message asks for; None: nothing.
+    """Return what a control or metadata message asks for; None: nothing.
 
     Raises:
         Malformed: it has no meaning.

@@ -56,7 +56,12 @@ class Call {
     this.atSec = about.at_sec;
     $("time").textContent = clock(about.at_sec);
     $("latency").textContent = about.waited_ms.toFixed(0);
-    $("queue").textContent = Math.max(0, (this.heard.length - this.said.length) * 80);
+    const behindMs = Math.max(0, (this.heard.length - this.said.length) * 80);
+    $("queue").textContent = behindMs;
+    if (behindMs > 3000 && !this.isSlow) {
+      this.isSlow = true;
+      say("The model is slower than speech here: answers come later and later.", true);
+    }
     if (about.text) this.write(about.text, about.at_sec);
     if (about.changes) plot.add(about.at_sec, about.changes);
   }
