@@ -26,9 +26,9 @@ logger = logging.getLogger(__name__)
 
 FRAME_SEC = 1 / FRAME_RATE_HZ
 INBOX_FRAMES = 25
-"""Frames that a caller may send ahead: 2 s. Who sends more is read no further until it is heard."""
+"""Frames that a caller may send ahead: 2 s. More is not read until these have been heard."""
 OUTBOX_FRAMES = 50
-"""Frames that a caller may leave unread: 4 s, beside what the network holds. Then the call waits."""
+"""Frames that a caller may leave unread: 4 s, and what the network holds. Then the call waits."""
 CHANGES_EVERY_FRAMES = 5
 
 Result = TypeVar("Result")

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 _VERIFIED_FRAMES = 16
 _MAX_DIFFERENCE = {torch.float32: 1e-4, torch.bfloat16: 0.03, torch.float16: 0.01}
-"""Largest distance of all logits, relative to their norm: merged weights round otherwise than adapters beside."""
+"""Largest distance of all logits, relative to their norm. Merged weights are rounded once more."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -117,7 +117,7 @@ class Report:
     def _weights(self, row: Row) -> dict[int, Tensor]:
         """A copy of a row's fast weights, flat, by layer."""
         return {
-            layer: torch.cat([w[row.index].flatten() for w in module.stream_weights()])
+            layer: torch.cat([w[row.index].flatten() for w in module.stream_weights().values()])
             for layer, module in self.layers.items()
         }
 

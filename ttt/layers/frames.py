@@ -17,18 +17,6 @@ def only(x: Tensor, frames: Tensor | None) -> Tensor:
     return x if frames is None else torch.where(frames.unsqueeze(-1), x, 0.0)
 
 
-def in_rows(x: Tensor, rows: Tensor | None) -> Tensor:
-    """Return x [B, ...] in `rows` [B], and zero in the others; None: all rows."""
-    return x if rows is None else torch.where(rows.view(-1, *[1] * (x.dim() - 1)), x, 0.0)
-
-
-def effect_by_row(added: Tensor, to: Tensor) -> Tensor:
-    """Return ‖added‖ / ‖to‖ of each row of [B, T, d], float32 [B]."""
-    norms = (x.detach().float().flatten(1).norm(dim=1) for x in (added, to))
-    part, whole = norms
-    return part / whole.clamp(min=torch.finfo(torch.float32).tiny)
-
-
 def normalised(source: Tensor) -> Tensor:
     """Return the frames of [B, T, d] divided by their RMS; frames of zeros stay zeros."""
     wide = source.to(accumulating_dtype(source.dtype))

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from ttt import ops
 from ttt.config import MAX_WRITE_STRENGTH, TTTArgs
 from ttt.layers.execution import Execution
-from ttt.layers.frames import delayed, effect_by_row, in_rows, inverse_square, normalised, only
+from ttt.layers.frames import delayed, inverse_square, normalised, only
 from ttt.layers.in_place_measure import measure
+from ttt.layers.streamed import Streamed
 from ttt.ops.in_place.terms import accumulating_dtype
 
 GATE_SPEED = 10.0
@@ -61,7 +62,7 @@ class InPlaceState(State):
         self.num_pending.masked_fill_(reset_mask, 0)
 
 
-class InPlaceGating(StreamingModule[InPlaceState]):
+class InPlaceGating(Streamed, StreamingModule[InPlaceState]):
     """`o = (W0 + S) z`, where `z = act(gate x) * up x` and S is written chunk by chunk.
 
     Takes the place of a layer's `ActivationGating` and keeps its linear layers and their names, so
@@ -97,12 +98,6 @@ class InPlaceGating(StreamingModule[InPlaceState]):
         self.reset_parameters()
         self.active = True
         """Whether it reads and writes its fast weights; see `ttt.without_ttt`."""
-        self.rows_on: Tensor | None = None
-        """[B], which rows of a stream use them; None: all. See `ttt.use_in_rows`."""
-        self.measures_stream = False
-        """Whether steps of a stream leave `stream_effect`; set it before the first."""
-        self.stream_effect: Tensor | None = None
-        """[B], ‖S z‖ / ‖W0 z‖ of the last step."""
         self.execution = Execution()
         self.measure = False
         """Whether parallel forward passes fill `measured`; see `ttt.measuring`."""
@@ -192,10 +187,8 @@ class InPlaceGating(StreamingModule[InPlaceState]):
         if self._streaming_state is not None:
             z, source = self._activations(x), self._scaled(source)
             learnt = self._stream(z, source, is_frame, self._streaming_state)
-            plain, learnt = self.linear_out(z), in_rows(learnt, self.rows_on)
-            if self.measures_stream:
-                self.stream_effect = effect_by_row(learnt, plain)
-            return plain + learnt
+            plain = self.linear_out(z)
+            return plain + self.streamed(learnt, plain)
         z, v = self.execution.piece(InPlaceGating._prepare, self, x, source)
         written = self._is_written(is_frame)
         learnt = self._learn(z, v, written)
@@ -290,21 +283,8 @@ class InPlaceGating(StreamingModule[InPlaceState]):
             num_pending=torch.zeros(batch_size, dtype=torch.long, device=weight.device),
         )
 
-    @torch.no_grad()
-    def stream_change(self) -> Tensor:
-        """Return ‖S‖ / ‖W0‖ of each row of a stream, float32 [B]."""
-        (change,) = self.stream_weights()
-        return (change.flatten(1).norm(dim=1) / self.start_norm()).float()
-
-    def stream_weights(self) -> list[Tensor]:
-        """Return the fast weights of a stream, as far as they differ by row: S, [B, d, h]."""
-        assert self._streaming_state is not None
-        return [self._streaming_state.change]
-
-    @torch.no_grad()
-    def start_norm(self) -> Tensor:
-        """Return ‖W0‖."""
-        return self.base_weight.float().norm()
+    def start_weights(self) -> list[Tensor]:
+        return [self.base_weight]
 
     def state_bytes(self, batch_size: int) -> int:
         """Return the bytes that `_init_streaming_state` allocates for `batch_size` streams."""

@@ -14,7 +14,7 @@ from ttt.config import TTTArgs
 from ttt.layers.blocks import norm_of, normalize
 from ttt.layers.conv_tail import ConvTail
 from ttt.layers.execution import Execution
-from ttt.layers.frames import effect_by_row, in_rows
+from ttt.layers.streamed import Streamed
 from ttt.ops.inner_loop.pieces import (
     InnerLayers,
     Written,
@@ -78,7 +78,7 @@ class TTTMixerState(State):
             self.tail.reset(reset_mask)
 
 
-class TTTMixer(StreamingModule[TTTMixerState]):
+class TTTMixer(Streamed, StreamingModule[TTTMixerState]):
     """`tanh(α) ⊙ out_proj · TTT(norm(x))`, to be added to x.
 
     TTT is `ops.ttt_linear` or `ops.ttt_mlp`, by head, of queries, keys and values that are
@@ -154,12 +154,6 @@ class TTTMixer(StreamingModule[TTTMixerState]):
         self.reset_parameters()
         self.active = True
         """Whether its layer uses it; see `ttt.without_ttt`."""
-        self.rows_on: Tensor | None = None
-        """[B], which rows of a stream use it; None: all. See `ttt.use_in_rows`."""
-        self.measures_stream = False
-        """Whether steps of a stream leave `stream_effect`; set it before the first."""
-        self.stream_effect: Tensor | None = None
-        """[B], ‖what TTT adds‖ / ‖what it is added to‖ of the last step."""
         self.execution = Execution()
         self.measure = False
         """Whether parallel forward passes fill `measured`; see `ttt.measuring`."""
@@ -208,10 +202,7 @@ class TTTMixer(StreamingModule[TTTMixerState]):
         state = self._streaming_state
         if state is not None:
             mixed = self._stream(*self._prepare(x), state)
-            update = in_rows(self._finish(mixed, x), self.rows_on)
-            if self.measures_stream:
-                self.stream_effect = effect_by_row(update, x)
-            return update
+            return self.streamed(self._finish(mixed, x), x)
         q, k, v, eta, token_scale = self.execution.piece(TTTMixer._prepare, self, x)
         mixed, _ = inner_scan(
             q,
@@ -314,26 +305,8 @@ class TTTMixer(StreamingModule[TTTMixerState]):
 
     # Streaming -------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def stream_change(self) -> Tensor:
-        """Return ‖W − W_initial‖ / ‖W_initial‖ over all fast weights, by row of a stream, float32
-        [B]."""
-        state = self._streaming_state
-        assert state is not None
-        pairs = list(zip(flatten(state.layers), flatten(state.initial), strict=True))
-        squares = [(w - start.to(w.dtype)).square().flatten(1).sum(1) for w, start in pairs]
-        return (torch.stack(squares).sum(0).sqrt() / self.start_norm()).float()
-
-    def stream_weights(self) -> list[Tensor]:
-        """Return the fast weights of a stream, [B, H, in, out] and [B, H, out]."""
-        assert self._streaming_state is not None
-        return list(flatten(self._streaming_state.layers))
-
-    @torch.no_grad()
-    def start_norm(self) -> Tensor:
-        """Return ‖W_initial‖ over all fast weights."""
-        squares = [start.float().square().sum() for start in flatten(self.inner_layers)]
-        return torch.stack(squares).sum().sqrt()
+    def start_weights(self) -> list[Tensor]:
+        return list(flatten(self.inner_layers))
 
     def _init_streaming_state(self, batch_size: int) -> TTTMixerState:
         size, initial = self.args.mini_batch_size, self.inner_layers
