@@ -102,8 +102,9 @@ def fast_weights(module: TTTLayer) -> Tensor:
 
 def size(module: TTTLayer, norm_at_start: Tensor) -> Tensor:
     """How large the fast weights of a streaming module are; see `stream`."""
-    ratio = module.change_ratio()
-    return fast_weights(module).norm() / norm_at_start if ratio is None else ratio[0]
+    if module.is_change:
+        return module.stream_change()[0]
+    return fast_weights(module).norm() / norm_at_start
 
 
 def main() -> None:

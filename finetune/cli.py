@@ -17,7 +17,6 @@ from finetune.config import (
     POSITIONAL,
     FilePath,
     PathText,
-    Seed,
     Size,
     ask_for_missing,
     completion_script,
@@ -35,8 +34,8 @@ from finetune.recordings import (
     ShowOptions,
     StatsOptions,
 )
+from finetune.serve import ExportOptions, GenerateOptions, ServeOptions
 from finetune.sweep import SweepOptions
-from ttt.options import NonNegative
 
 
 def main() -> None:
@@ -227,43 +226,40 @@ def init(options: InitOptions) -> None:
     print_all(write_config(wanted, answers.out))
 
 
-@dataclass(frozen=True)
-class GenerateOptions:
-    checkpoint: FilePath
-    """A folder run_dir/checkpoints/checkpoint_NNNNNN."""
-
-    audio: FilePath
-    """A stereo recording, left Moshi, right the user; with a transcript (.json) beside it, the
-    prompt has its words."""
-
-    out: FilePath = Path("continuation.wav")
-    """The stereo wav to write."""
-
-    prompt_sec: Annotated[float, Ge(0), Le(86_400)] = 5.0
-    """Seconds in which Moshi says what it says in the recording."""
-
-    seed: Seed = 0
-    """Seed of the sampling."""
-
-    temperature: NonNegative = 0.8
-    """Temperature of the audio; 0 always takes the likeliest code."""
-
-    text_temperature: NonNegative = 0.7
-    """Temperature of the text."""
-
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute; `auto`: on the GPU if there is one."""
-
-
 @command
 def generate(options: GenerateOptions) -> None:
-    """Continue a recorded dialogue: Moshi hears the user's channel to its end, and answers."""
+    """Let Moshi listen to recordings and speak: one, a folder, a tree, or the rest of a dialogue.
+
+    The answer to a recording is as long as the recording; its words are beside it, as .json. A
+    recording that cannot be read is named, and the others are answered. docs/talk.md has more.
+    """
+    options.check()
+    if options.prompt_sec:
+        return _continue(options)
+    from finetune.monitoring import setup_logging
+    from finetune.serve import answer_recordings
+
+    setup_logging()
+    outcome = answer_recordings(options)
+    if len(outcome.texts) == 1:
+        print(f"Moshi: {next(iter(outcome.texts.values()))}")
+    if outcome.written:
+        more = f" and {len(outcome.written) - 1} more" if len(outcome.written) > 1 else ""
+        print(f"wrote {outcome.written[0]}{more}")
+    if outcome.problems:
+        lines = [f"{len(outcome.problems)} recordings were not answered:"]
+        raise UserError("\n  - ".join([*lines, *outcome.problems.values()]))
+
+
+def _continue(options: GenerateOptions) -> None:
     from finetune.inference import continue_recording
 
+    assert options.audio is not None
+    out = options.out or Path("continuation.wav")
     text = continue_recording(
         options.checkpoint,
         options.audio,
-        options.out,
+        out,
         device=options.device,
         prompt_sec=options.prompt_sec,
         seed=options.seed,
@@ -271,7 +267,31 @@ def generate(options: GenerateOptions) -> None:
         text_temperature=options.text_temperature,
     )
     print(f"Moshi: {text}")
-    print(f"wrote {options.out}")
+    print(f"wrote {out}")
+
+
+@command
+def serve(options: ServeOptions) -> None:
+    """Let people call the model: a page to talk to it, and the protocol of stock moshi.client.
+
+    On SIGTERM no new calls are taken, and those that there are may end. docs/talk.md has more.
+    """
+    from finetune.serve import serve as answer_calls
+
+    answer_calls(options)
+
+
+@command
+def export(options: ExportOptions) -> None:
+    """Write a checkpoint as stock moshi loads it, TTT's weights beside, with a model card.
+
+    It is loaded into stock moshi and compared before it is called done. docs/talk.md has more.
+    """
+    from finetune.serve import export_checkpoint
+
+    done = export_checkpoint(options)
+    print(f"stock moshi's logits differ by {done.difference:.1e} of their norm, TTT off")
+    print(f"wrote {options.out}: {', '.join(path.name for path in done.files)}")
 
 
 @command

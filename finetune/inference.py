@@ -3,6 +3,7 @@
 The model runs in stock `moshi`'s `LMGen`, one frame at a time, with its TTT state.
 """
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from typing import Any, Literal, cast
 import soundfile
 import torch
 from moshi.models.lm import LMGen
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from finetune.checkpoint import load_trained_weights
@@ -20,7 +23,9 @@ from finetune.data import FRAME_RATE_HZ, Codec, Segment, count_frames
 from finetune.distributed import join_world
 from finetune.errors import UserError
 from finetune.model import build_codec, find_checkpoint, load_model, require_checkpoint
-from ttt import TTTLMModel
+from ttt import TTTArgs, TTTLMModel, ttt_parameters
+
+_EXPORTED_TTT = "ttt.safetensors"
 
 
 @dataclass
@@ -42,7 +47,7 @@ def load_for_inference(checkpoint: Path, device: str = "auto") -> tuple[TTTLMMod
 
     Args:
         checkpoint: of a run; or a folder of a stock Moshi, laid out as on Hugging Face, which is
-            loaded as it is, without TTT.
+            loaded as it is, with the TTT of an export (`ttt.safetensors`) or without.
 
     Raises:
         UserError: no checkpoint there, or its base model cannot be found any more.
@@ -54,9 +59,10 @@ def load_for_inference(checkpoint: Path, device: str = "auto") -> tuple[TTTLMMod
     model = load_model(args, info, join_world(args.device).device)
     if not _is_stock(checkpoint):
         load_trained_weights(model, args, checkpoint)
-    return model.eval().requires_grad_(False), build_codec(
-        info, model, word_start=args.data.word_start
-    )
+    elif args.ttt.enabled:
+        _load_exported_ttt(model, checkpoint / _EXPORTED_TTT)
+    codec = build_codec(info, model, word_start=args.data.word_start)
+    return model.eval().requires_grad_(False), codec
 
 
 def nonfinite_weights(model: TTTLMModel) -> str | None:
@@ -80,6 +86,7 @@ def checkpoint_args(checkpoint: Path, device: str = "auto") -> TrainArgs:
         return TrainArgs(
             data=DataArgs(),
             run_dir="",
+            ttt=_exported_ttt_args(checkpoint / _EXPORTED_TTT),
             moshi_paths=ModelPaths(hf_repo_id=str(checkpoint)),
             device=cast(Literal["auto", "cpu", "cuda"], device),
         )
@@ -89,6 +96,34 @@ def checkpoint_args(checkpoint: Path, device: str = "auto") -> TrainArgs:
         # All weights are here: what they started from may be gone.
         args.moshi_paths.init_from = None
     return args
+
+
+def _exported_ttt_args(path: Path) -> TTTArgs:
+    """The TTT that stands beside stock weights; without a file, none.
+
+    Raises:
+        UserError: the file is damaged, or of a later version.
+    """
+    if not path.is_file():
+        return TTTArgs()
+    try:
+        with safe_open(path, "pt") as file:
+            args = TTTArgs(**json.loads(file.metadata()["ttt_args"]))
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} does not say how TTT is made here: {error}") from None
+    if problems := args.problems():
+        raise UserError(f"{path}: ttt.{problems[0][0]}: {problems[0][1]}")
+    return args
+
+
+def _load_exported_ttt(model: TTTLMModel, path: Path) -> None:
+    own, given = ttt_parameters(model), load_file(path)
+    if differ := sorted(own.keys() ^ given.keys()):
+        raise UserError(f"{path} is of another model: see {differ[0]}.")
+    for name, weight in given.items():
+        if weight.shape != own[name].shape:
+            raise UserError(f"{path} is of another model: see {name}.")
+        own[name].data.copy_(weight)
 
 
 def _is_stock(checkpoint: Path) -> bool:

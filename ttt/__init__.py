@@ -15,8 +15,18 @@ if TYPE_CHECKING:
         ttt_parameters,
         without_ttt,
     )
-    from ttt.state import get_state, reset, set_state
-    from ttt.streaming import block_streaming
+    from ttt.state import (
+        clear_rows,
+        get_row,
+        get_state,
+        reset,
+        row_bytes,
+        row_problem,
+        set_row,
+        set_state,
+        use_in_rows,
+    )
+    from ttt.streaming import block_streaming, lengthen_caches
 
 __all__ = [
     "HiddenStates",
@@ -24,12 +34,19 @@ __all__ = [
     "TTTLMModel",
     "block_streaming",
     "build_model",
+    "clear_rows",
+    "get_row",
     "get_state",
+    "lengthen_caches",
     "measuring",
     "reset",
+    "row_bytes",
+    "row_problem",
+    "set_row",
     "set_state",
     "state_bytes",
     "ttt_parameters",
+    "use_in_rows",
     "without_ttt",
 ]
 

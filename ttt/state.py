@@ -104,6 +104,113 @@ def reset(model: nn.Module, rows: Tensor | Sequence[int] | None = None) -> None:
         state.exec_mask.copy_(exec_mask)
 
 
+def use_in_rows(model: nn.Module, rows: Tensor) -> None:
+    """Use TTT in some rows of a stream alone: the others compute what they would without it, and
+    their fast weights stand still.
+
+    Args:
+        model: a streaming model of `build_model`, or an `LMGen` with one.
+        rows: a mask [B] of booleans. It holds for one step: `set_exec_mask` and a reset undo half
+            of it, so call this after them, before every step.
+
+    Raises:
+        ValueError: the model is not streaming.
+    """
+    streaming = dict(_states(model, whole=False))
+    for name, module in model.named_modules():
+        if name in streaming:
+            state = streaming[name]
+            if module.rows_on is None:
+                module.rows_on = torch.ones_like(state.exec_mask)
+            # In place: a CUDA graph reads them where they are.
+            module.rows_on.copy_(rows)
+            state.exec_mask &= module.rows_on
+
+
+def get_row(module: nn.Module, row: int, *, whole: bool) -> dict[str, Tensor]:
+    """A copy of one row's streaming state, without the dimension of the batch.
+
+    Args:
+        module: a streaming model of `build_model`, an `LMGen` with one, or a Mimi.
+        whole: also what stock `moshi` keeps; see `get_state`.
+
+    Returns:
+        Contiguous tensors. They fit any row of any batch of the same model.
+
+    Raises:
+        ValueError: the module is not streaming.
+    """
+    rows = _row_fields(module, row, whole=whole)
+    return {name: value.detach().clone().contiguous() for name, value in rows}
+
+
+def set_row(module: nn.Module, row: int, state: Mapping[str, Tensor], *, whole: bool) -> None:
+    """Restores in one row what `get_row` returned, in place; the other rows are not touched.
+
+    Raises:
+        ValueError: the module is not streaming, or the state is not one of this model; nothing is
+            changed then.
+    """
+    if problem := row_problem(module, row, state, whole=whole):
+        raise ValueError(problem)
+    for name, value in _row_fields(module, row, whole=whole):
+        value.copy_(state[name])
+
+
+def row_problem(
+    module: nn.Module, row: int, state: Mapping[str, Tensor], *, whole: bool
+) -> str | None:
+    """Return why `set_row` would refuse a state; None: it would not."""
+    fields = dict(_row_fields(module, row, whole=whole))
+    if differ := sorted(fields.keys() ^ state.keys()):
+        return f"the state is not of this model: {len(differ)} entries differ ({differ[0]})."
+    for name, value in fields.items():
+        if state[name].shape != value.shape or state[name].dtype != value.dtype:
+            return (
+                f"the state is of another configuration: {name} is {_kind(state[name])}, and this "
+                f"stream's is {_kind(value)}."
+            )
+    return None
+
+
+def row_bytes(module: nn.Module) -> int:
+    """Return the bytes that one row of a stream takes.
+
+    Raises:
+        ValueError: the module is not streaming.
+    """
+    return sum(value.nbytes for _, value in _row_fields(module, 0, whole=True))
+
+
+def clear_rows(module: nn.Module, rows: Tensor) -> None:
+    """Restart some rows of a stream, and erase what a reset alone would leave in their caches,
+    where a mask hides it as long as it is finite.
+
+    Args:
+        module: streams; an `LMGen` or a Mimi.
+        rows: a mask [B] of booleans.
+    """
+    module.reset_streaming(rows)  # type: ignore[operator]
+    for _, state in _states(module, whole=True):
+        cache = getattr(state, "kv_cache", None)
+        if isinstance(cache, RingKVCache) and cache.respect_exec_mask:
+            cache.cache.masked_fill_(rows.to(state.device).view(1, -1, 1, 1, 1), 0.0)
+
+
+def _row_fields(module: nn.Module, row: int, *, whole: bool) -> Iterator[tuple[str, Tensor]]:
+    """Views of all that belongs to one row's stream."""
+    for name, owner, field in _fields(module, whole=whole):
+        value = getattr(owner, field)
+        if isinstance(value, int) or name.split(".")[-1] in ("exec_mask", "initial"):
+            # Counters that only the depth transformer reads, a pause, and what all rows share.
+            continue
+        yield name, value.select(1 if name.endswith("kv_cache.cache") else 0, row)
+
+
+def _kind(value: Tensor) -> str:
+    return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+
+
 def _states(model: nn.Module, *, whole: bool) -> Iterator[tuple[str, State]]:
     """The modules' streaming states by the modules' names; without `whole`, TTT's alone."""
     is_streaming = False

@@ -22,10 +22,16 @@ def block_streaming(module: StreamingModule, batch_size: int, block_steps: int) 
     """
     # A graph would be captured anew for every batch, and cannot take blocks of different lengths.
     with no_cuda_graph(), module.streaming(batch_size):
-        for child in module.modules():
-            if isinstance(child, StreamingMultiheadAttention):
-                _lengthen_cache(child, block_steps)
+        lengthen_caches(module, block_steps)
         yield
+
+
+def lengthen_caches(module: StreamingModule, block_steps: int) -> None:
+    """Make room in a stream's attention caches for blocks of `block_steps` steps; before its first
+    step."""
+    for child in module.modules():
+        if isinstance(child, StreamingMultiheadAttention):
+            _lengthen_cache(child, block_steps)
 
 
 def _lengthen_cache(attention: StreamingMultiheadAttention, block_steps: int) -> None:

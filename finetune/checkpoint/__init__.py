@@ -10,7 +10,7 @@ from finetune.checkpoint.run_dir import (
     step_of,
 )
 from finetune.checkpoint.run_folder import RunFolder, require_same_rule
-from finetune.checkpoint.writer import CheckpointWriter, snapshot_bytes
+from finetune.checkpoint.writer import CheckpointWriter, merged_weights, snapshot_bytes
 
 __all__ = [
     "CheckpointWriter",
@@ -21,6 +21,7 @@ __all__ = [
     "list_checkpoints",
     "load_resume_state",
     "load_trained_weights",
+    "merged_weights",
     "require_same_rule",
     "set_random_state",
     "snapshot_bytes",

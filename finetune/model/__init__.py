@@ -9,11 +9,12 @@ from finetune.model.build import (
     model_shape,
     plan_model,
 )
-from finetune.model.hub import shape_from_hub
+from finetune.model.hub import HUB_ERRORS, shape_from_hub
 from finetune.model.init_from import misfits, require_checkpoint
 from finetune.model.roles import parameters_by_role, trainable_by_role
 
 __all__ = [
+    "HUB_ERRORS",
     "add_lora",
     "build_codec",
     "changed_shape",

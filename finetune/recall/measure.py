@@ -122,8 +122,8 @@ def measure_length(
 def _state_ratios(model: TTTLMModel) -> Tensor | None:
     """Return ‖S‖ / ‖W0‖ of every row [B], in the layer where it is largest; None without TTT that
     changes weights."""
-    ratios = [module.change_ratio() for module in model.ttt_layers.values()]
-    known = [ratio.cpu() for ratio in ratios if ratio is not None]
+    layers = [layer for layer in model.ttt_layers.values() if layer.is_change]
+    known = [layer.stream_change().cpu() for layer in layers]
     return torch.stack(known).amax(0) if known else None
 
 

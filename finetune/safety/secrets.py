@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 HIDDEN = "***"
 
-_ENVIRONMENT = ("WANDB_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+_ENVIRONMENT = ("WANDB_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "MOSHI_TTT_TOKEN")
 _NAME = re.compile(r"(^|[._-])(key|api_?key|token|password|secret)$", re.IGNORECASE)
 _MIN_LENGTH = 6
 """Of shorter ones no service has any, and they would be found in ordinary words."""

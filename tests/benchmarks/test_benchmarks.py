@@ -22,7 +22,7 @@ def program(monkeypatch):
         return importlib.import_module(name)
 
     yield load
-    for name in {*imported, "training_arms", "train_step"} & sys.modules.keys():
+    for name in {*imported, "training_arms", "train_step", "streaming"} & sys.modules.keys():
         del sys.modules[name]
 
 
@@ -276,3 +276,29 @@ def test_a_line_that_fails_does_not_stop_the_others(many_gpus, end):
     )
     assert started[1:] == [["replicas", "sharded", "sharded, full"], ["sharded, full"]]
     assert [name for name, result in found.items() if "wrong" in result] == ["sharded"]
+
+
+def test_calls_are_timed_whole(program, capsys):
+    calls = program("calls")
+    words = ["--device=cpu", "--callers", "1", "2", "--frames=12", "--ttt-layers=2"]
+    one, two = calls.main([*words, "--part-frames=6"])
+    assert (one["callers"], two["callers"]) == (1, 2) and two["median_ms"] > 0
+    assert two["state_gb"] == pytest.approx(2 * one["state_gb"], abs=2e-3)
+    assert all(change > 0 for change in two["changes"].values())
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["frames"] for line in lines if "frames" in line] == [6, 12, 6, 12]
+    with pytest.raises(SystemExit, match="not all is finite"):
+        spoil(calls)
+        calls.main([*words[:3], "--frames=3"])
+
+
+def spoil(calls):
+    """A model whose weights are no numbers."""
+    right = calls.make_model
+
+    def broken(*args):
+        model = right(*args)
+        model.transformer.layers[0].self_attn.in_projs[0].weight.data.fill_(float("nan"))
+        return model
+
+    calls.make_model = broken

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ttt.config import TTTArgs
 from ttt.layers.execution import Execution
+from ttt.layers.streamed import Streamed
 from ttt.registry import METHODS
 
 
@@ -76,7 +77,7 @@ class Cost:
 StateT = TypeVar("StateT", bound=TTTState)
 
 
-class TTTLayer(StreamingModule[StateT]):
+class TTTLayer(Streamed, StreamingModule[StateT]):
     """The base class of the layers that learn at test time.
 
     A method gives `__init__`, `reset_parameters`, `forward` and `_init_streaming_state`; all else
@@ -115,7 +116,8 @@ class TTTLayer(StreamingModule[StateT]):
     def forward(
         self, x: Tensor, token_embeddings: Tensor | None, is_frame: Tensor | None
     ) -> Tensor:
-        """Compute T frames: of whole sequences, or with a `_streaming_state` the next ones.
+        """Compute T frames: of whole sequences, or with a `_streaming_state` the next ones; what
+        TTT adds to these goes through `streamed`.
 
         Args:
             x: [B, T, d], the residual stream after attention; in place of the MLP, the MLP's
@@ -147,10 +149,9 @@ class TTTLayer(StreamingModule[StateT]):
         tensors = self._init_streaming_state(1).tensors().values()
         return batch_size * sum(tensor.nbytes for tensor in tensors)
 
-    def change_ratio(self) -> Tensor | None:
-        """Return ‖change by the stream‖ / ‖weights that it is added to‖ of each row [B], while it
-        streams; None: the fast weights are not changes of trained weights."""
-        return None
+    def start_weights(self) -> list[Tensor]:
+        assert not self.is_change, "the weights that are changed are the method's to name"
+        return [weight[0] for weight in self._init_streaming_state(1).fast_weights()]
 
     def write_gates(self) -> list[nn.Parameter]:
         """Return parameters that, set to zero, let nothing be written; none: there are no such."""

@@ -38,6 +38,7 @@ class InPlaceGating(TTTLayer[InPlaceState]):
     """
 
     reads_open_chunk = False
+    is_change = True
 
     def __init__(self, place: Place, args: TTTArgs):
         super().__init__(place, args)
@@ -137,7 +138,9 @@ class InPlaceGating(TTTLayer[InPlaceState]):
         assert source is not None
         if self._streaming_state is not None:
             z, source = self._activations(x), self._scaled(source)
-            return self.linear_out(z) + self._stream(z, source, is_frame, self._streaming_state)
+            learnt = self._stream(z, source, is_frame, self._streaming_state)
+            plain = self.linear_out(z)
+            return plain + self.streamed(learnt, plain)
         z, v = self.execution.piece(InPlaceGating._prepare, self, x, source)
         written = self._is_written(is_frame)
         learnt = self._learn(z, v, written)
@@ -241,10 +244,6 @@ class InPlaceGating(TTTLayer[InPlaceState]):
             details += f", {scale}, learning rate {args.inner_learning_rate:g}"
         return f"{super().describe()} ({details})"
 
-    def change_ratio(self) -> Tensor:
-        assert self._streaming_state is not None
-        return self._streaming_state.change.flatten(1).norm(dim=1) / self.base_weight.norm()
-
     def write_gates(self) -> list[nn.Parameter]:
         # With a conv of zeros all targets are zero, whatever the rule.
         return [self.target_conv]
@@ -267,6 +266,9 @@ class InPlaceGating(TTTLayer[InPlaceState]):
             else None,
             num_pending=torch.zeros(batch_size, dtype=torch.long, device=weight.device),
         )
+
+    def start_weights(self) -> list[Tensor]:
+        return [self.base_weight]
 
     @torch.no_grad()
     def _stream(

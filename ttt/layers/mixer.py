@@ -147,7 +147,7 @@ class TTTMixer(TTTLayer[TTTMixerState]):
         state = self._streaming_state
         if state is not None:
             mixed = self._stream(*self._prepare(x), state)
-            return self._finish(mixed, x)
+            return self.streamed(self._finish(mixed, x), x)
         q, k, v, eta, token_scale = self.execution.piece(TTTMixer._prepare, self, x)
         mixed, _ = inner_scan(
             q,
@@ -267,6 +267,9 @@ class TTTMixer(TTTLayer[TTTMixerState]):
             )
 
     # Streaming -------------------------------------------------------------------------------
+
+    def start_weights(self) -> list[Tensor]:
+        return list(flatten(self.inner_layers))
 
     def _init_streaming_state(self, batch_size: int) -> TTTMixerState:
         size, initial = self.args.mini_batch_size, self.inner_layers

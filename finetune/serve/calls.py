@@ -1,0 +1,283 @@
+"""Calls wait here with what they have said, and a loop lets the model hear it."""
+
+import asyncio
+import json
+import logging
+import secrets
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+
+from finetune.data import FRAME_RATE_HZ
+from finetune.serve.engine import Engine, Row, Samples, Spoken
+from finetune.serve.metrics import ServerMetrics
+from finetune.serve.options import reset_every_frames
+from finetune.serve.wire import Action
+from finetune.serve.words import Words
+
+logger = logging.getLogger(__name__)
+
+FRAME_SEC = 1 / FRAME_RATE_HZ
+INBOX_FRAMES = 25
+"""Frames that a caller may send ahead: 2 s. More is not read until these have been heard."""
+OUTBOX_FRAMES = 50
+"""Frames that a caller may leave unread: 4 s, and what the network holds. Then the call waits."""
+CHANGES_EVERY_FRAMES = 5
+
+Result = TypeVar("Result")
+
+
+def log_event(event: str, **fields: Any) -> None:
+    """A line of JSON: never audio, words or a call's key."""
+    logger.info("%s", json.dumps({"event": event, **fields}))
+
+
+@dataclass
+class Answer:
+    """A frame for a caller."""
+
+    spoken: Spoken
+    waited_sec: float
+    """From when the caller's frame was there until its answer was."""
+    changes: dict[int, float] | None = None
+    """How far the fast weights are from their start, by TTT layer; now and then."""
+
+
+@dataclass
+class Call:
+    """One caller's conversation."""
+
+    row: Row
+    number: int
+    words: Words
+    key: str = field(default_factory=lambda: secrets.token_urlsafe(24))
+    """Who knows it may read and replace the conversation's state."""
+    inbox: deque[tuple[Samples | Action, float]] = field(default_factory=deque)
+    """Frames and requests in their order, with the time when they came."""
+    outbox: asyncio.Queue[Answer] = field(
+        default_factory=lambda: asyncio.Queue(maxsize=OUTBOX_FRAMES)
+    )
+    room: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set while the inbox has some."""
+    broken: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set once the model has become NaN in this row."""
+    due_at: float | None = None
+    """When the next frame should be there; None: the caller has not begun."""
+    num_late: int = 0
+    _rest: Samples = field(default_factory=lambda: np.zeros(0, dtype=np.float32))
+
+    def __post_init__(self) -> None:
+        self.room.set()
+
+    async def hear(self, samples: Samples, frame_samples: int, wake: Callable[[], None]) -> None:
+        """Take samples in; waits while the caller is too far ahead."""
+        samples = np.nan_to_num(samples, posinf=0.0, neginf=0.0).clip(-1, 1)
+        self._rest = np.concatenate([self._rest, samples])
+        while len(self._rest) >= frame_samples:
+            frame, self._rest = self._rest[:frame_samples], self._rest[frame_samples:]
+            await self.put(frame, wake)
+
+    async def put(self, item: Samples | Action, wake: Callable[[], None]) -> None:
+        await self.room.wait()
+        self.inbox.append((item, time.monotonic()))
+        if len(self.inbox) >= INBOX_FRAMES:
+            self.room.clear()
+        wake()
+
+    def take(self) -> tuple[Samples | Action, float]:
+        item = self.inbox.popleft()
+        self.room.set()
+        return item
+
+
+@dataclass(eq=False)
+class Heard:
+    """A frame that is to be heard, and when it came."""
+
+    call: Call
+    frame: Samples
+    came_at: float
+
+
+class Switchboard:
+    """All calls of a server, on one engine.
+
+    The model computes in a thread of its own; everything else is of the event loop.
+
+    Args:
+        on_late: what a conversation does for which no frame has come in time.
+        ttt: as `--ttt`.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        on_late: Literal["pause", "silence"] = "pause",
+        ttt: str = "on",
+    ) -> None:
+        self.engine = engine
+        self.on_late, self.ttt = on_late, ttt
+        self.calls: dict[str, Call] = {}
+        max_users = len(engine.rows)
+        state_bytes = engine.row_bytes() * max_users
+        self.metrics = ServerMetrics(lambda: len(self.calls), state_bytes, max_users)
+        self._num_calls = 0
+        self._wake = asyncio.Event()
+        self._engine_is_free = asyncio.Lock()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
+
+    def wake(self) -> None:
+        """Something has come that the loop should look at."""
+        self._wake.set()
+
+    async def use_engine(self, function: Callable[..., Result], *args: Any) -> Result:
+        """Call a function of the engine between two steps."""
+        async with self._engine_is_free:
+            running = asyncio.get_running_loop()
+            done = running.run_in_executor(self._thread, partial(function, *args))
+            # Cancelled or not, the lock is kept until the engine is free again.
+            try:
+                return await asyncio.shield(done)
+            except asyncio.CancelledError:
+                await asyncio.wait([done])
+                raise
+
+    async def join(self) -> Call | None:
+        """Begin a call; None: there is no free row."""
+        use = self.ttt
+        row = await self.use_engine(
+            partial(
+                self.engine.join, ttt_on=use != "off", reset_every_frames=reset_every_frames(use)
+            )
+        )
+        if row is None:
+            return None
+        self._num_calls += 1
+        call = Call(row, self._num_calls, Words(self.engine.codec))
+        self.calls[call.key] = call
+        log_event("call_began", call=call.number, row=row.index, callers=len(self.calls))
+        return call
+
+    async def hang_up(self, call: Call, why: str) -> None:
+        """End a call; its row is free and clean afterwards."""
+        if self.calls.pop(call.key, None) is None:
+            return
+        self.metrics.dropped_frames.inc(len(call.inbox) + call.outbox.qsize())
+        heard = call.row.num_frames
+        call.inbox.clear()
+        call.room.set()
+        await asyncio.shield(self.use_engine(self._clear, call.row))
+        log_event(
+            "call_ended", call=call.number, why=why, heard_frames=heard, late_frames=call.num_late
+        )
+
+    def _clear(self, row: Row) -> None:
+        self.engine.leave(row)
+        self.engine.begin(row)
+
+    async def run(self) -> None:
+        """Let the model hear what callers say, for ever."""
+        try:
+            while True:
+                await self._await_something()
+                self._look_for_late()
+                if batch := await self._collect():
+                    await self._step(batch)
+        finally:
+            self._thread.shutdown(wait=True, cancel_futures=True)
+
+    async def _await_something(self) -> None:
+        self._wake.clear()
+        if any(self._is_ready(call) for call in self.calls.values()):
+            # Others have their turn, also when there is always something to do.
+            await asyncio.sleep(0)
+            return
+        due = [call.due_at for call in self.calls.values() if call.due_at is not None]
+        timeout = max(min(due) + FRAME_SEC - time.monotonic(), 1e-3) if due else None
+        with suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._wake.wait(), timeout)
+
+    def _is_ready(self, call: Call) -> bool:
+        return bool(call.inbox) and not call.outbox.full()
+
+    def _look_for_late(self) -> None:
+        now = time.monotonic()
+        for call in self.calls.values():
+            while call.due_at is not None and call.due_at + FRAME_SEC < now:
+                if call.inbox:
+                    # It is the model that is late, or the caller does not read.
+                    call.due_at = now
+                    break
+                call.num_late += 1
+                self.metrics.late_frames.inc()
+                call.due_at += FRAME_SEC
+                if self.on_late == "silence":
+                    silence = np.zeros(self.engine.frame_samples, dtype=np.float32)
+                    call.inbox.append((silence, now))
+
+    async def _collect(self) -> list[Heard]:
+        """The next frame of each caller who has one. What callers have asked for before it is done
+        first."""
+        batch = []
+        for call in list(self.calls.values()):
+            while self._is_ready(call):
+                item, came_at = call.take()
+                if isinstance(item, str):
+                    await self.use_engine(self._act, call, item)
+                    continue
+                batch.append(Heard(call, item, came_at))
+                now = time.monotonic()
+                call.due_at = max(call.due_at or now, now - FRAME_SEC) + FRAME_SEC
+                break
+        return batch
+
+    def is_on(self, call: Call) -> bool:
+        """Return whether a call goes on. What is done for it on the engine asks again there: a row
+        may have been given to somebody else meanwhile."""
+        return call.key in self.calls
+
+    def _act(self, call: Call, action: Action) -> None:
+        if not self.is_on(call):
+            return
+        log_event("asked", call=call.number, action=action)
+        if action == "restart":
+            self.engine.restart(call.row)
+            self.engine.begin(call.row)
+        elif action == "forget":
+            self.engine.forget(call.row)
+        else:
+            call.row.ttt_on = action == "ttt_on"
+
+    async def _step(self, batch: list[Heard]) -> None:
+        for heard, answer in await self.use_engine(self._step_engine, batch):
+            if not answer.spoken.healthy:
+                heard.call.broken.set()
+            if self.is_on(heard.call):
+                heard.call.outbox.put_nowait(answer)
+
+    def _step_engine(self, batch: list[Heard]) -> list[tuple[Heard, Answer]]:
+        batch = [heard for heard in batch if self.is_on(heard.call)]
+        started_at = time.perf_counter()
+        spoken = self.engine.step({heard.call.row.index: heard.frame for heard in batch})
+        self.metrics.step_seconds.observe(time.perf_counter() - started_at)
+        self.metrics.frames.inc(len(batch))
+        now = time.monotonic()
+        answers = []
+        wants = [h for h in batch if h.call.row.num_frames % CHANGES_EVERY_FRAMES == 0]
+        changes = self.engine.changes() if wants else {}
+        for heard in batch:
+            index = heard.call.row.index
+            if index in spoken:
+                answer = Answer(spoken[index], now - heard.came_at)
+                if heard in wants:
+                    answer.changes = {layer: rows[index] for layer, rows in changes.items()}
+                answers.append((heard, answer))
+        return answers

@@ -1,0 +1,110 @@
+"""The page that tells strangers what an exported model is."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from finetune.config import TrainArgs
+from finetune.serve.options import ExportOptions
+
+_MOSHI_LICENSE = "cc-by-4.0"
+_SETTINGS = (
+    "max_steps", "batch_size", "duration_sec", "seed", "param_dtype", "full_finetuning",
+    "text_padding_weight", "first_codebook_weight_multiplier",
+)  # fmt: skip
+
+
+def model_card(args: TrainArgs, options: ExportOptions, *, has_ttt: bool) -> str:
+    """The README.md of an export. No path of the machine that trained it is in it."""
+    base = _base(args)
+    is_kyutai = base is not None and base.startswith("kyutai/")
+    front = ["---", "library_name: moshi", "tags: [speech, full-duplex, test-time-training]"]
+    front.append(f"license: {_MOSHI_LICENSE if is_kyutai else 'other'}")
+    front += [f"base_model: {base}"] if base else []
+    name = options.checkpoint.absolute().name
+    return "\n".join(
+        [
+            *front,
+            "---",
+            "",
+            f"# {options.out.absolute().name}",
+            "",
+            f"Fine-tuned from {base or 'a model of its own'} with Moshi-TTT, checkpoint `{name}`.",
+            "",
+            "## How to run it",
+            "",
+            *_how_to_run(options, base, has_ttt),
+            "",
+            "## Training",
+            "",
+            *_training(args),
+            "",
+            "## Evaluation",
+            "",
+            *_evaluation(options.checkpoint),
+            "",
+            "## License",
+            "",
+            f"The weights of {base} are licensed under CC-BY 4.0; so are these, and Kyutai is to "
+            "be named."
+            if is_kyutai
+            else "That of the base model, and of the data; whoever publishes this must say which.",
+            "",
+        ]
+    )
+
+
+def _base(args: TrainArgs) -> str | None:
+    repo = args.moshi_paths.hf_repo_id
+    return None if repo is None or args.moshi_paths.random_init or Path(repo).exists() else repo
+
+
+def _how_to_run(options: ExportOptions, base: str | None, has_ttt: bool) -> list[str]:
+    repo = options.push or "THIS_REPOSITORY"
+    if options.form == "merged":
+        lines = ["With stock [`moshi`](https://github.com/kyutai-labs/moshi):", ""]
+        lines += ["```sh", f"python -m moshi.server --hf-repo {repo}", "```"]
+    else:
+        lines = ["Adapters alone, for stock [`moshi`](https://github.com/kyutai-labs/moshi):", ""]
+        lines += [
+            "```sh",
+            f"python -m moshi.server --hf-repo {base or 'BASE'} --lora-weight lora.safetensors "
+            "--config-path config.json",
+            "```",
+        ]
+    if has_ttt:
+        lines += [
+            "",
+            "**Stock `moshi` cannot run test-time training.** It computes the fine-tuned model as "
+            "if its TTT layers were not there: `ttt.safetensors` is not read. With TTT:",
+            "",
+            "```sh",
+            "moshi-ttt serve --checkpoint FOLDER   # a local copy, of the merged form",
+            "```",
+        ]
+    return lines
+
+
+def _training(args: TrainArgs) -> list[str]:
+    settings: dict[str, Any] = {key: getattr(args, key) for key in _SETTINGS if hasattr(args, key)}
+    settings["optim"] = dataclasses.asdict(args.optim)
+    if args.lora.enable:
+        settings["lora"] = dataclasses.asdict(args.lora)
+    settings["ttt"] = dataclasses.asdict(args.ttt) if args.ttt.enabled else {"enabled": False}
+    names = [Path(part.split(":")[0]).name for part in (args.data.train_data or "").split(",")]
+    data = ", ".join(f"`{name}`" for name in names if name) or "not known"
+    return [f"Data: {data}. Describe here whose voices they are, and who agreed.", "", "```json",
+            json.dumps(settings, indent=1, default=str), "```"]  # fmt: skip
+
+
+def _evaluation(checkpoint: Path) -> list[str]:
+    try:
+        found = json.loads((checkpoint / "info.json").read_text(encoding="utf-8"))
+        loss, step = found["eval_loss"], found["step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return ["None that this export knows of."]
+    text = "not measured" if loss is None else f"{loss:.3f} nats a token"
+    return [
+        f"Step {step}; loss on held-out recordings: {text}. `moshi-ttt evaluate` measures more."
+    ]

@@ -1,0 +1,246 @@
+"""Moshi listens and speaks in several conversations at once, a frame of each at a time.
+
+Every conversation is a row of one batch, with its own fast weights, attention caches and Mimi. Rows
+come, go, wait and forget by masks; what one row computes does not depend on the others.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from moshi.models.lm import LMGen
+from torch import Tensor
+
+import ttt
+from finetune.data import Codec
+from ttt import TTTLMModel
+
+Samples = np.ndarray
+"""Mono audio at Mimi's rate, float32."""
+
+
+@dataclass
+class Spoken:
+    """Moshi's text and audio of one frame."""
+
+    text_token: int
+    audio: Samples
+    """[frame_samples]."""
+    healthy: bool = True
+    """Whether all that the model computed for the row was finite. A row that is not stays so until
+    it is restarted."""
+
+
+@dataclass
+class Row:
+    """One conversation's place in the batch."""
+
+    index: int
+    taken: bool = False
+    num_steps: int = 0
+    """Steps of the model since the row began; the first hears nothing."""
+    num_frames: int = 0
+    """Frames heard."""
+    ttt_on: bool = True
+    reset_every_frames: int | None = None
+    """After how many frames TTT forgets, again and again."""
+
+
+class _Generator(LMGen):
+    """`LMGen`, in which a row that has become NaN spoils no other: sampling raises, for all rows,
+    where there is no probability to sample by."""
+
+    def __init__(self, model: TTTLMModel, temperature: float, text_temperature: float):
+        super().__init__(
+            model,
+            temp=temperature,
+            temp_text=text_temperature,
+            support_out_of_sync=True,
+            on_text_logits_hook=self._make_finite,
+        )
+        self.healthy: Tensor | None = None
+        """[B], of the last step."""
+
+    def _make_finite(self, logits: Tensor) -> None:
+        self.healthy = logits.isfinite().flatten(1).all(1)
+        logits.nan_to_num_()
+
+    def depformer_step(self, text_token: Tensor, transformer_out: Tensor) -> Tensor:
+        tokens: Tensor = super().depformer_step(text_token, transformer_out.nan_to_num())
+        return tokens
+
+
+@dataclass
+class Engine:
+    """Rows of one batch. Not for several threads at once.
+
+    Use `open_engine`: while it is open, model and Mimi stream and nobody else may use them.
+    """
+
+    model: TTTLMModel
+    codec: Codec
+    generator: _Generator
+    rows: list[Row] = field(default_factory=list)
+
+    @property
+    def frame_samples(self) -> int:
+        return int(self.codec.mimi.frame_size)
+
+    @property
+    def lag_frames(self) -> int:
+        """Return how many frames of a conversation go in before the first comes out: 0 with the
+        delays of Moshi."""
+        return max(self.generator.max_delay - 1, 0)
+
+    @property
+    def num_free(self) -> int:
+        return sum(not row.taken for row in self.rows)
+
+    def join(self, *, ttt_on: bool = True, reset_every_frames: int | None = None) -> Row | None:
+        """Begin a conversation; None: all rows are taken."""
+        for row in self.rows:
+            if not row.taken:
+                row.taken, row.ttt_on = True, ttt_on
+                row.reset_every_frames = reset_every_frames
+                return row
+        return None
+
+    def leave(self, row: Row) -> None:
+        """End a conversation: the row is free, and nothing is left of it."""
+        row.taken, row.ttt_on, row.reset_every_frames = False, True, None
+        self.restart(row)
+
+    @torch.no_grad()
+    def begin(self, row: Row) -> None:
+        """Make a row's first step, which hears nothing, if it has not been made."""
+        if row.num_steps == 0:
+            self._advance([row], self._no_codes())
+
+    def restart(self, row: Row) -> None:
+        """Begin a row's conversation anew."""
+        only = self._mask([row])
+        ttt.clear_rows(self.generator, only)
+        ttt.clear_rows(self.codec.mimi, only)
+        row.num_steps = row.num_frames = 0
+
+    def forget(self, row: Row) -> None:
+        """Make TTT forget what it has learnt in a conversation; attention remembers."""
+        if self.model.ttt_layers:
+            ttt.reset(self.generator, self._mask([row]))
+
+    def row_bytes(self) -> int:
+        """Return what the state of one conversation takes."""
+        modules = self.generator, self.codec.mimi
+        return sum(ttt.row_bytes(module) for module in modules)
+
+    def changes(self) -> dict[int, list[float]]:
+        """Return how far each row's fast weights are from where they start, relative to those, by
+        TTT layer."""
+        layers = self.model.ttt_layers
+        return {index: module.stream_change().tolist() for index, module in layers.items()}
+
+    @torch.no_grad()
+    def step(self, frames: Mapping[int, Samples]) -> dict[int, Spoken]:
+        """Hear a frame of some conversations; the others wait, and notice nothing.
+
+        Args:
+            frames: what the users say, [frame_samples] by row.
+
+        Returns:
+            What Moshi says, by row; nothing yet for rows in their first `lag_frames`.
+        """
+        heard = [row for row in self.rows if row.index in frames]
+        # A model's first step hears nothing. It is made while the row is still free, with whatever
+        # step comes next, so that a conversation begins without waiting. It also gives attention
+        # something to see: with nothing, a row that waits would be NaN.
+        silent = [row for row in self.rows if row.num_steps == 0]
+        if early := [row for row in silent if row in heard or not heard]:
+            self._advance(early, self._no_codes())
+        if not heard:
+            return {}
+        silent = [row for row in silent if row not in early]
+        codes = self._encode(heard, frames)
+        tokens = self._advance([*heard, *silent], codes)
+        for row in heard:
+            row.num_frames += 1
+        speaking = [row for row in heard if row.num_steps > self.generator.max_delay]
+        return self._decode(speaking, tokens)
+
+    def _encode(self, heard: list[Row], frames: Mapping[int, Samples]) -> Tensor:
+        """[B, num_codebooks, 1] of what users say; of no meaning in other rows."""
+        audio = np.zeros((len(self.rows), 1, self.frame_samples), dtype=np.float32)
+        for row in heard:
+            audio[row.index, 0] = frames[row.index]
+        mimi = self.codec.mimi
+        mimi.set_exec_mask(self._mask(heard))
+        codes: Tensor = mimi.encode(torch.from_numpy(audio).to(self.codec.device))
+        return codes[:, : self.codec.user_codebooks].to(self.model.device)
+
+    def _no_codes(self) -> Tensor:
+        shape = len(self.rows), self.codec.user_codebooks, 1
+        return torch.zeros(shape, dtype=torch.long, device=self.model.device)
+
+    def _advance(self, rows: list[Row], codes: Tensor) -> Tensor:
+        """One step of the model in some rows: text and audio [B, 1 + dep_q, 1]."""
+        for row in rows:
+            every = row.reset_every_frames
+            if every is not None and row.num_frames and row.num_frames % every == 0:
+                self.forget(row)
+        self.generator.set_exec_mask(self._mask(rows))
+        if self.model.ttt_layers:
+            ttt.use_in_rows(self.generator, self._mask([row for row in rows if row.ttt_on]))
+        tokens = self.generator.step(codes)
+        assert tokens is not None, "out-of-sync generation always answers"
+        for row in rows:
+            row.num_steps += 1
+        return tokens
+
+    def _decode(self, speaking: list[Row], tokens: Tensor) -> dict[int, Spoken]:
+        # Rows that say nothing hold a number that is no code.
+        mask = self._mask(speaking)
+        said = torch.where(mask.to(tokens.device).view(-1, 1, 1), tokens, 0)
+        mimi = self.codec.mimi
+        mimi.set_exec_mask(mask)
+        audio = mimi.decode(said[:, 1:].to(self.codec.device))[:, 0].float().cpu().numpy()
+        texts = said[:, 0, 0].tolist()
+        assert self.generator.healthy is not None
+        healthy = self.generator.healthy.tolist()
+        return {
+            row.index: Spoken(texts[row.index], audio[row.index].copy(), healthy[row.index])
+            for row in speaking
+        }
+
+    def _mask(self, rows: list[Row]) -> Tensor:
+        mask = torch.zeros(len(self.rows), dtype=torch.bool)
+        mask[[row.index for row in rows]] = True
+        return mask.to(self.model.device)
+
+
+@contextmanager
+def open_engine(
+    model: TTTLMModel,
+    codec: Codec,
+    *,
+    max_users: int,
+    temperature: float = 0.8,
+    text_temperature: float = 0.7,
+) -> Iterator[Engine]:
+    """An engine with `max_users` free rows.
+
+    Args:
+        model: in eval mode.
+        temperature, text_temperature: of all rows; with 0 the likeliest code is taken.
+    """
+    mimi = codec._mimi_on_device()
+    generator = _Generator(model, temperature, text_temperature)
+    steps_per_frame = round(mimi.encoder_frame_rate / mimi.frame_rate)
+    with torch.no_grad(), codec.lock, generator.streaming(max_users), mimi.streaming(max_users):
+        ttt.lengthen_caches(mimi, steps_per_frame)
+        engine = Engine(model, codec, generator, [Row(index) for index in range(max_users)])
+        try:
+            yield engine
+        finally:
+            for module in model.ttt_layers.values():
+                module.rows_on = None

@@ -1,0 +1,186 @@
+"""A checkpoint as others can load it: weights and names of stock `moshi`, TTT's beside, a card."""
+
+import dataclasses
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from moshi.models import loaders
+from safetensors.torch import save_file
+from torch import Tensor
+
+from finetune.checkpoint import merged_weights
+from finetune.config import TrainArgs
+from finetune.errors import UserError
+from finetune.inference import checkpoint_args, load_for_inference, nonfinite_weights
+from finetune.model import changed_shape, find_checkpoint, parameters_by_role
+from finetune.serve.card import model_card
+from finetune.serve.options import ExportOptions
+from ttt import TTTLMModel, ttt_parameters, without_ttt
+
+logger = logging.getLogger(__name__)
+
+_VERIFIED_FRAMES = 16
+_MAX_DIFFERENCE = {torch.float32: 1e-4, torch.bfloat16: 0.03, torch.float16: 0.01}
+"""Largest distance of all logits, relative to their norm. Merged weights are rounded once more."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """Files of an export, and the distance of stock `moshi` from our model without TTT."""
+
+    files: list[Path]
+    difference: float
+
+
+@torch.no_grad()
+def export_checkpoint(options: ExportOptions) -> Exported:
+    """Write the folder, load it into stock `moshi`, and compare.
+
+    Raises:
+        UserError: a folder that is not empty, a checkpoint without adapters, or one that stock
+            `moshi` computes otherwise.
+    """
+    out = options.out
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out: {out} is there already; name a folder that is new or empty.")
+    args = checkpoint_args(options.checkpoint, options.device)
+    if options.form == "adapters" and not (args.lora.enable and args.save_adapters):
+        raise UserError(
+            f"--form: {options.checkpoint} holds no adapters; use --form merged, or train with "
+            "lora.enable and save_adapters."
+        )
+    info = find_checkpoint(args.moshi_paths)
+    model, _ = load_for_inference(options.checkpoint, options.device)
+    if problem := nonfinite_weights(model):
+        raise UserError(f"--checkpoint: {options.checkpoint}: {problem}.")
+    out.mkdir(parents=True, exist_ok=True)
+    dtype = next(model.parameters()).dtype
+    _write_weights(model, args, options, dtype)
+    _write_rest(args, info, options, out)
+    card = model_card(args, options, has_ttt=bool(model.ttt_layers))
+    (out / "README.md").write_text(card, encoding="utf-8")
+    codes = _some_codes(model)
+    with without_ttt(model):
+        ours = _logits(model, codes)
+    device = model.device
+    del model
+    base = info.moshi_weights if options.form == "adapters" else None
+    difference = _compare(ours, codes, out, base, dtype, device)
+    if not difference <= _MAX_DIFFERENCE[dtype]:
+        raise UserError(
+            f"{out}: stock moshi's logits are {difference:.1e} of their norm away from the "
+            "checkpoint's without TTT; do not use it, and report this."
+        )
+    if options.push is not None:
+        _push(out, options.push)
+    return Exported(sorted(path for path in out.iterdir() if path.is_file()), difference)
+
+
+def _write_weights(
+    model: TTTLMModel, args: TrainArgs, options: ExportOptions, dtype: torch.dtype
+) -> None:
+    out = options.out
+    if options.form == "merged":
+        weights = dict(merged_weights(model, dtype))
+        name = "model.safetensors"
+    else:
+        by_role = parameters_by_role(model)
+        roles = ("lora", "embedding") if args.lora.ft_embed else ("lora",)
+        weights = {k: v.detach() for role in roles for k, v in by_role[role].items()}
+        name = "lora.safetensors"
+    save_file({k: v.cpu().contiguous() for k, v in weights.items()}, out / name)
+    if model.ttt_layers:
+        own = {k: v.detach().cpu().contiguous() for k, v in ttt_parameters(model).items()}
+        metadata = {"ttt_args": json.dumps(dataclasses.asdict(model.ttt_args))}
+        save_file(own, out / "ttt.safetensors", metadata=metadata)
+
+
+def _write_rest(
+    args: TrainArgs, info: loaders.CheckpointInfo, options: ExportOptions, out: Path
+) -> None:
+    raw = loaders._lm_kwargs if info.raw_config is None else info.raw_config
+    config: dict[str, Any] = changed_shape(raw, args.model)
+    for key in ("lora", "lora_name", "lora_rank", "lora_scaling"):
+        config.pop(key, None)
+    if args.model.attention_context is not None:
+        config["context"] = args.model.attention_context
+    config |= {
+        "model_type": "moshi",
+        "mimi_name": info.mimi_weights.name,
+        "tokenizer_name": info.tokenizer.name,
+    }
+    if options.form == "merged":
+        config["moshi_name"] = "model.safetensors"
+    else:
+        config |= {"lora": True, "lora_name": "lora.safetensors"}
+        config |= {"lora_rank": args.lora.rank, "lora_scaling": args.lora.scaling}
+    if info.mimi_config is not None:
+        config["mimi_config_name"] = "mimi_config.json"
+        text = json.dumps(info.mimi_config, indent=2)
+        (out / "mimi_config.json").write_text(text, encoding="utf-8")
+    for path in (info.mimi_weights, info.tokenizer):
+        shutil.copyfile(path, out / path.name)
+    (out / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+
+
+def _some_codes(model: TTTLMModel) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    shape = 1, model.n_q, _VERIFIED_FRAMES
+    audio = torch.randint(0, model.card, shape, generator=generator)
+    text = torch.randint(0, model.text_card, (1, 1, _VERIFIED_FRAMES), generator=generator)
+    return torch.cat([text, audio], dim=1).to(model.device)
+
+
+def _logits(model: Any, codes: Tensor) -> Tensor:
+    """All valid logits in one row."""
+    out = model(codes)
+    kinds = ((out.text_logits, out.text_mask), (out.logits, out.mask))
+    return torch.cat([logits[mask].float().flatten() for logits, mask in kinds]).cpu()
+
+
+def _compare(
+    ours: Tensor,
+    codes: Tensor,
+    out: Path,
+    base: Path | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> float:
+    """‖stock − ours‖ / ‖ours‖."""
+    info = loaders.CheckpointInfo.from_hf_repo(
+        "none",
+        moshi_weights=base or out / "model.safetensors",
+        lora_weights=out / "lora.safetensors" if base else None,
+        # Names in a local config.json would be looked for on the hub.
+        mimi_weights=_named(out, "mimi_name"),
+        tokenizer=_named(out, "tokenizer_name"),
+        config_path=out / "config.json",
+        mimi_config_path=out / "mimi_config.json" if (out / "mimi_config.json").exists() else None,
+    )
+    stock = info.get_moshi(device=device, dtype=dtype)
+    theirs = _logits(stock, codes)
+    return float((theirs - ours).norm() / ours.norm())
+
+
+def _named(out: Path, key: str) -> Path:
+    return out / json.loads((out / "config.json").read_text())[key]
+
+
+def _push(out: Path, repo: str) -> None:
+    from huggingface_hub import HfApi
+
+    from finetune.model import HUB_ERRORS
+
+    try:
+        api = HfApi()
+        api.create_repo(repo, private=True, exist_ok=True)
+        api.upload_folder(repo_id=repo, folder_path=out)
+    except (*HUB_ERRORS, ValueError) as error:
+        raise UserError(
+            f"--push: {repo} was not written ({type(error).__name__}: {str(error)[:200]}). Log in "
+            f"with `hf auth login`; what was exported is in {out}."
+        ) from None

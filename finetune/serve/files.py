@@ -1,0 +1,281 @@
+"""Recordings in, answers out: many side by side, through the engine of calls."""
+
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+
+from finetune.data import FileProblem, inspect_audio, read_audio
+from finetune.errors import UserError
+from finetune.inference import load_for_inference, nonfinite_weights
+from finetune.serve.engine import Engine, Row, Samples, open_engine
+from finetune.serve.options import GenerateOptions, reset_every_frames
+from finetune.serve.progress import Progress
+from finetune.serve.report import Report
+from finetune.serve.session import Identity, identify, load_session, save_session
+from finetune.serve.words import Words
+
+logger = logging.getLogger(__name__)
+
+RECORDINGS = {".wav", ".flac", ".mp3", ".ogg", ".opus"}
+_BLOCK_FRAMES = 125
+"""Frames of a recording that are read at once: 10 s. Its length takes no memory."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recording and where its answer goes; the words go beside it, as .json."""
+
+    source: Path
+    target: Path
+
+
+@dataclass
+class Outcome:
+    """Answers that were written, and recordings that could not be answered."""
+
+    written: list[Path] = field(default_factory=list)
+    problems: dict[Path, str] = field(default_factory=dict)
+    """By recording."""
+    texts: dict[Path, str] = field(default_factory=dict)
+    """Words that Moshi says, by recording."""
+
+
+def list_jobs(options: GenerateOptions) -> list[Job]:
+    """
+    Raises:
+        UserError: no recording there, or answers that would replace one.
+    """
+    if options.input_dir is not None:
+        if not options.input_dir.is_dir():
+            raise UserError(f"--input_dir: there is no folder {options.input_dir}.")
+        found = sorted(options.input_dir.rglob(options.input_name))
+        if not found:
+            raise UserError(f"--input_dir: no {options.input_name} in {options.input_dir}.")
+        return [Job(path, path.with_name(options.output_name)) for path in found]
+    assert options.audio is not None
+    if options.audio.is_dir():
+        out = options.out or Path("output")
+        if out.absolute() == options.audio.absolute():
+            raise UserError(f"--out: {out} holds the recordings themselves; choose another folder.")
+        found = sorted(p for p in options.audio.iterdir() if p.suffix.lower() in RECORDINGS)
+        if not found:
+            raise UserError(
+                f"--audio: no recordings ({', '.join(sorted(RECORDINGS))}) in {options.audio}."
+            )
+        jobs = [Job(path, out / f"{path.stem}.wav") for path in found]
+        if len({job.target for job in jobs}) < len(jobs):
+            raise UserError(f"--audio: {options.audio} has recordings that differ in suffix alone.")
+        out.mkdir(parents=True, exist_ok=True)
+        return jobs
+    out = options.out or Path("output.wav")
+    if out.suffix != ".wav" or not out.absolute().parent.is_dir():
+        raise UserError(f"--out: {out} must be a .wav file in a folder that exists.")
+    if not options.audio.is_file():
+        raise UserError(f"--audio: there is no file {options.audio}; correct the path.")
+    if out.absolute() == options.audio.absolute():
+        raise UserError(f"--out: {out} is the recording itself; choose another name.")
+    return [Job(options.audio, out)]
+
+
+def answer_recordings(options: GenerateOptions) -> Outcome:
+    """Let Moshi listen to recordings and speak: see `finetune.cli.generate`.
+
+    Raises:
+        UserError: a wrong option or checkpoint. What is wrong with one of several recordings is in
+            the outcome.
+    """
+    jobs = list_jobs(options)
+    if options.session is not None and len(jobs) > 1:
+        raise UserError("--session: a session is one conversation; give one recording.")
+    model, codec = load_for_inference(options.checkpoint, options.device)
+    problem = nonfinite_weights(model)
+    if problem is not None:
+        raise UserError(f"--checkpoint: {options.checkpoint}: {problem}: there is nothing to hear.")
+    torch.manual_seed(options.seed)
+    how = {"temperature": options.temperature, "text_temperature": options.text_temperature}
+    max_users = min(options.batch_size, len(jobs))
+    with open_engine(model, codec, max_users=max_users, **how) as engine:
+        return _Desk(engine, options).answer(jobs)
+
+
+class _Desk:
+    """Gives recordings rows as rows become free."""
+
+    def __init__(self, engine: Engine, options: GenerateOptions):
+        self.engine = engine
+        self.options = options
+        self.outcome = Outcome()
+        self.report = Report(engine, options.report) if options.report is not None else None
+
+    def answer(self, jobs: list[Job]) -> Outcome:
+        waiting = iter(jobs)
+        open_jobs: list[_Conversation] = []
+        with Progress("answering", len(jobs)) as progress:
+            try:
+                while True:
+                    while len(open_jobs) < len(self.engine.rows):
+                        if (job := next(waiting, None)) is None:
+                            break
+                        if (begun := self._begin(job)) is not None:
+                            open_jobs.append(begun)
+                            progress.add_work(begun.num_frames)
+                    if not open_jobs:
+                        break
+                    open_jobs = self._advance(open_jobs)
+                    progress.advance(len(open_jobs), len(self.outcome.written))
+            finally:
+                for each in open_jobs:
+                    each.discard()
+        if self.report is not None:
+            self.report.write()
+        return self.outcome
+
+    def _begin(self, job: Job) -> "_Conversation | None":
+        use = self.options.ttt
+        row = self.engine.join(ttt_on=use != "off", reset_every_frames=reset_every_frames(use))
+        assert row is not None
+        try:
+            session = self.options.session
+            if session is not None and session.exists():
+                load_session(session, self.engine, row, self._identity())
+            begun = _Conversation(job, row, self.engine, self.options)
+            if self.report is not None:
+                self.report.begin(row, str(job.source))
+            return begun
+        except FileProblem as problem:
+            self._give_up(job, row, problem)
+            return None
+
+    def _identity(self) -> Identity:
+        return identify(self.engine.model, self.engine.codec, self.options.checkpoint)
+
+    def _give_up(self, job: Job, row: Row, problem: FileProblem) -> None:
+        logger.warning("%s", problem)
+        self.outcome.problems[job.source] = str(problem)
+        self.engine.leave(row)
+
+    def _advance(self, conversations: list["_Conversation"]) -> list["_Conversation"]:
+        """One frame of all; returns those that go on."""
+        frames: dict[int, Samples] = {}
+        going = []
+        for each in conversations:
+            try:
+                frames[each.row.index] = next(each.frames)
+                going.append(each)
+            except FileProblem as problem:
+                each.discard()
+                self._give_up(each.job, each.row, problem)
+        spoken = self.engine.step(frames)
+        if self.report is not None:
+            self.report.look([each.row for each in going])
+        still = []
+        for each in going:
+            if each.row.index in spoken:
+                said = spoken[each.row.index]
+                each.write(said.audio, said.text_token)
+            if each.is_done:
+                self._finish(each)
+            else:
+                still.append(each)
+        return still
+
+    def _finish(self, each: "_Conversation") -> None:
+        each.keep()
+        if self.report is not None:
+            self.report.end(each.row, each.words)
+        if self.options.session is not None:
+            part = self.options.session_part
+            save_session(self.options.session, self.engine, each.row, self._identity(), part)
+        self.engine.leave(each.row)
+        self.outcome.written.append(each.job.target)
+        self.outcome.texts[each.job.source] = " ".join(word for word, _, _ in each.words.done)
+
+
+class _Conversation:
+    """A recording that is being answered."""
+
+    def __init__(self, job: Job, row: Row, engine: Engine, options: GenerateOptions) -> None:
+        self.job, self.row = job, row
+        self.options = options
+        self.rate_hz = engine.codec.sample_rate_hz
+        self.frame_samples = engine.frame_samples
+        info = inspect_audio(job.source, allow_mono=True)
+        self.num_samples = -(-info.num_samples * self.rate_hz // info.sample_rate_hz)
+        if not self.num_samples:
+            raise FileProblem(f"recording {job.source} is empty", "record or copy it again")
+        self.num_frames = -(-self.num_samples // self.frame_samples) + engine.lag_frames
+        self.words = Words(engine.codec)
+        self.frames = self._read()
+        self.num_written = 0
+        self._heard: list[Samples] = []
+        self._beside = job.target.with_name(f".{job.target.name}.part")
+        # Before there is a file to write: a recording that cannot be read leaves none behind.
+        next(self._blocks())
+        try:
+            self._file = soundfile.SoundFile(
+                self._beside,
+                "w",
+                samplerate=self.rate_hz,
+                channels=2 if options.stereo else 1,
+                format="WAV",
+                subtype="PCM_16",
+            )
+        except (soundfile.SoundFileError, OSError) as error:
+            raise UserError(f"{job.target} cannot be written ({error}).") from None
+
+    @property
+    def is_done(self) -> bool:
+        return self.num_written == self.num_samples
+
+    def write(self, audio: Samples, text_token: int) -> None:
+        self.words.add(text_token)
+        audio = audio[: self.num_samples - self.num_written]
+        self.num_written += len(audio)
+        if self.options.stereo:
+            self._file.write(np.stack([audio, self._heard.pop(0)[: len(audio)]], axis=1))
+        else:
+            self._file.write(audio)
+
+    def keep(self) -> None:
+        """Put the answer in its place: only when it is whole."""
+        self._file.close()
+        transcript = json.dumps(self.words.transcript(), ensure_ascii=False)
+        self.job.target.with_suffix(".json").write_text(transcript + "\n", encoding="utf-8")
+        self._beside.replace(self.job.target)
+
+    def discard(self) -> None:
+        self._file.close()
+        self._beside.unlink(missing_ok=True)
+
+    def _read(self) -> Iterator[Samples]:
+        """The user's voice frame by frame; silence after its end."""
+        left = self.num_frames
+        for block in self._blocks():
+            for start in range(0, len(block), self.frame_samples):
+                frame = block[start : start + self.frame_samples]
+                frame = np.pad(frame, (0, self.frame_samples - len(frame)))
+                if self.options.stereo:
+                    self._heard.append(frame)
+                left -= 1
+                yield frame
+        for _ in range(left):
+            yield np.zeros(self.frame_samples, dtype=np.float32)
+
+    def _blocks(self) -> Iterator[Samples]:
+        size = _BLOCK_FRAMES * self.frame_samples
+        for start in range(0, self.num_samples, size):
+            block = read_audio(self.job.source, start, size, self.rate_hz)
+            yield self._user(block.numpy())
+
+    def _user(self, block: np.ndarray) -> Samples:
+        if len(block) == 1:
+            return block[0]
+        if self.options.user_channel == "mix":
+            return block.mean(axis=0)
+        return block[1 if self.options.user_channel == "right" else 0]

@@ -1,0 +1,332 @@
+"""The server answers calls, keeps their sessions, and gives out the page and metrics."""
+
+import asyncio
+import hmac
+import ipaddress
+import os
+import signal
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from importlib.resources import files
+from typing import get_args
+from urllib.parse import urlsplit
+
+import torch
+from aiohttp import WSCloseCode, web
+
+from finetune.errors import UserError
+from finetune.inference import load_for_inference, nonfinite_weights
+from finetune.monitoring import setup_logging
+from finetune.serve import wire
+from finetune.serve.calls import Call, Switchboard, log_event
+from finetune.serve.chat import talk
+from finetune.serve.engine import Engine, open_engine
+from finetune.serve.options import Part, ServeOptions
+from finetune.serve.session import Identity, identify, pack, unpack
+
+HEARTBEAT_SEC = 20.0
+MIN_TOKEN_LENGTH = 8
+_WARM_UP_STEPS = 4
+_PAGE = {
+    "/": ("index.html", "text/html"),
+    "/page.css": ("page.css", "text/css"),
+    "/page.js": ("page.js", "text/javascript"),
+    "/plot.js": ("plot.js", "text/javascript"),
+    "/worklet.js": ("worklet.js", "text/javascript"),
+}
+_HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; connect-src 'self' ws: wss:; "
+    "media-src 'self' blob:; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+_NOTHING_CALLED = "there is no such call"
+
+
+class Server:
+    """The web application around a switchboard.
+
+    Args:
+        token: what all but the page and `/health` ask for; None: nothing.
+    """
+
+    def __init__(self, board: Switchboard, identity: Identity, token: str | None) -> None:
+        self.board, self.identity, self.token = board, identity, token
+        self.draining = False
+        self.sockets: set[web.WebSocketResponse] = set()
+        # A session is at most all of a row, and its header.
+        max_upload = board.engine.row_bytes() + 2**20
+        self.app = web.Application(client_max_size=max_upload, middlewares=[self._guard])
+        self.app.add_routes(
+            [
+                web.get("/api/chat", self.chat),
+                web.get("/api/calls/{key}/session", self.save_session),
+                web.put("/api/calls/{key}/session", self.load_session),
+                web.get("/health", self.health),
+                web.get("/metrics", self.metrics),
+                *[web.get(path, self.page) for path in _PAGE],
+            ]
+        )
+        self.app.on_shutdown.append(self.end_calls)  # type: ignore[arg-type]
+        folder = files("finetune.serve") / "page"
+        self._page = {path: (folder / name).read_bytes() for path, (name, _) in _PAGE.items()}
+
+    @web.middleware
+    async def _guard(
+        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    ) -> web.StreamResponse:
+        """Let nobody in without the token, nor another site's page in a user's browser."""
+        if request.path in _PAGE or request.path == "/health":
+            return await handler(request)
+        origin = request.headers.get("Origin")
+        if origin is not None and urlsplit(origin).netloc != request.host:
+            self.board.metrics.refused.labels("origin").inc()
+            raise web.HTTPForbidden(text="this page is of another site\n")
+        if self.token is not None and not self._knows_token(request, self.token):
+            self.board.metrics.refused.labels("token").inc()
+            log_event("refused", reason="token")
+            raise web.HTTPUnauthorized(
+                text="the token is missing or wrong: Authorization: Bearer TOKEN or ?token=TOKEN\n",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+        return await handler(request)
+
+    def _knows_token(self, request: web.Request, token: str) -> bool:
+        kind, _, given = request.headers.get("Authorization", "").partition(" ")
+        if kind.lower() != "bearer":
+            given = request.query.get("token", "")
+        return hmac.compare_digest(given.strip().encode(), token.encode())
+
+    async def chat(self, request: web.Request) -> web.StreamResponse:
+        """A call. Stock clients name no format; queries that this server does not know are those
+        of other Moshi servers, and mean nothing."""
+        form: wire.Format = "pcm" if request.query.get("format") == "pcm" else "opus"
+        ws = web.WebSocketResponse(
+            heartbeat=HEARTBEAT_SEC, max_msg_size=wire.MAX_MESSAGE_BYTES, compress=False
+        )
+        await ws.prepare(request)
+        if self.draining:
+            return await self._refuse(ws, "draining", WSCloseCode.SERVICE_RESTART, "shutting down")
+        call = await self.board.join()
+        if call is None:
+            places = len(self.board.engine.rows)
+            why = f"all {places} places are taken; try again later"
+            return await self._refuse(ws, "full", WSCloseCode.TRY_AGAIN_LATER, why)
+        self.sockets.add(ws)
+        why = "vanished"
+        try:
+            why = await talk(ws, call, self.board, form)
+        finally:
+            self.sockets.discard(ws)
+            await self.board.hang_up(call, why)
+        return ws
+
+    async def _refuse(
+        self, ws: web.WebSocketResponse, reason: str, code: int, why: str
+    ) -> web.WebSocketResponse:
+        self.board.metrics.refused.labels(reason).inc()
+        log_event("refused", reason=reason)
+        await ws.close(code=code, message=why.encode())
+        return ws
+
+    async def save_session(self, request: web.Request) -> web.Response:
+        call, part = self._call(request), request.query.get("part", "all")
+        if part not in get_args(Part):
+            raise web.HTTPBadRequest(text="part: all or memory\n")
+
+        def packed() -> bytes:
+            if not self.board.is_on(call):
+                raise web.HTTPNotFound(text=f"{_NOTHING_CALLED}\n")
+            return pack(self.board.engine, call.row, self.identity, part)  # type: ignore[arg-type]
+
+        try:
+            content = await self.board.use_engine(packed)
+        except UserError as error:
+            raise web.HTTPConflict(text=f"{error}\n") from None
+        log_event("session_saved", call=call.number, part=part, bytes=len(content))
+        headers = {"Content-Disposition": 'attachment; filename="moshi.session"'}
+        return web.Response(body=content, content_type="application/octet-stream", headers=headers)
+
+    async def load_session(self, request: web.Request) -> web.Response:
+        call = self._call(request)
+        content = await request.read()
+
+        def unpacked() -> Part:
+            if not self.board.is_on(call):
+                raise web.HTTPNotFound(text=f"{_NOTHING_CALLED}\n")
+            return unpack(self.board.engine, call.row, self.identity, content, "this file")
+
+        try:
+            part = await self.board.use_engine(unpacked)
+        except UserError as error:
+            raise web.HTTPConflict(text=f"{error}\n") from None
+        log_event("session_loaded", call=call.number, part=part, bytes=len(content))
+        return web.Response(text=f"{part}\n")
+
+    def _call(self, request: web.Request) -> Call:
+        call = self.board.calls.get(request.match_info["key"])
+        if call is None:
+            raise web.HTTPNotFound(text=f"{_NOTHING_CALLED}\n")
+        return call
+
+    async def health(self, request: web.Request) -> web.Response:
+        status = "draining" if self.draining else "ok"
+        return web.json_response({"status": status}, status=503 if self.draining else 200)
+
+    async def metrics(self, request: web.Request) -> web.Response:
+        return web.Response(
+            body=self.board.metrics.page(),
+            headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"},
+        )
+
+    async def page(self, request: web.Request) -> web.Response:
+        kind = _PAGE[request.path][1]
+        body = self._page[request.path]
+        return web.Response(body=body, content_type=kind, charset="utf-8", headers=_HEADERS)
+
+    async def drain(self, drain_sec: float, hurry: asyncio.Event) -> None:
+        """Take no more calls, and wait for those that there are; then end them."""
+        self.draining = True
+        log_event("draining", callers=len(self.board.calls))
+        loop = asyncio.get_running_loop()
+        until = loop.time() + drain_sec
+        while self.sockets and loop.time() < until and not hurry.is_set():
+            await asyncio.sleep(0.05)
+        await self.end_calls(self.app)
+
+    async def end_calls(self, app: web.Application) -> None:
+        """Say goodbye to all callers."""
+        goodbyes = [
+            ws.close(code=WSCloseCode.GOING_AWAY, message=b"the server is shutting down")
+            for ws in list(self.sockets)
+        ]
+        await asyncio.gather(*goodbyes, return_exceptions=True)
+
+
+@asynccontextmanager
+async def running(server: Server, listening: socket.socket) -> AsyncIterator[None]:
+    """The server, answering on a bound socket."""
+    runner = web.AppRunner(server.app, access_log=None, shutdown_timeout=2.0)
+    loop_task = asyncio.ensure_future(server.board.run())
+    try:
+        await runner.setup()
+        await web.SockSite(runner, listening).start()
+        yield
+    finally:
+        await runner.cleanup()
+        loop_task.cancel()
+        await asyncio.gather(loop_task, return_exceptions=True)
+
+
+def serve(options: ServeOptions) -> None:
+    """Answer calls until a signal asks to stop: see `finetune.cli.serve`.
+
+    Raises:
+        UserError: an option, the checkpoint or the address is wrong.
+    """
+    setup_logging()
+    token = options.token or os.environ.get("MOSHI_TTT_TOKEN") or None
+    check_access(options.host, token)
+    listening = bind(options.host, options.port)
+    with listening:
+        model, codec = load_for_inference(options.checkpoint, options.device)
+        if problem := nonfinite_weights(model):
+            raise UserError(f"--checkpoint: {options.checkpoint}: {problem}: nobody could hear it.")
+        identity = identify(model, codec, options.checkpoint)
+        torch.manual_seed(options.seed)
+        with open_engine(
+            model,
+            codec,
+            max_users=options.max_users,
+            temperature=options.temperature,
+            text_temperature=options.text_temperature,
+        ) as engine:
+            warm_up(engine)
+            asyncio.run(_serve(engine, identity, token, options, listening))
+
+
+async def _serve(
+    engine: Engine,
+    identity: Identity,
+    token: str | None,
+    options: ServeOptions,
+    listening: socket.socket,
+) -> None:
+    board = Switchboard(engine, on_late=options.on_late, ttt=options.ttt)
+    server = Server(board, identity, token)
+    stop, hurry = asyncio.Event(), asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def asked() -> None:
+        (hurry if stop.is_set() else stop).set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, asked)
+    async with running(server, listening):
+        host, port = listening.getsockname()[:2]
+        log_event("listening", url=url_of(host, port), max_users=options.max_users)
+        await stop.wait()
+        await server.drain(options.drain_sec, hurry)
+    log_event("stopped")
+
+
+def warm_up(engine: Engine) -> None:
+    """Let slow first steps pass while nobody waits: on a GPU they are captured as graphs."""
+    silence = torch.zeros(engine.frame_samples).numpy()
+    for _ in range(_WARM_UP_STEPS):
+        engine.step({row.index: silence for row in engine.rows})
+    for row in engine.rows:
+        engine.restart(row)
+        engine.begin(row)
+
+
+def check_access(host: str, token: str | None) -> None:
+    """
+    Raises:
+        UserError: an address that others can reach, and nothing that they must know.
+    """
+    if token is not None and len(token) < MIN_TOKEN_LENGTH:
+        raise UserError(f"--token: must have at least {MIN_TOKEN_LENGTH} characters.")
+    if token is None and not _is_own(host):
+        raise UserError(
+            f"--host: others can reach {host}; give a --token that callers must know, and put TLS "
+            "in front of the server: what is said goes over the network as it is (docs/talk.md)."
+        )
+
+
+def _is_own(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """
+    Raises:
+        UserError: the address is no address of this machine, or the port is in use.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listening = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise UserError(f"--host: {host} is no address ({error.strerror}).") from None
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+        listening.listen(128)
+    except OSError as error:
+        listening.close()
+        raise UserError(
+            f"--port: {host}:{port} cannot be listened on ({error.strerror}); choose another "
+            "--port, or stop what uses it."
+        ) from None
+    return listening
+
+
+def url_of(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

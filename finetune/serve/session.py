@@ -1,0 +1,188 @@
+"""A conversation's state is kept as one file, to go on with it another day."""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+from torch import Tensor
+
+import ttt
+from finetune.data import Codec
+from finetune.errors import UserError
+from finetune.serve.engine import Engine, Row
+from finetune.serve.options import Part
+from ttt import TTTLMModel
+
+FORMAT = "moshi-ttt session 1"
+_MAX_HEADER_BYTES = 2**24
+_SAMPLED = 4096
+_MAX_POSITION = 2**40
+
+
+@dataclass(frozen=True)
+class Identity:
+    """The checkpoint that a session belongs to."""
+
+    name: str
+    fingerprint: str
+
+
+def identify(model: TTTLMModel, codec: Codec, checkpoint: Path) -> Identity:
+    """The identity of a model with its Mimi: of every weight, its name, type, shape and up to 4096
+    of its values, spread evenly. To read all 7 billion would take longer than to load them."""
+    digest = hashlib.blake2b(codec.fingerprint, digest_size=16)
+    digest.update(repr(model.ttt_args).encode())
+    for name, weight in model.state_dict().items():
+        digest.update(repr((name, weight.dtype, tuple(weight.shape))).encode())
+        flat = weight.flatten()
+        sample = flat[:: max(1, flat.numel() // _SAMPLED)].cpu().contiguous()
+        digest.update(memoryview(sample.view(torch.uint8).numpy()))
+    folder = checkpoint.absolute()
+    run = folder.parent.parent.name if folder.parent.name == "checkpoints" else ""
+    return Identity(f"{run}/{folder.name}" if run else folder.name, digest.hexdigest())
+
+
+def pack(engine: Engine, row: Row, identity: Identity, part: Part) -> bytes:
+    """A row's state as the contents of a safetensors file.
+
+    Args:
+        part: all, so that the conversation continues exactly; or the memory, what TTT has learnt.
+
+    Raises:
+        UserError: the memory is asked for of a model without TTT.
+    """
+    if part == "memory" and not engine.model.ttt_layers:
+        raise UserError(f"{identity.name} has no TTT, so there is no memory to save; save all.")
+    engine.begin(row)
+    tensors = {
+        f"{prefix}.{name}": value.cpu()
+        for prefix, module in _modules(engine, part)
+        for name, value in ttt.get_row(module, row.index, whole=part == "all").items()
+    }
+    metadata = {
+        "format": FORMAT,
+        "part": part,
+        "checkpoint": identity.name,
+        "fingerprint": identity.fingerprint,
+        "num_frames": str(row.num_frames),
+    }
+    return bytes(save_safetensors(tensors, metadata))
+
+
+def unpack(engine: Engine, row: Row, identity: Identity, content: bytes, source: str) -> Part:
+    """Continue in a row what `pack` returned; the row's own conversation ends, or with a memory
+    alone, goes on with it.
+
+    Args:
+        source: where the content is from, for messages.
+
+    Raises:
+        UserError: it is no session, or one of another checkpoint; the row is as it was.
+    """
+    metadata = _metadata(content, source)
+    if metadata.get("fingerprint") != identity.fingerprint:
+        raise UserError(
+            f"{source} is a session of the checkpoint {str(metadata.get('checkpoint'))[:200]!r} "
+            f"(fingerprint {str(metadata.get('fingerprint'))[:8]}), and this is "
+            f"{identity.name!r} ({identity.fingerprint[:8]}); load the checkpoint it was made with."
+        )
+    part: Part = "memory" if metadata.get("part") == "memory" else "all"
+    whole = part == "all"
+    try:
+        tensors = load_safetensors(content)
+        by_module = {prefix: _below(prefix, tensors) for prefix, _ in _modules(engine, part)}
+        if sum(map(len, by_module.values())) != len(tensors):
+            raise ValueError("it has entries of no module")
+        for prefix, module in _modules(engine, part):
+            if problem := ttt.row_problem(module, row.index, by_module[prefix], whole=whole):
+                raise ValueError(problem)
+        _check_values(engine, tensors)
+        num_frames = int(metadata["num_frames"])
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise UserError(f"{source} is a damaged session ({error}); use another copy.") from None
+    engine.begin(row)
+    for prefix, module in _modules(engine, part):
+        ttt.set_row(module, row.index, by_module[prefix], whole=whole)
+    if whole:
+        row.num_steps, row.num_frames = int(tensors["moshi.offsets"]), max(num_frames, 0)
+    return part
+
+
+def _check_values(engine: Engine, tensors: dict[str, Tensor]) -> None:
+    """
+    Raises:
+        ValueError: a number that would be used as an index beyond what it indexes. On a GPU that
+            ends the process, and with it all calls.
+    """
+    model, args = engine.model, engine.model.ttt_args
+    for name, value in tensors.items():
+        if value.is_floating_point() or value.dtype == torch.bool:
+            continue
+        low, high = 0, _MAX_POSITION
+        if name == "moshi.cache":
+            # Places that are yet to be filled hold -2; nothing reads them before they are.
+            value.clamp_(min=-1)
+            low, high = -1, model.card
+            if int(value[0].max()) > model.text_card:
+                raise ValueError(f"{name} holds no tokens")
+            value = value[1:]
+        elif name.endswith(".num_pending"):
+            high = (args.chunk_size if args.method == "in_place" else args.mini_batch_size) - 1
+        if not low <= int(value.min()) <= int(value.max()) <= high:
+            raise ValueError(f"{name} is out of range")
+
+
+def save_session(path: Path, engine: Engine, row: Row, identity: Identity, part: Part) -> None:
+    """Write a row's state to a file; a file that was there is kept until the new one is whole."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        beside.write_bytes(pack(engine, row, identity, part))
+        beside.replace(path)
+    except OSError as error:
+        raise UserError(f"--session: {path} cannot be written ({error.strerror}).") from None
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def load_session(path: Path, engine: Engine, row: Row, identity: Identity) -> Part:
+    """
+    Raises:
+        UserError: the file cannot be read; see `unpack`.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"--session: {path} cannot be read ({error.strerror}).") from None
+    return unpack(engine, row, identity, content, f"--session: {path}")
+
+
+def _modules(engine: Engine, part: Part) -> list[tuple[str, torch.nn.Module]]:
+    moshi: list[tuple[str, torch.nn.Module]] = [("moshi", engine.generator)]
+    return [*moshi, ("mimi", engine.codec.mimi)] if part == "all" else moshi
+
+
+def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    start = f"{prefix}."
+    return {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
+
+
+def _metadata(content: bytes, source: str) -> dict[str, str]:
+    size = int.from_bytes(content[:8], "little")
+    try:
+        if not 0 < size <= min(_MAX_HEADER_BYTES, len(content) - 8):
+            raise ValueError
+        header = json.loads(content[8 : 8 + size])
+        metadata = header["__metadata__"]
+        if metadata["format"] != FORMAT:
+            raise ValueError
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise UserError(
+            f"{source} is no session; `moshi-ttt generate` and the page save such."
+        ) from None
+    return dict(metadata)

@@ -1,0 +1,102 @@
+"""What others load: stock `moshi`, and `moshi-ttt` with the TTT beside it."""
+
+import json
+
+import pytest
+import torch
+from moshi.models import loaders
+from training_tools import LORA, checkpoint, random_batch, train
+
+from finetune.errors import UserError
+from finetune.inference import load_for_inference
+from finetune.serve import ExportOptions, export_checkpoint
+from ttt import ttt_parameters, without_ttt
+
+
+@pytest.fixture(scope="module", params=["full", "lora"])
+def trained(request, config, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("export") / "run"
+    how = {"full_finetuning": True} if request.param == "full" else LORA
+    train(config, run_dir, {"max_steps": 2, "param_dtype": "float32", **how})
+    return checkpoint(run_dir, 2)
+
+
+def stock(folder, **places):
+    info = loaders.CheckpointInfo.from_hf_repo(
+        "none",
+        config_path=folder / "config.json",
+        mimi_weights=folder / "mimi.safetensors",
+        tokenizer=folder / "tokenizer.model",
+        mimi_config_path=folder / "mimi_config.json",
+        **places,
+    )
+    assert info.get_text_tokenizer().vocab_size() > 0
+    return info.get_moshi(dtype=torch.float32)
+
+
+@torch.no_grad()
+def text_logits(model):
+    out = model(random_batch())
+    return torch.cat([out.text_logits[out.text_mask].flatten(), out.logits[out.mask].flatten()])
+
+
+def test_stock_moshi_computes_the_model_without_ttt(trained, tmp_path):
+    out = tmp_path / "model"
+    done = export_checkpoint(ExportOptions(trained, out, device="cpu"))
+    assert done.difference < 1e-6
+    ours, _ = load_for_inference(trained, "cpu")
+    theirs = stock(out, moshi_weights=out / "model.safetensors")
+    with without_ttt(ours):
+        torch.testing.assert_close(text_logits(theirs), text_logits(ours), atol=1e-5, rtol=0)
+    names = {path.name for path in done.files}
+    assert {"README.md", "config.json", "model.safetensors", "ttt.safetensors"} <= names
+    card = (out / "README.md").read_text()
+    assert "Stock `moshi` cannot run test-time training" in card and "license:" in card
+    assert str(tmp_path) not in card and str(trained.parents[2]) not in card
+
+    again, _ = load_for_inference(out, "cpu")
+    for name, weight in ttt_parameters(ours).items():
+        assert torch.equal(ttt_parameters(again)[name].float(), weight.bfloat16().float())
+    assert again.ttt_args == ours.ttt_args
+    with pytest.raises(UserError, match="is there already"):
+        export_checkpoint(ExportOptions(trained, out, device="cpu"))
+
+
+def test_adapters_alone(trained, config, tmp_path):
+    out = tmp_path / "adapters"
+    options = ExportOptions(trained, out, form="adapters", device="cpu")
+    if not (trained / "consolidated/lora.safetensors").is_file():
+        with pytest.raises(UserError, match="holds no adapters"):
+            export_checkpoint(options)
+        return
+    assert export_checkpoint(options).difference < 1e-6
+    assert not (out / "model.safetensors").exists()
+    ours, _ = load_for_inference(trained, "cpu")
+    base = config.parent / "model/model.safetensors"
+    theirs = stock(out, moshi_weights=base, lora_weights=out / "lora.safetensors")
+    with without_ttt(ours):
+        torch.testing.assert_close(text_logits(theirs), text_logits(ours), atol=1e-5, rtol=0)
+
+
+def test_a_push_that_fails_leaves_the_export(trained, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    pushed = []
+
+    class Hub:
+        def create_repo(self, repo, **how):
+            pushed.append((repo, how))
+
+        def upload_folder(self, **how):
+            if len(pushed) > 1:
+                raise ConnectionError("no network")
+            pushed.append(how)
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    export_checkpoint(ExportOptions(trained, tmp_path / "one", push="me/moshi", device="cpu"))
+    assert pushed[0] == ("me/moshi", {"private": True, "exist_ok": True})
+    assert pushed[1] == {"repo_id": "me/moshi", "folder_path": tmp_path / "one"}
+    with pytest.raises(UserError, match="--push: me/moshi was not written"):
+        export_checkpoint(ExportOptions(trained, tmp_path / "two", push="me/moshi", device="cpu"))
+    config = json.loads((tmp_path / "two/config.json").read_text())
+    assert config["moshi_name"] == "model.safetensors"

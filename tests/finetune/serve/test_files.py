@@ -1,0 +1,224 @@
+"""`moshi-ttt generate`: recordings in, answers out."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from data_tools import speech_like
+from training_tools import checkpoint, train, write_model
+
+from finetune.cli import main
+from finetune.data import count_frames
+
+ROOT = Path(__file__).parents[3]
+GREEDY = ["--temperature=0", "--text_temperature=0", "--device=cpu"]
+
+
+@pytest.fixture(scope="module")
+def trained(config, tmp_path_factory):
+    """A checkpoint with TTT, hardly trained."""
+    run_dir = tmp_path_factory.mktemp("talk") / "run"
+    train(config, run_dir, {"max_steps": 2, "param_dtype": "float32", "full_finetuning": True})
+    return checkpoint(run_dir, 2)
+
+
+def call(*words):
+    old, sys.argv = sys.argv, ["moshi-ttt", "generate", *map(str, words)]
+    try:
+        with pytest.raises(SystemExit) as leaving:
+            main()
+    finally:
+        sys.argv = old
+    return leaving.value.code
+
+
+def record(path, num_samples, *, rate_hz=24000, channels=1, seed=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    audio = speech_like(num_samples / rate_hz, rate_hz, seed=seed, channels=channels)
+    soundfile.write(path, audio, rate_hz)
+    return audio
+
+
+def test_three_at_once_are_three_alone_to_the_sample(trained, tmp_path):
+    record(tmp_path / "in/a.wav", 24001, seed=1)
+    record(tmp_path / "in/b.wav", 16000, rate_hz=16000, seed=2, channels=2)
+    record(tmp_path / "in/c.wav", 7999, rate_hz=8000, seed=3)
+    lengths = {"a": 24001, "b": 24000, "c": 7999 * 3}
+    assert (
+        call(f"--checkpoint={trained}", f"--audio={tmp_path}/in", f"--out={tmp_path}/all", *GREEDY)
+        == 0
+    )
+    for name, num_samples in lengths.items():
+        together, rate_hz = soundfile.read(tmp_path / f"all/{name}.wav")
+        assert rate_hz == 24000 and together.shape == (num_samples,)
+        one = tmp_path / f"{name}.wav"
+        words = [f"--checkpoint={trained}", f"--audio={tmp_path}/in/{name}.wav", f"--out={one}"]
+        assert call(*words, *GREEDY) == 0
+        alone, _ = soundfile.read(one)
+        # Two of the steps of 16 bits.
+        np.testing.assert_allclose(together, alone, atol=2.1 / 32768)
+        assert np.abs(alone).max() > 1e-3
+        said = json.loads((tmp_path / f"all/{name}.json").read_text())
+        assert said == json.loads(one.with_suffix(".json").read_text())
+        end_sec = count_frames(num_samples / 24000) / 12.5
+        times = [time for _, interval, _ in said["alignments"] for time in interval]
+        assert times == sorted(times) and all(0 <= time <= end_sec for time in times)
+
+
+def test_a_tree_of_ten_with_one_broken_is_nine_and_a_list(trained, tmp_path, capsys):
+    for index in range(10):
+        record(tmp_path / f"tree/TASK{index % 2}/{index}/input.wav", 4000 + index, seed=index)
+    broken = tmp_path / "tree/TASK1/5/input.wav"
+    broken.write_bytes(b"no wav at all")
+    words = [f"--checkpoint={trained}", f"--input_dir={tmp_path}/tree", "--stereo", *GREEDY]
+    assert call(*words, "--batch_size=4") == 1
+    shown = capsys.readouterr()
+    assert "1 recordings were not answered" in shown.err and str(broken) in shown.err
+    assert "9 of 10 recordings" in shown.out and "x real time" in shown.out
+    written = sorted((tmp_path / "tree").rglob("output.wav"))
+    assert len(written) == 9 and not list((tmp_path / "tree").rglob("*.part"))
+    for path in written:
+        heard, _ = soundfile.read(path.with_name("input.wav"))
+        both, _ = soundfile.read(path)
+        assert both.shape == (4000 + int(path.parent.name), 2)
+        # Left Moshi, right the user.
+        np.testing.assert_allclose(both[:, 1], heard, atol=1e-4)
+        assert np.abs(both[:, 0] - heard).max() > 1e-3
+
+
+def test_which_channel_is_heard(trained, tmp_path):
+    audio = record(tmp_path / "both.wav", 8000, channels=2)
+    words = [f"--checkpoint={trained}", f"--audio={tmp_path}/both.wav", "--stereo", *GREEDY]
+    for channel, expected in (("left", audio[:, 0]), ("mix", audio.mean(1)), (None, audio[:, 1])):
+        out = tmp_path / f"{channel}.wav"
+        chosen = [f"--user_channel={channel}"] if channel else []
+        assert call(*words, f"--out={out}", *chosen) == 0
+        np.testing.assert_allclose(soundfile.read(out)[0][:, 1], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("part", ["all", "memory"])
+def test_a_session_goes_on_where_it_ended(trained, tmp_path, part, capsys):
+    """Cut in the middle, at the end of a frame, the conversation is the same to the bit."""
+    num_samples, cut = 22 * 1920, 12 * 1920
+    audio = record(tmp_path / "whole.wav", num_samples, seed=4)
+    soundfile.write(tmp_path / "one.wav", audio[:cut], 24000)
+    soundfile.write(tmp_path / "two.wav", audio[cut:], 24000)
+    words = [f"--checkpoint={trained}", *GREEDY]
+    assert call(*words, f"--audio={tmp_path}/whole.wav", f"--out={tmp_path}/w.wav") == 0
+    session = tmp_path / "call.session"
+    keep = [f"--session={session}", f"--session_part={part}"]
+    for name in ("one", "two"):
+        sound = [f"--audio={tmp_path}/{name}.wav", f"--out={tmp_path}/{name}_out.wav"]
+        assert call(*words, *sound, *keep) == 0
+    whole, _ = soundfile.read(tmp_path / "w.wav")
+    halves = [soundfile.read(tmp_path / f"{name}_out.wav")[0] for name in ("one", "two")]
+    same = np.array_equal(np.concatenate(halves), whole)
+    assert same if part == "all" else not same
+
+    # Another checkpoint's is refused by name, and a file that is none, too.
+    capsys.readouterr()
+    session_before = session.read_bytes()
+    sound = [f"--audio={tmp_path}/one.wav", f"--out={tmp_path}/x.wav"]
+    words[0] = f"--checkpoint={write_model(tmp_path / 'stock')}"
+    assert call(*words, *sound, *keep) == 1
+    said = capsys.readouterr().err
+    assert "run/checkpoint_000002" in said and "'stock'" in said and said.count("\n") == 2
+    assert session.read_bytes() == session_before
+    session.write_bytes(session_before[:1000])
+    assert call(f"--checkpoint={trained}", *GREEDY, *sound, *keep) == 1
+    assert "session" in capsys.readouterr().err
+
+
+def test_the_report_says_what_ttt_did_and_when(trained, tmp_path):
+    record(tmp_path / "in/a.wav", 17 * 1920, seed=1)
+    record(tmp_path / "in/b.wav", 9 * 1920, seed=2)
+    words = [f"--checkpoint={trained}", f"--audio={tmp_path}/in", f"--out={tmp_path}/out", *GREEDY]
+    assert call(*words, f"--report={tmp_path}/report") == 0
+    report = json.loads((tmp_path / "report/report.json").read_text())
+    assert report["update_frames"] == 5 and report["layers"] == [0, 1]
+    first, second = report["recordings"]
+    assert [chunk["end_sec"] for chunk in first["chunks"]] == [0.4, 0.8, 1.2, 1.36]
+    assert len(second["chunks"]) == 2
+    for layer in ("0", "1"):
+        values = [chunk["layers"][layer] for chunk in first["chunks"]]
+        # It reads what was written in chunks before; the first step, which hears nothing, counts.
+        assert values[0]["written"] == pytest.approx(values[0]["change"], rel=1e-4)
+        assert all(value["written"] > 0 for value in values[:3]) and values[3]["written"] == 0
+        assert values[3]["change"] == pytest.approx(values[2]["change"])
+        assert 0 < values[0]["effect"] < values[2]["effect"]
+    said = json.loads((tmp_path / "out/a.json").read_text())["alignments"]
+    assert [w["word"] for w in first["words"]] == [word for word, _, _ in said]
+    page = (tmp_path / "report/report.html").read_text()
+    assert "a.wav" in page and "<svg" in page and "http" not in page
+
+    words[0] = f"--checkpoint={write_model(tmp_path / 'stock')}"
+    assert call(*words, f"--report={tmp_path}/none") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--audio={tmp}/text.wav"], "cannot be read"),
+        (["--audio={tmp}/empty.wav"], "is empty"),
+        (["--audio={tmp}/none.wav"], "there is no file"),
+        (["--audio={tmp}/folder"], "no recordings"),
+        (["--input_dir={tmp}/none"], "no folder"),
+        (["--input_dir={tmp}"], "no input.wav"),
+        (["--input_dir={tmp}", "--audio=x"], "give a recording or a folder"),
+        ([], "give a recording or a folder"),
+        (["--audio={tmp}/ok.wav", "--out={tmp}/ok.wav"], "is the recording itself"),
+        (["--audio={tmp}/ok.wav", "--ttt=sometimes"], "must be on, off or reset:SECONDS"),
+        (["--input_dir={tmp}", "--output_name=../x.wav"], "without a folder"),
+        (["--audio={tmp}/ok.wav", "--prompt_sec=1", "--session=x"], "not with --prompt_sec"),
+    ],
+)
+def test_a_mistake_is_one_message(trained, tmp_path, capsys, words, message):
+    (tmp_path / "text.wav").write_text("not a wav")
+    soundfile.write(tmp_path / "empty.wav", np.zeros(0), 24000)
+    record(tmp_path / "ok.wav", 4000)
+    (tmp_path / "folder").mkdir()
+    words = [word.format(tmp=tmp_path) for word in words]
+    if not any(word.startswith("--out=") for word in words) and "input_dir" not in "".join(words):
+        words.append(f"--out={tmp_path}/out.wav")
+    assert call(f"--checkpoint={trained}", *words, *GREEDY) == 1
+    said = capsys.readouterr().err
+    assert message in said and "Traceback" not in said
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "empty.wav",
+        "folder",
+        "ok.wav",
+        "text.wav",
+    ]
+
+
+def test_the_server_is_a_command_that_ends_when_it_is_asked_to(trained, tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "NO_TORCH_COMPILE": "1"}
+    code = "from finetune.cli import main; main()"
+    words = ["serve", f"--checkpoint={trained}", "--port=0", "--max_users=2", "--device=cpu"]
+    start = [sys.executable, "-c", code]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen([*start, *words], cwd=ROOT, env=environment, **streams)
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if "listening" in line:
+            break
+    assert "listening" in lines[-1], lines
+    url = json.loads(lines[-1][lines[-1].index("{") :])["url"]
+    with urllib.request.urlopen(f"{url}/health") as answer:
+        assert json.load(answer) == {"status": "ok"}
+    port = url.rsplit(":", 1)[1]
+    second = [*start, *words[:2], f"--port={port}"]
+    done = subprocess.run(second, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 2
+    assert f"127.0.0.1:{port} cannot be listened on" in done.stderr
+    process.send_signal(signal.SIGTERM)
+    rest, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "stopped" in rest and "Traceback" not in rest

@@ -1,0 +1,91 @@
+"""Who may call the server and how it ends: token, page, metrics, addresses, draining."""
+# ruff: noqa: SIM117 (a server, and who calls it: two withs read better)
+
+import asyncio
+import socket
+
+import aiohttp
+import pytest
+from test_engine import parts, speech
+from test_server import Caller, calling, serving
+
+from finetune.errors import UserError
+from finetune.serve.server import bind, check_access
+
+
+def test_the_token_the_page_and_what_operations_ask():
+    model, codec = parts("sum")
+
+    async def scenario():
+        async with serving(model, codec, 1, token="correct-horse") as server:
+            async with aiohttp.ClientSession() as http:
+                for path in ("/api/chat", "/metrics", "/metrics?token=wrong"):
+                    assert (await http.get(server.url + path)).status == 401
+                for path in ("/", "/page.js", "/plot.js", "/page.css", "/worklet.js", "/health"):
+                    assert (await http.get(server.url + path)).status == 200, path
+                for path in ("/page/../server.py", "/..%2fserver.py", "/engine.py"):
+                    assert (await http.get(server.url + path)).status in (401, 404), path
+                bearer = {"Authorization": "Bearer correct-horse"}
+                page = await (await http.get(f"{server.url}/metrics", headers=bearer)).text()
+                for name in (
+                    "moshi_ttt_step_seconds_bucket",
+                    "moshi_ttt_callers 0.0",
+                    'moshi_ttt_refused_total{reason="token"} ',
+                    "moshi_ttt_late_frames_total",
+                    "moshi_ttt_dropped_frames_total",
+                    "moshi_ttt_state_bytes",
+                    "moshi_ttt_gpu_memory_bytes",
+                ):
+                    assert name in page, name
+                foreign = {**bearer, "Origin": "https://elsewhere.example"}
+                assert (await http.get(f"{server.url}/metrics", headers=foreign)).status == 403
+                async with http.ws_connect(f"{server.url}/api/chat?token=correct-horse") as ws:
+                    assert (await ws.receive()).data == b"\x00"
+                    await ws.send_bytes(b"\x01" + bytes(2**16))
+                    assert (await ws.receive()).data == 1009
+                for _ in range(100):
+                    health = await (await http.get(f"{server.url}/health")).json()
+                    await asyncio.sleep(0.01)
+                assert health == {"status": "ok"} and not server.board.calls
+
+    asyncio.run(scenario())
+
+
+def test_who_may_listen_where():
+    check_access("127.0.0.1", None)
+    check_access("::1", None)
+    check_access("0.0.0.0", "long enough")
+    with pytest.raises(UserError, match="--token"):
+        check_access("0.0.0.0", None)
+    with pytest.raises(UserError, match="8 characters"):
+        check_access("127.0.0.1", "short")
+    with bind("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"127.0.0.1:{port} cannot be listened on"):
+            bind("127.0.0.1", port)
+    with pytest.raises(UserError, match="no address"):
+        bind("no such host", 1)
+    assert isinstance(taken, socket.socket)
+
+
+def test_draining_lets_calls_end():
+    model, codec = parts("sum")
+
+    async def scenario():
+        async with serving(model, codec, 2) as server, calling(server) as ws:
+            hurry = asyncio.Event()
+            draining = asyncio.ensure_future(server.drain(600, hurry))
+            await asyncio.sleep(0.1)
+            async with calling(server) as late:
+                assert (await late.receive()).data == 1012
+            caller = Caller(ws)
+            await caller.talk(speech(3, 7))
+            assert not draining.done()
+            hurry.set()
+            closed = await asyncio.wait_for(ws.receive(), 5)
+            while closed.type == aiohttp.WSMsgType.BINARY:
+                closed = await asyncio.wait_for(ws.receive(), 5)
+            assert closed.data == 1001 and closed.extra == "the server is shutting down"
+            await draining
+
+    asyncio.run(scenario())

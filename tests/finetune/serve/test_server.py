@@ -1,0 +1,340 @@
+"""The server, by the protocol of stock `moshi.client`: several callers, and those who misbehave."""
+# ruff: noqa: SIM117 (a server, and who calls it: two withs read better)
+
+import asyncio
+import gc
+import json
+import os
+import sys
+import types
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import aiohttp
+import numpy as np
+import pytest
+import sphn
+from test_engine import FRAME_SAMPLES, alone, parts, speech
+
+from finetune.serve.calls import Switchboard
+from finetune.serve.engine import open_engine
+from finetune.serve.server import Server, bind, running
+from finetune.serve.session import Identity, identify
+
+ME = Identity("run/checkpoint_000007", "0123456789abcdef")
+
+
+@asynccontextmanager
+async def serving(model, codec, max_users, *, token=None, identity=ME, **how):
+    greedy = {"temperature": 0, "text_temperature": 0}
+    with open_engine(model, codec, max_users=max_users, **greedy) as engine:
+        server = Server(Switchboard(engine, **how), identity, token)
+        listening = bind("127.0.0.1", 0)
+        async with running(server, listening):
+            server.url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+            yield server
+
+
+@asynccontextmanager
+async def calling(server, query=""):
+    url = f"{server.url}/api/chat{query}"
+    async with aiohttp.ClientSession() as session, session.ws_connect(url) as ws:
+        yield ws
+
+
+async def next_bytes(ws, kind):
+    while True:
+        message = await asyncio.wait_for(ws.receive(), 60)
+        assert message.type == aiohttp.WSMsgType.BINARY, message
+        if message.data[0] == kind:
+            return message.data[1:]
+
+
+class Caller:
+    """What stock `moshi.client` sends and does with what comes."""
+
+    def __init__(self, ws):
+        self.ws = ws
+        self.writer, self.reader = sphn.OpusStreamWriter(24000), sphn.OpusStreamReader(24000)
+        self.audio, self.text = [], ""
+
+    async def talk(self, frames, until=None):
+        """Send all, and hear the answer to the first `until`."""
+        sending = asyncio.ensure_future(self.send(frames))
+        wanted = (len(frames) if until is None else until) * FRAME_SAMPLES
+        while sum(map(len, self.audio)) < wanted:
+            message = await asyncio.wait_for(self.ws.receive(), 60)
+            assert message.type == aiohttp.WSMsgType.BINARY, message
+            if message.data[0] == 1:
+                self.audio.append(self.reader.append_bytes(message.data[1:]))
+            elif message.data[0] == 2:
+                self.text += message.data[1:].decode()
+            else:
+                assert message.data == b"\x00"
+        await sending
+        return np.concatenate(self.audio)[:wanted], self.text
+
+    async def send(self, frames):
+        for frame in frames:
+            if encoded := self.writer.append_pcm(frame):
+                await self.ws.send_bytes(b"\x01" + encoded)
+                await asyncio.sleep(0.01)
+
+
+async def solo(server_of, frames):
+    # As many rows, for equality to the bit: Opus makes much of little.
+    async with server_of(3) as server, calling(server) as ws:
+        return await Caller(ws).talk(frames)
+
+
+async def say_pcm(ws, frames):
+    """The same as our page does: the samples of the answers."""
+    for frame in frames:
+        await ws.send_bytes(b"\x01" + (frame * 32767).round().astype("<i2").tobytes())
+    heard = [np.frombuffer(await next_bytes(ws, 1), "<i2") for _ in frames]
+    return np.concatenate(heard) / 32767
+
+
+def test_three_callers_and_all_that_can_go_wrong():
+    """One is well-behaved throughout; beside it one resets, one vanishes, one floods, one sends
+    garbage, and one comes too many."""
+    model, codec = parts("delta")
+    voice, other = speech(22, 1), speech(22, 2)
+
+    def server_of(max_users):
+        return serving(model, codec, max_users)
+
+    async def scenario():
+        expected = await solo(server_of, voice)
+        said = alone(model, codec, (other * 32767).round() / 32768)
+        expected_other = np.concatenate([spoken.audio for spoken in said])
+        async with server_of(3) as server:
+            async with calling(server) as good, calling(server, "?format=pcm") as resetting:
+                good_call = asyncio.ensure_future(Caller(good).talk(voice))
+                reset_call = asyncio.ensure_future(say_pcm(resetting, voice[:8]))
+                async with calling(server) as flood, calling(server) as too_many:
+                    refused = await asyncio.wait_for(too_many.receive(), 20)
+                    assert refused.type == aiohttp.WSMsgType.CLOSE and refused.data == 1013
+                    assert refused.extra == "all 3 places are taken; try again later"
+                    # More than a row may wait for, at once, and then gone without goodbye.
+                    flooding = Caller(flood)
+                    flooded = asyncio.ensure_future(flooding.send(np.repeat(voice, 8, axis=0)))
+                    await asyncio.sleep(1)
+                    (call,) = [c for c in server.board.calls.values() if c.number == 3]
+                    assert len(call.inbox) <= 25
+                    flooded.cancel()
+                    flood._response.connection.transport.abort()
+                await reset_call
+                await resetting.send_bytes(b"\x03\x03")
+                again_call = asyncio.ensure_future(say_pcm(resetting, other))
+                while len(server.board.calls) == 3:
+                    await asyncio.sleep(0.02)
+                async with calling(server) as garbage:
+                    await next_bytes(garbage, 0)
+                    for junk in (b"\x01garbage", b"\x09what", b"", b"\x04{", b"\x04[]", b"\x03"):
+                        await garbage.send_bytes(junk)
+                    await garbage.send_str("text")
+                    for _ in range(60):
+                        await garbage.send_bytes(b"\x01" + os.urandom(50))
+                    cut = await asyncio.wait_for(garbage.receive(), 20)
+                    assert cut.data == 1008 and "no meaning" in cut.extra
+                found, again = await good_call, await again_call
+            assert np.array_equal(found[0], expected[0])
+            assert found[1] == expected[1] != ""
+            np.testing.assert_allclose(again, expected_other, atol=1e-4)
+            page = server.board.metrics.page().decode()
+            assert 'refused_total{reason="full"} 1.0' in page
+
+    asyncio.run(scenario())
+
+
+def test_answers_are_those_of_the_engine():
+    model, codec = parts("sum")
+    voice = speech(10, 3)
+    expected = alone(model, codec, (voice * 32767).round() / 32768)
+
+    async def scenario():
+        async with serving(model, codec, 2) as server, calling(server, "?format=pcm") as ws:
+            await next_bytes(ws, 0)
+            about = json.loads(await next_bytes(ws, 4))
+            assert about["layers"] == [0, 2] and about["frame_samples"] == FRAME_SAMPLES
+            pcm = (voice * 32767).round().astype("<i2").tobytes()
+            for start in range(0, len(pcm), 1000):
+                await ws.send_bytes(b"\x01" + pcm[start : start + 1000])
+            for index, spoken in enumerate(expected):
+                heard = np.frombuffer(await next_bytes(ws, 1), "<i2") / 32767
+                np.testing.assert_allclose(heard, spoken.audio.clip(-1, 1), atol=1e-4)
+                note = json.loads(await next_bytes(ws, 4))
+                assert note["at_sec"] == round(index * 0.08, 2) and note["waited_ms"] > 0
+            assert note["changes"]["0"] > 0
+
+    asyncio.run(scenario())
+
+
+def test_stock_client_works_unchanged(monkeypatch):
+    """`moshi.client` itself, with a microphone and a loudspeaker that are made of arrays."""
+    model, codec = parts("sum")
+    voice = speech(12, 4)
+    played, tokens = [], []
+
+    class Stream:
+        def __init__(self, callback, **how):
+            self.callback = callback
+
+        def __exit__(self, *exc):
+            return None
+
+    class Microphone(Stream):
+        def __enter__(self):
+            for frame in voice:
+                self.callback(frame[:, None], FRAME_SAMPLES, None, None)
+
+    class Loudspeaker(Stream):
+        def __enter__(self):
+            return None
+
+    fake = types.ModuleType("sounddevice")
+    fake.InputStream, fake.OutputStream = Microphone, Loudspeaker
+    monkeypatch.setitem(sys.modules, "sounddevice", fake)
+    monkeypatch.delitem(sys.modules, "moshi.client", raising=False)
+    from moshi import client
+
+    class Printer(client.RawPrinter):
+        def print_token(self, token):
+            tokens.append(token)
+
+        def log(self, level, msg):
+            assert level == "info", msg
+
+    async def scenario():
+        async with serving(model, codec, 1) as server:
+            connections = []
+            original = client.Connection.__init__
+
+            def remember(self, *args, **kwargs):
+                original(self, *args, **kwargs)
+                connections.append(self)
+
+            monkeypatch.setattr(client.Connection, "__init__", remember)
+            monkeypatch.setattr(client.Connection, "_lost_connection", lambda self: None)
+            args = types.SimpleNamespace(url=server.url)
+            running_client = asyncio.ensure_future(client.run(Printer(), args))
+            while not connections or connections[0]._output_queue.qsize() < len(voice):
+                await asyncio.sleep(0.02)
+                assert not running_client.done(), running_client.result()
+            while not connections[0]._output_queue.empty():
+                played.append(connections[0]._output_queue.get())
+            running_client.cancel()
+            await asyncio.gather(running_client, return_exceptions=True)
+
+    # It warns of the handshake, a kind that it does not know.
+    monkeypatch.setattr(Printer, "log", lambda self, level, msg: None)
+    asyncio.run(scenario())
+    assert len(played) == len(voice) and np.abs(np.concatenate(played)).max() > 1e-3
+    assert "".join(tokens).strip()
+
+
+def test_a_caller_who_is_late_is_paused_or_hears_silence():
+    model, codec = parts("sum")
+    voice = speech(6, 5)
+
+    async def scenario(on_late):
+        async with serving(model, codec, 1, on_late=on_late) as server:
+            async with calling(server, "?format=pcm") as ws:
+                pcm = (voice * 32767).astype("<i2")
+                await ws.send_bytes(b"\x01" + pcm[:3].tobytes())
+                await asyncio.sleep(0.8)
+                await ws.send_bytes(b"\x01" + pcm[3:].tobytes())
+                await asyncio.sleep(0.5)
+                (call,) = server.board.calls.values()
+                return call.row.num_frames, call.num_late
+
+    heard, late = asyncio.run(scenario("pause"))
+    assert heard == 6 and late > 2
+    heard, late = asyncio.run(scenario("silence"))
+    assert heard > 9 and late >= heard - 6
+
+
+def test_memory_and_sessions_of_a_call():
+    model, codec = parts("delta")
+    voice = speech(16, 6)
+    pcm = [b"\x01" + (frame * 32767).round().astype("<i2").tobytes() for frame in voice]
+
+    async def said(ws, messages):
+        for message in messages:
+            await ws.send_bytes(message)
+        heard = [await next_bytes(ws, 1) for _ in messages]
+        return heard
+
+    async def scenario():
+        mine = identify(model, codec, Path("mine"))
+        async with serving(model, codec, 2, identity=mine) as server:
+            async with calling(server, "?format=pcm") as ws, aiohttp.ClientSession() as http:
+                key = json.loads(await next_bytes(ws, 4))["call"]
+                session = f"{server.url}/api/calls/{key}/session"
+                await said(ws, pcm[:9])
+                saved = await (await http.get(session)).read()
+                rest = await said(ws, pcm[9:])
+                # The same again, from where it was.
+                answer = await http.put(session, data=saved)
+                assert (answer.status, await answer.text()) == (200, "all\n")
+                assert await said(ws, pcm[9:]) == rest
+                memory = await (await http.get(f"{session}?part=memory")).read()
+                assert len(memory) < len(saved)
+                (call,) = server.board.calls.values()
+                await ws.send_bytes(b'\x04{"do": "forget"}')
+                await said(ws, pcm[:1])
+                assert server.board.engine.changes()[0][call.row.index] == 0
+                await ws.send_bytes(b'\x04{"do": "ttt", "on": false}')
+                await said(ws, pcm[:7])
+                assert server.board.engine.changes()[0][call.row.index] == 0
+                assert not call.row.ttt_on
+
+                for data, status, word in (
+                    (b"junk", 409, "no session"),
+                    (b"x" * (len(saved) + 2**21), 413, ""),
+                ):
+                    answer = await http.put(session, data=data)
+                    assert answer.status == status and word in await answer.text()
+                answer = await http.get(f"{server.url}/api/calls/unknown/session")
+                assert answer.status == 404
+                answer = await http.get(f"{session}?part=../../etc/passwd")
+                assert answer.status == 400
+        other = Identity("other/checkpoint_000001", "feedfeedfeed")
+        async with serving(model, codec, 1, identity=other) as server:
+            async with calling(server, "?format=pcm") as ws, aiohttp.ClientSession() as http:
+                key = json.loads(await next_bytes(ws, 4))["call"]
+                answer = await http.put(f"{server.url}/api/calls/{key}/session", data=saved)
+                text = await answer.text()
+                assert answer.status == 409 and "'mine'" in text and "other/checkpoint" in text
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.slow
+def test_200_connects_leave_nothing_behind():
+    model, codec = parts("delta")
+    voice = speech(3, 8)
+
+    def held():
+        gc.collect()
+        return len(gc.get_objects()), len(os.listdir("/proc/self/fd")), len(asyncio.all_tasks())
+
+    async def scenario():
+        async with serving(model, codec, 3) as server:
+            for index in range(200):
+                async with calling(server) as ws:
+                    await Caller(ws).talk(voice, until=2)
+                    if index % 2:
+                        ws._response.connection.transport.abort()
+                while server.board.calls:
+                    await asyncio.sleep(0.005)
+                if index == 20:
+                    await asyncio.sleep(0.3)
+                    before = held()
+            await asyncio.sleep(0.3)
+            after = held()
+        assert after[0] < before[0] + 500, (before, after)
+        assert after[1] <= before[1] + 2 and after[2] <= before[2] + 1, (before, after)
+
+    asyncio.run(scenario())

@@ -1,0 +1,55 @@
+"""Switches and measurements of a TTT layer while it streams do not depend on the method."""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+
+class Streamed:
+    """Part of every TTT layer that lets rows do without TTT, and sees how much TTT does."""
+
+    is_change: ClassVar[bool] = False
+    """Whether the fast weights are a change, added to trained weights, and not weights of their
+    own."""
+
+    rows_on: Tensor | None = None
+    """[B], rows of a stream that use TTT; None: all. See `ttt.use_in_rows`."""
+    measures_stream = False
+    """Whether steps of a stream leave `stream_effect`; set it before the first."""
+    stream_effect: Tensor | None = None
+    """[B], ‖what TTT adds‖ / ‖what it is added to‖ of the last step."""
+
+    _streaming_state: Any
+
+    def streamed(self, added: Tensor, to: Tensor) -> Tensor:
+        """Return what a step of a stream adds to `to`: `added` [B, T, d], and zero in rows that are
+        switched off."""
+        if self.rows_on is not None:
+            added = torch.where(self.rows_on.view(-1, 1, 1), added, 0.0)
+        if self.measures_stream:
+            part, whole = (x.detach().float().flatten(1).norm(dim=1) for x in (added, to))
+            self.stream_effect = part / whole.clamp(min=torch.finfo(torch.float32).tiny)
+        return added
+
+    def start_weights(self) -> list[Tensor]:
+        """Return the weights that a stream starts from, in the order of its `fast_weights`."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def start_norm(self) -> Tensor:
+        """Return ‖W0‖, of all weights that a stream starts from."""
+        squares = [weight.float().square().sum() for weight in self.start_weights()]
+        return torch.stack(squares).sum().sqrt()
+
+    @torch.no_grad()
+    def stream_change(self) -> Tensor:
+        """Return ‖W − W0‖ / ‖W0‖ of each row of a stream, float32 [B]; ‖W‖ where W0 is zero."""
+        fast = self._streaming_state.fast_weights()
+        changes = fast
+        if not self.is_change:
+            starts = self.start_weights()
+            changes = [w - start.to(w.dtype) for w, start in zip(fast, starts, strict=True)]
+        squares = [change.flatten(1).norm(dim=1).square() for change in changes]
+        norm = self.start_norm()
+        return (torch.stack(squares).sum(0).sqrt() / torch.where(norm > 0, norm, 1.0)).float()
