@@ -25,6 +25,7 @@ from finetune.config import (
     pages,
 )
 from finetune.demo import DemoDataOptions, DemoOptions
+from finetune.errors import UserError
 from finetune.evaluation import Options as EvaluateOptions
 from finetune.recall import RecallOptions
 from finetune.recordings import (
