@@ -22,14 +22,7 @@ from finetune.checkpoint import (
     step_of,
 )
 from finetune.config import TrainArgs, changed_keys, public_dict
-from finetune.data import (
-    Batch,
-    build_eval_loader,
-    build_train_loader,
-    check_share,
-    open_store,
-    warn_if_shared,
-)
+from finetune.data import Batch, build_loaders
 from finetune.distributed import (
     Watch,
     build_sharding,
@@ -105,37 +98,7 @@ class Trainer:
             max_steps=args.max_steps,
             sharding=self.sharding,
         )
-        store = open_store(args.data)
-        places: dict[str, Any] = {
-            "duration_sec": args.duration_sec,
-            "batch_size": args.batch_size,
-            "rank": self.world.data_rank,
-            "world_size": self.world.data_size,
-            "device": self.world.device,
-            "store": store,
-        }
-        if self.world.size > 1:
-            check_share(
-                args.data,
-                self.codec,
-                store=store,
-                rank=self.world.rank,
-                world_size=self.world.size,
-                with_eval=args.do_eval,
-            )
-            self.world.barrier()
-        self.train_data = build_train_loader(
-            args.data,
-            self.codec,
-            seed=args.seed,
-            num_microbatches=args.num_microbatches,
-            **places,
-        )
-        self.eval_data = (
-            build_eval_loader(args.data, self.codec, **places) if args.do_eval else None
-        )
-        if self.eval_data is not None:
-            warn_if_shared(self.train_data, self.eval_data)
+        self.train_data, self.eval_data = build_loaders(args, self.codec, self.world)
         self.speech_check = build_speech_check(args, self.codec, self.world)
         self.phases = Phases(self.world.device)
         self.step = 0

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from finetune.config import DataArgs
+from finetune.config import DataArgs, TrainArgs
+from finetune.distributed import World
 
-from .batches import Batch, Batcher
+from .batches import Batch, Batcher, open_store
 from .codec import Codec
 from .inspection import inspect_listing
 from .order import SampleOrder
@@ -79,15 +80,7 @@ def build_train_loader(
         UserError: see `load_sources`.
     """
     num_frames = count_frames(duration_sec)
-    data = load_sources(
-        args.train_data,
-        key="data.train_data",
-        num_frames=num_frames,
-        on_error=args.on_error,
-        store=store,
-        text=codec.text,
-        reading=Reading.of(args, training=True),
-    )
+    data = _load(args, codec, num_frames, store, training=True)
     batcher = Batcher(
         args,
         codec,
@@ -113,24 +106,62 @@ def build_eval_loader(
 ) -> "EvalLoader":
     """Check all evaluation data and make the loader of one rank. Arguments as for training."""
     num_frames = count_frames(duration_sec)
-    data = load_sources(
-        args.eval_data,
-        key="data.eval_data",
+    data = _load(args, codec, num_frames, store, training=False)
+    batcher = Batcher(args, codec, num_frames, batch_size, torch.device(device), store)
+    return EvalLoader(batcher, data, rank, world_size)
+
+
+def _load(
+    args: DataArgs, codec: Codec, num_frames: int, store: Store | None, *, training: bool
+) -> DataSet:
+    return load_sources(
+        args.train_data if training else args.eval_data,
+        key="data.train_data" if training else "data.eval_data",
         num_frames=num_frames,
         on_error=args.on_error,
         store=store,
         text=codec.text,
-        reading=Reading.of(args, training=False),
+        reading=Reading.of(args, training=training),
     )
-    batcher = Batcher(
-        args,
-        codec,
-        num_frames,
-        batch_size,
-        torch.device(device),
-        store,
+
+
+def build_loaders(
+    args: TrainArgs, codec: Codec, world: World
+) -> tuple["TrainLoader", "EvalLoader | None"]:
+    """Check all data of a run and make this process's loaders; without `do_eval`, one alone.
+
+    The processes share the check where they share a cache.
+
+    Raises:
+        UserError: see `load_sources`.
+    """
+    store = open_store(args.data)
+    if world.size > 1:
+        check_share(
+            args.data,
+            codec,
+            store=store,
+            rank=world.rank,
+            world_size=world.size,
+            with_eval=args.do_eval,
+        )
+        world.barrier()
+    places: dict[str, Any] = {
+        "duration_sec": args.duration_sec,
+        "batch_size": args.batch_size,
+        "rank": world.data_rank,
+        "world_size": world.data_size,
+        "device": world.device,
+        "store": store,
+    }
+    train = build_train_loader(
+        args.data, codec, seed=args.seed, num_microbatches=args.num_microbatches, **places
     )
-    return EvalLoader(batcher, data, rank, world_size)
+    if not args.do_eval:
+        return train, None
+    evaluation = build_eval_loader(args.data, codec, **places)
+    warn_if_shared(train, evaluation)
+    return train, evaluation
 
 
 def warn_if_shared(train: "TrainLoader", evaluation: "EvalLoader") -> None:
