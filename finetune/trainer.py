@@ -118,7 +118,12 @@ class Trainer:
         if resume_from is not None:
             self.resume(resume_from)
         self.profiler = StepProfiler(
-            args.profile_steps, self.run_dir, rank=self.world.rank, num_done=self.step
+            args.profile_steps,
+            self.run_dir,
+            rank=self.world.rank,
+            num_done=self.step,
+            num_ranks=self.world.size,
+            announce=self.folder.record.add,
         )
         self.folder.set_damaged_apart(damaged)
         # Only now, when nothing else can be wrong: it may take the place of an older run.

@@ -208,13 +208,6 @@ class RunFolder:
         for kind in KINDS:
             path = metrics_path(Path(), kind)
             names += [path.name, path.with_suffix(".tmp").name]
-        if self._args.profile_steps is not None:
-            first, last = self._args.profile_steps
-            names += [
-                f"profile/steps_{first}-{step}.rank{rank}.json.gz"
-                for step in range(first, last + 1)
-                for rank in range(self._world.size)
-            ]
         return names
 
     def _own_trees(self) -> list[str]:

@@ -36,7 +36,8 @@ def evaluate_checkpoint(options: Options) -> dict[str, Any]:
 
     Raises:
         UserError: wrong paths, data that cannot be read at all, options that contradict each other
-            or an earlier evaluation in the same folder; or the GPU's memory is too small.
+            or an earlier evaluation in the same folder; nothing of what was asked for could be
+            measured; or the GPU's memory is too small.
     """
     setup_logging()
     options.check()
@@ -67,6 +68,9 @@ def _evaluate(options: Options) -> dict[str, Any]:
     told = [sentence for task in tasks for sentence in task.sentences(found[task.name])]
     results = {**_described(bench), "conclusions": [*bad_weights, *told], **found}
     _write(options, results)
+    reasons = [reason for task in tasks if (reason := task.why_nothing(found[task.name]))]
+    if reasons:
+        raise UserError("\n".join([*reasons, f"What there is lies in {options.out}."]))
     return results
 
 

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -70,12 +70,22 @@ class StepProfiler:
     """Writes `profile/steps_A-B.rank0.json.gz` into the run folder, for https://ui.perfetto.dev."""
 
     def __init__(
-        self, steps: Sequence[int] | None, run_dir: Path, *, rank: int, num_done: int
+        self,
+        steps: Sequence[int] | None,
+        run_dir: Path,
+        *,
+        rank: int,
+        num_done: int,
+        num_ranks: int = 1,
+        announce: Callable[[list[str]], None] = lambda names: None,
     ) -> None:
         """
         Args:
             steps: the first and the last step to profile; None: no profile.
             num_done: steps that were done before, when a run is resumed.
+            num_ranks: processes that profile the same steps.
+            announce: told by the first of them what files they are about to write, by their names
+                in the run folder.
         """
         if steps is not None and num_done >= steps[0]:
             logger.warning(
@@ -84,7 +94,8 @@ class StepProfiler:
             steps = None
         self._steps = steps
         self._rank = rank
-        self._folder = run_dir / "profile"
+        self._num_ranks = num_ranks
+        self._run_dir, self._announce = run_dir, announce
         self._profile: profile | None = None
         self._last_step = num_done
 
@@ -113,8 +124,13 @@ class StepProfiler:
         if last < first:
             self._profile = None
             return
-        self._folder.mkdir(parents=True, exist_ok=True)
-        path = self._folder / f"steps_{first}-{last}.rank{self._rank}.json.gz"
+        names = [
+            f"profile/steps_{first}-{last}.rank{rank}.json.gz" for rank in range(self._num_ranks)
+        ]
+        if self._rank == 0:
+            self._announce(names)
+        path = self._run_dir / names[self._rank]
+        path.parent.mkdir(parents=True, exist_ok=True)
         self._profile.export_chrome_trace(str(path))
         self._profile = None
         logger.info("profile of steps %d to %d: %s (open it in ui.perfetto.dev)", first, last, path)

@@ -11,11 +11,11 @@ from finetune.data import FRAME_RATE_HZ, Word
 from finetune.errors import UserError
 from finetune.recordings.annotate import SPEAKERS
 from finetune.recordings.show import SAMPLE_RATE_HZ, Shown, Streams
+from finetune.report import COLORS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_COLORS = ("#0072b2", "#d55e00")  # left and right; safe for the color-blind
 _ALARM = "#c62828"
 _SIDES = ("left: Moshi", "right: the user")
 _QUIET = 0.1
@@ -63,10 +63,10 @@ def _draw_channel(axes: Axes, shown: Shown, channel: int) -> None:
     """Draw a waveform and, above it, the words of its speaker."""
     low, high = _envelope(shown.samples[channel])
     times = shown.start_sec + np.arange(len(low)) * shown.duration_sec / max(1, len(low))
-    axes.fill_between(times, low, high, color=_COLORS[channel], linewidth=0.4)
+    axes.fill_between(times, low, high, color=COLORS[channel], linewidth=0.4)
     axes.set_ylim(-1.05, 2.3)
     axes.set_yticks([-1, 0, 1])
-    axes.set_ylabel(_SIDES[channel], color=_COLORS[channel])
+    axes.set_ylabel(_SIDES[channel], color=COLORS[channel])
     axes.spines[["top", "right"]].set_visible(False)
     main = SPEAKERS[0]
     for word in shown.words:
@@ -128,7 +128,7 @@ def _draw_streams(axes: np.ndarray, streams: Streams, start_sec: float) -> None:
     codes.tick_params(axis="y", length=0)
     first, others = streams.audio_weights[0], streams.audio_weights[1:].mean(axis=0)
     for values, color, label, width in (
-        (first, _COLORS[0], "Moshi's first codebook", 4.0),
+        (first, COLORS[0], "Moshi's first codebook", 4.0),
         (others, "#009e73", "Moshi's others", 2.0),
         (streams.text_weights, "#333333", "text", 1.2),
     ):

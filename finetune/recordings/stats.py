@@ -20,8 +20,8 @@ from finetune.recordings.files import listed
 from finetune.recordings.listing import list_data
 from finetune.recordings.options import StatsOptions
 from finetune.recordings.work import do_all
+from finetune.report import COLORS, tidy
 
-_COLORS = ("#0072b2", "#d55e00", "#009e73")
 _MAX_PAUSE_SEC = 0.5
 """Words of a speaker this close belong together: speech goes on between them."""
 
@@ -212,11 +212,11 @@ def draw(statistics: Statistics, out: Path) -> None:
 def _histogram(
     axes: Any, values: Sequence[Sequence[float]], label: str, names: Sequence[str] = ()
 ) -> None:
-    colors = _COLORS[: len(values)] if names else _COLORS[2:]
+    colors = COLORS[: len(values)] if names else COLORS[2:3]
     axes.hist([list(some) for some in values], bins=20, color=colors, label=names or None)
     axes.set_xlabel(label)
     axes.set_ylabel("recordings")
     axes.yaxis.get_major_locator().set_params(integer=True)
-    axes.spines[["top", "right"]].set_visible(False)
+    tidy(axes)
     if names:
         axes.legend(frameon=False)

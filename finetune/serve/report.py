@@ -1,26 +1,27 @@
 """A report of TTT at work while recordings are answered: by layer and chunk, beside the words."""
 
-import html
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from finetune.data import FRAME_RATE_HZ
 from finetune.errors import UserError
+from finetune.report import Entry, Page, Section, Table, html_page, line_style, svg_element, tidy
 from finetune.serve.engine import Engine, Row
 from finetune.serve.words import Words
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MEANING = {
     "change": "how far the fast weights are from where they start, ‖S‖ / ‖W0‖",
     "written": "how much this chunk changed them, ‖S_after − S_before‖ / ‖W0‖",
     "effect": "how much that changed the layer's output, ‖S z‖ / ‖W0 z‖, mean over the chunk",
 }
-_COLORS = ("#1f6feb", "#c2410c", "#15803d", "#7e22ce", "#a16207", "#0e7490")
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM = 760, 180, 56, 24
 
 
 @dataclass
@@ -125,66 +126,40 @@ class Report:
 
 
 def _page(whole: dict[str, Any]) -> str:
-    """One page, with nothing from elsewhere."""
-    parts = [_chapter(each, whole["layers"]) for each in whole["recordings"]]
-    meaning = "".join(f"<dt>{name}</dt><dd>{text}</dd>" for name, text in MEANING.items())
-    return (
-        "<!doctype html><html lang=en><meta charset=utf-8>"
-        "<meta name=viewport content='width=device-width'><title>What TTT did</title><style>"
-        "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;"
-        "color-scheme:light dark}table{border-collapse:collapse;font-variant-numeric:tabular-nums}"
-        "td,th{padding:.2rem .7rem;text-align:right;vertical-align:top;border-top:1px solid #8884}"
-        "td:last-child,th:last-child{text-align:left}svg{max-width:100%;height:auto}"
-        "svg text{font-size:12px;fill:currentColor}dt{font-weight:600}.wide{overflow-x:auto}"
-        f"</style><h1>What TTT did</h1><dl>{meaning}</dl>{''.join(parts)}</html>\n"
-    )
+    entries = [Entry(name, text) for name, text in MEANING.items()]
+    layers = whole["layers"]
+    chapters = [_chapter(each, layers) for each in whole["recordings"]]
+    return html_page(Page("What TTT did", [Section("", entries=entries), *chapters]))
 
 
-def _chapter(recording: dict[str, Any], layers: list[int]) -> str:
-    heads = "".join(f"<th>layer {i}: change</th><th>written</th><th>effect</th>" for i in layers)
-    lines = []
+def _chapter(recording: dict[str, Any], layers: list[int]) -> Section:
+    columns = ["chunk, s", *(f"layer {i}: {name}" for i in layers for name in MEANING)]
+    rows = []
     for chunk in recording["chunks"]:
-        cells = "".join(
-            f"<td>{chunk['layers'][i][name]:.3g}</td>" for i in layers for name in MEANING
-        )
-        words = " ".join(
-            html.escape(w["word"])
-            for w in recording["words"]
-            if chunk["start_sec"] <= w["start_sec"] < chunk["end_sec"]
-        )
-        times = f"{chunk['start_sec']:.1f}–{chunk['end_sec']:.1f} s"
-        lines.append(f"<tr><td>{times}</td>{cells}<td>{words}</td></tr>")
-    return (
-        f"<h2>{html.escape(recording['recording'])}</h2>{_figure(recording['chunks'], layers)}"
-        f"<div class=wide><table><tr><th>chunk</th>{heads}<th>Moshi says</th></tr>"
-        f"{''.join(lines)}</table></div>"
+        start, end = chunk["start_sec"], chunk["end_sec"]
+        said = [w["word"] for w in recording["words"] if start <= w["start_sec"] < end]
+        numbers = [f"{chunk['layers'][i][name]:.3g}" for i in layers for name in MEANING]
+        rows.append([f"{start:.1f} to {end:.1f}", *numbers, " ".join(said)])
+    return Section(
+        recording["recording"],
+        figure=svg_element(_figure(recording["chunks"], layers)),
+        tables=[Table([*columns, "Moshi says"], rows)],
     )
 
 
-def _figure(chunks: list[dict[str, Any]], layers: list[int]) -> str:
-    """The change of each layer over time."""
-    last_sec = chunks[-1]["end_sec"]
-    highest = max(max(c["layers"][i]["change"] for c in chunks for i in layers), 1e-9)
-    lines = []
+def _figure(chunks: list[dict[str, Any]], layers: list[int]) -> "Figure":
+    """Draw the change of each layer over time."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 2.4), layout="constrained")
+    axes = figure.add_subplot()
+    times = [0.0, *(chunk["end_sec"] for chunk in chunks)]
     for index, layer in enumerate(layers):
-        color = _COLORS[index % len(_COLORS)]
-        points = [(0.0, 0.0), *((c["end_sec"], c["layers"][layer]["change"]) for c in chunks)]
-        path = " ".join(
-            f"{_LEFT + (_WIDTH - _LEFT) * sec / last_sec:.1f},"
-            f"{(_HEIGHT - _BOTTOM) * (1 - 0.9 * value / highest):.1f}"
-            for sec, value in points
-        )
-        lines.append(f"<polyline points='{path}' fill=none stroke='{color}' stroke-width=2 />")
-        at = _LEFT + 10 + 90 * index
-        lines.append(f"<text x={at} y=14 style='fill:{color}'>layer {layer}</text>")
-    base = _HEIGHT - _BOTTOM
-    return (
-        f"<svg viewBox='0 0 {_WIDTH} {_HEIGHT}' width={_WIDTH} role=img "
-        "aria-label='Change of each layer over time'>"
-        f"<path d='M{_LEFT} {base}H{_WIDTH}M{_LEFT} {0.1 * base:.1f}H{_WIDTH}' stroke='#8886' />"
-        f"<text x={_LEFT - 6} y={base} text-anchor=end>0</text>"
-        f"<text x={_LEFT - 6} y={0.1 * base + 4:.1f} text-anchor=end>{highest:.2g}</text>"
-        f"<text x={_LEFT} y={_HEIGHT - 6}>0 s</text>"
-        f"<text x={_WIDTH} y={_HEIGHT - 6} text-anchor=end>{last_sec:.0f} s</text>"
-        f"{''.join(lines)}</svg>"
-    )
+        changes = [0.0, *(chunk["layers"][layer]["change"] for chunk in chunks)]
+        axes.plot(times, changes, label=f"layer {layer}", **line_style(index))
+    axes.set_xlabel("time, s")
+    axes.set_ylabel("change")
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False)
+    tidy(axes)
+    return figure

@@ -79,6 +79,11 @@ class Task(ABC):
         """Return what the results say, and no more than their intervals allow. Sentences that begin
         with `Alarm` or `Warning` stand out."""
 
+    def why_nothing(self, found: Found) -> str:
+        """Return why nothing at all could be measured, the empty text if something was: then the
+        command ends with this as its error, once the results are written."""
+        return ""
+
     def note(self, found: Found) -> str:
         """Return what a reader of the figure and the tables has to know; it stands above them."""
         return ""

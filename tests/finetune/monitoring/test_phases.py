@@ -7,6 +7,7 @@ import signal
 import pytest
 from training_tools import finish, lines_until, logged, logged_steps, start_program, train
 
+from finetune.checkpoint.run_record import RunRecord
 from finetune.config import load_config
 from finetune.errors import UserError
 from finetune.step import LostSteps
@@ -68,7 +69,7 @@ def profiled_steps(path):
 def test_a_signal_in_mid_profile_keeps_what_there_is(config, tmp_path):
     run = start_program(
         f"--config={config}", f"--run_dir={tmp_path}",
-        "--max_steps=1000000", "--profile_steps=[2,2000]",
+        "--max_steps=1000000", "--profile_steps=[2,900000]",
     )  # fmt: skip
     list(lines_until(run, "step 3/"))
     run.send_signal(signal.SIGINT)
@@ -78,6 +79,9 @@ def test_a_signal_in_mid_profile_keeps_what_there_is(config, tmp_path):
     (path,) = (tmp_path / "profile").iterdir()
     assert path.name == f"steps_2-{last}.rank0.json.gz"
     assert profiled_steps(path) == last - 1
+    record = RunRecord(tmp_path)
+    assert record.path.stat().st_size < 10_000
+    assert record.found().foreign == []
 
 
 def test_an_error_in_mid_profile_keeps_what_there_is(config, tmp_path, monkeypatch):

@@ -120,6 +120,14 @@ class Pairs(Task):
             f"{plain(accuracy)}: {verdict}{missing}."
         ]
 
+    def why_nothing(self, found: Found) -> str:
+        if found["all"]["accuracy"]["value"] is not None:
+            return ""
+        pair, reason = next(iter(found["missing"].items()))
+        rest = len(found["missing"]) - 1
+        more = f" (and {rest} more pairs)" if rest else ""
+        return f"--pairs: no pair could be scored. {pair}: {reason}{more}"
+
     def note(self, found: Found) -> str:
         options = found["options"]
         norm = "divided by the number of frames" if options["length_norm"] == "mean" else "as it is"
