@@ -53,7 +53,7 @@ def random_parts(args: argparse.Namespace, device: torch.device) -> tuple[TTTLMM
 
 
 def run(model: TTTLMModel, codec: Codec, callers: int, args: argparse.Namespace) -> dict:
-    """One table line; leaves the program if what was computed is wrong."""
+    """Measure one table line; leave the program if what was computed is wrong."""
     cuda = model.device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats()

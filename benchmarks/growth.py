@@ -53,7 +53,7 @@ def slopes(seen: Iterable[tuple[float, dict[str, float]]]) -> dict[str, float]:
 
 
 def is_flat(found: dict[str, float], span: float) -> bool:
-    """Whether nothing grows, by slopes over `span` steps, evaluations or frames."""
+    """Return whether nothing grows, by slopes over `span` steps, evaluations or frames."""
     return all(
         value <= max(MAX_SLOPE[name], NOISE[name] / (span / 1000)) for name, value in found.items()
     )

@@ -101,7 +101,7 @@ def fast_weights(module: TTTLayer) -> Tensor:
 
 
 def size(module: TTTLayer, norm_at_start: Tensor) -> Tensor:
-    """How large the fast weights of a streaming module are; see `stream`."""
+    """Return how large the fast weights of a streaming module are; see `stream`."""
     if module.is_change:
         return module.stream_change()[0]
     return fast_weights(module).norm() / norm_at_start

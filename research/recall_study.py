@@ -56,7 +56,7 @@ NUM_EVAL = 64
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One run of the study."""
+    """A cell is one run of the study."""
 
     form: str
     embedding_std: float
@@ -81,7 +81,7 @@ def cells(
     forms: Sequence[str] = tuple(FORMS),
     seeds: Sequence[int] = (0,),
 ) -> list[Cell]:
-    """All combinations, the widest, which take longest, first."""
+    """Return all combinations, the widest, which take longest, first."""
     everything = itertools.product(sorted(widths, reverse=True), chunk_sizes, stds, forms, seeds)
     return [Cell(form, std, width, size, seed) for width, size, std, form, seed in everything]
 

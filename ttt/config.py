@@ -42,7 +42,7 @@ Heads = Annotated[int, Ge(1), Le(10**4)]
 
 @dataclass
 class TTTArgs:
-    """Which layers learn at test time, and how."""
+    """Options of the layers that learn at test time."""
 
     enabled: bool = False
     """Whether the model has TTT layers."""

@@ -98,8 +98,8 @@ class TTTTransformerLayer(Shardable, StreamingTransformerLayer):
 
 @dataclass(frozen=True)
 class HiddenStates:
-    """What the output heads read, at the frames where the delayed codes are to be predicted: a
-    stream with a delay of d frames has the target of frame t at t + d."""
+    """Hidden states that the output heads read, at the frames where the delayed codes are to be
+    predicted: a stream with a delay of d frames has the target of frame t at t + d."""
 
     text: Tensor
     """[B, T, d]."""
@@ -135,9 +135,9 @@ class TTTLMModel(Shardable, LMModel):
     def forward(
         self, codes: Tensor, condition_tensors: None = None, *, with_heads: bool = True
     ) -> LMOutput | HiddenStates:
-        """As stock, for codes [B, 17, T]; or, without the heads, what they read: the logits of a
-        large vocabulary take more memory than all else, and a loss can do without having them all.
-        """
+        """Compute logits as stock does, for codes [B, 17, T]; or, without the heads, what they
+        read: the logits of a large vocabulary take more memory than all else, and a loss can do
+        without having them all."""
         assert condition_tensors is None
         if with_heads:
             return super().forward(codes)
@@ -152,7 +152,8 @@ class TTTLMModel(Shardable, LMModel):
         sum_condition: Tensor | None = None,
         cross_attention_src: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """As stock, but the layers also get the embeddings that TTT makes its targets of.
+        """Compute as stock does, but give the layers also the embeddings that TTT makes its targets
+        of.
 
         Args:
             sequence: [B, 17, T], the (delayed) codes that the model reads.
@@ -184,7 +185,7 @@ class TTTLMModel(Shardable, LMModel):
             return self.out_norm(out)
 
     def _rope_table(self, sequence: Tensor) -> RopeTable | None:
-        """For sequences from their start; streams know their own positions."""
+        """Return the RoPE table of sequences from their start; streams know their own positions."""
         rope = self.transformer.rope
         if rope is None or self._streaming_state is not None:
             return None
@@ -194,7 +195,7 @@ class TTTLMModel(Shardable, LMModel):
         return rope_table(frames[:, None], head_width, rope.max_period, interleave=rope.interleave)
 
     def forward_depformer_training(self, sequence: Tensor, transformer_out: Tensor) -> Tensor:
-        """As stock: audio logits [B, K, T, card]."""
+        """Return audio logits [B, K, T, card], as stock does."""
         batch, num_frames = transformer_out.shape[:2]
         with eager_on_cpu(sequence.device):
             hidden = depth_hidden(self, sequence, transformer_out, self.execution)
@@ -279,9 +280,9 @@ def build_model(
 
 
 def _set_attention_context(model: TTTLMModel, args: TTTArgs) -> None:
-    """In the TTT layers, or those that would be: a control run with `enabled: false` must see as
-    much as the run that it is compared with. The KV cache of streaming follows, as it asks the
-    attention."""
+    """Set the attention's context in the TTT layers, or those that would be: a control run with
+    `enabled: false` must see as much as the run that it is compared with. The KV cache of streaming
+    follows, as it asks the attention."""
     if args.attention_context is None:
         return
     layers = model.transformer.layers

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Method:
-    """What a configuration is checked against, and where the layer is found."""
+    """A method has what a configuration is checked against, and where the layer is found."""
 
     layer: str
     """`module:Class`, a `ttt.layers.TTTLayer`; imported where a model is built."""

@@ -224,7 +224,7 @@ def _states(model: nn.Module, *, whole: bool) -> Iterator[tuple[str, State]]:
 
 
 def _fields(model: nn.Module, *, whole: bool) -> Iterator[tuple[str, object, str]]:
-    """All that changes while streaming: a name, the object that holds it, and its field."""
+    """Yield all that changes while streaming: a name, the object that holds it, and its field."""
     for module_name, state in _states(model, whole=whole):
         prefix = f"{module_name}." if module_name else ""
         if isinstance(state, TTTState):

@@ -1,4 +1,4 @@
-"""This room keeps what a run leaves on disk and continues from."""
+"""This package keeps what a run leaves on disk and continues from."""
 
 from finetune.checkpoint.random_state import get_random_state, set_random_state
 from finetune.checkpoint.run_dir import (

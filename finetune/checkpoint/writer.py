@@ -1,9 +1,10 @@
 """Writing checkpoints while training goes on.
 
 At a checkpoint's step everything is copied to the host: of the optimizer's state each process
-copies its own part, and of the weights for people the first process has all, gathered tensor by
-tensor. A thread in every process then writes, checks and counts: the checkpoint gets its name when
-all of it lies on the disk. Until then it is `….incomplete`, which nothing ever reads.
+copies its own part, and of the exported weights (`consolidated/`) the first process has all,
+gathered tensor by tensor. A thread in every process then writes, checks and counts: the checkpoint
+gets its name when all of it lies on the disk. Until then it is `….incomplete`, which nothing ever
+reads.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""This room holds what a run can be told: options, their reading and checking, their pages in
+"""This package holds what a run can be told: options, their reading and checking, their pages in
 docs."""
 
 from finetune.config.args import (

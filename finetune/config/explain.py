@@ -1,4 +1,4 @@
-"""What a configuration's keys mean, for a terminal: `moshi-ttt config KEY`."""
+"""A configuration's keys are explained on a terminal: `moshi-ttt config KEY`."""
 
 import dataclasses
 import textwrap

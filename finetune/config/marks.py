@@ -1,4 +1,5 @@
-"""Marks that stand beside an option, in its type: what the option means to a run and on a line."""
+"""Marks that stand beside an option, in its type: what it means to a run and on the command
+line."""
 
 from dataclasses import dataclass
 from enum import Enum

@@ -1,4 +1,4 @@
-"""From recordings to batches of codes."""
+"""This package makes batches of codes from recordings."""
 
 from finetune.data.audio import AudioInfo, inspect_audio, read_audio
 from finetune.data.batches import Batch, open_store

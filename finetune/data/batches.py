@@ -1,4 +1,4 @@
-"""From references of segments to batches of codes, ahead of when they are needed.
+"""References of segments become batches of codes, ahead of when they are needed.
 
 Workers read, one thread encodes and puts batches together, and the training process takes them:
 
@@ -45,7 +45,7 @@ _STEPS_AHEAD = 2
 
 @dataclass
 class Batch:
-    """What one rank trains on in one forward pass."""
+    """A batch is what one rank trains on in one forward pass."""
 
     codes: torch.Tensor
     """Int64 `[B, num_streams, T]`; −1 past the end of a recording."""

@@ -23,7 +23,7 @@ class Checks:
         self._fingerprint = text.fingerprint if store is not None and text is not None else None
 
     def inspect(self, recording: Recording) -> Inspection:
-        """As `Recording.inspect`, the fast part."""
+        """Inspect a recording as `Recording.inspect` does, the fast part."""
         key = self._key(recording) if self._store is not None else None
         if self._store is None or key is None:
             return recording.inspect(text=self._text)

@@ -1,4 +1,4 @@
-"""From audio and words to codes: Mimi and the text tokenizer, frozen."""
+"""Audio and words become codes by Mimi and the text tokenizer, which are frozen."""
 
 import hashlib
 import inspect

@@ -32,7 +32,7 @@ def check_share(
     world_size: int,
     with_eval: bool,
 ) -> None:
-    """With `data.cache_dir`: check this rank's share of the data, so that the ranks, which need all
+    """Check this rank's share of the data, with `data.cache_dir`, so that the ranks, which need all
     of it, need not each open every file.
 
     Raises:
@@ -219,7 +219,7 @@ class TrainLoader:
         return batch
 
     def _refs(self, start: int) -> Generator[SegmentRef, None, None]:
-        """This rank's segments, from global sample `start` on."""
+        """Yield this rank's segments, from global sample `start` on."""
         batch_size = self._batcher.batch_size
         for offset, (source, segment) in enumerate(self._order.walk(start)):
             if offset // batch_size % self._world_size == self._rank:
@@ -300,7 +300,7 @@ class EvalLoader:
 
     @property
     def num_segments(self) -> int:
-        """Of all ranks together."""
+        """Return the number of segments of all ranks together."""
         return self._data.num_segments
 
     @property

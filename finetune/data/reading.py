@@ -1,4 +1,4 @@
-"""How audio is to be read, as the configuration says: on which side Moshi is, what silence is."""
+"""The configuration says how audio is read: on which side Moshi is, what silence is."""
 
 import zlib
 from dataclasses import dataclass

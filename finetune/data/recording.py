@@ -27,7 +27,7 @@ class Codes(NamedTuple):
 
 @dataclass(frozen=True)
 class Recording(ABC):
-    """One recording of a source, which can be read in any process.
+    """A recording of a source can be read in any process.
 
     A subclass is a frozen dataclass of what is needed to read it: small, because it travels to the
     workers with every segment, and hashable.
@@ -47,7 +47,7 @@ class Recording(ABC):
 
     @property
     def location(self) -> str:
-        """What two recordings share if and only if they are the same."""
+        """Return what two recordings share if and only if they are the same."""
         return str(self.path)
 
     @property
@@ -179,7 +179,7 @@ class OtherSide(Recording):
 
 
 class SegmentRef(NamedTuple):
-    """Which part of a recording: the frames from `start_frame` on."""
+    """Reference of a part of a recording: the frames from `start_frame` on."""
 
     recording: Recording
     start_frame: int

@@ -17,7 +17,7 @@ from .transcripts import Word
 
 
 class AudioIdentity(NamedTuple):
-    """What the audio of a segment is known by. All are 16 bytes."""
+    """Keys that the audio of a segment is known by. All are 16 bytes."""
 
     file: bytes | None
     """Of the part of the file, see `identify_part`."""
@@ -63,7 +63,7 @@ class BrokenSegment:
 
 
 class Task(NamedTuple):
-    """What a worker does for one segment."""
+    """A task is what a worker does for one segment."""
 
     ref: SegmentRef | None
     """None: nothing, its codes are in memory."""
@@ -132,7 +132,7 @@ class SegmentReader(Dataset):
             return segment
 
     def read_audio_only(self, ref: SegmentRef) -> Segment:
-        """As `read`, of a recording without a transcript: the text is padding."""
+        """Read a recording without a transcript, as `read` does: the text is padding."""
         return self._from_audio(ref, [])
 
     def decode_kept(self, kept: bytes) -> torch.Tensor:

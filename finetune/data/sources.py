@@ -1,4 +1,4 @@
-"""From `data.train_data` to checked recordings, cut into segments."""
+"""Data that a configuration names become checked recordings, cut into segments."""
 
 import logging
 import math
@@ -30,7 +30,7 @@ _WEIGHT = re.compile(r"(?P<path>.+):(?P<weight>[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)
 
 @dataclass(frozen=True)
 class WeightedSource:
-    """One `path[:weight]` with everything in it that can be used."""
+    """A weighted source is one `path[:weight]` with everything in it that can be used."""
 
     path: Path
     weight: float
@@ -39,7 +39,7 @@ class WeightedSource:
 
 
 class DataSet(NamedTuple):
-    """All sources of a key, and how many of their entries were left out."""
+    """A data set has all sources of a key, and how many of their entries were left out."""
 
     sources: list[WeightedSource]
     num_skipped: int
@@ -145,7 +145,7 @@ def check_share_of_sources(
 def check_recordings(
     spec: str, *, key: str, text: TextEncoder | None = None, reading: Reading | None = None
 ) -> tuple[list[Recording], list[str]]:
-    """All usable recordings that `spec` names, and what is wrong with each of the others.
+    """Return all usable recordings that `spec` names, and what is wrong with each of the others.
 
     Raises:
         UserError: a path is wrong, or a file cannot be read or is empty.

@@ -34,7 +34,7 @@ class DamagedBlob(Exception):
 
 
 class Blob(NamedTuple):
-    """Where a blob is; any process can read it."""
+    """Place of a blob; any process can read it."""
 
     path: Path
     offset: int
@@ -249,7 +249,8 @@ def _checksum(key: bytes, content: bytes) -> int:
 
 
 def _write(file: BinaryIO, content: bytes) -> None:
-    """All of it, or OSError: an unbuffered write may stop in the middle when a disk runs full."""
+    """Write all of it, or raise OSError: an unbuffered write may stop in the middle when a disk
+    runs full."""
     view = memoryview(content)
     while view:
         view = view[file.write(view) :]

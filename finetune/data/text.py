@@ -56,7 +56,8 @@ class TextEncoder:
         return tokens
 
     def tokenize_often(self, word: str) -> list[int]:
-        """As `tokenize`, for all words of all data: most come again and again."""
+        """Tokenize a word as `tokenize` does, for all words of all data: most come again and
+        again."""
         return _tokenized(self, word)
 
     def stream(self, words: Iterable[Word], start_frame: int, num_frames: int) -> list[int]:
@@ -84,7 +85,7 @@ def _has_no_spaces(word: str) -> bool:
 def _without_mark(
     tokenizer: sentencepiece.SentencePieceProcessor,
 ) -> sentencepiece.SentencePieceProcessor:
-    """The same tokenizer, but words do not begin with its mark."""
+    """Return the same tokenizer, but words do not begin with its mark."""
     # Protocol buffers that follow one another are merged: normalizer_spec.add_dummy_prefix = false.
     proto = tokenizer.serialized_model_proto() + b"\x1a\x02\x18\x00"
     return sentencepiece.SentencePieceProcessor(model_proto=proto)

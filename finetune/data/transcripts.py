@@ -20,7 +20,7 @@ _MAX_BYTES = 2**28
 
 
 class Word(NamedTuple):
-    """One alignment of a transcript; times from the start of the recording."""
+    """A word is one alignment of a transcript; times from the start of the recording."""
 
     text: str
     start_sec: float
@@ -29,7 +29,7 @@ class Word(NamedTuple):
 
 
 class Transcript(NamedTuple):
-    """What a transcript holds, in the order of the file."""
+    """Content of a transcript, in the order of the file."""
 
     words: list[Word]
     unused: frozenset[str] = frozenset()
@@ -37,7 +37,7 @@ class Transcript(NamedTuple):
 
 
 def read_transcript(path: Path) -> list[Word]:
-    """All alignments of a transcript, as they stand in the file.
+    """Return all alignments of a transcript, as they stand in the file.
 
     Raises:
         FileProblem: see `load_transcript`.

@@ -1,4 +1,4 @@
-"""Who the processes of a run are, and what each of them holds."""
+"""This package says who the processes of a run are, and what each of them holds."""
 
 from finetune.distributed.sharding import (
     FEW,

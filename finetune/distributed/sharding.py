@@ -1,4 +1,4 @@
-"""One model over many processes: FSDP2 cuts it layer by layer.
+"""FSDP2 cuts one model over many processes, layer by layer.
 
 Each process holds a part of every weight, gradient and optimizer state. A layer's weights are
 gathered shortly before they are used, in the type that the forward pass computes in, and let go
@@ -35,7 +35,8 @@ FEW = 0.1
 
 @dataclass(frozen=True)
 class Sharding:
-    """How a model is cut: every `size` processes share a copy, and there may be several copies."""
+    """A sharding cuts a model: every `size` processes share a copy, and there may be several
+    copies."""
 
     mesh: DeviceMesh
     """(replicate, shard); or (shard) alone where there is one copy."""
@@ -122,7 +123,7 @@ def shard_size(args: TrainArgs, num_processes: int) -> int:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's part, in the same memory; the tensor itself where it is not sharded."""
+    """Return this process's part, in the same memory; the tensor itself where it is not sharded."""
     return cast(DTensor, tensor.detach()).to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -144,7 +145,7 @@ def like_parameter(part: Tensor, parameter: Tensor, sharding: Sharding | None) -
 
 
 def whole(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """All of a tensor, on every process; all must ask for it."""
+    """Return all of a tensor, on every process; all must ask for it."""
     tensor = tensor.detach().to(dtype or tensor.dtype)
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 

@@ -35,7 +35,7 @@ PHASES = ("data", "forward and backward", "optimizer step", "log", "evaluation",
 
 @dataclass(frozen=True)
 class Place:
-    """Where a process is, as it has said itself."""
+    """Place in the program where a process says that it is."""
 
     step: int
     phase: str
@@ -50,7 +50,7 @@ class Place:
 
 @dataclass
 class _Seen:
-    """What the first process knows of another."""
+    """Knowledge of the first process about another."""
 
     text: str = ""
     heard_at: float = 0.0

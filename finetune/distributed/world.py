@@ -55,7 +55,7 @@ class World:
 
     @property
     def data_rank(self) -> int:
-        """Which share of the data this process reads, from 0 on."""
+        """Number of the share of the data that this process reads, from 0 on."""
         rank = 0
         for name in self.data_dimensions:
             assert self.mesh is not None
@@ -143,7 +143,7 @@ class World:
 
 
 def _buckets(tensors: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    """The same, in groups of at least `BUCKET_BYTES`, but for the last."""
+    """Yield the same, in groups of at least `BUCKET_BYTES`, but for the last."""
     bucket: list[torch.Tensor] = []
     num_bytes = 0
     for tensor in tensors:

@@ -1,4 +1,4 @@
-"""What the tasks of an evaluation work with."""
+"""The tasks of an evaluation work on a bench."""
 
 import logging
 from collections.abc import Mapping
@@ -26,7 +26,8 @@ FORMAT = 2
 
 @dataclass(kw_only=True)
 class Inputs:
-    """What is known before the model is loaded: all that can be wrong with the data comes first."""
+    """Inputs are known before the model is loaded: all that can be wrong with the data comes
+    first."""
 
     options: Options
     args: TrainArgs
@@ -48,7 +49,7 @@ class Inputs:
 
 @dataclass(kw_only=True)
 class Bench(Inputs):
-    """The same, and the model."""
+    """A bench has the inputs, and the model."""
 
     model: TTTLMModel
     """In eval mode."""

@@ -51,7 +51,7 @@ class BinSums:
         self.sums.scatter_add_(3, index.expand_as(parts), parts)
 
     def of_row(self, row: int, num_frames: int) -> dict[str, dict[str, list[float]]]:
-        """By stream: lists with an entry for each bin of a row's own length."""
+        """Return, by stream, lists with an entry for each bin of a row's own length."""
         num_bins = -(-num_frames // self.bin_frames)
         sums = self.sums[:, row, :, :num_bins].cpu()
         last = 1 + self.num_codebooks

@@ -1,4 +1,4 @@
-"""From recordings of any length to codes, in bounded memory.
+"""Recordings of any length become codes, in bounded memory.
 
 Audio is read part by part, Mimi encodes it in streaming mode, and the codes go to a file: some
 3 MB for an hour. They are those of the whole recording encoded at once, as in training, whatever

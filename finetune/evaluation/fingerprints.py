@@ -1,4 +1,4 @@
-"""What tells whether files are still those that a result is of."""
+"""Fingerprints tell whether files are still those that a result is of."""
 
 import hashlib
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What `moshi-ttt evaluate` can be told."""
+"""Options of `moshi-ttt evaluate`."""
 
 from dataclasses import dataclass, field, fields, make_dataclass
 from functools import cache

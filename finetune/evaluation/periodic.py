@@ -1,4 +1,4 @@
-"""What a training run finds out now and then: loss and perplexity on all of the evaluation data,
+"""A training run measures now and then: loss and perplexity on all of the evaluation data,
 and whether the model still speaks."""
 
 import logging

@@ -1,4 +1,4 @@
-"""How far an evaluation is: a log line every few seconds."""
+"""A log line tells every few seconds how far an evaluation is."""
 
 import logging
 import time

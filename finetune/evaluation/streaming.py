@@ -100,7 +100,7 @@ class Scorer:
 
     @torch.no_grad()
     def score(self, *, reset_every_frames: int | None = None) -> Iterator[ScoredBlock]:
-        """All rows to their ends.
+        """Score all rows to their ends.
 
         Args:
             reset_every_frames: TTT forgets what it has learnt before every frame that is a multiple

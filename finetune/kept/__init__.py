@@ -1,4 +1,4 @@
-"""What is done already: results on the disk, so that no work is done twice."""
+"""This package keeps what is done already on the disk, so that no work is done twice."""
 
 from finetune.kept.records import Records, read_records
 from finetune.kept.whole import Kept

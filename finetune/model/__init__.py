@@ -1,4 +1,4 @@
-"""This room makes a model with its weights from a configuration."""
+"""This package makes a model with its weights from a configuration."""
 
 from finetune.model.build import (
     add_lora,

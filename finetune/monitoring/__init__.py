@@ -1,4 +1,4 @@
-"""This room shows a person a run: log, metrics, curves, times, and what TTT does."""
+"""This package shows a person a run: log, metrics, curves, times, and what TTT does."""
 
 from finetune.monitoring.console import (
     Progress,

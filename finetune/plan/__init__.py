@@ -1,4 +1,4 @@
-"""This room says what a run takes, before it starts and as it starts."""
+"""This package says what a run takes, before it starts and as it starts."""
 
 from finetune.plan.describe import SUMMARY, describe_run, write_summary
 from finetune.plan.memory import estimate, explained

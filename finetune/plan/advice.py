@@ -1,4 +1,4 @@
-"""What could be changed of a run that takes too much memory, and what it takes then."""
+"""Advice names what to change of a run that takes too much memory, and what it takes then."""
 
 import dataclasses
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""How much memory there is: of a GPU, of this host, and of the control groups that bound it.
+"""Available memory is that of a GPU, of this host, and of the control groups that bound it.
 
 A container or a batch system gives a process less than the host has: then the first sign of too
 much is that the process is killed, without a word.

@@ -29,7 +29,7 @@ _MAX_STEPS, _MIN_STEPS, _EPOCHS = 2000, 100, 10
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a configuration is to be made for.
+    """Wishes that a configuration is made for.
 
     Args:
         repo: where Moshi's weights are.
@@ -47,7 +47,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class _Size:
-    """What depends on memory and on data."""
+    """Sizes that depend on memory and on data."""
 
     duration_sec: int
     batch_size: int

@@ -1,4 +1,4 @@
-"""What a model remembers: answers right and losses, by distance, with intervals."""
+"""A model's memory is measured: answers right and losses, by distance, with intervals."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +25,7 @@ EVAL_SEED = 2_000_000_000
 
 @dataclass(frozen=True)
 class Answers:
-    """What a model answered: all [B, Q], on the CPU."""
+    """Answers of a model: all [B, Q], on the CPU."""
 
     is_right: Tensor
     loss: Tensor
@@ -78,7 +78,7 @@ def measure_trained_length(
 def measure_length(
     model: TTTLMModel, args: StreamArgs, *, times: int, num_sequences: int, update_frames: int
 ) -> dict[str, Any]:
-    """The same on sequences `times` as long, by kind, read in pieces as a stream; and how large the
+    """Measure sequences `times` as long, by kind, read in pieces as a stream; and how large the
     fast weights have become."""
     total = times * args.num_frames
     # A segment has no keys to bind again.

@@ -50,7 +50,7 @@ def _flat(summary: dict[str, Any]) -> dict[str, Any]:
 
 
 def arms_of(results: Sequence[Result]) -> list[str]:
-    """In their order, each once."""
+    """Return the arms in their order, each once."""
     return list(dict.fromkeys(result["arm"] for result in results))
 
 

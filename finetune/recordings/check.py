@@ -46,7 +46,7 @@ class Checked:
 
 @dataclass(frozen=True)
 class Report:
-    """What was found: in each recording, and in all of them together."""
+    """A report says what was found in each recording, and in all of them together."""
 
     data: Path
     checked: list[Checked]

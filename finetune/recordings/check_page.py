@@ -1,4 +1,4 @@
-"""What `moshi-ttt data check` found, as an HTML page."""
+"""An HTML page shows what `moshi-ttt data check` found."""
 
 from collections import Counter
 

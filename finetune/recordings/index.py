@@ -1,4 +1,4 @@
-"""From a folder of recordings to a JSONL: `moshi-ttt data index`."""
+"""A folder of recordings becomes a JSONL: `moshi-ttt data index`."""
 
 from collections.abc import Iterator
 from pathlib import Path

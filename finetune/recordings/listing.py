@@ -1,4 +1,4 @@
-"""What a command is to look at: the recordings of a JSONL, or of a run."""
+"""A command looks at the recordings of a JSONL, or of a run."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

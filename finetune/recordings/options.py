@@ -1,4 +1,4 @@
-"""What the commands `moshi-ttt data …` can be told."""
+"""Options of the commands `moshi-ttt data …`."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -11,12 +11,11 @@ from finetune.data import FRAME_RATE_HZ, Word
 from finetune.errors import UserError
 from finetune.recordings.annotate import SPEAKERS
 from finetune.recordings.show import SAMPLE_RATE_HZ, Shown, Streams
-from finetune.report import COLORS
+from finetune.report import ALARM, COLORS, DARK, GRID
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_ALARM = "#c62828"
 _SIDES = ("left: Moshi", "right: the user")
 _QUIET = 0.1
 """A word whose own channel has less than this share of the other's power is on the wrong side."""
@@ -75,7 +74,7 @@ def _draw_channel(axes: Axes, shown: Shown, channel: int) -> None:
 
 
 def _draw_word(axes: Axes, word: Word, is_elsewhere: bool) -> None:
-    color = _ALARM if is_elsewhere else "#333333"
+    color = ALARM if is_elsewhere else DARK
     start, end = word.start_sec, word.end_sec
     axes.axvspan(start, max(end, start), ymax=2.05 / 3.35, color=color, alpha=0.1, linewidth=0)
     axes.plot([start, start], [-1, 1.05], color=color, linewidth=0.6, alpha=0.6)
@@ -110,7 +109,7 @@ def _draw_streams(axes: np.ndarray, streams: Streams, start_sec: float) -> None:
     num_frames = len(streams.text)
     edges = start_sec + np.arange(num_frames + 1) / FRAME_RATE_HZ
     kinds = np.array([0 if not piece else 1 if piece == "·" else 2 for piece in streams.text])
-    palette = ListedColormap(["#eeeeee", "#f0b060", "#a8cfe8"])  # padding, its end, words
+    palette = ListedColormap([GRID, COLORS[4], COLORS[5]])  # padding, its end, words
     text.pcolormesh(edges, [0, 1], kinds[None], cmap=palette, vmin=0, vmax=2)
     size = 7.5 if num_frames <= 170 else 6
     for frame, piece in enumerate(streams.text):
@@ -129,8 +128,8 @@ def _draw_streams(axes: np.ndarray, streams: Streams, start_sec: float) -> None:
     first, others = streams.audio_weights[0], streams.audio_weights[1:].mean(axis=0)
     for values, color, label, width in (
         (first, COLORS[0], "Moshi's first codebook", 4.0),
-        (others, "#009e73", "Moshi's others", 2.0),
-        (streams.text_weights, "#333333", "text", 1.2),
+        (others, COLORS[2], "Moshi's others", 2.0),
+        (streams.text_weights, DARK, "text", 1.2),
     ):
         style: dict[str, Any] = {"color": color, "linewidth": width, "label": label}
         weights.step(edges, np.append(values, values[-1]), where="post", **style)

@@ -1,4 +1,4 @@
-"""One segment to look at and listen to: `moshi-ttt data show`."""
+"""A segment is shown, to look at and listen to: `moshi-ttt data show`."""
 
 import math
 from collections.abc import Mapping
@@ -32,7 +32,7 @@ SAMPLE_RATE_HZ = 24_000
 
 @dataclass(frozen=True)
 class Streams:
-    """What a model is fed of a segment, and what counts in its loss.
+    """Streams are what a model is fed of a segment, and what counts in its loss.
 
     text: T pieces, empty where there is padding, "·" for end-of-padding.
     codes: int `[16, T]`, of Moshi and of the user.

@@ -1,4 +1,4 @@
-"""From words as they are written to words and sounds of the aligner's English dictionary."""
+"""Words as they are written become words and sounds of the aligner's English dictionary."""
 
 import re
 import unicodedata

@@ -1,4 +1,4 @@
-"""How much there is in a data set, and of what: `moshi-ttt data stats`."""
+"""Statistics say how much there is in a data set, and of what: `moshi-ttt data stats`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _MAX_PAUSE_SEC = 0.5
 
 @dataclass(frozen=True)
 class Amounts:
-    """What is in one recording. Of Moshi and of all others; times in seconds.
+    """Amounts in one recording, of Moshi and of all others; times in seconds.
 
     overlap_sec: both speak.
     num_tokens: of Moshi's words, -1: not known. num_lost: those of them that find no frame.
@@ -44,7 +44,7 @@ class Amounts:
 
 @dataclass
 class Statistics:
-    """What is in a data set."""
+    """Statistics of a data set."""
 
     each: list[Amounts]
     problems: list[str] = field(default_factory=list)

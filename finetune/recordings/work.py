@@ -1,4 +1,4 @@
-"""One job for each of many recordings, over processes, with a bar."""
+"""Processes do one job for each of many recordings, with a bar."""
 
 import multiprocessing
 import os

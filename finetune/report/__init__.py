@@ -1,4 +1,4 @@
-"""What people are shown: tables, figures in one palette, and pages made from one template.
+"""This package makes what people are shown: tables, figures in one palette, pages of one template.
 
 It imports nothing heavy: matplotlib and Jinja2 come with the first figure and the first page.
 """
@@ -7,6 +7,7 @@ from finetune.report.figures import (
     ALARM,
     COLORS,
     DARK,
+    GRID,
     MUTED,
     PICTURE,
     line_style,
@@ -21,6 +22,7 @@ __all__ = [
     "ALARM",
     "COLORS",
     "DARK",
+    "GRID",
     "MUTED",
     "PICTURE",
     "Entry",

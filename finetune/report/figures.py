@@ -18,7 +18,7 @@ DARK, MUTED = "#444444", "#777777"
 ALARM = "#c62828"
 PICTURE: dict[str, Any] = {"dpi": 130, "layout": "constrained"}
 """How every figure that is saved as PNG is made."""
-_GRID = "#e6e6e6"
+GRID = "#e6e6e6"
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
 
 
@@ -36,7 +36,7 @@ def tidy(axes: Axes, *, grid: Literal["x", "y", "both"] = "both") -> None:
     Args:
         grid: `x` is for rows that are named at the left, which need no axis there.
     """
-    axes.grid(axis=grid, color=_GRID, linewidth=0.7)
+    axes.grid(axis=grid, color=GRID, linewidth=0.7)
     axes.set_axisbelow(True)
     hidden = ["top", "right"]
     if grid == "x":

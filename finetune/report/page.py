@@ -38,7 +38,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Page:
-    """All that a page says; everything is text, and is escaped, but the figures."""
+    """Content of a page; everything is text, and is escaped, but the figures."""
 
     title: str
     sections: Sequence[Section]

@@ -1,4 +1,4 @@
-"""This room guards what comes in from somebody else and what goes out: files, paths, secrets,
+"""This package guards what comes in from somebody else and what goes out: files, paths, secrets,
 streams."""
 
 from finetune.safety.files import (

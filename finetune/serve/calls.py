@@ -52,7 +52,7 @@ class Answer:
 
 @dataclass
 class Call:
-    """One caller's conversation."""
+    """A call is one caller's conversation."""
 
     row: Row
     number: int
@@ -107,7 +107,7 @@ class Heard:
 
 
 class Switchboard:
-    """All calls of a server, on one engine.
+    """A switchboard holds all calls of a server, on one engine.
 
     The model computes in a thread of its own; everything else is of the event loop.
 

@@ -1,4 +1,4 @@
-"""One call is carried over its websocket, both ways, until somebody ends it."""
+"""A websocket carries a call, both ways, until somebody ends it."""
 
 import asyncio
 import json

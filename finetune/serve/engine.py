@@ -35,7 +35,7 @@ class Spoken:
 
 @dataclass
 class Row:
-    """One conversation's place in the batch."""
+    """A row is one conversation's place in the batch."""
 
     index: int
     taken: bool = False
@@ -183,7 +183,7 @@ class Engine:
         return torch.zeros(shape, dtype=torch.long, device=self.model.device)
 
     def _advance(self, rows: list[Row], codes: Tensor) -> Tensor:
-        """One step of the model in some rows: text and audio [B, 1 + dep_q, 1]."""
+        """Take one step of the model in some rows: text and audio [B, 1 + dep_q, 1]."""
         for row in rows:
             every = row.reset_every_frames
             if every is not None and row.num_frames and row.num_frames % every == 0:

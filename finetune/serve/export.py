@@ -136,7 +136,7 @@ def _some_codes(model: TTTLMModel) -> Tensor:
 
 
 def _logits(model: Any, codes: Tensor) -> Tensor:
-    """All valid logits in one row."""
+    """Return all valid logits in one row."""
     out = model(codes)
     kinds = ((out.text_logits, out.text_mask), (out.logits, out.mask))
     return torch.cat([logits[mask].float().flatten() for logits, mask in kinds]).cpu()

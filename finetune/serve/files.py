@@ -161,7 +161,7 @@ class _Desk:
         self.engine.leave(row)
 
     def _advance(self, conversations: list["_Conversation"]) -> list["_Conversation"]:
-        """One frame of all; returns those that go on."""
+        """Take one frame of all; return those that go on."""
         frames: dict[int, Samples] = {}
         going = []
         for each in conversations:

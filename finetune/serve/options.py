@@ -147,7 +147,7 @@ class ServeOptions:
     """Callers at once; each takes memory, used or not."""
 
     on_late: Literal["pause", "silence"] = "pause"
-    """What a caller hears of whom nothing arrives in time: the conversation waits, or Moshi hears
+    """What happens when a caller's audio is late: the conversation waits, or Moshi hears
     silence."""
 
     ttt: TTTUse = "on"

@@ -26,7 +26,7 @@ MEANING = {
 
 @dataclass
 class _Seen:
-    """One recording so far."""
+    """What was seen of a recording so far."""
 
     name: str
     effects: dict[int, list[float]] = field(default_factory=dict)

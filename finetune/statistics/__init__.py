@@ -1,4 +1,5 @@
-"""How far a measured number is to be trusted: 95 % intervals, the same for all that is measured."""
+"""This package says how far a number is to be trusted, by 95 % intervals, for all that is
+measured."""
 
 from finetune.statistics.intervals import (
     MIN_SEQUENCES,

@@ -33,8 +33,8 @@ class Estimate:
 
 
 class Bootstrap:
-    """How often each of R sequences is drawn in each resample; the same for all that is compared,
-    so that differences are paired."""
+    """Counts of how often each of R sequences is drawn in each resample; the same for all that is
+    compared, so that differences are paired."""
 
     def __init__(self, num_sequences: int, *, seed: int = 0) -> None:
         self._draws = _draws(num_sequences, seed)
@@ -94,8 +94,8 @@ def student_t(probability: float, degrees: int) -> float:
 
 
 def slope_parts(x: Array, loss: Array, weight: Array) -> tuple[Array, Array]:
-    """Of each recording, Σ w (x − x̄)(l − l̄) and Σ w (x − x̄)²: summed over recordings, their ratio
-    is the slope of the loss within recordings.
+    """Return of each recording Σ w (x − x̄)(l − l̄) and Σ w (x − x̄)²: summed over recordings,
+    their ratio is the slope of the loss within recordings.
 
     Each recording has a level of its own, so that late positions, which only long recordings have,
     are compared with early ones of the same recordings.

@@ -1,4 +1,4 @@
-"""What a TTT method gives: a layer, its streaming state, and what the rest of the program asks of
+"""A TTT method gives a layer, its streaming state, and what the rest of the program asks of
 them. `ttt/registry.py` lists the methods."""
 
 import dataclasses
@@ -21,7 +21,7 @@ from ttt.registry import METHODS
 
 @dataclass
 class TTTState(State):
-    """What one layer has learnt in each row's stream, and the frames not yet written.
+    """State of one layer: what it has learned in each row's stream, and the frames not yet written.
 
     A subclass is a dataclass of tensors [B, …]; where a stream does not begin with zeros, it also
     has a `reset`. Each tensor keeps its address and is changed in place: stock `LMGen` captures the
@@ -64,8 +64,8 @@ class Place:
 
 @dataclass(frozen=True)
 class Cost:
-    """What training takes with a method, beside what it takes without TTT; as measured, with GPU
-    kernels (docs/benchmarks.md, docs/distributed.md)."""
+    """Cost of training with a method, beside that without TTT; as measured, with GPU kernels
+    (docs/benchmarks.md, docs/distributed.md)."""
 
     time_factor: float
     """Time of a step with TTT in five of 32 layers of Moshi 7B, relative to that without."""

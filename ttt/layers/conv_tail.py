@@ -1,4 +1,4 @@
-"""What a short causal convolution keeps of a stream: the frames that its next ones look back to."""
+"""A short causal convolution keeps the frames of a stream that its next ones look back to."""
 
 from dataclasses import dataclass
 
@@ -17,7 +17,8 @@ class ConvTail:
 
     @classmethod
     def new(cls, batch_size: int, num_frames: int, like: Tensor) -> "ConvTail":
-        """Of rows that have not begun; `like` [..., d] tells width, type and device."""
+        """Return the tail of rows that have not begun; `like` [..., d] tells width, type and
+        device."""
         return cls(
             like.new_zeros(batch_size, num_frames, like.shape[-1]),
             torch.zeros(batch_size, dtype=torch.bool, device=like.device),

@@ -24,8 +24,8 @@ class DepthLayer(Shardable, StreamingTransformerLayer):
     def whole_sequence(
         self, chunks: Sequence[Tensor], schedule: Sequence[int], execution: Execution
     ) -> list[Tensor]:
-        """All steps of all frames, in chunks [K, n, C]. In one call, so that the weights of a
-        sharded layer are gathered once: for as many chunks as each process has.
+        """Compute all steps of all frames, in chunks [K, n, C]. In one call, so that the weights of
+        a sharded layer are gathered once: for as many chunks as each process has.
 
         Args:
             schedule: which weights each of the K steps takes, if they differ by step.

@@ -1,4 +1,4 @@
-"""How the blocks of a model run in training: compiled or not, and what they keep for the backward
+"""In training the blocks of a model run compiled or not, and keep this or that for the backward
 pass."""
 
 import logging
@@ -55,7 +55,7 @@ _PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.bmm.default}
 
 @dataclass
 class Execution:
-    """Of a model's blocks, functions of tensors, modules and tuples of these.
+    """Execution of a model's blocks, functions of tensors, modules and tuples of these.
 
     Only what will be differentiated is compiled: in evaluation lengths vary, and every length would
     compile anew.
@@ -124,8 +124,8 @@ def prepare_compilation() -> None:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Of selective checkpointing in compiled code PyTorch says, in four lines, that it works for
-    some functions only; the tests hold that it does for these."""
+    """Return whether a message is news: of selective checkpointing in compiled code PyTorch says,
+    in four lines, that it works for some functions only; the tests hold that it does for these."""
     return "context_fn" not in str(record.msg)
 
 

@@ -307,7 +307,7 @@ class InPlaceGating(TTTLayer[InPlaceState]):
     def _stream_frame(
         self, z: Tensor, source: Tensor, is_frame: Tensor, state: InPlaceState
     ) -> Tensor:
-        """The same for one frame, and nothing is asked of the device: a CUDA graph can hold it."""
+        """Stream one frame, and ask nothing of the device: a CUDA graph can hold it."""
         from ttt.ops.in_place.stream import stream_frame
 
         is_delta = self.log_write_strength is not None

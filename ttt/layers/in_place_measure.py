@@ -1,4 +1,4 @@
-"""What the metrics say of an In-Place TTT layer."""
+"""The metrics measure an In-Place TTT layer."""
 
 import torch
 from torch import Tensor

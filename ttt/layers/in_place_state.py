@@ -1,4 +1,4 @@
-"""What a stream keeps of a layer of `ttt.layers.in_place`."""
+"""A stream keeps a state of each layer of `ttt.layers.in_place`."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,8 @@ from ttt.layers.base import TTTState
 
 @dataclass
 class InPlaceState(TTTState):
-    """What one layer has learnt in each row's stream, and the frames not yet written."""
+    """State of one layer: what it has learned in each row's stream, and the frames not yet
+    written."""
 
     change: Tensor
     """[B, d, h], S: what the fast weights add to the projection W0. In float32 (float64 in a

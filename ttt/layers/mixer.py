@@ -198,8 +198,8 @@ class TTTMixer(TTTLayer[TTTMixerState]):
         return q, k, v
 
     def _scan_checkpoint_group_size(self, q: Tensor) -> int | None:
-        """As the operators take it: None keeps everything. What the kernels keep, one layer can
-        keep whole; without them it would be all weights of all mini-batches too."""
+        """Return the size as the operators take it: None keeps everything. What the kernels keep,
+        one layer can keep whole; without them it would be all weights of all mini-batches too."""
         size = self.args.scan_checkpoint_group_size
         kept_whole = self.execution.makes_layers_again and has_kernel(
             q, self.args.mini_batch_size, self.num_inner_layers
@@ -220,7 +220,8 @@ class TTTMixer(TTTLayer[TTTMixerState]):
         return positions % self.args.mini_batch_size
 
     def _learning_rates(self, normed: Tensor) -> tuple[Tensor, Tensor]:
-        """Of each frame [B, H, T] and each position [K], at least in float32."""
+        """Return the learning rates of each frame [B, H, T] and each position [K], at least in
+        float32."""
         dtype = torch.promote_types(normed.dtype, torch.float32)
         gate = F.linear(normed, self.lr_weight, self.lr_bias).to(dtype).transpose(1, 2)
         eta = self.base_lr * torch.sigmoid(gate) / self.head_width

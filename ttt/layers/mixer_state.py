@@ -1,4 +1,4 @@
-"""What a stream keeps of a layer of `ttt.layers.mixer`."""
+"""A stream keeps a state of each layer of `ttt.layers.mixer`."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""What lets FSDP2 shard modules of `moshi`."""
+"""FSDP2 shards modules of `moshi` that this module adapts."""
 
 
 class Shardable:

@@ -1,4 +1,4 @@
-"""One inspection of a recording, for everything that reads data.
+"""This package inspects recordings, for everything that reads data.
 
 A check is a small function that yields findings; the three lists below are all there are.
 """

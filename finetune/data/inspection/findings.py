@@ -1,4 +1,4 @@
-"""What an inspection finds, and what its checks look at."""
+"""An inspection has findings, and evidence that its checks look at."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from ..transcripts import MAIN_SPEAKER, Transcript, Word
 
 
 class Finding(NamedTuple):
-    """One thing that is wrong with a recording, or may be."""
+    """A finding is one thing that is wrong with a recording, or may be."""
 
     code: str
     """The kind, a stable name in kebab case."""
@@ -35,8 +35,8 @@ class Finding(NamedTuple):
 
 @dataclass
 class Inspection:
-    """What is known of a recording, and what is wrong with it. The numbers are 0 if it cannot be
-    read."""
+    """An inspection says what is known of a recording, and what is wrong with it. The numbers are 0
+    if it cannot be read."""
 
     path: Path
     duration_sec: float = 0.0
@@ -95,12 +95,12 @@ class Subject:
 
     @cached_property
     def main_words(self) -> list[Word]:
-        """All words of the main speaker, whether or not they become text."""
+        """Return all words of the main speaker, whether or not they become text."""
         return [word for word in self.transcript.words if word.speaker == MAIN_SPEAKER]
 
     @cached_property
     def spoken_words(self) -> list[Word]:
-        """What becomes text, in the order of time."""
+        """Return the words that become text, in the order of time."""
         words = (word for word in self.main_words if is_spoken(word))
         return sorted(words, key=lambda word: word.start_sec)
 

@@ -1,4 +1,4 @@
-"""How loud the two channels of a recording are, all the time and while words are spoken."""
+"""Levels of a recording's two channels are taken, all the time and while words are spoken."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ _CLIPPED_RUN = 3
 
 @dataclass
 class Heard:
-    """What was heard of a recording.
+    """Levels that were heard in a recording.
 
     Args:
         peak: of each channel, `[2]`.

@@ -9,7 +9,7 @@ from ..recording import Recording
 
 
 class Entry(NamedTuple):
-    """One entry of a source, before anything is opened: a recording, or why it names none."""
+    """An entry of a source, before anything is opened: a recording, or why it names none."""
 
     origin: str
     recording: Recording | None

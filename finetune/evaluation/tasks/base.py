@@ -1,4 +1,4 @@
-"""What a task of an evaluation consists of.
+"""A task of an evaluation consists of what this module names.
 
 The module of a task is imported whenever options are read, so it imports nothing heavy at its head:
 torch, numpy and matplotlib come inside the functions that use them.
@@ -34,7 +34,7 @@ class TaskOptions:
 
 
 class Task(ABC):
-    """One kind of measurement, and all that is told of it.
+    """A task is one kind of measurement, and all that is told of it.
 
     Its name is what `--tasks` takes, the key of its results in `results.json`, and the name of its
     files. Its methods receive the evaluation's options, in which its own are.

@@ -1,4 +1,4 @@
-"""This room holds In-Place TTT: its definition, and its fast forms for sequences and for
+"""This package holds In-Place TTT: its definition, and its fast forms for sequences and for
 streams."""
 
 from ttt.ops.in_place import reference

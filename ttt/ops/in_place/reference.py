@@ -1,4 +1,4 @@
-"""The definitions: slow, frame by frame, and nothing else to believe in.
+"""These reference implementations are the definitions: slow, simple, frame by frame.
 
 The In-Place operators of `ttt.ops` stand here with the same signatures; those of TTT-Linear and
 TTT-MLP in `inner_loop`. The fast forms are tested against these, values and gradients.
@@ -21,7 +21,11 @@ def in_place_ttt(
     decay: float = 1.0,
     lag: int = 0,
 ) -> Tensor:
-    """See `ttt.ops.in_place_ttt`."""
+    """Return what the fast weights add, with `write: sum`, by its definition.
+
+    For each chunk, with its keys K and targets V, S ← γ S + η clip(Vᵀ K). Arguments as for
+    `ttt.ops.in_place_ttt`.
+    """
 
     def write(change: Tensor, keys: Tensor, targets: Tensor) -> Tensor:
         delta = targets.T @ keys
@@ -44,7 +48,14 @@ def in_place_delta(
     lag: int = 0,
     written: Tensor | None = None,
 ) -> Tensor:
-    """See `ttt.ops.in_place_delta`."""
+    """Return what the fast weights add, with `write: delta`, by its definition.
+
+    For each chunk, with its written keys K and targets V,
+
+        E = (K Kᵀ + λ I)⁻¹ (V − K Sᵀ),   λ = mean ‖k‖² / β,   S ← γ S + Eᵀ K.
+
+    Arguments as for `ttt.ops.in_place_delta`.
+    """
 
     def write(change: Tensor, keys: Tensor, targets: Tensor) -> Tensor:
         num_keys = int((keys != 0).any(1).sum())

@@ -1,4 +1,4 @@
-"""From measured continuations to means with intervals, and alarms."""
+"""Measured continuations become means with intervals, and alarms."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence

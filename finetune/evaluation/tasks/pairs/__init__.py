@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PairOptions:
-    """How the likelihood of a recording is made of those of its tokens: weights of the streams, and
-    whether the weighted sum is divided by the number of frames (`mean`) or not (`sum`)."""
+    """Options of how the likelihood of a recording is made of those of its tokens: weights of the
+    streams, and whether the weighted sum is divided by the number of frames (`mean`) or not
+    (`sum`)."""
 
     side: Literal["moshi", "user"] = "moshi"
     """Whose voice a mono recording is; the other side is silent."""

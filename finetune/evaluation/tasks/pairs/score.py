@@ -45,7 +45,7 @@ _UNWEIGHTED = LossWeights(text_padding=1.0, first_codebook=1.0)
 
 @dataclass(frozen=True)
 class Pair:
-    """Of two recordings, the model should find `good` likelier."""
+    """A pair is two recordings of which the model should find `good` likelier."""
 
     id: str
     group: str

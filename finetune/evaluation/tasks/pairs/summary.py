@@ -1,4 +1,4 @@
-"""From scored recordings to the accuracy of pairs."""
+"""Scored recordings become the accuracy of pairs."""
 
 import dataclasses
 import math

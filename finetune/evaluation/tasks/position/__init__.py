@@ -36,7 +36,7 @@ Duration = Annotated[float, Ge(0.08), Le(86_400)]
 
 @dataclass(frozen=True)
 class PositionOptions(TaskOptions):
-    """How recordings are read, and what they are read with."""
+    """Options of how recordings are read, and what they are read with."""
 
     arms: tuple[Arm, ...] = ARMS
     """Arms of loss by position: with TTT, without, TTT reset now and then, TTT starting from the

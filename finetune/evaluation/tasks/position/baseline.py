@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 
 class Baseline:
-    """Its loss by position, as an arm `baseline` of this evaluation.
+    """A baseline's loss by position is an arm `baseline` of this evaluation.
 
     Args:
         folder: what the earlier evaluation has written.
@@ -59,7 +59,7 @@ class Baseline:
             )
 
     def comparable(self, records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Its records that are of the same frames as these."""
+        """Return the baseline's records that are of the same frames as these."""
         num_frames = {record["recording"]: record["num_frames"] for record in records}
         return [
             record

@@ -1,4 +1,4 @@
-"""What the results say, in sentences; none says more than its interval allows."""
+"""Sentences say what the results are; none says more than its interval allows."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""From the records of recordings to loss by position, with intervals."""
+"""Records of recordings become loss by position, with intervals."""
 
 import dataclasses
 import math
@@ -26,7 +26,7 @@ Json = dict[str, Any]
 
 
 class _Sums:
-    """Of one arm and stream over the recordings: Σ w · CE and Σ w, [R, bins]."""
+    """Sums of one arm and stream over the recordings: Σ w · CE and Σ w, [R, bins]."""
 
     def __init__(self, records: Sequence[Mapping[str, Any]], stream: str, num_bins: int) -> None:
         self.loss, self.weight = (
@@ -104,7 +104,7 @@ class _View:
         self.centres_sec = (np.arange(num_bins) + 0.5) * bin_frames / FRAME_RATE_HZ
 
     def describe(self, sums: _Sums, other: _Sums | None = None) -> Json:
-        """Of a loss, or of its difference to another."""
+        """Return the description of a loss, or of its difference to another."""
         beyond = slice(self.first_beyond, None)
         hours = self.centres_sec / 3600
         curve = []
