@@ -34,12 +34,12 @@ def test_from_a_folder_of_plain_recordings_to_a_started_training(tmp_path, monke
     monkeypatch.chdir(tmp_path)
     assert not list((tmp_path / "talks").glob("*.json*"))
     small = ["--duration_sec=4", "--ttt.chunk_size=10", "--max_steps=2", "--batch_size=2"]
-    small += ["--log_freq=1", "--do_eval=false", "--data.num_workers=0", "--run_dir=run"]
+    small += ["--log_freq=1", "--data.num_workers=0"]
     for words in commands:
         given = [word.replace("moshi_ttt.yaml", "demo.yaml") for word in words[1:]]
         assert call(*given, *(small if words[1] == "train" else [])) == 0, capsys.readouterr().err
     assert "0 with errors, 0 with warnings" in capsys.readouterr().out
-    assert read_metrics(metrics_path(tmp_path / "run", "train"))[-1]["step"] == 2
+    assert read_metrics(metrics_path(tmp_path / "runs/talks", "train"))[-1]["step"] == 2
 
 
 def test_a_segment_is_drawn_and_cut_out(tmp_path, capsys):
