@@ -8,6 +8,8 @@ import shutil
 import pytest
 
 os.environ["NO_TORCH_COMPILE"] = "1"
+# Two threads that wait for each other are many times slower than one where others work as well.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")

@@ -175,7 +175,8 @@ def test_a_report_says_whether_it_helps(run, tmp_path):
     args = run.args
     given = {"tasks": ("position",), "bin_sec": 0.4, "batch_size": 2, "device": "cpu"}
     given |= {"data": args.data.eval_data, "block_frames": 7, "arms": ("on", "off")}
-    options = Options(checkpoint=checkpoint(Path(args.run_dir), 4), out=tmp_path, **given)
+    given |= {"checkpoint": checkpoint(Path(args.run_dir), 4), "out": tmp_path}
+    options = Options.complete()(**given)
     results = evaluate_checkpoint(options)
     losses = [arm["text"]["mean"]["value"] for arm in results["position"]["arms"].values()]
     assert len(losses) == 2 and losses[0] != losses[1]
