@@ -4,6 +4,9 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,7 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")
-def config(tmp_path_factory):
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The configuration file of a small run: see `training_tools.write_config`."""
     from training_tools import write_config
 
@@ -21,20 +24,20 @@ def config(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def finished_runs(tmp_path_factory):
+def finished_runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Path]]:
     """The runs that tests share, by their overrides."""
     return tmp_path_factory.mktemp("finished"), {}
 
 
 @pytest.fixture
-def finished_run(config, finished_runs):
+def finished_run(config: Path, finished_runs: tuple[Path, dict[str, Path]]) -> Callable[..., Any]:
     """Puts a run to its last step, with the given overrides, into a folder that does not exist yet
     or is empty: a copy, for the same run was made before."""
     from training_tools import train
 
     parent, known = finished_runs
 
-    def copy(run_dir, overrides=None):
+    def copy(run_dir: Path, overrides: dict[str, Any] | None = None) -> Path:
         key = json.dumps(overrides or {}, sort_keys=True)
         if key not in known:
             train(config, parent / str(len(known)), overrides)
@@ -45,7 +48,7 @@ def finished_run(config, finished_runs):
 
 
 @pytest.fixture(autouse=True)
-def _own_log_handlers():
+def _own_log_handlers() -> Iterator[None]:
     """A program under test writes its log to what is standard output then."""
     root = logging.getLogger()
     before = root.handlers[:]

@@ -107,7 +107,7 @@ def write_recording(
     return {"path": name, "duration": duration_sec}
 
 
-def write_jsonl(path: Path, lines: Sequence[dict | str]) -> Path:
+def write_jsonl(path: Path, lines: Sequence[dict[str, Any] | str]) -> Path:
     texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
     path.write_text("".join(text + "\n" for text in texts))
     return path

@@ -1,5 +1,7 @@
 """Small models of Moshi's structure for the tests."""
 
+from typing import Any
+
 import torch
 
 from ttt import TTTArgs, TTTLMModel, build_model
@@ -9,7 +11,7 @@ DELAYS = [0, 0, 1, 1, 1, 0, 1, 1, 1]
 """Text, four Moshi codebooks, four user codebooks; delayed as in Moshi."""
 
 
-def tiny_lm_kwargs(**overrides):
+def tiny_lm_kwargs(**overrides: Any) -> dict[str, Any]:
     """1 + 4 + 4 streams, two layers. LayerNorm and sine positions keep float64 throughout, where
     the RMSNorm and RoPE of Moshi itself compute in float32."""
     return {
@@ -42,40 +44,55 @@ def tiny_lm_kwargs(**overrides):
     }
 
 
-def moshi_like(**overrides):
+def moshi_like(**overrides: Any) -> dict[str, Any]:
     """The same with the norm and positions of Moshi."""
     return tiny_lm_kwargs(norm="rms_norm_f32", positional_embedding="rope", **overrides)
 
 
-def tiny_args(**overrides) -> TTTArgs:
+def tiny_args(**overrides: Any) -> TTTArgs:
     """Layers 0 and 2 of the tiny model learn, every 5 frames, with a visible effect; in the
     published form."""
-    options = {"start_layer": 0, "layer_frequency": 2, "chunk_size": 5, "learning_rate": 0.5}
+    options: dict[str, Any] = {
+        "start_layer": 0,
+        "layer_frequency": 2,
+        "chunk_size": 5,
+        "learning_rate": 0.5,
+    }
     options |= {"lr_scale": "none", "write": "sum"}
     return TTTArgs(**{"enabled": True, **options, **overrides})
 
 
-def tiny_relative_args(**overrides) -> TTTArgs:
+def tiny_relative_args(**overrides: Any) -> TTTArgs:
     """The same with updates relative to the norms, of the default step size."""
     options = {} if overrides.get("write") == "delta" else {"learning_rate": 3.0}
     return tiny_args(**{"lr_scale": "relative", "learning_rate": None, **options, **overrides})
 
 
-def tiny_linear_args(**overrides) -> TTTArgs:
+def tiny_linear_args(**overrides: Any) -> TTTArgs:
     """The same layers with TTT-Linear, or TTT-MLP, in mini-batches of 4 frames."""
-    options = {"start_layer": 0, "layer_frequency": 2, "method": "linear", "mini_batch_size": 4}
+    options: dict[str, Any] = {
+        "start_layer": 0,
+        "layer_frequency": 2,
+        "method": "linear",
+        "mini_batch_size": 4,
+    }
     # Groups end inside the sequences of the tests.
     options |= {"base_lr": 4.0, "scan_checkpoint_group_size": 2}
     return TTTArgs(**{"enabled": True, **options, **overrides})
 
 
-def tiny_delta_args(**overrides) -> TTTArgs:
+def tiny_delta_args(**overrides: Any) -> TTTArgs:
     """The same with `write: delta`."""
     return tiny_args(write="delta", learning_rate=TTTArgs.learning_rate, **overrides)
 
 
 def tiny_model(
-    args: TTTArgs | None = None, *, dtype=torch.float64, seed=0, trained=True, **lm_overrides
+    args: TTTArgs | None = None,
+    *,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+    trained: bool = True,
+    **lm_overrides: Any,
 ) -> TTTLMModel:
     """`trained`: TTT's parameters are as after some training, so that TTT has an effect."""
     torch.manual_seed(seed)
@@ -87,9 +104,9 @@ def tiny_model(
     return model
 
 
-def as_if_trained(module):
+def as_if_trained(module: Any) -> None:
     # A position's share of the step, 1/4 and more, must stay above zero.
-    noise = {"target_proj": 0.1, "token_offset": 0.05}
+    noise: dict[str, Any] = {"target_proj": 0.1, "token_offset": 0.05}
     for name, parameter in module.ttt_parameters().items():
         if name == "target_conv":
             torch.nn.init.normal_(parameter)
@@ -101,7 +118,7 @@ def as_if_trained(module):
             parameter.data += 1.0
 
 
-def fast_state(module):
+def fast_state(module: Any) -> list[Any]:
     """What a TTT module's stream depends on, as far as it means anything: the places of pending
     frames that have not come yet hold leftovers."""
     state = module._streaming_state
@@ -116,7 +133,14 @@ def fast_state(module):
     return kept
 
 
-def random_codes(batch=2, num_frames=23, seed=1, num_streams=9, text_card=30, card=20):
+def random_codes(
+    batch: int = 2,
+    num_frames: int = 23,
+    seed: int = 1,
+    num_streams: int = 9,
+    text_card: int = 30,
+    card: int = 20,
+) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     text = torch.randint(0, text_card, (batch, 1, num_frames), generator=generator)
     audio = torch.randint(0, card, (batch, num_streams - 1, num_frames), generator=generator)

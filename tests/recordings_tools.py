@@ -2,7 +2,9 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import soundfile
@@ -13,7 +15,7 @@ DIALOGUES = Path(__file__).parents[1] / "example/demo/dialogues"
 NAMES = ("train_000", "train_001", "eval_000")
 
 
-def call(*words):
+def call(*words: Any) -> str | int | None:
     """Run `moshi-ttt ...` in this process; returns its exit status."""
     old, sys.argv = sys.argv, ["moshi-ttt", *map(str, words)]
     try:
@@ -24,17 +26,17 @@ def call(*words):
     return leaving.value.code
 
 
-def true_words(name, speaker=None):
+def true_words(name: str, speaker: str | None = None) -> list[Any]:
     """Word, start and end of a dialogue of the demonstration."""
     content = json.loads((DIALOGUES / f"{name}.json").read_text())
     return [(w, *times) for w, times, who in content["alignments"] if speaker in (None, who)]
 
 
-def said(name, speaker):
+def said(name: str, speaker: str) -> str:
     return " ".join(word for word, *_ in true_words(name, speaker))
 
 
-def plain_folder(folder, names=NAMES):
+def plain_folder(folder: Path, names: Sequence[str] = NAMES) -> Path:
     """Stereo files, each with a text for each channel."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
@@ -44,7 +46,7 @@ def plain_folder(folder, names=NAMES):
     return folder
 
 
-def mono_folder(folder, names=NAMES):
+def mono_folder(folder: Path, names: Sequence[str] = NAMES) -> Path:
     """Two mono files a dialogue, each with its text."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
@@ -57,5 +59,5 @@ def mono_folder(folder, names=NAMES):
     return folder
 
 
-def lines_of(jsonl):
+def lines_of(jsonl: Path) -> list[Any]:
     return [json.loads(line) for line in Path(jsonl).read_text().splitlines()]

@@ -1,6 +1,8 @@
 """On a CUDA device: `python -m pytest -m gpu`."""
 
 import copy
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +25,7 @@ from finetune.data import Codec, build_train_loader, codec, open_store
 from finetune.distributed import World
 from finetune.model import trainable_by_role
 from finetune.step import LossWeights, Optimizer, stream_sums
-from ttt import build_model, ops
+from ttt import TTTArgs, build_model, ops
 from ttt.ops.in_place import chunks
 
 pytestmark = [
@@ -32,7 +34,7 @@ pytestmark = [
 ]
 
 
-def generate(model, user):
+def generate(model: Any, user: torch.Tensor) -> tuple[torch.Tensor, list[Any]]:
     generator = LMGen(model, use_sampling=False)
     with generator.streaming(user.shape[0]):
         frames = [generator.step(user[:, :, t : t + 1]) for t in range(user.shape[2])]
@@ -40,7 +42,7 @@ def generate(model, user):
     return torch.cat([frame.clone() for frame in frames if frame is not None], dim=2), states
 
 
-RULES = {
+RULES: dict[str, Any] = {
     "sum": tiny_args(learning_rate=0.1),
     "bounded, decay": tiny_args(learning_rate=0.1, max_delta_norm=0.5, state_decay=0.9),
     "delta": tiny_delta_args(state_decay=0.9),
@@ -55,7 +57,7 @@ METHODS = RULES | {
 
 @pytest.mark.parametrize("args", METHODS.values(), ids=METHODS.keys())
 @pytest.mark.parametrize("batch", [1, 3])
-def test_a_cuda_graph_learns_as_eager_code_does(batch, args):
+def test_a_cuda_graph_learns_as_eager_code_does(batch: int, args: TTTArgs) -> None:
     """Chunks end within the captured step; Python does not run there."""
     model = tiny_model(args, dtype=torch.float32, context=80).cuda()
     user = random_codes(batch=batch, num_frames=60)[:, 5:].cuda()
@@ -70,7 +72,7 @@ def test_a_cuda_graph_learns_as_eager_code_does(batch, args):
 
 
 @pytest.mark.parametrize("args", METHODS.values(), ids=METHODS.keys())
-def test_frames_on_the_device_equal_the_whole_sequence(args):
+def test_frames_on_the_device_equal_the_whole_sequence(args: TTTArgs) -> None:
     """The kernels of a step against the fast form that training uses."""
     model = tiny_model(args, dtype=torch.float32, context=80).cuda()
     codes = random_codes(num_frames=60).cuda()
@@ -83,12 +85,14 @@ def test_frames_on_the_device_equal_the_whole_sequence(args):
 
 @pytest.mark.parametrize("super_chunk", [64, 2048])
 @pytest.mark.parametrize("rule", ["sum", "delta"])
-def test_fast_forms_in_bfloat16_are_as_close_as_its_rounding(rule, super_chunk, monkeypatch):
+def test_fast_forms_in_bfloat16_are_as_close_as_its_rounding(
+    rule: str, super_chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(chunks, "SUPER_CHUNK_FRAMES", super_chunk)
     torch.manual_seed(0)
     z = torch.randn(2, 300, 64).bfloat16()
     v, d_out = torch.randn(2, 300, 32).bfloat16(), torch.randn(2, 300, 32).bfloat16()
-    results = []
+    results: list[Any] = []
     for device, dtype in (("cpu", torch.float64), ("cuda", torch.bfloat16)):
         inputs = [x.to(device, dtype).requires_grad_() for x in (z, v)]
         if rule == "sum":
@@ -101,13 +105,15 @@ def test_fast_forms_in_bfloat16_are_as_close_as_its_rounding(rule, super_chunk, 
         assert (rounded - exact).norm() / exact.norm() < 0.03
 
 
-def test_codes_made_ahead_and_kept_codes_are_those_made_in_turn(tmp_path, monkeypatch):
+def test_codes_made_ahead_and_kept_codes_are_those_made_in_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Mimi computes on its own stream beside the training step, which keeps the device busy."""
     jsonl = write_dataset(tmp_path, [3.2, 2.1, 1.5])
     monkeypatch.setattr(codec, "_PIECE_FRAMES", 9)
     busy = torch.randn(4096, 4096, device="cuda")
 
-    def epochs(**options):
+    def epochs(**options: Any) -> tuple[torch.Tensor, int, Any]:
         data = DataArgs(str(jsonl), shuffle=True, **options)
         mimi = Codec(
             copy.deepcopy(tiny_mimi()), tiny_tokenizer(), moshi_codebooks=8, user_codebooks=8,
@@ -117,7 +123,7 @@ def test_codes_made_ahead_and_kept_codes_are_those_made_in_turn(tmp_path, monkey
             data, mimi, duration_sec=1.0, batch_size=2, seed=0, device="cuda",
             store=open_store(data),
         )  # fmt: skip
-        codes = []
+        codes: list[Any] = []
         for _ in range(8):
             codes.append(next(loader).codes)
             for _ in range(20):
@@ -138,7 +144,7 @@ def test_codes_made_ahead_and_kept_codes_are_those_made_in_turn(tmp_path, monkey
 
 
 @pytest.mark.parametrize("args", METHODS.values(), ids=METHODS.keys())
-def test_training_in_bfloat16_learns(args):
+def test_training_in_bfloat16_learns(args: TTTArgs) -> None:
     torch.manual_seed(0)
     model = build_model(
         tiny_lm_kwargs(norm="rms_norm_f32", positional_embedding="rope"),
@@ -150,7 +156,7 @@ def test_training_in_bfloat16_learns(args):
     world = World(0, 1, torch.device("cuda"))
     optimizer = Optimizer(trainable_by_role(model), OptimArgs(lr=3e-3, ttt_lr=3e-3), max_steps=60)
     codes = random_codes(num_frames=40).cuda()
-    losses = []
+    losses: list[Any] = []
     for _ in range(60):
         text, audio = stream_sums(model, model(codes), codes, LossWeights(0.5, 1.0))
         loss = text.loss / text.weight + audio.loss / audio.weight

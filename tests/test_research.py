@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,12 +14,13 @@ import torch
 from finetune.demo import make_dialogues
 from finetune.recall.presets import preset
 from research import recall_study as study
+from ttt import TTTLMModel
 
 ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "example/demo/model"
 
 
-def run(program, *words):
+def run(program: str, *words: Any) -> str:
     """Start one of the programs; returns what it has printed."""
     done = subprocess.run(
         [sys.executable, f"research/{program}.py", *map(str, words)],
@@ -28,17 +30,19 @@ def run(program, *words):
     return done.stdout + done.stderr
 
 
-def test_every_program_is_explained():
+def test_every_program_is_explained() -> None:
     text = (ROOT / "research/README.md").read_text()
     assert all(f"`{path.name}`" in text for path in (ROOT / "research").glob("*.py"))
 
 
-def test_a_cell_of_the_study_is_trained_as_its_row_says(tmp_path, monkeypatch):
+def test_a_cell_of_the_study_is_trained_as_its_row_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(study, "NUM_STEPS", 2)
     monkeypatch.setattr(study, "NUM_EVAL", 8)
     built, build_one = [], study.new_model
 
-    def spy(*args, **options):
+    def spy(*args: Any, **options: Any) -> TTTLMModel:
         model = build_one(*args, **options)
         layer = next(iter(model.ttt_layers.values()))
         built.append((model, model.text_emb.weight.std().item(), layer))
@@ -60,7 +64,7 @@ def test_a_cell_of_the_study_is_trained_as_its_row_says(tmp_path, monkeypatch):
     assert "| 16 | 0.14 | 64 |" in table and "| 32 | 0.14 | 64 |" in table
 
 
-def test_keys_are_told_apart_where_embeddings_are_large(tmp_path):
+def test_keys_are_told_apart_where_embeddings_are_large(tmp_path: Path) -> None:
     first, *_ = study.key_match(1.0, 16).values()
     small, *_ = study.key_match(0.02, 16).values()
     assert first[0] > first[1] + 0.3 and first[2] > 0.7 > small[2] + 0.2
@@ -69,8 +73,12 @@ def test_keys_are_told_apart_where_embeddings_are_large(tmp_path):
 
 @pytest.mark.parametrize(("width", "heads"), [(17, 4), (328, 5)])
 def test_a_width_without_heads_is_named_before_anything_is_done(
-    width, heads, tmp_path, monkeypatch, capsys
-):
+    width: int,
+    heads: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     words = ["scale", f"--widths={width}", f"--out={tmp_path / 'out'}"]
     monkeypatch.setattr(sys, "argv", ["recall_study.py", *words])
     assert study.main() == 1 and not (tmp_path / "out").exists()
@@ -79,24 +87,28 @@ def test_a_width_without_heads_is_named_before_anything_is_done(
 
 
 @pytest.mark.slow
-def test_the_study_of_keys_runs_as_a_program(tmp_path):
+def test_the_study_of_keys_runs_as_a_program(tmp_path: Path) -> None:
     printed = run("recall_study", "keys", "--widths=16", f"--out={tmp_path}")
     assert printed.count("| 16 |") == 3 and (tmp_path / "report.md").is_file()
 
 
 @pytest.mark.slow
-def test_the_study_of_scales_is_told_in_a_table(tmp_path, monkeypatch):
+def test_the_study_of_scales_is_told_in_a_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(study, "NUM_STEPS", 2)
     monkeypatch.setattr(study, "NUM_EVAL", 8)
     chosen = study.cells(widths=[16], stds=[1.0], chunk_sizes=[64])
     monkeypatch.setattr(study, "cells", lambda **_: chosen)
-    where = {"widths": [16], "seeds": [0], "device": "cpu", "workers": 1}
+    where: dict[str, Any] = {"widths": [16], "seeds": [0], "device": "cpu", "workers": 1}
     report = study.scale_report(tmp_path, **where)
     assert all(form in report for form in study.FORMS) and "(chance 0.0" in report
 
 
 @pytest.mark.slow
-def test_the_oracle_measures_rules(tmp_path, monkeypatch, capsys):
+def test_the_oracle_measures_rules(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from research import rls_oracle
 
     small = dataclasses.replace(preset("cpu"), num_steps=2, batch_size=2, num_eval=4)
@@ -114,13 +126,13 @@ def test_the_oracle_measures_rules(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_the_tokenizer_of_the_demonstration_is_what_its_program_makes(tmp_path):
+def test_the_tokenizer_of_the_demonstration_is_what_its_program_makes(tmp_path: Path) -> None:
     run("train_tokenizer", "--out", tmp_path / "tokenizer.model")
     assert (tmp_path / "tokenizer.model").read_bytes() == (MODEL / "tokenizer.model").read_bytes()
 
 
 @pytest.mark.slow
-def test_a_mimi_is_trained_and_trained_further(tmp_path):
+def test_a_mimi_is_trained_and_trained_further(tmp_path: Path) -> None:
     make_dialogues(
         tmp_path / "data", num_dialogues=2, min_sec=6, max_sec=8, eval_fraction=0.5, seed=3
     )

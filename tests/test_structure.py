@@ -3,8 +3,10 @@
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +19,7 @@ DOORS = {"__init__", "__main__", "cli", "command_line", "trainer", "inference", 
 FOLDERS = sorted(path.parent.name for path in (ROOT / "finetune").glob("*/__init__.py"))
 
 
-def imports(path):
+def imports(path: Path) -> Iterator[str]:
     """The modules that a file imports anywhere, by absolute name."""
     package = path.relative_to(ROOT).parent.parts
     for node in ast.walk(ast.parse(path.read_text())):
@@ -30,24 +32,24 @@ def imports(path):
             yield from (f"{module}.{alias.name}" for alias in node.names)
 
 
-def files(*places):
+def files(*places: Any) -> Iterator[Any]:
     for place in places:
         path = ROOT / place
         yield from sorted(path.rglob("*.py")) if path.is_dir() else [path]
 
 
-def is_module(name):
+def is_module(name: str) -> bool:
     path = ROOT.joinpath(*name.split("."))
     return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
 
 
-def part_of(name):
+def part_of(name: str) -> str:
     """The folder or door of `finetune` that a module belongs to; nothing for other modules."""
     parts = name.split(".")
     return parts[1] if parts[0] == "finetune" and is_module(".".join(parts[:2])) else ""
 
 
-def exported(folder):
+def exported(folder: str) -> set[Any]:
     """The names in a folder's `__all__`."""
     for node in ast.parse((ROOT / "finetune" / folder / "__init__.py").read_text()).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
@@ -68,19 +70,19 @@ RULES = [
 
 
 @pytest.mark.parametrize(("place", "forbidden"), RULES)
-def test_directions(place, forbidden):
+def test_directions(place: Any, forbidden: Any) -> None:
     for path in files(place):
         for module in imports(path):
             for name in forbidden:
                 assert not f"{module}.".startswith(f"{name}."), f"{path} imports {module}"
 
 
-def test_only_doors_stand_outside_the_folders():
+def test_only_doors_stand_outside_the_folders() -> None:
     assert {path.stem for path in (ROOT / "finetune").glob("*.py")} == DOORS
 
 
 @pytest.mark.parametrize("path", files("finetune"), ids=lambda p: str(p.relative_to(ROOT)))
-def test_folders_are_imported_by_their_faces(path):
+def test_folders_are_imported_by_their_faces(path: Path) -> None:
     """A folder's `__init__` exports what others use of it."""
     own = path.relative_to(ROOT / "finetune").parts[0]
     for module in imports(path):
@@ -90,8 +92,8 @@ def test_folders_are_imported_by_their_faces(path):
             assert {*names} <= exported(part_of(module)), f"{path} imports {module}"
 
 
-def test_no_part_of_the_framework_imports_itself_in_a_circle():
-    graph = {}
+def test_no_part_of_the_framework_imports_itself_in_a_circle() -> None:
+    graph: dict[str, Any] = {}
     for path in files("finetune"):
         own = path.relative_to(ROOT / "finetune").parts[0].removesuffix(".py")
         graph.setdefault(own, set()).update({part_of(module) for module in imports(path)} - {own})
@@ -102,8 +104,8 @@ def test_no_part_of_the_framework_imports_itself_in_a_circle():
         pytest.fail(f"a circle of imports: {' <- '.join(error.args[1])}")
 
 
-def test_no_module_of_the_library_imports_itself_in_a_circle():
-    graph = {}
+def test_no_module_of_the_library_imports_itself_in_a_circle() -> None:
+    graph: dict[str, Any] = {}
     for path in files("ttt"):
         own = ".".join(path.relative_to(ROOT).with_suffix("").parts)
         if path.stem != "__init__":
@@ -114,13 +116,13 @@ def test_no_module_of_the_library_imports_itself_in_a_circle():
         pytest.fail(f"a circle of imports: {' <- '.join(error.args[1])}")
 
 
-def test_no_benchmark_imports_from_the_tests():
+def test_no_benchmark_imports_from_the_tests() -> None:
     tests = {path.stem for path in files("tests")}
     for path in files("benchmarks"):
         assert not {module.split(".")[0] for module in imports(path)} & (tests | {"tests"}), path
 
 
-def test_only_the_command_line_prints():
+def test_only_the_command_line_prints() -> None:
     speaking = {"cli.py", "command_line.py", "docs_page.py"}
     for path in files("ttt", "finetune", "train.py"):
         calls = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
@@ -128,7 +130,7 @@ def test_only_the_command_line_prints():
         assert "print" not in names or path.name in speaking, path
 
 
-def imported(modules, *, of):
+def imported(modules: Any, *, of: list[Any]) -> Any:
     """Which modules of `of` are imported together with `modules`, in a process of its own."""
     code = f"import sys, {modules}; print([m for m in {of!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -136,12 +138,12 @@ def imported(modules, *, of):
     return ast.literal_eval(done.stdout)
 
 
-def test_what_a_run_may_not_need_is_not_imported_with_the_trainer():
+def test_what_a_run_may_not_need_is_not_imported_with_the_trainer() -> None:
     unneeded = ["wandb", "tensorboard", "matplotlib", "espeakng_loader"]
     assert imported("finetune.trainer, finetune.cli, finetune.evaluation", of=unneeded) == []
 
 
-def test_a_configuration_is_read_without_what_is_heavy():
+def test_a_configuration_is_read_without_what_is_heavy() -> None:
     assert imported("finetune.config, finetune.cli", of=["torch", "moshi", "numpy", "triton"]) == []
 
 
@@ -170,7 +172,7 @@ def test_a_configuration_is_read_without_what_is_heavy():
     ],
     ids=" ".join,
 )
-def test_help_and_mistakes_come_before_anything_heavy(words):
+def test_help_and_mistakes_come_before_anything_heavy(words: list[str]) -> None:
     heavy = ["torch", "moshi", "triton", "numpy", "matplotlib", "huggingface_hub", "soundfile"]
     code = (
         f"import sys; sys.argv = ['moshi-ttt', *{words!r}]\nfrom finetune.cli import main\n"

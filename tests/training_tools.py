@@ -16,6 +16,7 @@ from data_tools import MIMI_CONFIG, tiny_mimi, tiny_tokenizer, write_dataset
 from helpers import moshi_like
 from moshi.models.lm import LMModel
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from finetune.config import load_config
 from finetune.monitoring import Kind, metrics_path, read_metrics
@@ -128,7 +129,7 @@ def checkpoint(run_dir: Path, step: int) -> Path:
 def saved_weights(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
     """All trained weights of a checkpoint, and the float32 ones that the optimizer keeps."""
     folder = checkpoint(run_dir, step)
-    weights = {}
+    weights: dict[str, torch.Tensor] = {}
     for file in sorted((folder / "consolidated").glob("*.safetensors")):
         weights |= load_file(file)
     reader = dcp.FileSystemReader(folder / "resume")
@@ -136,7 +137,7 @@ def saved_weights(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
     masters = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in found.items()
-        if name.startswith("master/")
+        if name.startswith("master/") and isinstance(entry, TensorStorageMetadata)
     }
     dcp.load(masters, storage_reader=reader, no_dist=True)
     return weights | masters

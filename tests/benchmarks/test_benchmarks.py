@@ -4,7 +4,10 @@ import importlib
 import json
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -12,12 +15,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 @pytest.fixture
-def program(monkeypatch):
+def program(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
     """Imports one of the benchmarks, for the length of a test."""
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
-    imported = []
+    imported: list[Any] = []
 
-    def load(name):
+    def load(name: str) -> ModuleType:
         imported.append(name)
         return importlib.import_module(name)
 
@@ -27,7 +30,7 @@ def program(monkeypatch):
 
 
 @pytest.fixture
-def benchmark(program):
+def benchmark(program: Callable[..., Any]) -> ModuleType:
     return program("ops")
 
 
@@ -35,7 +38,9 @@ SMALL = ["--device=cpu", "--dtype=float32", "--width=8", "--hidden=12", "--chunk
 SMALL += ["--sizes=2x23", "--windows=7"]
 
 
-def test_operators_are_checked_and_timed(benchmark, tmp_path, capsys):
+def test_operators_are_checked_and_timed(
+    benchmark: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "ops.json"
     benchmark.main([*SMALL, "--repeats", "1", "--warmup", "0", "--json", str(path)])
     results = json.loads(path.read_text())["results"]
@@ -61,7 +66,9 @@ def test_operators_are_checked_and_timed(benchmark, tmp_path, capsys):
     assert "differs from the reference" in capsys.readouterr().out
 
 
-def test_a_wrong_operator_gets_no_time(benchmark, monkeypatch, capsys):
+def test_a_wrong_operator_gets_no_time(
+    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(
         benchmark.ops, "in_place_ttt", lambda z, v, **_: torch.zeros_like(v) + 0 * v * z.sum()
     )
@@ -70,7 +77,9 @@ def test_a_wrong_operator_gets_no_time(benchmark, monkeypatch, capsys):
     assert "wrong" in found[1] and "forward_ms" not in found[1]
 
 
-def test_a_wrong_window_gets_no_time(benchmark, monkeypatch):
+def test_a_wrong_window_gets_no_time(
+    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     right = benchmark.causal_attention
     monkeypatch.setattr(
         benchmark, "causal_attention", lambda q, k, v, window: right(q, k, v, window + 1)
@@ -84,7 +93,7 @@ STEP = ["--model=tiny", "--device=cpu", "--dtype=float32", "--batch=2", "--frame
 STEP += ["--warmup=1", "--steps=1"]
 
 
-def test_training_steps_are_compared_and_timed(program, tmp_path):
+def test_training_steps_are_compared_and_timed(program: Callable[..., Any], tmp_path: Path) -> None:
     path = tmp_path / "train_step.json"
     program("train_step").main([*STEP, "--json", str(path)])
     results = {r["name"]: r for r in json.loads(path.read_text())["results"]}
@@ -106,7 +115,9 @@ def test_training_steps_are_compared_and_timed(program, tmp_path):
     assert results["ours"]["losses"][1] != results["ours"]["losses"][0]
 
 
-def test_a_training_step_with_other_losses_gets_no_time(program, monkeypatch, capsys):
+def test_a_training_step_with_other_losses_gets_no_time(
+    program: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     train_step = program("train_step")
     step = train_step.OurRun.step
     monkeypatch.setattr(train_step.OurRun, "step", lambda *args: step(*args) + 1e-4)
@@ -118,13 +129,14 @@ def test_a_training_step_with_other_losses_gets_no_time(program, monkeypatch, ca
 
 @pytest.mark.parametrize("wrong", ["OurRun", "StockRun"])
 def test_a_training_step_whose_later_losses_are_no_numbers_gets_no_time(
-    program, monkeypatch, wrong
-):
+    program: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, wrong: str
+) -> None:
     train_step = program("train_step")
     run = getattr(train_step, wrong)
-    step, losses = run.step, []
+    step = run.step
+    losses: list[float] = []
 
-    def failing(*args):
+    def failing(*args: Any) -> float:
         losses.append(step(*args) if not losses else float("nan"))
         return losses[-1]
 
@@ -134,7 +146,9 @@ def test_a_training_step_whose_later_losses_are_no_numbers_gets_no_time(
     assert train_step.exit_status(found) == 1
 
 
-def test_the_stock_model_runs_with_every_choice_of_arms(program, capsys):
+def test_the_stock_model_runs_with_every_choice_of_arms(
+    program: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     train_step = program("train_step")
     found = train_step.main([*STEP, "--arms", "ours"])
     assert [r["name"] for r in found] == ["stock", "ours"] and found[1]["speedup"] > 0
@@ -146,7 +160,7 @@ def test_the_stock_model_runs_with_every_choice_of_arms(program, capsys):
     assert stopped.value.code == 2 and "there is no 'nosuch'" in capsys.readouterr().err
 
 
-def test_only_a_search_may_run_out_of_memory(program):
+def test_only_a_search_may_run_out_of_memory(program: Callable[..., Any]) -> None:
     status = program("train_step").exit_status
     assert status([{"wrong": "out of memory"}]) == 1
     assert status([{"wrong": "out of memory", "is_search": True}]) == 0
@@ -154,7 +168,7 @@ def test_only_a_search_may_run_out_of_memory(program):
 
 
 @pytest.mark.parametrize("is_full", [True, False], ids=["full", "lora"])
-def test_operations_of_a_step_are_counted(program, is_full):
+def test_operations_of_a_step_are_counted(program: Callable[..., Any], is_full: bool) -> None:
     """Against PyTorch's own counter, which counts all pairs of frames in attention."""
     train_step = program("train_step")
     options = train_step.parse([*STEP, "--frames=20"])
@@ -184,8 +198,12 @@ LOSSES = ["--model=tiny", "--device=cpu", "--batch=2", "--frames=60", "--rank=4"
     ],
 )
 def test_losses_stay_within_the_bound_and_errors_do_not(
-    program, monkeypatch, tmp_path, dtype, kind
-):
+    program: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    dtype: str,
+    kind: Any,
+) -> None:
     same_losses, path = program("same_losses"), tmp_path / "losses.json"
     all_runs = same_losses.runs
     monkeypatch.setattr(
@@ -210,7 +228,7 @@ MANY += ["--loss-steps=2", "--warmup=0", "--steps=1"]
 
 
 @pytest.mark.slow
-def test_several_gpus_are_compared_with_one(program, tmp_path):
+def test_several_gpus_are_compared_with_one(program: Callable[..., Any], tmp_path: Path) -> None:
     program("many_gpus_arms")
     path = tmp_path / "many.json"
     program("many_gpus").main([*MANY, f"--json={path}", f"--log-dir={tmp_path}"])
@@ -222,15 +240,19 @@ def test_several_gpus_are_compared_with_one(program, tmp_path):
 
 
 @pytest.fixture
-def many_gpus(program, monkeypatch, tmp_path):
+def many_gpus(
+    program: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Callable[..., Any]:
     """With processes that only write what a test says, for each start in turn."""
     program("many_gpus_arms")
     many_gpus = program("many_gpus")
 
-    def run(*scripts, arms):
-        started = []
+    def run(*scripts: Any, arms: Any) -> tuple[dict[str, Any], list[Any]]:
+        started: list[Any] = []
 
-        def start(names, on_all, results_file, log, options):
+        def start(
+            names: Any, on_all: Any, results_file: Any, log: Any, options: Any
+        ) -> subprocess.Popen[bytes]:
             code = f"import json, os, sys, time; names = {names!r}\n{scripts[len(started)]}"
             started.append(names)
             write = (
@@ -252,7 +274,7 @@ def many_gpus(program, monkeypatch, tmp_path):
 ALL_GOOD = "[write(name) for name in names]"
 
 
-def test_another_loss_on_several_gpus_gets_no_time(many_gpus):
+def test_another_loss_on_several_gpus_gets_no_time(many_gpus: Callable[..., Any]) -> None:
     found, _ = many_gpus(
         ALL_GOOD,
         "write('replicas', 5.01); write('sharded', tokens_per_sec=17.0)",
@@ -267,7 +289,9 @@ def test_another_loss_on_several_gpus_gets_no_time(many_gpus):
     ["os._exit(1)", "write('sharded', wrong='no memory'); os._exit(1)", "time.sleep(60)"],
     ids=["fails", "says why", "hangs"],
 )
-def test_a_line_that_fails_does_not_stop_the_others(many_gpus, end):
+def test_a_line_that_fails_does_not_stop_the_others(
+    many_gpus: Callable[..., Any], end: str
+) -> None:
     found, started = many_gpus(
         ALL_GOOD,
         f"write('replicas'); {end}",
@@ -278,7 +302,9 @@ def test_a_line_that_fails_does_not_stop_the_others(many_gpus, end):
     assert [name for name, result in found.items() if "wrong" in result] == ["sharded"]
 
 
-def test_calls_are_timed_whole(program, capsys):
+def test_calls_are_timed_whole(
+    program: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     calls = program("calls")
     words = ["--device=cpu", "--callers", "1", "2", "--frames=12", "--ttt-layers=2"]
     one, two = calls.main([*words, "--part-frames=6"])
@@ -292,11 +318,11 @@ def test_calls_are_timed_whole(program, capsys):
         calls.main([*words[:3], "--frames=3"])
 
 
-def spoil(calls):
+def spoil(calls: Any) -> None:
     """A model whose weights are no numbers."""
     right = calls.make_model
 
-    def broken(*args):
+    def broken(*args: Any) -> Any:
         model = right(*args)
         model.transformer.layers[0].self_attn.in_projs[0].weight.data.fill_(float("nan"))
         return model

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,14 +21,14 @@ ROOT = Path(__file__).parents[2]
 DIALOGUES = ROOT / "example/demo/dialogues"
 
 
-def command(*words):
+def command(*words: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
 
 
 @pytest.fixture(scope="module")
-def demo_run(tmp_path_factory):
+def demo_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     """`example/demo.yaml`, a few steps of it, on short dialogues."""
     run_dir = tmp_path_factory.mktemp("demo") / "run"
     done = command(
@@ -47,7 +48,7 @@ def demo_run(tmp_path_factory):
     return run_dir, done.stdout
 
 
-def test_training_says_what_it_does_and_learns(demo_run):
+def test_training_says_what_it_does_and_learns(demo_run: tuple[Path, Any]) -> None:
     run_dir, output = demo_run
     assert (
         "TTT: in-place (delta) in layers 1, 3; 4 updates a sequence, every 10 frames (0.8 s)"
@@ -59,7 +60,9 @@ def test_training_says_what_it_does_and_learns(demo_run):
     assert last["step"] == 12 and last["ttt/layer_03/effect"] > 1e-4
 
 
-def test_a_dialogue_is_continued_to_a_wav_one_can_listen_to(demo_run, tmp_path, capsys):
+def test_a_dialogue_is_continued_to_a_wav_one_can_listen_to(
+    demo_run: tuple[Path, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run_dir, _ = demo_run
     sound = tmp_path / "continuation.wav"
     arguments = ["generate", f"--checkpoint={run_dir}/checkpoints/checkpoint_000012"]
@@ -86,7 +89,7 @@ def test_a_dialogue_is_continued_to_a_wav_one_can_listen_to(demo_run, tmp_path, 
     assert again.read_bytes() == sound.read_bytes(), "the same seed gives the same sound"
 
 
-def test_the_loss_curve_is_drawn(demo_run):
+def test_the_loss_curve_is_drawn(demo_run: tuple[Path, Any]) -> None:
     run_dir, _ = demo_run
     assert call(["plot", str(run_dir)]) == 0
     assert (run_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
@@ -134,9 +137,15 @@ def test_the_loss_curve_is_drawn(demo_run):
         (["data", "index"], "--folder is missing"),
     ],
 )
-def test_a_mistake_is_one_message(demo_run, tmp_path, capsys, arguments, message):
+def test_a_mistake_is_one_message(
+    demo_run: tuple[Path, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: Any,
+) -> None:
     run_dir, _ = demo_run
-    names = {
+    names: dict[str, Any] = {
         "run": run_dir,
         "checkpoint": run_dir / "checkpoints/checkpoint_000012",
         "wav": DIALOGUES / "eval_000.wav",
@@ -148,7 +157,7 @@ def test_a_mistake_is_one_message(demo_run, tmp_path, capsys, arguments, message
     assert said.count("\n") == 2, "one paragraph"
 
 
-def call(arguments):
+def call(arguments: list[Any]) -> str | int | None:
     """`moshi-ttt ...` in this process; its exit status."""
     old, sys.argv = sys.argv, ["moshi-ttt", *arguments]
     try:
@@ -159,12 +168,12 @@ def call(arguments):
     return leaving.value.code
 
 
-def test_an_unforeseen_error_keeps_its_traceback():
+def test_an_unforeseen_error_keeps_its_traceback() -> None:
     with pytest.raises(ZeroDivisionError):
         run(lambda: 1 // 0)
 
 
-def test_the_readme_names_what_there_is():
+def test_the_readme_names_what_there_is() -> None:
     readme = (ROOT / "README.md").read_text()
     for target in re.findall(r"\]\(([^)#h][^)#]*)", readme):
         assert (ROOT / target).exists(), target
@@ -173,7 +182,7 @@ def test_the_readme_names_what_there_is():
 
 
 @pytest.mark.slow
-def test_the_demonstration(tmp_path):
+def test_the_demonstration(tmp_path: Path) -> None:
     """`make demo`, in an empty folder with the configuration and the model."""
     shutil.copytree(ROOT / "example", tmp_path / "example")
     done = subprocess.run(
@@ -190,7 +199,9 @@ def test_the_demonstration(tmp_path):
     assert "Next:" in done.stdout
 
 
-def test_a_group_lists_its_commands_and_encode_answers_to_its_old_name(monkeypatch, capsys):
+def test_a_group_lists_its_commands_and_encode_answers_to_its_old_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     for words in (["data"], ["data", "--help"]):
         assert call(words) == 0
         shown = capsys.readouterr().out
@@ -206,7 +217,9 @@ def test_a_group_lists_its_commands_and_encode_answers_to_its_old_name(monkeypat
     "command",
     ["train", "plan", "evaluate", "sweep", "recall", "demo-data", "data index", "data encode"],
 )
-def test_help_is_given_when_it_is_asked_for(command, monkeypatch, capsys):
+def test_help_is_given_when_it_is_asked_for(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(sys, "argv", ["moshi-ttt", *command.split(), "--help"])
     monkeypatch.setenv("PAGER", "cat")
     with pytest.raises(SystemExit) as left:
@@ -220,7 +233,13 @@ def test_help_is_given_when_it_is_asked_for(command, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "words", [["moshi-ttt", "demo-data", "{}", "--seed=1"], ["train.py", "--out_dir", "{}"]]
 )
-def test_help_runs_nothing_whatever_else_is_given(words, dashes, tmp_path, monkeypatch, capsys):
+def test_help_runs_nothing_whatever_else_is_given(
+    words: list[str],
+    dashes: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     given = [word.format(tmp_path / "made") for word in words]
     monkeypatch.setattr(sys, "argv", [*given, *dashes, "--help"])
     monkeypatch.setenv("PAGER", "cat")

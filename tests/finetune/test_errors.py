@@ -2,6 +2,9 @@
 
 import json
 import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,18 +19,18 @@ from finetune.config import load_config
 
 
 @pytest.fixture
-def model(config, tmp_path):
+def model(config: Path, tmp_path: Path) -> Path:
     """A copy of the model's folder, to break."""
     return shutil.copytree(config.parent / "model", tmp_path / "model")
 
 
 @pytest.fixture
-def fails(config, tmp_path, capsys):
+def fails(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
     """Starts the program, which must fail; returns what it says."""
 
-    def start(**overrides):
+    def start(**overrides: Any) -> str:
         path = overrides.pop("config", config)
-        arguments = {"run_dir": str(tmp_path / "run"), **overrides}
+        arguments: dict[str, Any] = {"run_dir": str(tmp_path / "run"), **overrides}
         capsys.readouterr()
         assert run(lambda: train_command(str(path), **arguments)) == 1
         error = capsys.readouterr().err
@@ -41,12 +44,14 @@ def fails(config, tmp_path, capsys):
 # --- the run folder -------------------------------------------------------------------------------
 
 
-def test_a_missing_configuration(fails, config):
+def test_a_missing_configuration(fails: Callable[..., Any], config: Path) -> None:
     message = fails(config=config.with_name("rum.yaml"))
     assert "There is no configuration file" in message and "Did you mean" in message
 
 
-def test_an_existing_run(fails, finished_run, tmp_path):
+def test_an_existing_run(
+    fails: Callable[..., Any], finished_run: Callable[..., Any], tmp_path: Path
+) -> None:
     finished_run(tmp_path / "run")
     before = sorted(tmp_path.rglob("*"))
     message = fails()
@@ -55,13 +60,15 @@ def test_an_existing_run(fails, finished_run, tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_an_existing_run_is_replaced_on_request(config, tmp_path):
+def test_an_existing_run_is_replaced_on_request(config: Path, tmp_path: Path) -> None:
     train(config, tmp_path / "run", {"ckpt_freq": 1})
     train(config, tmp_path / "run", {"max_steps": 2, "overwrite_run_dir": True})
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["checkpoint_000002"]
 
 
-def test_a_folder_that_is_no_run_is_never_deleted(fails, tmp_path):
+def test_a_folder_that_is_no_run_is_never_deleted(
+    fails: Callable[..., Any], tmp_path: Path
+) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run/thesis.tex").write_text("years of work")
     assert "already holds" in fails()
@@ -70,26 +77,30 @@ def test_a_folder_that_is_no_run_is_never_deleted(fails, tmp_path):
 
 
 @pytest.mark.parametrize("resume", [False, "auto"])
-def test_a_file_in_place_of_the_run_folder(fails, tmp_path, resume):
+def test_a_file_in_place_of_the_run_folder(
+    fails: Callable[..., Any], tmp_path: Path, resume: bool | str
+) -> None:
     (tmp_path / "run").write_text("a file")
     assert "run_dir" in fails(resume=resume)
     assert "run_dir" in fails(resume=resume, overwrite_run_dir=not resume)
     assert (tmp_path / "run").read_text() == "a file"
 
 
-def test_a_run_folder_that_cannot_be_made(fails, tmp_path):
+def test_a_run_folder_that_cannot_be_made(fails: Callable[..., Any], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     message = fails(run_dir=str(tmp_path / "file/run"))
     assert f"run_dir: cannot write to {tmp_path / 'file/run'}" in message
 
 
 @pytest.mark.parametrize("where", ["the model", "wandb"])
-def test_a_start_that_failed_is_not_in_the_way_of_the_next(fails, config, tmp_path, where):
+def test_a_start_that_failed_is_not_in_the_way_of_the_next(
+    fails: Callable[..., Any], config: Path, tmp_path: Path, where: str
+) -> None:
     if where == "the model":
         fails(**{"moshi_paths.tokenizer_path": str(tmp_path / "nothing")})
     else:
         pytest.importorskip("wandb")
-        mistake = {"wandb.project": "p", "wandb.key": "too short"}
+        mistake: dict[str, Any] = {"wandb.project": "p", "wandb.key": "too short"}
         fails(**mistake, **{"data.num_workers": 0})
     train(config, tmp_path / "run")
 
@@ -107,8 +118,8 @@ def test_a_start_that_failed_is_not_in_the_way_of_the_next(fails, config, tmp_pa
         ("mimi_config_path", "mimi_config.json"),
     ],
 )
-def test_a_file_of_the_model(fails, model, key, name):
-    overrides = {"moshi_paths.hf_repo_id": str(model)}
+def test_a_file_of_the_model(fails: Callable[..., Any], model: Path, key: str, name: str) -> None:
+    overrides: dict[str, Any] = {"moshi_paths.hf_repo_id": str(model)}
     content = (model / name).read_bytes()
     (model / name).unlink()
     message = fails(**overrides)
@@ -123,7 +134,7 @@ def test_a_file_of_the_model(fails, model, key, name):
     assert f"moshi_paths.{key}" in message and str(model / "wrong") in message
 
 
-def change_config(folder, name="config.json", **changes):
+def change_config(folder: Path, name: str = "config.json", **changes: Any) -> None:
     path = folder / name
     config = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({key: v for key, v in config.items() if v is not ...}))
@@ -145,7 +156,9 @@ def change_config(folder, name="config.json", **changes):
     ],
     ids=str,
 )
-def test_weights_that_do_not_fit_the_configuration(fails, model, changes):
+def test_weights_that_do_not_fit_the_configuration(
+    fails: Callable[..., Any], model: Path, changes: dict[str, Any]
+) -> None:
     change_config(model, **changes)
     message = fails(**{"moshi_paths.hf_repo_id": str(model)})
     assert "moshi_paths." in message and "config.json" in message
@@ -162,7 +175,9 @@ def test_weights_that_do_not_fit_the_configuration(fails, model, changes):
     ],
     ids=str,
 )
-def test_a_model_that_cannot_be_trained(fails, model, changes, expected):
+def test_a_model_that_cannot_be_trained(
+    fails: Callable[..., Any], model: Path, changes: dict[str, Any], expected: str
+) -> None:
     change_config(model, **changes)
     assert expected in fails(**{"moshi_paths.hf_repo_id": str(model)})
 
@@ -177,7 +192,9 @@ def test_a_model_that_cannot_be_trained(fails, model, changes, expected):
     ],
     ids=["frame rate", "missing part", "other size", "too few codebooks"],
 )
-def test_a_mimi_that_is_not_as_described(fails, model, changes):
+def test_a_mimi_that_is_not_as_described(
+    fails: Callable[..., Any], model: Path, changes: dict[str, Any]
+) -> None:
     change_config(model, "mimi_config.json", **changes)
     assert "moshi_paths.mimi_" in fails(**{"moshi_paths.hf_repo_id": str(model)})
 
@@ -187,13 +204,18 @@ def test_a_mimi_that_is_not_as_described(fails, model, changes):
     [({"card": 16}, "mimi_path"), ({"text_card": 8}, "tokenizer_path")],
     ids=["Mimi", "tokenizer"],
 )
-def test_codes_that_the_model_does_not_know(fails, model, changes, key):
+def test_codes_that_the_model_does_not_know(
+    fails: Callable[..., Any], model: Path, changes: dict[str, Any], key: str
+) -> None:
     change_config(model, **changes)
-    overrides = {"moshi_paths.hf_repo_id": str(model), "moshi_paths.random_init": True}
+    overrides: dict[str, Any] = {
+        "moshi_paths.hf_repo_id": str(model),
+        "moshi_paths.random_init": True,
+    }
     assert f"moshi_paths.{key}" in fails(**overrides)
 
 
-def test_weights_of_another_model(fails, config, model):
+def test_weights_of_another_model(fails: Callable[..., Any], config: Path, model: Path) -> None:
     weights = load_file(model / "model.safetensors")
     weights["text_linear.bias"] = torch.zeros(3)
     del weights["out_norm.alpha"]
@@ -203,14 +225,14 @@ def test_weights_of_another_model(fails, config, model):
     assert "1 unknown (text_linear.bias)" in message
 
 
-def test_a_first_layer_beyond_the_last(fails):
+def test_a_first_layer_beyond_the_last(fails: Callable[..., Any]) -> None:
     assert "ttt.start_layer: 2 is beyond the model's last layer, 1" in fails(
         **{"ttt.start_layer": 2}
     )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
-def test_a_gpu_where_there_is_none(fails):
+def test_a_gpu_where_there_is_none(fails: Callable[..., Any]) -> None:
     message = fails(device="cuda")
     assert "0 CUDA devices" in message and "device: cpu" in message
 
@@ -218,11 +240,13 @@ def test_a_gpu_where_there_is_none(fails):
 # --- resuming -------------------------------------------------------------------------------------
 
 
-def test_resuming_nothing(fails):
+def test_resuming_nothing(fails: Callable[..., Any]) -> None:
     assert "no complete checkpoint" in fails(resume=True)
 
 
-def test_resuming_with_another_configuration_names_the_right_one(fails, finished_run, tmp_path):
+def test_resuming_with_another_configuration_names_the_right_one(
+    fails: Callable[..., Any], finished_run: Callable[..., Any], tmp_path: Path
+) -> None:
     finished_run(tmp_path / "run", LORA)
     message = fails(resume=True, **FULL)
     named = tmp_path / "run/checkpoints/checkpoint_000004/args.yaml"
@@ -230,7 +254,9 @@ def test_resuming_with_another_configuration_names_the_right_one(fails, finished
     assert load_config(named).lora.enable
 
 
-def test_resuming_what_another_version_wrote(fails, finished_run, tmp_path):
+def test_resuming_what_another_version_wrote(
+    fails: Callable[..., Any], finished_run: Callable[..., Any], tmp_path: Path
+) -> None:
     finished_run(tmp_path / "run")
     saved = tmp_path / "run/checkpoints/checkpoint_000004"
     shutil.rmtree(saved / "resume")
@@ -239,7 +265,9 @@ def test_resuming_what_another_version_wrote(fails, finished_run, tmp_path):
     assert "another version" in message and f"moshi_paths.init_from: {saved}" in message
 
 
-def test_resuming_a_state_that_holds_something_else(fails, finished_run, tmp_path):
+def test_resuming_a_state_that_holds_something_else(
+    fails: Callable[..., Any], finished_run: Callable[..., Any], tmp_path: Path
+) -> None:
     finished_run(tmp_path / "run")
     saved = tmp_path / "run/checkpoints/checkpoint_000004"
     for content in ({"step": 4}, b"no tensors"):
@@ -258,15 +286,20 @@ def test_resuming_a_state_that_holds_something_else(fails, finished_run, tmp_pat
 # --- the data -------------------------------------------------------------------------------------
 
 
-def test_data_that_is_not_there(fails, tmp_path):
+def test_data_that_is_not_there(fails: Callable[..., Any], tmp_path: Path) -> None:
     assert "data.train_data" in fails(**{"data.train_data": str(tmp_path / "none.jsonl")})
-    overrides = {"do_eval": True, "data.eval_data": str(tmp_path / "none.jsonl")}
+    overrides: dict[str, Any] = {"do_eval": True, "data.eval_data": str(tmp_path / "none.jsonl")}
     assert "data.eval_data" in fails(**overrides)
 
 
-def test_a_recording_that_breaks_in_the_middle_of_the_run(config, tmp_path, capsys):
+def test_a_recording_that_breaks_in_the_middle_of_the_run(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = shutil.copytree(config.parent / "train", tmp_path / "train")
-    overrides = {"data.train_data": str(folder / "all.jsonl"), "run_dir": str(tmp_path / "run")}
+    overrides: dict[str, Any] = {
+        "data.train_data": str(folder / "all.jsonl"),
+        "run_dir": str(tmp_path / "run"),
+    }
     (folder / "2.json").write_text("{}")
     assert run(lambda: train_command(str(config), **overrides)) == 1
     message = capsys.readouterr().err

@@ -2,7 +2,10 @@
 
 import contextlib
 import importlib
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -16,19 +19,21 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def growth(monkeypatch):
+def growth(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The benchmark, which does the same for longer."""
     monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
     return importlib.import_module("growth")
 
 
-def test_steps_evaluations_and_speech_leave_nothing_behind(growth, tmp_path, capsys):
+def test_steps_evaluations_and_speech_leave_nothing_behind(
+    growth: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     flat = growth.measure(tmp_path, num_steps=200, num_evaluations=20, minutes=1)
     assert flat == [True, True, True], capsys.readouterr().out
 
 
-def test_what_grows_is_noticed(growth, capsys):
-    held = []
+def test_what_grows_is_noticed(growth: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    held: list[Any] = []
     assert not growth.watched("0.2 MB a step", 200, lambda: held.append(b"x" * 200_000))
     with contextlib.ExitStack() as opened:
         assert not growth.watched(
@@ -38,13 +43,13 @@ def test_what_grows_is_noticed(growth, capsys):
     assert capsys.readouterr().out.count("GROWS") == 2
 
 
-def kilobytes(key):
+def kilobytes(key: str) -> int:
     """Of this process, from the system."""
     status = Path("/proc/self/status").read_text()
     return next(int(line.split()[1]) for line in status.splitlines() if line.startswith(key))
 
 
-def peak_mb(function):
+def peak_mb(function: Callable[[], Any]) -> float:
     """What `function` takes at most, beside what is there already."""
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = kilobytes("VmRSS")
@@ -52,13 +57,13 @@ def peak_mb(function):
     return (kilobytes("VmHWM") - before) / 1024
 
 
-def test_the_memory_of_decoding_is_linear_in_the_duration(config):
+def test_the_memory_of_decoding_is_linear_in_the_duration(config: Path) -> None:
     """Mimi's attention over all frames at once has a mask of T x T: half an hour took 20 GB."""
     args = load_config(config)
     info = find_checkpoint(args.moshi_paths)
     codec = build_codec(info, plan_model(args, info), "cpu")
 
-    def decode(minutes):
+    def decode(minutes: float) -> None:
         codes = torch.zeros(1, 4, round(minutes * 60 * FRAME_RATE_HZ), dtype=torch.int64)
         audio = codec.decode(codes)
         assert audio.shape[-1] == minutes * 60 * codec.sample_rate_hz

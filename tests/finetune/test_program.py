@@ -4,6 +4,8 @@ import os
 import signal
 import subprocess
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 from training_tools import (
@@ -29,11 +31,11 @@ from finetune.interrupt import Interrupt
 ENDLESS = ("--max_steps=1000000",)
 
 
-def options(overrides):
+def options(overrides: dict[str, Any]) -> list[Any]:
     return [f"--{key}={value}" for key, value in overrides.items()]
 
 
-def test_ten_steps_are_five_steps_a_kill_and_five_more(config, tmp_path):
+def test_ten_steps_are_five_steps_a_kill_and_five_more(config: Path, tmp_path: Path) -> None:
     arguments = [f"--config={config}", "--max_steps=10", "--ckpt_freq=5", "--data.num_workers=2"]
     arguments.append("--ckpt_async=false")  # or step 7 may be over before step 5 is written
     arguments += options({**FULL, "param_dtype": "bfloat16"})
@@ -57,7 +59,9 @@ def test_ten_steps_are_five_steps_a_kill_and_five_more(config, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_leaves_with_a_message(config, tmp_path, number):
+def test_a_signal_saves_and_leaves_with_a_message(
+    config: Path, tmp_path: Path, number: signal.Signals
+) -> None:
     background = ("--data.num_workers=2", "--data.prefetch_steps=2")
     run = start_program(f"--config={config}", f"--run_dir={tmp_path}", *background, *ENDLESS)
     list(lines_until(run, "step 3/"))
@@ -74,7 +78,7 @@ def test_a_signal_saves_and_leaves_with_a_message(config, tmp_path, number):
     assert train(config, tmp_path, {"max_steps": last + 2, "resume": True}).step == last + 2
 
 
-def test_a_second_ctrl_c_leaves_at_once(config, tmp_path):
+def test_a_second_ctrl_c_leaves_at_once(config: Path, tmp_path: Path) -> None:
     run = start_program(
         f"--config={config}", f"--run_dir={tmp_path}", *ENDLESS, after=HANGS_WHILE_SAVING
     )
@@ -88,14 +92,14 @@ def test_a_second_ctrl_c_leaves_at_once(config, tmp_path):
     assert not (tmp_path / "checkpoints").exists()
 
 
-def test_signals_that_come_together_are_one(monkeypatch):
+def test_signals_that_come_together_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(interrupt.time, "monotonic", lambda: now[0])
-    left = []
+    left: list[Any] = []
     monkeypatch.setattr(interrupt.os, "_exit", left.append)
     before = signal.getsignal(signal.SIGINT)
 
-    def send(number):
+    def send(number: signal.Signals) -> None:
         os.kill(os.getpid(), number)
         time.sleep(0.2)  # another thread listens
 
@@ -113,8 +117,14 @@ def test_signals_that_come_together_are_one(monkeypatch):
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_two_processes_are_one_with_the_double_batch(config, tmp_path):
-    overrides = {**PLAIN, "ttt.enabled": True, "do_eval": True, "max_steps": 6, "ckpt_freq": 3}
+def test_two_processes_are_one_with_the_double_batch(config: Path, tmp_path: Path) -> None:
+    overrides: dict[str, Any] = {
+        **PLAIN,
+        "ttt.enabled": True,
+        "do_eval": True,
+        "max_steps": 6,
+        "ckpt_freq": 3,
+    }
     overrides["data.cache_dir"] = tmp_path / "codes"
     run = torchrun(
         f"--config={config}",
@@ -142,7 +152,7 @@ def test_two_processes_are_one_with_the_double_batch(config, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_signal_to_torchrun_saves_once(config, tmp_path):
+def test_a_signal_to_torchrun_saves_once(config: Path, tmp_path: Path) -> None:
     run = torchrun(f"--config={config}", f"--run_dir={tmp_path}", *ENDLESS)
     list(lines_until(run, "step 3/"))
     run.send_signal(signal.SIGTERM)
@@ -161,7 +171,9 @@ def test_a_signal_to_torchrun_saves_once(config, tmp_path):
     ],
     ids=["switched off", "unreachable"],
 )
-def test_a_repository_without_network_is_one_clear_message(config, tmp_path, network):
+def test_a_repository_without_network_is_one_clear_message(
+    config: Path, tmp_path: Path, network: dict[str, str]
+) -> None:
     run = start_program(
         f"--config={config}",
         f"--run_dir={tmp_path / 'run'}",
@@ -176,7 +188,7 @@ def test_a_repository_without_network_is_one_clear_message(config, tmp_path, net
     assert "network" in message and "set hf_repo_id to its folder" in message
 
 
-def test_a_mistake_is_one_clear_message(config):
+def test_a_mistake_is_one_clear_message(config: Path) -> None:
     status, output = finish(start_program(f"--config={config}", "--ttt.chunk_sise=3"))
     assert status == 1
     assert "Traceback" not in output and "ttt.chunk_size" in output

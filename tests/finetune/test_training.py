@@ -2,6 +2,8 @@
 
 import json
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,7 +37,8 @@ from finetune.evaluation import evaluate
 from finetune.monitoring import EffectWatch
 from finetune.plan.describe import warn_of_slow_layers
 from finetune.step import Optimizer, stream_sums
-from ttt import TTTArgs, build_model
+from finetune.step.loss import StreamSums
+from ttt import TTTArgs, TTTLMModel, build_model
 from ttt.layers import execution
 
 SLOW = pytest.mark.slow
@@ -45,7 +48,9 @@ ALONE = World(rank=0, size=1, device=torch.device("cpu"))
 # --- against stock moshi --------------------------------------------------------------------------
 
 
-def plain_loss(model, codes, *, padding_weight, first_codebook_weight):
+def plain_loss(
+    model: TTTLMModel, codes: torch.Tensor, *, padding_weight: float, first_codebook_weight: float
+) -> torch.Tensor:
     """Σ w · CE / Σ w of the text, plus the same of the audio."""
     output = model(codes)
     targets = codes[:, :1][output.text_mask]
@@ -62,7 +67,7 @@ def plain_loss(model, codes, *, padding_weight, first_codebook_weight):
     return text_loss + (weight * nll).sum() / weight.sum()
 
 
-def stock_model(config, own, *, lora):
+def stock_model(config: Path, own: TTTLMModel, *, lora: bool) -> tuple[Any, list[Any]]:
     """Stock `moshi` with the weights that a run starts from, and what trains in it; `own` is the
     run's model, for the adapters that are drawn at random."""
     model = LMModel(device="cpu", dtype=torch.float32, **LM_CONFIG)
@@ -88,11 +93,16 @@ def stock_model(config, own, *, lora):
 )
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_without_ttt_the_losses_are_those_of_a_loop_over_stock_moshi(
-    config, tmp_path, monkeypatch, lora, gradient_checkpointing, compile
-):
+    config: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    lora: bool,
+    gradient_checkpointing: bool | str,
+    compile: bool,
+) -> None:
     monkeypatch.setattr(execution, "BACKEND", "aot_eager")
     monkeypatch.setattr(execution, "MIN_KEPT_WIDTH", 16)
-    overrides = {
+    overrides: dict[str, Any] = {
         **PLAIN,
         "full_finetuning": not lora,
         **(LORA if lora else {}),
@@ -108,7 +118,7 @@ def test_without_ttt_the_losses_are_those_of_a_loop_over_stock_moshi(
     model, trained = stock_model(config, own.model, lora=lora)
     optimizer = torch.optim.AdamW(trained, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1)
     schedule = OneCycleLR(optimizer, max_lr=3e-3, total_steps=20, pct_start=0.3)
-    expected = []
+    expected: list[Any] = []
     for _ in range(20):
         codes = next(batches).codes
         with no_compile():
@@ -126,11 +136,11 @@ def test_without_ttt_the_losses_are_those_of_a_loop_over_stock_moshi(
 
 
 @pytest.mark.parametrize("pct_start, max_steps", [(0.05, 20), (0.5, 2), (0.05, 1)])
-def test_the_schedule_may_rise_for_a_single_step(pct_start, max_steps):
+def test_the_schedule_may_rise_for_a_single_step(pct_start: float, max_steps: int) -> None:
     weight = torch.nn.Parameter(torch.ones(1))
     args = OptimArgs(lr=1.0, pct_start=pct_start)
     optimizer = Optimizer({"base": {"weight": weight}}, args, max_steps=max_steps)
-    rates = []
+    rates: list[Any] = []
     for _ in range(max_steps):
         weight.grad = torch.ones(1)
         result = optimizer.step(max_norm=1.0, world=ALONE, is_loss_finite=True)
@@ -140,7 +150,7 @@ def test_the_schedule_may_rise_for_a_single_step(pct_start, max_steps):
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_a_state_continues_where_adamw_counts_its_steps_elsewhere(fused):
+def test_a_state_continues_where_adamw_counts_its_steps_elsewhere(fused: bool) -> None:
     """A fused AdamW, on a GPU, counts them there; any other on the CPU. Made by the other one."""
     saved = Optimizer({"base": {"weight": torch.nn.Parameter(torch.ones(1))}}, OptimArgs(),
                       max_steps=5)  # fmt: skip
@@ -159,16 +169,23 @@ def test_a_state_continues_where_adamw_counts_its_steps_elsewhere(fused):
 # --- running out of memory ------------------------------------------------------------------------
 
 
-def test_a_step_that_does_not_fit_names_what_takes_less(config, tmp_path, monkeypatch):
+def test_a_step_that_does_not_fit_names_what_takes_less(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     forward = finetune.trainer.Trainer.forward_backward
 
-    def forward_while_there_is_room(self, batches):
+    def forward_while_there_is_room(self: Any, batches: Any) -> tuple[float, float]:
         if self.step == 3:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return forward(self, batches)
 
     monkeypatch.setattr(finetune.trainer.Trainer, "forward_backward", forward_while_there_is_room)
-    overrides = {"max_steps": 5, "ckpt_freq": 2, "batch_size": 2, "num_microbatches": 3}
+    overrides: dict[str, Any] = {
+        "max_steps": 5,
+        "ckpt_freq": 2,
+        "batch_size": 2,
+        "num_microbatches": 3,
+    }
     overrides |= {"gradient_checkpointing": False}
     with pytest.raises(UserError, match="ran out of memory in step 3") as caught:
         train(config, tmp_path, overrides)
@@ -183,17 +200,19 @@ def test_a_step_that_does_not_fit_names_what_takes_less(config, tmp_path, monkey
 
 
 @pytest.mark.parametrize("freq", [0, 2])
-def test_an_evaluation_that_does_not_fit_names_what_takes_less(config, tmp_path, monkeypatch, freq):
+def test_an_evaluation_that_does_not_fit_names_what_takes_less(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, freq: int
+) -> None:
     evaluate = finetune.trainer.evaluate
     steps = iter([0, 2])
 
-    def evaluate_while_there_is_room(*given, **options):
+    def evaluate_while_there_is_room(*given: Any, **options: Any) -> dict[str, float]:
         if next(steps) == freq:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return evaluate(*given, **options)
 
     monkeypatch.setattr(finetune.trainer, "evaluate", evaluate_while_there_is_room)
-    overrides = {"do_eval": True, "eval_freq": 2, "batch_size": 2, "health_sec": 0}
+    overrides: dict[str, Any] = {"do_eval": True, "eval_freq": 2, "batch_size": 2, "health_sec": 0}
     expected = f"ran out of memory in the evaluation after {freq} steps"
     with pytest.raises(UserError, match=expected) as caught:
         train(config, tmp_path, overrides)
@@ -206,7 +225,7 @@ def test_an_evaluation_that_does_not_fit_names_what_takes_less(config, tmp_path,
 
 
 @pytest.fixture(scope="module")
-def baseline(config, tmp_path_factory):
+def baseline(config: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     """The losses of four steps with everything switched on."""
     run_dir = tmp_path_factory.mktemp("baseline") / "run"
     train(config, run_dir, {**FULL, "param_dtype": "float32"})
@@ -243,7 +262,9 @@ def baseline(config, tmp_path_factory):
         ("ttt.max_delta_norm", 1e-4),
     ],
 )
-def test_an_option_changes_the_run(config, tmp_path, baseline, option, value):
+def test_an_option_changes_the_run(
+    config: Path, tmp_path: Path, baseline: list[float], option: str, value: float | str
+) -> None:
     train(config, tmp_path, {**FULL, "param_dtype": "float32", option: value})
     assert logged(tmp_path) != baseline
 
@@ -258,25 +279,29 @@ def test_an_option_changes_the_run(config, tmp_path, baseline, option, value):
         ("log_freq", 1),
     ],
 )
-def test_an_option_that_must_not_matter_changes_nothing(config, tmp_path, baseline, option, value):
+def test_an_option_that_must_not_matter_changes_nothing(
+    config: Path, tmp_path: Path, baseline: list[float], option: str, value: str | int
+) -> None:
     train(config, tmp_path, {**FULL, "param_dtype": "float32", option: value})
     assert logged(tmp_path) == baseline
 
 
 @pytest.mark.parametrize("option, value", [("lora.rank", 4), ("lora.scaling", 3.0)])
-def test_an_option_of_lora_changes_the_run(config, tmp_path, option, value):
+def test_an_option_of_lora_changes_the_run(
+    config: Path, tmp_path: Path, option: str, value: float
+) -> None:
     train(config, tmp_path / "one", LORA)
     train(config, tmp_path / "other", {**LORA, option: value})
     assert logged(tmp_path / "one") != logged(tmp_path / "other")
 
 
-def test_ttt_has_no_weight_decay(config, tmp_path):
+def test_ttt_has_no_weight_decay(config: Path, tmp_path: Path) -> None:
     train(config, tmp_path / "one")
     train(config, tmp_path / "other", {"optim.weight_decay": 10.0})
     assert_same_weights(saved_weights(tmp_path / "one", 4), saved_weights(tmp_path / "other", 4))
 
 
-def test_lines_are_logged_as_often_as_asked_for(config, tmp_path):
+def test_lines_are_logged_as_often_as_asked_for(config: Path, tmp_path: Path) -> None:
     train(config, tmp_path, {"max_steps": 7, "log_freq": 3})
     assert logged_steps(tmp_path) == [3, 6, 7]
 
@@ -285,10 +310,12 @@ def test_lines_are_logged_as_often_as_asked_for(config, tmp_path):
 
 
 @pytest.mark.parametrize("kind", [FULL, LORA], ids=["full", "lora"])
-def test_accumulated_micro_batches_are_the_large_batch(config, tmp_path, kind):
-    overrides = {**kind, "param_dtype": "float32", "text_padding_weight": 0.3}
-    large = {**overrides, "batch_size": 4, "num_microbatches": 1}
-    small = {**overrides, "batch_size": 1, "num_microbatches": 4}
+def test_accumulated_micro_batches_are_the_large_batch(
+    config: Path, tmp_path: Path, kind: dict[str, Any]
+) -> None:
+    overrides: dict[str, Any] = {**kind, "param_dtype": "float32", "text_padding_weight": 0.3}
+    large: dict[str, Any] = {**overrides, "batch_size": 4, "num_microbatches": 1}
+    small: dict[str, Any] = {**overrides, "batch_size": 1, "num_microbatches": 4}
     codes = next(trainer(config, tmp_path / "data", large).train_data).codes
     targets_in_row = (codes != -1).sum((1, 2)).tolist()
     assert len(set(targets_in_row)) > 1, "micro-batches of unequal weight are what can go wrong"
@@ -297,7 +324,7 @@ def test_accumulated_micro_batches_are_the_large_batch(config, tmp_path, kind):
     train(config, tmp_path / "small", small)
     assert logged(tmp_path / "small") == pytest.approx(logged(tmp_path / "large"), abs=1e-5)
     # Not the weights: Adam makes a whole step of a gradient that is nothing but rounding.
-    gradients = []
+    gradients: list[Any] = []
     for name, options in (("large", large), ("small", small)):
         run = trainer(config, tmp_path / f"{name} gradients", options)
         run.forward_backward([next(run.train_data) for _ in range(options["num_microbatches"])])
@@ -311,7 +338,7 @@ def test_accumulated_micro_batches_are_the_large_batch(config, tmp_path, kind):
 # --- float32 master weights -----------------------------------------------------------------------
 
 
-def optimize(dtype, grads, *, lr):
+def optimize(dtype: torch.dtype, grads: list[Any], *, lr: float) -> torch.Tensor:
     """A weight of 1 after one step per list of gradients (one per micro-batch)."""
     weight = torch.nn.Parameter(torch.ones(3, dtype=dtype))
     args = OptimArgs(lr=lr, weight_decay=0.0)
@@ -323,7 +350,7 @@ def optimize(dtype, grads, *, lr):
     return weight.detach()
 
 
-def test_steps_too_small_for_bfloat16_add_up():
+def test_steps_too_small_for_bfloat16_add_up() -> None:
     lr = 2e-4  # next to 1, bfloat16 numbers are 4e-3 apart
     one = optimize(torch.bfloat16, [[1.0]], lr=lr)
     assert torch.equal(one, torch.ones_like(one))
@@ -333,7 +360,7 @@ def test_steps_too_small_for_bfloat16_add_up():
     assert torch.equal(many, exact.bfloat16())
 
 
-def test_gradients_too_small_for_bfloat16_add_up_over_micro_batches():
+def test_gradients_too_small_for_bfloat16_add_up_over_micro_batches() -> None:
     # In bfloat16 256 + 1 is 256: these two steps would be one and the same.
     large_then_small = [[256.0, *[1.0] * 256], [512.0]]
     expected = [[512.0], [512.0]]
@@ -346,12 +373,14 @@ def test_gradients_too_small_for_bfloat16_add_up_over_micro_batches():
 # --- losses that are not finite -------------------------------------------------------------------
 
 
-def sabotage(monkeypatch, calls, *, break_gradient_only=False):
+def sabotage(
+    monkeypatch: pytest.MonkeyPatch, calls: set[Any], *, break_gradient_only: bool = False
+) -> list[Any]:
     """Makes the given calls of the loss (counted from 1) not finite; also collects the weights
     that every call finds, which are those before that step."""
-    found = []
+    found: list[Any] = []
 
-    def broken(model, *args):
+    def broken(model: Any, *args: Any) -> tuple[StreamSums, StreamSums]:
         found.append({name: p.detach().clone() for name, p in model.named_parameters()})
         text, audio = stream_sums(model, *args)
         if len(found) in calls:
@@ -368,8 +397,13 @@ def sabotage(monkeypatch, calls, *, break_gradient_only=False):
 @pytest.mark.parametrize("break_gradient_only", [False, True], ids=["loss", "gradient"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_step_that_is_not_finite_is_skipped_and_counted(
-    config, tmp_path, monkeypatch, capsys, dtype, break_gradient_only
-):
+    config: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    dtype: str,
+    break_gradient_only: bool,
+) -> None:
     weights = sabotage(monkeypatch, {2}, break_gradient_only=break_gradient_only)
     train(config, tmp_path, {**FULL, "optim.lr": 0.1, "param_dtype": dtype})
     _, before, after, later = weights
@@ -382,16 +416,20 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(
     assert capsys.readouterr().out.count("step 2 skipped") == 1
 
 
-def test_too_many_such_steps_in_a_row_stop_the_run(config, tmp_path, monkeypatch):
+def test_too_many_such_steps_in_a_row_stop_the_run(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sabotage(monkeypatch, {2, 3, 5, 6, 7})
-    overrides = {"max_steps": 20, "max_nonfinite_steps": 3}
+    overrides: dict[str, Any] = {"max_steps": 20, "max_nonfinite_steps": 3}
     with pytest.raises(UserError, match=r"last 3 steps.*max_nonfinite_steps.*Lower optim.lr"):
         train(config, tmp_path, overrides)
     assert logged_steps(tmp_path)[-1] >= 6
 
 
-def test_the_count_in_a_row_survives_resuming(config, tmp_path, monkeypatch):
-    overrides = {"max_steps": 6, "max_nonfinite_steps": 3, "ckpt_freq": 1}
+def test_the_count_in_a_row_survives_resuming(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides: dict[str, Any] = {"max_steps": 6, "max_nonfinite_steps": 3, "ckpt_freq": 1}
     sabotage(monkeypatch, {1, 2})
     run = trainer(config, tmp_path, overrides)
     monkeypatch.setattr(run, "interrupted", lambda: run.step == 2)
@@ -404,17 +442,22 @@ def test_the_count_in_a_row_survives_resuming(config, tmp_path, monkeypatch):
 # --- evaluation -----------------------------------------------------------------------------------
 
 
-def test_evaluation_counts_every_target_once_and_starts_afresh(config, tmp_path):
-    results = []
+def test_evaluation_counts_every_target_once_and_starts_afresh(
+    config: Path, tmp_path: Path
+) -> None:
+    results: list[Any] = []
     for batch_size in (3, 2, 1):  # 3 segments of unequal length
-        overrides = {**PLAIN, "do_eval": True, "batch_size": batch_size}
+        overrides: dict[str, Any] = {**PLAIN, "do_eval": True, "batch_size": batch_size}
         run = trainer(config, tmp_path / str(batch_size), overrides)
+        assert run.eval_data is not None
         results += [evaluate(run.model, run.eval_data, run.loss_weights, ALONE) for _ in range(2)]
     for result in results[1:]:
         assert result == pytest.approx(results[0], rel=1e-5)
     assert results[2] == results[3]
 
-    codes = next(iter(trainer(config, tmp_path / "all", overrides | {"batch_size": 3}).eval_data))
+    whole = trainer(config, tmp_path / "all", overrides | {"batch_size": 3}).eval_data
+    assert whole is not None
+    codes = next(iter(whole))
     with torch.no_grad():
         output = run.model(codes.codes)
     nll = F.cross_entropy(
@@ -427,7 +470,9 @@ def test_evaluation_counts_every_target_once_and_starts_afresh(config, tmp_path)
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_evaluation_leaves_the_model_as_it_was(config, tmp_path, training):
+def test_evaluation_leaves_the_model_as_it_was(
+    config: Path, tmp_path: Path, training: bool
+) -> None:
     run = trainer(config, tmp_path, {**FULL, "do_eval": True})
     run.model.train(training)
     before = {name: weight.clone() for name, weight in run.model.state_dict().items()}
@@ -437,7 +482,9 @@ def test_evaluation_leaves_the_model_as_it_was(config, tmp_path, training):
     assert all(p.grad is None for p in run.model.parameters())
 
 
-def test_evaluations_come_as_often_as_asked_for_and_at_the_end(config, tmp_path):
+def test_evaluations_come_as_often_as_asked_for_and_at_the_end(
+    config: Path, tmp_path: Path
+) -> None:
     train(config, tmp_path / "some", {"do_eval": True, "eval_freq": 2, "max_steps": 5})
     assert [
         json.loads(line)["step"]
@@ -451,8 +498,14 @@ def test_evaluations_come_as_often_as_asked_for_and_at_the_end(config, tmp_path)
 
 
 @pytest.mark.parametrize("learning_rate, warnings", [(1e-3, 1), (1.0, 0)])
-def test_ttt_without_effect_is_warned_of_once(config, tmp_path, capsys, learning_rate, warnings):
-    published = {"ttt.lr_scale": "none", "ttt.learning_rate": learning_rate}
+def test_ttt_without_effect_is_warned_of_once(
+    config: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    learning_rate: float,
+    warnings: int,
+) -> None:
+    published: dict[str, Any] = {"ttt.lr_scale": "none", "ttt.learning_rate": learning_rate}
     train(config, tmp_path, {"max_steps": 24, **published})
     out = capsys.readouterr().out
     assert out.count("it does nothing. Set ttt.lr_scale: relative, or raise ttt.l") == warnings
@@ -474,7 +527,9 @@ def test_ttt_without_effect_is_warned_of_once(config, tmp_path, capsys, learning
         ),
     ],
 )
-def test_effects_are_judged_by_layer_and_as_they_are_now(caplog, early, late, warning):
+def test_effects_are_judged_by_layer_and_as_they_are_now(
+    caplog: pytest.LogCaptureFixture, early: dict[str, float], late: dict[str, float], warning: Any
+) -> None:
     watch = EffectWatch(TrainArgs(DataArgs(), "run", max_steps=400, optim=OptimArgs(pct_start=0.2)))
     caplog.set_level("WARNING")
     for step in range(1, 100):
@@ -486,14 +541,18 @@ def test_effects_are_judged_by_layer_and_as_they_are_now(caplog, early, late, wa
 
 @pytest.mark.parametrize("learning_rate, warnings", [(1e6, 1), (1.0, 0)])
 def test_ttt_that_drowns_its_layers_is_warned_of_once(
-    config, tmp_path, capsys, learning_rate, warnings
-):
+    config: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    learning_rate: float,
+    warnings: int,
+) -> None:
     train(config, tmp_path, {"max_steps": 6, "ttt.learning_rate": learning_rate})
     out = capsys.readouterr().out
     assert out.count("and drowns it. With write: sum, what all chunks have in common") == warnings
 
 
-def test_what_ttt_does_is_logged_by_layer(config, tmp_path):
+def test_what_ttt_does_is_logged_by_layer(config: Path, tmp_path: Path) -> None:
     train(config, tmp_path / "free")
     train(config, tmp_path / "bounded", {"ttt.max_delta_norm": 1e-6})
     for layer in ("00", "01"):
@@ -512,13 +571,17 @@ def test_what_ttt_does_is_logged_by_layer(config, tmp_path):
     assert all(norm > 0 for norm in logged(tmp_path / "free", "grad_norm/ttt"))
 
 
-def start_lines(config, run_dir, overrides, capsys):
+def start_lines(
+    config: Path, run_dir: Path, overrides: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> Any:
     """What a run prints before its first step."""
     train(config, run_dir, {"max_steps": 1, "do_ckpt": False, **overrides})
     return capsys.readouterr().out.split("step 1/1")[0]
 
 
-def test_a_run_says_what_it_is_going_to_do(config, tmp_path, capsys):
+def test_a_run_says_what_it_is_going_to_do(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = start_lines(config, tmp_path, {"do_eval": True, "health_sec": 0}, capsys)
     assert "7 segments of up to 25 frames" in out and "3 to evaluate" in out
     assert "TTT: in-place (sum, relative, learning rate 1) in layers 0, 1; 4 updates" in out
@@ -538,21 +601,29 @@ def test_a_run_says_what_it_is_going_to_do(config, tmp_path, capsys):
     ],
 )
 def test_a_run_warns_where_ttt_can_have_nothing_to_do(
-    config, tmp_path, capsys, overrides, expected
-):
+    config: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    overrides: dict[str, Any],
+    expected: Any,
+) -> None:
     out = start_lines(config, tmp_path, overrides, capsys)
     assert out.count("warning: ") == 1 and expected in out
 
 
 @pytest.mark.parametrize("method, size, warns", [("linear", 64, False), ("mlp", 64, True)])
-def test_a_run_on_a_gpu_warns_where_no_kernel_scans(caplog, method, size, warns):
+def test_a_run_on_a_gpu_warns_where_no_kernel_scans(
+    caplog: pytest.LogCaptureFixture, method: str, size: int, warns: bool
+) -> None:
     ttt = TTTArgs(enabled=True, method=method, mini_batch_size=size, start_layer=0)
     model = build_model(tiny_lm_kwargs(dim=32), ttt, device="cpu", dtype=torch.float32)
     warn_of_slow_layers(model)
     assert ("16 or 32 frames" in caplog.text) == warns
 
 
-def test_training_does_not_depend_on_what_random_numbers_others_draw(config, tmp_path):
+def test_training_does_not_depend_on_what_random_numbers_others_draw(
+    config: Path, tmp_path: Path
+) -> None:
     train(config, tmp_path / "one", LORA)
     torch.manual_seed(123)
     torch.rand(5)

@@ -1,5 +1,8 @@
 """Training runs with TTT-Linear and TTT-MLP."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from helpers import random_codes, tiny_linear_args, tiny_model
@@ -15,9 +18,10 @@ from training_tools import (
 from finetune.checkpoint import load_trained_weights
 from finetune.config import load_config
 from finetune.model import find_checkpoint, load_model, parameters_by_role
+from ttt import TTTLMModel
 from ttt.layers import mixer
 
-LINEAR = {
+LINEAR: dict[str, Any] = {
     "ttt.method": "linear",
     "ttt.mini_batch_size": 4,
     # The configuration of the tests sets these, of another method; back to their defaults.
@@ -30,7 +34,7 @@ LINEAR = {
 
 
 @pytest.fixture(scope="module")
-def baseline(config, tmp_path_factory):
+def baseline(config: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     run_dir = tmp_path_factory.mktemp("baseline") / "run"
     train(config, run_dir, LINEAR)
     return logged(run_dir)
@@ -48,7 +52,9 @@ def baseline(config, tmp_path_factory):
         ("ttt.layer_frequency", 2),
     ],
 )
-def test_an_option_changes_the_run(config, tmp_path, baseline, option, value):
+def test_an_option_changes_the_run(
+    config: Path, tmp_path: Path, baseline: list[float], option: str, value: str | float
+) -> None:
     train(config, tmp_path, {**LINEAR, option: value})
     assert logged(tmp_path) != baseline
 
@@ -57,13 +63,15 @@ def test_an_option_changes_the_run(config, tmp_path, baseline, option, value):
     "option, value", [("ttt.scan_checkpoint_group_size", 1), ("gradient_checkpointing", True)]
 )
 def test_what_is_kept_for_the_backward_pass_changes_nothing(
-    config, tmp_path, baseline, option, value
-):
+    config: Path, tmp_path: Path, baseline: list[float], option: str, value: int
+) -> None:
     train(config, tmp_path, {**LINEAR, option: value})
     assert logged(tmp_path) == pytest.approx(baseline, rel=1e-6)
 
 
-def test_rope_changes_the_losses_from_the_second_step_on(config, tmp_path, baseline):
+def test_rope_changes_the_losses_from_the_second_step_on(
+    config: Path, tmp_path: Path, baseline: list[float]
+) -> None:
     """The first is that of the model without TTT, and the output projection's gradient."""
     train(config, tmp_path / "rope", {**LINEAR, "ttt.use_rope": True})
     rope = logged(tmp_path / "rope")
@@ -74,7 +82,9 @@ def test_rope_changes_the_losses_from_the_second_step_on(config, tmp_path, basel
 
 
 @pytest.mark.parametrize("method", ["linear", "mlp"])
-def test_a_checkpoint_gives_back_the_model_with_its_ttt(config, tmp_path, method):
+def test_a_checkpoint_gives_back_the_model_with_its_ttt(
+    config: Path, tmp_path: Path, method: str
+) -> None:
     run = train(config, tmp_path, {**LINEAR, "ttt.method": method, "optim.ttt_lr": 0.1})
     saved = checkpoint(tmp_path, 4)
     args = load_config(saved / "args.yaml")
@@ -87,12 +97,12 @@ def test_a_checkpoint_gives_back_the_model_with_its_ttt(config, tmp_path, method
         assert torch.equal(model(codes).text_logits, trained)
 
 
-def load(config, overrides):
+def load(config: Path, overrides: dict[str, Any]) -> TTTLMModel:
     args = load_config(config, {**LINEAR, **overrides})
     return load_model(args, find_checkpoint(args.moshi_paths), "cpu")
 
 
-def test_parameters_of_ttt_train_whole_and_depend_on_the_seed_alone(config):
+def test_parameters_of_ttt_train_whole_and_depend_on_the_seed_alone(config: Path) -> None:
     model = load(config, LORA)
     roles = parameters_by_role(model)
     assert set(roles["ttt"]) == {name for name, _ in model.named_parameters() if ".ttt." in name}
@@ -107,7 +117,9 @@ def test_parameters_of_ttt_train_whole_and_depend_on_the_seed_alone(config):
     assert {parameter.dtype for parameter in rounded.parameters()} == {torch.bfloat16}
 
 
-def test_a_run_tells_what_ttt_does(config, tmp_path, capsys):
+def test_a_run_tells_what_ttt_does(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     train(config, tmp_path, {**LINEAR, "ttt.method": "mlp", "ttt.attention_context": 7})
     out = capsys.readouterr().out
     assert "mlp in layers 0, 1; 6 updates a sequence, every 4 frames (0.3 s)" in out
@@ -119,7 +131,9 @@ def test_a_run_tells_what_ttt_does(config, tmp_path, capsys):
         assert all(loss > 0 for loss in logged(tmp_path, f"ttt/layer_01/inner_loss_{name}"))
 
 
-def test_a_sequence_without_an_update_is_warned_of(config, tmp_path, capsys):
+def test_a_sequence_without_an_update_is_warned_of(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     train(config, tmp_path, {**LINEAR, "ttt.mini_batch_size": 25, "max_steps": 1})
     out = capsys.readouterr().out
     assert "not longer than ttt.mini_batch_size (25 frames): TTT carries nothing on" in out
@@ -129,13 +143,13 @@ def test_a_sequence_without_an_update_is_warned_of(config, tmp_path, capsys):
 @pytest.mark.parametrize("size", [None, 3])
 @pytest.mark.parametrize("is_kernel", [True, False])
 def test_a_scan_keeps_everything_where_a_kernel_and_one_layer_at_a_time_do(
-    mode, size, is_kernel, monkeypatch
-):
+    mode: bool | str, size: int | None, is_kernel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With a group size of its own, that one. The plain scan would keep all weights as well."""
     seen = set()
     monkeypatch.setattr(mixer, "has_kernel", lambda *_: is_kernel)
 
-    def watched(*args, scan_checkpoint_group_size, **kwargs):
+    def watched(*args: Any, scan_checkpoint_group_size: Any, **kwargs: Any) -> Any:
         seen.add(scan_checkpoint_group_size)
         return scan(*args, scan_checkpoint_group_size=scan_checkpoint_group_size, **kwargs)
 

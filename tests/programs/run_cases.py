@@ -4,7 +4,9 @@ import dataclasses
 import json
 import os
 import sys
+from datetime import timedelta
 from pathlib import Path
+from typing import Any, Literal
 
 os.environ["NO_TORCH_COMPILE"] = "1"
 
@@ -25,16 +27,26 @@ ttt.layers.depth.CHUNK_FRAMES = 30
 finetune.distributed.world.BUCKET_BYTES = 10_000
 
 
-def join_with_toy_dimension(device, *, shard_size, timeout):
+def join_with_toy_dimension(
+    device: Literal["auto", "cpu", "cuda"],
+    *,
+    shard_size: int = 1,
+    timeout: timedelta = timedelta(minutes=15),
+) -> World:
     """`join_world` where each two neighbors read the same data, and compute the same."""
     world = join_world(device, timeout=timeout)
-    sizes = {"replicate": world.size // shard_size // 2, "shard": shard_size, "toy": 2}
+    sizes: dict[str, Any] = {
+        "replicate": world.size // shard_size // 2,
+        "shard": shard_size,
+        "toy": 2,
+    }
     mesh = finetune.distributed.world.build_mesh(world.device, sizes)
     return dataclasses.replace(world, mesh=mesh)
 
 
 def main(cases_file: str) -> None:
-    World.close = lambda self: None  # the next run needs the same processes
+    # The next run needs the same processes.
+    World.close = lambda self: None  # type: ignore[method-assign]
     if not torch.cuda.is_available():
         execution.BACKEND = "aot_eager"  # inductor takes long
     for case in json.loads(Path(cases_file).read_text()):

@@ -6,6 +6,8 @@ import signal
 import sys
 import time
 
+from finetune.data.batches import Batch
+
 os.environ["NO_TORCH_COMPILE"] = "1"
 
 import finetune.distributed.watchdog
@@ -16,7 +18,7 @@ finetune.distributed.watchdog.SILENT_SEC = 4.0
 next_batches = Trainer.next_batches
 
 
-def fail(self):
+def fail(self: Trainer) -> list[Batch]:
     if self.world.rank == int(rank) and self.step + 1 == int(step):
         if fault == "dies":
             os.kill(os.getpid(), signal.SIGKILL)
@@ -26,6 +28,6 @@ def fail(self):
     return next_batches(self)
 
 
-Trainer.next_batches = fail
+Trainer.next_batches = fail  # type: ignore[method-assign]
 sys.argv[0] = "train.py"
 runpy.run_path("train.py", run_name="__main__")

@@ -12,6 +12,8 @@ from helpers import (
 )
 from long_stream import CALL_FRAMES, speech_and_silence, stream
 
+from ttt import TTTArgs
+
 LM = {k: moshi_like()[k] for k in ("norm", "positional_embedding")}
 
 
@@ -39,7 +41,7 @@ LM = {k: moshi_like()[k] for k in ("norm", "positional_embedding")}
         "mlp",
     ],
 )
-def test_a_long_stream_stays_sane(args, num_frames):
+def test_a_long_stream_stays_sane(args: TTTArgs, num_frames: int) -> None:
     codes = speech_and_silence(num_frames)
     model = tiny_model(args, context=CALL_FRAMES, **LM)
     exact = stream(model, codes)[2]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -20,10 +21,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from moshi.models.lm import LMGen, LMModel
 
-from ttt import TTTArgs, build_model, measuring, ops, state_bytes, ttt_parameters
+from ttt import TTTArgs, TTTLMModel, build_model, measuring, ops, state_bytes, ttt_parameters
 from ttt.registry import METHODS
 
-IN_PLACE = {
+IN_PLACE: dict[str, Any] = {
     "text": tiny_args(),
     "input": tiny_args(target="input"),
     "hidden": tiny_args(target="hidden"),
@@ -40,7 +41,7 @@ IN_PLACE = {
     "delta, long kernel": tiny_relative_args(write="delta", conv_kernel_size=4, conv_lookahead=2),
     "carried sum": tiny_args(chunk_edge="carry", max_delta_norm=0.5, state_decay=0.8),
 }
-LINEAR = {
+LINEAR: dict[str, Any] = {
     "linear": tiny_linear_args(),
     "linear with rope": tiny_linear_args(use_rope=True),
     "linear, one wide head": tiny_linear_args(num_heads=1, qk_conv_kernel_size=2),
@@ -65,7 +66,7 @@ BY_DEFAULT = {
 """Every option has each of its values in one of these. All combinations of `ARGS`: `-m slow`."""
 
 
-def each_of(args):
+def each_of(args: dict[str, Any]) -> Any:
     return pytest.mark.parametrize(
         "args",
         [
@@ -75,21 +76,21 @@ def each_of(args):
     )
 
 
-INVARIANTS = []
+INVARIANTS: list[Any] = []
 """What must hold for every method, as functions of its `TTTArgs`."""
 
 
-def every_method(test):
+def every_method(test: Any) -> Any:
     """Run an invariant for each of `ARGS`; a new method is tested by being added there."""
     INVARIANTS.append(test)
     return each_of(ARGS)(test)
 
 
-def test_every_method_is_tested():
+def test_every_method_is_tested() -> None:
     assert {args.method for args in ARGS.values()} == METHODS.keys()
 
 
-def stock_copy(model, **lm_overrides):
+def stock_copy(model: TTTLMModel, **lm_overrides: Any) -> LMModel:
     """The stock model with the same weights and no TTT."""
     stock = LMModel(**tiny_lm_kwargs(**lm_overrides), device="cpu", dtype=model.dtype).eval()
     own = ttt_parameters(model)
@@ -97,13 +98,15 @@ def stock_copy(model, **lm_overrides):
     return stock
 
 
-def text_logits(model, codes):
+def text_logits(model: TTTLMModel, codes: torch.Tensor) -> torch.Tensor:
     """[B, T, card]: the text logits of the sequence read as it is, without delays."""
     with torch.no_grad():
         return model.forward_text(codes)[1][:, 0]
 
 
-def stream(model, codes, lengths):
+def stream(
+    model: TTTLMModel, codes: torch.Tensor, lengths: int | list[int]
+) -> tuple[torch.Tensor, list[Any]]:
     """The same, in calls of the given numbers of frames."""
     with torch.no_grad(), model.streaming(codes.shape[0]):
         parts = [model.forward_text(part)[1][:, 0] for part in codes.split(lengths, dim=2)]
@@ -111,12 +114,12 @@ def stream(model, codes, lengths):
     return torch.cat(parts, dim=1), states
 
 
-def assert_same(a, b, tolerance=1e-9):
+def assert_same(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-9) -> None:
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
 @every_method
-def test_untrained_ttt_is_the_plain_model(args):
+def test_untrained_ttt_is_the_plain_model(args: TTTArgs) -> None:
     model = tiny_model(args, trained=False)
     codes = random_codes()
     ours, stock = model(codes), stock_copy(model)(codes)
@@ -129,7 +132,7 @@ def test_untrained_ttt_is_the_plain_model(args):
 
 
 @each_of(IN_PLACE)
-def test_trained_ttt_changes_the_output_beyond_the_first_chunk_only(args):
+def test_trained_ttt_changes_the_output_beyond_the_first_chunk_only(args: TTTArgs) -> None:
     model = tiny_model(args)
     codes = random_codes()
     difference = (text_logits(model, codes) - text_logits(stock_copy(model), codes)).abs()
@@ -147,14 +150,14 @@ def test_trained_ttt_changes_the_output_beyond_the_first_chunk_only(args):
         tiny_relative_args(chunk_size=23),
     ],
 )
-def test_no_inner_learning_or_a_single_chunk_is_the_plain_model(args):
+def test_no_inner_learning_or_a_single_chunk_is_the_plain_model(args: TTTArgs) -> None:
     model = tiny_model(args)
     codes = random_codes()
     assert_same(text_logits(model, codes), text_logits(stock_copy(model), codes), 1e-12)
 
 
 @each_of(LINEAR)
-def test_linear_and_mlp_learn_from_the_first_frame_on(args):
+def test_linear_and_mlp_learn_from_the_first_frame_on(args: TTTArgs) -> None:
     """Without inner learning they are not the plain model, but layers that stay as they are."""
     learning = tiny_model(args)
     fixed = tiny_model(dataclasses.replace(args, base_lr=0.0))
@@ -169,7 +172,7 @@ def test_linear_and_mlp_learn_from_the_first_frame_on(args):
 
 
 @every_method
-def test_the_future_never_changes_the_past(args):
+def test_the_future_never_changes_the_past(args: TTTArgs) -> None:
     # A wide attention window, so that whatever leaks would be seen.
     model = tiny_model(args, context=100)
     codes = random_codes(batch=1)
@@ -183,10 +186,10 @@ def test_the_future_never_changes_the_past(args):
 
 
 SPLIT_FRAMES = 23
-READ = {}
+READ: dict[str, Any] = {}
 
 
-def read_whole_and_by_frame(args):
+def read_whole_and_by_frame(args: TTTArgs) -> Any:
     """A model, what it makes of a sequence at once, and its states after single frames: made once
     for all splits."""
     if (key := repr(args)) not in READ:
@@ -201,7 +204,7 @@ def read_whole_and_by_frame(args):
 @every_method
 @settings(max_examples=8, deadline=None)
 @given(data=st.data())
-def test_any_split_into_calls_gives_the_same(args, data):
+def test_any_split_into_calls_gives_the_same(args: TTTArgs, data: st.DataObject) -> None:
     cuts = data.draw(st.sets(st.integers(1, SPLIT_FRAMES - 1)))
     edges = [0, *sorted(cuts), SPLIT_FRAMES]
     lengths = [b - a for a, b in itertools.pairwise(edges)]
@@ -213,7 +216,9 @@ def test_any_split_into_calls_gives_the_same(args, data):
 
 
 @every_method
-def test_streaming_equals_the_whole_sequence_with_moshis_own_norm_and_positions(args):
+def test_streaming_equals_the_whole_sequence_with_moshis_own_norm_and_positions(
+    args: TTTArgs,
+) -> None:
     model = tiny_model(
         args, dtype=torch.float32, **{k: moshi_like()[k] for k in ("norm", "positional_embedding")}
     )
@@ -230,7 +235,7 @@ def test_streaming_equals_the_whole_sequence_with_moshis_own_norm_and_positions(
 
 
 @every_method
-def test_every_row_equals_its_run_alone(args):
+def test_every_row_equals_its_run_alone(args: TTTArgs) -> None:
     model = tiny_model(args)
     codes = random_codes(batch=3)
     together, _ = stream(model, codes, [1] * 23)
@@ -242,11 +247,13 @@ def test_every_row_equals_its_run_alone(args):
 @every_method
 @settings(max_examples=5, deadline=None)
 @given(data=st.data())
-def test_paused_and_restarted_rows_touch_no_other(args, data):
+def test_paused_and_restarted_rows_touch_no_other(args: TTTArgs, data: st.DataObject) -> None:
     """Three rows, each paused and restarted at random, equal three streams run alone."""
     model = tiny_model(args)
     streams = [random_codes(batch=1, num_frames=40, seed=row)[0] for row in range(3)]
-    position, heard, spoken = [0] * 3, [[] for _ in range(3)], [[] for _ in range(3)]
+    position = [0] * 3
+    heard: list[list[Any]] = [[] for _ in range(3)]
+    spoken: list[list[Any]] = [[] for _ in range(3)]
     with torch.no_grad(), model.streaming(3):
         for step in range(30):
             runs = data.draw(st.lists(st.booleans(), min_size=3, max_size=3))
@@ -273,7 +280,7 @@ def test_paused_and_restarted_rows_touch_no_other(args, data):
 
 
 @every_method
-def test_rows_at_different_frames_take_many_frames_a_call(args):
+def test_rows_at_different_frames_take_many_frames_a_call(args: TTTArgs) -> None:
     model = tiny_model(args, context=40)
     codes = random_codes(num_frames=30)
     with torch.no_grad(), model.streaming(2):
@@ -287,7 +294,7 @@ def test_rows_at_different_frames_take_many_frames_a_call(args):
 
 
 @every_method
-def test_inference_never_changes_a_weight(args):
+def test_inference_never_changes_a_weight(args: TTTArgs) -> None:
     model = tiny_model(args)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     codes = random_codes()
@@ -302,7 +309,7 @@ def test_inference_never_changes_a_weight(args):
 
 
 @every_method
-def test_a_restarted_stream_remembers_nothing(args):
+def test_a_restarted_stream_remembers_nothing(args: TTTArgs) -> None:
     model = tiny_model(args, context=20)
     codes = random_codes(num_frames=12)
     with torch.no_grad(), model.streaming(2):
@@ -313,7 +320,7 @@ def test_a_restarted_stream_remembers_nothing(args):
 
 @every_method
 @pytest.mark.parametrize("lengths", [1, 4])
-def test_frames_past_the_end_are_streamed_as_they_are_trained(args, lengths):
+def test_frames_past_the_end_are_streamed_as_they_are_trained(args: TTTArgs, lengths: int) -> None:
     """A recording ends in mid-chunk; what is read after it sees what was written before."""
     model = tiny_model(args, context=40)
     codes = random_codes(num_frames=24)
@@ -322,7 +329,7 @@ def test_frames_past_the_end_are_streamed_as_they_are_trained(args, lengths):
 
 
 @every_method
-def test_padding_and_an_open_chunk_change_nothing(args):
+def test_padding_and_an_open_chunk_change_nothing(args: TTTArgs) -> None:
     model = tiny_model(args)
     codes = random_codes(num_frames=18)
     padded = torch.nn.functional.pad(codes, (0, 9), value=-1)
@@ -330,7 +337,7 @@ def test_padding_and_an_open_chunk_change_nothing(args):
 
 
 @every_method
-def test_every_ttt_parameter_learns(args):
+def test_every_ttt_parameter_learns(args: TTTArgs) -> None:
     """From the untrained start: first the one that starts at zero, the others once it is not."""
     model = tiny_model(args, trained=False).train()
     # So small a step that no norm is bounded yet: a bounded update does not feel the gate.
@@ -342,12 +349,12 @@ def test_every_ttt_parameter_learns(args):
         model(random_codes()).text_logits.square().mean().backward()
         for name, parameter in ttt_parameters(model).items():
             if step == 1 or name.endswith(starts):
-                assert parameter.grad.abs().max() > 0, name
+                assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
         optimizer.step()
 
 
 @every_method
-def test_stock_generation_runs_the_model_and_equals_the_whole_sequence(args):
+def test_stock_generation_runs_the_model_and_equals_the_whole_sequence(args: TTTArgs) -> None:
     """Greedy `LMGen`, one frame at a time: its tokens are those that the parallel pass prefers."""
     model = tiny_model(args, context=40)
     user = random_codes(num_frames=24, batch=2)[:, 5:]
@@ -368,7 +375,7 @@ def test_stock_generation_runs_the_model_and_equals_the_whole_sequence(args):
         assert torch.equal(output.logits[:, k].argmax(-1)[valid], tokens[:, 1 + k][valid])
 
 
-def test_measurements_say_whether_ttt_does_anything():
+def test_measurements_say_whether_ttt_does_anything() -> None:
     codes = random_codes()
     with torch.no_grad(), measuring(tiny_model(trained=False)) as untrained:
         pass
@@ -386,7 +393,7 @@ def test_measurements_say_whether_ttt_does_anything():
 
 
 @each_of(LINEAR)
-def test_measurements_tell_how_well_the_inner_loop_learns(args):
+def test_measurements_tell_how_well_the_inner_loop_learns(args: TTTArgs) -> None:
     model = tiny_model(args)
     codes = random_codes(num_frames=40)
     with torch.no_grad(), measuring(model) as measured:
@@ -402,7 +409,7 @@ def test_measurements_tell_how_well_the_inner_loop_learns(args):
 
 
 @every_method
-def test_state_bytes_counts_what_streaming_allocates(args):
+def test_state_bytes_counts_what_streaming_allocates(args: TTTArgs) -> None:
     model = tiny_model(args, dtype=torch.float32)
     with model.streaming(3):
         allocated = sum(
@@ -440,12 +447,14 @@ def test_state_bytes_counts_what_streaming_allocates(args):
         (tiny_args(attention_context=0), {}, "ttt.attention_context: must be 1 or more, got 0"),
     ],
 )
-def test_what_cannot_be_built_is_one_clear_error(args, lm_overrides, message):
+def test_what_cannot_be_built_is_one_clear_error(
+    args: TTTArgs, lm_overrides: Any, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         build_model(tiny_lm_kwargs(**lm_overrides), args, device="meta")
 
 
-def test_layers_are_where_they_are_configured():
+def test_layers_are_where_they_are_configured() -> None:
     args = TTTArgs(enabled=True)
     assert args.layers(32) == [5, 11, 17, 23, 29]
     model = tiny_model(tiny_args(start_layer=1, layer_frequency=1))
@@ -453,7 +462,9 @@ def test_layers_are_where_they_are_configured():
 
 
 @every_method
-def test_attention_windows_are_where_they_are_configured(args, caplog):
+def test_attention_windows_are_where_they_are_configured(
+    args: TTTArgs, caplog: pytest.LogCaptureFixture
+) -> None:
     """A frame is forgotten where only attention could have carried it."""
     args = dataclasses.replace(args, attention_context=2)
     with caplog.at_level("INFO"):
@@ -467,13 +478,18 @@ def test_attention_windows_are_where_they_are_configured(args, caplog):
     assert_same(stream(model, codes, [1] * 30)[0], text_logits(model, codes))
 
 
-def test_rope_counts_positions_inside_the_mini_batch(monkeypatch, caplog):
+def test_rope_counts_positions_inside_the_mini_batch(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """Read at once or frame by frame, also when rows are at different frames."""
-    seen = []
+    seen: list[Any] = []
     rope = ops.rope
-    monkeypatch.setattr(
-        ops, "rope", lambda x, at, theta: seen.append(at) or rope(x, at, theta=theta)
-    )
+
+    def seeing(x: torch.Tensor, at: torch.Tensor, theta: float) -> torch.Tensor:
+        seen.append(at)
+        return rope(x, at, theta=theta)
+
+    monkeypatch.setattr(ops, "rope", seeing)
     with caplog.at_level("INFO"):
         model = tiny_model(tiny_linear_args(use_rope=True, mini_batch_size=16), context=300)
     assert caplog.text.count("RoPE") == 1
@@ -493,8 +509,10 @@ def test_rope_counts_positions_inside_the_mini_batch(monkeypatch, caplog):
     assert torch.equal(seen[-1], (torch.tensor([[3], [0]]) + torch.arange(14)) % 16)
 
 
-def test_without_rope_nothing_of_it_is_executed(monkeypatch, caplog):
-    def fail(*_, **__):
+def test_without_rope_nothing_of_it_is_executed(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise AssertionError("RoPE is off")
 
     monkeypatch.setattr(ops, "rope", fail)

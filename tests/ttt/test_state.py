@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,8 +20,9 @@ from moshi.models.lm import LMGen
 from safetensors.torch import load_file, save_file
 
 import ttt
+from ttt import TTTLMModel
 
-ARGS = {
+ARGS: dict[str, Any] = {
     "sum": tiny_args(),
     "delta": tiny_delta_args(),
     "relative": tiny_relative_args(),
@@ -32,15 +34,15 @@ SAVE_FRAMES, NUM_FRAMES = 13, 24
 """Saved in the middle of the third chunk."""
 
 
-def build(write):
+def build(write: str) -> TTTLMModel:
     return tiny_model(ARGS[write], dtype=torch.float32)
 
 
-def user_codes():
+def user_codes() -> torch.Tensor:
     return random_codes(batch=2, num_frames=NUM_FRAMES)[:, 5:]
 
 
-def run_and_save(write, path):
+def run_and_save(write: str, path: Path) -> None:
     """What the process does that is killed: it generates, saves and never ends."""
     generator = LMGen(build(write), use_sampling=False)
     with generator.streaming(2):
@@ -52,7 +54,7 @@ def run_and_save(write, path):
 
 
 @every_rule
-def test_a_killed_process_is_continued_by_another(write, tmp_path):
+def test_a_killed_process_is_continued_by_another(write: str, tmp_path: Path) -> None:
     path = tmp_path / "state.safetensors"
     root = Path(__file__).parents[2]
     code = f"import test_state; test_state.run_and_save({write!r}, {str(path)!r})"
@@ -64,6 +66,7 @@ def test_a_killed_process_is_continued_by_another(write, tmp_path):
         stdout=subprocess.PIPE,
         text=True,
     )
+    assert process.stdout is not None
     assert process.stdout.readline() == "saved\n"
     process.kill()
     process.communicate()
@@ -82,13 +85,13 @@ def test_a_killed_process_is_continued_by_another(write, tmp_path):
         assert torch.equal(a, b)
 
 
-def assert_equal_states(a, b):
+def assert_equal_states(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
     assert a.keys() == b.keys()
     for name in a:
         assert torch.equal(a[name], b[name]), name
 
 
-def test_what_was_learnt_is_carried_into_a_new_stream_alone():
+def test_what_was_learnt_is_carried_into_a_new_stream_alone() -> None:
     model = build("sum")
     codes = random_codes(num_frames=12)
     with torch.no_grad(), model.streaming(2):
@@ -103,7 +106,7 @@ def test_what_was_learnt_is_carried_into_a_new_stream_alone():
 
 
 @pytest.mark.parametrize("rows", [[1], torch.tensor([False, True])])
-def test_rows_forget_alone(rows):
+def test_rows_forget_alone(rows: list[int] | torch.Tensor) -> None:
     model = build("sum")
     with torch.no_grad(), model.streaming(2):
         model.forward_text(random_codes(num_frames=12))
@@ -123,7 +126,7 @@ def test_rows_forget_alone(rows):
         assert ttt.get_state(model)["transformer.layers.0.gating.change"].abs().max() == 0
 
 
-def test_what_cannot_be_restored_is_one_clear_error():
+def test_what_cannot_be_restored_is_one_clear_error() -> None:
     model = build("sum")
     with pytest.raises(ValueError, match="not streaming"):
         ttt.get_state(model)

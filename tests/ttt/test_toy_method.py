@@ -2,8 +2,10 @@
 one, and the whole program runs with it."""
 
 import inspect
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +28,7 @@ from finetune.config import load_config
 from finetune.errors import UserError
 from finetune.evaluation import Options, evaluate_checkpoint
 from finetune.plan import plan
+from finetune.trainer import Trainer
 from ttt import TTTArgs, without_ttt
 from ttt.layers import TTTLayer, TTTState
 from ttt.registry import METHODS, Method
@@ -36,18 +39,18 @@ class GatedDeltaState(TTTState):
     memory: Tensor
     """[B, H, f, f], S."""
 
-    def fast_weights(self):
+    def fast_weights(self) -> tuple[torch.Tensor]:
         return (self.memory,)
 
 
 class GatedDelta(TTTLayer[GatedDeltaState]):
     """Per head, S ← a S; S ← S + b (v − S k) kᵀ; o = S q, at every frame."""
 
-    def __init__(self, place, args):
+    def __init__(self, place: Any, args: TTTArgs) -> None:
         super().__init__(place, args)
         self.num_heads = args.num_heads or place.num_heads
 
-        def new(*shape):
+        def new(*shape: Any) -> Any:
             return nn.Parameter(torch.empty(*shape, device=place.device, dtype=place.dtype))
 
         self.in_proj = new(3 * self.width, self.width)
@@ -56,12 +59,14 @@ class GatedDelta(TTTLayer[GatedDeltaState]):
         self.reset_parameters()
 
     @torch.no_grad()
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
         nn.init.normal_(self.in_proj, std=self.width**-0.5)
         nn.init.normal_(self.rates, std=0.02)
         self.out_proj.zero_()
 
-    def forward(self, x, token_embeddings, is_frame):
+    def forward(
+        self, x: torch.Tensor, token_embeddings: torch.Tensor | None, is_frame: torch.Tensor | None
+    ) -> torch.Tensor:
         normed = F.rms_norm(x, (self.width,))
         wide = torch.promote_types(x.dtype, torch.float32)
         heads = F.linear(normed, self.in_proj).to(wide).unflatten(-1, (3, self.num_heads, -1))
@@ -70,7 +75,7 @@ class GatedDelta(TTTLayer[GatedDeltaState]):
         keep, strength = F.linear(normed, self.rates).to(wide).sigmoid()[..., None].chunk(2, dim=2)
         state = self._streaming_state
         memory = self._start(len(x)) if state is None else state.memory
-        outputs = []
+        outputs: list[Any] = []
         for t in range(x.shape[1]):
             memory = keep[:, t, :, :, None] * memory
             error = v[:, t] - (memory @ k[:, t, :, :, None])[..., 0]
@@ -84,17 +89,17 @@ class GatedDelta(TTTLayer[GatedDeltaState]):
         self.measure_once(lambda: {"effect": update.float().norm() / x.float().norm()})
         return update
 
-    def _start(self, batch_size):
+    def _start(self, batch_size: int) -> Any:
         width = self.width // self.num_heads
         dtype = torch.promote_types(self.in_proj.dtype, torch.float32)
         return self.in_proj.new_zeros(batch_size, self.num_heads, width, width, dtype=dtype)
 
-    def _init_streaming_state(self, batch_size):
+    def _init_streaming_state(self, batch_size: int) -> GatedDeltaState:
         return GatedDeltaState(batch_size, self.in_proj.device, memory=self._start(batch_size))
 
 
 @pytest.fixture(scope="module", autouse=True)
-def registered():
+def registered() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         method = Method(f"{__name__}:GatedDelta", also_reads=("num_heads",))
         patch.setitem(METHODS, "gated_delta", method)
@@ -102,14 +107,19 @@ def registered():
 
 
 @pytest.mark.parametrize("invariant", INVARIANTS, ids=lambda test: test.__name__)
-def test_what_must_hold_for_every_method(invariant, request):
+def test_what_must_hold_for_every_method(
+    invariant: Callable[..., None], request: pytest.FixtureRequest
+) -> None:
     args = TTTArgs(enabled=True, method="gated_delta", start_layer=0, layer_frequency=2)
     wanted = inspect.signature(invariant).parameters
-    others = {"lengths": lambda: 4, "caplog": lambda: request.getfixturevalue("caplog")}
+    others: dict[str, Any] = {
+        "lengths": lambda: 4,
+        "caplog": lambda: request.getfixturevalue("caplog"),
+    }
     invariant(args=args, **{name: find() for name, find in others.items() if name in wanted})
 
 
-OVERRIDES = {
+OVERRIDES: dict[str, Any] = {
     "ttt.method": "gated_delta",
     "ttt.num_heads": 1,
     "optim.ttt_lr": 0.1,
@@ -121,12 +131,12 @@ OVERRIDES = {
 
 
 @pytest.fixture(scope="module")
-def run(config, registered, tmp_path_factory):
+def run(config: Path, registered: None, tmp_path_factory: pytest.TempPathFactory) -> Trainer:
     """A run with the toy method."""
     return train(config, tmp_path_factory.mktemp("toy") / "run", OVERRIDES)
 
 
-def test_it_trains_and_is_measured_and_evaluated(run):
+def test_it_trains_and_is_measured_and_evaluated(run: Trainer) -> None:
     folder = Path(run.args.run_dir)
     effects = logged(folder, "ttt/layer_01/effect")
     assert effects[0] == 0 < effects[-1]
@@ -136,14 +146,18 @@ def test_it_trains_and_is_measured_and_evaluated(run):
     assert all(saved[name].abs().max() > 0 for name in names)
 
 
-def test_a_resumed_run_is_the_run_that_never_stopped(config, run, tmp_path):
+def test_a_resumed_run_is_the_run_that_never_stopped(
+    config: Path, run: Trainer, tmp_path: Path
+) -> None:
     stop_after(trainer(config, tmp_path, OVERRIDES), 3)
     train(config, tmp_path, {**OVERRIDES, "resume": True})
     assert logged(tmp_path) == logged(Path(run.args.run_dir))
     assert_same_weights(saved_weights(tmp_path, 4), saved_weights(Path(run.args.run_dir), 4))
 
 
-def test_a_run_says_what_it_does_and_what_options_are_not_for_it(config, tmp_path, capsys):
+def test_a_run_says_what_it_does_and_what_options_are_not_for_it(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     train(config, tmp_path, {**OVERRIDES, "max_steps": 1, "do_eval": False})
     out = capsys.readouterr().out
     assert "TTT: gated-delta in layers 0, 1; 24 updates a sequence, every 1 frames" in out
@@ -153,13 +167,13 @@ def test_a_run_says_what_it_does_and_what_options_are_not_for_it(config, tmp_pat
         load_config(config, {**OVERRIDES, "ttt.method": "gated"})
 
 
-def test_it_is_planned(config):
+def test_it_is_planned(config: Path) -> None:
     lines = list(plan(load_config(config, OVERRIDES), num_gpus=1, gpu_memory_gb=8))
     assert any("ttt.method gated_delta costs is not known" in line for line in lines)
     assert lines[-1] == "it fits"
 
 
-def test_without_it_the_model_is_the_plain_one(run):
+def test_without_it_the_model_is_the_plain_one(run: Trainer) -> None:
     model, codes = run.model.eval(), random_batch()
     with torch.no_grad():
         on = model(codes).text_logits
@@ -171,9 +185,14 @@ def test_without_it_the_model_is_the_plain_one(run):
     assert torch.equal(off, plain) and not torch.equal(on, off)
 
 
-def test_a_report_says_whether_it_helps(run, tmp_path):
+def test_a_report_says_whether_it_helps(run: Trainer, tmp_path: Path) -> None:
     args = run.args
-    given = {"tasks": ("position",), "bin_sec": 0.4, "batch_size": 2, "device": "cpu"}
+    given: dict[str, Any] = {
+        "tasks": ("position",),
+        "bin_sec": 0.4,
+        "batch_size": 2,
+        "device": "cpu",
+    }
     given |= {"data": args.data.eval_data, "block_frames": 7, "arms": ("on", "off")}
     given |= {"checkpoint": checkpoint(Path(args.run_dir), 4), "out": tmp_path}
     options = Options.complete()(**given)

@@ -3,7 +3,9 @@
 import json
 import resource
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,22 +33,23 @@ from finetune.checkpoint.run_record import RunRecord
 from finetune.config import load_config
 from finetune.errors import UserError
 from finetune.model import find_checkpoint, load_model
+from ttt import TTTLMModel
 
-NO_TTT = {"ttt.enabled": False, "param_dtype": "float32"}
+NO_TTT: dict[str, Any] = {"ttt.enabled": False, "param_dtype": "float32"}
 
 
-def kept_steps(run_dir):
+def kept_steps(run_dir: Path) -> list[Any]:
     return [step_of(path) for path in list_checkpoints(run_dir)]
 
 
 @torch.no_grad()
-def logits(model):
+def logits(model: TTTLMModel) -> tuple[Any, Any]:
     """Text and audio logits; NaN where the model has none."""
     output = model.eval()(random_batch())
     return output.text_logits, output.logits
 
 
-def assert_same_logits(model, expected, **tolerance):
+def assert_same_logits(model: TTTLMModel, expected: TTTLMModel, **tolerance: Any) -> None:
     for found, wanted in zip(logits(model), logits(expected), strict=True):
         torch.testing.assert_close(found, wanted, equal_nan=True, **tolerance)
 
@@ -54,7 +57,7 @@ def assert_same_logits(model, expected, **tolerance):
 # --- reading checkpoints --------------------------------------------------------------------------
 
 
-def stock_moshi(config: Path, run_dir: Path, weights: Path, lora: Path | None = None):
+def stock_moshi(config: Path, run_dir: Path, weights: Path, lora: Path | None = None) -> Any:
     """What stock `moshi` builds from a checkpoint and the base's other files."""
     base = config.parent / "model"
     info = CheckpointInfo.from_hf_repo(
@@ -70,7 +73,7 @@ def stock_moshi(config: Path, run_dir: Path, weights: Path, lora: Path | None = 
     return info.get_moshi(device="cpu", dtype=torch.float32)
 
 
-def test_stock_moshi_loads_a_full_checkpoint(config, tmp_path):
+def test_stock_moshi_loads_a_full_checkpoint(config: Path, tmp_path: Path) -> None:
     run = train(config, tmp_path, PLAIN)
     weights = checkpoint(tmp_path, 4) / "consolidated/consolidated.safetensors"
     stock = stock_moshi(config, tmp_path, weights)
@@ -81,7 +84,7 @@ def test_stock_moshi_loads_a_full_checkpoint(config, tmp_path):
 
 
 @pytest.mark.parametrize("ft_embed", [False, True])
-def test_stock_moshi_loads_adapters(config, tmp_path, ft_embed):
+def test_stock_moshi_loads_adapters(config: Path, tmp_path: Path, ft_embed: bool) -> None:
     run = train(config, tmp_path, {**LORA, **NO_TTT, "optim.lr": 0.03, "lora.ft_embed": ft_embed})
     base = config.parent / "model/model.safetensors"
     adapters = checkpoint(tmp_path, 4) / "consolidated/lora.safetensors"
@@ -90,7 +93,7 @@ def test_stock_moshi_loads_adapters(config, tmp_path, ft_embed):
 
 
 @pytest.mark.parametrize("ft_embed", [False, True])
-def test_stock_moshi_loads_merged_adapters(config, tmp_path, ft_embed):
+def test_stock_moshi_loads_merged_adapters(config: Path, tmp_path: Path, ft_embed: bool) -> None:
     run = train(
         config,
         tmp_path,
@@ -108,7 +111,9 @@ def test_stock_moshi_loads_merged_adapters(config, tmp_path, ft_embed):
     [{}, FULL, LORA, {**LORA, "lora.ft_embed": True}, {**LORA, "save_adapters": False}],
     ids=["ttt alone", "full", "lora", "lora and embeddings", "merged lora"],
 )
-def test_a_checkpoint_gives_back_the_model_with_its_ttt(config, tmp_path, overrides):
+def test_a_checkpoint_gives_back_the_model_with_its_ttt(
+    config: Path, tmp_path: Path, overrides: dict[str, Any]
+) -> None:
     run = train(config, tmp_path, {**overrides, "param_dtype": "float32", "optim.ttt_lr": 0.1})
     saved = checkpoint(tmp_path, 4)
     args = load_config(saved / "args.yaml")
@@ -128,7 +133,9 @@ def test_a_checkpoint_gives_back_the_model_with_its_ttt(config, tmp_path, overri
     ],
     ids=["missing", "unknown", "misshapen"],
 )
-def test_weights_of_another_model_are_refused(finished_run, tmp_path, spoil, message):
+def test_weights_of_another_model_are_refused(
+    finished_run: Callable[..., Any], tmp_path: Path, spoil: Callable[..., Any], message: str
+) -> None:
     finished_run(tmp_path, {"ttt.write": "delta", "ttt.learning_rate": None})
     saved = checkpoint(tmp_path, 4)
     path = saved / "consolidated/ttt.safetensors"
@@ -141,14 +148,14 @@ def test_weights_of_another_model_are_refused(finished_run, tmp_path, spoil, mes
         load_trained_weights(model, args, saved)
 
 
-def test_another_attention_window_is_in_the_checkpoint(config, tmp_path):
+def test_another_attention_window_is_in_the_checkpoint(config: Path, tmp_path: Path) -> None:
     train(config, tmp_path, {**PLAIN, "model.attention_context": 7})
     saved = json.loads((checkpoint(tmp_path, 4) / "consolidated/config.json").read_text())
     assert saved["context"] == 7
 
 
-def test_files_say_what_they_are(finished_run, tmp_path):
-    def files(run_dir, overrides):
+def test_files_say_what_they_are(finished_run: Callable[..., Any], tmp_path: Path) -> None:
+    def files(run_dir: Path, overrides: dict[str, Any]) -> set[Any]:
         finished_run(run_dir, overrides)
         return {file.name for file in (checkpoint(run_dir, 4) / "consolidated").iterdir()}
 
@@ -159,7 +166,7 @@ def test_files_say_what_they_are(finished_run, tmp_path):
     assert files(tmp_path / "plain", PLAIN) == {"config.json", full}
 
 
-def test_a_run_can_start_from_the_weights_of_another(config, tmp_path):
+def test_a_run_can_start_from_the_weights_of_another(config: Path, tmp_path: Path) -> None:
     first = train(config, tmp_path / "first", PLAIN)
     folder = checkpoint(tmp_path / "first", 4) / "consolidated"
     base = config.parent / "model"
@@ -190,9 +197,13 @@ def test_a_run_can_start_from_the_weights_of_another(config, tmp_path):
     ids=["best is old", "best is last", "some are NaN", "no evaluation"],
 )
 def test_the_last_checkpoints_and_the_best_are_kept(
-    config, tmp_path, monkeypatch, eval_losses, expected
-):
-    overrides = {"max_steps": 5, "ckpt_freq": 1, "num_ckpt_keep": 2}
+    config: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    eval_losses: list[float] | None,
+    expected: list[int],
+) -> None:
+    overrides: dict[str, Any] = {"max_steps": 5, "ckpt_freq": 1, "num_ckpt_keep": 2}
     if eval_losses:
         overrides |= {"do_eval": True, "eval_freq": 1}
         coming = iter([4.0, *eval_losses])  # the first is from before the first step
@@ -209,17 +220,22 @@ def test_the_last_checkpoints_and_the_best_are_kept(
     assert kept_steps(tmp_path) == expected
 
 
-def test_all_are_kept_on_request(config, tmp_path):
+def test_all_are_kept_on_request(config: Path, tmp_path: Path) -> None:
     train(config, tmp_path, {"ckpt_freq": 1, "num_ckpt_keep": "null"})
     assert kept_steps(tmp_path) == [1, 2, 3, 4]
 
 
 def test_a_checkpoint_that_was_being_deleted_when_the_run_died_is_none(
-    config, tmp_path, monkeypatch
-):
-    overrides = {"ckpt_freq": 1, "num_ckpt_keep": 1, "max_steps": 6, "ckpt_async": False}
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides: dict[str, Any] = {
+        "ckpt_freq": 1,
+        "num_ckpt_keep": 1,
+        "max_steps": 6,
+        "ckpt_async": False,
+    }
 
-    def die_half_way(run_dir, units):
+    def die_half_way(run_dir: Path, units: Any) -> None:
         for file in (run_dir / units[0]).glob("*.*"):
             file.unlink()
         raise KeyboardInterrupt
@@ -237,7 +253,7 @@ def test_a_checkpoint_that_was_being_deleted_when_the_run_died_is_none(
 # --- resuming -------------------------------------------------------------------------------------
 
 
-TEN_STEPS = {"max_steps": 10, "ckpt_freq": 5}
+TEN_STEPS: dict[str, Any] = {"max_steps": 10, "ckpt_freq": 5}
 
 
 @pytest.mark.parametrize(
@@ -252,7 +268,9 @@ TEN_STEPS = {"max_steps": 10, "ckpt_freq": 5}
     ],
     ids=["float32", "lora", "merged lora and embeddings", "micro-batches", "checkpointing"],
 )
-def test_a_resumed_run_is_the_run_that_never_stopped(config, tmp_path, overrides):
+def test_a_resumed_run_is_the_run_that_never_stopped(
+    config: Path, tmp_path: Path, overrides: dict[str, Any]
+) -> None:
     overrides = {**TEN_STEPS, **overrides}
     train(config, tmp_path / "whole", overrides)
     stop_after(trainer(config, tmp_path / "cut", overrides), 7)
@@ -264,10 +282,10 @@ def test_a_resumed_run_is_the_run_that_never_stopped(config, tmp_path, overrides
     assert_same_weights(saved_weights(tmp_path / "cut", 10), saved_weights(tmp_path / "whole", 10))
 
 
-def test_options_changed_on_resuming_take_effect(config, tmp_path):
+def test_options_changed_on_resuming_take_effect(config: Path, tmp_path: Path) -> None:
     """A run that was stopped after step 7 goes on from step 5 with other options."""
     stop_after(trainer(config, tmp_path / "cut", {**TEN_STEPS, **FULL}), 7)
-    whole = {}
+    whole: dict[str, Path] = {}
     for name, later in {
         "same": {},
         "lr": {"optim.lr": 6e-3},
@@ -285,14 +303,18 @@ def test_options_changed_on_resuming_take_effect(config, tmp_path):
         assert not torch.equal(weights[name], weights["same"]), name
 
 
-def test_a_resumed_run_can_be_longer(config, finished_run, tmp_path):
+def test_a_resumed_run_can_be_longer(
+    config: Path, finished_run: Callable[..., Any], tmp_path: Path
+) -> None:
     finished_run(tmp_path, TEN_STEPS)
     run = train(config, tmp_path, {**TEN_STEPS, "max_steps": 12, "resume": True})
     assert run.step == 12
     assert logged_steps(tmp_path) == list(range(1, 13))
 
 
-def test_a_resumed_run_that_is_complete_does_nothing(config, finished_run, tmp_path):
+def test_a_resumed_run_that_is_complete_does_nothing(
+    config: Path, finished_run: Callable[..., Any], tmp_path: Path
+) -> None:
     finished_run(tmp_path, TEN_STEPS)
     before = saved_weights(tmp_path, 10)
     train(config, tmp_path, {**TEN_STEPS, "resume": True})
@@ -300,7 +322,9 @@ def test_a_resumed_run_that_is_complete_does_nothing(config, finished_run, tmp_p
     assert logged_steps(tmp_path) == list(range(1, 11))
 
 
-def test_a_run_resumed_with_fewer_steps_than_it_has_made_is_refused(config, finished_run, tmp_path):
+def test_a_run_resumed_with_fewer_steps_than_it_has_made_is_refused(
+    config: Path, finished_run: Callable[..., Any], tmp_path: Path
+) -> None:
     finished_run(tmp_path, TEN_STEPS)
     with pytest.raises(UserError, match="max_steps"):
         trainer(config, tmp_path, {**TEN_STEPS, "max_steps": 8, "resume": True})
@@ -308,8 +332,8 @@ def test_a_run_resumed_with_fewer_steps_than_it_has_made_is_refused(config, fini
 
 @pytest.mark.parametrize("other", [FULL, LORA, {"ttt.start_layer": 1}])
 def test_a_run_is_not_resumed_with_other_trainable_parameters(
-    config, finished_run, tmp_path, other
-):
+    config: Path, finished_run: Callable[..., Any], tmp_path: Path, other: dict[str, Any]
+) -> None:
     finished_run(tmp_path)
     with pytest.raises(UserError, match="does not belong to this configuration"):
         trainer(config, tmp_path, {**other, "resume": True})
@@ -317,17 +341,17 @@ def test_a_run_is_not_resumed_with_other_trainable_parameters(
 
 @pytest.mark.parametrize("other", [{"lora.rank": 4}, {"ttt.conv_kernel_size": 3}])
 def test_a_run_is_not_resumed_with_parameters_of_another_shape(
-    config, finished_run, tmp_path, other
-):
+    config: Path, finished_run: Callable[..., Any], tmp_path: Path, other: dict[str, int]
+) -> None:
     finished_run(tmp_path, LORA)
     with pytest.raises(UserError, match="does not belong to this configuration"):
         trainer(config, tmp_path, {**LORA, **other, "resume": True})
 
 
 def test_resume_auto_starts_anew_where_there_is_nothing_and_goes_on_where_there_is(
-    config, finished_run, tmp_path
-):
-    overrides = {**TEN_STEPS, "resume": "auto"}
+    config: Path, finished_run: Callable[..., Any], tmp_path: Path
+) -> None:
+    overrides: dict[str, Any] = {**TEN_STEPS, "resume": "auto"}
     stop_after(trainer(config, tmp_path / "auto", overrides), 7)
     train(config, tmp_path / "auto", overrides)
     assert logged_steps(tmp_path / "auto") == list(range(1, 11))
@@ -335,20 +359,20 @@ def test_resume_auto_starts_anew_where_there_is_nothing_and_goes_on_where_there_
     assert logged(tmp_path / "auto") == logged(tmp_path / "whole")
 
 
-def test_resume_auto_forgets_what_no_checkpoint_holds(config, tmp_path):
-    overrides = {"resume": "auto", "do_eval": True}
+def test_resume_auto_forgets_what_no_checkpoint_holds(config: Path, tmp_path: Path) -> None:
+    overrides: dict[str, Any] = {"resume": "auto", "do_eval": True}
     stop_after(trainer(config, tmp_path, overrides), 2)
     train(config, tmp_path, overrides)
     assert logged_steps(tmp_path) == [1, 2, 3, 4]
     assert len(logged(tmp_path, kind="eval")) == 2  # before the first step, and after the last
 
 
-def test_resuming_where_there_is_no_checkpoint_is_refused(config, tmp_path):
+def test_resuming_where_there_is_no_checkpoint_is_refused(config: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no complete checkpoint in"):
         trainer(config, tmp_path / "none", {"resume": True})
 
 
-def test_an_unfinished_checkpoint_is_ignored_and_removed(config, tmp_path):
+def test_an_unfinished_checkpoint_is_ignored_and_removed(config: Path, tmp_path: Path) -> None:
     stop_after(trainer(config, tmp_path, TEN_STEPS), 7)
     unfinished = tmp_path / "checkpoints/checkpoint_000007.incomplete"
     RunRecord(tmp_path).add(trees=["checkpoints/checkpoint_000007.incomplete"])
@@ -369,7 +393,9 @@ def test_an_unfinished_checkpoint_is_ignored_and_removed(config, tmp_path):
     ],
     ids=["torn", "empty", "text", "zeros", "missing"],
 )
-def test_a_damaged_checkpoint_is_named_with_the_remedy(config, finished_run, tmp_path, damage):
+def test_a_damaged_checkpoint_is_named_with_the_remedy(
+    config: Path, finished_run: Callable[..., Any], tmp_path: Path, damage: Callable[..., Any]
+) -> None:
     finished_run(tmp_path, {"ckpt_freq": 2})
     damage(checkpoint(tmp_path, 4) / "resume.pt")
     with pytest.raises(UserError, match=r"checkpoint_000004/resume.pt.*damaged.*Delete"):
@@ -382,7 +408,7 @@ def test_a_damaged_checkpoint_is_named_with_the_remedy(config, finished_run, tmp
 
 
 @pytest.fixture
-def largest_file():
+def largest_file() -> Iterator[Callable[[int], None]]:
     """Sets the size in bytes above which writing fails, which is what a full disk comes to."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
@@ -391,14 +417,24 @@ def largest_file():
 
 @pytest.mark.parametrize("file", ["consolidated/consolidated.safetensors", "resume/__0_0.distcp"])
 def test_a_checkpoint_that_does_not_fit_on_the_disk_harms_nothing(
-    config, finished_run, tmp_path, largest_file, file
-):
-    overrides = {**FULL, "param_dtype": "float32", **TEN_STEPS}
+    config: Path,
+    finished_run: Callable[..., Any],
+    tmp_path: Path,
+    largest_file: Callable[[int], None],
+    file: str,
+) -> None:
+    overrides: dict[str, Any] = {**FULL, "param_dtype": "float32", **TEN_STEPS}
     finished_run(tmp_path / "whole", overrides)
     run = trainer(config, tmp_path / "cut", overrides)
     size = (checkpoint(tmp_path / "whole", 10) / file).stat().st_size
     save = run.save
-    run.save = lambda: [largest_file(size - 500) if run.step == 10 else None, save()]
+
+    def save_into_less(data_position: dict[str, Any] | None = None) -> None:
+        if run.step == 10:
+            largest_file(size - 500)
+        save(data_position)
+
+    run.save = save_into_less  # type: ignore[method-assign]
     with pytest.raises(UserError, match=r"checkpoint of step 10 .*Older checkpoints are untouched"):
         run.train()
     largest_file(resource.RLIM_INFINITY)
@@ -407,10 +443,16 @@ def test_a_checkpoint_that_does_not_fit_on_the_disk_harms_nothing(
     assert_same_weights(saved_weights(tmp_path / "cut", 10), saved_weights(tmp_path / "whole", 10))
 
 
-def test_secrets_are_in_no_file(config, tmp_path, monkeypatch):
+def test_secrets_are_in_no_file(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     pytest.importorskip("wandb")
-    overrides = {"wandb.project": "p", "wandb.offline": True, "wandb.key": "s3cr3t" * 7}
+    overrides: dict[str, Any] = {
+        "wandb.project": "p",
+        "wandb.offline": True,
+        "wandb.key": "s3cr3t" * 7,
+    }
     train(config, tmp_path, overrides)
     assert not [f for f in tmp_path.rglob("*") if f.is_file() and b"s3cr3t" in f.read_bytes()]
     info = json.loads((checkpoint(tmp_path, 4) / "info.json").read_text())

@@ -9,6 +9,9 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 from training_tools import (
@@ -30,14 +33,16 @@ from finetune.checkpoint import list_checkpoints, manifest, run_lock, step_of
 from finetune.checkpoint.run_lock import RunLock
 from finetune.errors import UserError
 
-FLOAT32 = {**FULL, "param_dtype": "float32"}
+FLOAT32: dict[str, Any] = {**FULL, "param_dtype": "float32"}
 
 
-def options(**overrides):
+def options(**overrides: Any) -> list[Any]:
     return [f"--{key}={value}" for key, value in overrides.items()]
 
 
-def start(config, run_dir, overrides, **kwargs):
+def start(
+    config: Path, run_dir: Path, overrides: dict[str, Any], **kwargs: Any
+) -> subprocess.Popen[str]:
     return start_program(f"--config={config}", *options(run_dir=run_dir, **overrides), **kwargs)
 
 
@@ -45,8 +50,10 @@ def start(config, run_dir, overrides, **kwargs):
 
 
 @pytest.mark.slow
-def test_killed_twenty_times_at_random_moments_a_run_ends_as_if_it_never_was(config, tmp_path):
-    overrides = {**FLOAT32, "max_steps": 400, "ckpt_freq": 3, "resume": "auto"}
+def test_killed_twenty_times_at_random_moments_a_run_ends_as_if_it_never_was(
+    config: Path, tmp_path: Path
+) -> None:
+    overrides: dict[str, Any] = {**FLOAT32, "max_steps": 400, "ckpt_freq": 3, "resume": "auto"}
     random.seed(0)
     num_killed = num_steps_seen = 0
     while num_killed < 20:
@@ -84,7 +91,9 @@ manifest.describe = slowly
 
 
 @pytest.mark.slow
-def test_training_goes_on_while_a_checkpoint_is_written_and_a_signal_waits_for_it(config, tmp_path):
+def test_training_goes_on_while_a_checkpoint_is_written_and_a_signal_waits_for_it(
+    config: Path, tmp_path: Path
+) -> None:
     run = start(config, tmp_path, {"max_steps": 10000, "ckpt_freq": 2}, after=SLOW_DISK)
     seen = list(lines_until(run, "step 4/"))
     assert not any("saved" in line for line in seen), "step 2 is still being written"
@@ -101,14 +110,14 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_a_signal_waits_for_i
 
 
 @pytest.fixture
-def small_disk(tmp_path):
+def small_disk(tmp_path: Path) -> Iterator[Callable[..., Any]]:
     """A disk of its own; a function that sets its size in megabytes."""
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", disk]).returncode:
         pytest.skip("only root can mount a disk")
 
-    def resize(size_mb):
+    def resize(size_mb: int) -> Path:
         size = f"remount,size={int(1024 * size_mb)}k"
         subprocess.run(["mount", "-o", size, "none", disk], check=True)
         return disk
@@ -129,9 +138,9 @@ writer.SPARE_BYTES = -10**12
     [pytest.param("", id="noticed before"), pytest.param(NO_LOOK_BEFORE, id="full while writing")],
 )
 def test_a_full_disk_leaves_the_older_checkpoint_whole_and_the_run_says_so(
-    config, tmp_path, small_disk, after
-):
-    overrides = {**FLOAT32, "max_steps": 6, "ckpt_freq": 2, "num_ckpt_keep": "null"}
+    config: Path, tmp_path: Path, small_disk: Callable[..., Any], after: str
+) -> None:
+    overrides: dict[str, Any] = {**FLOAT32, "max_steps": 6, "ckpt_freq": 2, "num_ckpt_keep": "null"}
     train(config, tmp_path / "whole", overrides)
     size = sum(f.stat().st_size for f in checkpoint(tmp_path / "whole", 2).rglob("*"))
     room_mb = size * 1.5 / 2**20 + (0 if after else 16)
@@ -154,7 +163,7 @@ def test_a_full_disk_leaves_the_older_checkpoint_whole_and_the_run_says_so(
 
 
 @pytest.fixture(scope="module")
-def saved(config, tmp_path_factory):
+def saved(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("saved")
     train(config, run_dir, {**FLOAT32, "ckpt_freq": 2})
     return run_dir
@@ -171,7 +180,7 @@ def saved(config, tmp_path_factory):
         "manifest.json",
     ],
 )
-def test_a_flipped_byte_is_refused_by_name(config, saved, name):
+def test_a_flipped_byte_is_refused_by_name(config: Path, saved: Path, name: str) -> None:
     file = checkpoint(saved, 4) / name
     before = file.read_bytes()
     flipped = bytearray(before)
@@ -183,9 +192,9 @@ def test_a_flipped_byte_is_refused_by_name(config, saved, name):
     assert trainer(config, saved, {**FLOAT32, "resume": True}).step == 4
 
 
-def test_retention_does_not_count_what_is_not_whole(config, tmp_path):
+def test_retention_does_not_count_what_is_not_whole(config: Path, tmp_path: Path) -> None:
     """Somebody's copy that was cut off looks like the latest checkpoint."""
-    overrides = {"max_steps": 8, "ckpt_freq": 2, "num_ckpt_keep": 2}
+    overrides: dict[str, Any] = {"max_steps": 8, "ckpt_freq": 2, "num_ckpt_keep": 2}
     train(config, tmp_path, {**overrides, "max_steps": 4})
     torn = checkpoint(tmp_path, 5)
     torn.mkdir()
@@ -200,8 +209,10 @@ def test_retention_does_not_count_what_is_not_whole(config, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_second_run_in_the_same_folder_is_refused_until_the_first_is_gone(config, tmp_path):
-    overrides = {"max_steps": 1000000, "ckpt_freq": 1, "data.num_workers": 2}
+def test_a_second_run_in_the_same_folder_is_refused_until_the_first_is_gone(
+    config: Path, tmp_path: Path
+) -> None:
+    overrides: dict[str, Any] = {"max_steps": 1000000, "ckpt_freq": 1, "data.num_workers": 2}
     first = start(config, tmp_path, overrides)
     list(lines_until(first, "saved"))
     for how in ({"resume": True}, {"overwrite_run_dir": True}):
@@ -217,7 +228,9 @@ def test_a_second_run_in_the_same_folder_is_refused_until_the_first_is_gone(conf
     finish(again)
 
 
-def test_a_run_on_another_host_is_noticed_by_its_signs_of_life(tmp_path, monkeypatch):
+def test_a_run_on_another_host_is_noticed_by_its_signs_of_life(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(run_lock, "BEAT_SEC", 0.2)
     monkeypatch.setattr(run_lock, "WATCH_SEC", 2.0)
     # A file system whose locks do not reach other hosts.
@@ -237,7 +250,7 @@ def test_a_run_on_another_host_is_noticed_by_its_signs_of_life(tmp_path, monkeyp
 # --- several processes ----------------------------------------------------------------------------
 
 
-def faulty(config, run_dir, fault, **overrides):
+def faulty(config: Path, run_dir: Path, fault: str, **overrides: Any) -> str:
     done = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
@@ -256,7 +269,7 @@ def faulty(config, run_dir, fault, **overrides):
     return done.stdout
 
 
-def test_a_process_that_dies_is_named_and_ends_the_run(config, tmp_path):
+def test_a_process_that_dies_is_named_and_ends_the_run(config: Path, tmp_path: Path) -> None:
     output = faulty(config, tmp_path, "dies 1 4", **{"parallel.shard_size": 2})
     assert re.search(
         r"error: rank 1 \(process \d+ on .*\) is dead, or cannot be reached: no sign of life for "
@@ -266,7 +279,7 @@ def test_a_process_that_dies_is_named_and_ends_the_run(config, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_process_that_fails_is_named_and_ends_the_run(config, tmp_path):
+def test_a_process_that_fails_is_named_and_ends_the_run(config: Path, tmp_path: Path) -> None:
     output = faulty(config, tmp_path, "raises 1 4")
     assert re.search(r"rank 1 \(.*\) has ended in step 4: data: ValueError: a mistake", output), (
         output
@@ -274,7 +287,7 @@ def test_a_process_that_fails_is_named_and_ends_the_run(config, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_process_that_hangs_is_named_with_its_place(config, tmp_path):
+def test_a_process_that_hangs_is_named_with_its_place(config: Path, tmp_path: Path) -> None:
     output = faulty(config, tmp_path, "hangs 1 4", **{"parallel.hang_timeout_sec": 5})
     assert re.search(
         r"error: rank 1 \(process \d+ on .*\) hangs: for \d+ s it has been in step 4: data, and "

@@ -4,7 +4,9 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from training_tools import checkpoint, finish, start_program, train, trainer
@@ -16,13 +18,13 @@ from finetune.cli import run
 from finetune.cli import train as train_command
 from finetune.errors import UserError
 
-OVERWRITE = {"overwrite_run_dir": True, "max_steps": 1}
+OVERWRITE: dict[str, Any] = {"overwrite_run_dir": True, "max_steps": 1}
 OWN = (NAME, ".lock")
 
 
-def tree(folder, *, without=OWN):
+def tree(folder: Path, *, without: Any = OWN) -> dict[str, Any]:
     """All that lies in a folder: contents of files, targets of links, None for folders."""
-    found = {}
+    found: dict[str, Any] = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.name not in without:
@@ -35,20 +37,27 @@ def tree(folder, *, without=OWN):
 
 
 @pytest.fixture(scope="module")
-def finished(config, tmp_path_factory):
+def finished(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("finished") / "run"
     train(config, run_dir, {"max_steps": 2, "ckpt_freq": 1})
     return run_dir
 
 
 @pytest.fixture
-def run_dir(finished, tmp_path):
+def run_dir(finished: Path, tmp_path: Path) -> Path:
     """A copy of a finished run."""
     return shutil.copytree(finished, tmp_path / "run", symlinks=True)
 
 
-def test_what_no_run_wrote_stays_and_the_rest_is_replaced(config, run_dir, capsys):
-    mine = {"notes.txt": "mine", "data/a.txt": "mine", "tb/b.txt": "mine", "checkpoints/c": "mine"}
+def test_what_no_run_wrote_stays_and_the_rest_is_replaced(
+    config: Path, run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine: dict[str, Any] = {
+        "notes.txt": "mine",
+        "data/a.txt": "mine",
+        "tb/b.txt": "mine",
+        "checkpoints/c": "mine",
+    }
     for name, text in mine.items():
         (run_dir / name).parent.mkdir(exist_ok=True)
         (run_dir / name).write_text(text)
@@ -72,43 +81,43 @@ def test_what_no_run_wrote_stays_and_the_rest_is_replaced(config, run_dir, capsy
     assert "left where it is" in capsys.readouterr().out
 
 
-def _args_is_a_link(run_dir):
+def _args_is_a_link(run_dir: Path) -> None:
     (run_dir / "args.yaml").rename(run_dir.parent / "args.yaml")
     (run_dir / "args.yaml").symlink_to(run_dir.parent / "args.yaml")
 
 
-def _checkpoints_are_a_link(run_dir):
+def _checkpoints_are_a_link(run_dir: Path) -> None:
     (run_dir / "checkpoints").rename(run_dir.parent / "far")
     (run_dir / "checkpoints").symlink_to(run_dir.parent / "far")
 
 
-def _a_checkpoint_is_a_link(run_dir):
+def _a_checkpoint_is_a_link(run_dir: Path) -> None:
     checkpoint(run_dir, 2).rename(run_dir.parent / "far")
     checkpoint(run_dir, 2).symlink_to(run_dir.parent / "far")
 
 
-def _curves_are_a_link(run_dir):
+def _curves_are_a_link(run_dir: Path) -> None:
     (run_dir / "tb").rename(run_dir.parent / "far")
     (run_dir / "tb").symlink_to("../far")
 
 
-def _a_file_in_a_checkpoint(run_dir):
+def _a_file_in_a_checkpoint(run_dir: Path) -> None:
     (checkpoint(run_dir, 2) / "thesis.txt").write_text("years of work")
 
 
-def _a_checkpoint_of_somebody_else(run_dir):
+def _a_checkpoint_of_somebody_else(run_dir: Path) -> None:
     shutil.copytree(checkpoint(run_dir, 2), checkpoint(run_dir, 7))
 
 
-def _no_record(run_dir):
+def _no_record(run_dir: Path) -> None:
     (run_dir / NAME).unlink()
 
 
-def _a_record_that_is_none(run_dir):
+def _a_record_that_is_none(run_dir: Path) -> None:
     (run_dir / NAME).write_text('{"files": ["args.yaml"]}\n')
 
 
-def _a_record_behind_a_link(run_dir):
+def _a_record_behind_a_link(run_dir: Path) -> None:
     (run_dir / NAME).rename(run_dir.parent / "record")
     (run_dir / NAME).symlink_to(run_dir.parent / "record")
 
@@ -127,7 +136,9 @@ def _a_record_behind_a_link(run_dir):
         (_a_record_behind_a_link, "no record of a run"),
     ],
 )
-def test_what_is_not_replaced_stays_as_it_is(config, run_dir, change, named):
+def test_what_is_not_replaced_stays_as_it_is(
+    config: Path, run_dir: Path, change: Callable[[Path], None], named: str
+) -> None:
     change(run_dir)
     before = tree(run_dir.parent)
     with pytest.raises(UserError, match=f"run_dir: .*{named}"):
@@ -136,7 +147,9 @@ def test_what_is_not_replaced_stays_as_it_is(config, run_dir, change, named):
 
 
 @pytest.mark.parametrize("where", ["data", "evaluation", "model", "init_from", "cache", "yaml"])
-def test_a_folder_with_what_the_run_reads_is_not_replaced(config, run_dir, capsys, where):
+def test_a_folder_with_what_the_run_reads_is_not_replaced(
+    config: Path, run_dir: Path, capsys: pytest.CaptureFixture[str], where: str
+) -> None:
     overrides = dict(OVERWRITE)
     if where in ("data", "evaluation"):
         shutil.copytree(config.parent / "train", run_dir / "data")
@@ -158,7 +171,9 @@ def test_a_folder_with_what_the_run_reads_is_not_replaced(config, run_dir, capsy
 
 
 @pytest.mark.parametrize("inner", ["", "checkpoints"])
-def test_the_folder_one_stands_in_is_not_replaced(config, run_dir, monkeypatch, inner):
+def test_the_folder_one_stands_in_is_not_replaced(
+    config: Path, run_dir: Path, monkeypatch: pytest.MonkeyPatch, inner: str
+) -> None:
     monkeypatch.chdir(run_dir / inner)
     before = tree(run_dir)
     with pytest.raises(UserError, match="the folder that this was started in, or holds it"):
@@ -166,7 +181,7 @@ def test_the_folder_one_stands_in_is_not_replaced(config, run_dir, monkeypatch, 
     assert tree(run_dir) == before
 
 
-def test_nothing_is_replaced_through_a_link(config, run_dir):
+def test_nothing_is_replaced_through_a_link(config: Path, run_dir: Path) -> None:
     link = run_dir.parent / "latest"
     link.symlink_to(run_dir)
     before = tree(run_dir)
@@ -178,7 +193,7 @@ def test_nothing_is_replaced_through_a_link(config, run_dir):
     train(config, above / "run", OVERWRITE)
 
 
-def test_a_file_that_has_another_name_elsewhere_stays_there(config, run_dir):
+def test_a_file_that_has_another_name_elsewhere_stays_there(config: Path, run_dir: Path) -> None:
     """A hard link: some keep the best checkpoint so."""
     file = checkpoint(run_dir, 2) / "info.json"
     kept = run_dir.parent / "kept.json"
@@ -189,7 +204,9 @@ def test_a_file_that_has_another_name_elsewhere_stays_there(config, run_dir):
 
 
 @pytest.mark.parametrize("target", ["nowhere", "run2"], ids=["nothing", "itself"])
-def test_a_link_that_leads_nowhere_is_no_run_folder(config, run_dir, target):
+def test_a_link_that_leads_nowhere_is_no_run_folder(
+    config: Path, run_dir: Path, target: str
+) -> None:
     link = run_dir.parent / "run2"
     link.symlink_to(target)
     with pytest.raises(UserError, match="run_dir: "):
@@ -197,7 +214,7 @@ def test_a_link_that_leads_nowhere_is_no_run_folder(config, run_dir, target):
     assert os.readlink(link) == target and not (run_dir.parent / "nowhere").exists()
 
 
-def test_a_users_project_is_not_written_into(config, tmp_path):
+def test_a_users_project_is_not_written_into(config: Path, tmp_path: Path) -> None:
     """A file `args.yaml` does not make a run folder, with or without the wish to overwrite."""
     (tmp_path / "args.yaml").write_text("lr: 1")
     for overrides in ({}, OVERWRITE):
@@ -206,7 +223,7 @@ def test_a_users_project_is_not_written_into(config, tmp_path):
     assert tree(tmp_path, without=()) == {"args.yaml": b"lr: 1"}
 
 
-def test_names_in_a_record_lead_nowhere_else(run_dir):
+def test_names_in_a_record_lead_nowhere_else(run_dir: Path) -> None:
     outside = run_dir.parent / "outside.txt"
     outside.write_text("mine")
     RunRecord(run_dir).add(["../outside.txt", str(outside), "../run/args.yaml"], trees=[".."])
@@ -222,7 +239,7 @@ def test_names_in_a_record_lead_nowhere_else(run_dir):
     assert tree(run_dir) == {"notes.txt": b"mine"}
 
 
-def test_folders_that_only_look_like_ours_stay(config, run_dir):
+def test_folders_that_only_look_like_ours_stay(config: Path, run_dir: Path) -> None:
     for name in ("../run.replaced", ".replaced", "checkpoints/thesis.incomplete"):
         (run_dir / name).mkdir()
         (run_dir / name / "notes.txt").write_text("mine")
@@ -232,7 +249,7 @@ def test_folders_that_only_look_like_ours_stay(config, run_dir):
         assert (run_dir / name / "notes.txt").read_text() == "mine"
 
 
-def test_retention_deletes_what_the_run_wrote_alone(config, tmp_path):
+def test_retention_deletes_what_the_run_wrote_alone(config: Path, tmp_path: Path) -> None:
     run = trainer(config, tmp_path, {"ckpt_freq": 1, "num_ckpt_keep": 1})
     run.train_step()
     run.save()
@@ -247,16 +264,16 @@ def test_retention_deletes_what_the_run_wrote_alone(config, tmp_path):
 # --- the older run waits --------------------------------------------------------------------------
 
 
-def fails_late(monkeypatch):
-    def fail(*args):
+def fails_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any) -> None:
         raise UserError("the disk is on fire")
 
     monkeypatch.setattr("finetune.monitoring.metrics._open_tensorboard", fail)
 
 
 def test_a_start_that_fails_late_puts_the_older_run_back_and_says_so(
-    config, run_dir, monkeypatch, capsys
-):
+    config: Path, run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = tree(run_dir)
     fails_late(monkeypatch)
     with pytest.raises(UserError, match="on fire"):
@@ -268,21 +285,23 @@ def test_a_start_that_fails_late_puts_the_older_run_back_and_says_so(
 
 
 @pytest.mark.parametrize("do_ckpt", [True, False])
-def test_the_older_run_waits_for_a_checkpoint_or_the_end(config, run_dir, do_ckpt):
+def test_the_older_run_waits_for_a_checkpoint_or_the_end(
+    config: Path, run_dir: Path, do_ckpt: bool
+) -> None:
     before = tree(run_dir)
     overrides = OVERWRITE | {"max_steps": 3, "ckpt_freq": 2, "do_ckpt": do_ckpt}
     run = trainer(config, run_dir, overrides)
     aside = run_dir / ".replaced"
     assert tree(aside) == before
-    seen = []
+    seen: list[Any] = []
     step = type(run).train_step
 
-    def watched():
+    def watched() -> None:
         run.writer._join()
         seen.append(aside.exists())
         step(run)
 
-    run.train_step = watched
+    run.train_step = watched  # type: ignore[method-assign]
     assert run.train() == 0
     assert seen == ([True, True, False] if do_ckpt else [True, True, True])
     assert not aside.exists()
@@ -291,12 +310,12 @@ def test_the_older_run_waits_for_a_checkpoint_or_the_end(config, run_dir, do_ckp
 
 @pytest.mark.parametrize("do_ckpt", [True, False])
 def test_a_run_that_fails_before_its_first_checkpoint_gives_the_place_back(
-    config, run_dir, monkeypatch, do_ckpt
-):
+    config: Path, run_dir: Path, monkeypatch: pytest.MonkeyPatch, do_ckpt: bool
+) -> None:
     before = tree(run_dir)
     run = trainer(config, run_dir, OVERWRITE | {"do_ckpt": do_ckpt, "max_steps": 5})
 
-    def fail():
+    def fail() -> None:
         raise UserError("no more data")
 
     monkeypatch.setattr(run, "next_batches", fail)
@@ -307,7 +326,9 @@ def test_a_run_that_fails_before_its_first_checkpoint_gives_the_place_back(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("at", ["step 1/", "loads"])
-def test_a_killed_run_gives_the_place_back_at_the_next_start(config, run_dir, at):
+def test_a_killed_run_gives_the_place_back_at_the_next_start(
+    config: Path, run_dir: Path, at: str
+) -> None:
     before = tree(run_dir)
     after = "import runpy, sys\nfrom finetune.trainer import Trainer\n"
     if at == "loads":
@@ -315,6 +336,7 @@ def test_a_killed_run_gives_the_place_back_at_the_next_start(config, run_dir, at
         after += "Trainer.train = lambda self: (print('loads', flush=True), time.sleep(99))\n"
     options = (f"--config={config}", f"--run_dir={run_dir}", "--max_steps=100000")
     run = start_program(*options, "--overwrite_run_dir", after=after)
+    assert run.stdout is not None
     for line in run.stdout:
         if at in line:
             break
@@ -336,7 +358,7 @@ t.load_model = lambda *a, **k: (time.sleep(4), load(*a, **k))[1]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("there", [True, False], ids=["overwrite", "a new folder"])
-def test_of_three_starts_exactly_one_goes_on(config, run_dir, there):
+def test_of_three_starts_exactly_one_goes_on(config: Path, run_dir: Path, there: bool) -> None:
     if not there:
         shutil.rmtree(run_dir)
     options = [f"--config={config}", f"--run_dir={run_dir}", "--max_steps=2"]
@@ -348,7 +370,9 @@ def test_of_three_starts_exactly_one_goes_on(config, run_dir, there):
     assert [path.name for path in list_checkpoints(run_dir)] == ["checkpoint_000002"]
 
 
-def test_a_read_only_parent_and_a_folder_of_its_own_file_system(config, run_dir):
+def test_a_read_only_parent_and_a_folder_of_its_own_file_system(
+    config: Path, run_dir: Path
+) -> None:
     """Nothing is done beside the run folder."""
     parent = run_dir.parent
     if os.geteuid() == 0:
@@ -370,7 +394,9 @@ def test_a_read_only_parent_and_a_folder_of_its_own_file_system(config, run_dir)
     assert [path.name for path in parent.iterdir()] == ["run"]
 
 
-def test_a_parent_that_nobody_can_write_to_and_a_run_folder_mounted_in_it(config, tmp_path):
+def test_a_parent_that_nobody_can_write_to_and_a_run_folder_mounted_in_it(
+    config: Path, tmp_path: Path
+) -> None:
     """Not even root: a file system that is read-only, and another in it for the run alone."""
     parent, run_dir = tmp_path / "parent", tmp_path / "parent/run"
     parent.mkdir()
@@ -397,26 +423,30 @@ def test_a_parent_that_nobody_can_write_to_and_a_run_folder_mounted_in_it(config
 
 # --- power cuts -----------------------------------------------------------------------------------
 
-OLD_FILES = {
+OLD_FILES: dict[str, Any] = {
     "args.yaml": "old",
     "metrics.train.jsonl": "old",
     "tb/events.1": "old",
     "checkpoints/checkpoint_000001/info.json": "old",
     "checkpoints/checkpoint_000001/resume/x": "old",
 }
-FOREIGN = {"notes.txt": "mine", "tb/notes.txt": "mine", "checkpoints/notes.txt": "mine"}
-NEW_FILES = {"args.yaml": "new", "metrics.train.jsonl": "new", "tb/events.2": "new"}
-NEW_CHECKPOINT = {"info.json": "new", "resume/x": "new"}
+FOREIGN: dict[str, Any] = {
+    "notes.txt": "mine",
+    "tb/notes.txt": "mine",
+    "checkpoints/notes.txt": "mine",
+}
+NEW_FILES: dict[str, Any] = {"args.yaml": "new", "metrics.train.jsonl": "new", "tb/events.2": "new"}
+NEW_CHECKPOINT: dict[str, Any] = {"info.json": "new", "resume/x": "new"}
 
 
-def fill(folder, files):
+def fill(folder: Path, files: dict[str, Any]) -> None:
     for name, text in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
 
 
-def older_run(folder):
+def older_run(folder: Path) -> Path:
     folder.mkdir()
     record = RunRecord(folder)
     record.create()
@@ -428,18 +458,18 @@ def older_run(folder):
     return folder
 
 
-def newer_run(folder):
+def newer_run(folder: Path) -> None:
     set_aside(folder, RunRecord(folder).found())
     RunRecord(folder).add(NEW_FILES)
     fill(folder, NEW_FILES)
 
 
-def a_start_that_fails(folder):
+def a_start_that_fails(folder: Path) -> None:
     newer_run(folder)
     settle(folder)
 
 
-def a_run_with_a_checkpoint(folder):
+def a_run_with_a_checkpoint(folder: Path) -> None:
     newer_run(folder)
     record = RunRecord(folder)
     partial = folder / "checkpoints/checkpoint_000002.incomplete"
@@ -460,11 +490,13 @@ class PowerCut(BaseException):
 class Power:
     """Counts the system calls that change something, and ends before a given one."""
 
-    def __init__(self):
-        self.number = None
+    def __init__(self) -> None:
+        self.count = 0
+        self.number: int | None = None
+        self.last: tuple[str, bool] | None = None
         sys.addaudithook(self._heard)  # for the rest of this process
 
-    def _heard(self, event, arguments):
+    def _heard(self, event: str, arguments: tuple[Any, ...]) -> None:
         if self.number is None:
             return
         if event == "open":
@@ -482,7 +514,9 @@ class Power:
             raise PowerCut
         self.last = what
 
-    def cut_before(self, number, folder, exchange, *, torn=False):
+    def cut_before(
+        self, number: int, folder: Path, exchange: Callable[[Path], None], *, torn: bool = False
+    ) -> bool:
         """Whether `exchange` got as far as its system call `number`.
 
         Args:
@@ -505,14 +539,16 @@ POWER = Power()
 
 @pytest.mark.parametrize("torn", [False, True], ids=["", "torn"])
 @pytest.mark.parametrize("exchange", [a_start_that_fails, a_run_with_a_checkpoint])
-def test_a_power_cut_between_any_two_system_calls_leaves_one_run_whole(tmp_path, exchange, torn):
+def test_a_power_cut_between_any_two_system_calls_leaves_one_run_whole(
+    tmp_path: Path, exchange: Callable[[Path], None], torn: bool
+) -> None:
     old = tree(older_run(tmp_path / "old"))
     whole = tmp_path / "whole"
     older_run(whole)
     exchange(whole)
     new = tree(whole)
     assert (new == old) == (exchange is a_start_that_fails)
-    found = []
+    found: list[Any] = []
     for number in range(1, 200):
         folder = older_run(tmp_path / f"cut_{number}")
         if not POWER.cut_before(number, folder, exchange, torn=torn):
@@ -528,7 +564,7 @@ def test_a_power_cut_between_any_two_system_calls_leaves_one_run_whole(tmp_path,
     assert found[-1] == (exchange is a_run_with_a_checkpoint) or old == new
 
 
-def test_power_cuts_while_the_older_run_is_put_back(tmp_path):
+def test_power_cuts_while_the_older_run_is_put_back(tmp_path: Path) -> None:
     """The next start is cut off as well, and the next."""
     old = tree(older_run(tmp_path / "old"))
     for number in (8, 16, 22):

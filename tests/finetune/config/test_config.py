@@ -3,7 +3,9 @@
 import copy
 import functools
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -27,7 +29,7 @@ from finetune.config.docs_page import COMMAND
 from finetune.errors import UserError
 from finetune.inference import checkpoint_args
 from finetune.sweep.plan import _read, _sections
-from ttt.config import TTTArgs
+from ttt import TTTArgs
 
 ROOT = Path(__file__).parents[3]
 MINIMAL = "run_dir: run\ndata: {train_data: train.jsonl}\nlora: {enable: true}\n"
@@ -73,8 +75,8 @@ overwrite_run_dir: true
 
 
 @pytest.fixture
-def load(tmp_path):
-    def load_text(text: str, **overrides) -> TrainArgs:
+def load(tmp_path: Path) -> Callable[..., TrainArgs]:
+    def load_text(text: str, **overrides: Any) -> TrainArgs:
         path = tmp_path / "run.yaml"
         path.write_text(text, encoding="utf-8")
         return load_config(path, {key.replace("__", "."): overrides[key] for key in overrides})
@@ -83,10 +85,10 @@ def load(tmp_path):
 
 
 @pytest.fixture
-def problems(load):
+def problems(load: Callable[..., TrainArgs]) -> Callable[..., list[str]]:
     """The reported lines below the heading."""
 
-    def load_wrong(text: str, **overrides) -> list[str]:
+    def load_wrong(text: str, **overrides: Any) -> list[str]:
         with pytest.raises(UserError) as error:
             load(text, **overrides)
         return [line.removeprefix("  - ") for line in str(error.value).splitlines()[1:]]
@@ -102,12 +104,12 @@ RUNS = [
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda p: p.name)
-def test_shipped_files_load(path):
+def test_shipped_files_load(path: Path) -> None:
     args = load_config(path, {})
     assert args.run_dir and args.data.train_data
 
 
-def test_moshi_finetune_file_loads_with_equal_values(load):
+def test_moshi_finetune_file_loads_with_equal_values(load: Callable[..., TrainArgs]) -> None:
     args = load(MOSHI_FINETUNE)
     assert args.data == DataArgs(train_data="train.jsonl", eval_data="", shuffle=True)
     assert args.moshi_paths.hf_repo_id == "kyutai/moshiko-pytorch-bf16"
@@ -123,7 +125,7 @@ def test_moshi_finetune_file_loads_with_equal_values(load):
     assert args.ttt.enabled is False
 
 
-def test_defaults_are_those_of_moshi_finetune(load):
+def test_defaults_are_those_of_moshi_finetune(load: Callable[..., TrainArgs]) -> None:
     args = load(MINIMAL)
     assert (args.lora.rank, args.lora.scaling, args.optim.lr) == (64, 2.0, 1e-4)
     assert (args.optim.weight_decay, args.optim.pct_start) == (0.1, 0.05)
@@ -136,7 +138,7 @@ def test_defaults_are_those_of_moshi_finetune(load):
     assert (args.param_dtype, args.data.shuffle) == ("bfloat16", False)
 
 
-def test_every_problem_is_reported_at_once(problems):
+def test_every_problem_is_reported_at_once(problems: Callable[..., list[str]]) -> None:
     found = problems(
         "run_dir: run\n"
         "data: {train_data: train.jsonl}\n"
@@ -184,7 +186,9 @@ def test_every_problem_is_reported_at_once(problems):
         ("ttt: {enabled: true, chunk_size: 0}", "ttt.chunk_size: must be 1 or more, got 0"),
     ],
 )
-def test_a_wrong_line_is_the_only_problem(problems, line, problem):
+def test_a_wrong_line_is_the_only_problem(
+    problems: Callable[..., list[str]], line: str, problem: Any
+) -> None:
     assert problems(MINIMAL + line + "\n") == [problem]
 
 
@@ -207,33 +211,33 @@ def test_a_wrong_line_is_the_only_problem(problems, line, problem):
         ),
     ],
 )
-def test_contradictions(problems, overrides, keys):
+def test_contradictions(problems: Callable[..., list[str]], overrides: Any, keys: Any) -> None:
     (found,) = problems(MINIMAL, **overrides)
     assert found.split(": ")[0] == keys
     assert "secret" not in found
 
 
-def test_harmless_combinations_load(load):
+def test_harmless_combinations_load(load: Callable[..., TrainArgs]) -> None:
     load(MINIMAL, eval_freq=100, do_eval=False)
     load(MINIMAL, lora__enable=False, full_finetuning=True, save_adapters=True)
     load(MINIMAL, lora__enable=False, ttt__enabled=True, lora__rank=0)
     load(MINIMAL, moshi_paths__hf_repo_id=None, moshi_paths__random_init=True)
 
 
-def test_a_rejected_value_causes_no_second_complaint(problems):
+def test_a_rejected_value_causes_no_second_complaint(problems: Callable[..., list[str]]) -> None:
     text = "run_dir: run\ndata: {train_data: train.jsonl}\n"
     for lora in ("{enable: si}", "{enabel: true}", "3"):
         assert len(problems(text + f"lora: {lora}\n")) == 1
 
 
-def test_what_must_be_given(problems):
+def test_what_must_be_given(problems: Callable[..., list[str]]) -> None:
     assert problems("lora: {enable: true}") == [
         "run_dir: missing, and it has no default; add it",
         "data.train_data: empty; name a .jsonl file or a folder of them",
     ]
 
 
-def test_the_type_of_the_key_decides_what_a_value_means(load):
+def test_the_type_of_the_key_decides_what_a_value_means(load: Callable[..., TrainArgs]) -> None:
     args = load(
         MINIMAL + "optim: {lr: 1e-3, weight_decay: '0.5'}\nmax_steps: 1e3\nduration_sec: 30\n"
         "do_eval: off\nwandb: {project: on, run_name: 0123}\nresume: auto\n"
@@ -244,13 +248,13 @@ def test_the_type_of_the_key_decides_what_a_value_means(load):
     assert (args.do_eval, args.resume) == (False, "auto")
 
 
-def test_null_sections_have_their_defaults(load):
+def test_null_sections_have_their_defaults(load: Callable[..., TrainArgs]) -> None:
     assert load(MINIMAL + "wandb: null\nttt:\noptim: ~\n") == load(MINIMAL)
     assert load(MINIMAL + "optim: {lr: 1}\n", optim=None) == load(MINIMAL)
 
 
-def test_overrides_as_fire_passes_them(load):
-    overrides = {
+def test_overrides_as_fire_passes_them(load: Callable[..., TrainArgs]) -> None:
+    overrides: dict[str, Any] = {
         "optim__lr": "1e-4",
         "ttt__chunk_size": 64,
         "ttt__enabled": "true",
@@ -265,7 +269,7 @@ def test_overrides_as_fire_passes_them(load):
     assert (args.lora.enable, args.lora.rank) == (True, 8)
 
 
-def test_an_unknown_override_is_reported_like_a_key(problems):
+def test_an_unknown_override_is_reported_like_a_key(problems: Callable[..., list[str]]) -> None:
     assert problems(MINIMAL, ttt_chunk_size=64) == [
         "ttt_chunk_size: unknown key, did you mean ttt.chunk_size? (on the command line)"
     ]
@@ -282,12 +286,14 @@ def test_an_unknown_override_is_reported_like_a_key(problems):
         ("- run_dir\n", "holds no"),
     ],
 )
-def test_files_that_are_not_a_configuration(load, text, expected):
+def test_files_that_are_not_a_configuration(
+    load: Callable[..., TrainArgs], text: str, expected: Any
+) -> None:
     with pytest.raises(UserError, match=f"run.yaml.*{expected}"):
         load(text)
 
 
-def test_a_missing_file_names_similar_ones(tmp_path):
+def test_a_missing_file_names_similar_ones(tmp_path: Path) -> None:
     (tmp_path / "moshi_ttt.yaml").touch()
     with pytest.raises(UserError, match=r"moshi_tt\.yaml\. Did you mean .*moshi_ttt\.yaml\?"):
         load_config(tmp_path / "moshi_tt.yaml", {})
@@ -295,7 +301,9 @@ def test_a_missing_file_names_similar_ones(tmp_path):
         load_config(tmp_path, {})
 
 
-def test_saved_configuration_loads_and_has_no_secret(load, tmp_path):
+def test_saved_configuration_loads_and_has_no_secret(
+    load: Callable[..., TrainArgs], tmp_path: Path
+) -> None:
     text = MINIMAL + "wandb: {project: p, key: hunter2}\noptim: {lr: 1e-7}\nresume: auto\n"
     args = load(text, run_dir="läufe/true")
     save_config(args, tmp_path / "args.yaml")
@@ -318,7 +326,9 @@ def test_saved_configuration_loads_and_has_no_secret(load, tmp_path):
     ],
     ids=str,
 )
-def test_what_a_run_wrote_before_there_was_lr_scale_means_what_it_meant(tmp_path, options):
+def test_what_a_run_wrote_before_there_was_lr_scale_means_what_it_meant(
+    tmp_path: Path, options: Any
+) -> None:
     """It had a learning rate and a write rule whether they were read or not."""
     file = tmp_path / "args.yaml"
     save_config(TrainArgs(DataArgs(train_data="train.jsonl"), "run", full_finetuning=True), file)
@@ -342,7 +352,9 @@ def test_what_a_run_wrote_before_there_was_lr_scale_means_what_it_meant(tmp_path
 
 @pytest.mark.parametrize("method", ["linear", "mlp", "in_place"])
 @pytest.mark.parametrize("gate_init", [0.1, 0.5])
-def test_a_run_from_before_there_were_convolutions_has_none(tmp_path, method, gate_init):
+def test_a_run_from_before_there_were_convolutions_has_none(
+    tmp_path: Path, method: str, gate_init: float
+) -> None:
     file = tmp_path / "args.yaml"
     save_config(TrainArgs(DataArgs(train_data="train.jsonl"), "run", full_finetuning=True), file)
     written = yaml.safe_load(file.read_text())
@@ -362,8 +374,8 @@ def test_a_run_from_before_there_were_convolutions_has_none(tmp_path, method, ga
     assert load_config(file).ttt.qk_conv_kernel_size == 4
 
 
-def test_a_step_size_that_nothing_reads_is_not_said_to_be_too_small():
-    small = {"enabled": True, "learning_rate": 0.001}
+def test_a_step_size_that_nothing_reads_is_not_said_to_be_too_small() -> None:
+    small: dict[str, Any] = {"enabled": True, "learning_rate": 0.001}
     for args in (
         TTTArgs(**small, write="delta"),
         TTTArgs(**small, method="linear"),
@@ -373,14 +385,14 @@ def test_a_step_size_that_nothing_reads_is_not_said_to_be_too_small():
     assert any("hundredth" in text for _, text in TTTArgs(**small, write="sum").problems())
 
 
-def test_documentation_is_fresh():
+def test_documentation_is_fresh() -> None:
     for name, text in pages(COMMANDS).items():
         written = (ROOT / "docs" / name).read_text(encoding="utf-8")
         assert written == text, f"docs/{name} is out of date; run: {COMMAND}"
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda p: p.name)
-def test_editors_find_the_schema_of_a_shipped_file(path):
+def test_editors_find_the_schema_of_a_shipped_file(path: Path) -> None:
     first, mark = path.read_text().splitlines()[0], "# yaml-language-server: $schema="
     assert first.startswith(mark)
     schema = json.loads((path.parent / first.removeprefix(mark)).read_text())
@@ -391,7 +403,7 @@ def test_editors_find_the_schema_of_a_shipped_file(path):
 
 @pytest.mark.parametrize("choice", ["ttt.write=delta", "ttt.method=linear", "ttt.method=mlp"])
 @pytest.mark.parametrize("name", ["demo", "moshi_ttt"])
-def test_another_method_can_be_chosen_on_the_command_line(choice, name):
+def test_another_method_can_be_chosen_on_the_command_line(choice: str, name: str) -> None:
     """What the file sets for its own method is left out; what the command line sets is not."""
     key, value = choice.split("=")
     args = load_config(ROOT / f"example/{name}.yaml", {key: value})
@@ -415,14 +427,14 @@ HOSTILE = st.one_of(
 
 
 @functools.cache
-def parsed(path):
+def parsed(path: Any) -> Any:
     return yaml.safe_load(path.read_text())
 
 
-def every_key():
+def every_key() -> Iterator[Any]:
     """Yield each key of each shipped file, by its way from the top."""
 
-    def walk(path, section, way=()):
+    def walk(path: Any, section: Any, way: Any = ()) -> Iterator[tuple[Any, tuple[Any, ...]]]:
         for key, value in section.items():
             yield path, (*way, key)
             if isinstance(value, dict):
@@ -434,7 +446,9 @@ def every_key():
 
 @settings(max_examples=400, deadline=None)
 @given(place=st.sampled_from([*every_key()]), value=HOSTILE)
-def test_any_value_at_any_key_is_a_configuration_or_one_message(tmp_path_factory, place, value):
+def test_any_value_at_any_key_is_a_configuration_or_one_message(
+    tmp_path_factory: pytest.TempPathFactory, place: Any, value: Any
+) -> None:
     path, (*way, last) = place
     content = copy.deepcopy(parsed(path))
     section = content
@@ -465,12 +479,14 @@ def test_any_value_at_any_key_is_a_configuration_or_one_message(tmp_path_factory
         ("data.train_data", "~no_such_user/x"),
     ],
 )  # fmt: skip
-def test_an_absurd_value_is_one_short_problem(problems, key, value):
+def test_an_absurd_value_is_one_short_problem(
+    problems: Callable[..., list[str]], key: str, value: str
+) -> None:
     (found,) = problems(MINIMAL, **{key.replace(".", "__"): value})
     assert found.startswith(f"{key}: ") and len(found) < 200
 
 
-def test_a_file_nested_beyond_reason_is_one_message(load):
+def test_a_file_nested_beyond_reason_is_one_message(load: Callable[..., TrainArgs]) -> None:
     for text in ("[" * 100_000, "a: &a [1]\n" + "".join(
         f"k{i}: &{chr(98 + i)} [*{chr(97 + i)}, *{chr(97 + i)}]\n" for i in range(20)
     )):  # fmt: skip

@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+from typing import Any
 
 import pytest
 from recordings_tools import call
@@ -12,7 +13,7 @@ from finetune.config.fields import all_fields
 from finetune.errors import UserError
 
 
-def test_a_key_is_explained_with_bounds_default_method_and_resume():
+def test_a_key_is_explained_with_bounds_default_method_and_resume() -> None:
     text = explain("ttt.write_strength")
     assert text.startswith("ttt.write_strength: number\n")
     for part in ("more than 0 and at most 1000", "default:   10.0", "ttt.method in_place"):
@@ -25,12 +26,12 @@ def test_a_key_is_explained_with_bounds_default_method_and_resume():
 
 
 @pytest.mark.parametrize("field", list(all_fields(TrainArgs)), ids=lambda field: field.key)
-def test_every_key_has_an_explanation(field):
+def test_every_key_has_an_explanation(field: Any) -> None:
     text = explain(field.key)
     assert " ".join(field.doc.split()[:3]) in " ".join(text.split())
 
 
-def test_all_keys_are_listed_by_section():
+def test_all_keys_are_listed_by_section() -> None:
     assert "  batch_size " in explain(None) and "  ttt: " in explain(None)
     assert "ttt.chunk_size" not in explain(None) and "ttt.chunk_size " in explain("ttt")
 
@@ -44,13 +45,13 @@ def test_all_keys_are_listed_by_section():
         ("qqqqq", "moshi-ttt config lists all keys."),
     ],
 )
-def test_an_unknown_key_has_a_hint(key, hint):
+def test_an_unknown_key_has_a_hint(key: str, hint: str) -> None:
     with pytest.raises(UserError, match=f"unknown key: {key}") as raised:
         explain(key)
     assert str(raised.value).endswith(hint)
 
 
-def test_the_command_prints_it(capsys):
+def test_the_command_prints_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert call("config", "optim.lr") == 0
     assert capsys.readouterr().out == explain("optim.lr") + "\n"
 
@@ -66,7 +67,7 @@ def test_the_command_prints_it(capsys):
         (["moshi-ttt", "plot", "--ttt.chunk_s"], []),
     ],
 )
-def test_a_shell_completes_what_is_typed(typed, completed):
+def test_a_shell_completes_what_is_typed(typed: list[str], completed: Any) -> None:
     words = " ".join(f"'{word}'" for word in typed)
     script = completion_script(COMMANDS, "bash") + (
         f"COMP_WORDS=({words}); COMP_CWORD={len(typed) - 1}; _moshi_ttt; "

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import soundfile
@@ -27,6 +28,7 @@ from finetune.data import (
     store,
 )
 from finetune.data.cache import CodeCache
+from finetune.data.loader import TrainLoader
 from finetune.data.store import Store, _Writer, make_key
 from finetune.encode import encode_data
 from finetune.errors import UserError
@@ -37,7 +39,7 @@ KEYS = [make_key("key", number) for number in range(4)]
 # --- the store ------------------------------------------------------------------------------------
 
 
-def filled(folder, *numbers):
+def filled(folder: Path, *numbers: Any) -> Store:
     store = Store(folder)
     for number in numbers:
         store.put(KEYS[number], bytes([number]) * 16)
@@ -45,12 +47,12 @@ def filled(folder, *numbers):
     return store
 
 
-def blobs(store):
+def blobs(store: Store) -> dict[int, bytes]:
     found = {n: store.find(make_key("blob", n)) for n in range(4)}
     return {n: blob.read() for n, blob in found.items() if blob is not None}
 
 
-def test_what_is_kept_is_there_for_others_and_later(tmp_path):
+def test_what_is_kept_is_there_for_others_and_later(tmp_path: Path) -> None:
     first, second = filled(tmp_path, 1), filled(tmp_path, 2, 3)
     assert blobs(first) == {1: b"blob"}  # it has not looked since
     assert blobs(second) == {1: b"blob", 2: b"blobblob", 3: b"blobblobblob"}
@@ -59,7 +61,9 @@ def test_what_is_kept_is_there_for_others_and_later(tmp_path):
     assert later.get(KEYS[3]) == b"\3" * 16 and later.get(KEYS[0]) is None
 
 
-def test_others_are_seen_without_opening_it_again(tmp_path, monkeypatch):
+def test_others_are_seen_without_opening_it_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("finetune.data.store._REFRESH_SEC", 0.0)
     reader, writer = Store(tmp_path), Store(tmp_path)
     for number in (1, 2):
@@ -69,14 +73,16 @@ def test_others_are_seen_without_opening_it_again(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("cut", range(1, 36, 5))
-def test_an_entry_that_was_being_written_does_not_count(tmp_path, cut):
+def test_an_entry_that_was_being_written_does_not_count(tmp_path: Path, cut: int) -> None:
     filled(tmp_path, 1, 2)
     (index,) = tmp_path.glob("*.index")
     index.write_bytes(index.read_bytes()[:-cut])
     assert blobs(Store(tmp_path)) == {1: b"blob"}
 
 
-def test_a_damaged_entry_is_left_out_with_a_warning(tmp_path, caplog):
+def test_a_damaged_entry_is_left_out_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     filled(tmp_path, 1, 2)
     (index,) = tmp_path.glob("*.index")
     content = bytearray(index.read_bytes())
@@ -86,7 +92,9 @@ def test_a_damaged_entry_is_left_out_with_a_warning(tmp_path, caplog):
     assert "is damaged; what 1 of its entries held" in caplog.text
 
 
-def test_an_end_that_looks_like_zeros_for_a_moment_is_read_again(tmp_path, caplog):
+def test_an_end_that_looks_like_zeros_for_a_moment_is_read_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """As what was just appended may on NFS."""
     filled(tmp_path, 1, 2, 3)
     (index,) = tmp_path.glob("*.index")
@@ -117,13 +125,14 @@ for number in range(10**9):
 """
 
 
-def test_killed_while_writing(tmp_path):
+def test_killed_while_writing(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", KILLED_WHILE_WRITING, str(tmp_path)],
         cwd=REPOSITORY,
         env=os.environ | {"PYTHONPATH": "."},
         stdout=subprocess.PIPE,
     )
+    assert process.stdout is not None
     assert process.stdout.readline() == b"ready\n"
     while sum(path.stat().st_size for path in tmp_path.iterdir()) < 3_000_000:
         assert process.poll() is None
@@ -137,12 +146,14 @@ def test_killed_while_writing(tmp_path):
         number += 1
     assert number >= 70
     store.append(KEYS[0], b"goes on")
-    assert Store(tmp_path).find(KEYS[0]).read() == b"goes on"
+    last = Store(tmp_path).find(KEYS[0])
+    assert last is not None and last.read() == b"goes on"
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_is_a_warning(tmp_path, caplog):
+def test_a_full_disk_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     store = filled(tmp_path, 1)
+    assert store._own is not None
     store._own.blobs = open("/dev/full", "wb", buffering=0)  # noqa: SIM115
     for number in (2, 3):
         store.append(make_key("blob", number), b"blob" * number)
@@ -152,7 +163,7 @@ def test_a_full_disk_is_a_warning(tmp_path, caplog):
     store._own.blobs.close()
 
 
-def test_a_folder_that_cannot_be(tmp_path):
+def test_a_folder_that_cannot_be(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"data\.cache_dir: .*file/x cannot be used"):
         Store(tmp_path / "file/x")
@@ -162,12 +173,12 @@ def test_a_folder_that_cannot_be(tmp_path):
 
 
 @pytest.fixture
-def data(tmp_path):
+def data(tmp_path: Path) -> Path:
     write_dataset(tmp_path / "data", [3.2, 2.1, 1.5])
     return tmp_path / "data"
 
 
-def loader(data, cache, *, own_codec=None, **changes):
+def loader(data: Path, cache: Path | None, *, own_codec: Any = None, **changes: Any) -> TrainLoader:
     args = DataArgs(
         train_data=str(data / "all.jsonl"),
         shuffle=True,
@@ -180,7 +191,9 @@ def loader(data, cache, *, own_codec=None, **changes):
     )  # fmt: skip
 
 
-def epochs(data, cache, *, num=2, **changes):
+def epochs(
+    data: Path, cache: Path | None, *, num: int = 2, **changes: Any
+) -> tuple[torch.Tensor, Any]:
     """The codes of some epochs of two batches, and how many segments Mimi encoded."""
     batches = loader(data, cache, **changes)
     codes = torch.cat([next(batches).codes for _ in range(2 * num)])
@@ -188,15 +201,17 @@ def epochs(data, cache, *, num=2, **changes):
     return codes, batches.num_encoded
 
 
-def forbid_audio(monkeypatch):
-    def refuse(path, *_):
+def forbid_audio(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, *_: Any) -> None:
         raise AssertionError(f"{path} was opened")
 
     monkeypatch.setattr("finetune.data.layouts.jsonl.read_audio", refuse)
     monkeypatch.setattr("finetune.data.inspection.inspect_audio", refuse)
 
 
-def test_a_second_run_encodes_nothing_and_opens_no_recording(data, tmp_path, monkeypatch):
+def test_a_second_run_encodes_nothing_and_opens_no_recording(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plain, encoded = epochs(data, None)
     assert encoded == 8 and len(plain) == 16
     cold = epochs(data, tmp_path / "cache")
@@ -206,7 +221,9 @@ def test_a_second_run_encodes_nothing_and_opens_no_recording(data, tmp_path, mon
     assert torch.equal(warm[0], plain) and warm[1] == 0
 
 
-def test_with_nothing_kept_in_memory_the_disk_serves_every_epoch(data, tmp_path, monkeypatch):
+def test_with_nothing_kept_in_memory_the_disk_serves_every_epoch(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("finetune.data.batches._MAX_KEPT_BYTES", 0)
     plain, encoded = epochs(data, None)
     assert encoded == 16
@@ -215,7 +232,9 @@ def test_with_nothing_kept_in_memory_the_disk_serves_every_epoch(data, tmp_path,
     assert epochs(data, tmp_path / "cache", num_workers=2)[1] == 0
 
 
-def test_a_folder_that_is_deleted_under_a_run_costs_time_alone(data, tmp_path, monkeypatch, caplog):
+def test_a_folder_that_is_deleted_under_a_run_costs_time_alone(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr("finetune.data.batches._MAX_KEPT_BYTES", 0)
     plain, _ = epochs(data, None)
     epochs(data, tmp_path / "cache")
@@ -229,7 +248,7 @@ def test_a_folder_that_is_deleted_under_a_run_costs_time_alone(data, tmp_path, m
     assert "cache cannot be written" in caplog.text and not (tmp_path / "cache").exists()
 
 
-def test_evaluation_and_training_share_what_is_kept(data, tmp_path):
+def test_evaluation_and_training_share_what_is_kept(data: Path, tmp_path: Path) -> None:
     epochs(data, tmp_path / "cache")
     args = DataArgs(
         eval_data=str(data / "all.jsonl"), cache_dir=str(tmp_path / "cache"), num_workers=0
@@ -240,11 +259,11 @@ def test_evaluation_and_training_share_what_is_kept(data, tmp_path):
     assert len(list(passes)) == 4 and passes.num_encoded == 0
 
 
-def cut_off(path):
+def cut_off(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
-def flip_a_bit(path):
+def flip_a_bit(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 4
     path.write_bytes(content)
@@ -260,8 +279,14 @@ def flip_a_bit(path):
 )
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_damaged_codes_are_encoded_again(
-    data, tmp_path, caplog, harm, warning, num_harmed, num_workers
-):
+    data: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    harm: Any,
+    warning: str,
+    num_harmed: int,
+    num_workers: int,
+) -> None:
     plain, _ = epochs(data, tmp_path / "cache")
     (blobs,) = (tmp_path / "cache").glob("*.blobs")
     harm(blobs)
@@ -274,14 +299,16 @@ def test_damaged_codes_are_encoded_again(
     assert "data.cache_dir" not in caplog.text
 
 
-def test_a_cache_that_was_deleted_is_made_again(data, tmp_path):
+def test_a_cache_that_was_deleted_is_made_again(data: Path, tmp_path: Path) -> None:
     plain, _ = epochs(data, tmp_path / "cache")
     shutil.rmtree(tmp_path / "cache")
     codes, encoded = epochs(data, tmp_path / "cache")
     assert torch.equal(codes, plain) and encoded == 8
 
 
-def test_changed_audio_is_noticed_and_moved_audio_is_known(data, tmp_path, monkeypatch):
+def test_changed_audio_is_noticed_and_moved_audio_is_known(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plain, _ = epochs(data, tmp_path / "cache")
     samples, rate = soundfile.read(data / "1.wav")
     soundfile.write(data / "1.wav", samples[::-1], rate)  # as long as before
@@ -296,7 +323,7 @@ def test_changed_audio_is_noticed_and_moved_audio_is_known(data, tmp_path, monke
     assert epochs(tmp_path / "elsewhere", tmp_path / "cache")[1] == 0
 
 
-def test_a_changed_transcript_changes_the_text_alone(data, tmp_path):
+def test_a_changed_transcript_changes_the_text_alone(data: Path, tmp_path: Path) -> None:
     plain, _ = epochs(data, tmp_path / "cache")
     for file in data.glob("*.json"):
         file.write_text('{"alignments": []}')
@@ -305,7 +332,7 @@ def test_a_changed_transcript_changes_the_text_alone(data, tmp_path):
     assert ((codes[:, 0] == 3) | (codes[:, 0] == -1)).all()
 
 
-def another_mimi(change):
+def another_mimi(change: dict[str, Any]) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         config = MIMI_CONFIG | {"transformer": MIMI_CONFIG["transformer"] | change}
@@ -314,8 +341,8 @@ def another_mimi(change):
     return mimi
 
 
-def test_codes_are_known_by_the_mimi_that_made_them(data, tmp_path):
-    def codec_of(mimi):
+def test_codes_are_known_by_the_mimi_that_made_them(data: Path, tmp_path: Path) -> None:
+    def codec_of(mimi: Any) -> Codec:
         return Codec(mimi, tiny_codec().tokenizer, moshi_codebooks=8, user_codebooks=8)
 
     epochs(data, tmp_path / "cache")
@@ -328,7 +355,9 @@ def test_codes_are_known_by_the_mimi_that_made_them(data, tmp_path):
     assert epochs(data, tmp_path / "cache", own_codec=codec_of(other_weight))[1] == 8
 
 
-def test_a_broken_segment_is_never_kept_on_disk(data, tmp_path, caplog):
+def test_a_broken_segment_is_never_kept_on_disk(
+    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     good = (data / "1.wav").read_bytes()
     first = loader(data, tmp_path / "cache", on_error="skip")
     (data / "1.wav").unlink()
@@ -340,7 +369,7 @@ def test_a_broken_segment_is_never_kept_on_disk(data, tmp_path, caplog):
     assert encoded == 2 and torch.equal(codes, epochs(data, None)[0])
 
 
-def test_long_segments_are_encoded_in_pieces_to_the_same_codes():
+def test_long_segments_are_encoded_in_pieces_to_the_same_codes() -> None:
     """Stock streaming would not give them: attention sees 50 steps here, 2 s."""
     audio = torch.from_numpy(speech_like(8.0, 24000).T.copy())
     mimi = another_mimi({})
@@ -363,7 +392,9 @@ def test_long_segments_are_encoded_in_pieces_to_the_same_codes():
 # --- the check at the start -----------------------------------------------------------------------
 
 
-def test_unchanged_files_are_not_opened_again(data, tmp_path, monkeypatch):
+def test_unchanged_files_are_not_opened_again(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     loader(data, tmp_path / "cache")
     forbid_audio(monkeypatch)
     monkeypatch.setattr("finetune.data.inspection.load_transcript", lambda path: 1 / 0)
@@ -374,7 +405,9 @@ def test_unchanged_files_are_not_opened_again(data, tmp_path, monkeypatch):
         loader(data, tmp_path / "cache")
 
 
-def test_warnings_come_again_without_opening_a_file(data, tmp_path, monkeypatch, caplog):
+def test_warnings_come_again_without_opening_a_file(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     content = json.loads((data / "1.json").read_text())
     (data / "1.json").write_text(json.dumps(content | {"mood": "calm"}))
     loader(data, tmp_path / "cache")
@@ -384,7 +417,7 @@ def test_warnings_come_again_without_opening_a_file(data, tmp_path, monkeypatch,
     assert "1.json holds what is not used here (mood)" in caplog.text
 
 
-def test_ranks_share_the_check(data, tmp_path, monkeypatch):
+def test_ranks_share_the_check(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store(tmp_path / "cache")
     for rank in range(2):
         spec = str(data / "all.jsonl")
@@ -395,7 +428,9 @@ def test_ranks_share_the_check(data, tmp_path, monkeypatch):
     assert loader(data, tmp_path / "cache").num_segments == 8
 
 
-def test_ranks_that_check_at_the_same_time_see_each_other(data, tmp_path, monkeypatch):
+def test_ranks_that_check_at_the_same_time_see_each_other(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     args = DataArgs(train_data=str(data / "all.jsonl"), cache_dir=str(tmp_path / "cache"))
     stores = [open_store(args) for _ in range(2)]
     for rank, one in enumerate(stores):
@@ -411,9 +446,12 @@ def test_ranks_that_check_at_the_same_time_see_each_other(data, tmp_path, monkey
 # --- whole runs -----------------------------------------------------------------------------------
 
 
-def test_the_cache_changes_no_loss(config, tmp_path):
-    options = {"max_steps": 8, "do_eval": True}  # two epochs of 7 segments, and evaluation
-    cached = {**options, "data.cache_dir": tmp_path / "cache"}
+def test_the_cache_changes_no_loss(config: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {
+        "max_steps": 8,
+        "do_eval": True,
+    }  # two epochs of 7 segments, and evaluation
+    cached: dict[str, Any] = {**options, "data.cache_dir": tmp_path / "cache"}
     train(config, tmp_path / "plain", options)
     train(config, tmp_path / "in turn", {**options, "data.prefetch_steps": 0})
     train(config, tmp_path / "cold", cached)
@@ -431,11 +469,16 @@ def test_the_cache_changes_no_loss(config, tmp_path):
     assert logged(tmp_path / "damaged", "encoded_segments")[-1] == 1
 
 
-def test_encoding_ahead_goes_on_where_it_was_stopped(config, tmp_path, capsys, monkeypatch):
-    overrides = {"data.cache_dir": tmp_path / "cache", "do_eval": True}
+def test_encoding_ahead_goes_on_where_it_was_stopped(
+    config: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    overrides: dict[str, Any] = {"data.cache_dir": tmp_path / "cache", "do_eval": True}
     keep, kept = CodeCache.keep, []
 
-    def keep_and_stop(self, *args):
+    def keep_and_stop(self: Any, *args: Any) -> None:
         keep(self, *args)
         kept.append(args)
         if len(kept) == 3:
@@ -453,13 +496,15 @@ def test_encoding_ahead_goes_on_where_it_was_stopped(config, tmp_path, capsys, m
     assert set(logged(tmp_path / "run", "encoded_segments")) == {0}
 
 
-def test_encoding_ahead_needs_a_folder(config):
+def test_encoding_ahead_needs_a_folder(config: Path) -> None:
     with pytest.raises(UserError, match=r"data\.cache_dir is not set"):
         encode_data(load_config(config))
 
 
 @pytest.mark.parametrize("harm", [Path.unlink, lambda path: path.write_bytes(bytes(10**5))])
-def test_encoding_ahead_makes_damaged_codes_again(config, tmp_path, capsys, harm):
+def test_encoding_ahead_makes_damaged_codes_again(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], harm: Any
+) -> None:
     options = load_config(config, {"data.cache_dir": tmp_path / "cache"})
     encode_data(options)
     (blobs,) = (tmp_path / "cache").glob("*.blobs")
@@ -470,10 +515,12 @@ def test_encoding_ahead_makes_damaged_codes_again(config, tmp_path, capsys, harm
         assert f"{num_missing} of 7 segments are to be encoded" in capsys.readouterr().out
 
 
-def test_encoding_ahead_onto_a_disk_that_runs_full(config, tmp_path, monkeypatch):
-    written = []
+def test_encoding_ahead_onto_a_disk_that_runs_full(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[Any] = []
 
-    def write_while_there_is_room(file, content):
+    def write_while_there_is_room(file: Any, content: Any) -> None:
         if len(written) == 3:
             raise OSError(28, "No space left on device")
         WRITE(file, content)
@@ -491,8 +538,10 @@ def test_encoding_ahead_onto_a_disk_that_runs_full(config, tmp_path, monkeypatch
     encode_data(options)
 
 
-def test_encoding_ahead_into_a_folder_that_cannot_be_written(config, tmp_path, monkeypatch):
-    def refuse(self, kind):
+def test_encoding_ahead_into_a_folder_that_cannot_be_written(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Any, kind: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(_Writer, "open", refuse)
@@ -500,18 +549,33 @@ def test_encoding_ahead_into_a_folder_that_cannot_be_written(config, tmp_path, m
         encode_data(load_config(config, {"data.cache_dir": tmp_path / "cache"}))
 
 
-def test_encoding_ahead_with_a_config_of_another_model(config, tmp_path):
+def test_encoding_ahead_with_a_config_of_another_model(config: Path, tmp_path: Path) -> None:
     model = shutil.copytree(config.parent / "model", tmp_path / "model")
     entries = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(entries | {"num_heads": "many"}))
-    overrides = {"data.cache_dir": tmp_path / "cache", "moshi_paths.hf_repo_id": str(model)}
+    overrides: dict[str, Any] = {
+        "data.cache_dir": tmp_path / "cache",
+        "moshi_paths.hf_repo_id": str(model),
+    }
     with pytest.raises(UserError, match=r"config_path: the config\.json"):
         encode_data(load_config(config, overrides))
 
 
-def test_a_run_opens_the_folder_once(config, tmp_path, monkeypatch):
-    opened, init = [], Store.__init__
-    monkeypatch.setattr(Store, "__init__", lambda *a: opened.append(a) or init(*a))
-    options = {"data.cache_dir": tmp_path / "cache", "do_eval": True, "max_steps": 8}
+def test_a_run_opens_the_folder_once(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[Any] = []
+    init = Store.__init__
+
+    def counted(*args: Any) -> None:
+        opened.append(args)
+        init(*args)
+
+    monkeypatch.setattr(Store, "__init__", counted)
+    options: dict[str, Any] = {
+        "data.cache_dir": tmp_path / "cache",
+        "do_eval": True,
+        "max_steps": 8,
+    }
     train(config, tmp_path / "run", options)
     assert len(opened) == 1 and len(list((tmp_path / "cache").iterdir())) == 2

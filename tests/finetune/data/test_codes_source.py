@@ -1,6 +1,8 @@
 """Codes instead of audio: an `.npz` trains as the recordings that it was made from."""
 
 import json
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from finetune.evaluation.codes import encode_to_file
 DURATIONS_SEC = [2.0, 2.0, 1.2]
 
 
-def loaded(path, **options):
+def loaded(path: Path, **options: Any) -> torch.Tensor:
     """All segments, in order: `[segments, 17, 25]`."""
     args = DataArgs(train_data=str(path), num_workers=0, **options)
     loader = build_train_loader(
@@ -29,24 +31,26 @@ def loaded(path, **options):
 
 
 @pytest.fixture
-def audio(tmp_path):
+def audio(tmp_path: Path) -> Path:
     return write_dataset(tmp_path / "audio", DURATIONS_SEC)
 
 
 @pytest.fixture
-def codes(audio):
+def codes(audio: Path) -> list[Any]:
     """What the recordings are, by segment, without padding: `[17, T]` each."""
     return [row[:, row[0] >= 0].numpy() for row in loaded(audio)]
 
 
-def save(path, arrays, dtype=np.int16):
+def save(path: Path, arrays: list[Any], dtype: Any = np.int16) -> Path:
     path.parent.mkdir(exist_ok=True)
     np.savez(path, **{str(index): array.astype(dtype) for index, array in enumerate(arrays)})
     return path
 
 
 @pytest.mark.parametrize("with_text", [True, False])
-def test_it_is_what_the_audio_is(tmp_path, audio, codes, with_text):
+def test_it_is_what_the_audio_is(
+    tmp_path: Path, audio: Path, codes: list[Any], with_text: bool
+) -> None:
     path = save(tmp_path / "codes/all.npz", codes if with_text else [c[1:] for c in codes])
     if not with_text:
         for index in range(3):
@@ -58,7 +62,7 @@ def test_it_is_what_the_audio_is(tmp_path, audio, codes, with_text):
     assert torch.equal(turned, loaded(audio, main_channel="right"))
 
 
-def test_both_sides_need_a_transcript(tmp_path, codes):
+def test_both_sides_need_a_transcript(tmp_path: Path, codes: list[Any]) -> None:
     path = save(tmp_path / "codes/all.npz", codes)
     with pytest.raises(UserError, match="hold the text of one side alone"):
         loaded(path, swap_channels=True)
@@ -72,7 +76,9 @@ def test_both_sides_need_a_transcript(tmp_path, codes):
     assert [codec.detokenize(both[row, 0]) for row in (0, 3)] == ["you", "fine"]
 
 
-def test_a_run_encoding_and_evaluation_read_it(config, tmp_path, audio, codes, capsys):
+def test_a_run_encoding_and_evaluation_read_it(
+    config: Path, tmp_path: Path, audio: Path, codes: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     path = save(tmp_path / "codes/all.npz", codes)
     for name, data in (("audio", audio), ("codes", path)):
         train(config, tmp_path / f"run {name}", {"data.train_data": data, "data.num_workers": 1})
@@ -85,7 +91,7 @@ def test_a_run_encoding_and_evaluation_read_it(config, tmp_path, audio, codes, c
     assert np.array_equal(found.read(0, 15), codes[2])
 
 
-BROKEN = {
+BROKEN: dict[str, Any] = {
     "cannot be read as .npz": lambda path, codes: path.write_bytes(b"hello"),
     "hold numbers below 0": lambda path, codes: save(path, [codes[0] - 40]),
     "go up to 99, and Mimi has 32": lambda path, codes: save(path, [np.full((17, 25), 99)]),
@@ -99,7 +105,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("message", BROKEN)
-def test_what_is_wrong_is_named(tmp_path, codes, message):
+def test_what_is_wrong_is_named(tmp_path: Path, codes: list[Any], message: str) -> None:
     path = save(tmp_path / "codes/all.npz", codes)
     BROKEN[message](path, codes)
     with pytest.raises(UserError) as error:
@@ -107,7 +113,7 @@ def test_what_is_wrong_is_named(tmp_path, codes, message):
     assert message in str(error.value) and str(path) in str(error.value)
 
 
-def test_nothing_in_it_is_run(tmp_path):
+def test_nothing_in_it_is_run(tmp_path: Path) -> None:
     path = tmp_path / "all.npz"
     np.savez(path, a=np.array([{"x": 1}], dtype=object))
     with pytest.raises(UserError, match=r"codes have shape \[1\] of object"):

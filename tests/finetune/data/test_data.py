@@ -4,6 +4,8 @@ import itertools
 import json
 import logging
 from collections import Counter
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,6 +31,7 @@ from finetune.data import (
     text_stream,
     tokenize_segment,
 )
+from finetune.data.loader import EvalLoader, TrainLoader
 from finetune.data.order import SampleOrder
 from finetune.data.sources import parse_sources
 from finetune.data.text import TimedTokens
@@ -36,18 +39,20 @@ from finetune.data.text import TimedTokens
 PAD, END = 3, 0
 
 
-def stream(words, num_frames):
+def stream(words: list[Any], num_frames: int) -> list[int]:
     timed = [TimedTokens(start, tokens) for start, tokens in words]
     return text_stream(timed, num_frames, text_padding_id=PAD, end_of_text_padding_id=END)
 
 
-def train_loader(args, **changes):
-    settings = dict(duration_sec=1.0, batch_size=2, seed=0, device="cpu", store=None) | changes
+def train_loader(args: DataArgs, **changes: Any) -> TrainLoader:
+    settings: dict[str, Any] = {"duration_sec": 1.0, "batch_size": 2, "seed": 0}
+    settings |= {"device": "cpu", "store": None, **changes}
     return build_train_loader(args, tiny_codec(), **settings)
 
 
-def eval_loader(args, **changes):
-    settings = dict(duration_sec=1.0, batch_size=2, device="cpu", store=None) | changes
+def eval_loader(args: DataArgs, **changes: Any) -> EvalLoader:
+    settings: dict[str, Any] = {"duration_sec": 1.0, "batch_size": 2, "device": "cpu"}
+    settings |= {"store": None, **changes}
     return build_eval_loader(args, tiny_codec(), **settings)
 
 
@@ -76,11 +81,11 @@ def eval_loader(args, **changes):
         ([(1.0, [10, 11, 12]), (2.0, [])], [0, 10, 3, 3, 3, 3]),
     ],
 )
-def test_text_stream(words, expected):
+def test_text_stream(words: Any, expected: list[int]) -> None:
     assert stream(words, 6) == expected
 
 
-def test_segment_takes_the_main_speakers_words_that_start_in_it():
+def test_segment_takes_the_main_speakers_words_that_start_in_it() -> None:
     words = [
         Word("late", 3.99, 4.5, "SPEAKER_MAIN"),
         Word("first", 2.0, 2.3, "SPEAKER_MAIN"),
@@ -95,15 +100,15 @@ def test_segment_takes_the_main_speakers_words_that_start_in_it():
     assert [start for start, _ in timed] == pytest.approx([0.0, 24.875])
 
 
-def test_words_are_tokenized_alone_without_bos():
+def test_words_are_tokenized_alone_without_bos() -> None:
     codec = tiny_codec()
     assert codec.tokenize(" hello ") == codec.tokenize("hello")
     assert codec.tokenizer.bos_id() not in codec.tokenize("hello")
     assert codec.tokenizer.decode(codec.tokenize("hello")) == "hello"
 
 
-def test_segments_are_whole_frames():
-    lengths_sec = {1.0: 13, 1.04: 13, 0.24: 3, 1.05: 14, 100: 1250, 30: 375}
+def test_segments_are_whole_frames() -> None:
+    lengths_sec: dict[float, int] = {1.0: 13, 1.04: 13, 0.24: 3, 1.05: 14, 100: 1250, 30: 375}
     assert {sec: count_frames(sec) for sec in lengths_sec} == lengths_sec
 
 
@@ -111,7 +116,7 @@ def test_segments_are_whole_frames():
 
 
 @pytest.mark.parametrize("rate_hz", [16000, 22050, 24000, 44100, 48000])
-def test_a_part_equals_the_same_part_of_the_whole(tmp_path, rate_hz):
+def test_a_part_equals_the_same_part_of_the_whole(tmp_path: Path, rate_hz: int) -> None:
     path = tmp_path / "a.wav"
     soundfile.write(path, speech_like(3.01, rate_hz), rate_hz, subtype="FLOAT")
     samples, _ = soundfile.read(path, dtype="float32")
@@ -123,7 +128,7 @@ def test_a_part_equals_the_same_part_of_the_whole(tmp_path, rate_hz):
 
 
 @pytest.mark.parametrize("name", ["a.flac", "a.mp3", "a.ogg"])
-def test_compressed_formats(tmp_path, name):
+def test_compressed_formats(tmp_path: Path, name: str) -> None:
     soundfile.write(tmp_path / name, speech_like(3.0, 44100), 44100)
     whole = read_audio(tmp_path / name, 0, 72000, 24000)
     assert whole.shape == (2, 72000)
@@ -134,7 +139,7 @@ def test_compressed_formats(tmp_path, name):
 # --- codes ---------------------------------------------------------------------------------
 
 
-def test_batch_holds_text_and_both_channels(tmp_path):
+def test_batch_holds_text_and_both_channels(tmp_path: Path) -> None:
     jsonl = write_dataset(tmp_path, [2.0])
     loader = train_loader(DataArgs(train_data=str(jsonl), num_workers=0), batch_size=2)
     batch = next(loader)
@@ -155,7 +160,7 @@ def test_batch_holds_text_and_both_channels(tmp_path):
     assert not tiny_mimi().is_streaming
 
 
-def test_after_the_end_everything_is_minus_one_and_nothing_before_changes(tmp_path):
+def test_after_the_end_everything_is_minus_one_and_nothing_before_changes(tmp_path: Path) -> None:
     # 1.7 s: a whole segment of 13 frames, then 8.25 frames. 1.05 s: a rest of less than a frame.
     jsonl = write_dataset(tmp_path, [1.7, 1.05])
     loader = eval_loader(DataArgs(eval_data=str(jsonl), num_workers=0), batch_size=4)
@@ -176,13 +181,13 @@ def test_after_the_end_everything_is_minus_one_and_nothing_before_changes(tmp_pa
 # --- order ---------------------------------------------------------------------------------
 
 
-def take(loader, count):
+def take(loader: TrainLoader, count: int) -> list[Any]:
     batches = [batch.codes for batch in itertools.islice(loader, count)]
     loader.close()
     return batches
 
 
-def test_sources_are_mixed_in_proportion():
+def test_sources_are_mixed_in_proportion() -> None:
     order = SampleOrder([7, 5, 3], [1.0, 2.0, 0.5], seed=0, shuffle=True)
     drawn = [source for source, _ in itertools.islice(order.walk(0), 700)]
     assert Counter(drawn) == {0: 200, 1: 400, 2: 100}
@@ -193,7 +198,7 @@ def test_sources_are_mixed_in_proportion():
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
-def test_every_epoch_visits_every_segment_once(shuffle):
+def test_every_epoch_visits_every_segment_once(shuffle: bool) -> None:
     order = SampleOrder([10], [1.0], seed=3, shuffle=shuffle)
     drawn = [segment for _, segment in itertools.islice(order.walk(0), 30)]
     epochs = [drawn[:10], drawn[10:20], drawn[20:]]
@@ -202,21 +207,21 @@ def test_every_epoch_visits_every_segment_once(shuffle):
     assert (epochs[0] == epochs[1]) is not shuffle
 
 
-def test_order_continues_from_any_sample():
+def test_order_continues_from_any_sample() -> None:
     order = SampleOrder([7, 5], [0.3, 0.7], seed=1, shuffle=True)
     everything = list(itertools.islice(order.walk(0), 100))
     for start in (0, 1, 37, 99):
         assert list(itertools.islice(order.walk(start), 100 - start)) == everything[start:]
 
 
-def test_weights_of_sources():
+def test_weights_of_sources() -> None:
     pairs = parse_sources("a.jsonl:2, C:\\b.jsonl ,s3:c.jsonl:.5,d:1e1,", "data.train_data")
     assert [(str(path), weight) for path, weight in pairs] == [
         ("a.jsonl", 2.0), ("C:\\b.jsonl", 1.0), ("s3:c.jsonl", 0.5), ("d", 10.0),
     ]  # fmt: skip
 
 
-def test_ranks_share_the_order(tmp_path):
+def test_ranks_share_the_order(tmp_path: Path) -> None:
     a = write_dataset(tmp_path / "a", [3.2, 2.1])
     b = write_dataset(tmp_path / "b", [2.2], seed=10)
     args = DataArgs(train_data=f"{a}:2,{b.parent}", shuffle=True, num_workers=0)
@@ -227,7 +232,7 @@ def test_ranks_share_the_order(tmp_path):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_resuming_continues_exactly(tmp_path, num_workers):
+def test_resuming_continues_exactly(tmp_path: Path, num_workers: int) -> None:
     jsonl = write_dataset(tmp_path, [3.2, 2.1, 1.5])
     args = DataArgs(train_data=str(jsonl), shuffle=True, num_workers=num_workers)
     expected = take(train_loader(args, batch_size=4), 5)
@@ -253,14 +258,14 @@ def test_resuming_continues_exactly(tmp_path, num_workers):
         resumed.close()
 
 
-def test_loading_leaves_the_global_random_state_alone(tmp_path):
+def test_loading_leaves_the_global_random_state_alone(tmp_path: Path) -> None:
     args = DataArgs(train_data=str(write_dataset(tmp_path, [1.0])), shuffle=True, num_workers=1)
     before = torch.get_rng_state()
     take(train_loader(args), 1)
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_resuming_on_changed_data_warns(tmp_path, caplog):
+def test_resuming_on_changed_data_warns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     jsonl = write_dataset(tmp_path, [1.2, 1.3])
     args = DataArgs(train_data=str(jsonl), num_workers=0)
     state = train_loader(args).state_dict()
@@ -275,7 +280,7 @@ def test_resuming_on_changed_data_warns(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_every_evaluation_is_a_fresh_complete_pass(tmp_path, num_workers):
+def test_every_evaluation_is_a_fresh_complete_pass(tmp_path: Path, num_workers: int) -> None:
     a = write_dataset(tmp_path / "a", [3.2, 2.1])
     b = write_dataset(tmp_path / "b", [1.0], seed=10)
     args = DataArgs(eval_data=f"{a}:5,{b}", num_workers=num_workers)
@@ -292,7 +297,7 @@ def test_every_evaluation_is_a_fresh_complete_pass(tmp_path, num_workers):
     assert torch.equal(torch.cat(passes[0])[1::4], shared[1])
 
 
-def test_absolute_paths_blank_lines_and_silent_moshi(tmp_path):
+def test_absolute_paths_blank_lines_and_silent_moshi(tmp_path: Path) -> None:
     line = write_recording(tmp_path, "x.wav", 1.0, rate_hz=48000)
     (tmp_path / "x.json").write_text('{"alignments": []}')
     line["path"] = str(tmp_path / "x.wav")

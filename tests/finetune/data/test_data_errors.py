@@ -8,7 +8,9 @@ import struct
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import soundfile
@@ -17,10 +19,17 @@ from data_tools import speech_like, tiny_codec, write_jsonl, write_recording
 
 from finetune.config import DataArgs
 from finetune.data import build_eval_loader, build_train_loader
+from finetune.data.loader import TrainLoader
 from finetune.errors import UserError
 
 
-def train_loader(path, *, on_error="raise", num_workers=0, prefetch_steps=0):
+def train_loader(
+    path: Path,
+    *,
+    on_error: Literal["raise", "skip"] = "raise",
+    num_workers: int = 0,
+    prefetch_steps: int = 0,
+) -> TrainLoader:
     args = DataArgs(
         train_data=str(path),
         on_error=on_error,
@@ -36,90 +45,92 @@ def cut_off(path: Path, keep: float) -> None:
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * keep)])
 
 
-def missing_wav(folder, line):
+def missing_wav(folder: Path, line: dict[str, Any]) -> dict[str, Any]:
     (folder / "bad.wav").unlink()
     return line
 
 
-def truncated_wav(folder, line):
+def truncated_wav(folder: Path, line: dict[str, Any]) -> dict[str, Any]:
     cut_off(folder / "bad.wav", 0.6)
     return line
 
 
-def truncated_flac(folder, line):
+def truncated_flac(folder: Path, line: dict[str, Any]) -> dict[str, Any]:
     soundfile.write(folder / "bad.flac", speech_like(2.0, 24000), 24000)
     cut_off(folder / "bad.flac", 0.6)
     return line | {"path": "bad.flac"}
 
 
-def truncated_mp3(folder, line):
+def truncated_mp3(folder: Path, line: dict[str, Any]) -> dict[str, Any]:
     soundfile.write(folder / "bad.mp3", speech_like(2.0, 24000), 24000)
     cut_off(folder / "bad.mp3", 0.6)
     return line | {"path": "bad.mp3"}
 
 
-def not_audio(folder, line):
+def not_audio(folder: Path, line: dict[str, Any]) -> dict[str, Any]:
     (folder / "bad.wav").write_text("hello")
     return line
 
 
-def mono(folder, line):
+def mono(folder: Path, line: dict[str, Any]) -> dict[str, Any]:
     soundfile.write(folder / "bad.wav", speech_like(2.0, 24000, channels=1), 24000)
     return line
 
 
-def four_channels(folder, line):
+def four_channels(folder: Path, line: dict[str, Any]) -> dict[str, Any]:
     soundfile.write(folder / "bad.wav", speech_like(2.0, 24000, channels=4), 24000)
     return line
 
 
-def wrong_duration(folder, line):
+def wrong_duration(folder: Path, line: dict[str, Any]) -> dict[str, Any]:
     return line | {"duration": 2.2}
 
 
-def no_audio(folder, line):
+def no_audio(folder: Path, line: dict[str, Any]) -> dict[str, Any]:
     soundfile.write(folder / "bad.wav", speech_like(0.05, 24000), 24000)
     return line | {"duration": 0.05}
 
 
-def missing_transcript(folder, line):
+def missing_transcript(folder: Path, line: dict[str, Any]) -> dict[str, Any]:
     (folder / "bad.json").unlink()
     return line
 
 
-def transcript_without_alignments(folder, line):
+def transcript_without_alignments(folder: Path, line: dict[str, Any]) -> dict[str, Any]:
     (folder / "bad.json").write_text('{"words": []}')
     return line
 
 
-def transcript_with_malformed_alignment(folder, line):
-    content = {"alignments": [["a", [0, 1], "SPEAKER_MAIN"], ["b", [0.5], "SPEAKER_MAIN"]]}
+def transcript_with_malformed_alignment(folder: Path, line: dict[str, Any]) -> dict[str, Any]:
+    content: dict[str, Any] = {
+        "alignments": [["a", [0, 1], "SPEAKER_MAIN"], ["b", [0.5], "SPEAKER_MAIN"]]
+    }
     (folder / "bad.json").write_text(json.dumps(content))
     return line
 
 
-def transcript_not_json(folder, line):
+def transcript_not_json(folder: Path, line: dict[str, Any]) -> dict[str, Any]:
     (folder / "bad.json").write_text('{"alignments": [')
     return line
 
 
-def malformed_line(folder, line):
+def malformed_line(folder: Path, line: dict[str, Any]) -> str:
     return '{"path": "bad.wav", "dura'
 
 
-def line_without_duration(folder, line):
+def line_without_duration(folder: Path, line: dict[str, Any]) -> dict[str, Any]:
     return {"path": "bad.wav"}
 
 
-def line_with_text_as_duration(folder, line):
+def line_with_text_as_duration(folder: Path, line: dict[str, Any]) -> dict[str, Any]:
     return line | {"duration": "2.0"}
 
 
-def line_that_is_a_list(folder, line):
+def line_that_is_a_list(folder: Path, line: dict[str, Any]) -> str:
     return '["bad.wav", 2.0]'
 
 
-BROKEN = {
+BROKEN: dict[Callable[..., Any], str] = {
     missing_wav: "bad.wav is missing: correct the path",
     truncated_wav: "bad.wav is truncated",
     truncated_flac: "bad.flac is truncated",
@@ -141,7 +152,9 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("breaking", BROKEN, ids=lambda function: function.__name__)
-def test_broken_data_is_named_or_skipped(tmp_path, caplog, breaking):
+def test_broken_data_is_named_or_skipped(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, breaking: Callable[..., Any]
+) -> None:
     good = write_recording(tmp_path, "good.wav", 2.0)
     bad = write_recording(tmp_path, "bad.wav", 2.0, seed=1)
     jsonl = write_jsonl(tmp_path / "a.jsonl", [good, breaking(tmp_path, bad)])
@@ -164,7 +177,7 @@ def test_broken_data_is_named_or_skipped(tmp_path, caplog, breaking):
         train_loader(only_bad, on_error="skip")
 
 
-def test_all_problems_are_listed_together(tmp_path):
+def test_all_problems_are_listed_together(tmp_path: Path) -> None:
     lines = [{"path": f"{index}.wav", "duration": 1.0} for index in range(30)]
     with pytest.raises(UserError) as error:
         train_loader(write_jsonl(tmp_path / "a.jsonl", lines))
@@ -186,19 +199,21 @@ def test_all_problems_are_listed_together(tmp_path):
         (lambda folder: "", "data.train_data is empty"),
     ],
 )
-def test_a_source_with_nothing_in_it(tmp_path, on_error, prepare, expected):
+def test_a_source_with_nothing_in_it(
+    tmp_path: Path, on_error: Literal["raise", "skip"], prepare: Callable[..., Any], expected: str
+) -> None:
     with pytest.raises(UserError, match=expected):
         train_loader(prepare(tmp_path), on_error=on_error)
 
 
-def test_eval_data_is_named_by_its_own_key():
+def test_eval_data_is_named_by_its_own_key() -> None:
     with pytest.raises(UserError, match=r"data\.eval_data is empty"):
         build_eval_loader(
             DataArgs(), tiny_codec(), duration_sec=1.0, batch_size=1, device="cpu", store=None
         )
 
 
-def test_wav_of_unknown_length_is_not_truncated(tmp_path):
+def test_wav_of_unknown_length_is_not_truncated(tmp_path: Path) -> None:
     # ffmpeg writes this when its output is a pipe.
     line = write_recording(tmp_path, "a.wav", 1.0)
     content = bytearray((tmp_path / "a.wav").read_bytes())
@@ -207,7 +222,9 @@ def test_wav_of_unknown_length_is_not_truncated(tmp_path):
     assert train_loader(write_jsonl(tmp_path / "a.jsonl", [line])).num_segments == 1
 
 
-def test_transcripts_without_the_main_speaker_are_warned_of(tmp_path, caplog):
+def test_transcripts_without_the_main_speaker_are_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     line = write_recording(tmp_path, "a.wav", 1.0)
     (tmp_path / "a.json").write_text('{"alignments": [["hi", [0.1, 0.3], "SPEAKER_00"]]}')
     with caplog.at_level(logging.WARNING):
@@ -215,11 +232,11 @@ def test_transcripts_without_the_main_speaker_are_warned_of(tmp_path, caplog):
     assert "none of SPEAKER_MAIN" in caplog.text
 
 
-def vanish(folder):
+def vanish(folder: Path) -> None:
     (folder / "bad.flac").unlink()
 
 
-def corrupt_the_middle(folder):
+def corrupt_the_middle(folder: Path) -> None:
     content = bytearray((folder / "bad.flac").read_bytes())
     middle = len(content) // 2
     content[middle : middle + 3000] = bytes(range(250)) * 12
@@ -228,7 +245,9 @@ def corrupt_the_middle(folder):
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 @pytest.mark.parametrize("breaking", [vanish, corrupt_the_middle])
-def test_file_that_breaks_after_the_start(tmp_path, caplog, num_workers, breaking):
+def test_file_that_breaks_after_the_start(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, num_workers: int, breaking: Callable[..., Any]
+) -> None:
     bad = write_recording(tmp_path, "bad.flac", 1.0, seed=1)
     good = write_recording(tmp_path, "good.wav", 1.0)
     jsonl = write_jsonl(tmp_path / "a.jsonl", [bad, good])
@@ -251,7 +270,7 @@ def test_file_that_breaks_after_the_start(tmp_path, caplog, num_workers, breakin
     assert torch.isfinite(torch.tensor(batch.audio_sec)) and batch.audio_sec == pytest.approx(1.04)
 
 
-def test_workers_leave_signals_to_the_trainer_and_end_with_it(tmp_path):
+def test_workers_leave_signals_to_the_trainer_and_end_with_it(tmp_path: Path) -> None:
     """Those of a loader that reads ahead, and of one that does not."""
     line = write_recording(tmp_path, "a.wav", 2.0)
     jsonl = write_jsonl(tmp_path / "a.jsonl", [line])
@@ -287,6 +306,7 @@ def test_workers_leave_signals_to_the_trainer_and_end_with_it(tmp_path):
         text=True,
         start_new_session=True,
     )
+    assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     os.killpg(process.pid, signal.SIGINT)
     assert process.stdout.readline() == "SIGINT\n"

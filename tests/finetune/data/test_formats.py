@@ -3,6 +3,8 @@
 import json
 import struct
 from fractions import Fraction
+from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -18,7 +20,14 @@ from finetune.data.problems import FileProblem
 DURATION_SEC = 12.0
 
 
-def write_av(path, codec, rate_hz, *, options=None, num_channels=2):
+def write_av(
+    path: Path,
+    codec: str,
+    rate_hz: int,
+    *,
+    options: dict[str, Any] | None = None,
+    num_channels: int = 2,
+) -> Path:
     """Encode with FFmpeg, as people's tools do."""
     samples = speech_like(DURATION_SEC, rate_hz)[:, :num_channels]
     layout = "stereo" if num_channels == 2 else "mono"
@@ -38,12 +47,12 @@ def write_av(path, codec, rate_hz, *, options=None, num_channels=2):
     return path
 
 
-def write_soundfile(path, rate_hz, **options):
+def write_soundfile(path: Path, rate_hz: int, **options: Any) -> Path:
     soundfile.write(path, speech_like(DURATION_SEC, rate_hz), rate_hz, **options)
     return path
 
 
-def without_length(path, rate_hz):
+def without_length(path: Path, rate_hz: int) -> Path:
     """A wav as a writer leaves it that was stopped: its header says 0 bytes."""
     write_soundfile(path, rate_hz)
     content = bytearray(path.read_bytes())
@@ -52,7 +61,7 @@ def without_length(path, rate_hz):
     return path
 
 
-FORMATS = {
+FORMATS: dict[str, Any] = {
     "a.m4a": lambda path: write_av(path, "aac", 44100),
     "a.mp4": lambda path: write_av(path, "aac", 24000),
     "a.webm": lambda path: write_av(path, "libopus", 48000),
@@ -67,7 +76,7 @@ FORMATS = {
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_part_is_that_of_the_whole(tmp_path, name):
+def test_a_part_is_that_of_the_whole(tmp_path: Path, name: str) -> None:
     path = FORMATS[name](tmp_path / name)
     info = inspect_audio(path)
     assert info.duration_sec == pytest.approx(DURATION_SEC, abs=0.06)
@@ -85,7 +94,7 @@ def test_a_part_is_that_of_the_whole(tmp_path, name):
     assert read_audio(path, num_samples + 24000, 1920, 24000).shape == (2, 0)
 
 
-def test_what_ffmpeg_decodes_is_what_was_recorded(tmp_path):
+def test_what_ffmpeg_decodes_is_what_was_recorded(tmp_path: Path) -> None:
     path = write_av(tmp_path / "a.m4a", "alac", 44100)
     wanted = resample(torch.from_numpy(speech_like(DURATION_SEC, 44100).T), 44100, 24000)
     found = read_audio(path, 0, 10**6, 24000)
@@ -94,13 +103,13 @@ def test_what_ffmpeg_decodes_is_what_was_recorded(tmp_path):
 
 
 @pytest.mark.parametrize("codec", ["pcm_u8", "pcm_s16le", "pcm_s24le", "pcm_s32le", "pcm_f64le"])
-def test_integers_are_fractions_of_full_scale(tmp_path, codec):
+def test_integers_are_fractions_of_full_scale(tmp_path: Path, codec: str) -> None:
     path = write_av(tmp_path / "a.mkv", codec, 24000)
     found = read_audio(path, 0, 24000, 24000).T.numpy()
     assert np.abs(found - speech_like(DURATION_SEC, 24000)[:24000]).max() < 0.01
 
 
-def found(path, promised_sec):
+def found(path: Path, promised_sec: float) -> dict[str, Any]:
     transcript = path.with_suffix(".json")
     transcript.write_text(json.dumps({"alignments": some_words(4.0)}))
     return {
@@ -108,7 +117,7 @@ def found(path, promised_sec):
     }
 
 
-def test_lengths_as_other_programs_write_them(tmp_path):
+def test_lengths_as_other_programs_write_them(tmp_path: Path) -> None:
     """They count the padding of codecs, or do not: more of it where frames are longer."""
     low = write_soundfile(tmp_path / "low.mp3", 8000)
     assert found(low, DURATION_SEC + 0.3) == {}
@@ -119,13 +128,13 @@ def test_lengths_as_other_programs_write_them(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["no length.mp3", "no length.wav"])
-def test_a_header_without_length_is_named(tmp_path, name):
+def test_a_header_without_length_is_named(tmp_path: Path, name: str) -> None:
     path = FORMATS[name](tmp_path / name)
     finding = found(path, inspect_audio(path).duration_sec)["no-length-in-header"]
     assert finding.severity == "warning" and "does not say how long it is" in finding.message
 
 
-def test_video_without_sound_and_text_are_no_recordings(tmp_path):
+def test_video_without_sound_and_text_are_no_recordings(tmp_path: Path) -> None:
     path = tmp_path / "a.mp4"
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mpeg4", rate=25, width=32, height=32, pix_fmt="yuv420p")
@@ -139,7 +148,7 @@ def test_video_without_sound_and_text_are_no_recordings(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.wav", "a.mp3", "a.m3u8"])
-def test_a_playlist_is_not_followed(tmp_path, name):
+def test_a_playlist_is_not_followed(tmp_path: Path, name: str) -> None:
     write_av(tmp_path / "secret.m4a", "aac", 24000)
     lines = ["#EXTM3U", "#EXT-X-TARGETDURATION:12", "#EXTINF:12,", "secret.m4a", "#EXT-X-ENDLIST"]
     (tmp_path / name).write_text("\n".join(lines) + "\n")
@@ -150,7 +159,7 @@ def test_a_playlist_is_not_followed(tmp_path, name):
         inspect_audio(tmp_path / name)
 
 
-def test_a_mono_video_is_refused_as_a_mono_wav_is(tmp_path):
+def test_a_mono_video_is_refused_as_a_mono_wav_is(tmp_path: Path) -> None:
     path = write_av(tmp_path / "a.mp4", "aac", 24000, num_channels=1)
     with pytest.raises(FileProblem, match="is mono"):
         inspect_audio(path)

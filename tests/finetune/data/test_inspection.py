@@ -5,6 +5,9 @@ import json
 import logging
 import shutil
 import unicodedata
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,41 +29,42 @@ from finetune.data import (
     inspect_recording,
     warn_if_shared,
 )
+from finetune.data.loader import TrainLoader
 from finetune.errors import UserError
 
 RATE_HZ = 24000
 TEXT = tiny_codec().text
 
 
-def train_loader(path, **changes):
+def train_loader(path: Path, **changes: Any) -> TrainLoader:
     args = DataArgs(train_data=str(path), num_workers=0, **changes)
     return build_train_loader(
         args, tiny_codec(), duration_sec=1.0, batch_size=2, seed=0, device="cpu", store=None
     )
 
 
-def warnings(caplog):
+def warnings(caplog: pytest.LogCaptureFixture) -> list[Any]:
     return [record.message for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 class Case:
     """A recording of 4 s that tests spoil."""
 
-    def __init__(self, folder):
+    def __init__(self, folder: Path) -> None:
         self.path, self.transcript = folder / "a.wav", folder / "a.json"
         write_recording(folder, "a.wav", 4.0)
 
-    def audio(self, change, **options):
+    def audio(self, change: Any, **options: Any) -> None:
         samples, rate_hz = soundfile.read(self.path, dtype="float32")
         soundfile.write(self.path, change(samples), rate_hz, **options)
 
-    def words(self, change):
+    def words(self, change: Any) -> None:
         self.transcript.write_text(json.dumps({"alignments": change(some_words(4.0))}))
 
-    def content(self, **content):
+    def content(self, **content: Any) -> None:
         self.transcript.write_text(json.dumps({"alignments": some_words(4.0)} | content))
 
-    def found(self, *, thorough, **options):
+    def found(self, *, thorough: Any, **options: Any) -> dict[str, Any]:
         inspection = inspect_recording(
             self.path, self.transcript, thorough=thorough, text=TEXT, **options
         )
@@ -68,23 +72,23 @@ class Case:
 
 
 @pytest.fixture
-def case(tmp_path):
+def case(tmp_path: Path) -> Case:
     return Case(tmp_path)
 
 
-def with_times(change):
+def with_times(change: Callable[..., list[Any]]) -> Callable[..., list[list[Any]]]:
     return lambda words: [[text, change(*times), who] for text, times, who in words]
 
 
-def silence(channel):
-    def change(samples):
+def silence(channel: int) -> Callable[..., Any]:
+    def change(samples: np.ndarray) -> np.ndarray:
         samples[:, channel] = 0
         return samples
 
     return change
 
 
-def only_while_speaking(samples, *, channel):
+def only_while_speaking(samples: np.ndarray, *, channel: int) -> np.ndarray:
     """Sound on one channel while the words are spoken, and on the other between them."""
     loud = np.zeros(len(samples), bool)
     for _, (start, end), _ in some_words(4.0):
@@ -94,12 +98,12 @@ def only_while_speaking(samples, *, channel):
     return samples
 
 
-def loud_square(samples):
+def loud_square(samples: np.ndarray) -> np.ndarray:
     samples[20000:30000, 0] = np.sign(samples[20000:30000, 0])
     return samples
 
 
-ERRORS = {
+ERRORS: dict[str, Any] = {
     "silent-channel": lambda case: case.audio(silence(0)),
     "channels-equal": lambda case: case.audio(lambda s: s[:, :1].repeat(2, axis=1)),
     "integer-units": lambda case: case.audio(lambda s: s * 20000, subtype="FLOAT"),
@@ -112,7 +116,7 @@ ERRORS = {
     "missing": lambda case: case.path.unlink(),
     "not-stereo": lambda case: case.audio(lambda s: s[:, 0]),
 }
-WARNINGS = {
+WARNINGS: dict[str, Any] = {
     "swapped-channels": lambda case: case.audio(lambda s: only_while_speaking(s, channel=1)),
     "negative-times": lambda case: case.words(
         lambda words: [["well", [-0.2, -0.1], "SPEAKER_MAIN"], *words]
@@ -137,7 +141,7 @@ WARNINGS = {
 
 @pytest.mark.parametrize("thorough", [False, True])
 @pytest.mark.parametrize("code", [*ERRORS, *WARNINGS])
-def test_each_kind_is_found(case, code, thorough):
+def test_each_kind_is_found(case: Case, code: str, thorough: bool) -> None:
     assert case.found(thorough=thorough, duration_sec=4.0) == {}
     (ERRORS | WARNINGS)[code](case)
     finding = case.found(thorough=thorough, duration_sec=4.0)[code]
@@ -147,7 +151,7 @@ def test_each_kind_is_found(case, code, thorough):
 
 
 @pytest.mark.parametrize("code", ERRORS)
-def test_errors_stop_a_run_and_are_skipped_if_wanted(case, tmp_path, code):
+def test_errors_stop_a_run_and_are_skipped_if_wanted(case: Case, tmp_path: Path, code: str) -> None:
     good = write_recording(tmp_path, "good.wav", 2.0)
     ERRORS[code](case)
     lines = write_jsonl(tmp_path / "all.jsonl", [{"path": "a.wav", "duration": 4.0}, good])
@@ -156,10 +160,12 @@ def test_errors_stop_a_run_and_are_skipped_if_wanted(case, tmp_path, code):
     assert train_loader(lines, on_error="skip").num_segments == 2
 
 
-def test_warnings_are_said_once_with_an_example_and_a_count(tmp_path, caplog):
+def test_warnings_are_said_once_with_an_example_and_a_count(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     jsonl = write_dataset(tmp_path, [2.0, 2.0, 2.0])
     for name in ("0", "2"):
-        words = {"alignments": some_words(2.0), "text_conditions": 1}
+        words: dict[str, Any] = {"alignments": some_words(2.0), "text_conditions": 1}
         (tmp_path / f"{name}.json").write_text(json.dumps(words))
     with caplog.at_level(logging.WARNING):
         train_loader(jsonl)
@@ -168,25 +174,25 @@ def test_warnings_are_said_once_with_an_example_and_a_count(tmp_path, caplog):
     assert "text_conditions" in said and said.endswith("[unused-keys] The same of 1 more.")
 
 
-def test_clipping_is_heard_when_all_of_it_is_listened_to(case):
+def test_clipping_is_heard_when_all_of_it_is_listened_to(case: Case) -> None:
     case.audio(loud_square)
     assert "clipping" in case.found(thorough=True)
 
 
-def test_a_silent_user_who_has_words_is_heard_when_all_of_it_is_listened_to(case):
+def test_a_silent_user_who_has_words_is_heard_when_all_of_it_is_listened_to(case: Case) -> None:
     case.audio(silence(1))
     assert case.found(thorough=True) == {}  # nobody else has words
     case.words(lambda words: [*words, ["hm", [3.0, 3.2], "SPEAKER_USER"]])
     assert "silent-user" in case.found(thorough=True)
 
 
-def test_the_reverse_of_swapped_is_fine(case):
+def test_the_reverse_of_swapped_is_fine(case: Case) -> None:
     case.audio(lambda samples: only_while_speaking(samples, channel=0))
     for thorough in (False, True):
         assert case.found(thorough=thorough) == {}
 
 
-def test_a_few_bad_words_are_a_warning(case):
+def test_a_few_bad_words_are_a_warning(case: Case) -> None:
     case.words(lambda words: [*words[:-1], ["late", [4.5, 4.8], "SPEAKER_MAIN"]])
     found = case.found(thorough=False)
     assert found["words-after-the-end"].severity == "warning"
@@ -196,7 +202,7 @@ def test_a_few_bad_words_are_a_warning(case):
 
 # --- what transcripts may be ----------------------------------------------------------------------
 
-ENCODED = {
+ENCODED: dict[str, Any] = {
     "byte order mark": lambda text: text.encode("utf-8-sig"),
     "UTF-16": lambda text: text.encode("utf-16"),
     "UTF-16 without a mark": lambda text: text.encode("utf-16-be"),
@@ -205,7 +211,7 @@ ENCODED = {
 
 
 @pytest.mark.parametrize("encode", ENCODED.values(), ids=ENCODED)
-def test_encodings_of_transcripts_and_lists(case, tmp_path, encode):
+def test_encodings_of_transcripts_and_lists(case: Case, tmp_path: Path, encode: Any) -> None:
     case.transcript.write_bytes(encode(case.transcript.read_text()))
     lines = tmp_path / "all.jsonl"
     lines.write_bytes(encode('{"path": "a.wav", "duration": 4.0}\n'))
@@ -213,14 +219,14 @@ def test_encodings_of_transcripts_and_lists(case, tmp_path, encode):
     assert (batch.codes[:, 0] > 3).any()
 
 
-def test_a_damaged_gzip_is_a_message(case):
+def test_a_damaged_gzip_is_a_message(case: Case) -> None:
     case.transcript.write_bytes(gzip.compress(case.transcript.read_bytes())[:-20])
     assert (
         "gzip file that was cut off" in case.found(thorough=False)["transcript-malformed"].message
     )
 
 
-def test_elements_after_the_third_are_not_read(case):
+def test_elements_after_the_third_are_not_read(case: Case) -> None:
     plain = next(train_loader(write_jsonl(case.path.with_suffix(".jsonl"),
                                           [{"path": "a.wav", "duration": 4.0}])))  # fmt: skip
     case.words(lambda words: [[*word, 0.9, {"model": "x"}] for word in words])
@@ -228,7 +234,7 @@ def test_elements_after_the_third_are_not_read(case):
     assert (plain.codes == more.codes).all()
 
 
-def test_empty_words_change_nothing(case):
+def test_empty_words_change_nothing(case: Case) -> None:
     lines = write_jsonl(case.path.with_suffix(".jsonl"), [{"path": "a.wav", "duration": 4.0}])
     case.words(lambda words: [["hello there", [0.3, 0.9], "SPEAKER_MAIN"]])
     plain = next(train_loader(lines))
@@ -240,7 +246,7 @@ def test_empty_words_change_nothing(case):
 # --- lists ----------------------------------------------------------------------------------------
 
 
-def test_hidden_files_are_passed_over(tmp_path):
+def test_hidden_files_are_passed_over(tmp_path: Path) -> None:
     write_dataset(tmp_path / "data", [2.0])
     for name in ("._all.jsonl", ".ipynb_checkpoints/all.jsonl", "sub/.old.jsonl"):
         (tmp_path / "data" / name).parent.mkdir(exist_ok=True)
@@ -251,25 +257,25 @@ def test_hidden_files_are_passed_over(tmp_path):
         train_loader(tmp_path / "data")
 
 
-def test_a_line_that_names_an_apple_double(tmp_path):
+def test_a_line_that_names_an_apple_double(tmp_path: Path) -> None:
     line = write_recording(tmp_path, "._a.wav", 2.0)
     with pytest.raises(UserError, match="what macOS leaves beside a file"):
         train_loader(write_jsonl(tmp_path / "all.jsonl", [line]))
 
 
-def test_recordings_that_are_listed_twice(tmp_path, caplog):
+def test_recordings_that_are_listed_twice(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = write_dataset(tmp_path / "data", [2.0, 2.0, 2.0]).parent
     (folder / "link.wav").symlink_to("1.wav")
     (folder / "link.json").symlink_to("1.json")
     lines = (folder / "all.jsonl").read_text().splitlines()
-    more = [*lines, lines[0], {"path": "link.wav", "duration": 2.0}]
+    more: list[dict[str, Any] | str] = [*lines, lines[0], {"path": "link.wav", "duration": 2.0}]
     with caplog.at_level(logging.WARNING):
         train_loader(write_jsonl(folder / "all.jsonl", more))
     (said,) = warnings(caplog)
     assert "2 recordings are listed more than once" in said and "0.wav 2 times" in said
 
 
-def test_names_in_two_unicode_forms(tmp_path, caplog):
+def test_names_in_two_unicode_forms(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     line = write_recording(tmp_path, unicodedata.normalize("NFC", "Café.wav"), 2.0)
     other = unicodedata.normalize("NFD", "Café.wav")
     lines = write_jsonl(tmp_path / "all.jsonl", [line | {"path": other}])
@@ -283,21 +289,27 @@ def test_names_in_two_unicode_forms(tmp_path, caplog):
     assert "differ in their Unicode form alone" in caplog.text
 
 
-def test_evaluation_recordings_in_the_training_set(tmp_path, caplog):
+def test_evaluation_recordings_in_the_training_set(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     train = write_dataset(tmp_path / "train", [2.0, 2.0])
     other = write_dataset(tmp_path / "other", [2.0], seed=7)
     for evaluated, expected in ((other, 0), (train, 1)):
         args = DataArgs(train_data=str(train), eval_data=str(evaluated), num_workers=0)
-        loaders = [
-            build(args, tiny_codec(), duration_sec=1.0, batch_size=2, device="cpu", store=None, **o)
-            for build, o in ((build_train_loader, {"seed": 0}), (build_eval_loader, {}))
-        ]
+        options: dict[str, Any] = {
+            "duration_sec": 1.0,
+            "batch_size": 2,
+            "device": "cpu",
+            "store": None,
+        }
+        training = build_train_loader(args, tiny_codec(), seed=0, **options)
+        evaluation = build_eval_loader(args, tiny_codec(), **options)
         with caplog.at_level(logging.WARNING):
-            warn_if_shared(*loaders)
+            warn_if_shared(training, evaluation)
         assert caplog.text.count("2 of 2 recordings of data.eval_data are in") == expected
 
 
-def test_good_speech_has_no_findings(tmp_path):
+def test_good_speech_has_no_findings(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "a.flac", speech_like(3.0, 44100), 44100)
     (tmp_path / "a.json").write_text(json.dumps({"alignments": some_words(3.0)}))
     for thorough in (False, True):

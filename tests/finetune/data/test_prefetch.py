@@ -4,6 +4,9 @@ import json
 import logging
 import threading
 import time
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -12,11 +15,14 @@ from training_tools import logged, train, trainer
 
 from finetune.config import DataArgs
 from finetune.data import build_eval_loader, build_train_loader
+from finetune.data.loader import TrainLoader
 from finetune.data.prefetch import Prefetcher
 from finetune.errors import UserError
 
 
-def counting(limit, log, error=None):
+def counting(
+    limit: int, log: list[Any], error: UserError | None = None
+) -> Generator[int, None, None]:
     try:
         for number in range(limit):
             log.append(number)
@@ -27,7 +33,7 @@ def counting(limit, log, error=None):
         log.append("closed")
 
 
-def settle(log):
+def settle(log: list[Any]) -> list[Any]:
     """What was made when nothing more comes."""
     length = -1
     while length != len(log):
@@ -36,8 +42,8 @@ def settle(log):
     return list(log)
 
 
-def test_it_works_so_far_ahead_and_no_further():
-    log = []
+def test_it_works_so_far_ahead_and_no_further() -> None:
+    log: list[Any] = []
     ahead = Prefetcher(counting(100, log), depth=3)
     assert settle(log) == [0, 1, 2]
     assert [next(ahead), next(ahead)] == [0, 1]
@@ -48,8 +54,8 @@ def test_it_works_so_far_ahead_and_no_further():
         next(ahead)
 
 
-def test_the_end_and_errors_come_after_the_items_before_them():
-    log = []
+def test_the_end_and_errors_come_after_the_items_before_them() -> None:
+    log: list[Any] = []
     assert list(Prefetcher(counting(5, log), depth=2)) == [0, 1, 2, 3, 4]
     ahead = Prefetcher(counting(2, log, UserError("broken")), depth=9)
     assert [next(ahead), next(ahead)] == [0, 1]
@@ -64,19 +70,19 @@ def test_the_end_and_errors_come_after_the_items_before_them():
 # --- the loaders ----------------------------------------------------------------------------------
 
 
-def loader(jsonl, **changes):
+def loader(jsonl: Path, **changes: Any) -> TrainLoader:
     args = DataArgs(train_data=str(jsonl), shuffle=True, **({"num_workers": 0} | changes))
     return build_train_loader(
         args, tiny_codec(), duration_sec=1.0, batch_size=2, seed=0, device="cpu", store=None
     )
 
 
-def take(batches, count):
+def take(batches: TrainLoader, count: int) -> list[Any]:
     return [next(batches).codes for _ in range(count)]
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_the_position_is_that_of_what_was_handed_out(tmp_path, num_workers):
+def test_the_position_is_that_of_what_was_handed_out(tmp_path: Path, num_workers: int) -> None:
     jsonl = write_dataset(tmp_path, [3.2, 2.1, 1.5])
     expected = take(loader(jsonl, prefetch_steps=0), 9)
     first = loader(jsonl, prefetch_steps=3, num_workers=num_workers)
@@ -89,17 +95,17 @@ def test_the_position_is_that_of_what_was_handed_out(tmp_path, num_workers):
         resumed.close()
 
 
-def test_training_and_evaluation_in_turn(tmp_path):
+def test_training_and_evaluation_in_turn(tmp_path: Path) -> None:
     jsonl = write_dataset(tmp_path, [3.2, 2.1, 1.5])
     expected = take(loader(jsonl), 9)
     codec = tiny_codec()
     args = DataArgs(
         str(jsonl), str(jsonl), shuffle=True, num_workers=1, prefetch_steps=2,
     )  # fmt: skip
-    options = {"duration_sec": 1.0, "batch_size": 2, "device": "cpu", "store": None}
+    options: dict[str, Any] = {"duration_sec": 1.0, "batch_size": 2, "device": "cpu", "store": None}
     training = build_train_loader(args, codec, seed=0, **options)
     evaluation = build_eval_loader(args, codec, **options)
-    passes = []
+    passes: list[Any] = []
     for step in range(9):
         assert torch.equal(next(training).codes, expected[step])
         if step % 4 == 0:
@@ -109,7 +115,9 @@ def test_training_and_evaluation_in_turn(tmp_path):
 
 
 @pytest.mark.parametrize("on_error", ["raise", "skip"])
-def test_a_broken_file_is_met_at_its_own_batch(tmp_path, caplog, on_error):
+def test_a_broken_file_is_met_at_its_own_batch(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, on_error: Literal["raise", "skip"]
+) -> None:
     jsonl = write_dataset(tmp_path, [1.0, 1.0, 1.0, 1.0, 1.0, 1.0])
     args = DataArgs(str(jsonl), num_workers=0, prefetch_steps=2, on_error=on_error)
     batches = build_train_loader(
@@ -130,8 +138,8 @@ def test_a_broken_file_is_met_at_its_own_batch(tmp_path, caplog, on_error):
 # --- whole runs -----------------------------------------------------------------------------------
 
 
-def test_working_ahead_changes_no_loss(config, tmp_path):
-    options = {"num_microbatches": 2, "do_eval": True, "eval_freq": 2}
+def test_working_ahead_changes_no_loss(config: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"num_microbatches": 2, "do_eval": True, "eval_freq": 2}
     train(config, tmp_path / "in turn", options | {"data.prefetch_steps": 0})
     for num_workers in (0, 1):
         ahead = options | {"data.prefetch_steps": 2, "data.num_workers": num_workers}
@@ -142,7 +150,9 @@ def test_working_ahead_changes_no_loss(config, tmp_path):
     assert not [thread for thread in threading.enumerate() if thread.name == "prefetch"]
 
 
-def test_a_run_that_fails_leaves_no_thread_behind(config, tmp_path, monkeypatch):
+def test_a_run_that_fails_leaves_no_thread_behind(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = trainer(config, tmp_path, {"data.prefetch_steps": 2})
     monkeypatch.setattr(run, "forward_backward", lambda batches: 1 / 0)
     with pytest.raises(ZeroDivisionError):

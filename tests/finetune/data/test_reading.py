@@ -2,6 +2,8 @@
 
 import json
 import logging
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,12 +21,13 @@ from finetune.data import (
     open_store,
 )
 from finetune.data.reading import Reading
+from finetune.data.store import Store
 from finetune.errors import UserError
 
 RATE_HZ = 24000
 
 
-def write_dialogue(folder, *, samples=None):
+def write_dialogue(folder: Path, *, samples: np.ndarray | None = None) -> Path:
     """2 s: Moshi says some words on the left, the user "fine" and "thanks" on the right."""
     folder.mkdir(exist_ok=True)
     samples = speech_like(2.0, RATE_HZ) if samples is None else samples
@@ -38,7 +41,9 @@ def write_dialogue(folder, *, samples=None):
     return write_jsonl(folder / "all.jsonl", [{"path": "a.wav", "duration": 2.0}])
 
 
-def loaded(path, *, store=None, codec=None, **options):
+def loaded(
+    path: Path, *, store: Store | None = None, codec: Any = None, **options: Any
+) -> torch.Tensor:
     """All segments of training data, in order: `[segments, 17, 13]`."""
     args = DataArgs(train_data=str(path), num_workers=0, **options)
     loader = build_train_loader(
@@ -50,18 +55,18 @@ def loaded(path, *, store=None, codec=None, **options):
     return codes
 
 
-def words_of(row):
+def words_of(row: Any) -> str:
     return tiny_codec().detokenize(row[0])
 
 
-def test_moshi_may_be_on_the_right(tmp_path):
+def test_moshi_may_be_on_the_right(tmp_path: Path) -> None:
     plain = loaded(write_dialogue(tmp_path))
     turned = loaded(tmp_path / "all.jsonl", main_channel="right")
     assert torch.equal(turned[:, 1:9], plain[:, 9:]) and torch.equal(turned[:, 9:], plain[:, 1:9])
     assert torch.equal(turned[:, 0], plain[:, 0])
 
 
-def test_a_silent_channel_is_named_by_its_side(tmp_path):
+def test_a_silent_channel_is_named_by_its_side(tmp_path: Path) -> None:
     samples = speech_like(2.0, RATE_HZ)
     samples[:, 1] = 0
     path = write_dialogue(tmp_path, samples=samples)
@@ -70,7 +75,9 @@ def test_a_silent_channel_is_named_by_its_side(tmp_path):
         loaded(path, main_channel="right")
 
 
-def test_each_dialogue_comes_from_its_other_side_too(tmp_path, caplog):
+def test_each_dialogue_comes_from_its_other_side_too(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     plain = loaded(write_dialogue(tmp_path))
     with caplog.at_level(logging.WARNING):
         both = loaded(tmp_path / "all.jsonl", swap_channels=True)
@@ -86,11 +93,16 @@ def test_each_dialogue_comes_from_its_other_side_too(tmp_path, caplog):
     assert evaluated.num_segments == 2
 
 
-def test_codes_are_kept_for_each_way_of_reading(tmp_path):
+def test_codes_are_kept_for_each_way_of_reading(tmp_path: Path) -> None:
     path = write_dialogue(tmp_path)
-    ways = [{}, {"main_channel": "right"}, {"swap_channels": True}, {"room_tone": -60.0}]
+    ways: list[dict[str, Any]] = [
+        {},
+        {"main_channel": "right"},
+        {"swap_channels": True},
+        {"room_tone": -60.0},
+    ]
     for way in (*ways, *ways):
-        cached = {"cache_dir": str(tmp_path / "cache"), **way}
+        cached: dict[str, Any] = {"cache_dir": str(tmp_path / "cache"), **way}
         args = DataArgs(train_data=str(path), num_workers=0, **cached)
         assert torch.equal(loaded(path, store=open_store(args), **cached), loaded(path, **way))
         fill = CacheFill(
@@ -100,7 +112,7 @@ def test_codes_are_kept_for_each_way_of_reading(tmp_path):
         assert fill.num_missing == 0
 
 
-def test_room_tone_replaces_digital_silence_alone(tmp_path):
+def test_room_tone_replaces_digital_silence_alone(tmp_path: Path) -> None:
     samples = speech_like(2.0, RATE_HZ)
     samples[10_000:40_000, 1] = 0
     path = write_dialogue(tmp_path, samples=samples)
@@ -116,7 +128,7 @@ def test_room_tone_replaces_digital_silence_alone(tmp_path):
     assert torch.equal(recording.read_audio(30_000, 0, RATE_HZ), torch.zeros(2, 0))
 
 
-def test_how_words_begin():
+def test_how_words_begin() -> None:
     tokenizer = tiny_tokenizer()
     ways = {way: TextEncoder(tokenizer, word_start=way) for way in ("auto", "always", "never")}
     assert ways["auto"].tokenize("hello") == ways["always"].tokenize("hello")

@@ -3,6 +3,9 @@
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -32,20 +35,21 @@ from finetune.errors import UserError
 from finetune.model import find_checkpoint, load_model
 from finetune.monitoring import metrics_path, read_metrics
 from finetune.step import LossWeights, accumulate_gradients
+from ttt import TTTLMModel
 from ttt.layers import execution
 
 # Adam makes a whole step of a gradient that is nothing but rounding: at this learning rate such
 # steps are below what is compared.
-COMMON = {
+COMMON: dict[str, Any] = {
     "param_dtype": "float32",
     "optim.lr": 1e-4,
     "optim.ttt_lr": 1e-4,
     "do_eval": True,
     "text_padding_weight": 0.3,
 }
-LINEAR = {"ttt.method": "linear", "ttt.mini_batch_size": 5}
-COMPILED = {"compile": True, "gradient_checkpointing": True}
-CASES = {
+LINEAR: dict[str, Any] = {"ttt.method": "linear", "ttt.mini_batch_size": 5}
+COMPILED: dict[str, Any] = {"compile": True, "gradient_checkpointing": True}
+CASES: dict[str, Any] = {
     "lora, in-place": {**LORA, "lora.ft_embed": True, "num_microbatches": 2},
     "lora, delta": {**LORA, "ttt.write": "delta", "save_adapters": False, **COMPILED},
     "lora, replicas": {**LORA, "parallel.shard_size": 1},
@@ -54,17 +58,17 @@ CASES = {
     "full, mlp": {**FULL, **LINEAR, "ttt.method": "mlp"},
     "full, random": {**FULL, "moshi_paths.random_init": True},
 }
-PAIRS = {"pairs, replicas": 1, "pairs, sharded": 2}
-RESUMED = {**FULL, **COMMON, "max_steps": 6, "ckpt_freq": 2}
+PAIRS: dict[str, Any] = {"pairs, replicas": 1, "pairs, sharded": 2}
+RESUMED: dict[str, Any] = {**FULL, **COMMON, "max_steps": 6, "ckpt_freq": 2}
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("sharded")
 
 
 @pytest.fixture(scope="module")
-def two(folder, config):
+def two(folder: Path, config: Path) -> str:
     """Runs on two processes, each of which has half of the model, if nothing else is said."""
     runs = {folder / name: {**COMMON, **overrides} for name, overrides in CASES.items()}
     runs[folder / "two"] = RESUMED
@@ -77,26 +81,31 @@ def two(folder, config):
 
 
 @pytest.fixture(scope="module")
-def four(folder, config, two):
+def four(folder: Path, config: Path, two: str) -> str:
     """Four processes go on from what two have saved: in two copies of the model, two parts each.
     Then they stand in pairs that read the same data, and share a model with another pair or not."""
-    overrides = {**RESUMED, "batch_size": 1, "parallel.shard_size": 2, "resume": True}
+    overrides: dict[str, Any] = {
+        **RESUMED,
+        "batch_size": 1,
+        "parallel.shard_size": 2,
+        "resume": True,
+    }
     pairs = {
         folder / name: {**RESUMED, "batch_size": 2, "parallel.shard_size": size}
         for name, size in PAIRS.items()
     }
-    cases = {folder / "four": overrides, **pairs}
+    cases: dict[Path, dict[str, Any]] = {folder / "four": overrides, **pairs}
     return run_cases(folder, config, 4, cases, with_toy_dimension=pairs)
 
 
 @pytest.fixture(scope="module")
-def one(folder, config):
+def one(folder: Path, config: Path) -> Path:
     """The run that one process makes."""
     train(config, folder / "one", {**RESUMED, "batch_size": 4})
     return folder / "one"
 
 
-def assert_same_runs(one, other, last_step):
+def assert_same_runs(one: Path, other: Path, last_step: int) -> None:
     for kind in ("train", "eval"):
         assert logged(one, kind=kind) == pytest.approx(logged(other, kind=kind), abs=1e-5)
     norms = logged(one, "grad_norm")
@@ -107,12 +116,16 @@ def assert_same_runs(one, other, last_step):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_two_processes_are_one(config, tmp_path, folder, two, name):
+def test_two_processes_are_one(
+    config: Path, tmp_path: Path, folder: Path, two: str, name: str
+) -> None:
     train(config, tmp_path, {**COMMON, **CASES[name], "compile": False, "batch_size": 4})
     assert_same_runs(folder / name, tmp_path, 4)
 
 
-def test_what_a_sharded_model_says_is_not_checked_and_the_log_says_so(folder, two):
+def test_what_a_sharded_model_says_is_not_checked_and_the_log_says_so(
+    folder: Path, two: str
+) -> None:
     num_sharded = 1 + sum(case.get("parallel.shard_size") != 1 for case in CASES.values())
     assert two.count("a sharded model (parallel.shard_size) would have to be") == num_sharded
     assert two.count("health_sec: the health of speech is not checked") == len(CASES) + 1
@@ -122,7 +135,7 @@ def test_what_a_sharded_model_says_is_not_checked_and_the_log_says_so(folder, tw
 
 
 @pytest.fixture
-def alone(tmp_path):
+def alone(tmp_path: Path) -> Iterator[World]:
     """A group of this process alone."""
     store = dist.FileStore(str(tmp_path / "store"), 1)
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
@@ -131,12 +144,14 @@ def alone(tmp_path):
     dist.destroy_process_group()
 
 
-def test_sharded_layers_share_what_is_compiled(alone, monkeypatch):
+def test_sharded_layers_share_what_is_compiled(
+    alone: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As those that are not sharded do; but for the first, whose input may need no gradient."""
     monkeypatch.setattr(execution, "BACKEND", "aot_eager")
     weights = LossWeights(text_padding=0.3, first_codebook=1.0)
     graphs = torch._dynamo.utils.counters["stats"]
-    counts = []
+    counts: list[Any] = []
     for is_sharded in (False, True):
         for num_layers in (5, 9):
             torch._dynamo.reset()
@@ -156,7 +171,7 @@ def test_sharded_layers_share_what_is_compiled(alone, monkeypatch):
     assert len(set(counts)) == 1, counts
 
 
-def test_what_two_processes_saved_four_continue(folder, one, four):
+def test_what_two_processes_saved_four_continue(folder: Path, one: Path, four: str) -> None:
     assert logged_steps(folder / "four") == [3, 4, 5, 6]
     assert logged(folder / "four") == pytest.approx(logged(one)[2:], abs=1e-5)
     weights = saved_weights(one, 6)
@@ -164,7 +179,9 @@ def test_what_two_processes_saved_four_continue(folder, one, four):
         torch.testing.assert_close(weight, weights[name], rtol=0, atol=1e-5, msg=name)
 
 
-def test_what_four_processes_saved_one_continues(config, tmp_path, folder, one, four):
+def test_what_four_processes_saved_one_continues(
+    config: Path, tmp_path: Path, folder: Path, one: Path, four: str
+) -> None:
     shutil.copytree(checkpoint(folder / "four", 4), checkpoint(tmp_path, 4))
     resumed = train(config, tmp_path, {**RESUMED, "batch_size": 4, "resume": True})
     assert resumed.step == 6
@@ -172,7 +189,9 @@ def test_what_four_processes_saved_one_continues(config, tmp_path, folder, one, 
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_processes_that_read_the_same_data_count_once(folder, one, four, name):
+def test_processes_that_read_the_same_data_count_once(
+    folder: Path, one: Path, four: str, name: str
+) -> None:
     """Losses, gradients and what is logged are those of two shares of the data, not of four."""
     assert_same_runs(folder / name, one, 6)
     assert logged_steps(folder / name) == [1, 2, 3, 4, 5, 6]
@@ -181,11 +200,13 @@ def test_processes_that_read_the_same_data_count_once(folder, one, four, name):
     assert four.count("; 4 a step on 4 x cpu") == 1 + len(PAIRS)
 
 
-def test_a_pair_is_saved_once_and_one_process_continues(config, tmp_path, folder, one, four):
+def test_a_pair_is_saved_once_and_one_process_continues(
+    config: Path, tmp_path: Path, folder: Path, one: Path, four: str
+) -> None:
     for name in PAIRS:
         saved = checkpoint(folder / name, 4)
         shutil.copytree(saved, checkpoint(tmp_path / name, 4))
-        overrides = {**RESUMED, "batch_size": 4, "resume": True}
+        overrides: dict[str, Any] = {**RESUMED, "batch_size": 4, "resume": True}
         assert train(config, tmp_path / name, overrides).step == 6
         assert logged(tmp_path / name) == pytest.approx(logged(one)[4:], abs=1e-5)
 
@@ -200,7 +221,9 @@ def test_a_pair_is_saved_once_and_one_process_continues(config, tmp_path, folder
         ({"toy": 4}, [0, 0, 0, 0]),
     ],
 )
-def test_a_share_of_the_data_is_not_a_rank(config, tmp_path, sizes, shares):
+def test_a_share_of_the_data_is_not_a_rank(
+    config: Path, tmp_path: Path, sizes: dict[str, int], shares: list[int]
+) -> None:
     """Each of four processes by itself, in place of which no other one answers."""
     run = trainer(config, tmp_path, {"batch_size": 4})
     whole = next(run.train_data).codes
@@ -226,18 +249,26 @@ def test_a_share_of_the_data_is_not_a_rank(config, tmp_path, sizes, shares):
 
 
 @pytest.mark.slow
-def test_what_four_processes_saved_two_continue(config, tmp_path, folder, one, four):
+def test_what_four_processes_saved_two_continue(
+    config: Path, tmp_path: Path, folder: Path, one: Path, four: str
+) -> None:
     shutil.copytree(checkpoint(folder / "four", 4), checkpoint(tmp_path / "run", 4))
-    overrides = {**RESUMED, "batch_size": 2, "resume": True}
+    overrides: dict[str, Any] = {**RESUMED, "batch_size": 2, "resume": True}
     run_cases(tmp_path, config, 2, {tmp_path / "run": overrides})
     assert logged(tmp_path / "run") == pytest.approx(logged(one)[4:], abs=1e-5)
 
 
-def test_the_order_of_data_does_not_depend_on_the_number_of_processes(config, tmp_path):
+def test_the_order_of_data_does_not_depend_on_the_number_of_processes(
+    config: Path, tmp_path: Path
+) -> None:
     """One process for 2 steps of 4 samples, then two, then four: as one that never stopped."""
     run = trainer(config, tmp_path, {"batch_size": 4})
     expected = torch.cat([next(run.train_data).codes for _ in range(6)])
-    places = {"duration_sec": run.args.duration_sec, "seed": run.args.seed, "device": "cpu"}
+    places: dict[str, Any] = {
+        "duration_sec": run.args.duration_sec,
+        "seed": run.args.seed,
+        "device": "cpu",
+    }
     places["store"] = None
     found, position = [], None
     for size in (1, 2, 4):
@@ -255,15 +286,15 @@ def test_the_order_of_data_does_not_depend_on_the_number_of_processes(config, tm
     assert torch.equal(torch.cat(found), expected)
 
 
-def test_no_more_than_a_part_of_the_model_is_whole_at_a_time(config):
+def test_no_more_than_a_part_of_the_model_is_whole_at_a_time(config: Path) -> None:
     class Cutter:
         sizes: list[int]
 
-        def parts(self, model):
+        def parts(self, model: TTTLMModel) -> Iterator[tuple[str, torch.nn.Module]]:
             self.model, self.sizes = model, []
-            return Sharding.parts(self, model)
+            return Sharding.parts(cast(Sharding, self), model)
 
-        def cut(self, part):
+        def cut(self, part: torch.nn.Module) -> None:
             self.sizes.append(sum(p.numel() for p in self.model.parameters() if not p.is_meta))
             for module in part.modules():
                 for name, parameter in list(module.named_parameters(recurse=False)):
@@ -276,12 +307,16 @@ def test_no_more_than_a_part_of_the_model_is_whole_at_a_time(config):
     assert max(cutter.sizes) < 0.5 * sum(cutter.sizes)
 
 
-def test_the_script_for_slurm_is_valid_and_gives_the_options_on():
+def test_the_script_for_slurm_is_valid_and_gives_the_options_on() -> None:
     script = REPOSITORY / "example/slurm.sbatch"
     subprocess.run(["bash", "-n", script], check=True)
     stubs = 'srun() { shift; echo "$@"; }; scontrol() { echo node1; echo node2; }'
     shell = f'{stubs}; . "$0" "$@"'
-    variables = {"SLURM_NNODES": "2", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-2]"}
+    variables: dict[str, Any] = {
+        "SLURM_NNODES": "2",
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "node[1-2]",
+    }
     done = subprocess.run(
         ["bash", "-c", shell, script, "my.yaml", "--run_dir=x y"],
         env=os.environ | variables,
@@ -295,8 +330,8 @@ def test_the_script_for_slurm_is_valid_and_gives_the_options_on():
     )
 
 
-def test_processes_are_divided_evenly_or_not_at_all():
-    def size(wanted, num_processes, **overrides):
+def test_processes_are_divided_evenly_or_not_at_all() -> None:
+    def size(wanted: Any, num_processes: Any, **overrides: Any) -> int:
         args = TrainArgs(DataArgs(), "", parallel=ParallelArgs(shard_size=wanted), **overrides)
         return shard_size(args, num_processes)
 

@@ -1,6 +1,8 @@
 """Two processes with a GPU each, that talk through NCCL: `python -m pytest -m gpu`."""
 
 import signal
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
 ]
-COMMON = {
+COMMON: dict[str, Any] = {
     "device": "cuda",
     "param_dtype": "float32",
     "optim.lr": 1e-3,
@@ -29,9 +31,9 @@ COMMON = {
     "do_eval": True,
     "compile": False,
 }
-SHARDED = {"parallel.shard_size": 2}
-LINEAR = {"ttt.method": "linear", "ttt.mini_batch_size": 5}
-CASES = {
+SHARDED: dict[str, Any] = {"parallel.shard_size": 2}
+LINEAR: dict[str, Any] = {"ttt.method": "linear", "ttt.mini_batch_size": 5}
+CASES: dict[str, Any] = {
     "lora, replicas": {**LORA, "ttt.write": "delta"},
     "lora, delta": {**LORA, **SHARDED, "ttt.write": "delta", "num_microbatches": 2},
     "full, compiled": {**FULL, **SHARDED, "gradient_checkpointing": True, "compile": True},
@@ -42,12 +44,12 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("two_gpus")
 
 
 @pytest.fixture(scope="module")
-def two(folder, config):
+def two(folder: Path, config: Path) -> Path:
     run_cases(
         folder,
         config,
@@ -61,10 +63,10 @@ def two(folder, config):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_two_gpus_are_one(config, tmp_path, two, name):
+def test_two_gpus_are_one(config: Path, tmp_path: Path, two: Path, name: str) -> None:
     """From codes that the two have made."""
-    overrides = {**COMMON, "data.cache_dir": str(two / "codes"), **CASES[name]}
-    alone = {"batch_size": 4, "parallel.shard_size": 1, "compile": False}
+    overrides: dict[str, Any] = {**COMMON, "data.cache_dir": str(two / "codes"), **CASES[name]}
+    alone: dict[str, Any] = {"batch_size": 4, "parallel.shard_size": 1, "compile": False}
     train(config, tmp_path, {**overrides, **alone})
     is_exact = overrides["param_dtype"] == "float32"
     for kind in ("train", "eval"):
@@ -75,8 +77,16 @@ def test_two_gpus_are_one(config, tmp_path, two, name):
 
 
 @pytest.mark.parametrize("kind", [LORA, FULL], ids=["lora", "full"])
-def test_a_signal_saves_and_the_run_goes_on(config, tmp_path, kind):
-    overrides = {**kind, **SHARDED, "device": "cuda", "compile": False, "ckpt_freq": 2}
+def test_a_signal_saves_and_the_run_goes_on(
+    config: Path, tmp_path: Path, kind: dict[str, Any]
+) -> None:
+    overrides: dict[str, Any] = {
+        **kind,
+        **SHARDED,
+        "device": "cuda",
+        "compile": False,
+        "ckpt_freq": 2,
+    }
     arguments = [f"--{key}={value}" for key, value in overrides.items()]
     arguments += [f"--config={config}", f"--run_dir={tmp_path}", "--max_steps=1000000"]
     run = torchrun(*arguments)

@@ -3,6 +3,9 @@
 import json
 import math
 import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -23,10 +26,11 @@ from training_tools import checkpoint, train, trainer, write_model
 from finetune.cli import evaluate, run
 from finetune.config import WandbArgs
 from finetune.data import inspect_audio
+from finetune.data.audio import AudioInfo
 from finetune.errors import UserError
 from finetune.evaluation import Options, evaluate_checkpoint
 from finetune.evaluation.bin_sums import BinSums
-from finetune.evaluation.streaming import Scorer
+from finetune.evaluation.streaming import ScoredBlock, Scorer
 from finetune.evaluation.streams import STREAMS
 from finetune.evaluation.tasks import TASKS
 from finetune.evaluation.tasks.health import ContinuationOptions
@@ -39,6 +43,7 @@ from finetune.evaluation.tasks.health.measure import (
 )
 from finetune.evaluation.tasks.pairs import PairOptions
 from finetune.evaluation.tasks.pairs.score import (
+    Pair,
     PairScorer,
     log_likelihood,
     read_pairs,
@@ -50,7 +55,7 @@ from finetune.kept import Records
 from finetune.monitoring import metrics_path, read_metrics
 from finetune.statistics import Bootstrap, proportion, slope_parts, student_t
 from finetune.step import LossWeights
-from ttt import TTTArgs, block_streaming
+from ttt import TTTArgs, TTTLMModel, block_streaming
 
 CARD, TEXT_CARD = 20, 30
 
@@ -58,7 +63,7 @@ CARD, TEXT_CARD = 20, 30
 # --- known answers --------------------------------------------------------------------------------
 
 
-def nll_of(margin, card):
+def nll_of(margin: int, card: int) -> float:
     """CE of a target whose logit is `margin` above all others, which are equal."""
     return math.log(math.exp(margin) + card - 1) - margin
 
@@ -70,12 +75,12 @@ class Rigged:
     is one token throughout, for the model must not see its targets.
     """
 
-    def __init__(self, model, margins, token):
+    def __init__(self, model: Any, margins: Any, token: int) -> None:
         self.model, self.margins, self.token, self.step = model, margins, token, 0
         model.forward_text = self.text
         model.forward_depformer_training = self.audio
 
-    def text(self, sequence):
+    def text(self, sequence: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         num_rows, _, num_steps = sequence.shape
         self.steps = torch.arange(self.step, self.step + num_steps)
         self.step += num_steps
@@ -83,12 +88,12 @@ class Rigged:
         logits[..., self.token] = self.margins(self.steps)
         return torch.zeros(num_rows, num_steps, self.model.dim), logits
 
-    def audio(self, targets, out):
+    def audio(self, targets: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         targets = targets[:, 1 : 1 + self.model.dep_q].clamp(0, CARD - 1)
         return torch.nn.functional.one_hot(targets, CARD) * self.margins(self.steps)[:, None]
 
 
-def test_loss_by_position_is_what_it_is_known_to_be():
+def test_loss_by_position_is_what_it_is_known_to_be() -> None:
     """Three recordings of different lengths, whose loss falls by a known amount at frame 20."""
     model = tiny_model(TTTArgs(enabled=False), dtype=torch.float32)
     token, lengths, bin_frames = 7, [60, 45, 30], 10
@@ -148,9 +153,9 @@ def test_loss_by_position_is_what_it_is_known_to_be():
     assert counts[:, 2].tolist() == [n - DELAYS[2] for n in lengths]
 
 
-def test_slopes_are_within_recordings():
+def test_slopes_are_within_recordings() -> None:
     """A long recording that is hard throughout does not make late positions look hard."""
-    x = np.arange(4.0)
+    x: np.ndarray = np.arange(4.0)
     weight = np.array([[1.0, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 0]])
     loss = weight * np.array([[1.0, 1.5, 0, 0], [5, 5.5, 6, 6.5], [3, 3.5, 4, 0]])
     rise, spread = slope_parts(x, loss, weight)
@@ -159,7 +164,7 @@ def test_slopes_are_within_recordings():
     assert estimate.low == pytest.approx(0.5) and estimate.high == pytest.approx(0.5)
 
 
-def test_quantiles_of_student_are_those_of_the_tables():
+def test_quantiles_of_student_are_those_of_the_tables() -> None:
     for probability, degrees, expected in (
         (0.975, 1, 12.7062),
         (0.975, 3, 3.18245),
@@ -171,18 +176,19 @@ def test_quantiles_of_student_are_those_of_the_tables():
 
 
 @pytest.mark.parametrize("num_recordings", [3, 4, 8, 40])
-def test_intervals_cover_what_they_should(num_recordings):
+def test_intervals_cover_what_they_should(num_recordings: int) -> None:
     generator = np.random.default_rng(0)
     bootstrap, trials, covered = Bootstrap(num_recordings), 400, 0
     for _ in range(trials):
         weight = generator.uniform(10, 20, num_recordings)
         loss = weight * generator.normal(2.0, 0.5, num_recordings)
         estimate = bootstrap.ratio(loss, weight)
+        assert estimate.low is not None and estimate.high is not None
         covered += estimate.low <= 2.0 <= estimate.high
     assert 0.91 <= covered / trials <= 0.99
 
 
-def test_one_or_two_recordings_have_no_interval_and_pairing_cancels_what_is_common():
+def test_one_or_two_recordings_have_no_interval_and_pairing_cancels_what_is_common() -> None:
     for num_recordings in (1, 2):
         few = np.full(num_recordings, 3.0)
         alone = Bootstrap(num_recordings).ratio(few, few / 1.5)
@@ -195,7 +201,7 @@ def test_one_or_two_recordings_have_no_interval_and_pairing_cancels_what_is_comm
     assert difference.low == pytest.approx(-0.1) and difference.high == pytest.approx(-0.1)
 
 
-def test_proportions_have_sensible_intervals_at_the_ends():
+def test_proportions_have_sensible_intervals_at_the_ends() -> None:
     assert proportion(200, 200).low == pytest.approx(0.9812, abs=1e-4)
     half = proportion(50, 100)
     assert (half.low, half.high) == (
@@ -205,21 +211,25 @@ def test_proportions_have_sensible_intervals_at_the_ends():
     assert proportion(0, 0).value is None
 
 
-def test_curves_cover_every_bin_once():
+def test_curves_cover_every_bin_once() -> None:
     for num_bins in (1, 2, 3, 5, 13, 90, 361):
         ranges = pairwise_edges(num_bins)
         covered = [bin for start, stop in ranges for bin in range(start, stop)]
         assert covered == list(range(num_bins)) and len(ranges) <= 20
 
 
-def test_conclusions_say_no_more_than_the_intervals():
-    def estimate(value, low, high):
+def test_conclusions_say_no_more_than_the_intervals() -> None:
+    def estimate(value: float | None, low: float | None, high: float | None) -> dict[str, Any]:
         return {"value": value, "low": low, "high": high, "count": 20}
 
-    def sentences(arms, *estimates):
+    def sentences(arms: Any, *estimates: Any) -> list[Any]:
         by_stream = dict(zip(STREAMS, estimates, strict=True))
         difference = {"arms": arms} | {s: {"beyond_window": e} for s, e in by_stream.items()}
-        place = {"longest_sec": 600, "attention_window_sec": 240, "differences": [difference]}
+        place: dict[str, Any] = {
+            "longest_sec": 600,
+            "attention_window_sec": 240,
+            "differences": [difference],
+        }
         place |= {"num_recordings": 20, "ttt_wrote": True, "warnings": []}
         return list(TASKS["position"].sentences(place))
 
@@ -242,7 +252,7 @@ def test_conclusions_say_no_more_than_the_intervals():
 
 
 @pytest.fixture
-def pair_folder(tmp_path):
+def pair_folder(tmp_path: Path) -> Path:
     """Two pairs of silence (good) and noise, mono, of different lengths; one of them 16 kHz."""
     for index, (sec, rate) in enumerate([(1.0, 24000), (1.7, 16000)]):
         soundfile.write(tmp_path / f"good{index}.wav", np.zeros(round(sec * rate)), rate)
@@ -256,20 +266,20 @@ def pair_folder(tmp_path):
     return tmp_path
 
 
-def preferring(code, margin):
+def preferring(code: int, margin: float) -> TTTLMModel:
     """A model that takes `code` for likelier than all others in every codebook, by `margin`."""
     model = tiny_model(TTTArgs(enabled=False), dtype=torch.float32, **STREAMS_OF_TINY_CODEC)
 
-    def audio(targets, out):
+    def audio(targets: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         logits = torch.zeros(len(targets), model.dep_q, targets.shape[2], model.card)
         logits[..., code] = margin
         return logits
 
-    model.forward_depformer_training = audio
+    model.forward_depformer_training = audio  # type: ignore[method-assign, assignment]
     return model
 
 
-STREAMS_OF_TINY_CODEC = {
+STREAMS_OF_TINY_CODEC: dict[str, Any] = {
     "n_q": 16,
     "dep_q": 8,
     "card": 32,
@@ -279,7 +289,9 @@ STREAMS_OF_TINY_CODEC = {
 }
 
 
-def scores_of(model, folder, options):
+def scores_of(
+    model: TTTLMModel, folder: Path, options: PairOptions
+) -> tuple[list[Pair], Records, PairScorer]:
     pairs = read_pairs(folder / "pairs.jsonl")
     records = Records(folder / f"{id(model)}.jsonl", {})
     task = PairScorer(
@@ -290,7 +302,7 @@ def scores_of(model, folder, options):
 
 
 @pytest.mark.parametrize("margin", [2.0, -2.0])
-def test_a_known_preference_comes_out_in_sign_and_value(pair_folder, margin):
+def test_a_known_preference_comes_out_in_sign_and_value(pair_folder: Path, margin: float) -> None:
     """A model that likes (or dislikes) the code of silence finds silence likelier (or less)."""
     mimi = tiny_mimi()
     silent = int(mimi.encode(torch.zeros(1, 1, 24000))[0, 0].mode().values)
@@ -317,9 +329,13 @@ def test_a_known_preference_comes_out_in_sign_and_value(pair_folder, margin):
     assert float(lines["good0"]) == pytest.approx(expected / 13, abs=1e-5)
 
 
-def test_the_other_side_is_silent_and_stereo_is_taken_as_it_is(pair_folder):
+def test_the_other_side_is_silent_and_stereo_is_taken_as_it_is(pair_folder: Path) -> None:
     codec = tiny_codec()
-    options = {"batch_size": 1, "block_frames": 10, "records": Records(pair_folder / "r", {})}
+    options: dict[str, Any] = {
+        "batch_size": 1,
+        "block_frames": 10,
+        "records": Records(pair_folder / "r", {}),
+    }
     pairs = read_pairs(pair_folder / "pairs.jsonl")
     silence = codec.mimi.encode(torch.zeros(1, 1, 13 * 1920))[0]
     noise, rate = soundfile.read(pairs[0].bad, dtype="float32")
@@ -327,7 +343,9 @@ def test_the_other_side_is_silent_and_stereo_is_taken_as_it_is(pair_folder):
     padded[0, 0, : len(noise)] = torch.from_numpy(noise)
     speech = codec.mimi.encode(padded)[0]
     model = preferring(0, 1.0)
-    for side, first in (("moshi", (speech, silence)), ("user", (silence, speech))):
+    sides: dict[Literal["moshi", "user"], Any] = {"moshi": (speech, silence)}
+    sides["user"] = (silence, speech)
+    for side, first in sides.items():
         task = PairScorer(model, codec, pairs, options=PairOptions(side=side), **options)
         codes = task._encode(pairs[0].bad, _info(pairs[0].bad))
         assert (codes[1:9] == first[0]).float().mean() > 0.99
@@ -339,11 +357,11 @@ def test_the_other_side_is_silent_and_stereo_is_taken_as_it_is(pair_folder):
     assert (codes[9:] == speech).float().mean() > 0.99
 
 
-def _info(path):
+def _info(path: Path) -> AudioInfo:
     return inspect_audio(path, allow_mono=True)
 
 
-def test_missing_recordings_are_counted_and_never_scored(pair_folder):
+def test_missing_recordings_are_counted_and_never_scored(pair_folder: Path) -> None:
     (pair_folder / "bad1.wav").write_bytes(b"not audio")
     (pair_folder / "good0.wav").unlink()
     lines = (pair_folder / "pairs.jsonl").read_text()
@@ -356,8 +374,8 @@ def test_missing_recordings_are_counted_and_never_scored(pair_folder):
     assert summary["all"]["num_scored"] == 1 and summary["groups"]["b"]["num_scored"] == 0
     assert summary["groups"]["b"]["accuracy"]["value"] is None
     assert summary["scores"][0]["missing"] and summary["scores"][0]["good"] is None
-    lines = zerospeech_lines(pairs, records, PairOptions())
-    assert [line.split()[0] for line in lines] == ["bad0", "good1"]
+    scored = zerospeech_lines(pairs, records, PairOptions())
+    assert [line.split()[0] for line in scored] == ["bad0", "good1"]
 
 
 @pytest.mark.parametrize(
@@ -368,7 +386,7 @@ def test_missing_recordings_are_counted_and_never_scored(pair_folder):
         ('{"good": "a", "bad": "b", "id": 1}\n' * 2, "pairs.jsonl:2: the id '1' has come before"),
     ],
 )
-def test_wrong_pair_files_are_named(tmp_path, text, message):
+def test_wrong_pair_files_are_named(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "pairs.jsonl"
     path.write_text(text)
     with pytest.raises(UserError, match=message):
@@ -380,7 +398,7 @@ def test_wrong_pair_files_are_named(tmp_path, text, message):
 # --- health ---------------------------------------------------------------------------------------
 
 
-def test_measures_of_known_speech():
+def test_measures_of_known_speech() -> None:
     codec = tiny_codec()
     pad, end = codec.text_padding_id, codec.end_of_text_padding_id
     tokens = torch.stack([torch.tensor([pad, end, 9, pad]), torch.tensor([1, 1, 2, 2])])
@@ -393,9 +411,14 @@ def test_measures_of_known_speech():
     assert repeat_rate([5] * 60) == 0 and repeat_rate(list(range(60))) == 0
 
 
-def test_alarms_ring_for_collapse_alone():
-    usual = {"entropy": 3.0, "modal_share": 0.3, "padding_share": 0.7, "silence_share": 0.5,
-             "repeat_rate": 0.0}  # fmt: skip
+def test_alarms_ring_for_collapse_alone() -> None:
+    usual: dict[str, Any] = {
+        "entropy": 3.0,
+        "modal_share": 0.3,
+        "padding_share": 0.7,
+        "silence_share": 0.5,
+        "repeat_rate": 0.0,
+    }
     assert alarms(usual, usual) == []
     for broken in (
         {"entropy": 1.0},
@@ -414,7 +437,7 @@ def test_alarms_ring_for_collapse_alone():
     assert alarms(listening | {"silence_share": 1.0, "padding_share": 1.0}, listening) == []
 
 
-def test_continuations_are_seeded_and_leave_the_random_state_alone():
+def test_continuations_are_seeded_and_leave_the_random_state_alone() -> None:
     codec = tiny_codec()
     model = tiny_model(tiny_args(), dtype=torch.float32, **STREAMS_OF_TINY_CODEC)
     codes = random_codes(num_frames=40, num_streams=17, text_card=40, card=32)
@@ -441,25 +464,37 @@ def test_continuations_are_seeded_and_leave_the_random_state_alone():
 
 
 @pytest.fixture(scope="module")
-def trained(config, tmp_path_factory):
+def trained(config: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A checkpoint with TTT, its data, and what its training logged."""
     run_dir = tmp_path_factory.mktemp("evaluate") / "run"
     data = write_dataset(run_dir.parent / "data", [4.0, 3.1, 2.3, 4.0], seed=9)
-    overrides = {"do_eval": True, "data.eval_data": str(data), "health_sec": 1, "duration_sec": 3.2}
+    overrides: dict[str, Any] = {
+        "do_eval": True,
+        "data.eval_data": str(data),
+        "health_sec": 1,
+        "duration_sec": 3.2,
+    }
     overrides |= {"model.attention_context": 10, "param_dtype": "float32"}
     train(config, run_dir, overrides)
     return checkpoint(run_dir, 4), data
 
 
-def options(trained, out, **changes):
+def options(trained: tuple[Path, Any], out: Path, **changes: Any) -> Any:
     path, data = trained
     health = ContinuationOptions(num_continuations=2, prompt_sec=0.4, health_sec=1.0)
-    given = {"tasks": ("position",), "bin_sec": 0.8, "batch_size": 2, "device": "cpu"}
+    given: dict[str, Any] = {
+        "tasks": ("position",),
+        "bin_sec": 0.8,
+        "batch_size": 2,
+        "device": "cpu",
+    }
     given |= {"data": str(data), "health": health, "block_frames": 7}
     return Options.complete()(checkpoint=path, out=out, **{**given, **changes})
 
 
-def test_a_report_that_stands_alone(trained, tmp_path, pair_folder):
+def test_a_report_that_stands_alone(
+    trained: tuple[Path, Path], tmp_path: Path, pair_folder: Path
+) -> None:
     results = evaluate_checkpoint(
         options(
             trained,
@@ -484,30 +519,39 @@ def test_a_report_that_stands_alone(trained, tmp_path, pair_folder):
     assert not list(out.glob("codes_*"))
 
 
-def test_wandb_gets_the_numbers_and_the_report(trained, tmp_path, monkeypatch):
-    logged, finished = {}, []
+def test_wandb_gets_the_numbers_and_the_report(
+    trained: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logged: dict[str, Any] = {}
+    finished: list[bool] = []
 
     class Run:
         log = staticmethod(logged.update)
         finish = staticmethod(lambda: finished.append(True))
 
-    def opened(folder, args, config, *, resumed):
+    def opened(folder: Any, args: Any, config: Any, *, resumed: Any) -> Any:
         assert (args.project, args.offline) == ("speech", True) and not resumed
         assert config["evaluation"]["arms"] == ("off",)
         return Run
 
     monkeypatch.setattr("finetune.evaluation.dashboard.open_wandb", opened)
-    chosen = {"wandb": WandbArgs("speech", offline=True), "arms": ("off",), "limit": 1}
+    chosen: dict[str, Any] = {
+        "wandb": WandbArgs("speech", offline=True),
+        "arms": ("off",),
+        "limit": 1,
+    }
     results = evaluate_checkpoint(options(trained, tmp_path / "out", **chosen))
     mean = results["position"]["arms"]["off"]["text"]["mean"]["value"]
     assert logged["position/off/text/mean"] == mean and "report" in logged and finished
 
 
-def test_an_interrupted_evaluation_continues_and_gives_the_same(trained, tmp_path, monkeypatch):
+def test_an_interrupted_evaluation_continues_and_gives_the_same(
+    trained: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = evaluate_checkpoint(options(trained, tmp_path / "whole", arms=("on", "carried")))
     score, passes = Scorer.score, []
 
-    def interrupted(self, **given):
+    def interrupted(self: Any, **given: Any) -> Iterator[ScoredBlock]:
         passes.append(len(self.rows))
         if len(passes) == 3:
             raise KeyboardInterrupt
@@ -530,22 +574,24 @@ def test_an_interrupted_evaluation_continues_and_gives_the_same(trained, tmp_pat
     assert len(passes) == 5 and fewer["position"]["num_recordings"] == 3
 
 
-def test_results_of_other_options_are_never_mixed(trained, tmp_path):
+def test_results_of_other_options_are_never_mixed(
+    trained: tuple[Path, Path], tmp_path: Path
+) -> None:
     evaluate_checkpoint(options(trained, tmp_path / "out", arms=("off",), limit=1))
     with pytest.raises(UserError, match=r"bin_frames was 10, is 5.*Choose another --out"):
         evaluate_checkpoint(options(trained, tmp_path / "out", bin_sec=0.4))
 
 
-def position_records(out, arm):
+def position_records(out: Path, arm: str) -> dict[str, Any]:
     """The records of an arm, by recording."""
     records = [json.loads(line) for line in (out / "position.jsonl").open()][1:]
     return {r["recording"]: r for r in records if r["arm"] == arm}
 
 
-def test_the_batch_size_changes_no_record(trained, tmp_path):
+def test_the_batch_size_changes_no_record(trained: tuple[Path, Path], tmp_path: Path) -> None:
     """Donors of a batch end at different frames, rows too."""
     for size in (1, 4):
-        chosen = {"arms": ("on", "carried"), "batch_size": size}
+        chosen: dict[str, Any] = {"arms": ("on", "carried"), "batch_size": size}
         evaluate_checkpoint(options(trained, tmp_path / str(size), **chosen))
     for arm in ("on", "carried"):
         alone, together = (position_records(tmp_path / size, arm) for size in "14")
@@ -558,14 +604,16 @@ def test_the_batch_size_changes_no_record(trained, tmp_path):
 
 
 @pytest.mark.parametrize("changed", ["0.wav", "0.json"])
-def test_a_changed_file_of_the_same_size_is_read_again(trained, tmp_path, monkeypatch, changed):
+def test_a_changed_file_of_the_same_size_is_read_again(
+    trained: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str
+) -> None:
     data = write_dataset(tmp_path / "data", [2.0, 2.0])
     evaluate_checkpoint(options(trained, tmp_path / "out", data=str(data), arms=("off",)))
     file = tmp_path / "data" / changed
     status, passes, score = file.stat(), [], Scorer.score
     os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns + 10**9))
 
-    def counted(self, **given):
+    def counted(self: Any, **given: Any) -> Iterator[ScoredBlock]:
         passes.append(len(self.rows))
         return score(self, **given)
 
@@ -574,7 +622,7 @@ def test_a_changed_file_of_the_same_size_is_read_again(trained, tmp_path, monkey
     assert passes == [1]
 
 
-def test_changed_recordings_of_pairs_are_scored_again(pair_folder):
+def test_changed_recordings_of_pairs_are_scored_again(pair_folder: Path) -> None:
     model, options = preferring(0, 1.0), PairOptions()
     _, records, _ = scores_of(model, pair_folder, options)
     file = pair_folder / "bad0.wav"
@@ -583,10 +631,12 @@ def test_changed_recordings_of_pairs_are_scored_again(pair_folder):
     assert len(list(again)) == len(list(records)) + 1 and len(task.results()) == 4
 
 
-def test_a_loss_that_is_not_finite_is_named_and_counted_nowhere(trained, tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_is_named_and_counted_nowhere(
+    trained: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     score = Scorer.score
 
-    def broken(self, **given):
+    def broken(self: Any, **given: Any) -> Iterator[ScoredBlock]:
         for block in score(self, **given):
             for row, recording in enumerate(self.rows):
                 if recording.num_frames == 39:
@@ -601,12 +651,17 @@ def test_a_loss_that_is_not_finite_is_named_and_counted_nowhere(trained, tmp_pat
     assert "loss is not finite at 1.6 s" in missing
     assert results["conclusions"][0].startswith("Warning: The loss of 1 recordings is not finite")
     # Not a single one left: that is said, too.
-    chosen = {"data": str(write_dataset(tmp_path / "data", [3.1])), "arms": ("off",)}
+    chosen: dict[str, Any] = {
+        "data": str(write_dataset(tmp_path / "data", [3.1])),
+        "arms": ("off",),
+    }
     results = evaluate_checkpoint(options(trained, tmp_path / "none", **chosen))
     assert "there is no loss by position" in results["conclusions"][1]
 
 
-def test_resets_before_anything_is_learnt_are_refused(trained, tmp_path):
+def test_resets_before_anything_is_learnt_are_refused(
+    trained: tuple[Path, Path], tmp_path: Path
+) -> None:
     with pytest.raises(UserError, match=r"--reset_frames: TTT writes after every 5 .* at least 6"):
         evaluate_checkpoint(options(trained, tmp_path / "out", reset_frames=5))
     # What is read counts, not the length of the files.
@@ -615,23 +670,27 @@ def test_resets_before_anything_is_learnt_are_refused(trained, tmp_path):
     assert any("the arm `reset` is left out" in note for note in results["notes"])
 
 
-def test_of_recordings_without_an_update_nothing_is_concluded(trained, tmp_path):
+def test_of_recordings_without_an_update_nothing_is_concluded(
+    trained: tuple[Path, Path], tmp_path: Path
+) -> None:
     results = evaluate_checkpoint(options(trained, tmp_path / "out", max_sec=0.4))
     assert list(results["position"]["arms"]) == ["on", "off"]
     (conclusion,) = results["conclusions"]
     assert "TTT never wrote" in conclusion and conclusion.startswith("Warning")
 
 
-def test_who_is_too_short_is_nobodys_donor(trained, tmp_path):
+def test_who_is_too_short_is_nobodys_donor(trained: tuple[Path, Path], tmp_path: Path) -> None:
     data = write_dataset(tmp_path / "data", [2.0, 0.3, 1.5, 0.3])
-    chosen = {"data": str(data), "arms": ("on", "carried")}
+    chosen: dict[str, Any] = {"data": str(data), "arms": ("on", "carried")}
     results = evaluate_checkpoint(options(trained, tmp_path / "out", **chosen))
     assert results["position"]["num_recordings"] == 4
     donors = {r["control"] for r in position_records(tmp_path / "out", "carried").values()}
     assert {donor[-5:] for donor in donors} == {"0.wav", "2.wav"}
 
 
-def test_another_recordings_state_is_what_the_carried_arm_starts_with(trained, tmp_path):
+def test_another_recordings_state_is_what_the_carried_arm_starts_with(
+    trained: tuple[Path, Path], tmp_path: Path
+) -> None:
     """Every recording is the donor of another one."""
     results = evaluate_checkpoint(options(trained, tmp_path / "out", arms=("on", "off", "carried")))
     records = [json.loads(line) for line in (tmp_path / "out/position.jsonl").open()][1:]
@@ -643,7 +702,9 @@ def test_another_recordings_state_is_what_the_carried_arm_starts_with(trained, t
     assert len(results["position"]["differences"]) == 3
 
 
-def test_what_cannot_be_read_is_listed_and_counted(trained, tmp_path):
+def test_what_cannot_be_read_is_listed_and_counted(
+    trained: tuple[Path, Path], tmp_path: Path
+) -> None:
     data = write_dataset(tmp_path / "data", [2.0, 2.0])
     (tmp_path / "data/0.json").unlink()
     results = evaluate_checkpoint(options(trained, tmp_path / "out", data=str(data)))
@@ -657,7 +718,7 @@ def test_what_cannot_be_read_is_listed_and_counted(trained, tmp_path):
     assert "0.json" in page and "there are no intervals" in page
 
 
-def test_a_stock_moshi_is_a_baseline(trained, tmp_path):
+def test_a_stock_moshi_is_a_baseline(trained: tuple[Path, Path], tmp_path: Path) -> None:
     stock = write_model(tmp_path / "model")
     config = json.loads((stock / "config.json").read_text())
     (stock / "config.json").write_text(json.dumps(config | {"context": 10}))
@@ -676,11 +737,13 @@ def test_a_stock_moshi_is_a_baseline(trained, tmp_path):
     assert any("compared with the baseline: loss beyond" in c for c in other["conclusions"])
 
 
-def test_a_wrong_baseline_is_told_before_anything_is_computed(trained, tmp_path, monkeypatch):
+def test_a_wrong_baseline_is_told_before_anything_is_computed(
+    trained: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     evaluate_checkpoint(options(trained, tmp_path / "base", arms=("on",)))
     monkeypatch.setattr("finetune.evaluation.bench.load_for_inference", None)
 
-    def refused(message, **changes):
+    def refused(message: str, **changes: Any) -> None:
         with pytest.raises(UserError, match=message):
             evaluate_checkpoint(options(trained, tmp_path / "out", arms=("on",), **changes))
 
@@ -692,12 +755,14 @@ def test_a_wrong_baseline_is_told_before_anything_is_computed(trained, tmp_path,
     refused(r"--baseline: .*is damaged", baseline=tmp_path / "base")
 
 
-def test_a_baseline_is_compared_by_what_was_read(trained, tmp_path):
+def test_a_baseline_is_compared_by_what_was_read(
+    trained: tuple[Path, Path], tmp_path: Path
+) -> None:
     """The same files by another path are the same; a file that was another one is left out."""
     data = write_dataset(tmp_path / "data", [2.0, 1.5])
     evaluate_checkpoint(options(trained, tmp_path / "base", data=str(data), arms=("on",)))
     (tmp_path / "link").symlink_to(tmp_path / "data")
-    chosen = {"baseline": tmp_path / "base", "arms": ("on",), "limit": 2}
+    chosen: dict[str, Any] = {"baseline": tmp_path / "base", "arms": ("on",), "limit": 2}
     chosen |= {"data": str(tmp_path / "link" / data.name)}
     results = evaluate_checkpoint(options(trained, tmp_path / "out", **chosen))
     assert results["position"]["num_recordings"] == 2
@@ -709,7 +774,7 @@ def test_a_baseline_is_compared_by_what_was_read(trained, tmp_path):
     assert "size_bytes was" in results["missing"]["baseline"][0]
 
 
-def test_earlier_results_are_not_rewritten(tmp_path, monkeypatch):
+def test_earlier_results_are_not_rewritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "records.jsonl"
     Records(path, {"a": 1}).append({"b": "é"})
     kept = path.read_bytes()
@@ -718,7 +783,7 @@ def test_earlier_results_are_not_rewritten(tmp_path, monkeypatch):
     assert list(Records(path, {"a": 1})) == [{"b": "é"}] and path.read_bytes() == kept
 
 
-def test_training_logs_the_health_of_speech(trained):
+def test_training_logs_the_health_of_speech(trained: tuple[Path, Path]) -> None:
     for record in read_metrics(metrics_path(trained[0].parent.parent, "eval")):
         for name in ("entropy", "modal_share", "padding_share", "silence_share", "repeat_rate"):
             assert math.isfinite(record[f"health/{name}"])
@@ -735,9 +800,13 @@ def test_training_logs_the_health_of_speech(trained):
     ],
 )
 def test_speech_that_cannot_be_checked_is_told_at_the_start(
-    config, tmp_path, capsys, overrides, why
-):
-    given = {"do_eval": True, "duration_sec": 4, "health_sec": 6, **overrides}
+    config: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    overrides: dict[str, Any],
+    why: Any,
+) -> None:
+    given: dict[str, Any] = {"do_eval": True, "duration_sec": 4, "health_sec": 6, **overrides}
     run = trainer(config, tmp_path, given)
     said = capsys.readouterr().out
     assert ("health of speech is not checked" in said) == (why is not None) and (why or "") in said
@@ -765,7 +834,13 @@ def test_speech_that_cannot_be_checked_is_told_at_the_start(
         ({"limits": "3"}, "unknown option: --limits"),
     ],
 )
-def test_mistakes_are_named(trained, tmp_path, capsys, arguments, message):
+def test_mistakes_are_named(
+    trained: tuple[Path, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: dict[str, str],
+    message: Any,
+) -> None:
     (tmp_path / "empty.jsonl").write_text("\n")
     path, data = trained
     given = {"checkpoint": str(path), "data": str(data), "out": str(tmp_path / "out")} | arguments
@@ -777,16 +852,22 @@ def test_mistakes_are_named(trained, tmp_path, capsys, arguments, message):
     assert message in capsys.readouterr().err
 
 
-def test_the_command_says_what_came_out(trained, tmp_path, capsys):
+def test_the_command_says_what_came_out(
+    trained: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path, data = trained
-    given = {"checkpoint": str(path), "data": str(data), "out": str(tmp_path / "out")}
+    given: dict[str, Any] = {
+        "checkpoint": str(path),
+        "data": str(data),
+        "out": str(tmp_path / "out"),
+    }
     given |= {"tasks": "position", "arms": "on,off", "bin_sec": "0.8", "limit": "2"}
     assert run(lambda: evaluate(**given)) == 0
     printed = capsys.readouterr().out
     assert "- TTT on, compared with off" in printed and "report.html" in printed
 
 
-def test_results_that_never_came_stand_in_nobodys_way(tmp_path):
+def test_results_that_never_came_stand_in_nobodys_way(tmp_path: Path) -> None:
     """An evaluation that ran out of memory at once goes on with another batch size."""
     path = tmp_path / "health.jsonl"
     Records(path, {"batch_size": 4})
@@ -807,9 +888,15 @@ def test_results_that_never_came_stand_in_nobodys_way(tmp_path):
     ],
 )
 def test_memory_that_is_too_small_is_one_message(
-    trained, tmp_path, monkeypatch, capsys, where, sizes, ways
-):
-    def too_large(*_, **__):
+    trained: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    where: str,
+    sizes: Any,
+    ways: Any,
+) -> None:
+    def too_large(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr(where, too_large)

@@ -1,5 +1,8 @@
 """Windowed scoring against one long forward pass, and codes read part by part."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +14,7 @@ from finetune.data import check_recordings
 from finetune.evaluation.codes import Silence, encode_to_file
 from finetune.evaluation.streaming import Scorer, cut
 from finetune.step import LossWeights, stream_sums
-from ttt import TTTArgs, block_streaming
+from ttt import TTTArgs, TTTLMModel, block_streaming
 
 WEIGHTS = LossWeights(text_padding=0.5, first_codebook=3.0)
 
@@ -19,15 +22,17 @@ WEIGHTS = LossWeights(text_padding=0.5, first_codebook=3.0)
 class InMemory:
     """Codes [num_streams, T] as the scorer reads them."""
 
-    def __init__(self, codes):
+    def __init__(self, codes: torch.Tensor) -> None:
         self.codes = codes
         self.num_frames = codes.shape[1]
 
-    def read(self, start_frame, stop_frame):
+    def read(self, start_frame: int, stop_frame: int) -> torch.Tensor:
         return self.codes[:, start_frame:stop_frame]
 
 
-def scored(model, rows, *, block_frames, **options):
+def scored(
+    model: TTTLMModel, rows: list[Any], *, block_frames: int, **options: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """CE, weights and targets of whole recordings, [B, 1 + dep_q, T] each, by position."""
     rows = [InMemory(row) for row in rows]
     num_frames = max(row.num_frames for row in rows)
@@ -45,11 +50,11 @@ def scored(model, rows, *, block_frames, **options):
     return nll * is_target, weight, is_target
 
 
-def whole(model, codes):
+def whole(model: TTTLMModel, codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """CE of one recording [num_streams, T] by one forward pass, and where there is a target."""
     output = model(codes[None])
     offset = model.audio_offset
-    parts = []
+    parts: list[Any] = []
     for logits, targets, mask in (
         (output.text_logits, codes[None, :offset], output.text_mask),
         (output.logits, codes[None, offset : offset + model.dep_q], output.mask),
@@ -65,7 +70,7 @@ def whole(model, codes):
 )
 @pytest.mark.parametrize("block_frames", [1, 7, 64])
 @torch.no_grad()
-def test_windowed_scoring_equals_one_long_forward_pass(args, block_frames):
+def test_windowed_scoring_equals_one_long_forward_pass(args: TTTArgs, block_frames: int) -> None:
     """Although the sequence is five times as long as attention sees, and blocks cut everywhere."""
     model, codes = tiny_model(args), random_codes(batch=1, num_frames=60)
     nll, weight, is_target = scored(model, list(codes), block_frames=block_frames)
@@ -82,7 +87,7 @@ def test_windowed_scoring_equals_one_long_forward_pass(args, block_frames):
 
 
 @torch.no_grad()
-def test_every_row_is_scored_as_it_is_alone():
+def test_every_row_is_scored_as_it_is_alone() -> None:
     model = tiny_model()
     rows = [random_codes(batch=1, num_frames=n, seed=n)[0] for n in (60, 13, 41)]
     together = scored(model, rows, block_frames=16)
@@ -94,7 +99,7 @@ def test_every_row_is_scored_as_it_is_alone():
 
 
 @torch.no_grad()
-def test_without_ttt_the_model_is_the_plain_one():
+def test_without_ttt_the_model_is_the_plain_one() -> None:
     for args in (tiny_args(), tiny_linear_args()):
         model, codes = tiny_model(args), random_codes(batch=1, num_frames=40)[0]
         plain = tiny_model(TTTArgs(enabled=False))
@@ -106,7 +111,7 @@ def test_without_ttt_the_model_is_the_plain_one():
 
 
 @torch.no_grad()
-def test_a_reset_forgets_what_ttt_has_learnt_and_not_what_attention_sees():
+def test_a_reset_forgets_what_ttt_has_learnt_and_not_what_attention_sees() -> None:
     model, codes = tiny_model(), random_codes(batch=1, num_frames=40)[0]
     on, _, _ = scored(model, [codes], block_frames=8)
     never = scored(model, [codes], block_frames=8, reset_every_frames=40)[0]
@@ -123,11 +128,11 @@ def test_a_reset_forgets_what_ttt_has_learnt_and_not_what_attention_sees():
 
 
 @torch.no_grad()
-def test_rows_learn_from_recordings_of_different_lengths_as_alone():
+def test_rows_learn_from_recordings_of_different_lengths_as_alone() -> None:
     model = tiny_model()
     rows = [InMemory(random_codes(batch=1, num_frames=n, seed=n)[0]) for n in (30, 10)]
 
-    def state_after(*rows):
+    def state_after(*rows: Any) -> dict[str, Any]:
         with block_streaming(model, len(rows), 8):
             scorer = Scorer(model, rows, weights=WEIGHTS, block_frames=8)
             scorer.learn([row.num_frames for row in rows])
@@ -143,12 +148,12 @@ def test_rows_learn_from_recordings_of_different_lengths_as_alone():
     "args", [tiny_args(), tiny_delta_args(), tiny_linear_args()], ids=["sum", "delta", "linear"]
 )
 @torch.no_grad()
-def test_rows_go_on_from_donors_of_different_lengths_as_alone(args):
+def test_rows_go_on_from_donors_of_different_lengths_as_alone(args: TTTArgs) -> None:
     model = tiny_model(args)
     rows = [InMemory(random_codes(batch=1, num_frames=60, seed=n)[0]) for n in (1, 2)]
     donors = [InMemory(random_codes(batch=1, num_frames=n, seed=n)[0]) for n in (60, 20)]
 
-    def scored_after(rows, donors):
+    def scored_after(rows: Any, donors: Any) -> torch.Tensor:
         with block_streaming(model, len(rows), 8):
             scorer = Scorer(model, donors, weights=WEIGHTS, block_frames=8)
             scorer.learn([donor.num_frames for donor in donors])
@@ -164,14 +169,16 @@ def test_rows_go_on_from_donors_of_different_lengths_as_alone(args):
         assert torch.allclose(together[index], alone[0], atol=1e-5)
 
 
-def test_ranges_end_at_blocks_and_at_cuts():
+def test_ranges_end_at_blocks_and_at_cuts() -> None:
     assert cut(20, 8) == [(0, 8), (8, 16), (16, 20)]
     assert cut(20, 8, [0, 5, 10, 20, 30]) == [(0, 5), (5, 8), (8, 10), (10, 16), (16, 20)]
     assert cut(1, 8) == [(0, 1)]
 
 
 @pytest.mark.parametrize("rate_hz", [24_000, 16_000])
-def test_codes_read_part_by_part_are_those_of_the_whole_recording(tmp_path, rate_hz):
+def test_codes_read_part_by_part_are_those_of_the_whole_recording(
+    tmp_path: Path, rate_hz: int
+) -> None:
     """Far beyond what Mimi's attention sees, 2 s here, and beyond a block of 10 s."""
     line = write_recording(tmp_path, "a.wav", 27.3, rate_hz=rate_hz)
     path, codec = tmp_path / "a.wav", tiny_codec()
@@ -188,7 +195,7 @@ def test_codes_read_part_by_part_are_those_of_the_whole_recording(tmp_path, rate
     assert torch.equal(first.read(0, 50), parts[:, :50])
 
 
-def test_silence_is_encoded_not_assumed():
+def test_silence_is_encoded_not_assumed() -> None:
     codec = tiny_codec()
     silence = Silence(codec)
     long, short = silence.codes(300), silence.codes(20)

@@ -3,7 +3,9 @@
 import csv
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,10 +34,10 @@ class Loudness(Task):
     title = "Loudness of the recordings"
     options = LoudnessOptions
 
-    def __init__(self):
-        self.measured = []
+    def __init__(self) -> None:
+        self.measured: list[Any] = []
 
-    def run(self, bench, options, prepared) -> dict[str, Any]:
+    def run(self, bench: Any, options: Any, prepared: Any) -> dict[str, Any]:
         records = bench.records(self.name, {"loud_from": options.loud_from})
         done = {record["recording"] for record in records}
         for recording in bench.recordings:
@@ -48,23 +50,23 @@ class Loudness(Task):
         loud = sum(rms >= options.loud_from for rms in levels.values())
         return {"levels": levels, "num_loud": loud, "model_width": bench.model.dim}
 
-    def sentences(self, found):
+    def sentences(self, found: Any) -> list[Any]:
         return [f"{found['num_loud']} of {len(found['levels'])} recordings are loud."]
 
-    def figure(self, found, model) -> Figure:
+    def figure(self, found: Any, model: Any) -> Figure:
         figure = Figure(figsize=(4, 2))
         figure.subplots().bar(range(len(found["levels"])), found["levels"].values())
         return figure
 
-    def tables(self, found):
+    def tables(self, found: Any) -> list[Any]:
         return [Table(("recording", "root mean square"), list(found["levels"].items()))]
 
-    def csv(self, found) -> Table:
+    def csv(self, found: Any) -> Table:
         return Table(("recording", "rms"), list(found["levels"].items()))
 
 
 @pytest.fixture
-def toy(monkeypatch):
+def toy(monkeypatch: pytest.MonkeyPatch) -> Loudness:
     """The task, registered as long as the test runs."""
     task = Loudness()
     monkeypatch.setitem(TASKS, task.name, task)
@@ -72,12 +74,12 @@ def toy(monkeypatch):
 
 
 @pytest.fixture
-def evaluate(tmp_path, monkeypatch):
+def evaluate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """The command, on a stock checkpoint and two recordings; returns its exit status."""
     model = write_model(tmp_path / "model", context=10)
     write_dataset(tmp_path / "data", [1.0, 1.0])
 
-    def run(*words):
+    def run(*words: Any) -> str | int | None:
         files = [f"--data={tmp_path / 'data/all.jsonl'}", f"--out={tmp_path / 'out'}"]
         given = [f"--checkpoint={model}", "--device=cpu", *files, *words]
         monkeypatch.setattr(sys, "argv", ["moshi-ttt", "evaluate", *given])
@@ -88,14 +90,16 @@ def evaluate(tmp_path, monkeypatch):
     return run
 
 
-def add_recording(folder, name):
+def add_recording(folder: Path, name: str) -> None:
     """Put one more recording into the data set of a folder."""
     line = write_recording(folder, name, 1.0, seed=5)
     with (folder / "all.jsonl").open("a") as file:
         file.write(json.dumps(line) + "\n")
 
 
-def test_a_task_of_ones_own_is_run_reported_and_not_repeated(toy, evaluate, tmp_path, capsys):
+def test_a_task_of_ones_own_is_run_reported_and_not_repeated(
+    toy: Loudness, evaluate: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert evaluate("--tasks=loudness", "--loud_from=1e-3") == 0
     assert "- 2 of 2 recordings are loud." in capsys.readouterr().out
     out = tmp_path / "out"
@@ -125,7 +129,9 @@ def test_a_task_of_ones_own_is_run_reported_and_not_repeated(toy, evaluate, tmp_
     assert "loud_from was 0.001, is 0.5" in capsys.readouterr().err
 
 
-def test_its_options_are_read_and_explained_like_all_others(toy, evaluate, capsys):
+def test_its_options_are_read_and_explained_like_all_others(
+    toy: Loudness, evaluate: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert evaluate("--help") in (0, None)
     assert "RMS from which on a recording is loud. [number]" in capsys.readouterr().out
     for words, message in (
@@ -138,7 +144,9 @@ def test_its_options_are_read_and_explained_like_all_others(toy, evaluate, capsy
     assert toy.measured == []
 
 
-def test_without_it_there_is_no_such_task_or_option(evaluate, capsys):
+def test_without_it_there_is_no_such_task_or_option(
+    evaluate: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert evaluate("--tasks=loudness") == 1 and evaluate("--loud_from=1") == 1
     said = capsys.readouterr().err
     assert "got 'loudness'" in said and "unknown option: --loud_from" in said

@@ -9,20 +9,23 @@ from finetune.errors import UserError
 from finetune.kept import Kept, Records, read_records
 
 
-def test_a_result_comes_back_as_it_was(tmp_path):
+def test_a_result_comes_back_as_it_was(tmp_path: Path) -> None:
     kept = Kept(tmp_path / "new/result.json")
     assert kept.read() is None
     kept.write({"loss": math.inf, "name": "é", "curve": [1.5, math.nan]})
     found = kept.read()
+    assert found is not None
     assert found["loss"] == math.inf and found["name"] == "é"
     assert found["curve"][0] == 1.5 and math.isnan(found["curve"][1])
 
 
-def test_a_crash_while_writing_leaves_what_was_there(tmp_path, monkeypatch):
+def test_a_crash_while_writing_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     kept = Kept(tmp_path / "result.json")
     kept.write({"step": 1})
 
-    def dies(path, target):
+    def dies(path: Path, target: Path) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Path, "replace", dies)
@@ -32,13 +35,13 @@ def test_a_crash_while_writing_leaves_what_was_there(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff", b"[" * 100_000])
-def test_a_damaged_file_is_named(tmp_path, content):
+def test_a_damaged_file_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "result.json").write_bytes(content)
     with pytest.raises(UserError, match=r"result\.json is damaged .*: delete it, or move it away"):
         Kept(tmp_path / "result.json").read()
 
 
-def test_a_place_that_cannot_be_used_is_named(tmp_path):
+def test_a_place_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(UserError, match=r"file/result\.json cannot be written: "):
         Kept(tmp_path / "file/result.json").write({})
@@ -47,10 +50,12 @@ def test_a_place_that_cannot_be_used_is_named(tmp_path):
         Kept(tmp_path / "result.json").read()
 
 
-def test_records_are_read_by_others_with_what_they_depend_on(tmp_path):
+def test_records_are_read_by_others_with_what_they_depend_on(tmp_path: Path) -> None:
     path = tmp_path / "records.jsonl"
     Records(path, {"seed": 0}).append({"loss": math.nan})
-    header, (record,) = read_records(path, "--with")
+    found = read_records(path, "--with")
+    assert found is not None
+    header, (record,) = found
     assert header == {"seed": 0} and math.isnan(record["loss"])
     assert read_records(tmp_path / "none.jsonl", "--with") is None
     path.write_text("{}\n[]\n")

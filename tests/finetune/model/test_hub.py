@@ -6,6 +6,9 @@ import io
 import socket
 import threading
 import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub import constants
@@ -22,7 +25,7 @@ REPO = "kyutai/no-such-moshi"
 
 
 @pytest.fixture
-def asked(monkeypatch, tmp_path):
+def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., Any]]:
     """Sets the hub's address, for processes that cannot wait; the connections that it got."""
     monkeypatch.setattr(hub, "TIMEOUT_SEC", TIMEOUT_SEC)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -30,13 +33,13 @@ def asked(monkeypatch, tmp_path):
     monkeypatch.setenv("no_proxy", "*")
     with contextlib.ExitStack() as stack:
 
-        def at(endpoint, answer=None):
-            connections = []
+        def at(endpoint: Any, answer: Any = None) -> list[Any]:
+            connections: list[Any] = []
             if endpoint is None:
                 server = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
                 endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
 
-                def serve():
+                def serve() -> None:
                     with contextlib.suppress(OSError):  # the test is over
                         while True:
                             connections.append(server.accept()[0])
@@ -55,7 +58,9 @@ CLOSED, SILENT, NO_ADDRESS = "http://127.0.0.1:9", None, "http://[no address"
 
 
 @pytest.mark.parametrize("endpoint", [CLOSED, SILENT, NO_ADDRESS, ""])
-def test_a_hub_that_does_not_answer_is_given_up_in_time(asked, endpoint):
+def test_a_hub_that_does_not_answer_is_given_up_in_time(
+    asked: Callable[..., Any], endpoint: str | None
+) -> None:
     connections = asked(endpoint)
     started_at = time.monotonic()
     assert not hub.is_reachable()
@@ -63,11 +68,13 @@ def test_a_hub_that_does_not_answer_is_given_up_in_time(asked, endpoint):
     assert len(connections) == (endpoint is SILENT)
 
 
-def test_many_addresses_take_no_longer_than_one(asked, monkeypatch):
+def test_many_addresses_take_no_longer_than_one(
+    asked: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As a name has where a firewall lets nothing through: each would be waited for."""
     asked(CLOSED)
 
-    def connect(*args, **kwargs):
+    def connect(*args: Any, **kwargs: Any) -> None:
         time.sleep(4 * TIMEOUT_SEC)
         raise TimeoutError
 
@@ -78,12 +85,12 @@ def test_many_addresses_take_no_longer_than_one(asked, monkeypatch):
 
 
 @pytest.mark.parametrize("status", ["200 OK", "403 Forbidden", "500 Internal Server Error"])
-def test_any_answer_counts(asked, status):
+def test_any_answer_counts(asked: Callable[..., Any], status: str) -> None:
     asked(SILENT, answer=f"HTTP/1.1 {status}\r\nContent-Length: 0\r\n\r\n".encode())
     assert hub.is_reachable()
 
 
-def test_what_is_no_answer_does_not(asked):
+def test_what_is_no_answer_does_not(asked: Callable[..., Any]) -> None:
     asked(SILENT, answer=b"SSH-2.0-OpenSSH_9.6\r\n")
     assert not hub.is_reachable()
 
@@ -97,7 +104,9 @@ ARGS = TrainArgs(
 
 
 @pytest.mark.parametrize("endpoint", [CLOSED, SILENT])
-def test_plan_says_once_that_the_hub_is_not_there_and_goes_on(asked, monkeypatch, endpoint):
+def test_plan_says_once_that_the_hub_is_not_there_and_goes_on(
+    asked: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, endpoint: str | None
+) -> None:
     # Of that size Moshi's shape takes no time.
     shape = {key: value for key, value in LM_CONFIG.items() if key in loaders._lm_kwargs}
     monkeypatch.setattr(loaders, "_lm_kwargs", loaders._lm_kwargs | shape)
@@ -114,7 +123,9 @@ def test_plan_says_once_that_the_hub_is_not_there_and_goes_on(asked, monkeypatch
 
 
 @pytest.mark.parametrize("endpoint", [CLOSED, SILENT])
-def test_a_run_without_the_hub_is_one_message(asked, recwarn, endpoint):
+def test_a_run_without_the_hub_is_one_message(
+    asked: Callable[..., Any], recwarn: Any, endpoint: str | None
+) -> None:
     connections = asked(endpoint)
     noise = io.StringIO()
     paths = dataclasses.replace(ARGS.moshi_paths, random_init=True)

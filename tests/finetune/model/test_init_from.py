@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,30 +21,35 @@ from training_tools import (
 )
 
 from finetune.config import load_config
+from finetune.config.args import TrainArgs
 from finetune.errors import UserError
 from finetune.inference import load_for_inference
 from finetune.model import find_checkpoint, load_model, plan_model, trainable_by_role
+from finetune.trainer import Trainer
+from ttt import TTTLMModel
 
 ROOT = Path(__file__).parents[3]
-NO_TTT = {"ttt.enabled": False}
+NO_TTT: dict[str, Any] = {"ttt.enabled": False}
 
 
-def trained(config, run_dir, overrides):
+def trained(config: Path, run_dir: Path, overrides: dict[str, Any]) -> tuple[Path, Any]:
     """A short run's checkpoint and its weights."""
     run = train(config, run_dir, {"max_steps": 2, **overrides})
     return checkpoint(run_dir, 2), weights(run.model)
 
 
-def weights(model):
+def weights(model: TTTLMModel) -> dict[str, torch.Tensor]:
     return {name: weight.clone() for name, weight in model.state_dict().items()}
 
 
-def start(config, run_dir, init_from, overrides):
+def start(config: Path, run_dir: Path, init_from: Path | str, overrides: dict[str, Any]) -> Trainer:
     return trainer(config, run_dir, {**overrides, "moshi_paths.init_from": str(init_from)})
 
 
 @pytest.mark.parametrize("options", [FULL, LORA, LORA | {"lora.ft_embed": True}, {}], ids=str)
-def test_all_weights_are_kept_and_nothing_else(config, tmp_path, options):
+def test_all_weights_are_kept_and_nothing_else(
+    config: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
     """Base, LoRA and TTT to the bit; optimizer, step and data position are new."""
     earlier, expected = trained(config, tmp_path / "one", options)
     run = start(config, tmp_path / "two", earlier, options)
@@ -57,8 +63,10 @@ def test_all_weights_are_kept_and_nothing_else(config, tmp_path, options):
     assert all(torch.equal(m, p) for m, p in zip(masters, own, strict=True))
 
 
-def test_ttt_is_added_to_a_base_without_and_changes_nothing_at_first(config, tmp_path, capsys):
-    window = {"model.attention_context": 4}
+def test_ttt_is_added_to_a_base_without_and_changes_nothing_at_first(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    window: dict[str, Any] = {"model.attention_context": 4}
     earlier, expected = trained(config, tmp_path / "base", FULL | NO_TTT | window)
     run = start(config, tmp_path / "ttt", earlier, FULL | window)
     assert "TTT is added, untrained" in capsys.readouterr().out
@@ -76,12 +84,12 @@ def test_ttt_is_added_to_a_base_without_and_changes_nothing_at_first(config, tmp
     assert_same_weights(weights(again), weights(run.model))
 
 
-def _logits(model, codes):
+def _logits(model: TTTLMModel, codes: torch.Tensor) -> list[Any]:
     out = model(codes)
     return [torch.where(out.mask[..., None], out.logits.float(), 0.0)]
 
 
-def test_a_chain_finds_its_base(config, tmp_path):
+def test_a_chain_finds_its_base(config: Path, tmp_path: Path) -> None:
     """All weights, then TTT alone, then LoRA: each checkpoint has only what it trained."""
     first, base = trained(config, tmp_path / "one", FULL | NO_TTT)
     second, with_ttt = trained(config, tmp_path / "two", {"moshi_paths.init_from": str(first)})
@@ -98,19 +106,23 @@ def test_a_chain_finds_its_base(config, tmp_path):
     assert_same_weights(weights(again), weights(run.model))
 
 
-def test_resuming_goes_on_where_it_was_and_not_at_the_start(config, tmp_path):
+def test_resuming_goes_on_where_it_was_and_not_at_the_start(config: Path, tmp_path: Path) -> None:
     earlier, _ = trained(config, tmp_path / "one", FULL)
     options = FULL | {"moshi_paths.init_from": str(earlier), "param_dtype": "float32"}
     train(config, tmp_path / "whole", options | {"max_steps": 4})
     half = trainer(config, tmp_path / "half", options | {"max_steps": 4, "ckpt_freq": 2})
-    half.train_step(), half.train_step(), half.save(), half.writer.wait(), half.metrics.close()
+    half.train_step()
+    half.train_step()
+    half.save()
+    half.writer.wait()
+    half.metrics.close()
     resumed = train(config, tmp_path / "half", options | {"max_steps": 4, "resume": True})
     assert resumed.step == 4
     assert logged(tmp_path / "half") == logged(tmp_path / "whole")
 
 
 @pytest.fixture(scope="module")
-def with_lora_and_ttt(config, tmp_path_factory):
+def with_lora_and_ttt(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return trained(config, tmp_path_factory.mktemp("earlier") / "run", LORA)[0]
 
 
@@ -127,14 +139,19 @@ def with_lora_and_ttt(config, tmp_path_factory):
     ],
     ids=str,
 )
-def test_what_does_not_fit_is_named(config, tmp_path, with_lora_and_ttt, overrides, named):
+def test_what_does_not_fit_is_named(
+    config: Path, tmp_path: Path, with_lora_and_ttt: Path, overrides: dict[str, Any], named: str
+) -> None:
     with pytest.raises(UserError, match=f"(?s)init_from.*{named}"):
         start(config, tmp_path / "run", with_lora_and_ttt, overrides)
     assert not (tmp_path / "run").exists()
 
 
-def test_another_model_is_named_by_what_differs(config, tmp_path, with_lora_and_ttt):
+def test_another_model_is_named_by_what_differs(
+    config: Path, tmp_path: Path, with_lora_and_ttt: Path
+) -> None:
     args = load_config(config)
+    assert args.moshi_paths.hf_repo_id is not None
     shape = json.loads((Path(args.moshi_paths.hf_repo_id) / "config.json").read_text())
     other = tmp_path / "config.json"
     other.write_text(json.dumps(shape | {"num_layers": 1, "positional_embedding": "sin"}))
@@ -146,7 +163,9 @@ def test_another_model_is_named_by_what_differs(config, tmp_path, with_lora_and_
     assert "positional_embedding: is rope in the earlier run, and sin here" in str(error.value)
 
 
-def test_a_run_folder_given_for_a_checkpoint_says_so(config, tmp_path, with_lora_and_ttt):
+def test_a_run_folder_given_for_a_checkpoint_says_so(
+    config: Path, tmp_path: Path, with_lora_and_ttt: Path
+) -> None:
     with pytest.raises(UserError, match=f"init_from: .*Did you mean {with_lora_and_ttt}"):
         start(config, tmp_path, with_lora_and_ttt.parent.parent, LORA)
     with pytest.raises(UserError, match=r"init_from, moshi_paths\.moshi_path: both"):
@@ -163,12 +182,12 @@ STACKS = [
 ]
 
 
-def demo_args(**overrides):
+def demo_args(**overrides: Any) -> TrainArgs:
     return load_config(ROOT / "example/demo.yaml", {**NO_TTT, **overrides})
 
 
 @pytest.mark.parametrize("stack", STACKS, ids=lambda stack: "-".join(stack.values()))
-def test_no_linear_layer_has_a_bias_and_gates_cost_no_parameters(stack):
+def test_no_linear_layer_has_a_bias_and_gates_cost_no_parameters(stack: dict[str, str]) -> None:
     args = demo_args(**stack)
     model = plan_model(args, find_checkpoint(args.moshi_paths))
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
@@ -189,11 +208,11 @@ def test_no_linear_layer_has_a_bias_and_gates_cost_no_parameters(stack):
     assert _count(twin) == _count(model)
 
 
-def _count(model):
+def _count(model: TTTLMModel) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def test_the_chosen_shape_is_saved_and_needs_random_weights(config, tmp_path):
+def test_the_chosen_shape_is_saved_and_needs_random_weights(config: Path, tmp_path: Path) -> None:
     stack = STACKS[0]
     with pytest.raises(UserError, match="has 3 problems") as error:
         load_config(config, FULL | NO_TTT | stack)
@@ -213,8 +232,8 @@ def test_the_chosen_shape_is_saved_and_needs_random_weights(config, tmp_path):
         start(config, tmp_path / "two", saved, random | changed)
 
 
-def test_a_plain_mlp_leaves_linear_ttt_but_not_in_place():
-    plain = {"model.gating": "none", "ttt.enabled": True}
+def test_a_plain_mlp_leaves_linear_ttt_but_not_in_place() -> None:
+    plain: dict[str, Any] = {"model.gating": "none", "ttt.enabled": True}
     with pytest.raises(UserError, match=r"model\.gating, ttt\.method: .*set ttt.method to linear"):
         demo_args(**plain)
     args = demo_args(**plain | {"ttt.method": "linear", "ttt.mini_batch_size": 8})

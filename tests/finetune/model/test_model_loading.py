@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,8 +22,9 @@ from training_tools import (
 
 from finetune.config import ModelPaths, load_config
 from finetune.model import find_checkpoint, load_model, parameters_by_role, trainable_by_role
+from ttt import TTTLMModel
 
-MODES = {
+MODES: dict[str, Any] = {
     "full": ({**FULL}, {"base", "embedding", "ttt"}),
     "lora": ({**LORA}, {"lora", "ttt"}),
     "lora and embeddings": ({**LORA, "lora.ft_embed": True}, {"lora", "embedding", "ttt"}),
@@ -31,22 +34,22 @@ MODES = {
 }
 
 
-def load(config, overrides=None):
+def load(config: Path, overrides: dict[str, Any] | None = None) -> TTTLMModel:
     args = load_config(config, {"param_dtype": "float32", **(overrides or {})})
     return load_model(args, find_checkpoint(args.moshi_paths), "cpu")
 
 
 @torch.no_grad()
-def logits(model):
+def logits(model: TTTLMModel) -> tuple[Any, Any]:
     output = model.eval()(random_batch())
     return output.text_logits, output.logits
 
 
-def weights(model):
+def weights(model: TTTLMModel) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
-def stock(config):
+def stock(config: Path) -> Any:
     base = config.parent / "model"
     info = CheckpointInfo.from_hf_repo(
         "nobody/nothing",
@@ -60,7 +63,7 @@ def stock(config):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_before_training_the_model_is_stock_moshi(config, mode):
+def test_before_training_the_model_is_stock_moshi(config: Path, mode: str) -> None:
     overrides, _ = MODES[mode]
     for found, expected in zip(logits(load(config, overrides)), logits(stock(config)), strict=True):
         # Not to the bit: torch multiplies by frozen weights in another way.
@@ -68,7 +71,9 @@ def test_before_training_the_model_is_stock_moshi(config, mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_what_is_to_train_changes_and_all_else_stays_to_the_bit(config, tmp_path, mode):
+def test_what_is_to_train_changes_and_all_else_stays_to_the_bit(
+    config: Path, tmp_path: Path, mode: str
+) -> None:
     overrides, roles = MODES[mode]
     run = trainer(config, tmp_path, {**overrides, "max_steps": 3, "do_ckpt": False})
     before = weights(run.model)
@@ -81,7 +86,7 @@ def test_what_is_to_train_changes_and_all_else_stays_to_the_bit(config, tmp_path
         assert changed == (set(named) if role in roles else set()), role
 
 
-def test_roles_follow_from_the_kind_of_module(config):
+def test_roles_follow_from_the_kind_of_module(config: Path) -> None:
     roles = parameters_by_role(load(config, LORA))
     embeddings = {"text_emb", "depformer_text_emb"}
     embeddings |= {f"emb.{index}" for index in range(8)}
@@ -106,7 +111,7 @@ def test_roles_follow_from_the_kind_of_module(config):
     assert sum(map(len, roles.values())) == len(list(load(config, LORA).parameters()))
 
 
-def test_new_parameters_depend_on_the_seed_alone(config):
+def test_new_parameters_depend_on_the_seed_alone(config: Path) -> None:
     torch.manual_seed(7)
     first = weights(load(config, LORA))
     torch.manual_seed(8)
@@ -115,11 +120,16 @@ def test_new_parameters_depend_on_the_seed_alone(config):
     assert not torch.equal(other["text_linear.lora_A.weight"], first["text_linear.lora_A.weight"])
 
 
-def test_a_random_start_needs_no_weights_and_depends_on_the_seed_alone(config, tmp_path):
+def test_a_random_start_needs_no_weights_and_depends_on_the_seed_alone(
+    config: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "model"
     shutil.copytree(config.parent / "model", folder)
     (folder / "model.safetensors").unlink()
-    overrides = {"moshi_paths.random_init": True, "moshi_paths.hf_repo_id": str(folder)}
+    overrides: dict[str, Any] = {
+        "moshi_paths.random_init": True,
+        "moshi_paths.hf_repo_id": str(folder),
+    }
     first = weights(load(config, overrides))
     torch.rand(3)
     assert_same_weights(weights(load(config, overrides)), first)
@@ -130,14 +140,14 @@ def test_a_random_start_needs_no_weights_and_depends_on_the_seed_alone(config, t
     assert losses.step == 1
 
 
-def test_weights_come_in_the_configured_type_whatever_that_of_the_file(config):
+def test_weights_come_in_the_configured_type_whatever_that_of_the_file(config: Path) -> None:
     for dtype in ("bfloat16", "float32"):
         model = load(config, {**LORA, "param_dtype": dtype})
         assert {p.dtype for p in model.parameters()} == {getattr(torch, dtype)}
 
 
-def test_files_can_be_named_one_by_one(config, tmp_path):
-    names = {
+def test_files_can_be_named_one_by_one(config: Path, tmp_path: Path) -> None:
+    names: dict[str, Any] = {
         "moshi_path": "weights.safetensors",
         "mimi_path": "codec.safetensors",
         "tokenizer_path": "words.model",
@@ -149,12 +159,14 @@ def test_files_can_be_named_one_by_one(config, tmp_path):
     for name, original in zip(names.values(), originals, strict=True):
         shutil.copy(config.parent / "model" / original, tmp_path / name)
     paths = {f"moshi_paths.{key}": str(tmp_path / name) for key, name in names.items()}
-    overrides = {"moshi_paths.hf_repo_id": "null", **paths}
+    overrides: dict[str, Any] = {"moshi_paths.hf_repo_id": "null", **paths}
     assert_same_weights(weights(load(config, overrides)), weights(load(config)))
     train(config, tmp_path / "run", {**overrides, "max_steps": 1})
 
 
-def test_a_named_file_takes_the_place_of_the_one_in_the_folder(config, tmp_path):
+def test_a_named_file_takes_the_place_of_the_one_in_the_folder(
+    config: Path, tmp_path: Path
+) -> None:
     other = write_model(tmp_path / "other", num_layers=3)
     model = load(
         config,
@@ -166,11 +178,15 @@ def test_a_named_file_takes_the_place_of_the_one_in_the_folder(config, tmp_path)
     assert len(model.transformer.layers) == 3
 
 
-def test_a_folder_may_say_more_than_the_shape_of_the_model(config, tmp_path):
+def test_a_folder_may_say_more_than_the_shape_of_the_model(config: Path, tmp_path: Path) -> None:
     """What the configurations of published models hold besides."""
     shutil.copytree(config.parent / "model", tmp_path / "model")
     path = tmp_path / "model/config.json"
-    extra = {"lm_gen_config": {"temp": 0.7}, "model_id": {"sig": "a"}, "depformer_causal": True}
+    extra: dict[str, Any] = {
+        "lm_gen_config": {"temp": 0.7},
+        "model_id": {"sig": "a"},
+        "depformer_causal": True,
+    }
     extra |= {"tts_config": {}, "stt_config": {}, "lora": False, "demux_second_stream": False}
     path.write_text(json.dumps(json.loads(path.read_text()) | extra))
     assert_same_weights(
@@ -179,7 +195,7 @@ def test_a_folder_may_say_more_than_the_shape_of_the_model(config, tmp_path):
     )
 
 
-def test_the_shape_is_moshi_7b_where_nothing_says_otherwise(config):
+def test_the_shape_is_moshi_7b_where_nothing_says_otherwise(config: Path) -> None:
     base = config.parent / "model"
     paths = ModelPaths(
         hf_repo_id=None,
@@ -194,7 +210,7 @@ def test_the_shape_is_moshi_7b_where_nothing_says_otherwise(config):
     assert shape.keys() != LM_CONFIG.keys()
 
 
-def test_weights_under_their_older_names_are_read(config, tmp_path):
+def test_weights_under_their_older_names_are_read(config: Path, tmp_path: Path) -> None:
     """The released Moshi has the projections of all steps of the depth transformer in one."""
     folder = tmp_path / "model"
     shutil.copytree(config.parent / "model", folder)
@@ -211,8 +227,8 @@ def test_weights_under_their_older_names_are_read(config, tmp_path):
         assert_same_weights(found, weights(load(config, overrides)))
 
 
-def test_random_weights_below_lora_are_those_without_it(config):
-    random = {"moshi_paths.random_init": True}
+def test_random_weights_below_lora_are_those_without_it(config: Path) -> None:
+    random: dict[str, Any] = {"moshi_paths.random_init": True}
     plain = dict(load(config, {**FULL, **random}).named_parameters())
     adapted = {
         name.replace(".frozen_W.", "."): parameter

@@ -9,6 +9,7 @@ import sys
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 
@@ -35,17 +36,17 @@ class Wandb:
     run_name: str | None = None
 
 
-def open_logger(run_dir, resumed_step=None, **wandb):
+def open_logger(run_dir: Path, resumed_step: int | None = None, **wandb: Any) -> MetricsLogger:
     return MetricsLogger(
         run_dir, wandb_args=Wandb(**wandb), config={"lr": 1.0}, resumed_step=resumed_step
     )
 
 
-def steps(run_dir, kind):
+def steps(run_dir: Path, kind: str) -> list[Any]:
     return [r["step"] for r in read_metrics(run_dir / f"metrics.{kind}.jsonl")]
 
 
-def scalars(run_dir, tag):
+def scalars(run_dir: Path, tag: str) -> list[Any]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(run_dir / "tb"))
@@ -56,8 +57,8 @@ def scalars(run_dir, tag):
 # --- files
 
 
-def test_every_line_is_complete_valid_json_at_once(tmp_path):
-    def refuse(constant):
+def test_every_line_is_complete_valid_json_at_once(tmp_path: Path) -> None:
+    def refuse(constant: Any) -> None:
         raise AssertionError(f"{constant} is not JSON")
 
     with open_logger(tmp_path) as metrics:
@@ -73,7 +74,7 @@ def test_every_line_is_complete_valid_json_at_once(tmp_path):
     assert steps(tmp_path, "eval") == [2]
 
 
-def test_tensorboard_shows_the_same_numbers(tmp_path):
+def test_tensorboard_shows_the_same_numbers(tmp_path: Path) -> None:
     with open_logger(tmp_path) as metrics:
         metrics.log("train", 3, {"loss": 2.5})
         metrics.log("eval", 3, {"loss": 3.5})
@@ -81,7 +82,7 @@ def test_tensorboard_shows_the_same_numbers(tmp_path):
     assert scalars(tmp_path, "eval/loss") == [(3, 3.5)]
 
 
-def test_resuming_cuts_off_the_steps_that_run_again(tmp_path):
+def test_resuming_cuts_off_the_steps_that_run_again(tmp_path: Path) -> None:
     with open_logger(tmp_path) as metrics:
         for step in range(1, 6):
             metrics.log("train", step, {"loss": step})
@@ -99,7 +100,7 @@ def test_resuming_cuts_off_the_steps_that_run_again(tmp_path):
     ]
 
 
-def test_other_ranks_write_nothing(tmp_path):
+def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     wandb = Wandb(project="p")
     with MetricsLogger(tmp_path / "run", wandb_args=wandb, config={}, enabled=False) as metrics:
         metrics.log("train", 1, {"loss": 1.0})
@@ -107,7 +108,7 @@ def test_other_ranks_write_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_names_the_file(tmp_path):
+def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
     (tmp_path / "metrics.train.jsonl").symlink_to("/dev/full")
     with (
         pytest.raises(UserError, match=r"metrics\.train\.jsonl cannot be written.*space"),
@@ -116,13 +117,13 @@ def test_a_full_disk_names_the_file(tmp_path):
         metrics.log("train", 1, {"loss": 1.0})
 
 
-def test_an_unwritable_file_names_the_file(tmp_path):
+def test_an_unwritable_file_names_the_file(tmp_path: Path) -> None:
     (tmp_path / "metrics.eval.jsonl").mkdir()
     with pytest.raises(UserError, match=r"metrics\.eval\.jsonl cannot be written"):
         open_logger(tmp_path)
 
 
-def test_a_run_folder_that_is_a_file_is_named(tmp_path):
+def test_a_run_folder_that_is_a_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("")
     with pytest.raises(UserError, match="run cannot be written"):
         open_logger(tmp_path / "run")
@@ -132,7 +133,7 @@ def test_a_run_folder_that_is_a_file_is_named(tmp_path):
 
 
 @pytest.fixture
-def wandb_home(tmp_path, monkeypatch):
+def wandb_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """wandb as a new user has it: no login, no settings, and a server that nobody answers for."""
     pytest.importorskip("wandb")
     for name in [n for n in os.environ if n.startswith("WANDB_") or n.lower().endswith("_proxy")]:
@@ -143,7 +144,7 @@ def wandb_home(tmp_path, monkeypatch):
     return tmp_path / "home"
 
 
-def run_python(code, *arguments, **environment):
+def run_python(code: str, *arguments: Any, **environment: Any) -> subprocess.CompletedProcess[str]:
     """Run `code` in a process of its own, without a terminal."""
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
@@ -156,7 +157,7 @@ def run_python(code, *arguments, **environment):
     )
 
 
-def run_on_terminal(code, *arguments, **environment):
+def run_on_terminal(code: str, *arguments: Any, **environment: Any) -> tuple[int, str]:
     """Run `code` on a pseudo-terminal: exit status and all that it wrote."""
     main_end, terminal = pty.openpty()
     process = subprocess.Popen(
@@ -198,7 +199,7 @@ WANDB_RUN = """
 """
 
 
-def test_wandb_offline_works_and_the_key_is_nowhere(tmp_path, wandb_home):
+def test_wandb_offline_works_and_the_key_is_nowhere(tmp_path: Path, wandb_home: Path) -> None:
     run_dir = tmp_path / "run"
     # The key is on the command line too, which wandb saves with a run.
     process = run_python(WANDB_RUN, run_dir, KEY)
@@ -214,7 +215,7 @@ def test_wandb_offline_works_and_the_key_is_nowhere(tmp_path, wandb_home):
     assert KEY not in process.stdout + process.stderr
 
 
-def test_wandb_without_network_is_one_message(tmp_path, wandb_home):
+def test_wandb_without_network_is_one_message(tmp_path: Path, wandb_home: Path) -> None:
     with pytest.raises(UserError, match=r"(?s)cannot be reached.*--wandb\.offline=true") as caught:
         open_logger(tmp_path / "run", project="speech", offline=False, key=KEY)
     assert "\n" not in str(caught.value)
@@ -223,7 +224,7 @@ def test_wandb_without_network_is_one_message(tmp_path, wandb_home):
     assert not (tmp_path / "run" / "wandb").exists()
 
 
-def test_wandb_without_a_key_does_not_ask(tmp_path, wandb_home):
+def test_wandb_without_a_key_does_not_ask(tmp_path: Path, wandb_home: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         code, text = run_on_terminal(
             """
@@ -245,7 +246,9 @@ def test_wandb_without_a_key_does_not_ask(tmp_path, wandb_home):
     assert "give a valid wandb.key" in text and "choice" not in text
 
 
-def test_wandb_missing_says_how_to_install_it(tmp_path, monkeypatch):
+def test_wandb_missing_says_how_to_install_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match=r"pip install 'moshi-ttt\[wandb\]'"):
         open_logger(tmp_path, project="speech")
@@ -269,7 +272,7 @@ CONSOLE_RUN = """
 """
 
 
-def test_in_a_pipe_lines_are_plain():
+def test_in_a_pipe_lines_are_plain() -> None:
     # FORCE_COLOR, which CI services like to set, must not bring the bar into a file.
     out = run_python(CONSOLE_RUN, FORCE_COLOR="1").stdout
     assert ESCAPE not in out and "\r" not in out
@@ -283,7 +286,7 @@ def test_in_a_pipe_lines_are_plain():
     ]
 
 
-def test_on_a_terminal_the_bar_is_live():
+def test_on_a_terminal_the_bar_is_live() -> None:
     code, text = run_on_terminal(CONSOLE_RUN)
     assert code == 0
     assert ESCAPE + "[1A" in text  # the cursor goes up: the bar is drawn again in its place
@@ -294,7 +297,7 @@ def test_on_a_terminal_the_bar_is_live():
     assert any(re.fullmatch(r"\d\d:\d\d:\d\d warning: careful", row) for row in rows)
 
 
-def test_other_ranks_only_warn_and_say_who_they_are():
+def test_other_ranks_only_warn_and_say_who_they_are() -> None:
     out = run_python(
         """
         import logging
@@ -310,7 +313,7 @@ def test_other_ranks_only_warn_and_say_who_they_are():
     assert re.fullmatch(r"\d\d:\d\d:\d\d \[rank 3\] warning: hot\n", out)
 
 
-def test_numbers_for_people():
+def test_numbers_for_people() -> None:
     assert [format_count(x) for x in (940, 2900, 84_200, 1.2e6)] == ["940", "2.9k", "84k", "1.2M"]
     assert [format_duration(x) for x in (58, 725, 11220)] == ["0:58", "12:05", "3:07:00"]
     assert describe({}) == ""
@@ -320,13 +323,13 @@ def test_numbers_for_people():
 # --- plot
 
 
-def draw(run_dir):
+def draw(run_dir: Path) -> int:
     picture = plot_losses(run_dir, run_dir / "plots" / "loss.png")
     assert picture.read_bytes().startswith(b"\x89PNG")
     return picture.stat().st_size
 
 
-def test_plot_of_a_long_run_with_gaps(tmp_path):
+def test_plot_of_a_long_run_with_gaps(tmp_path: Path) -> None:
     with open_logger(tmp_path) as metrics:
         for step in range(1, 301):
             loss = float("nan") if step == 50 else 100.0 / step
@@ -336,13 +339,13 @@ def test_plot_of_a_long_run_with_gaps(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["train", "eval"])
-def test_plot_of_a_single_point(tmp_path, kind):
+def test_plot_of_a_single_point(tmp_path: Path, kind: Literal["train", "eval"]) -> None:
     with open_logger(tmp_path) as metrics:
         metrics.log(kind, 1, {"loss": 3.0})
     draw(tmp_path)
 
 
-def test_plot_without_metrics_says_what_is_missing(tmp_path):
+def test_plot_without_metrics_says_what_is_missing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no metrics"):
         plot_losses(tmp_path, tmp_path / "loss.png")
     (tmp_path / "metrics.train.jsonl").write_text("hello\n")

@@ -3,6 +3,8 @@
 import gzip
 import json
 import signal
+from pathlib import Path
+from typing import Any
 
 import pytest
 from training_tools import finish, lines_until, logged, logged_steps, start_program, train
@@ -13,7 +15,7 @@ from finetune.errors import UserError
 from finetune.step import LostSteps
 
 
-def test_phases_make_up_the_step(config, tmp_path):
+def test_phases_make_up_the_step(config: Path, tmp_path: Path) -> None:
     train(config, tmp_path, {"do_ckpt": False, "data.prefetch_steps": 2})
     phases = ("data_wait_sec", "forward_backward_sec", "optimizer_sec")
     steps = zip(*(logged(tmp_path, name) for name in (*phases, "step_sec")), strict=True)
@@ -21,9 +23,16 @@ def test_phases_make_up_the_step(config, tmp_path):
         assert min(parts) >= 0 and sum(parts) <= whole
 
 
-def test_chosen_steps_are_profiled(config, tmp_path, capsys):
+def test_chosen_steps_are_profiled(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     train(config, tmp_path / "plain", {"max_steps": 5, "do_ckpt": False})
-    options = {"max_steps": 5, "profile_steps": [2, 4], "do_eval": True, "eval_freq": 3}
+    options: dict[str, Any] = {
+        "max_steps": 5,
+        "profile_steps": [2, 4],
+        "do_eval": True,
+        "eval_freq": 3,
+    }
     options |= {"ckpt_freq": 4}
     train(config, tmp_path / "run", options)
     assert logged(tmp_path / "run") == logged(tmp_path / "plain")
@@ -40,7 +49,9 @@ def test_chosen_steps_are_profiled(config, tmp_path, capsys):
     assert "aten::mm" in names or "aten::addmm" in names
 
 
-def test_steps_that_are_done_are_not_profiled(config, tmp_path, capsys):
+def test_steps_that_are_done_are_not_profiled(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     train(config, tmp_path, {"max_steps": 3})
     train(config, tmp_path, {"max_steps": 5, "resume": True, "profile_steps": [2, 4]})
     assert "step 2 is done already, so nothing is profiled" in capsys.readouterr().out
@@ -50,23 +61,27 @@ def test_steps_that_are_done_are_not_profiled(config, tmp_path, capsys):
 @pytest.mark.parametrize(
     "steps", [[3], [0, 2], [3, 2], [1, 5], [1, 2, 3], "2", "x", [1.5, 2], {"a": 1}]
 )
-def test_steps_out_of_bounds_are_named(config, steps):
+def test_steps_out_of_bounds_are_named(
+    config: Path, steps: str | dict[str, int] | list[Any]
+) -> None:
     with pytest.raises(UserError, match=r"\n  - profile_steps(\.a)?: "):
         load_config(config, {"profile_steps": steps})
 
 
 @pytest.mark.parametrize("steps", [[2, 4], (2, 4), "[2, 4]", "2,4", "(2, 4)"])
-def test_steps_may_be_written_in_several_ways(config, steps):
+def test_steps_may_be_written_in_several_ways(
+    config: Path, steps: list[int] | tuple[int, int] | str
+) -> None:
     assert load_config(config, {"profile_steps": steps}).profile_steps == [2, 4]
 
 
-def profiled_steps(path):
+def profiled_steps(path: Path) -> int:
     with gzip.open(path) as file:
         names = [event.get("name") for event in json.load(file)["traceEvents"]]
     return names.count("forward_backward")
 
 
-def test_a_signal_in_mid_profile_keeps_what_there_is(config, tmp_path):
+def test_a_signal_in_mid_profile_keeps_what_there_is(config: Path, tmp_path: Path) -> None:
     run = start_program(
         f"--config={config}", f"--run_dir={tmp_path}",
         "--max_steps=1000000", "--profile_steps=[2,900000]",
@@ -84,10 +99,12 @@ def test_a_signal_in_mid_profile_keeps_what_there_is(config, tmp_path):
     assert record.found().foreign == []
 
 
-def test_an_error_in_mid_profile_keeps_what_there_is(config, tmp_path, monkeypatch):
+def test_an_error_in_mid_profile_keeps_what_there_is(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     count = LostSteps.count
 
-    def stop_at_four(self, step, *found):
+    def stop_at_four(self: Any, step: Any, *found: Any) -> None:
         if step == 4:
             raise UserError("lost")
         count(self, step, *found)

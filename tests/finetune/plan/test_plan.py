@@ -2,6 +2,8 @@
 
 import dataclasses
 import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 from training_tools import FULL, LORA
@@ -24,17 +26,19 @@ MOSHI = TrainArgs(
 """Moshi 7B as docs/benchmarks.md has measured it."""
 
 
-def planned(args, **kwargs):
+def planned(args: TrainArgs, **kwargs: Any) -> list[Any]:
     return list(plan(args, **{"num_gpus": 1, "gpu_memory_gb": 80, **kwargs}))
 
 
-def peak_gb(lines):
-    return float(re.search(r"peak +([\d.]+) GB", "\n".join(lines))[1])
+def peak_gb(lines: list[Any]) -> float:
+    peak = re.search(r"peak +([\d.]+) GB", "\n".join(lines))
+    assert peak is not None
+    return float(peak[1])
 
 
-OFF = {"ttt": TTTArgs()}
-SHARDED = {"parallel": ParallelArgs(shard_size=2)}
-ALL_WEIGHTS = {"full_finetuning": True, "lora": LoraArgs()}
+OFF: dict[str, Any] = {"ttt": TTTArgs()}
+SHARDED: dict[str, Any] = {"parallel": ParallelArgs(shard_size=2)}
+ALL_WEIGHTS: dict[str, Any] = {"full_finetuning": True, "lora": LoraArgs()}
 
 
 @pytest.mark.parametrize(
@@ -57,7 +61,7 @@ ALL_WEIGHTS = {"full_finetuning": True, "lora": LoraArgs()}
         *("sharded", "sharded, off", "sharded, all weights"),
     ],
 )
-def test_the_peak_is_near_the_measured_one(changes, measured_gb):
+def test_the_peak_is_near_the_measured_one(changes: dict[str, Any], measured_gb: float) -> None:
     num_gpus = changes["parallel"].shard_size if "parallel" in changes else 1
     args = dataclasses.replace(MOSHI, **changes)
     lines = planned(args, num_gpus=num_gpus, gpu_memory_gb=150)
@@ -68,7 +72,7 @@ def test_the_peak_is_near_the_measured_one(changes, measured_gb):
     assert any(f"{tokens // 1000}k tokens" in line for line in lines)
 
 
-def test_what_does_not_fit_is_said_with_what_would():
+def test_what_does_not_fit_is_said_with_what_would() -> None:
     full = dataclasses.replace(MOSHI, full_finetuning=True, lora=LoraArgs(), batch_size=8)
     lines = planned(full)
     start = next(i for i, line in enumerate(lines) if line.startswith("it does not fit"))
@@ -82,7 +86,7 @@ def test_what_does_not_fit_is_said_with_what_would():
     assert planned(full, num_gpus=8)[-1] == "it fits"
 
 
-def test_a_smaller_batch_keeps_the_step_by_more_micro_batches():
+def test_a_smaller_batch_keeps_the_step_by_more_micro_batches() -> None:
     lines = planned(dataclasses.replace(MOSHI, batch_size=128))
     assert any("batch_size: 64 with num_microbatches: 2" in line for line in lines)
     with pytest.raises(UserError, match=r"parallel.shard_size"):
@@ -93,7 +97,12 @@ def test_a_smaller_batch_keeps_the_step_by_more_micro_batches():
 
 
 @pytest.mark.parametrize("kind", [FULL, LORA])
-def test_the_command_plans_a_run_of_a_small_model(config, capsys, monkeypatch, kind):
+def test_the_command_plans_a_run_of_a_small_model(
+    config: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    kind: dict[str, Any],
+) -> None:
     options = [f"--{key}={value}" for key, value in kind.items()]
     arguments = ["moshi-ttt", "plan", f"--config={config}", "--gpus=2", "--gpu_memory=8"]
     monkeypatch.setattr("sys.argv", [*arguments, *options])
@@ -106,7 +115,7 @@ def test_the_command_plans_a_run_of_a_small_model(config, capsys, monkeypatch, k
     assert output.strip().endswith("it fits")
 
 
-def test_parts_of_a_model_take_less(config):
+def test_parts_of_a_model_take_less(config: Path) -> None:
     from finetune.model import find_checkpoint, plan_model
 
     args = load_config(config, FULL)

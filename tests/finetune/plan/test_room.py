@@ -4,6 +4,9 @@ import dataclasses
 import re
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from training_tools import FULL, LORA, logged_steps
 from finetune.checkpoint import snapshot_bytes
 from finetune.cli import COMMANDS, call
 from finetune.config import load_config
+from finetune.config.args import TrainArgs
 from finetune.distributed import World
 from finetune.errors import UserError
 from finetune.model import find_checkpoint, plan_model
@@ -25,10 +29,10 @@ GB = 1e9
 
 
 @pytest.fixture
-def memory_of(monkeypatch):
+def memory_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Sets what the host has, and what the GPU, in GB."""
 
-    def there(host_gb, gpu_gb=0.0):
+    def there(host_gb: float, gpu_gb: float = 0.0) -> None:
         place = Place("host", "the memory of here", host_gb * GB)
         monkeypatch.setattr(room, "host_places", lambda: [place])
         gpu = Place("gpu", "cuda:0", gpu_gb * GB)
@@ -38,10 +42,15 @@ def memory_of(monkeypatch):
 
 
 @pytest.fixture
-def starts(config, tmp_path, monkeypatch, capsys):
+def starts(
+    config: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Callable[..., Any]:
     """`moshi-ttt train` in this process: its status, and what it printed."""
 
-    def start(*words):
+    def start(*words: Any) -> tuple[int, str]:
         given = ["moshi-ttt", "train", str(config), f"--run_dir={tmp_path / 'run'}", *words]
         monkeypatch.setattr(sys, "argv", given)
         status = call(COMMANDS, name="moshi-ttt")
@@ -56,14 +65,16 @@ HUGE = ("--batch_size=65536", "--duration_sec=86400")
 
 
 @pytest.fixture
-def makes_no_model(monkeypatch):
-    def fill(*args, **kwargs):
+def makes_no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fill(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("the model was being made")
 
     monkeypatch.setattr("finetune.model.build.fill", fill)
 
 
-def test_a_run_that_no_host_can_hold_is_one_message_at_once(starts, tmp_path, makes_no_model):
+def test_a_run_that_no_host_can_hold_is_one_message_at_once(
+    starts: Callable[..., Any], tmp_path: Path, makes_no_model: None
+) -> None:
     started_at = time.monotonic()
     status, said = starts(*HUGE)
     assert time.monotonic() - started_at < 5
@@ -75,8 +86,11 @@ def test_a_run_that_no_host_can_hold_is_one_message_at_once(starts, tmp_path, ma
 
 
 def test_a_run_that_just_does_not_fit_is_told_what_does(
-    starts, monkeypatch, memory_of, makes_no_model
-):
+    starts: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    memory_of: Callable[..., None],
+    makes_no_model: None,
+) -> None:
     monkeypatch.setattr(room, "SMALL_BYTES", 0)
     memory_of(host_gb=0.5)
     status, said = starts(*map("--{0[0]}={0[1]}".format, LORA.items()), "--batch_size=8192")
@@ -87,15 +101,23 @@ def test_a_run_that_just_does_not_fit_is_told_what_does(
 
 
 def test_adapters_beyond_reason_are_told_to_be_smaller(
-    starts, monkeypatch, memory_of, makes_no_model
-):
+    starts: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    memory_of: Callable[..., None],
+    makes_no_model: None,
+) -> None:
     monkeypatch.setattr(room, "SMALL_BYTES", 0)
     memory_of(host_gb=0.1)
     status, said = starts("--lora.enable=true", "--lora.rank=65536")
     assert status == 1 and re.search(r"lora\.rank: \d+: 0\.\d GB", said), said
 
 
-def test_force_goes_on_with_a_warning(starts, tmp_path, monkeypatch, memory_of):
+def test_force_goes_on_with_a_warning(
+    starts: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    memory_of: Callable[..., None],
+) -> None:
     monkeypatch.setattr(room, "SMALL_BYTES", 0)
     memory_of(host_gb=0.0)
     status, said = starts()
@@ -106,14 +128,18 @@ def test_force_goes_on_with_a_warning(starts, tmp_path, monkeypatch, memory_of):
     assert logged_steps(tmp_path / "run") == [1, 2, 3, 4]
 
 
-def test_force_is_no_key_of_a_file(starts, config, tmp_path):
+def test_force_is_no_key_of_a_file(
+    starts: Callable[..., Any], config: Path, tmp_path: Path
+) -> None:
     path = tmp_path / "forced.yaml"
     path.write_text(f"{config.read_text()}force: true\n")
     with pytest.raises(UserError, match="force: unknown key"):
         load_config(path)
 
 
-def test_a_small_run_is_never_refused(starts, memory_of, tmp_path):
+def test_a_small_run_is_never_refused(
+    starts: Callable[..., Any], memory_of: Callable[..., None], tmp_path: Path
+) -> None:
     memory_of(host_gb=0.0)
     status, said = starts("--max_steps=1")
     assert status == 0, said
@@ -123,20 +149,20 @@ def test_a_small_run_is_never_refused(starts, memory_of, tmp_path):
 # --- what is compared -----------------------------------------------------------------------------
 
 
-def checked(args, world=CPU):
+def checked(args: TrainArgs, world: World = CPU) -> None:
     info = find_checkpoint(args.moshi_paths) if args.moshi_paths.hf_repo_id else room_info()
     model = plan_model(args, info)
     copied = snapshot_bytes(args, model, world)
     room.require_room(args, info, model, world, checkpoint_bytes=copied)
 
 
-def room_info():
-    from finetune.plan.plan import _shape
+def room_info() -> Any:
+    from finetune.plan.plan import shape_of
 
-    return _shape(MOSHI.moshi_paths)[0]
+    return shape_of(MOSHI.moshi_paths)[0]
 
 
-def problem(args, world=CPU):
+def problem(args: TrainArgs, world: World = CPU) -> str:
     with pytest.raises(UserError) as error:
         checked(args, world)
     return str(error.value)
@@ -145,7 +171,7 @@ def problem(args, world=CPU):
 GPU = World(0, 1, torch.device("cuda", 0))
 
 
-def test_moshi_on_a_gpu(memory_of):
+def test_moshi_on_a_gpu(memory_of: Callable[..., None]) -> None:
     off = dataclasses.replace(MOSHI, ttt=TTTArgs())
     memory_of(host_gb=100, gpu_gb=34.7)  # what it took when it was measured
     checked(off, GPU)
@@ -153,6 +179,7 @@ def test_moshi_on_a_gpu(memory_of):
     said = problem(off, GPU)
     assert "cannot fit into cuda:0: 26.0 GB are free" in said
     smaller = re.search(r"batch_size: (\d+) with num_microbatches: (\d+): ([\d.]+) GB", said)
+    assert smaller is not None
     assert int(smaller[1]) * int(smaller[2]) == 16 and float(smaller[3]) <= 26
     assert "duration_sec: " in said and "parallel.shard_size: 4" in said
     memory_of(host_gb=100, gpu_gb=79)
@@ -160,7 +187,7 @@ def test_moshi_on_a_gpu(memory_of):
     assert "lora.enable: true" in said and "optimizer 61.5" in said
 
 
-def test_the_host_of_a_gpu_holds_a_checkpoint(memory_of):
+def test_the_host_of_a_gpu_holds_a_checkpoint(memory_of: Callable[..., None]) -> None:
     """While it is written, all weights and the optimizer's state: as docs/distributed.md has it."""
     args = dataclasses.replace(MOSHI, ttt=TTTArgs(), **ALL_WEIGHTS)
     memory_of(host_gb=107, gpu_gb=200)
@@ -177,11 +204,13 @@ def test_the_host_of_a_gpu_holds_a_checkpoint(memory_of):
 class Several(World):
     """As if every process had found the same."""
 
-    def gather(self, thing):
+    def gather(self, thing: Any) -> list[Any]:
         return [thing] * self.size
 
 
-def test_processes_of_one_host_share_its_memory(config, memory_of):
+def test_processes_of_one_host_share_its_memory(
+    config: Path, memory_of: Callable[..., None]
+) -> None:
     args = load_config(config, FULL | {"batch_size": 65536})
     info = find_checkpoint(args.moshi_paths)
     needed = room.at_least(estimate(args, plan_model(args, info), 1))
@@ -195,7 +224,7 @@ def test_processes_of_one_host_share_its_memory(config, memory_of):
 
 
 @pytest.mark.parametrize("kind", [FULL, LORA], ids=["full", "lora"])
-def test_what_is_certain_is_below_the_estimate(config, kind):
+def test_what_is_certain_is_below_the_estimate(config: Path, kind: dict[str, Any]) -> None:
     for changes in ({}, {"batch_size": 1, "duration_sec": 0.08}, {"batch_size": 512}):
         args = load_config(config, kind | changes)
         memory = estimate(args, plan_model(args, find_checkpoint(args.moshi_paths)), 1)
@@ -206,41 +235,45 @@ def test_what_is_certain_is_below_the_estimate(config, kind):
 # --- what is there --------------------------------------------------------------------------------
 
 
-def write(folder, **files):
+def write(folder: Path, **files: Any) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
         (folder / name).write_text(text)
 
 
 @pytest.fixture
-def system(tmp_path):
+def system(tmp_path: Path) -> tuple[Path, Path]:
     proc, cgroups = tmp_path / "proc", tmp_path / "cgroup"
     write(proc, meminfo="MemTotal: 8000000 kB\nMemAvailable:    4000000 kB\nHugePages_Total: 0\n")
     write(proc / "self", cgroup="0::/job/task\n")
     return proc, cgroups
 
 
-def free_gb(system):
+def free_gb(system: tuple[Path, Path]) -> list[Any]:
     return [place.free_bytes / GB for place in host_places(*system)]
 
 
-def test_the_memory_of_this_host():
+def test_the_memory_of_this_host() -> None:
     if sys.platform != "linux":
         pytest.skip("only Linux says so")
     host, *_ = host_places()
     assert 1e8 < host.free_bytes < 1e14
 
 
-def test_a_host_without_limits(system):
+def test_a_host_without_limits(system: tuple[Path, Path]) -> None:
     assert free_gb(system) == [4.096]
     assert host_places(system[0] / "nowhere", system[1]) == []
 
 
-def test_limits_of_control_groups(system):
+def test_limits_of_control_groups(system: tuple[Path, Path]) -> None:
     _, cgroups = system
     stat = "anon 7\ninactive_file 100000000\nactive_file 200000000\n"
-    task = {"memory.max": "max\n", "memory.current": "5", "memory.stat": stat}
-    job = {"memory.max": "2000000000\n", "memory.current": "900000000\n", "memory.stat": stat}
+    task: dict[str, Any] = {"memory.max": "max\n", "memory.current": "5", "memory.stat": stat}
+    job: dict[str, Any] = {
+        "memory.max": "2000000000\n",
+        "memory.current": "900000000\n",
+        "memory.stat": stat,
+    }
     write(cgroups / "job/task", **task)
     write(cgroups / "job", **job)
     assert free_gb(system) == [4.096, 1.4]
@@ -249,11 +282,14 @@ def test_limits_of_control_groups(system):
     assert len({place.key for place in host_places(*system)}) == 3
 
 
-def test_limits_of_control_groups_of_the_first_version(system):
+def test_limits_of_control_groups_of_the_first_version(system: tuple[Path, Path]) -> None:
     proc, cgroups = system
     write(proc / "self", cgroup="5:cpu,cpuacct:/x\n4:memory:/of/the/host\n1:name=systemd:/\n0::/\n")
     stat = "inactive_file 1\ntotal_inactive_file 100000000\ntotal_active_file 0\n"
-    files = {"memory.limit_in_bytes": "1000000000", "memory.usage_in_bytes": "300000000"}
+    files: dict[str, Any] = {
+        "memory.limit_in_bytes": "1000000000",
+        "memory.usage_in_bytes": "300000000",
+    }
     # In a container its own group is seen as the root of all.
     write(cgroups / "memory", **files, **{"memory.stat": stat})
     assert free_gb(system) == [4.096, 0.8]

@@ -4,6 +4,8 @@ import io
 import json
 import re
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 from recordings_tools import call
@@ -12,7 +14,7 @@ from finetune.config import load_config
 from finetune.plan import plan
 
 
-def data(folder, length_sec, number=40):
+def data(folder: Path, length_sec: int, number: int = 40) -> Path:
     line = json.dumps({"path": "a.wav", "duration": length_sec})
     (folder / "data.jsonl").write_text(f"{line}\n" * number)
     return folder / "data.jsonl"
@@ -23,8 +25,13 @@ def data(folder, length_sec, number=40):
     [("remember", 400, 1, 80), ("remember", 30, 2, 40), ("adapt", 60, 4, 24)],
 )
 def test_the_file_is_valid_and_plan_says_that_it_fits(
-    tmp_path, goal, length_sec, gpus, gpu_memory, capsys
-):
+    tmp_path: Path,
+    goal: str,
+    length_sec: int,
+    gpus: int,
+    gpu_memory: int,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     out = tmp_path / "made/my.yaml"
     words = [f"--goal={goal}", f"--gpus={gpus}", f"--gpu_memory={gpu_memory}"]
     assert call("init", out, "--data", data(tmp_path, length_sec), *words) == 0
@@ -43,8 +50,8 @@ def test_the_file_is_valid_and_plan_says_that_it_fits(
         assert window < 12.5 * args.duration_sec <= 12.5 * length_sec + 12.5
 
 
-def test_a_larger_gpu_takes_more_at_once(tmp_path):
-    sizes = []
+def test_a_larger_gpu_takes_more_at_once(tmp_path: Path) -> None:
+    sizes: list[Any] = []
     for gpu_memory in (28, 80):
         out = tmp_path / f"{gpu_memory}.yaml"
         words = ["--goal=adapt", f"--gpu_memory={gpu_memory}"]
@@ -55,7 +62,9 @@ def test_a_larger_gpu_takes_more_at_once(tmp_path):
     assert sizes[0] < sizes[1]
 
 
-def test_what_cannot_be_is_said_and_nothing_is_replaced(tmp_path, capsys):
+def test_what_cannot_be_is_said_and_nothing_is_replaced(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "my.yaml"
     words = ["init", out, "--data", data(tmp_path, 100), "--goal=adapt"]
     assert call(*words, "--gpu_memory=8") == 1
@@ -67,9 +76,11 @@ def test_what_cannot_be_is_said_and_nothing_is_replaced(tmp_path, capsys):
     assert "--gpu_memory is missing" in capsys.readouterr().err
 
 
-def test_on_a_terminal_what_is_missing_is_asked_for(tmp_path, monkeypatch, capsys):
+def test_on_a_terminal_what_is_missing_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     class Terminal(io.StringIO):
-        def isatty(self):
+        def isatty(self) -> bool:
             return True
 
     answers = f"{data(tmp_path, 100)}\nlearn\nadapt\nmuch\n80\n"

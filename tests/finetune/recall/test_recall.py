@@ -2,7 +2,10 @@
 
 import csv
 import dataclasses
+import functools
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +22,7 @@ from finetune.recall.measure import Answers, measure_length, nothing_written, su
 from finetune.recall.model import ModelArgs, answer_logits, new_model, read_codes
 from finetune.recall.presets import Preset, preset
 from finetune.recall.streams import StreamArgs, draw
-from ttt import TTTArgs
+from ttt import TTTArgs, TTTLMModel
 
 MODEL = ModelArgs(width=16, num_layers=2, num_heads=2, context=4, depformer_width=8)
 STREAMS = StreamArgs(
@@ -28,8 +31,8 @@ STREAMS = StreamArgs(
 )  # fmt: skip
 
 
-def tiny_preset(**changes):
-    options = {
+def tiny_preset(**changes: Any) -> Preset:
+    options: dict[str, Any] = {
         "arms": ("off", "sum", "linear"), "ttt": {"start_layer": 0, "layer_frequency": 1},
         "chunk_size": 8, "mini_batch_size": 8, "num_steps": 3, "batch_size": 2, "num_eval": 4,
         "lengths": {2: 1},
@@ -37,7 +40,9 @@ def tiny_preset(**changes):
     return Preset(STREAMS, MODEL, **{**options, **changes})
 
 
-def build(args, *, context=None, streams=STREAMS):
+def build(
+    args: TTTArgs, *, context: int | None = None, streams: StreamArgs = STREAMS
+) -> TTTLMModel:
     model = new_model(
         MODEL, streams, args, context=context, seed=0, device=torch.device("cpu"),
         dtype=torch.float32,
@@ -45,12 +50,12 @@ def build(args, *, context=None, streams=STREAMS):
     return model.eval()
 
 
-def codes_of(streams):
+def codes_of(streams: Any) -> Any:
     return streams.codes
 
 
 @pytest.mark.parametrize("variant", ["text", "audio"])
-def test_answers_are_what_the_whole_model_says(variant):
+def test_answers_are_what_the_whole_model_says(variant: str) -> None:
     """Reading the answers alone gives the logits of `LMModel.forward` there."""
     args = StreamArgs(**{**STREAMS.__dict__, "variant": variant})
     model = build(TTTArgs(), streams=args)
@@ -65,7 +70,7 @@ def test_answers_are_what_the_whole_model_says(variant):
     torch.testing.assert_close(ours, expected)
 
 
-def test_attention_reaches_as_far_as_is_said_and_no_farther():
+def test_attention_reaches_as_far_as_is_said_and_no_farther() -> None:
     model = build(TTTArgs())
     codes = draw(STREAMS, batch=1, seed=1).codes
     with torch.no_grad():
@@ -75,7 +80,7 @@ def test_attention_reaches_as_far_as_is_said_and_no_farther():
     assert changed.nonzero().max() == MODEL.reach_frames == 6
 
 
-def test_all_arms_start_from_the_same_weights():
+def test_all_arms_start_from_the_same_weights() -> None:
     models = {name: build(preset("cpu").ttt_args(name)) for name in ("off", "delta", "mlp")}
     own = models["off"].state_dict()
     for model in models.values():
@@ -88,7 +93,7 @@ def test_all_arms_start_from_the_same_weights():
 @pytest.mark.parametrize(
     "args", [tiny_relative_args(), tiny_relative_args(write="delta"), tiny_args()]
 )
-def test_with_nothing_written_it_is_the_model_without_ttt(args):
+def test_with_nothing_written_it_is_the_model_without_ttt(args: TTTArgs) -> None:
     model, plain = build(args), build(TTTArgs())
     for module in model.ttt_layers.values():
         torch.nn.init.normal_(module.target_conv)
@@ -105,20 +110,20 @@ def test_with_nothing_written_it_is_the_model_without_ttt(args):
     assert all(torch.equal(m.target_conv, convs[i]) for i, m in model.ttt_layers.items())
 
 
-def test_a_long_stream_in_pieces_answers_as_one_pass(monkeypatch):
+def test_a_long_stream_in_pieces_answers_as_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     """The pieces are longer than the window, and the length is no multiple of them."""
     monkeypatch.setattr("finetune.recall.measure.PIECE_FRAMES", 10)
     args = tiny_relative_args(write="delta", start_layer=0, layer_frequency=1)
     model = build(args, context=7)
     for module in model.ttt_layers.values():
         module.target_gate.data.fill_(0.1)
-    seen = {}
+    seen: dict[str, Any] = {}
     monkeypatch.setattr(
         "finetune.recall.measure.answer",
         lambda logits, streams, *rest: seen.update(logits=logits, streams=streams) or judge(*rest),
     )
 
-    def judge(*_):
+    def judge(*_: Any) -> Answers:
         zeros = torch.zeros(seen["streams"].answers.shape)
         return Answers(zeros == 0, zeros, zeros, zeros != 0)
 
@@ -131,7 +136,7 @@ def test_a_long_stream_in_pieces_answers_as_one_pass(monkeypatch):
     assert all(kind["state_ratio"] > 0 for kind in found.values())
 
 
-def test_intervals_are_over_sequences():
+def test_intervals_are_over_sequences() -> None:
     """All answers of a sequence right or wrong together: the interval is as wide as for 100
     answers, not for 1000."""
     is_right = (torch.arange(100) < 50)[:, None].expand(100, 10)
@@ -143,9 +148,11 @@ def test_intervals_are_over_sequences():
     assert summarize(found, torch.zeros_like(is_right))["accuracy"] is None
 
 
-def test_the_command_writes_a_table_and_repeats_nothing(tmp_path, monkeypatch, capsys):
+def test_the_command_writes_a_table_and_repeats_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(command, "preset", lambda size, variant: tiny_preset())
-    arguments = {
+    arguments: dict[str, Any] = {
         "size": "cpu", "variant": "text", "arms": [], "seeds": [0], "num_steps": None,
         "lengths": None, "device": "cpu", "workers": 1,
     }  # fmt: skip
@@ -170,7 +177,7 @@ def test_the_command_writes_a_table_and_repeats_nothing(tmp_path, monkeypatch, c
 
 
 @pytest.mark.parametrize("name", ["finetuned", "mlp", "full", "delta_input"])
-def test_every_arm_runs(name, tmp_path, monkeypatch):
+def test_every_arm_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "preset", lambda size, variant: tiny_preset(arms=(name,)))
     report = run_recall(
         tmp_path, size="cpu", variant="audio", arms=[], seeds=[0], num_steps=2, lengths=[],
@@ -180,12 +187,12 @@ def test_every_arm_runs(name, tmp_path, monkeypatch):
     assert f"| {name} |" in report and (result["base_curve"] != []) == (name == "finetuned")
 
 
-def square(x):
+def square(x: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"square": x * x}
 
 
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_jobs_come_back_in_order(tmp_path, workers):
+def test_jobs_come_back_in_order(tmp_path: Path, workers: int) -> None:
     jobs = [Job(f"job{x}", {"x": x}, square, (x,)) for x in range(3)]
     assert [r["square"] for r in run_jobs(jobs, tmp_path, workers=workers)] == [0, 1, 4]
     (tmp_path / "job1.json").write_text("{")
@@ -214,7 +221,9 @@ def test_jobs_come_back_in_order(tmp_path, workers):
         ({"lengths": "0,4"}, "--lengths: expected whole numbers of at least 2"),
     ],
 )
-def test_mistakes_are_explained(arguments, message, capsys, tmp_path):
+def test_mistakes_are_explained(
+    arguments: dict[str, str], message: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     assert run(lambda: recall(out=str(tmp_path), **arguments)) == 1
     assert message in capsys.readouterr().err
     # Nothing has been done here: another experiment may be.
@@ -223,9 +232,12 @@ def test_mistakes_are_explained(arguments, message, capsys, tmp_path):
 
 @pytest.mark.parametrize("blocked", ["", "runs"])
 def test_a_folder_that_cannot_be_written_is_told_before_training(
-    blocked, tmp_path, monkeypatch, capsys
-):
-    def never(*_, **__):
+    blocked: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def never(*_: Any, **__: Any) -> None:
         raise AssertionError("trained")
 
     monkeypatch.setattr(command, "run", never)
@@ -237,8 +249,8 @@ def test_a_folder_that_cannot_be_written_is_told_before_training(
     assert "--out: cannot write to" in capsys.readouterr().err
 
 
-def test_experiments_do_not_share_a_folder(tmp_path, monkeypatch):
-    places = {}
+def test_experiments_do_not_share_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    places: dict[Path, Any] = {}
     monkeypatch.setattr(command, "run_recall", lambda out, **given: places.update({out: given}))
     asked = [{}, {"variant": "audio"}, {"preset": "gpu"}, {"out": str(tmp_path)}]
     for options in asked:
@@ -246,14 +258,16 @@ def test_experiments_do_not_share_a_folder(tmp_path, monkeypatch):
     assert len(places) == len(asked) and tmp_path in places
 
 
-def test_another_experiment_does_not_replace_what_is_in_a_folder(tmp_path, monkeypatch, capsys):
+def test_another_experiment_does_not_replace_what_is_in_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(command, "preset", lambda size, variant: tiny_preset(arms=("off",)))
-    options = {"out": str(tmp_path), "arms": "off", "lengths": "0", "device": "cpu"}
+    options: dict[str, Any] = {"out": str(tmp_path), "arms": "off", "lengths": "0", "device": "cpu"}
     assert run(lambda: recall(**options)) == 0
     kept = {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
     assert tmp_path / "runs/off_seed0.json" in kept and tmp_path / "report.md" in kept
     for other in ({"variant": "audio"}, {"preset": "gpu"}):
-        assert run(lambda other=other: recall(**options, **other)) == 1
+        assert run(functools.partial(recall, **options, **other)) == 1
         message = capsys.readouterr().err
         assert f"--out: {tmp_path} has the results of another experiment" in message
         assert "--preset cpu --variant text" in message
@@ -262,17 +276,19 @@ def test_another_experiment_does_not_replace_what_is_in_a_folder(tmp_path, monke
     assert (tmp_path / "runs/off_seed1.json").is_file()
 
 
-def test_what_is_named_twice_is_run_once(monkeypatch):
-    found = {}
+def test_what_is_named_twice_is_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: dict[str, Any] = {}
     monkeypatch.setattr(command, "run_recall", lambda out, **options: found.update(options))
     recall(seeds="0,0,1", arms="off, off,sum", lengths="4,4")
     assert found["seeds"] == [0, 1] and found["arms"] == ["off", "sum"]
     assert found["lengths"] == [4]
 
 
-def test_full_attention_is_not_measured_where_it_is_a_window(tmp_path, monkeypatch):
+def test_full_attention_is_not_measured_where_it_is_a_window(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(command, "preset", lambda *_, **__: tiny_preset(arms=("full", "off")))
-    options = {"num_steps": 2, "lengths": None, "device": "cpu", "workers": 1}
+    options: dict[str, Any] = {"num_steps": 2, "lengths": None, "device": "cpu", "workers": 1}
     options |= {"size": "cpu", "variant": "text", "seeds": [0]}
     report = run_recall(tmp_path, arms=[], **options)
     assert "| full | 0." in report and "| full | 2 |" not in report
@@ -280,7 +296,9 @@ def test_full_attention_is_not_measured_where_it_is_a_window(tmp_path, monkeypat
     assert "On longer" not in run_recall(tmp_path, arms=["full"], **options)
 
 
-def test_a_report_on_segments_says_what_was_asked_and_what_chance_is(tmp_path, monkeypatch):
+def test_a_report_on_segments_says_what_was_asked_and_what_chance_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     streams = dataclasses.replace(STREAMS, variant="segments")
     segments = dataclasses.replace(tiny_preset(arms=("off",)), streams=streams)
     monkeypatch.setattr(command, "preset", lambda *_, **__: segments)
@@ -292,7 +310,7 @@ def test_a_report_on_segments_says_what_was_asked_and_what_chance_is(tmp_path, m
     assert "Chance is 0.12" in report  # one of 8 keys, and not of 4 values
 
 
-def test_few_sequences_have_no_interval():
+def test_few_sequences_have_no_interval() -> None:
     is_right = torch.rand(8, 10, generator=torch.Generator().manual_seed(0)) < 0.5
     found = Answers(is_right, (~is_right).float(), is_right, is_right)
     chosen = torch.ones_like(is_right)
@@ -306,7 +324,7 @@ def test_few_sequences_have_no_interval():
 
 
 @pytest.mark.slow
-def test_what_is_out_of_sight_is_recalled_with_ttt_and_not_without():
+def test_what_is_out_of_sight_is_recalled_with_ttt_and_not_without() -> None:
     """The claim itself, at the size of `--preset cpu` with its own seed: a minute of one core."""
     small = dataclasses.replace(preset("cpu"), num_eval=32, lengths={})
     cpu = torch.device("cpu")

@@ -1,21 +1,33 @@
 """The streams of the recall experiment: what is asked has an answer, and it is far away."""
 
 import dataclasses
+from typing import Any, Literal
 
 import pytest
 import torch
 
-from finetune.recall.streams import BURST_BLOCK_FRAMES, KINDS, PADDING, SILENCE, StreamArgs, draw
+from finetune.recall.streams import (
+    BURST_BLOCK_FRAMES,
+    KINDS,
+    PADDING,
+    SILENCE,
+    Kind,
+    StreamArgs,
+    draw,
+)
 
 ARGS = StreamArgs(num_frames=256, num_pairs=6, reach_frames=30)
-VARIANTS = ["text", "audio", "segments"]
+Variant = Literal["text", "audio", "joint", "segments"]
+VARIANTS: list[Variant] = ["text", "audio", "segments"]
 
 
-def with_variant(variant):
+def with_variant(variant: Variant) -> StreamArgs:
     return dataclasses.replace(ARGS, variant=variant)
 
 
-def known_to_a_perfect_memory(args, codes, row, frame):
+def known_to_a_perfect_memory(
+    args: StreamArgs, codes: torch.Tensor, row: int, frame: int
+) -> int | None:
     """The answer at `frame` of a reader who remembers what followed each key, and all else not."""
     asked = codes[row, args.asked_stream].tolist()
     key, answer = asked[frame - 1], None
@@ -27,7 +39,7 @@ def known_to_a_perfect_memory(args, codes, row, frame):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("kind", ["trained", *KINDS])
-def test_every_answer_follows_from_the_newest_fact(variant, kind):
+def test_every_answer_follows_from_the_newest_fact(variant: Variant, kind: Kind) -> None:
     if variant == "segments" and kind == "rebound":
         return
     args = with_variant(variant)
@@ -44,7 +56,7 @@ def test_every_answer_follows_from_the_newest_fact(variant, kind):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_questions_come_from_beyond_the_reach_of_attention(variant):
+def test_questions_come_from_beyond_the_reach_of_attention(variant: Variant) -> None:
     args = with_variant(variant)
     streams = draw(args, batch=50, seed=2)
     # The value is read one frame after its key, so that much nearer.
@@ -55,7 +67,7 @@ def test_questions_come_from_beyond_the_reach_of_attention(variant):
     assert distances.max() > 5 * args.reach_frames and distances.std() > 30
 
 
-def test_a_joint_fact_is_one_frame_of_two_streams():
+def test_a_joint_fact_is_one_frame_of_two_streams() -> None:
     args = with_variant("joint")
     streams = draw(args, batch=20, seed=1)
     text, codebook = streams.codes[:, 0], streams.codes[:, 1]
@@ -65,7 +77,7 @@ def test_a_joint_fact_is_one_frame_of_two_streams():
     assert not streams.straddling(4).any()
 
 
-def test_nothing_but_the_fact_tells_the_answer():
+def test_nothing_but_the_fact_tells_the_answer() -> None:
     """Values are paired with keys anew: over many streams, no answer is likelier than another for
     a key, and no other stream nor neighbour goes with it."""
     streams = draw(ARGS, batch=4000, seed=3)
@@ -85,7 +97,7 @@ def test_nothing_but_the_fact_tells_the_answer():
     assert (streams.codes[:, 1:] < ARGS.first_key).all()
 
 
-def test_straddling_pairs_are_those_an_update_divides():
+def test_straddling_pairs_are_those_an_update_divides() -> None:
     """A code is read one position after its frame: with updates every 4 positions, the key of a
     divided pair is read at position 3, 7, …"""
     streams = draw(ARGS, batch=100, seed=4)
@@ -95,7 +107,7 @@ def test_straddling_pairs_are_those_an_update_divides():
     assert not streams.straddling(1024).any()
 
 
-def test_long_streams_have_facts_where_their_kind_says():
+def test_long_streams_have_facts_where_their_kind_says() -> None:
     total = 2048
     kinds = {kind: draw(ARGS, batch=4, seed=5, kind=kind, num_frames=total) for kind in KINDS}
     assert kinds["old"].facts.max() < 64 and kinds["silence"].facts.max() < 64
@@ -110,11 +122,11 @@ def test_long_streams_have_facts_where_their_kind_says():
     assert (first == 1).all()
 
 
-def test_bursts_of_silence_are_silent_in_every_stream():
+def test_bursts_of_silence_are_silent_in_every_stream() -> None:
     silence = draw(ARGS, batch=8, seed=6, kind="silence", num_frames=4096).codes
     plain = draw(ARGS, batch=8, seed=6, kind="old", num_frames=4096).codes
 
-    def silent_blocks(codes):
+    def silent_blocks(codes: torch.Tensor) -> float:
         is_silent = (codes[:, 0] == PADDING) & (codes[:, 1:] == SILENCE).all(1)
         return is_silent.unflatten(1, (-1, BURST_BLOCK_FRAMES)).all(2).float().mean()
 
@@ -123,7 +135,7 @@ def test_bursts_of_silence_are_silent_in_every_stream():
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_seed_is_a_stream(variant):
+def test_a_seed_is_a_stream(variant: Variant) -> None:
     args = with_variant(variant)
     first, again, other = (draw(args, batch=2, seed=seed) for seed in (7, 7, 8))
     assert torch.equal(first.codes, again.codes) and torch.equal(first.answers, again.answers)
@@ -139,6 +151,6 @@ def test_a_seed_is_a_stream(variant):
         ({"num_keys": 11, "variant": "segments"}, "11 keys are too few"),
     ],
 )
-def test_streams_that_cannot_be_are_explained(changes, message):
+def test_streams_that_cannot_be_are_explained(changes: dict[str, Any], message: str) -> None:
     assert message in "; ".join(dataclasses.replace(ARGS, **changes).problems())
     assert not ARGS.problems()

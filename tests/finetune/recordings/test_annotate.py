@@ -4,7 +4,10 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,19 +20,19 @@ from finetune.recordings.spoken import sounds_of, spoken_form
 from finetune.recordings.work import RecordingError
 
 
-def listed(folder, names=NAMES):
+def listed(folder: Path, names: Sequence[str] = NAMES) -> Path:
     plain_folder(folder, names)
     assert call("data", "index", folder) == 0
     return folder / "data.jsonl"
 
 
-def transcript(path):
+def transcript(path: Path) -> Any:
     return json.loads(path.read_text())["alignments"]
 
 
-def test_words_start_where_they_are_said_in_the_speech_of_the_demonstration(tmp_path):
+def test_words_start_where_they_are_said_in_the_speech_of_the_demonstration(tmp_path: Path) -> None:
     assert call("data", "annotate", listed(tmp_path)) == 0
-    errors_sec = []
+    errors_sec: list[Any] = []
     for name in NAMES:
         for speaker in ("SPEAKER_MAIN", "SPEAKER_USER"):
             true = true_words(name, speaker)
@@ -43,7 +46,9 @@ def test_words_start_where_they_are_said_in_the_speech_of_the_demonstration(tmp_
 
 
 @pytest.mark.slow
-def test_words_start_where_they_are_said_in_other_voices_and_longer_dialogues(tmp_path):
+def test_words_start_where_they_are_said_in_other_voices_and_longer_dialogues(
+    tmp_path: Path,
+) -> None:
     from finetune.demo import make_dialogues
 
     make_dialogues(tmp_path / "made", num_dialogues=4, seed=5)
@@ -60,14 +65,14 @@ def test_words_start_where_they_are_said_in_other_voices_and_longer_dialogues(tm
     assert np.median(errors_sec) < 0.08 and np.quantile(errors_sec, 0.95) < 0.2
 
 
-def _at_16_khz(samples):
+def _at_16_khz(samples: np.ndarray) -> np.ndarray:
     import torch
     from torchaudio.functional import resample
 
     return resample(torch.from_numpy(np.ascontiguousarray(samples)), 3, 2).numpy()
 
 
-def speech(text, *, pause_sec=0.0):
+def speech(text: str, *, pause_sec: float = 0.0) -> tuple[Any, list[float]]:
     """Float samples at 16 kHz, each sentence of a text after a pause; starts of the sentences."""
     pieces, starts, position = [], [], 0
     for sentence in text.split("|"):
@@ -79,7 +84,7 @@ def speech(text, *, pause_sec=0.0):
     return np.concatenate(pieces), starts
 
 
-def test_a_word_is_not_put_into_the_silence_before_it():
+def test_a_word_is_not_put_into_the_silence_before_it() -> None:
     samples, starts = speech("Thank you for the tea.|I like it very much.", pause_sec=6.0)
     words = ["Thank", "you", "for", "the", "tea.", "I", "like", "it", "very", "much."]
     times = Aligner().align(samples, words)
@@ -87,7 +92,7 @@ def test_a_word_is_not_put_into_the_silence_before_it():
     assert times[5][0] == pytest.approx(starts[1], abs=0.15)
 
 
-def test_numbers_hyphens_and_unknown_names_are_one_word_each():
+def test_numbers_hyphens_and_unknown_names_are_one_word_each() -> None:
     text = "On Monday twenty-one people met Zorblax at 10:30 in room 42."
     samples, _ = speech(text)
     times = Aligner().align(samples, text.split())
@@ -114,18 +119,18 @@ def test_numbers_hyphens_and_unknown_names_are_one_word_each():
         ("привет", ""),
     ],
 )
-def test_what_is_written_is_said(written, said):
+def test_what_is_written_is_said(written: str, said: str) -> None:
     assert " ".join(spoken_form(written)) == said
 
 
-def test_unknown_words_get_sounds_of_the_dictionary():
+def test_unknown_words_get_sounds_of_the_dictionary() -> None:
     known = {"tree": "T R IY", "b": "B IY", "r": "AA R"}.get
     assert sounds_of("trees", known) == "T R IY Z"
     assert sounds_of("brr", known) == "B IY AA R AA R"
     assert sounds_of("shack", known) == "SH AE K"
 
 
-def test_long_silences_are_left_out_and_short_pauses_kept():
+def test_long_silences_are_left_out_and_short_pauses_kept() -> None:
     samples = np.zeros(16_000 * 10)
     samples[16_000:32_000] = 0.5
     samples[36_000:48_000] = 0.5  # after 0.25 s
@@ -136,7 +141,7 @@ def test_long_silences_are_left_out_and_short_pauses_kept():
     assert not len(heard_hops(np.zeros(16_000)))
 
 
-def test_a_text_of_another_recording_is_refused():
+def test_a_text_of_another_recording_is_refused() -> None:
     samples, _ = speech("Thank you for the tea. I like it very much.")
     with pytest.raises(RecordingError, match="does not fit"):
         Aligner().align(
@@ -146,7 +151,9 @@ def test_a_text_of_another_recording_is_refused():
         Aligner().align(samples, ["word"] * 80)
 
 
-def test_mistakes_are_named_at_the_end_and_all_others_are_done(tmp_path, capsys):
+def test_mistakes_are_named_at_the_end_and_all_others_are_done(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     jsonl = listed(tmp_path, NAMES)
     (tmp_path / "train_001.left.txt").unlink()
     for name in NAMES:
@@ -172,7 +179,7 @@ def test_mistakes_are_named_at_the_end_and_all_others_are_done(tmp_path, capsys)
     assert [path.name for path in tmp_path.glob("*.json")] == ["train_000.json"]
 
 
-def test_one_text_of_both_says_who_speaks(tmp_path):
+def test_one_text_of_both_says_who_speaks(tmp_path: Path) -> None:
     jsonl = listed(tmp_path, ["train_000"])
     for side in ("left", "right"):
         (tmp_path / f"train_000.{side}.txt").unlink()
@@ -186,18 +193,20 @@ def test_one_text_of_both_says_who_speaks(tmp_path):
     assert [(word, who) for word, _, who in found] == expected
 
 
-def test_moshi_may_be_on_the_right(tmp_path, capsys):
+def test_moshi_may_be_on_the_right(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     jsonl = listed(tmp_path, ["train_000", "train_001"])
     (tmp_path / "train_001.right.txt").unlink()
     assert call("data", "annotate", jsonl, "--main_channel=right") == 1
     assert "none of Moshi: write train_001.right.txt" in capsys.readouterr().err
     found = transcript(tmp_path / "train_000.json")
-    other = {"SPEAKER_MAIN": "SPEAKER_USER", "SPEAKER_USER": "SPEAKER_MAIN"}
+    other: dict[str, Any] = {"SPEAKER_MAIN": "SPEAKER_USER", "SPEAKER_USER": "SPEAKER_MAIN"}
     true = transcript(DIALOGUES / "train_000.json")
     assert [(word, other[who]) for word, _, who in found] == [(word, who) for word, _, who in true]
 
 
-def test_what_is_done_is_not_done_again_and_texts_that_changed_are_named(tmp_path, capsys):
+def test_what_is_done_is_not_done_again_and_texts_that_changed_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     jsonl = listed(tmp_path, ["train_000", "eval_000"])
     (tmp_path / "train_000.json").write_text(json.dumps({"alignments": []}))
     assert call("data", "annotate", jsonl) == 0
@@ -212,15 +221,19 @@ def test_what_is_done_is_not_done_again_and_texts_that_changed_are_named(tmp_pat
     assert transcript(tmp_path / "train_000.json")
 
 
-def test_whisper_writes_the_words_of_both_channels(tmp_path, monkeypatch):
+def test_whisper_writes_the_words_of_both_channels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With a module in its place: no model can be had here."""
-    calls = []
+    calls: list[Any] = []
 
     class WhisperModel:
-        def __init__(self, model, device):
+        def __init__(self, model: Any, device: Any) -> None:
             calls.append((model, device))
 
-        def transcribe(self, samples, **options):
+        def transcribe(
+            self, samples: Any, **options: Any
+        ) -> tuple[Iterator[SimpleNamespace], None]:
             assert samples.dtype == np.float32 and options["word_timestamps"]
             calls.append(options["language"])
             first = int(np.flatnonzero(np.abs(samples) > 0.01)[0]) / SAMPLE_RATE_HZ
@@ -229,7 +242,7 @@ def test_whisper_writes_the_words_of_both_channels(tmp_path, monkeypatch):
             return iter([SimpleNamespace(words=words), SimpleNamespace(words=None)]), None
 
     module = ModuleType("faster_whisper")
-    module.WhisperModel = WhisperModel
+    monkeypatch.setattr(module, "WhisperModel", WhisperModel, raising=False)
     monkeypatch.setitem(sys.modules, "faster_whisper", module)
     jsonl = listed(tmp_path, ["train_000"])
     words = ["--engine=whisper", "--model=some/folder", "--language=fr", "--device=cpu"]
@@ -247,8 +260,13 @@ def test_whisper_writes_the_words_of_both_channels(tmp_path, monkeypatch):
     [("align", "pocketsphinx", "annotate"), ("whisper", "faster_whisper", "whisper")],
 )
 def test_an_engine_that_is_not_installed_is_named(
-    tmp_path, monkeypatch, capsys, engine, module, extra
-):
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    engine: str,
+    module: str,
+    extra: str,
+) -> None:
     jsonl = listed(tmp_path, ["train_000"])
     monkeypatch.setitem(sys.modules, module, None)
     assert call("data", "annotate", jsonl, f"--engine={engine}") == 1

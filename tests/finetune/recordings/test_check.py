@@ -7,12 +7,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import soundfile
 from recordings_tools import DIALOGUES, call
 
+from finetune.data.inspection.findings import Inspection
 from finetune.recordings import check
 
 ROOT = Path(__file__).parents[3]
@@ -20,7 +22,7 @@ TOKENIZER = ROOT / "example/demo/model/tokenizer.model"
 WORDS = [["hello", [0.1, 0.4], "SPEAKER_MAIN"], ["yes", [0.6, 0.9], "SPEAKER_USER"]]
 
 
-def speech(seed=0, duration_sec=1.0):
+def speech(seed: int = 0, duration_sec: float = 1.0) -> np.ndarray:
     """Stereo noise where `WORDS` are said: left, then right."""
     rng = np.random.default_rng(seed)
     samples = rng.normal(0, 0.1, (round(24_000 * duration_sec), 2)).astype(np.float32)
@@ -29,7 +31,14 @@ def speech(seed=0, duration_sec=1.0):
     return samples
 
 
-def add(folder, name, samples=None, words=WORDS, duration_sec=None, **options):
+def add(
+    folder: Path,
+    name: str,
+    samples: np.ndarray | None = None,
+    words: Any = WORDS,
+    duration_sec: float | None = None,
+    **options: Any,
+) -> None:
     """Write a recording with its transcript and its line in data.jsonl."""
     samples = speech() if samples is None else samples
     soundfile.write(folder / f"{name}.wav", samples, 24_000, **options)
@@ -39,7 +48,7 @@ def add(folder, name, samples=None, words=WORDS, duration_sec=None, **options):
         file.write(json.dumps({"path": f"{name}.wav", "duration": duration_sec}) + "\n")
 
 
-def found(folder, *options):
+def found(folder: Path, *options: Any) -> tuple[Any, dict[str, set[Any]]]:
     """Exit status, and the codes of what was found by the name of the recording."""
     out = folder / "found.json"
     options = (*options, "--json", out, "--tokenizer", TOKENIZER, "--workers=1")
@@ -52,7 +61,7 @@ def found(folder, *options):
     return status, codes | {"together": {f["code"] for f in content["together"]}}
 
 
-def test_the_clean_demonstration_has_no_findings(capsys):
+def test_the_clean_demonstration_has_no_findings(capsys: pytest.CaptureFixture[str]) -> None:
     status = call(
         "data", "check", ROOT / "example/demo.yaml", f"--cache={os.devnull}", "--workers=1",
         f"--data.train_data={DIALOGUES / 'train.jsonl'}",
@@ -63,7 +72,7 @@ def test_the_clean_demonstration_has_no_findings(capsys):
     assert "tokens were not" not in said, "the run's tokenizer is in its folder"
 
 
-def test_planted_faults_are_found(tmp_path, capsys):
+def test_planted_faults_are_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     add(tmp_path, "good")
     swapped = [
         [w, t, "SPEAKER_USER" if s == "SPEAKER_MAIN" else "SPEAKER_MAIN"] for w, t, s in WORDS
@@ -96,7 +105,7 @@ def test_planted_faults_are_found(tmp_path, capsys):
     assert "11 recordings" in said and "silent-channel" in said
 
 
-def test_the_page_names_each_finding_and_needs_no_other_file(tmp_path):
+def test_the_page_names_each_finding_and_needs_no_other_file(tmp_path: Path) -> None:
     silent = speech()
     silent[:, 0] = 0
     add(tmp_path, "<b>silent", silent)
@@ -107,14 +116,16 @@ def test_the_page_names_each_finding_and_needs_no_other_file(tmp_path):
     assert "src=" not in text and "href=" not in text
 
 
-def test_only_what_changed_is_inspected_again(tmp_path, monkeypatch):
+def test_only_what_changed_is_inspected_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("a", "b"):
         add(tmp_path, name)
     add(tmp_path, "c", np.repeat(speech()[:, :1], 2, axis=1))
-    inspected = []
+    inspected: list[Any] = []
     inspect = check._inspect
 
-    def noted(recording, **options):
+    def noted(recording: Any, **options: Any) -> Inspection:
         inspected.append(recording.path.stem)
         return inspect(recording, **options)
 
@@ -129,7 +140,9 @@ def test_only_what_changed_is_inspected_again(tmp_path, monkeypatch):
     assert sorted(inspected[4:]) == ["a", "b", "c"], "another inspection"
 
 
-def test_a_file_that_cannot_be_kept_is_a_warning(tmp_path, caplog):
+def test_a_file_that_cannot_be_kept_is_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     add(tmp_path, "a")
     (tmp_path / "taken").write_text("")
     cache = tmp_path / "taken/cache"
@@ -137,7 +150,7 @@ def test_a_file_that_cannot_be_kept_is_a_warning(tmp_path, caplog):
     assert "--cache" in caplog.text
 
 
-def test_stopped_and_called_again_it_goes_on(tmp_path):
+def test_stopped_and_called_again_it_goes_on(tmp_path: Path) -> None:
     for number in range(400):
         add(tmp_path, f"{number:03}", speech(number, 2.0))
     words = [sys.executable, "-m", "finetune", "data", "check", str(tmp_path / "data.jsonl")]
@@ -159,7 +172,7 @@ def test_stopped_and_called_again_it_goes_on(tmp_path):
     assert _num_results(kept) == 400, "each result was made once"
 
 
-def _num_results(path):
+def _num_results(path: Path) -> int:
     return sum(line.startswith("[") for line in path.read_text().splitlines())
 
 
@@ -172,7 +185,9 @@ def _num_results(path):
         (["{tmp}/no.yaml"], "There is no configuration file"),
     ],
 )
-def test_a_mistake_is_one_message(tmp_path, capsys, words, message):
+def test_a_mistake_is_one_message(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
     add(tmp_path, "a")
     assert call("data", "check", *[word.format(tmp=tmp_path) for word in words]) == 1
     said = capsys.readouterr().err

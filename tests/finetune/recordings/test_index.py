@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -12,7 +14,9 @@ from recordings_tools import DIALOGUES, NAMES, call, lines_of, mono_folder, plai
 PAIR = "{id}_left.wav,{id}_right.wav"
 
 
-def test_all_recordings_are_listed_with_their_lengths_and_paths_from_the_jsonl(tmp_path, capsys):
+def test_all_recordings_are_listed_with_their_lengths_and_paths_from_the_jsonl(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = plain_folder(tmp_path / "talks/2026")
     samples, rate = soundfile.read(DIALOGUES / "eval_000.wav")
     soundfile.write(folder / "b.flac", samples[:24_000], rate)
@@ -30,7 +34,7 @@ def test_all_recordings_are_listed_with_their_lengths_and_paths_from_the_jsonl(t
     assert "5 recordings" in said and "next: 5 have no transcript (.json); moshi-ttt data" in said
 
 
-def test_what_is_compressed_is_measured_as_it_is_decoded(tmp_path):
+def test_what_is_compressed_is_measured_as_it_is_decoded(tmp_path: Path) -> None:
     samples, rate = soundfile.read(DIALOGUES / "eval_000.wav", dtype="float32")
     with av.open(str(tmp_path / "a.m4a"), "w") as file:
         stream = file.add_stream("aac", rate=rate, layout="stereo")
@@ -43,7 +47,9 @@ def test_what_is_compressed_is_measured_as_it_is_decoded(tmp_path):
     assert line["path"] == "a.m4a" and line["duration"] == pytest.approx(5.0, abs=0.1)
 
 
-def test_hidden_files_are_passed_over_and_broken_ones_named(tmp_path, capsys):
+def test_hidden_files_are_passed_over_and_broken_ones_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = plain_folder(tmp_path / "talks", ["train_000"])
     shutil.copy(folder / "train_000.wav", folder / "._train_000.wav")
     (folder / ".trash").mkdir()
@@ -58,7 +64,7 @@ def test_hidden_files_are_passed_over_and_broken_ones_named(tmp_path, capsys):
     assert "mono.wav is mono" in said and "--pair" in said
 
 
-def test_a_jsonl_elsewhere_has_whole_paths_and_training_reads_it(tmp_path):
+def test_a_jsonl_elsewhere_has_whole_paths_and_training_reads_it(tmp_path: Path) -> None:
     folder = plain_folder(tmp_path / "talks", ["train_000"])
     shutil.copy(DIALOGUES / "train_000.json", folder)
     assert call("data", "index", folder, "--out", tmp_path / "lists/all.jsonl") == 0
@@ -67,7 +73,9 @@ def test_a_jsonl_elsewhere_has_whole_paths_and_training_reads_it(tmp_path):
     assert call("data", "check", tmp_path / "lists/all.jsonl") == 0
 
 
-def test_nothing_is_replaced_unless_it_is_asked_for(tmp_path, capsys):
+def test_nothing_is_replaced_unless_it_is_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = plain_folder(tmp_path, ["train_000"])
     (folder / "data.jsonl").write_text("mine")
     assert call("data", "index", folder) == 1
@@ -88,13 +96,15 @@ def test_nothing_is_replaced_unless_it_is_asked_for(tmp_path, capsys):
         (["{tmp}", "--pair={id}_a.wav,{id}_b.wav"], "no file in"),
     ],
 )
-def test_a_mistake_is_one_message(tmp_path, capsys, words, message):
+def test_a_mistake_is_one_message(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
     assert call("data", "index", *[word.replace("{tmp}", str(tmp_path)) for word in words]) == 1
     said = capsys.readouterr().err
     assert message in said and said.startswith("\nerror: ") and said.count("\n") == 2
 
 
-def test_two_mono_files_are_joined_sample_by_sample_with_their_texts(tmp_path):
+def test_two_mono_files_are_joined_sample_by_sample_with_their_texts(tmp_path: Path) -> None:
     folder = mono_folder(tmp_path)
     assert call("data", "index", folder, "--pair", PAIR) == 0
     lines = lines_of(folder / "data.jsonl")
@@ -107,12 +117,14 @@ def test_two_mono_files_are_joined_sample_by_sample_with_their_texts(tmp_path):
         assert text == (folder / f"{name}_left.txt").read_text()
 
 
-def test_pairs_may_lie_in_folders_and_bring_transcripts(tmp_path):
+def test_pairs_may_lie_in_folders_and_bring_transcripts(tmp_path: Path) -> None:
     samples = np.random.default_rng(0).normal(0, 0.1, (2, 24_000))
     for channel, side in enumerate(["moshi", "user"]):
         (tmp_path / side).mkdir()
         soundfile.write(tmp_path / side / "a.wav", samples[channel], 24_000, subtype="FLOAT")
-        content = {"alignments": [[side, [0.1 + channel, 0.2 + channel], "SPEAKER_MAIN"]]}
+        content: dict[str, Any] = {
+            "alignments": [[side, [0.1 + channel, 0.2 + channel], "SPEAKER_MAIN"]]
+        }
         (tmp_path / side / "a.json").write_text(json.dumps(content))
     assert call("data", "index", tmp_path, "--pair", "moshi/{id}.wav,user/{id}.wav") == 0
     joined, _ = soundfile.read(tmp_path / "stereo/a.wav", dtype="float32")
@@ -123,13 +135,18 @@ def test_pairs_may_lie_in_folders_and_bring_transcripts(tmp_path):
     ]
 
 
-def test_two_files_that_do_not_belong_together_are_named_and_left_out(tmp_path, capsys):
-    def mono(name, num_samples, rate=24_000):
+def test_two_files_that_do_not_belong_together_are_named_and_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def mono(name: str, num_samples: int, rate: int = 24_000) -> None:
         soundfile.write(tmp_path / f"{name}.wav", np.full(num_samples, 0.1), rate)
 
-    mono("good_left", 24_000), mono("good_right", 24_100)  # 4 ms: filled with silence
-    mono("length_left", 24_000), mono("length_right", 30_000)
-    mono("rate_left", 24_000), mono("rate_right", 16_000, 16_000)
+    mono("good_left", 24_000)
+    mono("good_right", 24_100)  # 4 ms: filled with silence
+    mono("length_left", 24_000)
+    mono("length_right", 30_000)
+    mono("rate_left", 24_000)
+    mono("rate_right", 16_000, 16_000)
     mono("alone_left", 24_000)
     assert call("data", "index", tmp_path, "--pair", PAIR) == 0
     (line,) = lines_of(tmp_path / "data.jsonl")
@@ -140,7 +157,9 @@ def test_two_files_that_do_not_belong_together_are_named_and_left_out(tmp_path, 
     assert "alone_left.wav has no partner: there is no" in said
 
 
-def test_a_joined_file_is_kept_until_its_parts_change(tmp_path, capsys):
+def test_a_joined_file_is_kept_until_its_parts_change(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = mono_folder(tmp_path, ["train_000"])
     words = ["data", "index", folder, "--pair", PAIR]
     assert call(*words) == 0

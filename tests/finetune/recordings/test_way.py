@@ -5,6 +5,7 @@ import shlex
 import shutil
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,14 +19,17 @@ ROOT = Path(__file__).parents[3]
 EXAMPLE = ROOT / "example/demo.yaml"
 
 
-def commands_of_the_readme():
+def commands_of_the_readme() -> list[Any]:
     """The commands below the heading on plain recordings, as words."""
     text = (ROOT / "README.md").read_text().split("## From plain recordings")[1]
-    block = re.search(r"```sh\n(.*?)```", text, re.DOTALL)[1]
-    return [shlex.split(line, comments=True) for line in block.splitlines() if line.strip()]
+    block = re.search(r"```sh\n(.*?)```", text, re.DOTALL)
+    assert block is not None
+    return [shlex.split(line, comments=True) for line in block[1].splitlines() if line.strip()]
 
 
-def test_from_a_folder_of_plain_recordings_to_a_started_training(tmp_path, monkeypatch, capsys):
+def test_from_a_folder_of_plain_recordings_to_a_started_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The commands of the README, typed in a folder with recordings and a configuration."""
     commands = commands_of_the_readme()
     assert len(commands) == 4 and [words[1] for words in commands] == ["data"] * 3 + ["train"]
@@ -42,7 +46,7 @@ def test_from_a_folder_of_plain_recordings_to_a_started_training(tmp_path, monke
     assert read_metrics(metrics_path(tmp_path / "runs/talks", "train"))[-1]["step"] == 2
 
 
-def test_a_segment_is_drawn_and_cut_out(tmp_path, capsys):
+def test_a_segment_is_drawn_and_cut_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "a.png"
     words = [
         "data",
@@ -64,18 +68,20 @@ def test_a_segment_is_drawn_and_cut_out(tmp_path, capsys):
     )
 
 
-def _draw(out, *words):
+def _draw(out: Path, *words: Any) -> Path:
     assert call("data", "show", DIALOGUES / "train.jsonl", "--out", out, *words) == 0
     return out
 
 
-def red_share(picture):
+def red_share(picture: Path) -> float:
     red, green, blue = np.moveaxis(imread(picture)[..., :3], -1, 0)
     return ((red > 0.7) & (green < 0.25) & (blue > 0.1) & (blue < 0.25)).mean()
 
 
 @pytest.mark.parametrize("fault", ["swapped", "silent"])
-def test_words_without_sound_on_their_side_are_red(tmp_path, fault, capsys):
+def test_words_without_sound_on_their_side_are_red(
+    tmp_path: Path, fault: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     samples, rate = soundfile.read(DIALOGUES / "train_000.wav")
     samples = samples[:, ::-1] if fault == "swapped" else samples * [0, 1]
     soundfile.write(tmp_path / "a.wav", samples, rate)
@@ -96,12 +102,14 @@ def test_words_without_sound_on_their_side_are_red(tmp_path, fault, capsys):
         (["--text_padding_weight=1"], "--config"),
     ],
 )
-def test_a_mistake_of_show_is_one_message(words, message, capsys):
+def test_a_mistake_of_show_is_one_message(
+    words: list[str], message: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert call("data", "show", DIALOGUES / "train.jsonl", *words) == 1
     assert message in capsys.readouterr().err
 
 
-def test_what_is_there_is_counted(tmp_path, capsys):
+def test_what_is_there_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--tokenizer", ROOT / "example/demo/model/tokenizer.model", "--workers=1"]
     out = tmp_path / "stats.png"
     assert call("data", "stats", DIALOGUES / "train.jsonl", "--out", out, *words) == 0

@@ -1,6 +1,8 @@
 """Pages, figures and tables of all reports: whatever a name holds, it is text on the page."""
 
 import csv
+from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -23,7 +25,7 @@ HOSTILE = "<script>alert('&\")</script>"
 ESCAPED = "&lt;script&gt;alert(&#39;&amp;&#34;)&lt;/script&gt;"
 
 
-def test_everything_that_is_told_is_text():
+def test_everything_that_is_told_is_text() -> None:
     section = Section(
         HOSTILE,
         note=HOSTILE,
@@ -38,14 +40,14 @@ def test_everything_that_is_told_is_text():
     assert page.count(ESCAPED) == 13
 
 
-def test_the_text_in_a_figure_is_escaped():
+def test_the_text_in_a_figure_is_escaped() -> None:
     figure = Figure()
     figure.subplots().set_title(HOSTILE.replace("$", ""))
     page = html_page(Page("Figures", [Section("One", figure=svg_element(figure))]))
     assert "<svg" in page and "<script" not in page
 
 
-def test_what_is_wrong_stands_out_and_what_is_empty_is_left_out():
+def test_what_is_wrong_stands_out_and_what_is_empty_is_left_out() -> None:
     table = Table(("name", "value"), [("a", 1), ("b", 2)], alarming=[1])
     empty = Section("Nothing", tables=[Table(("lonely",), [])])
     page = html_page(
@@ -57,7 +59,7 @@ def test_what_is_wrong_stands_out_and_what_is_empty_is_left_out():
     assert "<h2>Nothing</h2>" in page and "<h2></h2>" not in page
 
 
-def test_a_page_is_readable_on_light_and_on_dark():
+def test_a_page_is_readable_on_light_and_on_dark() -> None:
     page = html_page(Page("Report", []))
     assert "color-scheme: light dark" in page and "prefers-color-scheme: dark" in page
     # Every color of the page is one that the dark scheme has too, but the paper of the figures.
@@ -67,20 +69,20 @@ def test_a_page_is_readable_on_light_and_on_dark():
     ]
 
 
-def test_curves_are_told_apart():
+def test_curves_are_told_apart() -> None:
     styles = [tuple(line_style(number).values()) for number in range(24)]
     assert len({*styles}) == 24
 
 
-def test_axes_have_no_frame_but_what_is_read():
+def test_axes_have_no_frame_but_what_is_read() -> None:
     axes = Figure().subplots()
     tidy(axes)
     shown = [side for side, spine in axes.spines.items() if spine.get_visible()]
     assert shown == ["left", "bottom"]
 
 
-def test_estimates_as_text():
-    estimate = {"value": -0.5, "low": -0.75, "high": 0.25}
+def test_estimates_as_text() -> None:
+    estimate: dict[str, Any] = {"value": -0.5, "low": -0.75, "high": 0.25}
     assert (
         signed(estimate, 2) == "−0.50 [−0.75, +0.25]" and plain(estimate, 1) == "−0.5 [−0.8, 0.2]"
     )
@@ -88,7 +90,7 @@ def test_estimates_as_text():
     assert plain({"value": None, "low": None, "high": None}) == "–"
 
 
-def test_tables_for_spreadsheets(tmp_path):
+def test_tables_for_spreadsheets(tmp_path: Path) -> None:
     write_csv(tmp_path / "table.csv", ("name", "value"), [("a,b", 1.5), ("é", None)])
     with (tmp_path / "table.csv").open(encoding="utf-8") as file:
         assert [*csv.reader(file)] == [["name", "value"], ["a,b", "1.5"], ["é", ""]]

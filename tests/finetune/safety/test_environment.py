@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -23,7 +25,9 @@ from finetune.safety.outlet import Outlet
 KEY = "deadbeefcafe0123456789abcdef0123456789ab"
 
 
-def program(*arguments, code="", environment=None, shell=None, **options):
+def program(
+    *arguments: Any, code: str = "", environment: Any = None, shell: Any = None, **options: Any
+) -> subprocess.Popen[str]:
     """`moshi-ttt` as a user starts it; with `shell`, as the `$0` of that line of bash."""
     command = [sys.executable, "-m", "finetune", *map(str, arguments)]
     if code:
@@ -37,7 +41,7 @@ def program(*arguments, code="", environment=None, shell=None, **options):
     return subprocess.Popen(command, cwd=REPOSITORY, env=variables, **options)
 
 
-def finished(*arguments, **options):
+def finished(*arguments: Any, **options: Any) -> tuple[Any, Any]:
     process = program(*arguments, **options)
     output, _ = process.communicate(timeout=200)
     return process.returncode, output
@@ -47,7 +51,7 @@ def finished(*arguments, **options):
 
 
 @pytest.fixture(autouse=True)
-def _nothing_known(monkeypatch):
+def _nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(secrets, "_known", set())
 
 
@@ -60,20 +64,25 @@ def _nothing_known(monkeypatch):
     ],
     ids=" ".join,
 )  # fmt: skip
-def test_a_key_is_known_however_it_is_typed(words):
+def test_a_key_is_known_however_it_is_typed(words: list[str]) -> None:
     learn_from_words(["train", "x.yaml", *words, "--max_steps=1"])
     assert KEY not in redact(f"no {KEY}, or '{KEY}.'")
     assert redact("max_steps: 1, x.yaml, other") == "max_steps: 1, x.yaml, other"
 
 
-def test_keys_of_files_and_the_environment_are_known(monkeypatch):
+def test_keys_of_files_and_the_environment_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     learn_from_words([])
     learn_from({"wandb.key": ["in-a-list"], "wandb.token": "misspelt", "lr": "123456789"})
     assert redact(f"{KEY} in-a-list misspelt 123456789") == "*** *** *** 123456789"
 
 
-def test_no_message_repeats_a_key(config, tmp_path, monkeypatch, capsys):
+def test_no_message_repeats_a_key(
+    config: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     file = tmp_path / "run.yaml"
     content = yaml.safe_load(config.read_text())
     file.write_text(yaml.safe_dump(content | {"wandb": {"key": KEY, "project": [KEY]}}))
@@ -94,8 +103,8 @@ def test_no_message_repeats_a_key(config, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("key", [KEY, 3 * KEY])
 @pytest.mark.parametrize("words", ["--batch_size={}", "--task={}", "--pair_side={}", "{}", "{}=1"])
 def test_a_message_about_an_option_hides_the_key_before_it_is_shortened(
-    key, words, monkeypatch, capsys
-):
+    key: str, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     given = [words.format(key), "--checkpoint=x", f"--wandb.key={key}"]
     monkeypatch.setattr(sys, "argv", ["moshi-ttt", *given])
     assert call(COMMANDS["evaluate"], name="evaluate") == 1
@@ -103,7 +112,7 @@ def test_a_message_about_an_option_hides_the_key_before_it_is_shortened(
     assert "error: " in said and KEY[:20] not in said
 
 
-def holding(key, folder):
+def holding(key: str, folder: Path) -> list[Any]:
     """The files in a folder, and names, that hold a key."""
     return [
         path
@@ -114,13 +123,13 @@ def holding(key, folder):
 
 
 @pytest.mark.slow
-def test_no_file_and_no_stream_of_any_command_holds_the_key(config, tmp_path):
+def test_no_file_and_no_stream_of_any_command_holds_the_key(config: Path, tmp_path: Path) -> None:
     run_dir, saved = tmp_path / "run", checkpoint(tmp_path / "run", 1)
     sweep = tmp_path / "sweep.yaml"
     sweep.write_text(f"base: {config}\nsweep_dir: {tmp_path}/sweep\nruns:\n  a: {{max_steps: 1}}\n")
     audio = config.parent / "eval/0.wav"
     wandb = ("--wandb.project=p", "--wandb.offline=true", f"--wandb.key={KEY}")
-    commands = {
+    commands: dict[tuple[str | Path, ...], int] = {
         ("train", config, f"--run_dir={run_dir}", "--max_steps=1", *wandb): 0,
         ("train", config, f"--run_dir={run_dir}", f"wandb.key={KEY}"): 1,
         ("train", config, f"--run_dir={run_dir}", "--resume", "--max_steps=2", *wandb): 0,
@@ -152,13 +161,13 @@ def test_no_file_and_no_stream_of_any_command_holds_the_key(config, tmp_path):
 
 
 class Gone(io.StringIO):
-    def write(self, text):
+    def write(self, text: str) -> int:
         raise BrokenPipeError
 
-    flush = None
+    flush = None  # type: ignore[assignment]
 
 
-def test_a_stream_that_nobody_reads_falls_silent():
+def test_a_stream_that_nobody_reads_falls_silent() -> None:
     outlet = Outlet(Gone())
     for _ in range(3):
         assert print("text", file=outlet) is None
@@ -171,7 +180,7 @@ def test_a_stream_that_nobody_reads_falls_silent():
     outlet.flush()
 
 
-def test_a_terminal_that_knows_ascii_alone():
+def test_a_terminal_that_knows_ascii_alone() -> None:
     bytes_written = io.BytesIO()
     outlet = Outlet(io.TextIOWrapper(bytes_written, encoding="ascii"))
     outlet.write("größer … \udcff\n")
@@ -190,7 +199,7 @@ finetune.trainer.Trainer.train_step = shouting
 """
 
 
-def test_closed_streams_take_no_files_place(config, tmp_path):
+def test_closed_streams_take_no_files_place(config: Path, tmp_path: Path) -> None:
     run = ("train", config, f"--run_dir={tmp_path}", "--do_eval=true")
     status, _ = finished(*run, code=SHOUTS, shell="$0 <&- >&- 2>&-", stdout=None, stderr=None)
     assert status == 0
@@ -203,7 +212,7 @@ def test_closed_streams_take_no_files_place(config, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shell", ["$0 | head -n1", "$0 | true", "$0 2>&1 >/dev/full"])
-def test_a_pipe_that_ends_does_not_end_the_run(config, tmp_path, shell):
+def test_a_pipe_that_ends_does_not_end_the_run(config: Path, tmp_path: Path, shell: str) -> None:
     run = ("train", config, f"--run_dir={tmp_path}")
     status, output = finished(*run, shell=f"set -o pipefail; {shell}")
     assert status == 0 and "Traceback" not in output and "Exception" not in output
@@ -212,7 +221,7 @@ def test_a_pipe_that_ends_does_not_end_the_run(config, tmp_path, shell):
 
 # --- the rest of the system -----------------------------------------------------------------------
 
-PLACES = {
+PLACES: dict[str, Any] = {
     "few files": ({}, "ulimit -n 64; $0"),
     "ASCII": ({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, "$0"),
     "no home": ({"HOME": None}, "$0"),
@@ -224,7 +233,7 @@ PLACES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("variables", "shell"), PLACES.values(), ids=PLACES)
-def test_places_to_run_in(config, tmp_path, variables, shell):
+def test_places_to_run_in(config: Path, tmp_path: Path, variables: Any, shell: Any) -> None:
     run = ("train", config, f"--run_dir={tmp_path}/größe", "--data.num_workers=2", "--do_eval=true")
     status, output = finished(*run, shell=shell, environment=variables)
     assert status == 0, output
@@ -236,7 +245,9 @@ def test_places_to_run_in(config, tmp_path, variables, shell):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", ["4k", "100k", "400k"])
-def test_shared_memory_that_is_too_small_is_one_message(config, tmp_path, size):
+def test_shared_memory_that_is_too_small_is_one_message(
+    config: Path, tmp_path: Path, size: str
+) -> None:
     mount = f'unshare -m bash -c "mount -t tmpfs -o size={size} none /dev/shm && $0"'
     if os.geteuid() or subprocess.run(["unshare", "-m", "true"]).returncode:
         pytest.skip("only root can mount")
@@ -257,14 +268,14 @@ start = now()
 
 
 @pytest.mark.slow
-def test_a_clock_that_runs_backwards_harms_nothing(config, tmp_path):
+def test_a_clock_that_runs_backwards_harms_nothing(config: Path, tmp_path: Path) -> None:
     run = ("train", config, f"--run_dir={tmp_path}", "--ckpt_freq=1", "--do_eval=true")
     status, output = finished(*run, code=CLOCK)
     assert status == 0, output
     assert logged_steps(tmp_path) == [1, 2, 3, 4]
 
 
-def slowed(place, name, seconds=4):
+def slowed(place: str, name: str, seconds: int = 4) -> str:
     """Code that says so, and waits, before a function is called."""
     return f"""
 import time, {place.split(":")[0]} as module
@@ -293,7 +304,9 @@ owner.{name} = slowly
     ],
     ids=["loading", "resuming", "waiting for data", "evaluating", "encode", "evaluate", "generate"],
 )
-def test_a_signal_ends_it_with_a_message(config, tmp_path, number, command, code, said):
+def test_a_signal_ends_it_with_a_message(
+    config: Path, tmp_path: Path, number: Any, command: str, code: str, said: str
+) -> None:
     run_dir = tmp_path / "run"
     if command != "encode" and command != "train":
         train(config, run_dir)
@@ -308,6 +321,7 @@ def test_a_signal_ends_it_with_a_message(config, tmp_path, number, command, code
                      "--prompt_sec=0.5", f"--out={tmp_path}/o.wav"),
     }[command]  # fmt: skip
     process = program(*arguments, code=code)
+    assert process.stdout is not None
     for line in process.stdout:
         if "HERE" in line:
             break
@@ -327,7 +341,7 @@ NO_PATHS = ["a" * 5000, "x/" * 2500, "a\0b", "\ud800", "~nobody_has_this_name/x"
 
 
 @pytest.mark.parametrize("path", NO_PATHS, ids=lambda path: ascii(path)[:20])
-def test_what_no_path_can_be_is_one_message(config, path):
+def test_what_no_path_can_be_is_one_message(config: Path, path: str) -> None:
     assert path_problem(path) is not None
     keys = ["run_dir", "data.train_data", "data.eval_data", "data.cache_dir",
             "moshi_paths.moshi_path", "moshi_paths.init_from"]  # fmt: skip
@@ -339,6 +353,6 @@ def test_what_no_path_can_be_is_one_message(config, path):
 
 
 @pytest.mark.parametrize("path", ["a", "/a/b", "~/a", "größe", "\udcff", "a" * 255, "../x"])
-def test_what_a_path_can_be(config, path):
+def test_what_a_path_can_be(config: Path, path: str) -> None:
     assert path_problem(path) is None
     assert load_config(config, {"run_dir": path}).run_dir == path

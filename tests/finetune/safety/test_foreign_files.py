@@ -5,6 +5,9 @@ import json
 import pickle
 import shutil
 import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +24,7 @@ from finetune.checkpoint.tensor_reader import TensorReader
 from finetune.cli import generate as generate_command
 from finetune.cli import run
 from finetune.data.audio import inspect_audio, read_audio
+from finetune.data.codec import Codec
 from finetune.data.problems import FileProblem
 from finetune.data.sources import load_sources
 from finetune.data.transcripts import read_transcript
@@ -31,7 +35,7 @@ from finetune.model import find_checkpoint
 from finetune.safety import stays_inside, with_nan, without_nan
 
 
-def change_config(folder, **changes):
+def change_config(folder: Path, **changes: Any) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
@@ -39,26 +43,26 @@ def change_config(folder, **changes):
 class Runs:
     """Unpickling it leaves a file."""
 
-    def __init__(self, mark):
+    def __init__(self, mark: Path) -> None:
         self.mark = mark
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
         return eval, (f"open({str(self.mark)!r}, 'w').close()",)
 
 
 @pytest.fixture(scope="module")
-def finished(config, tmp_path_factory):
+def finished(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("finished") / "run"
     train(config, run_dir, LORA | {"ckpt_freq": 2})
     return run_dir
 
 
 @pytest.fixture
-def run_dir(finished, tmp_path):
+def run_dir(finished: Path, tmp_path: Path) -> Path:
     return shutil.copytree(finished, tmp_path / "run")
 
 
-def sign(saved):
+def sign(saved: Path) -> None:
     """A manifest that fits, as whoever made the folder would make it."""
     (saved / "manifest.json").unlink()
     manifest.write(saved, manifest.describe(saved, [f for f in saved.rglob("*") if f.is_file()]))
@@ -67,34 +71,34 @@ def sign(saved):
 # --- pickles --------------------------------------------------------------------------------------
 
 
-def _runs(found, mark):
+def _runs(found: Any, mark: Path) -> bytes:
     return pickle.dumps(Runs(mark))
 
 
-def _runs_inside(found, mark):
+def _runs_inside(found: Any, mark: Path) -> bytes:
     found.planner_data = Runs(mark)
     return pickle.dumps(found)
 
 
-def _values_that_are_unpickled_later(found, mark):
+def _values_that_are_unpickled_later(found: Any, mark: Path) -> bytes:
     for name in list(found.state_dict_metadata):
         found.state_dict_metadata[name] = metadata.BytesStorageMetadata()
     return pickle.dumps(found)
 
 
-def _a_file_elsewhere(found, mark):
+def _a_file_elsewhere(found: Any, mark: Path) -> bytes:
     for place in found.storage_data.values():
         place.relative_path = "../../../../outside"
     return pickle.dumps(found)
 
 
-def _another_way_of_storing(found, mark):
+def _another_way_of_storing(found: Any, mark: Path) -> bytes:
     for place in found.storage_data.values():
         place.transform_descriptors = ["zstd"]
     return pickle.dumps(found)
 
 
-def _a_function_of_torch(found, mark):
+def _a_function_of_torch(found: Any, mark: Path) -> bytes:
     found.planner_data = torch.hub.load
     return pickle.dumps(found)
 
@@ -107,7 +111,9 @@ METADATA = [
 
 
 @pytest.mark.parametrize("attack", METADATA)
-def test_resuming_runs_nothing_of_a_checkpoint(config, run_dir, tmp_path, attack):
+def test_resuming_runs_nothing_of_a_checkpoint(
+    config: Path, run_dir: Path, tmp_path: Path, attack: Callable[..., Any]
+) -> None:
     mark = tmp_path / "owned"
     saved = checkpoint(run_dir, 4)
     file = saved / "resume/.metadata"
@@ -122,7 +128,9 @@ def test_resuming_runs_nothing_of_a_checkpoint(config, run_dir, tmp_path, attack
     assert not mark.exists()
 
 
-def test_a_resume_file_is_no_pickle_of_anything(config, run_dir, tmp_path):
+def test_a_resume_file_is_no_pickle_of_anything(
+    config: Path, run_dir: Path, tmp_path: Path
+) -> None:
     saved = checkpoint(run_dir, 4)
     with zipfile.ZipFile(saved / "resume.pt") as archive:
         parts = {name: archive.read(name) for name in archive.namelist()}
@@ -140,12 +148,14 @@ def test_a_resume_file_is_no_pickle_of_anything(config, run_dir, tmp_path):
     "key", ["moshi_path", "mimi_path", "tokenizer_path", "init_from", "generate"]
 )
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
-def test_weights_are_read_from_safetensors_alone(config, run_dir, tmp_path, key, suffix):
+def test_weights_are_read_from_safetensors_alone(
+    config: Path, run_dir: Path, tmp_path: Path, key: str, suffix: str
+) -> None:
     mark, evil = tmp_path / "owned", tmp_path / f"evil{suffix}"
     buffer = io.BytesIO()
     torch.save({"model": Runs(mark)}, buffer)
     evil.write_bytes(buffer.getvalue())
-    overrides = {f"moshi_paths.{key}": evil}
+    overrides: dict[str, Any] = {f"moshi_paths.{key}": evil}
     if key in ("init_from", "generate"):
         file = checkpoint(run_dir, 4) / "consolidated/lora.safetensors"
         file.write_bytes(evil.read_bytes())
@@ -163,7 +173,9 @@ OUTSIDE = ["../secret", "/etc/hostname", "a/../../secret", "", "..", "a\0b", "C:
 
 
 @pytest.mark.parametrize("name", OUTSIDE, ids=repr)
-def test_no_name_leads_out_of_its_folder(config, run_dir, tmp_path, name):
+def test_no_name_leads_out_of_its_folder(
+    config: Path, run_dir: Path, tmp_path: Path, name: str
+) -> None:
     assert not stays_inside(name)
     saved = checkpoint(run_dir, 4)
     entries = manifest.read(saved)
@@ -178,7 +190,7 @@ def test_no_name_leads_out_of_its_folder(config, run_dir, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["../a.wav", "x/../../a.wav", "\0", "\ud800.wav", "a" * 5000])
-def test_recordings_are_in_the_folder_of_their_file(tmp_path, name):
+def test_recordings_are_in_the_folder_of_their_file(tmp_path: Path, name: str) -> None:
     (tmp_path / "data").mkdir()
     write_recording(tmp_path, "a.wav", 2.0)
     lines = write_jsonl(tmp_path / "data/all.jsonl", [{"path": name, "duration": 2.0}])
@@ -195,7 +207,7 @@ def test_recordings_are_in_the_folder_of_their_file(tmp_path, name):
 
 # --- what JSON can be -----------------------------------------------------------------------------
 
-ODD = {
+ODD: dict[str, Any] = {
     "deep": "[" * 100_000 + "]" * 100_000,
     "a list": "[1, 2]",
     "binary": "\udcff\udcfe",
@@ -205,7 +217,7 @@ ODD = {
 
 
 @pytest.mark.parametrize("text", ODD.values(), ids=ODD)
-def test_json_of_another_kind_is_one_message(config, tmp_path, text):
+def test_json_of_another_kind_is_one_message(config: Path, tmp_path: Path, text: Any) -> None:
     content = text.encode(errors="surrogateescape")
     (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(FileProblem, match=r"a\.json"):
@@ -219,8 +231,13 @@ def test_json_of_another_kind_is_one_message(config, tmp_path, text):
         trainer(config, tmp_path / "new", {"moshi_paths.hf_repo_id": model})
 
 
-def test_numbers_that_are_none_survive_json():
-    record = {"a": [1.5, float("nan")], "b": {"c": float("inf")}, "d": -float("inf"), "e": "x"}
+def test_numbers_that_are_none_survive_json() -> None:
+    record: dict[str, Any] = {
+        "a": [1.5, float("nan")],
+        "b": {"c": float("inf")},
+        "d": -float("inf"),
+        "e": "x",
+    }
     text = json.dumps(without_nan(record, as_text=True), allow_nan=False)
     assert repr(with_nan(json.loads(text))) == repr(record)
     assert without_nan(record) == {"a": [1.5, None], "b": {"c": None}, "d": None, "e": "x"}
@@ -230,7 +247,7 @@ def test_numbers_that_are_none_survive_json():
 
 
 @pytest.mark.parametrize("rate_hz", [44101, 23999, 2**31 - 1])
-def test_a_rate_without_a_common_divisor_is_one_message(tmp_path, rate_hz):
+def test_a_rate_without_a_common_divisor_is_one_message(tmp_path: Path, rate_hz: int) -> None:
     soundfile.write(tmp_path / "a.wav", np.zeros((100, 2)), rate_hz)
     with pytest.raises(FileProblem, match=f"has {rate_hz} samples a second.*ffmpeg"):
         inspect_audio(tmp_path / "a.wav")
@@ -239,13 +256,13 @@ def test_a_rate_without_a_common_divisor_is_one_message(tmp_path, rate_hz):
 
 
 @pytest.mark.parametrize("rate_hz", [8000, 11025, 16000, 22050, 32000, 44100, 48000, 96000, 192000])
-def test_usual_rates_are_read(tmp_path, rate_hz):
+def test_usual_rates_are_read(tmp_path: Path, rate_hz: int) -> None:
     soundfile.write(tmp_path / "a.wav", np.zeros((rate_hz // 10, 2)), rate_hz)
     num_samples = round(inspect_audio(tmp_path / "a.wav").duration_sec * 24000)
     assert abs(read_audio(tmp_path / "a.wav", 0, num_samples, 24000).shape[1] - 2400) <= 3
 
 
-def test_hours_that_are_not_there_are_one_message(tmp_path):
+def test_hours_that_are_not_there_are_one_message(tmp_path: Path) -> None:
     path = tmp_path / "a.flac"
     soundfile.write(path, np.random.default_rng(0).normal(0, 0.1, (4800, 2)), 24000)
     content = bytearray(path.read_bytes())
@@ -269,7 +286,9 @@ def test_hours_that_are_not_there_are_one_message(tmp_path):
     ],
     ids=str,
 )
-def test_models_that_are_not_trained_right_are_refused(config, tmp_path, changes, named):
+def test_models_that_are_not_trained_right_are_refused(
+    config: Path, tmp_path: Path, changes: dict[str, Any], named: str
+) -> None:
     model = shutil.copytree(config.parent / "model", tmp_path / "model")
     change_config(model, **changes)
     with pytest.raises(UserError, match=f"moshi_paths: .*{named}"):
@@ -278,7 +297,7 @@ def test_models_that_are_not_trained_right_are_refused(config, tmp_path, changes
         load_for_inference(model, "cpu")
 
 
-def test_conditioners_that_are_none_are_none(config, tmp_path):
+def test_conditioners_that_are_none_are_none(config: Path, tmp_path: Path) -> None:
     model = shutil.copytree(config.parent / "model", tmp_path / "model")
     change_config(model, conditioners={})
     train(config, tmp_path / "run", {"moshi_paths.hf_repo_id": model, "max_steps": 1})
@@ -288,7 +307,9 @@ def test_conditioners_that_are_none_are_none(config, tmp_path):
     ("content", "named"),
     [({}, "lacks dim"), ({"architectures": ["MoshiForConditionalGeneration"]}, "transformers")],
 )
-def test_a_config_without_a_shape_says_what_to_set(config, tmp_path, content, named):
+def test_a_config_without_a_shape_says_what_to_set(
+    config: Path, tmp_path: Path, content: Any, named: str
+) -> None:
     model = shutil.copytree(config.parent / "model", tmp_path / "model")
     names = {
         k: v for k, v in json.loads((model / "config.json").read_text()).items() if "name" in k
@@ -299,7 +320,7 @@ def test_a_config_without_a_shape_says_what_to_set(config, tmp_path, content, na
 
 
 @pytest.mark.parametrize("level", ["", "checkpoints", "checkpoints/checkpoint_000004/consolidated"])
-def test_a_checkpoint_at_the_wrong_level_is_named(run_dir, level):
+def test_a_checkpoint_at_the_wrong_level_is_named(run_dir: Path, level: str) -> None:
     with pytest.raises(
         UserError,
         match=f"[dD]id you mean {checkpoint(run_dir, 4)}",
@@ -307,7 +328,9 @@ def test_a_checkpoint_at_the_wrong_level_is_named(run_dir, level):
         load_for_inference(run_dir / level, "cpu")
 
 
-def test_auto_continues_from_the_newest_whole_checkpoint(config, run_dir, capsys):
+def test_auto_continues_from_the_newest_whole_checkpoint(
+    config: Path, run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = checkpoint(run_dir, 4) / "consolidated/lora.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     overrides = LORA | {"ckpt_freq": 2, "max_steps": 6}
@@ -323,7 +346,7 @@ def test_auto_continues_from_the_newest_whole_checkpoint(config, run_dir, capsys
     assert (run_dir / "checkpoints/checkpoint_000004.damaged").is_dir()
 
 
-def test_auto_stops_where_no_checkpoint_is_whole(config, run_dir):
+def test_auto_stops_where_no_checkpoint_is_whole(config: Path, run_dir: Path) -> None:
     for step in (2, 4):
         (checkpoint(run_dir, step) / "info.json").write_text("?")
     with pytest.raises(UserError, match=r"info\.json is damaged"):
@@ -334,7 +357,7 @@ def test_auto_stops_where_no_checkpoint_is_whole(config, run_dir):
 
 
 @pytest.fixture(scope="module")
-def codec(config):
+def codec(config: Path) -> Codec:
     from finetune.config import load_config
     from finetune.model import build_codec, plan_model
 
@@ -344,7 +367,9 @@ def codec(config):
 
 
 @pytest.mark.parametrize("piece_frames", [1, 13, 100])
-def test_decoding_in_pieces_is_decoding_at_once(codec, monkeypatch, piece_frames):
+def test_decoding_in_pieces_is_decoding_at_once(
+    codec: Codec, monkeypatch: pytest.MonkeyPatch, piece_frames: int
+) -> None:
     codes = torch.randint(0, 20, (2, 4, 230), generator=torch.Generator().manual_seed(0))
     at_once = codec.decode(codes)
     monkeypatch.setattr(finetune.data.codec, "_PIECE_FRAMES", piece_frames)
@@ -352,11 +377,17 @@ def test_decoding_in_pieces_is_decoding_at_once(codec, monkeypatch, piece_frames
     torch.testing.assert_close(in_pieces, at_once, rtol=0, atol=1e-5 * at_once.abs().max().item())
 
 
-def test_weights_that_are_no_numbers_are_said(config, run_dir, tmp_path, capsys):
+def test_weights_that_are_no_numbers_are_said(
+    config: Path, run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = checkpoint(run_dir, 4) / "consolidated/lora.safetensors"
     save_file({k: torch.full_like(v, float("nan")) for k, v in load_file(file).items()}, file)
     out = tmp_path / "out.wav"
-    options = {"checkpoint": str(checkpoint(run_dir, 4)), "out": str(out), "prompt_sec": "0.5"}
+    options: dict[str, Any] = {
+        "checkpoint": str(checkpoint(run_dir, 4)),
+        "out": str(out),
+        "prompt_sec": "0.5",
+    }
     options["audio"] = str(config.parent / "eval/0.wav")
     assert run(lambda: generate_command(**options)) == 1
     assert "NaN or infinite" in capsys.readouterr().err

@@ -1,5 +1,7 @@
 """Several conversations in one batch: each is as if it were alone, from its first frame on."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -8,8 +10,9 @@ from helpers import tiny_args, tiny_delta_args, tiny_linear_args, tiny_model
 
 from finetune.data import Codec
 from finetune.serve import open_engine
+from ttt import TTTLMModel
 
-ARGS = {
+ARGS: dict[str, Any] = {
     "sum": tiny_args(),
     "delta": tiny_delta_args(),
     "linear": tiny_linear_args(),
@@ -18,46 +21,47 @@ ARGS = {
 FRAME_SAMPLES = 1920
 
 
-def parts(rule="sum", **lm):
-    lm = {"card": 32, "text_card": 40, "norm": "rms_norm_f32", "positional_embedding": "rope"} | lm
-    model = tiny_model(ARGS[rule], dtype=torch.float32, **lm)
+def parts(rule: str = "sum", **lm: Any) -> tuple[TTTLMModel, Codec]:
+    usual: dict[str, Any] = {"card": 32, "text_card": 40, "norm": "rms_norm_f32"}
+    usual["positional_embedding"] = "rope"
+    model = tiny_model(ARGS[rule], dtype=torch.float32, **usual | lm)
     codec = Codec(tiny_mimi(), tiny_tokenizer(), moshi_codebooks=4, user_codebooks=4)
     return model, codec
 
 
-def speech(num_frames, seed):
+def speech(num_frames: int, seed: int) -> np.ndarray:
     """Frames [num_frames, FRAME_SAMPLES] of a user's voice."""
     audio = speech_like(num_frames * 0.08, 24000, seed=seed, channels=1)
     return audio[:, 0].reshape(num_frames, FRAME_SAMPLES)
 
 
-def engine_of(model, codec, max_users):
+def engine_of(model: TTTLMModel, codec: Codec, max_users: int) -> Any:
     return open_engine(model, codec, max_users=max_users, temperature=0, text_temperature=0)
 
 
-def alone(model, codec, frames, **how):
+def alone(model: TTTLMModel, codec: Codec, frames: np.ndarray, **how: Any) -> list[Any]:
     with engine_of(model, codec, 1) as engine:
         row = engine.join(**how)
         return [engine.step({row.index: frame})[row.index] for frame in frames]
 
 
-def assert_same(found, expected):
+def assert_same(found: list[Any], expected: list[Any]) -> None:
     assert [s.text_token for s in found] == [s.text_token for s in expected]
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a.audio, b.audio, atol=2e-5)
 
 
 @pytest.mark.parametrize("rule", ARGS)
-def test_rows_that_join_wait_and_leave_are_as_if_alone(rule):
+def test_rows_that_join_wait_and_leave_are_as_if_alone(rule: str) -> None:
     model, codec = parts(rule)
     voices = {name: speech(18, seed) for seed, name in enumerate("abcd")}
     expected = {name: alone(model, codec, frames) for name, frames in voices.items()}
     assert len({tuple(s.text_token for s in said) for said in expected.values()}) == 4
 
-    said = {name: [] for name in voices}
+    said: dict[str, list[Any]] = {name: [] for name in voices}
     rng = np.random.default_rng(0)
     with engine_of(model, codec, 3) as engine:
-        rows = {"a": engine.join()}
+        rows: dict[str, Any] = {"a": engine.join()}
         for tick in range(42):
             if tick == 4:
                 rows["b"], rows["c"] = engine.join(), engine.join()
@@ -75,17 +79,17 @@ def test_rows_that_join_wait_and_leave_are_as_if_alone(rule):
     assert_same(said["c"], expected["c"][: len(said["c"])])
 
 
-def test_what_is_streamed_is_what_a_whole_forward_pass_computes():
+def test_what_is_streamed_is_what_a_whole_forward_pass_computes() -> None:
     """Far beyond attention's window, and Mimi's, as at first."""
     check_against_whole(num_frames=75)
 
 
 @pytest.mark.slow
-def test_beyond_3000_frames_too():
+def test_beyond_3000_frames_too() -> None:
     check_against_whole(num_frames=3200)
 
 
-def check_against_whole(num_frames):
+def check_against_whole(num_frames: int) -> None:
     model, codec = parts("delta", context=12)
     frames = speech(num_frames, 5)
     logits, codes, tokens, audio = [], [], [], []
@@ -93,11 +97,11 @@ def check_against_whole(num_frames):
         row = engine.join()
         look, step = engine.generator.on_text_logits_hook, engine.generator.step
 
-        def hook(values):
+        def hook(values: Any) -> None:
             look(values)
             logits.append(values[row.index, 0, 0].clone())
 
-        def recorded(user):
+        def recorded(user: Any) -> Any:
             codes.append(user[row.index])
             tokens.append(step(user)[row.index])
             return tokens[-1].new_zeros(2, *tokens[-1].shape).copy_(tokens[-1])
@@ -117,12 +121,12 @@ def check_against_whole(num_frames):
     torch.testing.assert_close(torch.stack(logits)[:num_frames], expected, atol=2e-4, rtol=0)
 
 
-def codec_decode(codec, codes):
+def codec_decode(codec: Codec, codes: torch.Tensor) -> np.ndarray:
     return codec.decode(codes)[0, 0].numpy()
 
 
 @pytest.mark.parametrize("rule", ["delta", "linear"])
-def test_ttt_is_switched_for_one_row(rule):
+def test_ttt_is_switched_for_one_row(rule: str) -> None:
     model, codec = parts(rule)
     frames = speech(24, 1)
     with_ttt, without = alone(model, codec, frames), alone(model, codec, frames, ttt_on=False)
@@ -141,7 +145,7 @@ def test_ttt_is_switched_for_one_row(rule):
         assert change[on.index] > 1e-4 and change[off.index] < 1e-6
 
 
-def test_a_row_forgets_alone_and_now_and_then():
+def test_a_row_forgets_alone_and_now_and_then() -> None:
     model, codec = parts("delta")
     with engine_of(model, codec, 2) as engine:
         kept, forgetful = engine.join(), engine.join(reset_every_frames=10)
@@ -161,7 +165,7 @@ def test_a_row_forgets_alone_and_now_and_then():
         assert all(change[forgetful.index] > 0 for change in engine.changes().values())
 
 
-def test_a_row_that_has_become_nan_spoils_no_other():
+def test_a_row_that_has_become_nan_spoils_no_other() -> None:
     model, codec = parts("sum")
     frames = speech(12, 3)
     expected = alone(model, codec, frames)

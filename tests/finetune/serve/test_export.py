@@ -1,6 +1,8 @@
 """What others load: stock `moshi`, and `moshi-ttt` with the TTT beside it."""
 
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,18 +12,20 @@ from training_tools import LORA, checkpoint, random_batch, train
 from finetune.errors import UserError
 from finetune.inference import load_for_inference
 from finetune.serve import ExportOptions, export_checkpoint
-from ttt import ttt_parameters, without_ttt
+from ttt import TTTLMModel, ttt_parameters, without_ttt
 
 
 @pytest.fixture(scope="module", params=["full", "lora"])
-def trained(request, config, tmp_path_factory):
+def trained(
+    request: pytest.FixtureRequest, config: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     run_dir = tmp_path_factory.mktemp("export") / "run"
     how = {"full_finetuning": True} if request.param == "full" else LORA
     train(config, run_dir, {"max_steps": 2, "param_dtype": "float32", **how})
     return checkpoint(run_dir, 2)
 
 
-def stock(folder, **places):
+def stock(folder: Path, **places: Any) -> Any:
     info = loaders.CheckpointInfo.from_hf_repo(
         "none",
         config_path=folder / "config.json",
@@ -35,12 +39,12 @@ def stock(folder, **places):
 
 
 @torch.no_grad()
-def text_logits(model):
+def text_logits(model: TTTLMModel) -> torch.Tensor:
     out = model(random_batch())
     return torch.cat([out.text_logits[out.text_mask].flatten(), out.logits[out.mask].flatten()])
 
 
-def test_stock_moshi_computes_the_model_without_ttt(trained, tmp_path):
+def test_stock_moshi_computes_the_model_without_ttt(trained: Path, tmp_path: Path) -> None:
     out = tmp_path / "model"
     done = export_checkpoint(ExportOptions(trained, out, device="cpu"))
     assert done.difference < 1e-6
@@ -62,7 +66,7 @@ def test_stock_moshi_computes_the_model_without_ttt(trained, tmp_path):
         export_checkpoint(ExportOptions(trained, out, device="cpu"))
 
 
-def test_adapters_alone(trained, config, tmp_path):
+def test_adapters_alone(trained: Path, config: Path, tmp_path: Path) -> None:
     out = tmp_path / "adapters"
     options = ExportOptions(trained, out, form="adapters", device="cpu")
     if not (trained / "consolidated/lora.safetensors").is_file():
@@ -78,16 +82,18 @@ def test_adapters_alone(trained, config, tmp_path):
         torch.testing.assert_close(text_logits(theirs), text_logits(ours), atol=1e-5, rtol=0)
 
 
-def test_a_push_that_fails_leaves_the_export(trained, tmp_path, monkeypatch):
+def test_a_push_that_fails_leaves_the_export(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import huggingface_hub
 
-    pushed = []
+    pushed: list[Any] = []
 
     class Hub:
-        def create_repo(self, repo, **how):
+        def create_repo(self, repo: Any, **how: Any) -> None:
             pushed.append((repo, how))
 
-        def upload_folder(self, **how):
+        def upload_folder(self, **how: Any) -> None:
             if len(pushed) > 1:
                 raise ConnectionError("no network")
             pushed.append(how)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,14 +24,14 @@ GREEDY = ["--temperature=0", "--text_temperature=0", "--device=cpu"]
 
 
 @pytest.fixture(scope="module")
-def trained(config, tmp_path_factory):
+def trained(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint with TTT, hardly trained."""
     run_dir = tmp_path_factory.mktemp("talk") / "run"
     train(config, run_dir, {"max_steps": 2, "param_dtype": "float32", "full_finetuning": True})
     return checkpoint(run_dir, 2)
 
 
-def call(*words):
+def call(*words: Any) -> str | int | None:
     old, sys.argv = sys.argv, ["moshi-ttt", "generate", *map(str, words)]
     try:
         with pytest.raises(SystemExit) as leaving:
@@ -40,18 +41,20 @@ def call(*words):
     return leaving.value.code
 
 
-def record(path, num_samples, *, rate_hz=24000, channels=1, seed=0):
+def record(
+    path: Path, num_samples: int, *, rate_hz: int = 24000, channels: int = 1, seed: int = 0
+) -> np.ndarray:
     path.parent.mkdir(parents=True, exist_ok=True)
     audio = speech_like(num_samples / rate_hz, rate_hz, seed=seed, channels=channels)
     soundfile.write(path, audio, rate_hz)
     return audio
 
 
-def test_three_at_once_are_three_alone_to_the_sample(trained, tmp_path):
+def test_three_at_once_are_three_alone_to_the_sample(trained: Path, tmp_path: Path) -> None:
     record(tmp_path / "in/a.wav", 24001, seed=1)
     record(tmp_path / "in/b.wav", 16000, rate_hz=16000, seed=2, channels=2)
     record(tmp_path / "in/c.wav", 7999, rate_hz=8000, seed=3)
-    lengths = {"a": 24001, "b": 24000, "c": 7999 * 3}
+    lengths: dict[str, Any] = {"a": 24001, "b": 24000, "c": 7999 * 3}
     assert (
         call(f"--checkpoint={trained}", f"--audio={tmp_path}/in", f"--out={tmp_path}/all", *GREEDY)
         == 0
@@ -73,7 +76,9 @@ def test_three_at_once_are_three_alone_to_the_sample(trained, tmp_path):
         assert times == sorted(times) and all(0 <= time <= end_sec for time in times)
 
 
-def test_a_tree_of_ten_with_one_broken_is_nine_and_a_list(trained, tmp_path, capsys):
+def test_a_tree_of_ten_with_one_broken_is_nine_and_a_list(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for index in range(10):
         record(tmp_path / f"tree/TASK{index % 2}/{index}/input.wav", 4000 + index, seed=index)
     broken = tmp_path / "tree/TASK1/5/input.wav"
@@ -94,7 +99,7 @@ def test_a_tree_of_ten_with_one_broken_is_nine_and_a_list(trained, tmp_path, cap
         assert np.abs(both[:, 0] - heard).max() > 1e-3
 
 
-def test_which_channel_is_heard(trained, tmp_path):
+def test_which_channel_is_heard(trained: Path, tmp_path: Path) -> None:
     audio = record(tmp_path / "both.wav", 8000, channels=2)
     words = [f"--checkpoint={trained}", f"--audio={tmp_path}/both.wav", "--stereo", *GREEDY]
     for channel, expected in (("left", audio[:, 0]), ("mix", audio.mean(1)), (None, audio[:, 1])):
@@ -105,7 +110,9 @@ def test_which_channel_is_heard(trained, tmp_path):
 
 
 @pytest.mark.parametrize("part", ["all", "memory"])
-def test_a_session_goes_on_where_it_ended(trained, tmp_path, part, capsys):
+def test_a_session_goes_on_where_it_ended(
+    trained: Path, tmp_path: Path, part: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Cut in the middle, at the end of a frame, the conversation is the same to the bit."""
     num_samples, cut = 22 * 1920, 12 * 1920
     audio = record(tmp_path / "whole.wav", num_samples, seed=4)
@@ -137,7 +144,7 @@ def test_a_session_goes_on_where_it_ended(trained, tmp_path, part, capsys):
     assert "session" in capsys.readouterr().err
 
 
-def test_the_report_says_what_ttt_did_and_when(trained, tmp_path):
+def test_the_report_says_what_ttt_did_and_when(trained: Path, tmp_path: Path) -> None:
     record(tmp_path / "in/a.wav", 17 * 1920, seed=1)
     record(tmp_path / "in/b.wav", 9 * 1920, seed=2)
     words = [f"--checkpoint={trained}", f"--audio={tmp_path}/in", f"--out={tmp_path}/out", *GREEDY]
@@ -180,7 +187,9 @@ def test_the_report_says_what_ttt_did_and_when(trained, tmp_path):
         (["--audio={tmp}/ok.wav", "--prompt_sec=1", "--session=x"], "not with --prompt_sec"),
     ],
 )
-def test_a_mistake_is_one_message(trained, tmp_path, capsys, words, message):
+def test_a_mistake_is_one_message(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: Any, message: Any
+) -> None:
     (tmp_path / "text.wav").write_text("not a wav")
     soundfile.write(tmp_path / "empty.wav", np.zeros(0), 24000)
     record(tmp_path / "ok.wav", 4000)
@@ -199,14 +208,17 @@ def test_a_mistake_is_one_message(trained, tmp_path, capsys, words, message):
     ]
 
 
-def test_the_server_is_a_command_that_ends_when_it_is_asked_to(trained, tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "NO_TORCH_COMPILE": "1"}
+def test_the_server_is_a_command_that_ends_when_it_is_asked_to(
+    trained: Path, tmp_path: Path
+) -> None:
+    environment: dict[str, Any] = {**os.environ, "OMP_NUM_THREADS": "1", "NO_TORCH_COMPILE": "1"}
     code = "from finetune.cli import main; main()"
     words = ["serve", f"--checkpoint={trained}", "--port=0", "--max_users=2", "--device=cpu"]
     start = [sys.executable, "-c", code]
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     process = subprocess.Popen([*start, *words], cwd=ROOT, env=environment, **streams)
-    lines = []
+    lines: list[Any] = []
+    assert process.stdout is not None
     for line in process.stdout:
         lines.append(line)
         if "listening" in line:

@@ -13,10 +13,10 @@ from finetune.errors import UserError
 from finetune.serve.server import bind, check_access
 
 
-def test_the_token_the_page_and_what_operations_ask():
+def test_the_token_the_page_and_what_operations_ask() -> None:
     model, codec = parts("sum")
 
-    async def scenario():
+    async def scenario() -> None:
         async with serving(model, codec, 1, token="correct-horse") as server:
             async with aiohttp.ClientSession() as http:
                 for path in ("/api/chat", "/metrics", "/metrics?token=wrong"):
@@ -51,7 +51,7 @@ def test_the_token_the_page_and_what_operations_ask():
     asyncio.run(scenario())
 
 
-def test_who_may_listen_where():
+def test_who_may_listen_where() -> None:
     check_access("127.0.0.1", None)
     check_access("::1", None)
     check_access("0.0.0.0", "long enough")
@@ -68,10 +68,10 @@ def test_who_may_listen_where():
     assert isinstance(taken, socket.socket)
 
 
-def test_draining_lets_calls_end():
+def test_draining_lets_calls_end() -> None:
     model, codec = parts("sum")
 
-    async def scenario():
+    async def scenario() -> None:
         async with serving(model, codec, 2) as server, calling(server) as ws:
             hurry = asyncio.Event()
             draining = asyncio.ensure_future(server.drain(600, hurry))

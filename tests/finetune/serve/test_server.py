@@ -7,8 +7,10 @@ import json
 import os
 import sys
 import types
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import numpy as np
@@ -16,19 +18,35 @@ import pytest
 import sphn
 from test_engine import FRAME_SAMPLES, alone, parts, speech
 
+from finetune.data.codec import Codec
 from finetune.serve.calls import Switchboard
 from finetune.serve.engine import open_engine
 from finetune.serve.server import Server, bind, running
 from finetune.serve.session import Identity, identify
+from ttt import TTTLMModel
 
 ME = Identity("run/checkpoint_000007", "0123456789abcdef")
 
 
+class Addressed(Server):
+    """A server that knows where it is reached."""
+
+    url: str
+
+
 @asynccontextmanager
-async def serving(model, codec, max_users, *, token=None, identity=ME, **how):
+async def serving(
+    model: TTTLMModel,
+    codec: Codec,
+    max_users: int,
+    *,
+    token: str | None = None,
+    identity: Identity = ME,
+    **how: Any,
+) -> AsyncIterator[Addressed]:
     greedy = {"temperature": 0, "text_temperature": 0}
     with open_engine(model, codec, max_users=max_users, **greedy) as engine:
-        server = Server(Switchboard(engine, **how), identity, token)
+        server = Addressed(Switchboard(engine, **how), identity, token)
         listening = bind("127.0.0.1", 0)
         async with running(server, listening):
             server.url = f"http://127.0.0.1:{listening.getsockname()[1]}"
@@ -36,13 +54,22 @@ async def serving(model, codec, max_users, *, token=None, identity=ME, **how):
 
 
 @asynccontextmanager
-async def calling(server, query=""):
+async def calling(
+    server: Addressed, query: str = ""
+) -> AsyncIterator[aiohttp.ClientWebSocketResponse]:
     url = f"{server.url}/api/chat{query}"
     async with aiohttp.ClientSession() as session, session.ws_connect(url) as ws:
         yield ws
 
 
-async def next_bytes(ws, kind):
+def hang_up(ws: aiohttp.ClientWebSocketResponse) -> None:
+    """Ends a call without goodbye."""
+    connection = ws._response.connection
+    assert connection is not None and connection.transport is not None
+    connection.transport.abort()
+
+
+async def next_bytes(ws: aiohttp.ClientWebSocketResponse, kind: int) -> bytes:
     while True:
         message = await asyncio.wait_for(ws.receive(), 60)
         assert message.type == aiohttp.WSMsgType.BINARY, message
@@ -53,12 +80,13 @@ async def next_bytes(ws, kind):
 class Caller:
     """What stock `moshi.client` sends and does with what comes."""
 
-    def __init__(self, ws):
+    def __init__(self, ws: aiohttp.ClientWebSocketResponse) -> None:
         self.ws = ws
         self.writer, self.reader = sphn.OpusStreamWriter(24000), sphn.OpusStreamReader(24000)
-        self.audio, self.text = [], ""
+        self.audio: list[np.ndarray] = []
+        self.text = ""
 
-    async def talk(self, frames, until=None):
+    async def talk(self, frames: np.ndarray, until: int | None = None) -> tuple[np.ndarray, str]:
         """Send all, and hear the answer to the first `until`."""
         sending = asyncio.ensure_future(self.send(frames))
         wanted = (len(frames) if until is None else until) * FRAME_SAMPLES
@@ -74,20 +102,20 @@ class Caller:
         await sending
         return np.concatenate(self.audio)[:wanted], self.text
 
-    async def send(self, frames):
+    async def send(self, frames: np.ndarray) -> None:
         for frame in frames:
             if encoded := self.writer.append_pcm(frame):
                 await self.ws.send_bytes(b"\x01" + encoded)
                 await asyncio.sleep(0.01)
 
 
-async def solo(server_of, frames):
+async def solo(server_of: Callable[..., Any], frames: np.ndarray) -> tuple[np.ndarray, str]:
     # As many rows, for equality to the bit: Opus makes much of little.
     async with server_of(3) as server, calling(server) as ws:
         return await Caller(ws).talk(frames)
 
 
-async def say_pcm(ws, frames):
+async def say_pcm(ws: aiohttp.ClientWebSocketResponse, frames: np.ndarray) -> np.ndarray:
     """The same as our page does: the samples of the answers."""
     for frame in frames:
         await ws.send_bytes(b"\x01" + (frame * 32767).round().astype("<i2").tobytes())
@@ -95,16 +123,16 @@ async def say_pcm(ws, frames):
     return np.concatenate(heard) / 32767
 
 
-def test_three_callers_and_all_that_can_go_wrong():
+def test_three_callers_and_all_that_can_go_wrong() -> None:
     """One is well-behaved throughout; beside it one resets, one vanishes, one floods, one sends
     garbage, and one comes too many."""
     model, codec = parts("delta")
     voice, other = speech(22, 1), speech(22, 2)
 
-    def server_of(max_users):
+    def server_of(max_users: int) -> Any:
         return serving(model, codec, max_users)
 
-    async def scenario():
+    async def scenario() -> None:
         expected = await solo(server_of, voice)
         said = alone(model, codec, (other * 32767).round() / 32768)
         expected_other = np.concatenate([spoken.audio for spoken in said])
@@ -123,7 +151,7 @@ def test_three_callers_and_all_that_can_go_wrong():
                     (call,) = [c for c in server.board.calls.values() if c.number == 3]
                     assert len(call.inbox) <= 25
                     flooded.cancel()
-                    flood._response.connection.transport.abort()
+                    hang_up(flood)
                 await reset_call
                 await resetting.send_bytes(b"\x03\x03")
                 again_call = asyncio.ensure_future(say_pcm(resetting, other))
@@ -137,7 +165,7 @@ def test_three_callers_and_all_that_can_go_wrong():
                     for _ in range(60):
                         await garbage.send_bytes(b"\x01" + os.urandom(50))
                     cut = await asyncio.wait_for(garbage.receive(), 20)
-                    assert cut.data == 1008 and "no meaning" in cut.extra
+                    assert cut.data == 1008 and "no meaning" in (cut.extra or "")
                 found, again = await good_call, await again_call
             assert np.array_equal(found[0], expected[0])
             assert found[1] == expected[1] != ""
@@ -148,12 +176,12 @@ def test_three_callers_and_all_that_can_go_wrong():
     asyncio.run(scenario())
 
 
-def test_answers_are_those_of_the_engine():
+def test_answers_are_those_of_the_engine() -> None:
     model, codec = parts("sum")
     voice = speech(10, 3)
     expected = alone(model, codec, (voice * 32767).round() / 32768)
 
-    async def scenario():
+    async def scenario() -> None:
         async with serving(model, codec, 2) as server, calling(server, "?format=pcm") as ws:
             await next_bytes(ws, 0)
             about = json.loads(await next_bytes(ws, 4))
@@ -171,47 +199,48 @@ def test_answers_are_those_of_the_engine():
     asyncio.run(scenario())
 
 
-def test_stock_client_works_unchanged(monkeypatch):
+def test_stock_client_works_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     """`moshi.client` itself, with a microphone and a loudspeaker that are made of arrays."""
     model, codec = parts("sum")
     voice = speech(12, 4)
     played, tokens = [], []
 
     class Stream:
-        def __init__(self, callback, **how):
+        def __init__(self, callback: Any, **how: Any) -> None:
             self.callback = callback
 
-        def __exit__(self, *exc):
+        def __exit__(self, *exc: Any) -> Any:
             return None
 
     class Microphone(Stream):
-        def __enter__(self):
+        def __enter__(self) -> None:
             for frame in voice:
                 self.callback(frame[:, None], FRAME_SAMPLES, None, None)
 
     class Loudspeaker(Stream):
-        def __enter__(self):
+        def __enter__(self) -> Any:
             return None
 
     fake = types.ModuleType("sounddevice")
-    fake.InputStream, fake.OutputStream = Microphone, Loudspeaker
+    monkeypatch.setattr(fake, "InputStream", Microphone, raising=False)
+    monkeypatch.setattr(fake, "OutputStream", Loudspeaker, raising=False)
     monkeypatch.setitem(sys.modules, "sounddevice", fake)
     monkeypatch.delitem(sys.modules, "moshi.client", raising=False)
     from moshi import client
 
     class Printer(client.RawPrinter):
-        def print_token(self, token):
+        def print_token(self, token: str) -> None:
             tokens.append(token)
 
-        def log(self, level, msg):
+        def log(self, level: str, msg: str) -> None:
             assert level == "info", msg
 
-    async def scenario():
+    async def scenario() -> None:
         async with serving(model, codec, 1) as server:
             connections = []
             original = client.Connection.__init__
 
-            def remember(self, *args, **kwargs):
+            def remember(self: Any, *args: Any, **kwargs: Any) -> None:
                 original(self, *args, **kwargs)
                 connections.append(self)
 
@@ -234,11 +263,11 @@ def test_stock_client_works_unchanged(monkeypatch):
     assert "".join(tokens).strip()
 
 
-def test_a_caller_who_is_late_is_paused_or_hears_silence():
+def test_a_caller_who_is_late_is_paused_or_hears_silence() -> None:
     model, codec = parts("sum")
     voice = speech(6, 5)
 
-    async def scenario(on_late):
+    async def scenario(on_late: Any) -> tuple[Any, Any]:
         async with serving(model, codec, 1, on_late=on_late) as server:
             async with calling(server, "?format=pcm") as ws:
                 pcm = (voice * 32767).astype("<i2")
@@ -255,18 +284,18 @@ def test_a_caller_who_is_late_is_paused_or_hears_silence():
     assert heard > 9 and late >= heard - 6
 
 
-def test_memory_and_sessions_of_a_call():
+def test_memory_and_sessions_of_a_call() -> None:
     model, codec = parts("delta")
     voice = speech(16, 6)
     pcm = [b"\x01" + (frame * 32767).round().astype("<i2").tobytes() for frame in voice]
 
-    async def said(ws, messages):
+    async def said(ws: aiohttp.ClientWebSocketResponse, messages: Any) -> list[Any]:
         for message in messages:
             await ws.send_bytes(message)
         heard = [await next_bytes(ws, 1) for _ in messages]
         return heard
 
-    async def scenario():
+    async def scenario() -> None:
         mine = identify(model, codec, Path("mine"))
         async with serving(model, codec, 2, identity=mine) as server:
             async with calling(server, "?format=pcm") as ws, aiohttp.ClientSession() as http:
@@ -312,21 +341,21 @@ def test_memory_and_sessions_of_a_call():
 
 
 @pytest.mark.slow
-def test_200_connects_leave_nothing_behind():
+def test_200_connects_leave_nothing_behind() -> None:
     model, codec = parts("delta")
     voice = speech(3, 8)
 
-    def held():
+    def held() -> tuple[int, int, int]:
         gc.collect()
         return len(gc.get_objects()), len(os.listdir("/proc/self/fd")), len(asyncio.all_tasks())
 
-    async def scenario():
+    async def scenario() -> None:
         async with serving(model, codec, 3) as server:
             for index in range(200):
                 async with calling(server) as ws:
                     await Caller(ws).talk(voice, until=2)
                     if index % 2:
-                        ws._response.connection.transport.abort()
+                        hang_up(ws)
                 while server.board.calls:
                     await asyncio.sleep(0.005)
                 if index == 20:

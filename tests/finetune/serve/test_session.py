@@ -1,6 +1,7 @@
 """Where a conversation stands, as a file."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,28 +9,38 @@ import torch
 from safetensors.torch import load, save
 from test_engine import ARGS, alone, engine_of, parts, speech
 
+from finetune.data.codec import Codec
 from finetune.errors import UserError
+from finetune.serve.options import Part
 from finetune.serve.session import Identity, identify, pack, unpack
+from ttt import TTTLMModel
 
 ME = Identity("run/checkpoint_000007", "0123456789abcdef")
 
 
-def saved(model, codec, frames, part="all", max_users=1, row=0):
+def saved(
+    model: TTTLMModel,
+    codec: Codec,
+    frames: np.ndarray,
+    part: Part = "all",
+    max_users: int = 1,
+    row: int = 0,
+) -> bytes:
     with engine_of(model, codec, max_users) as engine:
         for frame in frames:
             engine.step({row: frame})
         return pack(engine, engine.rows[row], ME, part)
 
 
-def assert_same(one, other):
+def assert_same(one: bytes, other: bytes) -> None:
     """To the bit."""
-    one, other = load(one), load(other)
-    assert one.keys() == other.keys()
-    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+    left, right = load(one), load(other)
+    assert left.keys() == right.keys()
+    assert [name for name in left if not torch.equal(left[name], right[name])] == []
 
 
 @pytest.mark.parametrize("rule", ARGS)
-def test_another_day_it_goes_on_to_the_bit(rule):
+def test_another_day_it_goes_on_to_the_bit(rule: str) -> None:
     model, codec = parts(rule)
     frames = speech(24, 1)
     whole = alone(model, codec, frames)
@@ -46,7 +57,7 @@ def test_another_day_it_goes_on_to_the_bit(rule):
             assert np.array_equal(spoken.audio, expected.audio)
 
 
-def test_a_row_of_one_batch_goes_on_in_another_row_of_another_batch():
+def test_a_row_of_one_batch_goes_on_in_another_row_of_another_batch() -> None:
     model, codec = parts("delta")
     frames = speech(20, 2)
     whole = alone(model, codec, frames)
@@ -58,7 +69,7 @@ def test_a_row_of_one_batch_goes_on_in_another_row_of_another_batch():
     assert tokens == [spoken.text_token for spoken in whole[11:]]
 
 
-def test_memory_alone_is_what_ttt_has_learnt():
+def test_memory_alone_is_what_ttt_has_learnt() -> None:
     model, codec = parts("delta")
     frames = speech(16, 3)
     content = saved(model, codec, frames, part="memory")
@@ -70,7 +81,7 @@ def test_memory_alone_is_what_ttt_has_learnt():
         assert engine.rows[1].num_frames == 0 and engine.step({1: frames[0]})[1].healthy
 
 
-def change(content, name, value):
+def change(content: bytes, name: str, value: torch.Tensor | None) -> bytes:
     """A session that somebody has altered."""
     size = int.from_bytes(content[:8], "little")
     metadata = json.loads(content[8 : 8 + size])["__metadata__"]
@@ -97,7 +108,9 @@ PENDING = "moshi.lm_model.transformer.layers.0.gating.num_pending"
         ("elsewhere", torch.tensor(1), "entries of no module"),
     ],
 )
-def test_an_altered_session_is_refused_and_changes_nothing(name, value, message):
+def test_an_altered_session_is_refused_and_changes_nothing(
+    name: str, value: torch.Tensor | None, message: str
+) -> None:
     model, codec = parts("sum")
     frames = speech(9, 4)
     content = saved(model, codec, frames)
@@ -112,7 +125,7 @@ def test_an_altered_session_is_refused_and_changes_nothing(name, value, message)
         assert_same(pack(engine, engine.rows[0], ME, "all"), before)
 
 
-def test_the_fingerprint_is_of_the_weights(tmp_path):
+def test_the_fingerprint_is_of_the_weights(tmp_path: Path) -> None:
     model, codec = parts("sum")
     folder = tmp_path / "run/checkpoints/checkpoint_000007"
     first = identify(model, codec, folder)

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from helpers import random_codes, tiny_model
 
 from finetune.step import LossWeights, stream_sums, target_weights, total_weight
+from ttt import TTTLMModel
 
 WEIGHTS = LossWeights(text_padding=0.3, first_codebook=7.0)
 
@@ -20,7 +21,9 @@ def codes_with_gaps() -> torch.Tensor:
     return codes
 
 
-def by_definition(model, codes, weights):
+def by_definition(
+    model: TTTLMModel, codes: torch.Tensor, weights: LossWeights
+) -> tuple[torch.Tensor, torch.Tensor]:
     """For text and audio: Σ w · CE, Σ w, Σ CE and the number of targets, one target at a time."""
     output = model(codes)
     text, audio = torch.zeros(4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
@@ -38,7 +41,7 @@ def by_definition(model, codes, weights):
 
 
 @torch.no_grad()
-def test_the_sums_are_those_of_the_definition():
+def test_the_sums_are_those_of_the_definition() -> None:
     model, codes = tiny_model(), codes_with_gaps()
     sums = stream_sums(model, model(codes), codes, WEIGHTS)
     for kind, expected in zip(sums, by_definition(model, codes, WEIGHTS), strict=True):
@@ -49,7 +52,9 @@ def test_the_sums_are_those_of_the_definition():
 
 @pytest.mark.parametrize("delays", [[0, 0, 1, 1, 1, 0, 1, 1, 1], [2, 0, 3, 1, 0, 1, 0, 2, 4]])
 @torch.no_grad()
-def test_weights_known_before_the_forward_pass_are_zero_where_the_model_masks(delays):
+def test_weights_known_before_the_forward_pass_are_zero_where_the_model_masks(
+    delays: list[int],
+) -> None:
     model, codes = tiny_model(delays=delays), codes_with_gaps()
     output = model(codes)
     text, audio = target_weights(model, codes, WEIGHTS)
@@ -60,17 +65,18 @@ def test_weights_known_before_the_forward_pass_are_zero_where_the_model_masks(de
     torch.testing.assert_close(total_weight(model, [codes], WEIGHTS), expected)
 
 
-def test_gradients_are_finite_where_logits_are_not():
+def test_gradients_are_finite_where_logits_are_not() -> None:
     model, codes = tiny_model(), codes_with_gaps()
     output = model(codes)
     assert output.logits.isnan().any()
-    sum(kind.loss for kind in stream_sums(model, output, codes, WEIGHTS)).backward()
+    text, audio = stream_sums(model, output, codes, WEIGHTS)
+    (text.loss + audio.loss).backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
     assert model.linears[1].weight.grad.abs().sum() > 0
 
 
 @torch.no_grad()
-def test_a_batch_without_any_target_weighs_nothing():
+def test_a_batch_without_any_target_weighs_nothing() -> None:
     model, codes = tiny_model(), torch.full((1, 9, 23), -1)
     for kind in stream_sums(model, model(codes), codes, WEIGHTS):
         assert [kind.loss.item(), kind.weight.item(), kind.nll.item(), kind.count.item()] == [0] * 4

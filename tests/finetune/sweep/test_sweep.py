@@ -7,7 +7,9 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -24,15 +26,25 @@ from finetune.trainer import Trainer
 
 ROOT = Path(__file__).parents[3]
 DIALOGUES = ROOT / "example/demo/dialogues"
-COMMON = {**PLAIN, "max_steps": 4, "do_eval": True, "eval_freq": 2, "model.attention_context": 9}
+COMMON: dict[str, Any] = {
+    **PLAIN,
+    "max_steps": 4,
+    "do_eval": True,
+    "eval_freq": 2,
+    "model.attention_context": 9,
+}
 # A learning rate at which nothing is finite after a step.
-FAILING = {"optim.lr": "1e38", "max_norm": "1e38", "max_nonfinite_steps": 1}
+FAILING: dict[str, Any] = {"optim.lr": "1e38", "max_norm": "1e38", "max_nonfinite_steps": 1}
 
 
 @pytest.fixture
-def write(config, tmp_path):
-    def write_sweep(runs, **others):
-        content = {"base": str(config), "sweep_dir": str(tmp_path / "sweep"), "overrides": COMMON}
+def write(config: Path, tmp_path: Path) -> Callable[..., Any]:
+    def write_sweep(runs: Any, **others: Any) -> Path:
+        content: dict[str, Any] = {
+            "base": str(config),
+            "sweep_dir": str(tmp_path / "sweep"),
+            "overrides": COMMON,
+        }
         path = tmp_path / "sweep.yaml"
         path.write_text(yaml.safe_dump(content | {"runs": runs} | others, sort_keys=False))
         return path
@@ -41,11 +53,11 @@ def write(config, tmp_path):
 
 
 @pytest.fixture
-def commands(monkeypatch):
+def commands(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Runs are trained in this process, which is faster; the command lines that were given."""
-    given = []
+    given: list[Any] = []
 
-    def train_here(self, command, log, label, environment):
+    def train_here(self: Any, command: Any, log: Any, label: Any, environment: Any) -> int:
         base, *options = command[command.index("train") + 1 :]
         given.append(options)
         overrides = dict(option.removeprefix("--").split("=", 1) for option in options)
@@ -59,7 +71,7 @@ def commands(monkeypatch):
     return given
 
 
-def sweep(*arguments):
+def sweep(*arguments: Any) -> str | int:
     """`moshi-ttt sweep ...` in this process; its exit status."""
     old, sys.argv = sys.argv, ["moshi-ttt", "sweep", *map(str, arguments)]
     try:
@@ -70,11 +82,13 @@ def sweep(*arguments):
     return leaving.value.code or 0
 
 
-def table(path):
+def table(path: Path) -> dict[str, Any]:
     return {row["run"]: row for row in json.loads((path.parent / "sweep/table.json").read_text())}
 
 
-def test_runs_are_compared_in_a_table_a_picture_and_a_page(write, commands, capsys):
+def test_runs_are_compared_in_a_table_a_picture_and_a_page(
+    write: Callable[..., Any], commands: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     path = write({"wide": None, "narrow": {"model": {"attention_context": 3}, "optim.lr": 1e-3}})
     assert sweep(path) == 0
     rows = table(path)
@@ -102,8 +116,10 @@ def test_runs_are_compared_in_a_table_a_picture_and_a_page(write, commands, caps
     assert logged_steps(folder / "narrow") == [1, 2, 3, 4]
 
 
-def test_what_is_finished_is_not_run_again_unless_it_was_changed(write, commands, capsys):
-    runs = {"one": None, "two": {"optim.lr": 1e-3}}
+def test_what_is_finished_is_not_run_again_unless_it_was_changed(
+    write: Callable[..., Any], commands: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs: dict[str, Any] = {"one": None, "two": {"optim.lr": 1e-3}}
     path = write(runs)
     assert sweep(path) == 0 and len(commands) == 2
     assert sweep(path) == 0 and len(commands) == 2
@@ -120,8 +136,14 @@ def test_what_is_finished_is_not_run_again_unless_it_was_changed(write, commands
     assert sweep(path, "--table") == 0 and len(commands) == 3
 
 
-def test_numbers_of_other_settings_are_not_shown_under_the_new_ones(write, commands, capsys):
-    runs = {"one": None, "two": {"optim.lr": 1e-3}, "after": {"after": "two", "max_steps": 2}}
+def test_numbers_of_other_settings_are_not_shown_under_the_new_ones(
+    write: Callable[..., Any], commands: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs: dict[str, Any] = {
+        "one": None,
+        "two": {"optim.lr": 1e-3},
+        "after": {"after": "two", "max_steps": 2},
+    }
     assert sweep(write(runs)) == 0
     capsys.readouterr()
     path = write(runs | {"two": {"optim.lr": 2e-3}})
@@ -144,7 +166,9 @@ def test_numbers_of_other_settings_are_not_shown_under_the_new_ones(write, comma
     assert rows["two"]["eval_loss"] is not None
 
 
-def test_a_run_that_fails_is_in_the_table_and_the_others_are_run(write, commands, capsys):
+def test_a_run_that_fails_is_in_the_table_and_the_others_are_run(
+    write: Callable[..., Any], commands: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     path = write({"bad": FAILING, "child": {"after": "bad"}, "good": None})
     assert sweep(path) == 1
     rows = table(path)
@@ -160,8 +184,10 @@ def test_a_run_that_fails_is_in_the_table_and_the_others_are_run(write, commands
     assert len(commands) == 4
 
 
-def test_a_stage_starts_from_the_last_weights_of_the_one_before(write, commands, tmp_path):
-    stages = {
+def test_a_stage_starts_from_the_last_weights_of_the_one_before(
+    write: Callable[..., Any], commands: list[Any], tmp_path: Path
+) -> None:
+    stages: dict[str, Any] = {
         "late": {"after": "early", "ttt.enabled": True, "duration_sec": 1, "max_steps": 2},
         "early": {"max_steps": 3},
     }
@@ -183,7 +209,9 @@ def test_a_stage_starts_from_the_last_weights_of_the_one_before(write, commands,
     assert sweep(path) == 0 and len(commands) == 4
 
 
-def test_a_stage_alone_needs_what_it_starts_from(write, commands, capsys):
+def test_a_stage_alone_needs_what_it_starts_from(
+    write: Callable[..., Any], commands: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     path = write({"early": None, "late": {"after": "early"}})
     assert sweep(path, "--only=late") == 1
     assert "late starts from early, which is not finished" in capsys.readouterr().err
@@ -191,7 +219,9 @@ def test_a_stage_alone_needs_what_it_starts_from(write, commands, capsys):
     assert "has no run lat; it has early, late" in capsys.readouterr().err
 
 
-def test_ctrl_c_saves_and_the_same_command_goes_on(write, tmp_path, monkeypatch):
+def test_ctrl_c_saves_and_the_same_command_goes_on(
+    write: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = write({"one": {"max_steps": 1_000_000}, "two": None})
     plan = load_sweep(path)
     process = subprocess.Popen(
@@ -222,13 +252,23 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(write, tmp_path, monkeypatch)
     last = logged_steps(tmp_path / "sweep/one")[-1]
     assert checkpoint(tmp_path / "sweep/one", last).is_dir()
 
-    given = []
-    monkeypatch.setattr(Children, "run", lambda self, command, *_: given.append(command) or 0)
+    given: list[Any] = []
+
+    def remembered(self: Children, command: list[str], *_: Any) -> int:
+        given.append(command)
+        return 0
+
+    monkeypatch.setattr(Children, "run", remembered)
     assert sweep(path) == 0
     assert [("--resume=auto" in command) for command in given] == [True, True]
 
 
-def test_an_array_has_a_task_for_each_chain(write, commands, tmp_path, capsys):
+def test_an_array_has_a_task_for_each_chain(
+    write: Callable[..., Any],
+    commands: list[Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     path = write(
         {"a": None, "b": {"after": "a", "max_steps": 1}, "c": {"max_steps": 1}},
         slurm={"time": "4:00:00", "gres": "gpu:1"},
@@ -261,14 +301,16 @@ def test_an_array_has_a_task_for_each_chain(write, commands, tmp_path, capsys):
 # --- mistakes -------------------------------------------------------------------------------------
 
 
-def problems(write, runs, **others):
+def problems(write: Callable[..., Any], runs: dict[str, Any], **others: Any) -> str:
     with pytest.raises(UserError) as error:
         load_sweep(write(runs, **others))
     return str(error.value)
 
 
-def test_all_problems_of_all_runs_are_reported_before_the_first(write, commands, capsys):
-    runs = {
+def test_all_problems_of_all_runs_are_reported_before_the_first(
+    write: Callable[..., Any], commands: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs: dict[str, Any] = {
         "good": None,
         "misspelt": {"optim.lrr": 1, "ttt.chunk_size": 0},
         "wrong": {"optim": {"lr": "fast"}},
@@ -290,7 +332,7 @@ def test_all_problems_of_all_runs_are_reported_before_the_first(write, commands,
     )
 
 
-def test_what_only_models_and_data_show_is_reported_as_well(write):
+def test_what_only_models_and_data_show_is_reported_as_well(write: Callable[..., Any]) -> None:
     message = problems(
         write,
         {
@@ -325,11 +367,13 @@ def test_what_only_models_and_data_show_is_reported_as_well(write):
     ],
     ids=str,
 )
-def test_mistakes_in_the_runs(write, runs, message):
+def test_mistakes_in_the_runs(write: Callable[..., Any], runs: Any, message: Any) -> None:
     assert re.search(message, problems(write, runs))
 
 
-def test_mistakes_in_the_file(write, config, tmp_path, capsys):
+def test_mistakes_in_the_file(
+    write: Callable[..., Any], config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = write({"a": None})
     text = path.read_text()
     path.write_text(text + "  a:\n    seed: 3\n")
@@ -363,20 +407,20 @@ def test_mistakes_in_the_file(write, config, tmp_path, capsys):
 # --- what is shipped ------------------------------------------------------------------------------
 
 SHIPPED = [path for path in (ROOT / "example").glob("*.yaml") if "sweep_dir:" in path.read_text()]
-ON_DIALOGUES = {
+ON_DIALOGUES: dict[str, Any] = {
     "data.train_data": str(DIALOGUES / "train.jsonl"),
     "data.eval_data": str(DIALOGUES / "eval.jsonl"),
 }
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
-def test_shipped_sweeps_load(path, monkeypatch):
+def test_shipped_sweeps_load(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     plan = load_sweep(path, ON_DIALOGUES)
     assert len(plan.runs) >= 4 and path.stem == plan.folder.name
 
 
-def test_the_modern_stack_has_the_six_combinations(monkeypatch):
+def test_the_modern_stack_has_the_six_combinations(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     plan = load_sweep(ROOT / "example/modern_stack.yaml", ON_DIALOGUES)
     old = ("layer_norm", "none", "sin")
@@ -396,12 +440,13 @@ def test_the_modern_stack_has_the_six_combinations(monkeypatch):
     assert len({run.args.seed for run in plan.runs.values()}) == 1
 
 
-def test_the_curriculum_grows_and_ends_as_its_control(monkeypatch):
+def test_the_curriculum_grows_and_ends_as_its_control(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     runs = load_sweep(ROOT / "example/curriculum.yaml", ON_DIALOGUES).runs
     stages = [runs[name].args for name in ("short", "middle", "long")]
     lengths = [stage.duration_sec for stage in stages]
-    windows = [stage.model.attention_context for stage in stages]
+    windows = [stage.model.attention_context or 0 for stage in stages]
+    assert all(windows)
     assert lengths == sorted(lengths) and windows == sorted(windows, reverse=True)
     assert len({stage.duration_sec * stage.batch_size for stage in stages}) == 1
     direct = runs["direct"].args
@@ -409,7 +454,7 @@ def test_the_curriculum_grows_and_ends_as_its_control(monkeypatch):
     assert (direct.duration_sec, direct.model) == (lengths[-1], stages[-1].model)
 
 
-def test_the_documented_file_loads(monkeypatch, tmp_path):
+def test_the_documented_file_loads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(ROOT)
     blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/sweeps.md").read_text(), re.DOTALL)
     path = tmp_path / "documented.yaml"
@@ -421,9 +466,15 @@ def test_the_documented_file_loads(monkeypatch, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
-def test_shipped_sweeps_run(path, tmp_path):
+def test_shipped_sweeps_run(path: Path, tmp_path: Path) -> None:
     """Every run of them, a few steps, in processes of their own."""
-    short = {**ON_DIALOGUES, "max_steps": 3, "eval_freq": 0, "batch_size": 2, "log_freq": 1}
+    short: dict[str, Any] = {
+        **ON_DIALOGUES,
+        "max_steps": 3,
+        "eval_freq": 0,
+        "batch_size": 2,
+        "log_freq": 1,
+    }
     done = subprocess.run(
         [sys.executable, "-m", "finetune", "sweep", str(path), f"--sweep_dir={tmp_path / 'out'}"]
         + [f"--{key}={value}" for key, value in short.items()],

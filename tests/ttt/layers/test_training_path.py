@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from moshi.utils.compile import no_compile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from finetune.step import LossWeights, chunked_loss, stream_sums
-from ttt import TTTArgs, build_model, without_ttt
+from ttt import TTTArgs, TTTLMModel, build_model, without_ttt
 from ttt.layers import blocks, depth, execution
 from ttt.layers.blocks import Linear
 from ttt.layers.execution import Execution
@@ -36,7 +37,7 @@ from ttt.ops.rope import rope_table, rotate
 
 PLAIN = TTTArgs(enabled=False)
 WEIGHTS = LossWeights(text_padding=0.3, first_codebook=7.0)
-METHODS = {
+METHODS: dict[str, Any] = {
     "plain": PLAIN,
     "sum": tiny_args(target="hidden", lr_scale="none"),
     "sum, relative": tiny_args(lr_scale="relative", learning_rate=0.1),
@@ -46,7 +47,9 @@ METHODS = {
 }
 
 
-def loss_and_gradients(model, codes, *, with_heads):
+def loss_and_gradients(
+    model: TTTLMModel, codes: torch.Tensor, *, with_heads: bool
+) -> tuple[float, dict[str, Any]]:
     model.zero_grad()
     text, audio = stream_sums(model, model(codes, with_heads=with_heads), codes, WEIGHTS)
     # Of different size, as in training: a gradient that is scaled wrongly shows.
@@ -55,7 +58,9 @@ def loss_and_gradients(model, codes, *, with_heads):
     return loss.item(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_same(one, other, *, rtol):
+def assert_same(
+    one: tuple[float, dict[str, Any]], other: tuple[float, dict[str, Any]], *, rtol: float
+) -> None:
     (loss, grads), (other_loss, other_grads) = one, other
     assert loss == pytest.approx(other_loss, rel=rtol)
     assert grads.keys() == other_grads.keys()
@@ -66,7 +71,7 @@ def assert_same(one, other, *, rtol):
 
 # --- against the stock model ----------------------------------------------------------------------
 
-SHAPES = {
+SHAPES: dict[str, Any] = {
     "layer norm, sine": tiny_lm_kwargs(),
     "as Moshi": moshi_like(),
     "halves in RoPE": tiny_lm_kwargs(positional_embedding="rope_concat"),
@@ -85,7 +90,9 @@ SHAPES = {
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("lm_kwargs", SHAPES.values(), ids=SHAPES.keys())
-def test_values_and_gradients_are_those_of_the_stock_model(lm_kwargs, lora):
+def test_values_and_gradients_are_those_of_the_stock_model(
+    lm_kwargs: dict[str, Any], lora: bool
+) -> None:
     """Longer than the attention's window; Moshi's own norms and positions are in float32."""
     torch.manual_seed(0)
     stock = LMModel(device="cpu", dtype=torch.float64, **lm_kwargs)
@@ -109,23 +116,25 @@ def test_values_and_gradients_are_those_of_the_stock_model(lm_kwargs, lora):
         assert_same(found, (loss.item(), expected), rtol=1e-5)
 
 
-def test_the_depth_transformer_in_chunks_is_the_same(monkeypatch):
+def test_the_depth_transformer_in_chunks_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model(PLAIN)
-    results = []
+    results: list[Any] = []
     for length in (depth.CHUNK_FRAMES, 7):
         monkeypatch.setattr(depth, "CHUNK_FRAMES", length)
         results.append(loss_and_gradients(model, random_codes(), with_heads=False))
     assert_same(*results, rtol=1e-13)
 
 
-def _logits(output):
+def _logits(output: Any) -> tuple[Any, Any, Any, Any]:
     return output.text_logits, output.logits, output.text_mask, output.mask
 
 
 # --- attention ------------------------------------------------------------------------------------
 
 
-def masked_attention(q, k, v, context):
+def masked_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, context: int
+) -> torch.Tensor:
     """With a mask of all pairs."""
     frames = torch.arange(q.shape[1])
     distance = frames[:, None] - frames
@@ -135,10 +144,11 @@ def masked_attention(q, k, v, context):
 
 
 @pytest.mark.parametrize("context", [1, 2, 5, 8, 22, 23, 40])
-def test_a_window_equals_the_masked_form(context):
+def test_a_window_equals_the_masked_form(context: int) -> None:
     inputs = [torch.randn(2, 23, 3, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
-    found = causal_attention(*inputs, context)
-    expected = masked_attention(*inputs, context)
+    q, k, v = inputs
+    found = causal_attention(q, k, v, context)
+    expected = masked_attention(q, k, v, context)
     torch.testing.assert_close(found, expected)
     weight = torch.randn_like(found)
     for a, b in zip(
@@ -149,26 +159,29 @@ def test_a_window_equals_the_masked_form(context):
         torch.testing.assert_close(a, b)
 
 
-def test_a_window_takes_less_than_all_pairs():
+def test_a_window_takes_less_than_all_pairs() -> None:
     class Counter(TorchDispatchMode):
         pairs = 0
 
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
             if "scaled_dot_product" in str(func):
                 self.pairs += args[0].shape[2] * args[1].shape[2]
             return func(*args, **(kwargs or {}))
 
-    pairs = {}
+    pairs: dict[int, int] = {}
     for context in (10, 50, 200):
         with Counter() as counter:
-            causal_attention(*(torch.randn(1, 200, 1, 8) for _ in range(3)), context)
+            q, k, v = (torch.randn(1, 200, 1, 8) for _ in range(3))
+            causal_attention(q, k, v, context)
         pairs[context] = counter.pairs
     assert pairs[10] < pairs[50] / 3 < pairs[200] / 3
 
 
 @pytest.mark.parametrize("interleave", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rope_is_moshis_to_the_bit(interleave, dtype):
+def test_rope_is_moshis_to_the_bit(interleave: bool, dtype: torch.dtype) -> None:
     q, k = torch.randn(2, 2, 7, 3, 8).to(dtype)
     table = rope_table(torch.arange(7)[:, None], 8, 1000.0, interleave=interleave)
     with no_compile():
@@ -177,7 +190,7 @@ def test_rope_is_moshis_to_the_bit(interleave, dtype):
         assert torch.equal(rotate(x, table, interleave=interleave), turned)
 
 
-def test_steps_of_different_frames_do_not_see_each_other():
+def test_steps_of_different_frames_do_not_see_each_other() -> None:
     qkv = torch.randn(5, 7, 3 * 8, dtype=torch.float64)
     out = depth_attention(qkv, num_heads=2)
     for frame in range(7):
@@ -204,7 +217,7 @@ for steps, frames, heads, width in [(8, 19, 2, 16), (5, 9, 1, 32)]:
 """
 
 
-def test_the_kernels_of_depth_attention_as_interpreted():
+def test_the_kernels_of_depth_attention_as_interpreted() -> None:
     pytest.importorskip("triton")
     root = Path(__file__).parents[3]
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(root)}
@@ -218,11 +231,11 @@ def test_the_kernels_of_depth_attention_as_interpreted():
 
 
 @pytest.mark.parametrize("parts", ["weight", "bias", "lora"])
-def test_a_loss_in_chunks_is_the_loss(monkeypatch, parts):
+def test_a_loss_in_chunks_is_the_loss(monkeypatch: pytest.MonkeyPatch, parts: str) -> None:
     monkeypatch.setattr(chunked_loss, "CHUNK_LOGITS", 100)
     torch.manual_seed(0)
     hidden = torch.randn(23, 6, dtype=torch.float64, requires_grad=True)
-    shapes = {"weight": (11, 6), "bias": (11,), "lora_a": (2, 6), "lora_b": (11, 2)}
+    shapes: dict[str, Any] = {"weight": (11, 6), "bias": (11,), "lora_a": (2, 6), "lora_b": (11, 2)}
     names = {"weight": ["weight"], "bias": ["weight", "bias"]}.get(parts) or list(shapes)
     head = {n: torch.randn(*shapes[n], dtype=torch.float64).requires_grad_() for n in names}
     if parts == "lora":
@@ -244,13 +257,15 @@ def test_a_loss_in_chunks_is_the_loss(monkeypatch, parts):
         torch.testing.assert_close(a, b)
 
 
-def test_the_loss_never_has_all_logits(monkeypatch):
+def test_the_loss_never_has_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunked_loss, "CHUNK_LOGITS", 5000)
 
     class Largest(TorchDispatchMode):
         size = 0
 
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
             out = func(*args, **(kwargs or {}))
             if isinstance(out, torch.Tensor):
                 self.size = max(self.size, out.numel())
@@ -269,7 +284,7 @@ def test_the_loss_never_has_all_logits(monkeypatch):
 # --- compilation and checkpointing ----------------------------------------------------------------
 
 
-def prepared(args, *, lora, **options):
+def prepared(args: TTTArgs, *, lora: bool, **options: Any) -> Any:
     """A model of Moshi's norms and positions with TTT as if trained."""
     model = tiny_model(args, norm="rms_norm_f32", positional_embedding="rope").train()
     if lora:
@@ -283,7 +298,9 @@ def prepared(args, *, lora, **options):
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("args", METHODS.values(), ids=METHODS.keys())
-def test_what_is_kept_for_the_backward_pass_changes_nothing(args, lora, monkeypatch):
+def test_what_is_kept_for_the_backward_pass_changes_nothing(
+    args: Any, lora: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(execution, "MIN_KEPT_WIDTH", 16)
     codes = random_codes(num_frames=30)
     results = [
@@ -301,7 +318,9 @@ def test_what_is_kept_for_the_backward_pass_changes_nothing(args, lora, monkeypa
     "name",
     ["plain", *(pytest.param(n, marks=pytest.mark.slow) for n in METHODS if n != "plain")],
 )
-def test_compiled_layers_compute_the_same(name, mode, monkeypatch):
+def test_compiled_layers_compute_the_same(
+    name: str, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As traced; what inductor makes of it is for the tests on a GPU."""
     monkeypatch.setattr(execution, "BACKEND", "aot_eager")
     monkeypatch.setattr(execution, "MIN_KEPT_WIDTH", 16)
@@ -317,7 +336,7 @@ def test_compiled_layers_compute_the_same(name, mode, monkeypatch):
     assert_same(results[1], results[0], rtol=1e-12)
 
 
-def test_all_layers_share_what_is_compiled(monkeypatch):
+def test_all_layers_share_what_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first layer of a model whose embeddings are frozen needs no gradient to its input, and is
     compiled apart; all others are one and the same, and so are the steps of training."""
     monkeypatch.setattr(execution, "BACKEND", "aot_eager")
@@ -335,18 +354,20 @@ def test_all_layers_share_what_is_compiled(monkeypatch):
 
 
 class Products(TorchDispatchMode):
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.count = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.count += func in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default)
         return func(*args, **(kwargs or {}))
 
 
-def test_selective_checkpointing_makes_no_large_product_twice(monkeypatch):
+def test_selective_checkpointing_makes_no_large_product_twice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(execution, "MIN_KEPT_WIDTH", 16)
-    counts = {}
+    counts: dict[bool | str, int] = {}
     for mode in (False, "selective", True):
         model = prepared(PLAIN, lora=False, checkpointing=mode)
         with Products() as products:
@@ -355,8 +376,8 @@ def test_selective_checkpointing_makes_no_large_product_twice(monkeypatch):
     assert counts[False] == counts["selective"] < counts[True]
 
 
-def test_evaluation_is_never_compiled(monkeypatch):
-    def refuse(*args):
+def test_evaluation_is_never_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any) -> None:
         raise AssertionError("compiled")
 
     monkeypatch.setattr(execution, "_compiled", refuse)
@@ -367,7 +388,7 @@ def test_evaluation_is_never_compiled(monkeypatch):
         model(random_codes(num_frames=12))
 
 
-def test_evaluation_compiles_no_graph_for_its_loss(monkeypatch):
+def test_evaluation_compiles_no_graph_for_its_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(execution, "BACKEND", "aot_eager")
     torch._dynamo.reset()
     graphs = torch._dynamo.utils.counters["stats"]
@@ -380,7 +401,7 @@ def test_evaluation_compiles_no_graph_for_its_loss(monkeypatch):
     assert graphs["unique_graphs"] == before
 
 
-def test_sequences_of_many_lengths_train_in_one_process(monkeypatch):
+def test_sequences_of_many_lengths_train_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch gives up on a function after eight forms of it."""
     monkeypatch.setattr(execution, "BACKEND", "aot_eager")
     torch._dynamo.config.recompile_limit = 8
@@ -390,18 +411,21 @@ def test_sequences_of_many_lengths_train_in_one_process(monkeypatch):
     for num_frames in range(12, 22):
         x = torch.randn(1, num_frames, model.dim, dtype=torch.float64, requires_grad=True)
         weights = blocks.layer_of(model.transformer.layers[0]).mlp
+        assert weights is not None
         model.execution.layer(blocks.project, x, weights.inward).sum().backward()
 
 
-def test_selective_checkpointing_is_compiled_without_comment(monkeypatch):
+def test_selective_checkpointing_is_compiled_without_comment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(execution, "BACKEND", "aot_eager")
     torch._dynamo.reset()
     execution._compiled.cache_clear()
     log = logging.getLogger("torch._higher_order_ops.wrap")
     torch._higher_order_ops.wrap.warning_once.cache_clear()
-    records = []
+    records: list[Any] = []
     handler = logging.Handler()
-    handler.emit = records.append
+    handler.emit = records.append  # type: ignore[assignment, method-assign]
     log.addHandler(handler)
     model = prepared(PLAIN, lora=False, compile=True, checkpointing="selective")
     loss_and_gradients(model, random_codes(num_frames=12), with_heads=False)
@@ -409,7 +433,7 @@ def test_selective_checkpointing_is_compiled_without_comment(monkeypatch):
     assert not records
 
 
-UNCOVERED = {
+UNCOVERED: dict[str, Any] = {
     "shared keys": {"kv_repeat": 2},
     "positions in the depth transformer": {"depformer_pos_emb": "rope"},
 }
@@ -417,7 +441,9 @@ UNCOVERED = {
 
 @pytest.mark.parametrize("args", METHODS.values(), ids=METHODS.keys())
 @pytest.mark.parametrize("shape", UNCOVERED.values(), ids=UNCOVERED.keys())
-def test_layers_of_other_kinds_are_checkpointed_as_well(shape, args, monkeypatch):
+def test_layers_of_other_kinds_are_checkpointed_as_well(
+    shape: Any, args: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(execution, "MIN_KEPT_WIDTH", 16)
     sizes, results = {}, {}
     for mode in (False, True, "selective"):
@@ -425,7 +451,7 @@ def test_layers_of_other_kinds_are_checkpointed_as_well(shape, args, monkeypatch
         model.execution.checkpointing = mode
         kept = 0
 
-        def pack(x):
+        def pack(x: torch.Tensor) -> torch.Tensor:
             nonlocal kept
             kept += x.numel()
             return x
@@ -444,7 +470,7 @@ def test_layers_of_other_kinds_are_checkpointed_as_well(shape, args, monkeypatch
 
 
 @pytest.mark.parametrize("args", METHODS.values(), ids=METHODS.keys())
-def test_a_stream_with_gradients_advances_once(args):
+def test_a_stream_with_gradients_advances_once(args: Any) -> None:
     model = prepared(args, lora=False, checkpointing=True)
     attention = model.transformer.layers[0].self_attn
     with model.streaming(2):
@@ -456,28 +482,30 @@ def test_a_stream_with_gradients_advances_once(args):
 
 
 @pytest.mark.parametrize("capability", [(7, 5), (8, 0)])
-def test_compiled_code_asks_what_the_device_can_do(capability, monkeypatch):
+def test_compiled_code_asks_what_the_device_can_do(
+    capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch._dynamo.reset()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     attention._capability.cache_clear()
 
     @torch.compile(backend="eager", fullgraph=True)
-    def answer(x):
+    def answer(x: torch.Tensor) -> Any:
         return x + 1 if attention._has_flash(x.device) else x - 1
 
     assert answer(torch.zeros(1)).item() == (1 if capability >= (8, 0) else -1)
     attention._capability.cache_clear()
 
 
-def test_flash_attention_gets_what_it_takes():
-    def suits(width, dtype=torch.bfloat16):
+def test_flash_attention_gets_what_it_takes() -> None:
+    def suits(width: int, dtype: torch.dtype = torch.bfloat16) -> bool:
         return attention._suits_flash(torch.empty(1, 1, 1, width, dtype=dtype))
 
     assert suits(128) and suits(256) and suits(64, torch.float16)
     assert not suits(12) and not suits(264) and not suits(64, torch.float32)
 
 
-def test_turned_queries_and_keys_have_the_values_type():
+def test_turned_queries_and_keys_have_the_values_type() -> None:
     """The fast scan takes frames of one type."""
     model = tiny_model(METHODS["mlp"], dtype=torch.bfloat16)
     x = torch.randn(1, 6, 16, dtype=torch.bfloat16)
@@ -486,7 +514,7 @@ def test_turned_queries_and_keys_have_the_values_type():
 
 
 @pytest.mark.parametrize("args", METHODS.values(), ids=METHODS.keys())
-def test_without_ttt_whole_sequences_are_the_plain_models(args):
+def test_without_ttt_whole_sequences_are_the_plain_models(args: Any) -> None:
     model, plain = tiny_model(args), tiny_model(PLAIN)
     plain.load_state_dict(model.state_dict(), strict=False)
     codes = random_codes(num_frames=30)
@@ -496,7 +524,7 @@ def test_without_ttt_whole_sequences_are_the_plain_models(args):
     assert args is PLAIN or not torch.equal(model(codes).text_logits, found)
 
 
-def test_layers_share_one_execution():
+def test_layers_share_one_execution() -> None:
     model = tiny_model(tiny_args())
     assert isinstance(model.execution, Execution)
     for module in [*model.transformer.layers, *model.ttt_layers.values()]:

@@ -1,5 +1,7 @@
 """The training path on a CUDA device, in bfloat16 and compiled: `python -m pytest -m gpu`."""
 
+from typing import Any
+
 import pytest
 import torch
 from helpers import (
@@ -13,7 +15,8 @@ from helpers import (
 from moshi.modules.lora import LoRALinear, replace_all_linear_with_lora
 
 from finetune.step import LossWeights, stream_sums
-from ttt import TTTArgs, build_model
+from ttt import TTTArgs, TTTLMModel, build_model
+from ttt.layers.execution import Checkpointing
 from ttt.ops.moshi.attention import _blockwise, causal_attention
 from ttt.ops.moshi.depth_attention import depth_attention
 
@@ -26,13 +29,15 @@ WIDE = moshi_like(
 )
 
 
-def relative_error(found, exact):
+def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
     return ((found.cpu().double() - exact).norm() / exact.norm()).item()
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("steps, heads, width", [(8, 16, 64), (5, 3, 16), (3, 2, 128)])
-def test_depth_attention_in_kernels(steps, heads, width, dtype, tolerance):
+def test_depth_attention_in_kernels(
+    steps: int, heads: int, width: int, dtype: torch.dtype, tolerance: float
+) -> None:
     qkv = torch.randn(steps, 333, 3 * heads * width).to("cuda", dtype).requires_grad_()
     out = depth_attention(qkv, heads)
     d_out = torch.randn_like(out)
@@ -45,15 +50,17 @@ def test_depth_attention_in_kernels(steps, heads, width, dtype, tolerance):
 
 
 @pytest.mark.parametrize("context", [1, 50, 128, 299, 300])
-def test_a_window_in_the_kernel_equals_the_masked_form(context):
+def test_a_window_in_the_kernel_equals_the_masked_form(context: int) -> None:
     inputs = [
         torch.randn(2, 300, 2, 64).to("cuda", torch.bfloat16).requires_grad_() for _ in range(3)
     ]
-    found = causal_attention(*inputs, context)
+    q, k, v = inputs
+    found = causal_attention(q, k, v, context)
     d_out = torch.randn_like(found)
     grads = torch.autograd.grad(found, inputs, d_out)
     exact = [x.detach().cpu().double().requires_grad_() for x in inputs]
-    expected = _blockwise(*exact, context)
+    q, k, v = exact
+    expected = _blockwise(q, k, v, context)
     d_expected = torch.autograd.grad(expected, exact, d_out.cpu().double())
     assert relative_error(found, expected.detach()) < 1e-2
     # A frame that sees itself alone has no gradient to its query and key.
@@ -61,7 +68,14 @@ def test_a_window_in_the_kernel_equals_the_masked_form(context):
         assert (grad.cpu().double() - d).norm() < 1e-2 * d_expected[2].norm()
 
 
-def lora_model(*, scale, compile, dtype, args=None, checkpointing=True):
+def lora_model(
+    *,
+    scale: float,
+    compile: bool,
+    dtype: torch.dtype,
+    args: TTTArgs | None = None,
+    checkpointing: Checkpointing = True,
+) -> TTTLMModel:
     """With adapters of that size and TTT as after some training, of the same numbers in every
     dtype."""
     torch.manual_seed(0)
@@ -88,14 +102,14 @@ def lora_model(*, scale, compile, dtype, args=None, checkpointing=True):
     return model.to(dtype)
 
 
-def test_compiled_code_rounds_as_eager_code_does():
+def test_compiled_code_rounds_as_eager_code_does() -> None:
     """In bfloat16 what LoRA adds is lost where it is less than half of an output's last digit. So
     it is in evaluation and streaming, which are not compiled, and in the stock model: were it kept
     in training, losses would be those of another model (of Moshi 7B, 0.4 nats less after a first
     step with a learning rate of 4e-6)."""
     codes = random_codes(batch=8, num_frames=64).cuda()
 
-    def effect(compile, dtype):
+    def effect(compile: bool, dtype: torch.dtype) -> torch.Tensor:
         with_lora, without = (
             lora_model(scale=scale, compile=compile, dtype=dtype)(codes, with_heads=False)
             .text.detach()
@@ -113,7 +127,7 @@ def test_compiled_code_rounds_as_eager_code_does():
     assert abs(kept[True] - kept[False]) < 0.1
 
 
-METHODS = {
+METHODS: dict[str, Any] = {
     "plain": TTTArgs(enabled=False),
     "sum": tiny_args(learning_rate=0.01),
     "delta": tiny_delta_args(),
@@ -124,10 +138,10 @@ METHODS = {
 
 @pytest.mark.parametrize("mode", [True, "selective"])
 @pytest.mark.parametrize("args", METHODS.values(), ids=METHODS.keys())
-def test_compiled_gradients_are_as_exact_as_eager_ones(args, mode):
+def test_compiled_gradients_are_as_exact_as_eager_ones(args: TTTArgs, mode: Checkpointing) -> None:
     """Against float32, relative to what bfloat16 does to gradients anyway."""
     codes = random_codes(batch=4, num_frames=64).cuda()
-    results = {}
+    results: dict[str, Any] = {}
     for name, compile, dtype in (
         ("exact", False, torch.float32),
         ("eager", False, torch.bfloat16),

@@ -1,5 +1,7 @@
 """`write: delta` against its definition, and what must hold for any memory that learns so."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -24,11 +26,20 @@ from ttt.ops.in_place import reference
     some_written=st.booleans(),
 )
 def test_delta_equals_its_definition(
-    seed, num_frames, chunk_size, strength, decay, packed, super_chunk, block, lag, some_written
-):
+    seed: int,
+    num_frames: int,
+    chunk_size: int,
+    strength: float,
+    decay: Any,
+    packed: bool,
+    super_chunk: int,
+    block: Any,
+    lag: int,
+    some_written: bool,
+) -> None:
     z, v, documents, weights = random_inputs(seed, num_frames=num_frames)
     beta = torch.tensor(strength, dtype=torch.float64, requires_grad=True)
-    options = {
+    options: dict[str, Any] = {
         "beta": beta,
         "chunk_size": chunk_size,
         "documents": documents if packed else None,
@@ -36,7 +47,7 @@ def test_delta_equals_its_definition(
         "lag": min(lag, chunk_size - 1),
         "written": weights[..., 0] < 0.8 if some_written else None,
     }
-    results = []
+    results: list[Any] = []
     for op in (reference.in_place_delta, ops.in_place_delta):
         with sizes(super_chunk, block):
             out = op(z, v, **options)
@@ -48,7 +59,7 @@ def test_delta_equals_its_definition(
         torch.testing.assert_close(fast, slow, rtol=1e-7, atol=1e-9 * (1 + scale))
 
 
-def test_backward_pass_gradchecks():
+def test_backward_pass_gradchecks() -> None:
     z, v, _, _ = random_inputs(0, batch=1, num_frames=9, hidden=3, width=2)
     beta = torch.tensor([2.0], dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(
@@ -57,11 +68,11 @@ def test_backward_pass_gradchecks():
     )
 
 
-def test_packed_documents_equal_documents_apart():
+def test_packed_documents_equal_documents_apart() -> None:
     z, v, _, _ = random_inputs(3, num_frames=17)
     lengths = [5, 1, 8, 3]
     documents = torch.repeat_interleave(torch.tensor([4, 2, 4, 9]), torch.tensor(lengths))
-    options = {"beta": 10.0, "chunk_size": 3}
+    options: dict[str, Any] = {"beta": 10.0, "chunk_size": 3}
     packed = ops.in_place_delta(z, v, documents=documents.expand(2, -1), **options)
     apart = [
         ops.in_place_delta(z_part, v_part, **options)
@@ -70,7 +81,7 @@ def test_packed_documents_equal_documents_apart():
     torch.testing.assert_close(packed, torch.cat(apart, 1), rtol=1e-12, atol=1e-12)
 
 
-def test_what_is_known_is_not_written_again():
+def test_what_is_known_is_not_written_again() -> None:
     """The same chunk a hundred times: what is read of it tends to its targets and stays there,
     where `sum` grows without end."""
     z, v, _, _ = random_inputs(1, batch=1, num_frames=4, hidden=16)
@@ -81,7 +92,7 @@ def test_what_is_known_is_not_written_again():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_digital_silence_is_well_behaved(dtype):
+def test_digital_silence_is_well_behaved(dtype: torch.dtype) -> None:
     """Chunks of one repeated frame, of zeros, and of zeros but one frame."""
     z, v, _, _ = random_inputs(2, batch=1, num_frames=24, hidden=16)
     z, v = z.detach().to(dtype), v.detach().to(dtype)
@@ -92,12 +103,12 @@ def test_digital_silence_is_well_behaved(dtype):
     out = ops.in_place_delta(z, v, beta=beta, chunk_size=4)
     out.float().square().sum().backward()
     for x in (out, z.grad, v.grad, beta.grad):
-        assert x.isfinite().all()
+        assert x is not None and x.isfinite().all()
     assert out.norm() < 3 * v.norm()
     assert v.grad[:, 12:16].abs().max() == 0
 
 
-def test_silence_writes_nothing():
+def test_silence_writes_nothing() -> None:
     z, v, _, _ = random_inputs(4, num_frames=12)
     silent = torch.cat([z[:, :4], torch.zeros_like(z[:, :4]), z[:, 8:]], dim=1)
     out = ops.in_place_delta(silent, v, beta=10.0, chunk_size=4)
@@ -107,17 +118,17 @@ def test_silence_writes_nothing():
     torch.testing.assert_close(out[:, 8:], without[:, 4:], rtol=1e-12, atol=1e-12)
 
 
-def test_the_scale_of_activations_does_not_matter():
+def test_the_scale_of_activations_does_not_matter() -> None:
     """β has no unit: ten times as long activations read the same."""
     z, v, _, _ = random_inputs(5)
-    options = {"beta": 10.0, "chunk_size": 4}
+    options: dict[str, Any] = {"beta": 10.0, "chunk_size": 4}
     torch.testing.assert_close(
         ops.in_place_delta(1000 * z, v, **options), ops.in_place_delta(z, v, **options)
     )
 
 
 @pytest.mark.parametrize("super_chunk", [16, 2048])
-def test_bfloat16_is_as_close_as_its_rounding(super_chunk):
+def test_bfloat16_is_as_close_as_its_rounding(super_chunk: int) -> None:
     z, v, _, _ = random_inputs(6, num_frames=64, hidden=32, width=16)
     low_z, low_v = z.detach().bfloat16(), v.detach().bfloat16()
     with sizes(super_chunk, 8):
@@ -128,10 +139,10 @@ def test_bfloat16_is_as_close_as_its_rounding(super_chunk):
 
 
 @pytest.mark.parametrize("rule", ["sum", "delta"])
-def test_what_the_backward_pass_keeps_grows_with_the_length_and_not_its_square(rule):
-    sizes_of_kept = []
+def test_what_the_backward_pass_keeps_grows_with_the_length_and_not_its_square(rule: str) -> None:
+    sizes_of_kept: list[Any] = []
 
-    def keep(tensor):
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
         sizes_of_kept[-1] += tensor.numel()
         return tensor
 
@@ -149,12 +160,12 @@ def test_what_the_backward_pass_keeps_grows_with_the_length_and_not_its_square(r
 CHUNK_FRAMES = 8
 
 
-def recalled(fact, again, num_frames=64):
+def recalled(fact: int, again: int, num_frames: int = 64) -> list[Any]:
     """How much of its value a key gives back at frame `again`, and 8 chunks on, after the fact at
     frame `fact`; the value follows its key, as a target does by default."""
     generator = torch.Generator().manual_seed(fact * 100 + again)
 
-    def normal(*shape):
+    def normal(*shape: Any) -> torch.Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     z, x = normal(1, num_frames, 2048), normal(1, num_frames, 32)
@@ -166,7 +177,7 @@ def recalled(fact, again, num_frames=64):
     return [(out[t] @ value / value.square().sum()).item() for t in (again, last)]
 
 
-def test_a_chunks_edge_is_a_place_like_any_other():
+def test_a_chunks_edge_is_a_place_like_any_other() -> None:
     """A key at each position of a chunk, again at each position of a later one."""
     positions = range(CHUNK_FRAMES)
     then, later = torch.tensor(
@@ -178,12 +189,12 @@ def test_a_chunks_edge_is_a_place_like_any_other():
         assert (found.mean(1) - found.mean()).abs().max() < 0.02
 
 
-def test_what_is_not_written_is_as_if_its_key_were_zero_when_written():
+def test_what_is_not_written_is_as_if_its_key_were_zero_when_written() -> None:
     """A frame that is no target neither writes nor erases what is known of its key."""
     z, v, _, _ = random_inputs(7, batch=1, num_frames=24, hidden=16)
     written = torch.ones(1, 24, dtype=torch.bool)
     written[0, 13:16] = False
-    options = {"beta": 10.0, "chunk_size": 4}
+    options: dict[str, Any] = {"beta": 10.0, "chunk_size": 4}
     out = ops.in_place_delta(z, v, written=written, **options)
     other = torch.where(written.unsqueeze(-1), v, 100.0)
     assert torch.equal(ops.in_place_delta(z, other, written=written, **options), out)

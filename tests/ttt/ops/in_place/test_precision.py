@@ -4,6 +4,8 @@ Every case is compared with float64 on the same 16-bit inputs, values and gradie
 which any arithmetic looks right, are one case of many.
 """
 
+from typing import Any
+
 import pytest
 import torch
 from test_sum import sizes
@@ -15,7 +17,7 @@ NUM_FRAMES = 300
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
-def keys(kind, hidden=256):
+def keys(kind: str, hidden: int = 256) -> torch.Tensor:
     """[1, T, h] frames."""
     torch.manual_seed(0)
     noise = torch.randn(1, NUM_FRAMES, hidden)
@@ -32,12 +34,19 @@ def keys(kind, hidden=256):
     return words[torch.randint(0, 64, (1, NUM_FRAMES))] + 0.02 * noise
 
 
-def errors(kind, beta, device, dtype=torch.bfloat16, super_chunk=2048, lag=1):
+def errors(
+    kind: str,
+    beta: float,
+    device: str,
+    dtype: torch.dtype = torch.bfloat16,
+    super_chunk: int = 2048,
+    lag: int = 1,
+) -> list[Any]:
     """Relative errors of the output, dz, and dv."""
     z = keys(kind).to(dtype)
     v = torch.randn(64, 32)[torch.randint(0, 64, (1, NUM_FRAMES))].to(dtype)
     d_out = torch.randn(1, NUM_FRAMES, 32).to(dtype)
-    results = []
+    results: list[Any] = []
     for where, precision in (("cpu", torch.float64), (device, dtype)):
         inputs = [x.to(where, precision).requires_grad_() for x in (z, v)]
         with sizes(super_chunk, 64):
@@ -55,7 +64,9 @@ def errors(kind, beta, device, dtype=torch.bfloat16, super_chunk=2048, lag=1):
 @pytest.mark.parametrize(
     "kind", ["cosine 0", "cosine 0.9", "cosine 0.94", "cosine 0.99", "half silent", "silence"]
 )
-def test_bfloat16_is_as_exact_as_its_inputs(kind, beta, super_chunk, device):
+def test_bfloat16_is_as_exact_as_its_inputs(
+    kind: str, beta: float, super_chunk: int, device: str
+) -> None:
     """One bfloat16 rounds by 0.2 %, and the results are such."""
     out, d_z, d_v = errors(kind, beta, device, super_chunk=super_chunk)
     is_hard = kind == "silence" and beta == 100.0
@@ -71,13 +82,13 @@ def test_bfloat16_is_as_exact_as_its_inputs(kind, beta, super_chunk, device):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("beta", [1.0, 10.0, 100.0])
-def test_one_frame_over_and_over(beta, device):
+def test_one_frame_over_and_over(beta: float, device: str) -> None:
     """No gradient moves such keys apart: dz is nothing but rounding."""
     out, _, d_v = errors("repeated", beta, device)
     assert out < 0.01 and d_v < 0.01
 
 
 @pytest.mark.parametrize("kind", ["cosine 0", "cosine 0.94", "cosine 0.99", "half silent"])
-def test_float32_holds_up_to_the_bound(kind):
+def test_float32_holds_up_to_the_bound(kind: str) -> None:
     out, d_z, d_v = errors(kind, 1e3, "cpu", dtype=torch.float32)
     assert out < 1e-2 and d_v < 1e-2 and d_z < 1e-2

@@ -3,10 +3,13 @@
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
 from helpers import tiny_args, tiny_delta_args, tiny_model, tiny_relative_args
+
+from ttt import TTTArgs
 
 pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -14,16 +17,20 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="would call itself")
-def test_kernels_interpreted_on_the_cpu():
+def test_kernels_interpreted_on_the_cpu() -> None:
     """Triton reads this variable when it is imported, hence another process."""
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-x", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment: dict[str, Any] = {
+        **os.environ,
+        "TRITON_INTERPRET": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
     assert "11 passed" in done.stdout
 
 
-def on_a_device(test):
+def on_a_device(test: Any) -> Any:
     missing = not INTERPRETED and not torch.cuda.is_available()
     skip = pytest.mark.skipif(missing, reason="needs a CUDA device, or Triton's interpreter")
     return pytest.mark.gpu(skip(test))
@@ -47,7 +54,9 @@ def on_a_device(test):
     ],
     ids=["sum", "bounded", "delta", "relative, bounded", "relative delta"],
 )
-def test_a_step_on_the_device_equals_the_plain_one(args, dtype, monkeypatch):
+def test_a_step_on_the_device_equals_the_plain_one(
+    args: TTTArgs, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Three rows, one of them paused at times, one restarted, one silent for a chunk."""
     from ttt.ops.in_place import stream
 
@@ -56,10 +65,10 @@ def test_a_step_on_the_device_equals_the_plain_one(args, dtype, monkeypatch):
         monkeypatch.setattr(stream, "PROGRAMS", 2)
     module = tiny_model(args, dtype=dtype).to(device).ttt_layers[0]
     chunk_size = args.chunk_size
-    outputs = {}
+    outputs: dict[str, Any] = {}
     for way in ("plain", "kernels"):
         torch.manual_seed(0)
-        spoken = []
+        spoken: list[Any] = []
         with torch.no_grad(), module.streaming(3):
             state = module._streaming_state
             for step in range(2 * chunk_size + 3):
@@ -71,8 +80,8 @@ def test_a_step_on_the_device_equals_the_plain_one(args, dtype, monkeypatch):
                 if step == chunk_size + 2:
                     state.reset(torch.tensor([True, False, False]).to(device))
                 is_frame = torch.tensor([[True], [step % 5 != 4], [step != 2]]).to(device)
-                stream = module._stream_frame if way == "kernels" else module._stream_frames
-                spoken.append(stream(z, source, is_frame, state).float())
+                step_of = module._stream_frame if way == "kernels" else module._stream_frames
+                spoken.append(step_of(z, source, is_frame, state).float())
             outputs[way] = (torch.cat(spoken), state.change.clone(), state.num_pending.clone())
     assert torch.equal(outputs["plain"][2], outputs["kernels"][2])
     for plain, kernels in zip(outputs["plain"][:2], outputs["kernels"][:2], strict=True):
@@ -82,7 +91,7 @@ def test_a_step_on_the_device_equals_the_plain_one(args, dtype, monkeypatch):
 
 
 @on_a_device
-def test_inverses_of_more_than_one_block():
+def test_inverses_of_more_than_one_block() -> None:
     """Rows: a repeated frame with noise, an incomplete chunk (left alone), and silence."""
     from ttt.ops.in_place import stream
 

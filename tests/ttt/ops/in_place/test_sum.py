@@ -1,6 +1,8 @@
 """The fast forms against the frame-by-frame definition: values and gradients."""
 
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from ttt.ops.in_place import chunks, reference
 
 
 @contextmanager
-def sizes(super_chunk, block):
+def sizes(super_chunk: int, block: int) -> Iterator[None]:
     """Small super-chunks and blocks of rows, so that short sequences have many of them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chunks, "SUPER_CHUNK_FRAMES", super_chunk)
@@ -20,10 +22,12 @@ def sizes(super_chunk, block):
         yield
 
 
-def random_inputs(seed, batch=2, num_frames=19, hidden=7, width=5):
+def random_inputs(
+    seed: int, batch: int = 2, num_frames: int = 19, hidden: int = 7, width: int = 5
+) -> tuple[Any, Any, torch.Tensor, Any]:
     generator = torch.Generator().manual_seed(seed)
 
-    def normal(*shape):
+    def normal(*shape: Any) -> torch.Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     z, v = normal(batch, num_frames, hidden), normal(batch, num_frames, width)
@@ -47,10 +51,18 @@ def random_inputs(seed, batch=2, num_frames=19, hidden=7, width=5):
     lag=st.integers(0, 3),
 )
 def test_in_place_equals_its_definition(
-    seed, num_frames, chunk_size, bound, decay, packed, super_chunk, block, lag
-):
+    seed: int,
+    num_frames: int,
+    chunk_size: int,
+    bound: Any,
+    decay: Any,
+    packed: bool,
+    super_chunk: int,
+    block: Any,
+    lag: int,
+) -> None:
     z, v, documents, weights = random_inputs(seed, num_frames=num_frames)
-    options = {
+    options: dict[str, Any] = {
         "lr": 0.7,
         "chunk_size": chunk_size,
         "max_delta_norm": bound,
@@ -58,7 +70,7 @@ def test_in_place_equals_its_definition(
         "decay": decay,
         "lag": min(lag, chunk_size - 1),
     }
-    results = []
+    results: list[Any] = []
     for op in (reference.in_place_ttt, ops.in_place_ttt):
         with sizes(super_chunk, block):
             out = op(z, v, **options)
@@ -80,10 +92,12 @@ def test_in_place_equals_its_definition(
     data=st.data(),
     packed=st.booleans(),
 )
-def test_chunk_conv_equals_its_definition(seed, num_frames, chunk_size, kernel_size, data, packed):
+def test_chunk_conv_equals_its_definition(
+    seed: int, num_frames: int, chunk_size: int, kernel_size: int, data: st.DataObject, packed: bool
+) -> None:
     _, x, documents, _ = random_inputs(seed, num_frames=num_frames)
     weight = torch.randn(5, kernel_size, dtype=torch.float64, requires_grad=True)
-    options = {
+    options: dict[str, Any] = {
         "chunk_size": chunk_size,
         "lookahead": data.draw(st.integers(0, kernel_size - 1)),
         "documents": documents if packed else None,
@@ -99,7 +113,7 @@ def test_chunk_conv_equals_its_definition(seed, num_frames, chunk_size, kernel_s
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
-def test_backward_passes_gradcheck():
+def test_backward_passes_gradcheck() -> None:
     z, v, documents, _ = random_inputs(0, batch=1, num_frames=9, hidden=3, width=2)
     assert torch.autograd.gradcheck(
         lambda z, v: ops.in_place_ttt(
@@ -110,11 +124,11 @@ def test_backward_passes_gradcheck():
 
 
 @pytest.mark.parametrize("bound", [None, 0.5])
-def test_packed_documents_equal_documents_apart(bound):
+def test_packed_documents_equal_documents_apart(bound: float | None) -> None:
     z, v, _, _ = random_inputs(3, num_frames=17)
     lengths = [5, 1, 8, 3]
     documents = torch.repeat_interleave(torch.tensor([4, 2, 4, 9]), torch.tensor(lengths))
-    options = {"lr": 0.7, "chunk_size": 3, "max_delta_norm": bound}
+    options: dict[str, Any] = {"lr": 0.7, "chunk_size": 3, "max_delta_norm": bound}
     packed = ops.in_place_ttt(z, v, documents=documents.expand(2, -1), **options)
     apart = [
         ops.in_place_ttt(z_part, v_part, **options)
@@ -123,7 +137,7 @@ def test_packed_documents_equal_documents_apart(bound):
     torch.testing.assert_close(packed, torch.cat(apart, 1), rtol=1e-12, atol=1e-12)
 
 
-def test_the_bound_acts_on_each_row_alone_and_is_not_always_on():
+def test_the_bound_acts_on_each_row_alone_and_is_not_always_on() -> None:
     z, v, _, _ = random_inputs(1)
     v = torch.stack([v[0] * 1e-3, v[1] * 1e3])
     free = ops.in_place_ttt(z, v, lr=1.0, chunk_size=4)
@@ -132,7 +146,7 @@ def test_the_bound_acts_on_each_row_alone_and_is_not_always_on():
     assert bounded[1].norm() < 1e-2 * free[1].norm()
 
 
-def test_nothing_leaves_a_first_chunk_or_enters_one():
+def test_nothing_leaves_a_first_chunk_or_enters_one() -> None:
     z, v, _, _ = random_inputs(2, num_frames=12)
     out = ops.in_place_ttt(z, v, lr=1.0, chunk_size=5)
     assert torch.equal(out[:, :5], torch.zeros_like(out[:, :5]))
@@ -142,14 +156,15 @@ def test_nothing_leaves_a_first_chunk_or_enters_one():
     assert torch.equal(ops.in_place_ttt(z, changed, lr=1.0, chunk_size=5), out)
 
 
-def test_silence_with_a_bound_has_finite_gradients():
+def test_silence_with_a_bound_has_finite_gradients() -> None:
     z = torch.zeros(1, 8, 3, dtype=torch.float64, requires_grad=True)
     v = torch.zeros(1, 8, 2, dtype=torch.float64, requires_grad=True)
     ops.in_place_ttt(z, v, lr=1.0, chunk_size=2, max_delta_norm=1.0).sum().backward()
+    assert z.grad is not None and v.grad is not None
     assert z.grad.isfinite().all() and v.grad.isfinite().all()
 
 
-def test_bfloat16_is_as_close_as_its_rounding():
+def test_bfloat16_is_as_close_as_its_rounding() -> None:
     z, v, _, _ = random_inputs(5, num_frames=64, hidden=32, width=16)
     exact = ops.in_place_ttt(z, v, lr=0.1, chunk_size=8)
     rounded = ops.in_place_ttt(z.bfloat16(), v.bfloat16(), lr=0.1, chunk_size=8)
@@ -159,11 +174,11 @@ def test_bfloat16_is_as_close_as_its_rounding():
 
 @pytest.mark.parametrize("lag", [0, 1])
 @pytest.mark.parametrize("what", ["z", "v"])
-def test_a_frame_that_is_not_finite_reaches_no_earlier_one(what, lag):
+def test_a_frame_that_is_not_finite_reaches_no_earlier_one(what: str, lag: int) -> None:
     z, v, _, _ = random_inputs(5, batch=1, num_frames=24)
     z, v = z.detach().clone(), v.detach().clone()
     (z if what == "z" else v)[0, 13] = float("inf")
-    options = {"lr": 1.0, "chunk_size": 4, "lag": lag}
+    options: dict[str, Any] = {"lr": 1.0, "chunk_size": 4, "lag": lag}
     expected = reference.in_place_ttt(z, v, **options)
     found = ops.in_place_ttt(z, v, **options)
     assert torch.equal(found.isfinite().all(-1), expected.isfinite().all(-1))
@@ -178,15 +193,17 @@ def test_a_frame_that_is_not_finite_reaches_no_earlier_one(what, lag):
     kernel_size=st.integers(1, 4),
     packed=st.booleans(),
 )
-def test_causal_conv_equals_its_definition(seed, num_frames, kernel_size, packed):
+def test_causal_conv_equals_its_definition(
+    seed: int, num_frames: int, kernel_size: int, packed: bool
+) -> None:
     _, x, documents, _ = random_inputs(seed, num_frames=num_frames)
     weight = torch.randn(5, kernel_size, dtype=torch.float64, requires_grad=True)
-    options = {"documents": documents if packed else None}
+    options: dict[str, Any] = {"documents": documents if packed else None}
     slow, fast = (op.causal_conv(x, weight, **options) for op in (reference, ops))
     torch.testing.assert_close(fast, slow, rtol=1e-9, atol=1e-9)
 
 
-def test_a_lag_is_shorter_than_a_chunk():
+def test_a_lag_is_shorter_than_a_chunk() -> None:
     z, v, _, _ = random_inputs(0)
     with pytest.raises(ValueError, match="lag: must lie between 0 and chunk_size - 1 = 3, got 4"):
         ops.in_place_ttt(z, v, lr=1.0, chunk_size=4, lag=4)

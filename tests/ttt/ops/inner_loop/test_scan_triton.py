@@ -5,6 +5,8 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -21,10 +23,14 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="would call itself")
-def test_kernels_interpreted_on_the_cpu():
+def test_kernels_interpreted_on_the_cpu() -> None:
     """Triton reads this variable when it is imported, hence another process."""
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-x", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment: dict[str, Any] = {
+        **os.environ,
+        "TRITON_INTERPRET": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
     assert "24 passed" in done.stdout
@@ -37,7 +43,7 @@ PIECES = "lane = [[0, 0, 2], [0, 0, 4], [0, 1, 0], [0, 2, 0], [0, 4, 0]]"
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="compiles")
 @pytest.mark.parametrize("name, parts, size", [("forward", 2, 16), ("backward", 4, 16)])
-def test_threads_hold_what_they_turn(name, parts, size):
+def test_threads_hold_what_they_turn(name: str, parts: int, size: int) -> None:
     """Of compiled code, which needs no GPU: Triton chooses which thread holds what, and an
     instruction that turns pieces of 8 x 8 is right for one choice only. (For pointers that are no
     multiples of 16 it chooses another; see the test of tensors anywhere in memory.)"""
@@ -48,7 +54,14 @@ def test_threads_hold_what_they_turn(name, parts, size):
     from ttt.ops.inner_loop import kernels, mlp_backward
 
     kernel = getattr(kernels if name == "forward" else mlp_backward, f"mlp_{name}")
-    constants = {"EPS": 1e-6, "K": size, "F": 128, "D": 512, "TILE": 16, "SPLIT": True}
+    constants: dict[str, Any] = {
+        "EPS": 1e-6,
+        "K": size,
+        "F": 128,
+        "D": 512,
+        "TILE": 16,
+        "SPLIT": True,
+    }
     constants |= {"PARTS": parts, **({"KEEP": True} if name == "forward" else {})}
     frames = ("q", "k", "v", "out", "d_out", "d_q", "d_k", "d_v")
     signature = {
@@ -81,13 +94,15 @@ def test_threads_hold_what_they_turn(name, parts, size):
         assert is_product or ("register = [[0, 0, 1]," in definition and PIECES in definition)
 
 
-def on_a_device(test):
+def on_a_device(test: Any) -> Any:
     missing = not INTERPRETED and not torch.cuda.is_available()
     skip = pytest.mark.skipif(missing, reason="needs a CUDA device, or Triton's interpreter")
     return pytest.mark.gpu(skip(test))
 
 
-def moderate_inputs(method, num_frames, size, width, batched):
+def moderate_inputs(
+    method: str, num_frames: int, size: int, width: int, batched: bool
+) -> tuple[list[Any], Any]:
     """As in training: small steps. Wild ones would enlarge float32's rounding without end."""
     arguments, token_scale = random_inputs(
         method, num_frames=num_frames, size=size, width=width, batched=batched
@@ -96,7 +111,14 @@ def moderate_inputs(method, num_frames, size, width, batched):
     return [x.detach() for x in arguments], token_scale.detach()
 
 
-def values_and_gradients(op, arguments, token_scale, dtype, frames_dtype=None, **options):
+def values_and_gradients(
+    op: Any,
+    arguments: list[Any],
+    token_scale: Any,
+    dtype: torch.dtype,
+    frames_dtype: torch.dtype | None = None,
+    **options: Any,
+) -> list[Any]:
     """In float64 on the CPU: outputs, final weights, and the gradients of a random sum of them."""
     device = "cpu" if dtype == torch.float64 else DEVICE
     leaves = [
@@ -113,12 +135,12 @@ def values_and_gradients(op, arguments, token_scale, dtype, frames_dtype=None, *
 
 
 @pytest.fixture
-def kernels(monkeypatch):
+def kernels(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """Values and gradients by the kernels, where memory that they leave unwritten is NaN."""
 
     from ttt.ops.inner_loop import scan_triton
 
-    def run(*args, **options):
+    def run(*args: Any, **options: Any) -> list[Any]:
         with monkeypatch.context() as patch:
             patch.setattr(ttt_linear_mlp, "has_kernel", lambda *_: True)
             if INTERPRETED:
@@ -141,8 +163,14 @@ def kernels(monkeypatch):
     [(50, 16, 16, 2, False), (64, 16, 32, None, True), (70, 32, 16, 1, False)],
 )
 def test_kernels_equal_the_definition(
-    method, num_frames, size, width, group_size, batched, kernels
-):
+    method: str,
+    num_frames: int,
+    size: int,
+    width: int,
+    group_size: int | None,
+    batched: bool,
+    kernels: Callable[..., Any],
+) -> None:
     """With an incomplete mini-batch at the end and without, groups of several sizes."""
     op = METHODS[method][0]
     inputs = moderate_inputs(method, num_frames, size, width, batched)
@@ -154,11 +182,13 @@ def test_kernels_equal_the_definition(
 
 @on_a_device
 @every_method
-def test_activation_checkpointing_around_the_kernels_changes_nothing(method, kernels):
+def test_activation_checkpointing_around_the_kernels_changes_nothing(
+    method: str, kernels: Callable[..., Any]
+) -> None:
     op = METHODS[method][0]
     inputs = moderate_inputs(method, 40, 16, 16, False)
 
-    def checkpointed(*args, **options):
+    def checkpointed(*args: Any, **options: Any) -> Any:
         return checkpoint(op, *args, **options, use_reentrant=False)
 
     for group_size in (2, None):
@@ -171,12 +201,14 @@ def test_activation_checkpointing_around_the_kernels_changes_nothing(method, ker
 @on_a_device
 @every_method
 @pytest.mark.parametrize("group_size", [2, None])
-def test_a_second_pass_backwards_gives_the_same(method, group_size, kernels):
+def test_a_second_pass_backwards_gives_the_same(
+    method: str, group_size: int | None, kernels: Callable[..., Any]
+) -> None:
     """Though the first one uses up what the forward pass kept."""
     op = METHODS[method][0]
     inputs = moderate_inputs(method, 40, 16, 16, False)
 
-    def twice(*args, **options):
+    def twice(*args: Any, **options: Any) -> tuple[Any, Any]:
         out, state = op(*args, **options)
         leaves = [*args, options["token_scale"]]
         first, second = (torch.autograd.grad(out.sum(), leaves, retain_graph=True) for _ in "12")
@@ -188,11 +220,11 @@ def test_a_second_pass_backwards_gives_the_same(method, group_size, kernels):
 
 @on_a_device
 @every_method
-def test_gradients_of_gradients_are_refused(method, kernels):
+def test_gradients_of_gradients_are_refused(method: str, kernels: Callable[..., Any]) -> None:
     op = METHODS[method][0]
     inputs = moderate_inputs(method, 16, 16, 16, False)
 
-    def twice(*args, **options):
+    def twice(*args: Any, **options: Any) -> tuple[Any, Any]:
         out, state = op(*args, **options)
         (found,) = torch.autograd.grad(out.square().sum(), args[0], create_graph=True)
         with pytest.raises(RuntimeError, match="once_differentiable"):
@@ -209,7 +241,9 @@ def test_gradients_of_gradients_are_refused(method, kernels):
     ("method", "size", "width"),
     [("linear", 64, 128), ("linear", 16, 64), ("mlp", 32, 128), ("mlp", 32, 64), ("mlp", 16, 128)],
 )
-def test_the_largest_sizes_run(method, size, width, frames_dtype, kernels):
+def test_the_largest_sizes_run(
+    method: str, size: int, width: int, frames_dtype: torch.dtype, kernels: Callable[..., Any]
+) -> None:
     """What `has_kernel` claims; the last is that of Moshi 7B."""
     op = METHODS[method][0]
     (q, k, v, *rest), token_scale = moderate_inputs(method, 3 * size - 5, size, width, False)
@@ -223,13 +257,13 @@ def test_the_largest_sizes_run(method, size, width, frames_dtype, kernels):
 
 
 @pytest.fixture
-def passes(monkeypatch):
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Any]]:
     """Of each launch the direction, and whether it keeps something."""
     from ttt.ops.inner_loop import scan_triton
 
     launch, found = scan_triton._launch, []
 
-    def counted(kernel, *args, **options):
+    def counted(kernel: Any, *args: Any, **options: Any) -> Any:
         found.append((kernel.__name__.split("_")[1], options.get("KEEP")))
         return launch(kernel, *args, **options)
 
@@ -239,11 +273,13 @@ def passes(monkeypatch):
 
 @on_a_device
 @every_method
-def test_what_is_kept_is_not_made_again(method, kernels, passes):
+def test_what_is_kept_is_not_made_again(
+    method: str, kernels: Callable[..., Any], passes: list[tuple[Any, Any]]
+) -> None:
     """A group is gone through forwards once, if all is kept; else again by the backward pass."""
     op = METHODS[method][0]
 
-    def without_gradients(*args, **options):
+    def without_gradients(*args: Any, **options: Any) -> Any:
         with torch.no_grad():
             op(*args, **options)
         return op(*args, **options)
@@ -260,18 +296,21 @@ def test_what_is_kept_is_not_made_again(method, kernels, passes):
 
 @on_a_device
 @pytest.mark.parametrize("num_layers", [1, 2])
-def test_tensors_may_begin_anywhere_in_memory(num_layers, monkeypatch):
+def test_tensors_may_begin_anywhere_in_memory(
+    num_layers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Triton compiles a kernel otherwise for pointers that are no multiples of 16, and then other
     threads hold what is turned: it must not come to that."""
     from ttt.ops.inner_loop import scan_triton
 
-    launch, rests = scan_triton._launch, []
+    launch = scan_triton._launch
+    rests: list[int] = []
 
-    def looked_at(kernel, frames, others, *args, **options):
+    def looked_at(kernel: Any, frames: Any, others: Any, *args: Any, **options: Any) -> Any:
         rests.extend(x.data_ptr() % 16 for x in (*frames, *others))
         return launch(kernel, frames, others, *args, **options)
 
-    def moved(x):
+    def moved(x: torch.Tensor) -> torch.Tensor:
         longer = x.new_empty(x.numel() + 1)
         longer[1:] = x.flatten()
         return longer[1:].view_as(x)
@@ -285,12 +324,22 @@ def test_tensors_may_begin_anywhere_in_memory(num_layers, monkeypatch):
     d_out = torch.randn(shapes[0], generator=generator).to(DEVICE)
     monkeypatch.setattr(scan_triton, "_launch", looked_at)
     monkeypatch.setattr(scan_triton, "SPLIT_TYPES", ())
-    results = []
+    results: list[Any] = []
     for place in (torch.clone, moved):
         leaves = [place(x).requires_grad_() for x in tensors]
         layers = tuple(zip(leaves[7::2], leaves[8::2], strict=True))
+        q, k, v, eta, ln_weight, ln_bias, scale = leaves[:7]
         out, _ = scan_triton.scan(
-            *leaves[:4], layers, *leaves[4:6], token_scale=leaves[6], num_writes=2, group_size=None
+            q,
+            k,
+            v,
+            eta,
+            layers,
+            ln_weight,
+            ln_bias,
+            token_scale=scale,
+            num_writes=2,
+            group_size=None,
         )
         results.append([out, *torch.autograd.grad(out, leaves, place(d_out))])
     assert rests and not any(rests)
@@ -299,10 +348,12 @@ def test_tensors_may_begin_anywhere_in_memory(num_layers, monkeypatch):
 
 @on_a_device
 @every_method
-def test_a_layer_that_is_made_again_keeps_nothing_before(method, kernels, passes):
+def test_a_layer_that_is_made_again_keeps_nothing_before(
+    method: str, kernels: Callable[..., Any], passes: list[tuple[Any, Any]]
+) -> None:
     op, execution = METHODS[method][0], Execution(checkpointing=True)
 
-    def in_a_layer(*args, **options):
+    def in_a_layer(*args: Any, **options: Any) -> Any:
         return execution.split_layer(lambda *tensors: op(*tensors, **options), *args)
 
     inputs = moderate_inputs(method, 40, 16, 16, False)
@@ -316,7 +367,9 @@ def test_a_layer_that_is_made_again_keeps_nothing_before(method, kernels, passes
 
 @on_a_device
 @every_method
-def test_weights_are_rebuilt_through_many_mini_batches(method, kernels):
+def test_weights_are_rebuilt_through_many_mini_batches(
+    method: str, kernels: Callable[..., Any]
+) -> None:
     """Backwards those of a start come from those of the end, by as many additions."""
     op = METHODS[method][0]
     count = 25 if INTERPRETED else 150
@@ -330,7 +383,9 @@ def test_weights_are_rebuilt_through_many_mini_batches(method, kernels):
 
 @on_a_device
 @every_method
-def test_frames_of_16_bits_are_computed_in_float32(method, kernels):
+def test_frames_of_16_bits_are_computed_in_float32(
+    method: str, kernels: Callable[..., Any]
+) -> None:
     op = METHODS[method][0]
     (q, k, v, *rest), token_scale = moderate_inputs(method, 48, 16, 16, False)
     inputs = [*(x.bfloat16().double() for x in (q, k, v)), *rest], token_scale

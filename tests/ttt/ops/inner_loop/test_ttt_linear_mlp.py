@@ -1,6 +1,7 @@
 """TTT-Linear and TTT-MLP against their frame-by-frame definitions; RoPE; memory."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -11,25 +12,34 @@ from moshi.modules.rope import apply_rope
 from ttt import ops
 from ttt.ops.inner_loop import reference as reference_linear
 
-METHODS = {
+METHODS: dict[str, Any] = {
     "linear": (ops.ttt_linear, reference_linear.ttt_linear, 1e-10),
     "mlp": (ops.ttt_mlp, reference_linear.ttt_mlp, 1e-8),
 }
 every_method = pytest.mark.parametrize("method", METHODS)
 
 
-def random_inputs(method, seed=0, num_frames=13, size=4, batch=2, heads=2, width=4, batched=False):
+def random_inputs(
+    method: str,
+    seed: int = 0,
+    num_frames: int = 13,
+    size: int = 4,
+    batch: int = 2,
+    heads: int = 2,
+    width: int = 4,
+    batched: bool = False,
+) -> tuple[list[Any], Any]:
     """Positional arguments (leaves that require gradients), and `token_scale`."""
     generator = torch.Generator().manual_seed(seed)
 
-    def normal(*shape, scale=1.0):
+    def normal(*shape: Any, scale: float = 1.0) -> torch.Tensor:
         return scale * torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     widths = [width, width] if method == "linear" else [width, 4 * width, width]
     lead = (batch, heads) if batched else (heads,)
     frames = [normal(batch, heads, num_frames, width) for _ in "qkv"]
     eta = torch.rand(batch, heads, num_frames, generator=generator, dtype=torch.float64)
-    weights = []
+    weights: list[Any] = []
     for inner, outer in itertools.pairwise(widths):
         weights += [normal(*lead, inner, outer, scale=inner**-0.5), normal(*lead, outer, scale=0.3)]
     norm = [1 + normal(heads, width, scale=0.3), normal(heads, width, scale=0.3)]
@@ -39,7 +49,7 @@ def random_inputs(method, seed=0, num_frames=13, size=4, batch=2, heads=2, width
     return arguments, token_scale
 
 
-def random_documents(seed, batch, num_frames):
+def random_documents(seed: int, batch: int, num_frames: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, 9, (batch, num_frames), generator=generator)
     return torch.stack(
@@ -47,7 +57,9 @@ def random_documents(seed, batch, num_frames):
     )
 
 
-def values_and_gradients(op, arguments, token_scale, **options):
+def values_and_gradients(
+    op: Any, arguments: Any, token_scale: Any, **options: Any
+) -> tuple[Any, ...]:
     """Outputs, final weights, and the gradients of a random sum of all of them."""
     out, state = op(*arguments, token_scale=token_scale, **options)
     generator = torch.Generator().manual_seed(9)
@@ -59,7 +71,7 @@ def values_and_gradients(op, arguments, token_scale, **options):
     return out, *state, *grads
 
 
-def assert_same(a, b, tolerance):
+def assert_same(a: torch.Tensor, b: torch.Tensor, tolerance: float) -> None:
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
@@ -74,8 +86,14 @@ def assert_same(a, b, tolerance):
     packed=st.booleans(),
 )
 def test_the_dual_form_equals_its_definition(
-    method, seed, num_frames, size, group_size, batched, packed
-):
+    method: str,
+    seed: int,
+    num_frames: int,
+    size: int,
+    group_size: int | None,
+    batched: bool,
+    packed: bool,
+) -> None:
     fast, definition, tolerance = METHODS[method]
     inputs = random_inputs(method, seed, num_frames, size, batched=batched)
     documents = random_documents(seed, 2, num_frames) if packed else None
@@ -88,7 +106,7 @@ def test_the_dual_form_equals_its_definition(
 
 
 @every_method
-def test_a_sequence_goes_on_from_its_state(method):
+def test_a_sequence_goes_on_from_its_state(method: str) -> None:
     op, _, tolerance = METHODS[method]
     arguments, token_scale = random_inputs(method, num_frames=19)
     frames, weights, norm = arguments[:4], arguments[4:-2], arguments[-2:]
@@ -104,7 +122,7 @@ def test_a_sequence_goes_on_from_its_state(method):
 
 
 @every_method
-def test_packed_documents_equal_documents_apart(method):
+def test_packed_documents_equal_documents_apart(method: str) -> None:
     op, _, tolerance = METHODS[method]
     arguments, token_scale = random_inputs(method, num_frames=17)
     lengths = [5, 1, 8, 3]
@@ -116,7 +134,7 @@ def test_packed_documents_equal_documents_apart(method):
 
 
 @every_method
-def test_nothing_is_read_from_the_future(method):
+def test_nothing_is_read_from_the_future(method: str) -> None:
     op = METHODS[method][0]
     arguments, token_scale = random_inputs(method, num_frames=11)
     before, _ = op(*arguments, token_scale=token_scale)
@@ -130,7 +148,7 @@ def test_nothing_is_read_from_the_future(method):
 
 
 @every_method
-def test_without_a_rate_nothing_is_learnt(method):
+def test_without_a_rate_nothing_is_learnt(method: str) -> None:
     op = METHODS[method][0]
     (q, k, v, eta, *rest), token_scale = random_inputs(method)
     out, state = op(q, k, v, 0 * eta, *rest, token_scale=token_scale)
@@ -149,7 +167,7 @@ def test_without_a_rate_nothing_is_learnt(method):
 
 
 @every_method
-def test_learning_lowers_the_inner_loss(method):
+def test_learning_lowers_the_inner_loss(method: str) -> None:
     """Frames of one kind: before a mini-batch's update the loss is lower than at first, and after
     it lower still."""
     arguments, token_scale = random_inputs(method, num_frames=43)
@@ -167,7 +185,7 @@ def test_learning_lowers_the_inner_loss(method):
 
 
 @every_method
-def test_bfloat16_inputs_are_computed_in_float32(method):
+def test_bfloat16_inputs_are_computed_in_float32(method: str) -> None:
     op = METHODS[method][0]
     arguments, token_scale = random_inputs(method, num_frames=64, size=16, width=16)
     rounded = [x.detach().bfloat16() for x in arguments]
@@ -179,15 +197,17 @@ def test_bfloat16_inputs_are_computed_in_float32(method):
 
 
 @every_method
-def test_what_is_kept_for_the_backward_pass_does_not_grow_with_the_mini_batches(method):
+def test_what_is_kept_for_the_backward_pass_does_not_grow_with_the_mini_batches(
+    method: str,
+) -> None:
     """Above the inputs and the fast weights at the groups' edges: less than one group makes."""
     op = METHODS[method][0]
 
-    def saved_bytes(num_frames, group_size):
+    def saved_bytes(num_frames: int, group_size: int | None) -> int:
         arguments, token_scale = random_inputs(method, num_frames=num_frames, size=4)
-        kept = {}
+        kept: dict[int, torch.Tensor] = {}
 
-        def keep(x):
+        def keep(x: torch.Tensor) -> torch.Tensor:
             kept[x.untyped_storage().data_ptr()] = x
             return x
 
@@ -205,7 +225,9 @@ def test_what_is_kept_for_the_backward_pass_does_not_grow_with_the_mini_batches(
 # RoPE ---------------------------------------------------------------------------------------------
 
 
-def random_conv_inputs(num_frames=13, width=3, size=4):
+def random_conv_inputs(
+    num_frames: int = 13, width: int = 3, size: int = 4
+) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, num_frames, width, generator=generator, dtype=torch.float64)
     weight = torch.randn(width, size, generator=generator, dtype=torch.float64)
@@ -214,9 +236,11 @@ def random_conv_inputs(num_frames=13, width=3, size=4):
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("num_frames, size", [(13, 4), (2, 4), (7, 2), (5, 1)])
-def test_the_short_convolution_equals_its_definition(num_frames, size, packed):
+def test_the_short_convolution_equals_its_definition(
+    num_frames: int, size: int, packed: bool
+) -> None:
     documents = random_documents(3, 2, num_frames) if packed else None
-    results = []
+    results: list[Any] = []
     for op in (ops.short_conv, reference_linear.short_conv):
         x, weight = random_conv_inputs(num_frames, size=size)
         out = op(x, weight, documents=documents)
@@ -226,7 +250,7 @@ def test_the_short_convolution_equals_its_definition(num_frames, size, packed):
         assert_same(fast, defined, 1e-12)
 
 
-def test_a_convolution_goes_on_from_the_frames_before():
+def test_a_convolution_goes_on_from_the_frames_before() -> None:
     x, weight = (y.detach() for y in random_conv_inputs())
     whole = ops.short_conv(x, weight)
     for cut in range(3, 13):
@@ -234,14 +258,14 @@ def test_a_convolution_goes_on_from_the_frames_before():
         assert torch.equal(rest, whole[:, cut:])
 
 
-def test_before_the_first_frame_lies_that_frame_and_never_nothing():
+def test_before_the_first_frame_lies_that_frame_and_never_nothing() -> None:
     """A key of frames before alone would be zero at first, and the inner norm divides by it."""
     x, _ = random_conv_inputs()
     shift = torch.tensor([0.0, 0.0, 1.0, 0.0], dtype=x.dtype).expand(3, -1)
     assert torch.equal(ops.short_conv(x, shift), torch.cat([x[:, :1], x[:, :-1]], dim=1))
 
 
-def random_heads(num_frames=16, width=8):
+def random_heads(num_frames: int = 16, width: int = 8) -> list[Any]:
     generator = torch.Generator().manual_seed(0)
     return [
         torch.randn(2, 3, num_frames, width, generator=generator, dtype=torch.float64)
@@ -249,7 +273,7 @@ def random_heads(num_frames=16, width=8):
     ]
 
 
-def test_rope_keeps_norms_and_position_0():
+def test_rope_keeps_norms_and_position_0() -> None:
     x, _ = random_heads()
     turned = ops.rope(x, torch.arange(16)[None], theta=10_000.0)
     assert_same(turned.norm(dim=-1), x.norm(dim=-1), 1e-12)
@@ -257,10 +281,10 @@ def test_rope_keeps_norms_and_position_0():
     assert (turned[:, :, 1:] - x[:, :, 1:]).abs().amax(-1).min() > 1e-3
 
 
-def test_rope_makes_products_depend_on_the_distance_alone():
+def test_rope_makes_products_depend_on_the_distance_alone() -> None:
     q, k = random_heads(num_frames=1)
 
-    def product(position_q, position_k):
+    def product(position_q: int, position_k: int) -> torch.Tensor:
         turned_q = ops.rope(q, torch.tensor([[position_q]]), theta=100.0)
         return (turned_q * ops.rope(k, torch.tensor([[position_k]]), theta=100.0)).sum(-1)
 
@@ -270,7 +294,7 @@ def test_rope_makes_products_depend_on_the_distance_alone():
     assert (product(5, 0) - product(4, 0)).abs().max() > 1e-3
 
 
-def test_rope_is_moshis_own():
+def test_rope_is_moshis_own() -> None:
     q, k = (x.float() for x in random_heads())
     expected = apply_rope(q, k, torch.tensor([3, 0]), max_period=10_000, interleave=True)
     positions = torch.tensor([[3], [0]]) + torch.arange(16)

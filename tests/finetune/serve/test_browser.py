@@ -2,8 +2,10 @@
 
 import asyncio
 import threading
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,18 +14,20 @@ from data_tools import speech_like
 from test_engine import parts
 from test_server import serving
 
+from finetune.data.codec import Codec
 from finetune.serve.session import identify
+from ttt import TTTLMModel
 
 pytestmark = pytest.mark.browser
 CHROMIUM = "/usr/bin/chromium"
 
 
 @contextmanager
-def server_in_a_thread(model, codec, **how):
+def server_in_a_thread(model: TTTLMModel, codec: Codec, **how: Any) -> Iterator[Any]:
     begun, stop = threading.Event(), asyncio.Event()
-    found = {}
+    found: dict[str, Any] = {}
 
-    async def run():
+    async def run() -> None:
         found["loop"] = asyncio.get_running_loop()
         identity = identify(model, codec, Path("mine"))
         async with serving(model, codec, 1, identity=identity, **how) as server:
@@ -42,7 +46,7 @@ def server_in_a_thread(model, codec, **how):
 
 
 @pytest.fixture(scope="module")
-def voice(tmp_path_factory):
+def voice(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """30 s for the fake microphone."""
     path = tmp_path_factory.mktemp("voice") / "voice.wav"
     soundfile.write(path, 3 * speech_like(30, 48000, channels=1), 48000)
@@ -50,7 +54,7 @@ def voice(tmp_path_factory):
 
 
 @pytest.fixture
-def browser(voice):
+def browser(voice: Path) -> Iterator[Any]:
     from playwright.sync_api import sync_playwright
 
     arguments = [
@@ -66,7 +70,7 @@ def browser(voice):
         browser.close()
 
 
-def opened(browser, url, **how):
+def opened(browser: Any, url: str, **how: Any) -> Any:
     page = browser.new_page(**how)
     page.errors = []
     page.on("pageerror", lambda error: page.errors.append(str(error)))
@@ -78,7 +82,7 @@ def opened(browser, url, **how):
     return page
 
 
-def until(page, condition):
+def until(page: Any, condition: str) -> None:
     """Asked from here: the page's policy forbids to evaluate text in it."""
     for _ in range(600):
         if page.evaluate(condition):
@@ -88,16 +92,16 @@ def until(page, condition):
     raise AssertionError(f"{condition}: never; {status} {page.errors}")
 
 
-def has_spoken(page, num_letters):
+def has_spoken(page: Any, num_letters: int) -> None:
     spoken = "document.getElementById('words').textContent.length"
     until(page, f"{spoken} > {num_letters}")
 
 
-def number(page, name):
+def number(page: Any, name: str) -> float:
     return float(page.locator(name).inner_text())
 
 
-def test_a_call(browser, tmp_path):
+def test_a_call(browser: Any, tmp_path: Path) -> None:
     model, codec = parts("delta")
     with server_in_a_thread(model, codec) as server:
         page = opened(browser, server.url)
@@ -150,10 +154,12 @@ def test_a_call(browser, tmp_path):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_recording_is_as_good_as_a_microphone_also_on_a_phone(browser, tmp_path, voice, scheme):
+def test_a_recording_is_as_good_as_a_microphone_also_on_a_phone(
+    browser: Any, tmp_path: Path, voice: Path, scheme: str
+) -> None:
     model, codec = parts("linear")
     with server_in_a_thread(model, codec, token="correct-horse") as server:
-        phone = {"viewport": {"width": 360, "height": 740}, "color_scheme": scheme}
+        phone: dict[str, Any] = {"viewport": {"width": 360, "height": 740}, "color_scheme": scheme}
         page = opened(browser, f"{server.url}/?token=correct-horse", **phone)
         assert "correct" not in page.url
         page.locator("#source").select_option("file")
