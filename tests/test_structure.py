@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 DOORS = {"__init__", "__main__", "cli", "command_line", "trainer", "inference", "encode"} | {
     "errors",
     "interrupt",
+    "generate",
 }
 """The modules at the root of `finetune`, which put its folders together; all else is in one."""
 FOLDERS = sorted(path.parent.name for path in (ROOT / "finetune").glob("*/__init__.py"))

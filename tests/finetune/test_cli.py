@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from finetune import cli
+from finetune import cli, generate, inference
 from finetune.cli import main, run
 from finetune.config import load_config
 from finetune.monitoring import metrics_path, read_metrics
@@ -179,6 +179,10 @@ def test_the_readme_names_what_there_is() -> None:
         assert (ROOT / target).exists(), target
     for config in re.findall(r"--config (example/[^\s`]+)", readme):
         load_config(ROOT / config, {})
+
+
+def test_what_earlier_programs_import_is_still_there() -> None:
+    assert generate.load_for_inference is inference.load_for_inference
 
 
 @pytest.mark.slow
