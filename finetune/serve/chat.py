@@ -17,6 +17,8 @@ MAX_MESSAGES_PER_SEC = 200.0
 BURST_MESSAGES = 400.0
 MAX_SEND_SEC = 20.0
 """Seconds for which a caller may read nothing at all."""
+GOODBYE_SEC = 3.0
+"""Seconds that a caller has to answer the end of a call."""
 
 
 class CutOff(Exception):
@@ -41,8 +43,32 @@ class Pace:
             await asyncio.sleep(-self._allowed / MAX_MESSAGES_PER_SEC)
 
 
-async def talk(ws: web.WebSocketResponse, call: Call, board: Switchboard, form: wire.Format) -> str:
-    """Carry a call to its end. Returns why it ended."""
+async def say_goodbye(
+    ws: web.WebSocketResponse, transport: asyncio.Transport | None, code: int, why: str
+) -> None:
+    """Close a websocket; a caller who reads nothing for `GOODBYE_SEC` is disconnected."""
+    try:
+        # A caller who is gone meanwhile needs no goodbye.
+        with suppress(ConnectionError, RuntimeError):
+            closing = ws.close(code=code, message=why.encode()[:120])
+            await asyncio.wait_for(closing, GOODBYE_SEC)
+    except asyncio.TimeoutError:
+        if transport is not None:
+            transport.abort()
+
+
+async def talk(
+    ws: web.WebSocketResponse,
+    transport: asyncio.Transport | None,
+    call: Call,
+    board: Switchboard,
+    form: wire.Format,
+) -> str:
+    """Carry a call to its end, and return why it ended.
+
+    Args:
+        transport: the socket of `ws`.
+    """
     sound = wire.sound(form, board.engine.codec.sample_rate_hz)
     await ws.send_bytes(wire.message(wire.HANDSHAKE))
     if form == "pcm":
@@ -58,8 +84,7 @@ async def talk(ws: web.WebSocketResponse, call: Call, board: Switchboard, form: 
             task.result()
         return "left"
     except CutOff as cut:
-        with suppress(ConnectionError, RuntimeError):
-            await ws.close(code=cut.code, message=cut.why.encode()[:120])
+        await say_goodbye(ws, transport, cut.code, cut.why)
         return cut.why
     except (ConnectionError, RuntimeError):
         # The socket is gone, with or without a goodbye.

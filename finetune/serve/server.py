@@ -20,7 +20,7 @@ from finetune.inference import load_for_inference, nonfinite_weights
 from finetune.monitoring import setup_logging
 from finetune.serve import wire
 from finetune.serve.calls import Call, Switchboard, log_event
-from finetune.serve.chat import talk
+from finetune.serve.chat import say_goodbye, talk
 from finetune.serve.engine import Engine, open_engine
 from finetune.serve.options import Part, ServeOptions
 from finetune.serve.session import Identity, identify, pack, unpack
@@ -55,7 +55,7 @@ class Server:
     def __init__(self, board: Switchboard, identity: Identity, token: str | None) -> None:
         self.board, self.identity, self.token = board, identity, token
         self.draining = False
-        self.sockets: set[web.WebSocketResponse] = set()
+        self.sockets: dict[web.WebSocketResponse, asyncio.Transport | None] = {}
         # A session is at most all of a row, and its header.
         max_upload = board.engine.row_bytes() + 2**20
         self.app = web.Application(client_max_size=max_upload, middlewares=[self._guard])
@@ -106,29 +106,35 @@ class Server:
         ws = web.WebSocketResponse(
             heartbeat=HEARTBEAT_SEC, max_msg_size=wire.MAX_MESSAGE_BYTES, compress=False
         )
+        transport = request.transport
         await ws.prepare(request)
         if self.draining:
-            return await self._refuse(ws, "draining", WSCloseCode.SERVICE_RESTART, "shutting down")
+            return await self._refuse(ws, transport, "draining", WSCloseCode.SERVICE_RESTART, "shutting down")
         call = await self.board.join()
         if call is None:
             places = len(self.board.engine.rows)
             why = f"all {places} places are taken; try again later"
-            return await self._refuse(ws, "full", WSCloseCode.TRY_AGAIN_LATER, why)
-        self.sockets.add(ws)
+            return await self._refuse(ws, transport, "full", WSCloseCode.TRY_AGAIN_LATER, why)
+        self.sockets[ws] = transport
         why = "vanished"
         try:
-            why = await talk(ws, call, self.board, form)
+            why = await talk(ws, transport, call, self.board, form)
         finally:
-            self.sockets.discard(ws)
+            self.sockets.pop(ws, None)
             await self.board.hang_up(call, why)
         return ws
 
     async def _refuse(
-        self, ws: web.WebSocketResponse, reason: str, code: int, why: str
+        self,
+        ws: web.WebSocketResponse,
+        transport: asyncio.Transport | None,
+        reason: str,
+        code: int,
+        why: str,
     ) -> web.WebSocketResponse:
         self.board.metrics.refused.labels(reason).inc()
         log_event("refused", reason=reason)
-        await ws.close(code=code, message=why.encode())
+        await say_goodbye(ws, transport, code, why)
         return ws
 
     async def save_session(self, request: web.Request) -> web.Response:
@@ -199,8 +205,8 @@ class Server:
     async def end_calls(self, app: web.Application) -> None:
         """Say goodbye to all callers."""
         goodbyes = [
-            ws.close(code=WSCloseCode.GOING_AWAY, message=b"the server is shutting down")
-            for ws in list(self.sockets)
+            say_goodbye(ws, transport, WSCloseCode.GOING_AWAY, "the server is shutting down")
+            for ws, transport in list(self.sockets.items())
         ]
         await asyncio.gather(*goodbyes, return_exceptions=True)
 

@@ -10,6 +10,7 @@ from test_engine import parts, speech
 from test_server import Caller, calling, serving
 
 from finetune.errors import UserError
+from finetune.serve import chat
 from finetune.serve.server import bind, check_access
 
 
@@ -87,5 +88,27 @@ def test_draining_lets_calls_end() -> None:
                 closed = await asyncio.wait_for(ws.receive(), 5)
             assert closed.data == 1001 and closed.extra == "the server is shutting down"
             await draining
+
+    asyncio.run(scenario())
+
+
+def test_a_caller_who_does_not_read_ends_too(monkeypatch):
+    """Neither the row nor the end of the server waits for them."""
+    model, codec = parts("sum")
+    monkeypatch.setattr(chat, "GOODBYE_SEC", 0.3)
+
+    async def scenario():
+        async with serving(model, codec, 1) as server:
+            async with calling(server, "?format=pcm") as ws:
+                await ws.receive()
+                ws._response.connection.transport.pause_reading()
+                (transport,) = server.sockets.values()
+                transport.write(bytes(2**25))  # more than the network holds
+                await asyncio.wait_for(server.drain(0, asyncio.Event()), 5)
+                for _ in range(100):
+                    if not server.board.calls:
+                        break
+                    await asyncio.sleep(0.02)
+                assert not server.board.calls and not server.sockets
 
     asyncio.run(scenario())
