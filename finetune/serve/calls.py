@@ -174,14 +174,10 @@ class Switchboard:
         heard = call.row.num_frames
         call.inbox.clear()
         call.room.set()
-        await asyncio.shield(self.use_engine(self._clear, call.row))
+        await asyncio.shield(self.use_engine(self.engine.leave, call.row))
         log_event(
             "call_ended", call=call.number, why=why, heard_frames=heard, late_frames=call.num_late
         )
-
-    def _clear(self, row: Row) -> None:
-        self.engine.leave(row)
-        self.engine.begin(row)
 
     async def run(self) -> None:
         """Let the model hear what callers say, for ever."""
@@ -224,19 +220,19 @@ class Switchboard:
                     call.inbox.append((silence, now))
 
     async def _collect(self) -> list[Heard]:
-        """The next frame of each caller who has one. What callers have asked for before it is done
-        first."""
+        """Return the next frame of each caller whose next item is one. A request is done instead:
+        with one item per caller and round, nobody holds up the others."""
         batch = []
         for call in list(self.calls.values()):
-            while self._is_ready(call):
-                item, came_at = call.take()
-                if isinstance(item, str):
-                    await self.use_engine(self._act, call, item)
-                    continue
-                batch.append(Heard(call, item, came_at))
-                now = time.monotonic()
-                call.due_at = max(call.due_at or now, now - FRAME_SEC) + FRAME_SEC
-                break
+            if not self._is_ready(call):
+                continue
+            item, came_at = call.take()
+            if isinstance(item, str):
+                await self.use_engine(self._act, call, item)
+                continue
+            batch.append(Heard(call, item, came_at))
+            now = time.monotonic()
+            call.due_at = max(call.due_at or now, now - FRAME_SEC) + FRAME_SEC
         return batch
 
     def is_on(self, call: Call) -> bool:
@@ -250,7 +246,6 @@ class Switchboard:
         log_event("asked", call=call.number, action=action)
         if action == "restart":
             self.engine.restart(call.row)
-            self.engine.begin(call.row)
         elif action == "forget":
             self.engine.forget(call.row)
         else:
