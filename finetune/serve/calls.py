@@ -129,6 +129,8 @@ class Switchboard:
         max_users = len(engine.rows)
         state_bytes = engine.row_bytes() * max_users
         self.metrics = ServerMetrics(lambda: len(self.calls), state_bytes, max_users)
+        self.is_over = False
+        """Nobody is heard any more; the engine may not be used."""
         self._num_calls = 0
         self._wake = asyncio.Event()
         self._engine_is_free = asyncio.Lock()
@@ -174,7 +176,8 @@ class Switchboard:
         heard = call.row.num_frames
         call.inbox.clear()
         call.room.set()
-        await asyncio.shield(self.use_engine(self.engine.leave, call.row))
+        if not self.is_over:
+            await asyncio.shield(self.use_engine(self.engine.leave, call.row))
         log_event(
             "call_ended", call=call.number, why=why, heard_frames=heard, late_frames=call.num_late
         )
@@ -188,6 +191,7 @@ class Switchboard:
                 if batch := await self._collect():
                     await self._step(batch)
         finally:
+            self.is_over = True
             self._thread.shutdown(wait=True, cancel_futures=True)
 
     async def _await_something(self) -> None:

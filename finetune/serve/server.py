@@ -6,6 +6,7 @@ import ipaddress
 import os
 import signal
 import socket
+import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from importlib.resources import files
@@ -43,6 +44,7 @@ _HEADERS = {
     "Cache-Control": "no-cache",
 }
 _NOTHING_CALLED = "there is no such call"
+_FAILED = "the model has failed; the server must be started again"
 
 
 class Server:
@@ -108,8 +110,11 @@ class Server:
         )
         transport = request.transport
         await ws.prepare(request)
+        if self.board.is_over:
+            return await self._refuse(ws, transport, "failed", WSCloseCode.INTERNAL_ERROR, _FAILED)
         if self.draining:
-            return await self._refuse(ws, transport, "draining", WSCloseCode.SERVICE_RESTART, "shutting down")
+            restart = WSCloseCode.SERVICE_RESTART
+            return await self._refuse(ws, transport, "draining", restart, "shutting down")
         call = await self.board.join()
         if call is None:
             places = len(self.board.engine.rows)
@@ -172,14 +177,16 @@ class Server:
         return web.Response(text=f"{part}\n")
 
     def _call(self, request: web.Request) -> Call:
+        if self.board.is_over:
+            raise web.HTTPServiceUnavailable(text=f"{_FAILED}\n")
         call = self.board.calls.get(request.match_info["key"])
         if call is None:
             raise web.HTTPNotFound(text=f"{_NOTHING_CALLED}\n")
         return call
 
     async def health(self, request: web.Request) -> web.Response:
-        status = "draining" if self.draining else "ok"
-        return web.json_response({"status": status}, status=503 if self.draining else 200)
+        status = "failed" if self.board.is_over else "draining" if self.draining else "ok"
+        return web.json_response({"status": status}, status=200 if status == "ok" else 503)
 
     async def metrics(self, request: web.Request) -> web.Response:
         return web.Response(
@@ -204,26 +211,48 @@ class Server:
 
     async def end_calls(self, app: web.Application) -> None:
         """Say goodbye to all callers."""
-        goodbyes = [
-            say_goodbye(ws, transport, WSCloseCode.GOING_AWAY, "the server is shutting down")
-            for ws, transport in list(self.sockets.items())
-        ]
-        await asyncio.gather(*goodbyes, return_exceptions=True)
+        code, why = WSCloseCode.GOING_AWAY, "the server is shutting down"
+        if self.board.is_over:
+            code, why = WSCloseCode.INTERNAL_ERROR, _FAILED
+        await asyncio.gather(
+            *[say_goodbye(ws, transport, code, why) for ws, transport in self.sockets.items()],
+            return_exceptions=True,
+        )
+
+    async def hear_calls(self) -> None:
+        """Let the model hear all calls, for ever.
+
+        Raises:
+            UserError: the model has failed; all callers have been told.
+        """
+        try:
+            await self.board.run()
+        except Exception as error:
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            reason = f"{type(error).__name__}: {str(error)[:500]}"
+            log_event("engine_failed", error=reason, file=place.filename, line=place.lineno)
+            await self.end_calls(self.app)
+            raise UserError(
+                f"the model failed at {place.filename}:{place.lineno} ({reason}); all calls have "
+                "ended. Start the server again."
+            ) from error
 
 
 @asynccontextmanager
-async def running(server: Server, listening: socket.socket) -> AsyncIterator[None]:
-    """The server, answering on a bound socket."""
+async def running(
+    server: Server, listening: socket.socket
+) -> AsyncIterator["asyncio.Task[None]"]:
+    """Answer on a bound socket; the task lets the model hear, and ends if it fails."""
     runner = web.AppRunner(server.app, access_log=None, shutdown_timeout=2.0)
-    loop_task = asyncio.ensure_future(server.board.run())
+    hearing = asyncio.ensure_future(server.hear_calls())
     try:
         await runner.setup()
         await web.SockSite(runner, listening).start()
-        yield
+        yield hearing
     finally:
         await runner.cleanup()
-        loop_task.cancel()
-        await asyncio.gather(loop_task, return_exceptions=True)
+        hearing.cancel()
+        await asyncio.gather(hearing, return_exceptions=True)
 
 
 def serve(options: ServeOptions) -> None:
@@ -270,11 +299,16 @@ async def _serve(
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, asked)
-    async with running(server, listening):
+    async with running(server, listening) as hearing:
         host, port = listening.getsockname()[:2]
         log_event("listening", url=url_of(host, port), max_users=options.max_users)
-        await stop.wait()
-        await server.drain(options.drain_sec, hurry)
+        stopping = asyncio.ensure_future(stop.wait())
+        await asyncio.wait([stopping, hearing], return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        if not hearing.done():
+            await server.drain(options.drain_sec, hurry)
+        if hearing.done():
+            hearing.result()
     log_event("stopped")
 
 

@@ -2,16 +2,19 @@
 # ruff: noqa: SIM117 (a server, and who calls it: two withs read better)
 
 import asyncio
+import json
+import logging
 import socket
 
 import aiohttp
 import pytest
 from test_engine import parts, speech
-from test_server import Caller, calling, serving
+from test_server import ME, Caller, calling, serving
 
 from finetune.errors import UserError
-from finetune.serve import chat
-from finetune.serve.server import bind, check_access
+from finetune.serve import chat, open_engine
+from finetune.serve.options import ServeOptions
+from finetune.serve.server import _serve, bind, check_access
 
 
 def test_the_token_the_page_and_what_operations_ask() -> None:
@@ -110,5 +113,53 @@ def test_a_caller_who_does_not_read_ends_too(monkeypatch):
                         break
                     await asyncio.sleep(0.02)
                 assert not server.board.calls and not server.sockets
+
+    asyncio.run(scenario())
+
+
+def test_if_the_model_fails_callers_hear_so_and_the_server_ends(monkeypatch, caplog, tmp_path):
+    model, codec = parts("sum")
+    caplog.set_level(logging.INFO, "finetune.serve")
+
+    def fail(frames):
+        raise RuntimeError("CUDA error")
+
+    async def scenario():
+        with open_engine(model, codec, max_users=2) as engine, bind("127.0.0.1", 0) as listening:
+            monkeypatch.setattr(engine, "step", fail)
+            options = ServeOptions(checkpoint=tmp_path)
+            ending = asyncio.ensure_future(_serve(engine, ME, None, options, listening))
+            url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+            async with aiohttp.ClientSession() as http:
+                async with http.ws_connect(f"{url}/api/chat?format=pcm") as ws:
+                    await ws.receive()
+                    await ws.receive()
+                    await ws.send_bytes(b"\x01" + bytes(3840))
+                    closed = await asyncio.wait_for(ws.receive(), 10)
+                    assert closed.data == 1011 and "the model has failed" in closed.extra
+            with pytest.raises(UserError, match=r"the model failed at .*CUDA error"):
+                await asyncio.wait_for(ending, 20)
+
+    asyncio.run(scenario())
+    events = [json.loads(record.message)["event"] for record in caplog.records]
+    assert events.count("engine_failed") == 1
+    assert [r for r in caplog.records if r.exc_info] == []
+
+
+def test_a_server_whose_model_has_failed_says_so(monkeypatch):
+    model, codec = parts("sum")
+
+    async def scenario():
+        async with serving(model, codec, 1) as server:
+            monkeypatch.setattr(server.board.engine, "step", lambda frames: 1 / 0)
+            async with calling(server, "?format=pcm") as ws:
+                await ws.send_bytes(b"\x01" + bytes(3840))
+                while (await asyncio.wait_for(ws.receive(), 10)).data != 1011:
+                    pass
+            async with aiohttp.ClientSession() as http:
+                health = await http.get(f"{server.url}/health")
+                assert (health.status, await health.json()) == (503, {"status": "failed"})
+            async with calling(server) as late:
+                assert (await late.receive()).data == 1011
 
     asyncio.run(scenario())
