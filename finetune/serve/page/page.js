@@ -38,8 +38,8 @@ function toPcm(samples) {
 }
 
 class Call {
-  constructor(context, socket) {
-    Object.assign(this, { context, socket, heard: [], said: [], atSec: 0, word: null });
+  constructor(made, socket) {
+    Object.assign(this, made, { socket, heard: [], said: [], atSec: 0, word: null });
     socket.binaryType = "arraybuffer";
     socket.onmessage = ({ data }) => this.receive(new Uint8Array(data));
     socket.onclose = ({ code, reason }) => this.close(reason, code !== 1000 && code !== 1005);
@@ -52,7 +52,7 @@ class Call {
   }
 
   note(about) {
-    if (about.call) return this.begin(about);
+    if (about.call) return this.begin(about).catch((error) => this.fail(error));
     this.atSec = about.at_sec;
     $("time").textContent = clock(about.at_sec);
     $("latency").textContent = about.waited_ms.toFixed(0);
@@ -69,22 +69,22 @@ class Call {
   async begin(about) {
     this.about = about;
     plot.begin(about.layers);
-    const { context } = this;
-    await context.audioWorklet.addModule("worklet.js");
+    const { context, recorder } = this;
+    for (const each of new Set([context, recorder])) await each.audioWorklet.addModule("worklet.js");
     this.player = new AudioWorkletNode(context, "player", {
       numberOfInputs: 0,
       outputChannelCount: [1],
       processorOptions: { startSamples: 2 * about.frame_samples },
     });
     this.player.connect(context.destination);
-    const capture = new AudioWorkletNode(context, "capture", {
+    const capture = new AudioWorkletNode(recorder, "capture", {
       channelCount: 1,
       channelCountMode: "explicit",
       numberOfOutputs: 1,
-      processorOptions: { frameSamples: about.frame_samples },
+      processorOptions: { frameSamples: about.frame_samples, rateHz: about.rate_hz },
     });
     capture.port.onmessage = ({ data }) => this.send(data);
-    this.source.connect(capture).connect(context.destination); // it is silent, but must be pulled
+    this.source.connect(capture).connect(recorder.destination); // it is silent, but must be pulled
     this.source.start?.();
     $("ttt").checked = about.ttt_on;
     for (const id of ["forget", "ttt"]) $(id).disabled = !about.layers.length;
@@ -134,20 +134,34 @@ class Call {
     $("words").scrollTop = $("words").scrollHeight;
   }
 
+  fail(error) {
+    this.failure = error.message;
+    this.socket.close(1000);
+  }
+
   close(reason, isError) {
+    release(this);
     if (call !== this) return;
     call = null;
-    this.stream?.getTracks().forEach((track) => track.stop());
-    this.context.close();
     $("call").textContent = "Call";
     for (const id of ["forget", "ttt", "save", "load"]) $(id).disabled = true;
     for (const id of ["user-level", "moshi-level"]) $(id).value = 0;
     const said = this.about ? "The call has ended" : "No call";
-    say(reason ? `${said}: ${reason}.` : `${said}.`, isError);
+    const why = this.failure ?? reason;
+    say(why ? `${said}: ${why}.` : `${said}.`, isError || this.failure !== undefined);
   }
 }
 
-async function source(context, made) {
+// Whatever becomes of a call, the browser listens no longer.
+function release({ stream, context, recorder }) {
+  stream?.getTracks().forEach((track) => track.stop());
+  for (const each of new Set([context, recorder])) {
+    if (each && each.state !== "closed") each.close();
+  }
+}
+
+async function open(made) {
+  const { context } = made;
   if ($("source").value === "microphone") {
     if (!navigator.mediaDevices) {
       throw new Error("a browser gives the microphone to https or this machine's own pages alone");
@@ -155,14 +169,18 @@ async function source(context, made) {
     made.stream = await navigator.mediaDevices.getUserMedia({
       audio: { echoCancellation: true, noiseSuppression: true, channelCount: 1 },
     });
-    return context.createMediaStreamSource(made.stream);
+    // At the device's own rate: Firefox gives a microphone at no other.
+    made.recorder = new AudioContext();
+    made.source = made.recorder.createMediaStreamSource(made.stream);
+    return;
   }
   const [file] = $("recording").files;
   if (!file) throw new Error("choose a recording first");
   const buffer = await context.decodeAudioData(await file.arrayBuffer()).catch(() => {
     throw new Error(`${file.name} is no recording that this browser can read`);
   });
-  return new AudioBufferSourceNode(context, { buffer });
+  made.recorder = context;
+  made.source = new AudioBufferSourceNode(context, { buffer });
 }
 
 function url(path, query = {}) {
@@ -176,25 +194,32 @@ function url(path, query = {}) {
 async function begin() {
   say("Connecting …");
   $("words").replaceChildren();
-  const context = new AudioContext({ sampleRate: 24000 });
-  const made = {};
+  const made = { context: new AudioContext({ sampleRate: 24000 }) };
   try {
-    made.source = await source(context, made);
+    await open(made);
     const health = await fetch(url("metrics"));
     if (health.status === 401) $("token-label").hidden = false;
     if (!health.ok) throw new Error((await health.text()).trim());
+    const to = url("api/chat", { format: "pcm" });
+    to.protocol = to.protocol.replace("http", "ws");
+    call = last = new Call(made, new WebSocket(to));
+    $("call").textContent = "Hang up";
   } catch (error) {
-    made.stream?.getTracks().forEach((track) => track.stop());
-    context.close();
-    return say(`No call: ${error.message}.`, true);
+    release(made);
+    say(`No call: ${error.message}.`, true);
   }
-  const to = url("api/chat", { format: "pcm" });
-  to.protocol = to.protocol.replace("http", "ws");
-  call = last = Object.assign(new Call(context, new WebSocket(to)), made);
-  $("call").textContent = "Hang up";
 }
 
-$("call").onclick = () => (call ? call.socket.close(1000) : begin());
+$("call").onclick = async () => {
+  if (call) return call.socket.close(1000);
+  // A second click would open a second microphone, which nothing closes.
+  $("call").disabled = true;
+  try {
+    await begin();
+  } finally {
+    $("call").disabled = false;
+  }
+};
 $("source").onchange = () => ($("recording-label").hidden = $("source").value !== "file");
 $("forget").onclick = () => call?.ask({ do: "forget" });
 $("ttt").onchange = () => call?.ask({ do: "ttt", on: $("ttt").checked });

@@ -14,6 +14,7 @@ from data_tools import speech_like
 from test_engine import parts
 from test_server import serving
 
+from finetune import serve
 from finetune.data.codec import Codec
 from finetune.serve.session import identify
 from ttt import TTTLMModel
@@ -179,3 +180,84 @@ def test_a_recording_is_as_good_as_a_microphone_also_on_a_phone(
         stranger.locator("#call").click()
         until(stranger, "document.getElementById('status').textContent.includes('token')")
         assert stranger.locator("#token").is_visible()
+
+
+def test_impatient_clicks_leave_no_microphone_on(browser):
+    model, codec = parts("sum")
+    remember = """
+        globalThis.streams = [];
+        const media = navigator.mediaDevices, original = media.getUserMedia.bind(media);
+        media.getUserMedia = async (how) => {
+            const stream = await original(how);
+            streams.push(stream);
+            return stream;
+        };
+    """
+    live = "streams.flatMap(s => s.getTracks()).filter(t => t.readyState === 'live').length"
+    with server_in_a_thread(model, codec) as server:
+        page = browser.new_page()
+        page.add_init_script(remember)
+        page.goto(server.url)
+        page.evaluate("for (let i = 0; i < 3; i++) document.getElementById('call').click()")
+        until(page, "document.getElementById('status').textContent.includes('speak')")
+        assert page.evaluate(live) == 1
+        page.locator("#call").click()
+        until(page, "document.getElementById('status').textContent.includes('ended')")
+        assert page.evaluate("streams.length") == 1 and page.evaluate(live) == 0
+
+
+def in_the_audio_thread(browser, rate_hz, program):
+    """Run a program beside the classes of worklet.js."""
+    worklet = (Path(serve.__file__).parent / "page/worklet.js").read_text()
+    around = f"""
+        globalThis.sampleRate = {rate_hz};
+        globalThis.registerProcessor = () => {{}};
+        globalThis.AudioWorkletProcessor = class {{
+            constructor() {{ this.sent = []; this.port = {{ postMessage: (x) => this.sent.push(x) }}; }}
+        }};
+    """
+    page = browser.new_page()
+    return page.evaluate(f"() => {{ {around} {worklet} {program} }}")
+
+
+@pytest.mark.parametrize("rate_hz", [24000, 44100, 48000, 16000])
+def test_the_microphone_has_its_own_rate(browser, rate_hz):
+    program = """
+        const options = { processorOptions: { frameSamples: 1920, rateHz: 24000 } };
+        const capture = new Capture(options);
+        const tone = (n) => Math.sin(2 * Math.PI * 1000 * n / sampleRate);
+        const beyond = (n) => 0.5 * Math.sin(2 * Math.PI * 17000 * n / sampleRate);
+        for (let n = 0; n < sampleRate; n += 128) {
+            const i = Float32Array.from({ length: 128 }, (_, k) =>
+                tone(n + k) + (sampleRate > 40000 ? beyond(n + k) : 0));
+            capture.process([[i]]);
+        }
+        return capture.sent.flatMap((frame) => [...frame]);
+    """
+    heard = np.array(in_the_audio_thread(browser, rate_hz, program))
+    assert 24000 - 1920 - 200 <= len(heard) <= 24000 + 128
+    # A pure tone of 1 kHz is left; what no rate of 24 kHz can hold is gone.
+    time_sec = np.arange(len(heard))[2000:-2000] / 24000
+    basis = np.stack([np.sin(2000 * np.pi * time_sec), np.cos(2000 * np.pi * time_sec)], axis=1)
+    inner = heard[2000:-2000]
+    weights, *_ = np.linalg.lstsq(basis, inner, rcond=None)
+    assert abs(np.hypot(*weights) - 1) < 1e-3
+    assert np.abs(inner - basis @ weights).max() < 5e-3
+
+
+def test_answers_that_come_at_once_are_heard_late_by_half_a_second_at_most(browser):
+    program = """
+        const player = new Player({ processorOptions: { startSamples: 3840 } });
+        for (let n = 0; n < 50; n++) player.port.onmessage({ data: new Float32Array(1920).fill(n + 1) });
+        const heard = [];
+        for (let n = 0; n < 100; n++) {
+            const output = new Float32Array(128);
+            player.process([], [[output]]);
+            heard.push(...output);
+        }
+        return heard;
+    """
+    heard = np.array(in_the_audio_thread(browser, 24000, program))
+    played = heard[heard > 0]
+    assert 1920 < len(played) <= 12000
+    assert played[-1] == 50 and set(np.unique(played)) == set(range(int(played[0]), 51))
