@@ -71,6 +71,10 @@ class Call:
     due_at: float | None = None
     """When the next frame should be there; None: the caller has not begun."""
     num_late: int = 0
+    num_silences: int = 0
+    """Silences heard in the place of late frames that have not come yet."""
+    drop: Callable[[], None] = lambda: None
+    """Told of every frame that is not heard."""
     _rest: Samples = field(default_factory=lambda: np.zeros(0, dtype=np.float32))
 
     def __post_init__(self) -> None:
@@ -82,7 +86,20 @@ class Call:
         self._rest = np.concatenate([self._rest, samples])
         while len(self._rest) >= frame_samples:
             frame, self._rest = self._rest[:frame_samples], self._rest[frame_samples:]
-            await self.put(frame, wake)
+            if self.num_silences and self._is_early():
+                # Silence was heard in its place. To hear it as well would keep the delay for ever.
+                self.num_silences -= 1
+                self.drop()
+            else:
+                await self.put(frame, wake)
+
+    def _is_early(self) -> bool:
+        """Return whether a frame that comes now is ahead of the clock, as are those that a stalled
+        network delivers at once. What somebody says after a silence of theirs is not."""
+        if self.due_at is None:
+            return False
+        due_at = self.due_at + len(self.inbox) * FRAME_SEC
+        return due_at - time.monotonic() > FRAME_SEC / 2
 
     async def put(self, item: Samples | Action, wake: Callable[[], None]) -> None:
         await self.room.wait()
@@ -129,6 +146,7 @@ class Switchboard:
         max_users = len(engine.rows)
         state_bytes = engine.row_bytes() * max_users
         self.metrics = ServerMetrics(lambda: len(self.calls), state_bytes, max_users)
+        self._silence: Samples = np.zeros(engine.frame_samples, dtype=np.float32)
         self.is_over = False
         """Nobody is heard any more; the engine may not be used."""
         self._num_calls = 0
@@ -163,7 +181,8 @@ class Switchboard:
         if row is None:
             return None
         self._num_calls += 1
-        call = Call(row, self._num_calls, Words(self.engine.codec))
+        drop = self.metrics.dropped_frames.inc
+        call = Call(row, self._num_calls, Words(self.engine.codec), drop=drop)
         self.calls[call.key] = call
         log_event("call_began", call=call.number, row=row.index, callers=len(self.calls))
         return call
@@ -220,8 +239,8 @@ class Switchboard:
                 self.metrics.late_frames.inc()
                 call.due_at += FRAME_SEC
                 if self.on_late == "silence":
-                    silence = np.zeros(self.engine.frame_samples, dtype=np.float32)
-                    call.inbox.append((silence, now))
+                    call.num_silences += 1
+                    call.inbox.append((self._silence, now))
 
     async def _collect(self) -> list[Heard]:
         """Return the next frame of each caller whose next item is one. A request is done instead:
@@ -235,6 +254,9 @@ class Switchboard:
                 await self.use_engine(self._act, call, item)
                 continue
             batch.append(Heard(call, item, came_at))
+            if item is self._silence:
+                # The frame that it stands for has been counted when it was due.
+                continue
             now = time.monotonic()
             call.due_at = max(call.due_at or now, now - FRAME_SEC) + FRAME_SEC
         return batch

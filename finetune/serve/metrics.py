@@ -48,7 +48,7 @@ class ServerMetrics:
         )
         self.dropped_frames = Counter(
             "moshi_ttt_dropped_frames",
-            "Frames heard or spoken that a caller who left did not wait for.",
+            "Frames that nobody heard: of callers who left, or late ones after a silence instead.",
             registry=registry,
         )
         self.refused = Counter(
