@@ -208,7 +208,11 @@ class Engine:
         assert self.generator.healthy is not None
         healthy = self.generator.healthy.tolist()
         return {
-            row.index: Spoken(texts[row.index], audio[row.index].copy(), healthy[row.index])
+            row.index: Spoken(
+                texts[row.index],
+                audio[row.index].copy(),
+                healthy[row.index] and bool(np.isfinite(audio[row.index]).all()),
+            )
             for row in speaking
         }
 

@@ -115,13 +115,16 @@ def unpack(engine: Engine, row: Row, identity: Identity, content: bytes, source:
 
 
 def _check_values(engine: Engine, tensors: dict[str, Tensor]) -> None:
-    """
+    """Check what a state holds: numbers that are used as indices above all, since one beyond what
+    it indexes ends the process on a GPU, and with it all calls.
+
     Raises:
-        ValueError: a number that would be used as an index beyond what it indexes. On a GPU that
-            ends the process, and with it all calls.
+        ValueError: an index is out of range, or a number is not finite.
     """
     model, args = engine.model, engine.model.ttt_args
     for name, value in tensors.items():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise ValueError(f"{name} holds NaN or infinity")
         if value.is_floating_point() or value.dtype == torch.bool:
             continue
         low, high = 0, _MAX_POSITION

@@ -185,3 +185,20 @@ def test_a_row_that_has_become_nan_spoils_no_other() -> None:
             layer.self_attn._streaming_state.kv_cache.cache[:, 1] = float("nan")
         engine.leave(engine.rows[1])
         assert_same([engine.step({1: frame})[1] for frame in frames], expected)
+
+
+def test_a_row_whose_voice_is_not_finite_is_not_healthy():
+    model, codec = parts("sum")
+    with engine_of(model, codec, 2) as engine:
+        voice = speech(1, 1)[0]
+        assert engine.step({0: voice, 1: voice})[1].healthy
+        decode = engine.codec.mimi.decode
+
+        def broken(codes):
+            audio = decode(codes)
+            audio[1, 0, 7] = float("nan")
+            return audio
+
+        engine.codec.mimi.decode = broken
+        spoken = engine.step({0: voice, 1: voice})
+        assert (spoken[0].healthy, spoken[1].healthy) == (True, False)

@@ -88,11 +88,14 @@ def change(content: bytes, name: str, value: torch.Tensor | None) -> bytes:
     tensors = load(content)
     if value is None:
         del tensors[name]
+    elif isinstance(value, float):
+        tensors[name].view(-1)[0] = value
     else:
         tensors[name] = value
     return save(tensors, metadata)
 
 
+CHANGE = "moshi.lm_model.transformer.layers.0.gating.change"
 PENDING = "moshi.lm_model.transformer.layers.0.gating.num_pending"
 
 
@@ -105,6 +108,8 @@ PENDING = "moshi.lm_model.transformer.layers.0.gating.num_pending"
         (PENDING, None, "entries differ"),
         ("moshi.cache", torch.full((9, 3), 1000), "tokens"),
         ("moshi.offsets", torch.tensor(-3), "out of range"),
+        (CHANGE, float("nan"), "change holds NaN or infinity"),
+        (CHANGE, float("inf"), "change holds NaN or infinity"),
         ("elsewhere", torch.tensor(1), "entries of no module"),
     ],
 )
