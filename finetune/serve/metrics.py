@@ -54,7 +54,7 @@ class ServerMetrics:
         self.refused = Counter(
             "moshi_ttt_refused", "Callers who were refused.", ["reason"], registry=registry
         )
-        for reason in ("full", "token", "origin", "draining", "failed"):
+        for reason in ("full", "token", "origin", "host", "draining", "failed"):
             self.refused.labels(reason)
         self.malformed = Counter(
             "moshi_ttt_malformed_messages", "Messages of no meaning.", registry=registry

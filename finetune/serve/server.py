@@ -1,8 +1,6 @@
 """The server answers calls, keeps their sessions, and gives out the page and metrics."""
 
 import asyncio
-import hmac
-import ipaddress
 import os
 import signal
 import socket
@@ -11,7 +9,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from importlib.resources import files
 from typing import get_args
-from urllib.parse import urlsplit
 
 import torch
 from aiohttp import WSCloseCode, web
@@ -20,6 +17,7 @@ from finetune.errors import UserError
 from finetune.inference import load_for_inference, nonfinite_weights
 from finetune.monitoring import setup_logging
 from finetune.serve import wire
+from finetune.serve.access import Gate, bind, check_access, url_of
 from finetune.serve.calls import Call, Switchboard, log_event
 from finetune.serve.chat import say_goodbye, talk
 from finetune.serve.engine import Engine, open_engine
@@ -27,7 +25,6 @@ from finetune.serve.options import Part, ServeOptions
 from finetune.serve.session import Identity, identify, pack, unpack
 
 HEARTBEAT_SEC = 20.0
-MIN_TOKEN_LENGTH = 8
 _WARM_UP_STEPS = 4
 _PAGE = {
     "/": ("index.html", "text/html"),
@@ -51,11 +48,11 @@ class Server:
     """The web application around a switchboard.
 
     Args:
-        token: what all but the page and `/health` ask for; None: nothing.
+        gate: what all but the page and `/health` are behind.
     """
 
-    def __init__(self, board: Switchboard, identity: Identity, token: str | None) -> None:
-        self.board, self.identity, self.token = board, identity, token
+    def __init__(self, board: Switchboard, identity: Identity, gate: Gate) -> None:
+        self.board, self.identity, self.gate = board, identity, gate
         self.draining = False
         self.sockets: dict[web.WebSocketResponse, asyncio.Transport | None] = {}
         # A session is at most all of a row, and its header.
@@ -79,27 +76,15 @@ class Server:
     async def _guard(
         self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
-        """Let nobody in without the token, nor another site's page in a user's browser."""
+        """Let nobody past the gate, but to the page and `/health`."""
         if request.path in _PAGE or request.path == "/health":
             return await handler(request)
-        origin = request.headers.get("Origin")
-        if origin is not None and urlsplit(origin).netloc != request.host:
-            self.board.metrics.refused.labels("origin").inc()
-            raise web.HTTPForbidden(text="this page is of another site\n")
-        if self.token is not None and not self._knows_token(request, self.token):
-            self.board.metrics.refused.labels("token").inc()
-            log_event("refused", reason="token")
-            raise web.HTTPUnauthorized(
-                text="the token is missing or wrong: Authorization: Bearer TOKEN or ?token=TOKEN\n",
-                headers={"WWW-Authenticate": "Bearer"},
-            )
+        if (refusal := self.gate.refusal(request)) is not None:
+            reason, answer = refusal
+            self.board.metrics.refused.labels(reason).inc()
+            log_event("refused", reason=reason)
+            raise answer
         return await handler(request)
-
-    def _knows_token(self, request: web.Request, token: str) -> bool:
-        kind, _, given = request.headers.get("Authorization", "").partition(" ")
-        if kind.lower() != "bearer":
-            given = request.query.get("token", "")
-        return hmac.compare_digest(given.strip().encode(), token.encode())
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
         """A call. Stock clients name no format; queries that this server does not know are those
@@ -290,7 +275,7 @@ async def _serve(
     listening: socket.socket,
 ) -> None:
     board = Switchboard(engine, on_late=options.on_late, ttt=options.ttt)
-    server = Server(board, identity, token)
+    server = Server(board, identity, Gate(options.host, token))
     stop, hurry = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -320,53 +305,3 @@ def warm_up(engine: Engine) -> None:
     for row in engine.rows:
         engine.restart(row)
         engine.begin(row)
-
-
-def check_access(host: str, token: str | None) -> None:
-    """
-    Raises:
-        UserError: an address that others can reach, and nothing that they must know.
-    """
-    if token is not None and len(token) < MIN_TOKEN_LENGTH:
-        raise UserError(f"--token: must have at least {MIN_TOKEN_LENGTH} characters.")
-    if token is None and not _is_own(host):
-        raise UserError(
-            f"--host: others can reach {host}; give a --token that callers must know, and put TLS "
-            "in front of the server: what is said goes over the network as it is (docs/talk.md)."
-        )
-
-
-def _is_own(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """
-    Raises:
-        UserError: the address is no address of this machine, or the port is in use.
-    """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listening = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise UserError(f"--host: {host} is no address ({error.strerror}).") from None
-    try:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind(address)
-        listening.listen(128)
-    except OSError as error:
-        listening.close()
-        raise UserError(
-            f"--port: {host}:{port} cannot be listened on ({error.strerror}); choose another "
-            "--port, or stop what uses it."
-        ) from None
-    return listening
-
-
-def url_of(host: str, port: int) -> str:
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -4,17 +4,18 @@
 import asyncio
 import json
 import logging
-import socket
 
 import aiohttp
 import pytest
 from test_engine import parts, speech
 from test_server import ME, Caller, calling, serving
+from yarl import URL
 
 from finetune.errors import UserError
 from finetune.serve import chat, open_engine
+from finetune.serve.access import bind, check_access
 from finetune.serve.options import ServeOptions
-from finetune.serve.server import _serve, bind, check_access
+from finetune.serve.server import _serve
 
 
 def test_the_token_the_page_and_what_operations_ask() -> None:
@@ -27,9 +28,10 @@ def test_the_token_the_page_and_what_operations_ask() -> None:
                     assert (await http.get(server.url + path)).status == 401
                 for path in ("/", "/page.js", "/plot.js", "/page.css", "/worklet.js", "/health"):
                     assert (await http.get(server.url + path)).status == 200, path
-                for path in ("/page/../server.py", "/..%2fserver.py", "/engine.py"):
-                    assert (await http.get(server.url + path)).status in (401, 404), path
                 bearer = {"Authorization": "Bearer correct-horse"}
+                for path in ("/page/../server.py", "/..%2fserver.py", "/engine.py"):
+                    url = URL(server.url + path, encoded=True)
+                    assert (await http.get(url, headers=bearer)).status == 404, path
                 page = await (await http.get(f"{server.url}/metrics", headers=bearer)).text()
                 for name in (
                     "moshi_ttt_step_seconds_bucket",
@@ -69,7 +71,41 @@ def test_who_may_listen_where() -> None:
             bind("127.0.0.1", port)
     with pytest.raises(UserError, match="no address"):
         bind("no such host", 1)
-    assert isinstance(taken, socket.socket)
+    for host in ("a..b", "x" * 70):
+        with pytest.raises(UserError, match=r"--host: .* is no address"):
+            bind(host, 1)
+
+
+async def status_of(server, *headers):
+    """The status of a request for the metrics, byte by byte as strangers send them."""
+    host, port = server.url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(b"\r\n".join([b"GET /metrics HTTP/1.1", *headers, b"", b""]))
+    line = await asyncio.wait_for(reader.readline(), 10)
+    writer.close()
+    return int(line.split()[1])
+
+
+def test_what_strangers_send_is_refused_without_a_traceback(caplog):
+    model, codec = parts("sum")
+
+    async def scenario():
+        async with serving(model, codec, 1, token=" correct-horse\n") as server:
+            host, right = b"Host: moshi.example", b"Authorization: Bearer correct-horse"
+            assert await status_of(server, host, right) == 200
+            assert await status_of(server, host, b"Authorization: Bearer \xff") == 401
+            for origin in (b"http://[", b"null", b"http://other.example"):
+                assert await status_of(server, host, right, b"Origin: " + origin) == 403
+        async with serving(model, codec, 1) as server:
+            # A name that somebody has given the address of this machine.
+            for name in (b"evil.example", b"evil.example:8998", b"127.0.0.1.evil.example", b"["):
+                origin = b"Origin: http://" + name
+                assert await status_of(server, b"Host: " + name, origin) == 403, name
+            for name in (b"localhost:8998", b"127.0.0.1", b"[::1]:8998"):
+                assert await status_of(server, b"Host: " + name) == 200, name
+
+    asyncio.run(scenario())
+    assert [record for record in caplog.records if record.exc_info] == []
 
 
 def test_draining_lets_calls_end() -> None:

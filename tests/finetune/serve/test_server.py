@@ -20,9 +20,10 @@ import sphn
 from test_engine import FRAME_SAMPLES, alone, parts, speech
 
 from finetune.data.codec import Codec
+from finetune.serve.access import Gate, bind
 from finetune.serve.calls import Switchboard
 from finetune.serve.engine import open_engine
-from finetune.serve.server import Server, bind, running
+from finetune.serve.server import Server, running
 from finetune.serve.session import Identity, identify
 from ttt import TTTLMModel
 
@@ -47,7 +48,7 @@ async def serving(
 ) -> AsyncIterator[Addressed]:
     greedy = {"temperature": 0, "text_temperature": 0}
     with open_engine(model, codec, max_users=max_users, **greedy) as engine:
-        server = Addressed(Switchboard(engine, **how), identity, token)
+        server = Addressed(Switchboard(engine, **how), identity, Gate("127.0.0.1", token))
         listening = bind("127.0.0.1", 0)
         async with running(server, listening):
             server.url = f"http://127.0.0.1:{listening.getsockname()[1]}"
