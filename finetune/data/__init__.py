@@ -1,6 +1,6 @@
 """This package makes batches of codes from recordings."""
 
-from finetune.data.audio import AudioInfo, inspect_audio, read_audio
+from finetune.data.audio import AudioInfo, AudioReader, inspect_audio, read_audio
 from finetune.data.batches import Batch, open_store
 from finetune.data.codec import Codec
 from finetune.data.fill import CacheFill
@@ -35,6 +35,7 @@ __all__ = [
     "INSPECTION_VERSION",
     "SOURCES",
     "AudioInfo",
+    "AudioReader",
     "Batch",
     "CacheFill",
     "Codec",

@@ -16,6 +16,7 @@ from .decoders import (
     ForwardDecoder,
     SeekingDecoder,
     decoder_of,
+    open_decoder,
     wav_is_cut_off,
 )
 from .problems import FileProblem
@@ -148,6 +149,34 @@ def read_audio(
         return _read_resampled(decoder_of(path), path, start_sample, num_samples, sample_rate_hz)
     except (soundfile.SoundFileError, OSError) as error:
         raise FileProblem(f"recording {path} cannot be read ({error})", COPY_REMEDY) from None
+
+
+class AudioReader:
+    """A reader of one recording holds its own decoder, so that many can be read in turns; what
+    cannot be decoded from the middle is decoded once.
+
+    Raises:
+        FileProblem: the file cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._decoder = open_decoder(path)
+        except (soundfile.SoundFileError, OSError) as error:
+            raise FileProblem(f"recording {path} cannot be read ({error})", COPY_REMEDY) from None
+
+    def read(self, start_sample: int, num_samples: int, sample_rate_hz: int) -> torch.Tensor:
+        """Read a part of it, as `read_audio` does."""
+        where = start_sample, num_samples, sample_rate_hz
+        try:
+            return _read_resampled(self._decoder, self.path, *where)
+        except (soundfile.SoundFileError, OSError) as error:
+            problem = f"recording {self.path} cannot be read ({error})"
+            raise FileProblem(problem, COPY_REMEDY) from None
+
+    def close(self) -> None:
+        self._decoder.close()
 
 
 def _read_resampled(

@@ -10,7 +10,7 @@ import numpy as np
 import soundfile
 import torch
 
-from finetune.data import FileProblem, inspect_audio, read_audio
+from finetune.data import AudioReader, FileProblem, inspect_audio
 from finetune.errors import UserError
 from finetune.inference import load_for_inference, nonfinite_weights
 from finetune.serve.engine import Engine, Row, Samples, open_engine
@@ -47,9 +47,10 @@ class Outcome:
 
 
 def list_jobs(options: GenerateOptions) -> list[Job]:
-    """
+    """Return the recordings to answer, each with a file of its own for the answer.
+
     Raises:
-        UserError: no recording there, or answers that would replace one.
+        UserError: no recording there, or answers that would replace a recording or one another.
     """
     if options.input_dir is not None:
         if not options.input_dir.is_dir():
@@ -57,20 +58,18 @@ def list_jobs(options: GenerateOptions) -> list[Job]:
         found = sorted(options.input_dir.rglob(options.input_name))
         if not found:
             raise UserError(f"--input_dir: no {options.input_name} in {options.input_dir}.")
-        return [Job(path, path.with_name(options.output_name)) for path in found]
+        return _checked([Job(path, path.with_name(options.output_name)) for path in found])
     assert options.audio is not None
     if options.audio.is_dir():
         out = options.out or Path("output")
-        if out.absolute() == options.audio.absolute():
+        if out.resolve() == options.audio.resolve():
             raise UserError(f"--out: {out} holds the recordings themselves; choose another folder.")
         found = sorted(p for p in options.audio.iterdir() if p.suffix.lower() in RECORDINGS)
         if not found:
             raise UserError(
                 f"--audio: no recordings ({', '.join(sorted(RECORDINGS))}) in {options.audio}."
             )
-        jobs = [Job(path, out / f"{path.stem}.wav") for path in found]
-        if len({job.target for job in jobs}) < len(jobs):
-            raise UserError(f"--audio: {options.audio} has recordings that differ in suffix alone.")
+        jobs = _checked([Job(path, out / f"{path.stem}.wav") for path in found])
         out.mkdir(parents=True, exist_ok=True)
         return jobs
     out = options.out or Path("output.wav")
@@ -78,9 +77,27 @@ def list_jobs(options: GenerateOptions) -> list[Job]:
         raise UserError(f"--out: {out} must be a .wav file in a folder that exists.")
     if not options.audio.is_file():
         raise UserError(f"--audio: there is no file {options.audio}; correct the path.")
-    if out.absolute() == options.audio.absolute():
-        raise UserError(f"--out: {out} is the recording itself; choose another name.")
-    return [Job(options.audio, out)]
+    return _checked([Job(options.audio, out)])
+
+
+def _checked(jobs: list[Job]) -> list[Job]:
+    """Return the jobs if no answer replaces a recording or another answer, also through links."""
+    sources = {job.source.resolve() for job in jobs}
+    by_target: dict[Path, Path] = {}
+    for job in jobs:
+        target = job.target.resolve()
+        if target in sources:
+            raise UserError(
+                f"{job.target}, where an answer would go, is the recording itself; choose another "
+                "name."
+            )
+        if target in by_target:
+            raise UserError(
+                f"{by_target[target]} and {job.source} would both be answered in {job.target}; "
+                "rename one of them."
+            )
+        by_target[target] = job.source
+    return jobs
 
 
 def answer_recordings(options: GenerateOptions) -> Outcome:
@@ -211,12 +228,18 @@ class _Conversation:
             raise FileProblem(f"recording {job.source} is empty", "record or copy it again")
         self.num_frames = -(-self.num_samples // self.frame_samples) + engine.lag_frames
         self.words = Words(engine.codec)
+        # Its own: recordings are read in turns, and mp3 and Opus are decoded from their start.
+        self._reader = AudioReader(job.source)
         self.frames = self._read()
         self.num_written = 0
         self._heard: list[Samples] = []
         self._beside = job.target.with_name(f".{job.target.name}.part")
         # Before there is a file to write: a recording that cannot be read leaves none behind.
-        next(self._blocks())
+        try:
+            next(self._blocks())
+        except FileProblem:
+            self._reader.close()
+            raise
         try:
             self._file = soundfile.SoundFile(
                 self._beside,
@@ -227,6 +250,7 @@ class _Conversation:
                 subtype="PCM_16",
             )
         except (soundfile.SoundFileError, OSError) as error:
+            self._reader.close()
             raise UserError(f"{job.target} cannot be written ({error}).") from None
 
     @property
@@ -244,13 +268,17 @@ class _Conversation:
 
     def keep(self) -> None:
         """Put the answer in its place: only when it is whole."""
-        self._file.close()
+        self._close()
         transcript = json.dumps(self.words.transcript(), ensure_ascii=False)
         self.job.target.with_suffix(".json").write_text(transcript + "\n", encoding="utf-8")
         self._beside.replace(self.job.target)
 
-    def discard(self) -> None:
+    def _close(self) -> None:
         self._file.close()
+        self._reader.close()
+
+    def discard(self) -> None:
+        self._close()
         self._beside.unlink(missing_ok=True)
 
     def _read(self) -> Iterator[Samples]:
@@ -270,7 +298,7 @@ class _Conversation:
     def _blocks(self) -> Iterator[Samples]:
         size = _BLOCK_FRAMES * self.frame_samples
         for start in range(0, self.num_samples, size):
-            block = read_audio(self.job.source, start, size, self.rate_hz)
+            block = self._reader.read(start, size, self.rate_hz)
             yield self._user(block.numpy())
 
     def _user(self, block: np.ndarray) -> Samples:

@@ -32,6 +32,8 @@ def _valid_use(text: str) -> str:
 def _plain_name(text: str) -> str:
     if not text or Path(text).name != text:
         raise ValueError(f"must be a file's name without a folder, got {abbreviated(text)}")
+    if any(sign in text for sign in "*?["):
+        raise ValueError(f"must be a name, not a pattern (*, ? or [), got {abbreviated(text)}")
     return text
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import urllib.request
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,10 @@ from data_tools import speech_like
 from training_tools import checkpoint, train, write_model
 
 from finetune.cli import main
-from finetune.data import count_frames
+from finetune.data import count_frames, decoders
+from finetune.errors import UserError
+from finetune.serve import GenerateOptions, files
+from finetune.serve.files import list_jobs
 
 ROOT = Path(__file__).parents[3]
 GREEDY = ["--temperature=0", "--text_temperature=0", "--device=cpu"]
@@ -46,7 +50,8 @@ def record(
 ) -> np.ndarray:
     path.parent.mkdir(parents=True, exist_ok=True)
     audio = speech_like(num_samples / rate_hz, rate_hz, seed=seed, channels=channels)
-    soundfile.write(path, audio, rate_hz)
+    how = {"format": "OGG", "subtype": "OPUS"} if path.suffix == ".opus" else {}
+    soundfile.write(path, audio, rate_hz, **how)
     return audio
 
 
@@ -97,6 +102,48 @@ def test_a_tree_of_ten_with_one_broken_is_nine_and_a_list(
         # Left Moshi, right the user.
         np.testing.assert_allclose(both[:, 1], heard, atol=1e-4)
         assert np.abs(both[:, 0] - heard).max() > 1e-3
+
+
+@pytest.mark.parametrize("suffix", ["mp3", "opus"])
+def test_recordings_that_are_read_in_turns_are_decoded_once(
+    trained, tmp_path, monkeypatch, suffix
+):
+    for name, rate_hz in (("a", 48000), ("b", 24000), ("c", 48000)):
+        record(tmp_path / f"in/{name}.{suffix}", 2 * rate_hz, rate_hz=rate_hz)
+    decoded = Counter()
+    original = decoders.SequentialDecoder._decode
+
+    def counted(self):
+        decoded[self.path.name] += 1
+        return original(self)
+
+    monkeypatch.setattr(decoders.SequentialDecoder, "_decode", counted)
+    monkeypatch.setattr(files, "_BLOCK_FRAMES", 3)
+    words = [f"--checkpoint={trained}", f"--audio={tmp_path}/in", f"--out={tmp_path}/out", *GREEDY]
+    assert call(*words, "--batch_size=3") == 0
+    # Once to find whether it is whole, and once to be heard.
+    assert len(decoded) == 3 and max(decoded.values()) <= 2, decoded
+
+
+def test_answers_never_replace_recordings_or_one_another(tmp_path):
+    def jobs(**how):
+        return list_jobs(GenerateOptions(checkpoint=tmp_path, **how))
+
+    for name in ("in/a.wav", "in/a.flac", "tree/x/input.wav"):
+        record(tmp_path / name, 100)
+    with pytest.raises(UserError, match=r"a\.flac and .*a\.wav would both be answered"):
+        jobs(audio=tmp_path / "in", out=tmp_path / "out")
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+    with pytest.raises(UserError, match="holds the recordings themselves"):
+        jobs(audio=tmp_path / "in", out=tmp_path / "link")
+    with pytest.raises(UserError, match="is the recording itself"):
+        jobs(audio=tmp_path / "in/a.wav", out=tmp_path / "link/a.wav")
+    (tmp_path / "tree/y").mkdir()
+    (tmp_path / "tree/y/input.wav").symlink_to(tmp_path / "tree/y/output.wav")
+    record(tmp_path / "tree/y/output.wav", 100)
+    with pytest.raises(UserError, match="is the recording itself"):
+        jobs(input_dir=tmp_path / "tree")
+    assert not (tmp_path / "out").exists()
 
 
 def test_which_channel_is_heard(trained: Path, tmp_path: Path) -> None:
@@ -184,6 +231,7 @@ def test_the_report_says_what_ttt_did_and_when(trained: Path, tmp_path: Path) ->
         (["--audio={tmp}/ok.wav", "--out={tmp}/ok.wav"], "is the recording itself"),
         (["--audio={tmp}/ok.wav", "--ttt=sometimes"], "must be on, off or reset:SECONDS"),
         (["--input_dir={tmp}", "--output_name=../x.wav"], "without a folder"),
+        (["--input_dir={tmp}", "--input_name=*.wav"], "not a pattern"),
         (["--audio={tmp}/ok.wav", "--prompt_sec=1", "--session=x"], "not with --prompt_sec"),
     ],
 )
