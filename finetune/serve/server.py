@@ -224,9 +224,7 @@ class Server:
 
 
 @asynccontextmanager
-async def running(
-    server: Server, listening: socket.socket
-) -> AsyncIterator["asyncio.Task[None]"]:
+async def running(server: Server, listening: socket.socket) -> AsyncIterator["asyncio.Task[None]"]:
     """Answer on a bound socket; the task lets the model hear, and ends if it fails."""
     runner = web.AppRunner(server.app, access_log=None, shutdown_timeout=2.0)
     hearing = asyncio.ensure_future(server.hear_calls())

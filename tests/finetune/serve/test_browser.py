@@ -102,6 +102,21 @@ def number(page: Any, name: str) -> float:
     return float(page.locator(name).inner_text())
 
 
+def drawn(page: Any, mark: str) -> int:
+    """The number of pixels of the plot in the color of a mark of its legend."""
+    count = """(mark) => {
+        const canvas = document.getElementById("plot");
+        const wanted = getComputedStyle(document.querySelector(mark)).backgroundColor;
+        const color = wanted.match(/\\d+/g).map(Number);
+        const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+        const near = (i) => (c, k) => data[i + 3] > 0 && Math.abs(data[i + k] - c) < 30;
+        let count = 0;
+        for (let i = 0; i < data.length; i += 4) count += color.every(near(i));
+        return count;
+    }"""
+    return int(page.evaluate(count, mark))
+
+
 def test_a_call(browser: Any, tmp_path: Path) -> None:
     model, codec = parts("delta")
     with server_in_a_thread(model, codec) as server:
@@ -119,8 +134,12 @@ def test_a_call(browser: Any, tmp_path: Path) -> None:
         layers = page.locator("#legend output")
         assert layers.count() == 2
         until(page, "+document.querySelector('#legend output').textContent > 0.001")
-        drawn = "c => new Set(c.getContext('2d').getImageData(0, 0, c.width, c.height).data).size"
-        assert page.locator("#plot").evaluate(drawn) > 4
+        for mark in ("#legend span:nth-child(1) i", "#legend span:nth-child(2) i"):
+            for _ in range(100):
+                if drawn(page, mark) > 10:
+                    break
+                page.wait_for_timeout(100)
+            assert drawn(page, mark) > 10
 
         with page.expect_download() as saving:
             page.locator("#save").click()
@@ -182,7 +201,7 @@ def test_a_recording_is_as_good_as_a_microphone_also_on_a_phone(
         assert stranger.locator("#token").is_visible()
 
 
-def test_impatient_clicks_leave_no_microphone_on(browser):
+def test_impatient_clicks_leave_no_microphone_on(browser: Any) -> None:
     model, codec = parts("sum")
     remember = """
         globalThis.streams = [];
@@ -206,14 +225,15 @@ def test_impatient_clicks_leave_no_microphone_on(browser):
         assert page.evaluate("streams.length") == 1 and page.evaluate(live) == 0
 
 
-def in_the_audio_thread(browser, rate_hz, program):
+def in_the_audio_thread(browser: Any, rate_hz: int, program: str) -> Any:
     """Run a program beside the classes of worklet.js."""
     worklet = (Path(serve.__file__).parent / "page/worklet.js").read_text()
     around = f"""
         globalThis.sampleRate = {rate_hz};
         globalThis.registerProcessor = () => {{}};
         globalThis.AudioWorkletProcessor = class {{
-            constructor() {{ this.sent = []; this.port = {{ postMessage: (x) => this.sent.push(x) }}; }}
+            sent = [];
+            port = {{ postMessage: (data) => this.sent.push(data) }};
         }};
     """
     page = browser.new_page()
@@ -221,7 +241,7 @@ def in_the_audio_thread(browser, rate_hz, program):
 
 
 @pytest.mark.parametrize("rate_hz", [24000, 44100, 48000, 16000])
-def test_the_microphone_has_its_own_rate(browser, rate_hz):
+def test_the_microphone_has_its_own_rate(browser: Any, rate_hz: int) -> None:
     program = """
         const options = { processorOptions: { frameSamples: 1920, rateHz: 24000 } };
         const capture = new Capture(options);
@@ -245,10 +265,12 @@ def test_the_microphone_has_its_own_rate(browser, rate_hz):
     assert np.abs(inner - basis @ weights).max() < 5e-3
 
 
-def test_answers_that_come_at_once_are_heard_late_by_half_a_second_at_most(browser):
+def test_answers_that_come_at_once_are_heard_late_by_half_a_second_at_most(browser: Any) -> None:
     program = """
         const player = new Player({ processorOptions: { startSamples: 3840 } });
-        for (let n = 0; n < 50; n++) player.port.onmessage({ data: new Float32Array(1920).fill(n + 1) });
+        for (let n = 1; n <= 50; n++) {
+            player.port.onmessage({ data: new Float32Array(1920).fill(n) });
+        }
         const heard = [];
         for (let n = 0; n < 100; n++) {
             const output = new Float32Array(128);

@@ -187,14 +187,14 @@ def test_a_row_that_has_become_nan_spoils_no_other() -> None:
         assert_same([engine.step({1: frame})[1] for frame in frames], expected)
 
 
-def test_a_row_whose_voice_is_not_finite_is_not_healthy():
+def test_a_row_whose_voice_is_not_finite_is_not_healthy() -> None:
     model, codec = parts("sum")
     with engine_of(model, codec, 2) as engine:
         voice = speech(1, 1)[0]
         assert engine.step({0: voice, 1: voice})[1].healthy
         decode = engine.codec.mimi.decode
 
-        def broken(codes):
+        def broken(codes: torch.Tensor) -> torch.Tensor:
             audio = decode(codes)
             audio[1, 0, 7] = float("nan")
             return audio

@@ -21,7 +21,7 @@ from finetune.cli import main
 from finetune.data import count_frames, decoders
 from finetune.errors import UserError
 from finetune.serve import GenerateOptions, files
-from finetune.serve.files import list_jobs
+from finetune.serve.files import Job, list_jobs
 
 ROOT = Path(__file__).parents[3]
 GREEDY = ["--temperature=0", "--text_temperature=0", "--device=cpu"]
@@ -106,14 +106,14 @@ def test_a_tree_of_ten_with_one_broken_is_nine_and_a_list(
 
 @pytest.mark.parametrize("suffix", ["mp3", "opus"])
 def test_recordings_that_are_read_in_turns_are_decoded_once(
-    trained, tmp_path, monkeypatch, suffix
-):
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
     for name, rate_hz in (("a", 48000), ("b", 24000), ("c", 48000)):
         record(tmp_path / f"in/{name}.{suffix}", 2 * rate_hz, rate_hz=rate_hz)
-    decoded = Counter()
+    decoded: Counter[str] = Counter()
     original = decoders.SequentialDecoder._decode
 
-    def counted(self):
+    def counted(self: Any) -> Any:
         decoded[self.path.name] += 1
         return original(self)
 
@@ -125,8 +125,8 @@ def test_recordings_that_are_read_in_turns_are_decoded_once(
     assert len(decoded) == 3 and max(decoded.values()) <= 2, decoded
 
 
-def test_answers_never_replace_recordings_or_one_another(tmp_path):
-    def jobs(**how):
+def test_answers_never_replace_recordings_or_one_another(tmp_path: Path) -> None:
+    def jobs(**how: Any) -> list[Job]:
         return list_jobs(GenerateOptions(checkpoint=tmp_path, **how))
 
     for name in ("in/a.wav", "in/a.flac", "tree/x/input.wav"):

@@ -4,11 +4,13 @@
 import asyncio
 import json
 import logging
+from pathlib import Path
+from typing import Any
 
 import aiohttp
 import pytest
 from test_engine import parts, speech
-from test_server import ME, Caller, calling, serving
+from test_server import ME, Addressed, Caller, calling, serving
 from yarl import URL
 
 from finetune.errors import UserError
@@ -76,7 +78,7 @@ def test_who_may_listen_where() -> None:
             bind(host, 1)
 
 
-async def status_of(server, *headers):
+async def status_of(server: Addressed, *headers: bytes) -> int:
     """The status of a request for the metrics, byte by byte as strangers send them."""
     host, port = server.url.removeprefix("http://").split(":")
     reader, writer = await asyncio.open_connection(host, int(port))
@@ -86,10 +88,12 @@ async def status_of(server, *headers):
     return int(line.split()[1])
 
 
-def test_what_strangers_send_is_refused_without_a_traceback(caplog):
+def test_what_strangers_send_is_refused_without_a_traceback(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     model, codec = parts("sum")
 
-    async def scenario():
+    async def scenario() -> None:
         async with serving(model, codec, 1, token=" correct-horse\n") as server:
             host, right = b"Host: moshi.example", b"Authorization: Bearer correct-horse"
             assert await status_of(server, host, right) == 200
@@ -131,17 +135,20 @@ def test_draining_lets_calls_end() -> None:
     asyncio.run(scenario())
 
 
-def test_a_caller_who_does_not_read_ends_too(monkeypatch):
+def test_a_caller_who_does_not_read_ends_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither the row nor the end of the server waits for them."""
     model, codec = parts("sum")
     monkeypatch.setattr(chat, "GOODBYE_SEC", 0.3)
 
-    async def scenario():
+    async def scenario() -> None:
         async with serving(model, codec, 1) as server:
             async with calling(server, "?format=pcm") as ws:
                 await ws.receive()
-                ws._response.connection.transport.pause_reading()
+                connection = ws._response.connection
+                assert connection is not None and connection.transport is not None
+                connection.transport.pause_reading()
                 (transport,) = server.sockets.values()
+                assert transport is not None
                 transport.write(bytes(2**25))  # more than the network holds
                 await asyncio.wait_for(server.drain(0, asyncio.Event()), 5)
                 for _ in range(100):
@@ -153,14 +160,16 @@ def test_a_caller_who_does_not_read_ends_too(monkeypatch):
     asyncio.run(scenario())
 
 
-def test_if_the_model_fails_callers_hear_so_and_the_server_ends(monkeypatch, caplog, tmp_path):
+def test_if_the_model_fails_callers_hear_so_and_the_server_ends(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
     model, codec = parts("sum")
     caplog.set_level(logging.INFO, "finetune.serve")
 
-    def fail(frames):
+    def fail(frames: Any) -> None:
         raise RuntimeError("CUDA error")
 
-    async def scenario():
+    async def scenario() -> None:
         with open_engine(model, codec, max_users=2) as engine, bind("127.0.0.1", 0) as listening:
             monkeypatch.setattr(engine, "step", fail)
             options = ServeOptions(checkpoint=tmp_path)
@@ -172,7 +181,7 @@ def test_if_the_model_fails_callers_hear_so_and_the_server_ends(monkeypatch, cap
                     await ws.receive()
                     await ws.send_bytes(b"\x01" + bytes(3840))
                     closed = await asyncio.wait_for(ws.receive(), 10)
-                    assert closed.data == 1011 and "the model has failed" in closed.extra
+                    assert closed.data == 1011 and "the model has failed" in str(closed.extra)
             with pytest.raises(UserError, match=r"the model failed at .*CUDA error"):
                 await asyncio.wait_for(ending, 20)
 
@@ -182,10 +191,10 @@ def test_if_the_model_fails_callers_hear_so_and_the_server_ends(monkeypatch, cap
     assert [r for r in caplog.records if r.exc_info] == []
 
 
-def test_a_server_whose_model_has_failed_says_so(monkeypatch):
+def test_a_server_whose_model_has_failed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     model, codec = parts("sum")
 
-    async def scenario():
+    async def scenario() -> None:
         async with serving(model, codec, 1) as server:
             monkeypatch.setattr(server.board.engine, "step", lambda frames: 1 / 0)
             async with calling(server, "?format=pcm") as ws:

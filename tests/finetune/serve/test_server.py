@@ -178,18 +178,18 @@ def test_three_callers_and_all_that_can_go_wrong() -> None:
     asyncio.run(scenario())
 
 
-def test_who_floods_restarts_holds_up_nobody(monkeypatch):
+def test_who_floods_restarts_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     model, codec = parts("sum")
     voice = speech(12, 9)
-    order = []
+    order: list[str] = []
 
-    async def scenario():
+    async def scenario() -> None:
         async with serving(model, codec, 2) as server:
             engine = server.board.engine
             for name in ("restart", "_advance"):
                 method = getattr(engine, name)
 
-                def noted(*args, name=name, method=method):
+                def noted(*args: Any, name: str = name, method: Any = method) -> Any:
                     order.append(name)
                     return method(*args)
 
@@ -304,7 +304,7 @@ def test_a_caller_who_is_late_is_paused_or_hears_silence() -> None:
     model, codec = parts("sum")
     voice = speech(6, 5)
 
-    async def scenario(on_late: Any) -> tuple[Any, Any]:
+    async def scenario(on_late: Any) -> tuple[int, int, float]:
         async with serving(model, codec, 1, on_late=on_late) as server:
             async with calling(server, "?format=pcm") as ws:
                 pcm = (voice * 32767).astype("<i2")
@@ -314,8 +314,8 @@ def test_a_caller_who_is_late_is_paused_or_hears_silence() -> None:
                 await asyncio.sleep(0.5)
                 (call,) = server.board.calls.values()
                 page = server.board.metrics.page().decode()
-                dropped = int(float(re.search(r"dropped_frames_total ([\d.]+)", page)[1]))
-                return call.row.num_frames, call.num_late, dropped
+                (dropped,) = re.findall(r"dropped_frames_total ([\d.]+)", page)
+                return call.row.num_frames, call.num_late, float(dropped)
 
     heard, late, dropped = asyncio.run(scenario("pause"))
     assert heard == 6 and late > 2 and dropped == 0
