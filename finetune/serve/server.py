@@ -22,9 +22,11 @@ from finetune.serve.calls import Call, Switchboard, log_event
 from finetune.serve.chat import say_goodbye, talk
 from finetune.serve.engine import Engine, open_engine
 from finetune.serve.options import Part, ServeOptions
-from finetune.serve.session import Identity, identify, pack, unpack
+from finetune.serve.session import Identity, Session, copy_row, decode, encode, identify, place
 
 HEARTBEAT_SEC = 20.0
+UPLOAD_SEC = 600.0
+"""Seconds that a session may take to come."""
 _WARM_UP_STEPS = 4
 _PAGE = {
     "/": ("index.html", "text/html"),
@@ -54,6 +56,7 @@ class Server:
     def __init__(self, board: Switchboard, identity: Identity, gate: Gate) -> None:
         self.board, self.identity, self.gate = board, identity, gate
         self.draining = False
+        self._transferring = asyncio.Semaphore(1)
         self.sockets: dict[web.WebSocketResponse, asyncio.Transport | None] = {}
         # A session is at most all of a row, and its header.
         max_upload = board.engine.row_bytes() + 2**20
@@ -132,34 +135,52 @@ class Server:
         if part not in get_args(Part):
             raise web.HTTPBadRequest(text="part: all or memory\n")
 
-        def packed() -> bytes:
+        def copied() -> Session:
             if not self.board.is_on(call):
                 raise web.HTTPNotFound(text=f"{_NOTHING_CALLED}\n")
-            return pack(self.board.engine, call.row, self.identity, part)  # type: ignore[arg-type]
+            return copy_row(self.board.engine, call.row, self.identity, part)  # type: ignore[arg-type]
 
-        try:
-            content = await self.board.use_engine(packed)
-        except UserError as error:
-            raise web.HTTPConflict(text=f"{error}\n") from None
+        # All calls wait while the row is copied; the rest is not in their way.
+        async with self._transfer():
+            session = await self.board.use_engine(copied)
+            content = await asyncio.to_thread(encode, session, self.identity)
         log_event("session_saved", call=call.number, part=part, bytes=len(content))
         headers = {"Content-Disposition": 'attachment; filename="moshi.session"'}
         return web.Response(body=content, content_type="application/octet-stream", headers=headers)
 
     async def load_session(self, request: web.Request) -> web.Response:
         call = self._call(request)
-        content = await request.read()
 
-        def unpacked() -> Part:
+        def placed(session: Session) -> None:
             if not self.board.is_on(call):
                 raise web.HTTPNotFound(text=f"{_NOTHING_CALLED}\n")
-            return unpack(self.board.engine, call.row, self.identity, content, "this file")
+            place(self.board.engine, call.row, session, "this file")
 
-        try:
-            part = await self.board.use_engine(unpacked)
-        except UserError as error:
-            raise web.HTTPConflict(text=f"{error}\n") from None
+        async with self._transfer():
+            try:
+                content = await asyncio.wait_for(request.read(), UPLOAD_SEC)
+            except asyncio.TimeoutError:
+                raise web.HTTPRequestTimeout(text="the session came too slowly\n") from None
+            engine, identity = self.board.engine, self.identity
+            session = await asyncio.to_thread(decode, engine, identity, content, "this file")
+            await self.board.use_engine(placed, session)
+        part = session.part
         log_event("session_loaded", call=call.number, part=part, bytes=len(content))
         return web.Response(text=f"{part}\n")
+
+    @asynccontextmanager
+    async def _transfer(self) -> AsyncIterator[None]:
+        """Let one session be saved or loaded at a time: each is as large as a row, on the host."""
+        if self._transferring.locked():
+            raise web.HTTPTooManyRequests(
+                text="another session is being saved or loaded; try again\n",
+                headers={"Retry-After": "2"},
+            )
+        async with self._transferring:
+            try:
+                yield
+            except UserError as error:
+                raise web.HTTPConflict(text=f"{error}\n") from None
 
     def _call(self, request: web.Request) -> Call:
         if self.board.is_over:

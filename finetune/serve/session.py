@@ -48,8 +48,18 @@ def identify(model: TTTLMModel, codec: Codec, checkpoint: Path) -> Identity:
     return Identity(f"{run}/{folder.name}" if run else folder.name, digest.hexdigest())
 
 
-def pack(engine: Engine, row: Row, identity: Identity, part: Part) -> bytes:
-    """A row's state as the contents of a safetensors file.
+@dataclass(frozen=True)
+class Session:
+    """A session is a copy of a row's state on the host."""
+
+    part: Part
+    num_frames: int
+    tensors: dict[str, Tensor]
+    """By module and field."""
+
+
+def copy_row(engine: Engine, row: Row, identity: Identity, part: Part) -> Session:
+    """Return a copy of a row's state.
 
     Args:
         part: all, so that the conversation continues exactly; or the memory, what TTT has learnt.
@@ -65,25 +75,29 @@ def pack(engine: Engine, row: Row, identity: Identity, part: Part) -> bytes:
         for prefix, module in _modules(engine, part)
         for name, value in ttt.get_row(module, row.index, whole=part == "all").items()
     }
+    return Session(part, row.num_frames, tensors)
+
+
+def encode(session: Session, identity: Identity) -> bytes:
+    """Return a session as the contents of a safetensors file."""
     metadata = {
         "format": FORMAT,
-        "part": part,
+        "part": session.part,
         "checkpoint": identity.name,
         "fingerprint": identity.fingerprint,
-        "num_frames": str(row.num_frames),
+        "num_frames": str(session.num_frames),
     }
-    return bytes(save_safetensors(tensors, metadata))
+    return bytes(save_safetensors(session.tensors, metadata))
 
 
-def unpack(engine: Engine, row: Row, identity: Identity, content: bytes, source: str) -> Part:
-    """Continue in a row what `pack` returned; the row's own conversation ends, or with a memory
-    alone, goes on with it.
+def decode(engine: Engine, identity: Identity, content: bytes, source: str) -> Session:
+    """Return the session that `encode` wrote; of the engine it reads the configuration alone.
 
     Args:
         source: where the content is from, for messages.
 
     Raises:
-        UserError: it is no session, or one of another checkpoint; the row is as it was.
+        UserError: it is no session, or one of another checkpoint.
     """
     metadata = _metadata(content, source)
     if metadata.get("fingerprint") != identity.fingerprint:
@@ -93,25 +107,51 @@ def unpack(engine: Engine, row: Row, identity: Identity, content: bytes, source:
             f"{identity.name!r} ({identity.fingerprint[:8]}); load the checkpoint it was made with."
         )
     part: Part = "memory" if metadata.get("part") == "memory" else "all"
-    whole = part == "all"
     try:
         tensors = load_safetensors(content)
-        by_module = {prefix: _below(prefix, tensors) for prefix, _ in _modules(engine, part)}
-        if sum(map(len, by_module.values())) != len(tensors):
-            raise ValueError("it has entries of no module")
-        for prefix, module in _modules(engine, part):
-            if problem := ttt.row_problem(module, row.index, by_module[prefix], whole=whole):
-                raise ValueError(problem)
         _check_values(engine, tensors)
-        num_frames = int(metadata["num_frames"])
+        return Session(part, max(int(metadata["num_frames"]), 0), tensors)
     except (SafetensorError, ValueError, KeyError) as error:
-        raise UserError(f"{source} is a damaged session ({error}); use another copy.") from None
+        raise _damaged(source, error) from None
+
+
+def place(engine: Engine, row: Row, session: Session, source: str) -> None:
+    """Continue a session in a row, whose own conversation ends, or with a memory alone, goes on
+    with it.
+
+    Raises:
+        UserError: the session does not fit the model; the row is as it was.
+    """
+    whole = session.part == "all"
+    modules = _modules(engine, session.part)
+    by_module = {prefix: _below(prefix, session.tensors) for prefix, _ in modules}
+    if sum(map(len, by_module.values())) != len(session.tensors):
+        raise _damaged(source, "it has entries of no module")
+    for prefix, module in modules:
+        if problem := ttt.row_problem(module, row.index, by_module[prefix], whole=whole):
+            raise _damaged(source, problem)
     engine.begin(row)
-    for prefix, module in _modules(engine, part):
+    for prefix, module in modules:
         ttt.set_row(module, row.index, by_module[prefix], whole=whole)
     if whole:
-        row.num_steps, row.num_frames = int(tensors["moshi.offsets"]), max(num_frames, 0)
-    return part
+        row.num_steps = int(session.tensors["moshi.offsets"])
+        row.num_frames = session.num_frames
+
+
+def _damaged(source: str, problem: object) -> UserError:
+    return UserError(f"{source} is a damaged session ({problem}); use another copy.")
+
+
+def pack(engine: Engine, row: Row, identity: Identity, part: Part) -> bytes:
+    """Return a row's state as the contents of a file: see `copy_row` and `encode`."""
+    return encode(copy_row(engine, row, identity, part), identity)
+
+
+def unpack(engine: Engine, row: Row, identity: Identity, content: bytes, source: str) -> Part:
+    """Continue in a row what `pack` returned: see `decode` and `place`."""
+    session = decode(engine, identity, content, source)
+    place(engine, row, session, source)
+    return session.part
 
 
 def _check_values(engine: Engine, tensors: dict[str, Tensor]) -> None:
@@ -154,7 +194,8 @@ def save_session(path: Path, engine: Engine, row: Row, identity: Identity, part:
 
 
 def load_session(path: Path, engine: Engine, row: Row, identity: Identity) -> Part:
-    """
+    """Continue in a row the session that a file holds.
+
     Raises:
         UserError: the file cannot be read; see `unpack`.
     """

@@ -361,6 +361,12 @@ def test_memory_and_sessions_of_a_call() -> None:
                 assert server.board.engine.changes()[0][call.row.index] == 0
                 assert not call.row.ttt_on
 
+                # One at a time: the second is told to come again.
+                statuses = []
+                for answer in await asyncio.gather(*[http.get(session) for _ in range(2)]):
+                    statuses.append(answer.status)
+                assert sorted(statuses) == [200, 429]
+
                 for data, status, word in (
                     (b"junk", 409, "no session"),
                     (b"x" * (len(saved) + 2**21), 413, ""),
