@@ -29,7 +29,7 @@ INBOX_FRAMES = 25
 """Frames that a caller may send ahead: 2 s. More is not read until these have been heard."""
 OUTBOX_FRAMES = 50
 """Frames that a caller may leave unread: 4 s, and what the network holds. Then the call waits."""
-CHANGES_EVERY_FRAMES = 5
+CHANGES_EVERY_STEPS = 5
 
 Result = TypeVar("Result")
 
@@ -70,6 +70,10 @@ class Call:
     """Set once the model has become NaN in this row."""
     due_at: float | None = None
     """When the next frame should be there; None: the caller has not begun."""
+    wants_changes: bool = False
+    """The caller is told now and then how far the fast weights are from their start."""
+    changes: dict[int, float] | None = None
+    """That distance by TTT layer, for the next answer."""
     num_late: int = 0
     num_silences: int = 0
     """Silences heard in the place of late frames that have not come yet."""
@@ -149,7 +153,7 @@ class Switchboard:
         self._silence: Samples = np.zeros(engine.frame_samples, dtype=np.float32)
         self.is_over = False
         """Nobody is heard any more; the engine may not be used."""
-        self._num_calls = 0
+        self._num_calls = self._num_steps = 0
         self._wake = asyncio.Event()
         self._engine_is_free = asyncio.Lock()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
@@ -170,7 +174,7 @@ class Switchboard:
                 await asyncio.wait([done])
                 raise
 
-    async def join(self) -> Call | None:
+    async def join(self, *, wants_changes: bool = False) -> Call | None:
         """Begin a call; None: there is no free row."""
         use = self.ttt
         row = await self.use_engine(
@@ -182,7 +186,8 @@ class Switchboard:
             return None
         self._num_calls += 1
         drop = self.metrics.dropped_frames.inc
-        call = Call(row, self._num_calls, Words(self.engine.codec), drop=drop)
+        words = Words(self.engine.codec)
+        call = Call(row, self._num_calls, words, wants_changes=wants_changes, drop=drop)
         self.calls[call.key] = call
         log_event("call_began", call=call.number, row=row.index, callers=len(self.calls))
         return call
@@ -288,17 +293,24 @@ class Switchboard:
         batch = [heard for heard in batch if self.is_on(heard.call)]
         started_at = time.perf_counter()
         spoken = self.engine.step({heard.call.row.index: heard.frame for heard in batch})
+        self._num_steps += 1
+        if self._num_steps % CHANGES_EVERY_STEPS == 0:
+            self._look_at_changes()
         self.metrics.step_seconds.observe(time.perf_counter() - started_at)
         self.metrics.frames.inc(len(batch))
         now = time.monotonic()
         answers = []
-        wants = [h for h in batch if h.call.row.num_frames % CHANGES_EVERY_FRAMES == 0]
-        changes = self.engine.changes() if wants else {}
         for heard in batch:
-            index = heard.call.row.index
-            if index in spoken:
-                answer = Answer(spoken[index], now - heard.came_at)
-                if heard in wants:
-                    answer.changes = {layer: rows[index] for layer, rows in changes.items()}
+            call = heard.call
+            if call.row.index in spoken:
+                answer = Answer(spoken[call.row.index], now - heard.came_at, call.changes)
+                call.changes = None
                 answers.append((heard, answer))
         return answers
+
+    def _look_at_changes(self) -> None:
+        """Look at all rows at once, for the next answer of each caller who wants to know."""
+        if wanting := [call for call in list(self.calls.values()) if call.wants_changes]:
+            changes = self.engine.changes()
+            for call in wanting:
+                call.changes = {layer: rows[call.row.index] for layer, rows in changes.items()}

@@ -1,7 +1,6 @@
 """A websocket carries a call, both ways, until somebody ends it."""
 
 import asyncio
-import json
 import time
 from contextlib import suppress
 
@@ -183,5 +182,5 @@ def _about(answer: Answer, start_sec: float, text: str) -> bytes:
     if text:
         fields["text"] = text
     if answer.changes is not None:
-        fields["changes"] = json.loads(json.dumps(answer.changes))
+        fields["changes"] = answer.changes
     return wire.metadata(**fields)

@@ -83,6 +83,8 @@ class Engine:
     codec: Codec
     generator: _Generator
     rows: list[Row] = field(default_factory=list)
+    _start_norms: dict[int, Tensor] = field(default_factory=dict)
+    """By TTT layer; the weights stand still while the engine is open."""
 
     @property
     def frame_samples(self) -> int:
@@ -139,7 +141,10 @@ class Engine:
         """Return how far each row's fast weights are from where they start, relative to those, by
         TTT layer."""
         layers = self.model.ttt_layers
-        return {index: module.stream_change().tolist() for index, module in layers.items()}
+        if not self._start_norms:
+            self._start_norms = {index: module.start_norm() for index, module in layers.items()}
+        changes = {i: module.stream_change(self._start_norms[i]) for i, module in layers.items()}
+        return {index: change.tolist() for index, change in changes.items()}
 
     @torch.no_grad()
     def step(self, frames: Mapping[int, Samples]) -> dict[int, Spoken]:

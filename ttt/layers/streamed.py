@@ -43,13 +43,17 @@ class Streamed:
         return torch.stack(squares).sum().sqrt()
 
     @torch.no_grad()
-    def stream_change(self) -> Tensor:
-        """Return ‖W − W0‖ / ‖W0‖ of each row of a stream, float32 [B]; ‖W‖ where W0 is zero."""
+    def stream_change(self, start_norm: Tensor | None = None) -> Tensor:
+        """Return ‖W − W0‖ / ‖W0‖ of each row of a stream, float32 [B]; ‖W‖ where W0 is zero.
+
+        Args:
+            start_norm: of `start_norm`, if it is known; W0 is not read for it then.
+        """
         fast = self._streaming_state.fast_weights()
         changes = fast
         if not self.is_change:
             starts = self.start_weights()
             changes = [w - start.to(w.dtype) for w, start in zip(fast, starts, strict=True)]
         squares = [change.flatten(1).norm(dim=1).square() for change in changes]
-        norm = self.start_norm()
+        norm = self.start_norm() if start_norm is None else start_norm
         return (torch.stack(squares).sum(0).sqrt() / torch.where(norm > 0, norm, 1.0)).float()
