@@ -103,7 +103,7 @@ class Server:
         if self.draining:
             restart = WSCloseCode.SERVICE_RESTART
             return await self._refuse(ws, transport, "draining", restart, "shutting down")
-        call = await self.board.join()
+        call = await self.board.join(wants_changes=form == "pcm")
         if call is None:
             places = len(self.board.engine.rows)
             why = f"all {places} places are taken; try again later"
@@ -154,7 +154,7 @@ class Server:
         def placed(session: Session) -> None:
             if not self.board.is_on(call):
                 raise web.HTTPNotFound(text=f"{_NOTHING_CALLED}\n")
-            place(self.board.engine, call.row, session, "this file")
+            place(self.board.engine, call.row, session)
 
         async with self._transfer():
             try:

@@ -91,7 +91,8 @@ def encode(session: Session, identity: Identity) -> bytes:
 
 
 def decode(engine: Engine, identity: Identity, content: bytes, source: str) -> Session:
-    """Return the session that `encode` wrote; of the engine it reads the configuration alone.
+    """Return the session that `encode` wrote; of the engine it reads shapes alone, so
+    that it may be in use meanwhile.
 
     Args:
         source: where the content is from, for messages.
@@ -109,37 +110,23 @@ def decode(engine: Engine, identity: Identity, content: bytes, source: str) -> S
     part: Part = "memory" if metadata.get("part") == "memory" else "all"
     try:
         tensors = load_safetensors(content)
+        _check_shapes(engine, tensors, part)
         _check_values(engine, tensors)
         return Session(part, max(int(metadata["num_frames"]), 0), tensors)
     except (SafetensorError, ValueError, KeyError) as error:
-        raise _damaged(source, error) from None
+        raise UserError(f"{source} is a damaged session ({error}); use another copy.") from None
 
 
-def place(engine: Engine, row: Row, session: Session, source: str) -> None:
-    """Continue a session in a row, whose own conversation ends, or with a memory alone, goes on
-    with it.
-
-    Raises:
-        UserError: the session does not fit the model; the row is as it was.
-    """
+def place(engine: Engine, row: Row, session: Session) -> None:
+    """Continue a session of this engine's model in a row, whose own conversation ends, or with a
+    memory alone, goes on with it."""
     whole = session.part == "all"
-    modules = _modules(engine, session.part)
-    by_module = {prefix: _below(prefix, session.tensors) for prefix, _ in modules}
-    if sum(map(len, by_module.values())) != len(session.tensors):
-        raise _damaged(source, "it has entries of no module")
-    for prefix, module in modules:
-        if problem := ttt.row_problem(module, row.index, by_module[prefix], whole=whole):
-            raise _damaged(source, problem)
     engine.begin(row)
-    for prefix, module in modules:
-        ttt.set_row(module, row.index, by_module[prefix], whole=whole)
+    for prefix, module in _modules(engine, session.part):
+        ttt.set_row(module, row.index, _below(prefix, session.tensors), whole=whole)
     if whole:
         row.num_steps = int(session.tensors["moshi.offsets"])
         row.num_frames = session.num_frames
-
-
-def _damaged(source: str, problem: object) -> UserError:
-    return UserError(f"{source} is a damaged session ({problem}); use another copy.")
 
 
 def pack(engine: Engine, row: Row, identity: Identity, part: Part) -> bytes:
@@ -150,8 +137,23 @@ def pack(engine: Engine, row: Row, identity: Identity, part: Part) -> bytes:
 def unpack(engine: Engine, row: Row, identity: Identity, content: bytes, source: str) -> Part:
     """Continue in a row what `pack` returned: see `decode` and `place`."""
     session = decode(engine, identity, content, source)
-    place(engine, row, session, source)
+    place(engine, row, session)
     return session.part
+
+
+def _check_shapes(engine: Engine, tensors: dict[str, Tensor], part: Part) -> None:
+    """Check that a state is of this engine's model.
+
+    Raises:
+        ValueError: it is not.
+    """
+    by_module = {prefix: _below(prefix, tensors) for prefix, _ in _modules(engine, part)}
+    if sum(map(len, by_module.values())) != len(tensors):
+        raise ValueError("it has entries of no module")
+    for prefix, module in _modules(engine, part):
+        # Rows are alike.
+        if problem := ttt.row_problem(module, 0, by_module[prefix], whole=part == "all"):
+            raise ValueError(problem)
 
 
 def _check_values(engine: Engine, tensors: dict[str, Tensor]) -> None:

@@ -187,7 +187,7 @@ def test_a_row_that_has_become_nan_spoils_no_other() -> None:
         assert_same([engine.step({1: frame})[1] for frame in frames], expected)
 
 
-def test_a_row_whose_voice_is_not_finite_is_not_healthy() -> None:
+def test_a_row_whose_voice_is_not_finite_is_not_healthy(monkeypatch: pytest.MonkeyPatch) -> None:
     model, codec = parts("sum")
     with engine_of(model, codec, 2) as engine:
         voice = speech(1, 1)[0]
@@ -199,6 +199,6 @@ def test_a_row_whose_voice_is_not_finite_is_not_healthy() -> None:
             audio[1, 0, 7] = float("nan")
             return audio
 
-        engine.codec.mimi.decode = broken
+        monkeypatch.setattr(engine.codec.mimi, "decode", broken)
         spoken = engine.step({0: voice, 1: voice})
         assert (spoken[0].healthy, spoken[1].healthy) == (True, False)

@@ -178,41 +178,6 @@ def test_three_callers_and_all_that_can_go_wrong() -> None:
     asyncio.run(scenario())
 
 
-def test_who_floods_restarts_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, codec = parts("sum")
-    voice = speech(12, 9)
-    order: list[str] = []
-
-    async def scenario() -> None:
-        async with serving(model, codec, 2) as server:
-            engine = server.board.engine
-            for name in ("restart", "_advance"):
-                method = getattr(engine, name)
-
-                def noted(*args: Any, name: str = name, method: Any = method) -> Any:
-                    order.append(name)
-                    return method(*args)
-
-                monkeypatch.setattr(engine, name, noted)
-            async with calling(server, "?format=pcm") as good, calling(server) as flooding:
-                await next_bytes(good, 4)
-                await next_bytes(flooding, 0)
-                call, flood = server.board.calls.values()
-                order.clear()
-                flood.inbox.extend([("restart", 0.0)] * 20)
-                call.inbox.extend([(frame, 0.0) for frame in voice])
-                server.board.wake()
-                for _ in voice:
-                    await next_bytes(good, 1)
-                steps = [index for index, name in enumerate(order) if name == "_advance"]
-                # No steps for restarts alone, and a restart at most from one step to the next.
-                assert len(steps) <= len(voice) + 1, order
-                assert order[: steps[0]].count("restart") <= 1, order
-                assert max(np.diff(steps)) <= 2, order
-
-    asyncio.run(scenario())
-
-
 def test_answers_are_those_of_the_engine() -> None:
     model, codec = parts("sum")
     voice = speech(10, 3)

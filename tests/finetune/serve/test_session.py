@@ -107,6 +107,7 @@ PENDING = "moshi.lm_model.transformer.layers.0.gating.num_pending"
         (PENDING, torch.tensor(1.0), "num_pending is float32"),
         (PENDING, None, "entries differ"),
         ("moshi.cache", torch.full((9, 3), 1000), "tokens"),
+        ("moshi.cache", torch.tensor(3), "moshi.cache|cache is int64"),
         ("moshi.offsets", torch.tensor(-3), "out of range"),
         (CHANGE, float("nan"), "change holds NaN or infinity"),
         (CHANGE, float("inf"), "change holds NaN or infinity"),
