@@ -45,9 +45,9 @@ class Answer:
 
     spoken: Spoken
     waited_sec: float
-    """From when the caller's frame was there until its answer was."""
+    """Seconds from when the caller's frame was there until its answer was."""
     changes: dict[int, float] | None = None
-    """How far the fast weights are from their start, by TTT layer; now and then."""
+    """Distance of the fast weights from their start, by TTT layer; now and then."""
 
 
 @dataclass
@@ -58,7 +58,7 @@ class Call:
     number: int
     words: Words
     key: str = field(default_factory=lambda: secrets.token_urlsafe(24))
-    """Who knows it may read and replace the conversation's state."""
+    """A secret: it lets read and replace the conversation's state."""
     inbox: deque[tuple[Samples | Action, float]] = field(default_factory=deque)
     """Frames and requests in their order, with the time when they came."""
     outbox: asyncio.Queue[Answer] = field(
@@ -69,7 +69,7 @@ class Call:
     broken: asyncio.Event = field(default_factory=asyncio.Event)
     """Set once the model has become NaN in this row."""
     due_at: float | None = None
-    """When the next frame should be there; None: the caller has not begun."""
+    """Time at which the next frame should be there; None: the caller has not begun."""
     wants_changes: bool = False
     """The caller is told now and then how far the fast weights are from their start."""
     changes: dict[int, float] | None = None

@@ -29,7 +29,7 @@ class Spoken:
     audio: Samples
     """[frame_samples]."""
     healthy: bool = True
-    """Whether all that the model computed for the row was finite. A row that is not stays so until
+    """True if all that the model computed for the row was finite. A row that is not stays so until
     it is restarted."""
 
 
@@ -45,7 +45,7 @@ class Row:
     """Frames heard."""
     ttt_on: bool = True
     reset_every_frames: int | None = None
-    """After how many frames TTT forgets, again and again."""
+    """TTT forgets each time after so many frames; None: never."""
 
 
 class _Generator(LMGen):

@@ -41,7 +41,7 @@ class Outcome:
 
     written: list[Path] = field(default_factory=list)
     problems: dict[Path, str] = field(default_factory=dict)
-    """By recording."""
+    """Reasons, by recording."""
     texts: dict[Path, str] = field(default_factory=dict)
     """Words that Moshi says, by recording."""
 

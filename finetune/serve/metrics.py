@@ -28,7 +28,8 @@ class ServerMetrics:
     """The metrics of one server; none of them holds anything that a caller says or hears."""
 
     def __init__(self, num_callers: Callable[[], int], state_bytes: int, max_users: int) -> None:
-        """
+        """Make all metrics, at zero.
+
         Args:
             num_callers: says how many there are.
             state_bytes: what the conversations of all rows take.

@@ -109,7 +109,8 @@ class GenerateOptions:
     """Where to compute; `auto`: on the GPU if there is one."""
 
     def check(self) -> None:
-        """
+        """Check the options against one another.
+
         Raises:
             UserError: options that exclude or lack one another.
         """

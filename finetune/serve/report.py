@@ -26,13 +26,13 @@ MEANING = {
 
 @dataclass
 class _Seen:
-    """What was seen of a recording so far."""
+    """Measurements of a recording so far."""
 
     name: str
     effects: dict[int, list[float]] = field(default_factory=dict)
-    """By layer, of the frames of the open chunk."""
+    """Effects of the frames of the open chunk, by layer."""
     before: dict[int, Tensor] = field(default_factory=dict)
-    """By layer, the fast weights at its start."""
+    """Fast weights at the chunk's start, by layer."""
     chunks: list[dict[str, Any]] = field(default_factory=list)
 
 
