@@ -247,9 +247,10 @@ def generate(options: GenerateOptions) -> None:
     if outcome.written:
         more = f" and {len(outcome.written) - 1} more" if len(outcome.written) > 1 else ""
         print(f"wrote {outcome.written[0]}{more}")
-    if outcome.problems:
-        lines = [f"{len(outcome.problems)} recordings were not answered:"]
-        raise UserError("\n  - ".join([*lines, *outcome.problems.values()]))
+    if problems := outcome.problems.values():
+        raise UserError(
+            "\n  - ".join([f"{len(problems)} recordings were not answered:", *problems])
+        )
 
 
 def _continue(options: GenerateOptions) -> None:
