@@ -248,9 +248,8 @@ def generate(options: GenerateOptions) -> None:
         more = f" and {len(outcome.written) - 1} more" if len(outcome.written) > 1 else ""
         print(f"wrote {outcome.written[0]}{more}")
     if problems := outcome.problems.values():
-        raise UserError(
-            "\n  - ".join([f"{len(problems)} recordings were not answered:", *problems])
-        )
+        heading = f"{len(problems)} recordings were not answered:"
+        raise UserError("\n  - ".join([heading, *problems]))
 
 
 def _continue(options: GenerateOptions) -> None:
@@ -268,8 +267,7 @@ def _continue(options: GenerateOptions) -> None:
         temperature=options.temperature,
         text_temperature=options.text_temperature,
     )
-    print(f"Moshi: {text}")
-    print(f"wrote {out}")
+    print(f"Moshi: {text}\nwrote {out}")
 
 
 @command
