@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol, TextIO
 from urllib.parse import urlsplit
 
 from finetune.errors import UserError
-from finetune.safety import parse_json
+from finetune.safety import parse_json, shown
 
 logger = logging.getLogger(__name__)
 
@@ -195,6 +195,13 @@ def _open_tensorboard(folder: Path, resumed_step: int | None) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
     first_step = 0 if resumed_step is None else resumed_step + 1
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"run_dir: {shown(str(folder.parent))} has letters that this locale does not know, and "
+            "TensorBoard needs them. Set PYTHONUTF8=1, or give the folder a plain name."
+        ) from None
     with _writing(folder):
         return SummaryWriter(str(folder), purge_step=first_step, flush_secs=10)
 

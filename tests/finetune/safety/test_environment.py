@@ -234,13 +234,24 @@ PLACES: dict[str, Any] = {
 @pytest.mark.slow
 @pytest.mark.parametrize(("variables", "shell"), PLACES.values(), ids=PLACES)
 def test_places_to_run_in(config: Path, tmp_path: Path, variables: Any, shell: Any) -> None:
-    run = ("train", config, f"--run_dir={tmp_path}/größe", "--data.num_workers=2", "--do_eval=true")
+    name = "plain" if variables.get("LC_ALL") == "C" else "größe"
+    run: tuple[Any, ...] = ("train", config, f"--run_dir={tmp_path}/{name}", "--data.num_workers=2")
+    run += ("--do_eval=true", "--health_sec=0")
     status, output = finished(*run, shell=shell, environment=variables)
     assert status == 0, output
     assert "warning" not in output.lower() and "Traceback" not in output
-    status, output = finished("plot", f"{tmp_path}/größe", shell=shell, environment=variables)
+    status, output = finished("plot", f"{tmp_path}/{name}", shell=shell, environment=variables)
     assert status == 0 and "loss.png" in output
     assert len(output.strip().splitlines()) == 1, output
+
+
+@pytest.mark.slow
+def test_a_name_that_the_locale_does_not_know_is_one_message(config: Path, tmp_path: Path) -> None:
+    variables, shell = PLACES["ASCII"]
+    run = ("train", config, f"--run_dir={tmp_path}/größe")
+    status, output = finished(*run, shell=shell, environment=variables)
+    assert status == 1 and "Traceback" not in output, output
+    assert output.strip().splitlines()[-1].startswith("error: run_dir: ")
 
 
 @pytest.mark.slow
