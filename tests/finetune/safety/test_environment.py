@@ -310,7 +310,7 @@ owner.{name} = slowly
         ("train", slowed("finetune.trainer:Trainer", "next_batches"), "stopped after step 1"),
         ("train", slowed("finetune.trainer", "evaluate"), "stopped before the first step"),
         ("encode", slowed("finetune.data.codec:Codec", "encode_audio"), "stopped by"),
-        ("evaluate", slowed("finetune.data.codec:Codec", "encode_audio"), "stopped by"),
+        ("evaluate", slowed("finetune.data.codec:Codec", "encode_blocks"), "stopped by"),
         ("generate", slowed("finetune.inference", "generate_codes"), "stopped by"),
     ],
     ids=["loading", "resuming", "waiting for data", "evaluating", "encode", "evaluate", "generate"],
