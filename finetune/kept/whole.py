@@ -1,12 +1,32 @@
 """The result of one piece of work, in a file that is there as a whole or not at all."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError
 from finetune.safety import parse_json, with_nan, without_nan
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file that is there as a whole, or not at all; one that was there stays until then.
+
+    Its folder is made if there is none.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}.") from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 class Kept:
@@ -40,13 +60,7 @@ class Kept:
         Raises:
             UserError: the file cannot be written.
         """
-        partial = self.path.with_suffix(".tmp")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(encoded(value, indent=1) + "\n", encoding="utf-8")
-            partial.replace(self.path)
-        except OSError as error:
-            raise UserError(f"{self.path} cannot be written: {error.strerror or error}.") from error
+        write_whole(self.path, encoded(value, indent=1) + "\n")
 
 
 def encoded(value: Mapping[str, Any], *, indent: int | None = None) -> str:

@@ -11,8 +11,9 @@ import numpy as np
 
 from finetune.data import inspect_audio, read_audio
 from finetune.errors import UserError
+from finetune.kept import write_whole
 from finetune.recordings.align import SAMPLE_RATE_HZ, Aligner
-from finetune.recordings.files import listed, write_whole
+from finetune.recordings.files import listed
 from finetune.recordings.listing import list_data
 from finetune.recordings.options import AnnotateOptions
 from finetune.recordings.texts import CHANNELS, Channel, read_texts, text_paths

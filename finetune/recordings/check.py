@@ -19,9 +19,10 @@ from finetune.data import (
     TextEncoder,
     inspect_listing,
 )
+from finetune.kept import write_whole
 from finetune.monitoring import console
 from finetune.recordings.encoder import WordStart, text_encoder
-from finetune.recordings.files import listed, write_whole
+from finetune.recordings.files import listed
 from finetune.recordings.ledger import Ledger, file_key
 from finetune.recordings.listing import list_data
 from finetune.recordings.options import CheckOptions

@@ -33,23 +33,6 @@ def find_files(folder: Path, suffixes: Iterable[str]) -> tuple[list[Path], list[
     return sorted(found), hidden
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file that is there as a whole, or not at all.
-
-    Raises:
-        UserError: it cannot be written.
-    """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}.") from error
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def json_lines(values: Iterable[Any]) -> str:
     """Return the text of a JSONL file."""
     return "".join(f"{json.dumps(value, ensure_ascii=False)}\n" for value in values)

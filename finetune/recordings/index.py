@@ -5,6 +5,7 @@ from pathlib import Path
 
 from finetune.data import inspect_audio
 from finetune.errors import UserError
+from finetune.kept import write_whole
 from finetune.recordings.annotate import transcript_path
 from finetune.recordings.files import (
     AUDIO_SUFFIXES,
@@ -12,7 +13,6 @@ from finetune.recordings.files import (
     json_lines,
     listed,
     refuse_to_replace,
-    write_whole,
 )
 from finetune.recordings.options import IndexOptions
 from finetune.recordings.pairs import find_pairs, join

@@ -11,7 +11,7 @@ import soundfile
 
 from finetune.data import inspect_audio, read_audio, read_transcript
 from finetune.errors import UserError
-from finetune.recordings.files import write_whole
+from finetune.kept import write_whole
 from finetune.recordings.work import RecordingError
 
 MAX_DIFFERENCE_SEC = 0.1

@@ -13,6 +13,7 @@ import torch
 from finetune.data import AudioReader, FileProblem, inspect_audio
 from finetune.errors import UserError
 from finetune.inference import load_for_inference, nonfinite_weights
+from finetune.kept import write_whole
 from finetune.serve.engine import Engine, Row, Samples, open_engine
 from finetune.serve.options import GenerateOptions, reset_every_frames
 from finetune.serve.progress import Progress
@@ -270,7 +271,7 @@ class _Conversation:
         """Put the answer in its place: only when it is whole."""
         self._close()
         transcript = json.dumps(self.words.transcript(), ensure_ascii=False)
-        self.job.target.with_suffix(".json").write_text(transcript + "\n", encoding="utf-8")
+        write_whole(self.job.target.with_suffix(".json"), transcript + "\n")
         self._beside.replace(self.job.target)
 
     def _close(self) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from finetune.data import FRAME_RATE_HZ
 from finetune.errors import UserError
+from finetune.kept import write_whole
 from finetune.report import Entry, Page, Section, Table, html_page, line_style, svg_element, tidy
 from finetune.serve.engine import Engine, Row
 from finetune.serve.words import Words
@@ -94,8 +95,8 @@ class Report:
             "recordings": self.done,
         }
         text = json.dumps(whole, ensure_ascii=False, indent=1)
-        (self.folder / "report.json").write_text(text + "\n", encoding="utf-8")
-        (self.folder / "report.html").write_text(_page(whole), encoding="utf-8")
+        write_whole(self.folder / "report.json", text + "\n")
+        write_whole(self.folder / "report.html", _page(whole))
         for module in self.layers.values():
             module.measures_stream = False
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from torch import Tensor
 import ttt
 from finetune.data import Codec
 from finetune.errors import UserError
+from finetune.kept import write_whole
 from finetune.serve.engine import Engine, Row
 from finetune.serve.options import Part
 from ttt import TTTLMModel
@@ -163,7 +163,7 @@ def _check_values(engine: Engine, tensors: dict[str, Tensor]) -> None:
     Raises:
         ValueError: an index is out of range, or a number is not finite.
     """
-    model, args = engine.model, engine.model.ttt_args
+    model = engine.model
     for name, value in tensors.items():
         if value.is_floating_point() and not bool(value.isfinite().all()):
             raise ValueError(f"{name} holds NaN or infinity")
@@ -178,21 +178,14 @@ def _check_values(engine: Engine, tensors: dict[str, Tensor]) -> None:
                 raise ValueError(f"{name} holds no tokens")
             value = value[1:]
         elif name.endswith(".num_pending"):
-            high = (args.chunk_size if args.method == "in_place" else args.mini_batch_size) - 1
+            high = model.ttt_args.update_frames - 1
         if not low <= int(value.min()) <= int(value.max()) <= high:
             raise ValueError(f"{name} is out of range")
 
 
 def save_session(path: Path, engine: Engine, row: Row, identity: Identity, part: Part) -> None:
     """Write a row's state to a file; a file that was there is kept until the new one is whole."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        beside.write_bytes(pack(engine, row, identity, part))
-        beside.replace(path)
-    except OSError as error:
-        raise UserError(f"--session: {path} cannot be written ({error.strerror}).") from None
-    finally:
-        beside.unlink(missing_ok=True)
+    write_whole(path, pack(engine, row, identity, part))
 
 
 def load_session(path: Path, engine: Engine, row: Row, identity: Identity) -> Part:
