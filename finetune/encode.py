@@ -4,7 +4,7 @@ import logging
 import time
 
 from finetune.config import TrainArgs
-from finetune.data import CacheFill, check_share, open_store
+from finetune.data import CacheFill, open_checked_store
 from finetune.distributed import join_world
 from finetune.model import build_codec, find_checkpoint, plan_model
 from finetune.monitoring import format_duration, setup_logging
@@ -30,17 +30,7 @@ def encode_data(args: TrainArgs) -> None:
         codec = build_codec(
             info, plan_model(args, info), world.device, word_start=args.data.word_start
         )
-        store = open_store(args.data)
-        if world.size > 1:
-            check_share(
-                args.data,
-                codec,
-                store=store,
-                rank=world.rank,
-                world_size=world.size,
-                with_eval=args.do_eval,
-            )
-            world.barrier()
+        store = open_checked_store(args, codec, world)
         fill = CacheFill(
             args.data,
             codec,

@@ -14,6 +14,7 @@ from finetune.data.loader import (
     build_loaders,
     build_train_loader,
     check_share,
+    open_checked_store,
     warn_if_shared,
 )
 from finetune.data.problems import FileProblem
@@ -64,6 +65,7 @@ __all__ = [
     "inspect_listing",
     "inspect_recording",
     "load_sources",
+    "open_checked_store",
     "open_source",
     "open_store",
     "parse_sources",

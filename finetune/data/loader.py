@@ -125,15 +125,11 @@ def _load(
     )
 
 
-def build_loaders(
-    args: TrainArgs, codec: Codec, world: World
-) -> tuple["TrainLoader", "EvalLoader | None"]:
-    """Check all data of a run and make this process's loaders; without `do_eval`, one alone.
-
-    The processes share the check where they share a cache.
+def open_checked_store(args: TrainArgs, codec: Codec, world: World) -> Store | None:
+    """Open the store of a run's codes, when the processes have together checked the data for it.
 
     Raises:
-        UserError: see `load_sources`.
+        UserError: see `open_store` and `check_share`.
     """
     store = open_store(args.data)
     if world.size > 1:
@@ -146,6 +142,20 @@ def build_loaders(
             with_eval=args.do_eval,
         )
         world.barrier()
+    return store
+
+
+def build_loaders(
+    args: TrainArgs, codec: Codec, world: World
+) -> tuple["TrainLoader", "EvalLoader | None"]:
+    """Check all data of a run and make this process's loaders; without `do_eval`, one alone.
+
+    The processes share the check where they share a cache.
+
+    Raises:
+        UserError: see `load_sources`.
+    """
+    store = open_checked_store(args, codec, world)
     places: dict[str, Any] = {
         "duration_sec": args.duration_sec,
         "batch_size": args.batch_size,
