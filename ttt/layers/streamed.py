@@ -1,5 +1,6 @@
 """Switches and measurements of a TTT layer while it streams do not depend on the method."""
 
+from abc import abstractmethod
 from typing import Any, ClassVar
 
 import torch
@@ -32,9 +33,9 @@ class Streamed:
             self.stream_effect = part / whole.clamp(min=torch.finfo(torch.float32).tiny)
         return added
 
+    @abstractmethod
     def start_weights(self) -> list[Tensor]:
         """Return the weights that a stream starts from, in the order of its `fast_weights`."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def start_norm(self) -> Tensor:
