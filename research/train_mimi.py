@@ -30,7 +30,7 @@ from moshi.utils.compile import no_compile
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from finetune.demo.speech import SAMPLE_RATE
+from finetune.spoken.speech import SAMPLE_RATE
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import sentencepiece
 
-from finetune.demo import texts
+from finetune.spoken import texts
 
 VOCAB_SIZE = 500
 _NUM_TURNS = 4000

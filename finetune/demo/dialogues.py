@@ -14,9 +14,8 @@ from typing import Literal
 
 import numpy as np
 
-from finetune.demo import texts
-from finetune.demo.speech import SAMPLE_RATE, Speech, Voice, synthesise
 from finetune.errors import UserError
+from finetune.spoken import SAMPLE_RATE, Speech, Voice, synthesise, texts
 
 logger = logging.getLogger(__name__)
 

@@ -1,7 +1,7 @@
 """The facts that are told and asked for: whose, what, and in which words.
 
 No name and no value occurs in the texts that fill the time between facts and questions
-(`finetune.demo.texts`), so that only the fact tells the answer.
+(`finetune.spoken.texts`), so that only the fact tells the answer.
 """
 
 from dataclasses import dataclass

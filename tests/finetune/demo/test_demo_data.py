@@ -17,10 +17,11 @@ from moshi.models.lm import LMModel
 from moshi.models.loaders import get_mimi, get_moshi_lm
 from moshi.utils.compile import no_compile
 
-from finetune.demo import make_dialogues, texts
+from finetune.demo import make_dialogues
 from finetune.demo.dialogues import compose_dialogue
-from finetune.demo.speech import Voice, synthesise
 from finetune.errors import UserError
+from finetune.spoken import texts
+from finetune.spoken.speech import Voice, synthesise
 from research.train_mimi import MelLoss
 
 ROOT = Path(__file__).parents[3]
@@ -91,7 +92,7 @@ def test_a_voice_that_does_not_exist_is_named() -> None:
 def test_missing_espeak_says_what_to_install() -> None:
     program = (
         "import sys; sys.modules['espeakng_loader'] = None\n"
-        "from finetune.demo.speech import Voice, synthesise\n"
+        "from finetune.spoken.speech import Voice, synthesise\n"
         "synthesise('Hello.', Voice('en-us'))"
     )
     run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)

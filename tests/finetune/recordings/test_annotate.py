@@ -14,10 +14,10 @@ import pytest
 import soundfile
 from recordings_tools import DIALOGUES, NAMES, call, plain_folder, true_words
 
-from finetune.demo.speech import Voice, synthesise
 from finetune.recordings.align import SAMPLE_RATE_HZ, Aligner, heard_hops
 from finetune.recordings.spoken import sounds_of, spoken_form
 from finetune.recordings.work import RecordingError
+from finetune.spoken.speech import Voice, synthesise
 
 
 def listed(folder: Path, names: Sequence[str] = NAMES) -> Path:
