@@ -61,9 +61,10 @@ class Bank:
             UserError: espeak-ng is not installed.
         """
         self.args = args
+        train, held_out = args.num_fillers
         self.fillers: dict[texts.Split, list[list[Turn]]] = {
-            split: _fillers(count, split)
-            for split, count in zip(("train", "eval"), args.num_fillers, strict=True)
+            "train": _fillers(train, "train"),
+            "eval": _fillers(held_out, "eval"),
         }
         wanted = list(dict.fromkeys(self._wanted()))
         spoken = _speak_all(wanted, workers)
@@ -101,7 +102,7 @@ class Bank:
 
 def _fillers(count: int, split: texts.Split) -> list[list[Turn]]:
     rng = random.Random(f"fillers {split}")
-    found = []
+    found: list[list[Turn]] = []
     while len(found) < count:
         # Users ask more than they answer.
         first = rng.choice((False, True, True))

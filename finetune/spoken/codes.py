@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from finetune.data import Codec, TextEncoder, TimedTokens, text_stream
+from finetune.data import FRAME_RATE_HZ, Codec, TextEncoder, TimedTokens, text_stream
 from finetune.spoken.bank import Bank
-from finetune.spoken.dialogues import FRAME_RATE_HZ, Dialogue, DialogueArgs, Exchange, is_held_out
-from finetune.spoken.facts import KINDS, Fact
+from finetune.spoken.dialogues import Dialogue, DialogueArgs, Exchange, is_held_out
+from finetune.spoken.facts import KINDS
 from finetune.spoken.speech import SAMPLE_RATE
 
 GAINS = (0.6, 0.8)

@@ -6,12 +6,12 @@ import random
 from dataclasses import dataclass, field
 from typing import Literal
 
+from finetune.data import FRAME_RATE_HZ
 from finetune.spoken import texts
 from finetune.spoken.bank import MOSHI_VOICE, Bank, Turn
 from finetune.spoken.facts import ACKNOWLEDGEMENTS, KINDS, NAMES, Fact
 from finetune.spoken.speech import SAMPLE_RATE
 
-FRAME_RATE_HZ = 12.5
 HELD_OUT_ONE_IN = 6
 """Of the pairs of a name and a value, so many are never told in training."""
 _LEAD_SEC = 0.3
