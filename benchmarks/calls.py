@@ -6,7 +6,7 @@ first five minutes.
 
 Moshi 7B and Mimi with random weights, or a checkpoint; all callers say the same noise and say it at
 the same time, which is the most that a step can have to do. No time is reported unless every step
-was healthy in every row, and unless what TTT has learnt is the same in all rows.
+was healthy in every row, and unless what TTT has learned is the same in all rows.
 
 On a machine without a GPU it runs a small model, to see that it works; those times mean nothing.
 """
@@ -32,7 +32,7 @@ from ttt import TTTArgs, TTTLMModel
 FRAME_MS = 80.0
 SILENT_DB = -50.0
 SAME_ACROSS_ROWS = 0.02
-"""Of what TTT has learnt: rows of one batch are rounded alike, up to the tails of kernels."""
+"""Of what TTT has learned: rows of one batch are rounded alike, up to the tails of kernels."""
 WARM_UP_FRAMES = 8
 SHARE = Path(__file__).parents[1] / "example/demo/model"
 
@@ -84,9 +84,9 @@ def run(model: TTTLMModel, codec: Codec, callers: int, args: argparse.Namespace)
         state_gb = callers * engine.row_bytes() / 1e9
     for layer, by_row in changes.items():
         if not args.checkpoint and max(by_row) - min(by_row) > SAME_ACROSS_ROWS * max(by_row):
-            sys.exit(f"wrong: rows that hear the same have learnt otherwise in layer {layer}")
+            sys.exit(f"wrong: rows that hear the same have learned otherwise in layer {layer}")
         if args.frames > model.ttt_args.update_frames and not max(by_row) > 0:
-            sys.exit(f"wrong: layer {layer} has learnt nothing")
+            sys.exit(f"wrong: layer {layer} has learned nothing")
     timed = np.array(step_ms[WARM_UP_FRAMES:])
     return {
         "callers": callers,

@@ -7,9 +7,9 @@
     with model.streaming(batch_size):
         ttt.set_state(model, safetensors.torch.load_file(path))
 
-TTT's own state is what the model has learnt from the stream. For a stream to continue exactly, what
-stock `moshi` keeps is needed too: attention caches, positions, and with `LMGen` in place of the
-model, the delayed tokens.
+TTT's own state is what the model has learned from the stream. For a stream to continue exactly,
+what stock `moshi` keeps is needed too: attention caches, positions, and with `LMGen` in place of
+the model, the delayed tokens.
 """
 
 import dataclasses
@@ -50,7 +50,7 @@ def set_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     Args:
         model: is streaming, with the same batch size and configuration.
         state: of `get_state`, on any device. If it is whole, all of the stream is restored, else
-            what TTT has learnt alone.
+            what TTT has learned alone.
 
     Raises:
         ValueError: the model is not streaming, or the state is of another model or batch size;
@@ -83,7 +83,7 @@ def set_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def reset(model: nn.Module, rows: Tensor | Sequence[int] | None = None) -> None:
-    """Makes TTT forget what it has learnt from some rows' streams; attention remembers.
+    """Makes TTT forget what it has learned from some rows' streams; attention remembers.
 
     Args:
         model: a streaming model of `build_model`, or an `LMGen` with one.

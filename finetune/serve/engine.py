@@ -128,7 +128,7 @@ class Engine:
         row.num_steps = row.num_frames = 0
 
     def forget(self, row: Row) -> None:
-        """Make TTT forget what it has learnt in a conversation; attention remembers."""
+        """Make TTT forget what it has learned in a conversation; attention remembers."""
         if self.model.ttt_layers:
             ttt.reset(self.generator, self._mask([row]))
 
