@@ -159,9 +159,11 @@ def _inspect_all(
             )
             keys[recording] = key
             if key is not None and (kept := ledger.get(key)) is not None:
-                *facts, findings, digest = kept
+                duration_sec, rate_hz, num_channels, findings, digest = kept
                 all_findings = [Finding(*each) for each in findings]
-                found[recording] = Inspection(recording.path, *facts, all_findings, digest)
+                found[recording] = Inspection(
+                    recording.path, duration_sec, rate_hz, num_channels, all_findings, digest
+                )
         missing = [recording for recording in recordings if recording not in found]
         for done in do_all(work, missing, title="checking", workers=options.workers):
             assert done.result is not None
