@@ -191,7 +191,7 @@ def check_changes(
 ) -> None:
     for layer, by_row in changes.items():
         if not args.checkpoint and max(by_row) - min(by_row) > SAME_ACROSS_ROWS * max(by_row):
-            raise Wrong(f"rows that hear the same have learned otherwise in layer {layer}: {by_row}")
+            raise Wrong(f"layer {layer} has learned otherwise in other rows: {by_row}")
         if num_frames > model.ttt_args.update_frames and not max(by_row) > 0:
             raise Wrong(f"layer {layer} has learned nothing")
 
