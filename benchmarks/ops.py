@@ -72,8 +72,8 @@ def in_place_cases(batch: int, num_frames: int, options: argparse.Namespace) -> 
         return F.linear(z, weight) + ops.in_place_ttt(z, v, lr=lr, chunk_size=chunk_size)
 
     def with_delta(z: Tensor, v: Tensor, weight: Tensor, beta: Tensor) -> Tensor:
-        learnt = ops.in_place_delta(z, v, beta=beta, chunk_size=chunk_size, lag=LAG_FRAMES)
-        return F.linear(z, weight) + learnt
+        learned = ops.in_place_delta(z, v, beta=beta, chunk_size=chunk_size, lag=LAG_FRAMES)
+        return F.linear(z, weight) + learned
 
     def materialized(dtype: torch.dtype) -> Callable[..., Tensor]:
         def run(z: Tensor, v: Tensor, weight: Tensor) -> Tensor:

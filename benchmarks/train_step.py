@@ -6,7 +6,7 @@
 Every line is a run of a few optimizer steps on the same codes from the same weights. `stock` is
 `moshi.models.lm.LMModel` as `moshi-finetune` trains it: activation checkpointing, logits, cross
 entropy in float32, AdamW on float32 copies of the weights. Its losses are what the others' are
-compared with: of every step without TTT, and of the first step with TTT, which then has learnt
+compared with: of every step without TTT, and of the first step with TTT, which then has learned
 nothing yet. Where they differ, or are no numbers, no time is reported, and the exit status is 1.
 The stock model's line of the same kind (LoRA or full) is run with every choice of `--arms`.
 

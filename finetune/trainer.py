@@ -66,6 +66,7 @@ class Trainer:
             force: go on where the memory cannot be enough by estimate.
         """
         self.args = args
+        self.config = config
         self.run_dir = Path(args.run_dir)
         self.world = join_world(
             args.device,
@@ -147,7 +148,7 @@ class Trainer:
             An exit status: 0, or 128 + the signal that ended the run.
         """
         for line in describe_run(
-            self.args, self.model, self.train_data, self.eval_data, self.world
+            self.args, self.model, self.train_data, self.eval_data, self.world, self.config
         ):
             logger.info(line)
         with self.folder, self.interrupt, self.metrics, self.progress:

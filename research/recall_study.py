@@ -49,7 +49,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "delta, relative": {"write": "delta", "lr_scale": "relative"},
 }
 NUM_STEPS = 200
-LEARNT_ACCURACY = 0.9
+LEARNED_ACCURACY = 0.9
 """Where training stops early: all answers but those to facts that straddle chunks."""
 NUM_EVAL = 64
 
@@ -125,7 +125,7 @@ def run_cell(cell: Cell, preset: Preset, device: torch.device) -> dict[str, Any]
         dtype=torch.float32,
     )  # fmt: skip
     curve = train(
-        model, preset, seed=cell.seed, lr=preset.lr, label=cell.name, stop_at=LEARNT_ACCURACY
+        model, preset, seed=cell.seed, lr=preset.lr, label=cell.name, stop_at=LEARNED_ACCURACY
     )
     found = measure_trained_length(
         model.eval(),
@@ -276,8 +276,8 @@ def study_table(results: Sequence[dict[str, Any]]) -> list[str]:
         cells = [_seeds(by_cell.get((*place, form), [])) for form in forms]
         lines.append(f"| {' | '.join(f'{x:g}' for x in place)} | {' | '.join(cells)} |")
     counts = [[v for key, vs in by_cell.items() if key[3] == form for v in vs] for form in forms]
-    learnt = [f"{sum(v >= 0.9 for v in values)} of {len(values)}" for values in counts]
-    lines.append(f"| runs that reach 0.90 | | | {' | '.join(learnt)} |")
+    learned = [f"{sum(v >= 0.9 for v in values)} of {len(values)}" for values in counts]
+    lines.append(f"| runs that reach 0.90 | | | {' | '.join(learned)} |")
     return lines
 
 

@@ -4,7 +4,7 @@
 
 The network is the stock one (`moshi.models.loaders.get_mimi`), described by `mimi_config.json`
 beside the output. A quarter of the time it learns to copy speech through its narrow middle; then
-k-means starts the codebooks and it learns on with quantised latents. The loss compares mel
+k-means starts the codebooks and it learns on with quantized latents. The loss compares mel
 spectrograms at several resolutions. The weights are written in float16, and what is measured at
 the end is the model read back from that file.
 """
@@ -38,7 +38,7 @@ NUM_CODEBOOKS = 8
 _FFT_SIZES_AND_MELS = ((256, 20), (512, 40), (1024, 100), (2048, 200))
 _LOG_FLOOR = 1e-3  # of a full-scale magnitude: what is quieter counts as silence
 _SEGMENT_FRAMES = 36
-_UNQUANTISED_SHARE = 0.25  # of the time
+_UNQUANTIZED_SHARE = 0.25  # of the time
 _WARM_UP_SHARE = 0.02
 _COMMITMENT_WEIGHT = 0.25
 _SPOKEN_SHARE = 0.85  # of the segments; the rest may be silent
@@ -117,11 +117,11 @@ def train(
     minutes: float,
     batch_size: int,
     peak_lr: float,
-    unquantised_share: float,
+    unquantized_share: float,
 ) -> None:
     """Trains `mimi` in place for so many minutes; the learning rate falls to zero in a cosine.
 
-    For `unquantised_share` of the time, the quantizer is left out.
+    For `unquantized_share` of the time, the quantizer is left out.
     """
     loss_function = MelLoss().to(segments.samples.device)
     optimizer = torch.optim.AdamW(mimi.parameters(), lr=peak_lr, betas=(0.8, 0.99), fused=True)
@@ -134,8 +134,8 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = lr
         wav = segments.draw(batch_size)
-        quantised = progress >= unquantised_share
-        rebuilt, commitment = _forward(mimi, wav, quantised)
+        quantized = progress >= unquantized_share
+        rebuilt, commitment = _forward(mimi, wav, quantized)
         distance = loss_function(rebuilt, wav)
         optimizer.zero_grad()
         (distance + _COMMITMENT_WEIGHT * commitment).backward()
@@ -143,17 +143,17 @@ def train(
         optimizer.step()
         if step % 200 == 0:
             logger.info(
-                "step %5d  %3.0f %%  quantised %d  loss %.3f  commitment %.3f",
-                *(step, 100 * progress, quantised, distance.item(), commitment.item()),
+                "step %5d  %3.0f %%  quantized %d  loss %.3f  commitment %.3f",
+                *(step, 100 * progress, quantized, distance.item(), commitment.item()),
             )
         step += 1
     mimi.eval()
     logger.info("%d steps in %.1f min", step, (time.monotonic() - start) / 60)
 
 
-def _forward(mimi: MimiModel, wav: Tensor, quantised: bool) -> tuple[Tensor, Tensor]:
+def _forward(mimi: MimiModel, wav: Tensor, quantized: bool) -> tuple[Tensor, Tensor]:
     """wav: [B, 1, S], S whole frames. Returns what Mimi makes of it and the commitment loss."""
-    if quantised:
+    if quantized:
         result = mimi(wav)
         assert result.penalty is not None
         return result.x, result.penalty
@@ -217,7 +217,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train the demonstration's Mimi.")
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="from demo-data")
     parser.add_argument("--out", type=Path, required=True, help="the .safetensors file to write")
-    parser.add_argument("--start-from", type=Path, help="weights to train further, quantised")
+    parser.add_argument("--start-from", type=Path, help="weights to train further, quantized")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--minutes", type=float, default=15.0)
     parser.add_argument("--batch-size", type=int, default=16)
@@ -238,7 +238,7 @@ def main() -> None:
             minutes=args.minutes,
             batch_size=args.batch_size,
             peak_lr=args.lr,
-            unquantised_share=0.0 if args.start_from else _UNQUANTISED_SHARE,
+            unquantized_share=0.0 if args.start_from else _UNQUANTIZED_SHARE,
         )
         save_half(mimi, args.out)
         saved = get_mimi(args.out, mimi_config, "cpu", NUM_CODEBOOKS)

@@ -58,7 +58,7 @@ class TTTArgs:
     """Layers `start_layer + k * layer_frequency` have TTT; Moshi 7B: 5, 11, 17, 23, 29."""
 
     write: Annotated[Literal["sum", "delta"], IN_PLACE] = "delta"
-    """What a chunk writes. `delta`: what the fast weights do not know yet, by regularised least
+    """What a chunk writes. `delta`: what the fast weights do not know yet, by regularized least
     squares; it stays bounded on long streams. `sum`, the published rule: the sum of outer products
     of targets and MLP activations."""
 
@@ -67,7 +67,7 @@ class TTTArgs:
 
     lr_scale: Annotated[Literal["none", "relative"], IN_PLACE] = "relative"
     """What the size of an update is relative to. `relative`: to nothing but the learned gate, as
-    targets and activations are normalised where they are written. `none`: the published form, whose
+    targets and activations are normalized where they are written. `none`: the published form, whose
     updates are as large as the norms of activations and embeddings make them."""
 
     learning_rate: Annotated[NonNegative | None, IN_PLACE] = None
@@ -84,7 +84,7 @@ class TTTArgs:
 
     target: Annotated[Literal["text", "input", "hidden"], IN_PLACE] = "text"
     """What is written: a function of the text embedding (`text`), of the sum of all streams'
-    embeddings (`input`), or of the MLP's own normalised input (`hidden`)."""
+    embeddings (`input`), or of the MLP's own normalized input (`hidden`)."""
 
     conv_kernel_size: Annotated[int, Ge(1), Le(4096), IN_PLACE] = 2
     """Frames that one target is made of."""

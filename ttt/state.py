@@ -7,14 +7,15 @@
     with model.streaming(batch_size):
         ttt.set_state(model, safetensors.torch.load_file(path))
 
-TTT's own state is what the model has learnt from the stream. For a stream to continue exactly, what
-stock `moshi` keeps is needed too: attention caches, positions, and with `LMGen` in place of the
-model, the delayed tokens.
+TTT's own state is what the model has learned from the stream. For a stream to continue exactly,
+what stock `moshi` keeps is needed too: attention caches, positions, and with `LMGen` in place of
+the model, the delayed tokens.
 """
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from moshi.modules.streaming import State, StreamingModule
@@ -22,6 +23,8 @@ from moshi.modules.transformer import RingKVCache
 from torch import Tensor, nn
 
 from ttt.layers import TTTLayer, TTTState
+
+_NOT_STREAMING = "the model is not streaming: there is no state outside of `streaming()`."
 
 
 def get_state(model: nn.Module, *, whole: bool = False) -> dict[str, Tensor]:
@@ -50,7 +53,7 @@ def set_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     Args:
         model: is streaming, with the same batch size and configuration.
         state: of `get_state`, on any device. If it is whole, all of the stream is restored, else
-            what TTT has learnt alone.
+            what TTT has learned alone.
 
     Raises:
         ValueError: the model is not streaming, or the state is of another model or batch size;
@@ -83,7 +86,7 @@ def set_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def reset(model: nn.Module, rows: Tensor | Sequence[int] | None = None) -> None:
-    """Makes TTT forget what it has learnt from some rows' streams; attention remembers.
+    """Makes TTT forget what it has learned from some rows' streams; attention remembers.
 
     Args:
         model: a streaming model of `build_model`, or an `LMGen` with one.
@@ -116,15 +119,17 @@ def use_in_rows(model: nn.Module, rows: Tensor) -> None:
     Raises:
         ValueError: the model is not streaming.
     """
-    streaming = dict(_states(model, whole=False))
-    for name, module in model.named_modules():
-        if name in streaming:
-            state = streaming[name]
-            if module.rows_on is None:
-                module.rows_on = torch.ones_like(state.exec_mask)
-            # In place: a CUDA graph reads them where they are.
-            module.rows_on.copy_(rows)
-            state.exec_mask &= module.rows_on
+    # Every step comes here. To look through all modules of a Moshi 7B takes milliseconds.
+    owner: Any = getattr(model, "lm_model", model)
+    for module in owner.ttt_layers.values():
+        state = module._streaming_state
+        if state is None:
+            raise ValueError(_NOT_STREAMING)
+        if module.rows_on is None:
+            module.rows_on = torch.ones_like(state.exec_mask)
+        # In place: a CUDA graph reads them where they are.
+        module.rows_on.copy_(rows)
+        state.exec_mask &= module.rows_on
 
 
 def get_row(module: nn.Module, row: int, *, whole: bool) -> dict[str, Tensor]:
@@ -220,7 +225,7 @@ def _states(model: nn.Module, *, whole: bool) -> Iterator[tuple[str, State]]:
             if whole or isinstance(module, TTTLayer):
                 yield name, module._streaming_state
     if not is_streaming:
-        raise ValueError("the model is not streaming: there is no state outside of `streaming()`.")
+        raise ValueError(_NOT_STREAMING)
 
 
 def _fields(model: nn.Module, *, whole: bool) -> Iterator[tuple[str, object, str]]:

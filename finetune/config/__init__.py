@@ -19,6 +19,7 @@ from finetune.config.docs_page import help_page, pages
 from finetune.config.explain import explain
 from finetune.config.fields import Problem, keys_that
 from finetune.config.marks import HARMLESS, POSITIONAL, Prefix
+from finetune.config.moshi_finetune import changed_since_moshi_finetune
 from finetune.config.options import ask_for_missing, read_options
 from finetune.config.read import (
     changed_keys,
@@ -55,6 +56,7 @@ __all__ = [
     "ask_for_missing",
     "changed_keys",
     "changed_meaning",
+    "changed_since_moshi_finetune",
     "check_config",
     "completion_script",
     "explain",

@@ -63,7 +63,7 @@ class ModelArgs:
     otherwise; null: as the checkpoint has it (3000 in Moshi)."""
 
     norm: Literal["layer_norm", "rms_norm_f32"] | None = None
-    """Normalisation in both transformers; null: as in config.json (`rms_norm_f32` in Moshi)."""
+    """Normalization in both transformers; null: as in config.json (`rms_norm_f32` in Moshi)."""
 
     gating: Literal["none", "silu"] | None = None
     """The MLPs of the main transformer: `silu`: gated, with hidden width h; `none`: a plain MLP

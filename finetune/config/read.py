@@ -70,6 +70,9 @@ def check_config(
     )
 
 
+IGNORED = {"world_size"}
+"""Keys that `moshi-finetune` writes into the args.yaml of a run, and that mean nothing here."""
+
 ADDED_SINCE = {"chunk_edge", "qk_conv_kernel_size", "num_heads"}
 """Options of `ttt` that a run's own file may lack: it was written before there were such."""
 
@@ -119,7 +122,11 @@ def _check(
     learn_from(written)
     learn_from(from_command_line)
     emptied = tuple(f"{key}." for key, text in from_command_line.items() if text in NULLS)
-    written = {key: text for key, text in written.items() if not key.startswith(emptied)}
+    written = {
+        key: text
+        for key, text in written.items()
+        if not key.startswith(emptied) and key not in IGNORED
+    }
     args, problems = fill(TrainArgs, written | from_command_line)
     if from_command_line.keys() & {"ttt.method", "ttt.write"}:
         # The file is for another method: its options for that one do not stand in the way.

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 
 from finetune.errors import UserError
-from finetune.spoken import SAMPLE_RATE, Speech, Voice, synthesise, texts
+from finetune.spoken import SAMPLE_RATE, Speech, Voice, synthesize, texts
 
 logger = logging.getLogger(__name__)
 
@@ -189,7 +189,7 @@ def _next_turn(
         gap_sec = -rng.uniform(0.05, _MAX_OVERLAP_SEC)
     if previous is None:
         gap_sec = 0.0
-    return Turn(speaker, text, synthesise(text, voice), round(end_sec + gap_sec, 3))
+    return Turn(speaker, text, synthesize(text, voice), round(end_sec + gap_sec, 3))
 
 
 def _backchannel(rng: random.Random, split: texts.Split, turn: Turn, voice: Voice) -> list[Turn]:
@@ -199,7 +199,7 @@ def _backchannel(rng: random.Random, split: texts.Split, turn: Turn, voice: Voic
         return []
     text = texts.backchannel(rng, split)
     start_sec = round(turn.start_sec + turn.speech.duration_sec * rng.uniform(0.35, 0.5), 3)
-    return [Turn(_other(turn.speaker), text, synthesise(text, voice), start_sec)]
+    return [Turn(_other(turn.speaker), text, synthesize(text, voice), start_sec)]
 
 
 def _alignments(dialogue: Dialogue) -> dict[str, list]:

@@ -68,7 +68,7 @@ def run_demo(run_dir: Path, overrides: Mapping[str, object], *, force: bool = Fa
         f"""
 Done in {format_duration(time.monotonic() - started_at)}.
 
-A Moshi of {sum(p.numel() for p in model.parameters()) / 1e6:.1f} million parameters learnt from \
+A Moshi of {sum(p.numel() for p in model.parameters()) / 1e6:.1f} million parameters learned from \
 nothing, with TTT in layers {", ".join(map(str, model.ttt_layers))}.
 On dialogues it has not heard, its loss fell from {first["loss"]:.2f} to {last["loss"]:.2f} nats \
 ({fall:.0%}): text {first["text_loss"]:.2f} to {last["text_loss"]:.2f}, audio \

@@ -103,8 +103,8 @@ class Scorer:
         """Score all rows to their ends.
 
         Args:
-            reset_every_frames: TTT forgets what it has learnt before every frame that is a multiple
-                of it; attention does not.
+            reset_every_frames: TTT forgets what it has learned before every frame that is a
+                multiple of it; attention does not.
         """
         num_frames = int(self.lengths.max())
         resets = range(0, num_frames, reset_every_frames) if reset_every_frames else range(0)

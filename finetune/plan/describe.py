@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from finetune.config import TrainArgs
+from finetune.config import TrainArgs, changed_since_moshi_finetune
 from finetune.data import FRAME_RATE_HZ, EvalLoader, TrainLoader, count_frames
 from finetune.distributed import World, shard_size
 from finetune.model import parameters_by_role
@@ -24,8 +24,10 @@ def describe_run(
     train_data: TrainLoader,
     eval_data: EvalLoader | None,
     world: World,
+    config: Path | None = None,
 ) -> Iterator[str]:
-    """A few lines: data, parameters, TTT against attention, memory, and where it writes.
+    """A few lines: data, parameters, TTT against attention, memory, and where it writes; and which
+    keys of a moshi-finetune file mean something else here.
 
     Logs a warning where TTT can have nothing to do.
     """
@@ -55,6 +57,8 @@ def describe_run(
         free, total = torch.cuda.mem_get_info()
         yield f"memory: {(total - free) / 1e9:.1f} of {total / 1e9:.1f} GB taken before training"
     yield f"writes to {args.run_dir}"
+    if config is not None:
+        yield from changed_since_moshi_finetune(config, args)
 
 
 SUMMARY = "summary.json"

@@ -114,7 +114,11 @@ def inspect_data(options: CheckOptions, overrides: Mapping[str, Any]) -> Report:
         for origin, problem in listing.problems
     ]
     checked += [Checked(each.origin, str(each.path), *_facts(found[each])) for each in listing.all]
-    together = inspect_listing(listing.recordings, listing.evaluation)
+    together = inspect_listing(
+        listing.recordings,
+        listing.evaluation,
+        {recording: each.digest for recording, each in found.items()},
+    )
     return Report(options.data, checked, together, _notes(options, tokenizer))
 
 
@@ -155,17 +159,17 @@ def _inspect_all(
             )
             keys[recording] = key
             if key is not None and (kept := ledger.get(key)) is not None:
-                duration_sec, rate_hz, num_channels, findings = kept
+                duration_sec, rate_hz, num_channels, findings, digest = kept
                 all_findings = [Finding(*each) for each in findings]
                 found[recording] = Inspection(
-                    recording.path, duration_sec, rate_hz, num_channels, findings=all_findings
+                    recording.path, duration_sec, rate_hz, num_channels, all_findings, digest
                 )
         missing = [recording for recording in recordings if recording not in found]
         for done in do_all(work, missing, title="checking", workers=options.workers):
             assert done.result is not None
             found[done.job] = done.result
             if (key := keys[done.job]) is not None:
-                ledger.put(key, _facts(done.result))
+                ledger.put(key, [*_facts(done.result), done.result.digest])
     return found
 
 

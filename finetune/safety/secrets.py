@@ -21,7 +21,7 @@ def learn(value: object) -> None:
 
 
 def learn_from(options: Mapping[str, object]) -> None:
-    """Take down what options of a secret's name have as values, by dotted name, misspelt too."""
+    """Take down what options of a secret's name have as values, by dotted name, misspelled too."""
     for name, value in options.items():
         if is_secret(name):
             for part in value if isinstance(value, list | tuple) else [value]:

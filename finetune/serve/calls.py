@@ -167,7 +167,7 @@ class Switchboard:
         async with self._engine_is_free:
             running = asyncio.get_running_loop()
             done = running.run_in_executor(self._thread, partial(function, *args))
-            # Cancelled or not, the lock is kept until the engine is free again.
+            # Canceled or not, the lock is kept until the engine is free again.
             try:
                 return await asyncio.shield(done)
             except asyncio.CancelledError:

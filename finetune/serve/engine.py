@@ -5,7 +5,7 @@ come, go, wait and forget by masks; what one row computes does not depend on the
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -128,7 +128,7 @@ class Engine:
         row.num_steps = row.num_frames = 0
 
     def forget(self, row: Row) -> None:
-        """Make TTT forget what it has learnt in a conversation; attention remembers."""
+        """Make TTT forget what it has learned in a conversation; attention remembers."""
         if self.model.ttt_layers:
             ttt.reset(self.generator, self._mask([row]))
 
@@ -245,7 +245,14 @@ def open_engine(
     mimi = codec._mimi_on_device()
     generator = _Generator(model, temperature, text_temperature)
     steps_per_frame = round(mimi.encoder_frame_rate / mimi.frame_rate)
-    with torch.no_grad(), codec.lock, generator.streaming(max_users), mimi.streaming(max_users):
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(codec.lock)
+        for module in (model, mimi):
+            # Where memory ends while states are made, those that there are would stay.
+            stack.callback(module._stop_streaming)
+        stack.enter_context(generator.streaming(max_users))
+        stack.enter_context(mimi.streaming(max_users))
         ttt.lengthen_caches(mimi, steps_per_frame)
         engine = Engine(model, codec, generator, [Row(index) for index in range(max_users)])
         try:

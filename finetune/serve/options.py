@@ -88,7 +88,7 @@ class GenerateOptions:
     """Go on from this file if it is there, and keep in it where the conversation ends."""
 
     session_part: Part = "all"
-    """What is kept: all, so that the conversation goes on exactly; or what TTT has learnt alone."""
+    """What is kept: all, so that the conversation goes on exactly; or only what TTT has learned."""
 
     report: FilePath | None = None
     """The folder to write a report to: what TTT does, per layer and chunk, beside the words."""

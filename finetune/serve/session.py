@@ -62,7 +62,7 @@ def copy_row(engine: Engine, row: Row, identity: Identity, part: Part) -> Sessio
     """Return a copy of a row's state.
 
     Args:
-        part: all, so that the conversation continues exactly; or the memory, what TTT has learnt.
+        part: all, so that the conversation continues exactly; or the memory, what TTT has learned.
 
     Raises:
         UserError: the memory is asked for of a model without TTT.

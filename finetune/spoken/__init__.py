@@ -4,10 +4,10 @@ tells and asks for again beyond the reach of attention."""
 from typing import Any
 
 from finetune.spoken import texts
-from finetune.spoken.facts import ACKNOWLEDGEMENTS, KINDS, NAMES, Fact, FactKind
+from finetune.spoken.facts import ACKNOWLEDGMENTS, KINDS, NAMES, Fact, FactKind
 
 __all__ = [
-    "ACKNOWLEDGEMENTS",
+    "ACKNOWLEDGMENTS",
     "KINDS",
     "NAMES",
     "SAMPLE_RATE",
@@ -16,11 +16,11 @@ __all__ = [
     "Speech",
     "Voice",
     "Word",
-    "synthesise",
+    "synthesize",
     "texts",
 ]
 
-_SPEECH = {"SAMPLE_RATE", "Speech", "Voice", "Word", "synthesise"}
+_SPEECH = {"SAMPLE_RATE", "Speech", "Voice", "Word", "synthesize"}
 
 
 def __getattr__(name: str) -> Any:

@@ -10,7 +10,7 @@ NAMES: tuple[str, ...] = (
     "Laura", "Simon", "Nora", "Victor", "Alice", "Robert",
     "Helen", "Martin", "Diana", "Felix", "Sophie", "George",
 )  # fmt: skip
-ACKNOWLEDGEMENTS: tuple[str, ...] = ("Okay.", "I see.")
+ACKNOWLEDGMENTS: tuple[str, ...] = ("Okay.", "I see.")
 """What Moshi says to a fact that it does not repeat."""
 
 

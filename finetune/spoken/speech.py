@@ -88,7 +88,7 @@ _Callback = ctypes.CFUNCTYPE(
 )
 
 
-def synthesise(text: str, voice: Voice) -> Speech:
+def synthesize(text: str, voice: Voice) -> Speech:
     """Speaks `text`; its words are what stands between white space, punctuation included.
 
     Raises:

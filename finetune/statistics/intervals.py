@@ -105,10 +105,10 @@ def slope_parts(x: Array, loss: Array, weight: Array) -> tuple[Array, Array]:
     """
     mean = _divide(loss, weight)
     total = weight.sum(1, keepdims=True)
-    x_centred = x - _divide((weight * x).sum(1, keepdims=True), total)
-    centred = np.nan_to_num(mean - _divide(loss.sum(1, keepdims=True), total))
-    x_centred = np.nan_to_num(x_centred)
-    return (weight * x_centred * centred).sum(1), (weight * x_centred**2).sum(1)
+    x_centered = x - _divide((weight * x).sum(1, keepdims=True), total)
+    centered = np.nan_to_num(mean - _divide(loss.sum(1, keepdims=True), total))
+    x_centered = np.nan_to_num(x_centered)
+    return (weight * x_centered * centered).sum(1), (weight * x_centered**2).sum(1)
 
 
 def proportion(successes: float, count: int) -> Estimate:

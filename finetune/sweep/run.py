@@ -190,8 +190,8 @@ def _status_of(code: int, children: "Children") -> Status:
     if code == 0:
         return "finished"
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    was_signalled = code in [128 + s for s in signals] + [-s for s in signals]
-    return "stopped" if children.signal_number or was_signalled else "failed"
+    was_signaled = code in [128 + s for s in signals] + [-s for s in signals]
+    return "stopped" if children.signal_number or was_signaled else "failed"
 
 
 def _reason(log: Path, start: int, code: int) -> str:

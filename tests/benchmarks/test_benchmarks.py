@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from moshi.modules.transformer import StreamingMultiheadAttention
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -302,20 +303,52 @@ def test_a_line_that_fails_does_not_stop_the_others(
     assert [name for name, result in found.items() if "wrong" in result] == ["sharded"]
 
 
+CALLS = ["--device=cpu", "--ttt-layers=2", "--frames=12"]
+
+
 def test_calls_are_timed_whole(
-    program: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+    program: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     calls = program("calls")
-    words = ["--device=cpu", "--callers", "1", "2", "--frames=12", "--ttt-layers=2"]
-    one, two = calls.main([*words, "--part-frames=6"])
-    assert (one["callers"], two["callers"]) == (1, 2) and two["median_ms"] > 0
-    assert two["state_gb"] == pytest.approx(2 * one["state_gb"], abs=2e-3)
-    assert all(change > 0 for change in two["changes"].values())
+    path = tmp_path / "calls.json"
+    found = calls.main([*CALLS, "--callers", "1", "2", "--part-frames=6", f"--out={path}"])
+    assert [(line["ttt"], line["callers"]) for line in found] == [
+        *[("on", 1), ("on", 2), ("off", 1), ("off", 2)]
+    ]
+    one, two, off, _ = found
+    assert two["median_ms"] > 0 and two["frames"] == 12
+    assert two["state_gb"] == pytest.approx(2 * one["state_gb"], rel=0.01)
+    assert off["state_gb"] < one["state_gb"]
+    assert all(change > 0 for change in two["changes"].values()) and not off["changes"]
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [line["frames"] for line in lines if "frames" in line] == [6, 12, 6, 12]
-    with pytest.raises(SystemExit, match="not all is finite"):
+    parts = [line for line in lines if "against_first" in line]
+    assert [part["frames"] for part in parts] == [6, 12] * 4
+    assert parts[1]["health"] and parts[0]["against_first"]["median"] == 1
+    assert json.loads(path.read_text())["lines"] == json.loads(json.dumps(found))
+    with pytest.raises(SystemExit, match="wrong: 1 callers: frame 0: not all is finite"):
         spoil(calls)
-        calls.main([*words[:3], "--frames=3"])
+        calls.main([*CALLS, "--callers", "1", "--ttt=on"])
+
+
+def test_calls_that_do_not_fit_are_a_line_and_time_ends(
+    program: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = program("calls")
+    right = StreamingMultiheadAttention._init_streaming_state
+    made = []
+
+    def scarce(self: Any, batch_size: int) -> Any:
+        made.append(batch_size)
+        if batch_size == 2 and made.count(2) == 5:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+        return right(self, batch_size)
+
+    monkeypatch.setattr(StreamingMultiheadAttention, "_init_streaming_state", scarce)
+    two, one = calls.main([*CALLS, "--callers", "2", "1", "--ttt=on"])
+    assert "out of memory" in two["out_of_memory"] and "median_ms" not in two
+    assert one["median_ms"] > 0
+    (none,) = calls.main([*CALLS, "--callers", "1", "--ttt=on", "--limit-sec=0"])
+    assert none["skipped"] == "time was up"
 
 
 def spoil(calls: Any) -> None:

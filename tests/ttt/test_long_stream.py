@@ -48,7 +48,7 @@ def test_a_long_stream_stays_sane(args: TTTArgs, num_frames: int) -> None:
     logits, sizes, states = stream(model.to(torch.float32), codes)
     assert logits.isfinite().all() and sizes.isfinite().all()
     if args.write == "delta":
-        # Most is learnt early; what follows must not add up.
+        # Most is learned early; what follows must not add up.
         assert sizes.max() < 5 * sizes[: len(sizes) // 5].max()
         assert logits.abs().max() < 3 * logits[: num_frames // 5].abs().max()
     for low, high in zip(states, exact, strict=True):

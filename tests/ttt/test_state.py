@@ -91,16 +91,16 @@ def assert_equal_states(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) 
         assert torch.equal(a[name], b[name]), name
 
 
-def test_what_was_learnt_is_carried_into_a_new_stream_alone() -> None:
+def test_what_was_learned_is_carried_into_a_new_stream_alone() -> None:
     model = build("sum")
     codes = random_codes(num_frames=12)
     with torch.no_grad(), model.streaming(2):
         model.forward_text(codes)
-        learnt = ttt.get_state(model)
-    assert {name.split(".")[3] for name in learnt} == {"gating"}
+        learned = ttt.get_state(model)
+    assert {name.split(".")[3] for name in learned} == {"gating"}
     with torch.no_grad(), model.streaming(2):
-        ttt.set_state(model, learnt)
-        assert_equal_states(ttt.get_state(model), learnt)
+        ttt.set_state(model, learned)
+        assert_equal_states(ttt.get_state(model), learned)
         state = ttt.get_state(model, whole=True)
         assert state["transformer.layers.0.self_attn.kv_cache.end_offset"].tolist() == [0, 0]
 

@@ -25,8 +25,8 @@ class TTTState(State):
 
     A subclass is a dataclass of tensors [B, …]; where a stream does not begin with zeros, it also
     has a `reset`. Each tensor keeps its address and is changed in place: stock `LMGen` captures the
-    step in a CUDA graph. What is learnt is float32 at least. In rows where `exec_mask` [B] is false
-    nothing may change.
+    step in a CUDA graph. What is learned is float32 at least. In rows where `exec_mask` [B] is
+    false nothing may change.
     """
 
     @abstractmethod
@@ -121,7 +121,7 @@ class TTTLayer(Streamed, StreamingModule[StateT]):
 
         Args:
             x: [B, T, d], the residual stream after attention; in place of the MLP, the MLP's
-                normalised input.
+                normalized input.
             token_embeddings: [B, T, d], see `TTTLMModel.forward_text`.
             is_frame: [B, T], false past the end of a recording; None: all are frames.
 

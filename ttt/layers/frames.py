@@ -17,7 +17,7 @@ def only(x: Tensor, frames: Tensor | None) -> Tensor:
     return x if frames is None else torch.where(frames.unsqueeze(-1), x, 0.0)
 
 
-def normalised(source: Tensor) -> Tensor:
+def normalized(source: Tensor) -> Tensor:
     """Return the frames of [B, T, d] divided by their RMS; frames of zeros stay zeros."""
     wide = source.to(accumulating_dtype(source.dtype))
     square = wide.square().mean(-1, keepdim=True)

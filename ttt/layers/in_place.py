@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ttt import ops
 from ttt.config import MAX_WRITE_STRENGTH, TTTArgs
 from ttt.layers.base import Cost, Place, TTTLayer
-from ttt.layers.frames import delayed, inverse_square, normalised, only
+from ttt.layers.frames import delayed, inverse_square, normalized, only
 from ttt.layers.in_place_measure import measure
 from ttt.layers.in_place_state import InPlaceState
 from ttt.ops.in_place.terms import accumulating_dtype
@@ -138,20 +138,20 @@ class InPlaceGating(TTTLayer[InPlaceState]):
         assert source is not None
         if self._streaming_state is not None:
             z, source = self._activations(x), self._scaled(source)
-            learnt = self._stream(z, source, is_frame, self._streaming_state)
+            learned = self._stream(z, source, is_frame, self._streaming_state)
             plain = self.linear_out(z)
-            return plain + self.streamed(learnt, plain)
+            return plain + self.streamed(learned, plain)
         z, v = self.execution.piece(InPlaceGating._prepare, self, x, source)
         written = self._is_written(is_frame)
-        learnt = self._learn(z, v, written)
+        learned = self._learn(z, v, written)
         # At last: activation checkpointing then need not compute it again.
         plain = self.linear_out(z)
         if x.shape[1] > self.args.chunk_size:
-            seen = z, v, written, plain, learnt
+            seen = z, v, written, plain, learned
             self.measure_once(
                 lambda: measure(self.args, *seen, beta=self.write_strength, base=self.base_weight)
             )
-        return plain + learnt
+        return plain + learned
 
     def _activations(self, x: Tensor) -> Tensor:
         """z, [B, T, h]."""
@@ -160,7 +160,7 @@ class InPlaceGating(TTTLayer[InPlaceState]):
 
     def _scaled(self, source: Tensor) -> Tensor:
         """Return what the targets are made of, as `lr_scale` has it."""
-        return source if self.target_gate is None else normalised(source)
+        return source if self.target_gate is None else normalized(source)
 
     def _prepare(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
         """z and the targets v of whole sequences."""

@@ -16,7 +16,7 @@ def measure(
     v: Tensor,
     written: Tensor | None,
     plain: Tensor,
-    learnt: Tensor,
+    learned: Tensor,
     *,
     beta: Tensor | None,
     base: Tensor,
@@ -31,19 +31,19 @@ def measure(
 
     Args:
         z, v, written: [B, T, h], [B, T, d] and [B, T], as the operators take them.
-        plain, learnt: [B, T, d], what the projection gives, and what TTT adds to it.
+        plain, learned: [B, T, d], what the projection gives, and what TTT adds to it.
         beta: β; None with `write: sum`.
         base: [d, h], W0.
     """
     chunk_size = args.chunk_size
     readable = slice(chunk_size, None)
-    found = {"effect": learnt[:, readable].float().norm() / plain[:, readable].float().norm()}
+    found = {"effect": learned[:, readable].float().norm() / plain[:, readable].float().norm()}
     rate = args.inner_learning_rate
     keys, v = delayed(z, args.lag_frames), only(v, written)
     if beta is not None:
         rate, found["write_strength"] = 1.0, beta.squeeze()
         keys = only(keys, written)
-        v = _errors(args, keys, v, learnt, beta)
+        v = _errors(args, keys, v, learned, beta)
     delta = delta_norm_square(keys, v, chunk_size).sqrt()
     num_writing = (delta > 0).sum().clamp(min=1)
     bound = args.max_delta_norm or float("inf")
@@ -53,10 +53,10 @@ def measure(
     return found
 
 
-def _errors(args: TTTArgs, keys: Tensor, v: Tensor, learnt: Tensor, beta: Tensor) -> Tensor:
+def _errors(args: TTTArgs, keys: Tensor, v: Tensor, learned: Tensor, beta: Tensor) -> Tensor:
     """E of whole sequences, [B, T, d], of what their frames have read."""
     size = args.chunk_size
-    read = delayed(learnt, args.lag_frames)
+    read = delayed(learned, args.lag_frames)
     errors: list[Tensor] = []
     for start in range(0, v.shape[1], size):
         here = slice(start, start + size)

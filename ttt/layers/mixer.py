@@ -104,7 +104,7 @@ class TTTMixer(TTTLayer[TTTMixerState]):
 
     @property
     def inner_layers(self) -> InnerLayers:
-        """The learnt start of the fast weights."""
+        """The learned start of the fast weights."""
         return tuple(
             (getattr(self, f"inner_w{index}"), getattr(self, f"inner_b{index}"))
             for index in range(1, 1 + self.num_inner_layers)

@@ -23,7 +23,7 @@ class TTTMixerState(TTTState):
     num_pending: Tensor
     """[B], frames in the open mini-batch, 0 to K - 1."""
     initial: InnerLayers
-    """The learnt weights that a stream starts from: the module's parameters, without B."""
+    """The learned weights that a stream starts from: the module's parameters, without B."""
     tail: ConvTail | None
     """What the convolutions look back to; None: there are none."""
 

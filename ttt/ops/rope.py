@@ -41,7 +41,7 @@ def rotate(x: Tensor, table: RopeTable, *, interleave: bool) -> Tensor:
 
     Args:
         x: [..., D].
-        interleave: pairs are neighbours (r0, i0, r1, i1, …), or else the halves of a head.
+        interleave: pairs are neighbors (r0, i0, r1, i1, …), or else the halves of a head.
     """
     cos, sin = table
     if interleave:

@@ -28,7 +28,7 @@ __all__ = [
     "inspect_subject",
 ]
 
-VERSION = 1
+VERSION = 2
 """Of the checks. What was found good by earlier ones is inspected again."""
 
 
@@ -114,6 +114,7 @@ def inspect_subject(
         except FileProblem as problem:
             findings.append(Finding.of_problem(problem))
         else:
+            inspection.digest = heard.digest
             for listening_check in HEARD_CHECKS:
                 findings += listening_check(subject, heard)
     return inspection

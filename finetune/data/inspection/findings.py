@@ -43,6 +43,9 @@ class Inspection:
     sample_rate_hz: int = 0
     num_channels: int = 0
     findings: list[Finding] = field(default_factory=list)
+    digest: str = ""
+    """Of all samples as they are decoded, the same for the same audio; empty if not all of it was
+    listened to."""
 
     @property
     def errors(self) -> list[Finding]:

@@ -1,5 +1,6 @@
 """Levels of a recording's two channels are taken, all the time and while words are spoken."""
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -31,6 +32,7 @@ class Heard:
         num_samples: what was decoded of each channel.
         clipped_share: of samples, in runs at full scale; complete listening alone.
         is_complete: all of it was heard, or only some words.
+        digest: of all samples; complete listening alone.
     """
 
     peak: np.ndarray
@@ -40,6 +42,7 @@ class Heard:
     num_samples: int
     clipped_share: float = 0.0
     is_complete: bool = False
+    digest: str = ""
 
 
 def listen(subject: Subject) -> Heard:
@@ -101,6 +104,7 @@ def _listen_to_all(subject: Subject) -> Heard:
     block_samples = hop * max(1, round(_BLOCK_SEC / _HOP_SEC))
     assert subject.read_audio is not None
     peaks, hops, num_clipped, equal, num_heard = np.zeros(2), [], 0, True, 0
+    digest = hashlib.blake2b(str(rate).encode(), digest_size=16)
     while True:
         samples = subject.read_audio(num_heard, block_samples).numpy()
         num = samples.shape[1]
@@ -108,6 +112,7 @@ def _listen_to_all(subject: Subject) -> Heard:
             peaks = np.maximum(peaks, np.abs(samples).max(1))
             equal = equal and bool((samples[0] == samples[1]).all())
             num_clipped += _num_clipped(samples)
+            digest.update(np.ascontiguousarray(samples).data)
             padded = np.pad(samples.astype(np.float64) ** 2, ((0, 0), (0, -num % hop)))
             hops.append(padded.reshape(2, -1, hop).mean(2).T)
         num_heard += num
@@ -122,6 +127,7 @@ def _listen_to_all(subject: Subject) -> Heard:
         num_heard,
         num_clipped / max(1, 2 * num_heard),
         is_complete=True,
+        digest=digest.hexdigest(),
     )
 
 

@@ -3,7 +3,7 @@
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from typing import Protocol
 
 from .findings import Finding
@@ -20,23 +20,29 @@ class Listed(Protocol):
 
 
 def inspect_listing(
-    recordings: Sequence[Listed], evaluation: Sequence[Listed] = ()
+    recordings: Sequence[Listed],
+    evaluation: Sequence[Listed] = (),
+    digests: Mapping[Listed, str] | None = None,
 ) -> list[Finding]:
     """Inspect the recordings of a source, or of all training data, together.
 
     Args:
         recordings: what trains.
         evaluation: what is evaluated; empty: that is not looked at.
+        digests: of their audio, where it was listened to; the same audio under two names is found
+            by it.
     """
     files = {r: os.path.realpath(r.location) for r in {*recordings, *evaluation}}
+    heard = {r: digest for r, digest in (digests or {}).items() if digest}
     return [
         *_listed_twice(recordings, files),
+        *_same_audio(recordings, files, heard),
         *_other_unicode_forms(recordings),
-        *_evaluated_and_trained(recordings, evaluation, files),
+        *_evaluated_and_trained(recordings, evaluation, files, heard),
     ]
 
 
-def _listed_twice(recordings: Sequence[Listed], files: dict[Listed, str]) -> Iterator[Finding]:
+def _listed_twice(recordings: Sequence[Listed], files: Mapping[Listed, str]) -> Iterator[Finding]:
     times = Counter(files[r] for r in recordings)
     again = {file: number for file, number in times.items() if number > 1}
     if again:
@@ -47,6 +53,25 @@ def _listed_twice(recordings: Sequence[Listed], files: dict[Listed, str]) -> Ite
             f"{_number(again)} listed more than once, and {_count(again)} as often ("
             f"{first.location} {again[files[first]]} times, first in {first.origin})",
             "remove the lines that come again, or give a weight to what is to come more often",
+        )
+
+
+def _same_audio(
+    recordings: Sequence[Listed], files: Mapping[Listed, str], heard: Mapping[Listed, str]
+) -> Iterator[Finding]:
+    of_digest: dict[str, dict[str, Listed]] = {}
+    for recording in recordings:
+        if digest := heard.get(recording):
+            of_digest.setdefault(digest, {}).setdefault(files[recording], recording)
+    same = [list(copies.values()) for copies in of_digest.values() if len(copies) > 1]
+    if same:
+        first, second = same[0][:2]
+        yield Finding(
+            "same-audio",
+            "warning",
+            f"{_number(same)} there under more than one name, sample by sample the same "
+            f"({first.location} and {second.location}, first in {second.origin})",
+            "remove the lines of the copies, or give a weight to what is to come more often",
         )
 
 
@@ -68,10 +93,18 @@ def _other_unicode_forms(recordings: Sequence[Listed]) -> Iterator[Finding]:
 
 
 def _evaluated_and_trained(
-    recordings: Sequence[Listed], evaluation: Sequence[Listed], files: dict[Listed, str]
+    recordings: Sequence[Listed],
+    evaluation: Sequence[Listed],
+    files: Mapping[Listed, str],
+    heard: Mapping[Listed, str],
 ) -> Iterator[Finding]:
     trained = {files[r] for r in recordings}
-    both = {files[r]: r for r in evaluation if files[r] in trained}
+    trained_audio = {heard[r] for r in recordings if r in heard}
+    both = {
+        files[r]: r
+        for r in evaluation
+        if files[r] in trained or (r in heard and heard[r] in trained_audio)
+    }
     if both:
         first = next(iter(both.values()))
         total = len({files[r] for r in evaluation})

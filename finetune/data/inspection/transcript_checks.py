@@ -150,8 +150,10 @@ def tokens(subject: Subject) -> Iterator[Finding]:
             f"{unknown_id}" + (", which means end-of-padding to Moshi" if unknown_id == 0 else ""),
             "write these words in characters that it knows, or leave them out",
         )
-    num_tokens = sum(len(ids) for _, ids in found)
-    num_lost = num_tokens - _num_placed(found, subject.duration_sec)
+    # Words after the end are named by another check; without a known end, there are no frames.
+    inside = [(word, ids) for word, ids in found if 0 <= word.start_sec < subject.duration_sec]
+    num_tokens = sum(len(ids) for _, ids in inside)
+    num_lost = num_tokens - _num_placed(inside, subject.duration_sec)
     if num_lost > _MAX_LOST_SHARE * num_tokens:
         yield Finding(
             "tokens-without-frame",
@@ -167,11 +169,10 @@ def _num_placed(found: Sequence[tuple[Word, list[int]]], duration_sec: float) ->
     """Tokens that go onto a frame by the rule of `text_stream`, over a whole recording."""
     num_frames = int(duration_sec * FRAME_RATE_HZ + 1e-6)
     starts = [int(word.start_sec * FRAME_RATE_HZ) for word, _ in found]
-    ends = [*starts[1:], num_frames]
+    ends = [*starts, num_frames][1:]
     return sum(
         max(0, min(len(ids), min(end, num_frames) - start))
         for (_, ids), start, end in zip(found, starts, ends, strict=True)
-        if start >= 0
     )
 
 

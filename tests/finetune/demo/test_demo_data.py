@@ -21,7 +21,7 @@ from finetune.demo import make_dialogues
 from finetune.demo.dialogues import compose_dialogue
 from finetune.errors import UserError
 from finetune.spoken import texts
-from finetune.spoken.speech import Voice, synthesise
+from finetune.spoken.speech import Voice, synthesize
 from research.train_mimi import MelLoss
 
 ROOT = Path(__file__).parents[3]
@@ -55,7 +55,7 @@ def words_of(folder: Path, entry: dict) -> list:
 
 def test_words_that_share_an_event_are_told_apart() -> None:
     text = "Well, the king of the hill is in a garden; isn't it on the map?"
-    speech = synthesise(text, VOICE)
+    speech = synthesize(text, VOICE)
     assert [word.text for word in speech.words] == text.split()
     times = [time for word in speech.words for time in (word.start_sec, word.end_sec)]
     assert times == sorted(times)
@@ -67,13 +67,13 @@ def test_words_that_share_an_event_are_told_apart() -> None:
 
 def test_every_word_of_many_turns_gets_a_time() -> None:
     for text in texts.corpus(60, seed=5)[-40:]:
-        assert [word.text for word in synthesise(text, VOICE).words] == text.split()
+        assert [word.text for word in synthesize(text, VOICE).words] == text.split()
 
 
 def test_speech_does_not_depend_on_what_was_said_before() -> None:
-    first = synthesise("Good morning, Anna.", VOICE)
-    synthesise("Something else in another voice.", Voice("en-us+m3", pitch=30))
-    again = synthesise("Good morning, Anna.", VOICE)
+    first = synthesize("Good morning, Anna.", VOICE)
+    synthesize("Something else in another voice.", Voice("en-us+m3", pitch=30))
+    again = synthesize("Good morning, Anna.", VOICE)
     assert first.words == again.words
     assert np.array_equal(first.samples, again.samples)
 
@@ -81,19 +81,19 @@ def test_speech_does_not_depend_on_what_was_said_before() -> None:
 @pytest.mark.parametrize("text", ["", "  ", "two - three"])
 def test_what_cannot_be_spoken_is_an_error(text: str) -> None:
     with pytest.raises(UserError, match="cannot be spoken"):
-        synthesise(text, VOICE)
+        synthesize(text, VOICE)
 
 
 def test_a_voice_that_does_not_exist_is_named() -> None:
     with pytest.raises(UserError, match="no-such-voice"):
-        synthesise("Hello.", Voice("no-such-voice"))
+        synthesize("Hello.", Voice("no-such-voice"))
 
 
 def test_missing_espeak_says_what_to_install() -> None:
     program = (
         "import sys; sys.modules['espeakng_loader'] = None\n"
-        "from finetune.spoken.speech import Voice, synthesise\n"
-        "synthesise('Hello.', Voice('en-us'))"
+        "from finetune.spoken.speech import Voice, synthesize\n"
+        "synthesize('Hello.', Voice('en-us'))"
     )
     run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert "UserError" in run.stderr and "pip install 'moshi-ttt[demo]'" in run.stderr

@@ -49,8 +49,8 @@ from finetune.evaluation.tasks.pairs.score import (
     read_pairs,
     zerospeech_lines,
 )
-from finetune.evaluation.tasks.pairs.summary import summarise_pairs
-from finetune.evaluation.tasks.position.summary import pairwise_edges, summarise_positions
+from finetune.evaluation.tasks.pairs.summary import summarize_pairs
+from finetune.evaluation.tasks.position.summary import pairwise_edges, summarize_positions
 from finetune.kept import Records
 from finetune.monitoring import metrics_path, read_metrics
 from finetune.statistics import Bootstrap, proportion, slope_parts, student_t
@@ -116,7 +116,7 @@ def test_loss_by_position_is_what_it_is_known_to_be() -> None:
         }
         for i, n in enumerate(lengths)
     ]
-    result = summarise_positions(
+    result = summarize_positions(
         records,
         bin_frames=bin_frames,
         window_frames=20,
@@ -309,7 +309,7 @@ def test_a_known_preference_comes_out_in_sign_and_value(pair_folder: Path, margi
     model = preferring(silent, margin)
     options = PairOptions()
     pairs, records, task = scores_of(model, pair_folder, options)
-    summary = summarise_pairs(pairs, records, task.missing, options)
+    summary = summarize_pairs(pairs, records, task.missing, options)
     assert summary["all"]["accuracy"]["value"] == (1.0 if margin > 0 else 0.0)
     assert summary["groups"]["a"]["num_scored"] == summary["groups"]["b"]["num_scored"] == 1
 
@@ -368,7 +368,7 @@ def test_missing_recordings_are_counted_and_never_scored(pair_folder: Path) -> N
     third = json.dumps({"good": "good1.wav", "bad": "bad0.wav", "group": "a"})
     (pair_folder / "pairs.jsonl").write_text(lines + third + "\n")
     pairs, records, task = scores_of(preferring(0, 1.0), pair_folder, PairOptions())
-    summary = summarise_pairs(pairs, records, task.missing, PairOptions())
+    summary = summarize_pairs(pairs, records, task.missing, PairOptions())
     assert (summary["num_pairs"], summary["num_missing"]) == (3, 2)
     assert "is missing" in summary["missing"]["p0"] and "cannot be read" in summary["missing"]["p1"]
     assert summary["all"]["num_scored"] == 1 and summary["groups"]["b"]["num_scored"] == 0
@@ -659,7 +659,7 @@ def test_a_loss_that_is_not_finite_is_named_and_counted_nowhere(
     assert "there is no loss by position" in results["conclusions"][1]
 
 
-def test_resets_before_anything_is_learnt_are_refused(
+def test_resets_before_anything_is_learned_are_refused(
     trained: tuple[Path, Path], tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=r"--reset_frames: TTT writes after every 5 .* at least 6"):

@@ -111,7 +111,7 @@ def test_without_ttt_the_model_is_the_plain_one() -> None:
 
 
 @torch.no_grad()
-def test_a_reset_forgets_what_ttt_has_learnt_and_not_what_attention_sees() -> None:
+def test_a_reset_forgets_what_ttt_has_learned_and_not_what_attention_sees() -> None:
     model, codes = tiny_model(), random_codes(batch=1, num_frames=40)[0]
     on, _, _ = scored(model, [codes], block_frames=8)
     never = scored(model, [codes], block_frames=8, reset_every_frames=40)[0]

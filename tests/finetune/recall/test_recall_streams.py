@@ -79,7 +79,7 @@ def test_a_joint_fact_is_one_frame_of_two_streams() -> None:
 
 def test_nothing_but_the_fact_tells_the_answer() -> None:
     """Values are paired with keys anew: over many streams, no answer is likelier than another for
-    a key, and no other stream nor neighbour goes with it."""
+    a key, and no other stream nor neighbor goes with it."""
     streams = draw(ARGS, batch=4000, seed=3)
     answers = streams.codes[:, 0].gather(1, streams.answers)
     counts = torch.bincount(answers.flatten() - ARGS.first_value, minlength=ARGS.num_values)

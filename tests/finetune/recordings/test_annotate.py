@@ -17,7 +17,7 @@ from recordings_tools import DIALOGUES, NAMES, call, plain_folder, true_words
 from finetune.recordings.align import SAMPLE_RATE_HZ, Aligner, heard_hops
 from finetune.recordings.spoken import sounds_of, spoken_form
 from finetune.recordings.work import RecordingError
-from finetune.spoken.speech import Voice, synthesise
+from finetune.spoken.speech import Voice, synthesize
 
 
 def listed(folder: Path, names: Sequence[str] = NAMES) -> Path:
@@ -77,7 +77,7 @@ def speech(text: str, *, pause_sec: float = 0.0) -> tuple[Any, list[float]]:
     pieces, starts, position = [], [], 0
     for sentence in text.split("|"):
         pause = np.zeros(round(pause_sec * SAMPLE_RATE_HZ))
-        spoken = _at_16_khz(synthesise(sentence, Voice("en-us+m3")).samples)
+        spoken = _at_16_khz(synthesize(sentence, Voice("en-us+m3")).samples)
         starts.append((position + len(pause)) / SAMPLE_RATE_HZ)
         position += len(pause) + len(spoken)
         pieces += [pause, spoken]

@@ -73,8 +73,8 @@ def test_a_key_is_known_however_it_is_typed(words: list[str]) -> None:
 def test_keys_of_files_and_the_environment_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     learn_from_words([])
-    learn_from({"wandb.key": ["in-a-list"], "wandb.token": "misspelt", "lr": "123456789"})
-    assert redact(f"{KEY} in-a-list misspelt 123456789") == "*** *** *** 123456789"
+    learn_from({"wandb.key": ["in-a-list"], "wandb.token": "misspelled", "lr": "123456789"})
+    assert redact(f"{KEY} in-a-list misspelled 123456789") == "*** *** *** 123456789"
 
 
 def test_no_message_repeats_a_key(

@@ -69,7 +69,7 @@ def test_a_row_of_one_batch_goes_on_in_another_row_of_another_batch() -> None:
     assert tokens == [spoken.text_token for spoken in whole[11:]]
 
 
-def test_memory_alone_is_what_ttt_has_learnt() -> None:
+def test_memory_alone_is_what_ttt_has_learned() -> None:
     model, codec = parts("delta")
     frames = speech(16, 3)
     content = saved(model, codec, frames, part="memory")

@@ -124,7 +124,7 @@ def test_what_is_finished_is_not_run_again_unless_it_was_changed(
     assert sweep(path) == 0 and len(commands) == 2
     assert sweep(path) == 0 and len(commands) == 2
     assert "one: finished before" in capsys.readouterr().out
-    # Another way of saying the same, and what does not change what is learnt.
+    # Another way of saying the same, and what does not change what is learned.
     assert sweep(write({"one": {"log_freq": 2}, "two": {"optim": {"lr": "0.001"}}})) == 0
     assert len(commands) == 2
 
@@ -197,9 +197,9 @@ def test_a_stage_starts_from_the_last_weights_of_the_one_before(
     assert f"--moshi_paths.init_from={checkpoint(run_dir / 'early', 3)}" in commands[1]
     plan = load_sweep(path)
     assert list(plan.runs) == ["early", "late"] and plan.runs["late"].first_step == 3
-    learnt, other = saved_weights(run_dir / "early", 3), saved_weights(run_dir / "late", 2)
+    learned, other = saved_weights(run_dir / "early", 3), saved_weights(run_dir / "late", 2)
     name = "transformer.layers.0.gating.linear_in.weight"
-    assert 0 < (learnt[name] - other[name]).abs().max() < 0.05 < learnt[name].abs().max()
+    assert 0 < (learned[name] - other[name]).abs().max() < 0.05 < learned[name].abs().max()
 
     # Whatever changes the first stage changes the second.
     stages["early"]["seed"] = 5
@@ -312,15 +312,15 @@ def test_all_problems_of_all_runs_are_reported_before_the_first(
 ) -> None:
     runs: dict[str, Any] = {
         "good": None,
-        "misspelt": {"optim.lrr": 1, "ttt.chunk_size": 0},
+        "misspelled": {"optim.lrr": 1, "ttt.chunk_size": 0},
         "wrong": {"optim": {"lr": "fast"}},
     }
     path = write(runs)
     assert sweep(path) == 1 and not commands
     message = capsys.readouterr().err
     assert "sweep.yaml has 3 problems" in message
-    assert "misspelt: optim.lrr: unknown key, did you mean optim.lr?" in message
-    assert "misspelt: ttt.chunk_size: must be 1 or more, got 0" in message
+    assert "misspelled: optim.lrr: unknown key, did you mean optim.lr?" in message
+    assert "misspelled: ttt.chunk_size: must be 1 or more, got 0" in message
     assert "wrong: optim.lr: expected a number, got 'fast'" in message
     assert not (path.parent / "sweep").exists()
     # What is wrong with all of them is said once; on the command line it counts for all.

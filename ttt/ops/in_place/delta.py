@@ -3,7 +3,7 @@
     E_i     = (K_i K_iᵀ + λ_i I)⁻¹ (V_i − K_i S_iᵀ)        λ_i = mean_u ‖k_u‖² / β
     S_{i+1} = γ S_i + E_iᵀ K_i,    o_t = S_{chunk(t)} z_t
 
-Regularised least squares on the residual: what a chunk has in common with those before it is not
+Regularized least squares on the residual: what a chunk has in common with those before it is not
 written again, so the state stays bounded however long the stream. Only complete chunks write. The
 mean is over the pairs that are written and whose keys are not zero; without any, nothing is.
 

@@ -229,7 +229,7 @@ def inverse_kernel(
                 tile = _tile(matrix, a, b, padded, BLOCK)
                 inside = (a + i < chunk_size)[:, None] & (b + i < chunk_size)[None, :]
                 eye = tl.where((a + i)[:, None] == (b + i)[None, :], 1.0, 0.0)
-                # The padding is not initialised, so it must not be multiplied.
+                # The padding is not initialized, so it must not be multiplied.
                 tl.store(tile, tl.where(inside, tl.load(tile) * unit, 0.0) + eye)
         # What one thread stores another loads: hence the barriers.
         tl.debug_barrier()

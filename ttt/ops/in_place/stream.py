@@ -136,7 +136,7 @@ def _append(
 
 class _Write:
     """The kernels that act on the rows whose chunk is complete, and on nothing else: what they
-    return is not initialised in the other rows."""
+    return is not initialized in the other rows."""
 
     def __init__(self, num_pending: Tensor, *, chunk_size: int, dtype: torch.dtype):
         self.num_pending = num_pending

@@ -48,9 +48,9 @@ def _mean(x, F: tl.constexpr):
 @triton.jit
 def _normed(z, EPS: tl.constexpr, F: tl.constexpr):
     """Return what a layer norm scales, and 1 / standard deviation."""
-    centred = z - _mean(z, F)
-    rstd = tl.rsqrt(_mean(centred * centred, F) + EPS)
-    return centred * rstd, rstd
+    centered = z - _mean(z, F)
+    rstd = tl.rsqrt(_mean(centered * centered, F) + EPS)
+    return centered * rstd, rstd
 
 
 @triton.jit
@@ -151,7 +151,7 @@ def _tile(line, PARTS: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
 @triton.jit
 def _line(x, PARTS: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
     """[PARTS · M · N] in the order in which threads hold a product's 16 x 8 pieces: of four numbers
-    in turn, two neighbours of row g and the same two of row g + 8."""
+    in turn, two neighbors of row g and the same two of row g + 8."""
     x = tl.reshape(x, (PARTS, M // 16, 2, 8, N // 8, 4, 2))
     return tl.reshape(tl.permute(x, (1, 4, 0, 3, 5, 2, 6)), (PARTS * M * N,))
 

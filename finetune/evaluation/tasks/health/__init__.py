@@ -71,7 +71,7 @@ class Health(Task):
 
         from .measure import check_health
         from .prompts import choose_prompts
-        from .summary import summarise_health
+        from .summary import summarize_health
 
         wanted, seed, batch_size = options.health, bench.options.seed, bench.options.batch_size
         prompt_frames = max(1, count_frames(wanted.prompt_sec))
@@ -104,7 +104,7 @@ class Health(Task):
             logger.info("health: %d of %d continuations", start + len(batch), len(prompts))
         by_index = {record["index"]: record for record in records}
         return {
-            **summarise_health([by_index[i] for i in range(len(prompts))], seed=seed),
+            **summarize_health([by_index[i] for i in range(len(prompts))], seed=seed),
             "prompt_sec": prompt_frames / FRAME_RATE_HZ,
             "continuation_sec": (num_frames - prompt_frames) / FRAME_RATE_HZ,
             "seed": seed,

@@ -85,7 +85,7 @@ def check_health(
             text_temperature=text_temperature,
         )
     recorded = codes[:, : 1 + model.dep_q]
-    silent_db = max(SILENCE_FLOOR_DB, _level_of_silence(codec) + SILENCE_MARGIN_DB)
+    silent_db = silent_below_db(codec)
     results: list[dict[str, dict[str, float]]] = [{} for _ in codes]
     for name, own in (("generated", said), ("recorded", recorded)):
         own = own[:, :, prompt_frames:]
@@ -171,8 +171,9 @@ def frame_levels_db(audio: Tensor, frame_samples: int) -> Tensor:
     return 10 * frames.square().mean(-1).clamp(min=1e-12).log10()
 
 
-def _level_of_silence(codec: Codec) -> float:
-    """Return how loud Mimi's rendering of encoded silence is, in dB: no codec is perfectly
-    quiet."""
+def silent_below_db(codec: Codec) -> float:
+    """Return the level below which a frame is silent: somewhat above Mimi's rendering of encoded
+    silence, for no codec is perfectly quiet."""
     codes = Silence(codec).codes(25)[None, : codec.moshi_codebooks]
-    return float(frame_levels_db(codec.decode(codes)[:, 0], codec.mimi.frame_size).max())
+    level = float(frame_levels_db(codec.decode(codes)[:, 0], codec.mimi.frame_size).max())
+    return max(SILENCE_FLOOR_DB, level + SILENCE_MARGIN_DB)

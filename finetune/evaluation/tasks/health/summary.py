@@ -12,7 +12,7 @@ from finetune.statistics import Bootstrap
 from .measure import MEASURES, alarms, limits, means
 
 
-def summarise_health(records: Sequence[Mapping[str, Any]], *, seed: int = 0) -> Json:
+def summarize_health(records: Sequence[Mapping[str, Any]], *, seed: int = 0) -> Json:
     """Means of the measures with intervals, beside those of the recordings, and alarms."""
     results = [{kind: r[kind] for kind in ("generated", "recorded")} for r in records]
     bootstrap = Bootstrap(len(results), seed=seed)

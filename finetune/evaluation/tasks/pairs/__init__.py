@@ -83,7 +83,7 @@ class Pairs(Task):
 
     def run(self, bench: Bench, options: PairsOptions, prepared: list[Pair]) -> Json:
         from .score import PairScorer, zerospeech_lines
-        from .summary import summarise_pairs
+        from .summary import summarize_pairs
 
         settings = {"side": options.pair.side, "text": options.pair.text}
         work = PairScorer(
@@ -97,7 +97,7 @@ class Pairs(Task):
         )
         work.run()
         found = work.results()
-        summary = summarise_pairs(prepared, found, work.missing, options.pair)
+        summary = summarize_pairs(prepared, found, work.missing, options.pair)
         bench.missing[self.name] = [f"{id}: {why}" for id, why in summary["missing"].items()]
         lines = zerospeech_lines(prepared, found, options.pair)
         (bench.options.out / "zerospeech.txt").write_text(

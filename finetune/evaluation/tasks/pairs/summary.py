@@ -14,7 +14,7 @@ from . import PairOptions
 from .score import Pair, log_likelihood
 
 
-def summarise_pairs(
+def summarize_pairs(
     pairs: Sequence[Pair],
     records: Iterable[Mapping[str, Any]],
     missing: Mapping[str, str],

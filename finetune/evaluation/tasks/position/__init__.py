@@ -89,7 +89,7 @@ class Position(Task):
         from finetune.data import FRAME_RATE_HZ
 
         from .measure import PositionRun
-        from .summary import summarise_positions
+        from .summary import summarize_positions
 
         settings = _settings(bench, options)
         every = bench.model.ttt_args.update_frames
@@ -121,7 +121,7 @@ class Position(Task):
                 f"are counted nowhere and listed as missing data."
             )
         found = work.results()
-        summary = summarise_positions(
+        summary = summarize_positions(
             found + (prepared.comparable(found) if prepared else []),
             bin_frames=settings["bin_frames"],
             window_frames=bench.window_frames,
@@ -277,14 +277,14 @@ def _arms_there_are(
 def _check_reset(inputs: Inputs, options: PositionOptions) -> None:
     """
     Raises:
-        UserError: resets so frequent that nothing learnt is ever read.
+        UserError: resets so frequent that nothing learned is ever read.
     """
     ttt_args = inputs.args.ttt
     wanted, least = options.reset_frames, ttt_args.update_frames + 1
     if ttt_args.enabled and "reset" in options.arms and wanted is not None and wanted < least:
         raise UserError(
             f"--reset_frames: TTT writes after every {least - 1} frames in this checkpoint. "
-            f"Reset every {wanted} frames, it would never read what it has learnt, and the arm "
+            f"Reset every {wanted} frames, it would never read what it has learned, and the arm "
             f"`reset` would be the arm `off`. Give at least {least}, better some times that."
         )
 

@@ -4,8 +4,8 @@ Every recording is read from its start to its end in streaming mode, once for ea
 
     on       as trained
     off      without the TTT layers
-    reset    TTT forgets what it has learnt every so many frames; attention does not
-    carried  TTT starts with what it has learnt from another recording: must not help
+    reset    TTT forgets what it has learned every so many frames; attention does not
+    carried  TTT starts with what it has learned from another recording: must not help
 """
 
 import contextlib

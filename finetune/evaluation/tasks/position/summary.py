@@ -39,7 +39,7 @@ def _padded(values: Sequence[float], length: int) -> list[float]:
     return [*values, *[0.0] * (length - len(values))]
 
 
-def summarise_positions(
+def summarize_positions(
     records: Iterable[Mapping[str, Any]],
     *,
     bin_frames: int,
@@ -101,12 +101,12 @@ class _View:
         self.num_bins = num_bins
         self.bootstrap = bootstrap
         self.first_beyond = min(-(-window_frames // bin_frames), num_bins)
-        self.centres_sec = (np.arange(num_bins) + 0.5) * bin_frames / FRAME_RATE_HZ
+        self.centers_sec = (np.arange(num_bins) + 0.5) * bin_frames / FRAME_RATE_HZ
 
     def describe(self, sums: _Sums, other: _Sums | None = None) -> Json:
         """Return the description of a loss, or of its difference to another."""
         beyond = slice(self.first_beyond, None)
-        hours = self.centres_sec / 3600
+        hours = self.centers_sec / 3600
         curve = []
         for start, stop in pairwise_edges(self.num_bins):
             estimate = self._mean(sums, other, slice(start, stop))
@@ -122,7 +122,7 @@ class _View:
             "mean": self._json(self._mean(sums, other, slice(None))),
             "beyond_window": self._json(self._mean(sums, other, beyond)),
             "slope_per_doubling": self._json(
-                self._slope(sums, other, np.log2(self.centres_sec), slice(None))
+                self._slope(sums, other, np.log2(self.centers_sec), slice(None))
             ),
             "slope_per_hour_beyond_window": self._json(self._slope(sums, other, hours, beyond)),
             "curve": curve,
@@ -158,7 +158,7 @@ def pairwise_edges(num_bins: int) -> list[tuple[int, int]]:
         edges += [edge, edge * 3 // 2]
         edge *= 2
     inner = [e for e in edges if e < num_bins]
-    # A rest that is short beside its neighbour is part of it.
+    # A rest that is short beside its neighbor is part of it.
     if len(inner) > 1 and num_bins - inner[-1] < (inner[-1] - inner[-2]) / 2:
         inner.pop()
     return list(zip(inner, [*inner[1:], num_bins], strict=True))

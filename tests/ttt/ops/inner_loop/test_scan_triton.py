@@ -37,7 +37,7 @@ def test_kernels_interpreted_on_the_cpu() -> None:
 
 
 PIECES = "lane = [[0, 0, 2], [0, 0, 4], [0, 1, 0], [0, 2, 0], [0, 4, 0]]"
-"""Of four rows eight threads each, a thread two neighbours of a row: how tensor cores take them."""
+"""Of four rows eight threads each, a thread two neighbors of a row: how tensor cores take them."""
 
 
 @pytest.mark.slow

@@ -148,7 +148,7 @@ def test_nothing_is_read_from_the_future(method: str) -> None:
 
 
 @every_method
-def test_without_a_rate_nothing_is_learnt(method: str) -> None:
+def test_without_a_rate_nothing_is_learned(method: str) -> None:
     op = METHODS[method][0]
     (q, k, v, eta, *rest), token_scale = random_inputs(method)
     out, state = op(q, k, v, 0 * eta, *rest, token_scale=token_scale)
