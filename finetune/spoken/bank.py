@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from finetune.spoken import texts
-from finetune.spoken.facts import ACKNOWLEDGEMENTS, KINDS, NAMES, Fact
-from finetune.spoken.speech import Voice, Word, synthesise
+from finetune.spoken.facts import ACKNOWLEDGMENTS, KINDS, NAMES, Fact
+from finetune.spoken.speech import Voice, Word, synthesize
 
 MOSHI_VOICE = Voice("en-us+f3", pitch=55, words_per_min=160)
 USER_VOICES: tuple[Voice, ...] = (
@@ -89,7 +89,7 @@ class Bank:
                 yield MOSHI_VOICE, fact.repetition
                 yield MOSHI_VOICE, fact.statement
                 yield MOSHI_VOICE, f"{value}."
-        for text in (*ACKNOWLEDGEMENTS, *texts.BACKCHANNELS):
+        for text in (*ACKNOWLEDGMENTS, *texts.BACKCHANNELS):
             for voice in (MOSHI_VOICE, *self.args.voices):
                 yield voice, text
         for exchanges in self.fillers.values():
@@ -118,7 +118,7 @@ def _fillers(count: int, split: texts.Split) -> list[list[Turn]]:
 def _speak(utterance: Utterance) -> tuple[np.ndarray, tuple[Word, ...]]:
     torch.set_num_threads(1)
     voice, text = utterance
-    speech = synthesise(text, voice)
+    speech = synthesize(text, voice)
     return speech.samples.astype(np.float16), speech.words
 
 

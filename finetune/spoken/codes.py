@@ -48,7 +48,7 @@ NO_ANSWER = Answer(*[-1] * len(Answer._fields))
 
 
 @dataclass
-class Spoken:
+class EncodedDialogues:
     """Dialogues as codes."""
 
     text: Tensor

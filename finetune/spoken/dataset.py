@@ -25,7 +25,7 @@ from finetune.spoken import texts
 from finetune.spoken.bank import Bank, BankArgs
 from finetune.spoken.codes import (
     NO_ANSWER,
-    Spoken,
+    EncodedDialogues,
     answers_of,
     encode,
     text_of,
@@ -65,9 +65,9 @@ class Dataset:
     folder: Path
     args: DatasetArgs
 
-    def load(self, name: str) -> Spoken:
+    def load(self, name: str) -> EncodedDialogues:
         """Return a part: train, eval, or as often longer as `x4` says."""
-        return Spoken(**load_file(self.folder / f"{name}.safetensors"))
+        return EncodedDialogues(**load_file(self.folder / f"{name}.safetensors"))
 
     @property
     def text(self) -> TextEncoder:
@@ -136,7 +136,7 @@ def _speak(
     count: int,
     text: TextEncoder,
     codec: Codec,
-) -> tuple[Spoken, list[Dialogue]]:
+) -> tuple[EncodedDialogues, list[Dialogue]]:
     dialogues = [
         compose(bank, args.dialogues, split, random.Random(f"{split} {index}"))
         for index in range(count)
@@ -150,10 +150,10 @@ def _speak(
         answers[index, : len(found)] = np.array(found).reshape(-1, len(NO_ANSWER))
     seed = 0 if split == "train" else 1
     codes = encode(bank, dialogues, args.dialogues, codec, seed=seed)
-    return Spoken(torch.from_numpy(streams), codes, torch.from_numpy(answers)), dialogues
+    return EncodedDialogues(torch.from_numpy(streams), codes, torch.from_numpy(answers)), dialogues
 
 
-def _save(spoken: Spoken, path: Path) -> None:
+def _save(spoken: EncodedDialogues, path: Path) -> None:
     tensors: dict[str, Any] = {
         field.name: getattr(spoken, field.name).contiguous() for field in dataclasses.fields(spoken)
     }

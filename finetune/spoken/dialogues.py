@@ -9,7 +9,7 @@ from typing import Literal
 from finetune.data import FRAME_RATE_HZ
 from finetune.spoken import texts
 from finetune.spoken.bank import MOSHI_VOICE, Bank, Turn
-from finetune.spoken.facts import ACKNOWLEDGEMENTS, KINDS, NAMES, Fact
+from finetune.spoken.facts import ACKNOWLEDGMENTS, KINDS, NAMES, Fact
 from finetune.spoken.speech import SAMPLE_RATE
 
 HELD_OUT_ONE_IN = 6
@@ -163,7 +163,7 @@ class _Composer:
         if exchange.is_repeated:
             word = self._say_with_value(fact.repetition, fact)
         else:
-            self._say(False, self.rng.choice(ACKNOWLEDGEMENTS))
+            self._say(False, self.rng.choice(ACKNOWLEDGMENTS))
         exchange.value_sec, exchange.last_sec = word
         return exchange
 

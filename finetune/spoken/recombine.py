@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from finetune.spoken.codes import NO_ANSWER, Answer, Spoken, frame_of
+from finetune.spoken.codes import NO_ANSWER, Answer, EncodedDialogues, frame_of
 from finetune.spoken.dialogues import Dialogue, DialogueArgs, is_held_out
 from finetune.spoken.facts import KINDS, NAMES, Fact
 
@@ -46,7 +46,7 @@ class Pool:
     """Segments by what is said in them, and by the user's voice where it is heard."""
 
     def __init__(
-        self, spoken: Spoken, dialogues: Sequence[Dialogue], tokens: list[list[int]]
+        self, spoken: EncodedDialogues, dialogues: Sequence[Dialogue], tokens: list[list[int]]
     ) -> None:
         self.text, self.codes = spoken.text.numpy(), spoken.codes.numpy()
         self.fillers: dict[int, list[Segment]] = defaultdict(list)
@@ -198,7 +198,7 @@ def recombine(
     seed: int,
     filler_frames: int = 0,
     workers: int = 1,
-) -> Spoken:
+) -> EncodedDialogues:
     """Return `count` new dialogues of `args.num_frames + filler_frames` frames, with so much more
     filler between facts and questions."""
     jobs = [
@@ -213,7 +213,9 @@ def recombine(
         # Forked, so that the pool is not copied to each.
         with multiprocessing.get_context("fork").Pool(workers) as processes:
             parts = processes.map(_recombine, jobs, chunksize=1)
-    return Spoken(*(torch.from_numpy(np.concatenate(each)) for each in zip(*parts, strict=True)))
+    return EncodedDialogues(
+        *(torch.from_numpy(np.concatenate(each)) for each in zip(*parts, strict=True))
+    )
 
 
 _pool: Pool

@@ -7,7 +7,7 @@ import sentencepiece
 
 from finetune.spoken import texts
 from finetune.spoken.bank import BankArgs
-from finetune.spoken.facts import ACKNOWLEDGEMENTS, NAMES, Fact
+from finetune.spoken.facts import ACKNOWLEDGMENTS, NAMES, Fact
 
 VOCAB_SIZE = 576
 _NUM_TURNS = 3000
@@ -25,7 +25,7 @@ def train_tokenizer(args: BankArgs) -> bytes:
         for name in NAMES:
             fact = Fact(kind, name, value)
             lines += [f"{fact.repetition} {value}.", fact.sentence] * _TIMES
-    lines += list(ACKNOWLEDGEMENTS) * 100
+    lines += list(ACKNOWLEDGMENTS) * 100
     random.Random(0).shuffle(lines)
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.Train(

@@ -18,7 +18,7 @@ from finetune.recall.measure import nothing_written
 from finetune.recall.spoken import measure
 from finetune.recall.spoken.presets import SpokenPreset
 from finetune.recall.spoken.training import train_arm
-from finetune.spoken.dataset import Dataset, build_dataset
+from finetune.spoken import Dataset, build_dataset
 
 logger = logging.getLogger(__name__)
 

@@ -16,8 +16,7 @@ from finetune.inference import generate_codes
 from finetune.recall.model import read_codes
 from finetune.recall.spoken.presets import SpokenPreset
 from finetune.recall.spoken.training import compute_losses, text_weights
-from finetune.spoken.codes import Answer, Spoken, value_tokens
-from finetune.spoken.facts import NAMES
+from finetune.spoken import NAMES, Answer, EncodedDialogues, value_tokens
 from finetune.statistics import Bootstrap
 from ttt import TTTLMModel, block_streaming
 
@@ -86,7 +85,7 @@ def by_speaker(judged: Judged) -> dict[str, Any]:
 
 @torch.no_grad()
 def trained_length(
-    model: TTTLMModel, data: Spoken, text: TextEncoder, preset: SpokenPreset
+    model: TTTLMModel, data: EncodedDialogues, text: TextEncoder, preset: SpokenPreset
 ) -> dict[str, Any]:
     """Measure talks as long as in training, by who said the fact, by distance, and by whether the
     pair of name and value was ever told in training; and what else was learned."""
@@ -134,7 +133,7 @@ def _joined(parts: list[Judged]) -> Judged:
 
 @torch.no_grad()
 def without_the_past(
-    model: TTTLMModel, data: Spoken, preset: SpokenPreset, *, other: bool
+    model: TTTLMModel, data: EncodedDialogues, preset: SpokenPreset, *, other: bool
 ) -> dict[str, Any]:
     """Ask every question of some dialogues after another past than that in which the fact was told.
 
@@ -180,7 +179,7 @@ def _padded(judged: Judged, num_answers: int) -> Judged:
 
 
 @torch.no_grad()
-def longer(model: TTTLMModel, data: Spoken) -> dict[str, Any]:
+def longer(model: TTTLMModel, data: EncodedDialogues) -> dict[str, Any]:
     """Measure long talks, read in pieces as a stream; and how large the fast weights have become,
     ‖S‖ / ‖W0‖ in the layer where it is largest."""
     codes, answers = data.batch(slice(None), model.device)
@@ -209,7 +208,7 @@ def longer(model: TTTLMModel, data: Spoken) -> dict[str, Any]:
     }
 
 
-def queue_accuracy(data: Spoken) -> float:
+def queue_accuracy(data: EncodedDialogues) -> float:
     """Return how often "the oldest fact not yet asked for" is right: what a model could reach that
     knows the order of telling, but not who is asked about."""
     right = total = 0
@@ -226,7 +225,7 @@ def queue_accuracy(data: Spoken) -> float:
 
 @torch.no_grad()
 def free(
-    model: TTTLMModel, data: Spoken, text: TextEncoder, count: int
+    model: TTTLMModel, data: EncodedDialogues, text: TextEncoder, count: int
 ) -> tuple[dict[str, Any], Tensor]:
     """Let Moshi speak on its own, from the first frame of `count` dialogues, and read its answers
     from its text: the first value of the right kind after the question.

@@ -7,10 +7,7 @@ from typing import Any, Literal
 
 from finetune.recall.arms import ARMS
 from finetune.recall.model import ModelArgs
-from finetune.spoken.bank import BankArgs
-from finetune.spoken.dataset import NUM_CODEBOOKS, DatasetArgs
-from finetune.spoken.dialogues import DialogueArgs
-from finetune.spoken.tokenizer import VOCAB_SIZE
+from finetune.spoken import NUM_CODEBOOKS, VOCAB_SIZE, BankArgs, DatasetArgs, DialogueArgs
 from ttt import TTTArgs
 
 

@@ -10,7 +10,7 @@ from finetune.data import FRAME_RATE_HZ
 from finetune.errors import UserError
 from finetune.recall.spoken.presets import SpokenPreset
 from finetune.report import MUTED, PICTURE, line_style, tidy
-from finetune.spoken.facts import KINDS
+from finetune.spoken import KINDS
 
 Result = dict[str, Any]
 _PARTS = {

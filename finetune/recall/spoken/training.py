@@ -19,8 +19,7 @@ from finetune.model import trainable_by_role
 from finetune.recall.arms import ARMS
 from finetune.recall.model import new_model, read_codes
 from finetune.recall.spoken.presets import SpokenPreset
-from finetune.spoken.codes import Answer, Spoken, value_tokens
-from finetune.spoken.facts import NAMES
+from finetune.spoken import NAMES, Answer, EncodedDialogues, value_tokens
 from finetune.step import LossWeights, Optimizer, stream_sums
 from ttt import HiddenStates, TTTArgs, TTTLMModel
 from ttt.model import depth_hidden
@@ -56,7 +55,7 @@ class Losses:
 def train_arm(
     preset: SpokenPreset,
     name: str,
-    data: Spoken,
+    data: EncodedDialogues,
     text: TextEncoder,
     *,
     seed: int,
@@ -102,7 +101,7 @@ def train_arm(
 def train(
     model: TTTLMModel,
     preset: SpokenPreset,
-    data: Spoken,
+    data: EncodedDialogues,
     text: TextEncoder,
     *,
     seed: int,
@@ -156,7 +155,7 @@ def text_weights(preset: SpokenPreset, text: TextEncoder, device: torch.device) 
     return weights.to(device)
 
 
-def _batches(data: Spoken, size: int, seed: int) -> Iterator[Tensor]:
+def _batches(data: EncodedDialogues, size: int, seed: int) -> Iterator[Tensor]:
     """Draw rows without end, each once before any comes again."""
     random = torch.Generator().manual_seed(seed)
     while True:
