@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import multiprocessing
 import random
 import time
 from dataclasses import dataclass, field
@@ -39,6 +40,7 @@ logger = logging.getLogger(__name__)
 
 NUM_CODEBOOKS = 8
 CODEC_FOLDER = Path("example/demo/model")
+_DIALOGUES_AT_ONCE = 32
 _VERSION = 1
 """Raise it when the same arguments give other data."""
 
@@ -95,8 +97,9 @@ def build_dataset(
     codec = _codec(device)
     bank = Bank(args.bank, workers=workers)
     logger.info("%d utterances spoken, %.0f s", len(bank.words), time.monotonic() - started_at)
-    for split, count in (("eval", args.num_eval), ("train", args.num_spoken)):
-        spoken, dialogues = _speak(bank, args, split, count, dataset.text, codec)  # type: ignore[arg-type]
+    counts: dict[texts.Split, int] = {"eval": args.num_eval, "train": args.num_spoken}
+    for split, count in counts.items():
+        spoken, dialogues = _speak(bank, args, split, count, dataset.text, codec, workers)
         logger.info("%d dialogues for %s encoded, %.0f s", count, split, _since(started_at))
         pool = Pool(spoken, dialogues, value_tokens(dataset.text))
         if split == "eval":
@@ -136,21 +139,37 @@ def _speak(
     count: int,
     text: TextEncoder,
     codec: Codec,
+    workers: int,
 ) -> tuple[EncodedDialogues, list[Dialogue]]:
-    dialogues = [
-        compose(bank, args.dialogues, split, random.Random(f"{split} {index}"))
-        for index in range(count)
-    ]
-    num_frames, num_facts = args.dialogues.num_frames, args.dialogues.num_facts
-    tokens = value_tokens(text)
-    streams = np.stack([text_of(bank, dialogue, num_frames, text) for dialogue in dialogues])
-    answers = np.full((count, num_facts, len(NO_ANSWER)), -1, np.int32)
-    for index, dialogue in enumerate(dialogues):
-        found = answers_of(dialogue, streams[index], tokens)
-        answers[index, : len(found)] = np.array(found).reshape(-1, len(NO_ANSWER))
+    global _composed
+    _composed = (bank, args.dialogues, split, text)
+    if workers == 1:
+        made = [_compose(index) for index in range(count)]
+    else:
+        # Forked, so that the bank is not copied to each.
+        with multiprocessing.get_context("fork").Pool(workers) as processes:
+            made = processes.map(_compose, range(count), chunksize=_DIALOGUES_AT_ONCE)
+    dialogues = [dialogue for dialogue, _, _ in made]
+    streams = torch.from_numpy(np.stack([stream for _, stream, _ in made]))
+    answers = torch.from_numpy(np.stack([answers for _, _, answers in made]))
     seed = 0 if split == "train" else 1
     codes = encode(bank, dialogues, args.dialogues, codec, seed=seed)
-    return EncodedDialogues(torch.from_numpy(streams), codes, torch.from_numpy(answers)), dialogues
+    return EncodedDialogues(streams, codes, answers), dialogues
+
+
+_composed: tuple[Bank, DialogueArgs, texts.Split, TextEncoder]
+"""What the processes of `_speak` share."""
+
+
+def _compose(index: int) -> tuple[Dialogue, np.ndarray, np.ndarray]:
+    """Return a dialogue, its text stream [T] and its answers [Q, len(Answer)]."""
+    bank, args, split, text = _composed
+    dialogue = compose(bank, args, split, random.Random(f"{split} {index}"))
+    stream = text_of(bank, dialogue, args.num_frames, text)
+    answers = np.full((args.num_facts, len(NO_ANSWER)), -1, np.int32)
+    found = answers_of(dialogue, stream, value_tokens(text))
+    answers[: len(found)] = np.array(found).reshape(-1, len(NO_ANSWER))
+    return dialogue, stream, answers
 
 
 def _save(spoken: EncodedDialogues, path: Path) -> None:
