@@ -1,0 +1,98 @@
+"""The messages that the source can show a user, as templates: `…` stands for what varies."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent
+SHOWING = {"UserError", "FileProblem", "Finding", "ValueError"} | {
+    "warn", "warning", "error", "critical"
+}  # fmt: skip
+"""Calls whose first argument is shown."""
+EXPLAINING = re.compile("problem|explain|reason|unread")
+"""In the name of a function whose texts are shown by another."""
+KEYED = re.compile(r"Problem|tuple\[str, str\]")
+"""In the type of what a function returns: keys of a configuration, each with what is wrong."""
+
+
+class Message(NamedTuple):
+    place: str
+    template: str
+
+
+def messages() -> Iterator[Message]:
+    """Yield every message whose words stand in the source."""
+    for root in ("finetune", "ttt"):
+        for path in sorted((ROOT / root).rglob("*.py")):
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            texts = _assigned(tree)
+            for node in _shown(tree):
+                for each in texts.get(_name(node), [node]):
+                    template = _template(each)
+                    if re.search(r"[a-z]{3}", template):
+                        yield Message(f"{path.relative_to(ROOT)}:{each.lineno}", template)
+
+
+def _shown(tree: ast.Module) -> Iterator[ast.expr]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and node.args:
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else _name(node.func)
+            if name in SHOWING:
+                yield node.args[0]
+        elif isinstance(node, ast.FunctionDef) and node.returns is not None:
+            is_keyed = bool(KEYED.search(ast.unparse(node.returns)))
+            if EXPLAINING.search(node.name) or is_keyed:
+                yield from _texts_of(node, is_keyed)
+
+
+def _texts_of(function: ast.FunctionDef, is_keyed: bool) -> Iterator[ast.expr]:
+    """Yield what a function returns, yields or collects: texts, or texts behind their keys."""
+    for node in ast.walk(function):
+        if isinstance(node, ast.Tuple) and len(node.elts) == 2:
+            if is_keyed and isinstance(node.ctx, ast.Load) and _is_text(node.elts[1]):
+                yield node.elts[1]
+        elif isinstance(node, ast.Return | ast.Yield) and node.value is not None:
+            if _is_text(node.value) or _name(node.value):
+                yield node.value
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".append"):
+            if _is_text(node.args[0]):
+                yield node.args[0]
+
+
+def _is_text(node: ast.expr) -> bool:
+    return isinstance(node, ast.JoinedStr | ast.BinOp) or (
+        isinstance(node, ast.Constant) and isinstance(node.value, str) and " " in node.value
+    )
+
+
+def _assigned(tree: ast.Module) -> dict[str, list[ast.expr]]:
+    """Return the texts that a file gives names to."""
+    found: dict[str, list[ast.expr]] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and len(node.targets) == 1 and _is_text(node.value):
+            found.setdefault(_name(node.targets[0]), []).append(node.value)
+    found.pop("", None)
+    return found
+
+
+def _name(node: ast.expr) -> str:
+    """Return the name that an expression is, or fills in with `format`."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+        return _name(node.func.value) if node.func.attr == "format" else ""
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def _template(node: ast.expr) -> str:
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        text = re.sub(r"%[\d.]*[sdrf]|\{[^{}]*\}", "…", node.value)
+    elif isinstance(node, ast.JoinedStr):
+        text = "".join(
+            each.value if isinstance(each, ast.Constant) else "…" for each in node.values
+        )
+    elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        text = _template(node.left) + _template(node.right)
+    else:
+        text = "…"
+    return re.sub(r"…+", "…", " ".join(text.split()))
