@@ -1,7 +1,6 @@
 """The commands of the README, on the dialogues that come with the project."""
 
 import json
-import re
 import shutil
 import subprocess
 import sys
