@@ -1,11 +1,13 @@
 """What the documentation says is so: its links, its commands, its list of messages."""
 
+import json
 import re
 import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from messages import messages
@@ -167,3 +169,25 @@ def test_every_message_is_explained_and_no_other() -> None:
     ]
     assert not gone, "docs/troubleshooting.md explains what nothing says any more"
     assert len(set(listed)) == len(listed)
+
+
+# --- the notebook ---------------------------------------------------------------------------------
+
+
+def test_the_notebook_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its cells, one after the other, from the folder that Jupyter starts in."""
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    monkeypatch.chdir(ROOT / "example")
+    cells = json.loads(Path("first_steps.ipynb").read_text(encoding="utf-8"))["cells"]
+    names: dict[str, Any] = {}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), names)
+    train, heard = names["train"], names["heard"]
+    assert train[-1]["loss"] < 0.4 * train[0]["loss"] and heard[-1]["loss"] < heard[0]["loss"]
+    for layer in names["model"].ttt_layers:
+        assert names["with_ttt"][-1][layer] > 0 == names["without_ttt"][-1][layer]
+    assert names["spoken"].text != names["spoken_without"].text
+    assert "| " in capsys.readouterr().out
