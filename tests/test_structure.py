@@ -21,16 +21,13 @@ FOLDERS = sorted(path.parent.name for path in (ROOT / "finetune").glob("*/__init
 
 
 def imports(path: Path) -> Iterator[str]:
-    """The modules that a file imports anywhere, by absolute name."""
-    package = path.relative_to(ROOT).parent.parts
+    """The modules that a file imports anywhere."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            start = package[: len(package) + 1 - node.level] if node.level else ()
-            module = ".".join([*start, *([node.module] if node.module else [])])
-            yield module
-            yield from (f"{module}.{alias.name}" for alias in node.names)
+            yield str(node.module)
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 def files(*places: Any) -> Iterator[Any]:
@@ -76,6 +73,13 @@ def test_directions(place: Any, forbidden: Any) -> None:
         for module in imports(path):
             for name in forbidden:
                 assert not f"{module}.".startswith(f"{name}."), f"{path} imports {module}"
+
+
+def test_modules_are_imported_by_their_whole_names() -> None:
+    for path in files("ttt", "finetune", "benchmarks", "research", "tests", "train.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            relative = isinstance(node, ast.ImportFrom) and node.level
+            assert not relative, f"{path}:{getattr(node, 'lineno', 0)}: a relative import"
 
 
 def test_only_doors_stand_outside_the_folders() -> None:
