@@ -24,8 +24,11 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Writes the generated pages, and builds the site into build/site; a link that leads nowhere fails.
+docs: export NO_MKDOCS_2_WARNING = 1
 docs: $(INSTALLED)
 	$(BIN)/python -c 'from finetune import cli; cli.write_docs()'
+	$(BIN)/mkdocs build
 
 install: $(INSTALLED)
 

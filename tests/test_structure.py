@@ -1,6 +1,7 @@
 """Who may import whom, so that a part can be read alone."""
 
 import ast
+import functools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,17 +21,19 @@ DOORS = {"__init__", "__main__", "cli", "command_line", "trainer", "inference", 
 FOLDERS = sorted(path.parent.name for path in (ROOT / "finetune").glob("*/__init__.py"))
 
 
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
 def imports(path: Path) -> Iterator[str]:
-    """The modules that a file imports anywhere, by absolute name."""
-    package = path.relative_to(ROOT).parent.parts
-    for node in ast.walk(ast.parse(path.read_text())):
+    """The modules that a file imports anywhere."""
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            start = package[: len(package) + 1 - node.level] if node.level else ()
-            module = ".".join([*start, *([node.module] if node.module else [])])
-            yield module
-            yield from (f"{module}.{alias.name}" for alias in node.names)
+            yield str(node.module)
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 def files(*places: Any) -> Iterator[Any]:
@@ -52,7 +55,7 @@ def part_of(name: str) -> str:
 
 def exported(folder: str) -> set[Any]:
     """The names in a folder's `__all__`."""
-    for node in ast.parse((ROOT / "finetune" / folder / "__init__.py").read_text()).body:
+    for node in parsed(ROOT / "finetune" / folder / "__init__.py").body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
             return set(ast.literal_eval(node.value))
     return set()
@@ -76,6 +79,13 @@ def test_directions(place: Any, forbidden: Any) -> None:
         for module in imports(path):
             for name in forbidden:
                 assert not f"{module}.".startswith(f"{name}."), f"{path} imports {module}"
+
+
+def test_modules_are_imported_by_their_whole_names() -> None:
+    for path in files("ttt", "finetune", "benchmarks", "research", "tests", "train.py"):
+        for node in ast.walk(parsed(path)):
+            relative = isinstance(node, ast.ImportFrom) and node.level
+            assert not relative, f"{path}:{getattr(node, 'lineno', 0)}: a relative import"
 
 
 def test_only_doors_stand_outside_the_folders() -> None:
@@ -126,7 +136,7 @@ def test_no_benchmark_imports_from_the_tests() -> None:
 def test_only_the_command_line_prints() -> None:
     speaking = {"cli.py", "command_line.py", "docs_page.py"}
     for path in files("ttt", "finetune", "train.py"):
-        calls = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
+        calls = [n for n in ast.walk(parsed(path)) if isinstance(n, ast.Call)]
         names = {call.func.id for call in calls if isinstance(call.func, ast.Name)}
         assert "print" not in names or path.name in speaking, path
 
@@ -148,38 +158,53 @@ def test_a_configuration_is_read_without_what_is_heavy() -> None:
     assert imported("finetune.config, finetune.cli", of=["torch", "moshi", "numpy", "triton"]) == []
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["--help"],
-        ["train", "--config", "example/demo.yaml", "--batch_sise=3"],
-        ["train", "--config", "example/nowhere.yaml"],
-        *[[name, "--config", "example/demo.yaml", "--sed=1"] for name in ("plan", "encode")],
-        ["generate", "--checkpoint=x", "--audio=x", "--ttt=perhaps"],
-        ["serve", "--checkpoint=x", "--max_users=0"],
-        ["evaluate", "--checkpoint=x", "--arms=of"],
-        ["recall", "--arms=delta_rule"],
-        ["sweep", "example/curriculum.yaml", "--table=perhaps"],
-        ["demo-data", "x", "--min_sec=1"],
-        ["data", "--help"],
-        ["data", "index", "x", "--pairs=x"],
-        ["data", "annotate", "x", "--engine=whisperer"],
-        *[["data", name, "x", "--workers=0"] for name in ("check", "stats")],
-        ["data", "show", "x", "--index=-1"],
-        ["data", "encode"],
-        ["config", "ttt.chunk_sise"],
-        ["init", "--goal=win"],
-        ["completion", "fish"],
-    ],
-    ids=" ".join,
-)
-def test_help_and_mistakes_come_before_anything_heavy(words: list[str]) -> None:
+LIGHT: list[list[str]] = [
+    ["--help"],
+    ["train", "--config", "example/demo.yaml", "--batch_sise=3"],
+    ["train", "--config", "example/nowhere.yaml"],
+    *[[name, "--config", "example/demo.yaml", "--sed=1"] for name in ("plan", "encode")],
+    ["generate", "--checkpoint=x", "--audio=x", "--ttt=perhaps"],
+    ["serve", "--checkpoint=x", "--max_users=0"],
+    ["evaluate", "--checkpoint=x", "--arms=of"],
+    ["recall", "--arms=delta_rule"],
+    ["sweep", "example/curriculum.yaml", "--table=perhaps"],
+    ["demo-data", "x", "--min_sec=1"],
+    ["data", "--help"],
+    ["data", "index", "x", "--pairs=x"],
+    ["data", "annotate", "x", "--engine=whisperer"],
+    *[["data", name, "x", "--workers=0"] for name in ("check", "stats")],
+    ["data", "show", "x", "--index=-1"],
+    ["data", "encode"],
+    ["config", "ttt.chunk_sise"],
+    ["init", "--goal=win"],
+    ["completion", "fish"],
+]
+"""Commands that end before anything heavy is imported."""
+
+
+@pytest.fixture(scope="module")
+def ended() -> dict[str, tuple[list[str], int]]:
+    """Heavy modules that each of `LIGHT` was the first to import, and its status.
+
+    All run in one process, one after the other.
+    """
     heavy = ["torch", "moshi", "triton", "numpy", "matplotlib", "huggingface_hub", "soundfile"]
     code = (
-        f"import sys; sys.argv = ['moshi-ttt', *{words!r}]\nfrom finetune.cli import main\n"
-        f"try: main()\nexcept SystemExit as left: status = left.code\n"
-        f"print([m for m in {heavy!r} if m in sys.modules], status)"
+        f"import sys\nfrom finetune.cli import main\nfor words in {LIGHT!r}:\n"
+        "    before, sys.argv = {*sys.modules}, ['moshi-ttt', *words]\n"
+        "    try: main()\n    except SystemExit as left: status = left.code\n"
+        f"    new = [m for m in {heavy!r} if m in {{*sys.modules}} - before]\n"
+        "    print('ended:', repr((' '.join(words), new, status)))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    status = 0 if "--help" in words else 1
-    assert done.stdout.splitlines()[-1] == f"[] {status}", done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("ended: ")]
+    found = [ast.literal_eval(line.removeprefix("ended: ")) for line in lines]
+    assert len(found) == len(LIGHT), done.stderr
+    return {words: (new, status) for words, new, status in found}
+
+
+@pytest.mark.parametrize("words", LIGHT, ids=" ".join)
+def test_help_and_mistakes_come_before_anything_heavy(
+    words: list[str], ended: dict[str, tuple[list[str], int]]
+) -> None:
+    assert ended[" ".join(words)] == ([], 0 if "--help" in words else 1)

@@ -10,7 +10,7 @@ import soundfile
 import torch
 from torchaudio.functional import resample
 
-from .decoders import (
+from finetune.data.decoders import (
     COPY_REMEDY,
     Decoder,
     ForwardDecoder,
@@ -19,7 +19,7 @@ from .decoders import (
     open_decoder,
     wav_is_cut_off,
 )
-from .problems import FileProblem
+from finetune.data.problems import FileProblem
 
 # `torchaudio.functional.resample`: its filter spans this many zero crossings, and cuts off at
 # this fraction of the lower of the two Nyquist frequencies. Named here because `read_audio` must

@@ -25,15 +25,14 @@ from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from finetune.config import DataArgs
+from finetune.data.cache import CodeCache
+from finetune.data.codec import Codec
+from finetune.data.prefetch import Prefetcher
+from finetune.data.recording import SegmentRef
+from finetune.data.segments import BrokenSegment, Segment, Task
+from finetune.data.store import DamagedBlob, Store
+from finetune.data.text import FRAME_RATE_HZ
 from finetune.errors import UserError
-
-from .cache import CodeCache
-from .codec import Codec
-from .prefetch import Prefetcher
-from .recording import SegmentRef
-from .segments import BrokenSegment, Segment, Task
-from .store import DamagedBlob, Store
-from .text import FRAME_RATE_HZ
 
 logger = logging.getLogger(__name__)
 

@@ -7,10 +7,10 @@ stay the same, the recording is not read again.
 
 import torch
 
-from .codec import Codec
-from .recording import SegmentRef
-from .segments import AudioIdentity, identify_part
-from .store import Blob, Store, make_key
+from finetune.data.codec import Codec
+from finetune.data.recording import SegmentRef
+from finetune.data.segments import AudioIdentity, identify_part
+from finetune.data.store import Blob, Store, make_key
 
 
 class CodeCache:

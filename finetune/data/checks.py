@@ -6,10 +6,10 @@ import os
 import struct
 from pathlib import Path
 
-from .inspection import VERSION, Finding, Inspection
-from .recording import Recording
-from .store import DamagedBlob, Store, make_key
-from .text import TextEncoder
+from finetune.data.inspection import VERSION, Finding, Inspection
+from finetune.data.recording import Recording
+from finetune.data.store import DamagedBlob, Store, make_key
+from finetune.data.text import TextEncoder
 
 _CLEAN = struct.Struct("<dII")  # duration, rate, channels
 

@@ -17,15 +17,14 @@ from moshi.modules.rope import RotaryEmbedding, apply_rope
 from moshi.utils.compile import no_compile
 from torch.nn import functional as F
 
+from finetune.data.audio import inspect_audio
+from finetune.data.layouts import StereoFile
+from finetune.data.problems import FileProblem
+from finetune.data.recording import SegmentRef
+from finetune.data.segments import Segment, SegmentReader
+from finetune.data.text import FRAME_RATE_HZ, TextEncoder, count_frames
 from finetune.errors import UserError
 from ttt import block_streaming
-
-from .audio import inspect_audio
-from .layouts import StereoFile
-from .problems import FileProblem
-from .recording import SegmentRef
-from .segments import Segment, SegmentReader
-from .text import FRAME_RATE_HZ, TextEncoder, count_frames
 
 _PIECE_FRAMES = 1250
 """Longer segments are encoded in pieces of this length. Mimi's first layers hold 64 floats a

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import soundfile
 
-from .problems import FileProblem
+from finetune.data.problems import FileProblem
 
 if TYPE_CHECKING:
     import av

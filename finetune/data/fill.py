@@ -7,14 +7,13 @@ from typing import Any
 import torch
 
 from finetune.config import DataArgs
+from finetune.data.batches import Batcher
+from finetune.data.codec import Codec
+from finetune.data.reading import Reading
+from finetune.data.sources import load_sources
+from finetune.data.store import Store
+from finetune.data.text import count_frames
 from finetune.errors import UserError
-
-from .batches import Batcher
-from .codec import Codec
-from .reading import Reading
-from .sources import load_sources
-from .store import Store
-from .text import count_frames
 
 _PER_TURN = 8
 """Segments encoded between two looks at what other processes have done meanwhile."""

@@ -8,17 +8,16 @@ from typing import Any
 import torch
 
 from finetune.config import DataArgs, TrainArgs
+from finetune.data.batches import Batch, Batcher, open_store
+from finetune.data.codec import Codec
+from finetune.data.inspection import inspect_listing
+from finetune.data.order import SampleOrder
+from finetune.data.reading import Reading
+from finetune.data.recording import Recording, SegmentRef
+from finetune.data.sources import DataSet, check_share_of_sources, load_sources, warn_of
+from finetune.data.store import Store
+from finetune.data.text import count_frames
 from finetune.distributed import World
-
-from .batches import Batch, Batcher, open_store
-from .codec import Codec
-from .inspection import inspect_listing
-from .order import SampleOrder
-from .reading import Reading
-from .recording import Recording, SegmentRef
-from .sources import DataSet, check_share_of_sources, load_sources, warn_of
-from .store import Store
-from .text import count_frames
 
 logger = logging.getLogger(__name__)
 

@@ -7,8 +7,7 @@ from typing import Literal
 import torch
 
 from finetune.config import DataArgs
-
-from .audio import MIMI_RATE_HZ
+from finetune.data.audio import MIMI_RATE_HZ
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ from typing import ClassVar, NamedTuple
 
 import torch
 
-from .audio import MIMI_RATE_HZ
-from .inspection import Finding, Inspection, Subject, inspect_subject
-from .problems import FileProblem
-from .text import FRAME_RATE_HZ, TextEncoder, count_frames
-from .transcripts import MAIN_SPEAKER, OTHER_SPEAKER, Transcript, Word
+from finetune.data.audio import MIMI_RATE_HZ
+from finetune.data.inspection import Finding, Inspection, Subject, inspect_subject
+from finetune.data.problems import FileProblem
+from finetune.data.text import FRAME_RATE_HZ, TextEncoder, count_frames
+from finetune.data.transcripts import MAIN_SPEAKER, OTHER_SPEAKER, Transcript, Word
 
 
 class Codes(NamedTuple):

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from .problems import FileProblem
-from .recording import SegmentRef
-from .store import Blob, DamagedBlob, make_key
-from .text import FRAME_RATE_HZ, TextEncoder
-from .transcripts import Word
+from finetune.data.problems import FileProblem
+from finetune.data.recording import SegmentRef
+from finetune.data.store import Blob, DamagedBlob, make_key
+from finetune.data.text import FRAME_RATE_HZ, TextEncoder
+from finetune.data.transcripts import Word
 
 
 class AudioIdentity(NamedTuple):

@@ -9,15 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from finetune.data.checks import Checks
+from finetune.data.inspection import Finding, inspect_listing
+from finetune.data.layouts import Entry, open_source
+from finetune.data.reading import Reading
+from finetune.data.recording import OtherSide, Recording, SegmentRef, cut
+from finetune.data.store import Store
+from finetune.data.text import TextEncoder
 from finetune.errors import UserError
-
-from .checks import Checks
-from .inspection import Finding, inspect_listing
-from .layouts import Entry, open_source
-from .reading import Reading
-from .recording import OtherSide, Recording, SegmentRef, cut
-from .store import Store
-from .text import TextEncoder
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 
 import sentencepiece
 
-from .transcripts import MAIN_SPEAKER, Word
+from finetune.data.transcripts import MAIN_SPEAKER, Word
 
 FRAME_RATE_HZ = 12.5
 

@@ -6,9 +6,8 @@ import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from finetune.data.problems import FileProblem
 from finetune.safety import parse_json
-
-from .problems import FileProblem
 
 MAIN_SPEAKER = "SPEAKER_MAIN"
 OTHER_SPEAKER = "SPEAKER_OTHER"

@@ -9,14 +9,13 @@ from typing import Any
 from finetune.config import TrainArgs
 from finetune.data import Codec, Reading, Recording, check_recordings
 from finetune.errors import UserError
+from finetune.evaluation.fingerprints import checkpoint_fingerprint
+from finetune.evaluation.options import Options
+from finetune.evaluation.streaming import check_attention_window
 from finetune.inference import load_for_inference
 from finetune.kept import Records
 from finetune.step import LossWeights
 from ttt import TTTLMModel
-
-from .fingerprints import checkpoint_fingerprint
-from .options import Options
-from .streaming import check_attention_window
 
 logger = logging.getLogger(__name__)
 

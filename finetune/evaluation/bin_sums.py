@@ -6,10 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from finetune.evaluation.streaming import ScoredBlock
+from finetune.evaluation.streams import STREAMS
 from ttt import TTTLMModel
-
-from .streaming import ScoredBlock
-from .streams import STREAMS
 
 
 def first_not_finite(streams: Mapping[str, Mapping[str, Sequence[float]]]) -> int | None:

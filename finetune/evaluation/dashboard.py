@@ -3,10 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
+from finetune.evaluation.options import Options
+from finetune.evaluation.tasks import TASKS
 from finetune.monitoring import open_wandb
-
-from .options import Options
-from .tasks import TASKS
 
 
 def scalars(results: Mapping[str, Any]) -> dict[str, float]:

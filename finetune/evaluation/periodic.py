@@ -11,10 +11,9 @@ from torch import Tensor
 from finetune.config import TrainArgs
 from finetune.data import Batch, Codec, count_frames
 from finetune.distributed import World, let_go, shard_size
+from finetune.evaluation.tasks.health.measure import Alarm, alarms, check_health, means
 from finetune.step import LossWeights, stream_sums
 from ttt import TTTLMModel
-
-from .tasks.health.measure import Alarm, alarms, check_health, means
 
 logger = logging.getLogger(__name__)
 

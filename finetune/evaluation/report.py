@@ -3,9 +3,8 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from finetune.evaluation.tasks import TASKS
 from finetune.report import Page, Section, Table, svg_element
-
-from .tasks import TASKS
 
 
 def report_page(results: Mapping[str, Any]) -> Page:

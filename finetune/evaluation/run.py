@@ -16,17 +16,16 @@ import torch
 
 from finetune.distributed import peak_memory_gb
 from finetune.errors import UserError
+from finetune.evaluation.bench import Bench, Inputs, load_bench, usable_recordings
+from finetune.evaluation.dashboard import to_wandb
+from finetune.evaluation.options import Options, what_takes_less
+from finetune.evaluation.report import report_page
+from finetune.evaluation.tasks import TASKS
 from finetune.inference import checkpoint_args, nonfinite_weights
 from finetune.monitoring import setup_logging
 from finetune.report import html_page, write_csv
 from finetune.safety import without_nan
 from finetune.step import LossWeights
-
-from .bench import Bench, Inputs, load_bench, usable_recordings
-from .dashboard import to_wandb
-from .options import Options, what_takes_less
-from .report import report_page
-from .tasks import TASKS
 
 logger = logging.getLogger(__name__)
 

@@ -1,7 +1,6 @@
 """The commands of the README, on the dialogues that come with the project."""
 
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -14,7 +13,6 @@ import soundfile
 
 from finetune import cli, generate, inference
 from finetune.cli import main, run
-from finetune.config import load_config
 from finetune.monitoring import metrics_path, read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -171,14 +169,6 @@ def call(arguments: list[Any]) -> str | int | None:
 def test_an_unforeseen_error_keeps_its_traceback() -> None:
     with pytest.raises(ZeroDivisionError):
         run(lambda: 1 // 0)
-
-
-def test_the_readme_names_what_there_is() -> None:
-    readme = (ROOT / "README.md").read_text()
-    for target in re.findall(r"\]\(([^)#h][^)#]*)", readme):
-        assert (ROOT / target).exists(), target
-    for config in re.findall(r"--config (example/[^\s`]+)", readme):
-        load_config(ROOT / config, {})
 
 
 def test_what_earlier_programs_import_is_still_there() -> None:

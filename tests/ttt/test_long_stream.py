@@ -17,7 +17,7 @@ from ttt import TTTArgs
 LM = {k: moshi_like()[k] for k in ("norm", "positional_embedding")}
 
 
-@pytest.mark.parametrize("num_frames", [2000, pytest.param(50_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_frames", [1000, pytest.param(50_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "args",
     [

@@ -39,6 +39,9 @@ IN_PLACE: dict[str, Any] = {
     "delta, input, decay": tiny_delta_args(target="input", state_decay=0.8),
     "delta, cut": tiny_relative_args(write="delta", chunk_edge="cut"),
     "delta, long kernel": tiny_relative_args(write="delta", conv_kernel_size=4, conv_lookahead=2),
+    "delta, input, long kernel, decay": tiny_relative_args(
+        write="delta", target="input", conv_kernel_size=4, conv_lookahead=2, state_decay=0.8
+    ),
     "carried sum": tiny_args(chunk_edge="carry", max_delta_norm=0.5, state_decay=0.8),
 }
 LINEAR: dict[str, Any] = {
@@ -46,6 +49,9 @@ LINEAR: dict[str, Any] = {
     "linear with rope": tiny_linear_args(use_rope=True),
     "linear, one wide head": tiny_linear_args(num_heads=1, qk_conv_kernel_size=2),
     "linear without convolution": tiny_linear_args(qk_conv_kernel_size=1),
+    "linear, one wide head, without convolution": tiny_linear_args(
+        num_heads=1, qk_conv_kernel_size=1
+    ),
     "mlp": tiny_linear_args(method="mlp", base_lr=0.4),
     "mlp with rope": tiny_linear_args(method="mlp", base_lr=0.4, use_rope=True),
     "mlp without convolution": tiny_linear_args(method="mlp", base_lr=0.4, qk_conv_kernel_size=1),
@@ -57,10 +63,8 @@ BY_DEFAULT = {
     "text",
     "relative, hidden, no lookahead",
     "carried sum",
-    "delta, long kernel",
-    "delta, input, decay",
-    "linear, one wide head",
-    "linear without convolution",
+    "delta, input, long kernel, decay",
+    "linear, one wide head, without convolution",
     "mlp with rope",
 }
 """Every option has each of its values in one of these. All combinations of `ARGS`: `-m slow`."""
@@ -88,6 +92,15 @@ def every_method(test: Any) -> Any:
 
 def test_every_method_is_tested() -> None:
     assert {args.method for args in ARGS.values()} == METHODS.keys()
+
+
+CHOICES = ["method", "write", "lr_scale", "target", "carries", "use_rope"]
+
+
+@pytest.mark.parametrize("option", CHOICES)
+def test_each_choice_is_tested_by_default(option: str) -> None:
+    chosen = {name: getattr(args, option) for name, args in ARGS.items()}
+    assert {chosen[name] for name in BY_DEFAULT} == {*chosen.values()}
 
 
 def stock_copy(model: TTTLMModel, **lm_overrides: Any) -> LMModel:

@@ -42,22 +42,24 @@ def user_codes() -> torch.Tensor:
     return random_codes(batch=2, num_frames=NUM_FRAMES)[:, 5:]
 
 
-def run_and_save(write: str, path: Path) -> None:
+def run_and_save(folder: str) -> None:
     """What the process does that is killed: it generates, saves and never ends."""
-    generator = LMGen(build(write), use_sampling=False)
-    with generator.streaming(2):
-        for t in range(SAVE_FRAMES):
-            generator.step(user_codes()[:, :, t : t + 1])
-        save_file(ttt.get_state(generator, whole=True), path)
+    for write in ARGS:
+        generator = LMGen(build(write), use_sampling=False)
+        with generator.streaming(2):
+            for t in range(SAVE_FRAMES):
+                generator.step(user_codes()[:, :, t : t + 1])
+            save_file(ttt.get_state(generator, whole=True), Path(folder, f"{write}.safetensors"))
     print("saved", flush=True)
     sys.stdin.read()
 
 
-@every_rule
-def test_a_killed_process_is_continued_by_another(write: str, tmp_path: Path) -> None:
-    path = tmp_path / "state.safetensors"
+@pytest.fixture(scope="module")
+def saved_states(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The states that a killed process has left, a file for each rule."""
+    folder = tmp_path_factory.mktemp("states")
     root = Path(__file__).parents[2]
-    code = f"import test_state; test_state.run_and_save({write!r}, {str(path)!r})"
+    code = f"import test_state; test_state.run_and_save({str(folder)!r})"
     process = subprocess.Popen(
         [sys.executable, "-c", code],
         cwd=Path(__file__).parent,
@@ -70,13 +72,17 @@ def test_a_killed_process_is_continued_by_another(write: str, tmp_path: Path) ->
     assert process.stdout.readline() == "saved\n"
     process.kill()
     process.communicate()
+    return folder
 
+
+@every_rule
+def test_a_killed_process_is_continued_by_another(write: str, saved_states: Path) -> None:
     generator = LMGen(build(write), use_sampling=False)
     with generator.streaming(2):
         steps = [generator.step(user_codes()[:, :, t : t + 1]) for t in range(NUM_FRAMES)]
         final = ttt.get_state(generator, whole=True)
     with generator.streaming(2):
-        ttt.set_state(generator, load_file(path))
+        ttt.set_state(generator, load_file(saved_states / f"{write}.safetensors"))
         continued = [
             generator.step(user_codes()[:, :, t : t + 1]) for t in range(SAVE_FRAMES, NUM_FRAMES)
         ]

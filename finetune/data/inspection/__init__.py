@@ -9,15 +9,15 @@ from typing import Literal
 
 import torch
 
-from ..audio import inspect_audio, read_audio
-from ..problems import FileProblem
-from ..text import TextEncoder
-from ..transcripts import load_transcript
-from .audio_checks import FILE_CHECKS, HEARD_CHECKS
-from .findings import Finding, Inspection, Subject
-from .listening import listen
-from .listing import inspect_listing
-from .transcript_checks import CHECKS as TRANSCRIPT_CHECKS
+from finetune.data.audio import inspect_audio, read_audio
+from finetune.data.inspection.audio_checks import FILE_CHECKS, HEARD_CHECKS
+from finetune.data.inspection.findings import Finding, Inspection, Subject
+from finetune.data.inspection.listening import listen
+from finetune.data.inspection.listing import inspect_listing
+from finetune.data.inspection.transcript_checks import CHECKS as TRANSCRIPT_CHECKS
+from finetune.data.problems import FileProblem
+from finetune.data.text import TextEncoder
+from finetune.data.transcripts import load_transcript
 
 __all__ = [
     "Finding",

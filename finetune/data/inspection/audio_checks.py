@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Iterator
 
-from ..decoders import lacks_length
-from ..text import FRAME_RATE_HZ
-from ..transcripts import MAIN_SPEAKER
-from .findings import Finding, Subject
-from .listening import SILENT, Heard
+from finetune.data.decoders import lacks_length
+from finetune.data.inspection.findings import Finding, Subject
+from finetune.data.inspection.listening import SILENT, Heard
+from finetune.data.text import FRAME_RATE_HZ
+from finetune.data.transcripts import MAIN_SPEAKER
 
 _MAX_DURATION_ERROR_SEC = 0.1
 _CODEC_FRAME_SAMPLES = 1152

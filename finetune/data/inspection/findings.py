@@ -8,9 +8,9 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from ..problems import FileProblem
-from ..text import TextEncoder, is_spoken
-from ..transcripts import MAIN_SPEAKER, Transcript, Word
+from finetune.data.problems import FileProblem
+from finetune.data.text import TextEncoder, is_spoken
+from finetune.data.transcripts import MAIN_SPEAKER, Transcript, Word
 
 
 class Finding(NamedTuple):

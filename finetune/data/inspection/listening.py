@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..transcripts import Word
-from .findings import Subject
+from finetune.data.inspection.findings import Subject
+from finetune.data.transcripts import Word
 
 SILENT = 1e-4
 """Peaks below this (−80 dB of full scale) are silence."""

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from typing import Protocol
 
-from .findings import Finding
+from finetune.data.inspection.findings import Finding
 
 
 class Listed(Protocol):

@@ -3,9 +3,9 @@
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 
-from ..text import FRAME_RATE_HZ
-from ..transcripts import MAIN_SPEAKER, Word
-from .findings import Finding, Subject
+from finetune.data.inspection.findings import Finding, Subject
+from finetune.data.text import FRAME_RATE_HZ
+from finetune.data.transcripts import MAIN_SPEAKER, Word
 
 _UNITS = {"milliseconds": 1e3, "samples at 24 kHz": 24e3, "samples at 16 kHz": 16e3}
 _TIMES_REMEDY = "check that times are in seconds, and that it is the transcript of this recording"

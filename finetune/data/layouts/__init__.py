@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from ..reading import Reading
-from .base import Entry, Source
-from .codes import CodesSource
-from .jsonl import JsonlSource, StereoFile
+from finetune.data.layouts.base import Entry, Source
+from finetune.data.layouts.codes import CodesSource
+from finetune.data.layouts.jsonl import JsonlSource, StereoFile
+from finetune.data.reading import Reading
 
 __all__ = ["SOURCES", "CodesSource", "Entry", "JsonlSource", "Source", "StereoFile", "open_source"]
 

@@ -4,8 +4,8 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import NamedTuple
 
-from ..reading import Reading
-from ..recording import Recording
+from finetune.data.reading import Reading
+from finetune.data.recording import Recording
 
 
 class Entry(NamedTuple):

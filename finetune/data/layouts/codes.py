@@ -8,13 +8,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from finetune.data.layouts.base import Entry, Source
+from finetune.data.problems import FileProblem
+from finetune.data.recording import Codes, Recording
+from finetune.data.text import FRAME_RATE_HZ
+from finetune.data.transcripts import Word, read_transcript
 from finetune.errors import UserError
-
-from ..problems import FileProblem
-from ..recording import Codes, Recording
-from ..text import FRAME_RATE_HZ
-from ..transcripts import Word, read_transcript
-from .base import Entry, Source
 
 _FORM = (
     "expected whole numbers [streams, frames]: 17 rows for a model of 8 + 8 codebooks (text, then "

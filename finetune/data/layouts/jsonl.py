@@ -7,16 +7,15 @@ from pathlib import Path
 
 import torch
 
+from finetune.data.audio import read_audio
+from finetune.data.inspection import Inspection, inspect_recording
+from finetune.data.layouts.base import Entry, Source
+from finetune.data.reading import Reading
+from finetune.data.recording import Recording
+from finetune.data.text import TextEncoder
+from finetune.data.transcripts import Word, read_text, read_transcript
 from finetune.errors import UserError
 from finetune.safety import is_recording_name, parse_json, path_problem, shown
-
-from ..audio import read_audio
-from ..inspection import Inspection, inspect_recording
-from ..reading import Reading
-from ..recording import Recording
-from ..text import TextEncoder
-from ..transcripts import Word, read_text, read_transcript
-from .base import Entry, Source
 
 logger = logging.getLogger(__name__)
 

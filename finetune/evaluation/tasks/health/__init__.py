@@ -68,10 +68,9 @@ class Health(Task):
         import torch
 
         from finetune.data import FRAME_RATE_HZ, count_frames
-
-        from .measure import check_health
-        from .prompts import choose_prompts
-        from .summary import summarize_health
+        from finetune.evaluation.tasks.health.measure import check_health
+        from finetune.evaluation.tasks.health.prompts import choose_prompts
+        from finetune.evaluation.tasks.health.summary import summarize_health
 
         wanted, seed, batch_size = options.health, bench.options.seed, bench.options.batch_size
         prompt_frames = max(1, count_frames(wanted.prompt_sec))
@@ -122,12 +121,12 @@ class Health(Task):
         )
 
     def figure(self, found: Found, model: Found) -> Figure:
-        from .figure import health_figure
+        from finetune.evaluation.tasks.health.figure import health_figure
 
         return health_figure(found, model["vocabulary"])
 
     def tables(self, found: Found) -> Sequence[Table]:
-        from .measure import MEANING
+        from finetune.evaluation.tasks.health.measure import MEANING
 
         names = {alarm["measure"] for alarm in found["alarms"]}
         alarming = [row for row, name in enumerate(found["measures"]) if name in names]

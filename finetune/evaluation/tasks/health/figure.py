@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from finetune.evaluation.tasks.base import Found, Json
+from finetune.evaluation.tasks.health.measure import MEASURES
 from finetune.report import ALARM, COLORS, MUTED, tidy
-
-from .measure import MEASURES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 
 from finetune.evaluation.tasks.base import Json
+from finetune.evaluation.tasks.health.measure import MEASURES, alarms, limits, means
 from finetune.statistics import Bootstrap
-
-from .measure import MEASURES, alarms, limits, means
 
 
 def summarize_health(records: Sequence[Mapping[str, Any]], *, seed: int = 0) -> Json:

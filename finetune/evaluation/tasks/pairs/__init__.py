@@ -19,8 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from finetune.evaluation.bench import Bench, Inputs
-
-    from .score import Pair
+    from finetune.evaluation.tasks.pairs.score import Pair
 
 
 @dataclass(frozen=True)
@@ -76,14 +75,14 @@ class Pairs(Task):
             raise UserError("--pairs: counts for the task pairs alone; add it to --tasks.")
 
     def prepare(self, inputs: Inputs, options: PairsOptions) -> list[Pair]:
-        from .score import read_pairs
+        from finetune.evaluation.tasks.pairs.score import read_pairs
 
         assert options.pairs is not None
         return read_pairs(options.pairs)
 
     def run(self, bench: Bench, options: PairsOptions, prepared: list[Pair]) -> Json:
-        from .score import PairScorer, zerospeech_lines
-        from .summary import summarize_pairs
+        from finetune.evaluation.tasks.pairs.score import PairScorer, zerospeech_lines
+        from finetune.evaluation.tasks.pairs.summary import summarize_pairs
 
         settings = {"side": options.pair.side, "text": options.pair.text}
         work = PairScorer(
@@ -142,7 +141,7 @@ class Pairs(Task):
         )
 
     def figure(self, found: Found, model: Found) -> Figure:
-        from .figure import pairs_figure
+        from finetune.evaluation.tasks.pairs.figure import pairs_figure
 
         return pairs_figure(found)
 

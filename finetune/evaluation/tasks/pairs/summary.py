@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 
 from finetune.evaluation.tasks.base import Json
+from finetune.evaluation.tasks.pairs import PairOptions
+from finetune.evaluation.tasks.pairs.score import Pair, log_likelihood
 from finetune.statistics import mean, proportion
-
-from . import PairOptions
-from .score import Pair, log_likelihood
 
 
 def summarize_pairs(

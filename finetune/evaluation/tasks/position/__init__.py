@@ -26,8 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from finetune.evaluation.bench import Bench, Inputs
-
-    from .baseline import Baseline
+    from finetune.evaluation.tasks.position.baseline import Baseline
 
 Arm = Literal["on", "off", "reset", "carried"]
 ARMS: tuple[Arm, ...] = ("on", "off", "reset", "carried")
@@ -75,7 +74,7 @@ class Position(Task):
             raise UserError("--baseline: counts for the task position alone; add it to --tasks.")
 
     def prepare(self, inputs: Inputs, options: PositionOptions) -> Baseline | None:
-        from .baseline import Baseline
+        from finetune.evaluation.tasks.position.baseline import Baseline
 
         baseline = None
         if options.baseline is not None:
@@ -87,9 +86,8 @@ class Position(Task):
 
     def run(self, bench: Bench, options: PositionOptions, prepared: Baseline | None) -> Json:
         from finetune.data import FRAME_RATE_HZ
-
-        from .measure import PositionRun
-        from .summary import summarize_positions
+        from finetune.evaluation.tasks.position.measure import PositionRun
+        from finetune.evaluation.tasks.position.summary import summarize_positions
 
         settings = _settings(bench, options)
         every = bench.model.ttt_args.update_frames
@@ -136,7 +134,7 @@ class Position(Task):
         }
 
     def sentences(self, found: Found) -> Iterable[str]:
-        from .sentences import sentences
+        from finetune.evaluation.tasks.position.sentences import sentences
 
         return sentences(found)
 
@@ -160,12 +158,12 @@ class Position(Task):
         )
 
     def figure(self, found: Found, model: Found) -> Figure | None:
-        from .figure import position_figure
+        from finetune.evaluation.tasks.position.figure import position_figure
 
         return position_figure(found) if found["num_recordings"] else None
 
     def tables(self, found: Found) -> Sequence[Table]:
-        from .figure import arm_label
+        from finetune.evaluation.tasks.position.figure import arm_label
 
         columns = (
             "stream",
@@ -208,7 +206,7 @@ class Position(Task):
 
 def _settings(inputs: Inputs, options: PositionOptions) -> Json:
     """Return what the records of a recording depend on, beside the checkpoint."""
-    from .measure import frames_of
+    from finetune.evaluation.tasks.position.measure import frames_of
 
     return {
         "bin_frames": frames_of(options.bin_sec) or 1,
@@ -230,7 +228,7 @@ def _cells(of_stream: Found, show: Callable[..., str]) -> list[str]:
 
 def _longest_frames(bench: Bench, options: PositionOptions) -> int:
     """Return the length of the longest recording, as far as it is read."""
-    from .measure import estimated_frames, frames_of
+    from finetune.evaluation.tasks.position.measure import estimated_frames, frames_of
 
     max_frames = frames_of(options.max_sec)
     return max(estimated_frames(recording, max_frames) for recording in bench.recordings)
@@ -241,8 +239,7 @@ def _arms_there_are(
 ) -> list[str]:
     """Return those of the asked-for arms that there are for this checkpoint and data."""
     from finetune.data import FRAME_RATE_HZ
-
-    from .measure import frames_of, long_enough
+    from finetune.evaluation.tasks.position.measure import frames_of, long_enough
 
     if not bench.model.ttt_layers:
         bench.note("This checkpoint has no TTT: its loss is that of the arm `off`, alone.")
