@@ -25,8 +25,8 @@ from finetune.cli import run
 from finetune.distributed import join_world
 from finetune.errors import UserError
 from finetune.monitoring import setup_logging
-from finetune.recall.command import prepare_folder, write_report
 from finetune.recall.experiment import train
+from finetune.recall.folder import prepare_folder, write_report
 from finetune.recall.jobs import Job, run_jobs
 from finetune.recall.measure import measure_trained_length
 from finetune.recall.model import ModelArgs, new_model, read_codes

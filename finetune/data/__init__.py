@@ -25,6 +25,7 @@ from finetune.data.sources import check_recordings, load_sources, parse_sources
 from finetune.data.text import (
     FRAME_RATE_HZ,
     TextEncoder,
+    TimedTokens,
     count_frames,
     text_stream,
     tokenize_segment,
@@ -53,6 +54,7 @@ __all__ = [
     "SegmentRef",
     "Source",
     "TextEncoder",
+    "TimedTokens",
     "TrainLoader",
     "Word",
     "build_eval_loader",

@@ -36,6 +36,7 @@ ARMS: dict[str, Arm] = {
     "mlp": Arm({"method": "mlp"}, ttt_lr_factor=3.0),
     "full": Arm(is_full_attention=True),
     "finetuned": Arm({"write": "delta", "target": "text"}, is_finetuned=True),
+    "finetuned_hidden": Arm({"write": "delta", "target": "hidden"}, is_finetuned=True),
     "retrained": Arm(is_finetuned=True),
 }
 """By name. `sum` and `delta` are evaluated a second time with nothing written."""

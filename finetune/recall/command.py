@@ -6,17 +6,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 from finetune.distributed import join_world
-from finetune.errors import UserError
 from finetune.monitoring import setup_logging
 from finetune.recall import report
 from finetune.recall.arms import ARMS, check_arms
 from finetune.recall.experiment import run
+from finetune.recall.folder import prepare_folder, write_report
 from finetune.recall.options import RecallOptions, Variant
 from finetune.recall.presets import Preset, preset
 
 
 def run_command(options: RecallOptions) -> str:
     """Run what the options say; returns what is to be printed."""
+    if options.variant == "spoken":
+        from finetune.recall.spoken.command import run_spoken
+
+        return run_spoken(options)
     return run_recall(
         options.folder,
         size=options.preset,
@@ -80,31 +84,6 @@ def _counts(lengths: Sequence[int], known: dict[int, int]) -> dict[int, int]:
     }
 
 
-def prepare_folder(out: Path, experiment: str) -> None:
-    """Make the folders and write to them, before hours are spent on what could not be kept.
-
-    Raises:
-        UserError: that is impossible, or another experiment's results are there: they have the same
-            names, and would be replaced.
-    """
-    for folder in (out, out / "runs"):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            trial = folder / ".trial"
-            trial.touch()
-            trial.unlink()
-        except OSError as error:
-            raise UserError(f"--out: cannot write to {folder}: {error.strerror}.") from error
-    mark = out / "experiment.txt"
-    earlier = mark.read_text(encoding="utf-8").strip() if mark.is_file() else experiment
-    if earlier != experiment:
-        raise UserError(
-            f"--out: {out} has the results of another experiment ({earlier}), which those of this "
-            f"one ({experiment}) would replace. Name another folder."
-        )
-    mark.write_text(f"{experiment}\n", encoding="utf-8")
-
-
 def _report(chosen: Preset, results: Sequence[dict[str, Any]]) -> list[str]:
     streams, model = chosen.streams, chosen.model
     sizes = sorted({result["parameters"] for result in results})
@@ -136,11 +115,3 @@ def _report(chosen: Preset, results: Sequence[dict[str, Any]]) -> list[str]:
     if inner:
         lines += ["", "What the inner loops did, in training:", "", *inner]
     return lines
-
-
-def write_report(text: str, out: Path) -> str:
-    try:
-        (out / "report.md").write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--out: cannot write to {out}: {error.strerror}.") from error
-    return text

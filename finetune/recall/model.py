@@ -1,13 +1,12 @@
 """Small Moshis for the experiment, and what they answer."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from moshi.models.lm_utils import _delay_sequence
 from torch import Tensor, nn
 
-from finetune.recall.streams import StreamArgs
 from ttt import TTTArgs, TTTLMModel, build_model
 
 OTHERS_SHARE = 0.125
@@ -35,7 +34,27 @@ class ModelArgs:
         return self.num_layers * (self.context - 1)
 
 
-def lm_kwargs(args: ModelArgs, streams: StreamArgs) -> dict[str, Any]:
+class Streams(Protocol):
+    """What a model must know of the streams that it reads."""
+
+    @property
+    def text_card(self) -> int:
+        """Tokens of the text."""
+
+    @property
+    def card(self) -> int:
+        """Codes of every codebook."""
+
+    @property
+    def num_codebooks(self) -> int:
+        """Moshi's and the user's together."""
+
+    @property
+    def fact_streams(self) -> set[int]:
+        """The streams with keys or values."""
+
+
+def lm_kwargs(args: ModelArgs, streams: Streams) -> dict[str, Any]:
     """Return what `ttt.build_model` takes: Moshi's structure, with half of the codebooks Moshi's
     own and half the user's, and the acoustic ones delayed."""
     half = streams.num_codebooks // 2
@@ -45,7 +64,7 @@ def lm_kwargs(args: ModelArgs, streams: StreamArgs) -> dict[str, Any]:
         "num_heads": args.num_heads,
         "num_layers": args.num_layers,
         "context": args.context,
-        "text_card": streams.card,
+        "text_card": streams.text_card,
         "card": streams.card,
         "n_q": 2 * half,
         "dep_q": half,
@@ -71,13 +90,14 @@ def lm_kwargs(args: ModelArgs, streams: StreamArgs) -> dict[str, Any]:
 
 def new_model(
     args: ModelArgs,
-    streams: StreamArgs,
+    streams: Streams,
     ttt: TTTArgs,
     *,
     context: int | None,
     seed: int,
     device: torch.device,
     dtype: torch.dtype,
+    compile: bool = False,
 ) -> TTTLMModel:
     """Return a new model; the same seed gives the same weights, whatever TTT adds to them."""
     kwargs = lm_kwargs(args, streams)
@@ -86,7 +106,9 @@ def new_model(
     for stream, embedding in enumerate((plain.text_emb, *plain.emb)):
         share = 1.0 if stream in streams.fact_streams else OTHERS_SHARE
         nn.init.normal_(embedding.weight, std=args.embedding_std * share)
-    model = build_model(kwargs, ttt, device=device, dtype=dtype, attention_context=context)
+    model = build_model(
+        kwargs, ttt, device=device, dtype=dtype, attention_context=context, compile=compile
+    )
     model.load_state_dict(plain.state_dict(), strict=False)
     return model
 

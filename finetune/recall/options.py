@@ -11,7 +11,7 @@ from finetune.errors import UserError
 from finetune.recall.arms import check_arms
 from ttt.options import abbreviated
 
-Variant = Literal["text", "audio", "joint", "segments"]
+Variant = Literal["text", "audio", "joint", "segments", "spoken"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,8 @@ class RecallOptions:
 
     variant: Variant = "text"
     """Where the facts are: text, audio (the first codebook), joint (the key in the text, the value
-    in the codebook, one frame) or segments (heard twice)."""
+    in the codebook, one frame), segments (heard twice) or spoken (a user tells them, in synthetic
+    speech)."""
 
     arms: tuple[str, ...] | None = None
     """Arms to run; null: all of the preset."""

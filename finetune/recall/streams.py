@@ -62,6 +62,10 @@ class StreamArgs:
         return FIRST_WORD + self.num_fillers + self.num_keys + self.num_values
 
     @property
+    def text_card(self) -> int:
+        return self.card
+
+    @property
     def first_key(self) -> int:
         return FIRST_WORD + self.num_fillers
 

@@ -80,6 +80,13 @@ class Fact:
         return KINDS[self.kind].statement.format(name=self.name)
 
     @property
+    def repetition(self) -> str:
+        """Return what Moshi says before the value when it repeats a fact, as in "Okay, Laura
+        likes"."""
+        first, rest = self.statement.split(" ", 1)
+        return f"Okay, {first if first == self.name else first.lower()} {rest}"
+
+    @property
     def sentence(self) -> str:
         """Return the whole fact, as in "Laura likes oranges."."""
         return f"{self.statement} {self.value}."

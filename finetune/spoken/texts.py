@@ -290,7 +290,7 @@ _TOPICS = (
     ),
 )
 
-_BACKCHANNELS = (
+BACKCHANNELS = (
     "Mhm.", "I see.", "Right.", "Oh, nice.", "Okay.", "Sure.", "Of course.", "Really?", "Uh huh.",
     "Yes.", "I know.", "Great.", "True.", "Hm.", "Good.", "Wow.",
 )  # fmt: skip
@@ -319,13 +319,13 @@ def topic(rng: random.Random, split: Split) -> list[str]:
 
 def backchannel(rng: random.Random, split: Split) -> str:
     """A word or two that one says while the other speaks."""
-    return rng.choice([text for text in _BACKCHANNELS if split_of(text) == split])
+    return rng.choice([text for text in BACKCHANNELS if split_of(text) == split])
 
 
 def corpus(num_turns: int, seed: int = 0) -> list[str]:
     """`num_turns` turns or more of the train split, such as a tokenizer is trained on."""
     rng = random.Random(f"corpus {seed}")
-    turns = [text for text in _BACKCHANNELS if split_of(text) == "train"]
+    turns = [text for text in BACKCHANNELS if split_of(text) == "train"]
     while len(turns) < num_turns:
         turns += greeting(rng, "train") if rng.random() < 0.2 else topic(rng, "train")
     return turns

@@ -1,0 +1,38 @@
+"""The folder of an experiment: one experiment in each, and its report."""
+
+from pathlib import Path
+
+from finetune.errors import UserError
+
+
+def prepare_folder(out: Path, experiment: str) -> None:
+    """Make the folders and write to them, before hours are spent on what could not be kept.
+
+    Raises:
+        UserError: that is impossible, or another experiment's results are there: they have the same
+            names, and would be replaced.
+    """
+    for folder in (out, out / "runs"):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            trial = folder / ".trial"
+            trial.touch()
+            trial.unlink()
+        except OSError as error:
+            raise UserError(f"--out: cannot write to {folder}: {error.strerror}.") from error
+    mark = out / "experiment.txt"
+    earlier = mark.read_text(encoding="utf-8").strip() if mark.is_file() else experiment
+    if earlier != experiment:
+        raise UserError(
+            f"--out: {out} has the results of another experiment ({earlier}), which those of this "
+            f"one ({experiment}) would replace. Name another folder."
+        )
+    mark.write_text(f"{experiment}\n", encoding="utf-8")
+
+
+def write_report(text: str, out: Path) -> str:
+    try:
+        (out / "report.md").write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--out: cannot write to {out}: {error.strerror}.") from error
+    return text

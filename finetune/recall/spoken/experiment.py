@@ -1,0 +1,109 @@
+"""Train and measure the arms of the spoken experiment, one result file each."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from finetune.recall.arms import ARMS, check_arms
+from finetune.recall.jobs import Job, run_jobs
+from finetune.recall.measure import nothing_written
+from finetune.recall.spoken import measure
+from finetune.recall.spoken.presets import SpokenPreset
+from finetune.recall.spoken.training import train_arm
+from finetune.spoken import Dataset, build_dataset
+
+logger = logging.getLogger(__name__)
+
+
+def run_arm(
+    preset: SpokenPreset, name: str, seed: int, device: torch.device, out: Path, data: Path
+) -> dict[str, Any]:
+    """Train the arm `name` and measure it; everything that is known of it.
+
+    Beside the result there will be its weights, and what it said.
+    """
+    started_at = time.monotonic()
+    dataset = Dataset(data, preset.data)
+    text = dataset.text
+    model, curve, base_curve = train_arm(
+        preset, name, dataset.load("train"), text, seed=seed, device=device
+    )
+    trained_at = time.monotonic()
+    model.eval()
+    held_out = dataset.load("eval")
+    result: dict[str, Any] = {
+        "arm": name,
+        "seed": seed,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "curve": curve,
+        "base_curve": base_curve,
+        "queue": measure.queue_accuracy(held_out),
+        "trained_length": measure.trained_length(model, held_out, text, preset),
+    }
+    if any(module.write_gates() for module in model.ttt_layers.values()):
+        with nothing_written(model):
+            result["nothing_written"] = measure.trained_length(model, held_out, text, preset)
+    if model.ttt_layers:
+        for key, other in (("reset", False), ("another_past", True)):
+            result[key] = measure.without_the_past(model, held_out, preset, other=other)
+    result["longer"] = {}
+    for times in preset.longer(name):
+        result["longer"][str(times)] = measure.longer(model, dataset.load(f"x{times}"))
+        logger.info("%s, seed %d: measured at %d times the length", name, seed, times)
+    if preset.num_free and not ARMS[name].is_full_attention:
+        result["free"], said = measure.free(model, held_out, text, preset.num_free)
+        save_file({"said": said.to(torch.int16)}, out / f"{name}_seed{seed}.said.safetensors")
+    weights = {key: value.contiguous().cpu() for key, value in model.state_dict().items()}
+    save_file(weights, out / f"{name}_seed{seed}.model.safetensors")
+    result["train_sec"] = trained_at - started_at
+    result["measure_sec"] = time.monotonic() - trained_at
+    return result
+
+
+def run(
+    preset: SpokenPreset,
+    out: Path,
+    *,
+    arms: Sequence[str],
+    seeds: Sequence[int],
+    device: torch.device,
+    workers: int,
+    data_workers: int,
+) -> list[dict[str, Any]]:
+    """Results of all arms and seeds; those that are in `out` already are not run again.
+
+    Raises:
+        UserError: an unknown arm, dialogues that cannot be, or see `run_jobs`.
+    """
+    check_arms(arms)
+    data = out.parent / "data"
+    build_dataset(data, preset.data, device, workers=data_workers)
+    jobs = [
+        Job(
+            f"{name}_seed{seed}",
+            _describe(preset, name, device),
+            run_arm,
+            (preset, name, seed, device, out, data),
+        )
+        for seed in seeds
+        for name in arms
+    ]
+    return run_jobs(jobs, out, workers=workers)
+
+
+def _describe(preset: SpokenPreset, name: str, device: torch.device) -> dict[str, Any]:
+    """Return all that an arm's result depends on, but the seed."""
+    config = dataclasses.asdict(preset)
+    del config["arms"]
+    config["ttt"] = dataclasses.asdict(preset.ttt_args(name))
+    config["ttt_lr"] = preset.ttt_lr * ARMS[name].ttt_lr_factor
+    config["device"] = device.type
+    return config

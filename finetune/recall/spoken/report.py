@@ -1,0 +1,200 @@
+"""Results of the spoken experiment as tables and a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from finetune.data import FRAME_RATE_HZ
+from finetune.errors import UserError
+from finetune.recall.spoken.presets import SpokenPreset
+from finetune.report import MUTED, PICTURE, line_style, tidy
+from finetune.spoken import KINDS
+
+Result = dict[str, Any]
+_PARTS = {
+    "trained_length": "",
+    "nothing_written": ", nothing written",
+    "reset": ", reset before the question",
+    "another_past": ", another dialogue's past",
+}
+
+
+def lines(preset: SpokenPreset, results: Sequence[Result]) -> list[str]:
+    """Return the report, in Markdown."""
+    data, model = preset.data, preset.model
+    dialogues = data.dialogues
+    sizes = sorted({result["parameters"] for result in results})
+    seeds = ", ".join(str(seed) for seed in sorted({result["seed"] for result in results}))
+    chance = 1 / len(KINDS[data.bank.kinds[0]].values)
+    found = [
+        f"Recall of spoken facts: a user tells {dialogues.num_facts} facts "
+        f"({', '.join(data.bank.kinds)}), and asks for each once, in random order, in talks of "
+        f"{dialogues.num_frames / FRAME_RATE_HZ:.0f} s. Questions come more than "
+        f"{dialogues.reach_frames / FRAME_RATE_HZ:.1f} s after the fact's last mention, which is "
+        f"as far as {model.num_layers} windows of {model.context} frames reach. Chance is "
+        f"{chance:.3f}; always the oldest fact not yet asked for is right "
+        f"{results[0]['queue']:.2f} of the time. {sizes[0] / 1e6:.3g} to {sizes[-1] / 1e6:.3g} "
+        f"million parameters, {preset.num_steps} steps of {preset.batch_size} talks. Seeds "
+        f"{seeds}.",
+        "",
+        'The value\'s token is the likeliest of all, by teacher forcing. "Moshi": it had repeated '
+        'the fact; "user": only the user\'s audio had it.',
+        "",
+        *_memory_table(results),
+        "",
+        "Moshi speaks on its own, and the first value after a question counts:",
+        "",
+        *_free_table(results),
+        "",
+        *_rest_table(results),
+    ]
+    longer = _longer_table(results)
+    if longer:
+        found += ["", "On longer talks, with the same number of facts:", "", *longer]
+    return found
+
+
+def _values(summaries: Sequence[dict[str, Any] | None], name: str = "accuracy") -> str:
+    return ", ".join(
+        "–" if s is None or s[name] is None else f"{s[name][0]:.2f}" for s in summaries
+    )
+
+
+def _interval(summaries: Sequence[dict[str, Any]]) -> str:
+    known = [s["accuracy"] for s in summaries if s["accuracy"] and s["accuracy"][1] is not None]
+    return f"{min(s[1] for s in known):.2f} to {max(s[2] for s in known):.2f}" if known else "–"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [
+        f"| {' | '.join(head)} |",
+        "| --- " * len(head) + "|",
+        *(f"| {' | '.join(row)} |" for row in rows),
+    ]
+
+
+def _arms(results: Sequence[Result]) -> dict[str, list[Result]]:
+    found: dict[str, list[Result]] = {}
+    for result in results:
+        found.setdefault(result["arm"], []).append(result)
+    return found
+
+
+def _memory_table(results: Sequence[Result]) -> list[str]:
+    rows = []
+    for arm, group in _arms(results).items():
+        for part, suffix in _PARTS.items():
+            measured = [result[part] for result in group if part in result]
+            if measured:
+                row = [arm + suffix]
+                for speaker in ("moshi", "user"):
+                    summaries = [each[speaker] for each in measured]
+                    row += [_values(summaries), _interval(summaries)]
+                rows.append(row)
+    return _table(["arm", "Moshi", "95 % intervals", "user", "95 % intervals"], rows)
+
+
+def _free_table(results: Sequence[Result]) -> list[str]:
+    columns = (
+        "moshi", "user", "right name", "right, if the name is", "no value", "repeated rightly",
+    )  # fmt: skip
+    rows = [
+        [arm, *(_values([result["free"][c] for result in group]) for c in columns)]
+        for arm, group in _arms(results).items()
+        if all("free" in result for result in group)
+    ]
+    return _table(["arm", "Moshi", "user", *columns[2:]], rows)
+
+
+def _rest_table(results: Sequence[Result]) -> list[str]:
+    rows = []
+    for arm, group in _arms(results).items():
+        parts = [result["trained_length"] for result in group]
+        rows.append(
+            [
+                arm,
+                *(_values([p[n] for p in parts]) for n in ("known pairs", "new pairs", "hearing")),
+                *(
+                    ", ".join(f"{p[name]:.2f}" for p in parts)
+                    for name in ("words_loss", "audio_loss")
+                ),
+            ]
+        )
+    head = ["arm", "known pairs", "new pairs", "value repeated", "words (nats)", "audio (nats)"]
+    return _table(head, rows)
+
+
+def _longer_table(results: Sequence[Result]) -> list[str]:
+    rows = []
+    for arm, group in _arms(results).items():
+        for times in group[0]["longer"]:
+            parts = [result["longer"][times] for result in group]
+            ratios = [p["state_ratio"] for p in parts if p["state_ratio"] is not None]
+            rows.append(
+                [
+                    arm,
+                    times,
+                    f"{parts[0]['mean_distance_sec'] / 60:.1f}",
+                    _values([p["moshi"] for p in parts]),
+                    _values([p["user"] for p in parts]),
+                    ", ".join(f"{ratio:.2f}" for ratio in ratios),
+                ]
+            )
+    head = ["arm", "times the length", "minutes from fact to question", "Moshi", "user", "‖S‖/‖W0‖"]
+    return _table(head, rows) if rows else []
+
+
+def plot(results: Sequence[Result], path: Path) -> None:
+    """Draw accuracy by distance, and over training, into a PNG.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.4), **PICTURE)
+    by_distance, over_training = figure.subplots(1, 2)
+    for place, (arm, group) in enumerate(_arms(results).items()):
+        for result in group:
+            label = arm if result is group[0] else None
+            style = line_style(place) | {"label": label}
+            by_distance.plot(*_distances(result), marker=".", **style)
+            curve = result["base_curve"] + result["curve"]
+            steps = [r["step"] for r in result["curve"]]
+            values = [(r["moshi"] + r["user"]) / 2 for r in curve[-len(steps) :]]
+            over_training.plot(steps, values, **style)
+    chance = 1 / 12
+    for axes, title, label in (
+        (by_distance, "Recall by distance", "from the fact to the question"),
+        (over_training, "Recall in training", "optimizer step"),
+    ):
+        axes.axhline(chance, color=MUTED, linewidth=1, linestyle=":")
+        axes.set_title(title, loc="left")
+        axes.set_xlabel(label)
+        axes.set_ylim(-0.03, 1.03)
+        tidy(axes)
+    by_distance.set_xscale("log")
+    ticks = {15: "15 s", 60: "1 min", 240: "4 min", 960: "16 min", 3840: "1 h"}
+    by_distance.set_xticks(list(ticks), list(ticks.values()))
+    by_distance.minorticks_off()
+    over_training.legend(frameon=False, bbox_to_anchor=(1.02, 1.0), loc="upper left")
+    try:
+        figure.savefig(path)
+    except OSError as error:
+        raise UserError(f"--out: cannot write {path}: {error.strerror}.") from error
+
+
+def _distances(result: Result) -> tuple[list[float], list[float]]:
+    """Return seconds from fact to question, and accuracy."""
+    points = [
+        (summary["mean_distance_sec"], summary["accuracy"][0])
+        for summary in result["trained_length"]["by_distance"].values()
+        if summary["accuracy"]
+    ]
+    points += [
+        (each["mean_distance_sec"], each["all"]["accuracy"][0])
+        for each in result["longer"].values()
+    ]
+    return [x for x, _ in points], [y for _, y in points]

@@ -1,0 +1,223 @@
+"""Train small Moshis on spoken dialogues."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from finetune.config import OptimArgs
+from finetune.data import TextEncoder
+from finetune.distributed import World
+from finetune.errors import UserError
+from finetune.model import trainable_by_role
+from finetune.recall.arms import ARMS
+from finetune.recall.model import new_model, read_codes
+from finetune.recall.spoken.presets import SpokenPreset
+from finetune.spoken import NAMES, Answer, EncodedDialogues, value_tokens
+from finetune.step import LossWeights, Optimizer, stream_sums
+from ttt import HiddenStates, TTTArgs, TTTLMModel
+from ttt.model import depth_hidden
+
+logger = logging.getLogger(__name__)
+
+LOG_STEPS = 50
+FRAME, REPEATED, IS_REPEATED = (
+    Answer._fields.index(name) for name in ("frame", "repeated", "is_repeated")
+)
+
+
+@dataclass
+class Losses:
+    """What a batch gave; losses in nats."""
+
+    total: Tensor
+    text: Tensor
+    words: Tensor
+    """Of the text but padding, without weights."""
+    audio: Tensor
+    answers: Tensor
+    """[B, Q]."""
+    right: Tensor
+    """[B, Q]: the value is the likeliest of all tokens."""
+    asked: Tensor
+    """[B, Q]: there is a question."""
+    repeats: Tensor
+    """[B, Q]: Moshi repeats the fact, and the value is the likeliest token there (1) or is not (0);
+    -1: it does not repeat it."""
+
+
+def train_arm(
+    preset: SpokenPreset,
+    name: str,
+    data: EncodedDialogues,
+    text: TextEncoder,
+    *,
+    seed: int,
+    device: torch.device,
+) -> tuple[TTTLMModel, list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return the trained model of an arm, its curve, and that of the model it was tuned from."""
+    arm, args = ARMS[name], preset.ttt_args(name)
+
+    def new(args: TTTArgs) -> TTTLMModel:
+        return new_model(
+            preset.model,
+            preset.streams,
+            args,
+            context=preset.context(name),
+            seed=seed,
+            device=device,
+            dtype=getattr(torch, preset.dtype),
+            compile=preset.compile,
+        )
+
+    model = new(args)
+    more: dict[str, Any] = {"data": data, "text": text, "preset": preset}
+    if not arm.is_finetuned:
+        ttt_lr = preset.ttt_lr * arm.ttt_lr_factor
+        label = f"{name}, seed {seed}"
+        return model, train(model, seed=seed, lr=preset.lr, ttt_lr=ttt_lr, label=label, **more), []
+    base = new(TTTArgs())
+    base_curve = train(
+        base, seed=seed, lr=preset.lr, ttt_lr=0.0, label=f"base of {name}, seed {seed}", **more
+    )
+    model.load_state_dict(base.state_dict(), strict=False)
+    curve = train(
+        model,
+        seed=seed + 500,
+        lr=preset.ttt_lr / 10,
+        ttt_lr=preset.ttt_lr,
+        label=f"{name}, seed {seed}",
+        **more,
+    )
+    return model, curve, base_curve
+
+
+def train(
+    model: TTTLMModel,
+    preset: SpokenPreset,
+    data: EncodedDialogues,
+    text: TextEncoder,
+    *,
+    seed: int,
+    lr: float,
+    ttt_lr: float,
+    label: str,
+) -> list[dict[str, Any]]:
+    """Train for the preset's steps; returns what was logged.
+
+    Raises:
+        UserError: the loss is not finite.
+    """
+    model.train()
+    optimizer = Optimizer(
+        trainable_by_role(model),
+        OptimArgs(lr=lr, ttt_lr=ttt_lr or lr, pct_start=preset.pct_start),
+        max_steps=preset.num_steps,
+    )
+    world = World(0, 1, model.device)
+    weights = text_weights(preset, text, model.device)
+    batches = _batches(data, preset.batch_size, seed)
+    curve: list[dict[str, Any]] = []
+    for step in range(1, preset.num_steps + 1):
+        codes, answers = data.batch(next(batches), model.device)
+        losses = compute_losses(model, codes, answers, preset, weights, rows=preset.audio_rows)
+        losses.total.backward()
+        optimizer.step(max_norm=1.0, world=world, is_loss_finite=True)
+        if step % LOG_STEPS == 0 or step in (1, preset.num_steps):
+            curve.append({"step": step, **_record(losses, answers)})
+            logger.info(
+                "%s: step %d/%d  %s",
+                label,
+                step,
+                preset.num_steps,
+                "  ".join(
+                    f"{key} {value:.3f}" for key, value in curve[-1].items() if key != "step"
+                ),
+            )
+            if not losses.total.isfinite():
+                raise UserError(f"{label}: the loss is not finite at step {step}. Lower the rates.")
+    return curve
+
+
+def text_weights(preset: SpokenPreset, text: TextEncoder, device: torch.device) -> Tensor:
+    """Return the weight of every token of the text, [text_card]: names and values have more."""
+    weights = torch.ones(preset.streams.text_card)
+    special = [token for kind in value_tokens(text) for token in kind]
+    special += [text.tokenize(name)[0] for name in NAMES]
+    weights[special] = preset.emphasis
+    weights[[text.text_padding_id, text.end_of_text_padding_id]] = preset.text_padding_weight
+    return weights.to(device)
+
+
+def _batches(data: EncodedDialogues, size: int, seed: int) -> Iterator[Tensor]:
+    """Draw rows without end, each once before any comes again."""
+    random = torch.Generator().manual_seed(seed)
+    while True:
+        order = torch.randperm(len(data), generator=random)
+        yield from order[: len(order) // size * size].view(-1, size)
+
+
+def compute_losses(
+    model: TTTLMModel,
+    codes: Tensor,
+    answers: Tensor,
+    preset: SpokenPreset,
+    weights: Tensor,
+    *,
+    rows: int,
+) -> Losses:
+    """Compute a batch's losses.
+
+    Args:
+        codes: [B, 17, T].
+        answers: [B, Q, len(Answer)].
+        weights: see `text_weights`.
+        rows: the depth transformer sees so many of the dialogues alone.
+    """
+    delayed = read_codes(model, codes)
+    hidden = model._text_hidden(delayed[:, :, :-1])
+    some = HiddenStates(
+        hidden[:rows], depth_hidden(model, delayed[:rows, :, 1:], hidden[:rows], model.execution)
+    )
+    loss_weights = LossWeights(preset.text_padding_weight, preset.first_codebook_weight)
+    _, audio = stream_sums(model, some, codes[:rows], loss_weights)
+    logits = model.text_linear(hidden).float()
+    targets = codes[:, 0]
+    nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    nll = nll.view_as(targets)
+    weight = weights[targets]
+    frames = answers[..., FRAME].clamp(min=0)
+    asked = answers[..., FRAME] >= 0
+    at_answers = nll.gather(1, frames)
+    text_loss = (nll * weight).sum() / weight.sum()
+    answer_loss = (at_answers * asked).sum() / asked.sum().clamp(min=1)
+    total = (
+        text_loss
+        + preset.audio_weight * audio.loss / audio.weight
+        + preset.answer_weight * answer_loss
+    )
+    is_word = weight >= 1
+    words = (nll.detach() * is_word).sum() / is_word.sum()
+    hits = logits.argmax(-1) == targets
+    repeated = hits.gather(1, answers[..., REPEATED].clamp(min=0)).long()
+    repeats = torch.where(asked & (answers[..., IS_REPEATED] == 1), repeated, -1)
+    right = hits.gather(1, frames)
+    audio_loss = audio.nll / audio.count
+    return Losses(total, text_loss, words, audio_loss, at_answers.detach(), right, asked, repeats)
+
+
+def _record(losses: Losses, answers: Tensor) -> dict[str, float]:
+    is_repeated = answers[..., IS_REPEATED] == 1
+    of_moshi, of_user = losses.asked & is_repeated, losses.asked & ~is_repeated
+    return {
+        "text": losses.text.item(),
+        "audio": losses.audio.item(),
+        "moshi": losses.right[of_moshi].float().mean().item(),
+        "user": losses.right[of_user].float().mean().item(),
+    }

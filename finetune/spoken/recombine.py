@@ -1,0 +1,240 @@
+"""New dialogues out of segments of encoded ones, so that nothing can be learned by heart.
+
+Some thousand dialogues are a model's to remember, with all that is answered in them. Their codes
+are cut in the pauses between exchanges and put together anew. A question, the answer's first words
+and its value are drawn apart: as one piece, the question's codes, which are one of some thousand
+renderings, would tell what was answered to them once.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from finetune.spoken.codes import NO_ANSWER, Answer, EncodedDialogues, frame_of
+from finetune.spoken.dialogues import Dialogue, DialogueArgs, is_held_out
+from finetune.spoken.facts import KINDS, NAMES, Fact
+
+_LEAD_FRAMES = 2
+_QUESTION_FRAMES = 48
+"""A question with its answer, and the pause behind it, about."""
+_UNTIL_VALUE_FRAMES = 10
+"""From the beginning of a question to the value at least."""
+_FILLER_FRAMES = 150
+_FILLER_AFTER_FACT = 0.25
+_FILLER_BEFORE_QUESTION = 0.2
+_DIALOGUES_AT_ONCE = 250
+
+
+class Segment(NamedTuple):
+    """Frames `first … end − 1` of an encoded dialogue."""
+
+    dialogue: int
+    first: int
+    end: int
+    marks: tuple[int, ...] = ()
+    """Places that matter, in frames from `first`."""
+
+
+class Pool:
+    """Segments by what is said in them, and by the user's voice where it is heard."""
+
+    def __init__(
+        self, spoken: EncodedDialogues, dialogues: Sequence[Dialogue], tokens: list[list[int]]
+    ) -> None:
+        self.text, self.codes = spoken.text.numpy(), spoken.codes.numpy()
+        self.fillers: dict[int, list[Segment]] = defaultdict(list)
+        self.facts: dict[tuple[int, str], dict[tuple[Fact, bool], list[Segment]]] = defaultdict(
+            lambda: defaultdict(list)
+        )
+        """By voice and name: the facts with whether Moshi repeats them; marks: the frame of the
+        first value in Moshi's text, and the one behind the last mention."""
+        self.questions: dict[tuple[int, str, str], list[Segment]] = defaultdict(list)
+        """By voice, kind and name; marks: the question's first frame."""
+        self.statements: dict[tuple[str, str], list[Segment]] = defaultdict(list)
+        """By kind and name, what Moshi says before the value."""
+        self.values: dict[Fact, list[Segment]] = defaultdict(list)
+        self._tokens = tokens
+        for index, dialogue in enumerate(dialogues):
+            self._cut(index, dialogue)
+
+    def _token(self, fact: Fact) -> int:
+        return self._tokens[list(KINDS).index(fact.kind)][KINDS[fact.kind].values.index(fact.value)]
+
+    def _cut(self, index: int, dialogue: Dialogue) -> None:
+        text, voice = self.text[index], dialogue.voice
+        starts = [frame_of(exchange.start_sec) - 1 for exchange in dialogue.exchanges]
+        # What is last reaches past the end of the dialogue.
+        for exchange, first, end in zip(dialogue.exchanges, starts, starts[1:], strict=False):
+            if end > len(text):
+                break
+            fact, value = exchange.fact, frame_of(exchange.value_sec)
+            if fact is None:
+                self.fillers[voice].append(Segment(index, first, end))
+            elif exchange.kind == "fact":
+                # Two words in one frame: the value has no token.
+                if exchange.is_repeated and text[value] != self._token(fact):
+                    continue
+                marks = (value - first, frame_of(exchange.last_sec) + 1 - first)
+                known = self.facts[voice, fact.name][fact, exchange.is_repeated]
+                known.append(Segment(index, first, end, marks))
+            elif text[value] == self._token(fact):
+                reply = frame_of(exchange.reply_sec) - 1
+                asked = (frame_of(exchange.asked_sec) - first,)
+                self.questions[voice, fact.kind, fact.name].append(
+                    Segment(index, first, reply, asked)
+                )
+                self.statements[fact.kind, fact.name].append(Segment(index, reply, value))
+                self.values[fact].append(Segment(index, value, end))
+
+    def tellable(self, voice: int, name: str) -> list[tuple[Fact, bool]]:
+        """Return the facts of a person that can be told and asked for in a voice."""
+        return [
+            (fact, is_repeated)
+            for fact, is_repeated in self.facts[voice, name]
+            if self.values[fact]
+            and self.questions[voice, fact.kind, name]
+            and self.statements[fact.kind, name]
+        ]
+
+
+class _Told(NamedTuple):
+    fact: Fact
+    is_repeated: bool
+    value: int
+    last: int
+
+
+class _Composer:
+    """One new dialogue."""
+
+    def __init__(self, pool: Pool, args: DialogueArgs, rng: random.Random) -> None:
+        self.pool, self.args, self.rng = pool, args, rng
+        self.voice = rng.choice(sorted(pool.fillers))
+        self.parts = [Segment(rng.randrange(len(pool.text)), 0, _LEAD_FRAMES)]
+        self.now = _LEAD_FRAMES
+
+    def compose(self, num_frames: int, filler_frames: int) -> list[Answer]:
+        args, rng = self.args, self.rng
+        needed = _QUESTION_FRAMES * args.num_facts
+        told: list[_Told] = []
+        for name in rng.sample(NAMES, args.num_facts):
+            self._tell(name, told)
+            room = num_frames - filler_frames - self.now - needed - _FILLER_FRAMES
+            if rng.random() < _FILLER_AFTER_FACT and room > args.reach_frames:
+                self._fill()
+        self._fill_until(self.now + filler_frames)
+        answers = []
+        for order in rng.sample(range(len(told)), len(told)):
+            room = num_frames - self.now - needed
+            if rng.random() < _FILLER_BEFORE_QUESTION and room > _FILLER_FRAMES:
+                self._fill()
+            far = args.reach_frames + args.margin_frames - _UNTIL_VALUE_FRAMES
+            self._fill_until(told[order].last + far)
+            if self.now + _QUESTION_FRAMES > num_frames:
+                break
+            answers.append(self._ask(told[order], order))
+            needed -= _QUESTION_FRAMES
+        self._fill_until(num_frames)
+        return [answer for answer in answers if answer.frame < num_frames]
+
+    def _put(self, segments: Sequence[Segment]) -> tuple[int, Segment]:
+        """Continue with one of them; returns where it begins, and which it is."""
+        segment, start = self.rng.choice(segments), self.now
+        self.parts.append(segment)
+        self.now += segment.end - segment.first
+        return start, segment
+
+    def _fill(self) -> None:
+        self._put(self.pool.fillers[self.voice])
+
+    def _fill_until(self, frame: int) -> None:
+        while self.now < frame:
+            self._fill()
+
+    def _tell(self, name: str, told: list[_Told]) -> None:
+        known = {each.fact.value for each in told}
+        tellable = [
+            (fact, is_repeated)
+            for fact, is_repeated in self.pool.tellable(self.voice, name)
+            if fact.value not in known
+        ]
+        if tellable:
+            fact, is_repeated = self.rng.choice(tellable)
+            start, segment = self._put(self.pool.facts[self.voice, name][fact, is_repeated])
+            value, last = (start + mark for mark in segment.marks)
+            told.append(_Told(fact, is_repeated, value, last))
+
+    def _ask(self, told: _Told, order: int) -> Answer:
+        fact, pool = told.fact, self.pool
+        start, question = self._put(pool.questions[self.voice, fact.kind, fact.name])
+        self._put(pool.statements[fact.kind, fact.name])
+        frame, _ = self._put(pool.values[fact])
+        assert frame - told.last > self.args.reach_frames
+        return Answer(
+            frame,
+            list(KINDS).index(fact.kind),
+            KINDS[fact.kind].values.index(fact.value),
+            int(told.is_repeated),
+            frame - told.last,
+            start + question.marks[0],
+            told.value,
+            order,
+            int(is_held_out(fact)),
+        )
+
+
+def recombine(
+    pool: Pool,
+    args: DialogueArgs,
+    count: int,
+    *,
+    seed: int,
+    filler_frames: int = 0,
+    workers: int = 1,
+) -> EncodedDialogues:
+    """Return `count` new dialogues of `args.num_frames + filler_frames` frames, with so much more
+    filler between facts and questions."""
+    jobs = [
+        (args, seed, first, min(first + _DIALOGUES_AT_ONCE, count), filler_frames)
+        for first in range(0, count, _DIALOGUES_AT_ONCE)
+    ]
+    global _pool
+    _pool = pool
+    if min(workers, len(jobs)) == 1:
+        parts = [_recombine(job) for job in jobs]
+    else:
+        # Forked, so that the pool is not copied to each.
+        with multiprocessing.get_context("fork").Pool(workers) as processes:
+            parts = processes.map(_recombine, jobs, chunksize=1)
+    return EncodedDialogues(
+        *(torch.from_numpy(np.concatenate(each)) for each in zip(*parts, strict=True))
+    )
+
+
+_pool: Pool
+"""What the processes of `recombine` share."""
+
+
+def _recombine(job: tuple[DialogueArgs, int, int, int, int]) -> tuple[np.ndarray, ...]:
+    args, seed, first, end, filler_frames = job
+    num_frames = args.num_frames + filler_frames
+    text = np.empty((end - first, num_frames), np.int16)
+    codes = np.empty((end - first, _pool.codes.shape[1], num_frames), np.uint8)
+    answers = np.full((end - first, args.num_facts, len(NO_ANSWER)), -1, np.int32)
+    for row in range(end - first):
+        composer = _Composer(_pool, args, random.Random(f"recombine {seed} {first + row}"))
+        found = composer.compose(num_frames, filler_frames)
+        parts = composer.parts
+        text[row] = np.concatenate([_pool.text[d, a:b] for d, a, b, _ in parts])[:num_frames]
+        codes[row] = np.concatenate([_pool.codes[d, :, a:b] for d, a, b, _ in parts], 1)[
+            :, :num_frames
+        ]
+        answers[row, : len(found)] = found
+    return text, codes, answers
