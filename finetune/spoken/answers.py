@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from finetune.statistics import Array, Bootstrap
 
 Json = dict[str, Any]
-TalkId = int | str
+Talks = Mapping[Any, Sequence[Json]]
+"""Questions, or answers, in their order, by the talk's number or name."""
 
 ARMS = {
     "on": "TTT on",
@@ -72,8 +73,8 @@ def score_text(question: Mapping[str, Any], text: str) -> Json:
 
 
 def summarize_recall(
-    talks: Mapping[TalkId, Sequence[Json]],
-    answers: Mapping[str, Mapping[TalkId, Sequence[Json]]],
+    talks: Talks,
+    answers: Mapping[str, Talks],
     *,
     window_sec: float | None = None,
     seed: int = 0,
@@ -144,9 +145,9 @@ class _RightByTalk:
 
     def __init__(
         self,
-        ids: Sequence[TalkId],
-        talks: Mapping[TalkId, Sequence[Json]],
-        answers: Mapping[TalkId, Sequence[Json]],
+        ids: Sequence[Any],
+        talks: Talks,
+        answers: Talks,
     ) -> None:
         self._rows = [
             [
@@ -208,9 +209,9 @@ def _baseline(questions: Sequence[Json], name: str) -> Json:
 
 
 def _examples(
-    ids: Sequence[TalkId],
-    talks: Mapping[TalkId, Sequence[Json]],
-    answers: Mapping[str, Mapping[TalkId, Sequence[Json]]],
+    ids: Sequence[Any],
+    talks: Talks,
+    answers: Mapping[str, Talks],
 ) -> list[Json]:
     found = [
         {

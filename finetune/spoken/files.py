@@ -22,7 +22,6 @@ from finetune.kept import Kept
 from finetune.report import markdown_lines
 from finetune.spoken.answers import (
     Json,
-    TalkId,
     example_table,
     guessing_text,
     question_json,
@@ -204,8 +203,8 @@ def score_recall(options: RecallScoreOptions) -> Iterator[str]:
         raise UserError(
             f"{options.folder} has no talks (*/{META}): make them by moshi-ttt recall-audio."
         )
-    talks: dict[TalkId, list[Json]] = {}
-    answers: dict[TalkId, list[Json]] = {}
+    talks: dict[str, list[Json]] = {}
+    answers: dict[str, list[Json]] = {}
     missing = []
     for path in metas:
         questions = _questions(path)

@@ -1,4 +1,4 @@
-"""`moshi-ttt recall-audio` and `recall-score`: talks as files, and scores of any model's answers."""
+"""`moshi-ttt recall-audio` and `recall-score`: talks as files, and scores of the answers."""
 
 import json
 import re

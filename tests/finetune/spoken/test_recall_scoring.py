@@ -107,7 +107,7 @@ def test_recall_is_counted_by_distance_and_arm() -> None:
         "on": {n: answers("right", "right" if n else "told") for n in talks},
         "off": {n: answers("right" if n < 2 else "none", "other") for n in talks},
     }
-    found = summarize_recall({**talks}, {**heard}, window_sec=240.0)
+    found = summarize_recall(talks, heard, window_sec=240.0)
     assert (found["num_talks"], found["num_questions"]) == (4, 8)
     assert found["chance"] == pytest.approx(1 / 12) and found["a_told_value"] == 0.25
     # Of the oldest fact, "oranges", one of the two questions is; of the newest, none.
@@ -138,8 +138,8 @@ def test_recall_is_counted_by_distance_and_arm() -> None:
 def test_a_talk_that_one_arm_has_not_heard_counts_nowhere() -> None:
     talks = {n: [question(10, "cheese")] for n in range(3)}
     on = {n: answers("right") for n in talks}
-    found = summarize_recall({**talks}, {"on": {**on}, "off": {0: answers("none")}})
+    found = summarize_recall(talks, {"on": on, "off": {0: answers("none")}})
     assert found["num_talks"] == 1 and found["arms"]["on"]["all"]["value"] == 1.0
     assert found["arms"]["on"]["beyond_window"] is None, "what attention sees is not known"
-    nothing = summarize_recall({**talks}, {"on": {}, "off": {}})
+    nothing = summarize_recall(talks, {"on": {}, "off": {}})
     assert nothing["num_questions"] == 0 and recall_tables(nothing) == []

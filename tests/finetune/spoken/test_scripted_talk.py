@@ -3,6 +3,7 @@
 import hashlib
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -65,7 +66,7 @@ def test_each_fact_is_asked_for_once_and_nothing_else_tells_it(talk: Talk) -> No
     assert fillers
     for fact in facts:
         assert not any(fact.name in text or fact.value in text for text in fillers)
-    for one, other in zip(said, said[1:], strict=False):
+    for one, other in pairwise(said):
         assert one.span.stop < other.span.start
     # The values of the facts that are left, at the first question: all.
     assert talk.questions[0].oldest == facts[0].value

@@ -105,11 +105,11 @@ class SpokenRecall(Task):
                 f"{work.num_left} of {len(prepared) * len(arms)} talks were not heard within "
                 f"--recall_max_minutes ({wanted.max_minutes:g}); the same command goes on."
             )
-        talks: dict[int | str, list[Json]] = {
+        talks = {
             talk.index: [question_json(talk, question) for question in talk.questions]
             for talk in prepared
         }
-        answers: dict[str, dict[int | str, list[Json]]] = {arm: {} for arm in arms}
+        answers: dict[str, dict[int, list[Json]]] = {arm: {} for arm in arms}
         unhealthy = 0
         for record in records:
             if record["arm"] in answers:
