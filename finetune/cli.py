@@ -357,9 +357,8 @@ def recall(options: RecallOptions) -> None:
 def recall_audio(options: RecallAudioOptions) -> None:
     """Write talks of a scripted user as audio, for any model that listens and speaks.
 
-    The user tells facts and asks for them later. docs/spoken_recall.md describes files and rules.
-    moshi-ttt recall-audio talks; moshi-ttt generate --checkpoint C --input_dir talks; moshi-ttt
-    recall-score talks
+    The user tells facts, and asks for them seconds to an hour later. Then `generate` with
+    --input_dir, or another model, answers, and recall-score counts. docs/spoken_recall.md has more.
     """
     from finetune.monitoring import setup_logging
     from finetune.spoken import write_recall_audio
