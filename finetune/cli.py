@@ -36,6 +36,7 @@ from finetune.recordings import (
     StatsOptions,
 )
 from finetune.serve import ExportOptions, GenerateOptions, ServeOptions
+from finetune.spoken import RecallAudioOptions, RecallScoreOptions
 from finetune.sweep import SweepOptions
 
 
@@ -296,7 +297,7 @@ def export(options: ExportOptions) -> None:
 
 @command
 def evaluate(options: EvaluateOptions) -> None:
-    """Measure whether TTT helps: loss by position with controls, likelihood of pairs, health.
+    """Measure whether TTT helps: loss by position, likelihood of pairs, health, spoken recall.
 
     Writes results.json, tables and report.html; called again, it continues where it was stopped.
     docs/evaluation.md explains what is measured.
@@ -350,6 +351,31 @@ def recall(options: RecallOptions) -> None:
     from finetune.recall import run_command
 
     print(run_command(options))
+
+
+@command
+def recall_audio(options: RecallAudioOptions) -> None:
+    """Write talks of a scripted user as audio, for any model that listens and speaks.
+
+    The user tells facts, and asks for them seconds to an hour later. Then `generate` with
+    --input_dir, or another model, answers, and recall-score counts. docs/spoken_recall.md has more.
+    """
+    from finetune.monitoring import setup_logging
+    from finetune.spoken import write_recall_audio
+
+    setup_logging()
+    print_all(write_recall_audio(options))
+
+
+@command
+def recall_score(options: RecallScoreOptions) -> None:
+    """Score what a model answered to the talks of recall-audio: recall by distance.
+
+    Beside each input.wav it reads output.json, words with their times, or output.txt.
+    """
+    from finetune.spoken import score_recall
+
+    print_all(score_recall(options))
 
 
 @command

@@ -167,6 +167,8 @@ LIGHT: list[list[str]] = [
     ["serve", "--checkpoint=x", "--max_users=0"],
     ["evaluate", "--checkpoint=x", "--arms=of"],
     ["recall", "--arms=delta_rule"],
+    ["recall-audio", "x", "--num_talks=0"],
+    ["recall-score", "--answer=x"],
     ["sweep", "example/curriculum.yaml", "--table=perhaps"],
     ["demo-data", "x", "--min_sec=1"],
     ["data", "--help"],

@@ -23,7 +23,8 @@ class Options(TaskOptions):
     """A folder run_dir/checkpoints/checkpoint_NNNNNN, or of a stock Moshi."""
 
     tasks: tuple[Annotated[str, OneOf(TASKS.keys)], ...] = ()
-    """What to measure; position and health if not given, and pairs with --pairs."""
+    """What to measure; position and health if not given, and pairs with --pairs. pairs and
+    spoken_recall need no --data."""
 
     data: PathsText | None = None
     """A JSONL of recordings as for training; null: the run's data.eval_data."""
@@ -41,7 +42,7 @@ class Options(TaskOptions):
     """Frames computed at once; it bounds the memory and changes no result."""
 
     seed: Seed = 0
-    """Seed of continuations and of the bootstrap."""
+    """Seed of continuations, of the talks of spoken recall, and of the bootstrap."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; `auto`: on the GPU if there is one."""

@@ -14,9 +14,17 @@ from finetune.report.figures import (
     png_element,
     svg_element,
     tidy,
+    time_axis,
 )
 from finetune.report.page import Entry, Page, Section, html_page
-from finetune.report.tables import Table, plain, signed, write_csv
+from finetune.report.tables import (
+    Table,
+    duration_text,
+    markdown_lines,
+    plain,
+    signed,
+    write_csv,
+)
 
 __all__ = [
     "ALARM",
@@ -29,12 +37,15 @@ __all__ = [
     "Page",
     "Section",
     "Table",
+    "duration_text",
     "html_page",
     "line_style",
+    "markdown_lines",
     "plain",
     "png_element",
     "signed",
     "svg_element",
     "tidy",
+    "time_axis",
     "write_csv",
 ]

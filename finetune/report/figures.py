@@ -6,6 +6,8 @@ import base64
 import io
 from typing import TYPE_CHECKING, Any, Literal
 
+from finetune.report.tables import duration_text
+
 if TYPE_CHECKING:
     from markupsafe import Markup
     from matplotlib.axes import Axes
@@ -19,6 +21,8 @@ ALARM = "#c62828"
 PICTURE: dict[str, Any] = {"dpi": 130, "layout": "constrained"}
 """How every figure that is saved as PNG is made."""
 GRID = "#e6e6e6"
+_TICKS_SEC = (1, 3, 10, 30, 60, 180, 600, 1800, 3600, 10800, 36000)
+_FEWER_TICKS_SEC = (1, 10, 60, 600, 3600, 36000)
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
 
 
@@ -43,6 +47,20 @@ def tidy(axes: Axes, *, grid: Literal["x", "y", "both"] = "both") -> None:
         axes.tick_params(left=False)
         hidden.append("left")
     axes.spines[hidden].set_visible(False)
+
+
+def time_axis(axes: Axes, longest_sec: float) -> None:
+    """Give axes a logarithmic axis of time whose ticks people know: 30 s, 1 min, 1 h.
+
+    Args:
+        longest_sec: the tick where none of the others is in sight.
+    """
+    axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    known = _TICKS_SEC if high / low < 300 else _FEWER_TICKS_SEC
+    ticks = [float(tick) for tick in known if low <= tick <= high] or [longest_sec]
+    axes.set_xticks(ticks, [duration_text(tick) for tick in ticks])
+    axes.minorticks_off()
 
 
 def svg_element(figure: Figure) -> Markup:

@@ -27,6 +27,20 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]])
         writer.writerows(rows)
 
 
+def markdown_lines(table: Table) -> list[str]:
+    """Return a table as lines of Markdown."""
+    lines = [table.columns, ["---"] * len(table.columns), *table.rows]
+    return [f"| {' | '.join(str(cell).replace('|', '/') for cell in line)} |" for line in lines]
+
+
+def duration_text(duration_sec: float) -> str:
+    """Return a duration as `30 s`, `8 min` or `1 h`."""
+    for size, unit in ((3600, "h"), (60, "min")):
+        if duration_sec >= size:
+            return f"{duration_sec / size:.3g} {unit}"
+    return f"{duration_sec:.3g} s"
+
+
 def signed(estimate: Mapping[str, float | None], digits: int = 4) -> str:
     """Return an estimate as `−0.0123 [−0.0150, −0.0100]`; without an interval where there is none,
     and a dash where there is no value."""

@@ -1,19 +1,25 @@
 """Talk to a model: files in and out, and calls."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from finetune.serve.options import ExportOptions, GenerateOptions, ServeOptions
 
 if TYPE_CHECKING:
-    from finetune.serve.engine import open_engine
+    from finetune.serve.engine import Engine, Row, Spoken, open_engine
     from finetune.serve.export import export_checkpoint
     from finetune.serve.files import answer_recordings
     from finetune.serve.server import serve
+    from finetune.serve.words import Words
 
 __all__ = [
+    "Engine",
     "ExportOptions",
     "GenerateOptions",
+    "Row",
     "ServeOptions",
+    "Spoken",
+    "Words",
     "answer_recordings",
     "export_checkpoint",
     "open_engine",
@@ -21,22 +27,20 @@ __all__ = [
 ]
 
 
+_MODULES = {
+    "Engine": "engine",
+    "Row": "engine",
+    "Spoken": "engine",
+    "Words": "words",
+    "answer_recordings": "files",
+    "export_checkpoint": "export",
+    "open_engine": "engine",
+    "serve": "server",
+}
+
+
 def __getattr__(name: str) -> Any:
     """Import what is slow to import only when it is asked for."""
-    if name == "open_engine":
-        from finetune.serve.engine import open_engine
-
-        return open_engine
-    if name == "answer_recordings":
-        from finetune.serve.files import answer_recordings
-
-        return answer_recordings
-    if name == "export_checkpoint":
-        from finetune.serve.export import export_checkpoint
-
-        return export_checkpoint
-    if name == "serve":
-        from finetune.serve.server import serve
-
-        return serve
-    raise AttributeError(name)
+    if name not in _MODULES:
+        raise AttributeError(name)
+    return getattr(import_module(f"finetune.serve.{_MODULES[name]}"), name)

@@ -27,7 +27,7 @@ class Spoken:
 
     text_token: int
     audio: Samples
-    """[frame_samples]."""
+    """[frame_samples]; nothing if the engine is open for text alone."""
     healthy: bool = True
     """True if all that the model computed for the row was finite. A row that is not stays so until
     it is restarted."""
@@ -83,6 +83,7 @@ class Engine:
     codec: Codec
     generator: _Generator
     rows: list[Row] = field(default_factory=list)
+    has_voice: bool = True
     _start_norms: dict[int, Tensor] = field(default_factory=dict)
     """By TTT layer; the weights stand still while the engine is open."""
 
@@ -203,13 +204,8 @@ class Engine:
         return tokens
 
     def _decode(self, speaking: list[Row], tokens: Tensor) -> dict[int, Spoken]:
-        # Rows that say nothing hold a number that is no code.
-        mask = self._mask(speaking)
-        said = torch.where(mask.to(tokens.device).view(-1, 1, 1), tokens, 0)
-        mimi = self.codec.mimi
-        mimi.set_exec_mask(mask)
-        audio = mimi.decode(said[:, 1:].to(self.codec.device))[:, 0].float().cpu().numpy()
-        texts = said[:, 0, 0].tolist()
+        audio = self._voices(speaking, tokens)
+        texts = tokens[:, 0, 0].tolist()
         assert self.generator.healthy is not None
         healthy = self.generator.healthy.tolist()
         return {
@@ -220,6 +216,18 @@ class Engine:
             )
             for row in speaking
         }
+
+    def _voices(self, speaking: list[Row], tokens: Tensor) -> Samples:
+        """[B, frame_samples] of what Moshi says; [B, 0] without voice."""
+        if not self.has_voice:
+            return np.zeros((len(self.rows), 0), dtype=np.float32)
+        mask = self._mask(speaking)
+        # Rows that say nothing hold a number that is no code.
+        said = torch.where(mask.to(tokens.device).view(-1, 1, 1), tokens, 0)
+        mimi = self.codec.mimi
+        mimi.set_exec_mask(mask)
+        audio: Tensor = mimi.decode(said[:, 1:].to(self.codec.device))[:, 0]
+        return audio.float().cpu().numpy()
 
     def _mask(self, rows: list[Row]) -> Tensor:
         mask = torch.zeros(len(self.rows), dtype=torch.bool)
@@ -235,12 +243,14 @@ def open_engine(
     max_users: int,
     temperature: float = 0.8,
     text_temperature: float = 0.7,
+    has_voice: bool = True,
 ) -> Iterator[Engine]:
     """An engine with `max_users` free rows.
 
     Args:
         model: in eval mode.
         temperature, text_temperature: of all rows; with 0 the likeliest code is taken.
+        has_voice: False: only the text of what Moshi says is wanted, and no audio is decoded.
     """
     mimi = codec._mimi_on_device()
     generator = _Generator(model, temperature, text_temperature)
@@ -254,7 +264,8 @@ def open_engine(
         stack.enter_context(generator.streaming(max_users))
         stack.enter_context(mimi.streaming(max_users))
         ttt.lengthen_caches(mimi, steps_per_frame)
-        engine = Engine(model, codec, generator, [Row(index) for index in range(max_users)])
+        rows = [Row(index) for index in range(max_users)]
+        engine = Engine(model, codec, generator, rows, has_voice)
         try:
             yield engine
         finally:

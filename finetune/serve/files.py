@@ -116,9 +116,13 @@ def answer_recordings(options: GenerateOptions) -> Outcome:
     if problem is not None:
         raise UserError(f"--checkpoint: {options.checkpoint}: {problem}: there is nothing to hear.")
     torch.manual_seed(options.seed)
-    how = {"temperature": options.temperature, "text_temperature": options.text_temperature}
-    max_users = min(options.batch_size, len(jobs))
-    with open_engine(model, codec, max_users=max_users, **how) as engine:
+    with open_engine(
+        model,
+        codec,
+        max_users=min(options.batch_size, len(jobs)),
+        temperature=options.temperature,
+        text_temperature=options.text_temperature,
+    ) as engine:
         return _Desk(engine, options).answer(jobs)
 
 

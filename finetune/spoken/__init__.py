@@ -5,7 +5,25 @@ from importlib import import_module
 from typing import Any
 
 from finetune.spoken import texts
+from finetune.spoken.answers import (
+    ARMS,
+    example_table,
+    guessing_text,
+    question_json,
+    recall_csv,
+    recall_tables,
+    score_words,
+    summarize_recall,
+)
 from finetune.spoken.facts import ACKNOWLEDGMENTS, KINDS, NAMES, Fact, FactKind
+from finetune.spoken.files import (
+    RecallAudioOptions,
+    RecallScoreOptions,
+    score_recall,
+    write_recall_audio,
+)
+from finetune.spoken.scoring import TimedWord, in_window
+from finetune.spoken.talk import FORMAT, Talk, TalkOptions, make_talk
 
 _FOUND_IN = {
     "speech": ("SAMPLE_RATE", "Speech", "Voice", "Word", "synthesize"),
@@ -19,6 +37,8 @@ _FOUND_IN = {
 
 __all__ = [
     "ACKNOWLEDGMENTS",
+    "ARMS",
+    "FORMAT",
     "KINDS",
     "MOSHI_VOICE",
     "NAMES",
@@ -35,13 +55,29 @@ __all__ = [
     "EncodedDialogues",
     "Fact",
     "FactKind",
+    "RecallAudioOptions",
+    "RecallScoreOptions",
     "Speech",
+    "Talk",
+    "TalkOptions",
+    "TimedWord",
     "Voice",
     "Word",
     "build_dataset",
+    "example_table",
+    "guessing_text",
+    "in_window",
+    "make_talk",
+    "question_json",
+    "recall_csv",
+    "recall_tables",
+    "score_recall",
+    "score_words",
+    "summarize_recall",
     "synthesize",
     "texts",
     "value_tokens",
+    "write_recall_audio",
 ]
 
 

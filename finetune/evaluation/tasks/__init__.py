@@ -11,6 +11,7 @@ _MODULES = (
     "position",
     "pairs",
     "health",
+    "spoken_recall",
 )
 TASKS: dict[str, Task] = {name: import_module(f"{__name__}.{name}").TASK for name in _MODULES}
 """By name, in the order in which they run and are reported."""

@@ -817,7 +817,10 @@ def test_speech_that_cannot_be_checked_is_told_at_the_start(
     ("arguments", "message"),
     [
         ({"checkpoint": "nowhere"}, "nowhere is no checkpoint"),
-        ({"tasks": "positions"}, "--tasks: expected position or pairs or health, got 'positions'"),
+        (
+            {"tasks": "positions"},
+            "--tasks: expected position or pairs or health or spoken_recall, got 'positions'",
+        ),
         ({"arms": "on,of"}, "--arms: expected on or off or reset or carried, got 'of'"),
         ({"tasks": "pairs"}, "pairs needs --pairs"),
         ({"tasks": "position", "pairs": "nope.jsonl"}, "--pairs: counts for the task pairs alone"),

@@ -135,7 +135,10 @@ def test_its_options_are_read_and_explained_like_all_others(
     assert evaluate("--help") in (0, None)
     assert "RMS from which on a recording is loud. [number]" in capsys.readouterr().out
     for words, message in (
-        (["--tasks=loudnes"], "expected position or pairs or health or loudness, got 'loudnes'"),
+        (
+            ["--tasks=loudnes"],
+            "expected position or pairs or health or spoken_recall or loudness, got 'loudnes'",
+        ),
         (["--tasks=loudness", "--loud_from=very"], "--loud_from: expected a number"),
         (["--tasks=loudness", "--loud_form=1"], "Did you mean --loud_from?"),
     ):

@@ -47,8 +47,9 @@ async def serving(
     identity: Identity = ME,
     **how: Any,
 ) -> AsyncIterator[Addressed]:
-    greedy = {"temperature": 0, "text_temperature": 0}
-    with open_engine(model, codec, max_users=max_users, **greedy) as engine:
+    with open_engine(
+        model, codec, max_users=max_users, temperature=0, text_temperature=0
+    ) as engine:
         server = Addressed(Switchboard(engine, **how), identity, Gate("127.0.0.1", token))
         listening = bind("127.0.0.1", 0)
         async with running(server, listening):

@@ -10,7 +10,7 @@ import numpy as np
 
 from finetune.evaluation.streams import STREAM_TITLES, STREAMS
 from finetune.evaluation.tasks.base import Found
-from finetune.report import COLORS, DARK, MUTED, tidy
+from finetune.report import COLORS, DARK, MUTED, duration_text, tidy, time_axis
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,15 +33,13 @@ ARM_LABELS = {
     "carried": "TTT carried over from another recording",
     "baseline": "baseline",
 }
-_TICKS_SEC = (1, 3, 10, 30, 60, 180, 600, 1800, 3600, 10800, 36000)
-_FEWER_TICKS_SEC = (1, 10, 60, 600, 3600, 36000)
 _OFF_SCALE = 1.5
 """The loss of guessing is drawn where it is no farther from the curves than this times their
 span; else it is named at the edge, or the curves would be flat."""
 
 
 def arm_label(arm: str, results: Found) -> str:
-    return ARM_LABELS[arm].format(reset=_duration(results["reset_sec"]))
+    return ARM_LABELS[arm].format(reset=duration_text(results["reset_sec"]))
 
 
 def position_figure(results: Found) -> Figure:
@@ -66,7 +64,7 @@ def position_figure(results: Found) -> Figure:
         for row in range(num_rows):
             _mark_window(axes[row, column], results, named=row == 0)
         bottom.set_xlabel("position in the recording")
-    _time_axis(axes[0, 0], results["longest_sec"])
+    time_axis(axes[0, 0], results["longest_sec"])
     axes[0, 0].set_ylabel("loss, nats per token")
     if differences:
         axes[1, 0].set_ylabel("loss minus that of TTT off\n(below 0: better)")
@@ -118,7 +116,7 @@ def _mark_window(axes: Axes, results: Found, *, named: bool) -> None:
     axes.axvline(window_sec, color=MUTED, linewidth=1, linestyle=(0, (1, 2)), zorder=0)
     if named:
         axes.annotate(
-            f"attention sees {_duration(window_sec)}",
+            f"attention sees {duration_text(window_sec)}",
             (window_sec, 0),
             xycoords=("data", "axes fraction"),
             xytext=(3, 3),
@@ -126,19 +124,3 @@ def _mark_window(axes: Axes, results: Found, *, named: bool) -> None:
             fontsize=8,
             color=MUTED,
         )
-
-
-def _time_axis(axes: Axes, longest_sec: float) -> None:
-    axes.set_xscale("log")
-    low, high = axes.get_xlim()
-    known = _TICKS_SEC if high / low < 300 else _FEWER_TICKS_SEC
-    ticks = [float(tick) for tick in known if low <= tick <= high] or [longest_sec]
-    axes.set_xticks(ticks, [_duration(tick) for tick in ticks])
-    axes.minorticks_off()
-
-
-def _duration(duration_sec: float) -> str:
-    for size, unit in ((3600, "h"), (60, "min")):
-        if duration_sec >= size:
-            return f"{duration_sec / size:.3g} {unit}"
-    return f"{duration_sec:.3g} s"
