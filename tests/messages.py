@@ -47,11 +47,14 @@ def _shown(nodes: list[ast.AST]) -> Iterator[ast.expr]:
             name = node.func.attr if isinstance(node.func, ast.Attribute) else _name(node.func)
             if name in SHOWING and len(node.args) > SHOWING[name]:
                 yield node.args[SHOWING[name]]
+                yield from (each.value for each in node.keywords if each.arg == "code")
             elif _is_append(node, to="warnings"):
                 yield node.args[0]
             elif name.startswith("HTTP"):
                 yield from (each.value for each in node.keywords if each.arg == "text")
         elif isinstance(node, ast.FunctionDef) and node.returns is not None:
+            options = zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)
+            yield from (default for arg, default in options if arg.arg == "code" and default)
             is_keyed = bool(KEYED.search(ast.unparse(node.returns)))
             if EXPLAINING.search(node.name) or is_keyed:
                 yield from _texts_of(node, is_keyed)

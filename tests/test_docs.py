@@ -57,6 +57,12 @@ def test_what_a_page_links_to_is_there(page: Path) -> None:
         assert not anchor or anchor in anchors(there), target
 
 
+def test_the_readme_says_what_every_folder_is_for() -> None:
+    readme = (ROOT / "README.md").read_text()
+    folders = [path.parent for path in (ROOT / "finetune").glob("*/__init__.py")]
+    assert [path.name for path in folders if f"({name_of(path)})" not in readme] == []
+
+
 def test_the_site_is_built_and_its_links_lead_somewhere(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
