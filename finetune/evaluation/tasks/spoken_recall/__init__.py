@@ -86,8 +86,7 @@ class SpokenRecall(Task):
 
     def run(self, bench: Bench, options: SpokenRecallOptions, prepared: list[Talk]) -> Json:
         from finetune.data import FRAME_RATE_HZ
-
-        from .measure import Listening
+        from finetune.evaluation.tasks.spoken_recall.measure import Listening
 
         wanted = options.recall
         settings = dataclasses.asdict(wanted)
@@ -168,7 +167,7 @@ class SpokenRecall(Task):
         )
 
     def figure(self, found: Found, model: Found) -> Figure | None:
-        from .figure import recall_figure
+        from finetune.evaluation.tasks.spoken_recall.figure import recall_figure
 
         return recall_figure(found) if found["num_questions"] else None
 
