@@ -125,11 +125,11 @@ def use_in_rows(model: nn.Module, rows: Tensor) -> None:
         state = module._streaming_state
         if state is None:
             raise ValueError(_NOT_STREAMING)
-        if module.rows_on is None:
-            module.rows_on = torch.ones_like(state.exec_mask)
+        if state.rows_on is None:
+            state.rows_on = torch.ones_like(state.exec_mask)
         # In place: a CUDA graph reads them where they are.
-        module.rows_on.copy_(rows)
-        state.exec_mask &= module.rows_on
+        state.rows_on.copy_(rows)
+        state.exec_mask &= state.rows_on
 
 
 def get_row(module: nn.Module, row: int, *, whole: bool) -> dict[str, Tensor]:

@@ -265,9 +265,4 @@ def open_engine(
         stack.enter_context(mimi.streaming(max_users))
         ttt.lengthen_caches(mimi, steps_per_frame)
         rows = [Row(index) for index in range(max_users)]
-        engine = Engine(model, codec, generator, rows, has_voice)
-        try:
-            yield engine
-        finally:
-            for module in model.ttt_layers.values():
-                module.rows_on = None
+        yield Engine(model, codec, generator, rows, has_voice)

@@ -132,6 +132,19 @@ def test_rows_forget_alone(rows: list[int] | torch.Tensor) -> None:
         assert ttt.get_state(model)["transformer.layers.0.gating.change"].abs().max() == 0
 
 
+@every_rule
+def test_a_row_without_ttt_is_so_for_its_stream_alone(write: str) -> None:
+    model = build(write)
+    codes = random_codes(num_frames=12)
+    with torch.no_grad(), model.streaming(2):
+        expected = model.forward_text(codes)[0][:1]
+    with torch.no_grad(), model.streaming(2):
+        ttt.use_in_rows(model, torch.tensor([False, True]))
+        assert not torch.equal(model.forward_text(codes)[0][:1], expected)
+    with torch.no_grad(), model.streaming(1):
+        torch.testing.assert_close(model.forward_text(codes[:1])[0], expected)
+
+
 def test_what_cannot_be_restored_is_one_clear_error() -> None:
     model = build("sum")
     with pytest.raises(ValueError, match="not streaming"):

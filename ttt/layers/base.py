@@ -29,6 +29,11 @@ class TTTState(State):
     false nothing may change.
     """
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.rows_on: Tensor | None = None
+        """[B], rows that use TTT; None: all. See `ttt.use_in_rows`."""
+
     @abstractmethod
     def fast_weights(self) -> tuple[Tensor, ...]:
         """Return the tensors [B, …] that change with every update, and with nothing else."""

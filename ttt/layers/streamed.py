@@ -14,8 +14,6 @@ class Streamed:
     """Whether the fast weights are a change, added to trained weights, and not weights of their
     own."""
 
-    rows_on: Tensor | None = None
-    """[B], rows of a stream that use TTT; None: all. See `ttt.use_in_rows`."""
     measures_stream = False
     """Whether steps of a stream leave `stream_effect`; set it before the first."""
     stream_effect: Tensor | None = None
@@ -26,8 +24,9 @@ class Streamed:
     def streamed(self, added: Tensor, to: Tensor) -> Tensor:
         """Return what a step of a stream adds to `to`: `added` [B, T, d], and zero in rows that are
         switched off."""
-        if self.rows_on is not None:
-            added = torch.where(self.rows_on.view(-1, 1, 1), added, 0.0)
+        state = self._streaming_state
+        if state is not None and state.rows_on is not None:
+            added = torch.where(state.rows_on.view(-1, 1, 1), added, 0.0)
         if self.measures_stream:
             part, whole = (x.detach().float().flatten(1).norm(dim=1) for x in (added, to))
             self.stream_effect = part / whole.clamp(min=torch.finfo(torch.float32).tiny)
