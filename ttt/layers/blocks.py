@@ -21,6 +21,8 @@ from moshi.modules.transformer import (
 )
 from torch import Tensor, nn
 
+from ttt.layers.frozen import FrozenLinear
+from ttt.ops.frozen import FrozenWeight, frozen_product
 from ttt.ops.moshi.attention import causal_attention
 from ttt.ops.moshi.depth_attention import depth_attention
 from ttt.ops.rope import RopeTable, rotate
@@ -29,8 +31,8 @@ from ttt.ops.rope import RopeTable, rotate
 class Linear(NamedTuple):
     """A linear layer with or without LoRA; with a leading [K] everywhere, K of them."""
 
-    weight: Tensor
-    """[out, in]."""
+    weight: Tensor | FrozenWeight | tuple[FrozenWeight, ...]
+    """[out, in]; of K frozen layers, each one's."""
     bias: Tensor | None = None
     """[out]."""
     lora_a: Tensor | None = None
@@ -83,7 +85,11 @@ class Layer(NamedTuple):
 def linear_of(module: nn.Module) -> Linear:
     if isinstance(module, LoRALinear):
         frozen, a, b = module.frozen_W, module.lora_A, module.lora_B
+        if isinstance(frozen, FrozenLinear):
+            return Linear(frozen.frozen_weight, None, a.weight, b.weight, module.scaling)
         return Linear(frozen.weight, frozen.bias, a.weight, b.weight, module.scaling)
+    if isinstance(module, FrozenLinear):
+        return Linear(module.frozen_weight)
     assert isinstance(module, nn.Linear)
     return Linear(module.weight, module.bias)
 
@@ -145,9 +151,9 @@ def stacked(linears: Sequence[Linear]) -> Linear:
     if len(linears) == 1:
         return linears[0]
     weight, bias, lora_a, lora_b, _ = zip(*linears, strict=True)
-    return Linear(
-        torch.stack(weight), _stack(bias), _stack(lora_a), _stack(lora_b), linears[0].scaling
-    )
+    # Frozen weights are multiplied with one after the other: to put them together would copy them.
+    weights = weight if isinstance(weight[0], FrozenWeight) else torch.stack(weight)
+    return Linear(weights, _stack(bias), _stack(lora_a), _stack(lora_b), linears[0].scaling)
 
 
 def _stack(tensors: Sequence[Tensor | None]) -> Tensor | None:
@@ -167,7 +173,11 @@ def project(x: Tensor, linear: Linear) -> Tensor:
     return out
 
 
-def _product(x: Tensor, weight: Tensor) -> Tensor:
+def _product(x: Tensor, weight: Tensor | FrozenWeight | tuple[FrozenWeight, ...]) -> Tensor:
+    if isinstance(weight, FrozenWeight):
+        return frozen_product(x, weight)
+    if isinstance(weight, tuple):
+        return torch.stack([frozen_product(part, w) for part, w in zip(x, weight, strict=True)])
     return F.linear(x, weight) if weight.dim() == 2 else torch.bmm(x, weight.transpose(1, 2))
 
 
