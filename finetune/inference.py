@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from finetune.checkpoint import load_trained_weights
-from finetune.config import DataArgs, ModelPaths, TrainArgs, load_run_config
+from finetune.config import DataArgs, ModelPaths, Precision, TrainArgs, load_run_config
 from finetune.data import FRAME_RATE_HZ, Codec, Segment, count_frames
 from finetune.distributed import join_world
 from finetune.errors import UserError
@@ -144,7 +144,13 @@ def _is_stock(checkpoint: Path) -> bool:
 
 
 def continue_recording(
-    checkpoint: Path, audio: Path, out: Path, *, device: str, **options: Any
+    checkpoint: Path,
+    audio: Path,
+    out: Path,
+    *,
+    device: str,
+    base_precision: Precision | None = None,
+    **options: Any,
 ) -> str:
     """See `finetune.cli.generate`; returns what Moshi says.
 
@@ -159,7 +165,7 @@ def continue_recording(
         raise UserError(f"--out: {out} must be a .wav file in a folder that exists.")
     if not audio.is_file():
         raise UserError(f"--audio: there is no file {audio}; correct the path.")
-    model, codec = load_for_inference(checkpoint, device)
+    model, codec = load_for_inference(checkpoint, device, base_precision)
     problem = nonfinite_weights(model)
     if problem is not None:
         raise UserError(f"--checkpoint: {checkpoint}: {problem}, so there is nothing to hear.")

@@ -46,6 +46,11 @@ def describe_run(
             whole if size == 1 else f"{size} share a copy of the model (parallel.shard_size)"
         )
     yield f"parameters: {', '.join(describe_roles(args, model))}"
+    if args.base_precision != "bfloat16" and args.lora.enable and not args.save_adapters:
+        yield (
+            f"checkpoints: LoRA is merged into the base as {args.base_precision} keeps it, in "
+            f"{args.param_dtype} again (save_adapters: false)"
+        )
     yield from _describe_ttt(args, model, num_frames)
     if world.device.type == "cuda":
         warn_of_slow_layers(model)

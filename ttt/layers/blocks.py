@@ -28,11 +28,21 @@ from ttt.ops.moshi.depth_attention import depth_attention
 from ttt.ops.rope import RopeTable, rotate
 
 
+class FrozenWeights(NamedTuple):
+    """Weights of K frozen layers of one shape."""
+
+    each: tuple[FrozenWeight, ...]
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((len(self.each), *self.each[0].shape))
+
+
 class Linear(NamedTuple):
     """A linear layer with or without LoRA; with a leading [K] everywhere, K of them."""
 
-    weight: Tensor | FrozenWeight | tuple[FrozenWeight, ...]
-    """[out, in]; of K frozen layers, each one's."""
+    weight: Tensor | FrozenWeight | FrozenWeights
+    """[out, in]."""
     bias: Tensor | None = None
     """[out]."""
     lora_a: Tensor | None = None
@@ -152,7 +162,8 @@ def stacked(linears: Sequence[Linear]) -> Linear:
         return linears[0]
     weight, bias, lora_a, lora_b, _ = zip(*linears, strict=True)
     # Frozen weights are multiplied with one after the other: to put them together would copy them.
-    weights = weight if isinstance(weight[0], FrozenWeight) else torch.stack(weight)
+    is_frozen = isinstance(weight[0], FrozenWeight)
+    weights = FrozenWeights(weight) if is_frozen else torch.stack(weight)
     return Linear(weights, _stack(bias), _stack(lora_a), _stack(lora_b), linears[0].scaling)
 
 
@@ -173,11 +184,12 @@ def project(x: Tensor, linear: Linear) -> Tensor:
     return out
 
 
-def _product(x: Tensor, weight: Tensor | FrozenWeight | tuple[FrozenWeight, ...]) -> Tensor:
+def _product(x: Tensor, weight: Tensor | FrozenWeight | FrozenWeights) -> Tensor:
     if isinstance(weight, FrozenWeight):
         return frozen_product(x, weight)
-    if isinstance(weight, tuple):
-        return torch.stack([frozen_product(part, w) for part, w in zip(x, weight, strict=True)])
+    if isinstance(weight, FrozenWeights):
+        pairs = zip(x, weight.each, strict=True)
+        return torch.stack([frozen_product(rows, each) for rows, each in pairs])
     return F.linear(x, weight) if weight.dim() == 2 else torch.bmm(x, weight.transpose(1, 2))
 
 

@@ -20,6 +20,11 @@ class FrozenLinear(nn.Module):
         kind: of `ttt.ops.frozen.KINDS`.
     """
 
+    kind: str
+    out_features: int
+    in_features: int
+    dtype: torch.dtype
+    """Of the weight before and after."""
     values: Tensor
     scales: Tensor
 
@@ -29,7 +34,6 @@ class FrozenLinear(nn.Module):
         self.kind = kind
         self.out_features, self.in_features = linear.out_features, linear.in_features
         self.dtype = linear.weight.dtype
-        """Of the weight before and after."""
         places = layout(kind, self.out_features, self.in_features)
         for name, (shape, dtype) in places._asdict().items():
             self.register_buffer(name, torch.empty(shape, dtype=dtype, device="meta"))
@@ -57,7 +61,7 @@ class FrozenLinear(nn.Module):
         _, self.values, self.scales, *_ = freeze(weight, self.kind)
 
     def unfrozen(self) -> nn.Linear:
-        """Return a layer on `meta` as the one that this replaces."""
+        """Return a layer on `meta` like the one that this replaces."""
         return nn.Linear(
             self.in_features, self.out_features, bias=False, device="meta", dtype=self.dtype
         )
@@ -80,6 +84,8 @@ class FrozenLinear(nn.Module):
 class FrozenAttention(StreamingMultiheadAttention):
     """Attention whose projections are frozen: stock `moshi` asks the first one for its weight, to
     know where and in which type a stream's keys are kept."""
+
+    in_projs: nn.ModuleList
 
     def _init_streaming_state(self, batch_size: int):  # type: ignore[no-untyped-def]
         frozen = self.in_projs
@@ -124,7 +130,21 @@ def freeze_linears(module: nn.Module, kind: str, *, skip: set[nn.Module]) -> Non
             setattr(module, name, FrozenLinear(child, kind))
         else:
             freeze_linears(child, kind, skip=skip)
-    if isinstance(module, StreamingMultiheadAttention):
-        first = module.in_projs[0]
-        if isinstance(first, FrozenLinear):
-            module.__class__ = FrozenAttention
+    if isinstance(module, StreamingMultiheadAttention) and isinstance(
+        module.in_projs[0], FrozenLinear
+    ):
+        module.__class__ = FrozenAttention
+
+
+def thaw_linears(module: nn.Module) -> None:
+    """Replace the frozen layers in a module by linear layers with the weights that they stand
+    for."""
+    for name, child in list(module.named_children()):
+        if isinstance(child, FrozenLinear):
+            linear = child.unfrozen()
+            linear.weight = nn.Parameter(child.thawed(), requires_grad=False)
+            setattr(module, name, linear)
+        else:
+            thaw_linears(child)
+    if isinstance(module, FrozenAttention):
+        module.__class__ = StreamingMultiheadAttention
