@@ -3,7 +3,7 @@
 import argparse
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -213,7 +213,7 @@ class Weights:
     def ours(self, arm: Arm) -> TTTLMModel:
         options = self.options
         if self.kind != arm.is_full:
-            self.stock(arm)
+            self.stock(replace(arm, base="bfloat16"))
         chosen: dict[str, Any] = TTT[arm.ttt] if arm.ttt else {"enabled": False}
         args = TTTArgs(**{"enabled": True, **options.ttt_layers, **chosen})
         with torch.device(options.device):

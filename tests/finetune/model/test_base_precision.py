@@ -1,4 +1,4 @@
-"""A frozen base in fewer bits: what is loaded, trains, is saved, continues, streams and is merged."""
+"""A frozen base in fewer bits is loaded, trains, is saved, continues, streams and is merged."""
 
 from pathlib import Path
 from typing import Any
@@ -77,8 +77,8 @@ def test_the_base_is_the_files_in_fewer_bits_and_all_else_is_as_it_is(
     for name, layer in frozen_linears(model):
         name = name.replace(".frozen_W", "")
         if name.split(".")[-2] in stacked:
-            weight = dict(plain.named_modules())[name]
-            weight = getattr(weight, "frozen_W", weight).weight
+            linear: Any = plain.get_submodule(name)
+            weight = getattr(linear, "frozen_W", linear).weight
         else:
             weight = file[f"{name}.weight"]
         expected = freeze(weight, kind)
@@ -126,12 +126,12 @@ def test_a_run_goes_on_to_the_bit(config: Path, tmp_path: Path, kind: str) -> No
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_merged_weights_are_the_base_as_it_was_trained_on(
-    config: Path, tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
+    config: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     how: dict[str, Any] = {**LORA, "base_precision": kind, "optim.lr": 0.03}
     how |= {"param_dtype": "float32", "save_adapters": False}
     run = train(config, tmp_path / "run", how)
-    assert f"LoRA is merged into the base as {kind} keeps it" in caplog.text
+    assert f"LoRA is merged into the base as {kind} keeps it" in capsys.readouterr().out
     merged = load_file(checkpoint(tmp_path / "run", 4) / "consolidated/consolidated.safetensors")
     for name, layer in frozen_linears(run.model):
         lora = dict(run.model.named_modules())[name.removesuffix(".frozen_W")]
@@ -147,7 +147,7 @@ def test_merged_weights_are_the_base_as_it_was_trained_on(
 
 @pytest.mark.parametrize("form", ["merged", "adapters"])
 def test_an_export_loads_in_stock_moshi(
-    config: Path, tmp_path: Path, form: Any, caplog: pytest.LogCaptureFixture
+    config: Path, tmp_path: Path, form: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     how = {**LORA, "base_precision": "nf4", "param_dtype": "float32", "max_steps": 2}
     train(config, tmp_path / "run", how)
@@ -157,7 +157,7 @@ def test_an_export_loads_in_stock_moshi(
         ExportOptions(checkpoint(tmp_path / "run", 2), out, form=form, device="cpu")
     )
     assert done.difference < 1e-5
-    assert ("the base was kept in nf4" in caplog.text) == (form == "merged")
+    assert ("the base was kept in nf4" in capsys.readouterr().out) == (form == "merged")
     assert "base_precision" in (out / "README.md").read_text()
 
 
@@ -178,7 +178,7 @@ def test_a_stream_computes_the_whole_sequence(config: Path, kind: str, mode: str
     assert said[-1] is not None and said[-1].shape == (1, 5, 1)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["float8", pytest.param("nf4", marks=pytest.mark.slow)])
 def test_a_compiled_or_recomputed_step_has_the_same_gradients(
     config: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,16 +188,15 @@ def test_a_compiled_or_recomputed_step_has_the_same_gradients(
         if name.endswith("lora_B.weight"):
             torch.nn.init.normal_(parameter, std=0.1)
     found = {}
-    for checkpointing in (False, True, "selective"):
-        for compiled in (False, True):
-            model.execution.checkpointing, model.execution.compile = checkpointing, compiled
-            states = model(random_batch(), with_heads=False)
-            loss = states.text.square().mean() + states.audio.square().mean()
-            model.zero_grad()
-            loss.backward()
-            found[checkpointing, compiled] = {
-                name: p.grad for name, p in model.named_parameters() if p.grad is not None
-            }
+    for checkpointing, compiled in ((False, False), (True, True), ("selective", False)):
+        model.execution.checkpointing, model.execution.compile = checkpointing, compiled
+        states = model(random_batch(), with_heads=False)
+        loss = states.text.square().mean() + states.audio.square().mean()
+        model.zero_grad()
+        loss.backward()
+        found[checkpointing, compiled] = {
+            name: p.grad for name, p in model.named_parameters() if p.grad is not None
+        }
     expected = found[False, False]
     assert any("depformer.layers" in name for name in expected)
     for how, gradients in found.items():
@@ -251,8 +250,8 @@ def test_float8_needs_a_gpu_and_widths_that_have_it(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A100")
     cuda = torch.device("cuda")
-    with pytest.raises(UserError, match="8.9 or later: Ada, Hopper.*A100 has 8.0"):
+    with pytest.raises(UserError, match=r"8\.9 or later: Ada, Hopper.*A100 has 8\.0"):
         base_precision.require_precision(model, "float8", cuda)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    with pytest.raises(UserError, match="multiples of 16, and .*linear_in is"):
+    with pytest.raises(UserError, match=r"multiples of 16, and .* is \d+ x"):
         base_precision.require_precision(model, "float8", cuda)
