@@ -16,6 +16,9 @@ for n, the largest difference that these two have shown up to this step, and the
 first step's N = B T losses: so much does a mean change if each of them is off by half of a last
 digit, up or down. Beyond that the exit status is 1.
 
+With `--base-precision` the stock model computes with the same frozen weights in fewer bits, in the
+plainest way (`ttt.ops.frozen.reference`); all else is as above.
+
 That an error goes beyond it is shown with `--planted`, by short runs of ours with one in them; if
 one does not, the exit status is 1 too.
 """
@@ -46,6 +49,8 @@ from training_arms import (
 from finetune.step import chunked_loss
 from ttt import TTTLMModel
 from ttt.layers import execution
+from ttt.layers.frozen import FrozenLinear, frozen_linears
+from ttt.ops.frozen import KINDS
 
 FACTOR = 4.0
 """Of n: two runs are a small sample of what rounding does."""
@@ -70,21 +75,27 @@ class Run(NamedTuple):
 
 
 def runs(options: argparse.Namespace) -> Iterator[Run]:
-    stock = Arm("", is_stock=True, is_full=options.full, compile=False)
+    base = options.base_precision
+    stock = Arm("", is_stock=True, is_full=options.full, compile=False, base=base)
     yield Run("stock", stock, StockRun)
     yield Run("stock, again", stock, StockRun)
     yield Run("stock, otherwise", stock, OtherStockRun)
     for compile in (False, True) if options.compile else (False,):
         for mode in (True, "selective", False):
             name = f"ours, {'compiled' if compile else 'eager'}, checkpointing {mode}".lower()
-            yield Run(name, Arm("", is_full=options.full, checkpointing=mode, compile=compile))
+            arm = Arm("", is_full=options.full, checkpointing=mode, compile=compile, base=base)
+            yield Run(name, arm)
     if options.planted:
-        eager = Arm("", is_full=options.full, compile=False)
+        eager = Arm("", is_full=options.full, compile=False, base=base)
         yield Run("planted: a layer learns nothing", eager, change=lose_gradients)
         if not options.full:
             yield Run("planted: LoRA's scale 2.2", eager, change=change_scale)
             if options.dtype == torch.bfloat16:
-                yield Run("planted: digits kept", Arm("", compile=True), within=kept_digits)
+                kept = Arm("", compile=True, base=base)
+                yield Run("planted: digits kept", kept, within=kept_digits)
+        if base != "bfloat16":
+            yield Run("planted: scales turned round", eager, change=turn_scales)
+            yield Run("planted: a block without its scale", eager, change=lose_scale)
 
 
 # Errors to be found -------------------------------------------------------------------------------
@@ -100,6 +111,26 @@ def change_scale(model: TTTLMModel) -> None:
     for module in model.modules():
         if isinstance(module, LoRALinear):
             module.scaling *= 1.1
+
+
+def turn_scales(model: TTTLMModel) -> None:
+    """Give the rows, or blocks, of one frozen weight each other's scales."""
+    layer = middle_frozen(model)
+    layer.scales = layer.scales.flip(0)
+
+
+def lose_scale(model: TTTLMModel) -> None:
+    """Lose the scale of one of 64 blocks, or rows, of one frozen weight."""
+    layer = middle_frozen(model)
+    layer.scales = layer.scales.clone()
+    layer.scales[::64] = 1.0
+
+
+def middle_frozen(model: TTTLMModel) -> FrozenLinear:
+    """Return the projection of the middle layer's MLP."""
+    layers = model.transformer.layers
+    _, last = list(frozen_linears(layers[len(layers) // 2]))[-1]
+    return last
 
 
 @contextmanager
@@ -239,6 +270,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--frames", type=int, default=625)
     parser.add_argument("--rank", type=int, default=128, help="of LoRA")
+    parser.add_argument(
+        "--base-precision", default="bfloat16", choices=["bfloat16", *KINDS], help="with LoRA"
+    )
     parser.add_argument("--full", action="store_true", help="all weights train, and no LoRA")
     parser.add_argument("--full-layers", type=int, default=8, help="of 32, in full fine-tuning")
     parser.add_argument("--lr", type=float, default=1e-4)
@@ -249,6 +283,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="a file to write the results to")
     options = parser.parse_args(arguments)
     options.dtype = getattr(torch, options.dtype)
+    options.frees_base = False
+    if options.full and options.base_precision != "bfloat16":
+        parser.error("--full: weights that train are not kept in fewer bits")
     # On a CPU compiled code always keeps digits.
     options.compile = options.device == "cuda" or options.dtype == torch.float32
     # The learning rate is at its highest from the second step on.

@@ -8,7 +8,8 @@ Every line is a run of a few optimizer steps on the same codes from the same wei
 entropy in float32, AdamW on float32 copies of the weights. Its losses are what the others' are
 compared with: of every step without TTT, and of the first step with TTT, which then has learned
 nothing yet. Where they differ, or are no numbers, no time is reported, and the exit status is 1.
-The stock model's line of the same kind (LoRA or full) is run with every choice of `--arms`.
+The stock model's line of the same kind (LoRA or full) is run with every choice of `--arms`. With
+`float8` and `nf4` (see `base_precision`) the model is another one, and its losses are, by little.
 
 Tokens are counted as `moshi-finetune` counts them: 9 a frame. MFU is against 989 TFLOP/s, of
 
@@ -44,18 +45,27 @@ from training_arms import (
 )
 
 from finetune.model import parameters_by_role
+from ttt.layers.frozen import num_frozen
 
 OUT_OF_MEMORY = "out of memory"
 PEAK_FLOPS = 989e12
 """Of an H100 or H200 in bfloat16, without sparsity."""
 TOLERANCE = {torch.bfloat16: 5e-3, torch.float32: 1e-5}
 """How far a loss may be from the stock model's, in nats; see docs/benchmarks.md."""
+FROZEN_TOLERANCE = {"float8": (0.02, 0.2), "nf4": (0.1, 1.0)}
+"""The same where the frozen weights are kept in fewer bits, which is another model: a part that all
+losses may have in common, and what a single one may differ by, of which the mean of N frames has
+1/√N. It is coarse, and only says that nothing is badly wrong; `same_losses.py` compares with the
+same weights, to rounding."""
 
 
 def arms(options: argparse.Namespace) -> Iterator[Arm]:
     compile = options.compile
     yield Arm("stock", is_stock=True)
     yield Arm("ours", compile=compile)
+    for base in ("float8", "nf4"):
+        yield Arm(f"ours, {base}", compile=compile, base=base)
+        yield Arm(f"ours, {base}, in_place delta", ttt="in_place delta", compile=compile, base=base)
     for name in TTT:
         yield Arm(f"ours, {name}", ttt=name, compile=compile)
     yield Arm("ours, selective", checkpointing="selective", compile=compile)
@@ -71,7 +81,7 @@ def operations(model: LMModel, arm: Arm, batch: int, options: argparse.Namespace
     """Return the operations of a step; see this file's text."""
     kwargs, own = lm_kwargs(arm, options), parameters_by_role(model)
     lora = sum(p.numel() for p in own.get("lora", {}).values())
-    base = sum(p.numel() for p in own["base"].values() if p.dim() == 2)
+    base = sum(p.numel() for p in own["base"].values() if p.dim() == 2) + num_frozen(model)
     trained = base if arm.is_full else lora
     frames, window = batch * options.frames, min(kwargs["context"], options.frames)
     seen = window * (1 - (window - 1) / 2 / options.frames)
@@ -188,11 +198,20 @@ def judged(
         num_compared = 1 if arm.ttt else None
         pairs = list(zip(result["losses"], stock["losses"], strict=True))[:num_compared]
         difference = kept["loss_difference"] = max(abs(a - b) for a, b in pairs)
-        if difference > options.tolerance:
+        if difference > tolerance(arm, result["batch"], options):
             return {**kept, "wrong": f"losses differ from the stock model's by {difference:.1e}"}
         result["loss_difference"] = difference
     result["speedup"] = result["tokens_per_sec"] / stock["tokens_per_sec"]
     return result
+
+
+def tolerance(arm: Arm, batch: int, options: argparse.Namespace) -> float:
+    """Return how far a loss of an arm may be from the stock model's, in nats."""
+    if arm.base == "bfloat16":
+        found: float = options.tolerance
+        return found
+    common, single = FROZEN_TOLERANCE[arm.base]
+    return common + single / math.sqrt(batch * options.frames)
 
 
 def search(
@@ -257,7 +276,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     options.dtype = getattr(torch, options.dtype)
     if options.tolerance is None:
         options.tolerance = TOLERANCE[options.dtype]
-    options.compile = options.device == "cuda"
+    options.compile, options.frees_base = options.device == "cuda", True
     names = [arm.name for arm in arms(options)]
     for name in options.arms or []:
         if name not in names:

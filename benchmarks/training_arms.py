@@ -3,7 +3,7 @@
 import argparse
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,9 +17,10 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from finetune.config import LoraArgs, OptimArgs
 from finetune.distributed import Sharding, World
-from finetune.model import add_lora, parameters_by_role, trainable_by_role
+from finetune.model import add_lora, freeze_base, parameters_by_role, trainable_by_role
 from finetune.step import LossWeights, Optimizer, accumulate_gradients, total_weight
 from ttt import TTTArgs, TTTLMModel, build_model
+from ttt.ops.frozen import reference
 
 TINY = {
     **loaders._lm_kwargs,
@@ -50,6 +51,9 @@ class Arm:
     compile: bool = True
     batch: int | None = None
     """None: as the options say."""
+    base: str = "bfloat16"
+    """`base_precision` of the frozen weights; the stock model computes with such weights in the
+    plainest way."""
 
 
 # The two training steps ---------------------------------------------------------------------------
@@ -202,12 +206,14 @@ class Weights:
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_("lora_" in name)
             self._start(model)
+            if arm.base != "bfloat16":
+                round_base(model, arm.base)
         return model
 
     def ours(self, arm: Arm) -> TTTLMModel:
         options = self.options
         if self.kind != arm.is_full:
-            self.stock(arm)
+            self.stock(replace(arm, base="bfloat16"))
         chosen: dict[str, Any] = TTT[arm.ttt] if arm.ttt else {"enabled": False}
         args = TTTArgs(**{"enabled": True, **options.ttt_layers, **chosen})
         with torch.device(options.device):
@@ -223,6 +229,10 @@ class Weights:
         if not arm.is_full:
             add_lora(model, LoraArgs(enable=True, rank=options.rank), seed=1)
             self._start(model)
+            freeze_base(model, arm.base)
+            if arm.base != "bfloat16" and options.frees_base:
+                # Beside it, the weights in full would be most of the peak.
+                self.base, self.kind = {}, None
         trained = {"base", "embedding"} if arm.is_full else {"lora"}
         for role, named in parameters_by_role(model).items():
             for parameter in named.values():
@@ -240,6 +250,55 @@ class Weights:
             bound = module.in_features**-0.5
             module.lora_A.weight.uniform_(-bound, bound, generator=generator)
             module.lora_B.weight.zero_()
+
+
+class PlainlyFrozen(nn.Module):
+    """A frozen layer as `ttt.ops.frozen.reference` defines it, without any of its kernels."""
+
+    def __init__(self, linear: nn.Linear, kind: str):
+        super().__init__()
+        self.kind, weight = kind, linear.weight.detach()
+        if kind == "nf4":
+            rows = max(1, CHUNK_WEIGHTS // weight.shape[1] // 64 * 64)
+            parts = [
+                reference.nf4_dequantize(*reference.nf4_quantize(w)) for w in weight.split(rows)
+            ]
+            self.weight = torch.cat(parts).to(weight.dtype)
+        else:
+            self.values, scales = reference.to_e4m3(weight)
+            self.scales = scales.flatten()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "nf4":
+            return F.linear(x, self.weight)
+        out: Tensor = _PlainProduct.apply(x.flatten(0, -2), self.values, self.scales)
+        return out.unflatten(0, x.shape[:-1])
+
+
+CHUNK_WEIGHTS = 2**22
+"""Weights that the reference rounds at once: it compares each with sixteen numbers."""
+
+
+class _PlainProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, values: Tensor, scales: Tensor) -> Tensor:
+        ctx.save_for_backward(values, scales)
+        return reference.float8_product(x, values, scales)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return reference.float8_gradient(grads[0], *ctx.saved_tensors), None, None
+
+
+def round_base(model: LMModel, kind: str) -> None:
+    """Let the stock model compute with the weights of its transformers as they are kept in fewer
+    bits."""
+    for transformer in (model.transformer, model.depformer):
+        assert transformer is not None
+        for module in transformer.modules():
+            if isinstance(module, LoRALinear):
+                # Another layer has the place in which `moshi` would look for a weight.
+                module.frozen_W = PlainlyFrozen(module.frozen_W, kind)
 
 
 def random_codes(batch: int, arm: Arm, options: argparse.Namespace) -> Tensor:

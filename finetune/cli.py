@@ -263,6 +263,7 @@ def _continue(options: GenerateOptions) -> None:
         options.audio,
         out,
         device=options.device,
+        base_precision=options.base_precision,
         prompt_sec=options.prompt_sec,
         seed=options.seed,
         temperature=options.temperature,

@@ -18,12 +18,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from finetune.checkpoint import load_trained_weights
-from finetune.config import DataArgs, ModelPaths, TrainArgs, load_run_config
+from finetune.config import DataArgs, ModelPaths, Precision, TrainArgs, load_run_config
 from finetune.data import FRAME_RATE_HZ, Codec, Segment, count_frames
 from finetune.distributed import join_world
 from finetune.errors import UserError
 from finetune.model import build_codec, find_checkpoint, load_model, require_checkpoint
 from ttt import TTTArgs, TTTLMModel, ttt_parameters
+from ttt.layers.frozen import frozen_linears
 
 _EXPORTED_TTT = "ttt.safetensors"
 
@@ -42,17 +43,23 @@ class Continuation:
     codes: Tensor
 
 
-def load_for_inference(checkpoint: Path, device: str = "auto") -> tuple[TTTLMModel, Codec]:
+def load_for_inference(
+    checkpoint: Path, device: str = "auto", base_precision: Precision | None = None
+) -> tuple[TTTLMModel, Codec]:
     """The model of a checkpoint folder, in eval mode, and its codec.
 
     Args:
         checkpoint: of a run; or a folder of a stock Moshi, laid out as on Hugging Face, which is
             loaded as it is, with the TTT of an export (`ttt.safetensors`) or without.
+        base_precision: of the frozen weights; None: as in the run, and of merged weights or a stock
+            folder as they are.
 
     Raises:
         UserError: no checkpoint there, or its base model cannot be found any more.
     """
     args = checkpoint_args(checkpoint, device)
+    if base_precision is not None:
+        args.base_precision = base_precision
     # Nothing trains here, so nothing is compiled.
     args.compile = False
     info = find_checkpoint(args.moshi_paths)
@@ -67,7 +74,9 @@ def load_for_inference(checkpoint: Path, device: str = "auto") -> tuple[TTTLMMod
 
 def nonfinite_weights(model: TTTLMModel) -> str | None:
     """Return which weights are NaN or infinite, in a sentence; None: all are numbers."""
-    bad = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
+    weights = [*model.named_parameters()]
+    weights += [(f"{name}.weight", layer.scales) for name, layer in frozen_linears(model)]
+    bad = [name for name, weight in weights if not weight.isfinite().all()]
     if not bad:
         return None
     more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
@@ -95,6 +104,8 @@ def checkpoint_args(checkpoint: Path, device: str = "auto") -> TrainArgs:
     if (checkpoint / "consolidated" / "consolidated.safetensors").is_file():
         # All weights are here: what they started from may be gone.
         args.moshi_paths.init_from = None
+        # Merged, they are no longer the base that was kept in fewer bits.
+        args.base_precision = "bfloat16"
     return args
 
 
@@ -133,7 +144,13 @@ def _is_stock(checkpoint: Path) -> bool:
 
 
 def continue_recording(
-    checkpoint: Path, audio: Path, out: Path, *, device: str, **options: Any
+    checkpoint: Path,
+    audio: Path,
+    out: Path,
+    *,
+    device: str,
+    base_precision: Precision | None = None,
+    **options: Any,
 ) -> str:
     """See `finetune.cli.generate`; returns what Moshi says.
 
@@ -148,7 +165,7 @@ def continue_recording(
         raise UserError(f"--out: {out} must be a .wav file in a folder that exists.")
     if not audio.is_file():
         raise UserError(f"--audio: there is no file {audio}; correct the path.")
-    model, codec = load_for_inference(checkpoint, device)
+    model, codec = load_for_inference(checkpoint, device, base_precision)
     problem = nonfinite_weights(model)
     if problem is not None:
         raise UserError(f"--checkpoint: {checkpoint}: {problem}, so there is nothing to hear.")

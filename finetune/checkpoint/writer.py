@@ -38,6 +38,7 @@ from finetune.errors import UserError
 from finetune.model import changed_shape, trainable_by_role
 from finetune.step import Optimizer
 from ttt import TTTLMModel, ttt_parameters
+from ttt.layers.frozen import frozen_linears
 
 logger = logging.getLogger(__name__)
 
@@ -359,7 +360,7 @@ def merged_weights(model: TTTLMModel, dtype: torch.dtype) -> Iterator[tuple[str,
         prefix: module for prefix, module in model.named_modules() if isinstance(module, LoRALinear)
     }
     own = ttt_parameters(model)
-    for name, weight in model.named_parameters():
+    for name, weight in _full_weights(model, dtype):
         prefix, _, part = name.rpartition(".")
         owner, _, inner = prefix.rpartition(".")
         if name in own or (owner in adapters and inner in ("lora_A", "lora_B")):
@@ -370,6 +371,13 @@ def merged_weights(model: TTTLMModel, dtype: torch.dtype) -> Iterator[tuple[str,
             yield f"{owner}.{part}", change + whole(weight, dtype)
         else:
             yield name, whole(weight, dtype)
+
+
+def _full_weights(model: TTTLMModel, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """The parameters, and in their type what is kept in fewer bits."""
+    yield from model.named_parameters()
+    for prefix, layer in frozen_linears(model):
+        yield f"{prefix}.weight", layer.thawed(dtype)
 
 
 def consolidated_config(args: TrainArgs, info: loaders.CheckpointInfo) -> dict[str, Any]:

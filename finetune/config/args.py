@@ -18,6 +18,7 @@ from ttt.options import LARGEST, Count, Frames, NonNegative, Positive
 from ttt.registry import METHODS
 
 Size = Annotated[int, Ge(1), Le(2**16)]
+Precision = Literal["bfloat16", "float8", "nf4"]
 Seed = Annotated[int, Ge(0), Lt(2**63)]
 
 
@@ -225,6 +226,12 @@ class TrainArgs:
 
     param_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of the parameters in the forward pass. The optimizer's own copy is always float32."""
+
+    base_precision: Precision = "bfloat16"
+    """How the frozen weights of both transformers are kept, where LoRA or TTT alone train.
+    `bfloat16`: as `param_dtype` says. `float8`: one byte a weight, and products in 8 bits, which
+    Ada and Hopper GPUs do at twice the speed. `nf4`: 4.5 bits a weight, for the least memory. See
+    [small-gpus.md](small-gpus.md)."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; `auto`: on the GPU if there is one."""

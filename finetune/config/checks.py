@@ -26,6 +26,12 @@ def _check_what_trains(args: TrainArgs) -> Iterator[Problem]:
             "full_finetuning, lora.enable",
             "both are true, but LoRA is trained instead of the full weights; set one to false",
         )
+    if args.full_finetuning and args.base_precision != "bfloat16":
+        yield (
+            "full_finetuning, base_precision",
+            f"weights in {args.base_precision} cannot train; set full_finetuning to false (LoRA or "
+            "TTT alone), or base_precision to bfloat16",
+        )
     if not (args.full_finetuning or args.lora.enable or args.ttt.enabled):
         yield (
             "full_finetuning, lora.enable, ttt.enabled",

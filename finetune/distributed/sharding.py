@@ -5,7 +5,8 @@ gathered shortly before they are used, in the type that the forward pass compute
 after; its gradients are summed, in float32, to where the parts are.
 
 Parameters that train are held in float32, and are what the optimizer steps: there is no other
-master copy. Frozen ones are held as they are used.
+master copy. Frozen ones are held as they are used; those that `base_precision` keeps in fewer bits
+are not cut at all: every process has them whole, and nothing is gathered for them.
 """
 
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ from finetune.config import TrainArgs
 from finetune.distributed.world import World
 from finetune.errors import UserError
 from ttt import TTTLMModel
+from ttt.layers.frozen import num_frozen
 
 FEW = 0.1
 """Up to this share of all parameters, gradients are kept whole between micro-batches."""
@@ -161,7 +163,7 @@ def sum_gradients_when_needed(model: nn.Module, *, is_last: bool) -> None:
         return
     parameters = list(model.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
-    if trained < FEW * sum(p.numel() for p in parameters):
+    if trained < FEW * (sum(p.numel() for p in parameters) + num_frozen(model)):
         model.set_requires_gradient_sync(is_last)
     else:
         model.set_requires_all_reduce(is_last)

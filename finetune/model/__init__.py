@@ -1,5 +1,6 @@
 """This package makes a model with its weights from a configuration."""
 
+from finetune.model.base_precision import freeze_base
 from finetune.model.build import (
     add_lora,
     build_codec,
@@ -11,14 +12,16 @@ from finetune.model.build import (
 )
 from finetune.model.hub import HUB_ERRORS, shape_from_hub
 from finetune.model.init_from import misfits, require_checkpoint
-from finetune.model.roles import parameters_by_role, trainable_by_role
+from finetune.model.roles import count_by_role, parameters_by_role, trainable_by_role
 
 __all__ = [
     "HUB_ERRORS",
     "add_lora",
     "build_codec",
     "changed_shape",
+    "count_by_role",
     "find_checkpoint",
+    "freeze_base",
     "load_model",
     "misfits",
     "model_shape",

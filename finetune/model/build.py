@@ -17,6 +17,7 @@ from torch import nn
 from finetune.config import LoraArgs, ModelArgs, ModelPaths, TrainArgs
 from finetune.data import Codec
 from finetune.errors import UserError
+from finetune.model.base_precision import freeze_base, require_precision
 from finetune.model.compilers import require_compiler
 from finetune.model.fill import Sharder, WeightFiles, fill
 from finetune.model.hub import HUB_ERRORS, is_reachable
@@ -229,6 +230,7 @@ def plan_model(
         ) from error
     if args.lora.enable:
         add_lora(model, args.lora, seed=args.seed)
+    freeze_base(model, args.base_precision)
     for role, named in parameters_by_role(model).items():
         for parameter in named.values():
             parameter.requires_grad_(role in training_roles(args))
@@ -265,6 +267,7 @@ def load_model(
         there = _with_known_names(earlier.config)
         require_fit(earlier, args, shape, {key: there.get(key) for key in shape})
     model = plan_model(args, info, compile=compile)
+    require_precision(model, args.base_precision, device)
     if check is not None:
         check(model)
     files = WeightFiles()

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from finetune.errors import UserError
 from ttt import TTTLMModel, ttt_parameters
 from ttt.layers import TTTLayer
+from ttt.layers.frozen import FrozenLinear, frozen_linears
 
 # Attention's projections as they were once stored: those of all steps of the depth transformer one
 # above the other. The released Moshi has these names.
@@ -58,12 +59,15 @@ class WeightFiles:
             UserError: the file cannot be read, or does not fit.
         """
         own = ttt_parameters(model)
+        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        for name, layer in frozen_linears(model):
+            shapes[f"{name}.weight"] = layer.frozen_weight.shape
         expected = {
-            name.replace(".frozen_W.", "."): parameter.shape
-            for name, parameter in model.named_parameters()
+            name.replace(".frozen_W.", "."): shape
+            for name, shape in shapes.items()
             if name not in own and ".lora_" not in name
         }
-        frozen = {name.replace(".frozen_W.", "."): name for name, _ in model.named_parameters()}
+        frozen = {name.replace(".frozen_W.", "."): name for name in shapes}
         found = _unstacked(_places(path, "moshi_paths.moshi_path"), expected)
         require_shapes(path, expected, found)
         self._places |= {frozen[name]: place for name, place in found.items()}
@@ -183,6 +187,10 @@ def fill(
     """
     for prefix, part in sharder.parts(model) if sharder else [("", model)]:
         for name, module in part.named_modules(prefix=prefix):
+            if isinstance(module, FrozenLinear):
+                if not module.is_filled:
+                    module.set_weight(_weight_of(module, name, files, device, seed))
+                continue
             own = dict(module.named_parameters(recurse=False))
             if not own or not all(parameter.is_meta for parameter in own.values()):
                 continue  # nothing to fill, or done with a part before
@@ -194,6 +202,18 @@ def fill(
         if sharder:
             sharder.cut(part)
     torch.manual_seed(seed)
+
+
+def _weight_of(
+    module: FrozenLinear, name: str, files: WeightFiles, device: torch.device, seed: int
+) -> Tensor:
+    """The weight that a layer is to keep in fewer bits: that of the layer which it replaces. One at
+    a time, it is all that is ever held in full."""
+    linear = module.unfrozen()
+    if _fill_module(linear, name, files, device):
+        _set_seed(seed, name.removesuffix(".frozen_W"))
+        _start(linear, name, {})
+    return linear.weight
 
 
 def _fill_module(module: nn.Module, prefix: str, files: WeightFiles, device: torch.device) -> bool:

@@ -6,6 +6,7 @@ from torch import nn
 
 from finetune.config import TrainArgs
 from ttt import TTTLMModel, ttt_parameters
+from ttt.layers.frozen import num_frozen
 
 
 def training_roles(args: TrainArgs) -> set[str]:
@@ -42,6 +43,19 @@ def parameters_by_role(model: TTTLMModel) -> dict[str, dict[str, nn.Parameter]]:
             role = "base"
         roles[role][name] = parameter
     return {role: named for role, named in roles.items() if named}
+
+
+def count_by_role(model: TTTLMModel) -> dict[str, tuple[int, int]]:
+    """Return the number of weights of each role, and how many of them train."""
+    counts = {
+        role: (
+            sum(p.numel() for p in named.values()),
+            sum(p.numel() for p in named.values() if p.requires_grad),
+        )
+        for role, named in parameters_by_role(model).items()
+    }
+    total, trained = counts["base"]
+    return counts | {"base": (total + num_frozen(model), trained)}
 
 
 def trainable_by_role(model: TTTLMModel) -> dict[str, dict[str, nn.Parameter]]:

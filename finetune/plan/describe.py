@@ -10,7 +10,7 @@ import torch
 from finetune.config import TrainArgs, changed_since_moshi_finetune
 from finetune.data import FRAME_RATE_HZ, EvalLoader, TrainLoader, count_frames
 from finetune.distributed import World, shard_size
-from finetune.model import parameters_by_role
+from finetune.model import count_by_role
 from finetune.monitoring import format_count
 from ttt import TTTLMModel
 from ttt.registry import METHODS
@@ -45,12 +45,12 @@ def describe_run(
         yield f"{world.size} processes: " + (
             whole if size == 1 else f"{size} share a copy of the model (parallel.shard_size)"
         )
-    roles = []
-    for role, named in parameters_by_role(model).items():
-        total = sum(p.numel() for p in named.values())
-        trains = sum(p.numel() for p in named.values() if p.requires_grad)
-        roles.append(f"{role} {format_count(total)}{'' if trains else ' (frozen)'}")
-    yield f"parameters: {', '.join(roles)}"
+    yield f"parameters: {', '.join(describe_roles(args, model))}"
+    if args.base_precision != "bfloat16" and args.lora.enable and not args.save_adapters:
+        yield (
+            f"checkpoints: LoRA is merged into the base as {args.base_precision} keeps it, in "
+            f"{args.param_dtype} again (save_adapters: false)"
+        )
     yield from _describe_ttt(args, model, num_frames)
     if world.device.type == "cuda":
         warn_of_slow_layers(model)
@@ -61,6 +61,14 @@ def describe_run(
         yield from changed_since_moshi_finetune(config, args)
 
 
+def describe_roles(args: TrainArgs, model: TTTLMModel) -> Iterator[str]:
+    """Yield what there is of each kind of weights, and whether it trains."""
+    for role, (total, trained) in count_by_role(model).items():
+        is_small = role == "base" and args.base_precision != "bfloat16"
+        frozen = f" (frozen, {args.base_precision})" if is_small else " (frozen)"
+        yield f"{role} {format_count(total)}{'' if trained else frozen}"
+
+
 SUMMARY = "summary.json"
 
 
@@ -68,10 +76,7 @@ def write_summary(
     args: TrainArgs, model: TTTLMModel, train_data: TrainLoader, world: World
 ) -> None:
     """Write what a run's metrics do not have into `summary.json` in its folder."""
-    by_role = {
-        role: sum(p.numel() for p in named.values())
-        for role, named in parameters_by_role(model).items()
-    }
+    by_role = {role: total for role, (total, _) in count_by_role(model).items()}
     segments_per_step = args.batch_size * args.num_microbatches * world.data_size
     content = {
         "parameters": sum(by_role.values()),

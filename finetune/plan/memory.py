@@ -5,7 +5,8 @@ that was kept is still there; when the main transformer's last layers follow, wh
 transformer and the loss had kept is gone, and it is there that TTT works; at its first layers
 nothing else is kept, but all gradients have come. What is counted, for one process:
 
-    weights      in `param_dtype`; parameters that train also, or only (if sharded), in float32
+    weights      in `param_dtype`; parameters that train also, or only (if sharded), in float32;
+                 what `base_precision` keeps in fewer bits, in these, whole in every process
     gradients    float32, of what trains and has its gradient by then: all of it, from the second
                  micro-batch on
     optimizer    two moments in float32
@@ -30,10 +31,10 @@ from finetune.config import TrainArgs
 from finetune.data import count_frames
 from finetune.distributed import FEW, peak_memory_gb, shard_size
 from finetune.errors import UserError
-from finetune.model import parameters_by_role
 from ttt import TTTLMModel
 from ttt.layers import layer_class
 from ttt.layers.depth import CHUNK_FRAMES
+from ttt.layers.frozen import FrozenLinear, frozen_bytes, num_frozen
 
 ELEMENTWISE = 1.5
 """What is kept of a layer that is not computed again, relative to its products."""
@@ -80,17 +81,18 @@ def estimate(args: TrainArgs, model: TTTLMModel, num_gpus: int) -> Memory:
     width = getattr(torch, args.param_dtype).itemsize
     parameters = list(model.parameters())
     num_trained = sum(p.numel() for p in parameters if p.requires_grad)
-    num_frozen = sum(p.numel() for p in parameters) - num_trained
+    num_wide = sum(p.numel() for p in parameters) - num_trained
+    in_fewer_bits = num_frozen(model)
     if size > 1:
-        weights = (num_frozen * width + 4 * num_trained) / size
+        weights = (num_wide * width + 4 * num_trained) / size + frozen_bytes(model)
         gathered = _gathered(model, width)
         gradients = 4 * num_trained / size
-        is_few = num_trained < FEW * (num_frozen + num_trained)
+        is_few = num_trained < FEW * (num_wide + num_trained + in_fewer_bits)
         whole_gradients = 4 * num_trained if args.num_microbatches > 1 and is_few else 0
     else:
         whole_gradients = 0
         masters = 4 * num_trained if width < 4 else 0
-        weights = num_frozen * width + num_trained * width + masters
+        weights = num_wide * width + num_trained * width + masters + frozen_bytes(model)
         gathered, gradients = 0.0, 4 * num_trained
     num_frames = args.batch_size * count_frames(args.duration_sec)
     stages = _stages(args, model, num_frames, width)
@@ -150,20 +152,12 @@ def _products(layer: nn.Module) -> int:
     return sum(
         module.out_features
         for name, module in layer.named_modules()
-        if isinstance(module, nn.Linear) and not name.endswith("lora_B")
+        if isinstance(module, nn.Linear | FrozenLinear) and not name.endswith("lora_B")
     )
 
 
 def _count(module: nn.Module, *, trained: bool = False) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
-
-
-def by_role(model: TTTLMModel) -> dict[str, tuple[int, bool]]:
-    """Parameters of each role, and whether they train."""
-    return {
-        role: (sum(p.numel() for p in named.values()), any(p.requires_grad for p in named.values()))
-        for role, named in parameters_by_role(model).items()
-    }
 
 
 @contextmanager

@@ -14,10 +14,11 @@ from finetune.config import ModelPaths, TrainArgs
 from finetune.data import Reading, count_frames, load_sources
 from finetune.distributed import shard_size
 from finetune.errors import UserError
-from finetune.model import plan_model, shape_from_hub
+from finetune.model import count_by_role, plan_model, shape_from_hub
 from finetune.monitoring import format_count, format_duration
 from finetune.plan.advice import ways_to_fit
-from finetune.plan.memory import by_role, estimate, fits
+from finetune.plan.describe import describe_roles
+from finetune.plan.memory import estimate, fits
 from finetune.safety import read_json
 from ttt import TTTLMModel, state_bytes
 from ttt.layers import layer_class
@@ -51,11 +52,7 @@ def plan(args: TrainArgs, *, num_gpus: int, gpu_memory_gb: float) -> Iterator[st
     info, source = shape_of(args.moshi_paths)
     model = plan_model(args, info)
     memory = estimate(args, model, num_gpus)
-    roles = ", ".join(
-        f"{role} {format_count(count)}{'' if trains else ' (frozen)'}"
-        for role, (count, trains) in by_role(model).items()
-    )
-    yield f"parameters: {roles}; {source}"
+    yield f"parameters: {', '.join(describe_roles(args, model))}; {source}"
     yield _describe_sharing(args, num_gpus)
     yield "memory of each GPU at its peak, estimated:"
     for field in dataclasses.fields(memory):
@@ -139,7 +136,7 @@ def _describe_time(args: TrainArgs, model: TTTLMModel, num_gpus: int) -> Iterato
         yield f"data: steps of an epoch are not known: {error}"
     factor = _ttt_factor(args, model)
     frames = segments_per_step // num_gpus * num_frames
-    size = sum(p.numel() for p in model.parameters()) / SEC_PER_FRAME_PARAMETERS
+    size = sum(total for total, _ in count_by_role(model).values()) / SEC_PER_FRAME_PARAMETERS
     step_sec = frames * SEC_PER_FRAME * size * factor
     step_sec *= 1.0 if args.gradient_checkpointing is True else SELECTIVE_FACTOR
     step_sec *= FULL_FACTOR if args.full_finetuning else 1.0

@@ -10,7 +10,8 @@ from finetune.serve.options import ExportOptions
 
 _MOSHI_LICENSE = "cc-by-4.0"
 _SETTINGS = (
-    "max_steps", "batch_size", "duration_sec", "seed", "param_dtype", "full_finetuning",
+    "max_steps", "batch_size", "duration_sec", "seed", "param_dtype", "base_precision",
+    "full_finetuning",
     "text_padding_weight", "first_codebook_weight_multiplier",
 )  # fmt: skip
 

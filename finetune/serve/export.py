@@ -13,13 +13,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from finetune.checkpoint import merged_weights
-from finetune.config import TrainArgs
+from finetune.config import Precision, TrainArgs
 from finetune.errors import UserError
 from finetune.inference import checkpoint_args, load_for_inference, nonfinite_weights
 from finetune.model import changed_shape, find_checkpoint, parameters_by_role
 from finetune.serve.card import model_card
 from finetune.serve.options import ExportOptions
 from ttt import TTTLMModel, ttt_parameters, without_ttt
+from ttt.layers.frozen import thaw_linears
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +55,16 @@ def export_checkpoint(options: ExportOptions) -> Exported:
             "lora.enable and save_adapters."
         )
     info = find_checkpoint(args.moshi_paths)
-    model, _ = load_for_inference(options.checkpoint, options.device)
+    # Adapters are for the base as it is published; merged, for the one that they were trained on.
+    precision: Precision | None = "bfloat16" if options.form == "adapters" else None
+    model, _ = load_for_inference(options.checkpoint, options.device, precision)
+    if options.form == "merged" and args.base_precision != "bfloat16":
+        thaw_linears(model)
+        logger.info(
+            "the base was kept in %s: the merged weights are these, in %s again",
+            args.base_precision,
+            args.param_dtype,
+        )
     if problem := nonfinite_weights(model):
         raise UserError(f"--checkpoint: {options.checkpoint}: {problem}.")
     out.mkdir(parents=True, exist_ok=True)

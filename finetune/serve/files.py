@@ -111,7 +111,7 @@ def answer_recordings(options: GenerateOptions) -> Outcome:
     jobs = list_jobs(options)
     if options.session is not None and len(jobs) > 1:
         raise UserError("--session: a session is one conversation; give one recording.")
-    model, codec = load_for_inference(options.checkpoint, options.device)
+    model, codec = load_for_inference(options.checkpoint, options.device, options.base_precision)
     problem = nonfinite_weights(model)
     if problem is not None:
         raise UserError(f"--checkpoint: {options.checkpoint}: {problem}: there is nothing to hear.")

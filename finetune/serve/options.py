@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Le
 from pydantic import AfterValidator
 
-from finetune.config import FilePath, Seed, Size
+from finetune.config import FilePath, Precision, Seed, Size
 from finetune.errors import UserError
 from ttt.options import NonNegative, abbreviated
 
@@ -105,6 +105,9 @@ class GenerateOptions:
     text_temperature: NonNegative = 0.7
     """Temperature of the text."""
 
+    base_precision: Precision | None = None
+    """How the weights of the base are kept: bfloat16, float8 or nf4; null: as in training."""
+
     device: Device = "auto"
     """Where to compute; `auto`: on the GPU if there is one."""
 
@@ -167,6 +170,9 @@ class ServeOptions:
 
     text_temperature: NonNegative = 0.7
     """Temperature of the text."""
+
+    base_precision: Precision | None = None
+    """How the weights of the base are kept: bfloat16, float8 or nf4; null: as in training."""
 
     device: Device = "auto"
     """Where to compute; `auto`: on the GPU if there is one."""

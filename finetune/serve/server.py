@@ -270,7 +270,9 @@ def serve(options: ServeOptions) -> None:
     check_access(options.host, token)
     listening = bind(options.host, options.port)
     with listening:
-        model, codec = load_for_inference(options.checkpoint, options.device)
+        model, codec = load_for_inference(
+            options.checkpoint, options.device, options.base_precision
+        )
         if problem := nonfinite_weights(model):
             raise UserError(f"--checkpoint: {options.checkpoint}: {problem}: nobody could hear it.")
         identity = identify(model, codec, options.checkpoint)

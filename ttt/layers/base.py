@@ -158,6 +158,11 @@ class TTTLayer(Streamed, StreamingModule[StateT]):
         assert not self.is_change, "the weights that are changed are the method's to name"
         return [weight[0] for weight in self._init_streaming_state(1).fast_weights()]
 
+    def kept_linears(self) -> set[nn.Module]:
+        """Return linear layers that must keep the type of the parameters when the base of the
+        model is frozen in fewer bits."""
+        return set()
+
     def write_gates(self) -> list[nn.Parameter]:
         """Return parameters that, set to zero, let nothing be written; none: there are no such."""
         return []

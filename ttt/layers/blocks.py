@@ -21,15 +21,27 @@ from moshi.modules.transformer import (
 )
 from torch import Tensor, nn
 
+from ttt.layers.frozen import FrozenLinear
+from ttt.ops.frozen import FrozenWeight, frozen_product
 from ttt.ops.moshi.attention import causal_attention
 from ttt.ops.moshi.depth_attention import depth_attention
 from ttt.ops.rope import RopeTable, rotate
 
 
+class FrozenWeights(NamedTuple):
+    """Weights of K frozen layers of one shape."""
+
+    each: tuple[FrozenWeight, ...]
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((len(self.each), *self.each[0].shape))
+
+
 class Linear(NamedTuple):
     """A linear layer with or without LoRA; with a leading [K] everywhere, K of them."""
 
-    weight: Tensor
+    weight: Tensor | FrozenWeight | FrozenWeights
     """[out, in]."""
     bias: Tensor | None = None
     """[out]."""
@@ -83,7 +95,11 @@ class Layer(NamedTuple):
 def linear_of(module: nn.Module) -> Linear:
     if isinstance(module, LoRALinear):
         frozen, a, b = module.frozen_W, module.lora_A, module.lora_B
+        if isinstance(frozen, FrozenLinear):
+            return Linear(frozen.frozen_weight, None, a.weight, b.weight, module.scaling)
         return Linear(frozen.weight, frozen.bias, a.weight, b.weight, module.scaling)
+    if isinstance(module, FrozenLinear):
+        return Linear(module.frozen_weight)
     assert isinstance(module, nn.Linear)
     return Linear(module.weight, module.bias)
 
@@ -145,9 +161,10 @@ def stacked(linears: Sequence[Linear]) -> Linear:
     if len(linears) == 1:
         return linears[0]
     weight, bias, lora_a, lora_b, _ = zip(*linears, strict=True)
-    return Linear(
-        torch.stack(weight), _stack(bias), _stack(lora_a), _stack(lora_b), linears[0].scaling
-    )
+    # Frozen weights are multiplied with one after the other: to put them together would copy them.
+    is_frozen = isinstance(weight[0], FrozenWeight)
+    weights = FrozenWeights(weight) if is_frozen else torch.stack(weight)
+    return Linear(weights, _stack(bias), _stack(lora_a), _stack(lora_b), linears[0].scaling)
 
 
 def _stack(tensors: Sequence[Tensor | None]) -> Tensor | None:
@@ -167,7 +184,12 @@ def project(x: Tensor, linear: Linear) -> Tensor:
     return out
 
 
-def _product(x: Tensor, weight: Tensor) -> Tensor:
+def _product(x: Tensor, weight: Tensor | FrozenWeight | FrozenWeights) -> Tensor:
+    if isinstance(weight, FrozenWeight):
+        return frozen_product(x, weight)
+    if isinstance(weight, FrozenWeights):
+        pairs = zip(x, weight.each, strict=True)
+        return torch.stack([frozen_product(rows, each) for rows, each in pairs])
     return F.linear(x, weight) if weight.dim() == 2 else torch.bmm(x, weight.transpose(1, 2))
 
 

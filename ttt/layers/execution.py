@@ -17,7 +17,8 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-# The operators of `_KEPT` are registered there.
+# The operators that are kept are registered there.
+from ttt.ops import frozen as _frozen  # noqa: F401
 from ttt.ops.moshi import depth_attention as _depth_attention  # noqa: F401
 from ttt.ops.recompute import first_forward_pass
 
@@ -50,7 +51,11 @@ _ATTENTION = {
     torch.ops.aten._flash_attention_forward.default,
     torch.ops.moshi_ttt.depth_attention.default,
 }
-_PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.bmm.default}
+_PRODUCTS = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.moshi_ttt.frozen_product.default,
+}
 
 
 @dataclass

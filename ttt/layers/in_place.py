@@ -65,6 +65,11 @@ class InPlaceGating(TTTLayer[InPlaceState]):
         linear = self.linear_out
         return linear.frozen_W.weight if isinstance(linear, LoRALinear) else linear.weight
 
+    def kept_linears(self) -> set[nn.Module]:
+        # W0: the fast weights are a change of it, relative to its norm and measured against it, and
+        # its own rounding would be larger than what a chunk writes.
+        return {self.linear_out}
+
     def ttt_parameters(self) -> dict[str, nn.Parameter]:
         found = {"target_conv": self.target_conv, "target_proj": self.target_proj}
         if self.target_gate is not None:
