@@ -5,8 +5,9 @@
 
 The process may take no more than `--limit-gb` of the GPU. The model is made as a training run makes
 it, from random weights, straight onto the device; LoRA and In-Place TTT train. For each batch size:
-seconds of a step, tokens per second, and the peak, beside what `moshi-ttt plan` estimates. Then the
-same model streams with stock `LMGen`: milliseconds per frame, which has 80, and its peak.
+seconds of a step, tokens per second, and the peak, beside what `moshi-ttt plan` estimates. After
+the first the same model streams with stock `LMGen`: milliseconds per frame, which has 80, and its
+peak.
 
 No time is reported of steps whose losses are no numbers or do not fall, nor of a stream whose
 frames are not all there; the exit status is then 1. Tokens are counted as in `train_step.py`.
@@ -63,24 +64,22 @@ def results(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     model = load_model(args, info, options.device)
     page = {"what": "load", "sec": time.monotonic() - started, **peaks(options)}
     yield page
-    run = OurRun(model, options)
-    for batch in options.batch:
+    for number, batch in enumerate(options.batch):
         planned = estimate(run_args(options, batch), plan_model(args, info), 1).peak / GB
         try:
-            yield train(run, batch, options) | {"planned_gb": planned}
+            yield train(model, batch, options) | {"planned_gb": planned}
         except torch.OutOfMemoryError:
             yield {"what": "train", "batch": batch, "wrong": "out of memory", "planned_gb": planned}
-            break
-    # The optimizer goes, with the copies of the weights that it steps.
-    for parameter in model.parameters():
-        parameter.grad, parameter._post_accumulate_grad_hooks = None, None
-    del run
-    yield stream(model, options)
+        # The optimizer goes, with the copies of the weights that it steps.
+        for parameter in model.parameters():
+            parameter.grad, parameter._post_accumulate_grad_hooks = None, None
+        if number == 0:
+            yield stream(model, options)
 
 
-def train(run: OurRun, batch: int, options: argparse.Namespace) -> dict[str, Any]:
+def train(model: TTTLMModel, batch: int, options: argparse.Namespace) -> dict[str, Any]:
     """Losses of a few optimizer steps on one batch, their median time, and the peak."""
-    codes = random_codes(batch, Arm(""), options)
+    run, codes = OurRun(model, options), random_codes(batch, Arm(""), options)
     free(options)
     losses, seconds = [], []
     for _ in range(options.warmup + options.steps):
@@ -93,7 +92,7 @@ def train(run: OurRun, batch: int, options: argparse.Namespace) -> dict[str, Any
     if not all(map(math.isfinite, losses)) or losses[-1] >= losses[0]:
         return found | {"wrong": "losses are no numbers, or do not fall"}
     step_sec = statistics.median(seconds[options.warmup :])
-    tokens = batch * options.frames * (1 + run.model.dep_q)
+    tokens = batch * options.frames * (1 + model.dep_q)
     return found | {
         "step_sec": step_sec,
         "first_step_sec": seconds[0],
@@ -103,10 +102,11 @@ def train(run: OurRun, batch: int, options: argparse.Namespace) -> dict[str, Any
 
 def stream(model: TTTLMModel, options: argparse.Namespace) -> dict[str, Any]:
     """Milliseconds per frame of one stream, and the peak."""
-    model.eval().requires_grad_(False)
+    model.eval()
     free(options)
     codes = random_codes(1, Arm(""), options)[:, :, : options.stream_frames]
-    done = run_stream(model, codes, graphs=True)
+    with torch.no_grad():
+        done = run_stream(model, codes, graphs=True)
     found = {"what": "stream", **peaks(options)}
     # The first frames that come out are late by the largest delay.
     num_frames = codes.shape[2] - max(model.delays)
@@ -151,7 +151,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--json", type=Path, help="a file to write the results to")
     options = parser.parse_args(arguments)
-    options.schedule_steps = max(20, len(options.batch) * (options.warmup + options.steps) + 1)
+    options.schedule_steps = max(20, options.warmup + options.steps + 1)
     return options
 
 

@@ -53,6 +53,7 @@ CASES: dict[str, Any] = {
     "lora, in-place": {**LORA, "lora.ft_embed": True, "num_microbatches": 2},
     "lora, delta": {**LORA, "ttt.write": "delta", "save_adapters": False, **COMPILED},
     "lora, replicas": {**LORA, "parallel.shard_size": 1},
+    "lora, nf4": {**LORA, "base_precision": "nf4", "num_microbatches": 2},
     "full, in-place": {**FULL, "gradient_checkpointing": True, "num_microbatches": 2},
     "full, linear": {**FULL, **LINEAR, **COMPILED, "gradient_checkpointing": "selective"},
     "full, mlp": {**FULL, **LINEAR, "ttt.method": "mlp"},
