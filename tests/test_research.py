@@ -126,6 +126,14 @@ def test_the_oracle_measures_rules(
 
 
 @pytest.mark.slow
+def test_voices_are_told_apart_by_how_they_are_understood() -> None:
+    said = run("recall_voices", "--talks=3", "--voices", "en-us+f2", "en-us+m7")
+    good, bad = (line.split(" | ") for line in said.splitlines()[-2:])
+    assert good[0] == "| en-us+f2" and good[1] == bad[1] == "12"
+    assert float(good[2]) >= 0.75 and float(bad[2]) <= 0.5
+
+
+@pytest.mark.slow
 def test_the_tokenizer_of_the_demonstration_is_what_its_program_makes(tmp_path: Path) -> None:
     run("train_tokenizer", "--out", tmp_path / "tokenizer.model")
     assert (tmp_path / "tokenizer.model").read_bytes() == (MODEL / "tokenizer.model").read_bytes()

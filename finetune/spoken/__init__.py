@@ -6,7 +6,7 @@ from typing import Any
 
 from finetune.spoken import texts
 from finetune.spoken.answers import (
-    ARMS,
+    ARM_LABELS,
     example_table,
     guessing_text,
     question_json,
@@ -37,7 +37,7 @@ _FOUND_IN = {
 
 __all__ = [
     "ACKNOWLEDGMENTS",
-    "ARMS",
+    "ARM_LABELS",
     "FORMAT",
     "KINDS",
     "MOSHI_VOICE",

@@ -19,7 +19,7 @@ Json = dict[str, Any]
 Talks = Mapping[Any, Sequence[Json]]
 """Questions, or answers, in their order, by the talk's number or name."""
 
-ARMS = {
+ARM_LABELS = {
     "on": "TTT on",
     "off": "TTT off",
     "reset": "TTT reset before the question",
@@ -85,7 +85,7 @@ def summarize_recall(
         talks: questions of `question_json`, by talk.
         answers: of `score_text`, in the order of the questions, by arm and talk. Talks that some
             arm has not heard are left out.
-        window_sec: how much attention sees; None: it is not known.
+        window_sec: of attention, in one layer; None: it is not known.
         seed: of the bootstrap.
     """
     ids = [talk for talk in talks if all(talk in of for of in answers.values())]
@@ -248,21 +248,24 @@ def recall_tables(found: Mapping[str, Any]) -> list[Table]:
     means = [_share(base["all"]) for base in found["baselines"].values()]
     if all(of["beyond_window"] for of in arms.values()):
         beyond = [plain(of["beyond_window"], 2) for of in arms.values()]
-        lines.append(["beyond what attention sees", *beyond, *("" for _ in means)])
+        lines.append(["beyond attention's window", *beyond, *("" for _ in means)])
     lines.append(["all", *(plain(of["all"], 2) for of in arms.values()), *means])
     outcomes = [
-        [ARMS[arm], *(f"{n} ({n / found['num_questions']:.0%})" for n in of["outcomes"].values())]
+        [
+            ARM_LABELS[arm],
+            *(f"{n} ({n / found['num_questions']:.0%})" for n in of["outcomes"].values()),
+        ]
         for arm, of in arms.items()
     ]
     differences = [
-        [" − ".join(ARMS[arm] for arm in each["arms"]), signed(each["all"], 2),
+        [" − ".join(ARM_LABELS[arm] for arm in each["arms"]), signed(each["all"], 2),
          signed(each["beyond_window"], 2) if each["beyond_window"] else "–"]
         for each in found["differences"]
     ]  # fmt: skip
-    names = [ARMS[arm] for arm in arms]
+    names = [ARM_LABELS[arm] for arm in arms]
     return [
         Table(("from the fact to the question", *names, *BASELINES.values()), lines),
-        Table(("compared", "all", "beyond what attention sees"), differences),
+        Table(("compared", "all", "beyond attention's window"), differences),
         Table(("what was answered", *OUTCOMES.values()), outcomes),
     ]
 
@@ -278,7 +281,7 @@ def example_table(found: Mapping[str, Any]) -> Table:
         ]
         for each in found["examples"]
     ]
-    names = [ARMS[arm] for arm in found["arms"]]
+    names = [ARM_LABELS[arm] for arm in found["arms"]]
     return Table(("fact", "asked after", "question", *names), rows, wraps=True)
 
 

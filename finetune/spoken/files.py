@@ -21,6 +21,7 @@ from finetune.errors import UserError
 from finetune.kept import Kept
 from finetune.report import markdown_lines
 from finetune.spoken.answers import (
+    BASELINES,
     Json,
     example_table,
     guessing_text,
@@ -44,6 +45,10 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "recall_audio.json"
 META, INPUT = "meta.json", "input.wav"
+_NEEDED = {"distance_sec", "kind", "fact", "question", "answer", "window_sec", "told_values"} | {
+    *BASELINES
+}
+"""What a score needs of a question."""
 _BLOCK_SAMPLES = 10 * SAMPLE_RATE_HZ
 
 
@@ -237,7 +242,13 @@ def _questions(path: Path) -> list[Json]:
             f"{path} is of another version (format {meta.get('format')}, not {FORMAT}): make the "
             "talks again, and their answers."
         )
-    return meta["questions"]
+    questions: list[Any] = meta["questions"]
+    if not all(isinstance(each, dict) and each.keys() >= _NEEDED for each in questions):
+        raise UserError(
+            f"{path} has questions that lack some of {', '.join(sorted(_NEEDED))}: make the talks "
+            "again."
+        )
+    return questions
 
 
 def _read_answers(place: Path, name: str, questions: list[Json]) -> list[Json] | None:

@@ -65,7 +65,7 @@ class TalkOptions:
     kinds: tuple[Kind, ...] = tuple(KINDS)
     """Kinds of facts, of which each talk has one: thing, place, number."""
 
-    voices: tuple[str, ...] = ("en-us+m3", "en-us+m1", "en-us+f2", "en-us+f4")
+    voices: tuple[str, ...] = ("en-us+m2", "en-us+f2", "en-us+m6", "en-us+f5")
     """Voices of espeak-ng, of which each talk has one."""
 
     answer_sec: Annotated[float, Ge(1), Le(60)] = 4.0

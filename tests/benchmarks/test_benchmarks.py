@@ -375,6 +375,25 @@ def test_calls_that_do_not_fit_are_a_line_and_time_ends(
     assert none["skipped"] == "time was up"
 
 
+@pytest.mark.slow
+def test_spoken_recall_is_timed_whole(
+    program: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program("calls")
+    recall = program("spoken_recall")
+    short = ["--device=cpu", "--ttt-layers=1", "--talks=1", "--distances=5", "--facts=1"]
+    short += ["--answer-sec=1", "--batch-size=3", f"--out={tmp_path / 'recall.json'}"]
+    line = recall.main(short)
+    # One talk in three arms, side by side: some nine seconds.
+    assert line["rows"] == 3 and 100 < line["steps"] < 140
+    assert 0 < line["median_ms"] < line["whole_ms_per_step"] * 2 and line["learned"] > 0
+    assert json.loads((tmp_path / "recall.json").read_text()) == line
+    nothing = {"num_talks": 0, "num_unhealthy": 0}
+    monkeypatch.setattr(recall.TASK, "run", lambda *_: nothing)
+    with pytest.raises(SystemExit, match="wrong: 0 talks heard"):
+        recall.main(short)
+
+
 def spoil(calls: Any) -> None:
     """A model whose weights are no numbers."""
     right = calls.make_model

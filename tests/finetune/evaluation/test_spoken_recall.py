@@ -140,8 +140,8 @@ def with_ttt(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return checkpoint(folder / "run", 1)
 
 
-def evaluate(model: Path, out: Path, *words: Any) -> Any:
-    tasks = ["--tasks=spoken_recall", "--device=cpu", "--seed=5"]
+def evaluate(model: Path, out: Path, *words: Any, device: str = "cpu") -> Any:
+    tasks = ["--tasks=spoken_recall", f"--device={device}", "--seed=5"]
     return call("evaluate", f"--checkpoint={model}", f"--out={out}", *tasks, *words)
 
 
@@ -234,6 +234,16 @@ def test_a_real_model_is_heard_in_all_arms_and_goes_on_as_if_not_interrupted(
     assert evaluate(with_ttt, out, *SHORT, "--batch_size=3") == 0
     again = (out / "spoken_recall.jsonl").read_text()
     assert sorted(again.splitlines()) == sorted(whole.splitlines())
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_all_arms_are_heard(with_ttt: Path, tmp_path: Path) -> None:
+    """In two batches, of which the second uses the graphs of the first."""
+    out = tmp_path / "out"
+    assert evaluate(with_ttt, out, *SHORT, "--batch_size=2", device="cuda") == 0
+    _, *records = map(json.loads, (out / "spoken_recall.jsonl").read_text().splitlines())
+    assert [record["arm"] for record in records] == ["on", "off", "reset"]
+    assert all(record["healthy"] and record["num_words"] > 5 for record in records)
 
 
 @pytest.fixture(scope="module")

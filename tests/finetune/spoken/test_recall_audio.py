@@ -161,5 +161,7 @@ def test_what_cannot_be_scored_is_named(call: Said, talks: Path, tmp_path: Path)
     (talks / "001/output.json").write_text('{"words": []}')
     status, said = call("recall-score", talks)
     assert status == 1 and 'has no list "alignments"' in said
+    (talks / "001/meta.json").write_text('{"format": 1, "questions": [{"kind": "thing"}]}')
+    assert "001/meta.json has questions that lack" in call("recall-score", talks)[1]
     (talks / "001/meta.json").write_text('{"format": 0}')
     assert "of another version (format 0, not 1)" in call("recall-score", talks)[1]

@@ -128,7 +128,7 @@ def test_recall_is_counted_by_distance_and_arm() -> None:
     for each in (on["all"], off["all"], on["beyond_window"]):
         assert 0 <= each["low"] <= each["value"] <= each["high"] <= 1
     table, differences, outcomes = recall_tables(found)
-    assert [row[0] for row in table.rows] == ["10 s", "5 min", "beyond what attention sees", "all"]
+    assert [row[0] for row in table.rows] == ["10 s", "5 min", "beyond attention's window", "all"]
     assert table.rows[1][3:] == ["1.00", "0.00"]
     assert differences.rows[0][0] == "TTT on − TTT off"
     assert outcomes.rows[1] == ["TTT off", "2 (25%)", "0 (0%)", "4 (50%)", "2 (25%)"]

@@ -18,7 +18,7 @@ from finetune.errors import UserError
 from finetune.evaluation.tasks.base import Found, Json, Task, TaskOptions
 from finetune.report import Table, duration_text, plain, signed
 from finetune.spoken import (
-    ARMS,
+    ARM_LABELS,
     FORMAT,
     TalkOptions,
     example_table,
@@ -129,8 +129,8 @@ class SpokenRecall(Task):
     def sentences(self, found: Found) -> Iterable[str]:
         if found["num_unhealthy"]:
             yield (
-                f"Warning: in {found['num_unhealthy']} talks the model computed NaN; it says "
-                "nothing from there on."
+                f"Warning: in {found['num_unhealthy']} talks the model computed NaN or infinity: "
+                "its answers there mean nothing."
             )
         if not found["num_questions"]:
             return
@@ -138,12 +138,12 @@ class SpokenRecall(Task):
         for number, (arm, of) in enumerate(found["arms"].items()):
             asked = f" of {found['num_questions']} questions, {first} to {last} after the fact"
             share = plain(of["all"], 2)
-            yield f"{ARMS[arm]}: the right value in {share}{'' if number else asked}."
+            yield f"{ARM_LABELS[arm]}: the right value in {share}{'' if number else asked}."
         yield guessing_text(found)
         for difference in found["differences"]:
-            for place, where in (("all", ""), ("beyond_window", " beyond what attention sees")):
+            for place, where in (("all", ""), ("beyond_window", " beyond attention's window")):
                 if difference[place] is not None:
-                    one, other = (ARMS[arm] for arm in difference["arms"])
+                    one, other = (ARM_LABELS[arm] for arm in difference["arms"])
                     yield (
                         f"{one} against {other}{where}: {signed(difference[place], 2)}, "
                         f"{_verdict(difference[place])}."
@@ -157,7 +157,7 @@ class SpokenRecall(Task):
     def note(self, found: Found) -> str:
         shown = ""
         if found["window_sec"] is not None:
-            shown = f" Attention sees {duration_text(found['window_sec'])} at once."
+            shown = f" Attention's window is {duration_text(found['window_sec'])}, in each layer."
         return (
             f"{found['num_talks']} talks of a scripted user, who tells facts first and asks for "
             "each once; the model hears him, speaks freely, and what it says in the silence after "

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.evaluation.tasks.base import Found
 from finetune.report import COLORS, DARK, MUTED, duration_text, tidy, time_axis
-from finetune.spoken import ARMS
+from finetune.spoken import ARM_LABELS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,7 +29,7 @@ def recall_figure(found: Found) -> Figure:
         at = [point["distance_sec"] * _APART[arm] for point in points]
         value, low, high = ([_number(p[name]) for p in points] for name in ("value", "low", "high"))
         axes.plot(at, value, color=color, marker=marker, markersize=5, linewidth=1.5,
-                  label=ARMS[arm])  # fmt: skip
+                  label=ARM_LABELS[arm])  # fmt: skip
         axes.vlines(at, low, high, color=color, linewidth=1.2)
     dashes: Any = (0, (4, 3))
     axes.axhline(found["chance"], color=MUTED, linewidth=1, linestyle=dashes, label="chance")
@@ -39,7 +39,7 @@ def recall_figure(found: Found) -> Figure:
     window_sec, limits = found["window_sec"], axes.get_xlim()
     if window_sec is not None and limits[0] < window_sec < limits[1]:
         axes.axvline(window_sec, color=MUTED, linewidth=1, linestyle=(0, (1, 2)), zorder=0)
-        axes.annotate(f"attention sees {duration_text(window_sec)}", (window_sec, 1.0),
+        axes.annotate(f"attention's window, {duration_text(window_sec)}", (window_sec, 1.0),
                       xytext=(3, 0), textcoords="offset points", fontsize=8, color=MUTED,
                       va="top")  # fmt: skip
     axes.set_ylim(-0.03, 1.03)
