@@ -236,5 +236,5 @@ def _recombine(job: tuple[DialogueArgs, int, int, int, int]) -> tuple[np.ndarray
         codes[row] = np.concatenate([_pool.codes[d, :, a:b] for d, a, b, _ in parts], 1)[
             :, :num_frames
         ]
-        answers[row, : len(found)] = found
+        answers[row, : len(found)] = np.array(found).reshape(-1, len(NO_ANSWER))
     return text, codes, answers

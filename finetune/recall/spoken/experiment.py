@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from finetune.recall.arms import ARMS, check_arms
 from finetune.recall.jobs import Job, run_jobs
@@ -19,6 +19,9 @@ from finetune.recall.spoken import measure
 from finetune.recall.spoken.presets import SpokenPreset
 from finetune.recall.spoken.training import train_arm
 from finetune.spoken import Dataset, build_dataset
+
+BASE = "off"
+"""The arm that fine-tuned arms start from."""
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +36,9 @@ def run_arm(
     started_at = time.monotonic()
     dataset = Dataset(data, preset.data)
     text = dataset.text
-    model, curve, base_curve = train_arm(
-        preset, name, dataset.load("train"), text, seed=seed, device=device
+    base = load_file(_weights(out, BASE, seed)) if ARMS[name].is_finetuned else None
+    model, curve = train_arm(
+        preset, name, dataset.load("train"), text, seed=seed, device=device, base=base
     )
     trained_at = time.monotonic()
     model.eval()
@@ -44,7 +48,6 @@ def run_arm(
         "seed": seed,
         "parameters": sum(p.numel() for p in model.parameters()),
         "curve": curve,
-        "base_curve": base_curve,
         "queue": measure.queue_accuracy(held_out),
         "trained_length": measure.trained_length(model, held_out, text, preset),
     }
@@ -62,10 +65,14 @@ def run_arm(
         result["free"], said = measure.free(model, held_out, text, preset.num_free)
         save_file({"said": said.to(torch.int16)}, out / f"{name}_seed{seed}.said.safetensors")
     weights = {key: value.contiguous().cpu() for key, value in model.state_dict().items()}
-    save_file(weights, out / f"{name}_seed{seed}.model.safetensors")
+    save_file(weights, _weights(out, name, seed))
     result["train_sec"] = trained_at - started_at
     result["measure_sec"] = time.monotonic() - trained_at
     return result
+
+
+def _weights(out: Path, name: str, seed: int) -> Path:
+    return out / f"{name}_seed{seed}.model.safetensors"
 
 
 def run(
@@ -86,17 +93,25 @@ def run(
     check_arms(arms)
     data = out.parent / "data"
     build_dataset(data, preset.data, device, workers=data_workers)
-    jobs = [
-        Job(
-            f"{name}_seed{seed}",
-            _describe(preset, name, device),
-            run_arm,
-            (preset, name, seed, device, out, data),
-        )
-        for seed in seeds
-        for name in arms
-    ]
-    return run_jobs(jobs, out, workers=workers)
+    results: dict[str, dict[str, Any]] = {}
+    tuned = [name for name in arms if ARMS[name].is_finetuned]
+    first = [name for name in arms if name not in tuned]
+    if tuned and BASE not in first:
+        first.insert(0, BASE)
+    for stage in (first, tuned):
+        jobs = [
+            Job(
+                f"{name}_seed{seed}",
+                _describe(preset, name, device),
+                run_arm,
+                (preset, name, seed, device, out, data),
+            )
+            for seed in seeds
+            for name in stage
+        ]
+        found = run_jobs(jobs, out, workers=workers)
+        results |= {job.name: result for job, result in zip(jobs, found, strict=True)}
+    return [results[f"{name}_seed{seed}"] for seed in seeds for name in arms]
 
 
 def _describe(preset: SpokenPreset, name: str, device: torch.device) -> dict[str, Any]:

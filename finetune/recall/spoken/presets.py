@@ -86,9 +86,9 @@ class SpokenPreset:
 
 
 def preset(name: Literal["cpu", "gpu"]) -> SpokenPreset:
-    """`gpu`: 15 million parameters, talks of 64 s. `cpu`: 1.6 million, one voice, one kind."""
+    """`gpu`: 7 million parameters, talks of 64 s. `cpu`: 1.6 million, one voice, one kind."""
     if name == "gpu":
-        model = ModelArgs(width=384, num_layers=6, num_heads=6, context=25, depformer_width=96)
+        model = ModelArgs(width=256, num_layers=6, num_heads=4, context=25, depformer_width=64)
         return SpokenPreset(
             DatasetArgs(dialogues=DialogueArgs(reach_frames=model.reach_frames)),
             model,

@@ -161,10 +161,9 @@ def plot(results: Sequence[Result], path: Path) -> None:
             label = arm if result is group[0] else None
             style = line_style(place) | {"label": label}
             by_distance.plot(*_distances(result), marker=".", **style)
-            curve = result["base_curve"] + result["curve"]
-            steps = [r["step"] for r in result["curve"]]
-            values = [(r["moshi"] + r["user"]) / 2 for r in curve[-len(steps) :]]
-            over_training.plot(steps, values, **style)
+            curve = result["curve"]
+            values = [(r["moshi"] + r["user"]) / 2 for r in curve]
+            over_training.plot([r["step"] for r in curve], values, **style)
     chance = 1 / 12
     for axes, title, label in (
         (by_distance, "Recall by distance", "from the fact to the question"),

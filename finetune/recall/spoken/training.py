@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from finetune.recall.model import new_model, read_codes
 from finetune.recall.spoken.presets import SpokenPreset
 from finetune.spoken import NAMES, Answer, EncodedDialogues, value_tokens
 from finetune.step import LossWeights, Optimizer, stream_sums
-from ttt import HiddenStates, TTTArgs, TTTLMModel
+from ttt import HiddenStates, TTTLMModel
 from ttt.model import depth_hidden
 
 logger = logging.getLogger(__name__)
@@ -60,42 +60,40 @@ def train_arm(
     *,
     seed: int,
     device: torch.device,
-) -> tuple[TTTLMModel, list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return the trained model of an arm, its curve, and that of the model it was tuned from."""
-    arm, args = ARMS[name], preset.ttt_args(name)
+    base: Mapping[str, Tensor] | None,
+) -> tuple[TTTLMModel, list[dict[str, Any]]]:
+    """Return the trained model of an arm, and its curve.
 
-    def new(args: TTTArgs) -> TTTLMModel:
-        return new_model(
-            preset.model,
-            preset.streams,
-            args,
-            context=preset.context(name),
-            seed=seed,
-            device=device,
-            dtype=getattr(torch, preset.dtype),
-            compile=preset.compile,
-        )
-
-    model = new(args)
-    more: dict[str, Any] = {"data": data, "text": text, "preset": preset}
-    if not arm.is_finetuned:
-        ttt_lr = preset.ttt_lr * arm.ttt_lr_factor
-        label = f"{name}, seed {seed}"
-        return model, train(model, seed=seed, lr=preset.lr, ttt_lr=ttt_lr, label=label, **more), []
-    base = new(TTTArgs())
-    base_curve = train(
-        base, seed=seed, lr=preset.lr, ttt_lr=0.0, label=f"base of {name}, seed {seed}", **more
+    Args:
+        base: weights of the arm `off`, which a fine-tuned arm starts from.
+    """
+    arm = ARMS[name]
+    model = new_model(
+        preset.model,
+        preset.streams,
+        preset.ttt_args(name),
+        context=preset.context(name),
+        seed=seed,
+        device=device,
+        dtype=getattr(torch, preset.dtype),
+        compile=preset.compile,
     )
-    model.load_state_dict(base.state_dict(), strict=False)
+    rates = {"lr": preset.lr, "ttt_lr": preset.ttt_lr * arm.ttt_lr_factor}
+    if arm.is_finetuned:
+        assert base is not None
+        model.load_state_dict(base, strict=False)
+        rates = {"lr": preset.ttt_lr / 10, "ttt_lr": preset.ttt_lr}
+    # Fine-tuned arms see other batches than their base has seen.
     curve = train(
         model,
-        seed=seed + 500,
-        lr=preset.ttt_lr / 10,
-        ttt_lr=preset.ttt_lr,
+        preset,
+        data,
+        text,
+        seed=seed + 500 * arm.is_finetuned,
         label=f"{name}, seed {seed}",
-        **more,
+        **rates,
     )
-    return model, curve, base_curve
+    return model, curve
 
 
 def train(
@@ -117,7 +115,7 @@ def train(
     model.train()
     optimizer = Optimizer(
         trainable_by_role(model),
-        OptimArgs(lr=lr, ttt_lr=ttt_lr or lr, pct_start=preset.pct_start),
+        OptimArgs(lr=lr, ttt_lr=ttt_lr, pct_start=preset.pct_start),
         max_steps=preset.num_steps,
     )
     world = World(0, 1, model.device)
