@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import struct
 import subprocess
 import sys
 import urllib.request
@@ -14,13 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
-from data_tools import speech_like
+from data_tools import speech_like, tiny_tokenizer
 from training_tools import checkpoint, train, write_model
 
 from finetune.cli import main
 from finetune.data import count_frames, decoders
 from finetune.errors import UserError
 from finetune.serve import GenerateOptions, files
+from finetune.serve.engine import Engine, Spoken
 from finetune.serve.files import Job, list_jobs
 
 ROOT = Path(__file__).parents[3]
@@ -215,6 +217,47 @@ def test_the_report_says_what_ttt_did_and_when(trained: Path, tmp_path: Path) ->
 
     words[0] = f"--checkpoint={write_model(tmp_path / 'stock')}"
     assert call(*words, f"--report={tmp_path}/none") == 1
+
+
+@pytest.mark.slow
+def test_three_hours_take_no_more_memory_than_their_first_minutes(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading, resampling, writing and the words, that is: the model's own state has a fixed size,
+    and here it only repeats a word every 4 s."""
+    rate_hz, num_frames = 8000, 3 * 3600 * 25 // 2
+    long = tmp_path / "long.wav"
+    num_bytes = 3 * 3600 * rate_hz * 2
+    header = struct.pack(
+        "<4sI8sIHHIIHH4sI",
+        *(b"RIFF", 36 + num_bytes, b"WAVEfmt ", 16, 1, 1, rate_hz, 2 * rate_hz, 2, 16),
+        *(b"data", num_bytes),
+    )
+    with long.open("wb") as file:
+        file.write(header)
+        # Silence that takes no room on the disk.
+        file.truncate(len(header) + num_bytes)
+    spoken, memory_mb = Spoken(3, np.zeros(1920, np.float32)), []
+    pieces = tiny_tokenizer()
+    word = next(i for i in range(pieces.vocab_size()) if re.match("▁[a-z]", pieces.id_to_piece(i)))
+
+    def step(engine: Engine, frames: dict[int, np.ndarray]) -> dict[int, Spoken]:
+        (row,) = frames
+        engine.rows[row].num_frames += 1
+        if engine.rows[row].num_frames % 1000 == 0:
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            memory_mb.append(pages * 4096 / 1e6)
+        spoken.text_token = word if engine.rows[row].num_frames % 50 == 0 else 3
+        return {row: spoken}
+
+    monkeypatch.setattr(Engine, "step", step)
+    out = tmp_path / "out.wav"
+    assert call(f"--checkpoint={trained}", f"--audio={long}", f"--out={out}", "--stereo") == 0
+    assert soundfile.info(out).frames == num_frames * 1920
+    assert len(json.loads(out.with_suffix(".json").read_text())["alignments"]) == num_frames // 50
+    assert len(memory_mb) == num_frames // 1000
+    # The user's voice alone, as numbers, is 1037 MB.
+    assert max(memory_mb) - memory_mb[1] < 40
 
 
 @pytest.mark.parametrize(
