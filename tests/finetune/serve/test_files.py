@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
+import torch
 from data_tools import speech_like, tiny_tokenizer
+from moshi.modules.transformer import StreamingMultiheadAttention
 from training_tools import checkpoint, train, write_model
 
 from finetune.cli import main
@@ -297,6 +299,25 @@ def test_a_mistake_is_one_message(
         "ok.wav",
         "text.wav",
     ]
+
+
+def test_more_conversations_than_memory_are_one_message(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def none_left(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+
+    monkeypatch.setattr(StreamingMultiheadAttention, "_init_streaming_state", none_left)
+    record(tmp_path / "ok.wav", 4000)
+    for command, words, message in (
+        ("generate", [f"--audio={tmp_path}/ok.wav", f"--out={tmp_path}/x.wav"], "--batch_size: 1"),
+        ("serve", ["--port=0", "--max_users=3"], "--max_users: 3"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["moshi-ttt", command, f"--checkpoint={trained}", *words])
+        with pytest.raises(SystemExit) as leaving:
+            main()
+        said = capsys.readouterr().err
+        assert leaving.value.code == 1 and message in said and "Traceback" not in said
 
 
 def test_the_server_is_a_command_that_ends_when_it_is_asked_to(
