@@ -168,6 +168,11 @@ class Call {
   }
 
   write(text, atSec, who) {
+    if (!text.trim()) {
+      // The letters of the word that begins here come with the next frames.
+      this.word = null;
+      return;
+    }
     if (text.startsWith(" ") || !this.word || who) {
       const line = document.createElement("li");
       if (who) line.className = who;
