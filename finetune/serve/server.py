@@ -299,9 +299,14 @@ def serve(options: ServeOptions) -> None:
             raise UserError(f"--checkpoint: {options.checkpoint}: {problem}: nobody could hear it.")
         identity = identify(model, codec, options.checkpoint)
         torch.manual_seed(options.seed)
-        how = {"temperature": options.temperature, "text_temperature": options.text_temperature}
         try:
-            with open_engine(model, codec, max_users=options.max_users, **how) as engine:
+            with open_engine(
+                model,
+                codec,
+                max_users=options.max_users,
+                temperature=options.temperature,
+                text_temperature=options.text_temperature,
+            ) as engine:
                 warm_up(engine)
                 asyncio.run(_serve(engine, identity, token, options, listening))
         except torch.OutOfMemoryError:
