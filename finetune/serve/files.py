@@ -116,14 +116,21 @@ def answer_recordings(options: GenerateOptions) -> Outcome:
     if problem is not None:
         raise UserError(f"--checkpoint: {options.checkpoint}: {problem}: there is nothing to hear.")
     torch.manual_seed(options.seed)
-    with open_engine(
-        model,
-        codec,
-        max_users=min(options.batch_size, len(jobs)),
-        temperature=options.temperature,
-        text_temperature=options.text_temperature,
-    ) as engine:
-        return _Desk(engine, options).answer(jobs)
+    max_users = min(options.batch_size, len(jobs))
+    try:
+        with open_engine(
+            model,
+            codec,
+            max_users=max_users,
+            temperature=options.temperature,
+            text_temperature=options.text_temperature,
+        ) as engine:
+            return _Desk(engine, options).answer(jobs)
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"--batch_size: {max_users} recordings at once need more memory than the GPU has; "
+            "give fewer."
+        ) from None
 
 
 class _Desk:

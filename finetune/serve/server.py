@@ -7,6 +7,7 @@ import socket
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import asdict
 from importlib.resources import files
 from typing import get_args
 
@@ -21,6 +22,7 @@ from finetune.serve.access import Gate, bind, check_access, url_of
 from finetune.serve.calls import Call, Switchboard, log_event
 from finetune.serve.chat import say_goodbye, talk
 from finetune.serve.engine import Engine, open_engine
+from finetune.serve.lines import LINES, can_speak, spoken
 from finetune.serve.options import Part, ServeOptions
 from finetune.serve.session import Identity, Session, copy_row, decode, encode, identify, place
 
@@ -57,6 +59,7 @@ class Server:
         self.board, self.identity, self.gate = board, identity, gate
         self.draining = False
         self._transferring = asyncio.Semaphore(1)
+        self._speaking = asyncio.Lock()
         self.sockets: dict[web.WebSocketResponse, asyncio.Transport | None] = {}
         # A session is at most all of a row, and its header.
         max_upload = board.engine.row_bytes() + 2**20
@@ -66,6 +69,8 @@ class Server:
                 web.get("/api/chat", self.chat),
                 web.get("/api/calls/{key}/session", self.save_session),
                 web.put("/api/calls/{key}/session", self.load_session),
+                web.get("/api/lines", self.lines),
+                web.get("/api/lines/{index:[0-9]{1,3}}", self.line),
                 web.get("/health", self.health),
                 web.get("/metrics", self.metrics),
                 *[web.get(path, self.page) for path in _PAGE],
@@ -190,6 +195,23 @@ class Server:
             raise web.HTTPNotFound(text=f"{_NOTHING_CALLED}\n")
         return call
 
+    async def lines(self, request: web.Request) -> web.Response:
+        """What the page can say for a caller; nothing without espeak-ng."""
+        found = [asdict(line) for line in LINES] if can_speak() else []
+        return web.json_response(found)
+
+    async def line(self, request: web.Request) -> web.Response:
+        index = int(request.match_info["index"])
+        if index >= len(LINES):
+            raise web.HTTPNotFound(text="there is no such line\n")
+        try:
+            # espeak-ng is one for the process: one line at a time.
+            async with self._speaking:
+                sound = await asyncio.to_thread(spoken, index)
+        except UserError as error:
+            raise web.HTTPServiceUnavailable(text=f"{error}\n") from None
+        return web.Response(body=sound, content_type="audio/wav")
+
     async def health(self, request: web.Request) -> web.Response:
         status = "failed" if self.board.is_over else "draining" if self.draining else "ok"
         return web.json_response({"status": status}, status=200 if status == "ok" else 503)
@@ -277,15 +299,21 @@ def serve(options: ServeOptions) -> None:
             raise UserError(f"--checkpoint: {options.checkpoint}: {problem}: nobody could hear it.")
         identity = identify(model, codec, options.checkpoint)
         torch.manual_seed(options.seed)
-        with open_engine(
-            model,
-            codec,
-            max_users=options.max_users,
-            temperature=options.temperature,
-            text_temperature=options.text_temperature,
-        ) as engine:
-            warm_up(engine)
-            asyncio.run(_serve(engine, identity, token, options, listening))
+        try:
+            with open_engine(
+                model,
+                codec,
+                max_users=options.max_users,
+                temperature=options.temperature,
+                text_temperature=options.text_temperature,
+            ) as engine:
+                warm_up(engine)
+                asyncio.run(_serve(engine, identity, token, options, listening))
+        except torch.OutOfMemoryError:
+            raise UserError(
+                f"--max_users: {options.max_users} calls at once need more memory than the GPU "
+                "has; give fewer (docs/talk.md has what a call takes)."
+            ) from None
 
 
 async def _serve(

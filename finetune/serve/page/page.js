@@ -21,6 +21,34 @@ function say(text, isError = false) {
   $("status").classList.toggle("error", isError);
 }
 
+function sentence(what, why) {
+  return `${what}: ${why[0].toLowerCase()}${why.slice(1).replace(/[.?]$/, "")}.`;
+}
+
+// Everything that a person starts ends here: nothing fails without a word.
+function saying(what) {
+  return async (...given) => {
+    try {
+      await what(...given);
+    } catch (error) {
+      say(error.message, true);
+    }
+  };
+}
+
+// The answer of the server, or an error that says why there is none.
+async function request(path, query, how) {
+  const answer = await fetch(url(path, query), how).catch(() => {
+    throw new Error("The server does not answer: is it still running, and the network there?");
+  });
+  if (answer.status === 401) $("token-label").hidden = false;
+  if (answer.ok) return answer;
+  // What a proxy answers in the server's place is a page of its own.
+  const isOurs = answer.headers.get("Content-Type")?.startsWith("text/plain");
+  const text = isOurs ? (await answer.text()).trim() : "";
+  throw new Error(text || `The server answered ${answer.status} ${answer.statusText}`.trim());
+}
+
 function clock(sec) {
   return `${Math.floor(sec / 60)}:${String(Math.floor(sec % 60)).padStart(2, "0")}`;
 }
@@ -42,7 +70,11 @@ class Call {
     Object.assign(this, made, { socket, heard: [], said: [], atSec: 0, word: null });
     socket.binaryType = "arraybuffer";
     socket.onmessage = ({ data }) => this.receive(new Uint8Array(data));
-    socket.onclose = ({ code, reason }) => this.close(reason, code !== 1000 && code !== 1005);
+    socket.onclose = ({ code, reason }) => {
+      // Without a goodbye there is no reason.
+      const lost = this.about ? "the connection was lost" : "the server did not take it";
+      this.close(code === 1006 ? lost : reason, code !== 1000 && code !== 1005);
+    };
   }
 
   receive(bytes) {
@@ -84,12 +116,27 @@ class Call {
       processorOptions: { frameSamples: about.frame_samples, rateHz: about.rate_hz },
     });
     capture.port.onmessage = ({ data }) => this.send(data);
+    this.capture = capture;
     this.source.connect(capture).connect(recorder.destination); // it is silent, but must be pulled
     this.source.start?.();
     $("ttt").checked = about.ttt_on;
     for (const id of ["forget", "ttt"]) $(id).disabled = !about.layers.length;
     for (const id of ["save", "load"]) $(id).disabled = false;
-    say("Connected: speak.");
+    lines.allow(true);
+    say(this.isSilent ? "Connected: choose a line." : "Connected: speak.");
+  }
+
+  // Let a recorded line be heard as if the user said it; ends with the line.
+  async sayLine(text, sound) {
+    const buffer = await this.recorder.decodeAudioData(sound);
+    if (call !== this) return;
+    this.write(text, this.atSec, "you");
+    const node = new AudioBufferSourceNode(this.recorder, { buffer });
+    node.connect(this.capture);
+    // A microphone would hear it once more.
+    if (!this.stream) node.connect(this.recorder.destination);
+    node.start();
+    await new Promise((done) => (node.onended = this.stopLine = done));
   }
 
   send(samples) {
@@ -120,9 +167,15 @@ class Call {
     this.player?.port.postMessage(samples, [samples.buffer]);
   }
 
-  write(text, atSec) {
-    if (text.startsWith(" ") || !this.word) {
+  write(text, atSec, who) {
+    if (!text.trim()) {
+      // The letters of the word that begins here come with the next frames.
+      this.word = null;
+      return;
+    }
+    if (text.startsWith(" ") || !this.word || who) {
       const line = document.createElement("li");
+      if (who) line.className = who;
       const time = document.createElement("time");
       time.textContent = atSec.toFixed(1) + " s";
       this.word = document.createElement("span");
@@ -131,6 +184,7 @@ class Call {
       if ($("words").children.length > 2000) $("words").firstElementChild.remove();
     }
     this.word.textContent += text.trim();
+    if (who) this.word = null;
     $("words").scrollTop = $("words").scrollHeight;
   }
 
@@ -141,14 +195,16 @@ class Call {
 
   close(reason, isError) {
     release(this);
+    this.stopLine?.();
     if (call !== this) return;
     call = null;
+    lines.allow(false);
     $("call").textContent = "Call";
     for (const id of ["forget", "ttt", "save", "load"]) $(id).disabled = true;
     for (const id of ["user-level", "moshi-level"]) $(id).value = 0;
     const said = this.about ? "The call has ended" : "No call";
     const why = this.failure ?? reason;
-    say(why ? `${said}: ${why}.` : `${said}.`, isError || this.failure !== undefined);
+    say(why ? sentence(said, why) : `${said}.`, isError || this.failure !== undefined);
   }
 }
 
@@ -160,27 +216,44 @@ function release({ stream, context, recorder }) {
   }
 }
 
-async function open(made) {
-  const { context } = made;
-  if ($("source").value === "microphone") {
-    if (!navigator.mediaDevices) {
-      throw new Error("a browser gives the microphone to https or this machine's own pages alone");
-    }
-    made.stream = await navigator.mediaDevices.getUserMedia({
+async function microphone() {
+  if (!navigator.mediaDevices) {
+    throw new Error("a browser gives the microphone to https or this machine's own pages alone");
+  }
+  try {
+    return await navigator.mediaDevices.getUserMedia({
       audio: { echoCancellation: true, noiseSuppression: true, channelCount: 1 },
     });
+  } catch (error) {
+    const why = {
+      NotAllowedError: "the browser did not allow the microphone; allow it for this page",
+      NotFoundError: "there is no microphone",
+      NotReadableError: "the microphone is in use elsewhere",
+    };
+    const instead = lines.are ? "a recording or the lines below" : "a recording";
+    throw new Error(`${why[error.name] ?? error.message}, or call from ${instead}`);
+  }
+}
+
+async function open(made) {
+  const { context } = made;
+  made.recorder = context;
+  if ($("source").value === "microphone") {
+    made.stream = await microphone();
     // At the device's own rate: Firefox gives a microphone at no other.
     made.recorder = new AudioContext();
     made.source = made.recorder.createMediaStreamSource(made.stream);
-    return;
+  } else if ($("source").value === "lines") {
+    made.isSilent = true;
+    made.source = new ConstantSourceNode(context, { offset: 0 });
+  } else {
+    const [file] = $("recording").files;
+    if (!file) throw new Error("choose a recording first");
+    const buffer = await context.decodeAudioData(await file.arrayBuffer()).catch(() => {
+      throw new Error(`${file.name} is no recording that this browser can read`);
+    });
+    made.source = new AudioBufferSourceNode(context, { buffer });
   }
-  const [file] = $("recording").files;
-  if (!file) throw new Error("choose a recording first");
-  const buffer = await context.decodeAudioData(await file.arrayBuffer()).catch(() => {
-    throw new Error(`${file.name} is no recording that this browser can read`);
-  });
-  made.recorder = context;
-  made.source = new AudioBufferSourceNode(context, { buffer });
 }
 
 function url(path, query = {}) {
@@ -194,21 +267,61 @@ function url(path, query = {}) {
 async function begin() {
   say("Connecting …");
   $("words").replaceChildren();
-  const made = { context: new AudioContext({ sampleRate: 24000 }) };
+  const made = {};
   try {
+    if (!globalThis.AudioWorkletNode) {
+      throw new Error("this browser plays no calls (AudioWorklet): it must be a recent one, and the page come by https or from this machine");
+    }
+    made.context = new AudioContext({ sampleRate: 24000 });
     await open(made);
-    const health = await fetch(url("metrics"));
-    if (health.status === 401) $("token-label").hidden = false;
-    if (!health.ok) throw new Error((await health.text()).trim());
+    await request("metrics");
+    lines.load();
     const to = url("api/chat", { format: "pcm" });
     to.protocol = to.protocol.replace("http", "ws");
     call = last = new Call(made, new WebSocket(to));
     $("call").textContent = "Hang up";
   } catch (error) {
     release(made);
-    say(`No call: ${error.message}.`, true);
+    say(sentence("No call", error.message || error.name), true);
   }
 }
+
+// What the server's voice can say in the user's place: nothing, if it has none.
+const lines = {
+  are: false,
+
+  async load() {
+    if (this.are || !$("token-label").hidden && !$("token").value) return;
+    // A page can do without; a server that does not answer is told of when a call begins.
+    const found = await request("api/lines").then((answer) => answer.json()).catch(() => []);
+    this.are = found.length > 0;
+    $("lines-part").hidden = $("source-lines").hidden = $("source-lines").disabled = !this.are;
+    $("lines").replaceChildren(...found.map(({ kind, text }, index) => {
+      const button = document.createElement("button");
+      button.textContent = text;
+      button.className = kind;
+      button.disabled = !call?.capture;
+      button.onclick = saying(() => this.speak(index, text));
+      return button;
+    }));
+  },
+
+  async speak(index, text) {
+    const speaker = call;
+    this.allow(false);
+    try {
+      const answer = await request(`api/lines/${index}`);
+      await speaker.sayLine(text, await answer.arrayBuffer());
+    } finally {
+      this.allow(call === speaker);
+    }
+  },
+
+  allow(may) {
+    for (const button of $("lines").children) button.disabled = !may;
+  },
+};
+lines.load();
 
 $("call").onclick = async () => {
   if (call) return call.socket.close(1000);
@@ -232,21 +345,26 @@ function offer(blob, name) {
   setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
 }
 
-$("save").onclick = async () => {
-  const answer = await fetch(url(`api/calls/${call.about.call}/session`, { part: $("part").value }));
-  if (!answer.ok) return say((await answer.text()).trim(), true);
-  offer(await answer.blob(), "moshi.session");
+const session = () => `api/calls/${call.about.call}/session`;
+$("save").onclick = saying(async () => {
+  const answer = await request(session(), { part: $("part").value });
+  const content = await answer.blob().catch(() => {
+    throw new Error("The session did not come whole: the connection was lost.");
+  });
+  offer(content, "moshi.session");
   say("The session is saved.");
-};
+});
 $("load").onclick = () => $("session").click();
-$("session").onchange = async () => {
+$("session").onchange = saying(async () => {
   const [file] = $("session").files;
   if (!file || !call) return;
-  const answer = await fetch(url(`api/calls/${call.about.call}/session`), { method: "PUT", body: file });
-  const text = (await answer.text()).trim();
-  say(answer.ok ? `The session goes on (${text}).` : text, !answer.ok);
-  $("session").value = "";
-};
+  try {
+    const answer = await request(session(), {}, { method: "PUT", body: file });
+    say(`The session goes on (${(await answer.text()).trim()}).`);
+  } finally {
+    $("session").value = "";
+  }
+});
 $("download").onclick = () => offer(stereo(last), "call.wav");
 
 // Left Moshi, right the user, as recordings for training are.

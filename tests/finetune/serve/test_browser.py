@@ -225,6 +225,94 @@ def test_impatient_clicks_leave_no_microphone_on(browser: Any) -> None:
         assert page.evaluate("streams.length") == 1 and page.evaluate(live) == 0
 
 
+def status(page: Any, part: str) -> None:
+    until(page, f"document.getElementById('status').textContent.includes({part!r})")
+
+
+def test_lines_are_said_for_who_has_no_microphone(browser: Any, tmp_path: Path) -> None:
+    model, codec = parts("sum")
+    with server_in_a_thread(model, codec) as server:
+        page = opened(browser, server.url)
+        page.add_init_script("navigator.mediaDevices.getUserMedia = () => { throw new Error(); }")
+        page.reload()
+        line = page.locator("#lines button").first
+        until(page, "document.querySelectorAll('#lines button').length === 6")
+        assert line.inner_text() == "Laura likes oranges." and line.is_disabled()
+        page.locator("#source").select_option("lines")
+        page.locator("#call").click()
+        status(page, "choose a line")
+        page.evaluate("""
+            globalThis.loudest = 0;
+            const meter = document.getElementById("user-level");
+            setInterval(() => (loudest = Math.max(loudest, meter.value)), 20);
+        """)
+        page.wait_for_timeout(300)
+        assert page.evaluate("loudest") == 0
+        line.click()
+        until(page, "loudest > 0.05")
+        assert line.is_disabled()
+        assert page.locator("#words li.you").inner_text().endswith("Laura likes oranges.")
+        until(page, "!document.querySelector('#lines button').disabled")
+        # The wav ends where the answers do.
+        until(page, "document.getElementById('time').textContent >= '0:04'")
+        page.locator("#call").click()
+        status(page, "ended")
+        assert line.is_disabled() and page.errors == []
+        with page.expect_download() as saving:
+            page.locator("#download").click()
+        saving.value.save_as(tmp_path / "call.wav")
+        user = soundfile.read(tmp_path / "call.wav")[0][:, 1]
+        # The line is some 1.2 s long, and the user else silent.
+        assert (np.abs(user) > 0.001).sum() > 0.5 * 24000 and np.abs(user).max() > 0.1
+
+
+def test_what_fails_is_said(browser: Any) -> None:
+    model, codec = parts("sum")
+    with server_in_a_thread(model, codec) as server:
+
+        def fails(script: str, message: str) -> None:
+            page = opened(browser, "about:blank")
+            page.add_init_script(script)
+            page.goto(server.url)
+            page.locator("#call").click()
+            status(page, message)
+            assert page.locator("#call").inner_text() == "Call" and page.errors == []
+
+        denied = "Promise.reject(new DOMException('', 'NotAllowedError'))"
+        fails(f"navigator.mediaDevices.getUserMedia = () => {denied}", "allow it for this page")
+        fails("delete globalThis.AudioWorkletNode", "AudioWorklet")
+        fails("AudioContext = class { constructor() { throw new Error('no card'); } }", "no card")
+
+        page = opened(browser, server.url)
+        page.locator("#call").click()
+        status(page, "speak")
+        crowd = opened(browser, server.url)
+        crowd.locator("#call").click()
+        status(crowd, "all 1 places are taken")
+
+        page.route("**/session?*", lambda route: route.abort())
+        page.locator("#save").click()
+        status(page, "does not answer")
+        page.unroute("**/session?*")
+        proxy: dict[str, Any] = {"status": 502, "content_type": "text/html", "body": "<h1>No</h1>"}
+        page.route("**/session", lambda route: route.fulfill(**proxy))
+        page.locator("#session").set_input_files({"name": "x", "mimeType": "", "buffer": b"x"})
+        status(page, "answered 502")
+        page.route("**/lines/0", lambda route: route.abort())
+        page.locator("#lines button").first.click()
+        status(page, "does not answer")
+
+        (transport,) = server.sockets.values()
+        transport._loop.call_soon_threadsafe(transport.abort)
+        status(page, "the connection was lost")
+        assert page.locator("#save").is_disabled()
+        assert [e for e in page.errors if "Failed to load resource" not in e] == []
+
+        page.route("**/metrics", lambda route: route.abort())
+        page.locator("#call").click()
+        status(page, "No call: the server does not answer")
+
+
 def in_the_audio_thread(browser: Any, rate_hz: int, program: str) -> Any:
     """Run a program beside the classes of worklet.js."""
     worklet = (Path(serve.__file__).parent / "page/worklet.js").read_text()

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import struct
 import subprocess
 import sys
 import urllib.request
@@ -14,13 +15,16 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
-from data_tools import speech_like
+import torch
+from data_tools import speech_like, tiny_tokenizer
+from moshi.modules.transformer import StreamingMultiheadAttention
 from training_tools import checkpoint, train, write_model
 
 from finetune.cli import main
 from finetune.data import count_frames, decoders
 from finetune.errors import UserError
 from finetune.serve import GenerateOptions, files
+from finetune.serve.engine import Engine, Spoken
 from finetune.serve.files import Job, list_jobs
 
 ROOT = Path(__file__).parents[3]
@@ -217,6 +221,47 @@ def test_the_report_says_what_ttt_did_and_when(trained: Path, tmp_path: Path) ->
     assert call(*words, f"--report={tmp_path}/none") == 1
 
 
+@pytest.mark.slow
+def test_three_hours_take_no_more_memory_than_their_first_minutes(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading, resampling, writing and the words, that is: the model's own state has a fixed size,
+    and here it only repeats a word every 4 s."""
+    rate_hz, num_frames = 8000, 3 * 3600 * 25 // 2
+    long = tmp_path / "long.wav"
+    num_bytes = 3 * 3600 * rate_hz * 2
+    header = struct.pack(
+        "<4sI8sIHHIIHH4sI",
+        *(b"RIFF", 36 + num_bytes, b"WAVEfmt ", 16, 1, 1, rate_hz, 2 * rate_hz, 2, 16),
+        *(b"data", num_bytes),
+    )
+    with long.open("wb") as file:
+        file.write(header)
+        # Silence that takes no room on the disk.
+        file.truncate(len(header) + num_bytes)
+    spoken, memory_mb = Spoken(3, np.zeros(1920, np.float32)), []
+    pieces = tiny_tokenizer()
+    word = next(i for i in range(pieces.vocab_size()) if re.match("▁[a-z]", pieces.id_to_piece(i)))
+
+    def step(engine: Engine, frames: dict[int, np.ndarray]) -> dict[int, Spoken]:
+        (row,) = frames
+        engine.rows[row].num_frames += 1
+        if engine.rows[row].num_frames % 1000 == 0:
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            memory_mb.append(pages * 4096 / 1e6)
+        spoken.text_token = word if engine.rows[row].num_frames % 50 == 0 else 3
+        return {row: spoken}
+
+    monkeypatch.setattr(Engine, "step", step)
+    out = tmp_path / "out.wav"
+    assert call(f"--checkpoint={trained}", f"--audio={long}", f"--out={out}", "--stereo") == 0
+    assert soundfile.info(out).frames == num_frames * 1920
+    assert len(json.loads(out.with_suffix(".json").read_text())["alignments"]) == num_frames // 50
+    assert len(memory_mb) == num_frames // 1000
+    # The user's voice alone, as numbers, is 1037 MB.
+    assert max(memory_mb) - memory_mb[1] < 40
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -254,6 +299,25 @@ def test_a_mistake_is_one_message(
         "ok.wav",
         "text.wav",
     ]
+
+
+def test_more_conversations_than_memory_are_one_message(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def none_left(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+
+    monkeypatch.setattr(StreamingMultiheadAttention, "_init_streaming_state", none_left)
+    record(tmp_path / "ok.wav", 4000)
+    for command, words, message in (
+        ("generate", [f"--audio={tmp_path}/ok.wav", f"--out={tmp_path}/x.wav"], "--batch_size: 1"),
+        ("serve", ["--port=0", "--max_users=3"], "--max_users: 3"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["moshi-ttt", command, f"--checkpoint={trained}", *words])
+        with pytest.raises(SystemExit) as leaving:
+            main()
+        said = capsys.readouterr().err
+        assert leaving.value.code == 1 and message in said and "Traceback" not in said
 
 
 def test_the_server_is_a_command_that_ends_when_it_is_asked_to(

@@ -2,6 +2,7 @@
 # ruff: noqa: SIM117 (a server, and who calls it: two withs read better)
 
 import asyncio
+import io
 import json
 import logging
 from pathlib import Path
@@ -10,18 +11,20 @@ from typing import Any
 import aiohttp
 import numpy as np
 import pytest
+import soundfile
 from test_engine import parts, speech
 from test_server import ME, Addressed, Caller, calling, next_bytes, serving
 from yarl import URL
 
 from finetune.errors import UserError
 from finetune.serve import chat, open_engine
+from finetune.serve import lines as lines_of_page
 from finetune.serve.access import bind, check_access
 from finetune.serve.options import ServeOptions
 from finetune.serve.server import _serve
 
 
-def test_the_token_the_page_and_what_operations_ask() -> None:
+def test_the_token_the_page_and_what_operations_ask(monkeypatch: pytest.MonkeyPatch) -> None:
     model, codec = parts("sum")
 
     async def scenario() -> None:
@@ -46,6 +49,23 @@ def test_the_token_the_page_and_what_operations_ask() -> None:
                     "moshi_ttt_gpu_memory_bytes",
                 ):
                     assert name in page, name
+                assert (await http.get(f"{server.url}/api/lines")).status == 401
+                lines = await (await http.get(f"{server.url}/api/lines", headers=bearer)).json()
+                assert [line["kind"] for line in lines[::2]] == ["fact", "filler", "question"]
+                assert lines[0]["text"] == "Laura likes oranges."
+                for index, seconds in ((0, 1), (2, 5), (4, 1)):
+                    place = f"{server.url}/api/lines/{index}"
+                    sound = await (await http.get(place, headers=bearer)).read()
+                    audio, rate_hz = soundfile.read(io.BytesIO(sound))
+                    assert rate_hz == 24000 and len(audio) > seconds * rate_hz
+                    assert np.abs(audio).max() > 0.1
+                for path in ("6", "999", "x", "-1"):
+                    place = f"{server.url}/api/lines/{path}"
+                    assert (await http.get(place, headers=bearer)).status == 404, path
+                monkeypatch.setattr(lines_of_page, "find_spec", lambda _: None)
+                assert (
+                    await (await http.get(f"{server.url}/api/lines", headers=bearer)).json() == []
+                )
                 foreign = {**bearer, "Origin": "https://elsewhere.example"}
                 assert (await http.get(f"{server.url}/metrics", headers=foreign)).status == 403
                 async with http.ws_connect(f"{server.url}/api/chat?token=correct-horse") as ws:
