@@ -135,6 +135,27 @@ def test_recall_is_counted_by_distance_and_arm() -> None:
     assert recall_csv(found).rows[1][:4] == ["on", 300, 4, 0.75]
 
 
+def test_talks_that_are_all_alike_are_no_proof() -> None:
+    """Four of four talks: as far as Wilson's interval of 4 of 4 goes, .51."""
+    talks = {n: [question(10, "cheese"), question(300, "oranges")] for n in range(4)}
+    heard = {
+        "on": {n: answers("right", "right") for n in talks},
+        "off": {n: answers("none", "right") for n in talks},
+        "reset": {n: answers("right", "right") for n in talks},
+    }
+    found = summarize_recall(talks, heard)
+    bounds = {arm: (of["all"]["low"], of["all"]["high"]) for arm, of in found["arms"].items()}
+    assert bounds["on"] == (pytest.approx(0.5101, abs=1e-3), 1.0)
+    assert bounds["off"] == pytest.approx((0.0101, 0.9899), abs=1e-3)
+    off, reset = (difference["all"] for difference in found["differences"])
+    assert (off["value"], off["low"]) == (0.5, pytest.approx(0.0101, abs=1e-3))
+    assert (reset["value"], reset["low"], reset["high"]) == (
+        0.0,
+        pytest.approx(-0.4899, abs=1e-3),
+        pytest.approx(0.4899, abs=1e-3),
+    )
+
+
 def test_a_talk_that_one_arm_has_not_heard_counts_nowhere() -> None:
     talks = {n: [question(10, "cheese")] for n in range(3)}
     on = {n: answers("right") for n in talks}

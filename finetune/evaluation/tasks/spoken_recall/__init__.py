@@ -160,7 +160,7 @@ class SpokenRecall(Task):
             shown = f" Attention's window is {duration_text(found['window_sec'])}, in each layer."
         return (
             f"{found['num_talks']} talks of a scripted user, who tells facts first and asks for "
-            "each once; the model hears him, speaks freely, and what it says in the silence after "
+            "each once; the model hears it, speaks freely, and what it says in the silence after "
             f"a question is its answer.{shown} In brackets: 95 % intervals, Wilson's by distance, "
             "where each talk has one question, and by bootstrap over talks elsewhere; differences "
             "are paired. docs/spoken_recall.md has the rules."

@@ -40,8 +40,8 @@ def recall_figure(found: Found) -> Figure:
     if window_sec is not None and limits[0] < window_sec < limits[1]:
         axes.axvline(window_sec, color=MUTED, linewidth=1, linestyle=(0, (1, 2)), zorder=0)
         axes.annotate(f"attention's window, {duration_text(window_sec)}", (window_sec, 1.0),
-                      xytext=(3, 0), textcoords="offset points", fontsize=8, color=MUTED,
-                      va="top")  # fmt: skip
+                      xycoords=("data", "axes fraction"), fontsize=8, color=MUTED,
+                      ha="center", va="bottom")  # fmt: skip
     axes.set_ylim(-0.03, 1.03)
     axes.set_xlabel("from the end of the fact to the end of the question")
     axes.set_ylabel("share of right answers")
