@@ -237,6 +237,7 @@ def test_a_real_model_is_heard_in_all_arms_and_goes_on_as_if_not_interrupted(
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_all_arms_are_heard(with_ttt: Path, tmp_path: Path) -> None:
     """In two batches, of which the second uses the graphs of the first."""
     out = tmp_path / "out"

@@ -3,7 +3,7 @@
 import hashlib
 import subprocess
 import sys
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ import pytest
 
 from finetune.errors import UserError
 from finetune.spoken import KINDS, Talk, TalkOptions, make_talk
-from finetune.spoken.talk import SAMPLE_RATE_HZ
+from finetune.spoken.talk import FORMAT, SAMPLE_RATE_HZ
 
 ROOT = Path(__file__).parents[3]
 SHORT = TalkOptions(distances_sec=(10.0, 20.0), num_facts=3)
@@ -71,6 +71,33 @@ def test_each_fact_is_asked_for_once_and_nothing_else_tells_it(talk: Talk) -> No
     # The values of the facts that are left, at the first question: all.
     assert talk.questions[0].oldest == facts[0].value
     assert talk.questions[0].newest == facts[-1].value
+
+
+def test_the_first_talk_of_format_1_is_what_it_was() -> None:
+    """Results of others are compared with ours by format and seed: another script needs another
+    `FORMAT`."""
+    assert FORMAT == 1
+    talk = make_talk(TalkOptions(), 0, seed=0)
+    assert [told.fact.sentence for told in talk.facts] == [
+        "Diana likes oranges.", "Sophie likes horses.", "Nora likes violins.",
+        "Alice likes mushrooms.", "George likes cheese.", "Robert likes dolphins.",
+        "Martin likes flowers.", "Felix likes pancakes.",
+    ]  # fmt: skip
+    assert [(asked.fact.name, asked.distance_sec) for asked in talk.questions] == [
+        ("Robert", 10), ("Nora", 30), ("Alice", 60), ("Felix", 120), ("George", 240),
+        ("Diana", 480),
+    ]  # fmt: skip
+    assert (talk.voice.name, talk.voice.pitch, talk.voice.words_per_min) == ("en-us+m2", 42, 157)
+    assert [said.text for said in islice(talk.utterances(), 16)][8:] == [
+        "What does Robert like?",
+        "Tell me the main city of Spain.",
+        "Did you ever try playing the piano in autumn?",
+        "What does Nora like?",
+        "How is the weather near the lake on Saturday?",
+        "Then I will go to the lake with my father.",
+        "When does a boat leave for the library?",
+        "Then I will meet Emma there at four.",
+    ]
 
 
 def test_talks_go_through_kinds_and_voices() -> None:
