@@ -9,7 +9,7 @@ nothing else is kept, but all gradients have come. What is counted, for one proc
                  what `base_precision` keeps in fewer bits, in these, whole in every process
     gradients    float32, of what trains and has its gradient by then: all of it, from the second
                  micro-batch on
-    optimizer    two moments in float32
+    optimizer    two moments, in `optim.state`
     gathered     of a sharded model: all that is in no layer, and two layers, whole
     kept         the inputs of all layers (activation checkpointing), and what the loss starts from
     working      the largest layer's intermediate results, and their gradients
@@ -31,6 +31,7 @@ from finetune.config import TrainArgs
 from finetune.data import count_frames
 from finetune.distributed import FEW, peak_memory_gb, shard_size
 from finetune.errors import UserError
+from finetune.step import moment_bytes
 from ttt import TTTLMModel
 from ttt.layers import layer_class
 from ttt.layers.depth import CHUNK_FRAMES
@@ -102,7 +103,8 @@ def estimate(args: TrainArgs, model: TTTLMModel, num_gpus: int) -> Memory:
     # In the first layers what was kept for the others is gone.
     late = [(gradients + whole_gradients, 0.0, *stage[1:]) for stage in stages[1:]]
     at_peak, kept, working, ttt = max(early + late, key=sum)
-    return Memory(weights, at_peak, 8 * num_trained / size, gathered, kept, working, ttt)
+    moments = sum(moment_bytes(p.numel(), args.optim.state) for p in parameters if p.requires_grad)
+    return Memory(weights, at_peak, moments / size, gathered, kept, working, ttt)
 
 
 def _gathered(model: TTTLMModel, width: int) -> float:
