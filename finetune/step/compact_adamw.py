@@ -29,7 +29,7 @@ def new_moments(master: Tensor, kind: str) -> dict[str, Tensor]:
         return {name: torch.zeros_like(master) for name in MOMENTS}
     if kind == "bfloat16":
         return {name: torch.zeros_like(master, dtype=torch.bfloat16) for name in MOMENTS}
-    found = {}
+    found: dict[str, Tensor] = {}
     for name in MOMENTS:
         codes, scales = _quantize(torch.zeros_like(master), name)
         found |= {name: codes, f"{name}_scales": scales}

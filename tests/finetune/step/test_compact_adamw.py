@@ -26,9 +26,7 @@ WORLD = World(0, 1, torch.device("cpu"))
 KINDS = ["bfloat16", "int8"]
 
 
-def after_steps(
-    kind: Any, num_steps: int = 12, *, noise: float = 0.5
-) -> tuple[torch.Tensor, Optimizer]:
+def after_steps(kind: Any, num_steps: int = 12) -> tuple[torch.Tensor, Optimizer]:
     """A weight that AdamW pulls to a target, with gradients that are partly noise."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.nn.Parameter(torch.randn(64, 80, generator=generator))
@@ -38,7 +36,7 @@ def after_steps(
     optimizer = Optimizer({"base": {"weight": weight}}, args, max_steps=num_steps)
     for _ in range(num_steps):
         drawn = torch.randn(64, 80, generator=generator)
-        weight.grad = scales * (weight.detach() - target + noise * drawn)
+        weight.grad = scales * (weight.detach() - target + 0.5 * drawn)
         optimizer.step(max_norm=1e9, world=WORLD, is_loss_finite=True)
     return weight.detach(), optimizer
 
