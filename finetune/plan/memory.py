@@ -35,7 +35,7 @@ from finetune.step import moment_bytes
 from ttt import TTTLMModel
 from ttt.layers import layer_class
 from ttt.layers.depth import CHUNK_FRAMES
-from ttt.layers.frozen import FrozenLinear, frozen_bytes, num_frozen
+from ttt.layers.frozen import FrozenLinear, frozen_bytes, frozen_linears, num_frozen
 
 ELEMENTWISE = 1.5
 """What is kept of a layer that is not computed again, relative to its products."""
@@ -138,14 +138,24 @@ def _stages(
     kept_depth = width * (
         (len(depth) + 3) * depth_rows * depth_dim + share * len(depth) * num_frames * depth_products
     )
-    working_depth = width * WORKING * min(num_frames, CHUNK_FRAMES) * depth_products
-    working_main = width * WORKING * per_main
+    in_full = _in_full(model, width)
+    working_depth = in_full + width * WORKING * min(num_frames, CHUNK_FRAMES) * depth_products
+    working_main = in_full + width * WORKING * per_main
     stages = [(kept_main + kept_depth, working_depth, 0.0), (kept_main, working_main, 0.0)]
     cost = layer_class(args.ttt.method).cost(args.ttt) if args.ttt.enabled else None
     if cost is not None:
         ttt = cost.bytes_per_frame * num_frames * model.dim / 4096
         stages.append((kept_main, working_main, ttt))
     return stages
+
+
+def _in_full(model: TTTLMModel, width: int) -> float:
+    """Bytes of the largest frozen weight where it is used: as the products read it, or turned."""
+    sizes = [
+        each.in_features * each.out_features * (width if each.kind == "nf4" else 1)
+        for _, each in frozen_linears(model)
+    ]
+    return max(sizes, default=0)
 
 
 def _products(layer: nn.Module) -> int:
