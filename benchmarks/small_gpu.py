@@ -29,7 +29,7 @@ from moshi.models import loaders
 from streaming import median, run_stream
 from training_arms import TINY, TTT, Arm, OurRun, random_codes
 
-from finetune.config import DataArgs, LoraArgs, ModelPaths, Precision, TrainArgs
+from finetune.config import DataArgs, LoraArgs, ModelPaths, OptimArgs, Precision, TrainArgs
 from finetune.model import load_model, plan_model
 from finetune.plan import estimate
 from ttt import TTTArgs, TTTLMModel
@@ -45,6 +45,7 @@ def run_args(options: argparse.Namespace, batch: int) -> TrainArgs:
         data=DataArgs(),
         run_dir="",
         moshi_paths=ModelPaths(hf_repo_id=None, random_init=True),
+        optim=OptimArgs(lr=options.lr, state=options.optim_state),
         lora=LoraArgs(enable=True, rank=options.rank),
         ttt=TTTArgs(enabled=options.ttt == "on", **ttt),
         duration_sec=options.frames / 12.5,
@@ -79,7 +80,8 @@ def results(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def train(model: TTTLMModel, batch: int, options: argparse.Namespace) -> dict[str, Any]:
     """Losses of a few optimizer steps on one batch, their median time, and the peak."""
-    run, codes = OurRun(model, options), random_codes(batch, Arm(""), options)
+    optim = run_args(options, batch).optim
+    run, codes = OurRun(model, options, optim=optim), random_codes(batch, Arm(""), options)
     free(options)
     losses, seconds = [], []
     for _ in range(options.warmup + options.steps):
@@ -138,6 +140,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--model", default="7b", choices=["7b", "tiny"])
     parser.add_argument("--base-precision", default="nf4", choices=get_args(Precision))
+    parser.add_argument("--optim-state", default="float32", choices=["float32", "bfloat16", "int8"])
     parser.add_argument("--ttt", default="on", choices=["on", "off"])
     parser.add_argument("--limit-gb", type=float, default=24.0, help="that the process may take")
     parser.add_argument("--batch", type=int, nargs="+", default=[1])

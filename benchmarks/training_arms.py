@@ -146,12 +146,13 @@ class OurRun:
         options: argparse.Namespace,
         world: World | None = None,
         sharding: Sharding | None = None,
+        optim: OptimArgs | None = None,
     ):
         self.model = model.train()
         self.world = world or World(0, 1, torch.device(options.device))
         self.optimizer = Optimizer(
             trainable_by_role(model),
-            OptimArgs(lr=options.lr),
+            optim or OptimArgs(lr=options.lr),
             max_steps=options.schedule_steps,
             sharding=sharding,
         )

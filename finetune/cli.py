@@ -90,13 +90,19 @@ class PlanOptions:
     gpu_memory: Annotated[float, Ge(1), Le(1e5)] = 80.0
     """Memory of each GPU, in GB."""
 
+    table: bool = False
+    """Instead: the largest batches of LoRA, TTT and all weights on GPUs of 16 to 141 GB."""
+
 
 @command
 def plan(options: PlanOptions, overrides: dict[str, Any]) -> None:
     """Say what a run would take, without a GPU: memory, steps, tokens, hours."""
     args = load_config(options.config, overrides)
     from finetune.plan import plan as lines_of
+    from finetune.plan import table
 
+    if options.table:
+        return print_all(table(args))
     for line in lines_of(args, num_gpus=options.gpus, gpu_memory_gb=options.gpu_memory):
         print(line)
 

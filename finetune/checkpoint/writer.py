@@ -36,7 +36,7 @@ from finetune.config import TrainArgs, save_config
 from finetune.distributed import Sharding, World, like_parameter, shard_size, whole
 from finetune.errors import UserError
 from finetune.model import changed_shape, trainable_by_role
-from finetune.step import Optimizer
+from finetune.step import Optimizer, moment_bytes
 from ttt import TTTLMModel, ttt_parameters
 from ttt.layers.frozen import frozen_linears
 
@@ -320,9 +320,10 @@ def snapshot_bytes(args: TrainArgs, model: TTTLMModel, world: World) -> float:
     """
     if not args.do_ckpt or not (args.ckpt_async or world.device.type == "cuda"):
         return 0.0
-    num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trained = [p.numel() for p in model.parameters() if p.requires_grad]
     # Float32 weights and two moments.
-    found = 12.0 * num_trained / shard_size(args, world.size) if args.ckpt_async else 0.0
+    kept = sum(4 * number + moment_bytes(number, args.optim.state) for number in trained)
+    found = kept / shard_size(args, world.size) if args.ckpt_async else 0.0
     if world.is_main:
         for tensors in consolidated(args, model).values():
             found += sum(tensor.numel() * tensor.element_size() for _, tensor in tensors)

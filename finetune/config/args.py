@@ -108,6 +108,11 @@ class OptimArgs:
     weight_decay: NonNegative = 0.1
     """Weight decay."""
 
+    state: Literal["float32", "bfloat16", "int8"] = "float32"
+    """How the optimizer keeps the two moments of a parameter between steps: in 8, 4 or (`int8`) 2
+    bytes for both. 10 more go to the weight, its float32 copy and its gradient. `int8` needs
+    bitsandbytes, and a model that is not sharded."""
+
     pct_start: Annotated[float, Gt(0), Lt(1)] = 0.05
     """Share of `max_steps` over which the learning rates rise, between 0 and 1."""
 

@@ -115,7 +115,12 @@ def shard_size(args: TrainArgs, num_processes: int) -> int:
     """
     wanted = args.parallel.shard_size
     if wanted == "auto":
-        return num_processes if args.full_finetuning else 1
+        wanted = num_processes if args.full_finetuning else 1
+    if wanted > 1 and args.optim.state == "int8":
+        raise UserError(
+            "optim.state: int8 is for models that are not sharded, as its blocks are those of "
+            "whole parameters; choose bfloat16, or parallel.shard_size: 1."
+        )
     if num_processes % wanted:
         raise UserError(
             f"parallel.shard_size: {num_processes} processes cannot be divided into groups of "

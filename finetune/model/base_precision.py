@@ -31,16 +31,25 @@ def freeze_base(model: TTTLMModel, precision: str) -> None:
             freeze_linears(transformer, precision, skip=skip)
 
 
+def require_bitsandbytes(what: str) -> None:
+    """
+    Raises:
+        UserError: the package is not here; `what`, a key and its value, needs it.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(
+            f"{what} needs the package bitsandbytes, which is not installed here; install it (pip "
+            f"install bitsandbytes), or choose another value."
+        )
+
+
 def require_precision(model: TTTLMModel, precision: str, device: torch.device) -> None:
     """
     Raises:
         UserError: this machine cannot compute with such weights, or the model does not suit them.
     """
-    if precision == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(
-            "base_precision: nf4 needs the package bitsandbytes, which is not installed here; "
-            "install it (pip install bitsandbytes), or choose another base_precision."
-        )
+    if precision == "nf4":
+        require_bitsandbytes("base_precision: nf4")
     if precision != "float8" or device.type != "cuda":
         return
     capability = torch.cuda.get_device_capability(device)

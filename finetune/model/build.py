@@ -17,7 +17,7 @@ from torch import nn
 from finetune.config import LoraArgs, ModelArgs, ModelPaths, TrainArgs
 from finetune.data import Codec
 from finetune.errors import UserError
-from finetune.model.base_precision import freeze_base, require_precision
+from finetune.model.base_precision import freeze_base, require_bitsandbytes, require_precision
 from finetune.model.compilers import require_compiler
 from finetune.model.fill import Sharder, WeightFiles, fill
 from finetune.model.hub import HUB_ERRORS, is_reachable
@@ -268,6 +268,8 @@ def load_model(
         require_fit(earlier, args, shape, {key: there.get(key) for key in shape})
     model = plan_model(args, info, compile=compile)
     require_precision(model, args.base_precision, device)
+    if args.optim.state == "int8":
+        require_bitsandbytes("optim.state: int8")
     if check is not None:
         check(model)
     files = WeightFiles()

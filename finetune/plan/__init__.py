@@ -5,6 +5,7 @@ from finetune.plan.memory import estimate, explained
 from finetune.plan.plan import plan
 from finetune.plan.room import require_room
 from finetune.plan.starter import Wanted, write_config
+from finetune.plan.table import table
 
 __all__ = [
     "SUMMARY",
@@ -14,6 +15,7 @@ __all__ = [
     "explained",
     "plan",
     "require_room",
+    "table",
     "write_config",
     "write_summary",
 ]

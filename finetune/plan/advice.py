@@ -8,6 +8,7 @@ from moshi.models import loaders
 
 from finetune.config import TrainArgs
 from finetune.data import FRAME_RATE_HZ, count_frames
+from finetune.distributed import shard_size
 from finetune.model import plan_model
 from finetune.plan.memory import Memory, estimate
 from ttt import TTTLMModel
@@ -42,6 +43,8 @@ def ways_to_fit(
         advice.fewer_trained(),
         advice.smaller_adapters(),
         advice.narrower_weights(),
+        advice.narrower_base(),
+        advice.narrower_moments(),
     ]
     found = (next((each for each in kind if is_enough(each[1])), None) for kind in kinds)
     return [f"{each[0]}: {each[1].peak / 1e9:.1f} GB" for each in found if each is not None]
@@ -107,6 +110,18 @@ class _Advice:
     def narrower_weights(self) -> Changes:
         if self.args.param_dtype == "float32":
             yield "param_dtype: bfloat16", self._with(param_dtype="bfloat16")
+
+    def narrower_base(self) -> Changes:
+        if not self.args.full_finetuning and self.args.base_precision == "bfloat16":
+            yield "base_precision: nf4", self._with_other_model(base_precision="nf4")
+
+    def narrower_moments(self) -> Changes:
+        if self.args.optim.state == "float32":
+            for state in ("bfloat16", "int8"):
+                if state == "int8" and shard_size(self.args, self.num_processes) > 1:
+                    continue
+                optim = dataclasses.replace(self.args.optim, state=state)
+                yield f"optim.state: {state}", self._with(optim=optim)
 
     def _with(self, **changes: Any) -> Memory:
         args = dataclasses.replace(self.args, **changes)

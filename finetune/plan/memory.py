@@ -9,7 +9,7 @@ nothing else is kept, but all gradients have come. What is counted, for one proc
                  what `base_precision` keeps in fewer bits, in these, whole in every process
     gradients    float32, of what trains and has its gradient by then: all of it, from the second
                  micro-batch on
-    optimizer    two moments in float32
+    optimizer    two moments, in `optim.state`
     gathered     of a sharded model: all that is in no layer, and two layers, whole
     kept         the inputs of all layers (activation checkpointing), and what the loss starts from
     working      the largest layer's intermediate results, and their gradients
@@ -31,10 +31,11 @@ from finetune.config import TrainArgs
 from finetune.data import count_frames
 from finetune.distributed import FEW, peak_memory_gb, shard_size
 from finetune.errors import UserError
+from finetune.step import moment_bytes
 from ttt import TTTLMModel
 from ttt.layers import layer_class
 from ttt.layers.depth import CHUNK_FRAMES
-from ttt.layers.frozen import FrozenLinear, frozen_bytes, num_frozen
+from ttt.layers.frozen import FrozenLinear, frozen_bytes, frozen_linears, num_frozen
 
 ELEMENTWISE = 1.5
 """What is kept of a layer that is not computed again, relative to its products."""
@@ -102,7 +103,8 @@ def estimate(args: TrainArgs, model: TTTLMModel, num_gpus: int) -> Memory:
     # In the first layers what was kept for the others is gone.
     late = [(gradients + whole_gradients, 0.0, *stage[1:]) for stage in stages[1:]]
     at_peak, kept, working, ttt = max(early + late, key=sum)
-    return Memory(weights, at_peak, 8 * num_trained / size, gathered, kept, working, ttt)
+    moments = sum(moment_bytes(p.numel(), args.optim.state) for p in parameters if p.requires_grad)
+    return Memory(weights, at_peak, moments / size, gathered, kept, working, ttt)
 
 
 def _gathered(model: TTTLMModel, width: int) -> float:
@@ -136,14 +138,24 @@ def _stages(
     kept_depth = width * (
         (len(depth) + 3) * depth_rows * depth_dim + share * len(depth) * num_frames * depth_products
     )
-    working_depth = width * WORKING * min(num_frames, CHUNK_FRAMES) * depth_products
-    working_main = width * WORKING * per_main
+    in_full = _in_full(model, width)
+    working_depth = in_full + width * WORKING * min(num_frames, CHUNK_FRAMES) * depth_products
+    working_main = in_full + width * WORKING * per_main
     stages = [(kept_main + kept_depth, working_depth, 0.0), (kept_main, working_main, 0.0)]
     cost = layer_class(args.ttt.method).cost(args.ttt) if args.ttt.enabled else None
     if cost is not None:
         ttt = cost.bytes_per_frame * num_frames * model.dim / 4096
         stages.append((kept_main, working_main, ttt))
     return stages
+
+
+def _in_full(model: TTTLMModel, width: int) -> float:
+    """Bytes of the largest frozen weight where it is used: as the products read it, or turned."""
+    sizes = [
+        each.in_features * each.out_features * (width if each.kind == "nf4" else 1)
+        for _, each in frozen_linears(model)
+    ]
+    return max(sizes, default=0)
 
 
 def _products(layer: nn.Module) -> int:

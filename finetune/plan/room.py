@@ -45,7 +45,8 @@ class Need:
 def at_least(memory: Memory) -> float:
     """Bytes below which a training step will not stay: weights, gradients and moments, which are
     known; and of all else what the estimate cannot be wrong by."""
-    known = memory.weights + 1.5 * memory.optimizer  # two moments, and as wide a gradient as one
+    # Two moments, and a gradient at least as wide as one.
+    known = memory.weights + 1.5 * memory.optimizer
     return max(known, memory.peak - UNCERTAIN * (memory.kept + memory.working + memory.ttt))
 
 

@@ -1,5 +1,6 @@
 """The arithmetic of one optimizer step: loss, gradients, update."""
 
+from finetune.step.compact_adamw import moment_bytes
 from finetune.step.gradients import accumulate_gradients
 from finetune.step.loss import LossWeights, stream_sums, target_weights, total_weight
 from finetune.step.nonfinite import LostSteps
@@ -11,6 +12,7 @@ __all__ = [
     "Optimizer",
     "StepResult",
     "accumulate_gradients",
+    "moment_bytes",
     "stream_sums",
     "target_weights",
     "total_weight",

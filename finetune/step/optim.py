@@ -12,9 +12,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from finetune.config import OptimArgs
 from finetune.distributed import Sharding, World, local
-
-_MOMENTS = ("exp_avg", "exp_avg_sq")
-"""What AdamW keeps for every parameter, besides the number of its steps."""
+from finetune.step.compact_adamw import CompactAdamW, new_moments
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,13 @@ class Optimizer:
             for role, masters in self.masters.items()
         ]
         on_gpu = next(iter(self._all_masters())).is_cuda
-        self.adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, fused=on_gpu)
+        options: dict[str, Any] = {"betas": (0.9, 0.95), "eps": 1e-8, "fused": on_gpu}
+        self.kind = args.state
+        self.adamw = (
+            torch.optim.AdamW(groups, **options)
+            if self.kind == "float32"
+            else CompactAdamW(groups, kind=self.kind, **options)
+        )
         # OneCycleLR also lowers beta1 from 0.95 while the learning rate is high: so it is in
         # moshi-finetune, and runs without TTT should compare with its.
         self.schedule = OneCycleLR(
@@ -132,9 +136,9 @@ class Optimizer:
         found = {}
         for name, (parameter, master) in self._named().items():
             found[f"master/{name}"] = (master, parameter)
-            for key in _MOMENTS:
-                if master in self.adamw.state:
-                    found[f"{key}/{name}"] = (self.adamw.state[master][key], parameter)
+            for key, kept in self.adamw.state.get(master, {}).items():
+                if key != "step":
+                    found[f"{key}/{name}"] = (kept, parameter)
         return found
 
     def summary(self) -> dict[str, Any]:
@@ -150,6 +154,7 @@ class Optimizer:
                 for (name, (parameter, _)), count in zip(self._named().items(), counts, strict=True)
             },
             "schedule_step": self.schedule.last_epoch,
+            "state": self.kind,
         }
 
     @torch.no_grad()
@@ -167,8 +172,8 @@ class Optimizer:
             fill: puts the saved values into `tensors()`.
 
         Raises:
-            ValueError: the state is of other parameters than those that train now, or of a step
-                beyond the schedule.
+            ValueError: the state is of other parameters than those that train now, in another type,
+                or of a step beyond the schedule.
         """
         own = self.summary()["parameters"]
         saved = summary["parameters"]
@@ -176,6 +181,9 @@ class Optimizer:
             (n, p["role"], p["shape"]) for n, p in own.items()
         ]:
             raise ValueError("it holds other trainable parameters than this configuration has")
+        kind = summary.get("state", "float32")
+        if kind != self.kind:
+            raise ValueError(f"it keeps moments in {kind}, and optim.state is {self.kind}")
         step = summary["schedule_step"]
         if step > self.schedule.total_steps:
             raise ValueError(
@@ -186,7 +194,7 @@ class Optimizer:
             if count := saved[name]["steps"]:
                 self.adamw.state[master] = {
                     "step": torch.tensor(count, device=master.device if fused else "cpu"),
-                    **{key: torch.zeros_like(master) for key in _MOMENTS},
+                    **new_moments(master, self.kind),
                 }
         fill(self.tensors())
         self.schedule.load_state_dict({"last_epoch": step - 1, "_step_count": step})

@@ -1,0 +1,92 @@
+"""Moments in fewer bits: what is stepped, kept and continued."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from training_tools import (
+    LORA,
+    assert_same_weights,
+    checkpoint,
+    logged,
+    saved_weights,
+    stop_after,
+    train,
+    trainer,
+)
+
+from finetune.config import OptimArgs, load_config
+from finetune.distributed import World, shard_size
+from finetune.errors import UserError
+from finetune.step import Optimizer, moment_bytes
+from finetune.step.compact_adamw import LEAST
+
+WORLD = World(0, 1, torch.device("cpu"))
+KINDS = ["bfloat16", "int8"]
+
+
+def after_steps(kind: Any, num_steps: int = 12) -> tuple[torch.Tensor, Optimizer]:
+    """A weight that AdamW pulls to a target, with gradients that are partly noise."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(64, 80, generator=generator))
+    target = torch.randn(64, 80, generator=generator)
+    scales = 10 ** torch.linspace(-3, 1, 64)[:, None]
+    args = OptimArgs(lr=0.05, weight_decay=0.0, state=kind)
+    optimizer = Optimizer({"base": {"weight": weight}}, args, max_steps=num_steps)
+    for _ in range(num_steps):
+        drawn = torch.randn(64, 80, generator=generator)
+        weight.grad = scales * (weight.detach() - target + 0.5 * drawn)
+        optimizer.step(max_norm=1e9, world=WORLD, is_loss_finite=True)
+    return weight.detach(), optimizer
+
+
+@pytest.mark.parametrize(("kind", "apart"), [("bfloat16", 0.005), ("int8", 0.05)])
+def test_the_steps_are_adamws_but_for_the_rounding_of_moments(kind: str, apart: float) -> None:
+    expected, _ = after_steps("float32")
+    start, _ = after_steps("float32", 1)
+    found, optimizer = after_steps(kind)
+    moved = (expected - start).norm()
+    assert 0 < (found - expected).norm() < apart * moved
+    kept = optimizer.tensors()
+    moments = [t for name, (t, _) in kept.items() if name.startswith("exp_avg")]
+    assert sum(t.nbytes for t in moments) == moment_bytes(64 * 80, kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_small_parameters_are_stepped_exactly(kind: str) -> None:
+    weights = []
+    for each in ("float32", kind):
+        weight = torch.nn.Parameter(torch.linspace(-1, 1, LEAST - 1))
+        args = OptimArgs(lr=0.05, state=each)  # type: ignore[arg-type]
+        optimizer = Optimizer({"base": {"weight": weight}}, args, max_steps=5)
+        for step in range(5):
+            weight.grad = torch.sin(weight.detach() * (step + 1))
+            optimizer.step(max_norm=1e9, world=WORLD, is_loss_finite=True)
+        weights.append(weight.detach())
+    torch.testing.assert_close(weights[1], weights[0], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_goes_on_to_the_bit(
+    config: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # All of the tiny model's parameters are small.
+    monkeypatch.setattr("finetune.step.compact_adamw.LEAST", 16)
+    how: dict[str, Any] = {**LORA, "optim.state": kind, "max_steps": 4, "ckpt_freq": 2}
+    train(config, tmp_path / "whole", how)
+    stop_after(trainer(config, tmp_path / "cut", how), 3)
+    train(config, tmp_path / "cut", {**how, "resume": True})
+    assert_same_weights(saved_weights(tmp_path / "whole", 4), saved_weights(tmp_path / "cut", 4))
+    train(config, tmp_path / "float32", {**how, "optim.state": "float32"})
+    assert logged(tmp_path / "whole")[-1] != logged(tmp_path / "float32")[-1]
+    assert logged(tmp_path / "whole") == pytest.approx(logged(tmp_path / "float32"), abs=0.1)
+    with pytest.raises(UserError, match=f"it keeps moments in {kind}, and optim.state is float32"):
+        trainer(config, tmp_path / "whole", {**how, "optim.state": "float32", "resume": True})
+    assert checkpoint(tmp_path / "whole", 4).is_dir()
+
+
+def test_moments_in_8_bits_are_not_sharded(config: Path) -> None:
+    args = load_config(config, {"optim.state": "int8", "parallel.shard_size": 2, **LORA})
+    with pytest.raises(UserError, match="int8 is for models that are not sharded"):
+        shard_size(args, 2)
