@@ -68,7 +68,7 @@ def index_folder(options: IndexOptions) -> Iterator[str]:
 
 def _duration_sec(path: Path) -> float:
     """Return the length of a recording. Raises `FileProblem` if it cannot be used."""
-    info = inspect_audio(path, allow_mono=True)
+    info = inspect_audio(path, channels=(1, 2))
     if info.num_channels == 1:
         raise RecordingError(
             f"{path} is mono: if each speaker has a file, --pair joins them; else put Moshi on the "

@@ -94,7 +94,7 @@ def join(pair: Pair) -> None:
         FileProblem: a file cannot be read.
         RecordingError: the two do not fit each other, or another file is in the way.
     """
-    infos = [inspect_audio(path, allow_mono=True) for path in (pair.left, pair.right)]
+    infos = [inspect_audio(path, channels=(1, 2)) for path in (pair.left, pair.right)]
     for path, info in zip((pair.left, pair.right), infos, strict=True):
         if info.num_channels != 1:
             raise RecordingError(f"{path} is not mono: leave out --pair if it holds both speakers")
