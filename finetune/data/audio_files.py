@@ -51,10 +51,17 @@ def num_bytes(file: AudioFile) -> int:
 def version_of(file: AudioFile) -> tuple[object, ...] | None:
     """Return what changes whenever a file does: by name, size and time of change, no file is read;
     None: it is not there."""
-    on_disk = os.path.abspath(file if isinstance(file, Path) else file.container)
+    on_disk = file if isinstance(file, Path) else file.container
+    if (state := state_of(file)) is None:
+        return None
+    version: tuple[object, ...] = (os.path.abspath(on_disk), state)
+    return version if isinstance(file, Path) else (*version, str(file))
+
+
+def state_of(file: AudioFile) -> tuple[int, int] | None:
+    """Return size and time of change of what a file lies in; None: it is not there."""
     try:
-        status = os.stat(on_disk)
+        status = os.stat(file if isinstance(file, Path) else file.container)
     except OSError:
         return None
-    version: tuple[object, ...] = (on_disk, (status.st_size, status.st_mtime_ns))
-    return version if isinstance(file, Path) else (*version, str(file))
+    return status.st_size, status.st_mtime_ns

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import soundfile
 
-from finetune.data.audio_files import AudioFile, for_decoder, num_bytes, opened, version_of
+from finetune.data.audio_files import AudioFile, for_decoder, num_bytes, opened, state_of
 from finetune.data.problems import FileProblem
 
 if TYPE_CHECKING:
@@ -241,7 +241,7 @@ def decoder_of(path: AudioFile) -> Decoder:
     """An open decoder of a file, kept by each thread until it opens another or the file changes:
     parts that follow one another are decoded once."""
     # Not those of the process that this one was forked from: they share their place in the file.
-    version = (os.getpid(), str(path), version_of(path))
+    version = (os.getpid(), str(path), state_of(path))
     if getattr(_open, "version", None) != version:
         close_decoder()
         _open.decoder = open_decoder(path)

@@ -113,9 +113,11 @@ class Sides:
             left = round(self.duration_sec * sample_rate_hz) - start_sample
             num_samples = min(num_samples, max(0, left))
         where = round(self.start_sec * sample_rate_hz) + start_sample, num_samples, sample_rate_hz
-        if len(self.files) == 1:
+        if self.moshi.file == self.user.file:
             audio = read_audio(self.moshi.file, *where)
-            return audio[[self.moshi.number, self.user.number]]
+            numbers = [self.moshi.number, self.user.number]
+            # To pick channels is a copy, and most files are as they are wanted.
+            return audio if numbers == [0, 1] and len(audio) == 2 else audio[numbers]
         sides = [read_audio(file, *where)[number] for file, number in (self.moshi, self.user)]
         longest = max(len(side) for side in sides)
         return torch.stack([pad(side, (0, longest - len(side))) for side in sides])
