@@ -114,7 +114,7 @@ def plan(options: PlanOptions, overrides: dict[str, Any]) -> None:
 def data_index(options: IndexOptions) -> None:
     """Find the recordings of a folder, measure them, and write the JSONL that training reads.
 
-    Hidden files are passed over. With --pair, two mono files for each dialogue are joined first:
+    Hidden files are passed over. With --pair, two mono files for each dialogue are listed:
     moshi-ttt data index FOLDER --pair '{id}_left.wav,{id}_right.wav'
     """
     from finetune.recordings import index_folder

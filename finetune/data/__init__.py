@@ -6,7 +6,7 @@ from finetune.data.codec import Codec
 from finetune.data.fill import CacheFill
 from finetune.data.inspection import VERSION as INSPECTION_VERSION
 from finetune.data.inspection import Finding, Inspection, inspect_listing, inspect_recording
-from finetune.data.layouts import SOURCES, Entry, Source, open_source
+from finetune.data.layouts import SOURCES, Entry, MonoPair, Source, StereoFile, open_source
 from finetune.data.loader import (
     EvalLoader,
     TrainLoader,
@@ -21,6 +21,7 @@ from finetune.data.problems import FileProblem
 from finetune.data.reading import Reading
 from finetune.data.recording import Codes, Recording, SegmentRef
 from finetune.data.segments import Segment, SegmentReader
+from finetune.data.sides import Sides
 from finetune.data.sources import check_recordings, load_sources, parse_sources
 from finetune.data.text import (
     FRAME_RATE_HZ,
@@ -47,12 +48,15 @@ __all__ = [
     "FileProblem",
     "Finding",
     "Inspection",
+    "MonoPair",
     "Reading",
     "Recording",
     "Segment",
     "SegmentReader",
     "SegmentRef",
+    "Sides",
     "Source",
+    "StereoFile",
     "TextEncoder",
     "TimedTokens",
     "TrainLoader",

@@ -2,6 +2,7 @@
 
 import math
 import unicodedata
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import soundfile
 import torch
 from torchaudio.functional import resample
 
+from finetune.data.audio_files import AudioFile, for_decoder
 from finetune.data.decoders import (
     COPY_REMEDY,
     Decoder,
@@ -55,29 +57,35 @@ class AudioInfo:
         return self.num_samples / self.sample_rate_hz
 
 
-def inspect_audio(path: Path, *, allow_mono: bool = False) -> AudioInfo:
-    """Return the length of a stereo recording, after checking that it can be read to its end.
+def inspect_audio(path: AudioFile, *, channels: Collection[int] | None = (2,)) -> AudioInfo:
+    """Return the length of a recording, after checking that it can be read to its end.
 
     Of wav, flac and the like it reads the header and the last sample only. What has no length in
     its header is decoded.
 
+    Args:
+        channels: how many it may have; None: any number.
+
     Raises:
-        FileProblem: missing, not readable as audio, truncated, or not stereo.
+        FileProblem: missing, not readable as audio, truncated, or with other channels.
     """
-    if not path.is_file():
+    if isinstance(path, Path) and not path.is_file():
         remedy = _other_spelling(path) or "correct the path or remove the line"
         raise FileProblem(f"recording {path} is missing", remedy, code="missing")
     try:
-        return _inspect(path, decoder_of(path), allow_mono)
+        return _inspect(path, decoder_of(path), channels)
     except (soundfile.SoundFileError, OSError) as error:
         raise FileProblem(f"recording {path} cannot be read ({error})", COPY_REMEDY) from None
 
 
-def _inspect(path: Path, decoder: Decoder, allow_mono: bool) -> AudioInfo:
+def _inspect(path: AudioFile, decoder: Decoder, channels: Collection[int] | None) -> AudioInfo:
     rate, num_channels = decoder.sample_rate_hz, decoder.num_channels
-    if num_channels != 2 and not (allow_mono and num_channels == 1):
+    if channels is not None and num_channels not in channels:
         kind = "mono" if num_channels == 1 else f"made of {num_channels} channels"
-        raise FileProblem(f"recording {path} is {kind}", _STEREO_REMEDY, code="not-stereo")
+        if 2 in channels:
+            raise FileProblem(f"recording {path} is {kind}", _STEREO_REMEDY, code="not-stereo")
+        remedy = "name files that hold one speaker each, or one stereo file instead of two"
+        raise FileProblem(f"recording {path} is {kind}, not mono", remedy, code="not-mono")
     num_samples = decoder.num_samples
     if (num_samples or 0) < 0 or rate < 1:
         raise FileProblem(f"recording {path} has a header that makes no sense", COPY_REMEDY)
@@ -85,7 +93,7 @@ def _inspect(path: Path, decoder: Decoder, allow_mono: bool) -> AudioInfo:
     if num_samples is None:
         assert isinstance(decoder, ForwardDecoder)
         num_samples = decoder.count()
-    elif _is_truncated(path, num_samples):
+    elif _is_truncated(path, decoder, num_samples):
         raise FileProblem(
             f"recording {path} is truncated, its header promises more audio than the file holds",
             COPY_REMEDY,
@@ -106,7 +114,7 @@ def _other_spelling(path: Path) -> str | None:
     return None
 
 
-def _require_resampler(path: Path, rate_hz: int, new_rate_hz: int) -> None:
+def _require_resampler(path: AudioFile, rate_hz: int, new_rate_hz: int) -> None:
     divisor = math.gcd(rate_hz, new_rate_hz)
     if rate_hz // divisor * (new_rate_hz // divisor) > _MAX_KERNEL_VALUES:
         raise FileProblem(
@@ -118,13 +126,15 @@ def _require_resampler(path: Path, rate_hz: int, new_rate_hz: int) -> None:
         )
 
 
-def _is_truncated(path: Path, num_samples: int) -> bool:
+def _is_truncated(path: AudioFile, decoder: Decoder, num_samples: int) -> bool:
     if wav_is_cut_off(path):
         return True
     if num_samples == 0:
         return False
     try:
-        with soundfile.SoundFile(path) as file:
+        if isinstance(decoder, SeekingDecoder):
+            return len(decoder.read(num_samples - 1, num_samples)) < 1
+        with soundfile.SoundFile(for_decoder(path)) as file:
             file.seek(num_samples - 1)
             return len(file.read(1)) < 1
     except soundfile.SoundFileError:
@@ -132,7 +142,7 @@ def _is_truncated(path: Path, num_samples: int) -> bool:
 
 
 def read_audio(
-    path: Path, start_sample: int, num_samples: int, sample_rate_hz: int
+    path: AudioFile, start_sample: int, num_samples: int, sample_rate_hz: int
 ) -> torch.Tensor:
     """Part of a recording, resampled: float32 `[num_channels, at most num_samples]`.
 
@@ -180,7 +190,7 @@ class AudioReader:
 
 
 def _read_resampled(
-    decoder: Decoder, path: Path, start_sample: int, num_samples: int, new_rate_hz: int
+    decoder: Decoder, path: AudioFile, start_sample: int, num_samples: int, new_rate_hz: int
 ) -> torch.Tensor:
     # Every `old` samples in give `new` samples out. Reading from a multiple of `old` leaves the
     # phase of the filter as it would be in the whole recording.

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import soundfile
 
+from finetune.data.audio_files import AudioFile, for_decoder, num_bytes, opened, state_of
 from finetune.data.problems import FileProblem
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ class SeekingDecoder(Decoder):
 class ForwardDecoder(Decoder):
     """Decodes a file from its start, again for every part that lies before the last one."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: AudioFile) -> None:
         self.path = path
         self._blocks: Iterator[np.ndarray] | None = None
         self._kept: np.ndarray = np.zeros((0, 0), np.float32)
@@ -138,13 +139,13 @@ class ForwardDecoder(Decoder):
 class SequentialDecoder(ForwardDecoder):
     """Reads what libsndfile decodes exactly only from the start."""
 
-    def __init__(self, path: Path, file: soundfile.SoundFile) -> None:
+    def __init__(self, path: AudioFile, file: soundfile.SoundFile) -> None:
         super().__init__(path)
         self.sample_rate_hz, self.num_channels = file.samplerate, file.channels
         self.num_samples = file.frames
 
     def _decode(self) -> Iterator[np.ndarray]:
-        with soundfile.SoundFile(self.path) as file:
+        with soundfile.SoundFile(for_decoder(self.path)) as file:
             file.seek(0)  # its first frame was decoded to find the format, and is rounded otherwise
             while len(block := file.read(_BLOCK_SAMPLES, dtype="float32", always_2d=True)):
                 yield block
@@ -153,7 +154,7 @@ class SequentialDecoder(ForwardDecoder):
 class AvDecoder(ForwardDecoder):
     """Decodes with FFmpeg, through PyAV, what libsndfile cannot."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: AudioFile) -> None:
         super().__init__(path)
         with _av_stream(path) as (_, stream):
             self.sample_rate_hz, self.num_channels = stream.rate, stream.channels
@@ -193,7 +194,7 @@ def _float_samples(frame: "av.AudioFrame", num_channels: int) -> np.ndarray:
 
 @contextmanager
 def _av_stream(
-    path: Path,
+    path: AudioFile,
 ) -> Iterator[tuple["av.container.InputContainer", "av.AudioStream"]]:
     """Open the first audio stream of a file for FFmpeg.
 
@@ -204,7 +205,8 @@ def _av_stream(
 
     try:
         # A name as "file:…" leads to a file, whatever protocol it looks like.
-        with av.open(f"file:{path}", options=_AV_OPTIONS) as container:
+        source = f"file:{path}" if isinstance(path, Path) else opened(path)
+        with av.open(source, options=_AV_OPTIONS) as container:
             if not container.streams.audio:
                 raise FileProblem(f"recording {path} holds no audio", COPY_REMEDY)
             yield container, container.streams.audio[0]
@@ -213,14 +215,14 @@ def _av_stream(
         raise FileProblem(f"recording {path} cannot be read ({reason})", COPY_REMEDY) from None
 
 
-def open_decoder(path: Path) -> Decoder:
+def open_decoder(path: AudioFile) -> Decoder:
     """Open an audio file with the decoder that reads it exactly.
 
     Raises:
         FileProblem: nothing reads it.
     """
     try:
-        file = soundfile.SoundFile(path)
+        file = soundfile.SoundFile(for_decoder(path))
     except (soundfile.SoundFileError, OSError):
         return AvDecoder(path)
     if lacks_length(path):
@@ -235,12 +237,11 @@ def open_decoder(path: Path) -> Decoder:
 _open = threading.local()
 
 
-def decoder_of(path: Path) -> Decoder:
+def decoder_of(path: AudioFile) -> Decoder:
     """An open decoder of a file, kept by each thread until it opens another or the file changes:
     parts that follow one another are decoded once."""
-    status = os.stat(path) if path.is_file() else None
     # Not those of the process that this one was forked from: they share their place in the file.
-    version = (os.getpid(), str(path), status and (status.st_size, status.st_mtime_ns))
+    version = (os.getpid(), str(path), state_of(path))
     if getattr(_open, "version", None) != version:
         close_decoder()
         _open.decoder = open_decoder(path)
@@ -259,14 +260,14 @@ def close_decoder() -> None:
 # --- headers --------------------------------------------------------------------------------------
 
 
-def lacks_length(path: Path) -> bool:
+def lacks_length(path: AudioFile) -> bool:
     """Return whether a file's header says nothing of its length, so that libsndfile guesses: a wav
     whose writer was stopped, or an mp3 without a Xing, Info or VBRI header."""
-    with path.open("rb") as file:
+    with opened(path) as file:
         start = file.read(12)
         if start[:4] == b"RIFF":
             data = wav_data(path)
-            return data is not None and data[1] == 0 and path.stat().st_size > data[0]
+            return data is not None and data[1] == 0 and num_bytes(path) > data[0]
         if start[:3] == b"ID3":
             # The size is in four bytes of seven bits.
             size = 0
@@ -281,10 +282,10 @@ def lacks_length(path: Path) -> bool:
         return not any(name in frame for name in (b"Xing", b"Info", b"VBRI"))
 
 
-def wav_data(path: Path) -> tuple[int, int] | None:
+def wav_data(path: AudioFile) -> tuple[int, int] | None:
     """Return where the samples of a wav file begin, and how many bytes its header promises; None
     for other files."""
-    with path.open("rb") as file:
+    with opened(path) as file:
         if file.read(12)[0:4] != b"RIFF":
             return None
         while len(header := file.read(8)) == 8:
@@ -295,10 +296,10 @@ def wav_data(path: Path) -> tuple[int, int] | None:
     return None
 
 
-def wav_is_cut_off(path: Path) -> bool:
+def wav_is_cut_off(path: AudioFile) -> bool:
     """Return whether a wav ends before its header says. libsndfile quietly takes what there is as
     the whole, so it has to be asked here."""
     data = wav_data(path)
     if data is None or not 0 < data[1] < _UNKNOWN_WAV_BYTES:
         return False
-    return sum(data) > path.stat().st_size
+    return sum(data) > num_bytes(path)

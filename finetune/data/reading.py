@@ -42,13 +42,11 @@ class Reading:
     def apply(
         self, audio: torch.Tensor, start_sample: int, sample_rate_hz: int, name: str
     ) -> torch.Tensor:
-        """Change part of a stereo recording `[2, n]`, as it is in the file.
+        """Change part of a recording `[2, n]`, Moshi first, as it is in the file.
 
         Args:
             name: the recording's; each has a noise of its own, always the same.
         """
-        if self.main_channel == "right":
-            audio = audio.flip(0)
         if self.room_tone_dbfs is not None:
             level = 10 ** (self.room_tone_dbfs / 20)
             noise = _noise(name, start_sample, audio.shape[1], sample_rate_hz)

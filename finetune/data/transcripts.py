@@ -69,9 +69,21 @@ def load_transcript(path: Path) -> Transcript:
         raise FileProblem(
             f"transcript {path} is not valid JSON ({error})", _AGAIN, code="transcript-malformed"
         ) from None
+    return transcript_of(content, f"transcript {path}")
+
+
+def transcript_of(content: Any, name: str) -> Transcript:
+    """Return what a transcript says, from what JSON holds.
+
+    Args:
+        name: what messages call it.
+
+    Raises:
+        FileProblem: it does not have the expected form.
+    """
     if not isinstance(content, dict) or not isinstance(content.get("alignments"), list):
         raise FileProblem(
-            f'transcript {path} has no list "alignments"',
+            f'{name} has no list "alignments"',
             f"it must have the form {_FORMAT}",
             code="transcript-malformed",
         )
@@ -80,7 +92,7 @@ def load_transcript(path: Path) -> Transcript:
     for index, entry in enumerate(content["alignments"]):
         if not _is_alignment(entry):
             raise FileProblem(
-                f"transcript {path} is malformed: alignments[{index}] is {_short(entry)}, "
+                f"{name} is malformed: alignments[{index}] is {_short(entry)}, "
                 'expected ["word", [start_sec, end_sec], "SPEAKER_MAIN"]',
                 _AGAIN,
                 code="transcript-malformed",

@@ -83,9 +83,14 @@ def write_config(wanted: Wanted, out: Path) -> Iterator[str]:
 
 
 def _lengths_sec(data: Path) -> np.ndarray:
-    """Return what the lines of the data promise, sorted."""
+    """Return how long the recordings are, as the lines of the data promise, sorted."""
     entries = open_source(data, "--data").entries()
-    lengths = [entry.recording.duration_sec for entry in entries if entry.recording is not None]
+    # Where the listing does not say how long a recording is, its header does.
+    lengths = [
+        entry.recording.duration_sec or entry.recording.inspect().duration_sec
+        for entry in entries
+        if entry.recording is not None
+    ]
     if not lengths:
         raise UserError(f"{data} lists no recording; moshi-ttt data check {data} says why.")
     return np.sort(lengths)

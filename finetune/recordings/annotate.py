@@ -5,18 +5,18 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
-from finetune.data import inspect_audio, read_audio
+from finetune.data import MonoPair, Recording, StereoFile
 from finetune.errors import UserError
 from finetune.kept import write_whole
 from finetune.recordings.align import SAMPLE_RATE_HZ, Aligner
 from finetune.recordings.files import listed
 from finetune.recordings.listing import list_data
 from finetune.recordings.options import AnnotateOptions
-from finetune.recordings.texts import CHANNELS, Channel, read_texts, text_paths
+from finetune.recordings.texts import CHANNELS, Channel, Dialogue, read_texts, text_paths
 from finetune.recordings.work import RecordingError, do_all
 
 SPEAKERS = ("SPEAKER_MAIN", "SPEAKER_USER")
@@ -40,12 +40,22 @@ def annotate_data(options: AnnotateOptions) -> Iterator[str]:
     """
     listing = list_data(options.data)
     problems = [f"{origin}: {problem}" for origin, problem in listing.problems]
-    paths = list(dict.fromkeys(recording.path for recording in listing.recordings))
-    missing = [path for path in paths if options.overwrite or not transcript_path(path).exists()]
-    if len(missing) < len(paths):
-        yield f"{len(paths) - len(missing)} of {len(paths)} recordings have a transcript already"
+    dialogues = list(dict.fromkeys(filter(_is_dialogue, listing.recordings)))
+    if len(dialogues) < len(set(listing.recordings)):
+        raise UserError(
+            f"{options.data}: transcripts are written beside audio files; in this layout the words "
+            "stand in the data themselves, see docs/data.md."
+        )
+    missing = [
+        each for each in dialogues if options.overwrite or not transcript_path(each.path).exists()
+    ]
+    if len(missing) < len(dialogues):
+        yield (
+            f"{len(dialogues) - len(missing)} of {len(dialogues)} recordings have a transcript "
+            "already"
+        )
     if options.engine == "align":
-        yield from _warn_of_older(set(paths) - set(missing), options.main_channel)
+        yield from _warn_of_older(set(dialogues) - set(missing), options.main_channel)
         Aligner.require()
         align = partial(_align, main_channel=options.main_channel)
         jobs = do_all(align, missing, title="aligning", workers=options.workers)
@@ -53,7 +63,7 @@ def annotate_data(options: AnnotateOptions) -> Iterator[str]:
         transcribe = _whisper(options)
         # One process: the model is large, and uses all cores or the GPU.
         jobs = do_all(
-            lambda path: _annotate(path, transcribe, options.main_channel),
+            lambda dialogue: _annotate(dialogue, transcribe, options.main_channel),
             missing,
             title="recognizing",
             workers=1,
@@ -76,17 +86,21 @@ def transcript_path(audio: Path) -> Path:
     return audio.with_suffix(".json")
 
 
-def _warn_of_older(annotated: set[Path], main_channel: Channel) -> Iterator[str]:
+def _is_dialogue(recording: Recording) -> TypeGuard[Dialogue]:
+    return isinstance(recording, StereoFile | MonoPair)
+
+
+def _warn_of_older(annotated: set[Dialogue], main_channel: Channel) -> Iterator[str]:
     """Yield a warning if texts were changed after their transcripts were made."""
     older = []
-    for path in sorted(annotated):
+    for dialogue in sorted(annotated, key=lambda dialogue: dialogue.path):
         try:
-            texts = text_paths(path, main_channel)
+            texts = text_paths(dialogue, main_channel)
         except RecordingError:
             continue  # the transcript is from elsewhere
-        made_at = transcript_path(path).stat().st_mtime_ns
+        made_at = transcript_path(dialogue.path).stat().st_mtime_ns
         if any(text.stat().st_mtime_ns > made_at for text in texts):
-            older.append(path)
+            older.append(dialogue.path)
     if older:
         yield (
             f"warning: {len(older)} transcripts are older than their texts ({older[0].name}, for "
@@ -99,24 +113,33 @@ def _aligner() -> Aligner:
     return Aligner()
 
 
-def _speakers(main_channel: Channel) -> tuple[str, str]:
-    """Return who is on the left and on the right."""
-    return SPEAKERS if main_channel == "left" else (SPEAKERS[1], SPEAKERS[0])
+def _speakers(dialogue: Dialogue, main_channel: Channel) -> tuple[str, str]:
+    """Return who is on the left and on the right, or in the first and the second file."""
+    is_first = main_channel == "left" or isinstance(dialogue, MonoPair)
+    return SPEAKERS if is_first else (SPEAKERS[1], SPEAKERS[0])
 
 
-def _align(path: Path, main_channel: Channel) -> int:
+def _name(dialogue: Dialogue, channel: int) -> str:
+    """Return what messages call a side."""
+    if isinstance(dialogue, MonoPair):
+        return str((dialogue.path, dialogue.user_path)[channel])
+    return f"{dialogue.path}, {CHANNELS[channel]} channel"
+
+
+def _align(dialogue: Dialogue, main_channel: Channel) -> int:
     """Write the transcript of a recording whose words are known. Returns the number of words."""
-    texts = read_texts(path, main_channel)
-    samples = read_channels(path)
+    texts = read_texts(dialogue, main_channel)
+    samples = read_channels(dialogue)
     found: list[Entry] = []
-    for channel, (words, speaker) in enumerate(zip(texts, _speakers(main_channel), strict=True)):
+    speakers = _speakers(dialogue, main_channel)
+    for channel, (words, speaker) in enumerate(zip(texts, speakers, strict=True)):
         try:
             times = _aligner().align(samples[channel], words)
         except RecordingError as error:
             # A few words would fit almost any speech.
             swapped = len(words) >= _MANY_WORDS and _fits(samples[1 - channel], words)
             raise RecordingError(
-                f"{path}, {CHANNELS[channel]} channel: {error}: "
+                f"{_name(dialogue, channel)}: {error}: "
                 + (
                     "it fits the other channel; swap the channels or the texts"
                     if swapped
@@ -124,7 +147,7 @@ def _align(path: Path, main_channel: Channel) -> int:
                 )
             ) from None
         found += [(word, time, speaker) for word, time in zip(words, times, strict=True)]
-    return _write(path, found)
+    return _write(dialogue, found)
 
 
 def _fits(samples: np.ndarray, words: Sequence[str]) -> bool:
@@ -135,32 +158,42 @@ def _fits(samples: np.ndarray, words: Sequence[str]) -> bool:
     return True
 
 
-def read_channels(path: Path) -> np.ndarray:
-    """Return a whole stereo recording at 16 kHz: float32 `[2, S]`.
+def read_channels(dialogue: Dialogue) -> np.ndarray:
+    """Return a whole recording at 16 kHz: float32 `[2, S]`, left and right, or the first and the
+    second file.
 
     Raises:
         FileProblem: it cannot be read, or is not stereo.
     """
-    duration_sec = inspect_audio(path).duration_sec
+    # As it is listed, without a configuration, the left channel is Moshi's.
+    assert dialogue.reading.main_channel == "left"
+    duration_sec = dialogue.sides.measure().duration_sec
     num_samples = math.ceil(duration_sec * SAMPLE_RATE_HZ) + 1
-    return read_audio(path, 0, num_samples, SAMPLE_RATE_HZ).numpy()
+    return dialogue.sides.read(0, num_samples, SAMPLE_RATE_HZ).numpy()
 
 
-def _annotate(path: Path, transcribe: Transcriber, main_channel: Channel) -> int:
+def _annotate(dialogue: Dialogue, transcribe: Transcriber, main_channel: Channel) -> int:
     """Write the transcript of a recording whose words are not known. Returns their number."""
     found: list[Entry] = []
-    for samples, speaker in zip(read_channels(path), _speakers(main_channel), strict=True):
+    speakers = _speakers(dialogue, main_channel)
+    for samples, speaker in zip(read_channels(dialogue), speakers, strict=True):
         found += [(word, (start, end), speaker) for word, start, end in transcribe(samples)]
-    return _write(path, found)
+    return _write(dialogue, found)
 
 
-def _write(path: Path, found: list[Entry]) -> int:
+def _write(dialogue: Dialogue, found: list[Entry]) -> int:
+    """Write the words of both beside the stereo file, or beside Moshi's."""
+    if isinstance(dialogue, MonoPair) and (other := dialogue.transcript_paths[1]).exists():
+        raise RecordingError(
+            f"{other} is there, and with it the transcript of {dialogue.path} would be that of "
+            "Moshi alone: write that one as well, or remove the other"
+        )
     alignments = [
         [word, [round(start, 3), round(end, 3)], speaker]
         for word, (start, end), speaker in sorted(found, key=lambda entry: entry[1])
     ]
     text = json.dumps({"alignments": alignments}, ensure_ascii=False)
-    write_whole(transcript_path(path), text + "\n")
+    write_whole(transcript_path(dialogue.path), text + "\n")
     return len(found)
 
 

@@ -1,9 +1,9 @@
 """A folder of recordings becomes a JSONL: `moshi-ttt data index`."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from finetune.data import inspect_audio
+from finetune.data import Sides, inspect_audio
 from finetune.errors import UserError
 from finetune.kept import write_whole
 from finetune.recordings.annotate import transcript_path
@@ -18,11 +18,14 @@ from finetune.recordings.options import IndexOptions
 from finetune.recordings.pairs import find_pairs, join
 from finetune.recordings.work import RecordingError, do_all
 
+Files = tuple[Path, ...]
+"""A stereo file, or two mono files, Moshi's first."""
+
 
 def index_folder(options: IndexOptions) -> Iterator[str]:
     """Measure all recordings of a folder and list them in a JSONL. Yields lines to print.
 
-    What cannot be read is named and left out. With `options.pair`, mono files are joined first.
+    What cannot be read is named and left out. With `options.join`, pairs are joined first.
 
     Raises:
         UserError: there is no folder, nothing in it can be used, or the JSONL is there already.
@@ -32,22 +35,29 @@ def index_folder(options: IndexOptions) -> Iterator[str]:
         raise UserError(f"{folder} is no folder. Give the one that the recordings are in.")
     if out.suffix != ".jsonl":
         raise UserError(f"--out {out}: its name must end in .jsonl, as training asks for.")
+    for option, needs, is_missing in (
+        ("--join", "--pair", options.join and options.pair is None),
+        ("--joined_dir", "--join", options.joined_dir is not None and not options.join),
+    ):
+        if is_missing:
+            raise UserError(f"{option} goes with {needs}. Add that, or leave {option} out.")
     refuse_to_replace(out, overwrite=options.overwrite)
     problems: list[str] = []
+    dialogues: Sequence[Files]
     if options.pair is None:
         paths, hidden = find_files(folder, AUDIO_SUFFIXES)
         if hidden:
             yield f"passed over {len(hidden)} hidden files ({hidden[0].name}, for example)"
+        dialogues = [(path,) for path in paths]
     else:
         pairs, problems = find_pairs(folder, options.pair, options.joined_dir, options.overwrite)
-        paths = []
-        for joined in do_all(join, pairs, title="joining"):
-            if joined.problem is None:
-                paths.append(joined.job.joined)
-            else:
-                problems.append(joined.problem)
-    durations_sec = {}
-    for done in do_all(_duration_sec, paths, title="measuring"):
+        dialogues = [(pair.left, pair.right) for pair in pairs]
+        if options.join:
+            done_all = list(do_all(join, pairs, title="joining"))
+            problems += [each.problem for each in done_all if each.problem is not None]
+            dialogues = [(each.job.joined,) for each in done_all if each.problem is None]
+    durations_sec: dict[Files, float] = {}
+    for done in do_all(_duration_sec, dialogues, title="measuring"):
         if done.result is not None:
             durations_sec[done.job] = done.result
         else:
@@ -59,29 +69,33 @@ def index_folder(options: IndexOptions) -> Iterator[str]:
     write_whole(out, json_lines(_lines(durations_sec, out)))
     total_sec = sum(durations_sec.values())
     yield f"wrote {out}: {len(durations_sec)} recordings, {total_sec / 3600:.2f} h"
-    num_bare = sum(not transcript_path(path).exists() for path in durations_sec)
+    num_bare = sum(not transcript_path(files[0]).exists() for files in durations_sec)
     if num_bare:
         yield f"next: {num_bare} have no transcript (.json); moshi-ttt data annotate {out}"
     else:
         yield f"next: moshi-ttt data check {out}"
 
 
-def _duration_sec(path: Path) -> float:
-    """Return the length of a recording. Raises `FileProblem` if it cannot be used."""
-    info = inspect_audio(path, allow_mono=True)
+def _duration_sec(files: Files) -> float:
+    """Return the length of a dialogue. Raises `FileProblem` if it cannot be used."""
+    if len(files) == 2:
+        return Sides.of_two(*files).measure().duration_sec
+    info = inspect_audio(files[0], channels=(1, 2))
     if info.num_channels == 1:
         raise RecordingError(
-            f"{path} is mono: if each speaker has a file, --pair joins them; else put Moshi on the "
-            "left and the user on the right of one file"
+            f"{files[0]} is mono: if each speaker has a file, --pair lists both; else put Moshi on "
+            "the left and the user on the right of one file"
         )
     return info.duration_sec
 
 
-def _lines(durations_sec: dict[Path, float], out: Path) -> Iterator[dict[str, object]]:
+def _lines(durations_sec: dict[Files, float], out: Path) -> Iterator[dict[str, object]]:
     """Yield the lines of the JSONL, in the order of the names; paths start from its folder."""
     base = out.absolute().parent
-    for path in sorted(durations_sec):
-        whole = path.absolute()
-        inside = whole.is_relative_to(base)
-        name = whole.relative_to(base).as_posix() if inside else str(whole)
-        yield {"path": name, "duration": round(durations_sec[path], 6)}
+    for files in sorted(durations_sec):
+        names = []
+        for path in (path.absolute() for path in files):
+            inside = path.is_relative_to(base)
+            names.append(path.relative_to(base).as_posix() if inside else str(path))
+        named = dict(zip(("path", "user_path"), names, strict=False))
+        yield {**named, "duration": round(durations_sec[files], 6)}

@@ -21,11 +21,14 @@ class IndexOptions:
 
     pair: str | None = None
     """How the two mono files of a dialogue are called, Moshi's first, with {id} for what they have
-    in common: '{id}_left.wav,{id}_right.wav' or 'moshi/{id}.wav,user/{id}.wav'. They are joined to
-    stereo; other files are not listed."""
+    in common: '{id}_left.wav,{id}_right.wav' or 'moshi/{id}.wav,user/{id}.wav'. They are listed as
+    they are; other files are not listed."""
+
+    join: bool = False
+    """With --pair: write a stereo file for each two mono files, and list that."""
 
     joined_dir: FilePath | None = None
-    """Where joined recordings go; null: FOLDER/stereo."""
+    """With --join: where joined recordings go; null: FOLDER/stereo."""
 
     overwrite: bool = False
     """Replace a JSONL and joined recordings that are there already."""

@@ -1,4 +1,4 @@
-"""Two mono files of a dialogue, one a speaker, joined to a stereo file."""
+"""Two mono files of a dialogue, one a speaker: found by their names, and joined if wanted."""
 
 import json
 import os
@@ -9,13 +9,10 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from finetune.data import inspect_audio, read_audio, read_transcript
+from finetune.data import Sides, inspect_audio, read_transcript
 from finetune.errors import UserError
 from finetune.kept import write_whole
 from finetune.recordings.work import RecordingError
-
-MAX_DIFFERENCE_SEC = 0.1
-"""Two files of a dialogue may differ by this much in length; the shorter one ends in silence."""
 
 _MAX_WAV_BYTES = 2**32 - 2**16
 _ID = "{id}"
@@ -23,7 +20,7 @@ _ID = "{id}"
 
 @dataclass(frozen=True)
 class Pair:
-    """The two mono files of a dialogue, and the stereo file that is to be made of them."""
+    """The two mono files of a dialogue, and the stereo file that can be made of them."""
 
     left: Path
     right: Path
@@ -94,29 +91,17 @@ def join(pair: Pair) -> None:
         FileProblem: a file cannot be read.
         RecordingError: the two do not fit each other, or another file is in the way.
     """
-    infos = [inspect_audio(path, allow_mono=True) for path in (pair.left, pair.right)]
-    for path, info in zip((pair.left, pair.right), infos, strict=True):
-        if info.num_channels != 1:
-            raise RecordingError(f"{path} is not mono: leave out --pair if it holds both speakers")
-    rates = [info.sample_rate_hz for info in infos]
+    sides = Sides.of_two(pair.left, pair.right)
+    info = sides.measure()
+    rates = [inspect_audio(path, channels=(1,)).sample_rate_hz for path in (pair.left, pair.right)]
     if rates[0] != rates[1]:
         raise RecordingError(
             f"{pair.left} has {rates[0]} samples a second, but {pair.right} {rates[1]}: convert "
-            f"one of them, as in `ffmpeg -i in.wav -ar {max(rates)} out.wav`"
-        )
-    lengths_sec = [info.duration_sec for info in infos]
-    if abs(lengths_sec[0] - lengths_sec[1]) > MAX_DIFFERENCE_SEC:
-        raise RecordingError(
-            f"{pair.left} lasts {lengths_sec[0]:.3f} s, but {pair.right} {lengths_sec[1]:.3f} s, "
-            "so that they may not start together: cut or fill them to one length"
+            f"one of them, as in `ffmpeg -i in.wav -ar {max(rates)} out.wav`, or leave out --join"
         )
     if _is_made_already(pair):
         return
-    num_samples = max(info.num_samples for info in infos)
-    samples = np.zeros((num_samples, 2), dtype=np.float32)
-    for channel, (path, info) in enumerate(zip((pair.left, pair.right), infos, strict=True)):
-        audio = read_audio(path, 0, info.num_samples, info.sample_rate_hz)
-        samples[: audio.shape[1], channel] = audio[0].numpy()
+    samples = sides.read(0, info.num_samples, rates[0]).T.contiguous().numpy()
     _write_wav(pair, samples, rates[0])
     _carry_words(pair)
 

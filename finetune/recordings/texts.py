@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import Literal
 
+from finetune.data import MonoPair, StereoFile
 from finetune.recordings.spoken import spoken_form
 from finetune.recordings.work import RecordingError
 
@@ -17,12 +18,19 @@ _LEFT = {"left": {"a", "left", "moshi"}, "right": {"a", "left", "user"}}
 _NOISE = re.compile(r"\[[^\]]*\]|<[^>]*>")
 
 
-def text_paths(audio: Path, main_channel: Channel = "left") -> list[Path]:
+Dialogue = StereoFile | MonoPair
+"""What texts and transcripts lie beside: a stereo file, or two mono files."""
+
+
+def text_paths(dialogue: Dialogue, main_channel: Channel = "left") -> list[Path]:
     """Return the texts that belong to a recording: of one or two channels, or one of both.
 
     Raises:
         RecordingError: there is none, or that of Moshi is missing.
     """
+    audio = dialogue.path
+    if isinstance(dialogue, MonoPair):
+        return _texts_of_two(dialogue)
     sides = {side: audio.with_name(f"{audio.stem}.{side}.txt") for side in CHANNELS}
     both = audio.with_suffix(".txt")
     there = [path for path in sides.values() if path.is_file()]
@@ -38,16 +46,30 @@ def text_paths(audio: Path, main_channel: Channel = "left") -> list[Path]:
     raise RecordingError(f"{audio} has no text: write {FORMS}")
 
 
-def read_texts(audio: Path, main_channel: Channel = "left") -> tuple[list[str], list[str]]:
-    """Return the words of the left and the right channel, as they are written.
+def _texts_of_two(pair: MonoPair) -> list[Path]:
+    moshi, user = (path.with_suffix(".txt") for path in (pair.path, pair.user_path))
+    if not moshi.is_file():
+        raise RecordingError(
+            f"{pair.path} has no text: write {moshi.name}; an empty one means that Moshi says "
+            "nothing"
+        )
+    return [moshi, user] if user.is_file() else [moshi]
+
+
+def read_texts(dialogue: Dialogue, main_channel: Channel = "left") -> tuple[list[str], list[str]]:
+    """Return the words of the left and the right channel, as they are written; of two files, those
+    of Moshi and of the user.
 
     Marks that stand alone, and what is in [brackets] or <brackets>, are no words.
 
     Raises:
         RecordingError: no text, or one that cannot be read, or has words that are not English.
     """
-    paths = text_paths(audio, main_channel)
-    if paths == [audio.with_suffix(".txt")]:
+    paths = text_paths(dialogue, main_channel)
+    if isinstance(dialogue, MonoPair):
+        moshi, *user = (_words(_read(path), path) for path in paths)
+        return moshi, user[0] if user else []
+    if paths == [dialogue.path.with_suffix(".txt")]:
         left, right = _by_speaker(paths[0], _LEFT[main_channel])
         return _words(left, paths[0]), _words(right, paths[0])
     words = {path.suffixes[-2]: _words(_read(path), path) for path in paths}

@@ -1,5 +1,6 @@
 """Processes do one job for each of many recordings, with a bar."""
 
+import gc
 import multiprocessing
 import os
 import sys
@@ -58,6 +59,9 @@ def do_all(
             return
         # Forked, workers start at once: they need not import PyTorch. Elsewhere it is not safe.
         method = "fork" if sys.platform == "linux" else "spawn"
+        # A worker that collects this process's garbage may wait for ever: FFmpeg frees a filter by
+        # joining its threads, and these are not there after a fork.
+        gc.collect()
         with ProcessPoolExecutor(
             workers, multiprocessing.get_context(method), initializer=_be_one_thread
         ) as pool:

@@ -234,7 +234,7 @@ class _Conversation:
         self.options = options
         self.rate_hz = engine.codec.sample_rate_hz
         self.frame_samples = engine.frame_samples
-        info = inspect_audio(job.source, allow_mono=True)
+        info = inspect_audio(job.source, channels=(1, 2))
         self.num_samples = -(-info.num_samples * self.rate_hz // info.sample_rate_hz)
         if not self.num_samples:
             raise FileProblem(f"recording {job.source} is empty", "record or copy it again")

@@ -4,20 +4,19 @@ A check is a small function that yields findings; the three lists below are all 
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import torch
-
-from finetune.data.audio import inspect_audio, read_audio
 from finetune.data.inspection.audio_checks import FILE_CHECKS, HEARD_CHECKS
 from finetune.data.inspection.findings import Finding, Inspection, Subject
 from finetune.data.inspection.listening import listen
 from finetune.data.inspection.listing import inspect_listing
 from finetune.data.inspection.transcript_checks import CHECKS as TRANSCRIPT_CHECKS
 from finetune.data.problems import FileProblem
+from finetune.data.sides import Sides
 from finetune.data.text import TextEncoder
-from finetune.data.transcripts import load_transcript
+from finetune.data.transcripts import Transcript, load_transcript
 
 __all__ = [
     "Finding",
@@ -25,6 +24,7 @@ __all__ = [
     "Subject",
     "inspect_listing",
     "inspect_recording",
+    "inspect_sides",
     "inspect_subject",
 ]
 
@@ -57,41 +57,46 @@ def inspect_recording(
         f"transcript {transcript}",
         promised_sec=duration_sec,
         text=text,
-        path=path,
         thorough=thorough,
         main_side=main_channel,
     )
+    words = None if transcript is None else partial(load_transcript, transcript)
+    return inspect_sides(subject, Sides.of_stereo(path, main_channel), words, path=path)
+
+
+def inspect_sides(
+    subject: Subject,
+    sides: Sides,
+    load_words: Callable[[], Transcript] | None,
+    *,
+    path: Path,
+) -> Inspection:
+    """Inspect the audio of a dialogue, and its words.
+
+    Args:
+        subject: what is known before anything is opened; the rest is filled in here.
+        load_words: reads them, or raises `FileProblem`; None: there are none to be.
+        path: what the inspection is called after.
+    """
     inspection = Inspection(path)
     try:
-        info = inspect_audio(path)
+        info = sides.measure()
     except FileProblem as problem:
         inspection.findings.append(Finding.of_problem(problem))
     else:
         subject.is_readable = True
         subject.num_samples, subject.sample_rate_hz = info.num_samples, info.sample_rate_hz
         subject.num_channels, subject.is_exact = info.num_channels, info.is_exact
-        subject.duration_sec = info.duration_sec
-        subject.read_audio = _reader(path, info.sample_rate_hz, main_channel == "right")
-    has_transcript = True
-    if transcript is not None:
+        subject.duration_sec, subject.files = info.duration_sec, sides.files
+        subject.read_audio = lambda start, num: sides.read(start, num, info.sample_rate_hz)
+    has_words = True
+    if load_words is not None:
         try:
-            subject.transcript = load_transcript(transcript)
+            subject.transcript = load_words()
         except FileProblem as problem:
-            has_transcript = False
+            has_words = False
             inspection.findings.append(Finding.of_problem(problem))
-    return inspect_subject(subject, inspection, with_words=has_transcript)
-
-
-def _reader(
-    path: Path, sample_rate_hz: int, is_swapped: bool
-) -> Callable[[int, int], torch.Tensor]:
-    """Read Moshi first, then the user."""
-
-    def read(start: int, num: int) -> torch.Tensor:
-        audio = read_audio(path, start, num, sample_rate_hz)
-        return audio.flip(0) if is_swapped else audio
-
-    return read
+    return inspect_subject(subject, inspection, with_words=has_words)
 
 
 def inspect_subject(

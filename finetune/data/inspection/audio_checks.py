@@ -1,6 +1,7 @@
 """Checks of the audio of a recording. Each yields findings."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from finetune.data.decoders import lacks_length
 from finetune.data.inspection.findings import Finding, Subject
@@ -51,10 +52,21 @@ def duration(subject: Subject) -> Iterator[Finding]:
 
 
 def file_kind(subject: Subject) -> Iterator[Finding]:
-    """Yield findings about what a file is called, and is."""
-    path = subject.path
-    if path is None:
-        return
+    """Yield findings about what files are called, and are."""
+    for file in subject.files:
+        if isinstance(file, Path):
+            yield from _kind_of(file, thorough=subject.thorough)
+        if subject.num_samples and lacks_length(file):
+            yield Finding(
+                "no-length-in-header",
+                "warning",
+                f"the header of {file} does not say how long it is; by decoding it lasts "
+                f"{subject.duration_sec:.3f} s",
+                "convert it, to wav or flac for example, so that other programs read all of it too",
+            )
+
+
+def _kind_of(path: Path, *, thorough: bool) -> Iterator[Finding]:
     if path.name.startswith("._"):
         yield Finding(
             "apple-double",
@@ -70,20 +82,12 @@ def file_kind(subject: Subject) -> Iterator[Finding]:
             f"recording {path} is a hidden file",
             "rename it, or remove the line if it is a leftover of another program",
         )
-    if subject.thorough and path.is_symlink():
+    if thorough and path.is_symlink():
         yield Finding(
             "linked-file",
             "warning",
             f"recording {path} is a link to {path.resolve()}",
             "nothing need be done as long as its target stays where it is",
-        )
-    if subject.num_samples and lacks_length(path):
-        yield Finding(
-            "no-length-in-header",
-            "warning",
-            f"the header of {path} does not say how long it is; by decoding it lasts "
-            f"{subject.duration_sec:.3f} s",
-            "convert it, to wav or flac for example, so that other programs read all of it too",
         )
 
 

@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from finetune.data.audio_files import AudioFile
 from finetune.data.problems import FileProblem
 from finetune.data.text import TextEncoder, is_spoken
 from finetune.data.transcripts import MAIN_SPEAKER, Transcript, Word
@@ -72,7 +73,7 @@ class Subject:
         read_audio: None if there is no audio to listen to.
         promised_sec: the length that a line promises.
         is_exact: see `AudioInfo`.
-        path: its file, if it is one.
+        files: those that hold its audio, if files do.
         main_side: the channel that Moshi is on, for messages.
     """
 
@@ -88,7 +89,7 @@ class Subject:
     promised_sec: float | None = None
     is_exact: bool = True
     text: TextEncoder | None = None
-    path: Path | None = None
+    files: tuple[AudioFile, ...] = ()
     thorough: bool = False
     main_side: Literal["left", "right"] = "left"
 

@@ -80,7 +80,7 @@ def _listen_to_words(subject: Subject) -> Heard:
         if not samples.shape[1]:
             continue
         num_heard += samples.shape[1]
-        powers[kind].append((samples.astype(np.float64) ** 2).mean(1))
+        powers[kind].append(np.square(samples, dtype=np.float64).mean(1))
         peaks = np.maximum(peaks, np.abs(samples).max(1))
         equal = equal and bool((samples[0] == samples[1]).all())
     equal = equal and num_heard > 0 and peaks[0] >= SILENT
@@ -113,7 +113,7 @@ def _listen_to_all(subject: Subject) -> Heard:
             equal = equal and bool((samples[0] == samples[1]).all())
             num_clipped += _num_clipped(samples)
             digest.update(np.ascontiguousarray(samples).data)
-            padded = np.pad(samples.astype(np.float64) ** 2, ((0, 0), (0, -num % hop)))
+            padded = np.pad(np.square(samples, dtype=np.float64), ((0, 0), (0, -num % hop)))
             hops.append(padded.reshape(2, -1, hop).mean(2).T)
         num_heard += num
         if num < block_samples:

@@ -4,13 +4,31 @@ from pathlib import Path
 
 from finetune.data.layouts.base import Entry, Source
 from finetune.data.layouts.codes import CodesSource
-from finetune.data.layouts.jsonl import JsonlSource, StereoFile
+from finetune.data.layouts.jsonl import JsonlSource, MonoPair, StereoFile
+from finetune.data.layouts.lhotse_cuts import LhotseSource
+from finetune.data.layouts.parquet import ParquetSource
+from finetune.data.layouts.saved_dataset import SavedDatasetSource
 from finetune.data.reading import Reading
 
-__all__ = ["SOURCES", "CodesSource", "Entry", "JsonlSource", "Source", "StereoFile", "open_source"]
+__all__ = [
+    "SOURCES",
+    "CodesSource",
+    "Entry",
+    "JsonlSource",
+    "LhotseSource",
+    "MonoPair",
+    "ParquetSource",
+    "SavedDatasetSource",
+    "Source",
+    "StereoFile",
+    "open_source",
+]
 
 SOURCES: list[type[Source]] = [
+    SavedDatasetSource,
     CodesSource,
+    ParquetSource,
+    LhotseSource,
     JsonlSource,
 ]
 """All there are. The first that reads a path has it; the last reads whatever is left."""

@@ -1,13 +1,14 @@
 """Codes instead of audio: `.npz` files whose arrays are dialogues."""
 
-import os
 import zipfile
+from abc import abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from finetune.data.audio_files import version_of
 from finetune.data.layouts.base import Entry, Source
 from finetune.data.problems import FileProblem
 from finetune.data.recording import Codes, Recording
@@ -22,48 +23,39 @@ _FORM = (
 
 
 @dataclass(frozen=True)
-class CodesArray(Recording):
-    """An array of an `.npz`: with its text stream, or with words in a `.json`."""
+class CodesRecording(Recording):
+    """A dialogue that was encoded before: with its text stream, or with words.
+
+    Args:
+        name: its own, in the file that holds it.
+        is_turned: the user's codes stand before Moshi's.
+    """
 
     name: str
     has_text: bool
     is_turned: bool
-    """Whether the user's codes stand before Moshi's."""
 
     has_codes = True
-
-    @property
-    def transcript_path(self) -> Path:
-        return self.path.with_name(f"{self.name}.json")
 
     @property
     def location(self) -> str:
         return f"{self.path}/{self.name}"
 
-    @property
-    def files(self) -> tuple[Path, ...]:
-        return (self.path,) if self.has_text else (self.path, self.transcript_path)
-
     def audio_version(self) -> tuple[object, ...] | None:
-        try:
-            status = os.stat(self.path)
-        except OSError:
-            return None
-        path = os.path.abspath(self.path)
-        return path, (status.st_size, status.st_mtime_ns), self.name, self.is_turned
+        version = version_of(self.path)
+        return None if version is None else (*version, self.name, self.is_turned)
 
-    def read_words(self) -> list[Word]:
-        return [] if self.has_text else read_transcript(self.transcript_path)
+    @abstractmethod
+    def load_array(self, start_frame: int, num_frames: int) -> np.ndarray:
+        """Read whole numbers `[streams, at most num_frames]`.
+
+        Raises:
+            FileProblem: they cannot be read.
+        """
 
     def read_codes(self, start_frame: int, num_frames: int) -> Codes:
-        try:
-            with np.load(self.path, allow_pickle=False) as arrays:
-                array = arrays[self.name]
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            raise FileProblem(
-                f"codes {self.location} cannot be read ({error})", "copy or make them again"
-            ) from None
-        part = torch.from_numpy(array[:, start_frame : start_frame + num_frames].astype(np.int64))
+        array = self.load_array(start_frame, num_frames)
+        part = torch.from_numpy(array.astype(np.int64))
         if (part < 0).any():
             raise FileProblem(
                 f"codes {self.location} hold numbers below 0", "cut padding off, and write it again"
@@ -71,6 +63,39 @@ class CodesArray(Recording):
         text = part[0] if self.has_text else None
         sides = part[int(self.has_text) :].reshape(2, -1, part.shape[1])
         return Codes(sides.flip(0) if self.is_turned else sides, text)
+
+
+def shape_problem(shape: tuple[int, ...], dtype: object, *, is_whole: bool) -> str | None:
+    """Return why an array cannot be the codes of a dialogue; None: it can."""
+    if len(shape) == 2 and shape[0] >= 2 and is_whole:
+        return None
+    return f"codes have shape {list(shape)} of {dtype}: {_FORM}"
+
+
+@dataclass(frozen=True)
+class CodesArray(CodesRecording):
+    """An array of an `.npz`; the words are in a `.json` of the array's name."""
+
+    @property
+    def transcript_path(self) -> Path:
+        return self.path.with_name(f"{self.name}.json")
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return (self.path,) if self.has_text else (self.path, self.transcript_path)
+
+    def read_words(self) -> list[Word]:
+        return [] if self.has_text else read_transcript(self.transcript_path)
+
+    def load_array(self, start_frame: int, num_frames: int) -> np.ndarray:
+        try:
+            with np.load(self.path, allow_pickle=False) as arrays:
+                array: np.ndarray = arrays[self.name]
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            raise FileProblem(
+                f"codes {self.location} cannot be read ({error})", "copy or make them again"
+            ) from None
+        return array[:, start_frame : start_frame + num_frames]
 
 
 class CodesSource(Source):
@@ -98,8 +123,9 @@ class CodesSource(Source):
 
     def _entry(self, path: Path, name: str, shape: tuple[int, ...], dtype: np.dtype) -> Entry:
         origin = f"{path}/{name}"
-        if len(shape) != 2 or shape[0] < 2 or not np.issubdtype(dtype, np.integer):
-            return Entry(origin, None, f"codes have shape {list(shape)} of {dtype}: {_FORM}")
+        is_whole = np.issubdtype(dtype, np.integer)
+        if (problem := shape_problem(shape, dtype, is_whole=is_whole)) is not None:
+            return Entry(origin, None, problem)
         has_text = shape[0] % 2 == 1
         is_turned = self.reading.main_channel == "right"
         duration_sec = shape[1] / FRAME_RATE_HZ

@@ -1,68 +1,120 @@
-"""moshi-finetune's layout: a `.jsonl` of stereo files, with a transcript beside each."""
+"""moshi-finetune's layout: a `.jsonl` of stereo files, or of two mono files a dialogue, with
+transcripts beside them."""
 
 import logging
-import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch
-
-from finetune.data.audio import read_audio
-from finetune.data.inspection import Inspection, inspect_recording
+from finetune.data.audio_recording import AudioRecording
 from finetune.data.layouts.base import Entry, Source
+from finetune.data.problems import FileProblem
 from finetune.data.reading import Reading
-from finetune.data.recording import Recording
-from finetune.data.text import TextEncoder
-from finetune.data.transcripts import Word, read_text, read_transcript
+from finetune.data.sides import Sides
+from finetune.data.transcripts import (
+    MAIN_SPEAKER,
+    OTHER_SPEAKER,
+    Transcript,
+    Word,
+    load_transcript,
+    read_text,
+)
 from finetune.errors import UserError
 from finetune.safety import is_recording_name, parse_json, path_problem, shown
 
 logger = logging.getLogger(__name__)
 
+_LINE = '{"path": "a.wav", "duration": 12.3}'
+
 
 @dataclass(frozen=True)
-class StereoFile(Recording):
+class StereoFile(AudioRecording):
     """A stereo file; the words are in a `.json` of the same name."""
 
-    reading: Reading = field(default_factory=Reading)
+    @property
+    def sides(self) -> Sides:
+        return Sides.of_stereo(self.path, self.reading.main_channel)
 
     @property
     def transcript_path(self) -> Path:
         return self.path.with_suffix(".json")
 
     @property
+    def text_name(self) -> str:
+        return f"transcript {self.transcript_path}"
+
+    @property
     def files(self) -> tuple[Path, ...]:
         return (self.path, self.transcript_path)
 
-    def audio_version(self) -> tuple[object, ...] | None:
-        path = os.path.abspath(self.path)
-        try:
-            status = os.stat(path)
-        except OSError:
-            return None
-        return path, (status.st_size, status.st_mtime_ns), *self.reading.changes
+    def load_transcript(self) -> Transcript:
+        return load_transcript(self.transcript_path)
 
-    def inspect(self, *, thorough: bool = False, text: TextEncoder | None = None) -> Inspection:
-        return inspect_recording(
-            self.path,
-            self.transcript_path,
-            duration_sec=self.duration_sec,
-            thorough=thorough,
-            text=text,
-            main_channel=self.reading.main_channel,
+
+@dataclass(frozen=True)
+class MonoPair(AudioRecording):
+    """Two mono files, Moshi's and the user's.
+
+    The words are in a `.json` of the same name beside each. If there is one beside Moshi's alone,
+    it holds those of both, as beside a stereo file.
+    """
+
+    user_path: Path = field(kw_only=True)
+
+    @property
+    def location(self) -> str:
+        return f"{self.path} + {self.user_path}"
+
+    @property
+    def sides(self) -> Sides:
+        return Sides.of_two(self.path, self.user_path)
+
+    @property
+    def transcript_paths(self) -> tuple[Path, Path]:
+        """Return the transcripts of Moshi and of the user, which may not be there."""
+        return self.path.with_suffix(".json"), self.user_path.with_suffix(".json")
+
+    @property
+    def text_name(self) -> str:
+        return f"transcript {self.transcript_paths[0]}"
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        moshi, user = self.transcript_paths
+        there = (user,) if user.exists() else ()
+        return (self.path, self.user_path, moshi, *there)
+
+    def load_transcript(self) -> Transcript:
+        moshi, user = (
+            load_transcript(path) if path.exists() or path == self.transcript_paths[0] else None
+            for path in self.transcript_paths
         )
+        assert moshi is not None
+        if user is None:
+            return moshi
+        words = [
+            *self._of_one(moshi, self.transcript_paths[0], MAIN_SPEAKER),
+            *self._of_one(user, self.transcript_paths[1], OTHER_SPEAKER),
+        ]
+        return Transcript(words, moshi.unused | user.unused)
 
-    def read_words(self) -> list[Word]:
-        return read_transcript(self.transcript_path)
-
-    def read_audio(self, start_sample: int, num_samples: int, sample_rate_hz: int) -> torch.Tensor:
-        audio = read_audio(self.path, start_sample, num_samples, sample_rate_hz)
-        return self.reading.apply(audio, start_sample, sample_rate_hz, self.path_as_written)
+    def _of_one(self, found: Transcript, path: Path, speaker: str) -> list[Word]:
+        """Return the words of a file of one speaker, whatever it calls that one."""
+        speakers = {word.speaker for word in found.words}
+        if MAIN_SPEAKER in speakers and len(speakers) > 1:
+            raise FileProblem(
+                f"transcript {path} holds words of {MAIN_SPEAKER} and of others, but both files of "
+                "the dialogue have a transcript",
+                f"remove {self.transcript_paths[1]} if {self.transcript_paths[0]} holds the words "
+                "of both; else leave in each the words of its own file",
+                code="transcript-malformed",
+            )
+        return [word._replace(speaker=speaker) for word in found.words]
 
 
 class JsonlSource(Source):
-    """A `.jsonl` with a line `{"path": "a.wav", "duration": 12.3}` for each recording, or a folder
-    of such files, at any depth."""
+    """A `.jsonl` with a line `{"path": "a.wav", "duration": 12.3}` for each recording, and
+    `"user_path": "b.wav"` where the user has a file of its own; or a folder of such files, at any
+    depth."""
 
     @classmethod
     def reads(cls, path: Path) -> bool:
@@ -98,31 +150,44 @@ def _entries_of(jsonl: Path, reading: Reading) -> list[Entry]:
         raise UserError(f"{jsonl} cannot be read as text in UTF-8: {error}") from None
     numbered = [(number, text) for number, text in enumerate(texts, 1) if text.strip()]
     if not numbered:
-        raise UserError(
-            f'{jsonl} is empty: it needs one line {{"path": "a.wav", "duration": 12.3}} for each '
-            "recording."
-        )
+        raise UserError(f"{jsonl} is empty: it needs one line {_LINE} for each recording.")
     return [_entry(jsonl, number, text, reading) for number, text in numbered]
+
+
+def _hint(line: str) -> str:
+    if '"supervisions"' not in line:
+        return ""
+    return "; if it is a manifest of lhotse, give it a name such as cuts.jsonl.gz"
 
 
 def _entry(jsonl: Path, number: int, text: str, reading: Reading) -> Entry:
     origin = f"{jsonl}:{number}"
     try:
         fields = parse_json(text)
-        written, promised_sec = fields["path"], fields["duration"]
-        well_formed = isinstance(written, str) and type(promised_sec) in (int, float)
-    except (ValueError, KeyError, TypeError):
+        names, promised_sec = [fields["path"]], fields["duration"]
+        if fields.get("user_path") is not None:
+            names.append(fields["user_path"])
+        well_formed = type(promised_sec) in (int, float)
+        well_formed = well_formed and all(isinstance(name, str) for name in names)
+    except (ValueError, KeyError, TypeError, AttributeError):
         well_formed = False
     if not well_formed:
-        problem = 'malformed line: expected {"path": "a.wav", "duration": 12.3} (seconds)'
-        return Entry(origin, None, problem)
-    if (wrong := path_problem(written)) is not None:
-        return Entry(origin, None, f"the path {wrong}")
-    if not is_recording_name(written):
-        problem = (
-            f"the path {shown(written)} leads out of the folder of {jsonl.name}: put that file "
-            f"above the recordings, or give absolute paths"
-        )
-        return Entry(origin, None, problem)
-    path = jsonl.parent / written
-    return Entry(origin, StereoFile(path, written, origin, promised_sec, reading))
+        return Entry(origin, None, f"malformed line: expected {_LINE} (seconds){_hint(text)}")
+    for name in names:
+        if (wrong := path_problem(name)) is not None:
+            return Entry(origin, None, f"the path {wrong}")
+        if not is_recording_name(name):
+            problem = (
+                f"the path {shown(name)} leads out of the folder of {jsonl.name}: put that file "
+                f"above the recordings, or give absolute paths"
+            )
+            return Entry(origin, None, problem)
+    path, *user = (jsonl.parent / name for name in names)
+    if not user:
+        return Entry(origin, StereoFile(path, names[0], origin, promised_sec, reading))
+    # The keys say who is who; there is no channel to be told apart.
+    reading = replace(reading, main_channel="left")
+    return Entry(
+        origin,
+        MonoPair(path, " + ".join(names), origin, promised_sec, reading, user_path=user[0]),
+    )

@@ -205,8 +205,8 @@ def forbid_audio(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(path: Path, *_: Any) -> None:
         raise AssertionError(f"{path} was opened")
 
-    monkeypatch.setattr("finetune.data.layouts.jsonl.read_audio", refuse)
-    monkeypatch.setattr("finetune.data.inspection.inspect_audio", refuse)
+    monkeypatch.setattr("finetune.data.sides.read_audio", refuse)
+    monkeypatch.setattr("finetune.data.sides.inspect_audio", refuse)
 
 
 def test_a_second_run_encodes_nothing_and_opens_no_recording(
@@ -397,7 +397,7 @@ def test_unchanged_files_are_not_opened_again(
 ) -> None:
     loader(data, tmp_path / "cache")
     forbid_audio(monkeypatch)
-    monkeypatch.setattr("finetune.data.inspection.load_transcript", lambda path: 1 / 0)
+    monkeypatch.setattr("finetune.data.layouts.jsonl.load_transcript", lambda path: 1 / 0)
     assert loader(data, tmp_path / "cache").num_segments == 8
     monkeypatch.undo()
     (data / "1.json").write_text("{")

@@ -358,7 +358,7 @@ def test_the_other_side_is_silent_and_stereo_is_taken_as_it_is(pair_folder: Path
 
 
 def _info(path: Path) -> AudioInfo:
-    return inspect_audio(path, allow_mono=True)
+    return inspect_audio(path, channels=(1, 2))
 
 
 def test_missing_recordings_are_counted_and_never_scored(pair_folder: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
-from recordings_tools import DIALOGUES, NAMES, call, plain_folder, true_words
+from recordings_tools import DIALOGUES, NAMES, call, mono_folder, plain_folder, true_words
 
 from finetune.recordings.align import SAMPLE_RATE_HZ, Aligner, heard_hops
 from finetune.recordings.spoken import sounds_of, spoken_form
@@ -219,6 +219,44 @@ def test_what_is_done_is_not_done_again_and_texts_that_changed_are_named(
     assert "1 transcripts are older than their texts (eval_000.wav" in capsys.readouterr().out
     assert call("data", "annotate", jsonl, "--overwrite") == 0
     assert transcript(tmp_path / "train_000.json")
+
+
+def test_two_mono_files_have_their_words_beside_the_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From mono files to data that can be trained on, without a stereo file."""
+    folder = mono_folder(tmp_path / "mono", ["train_000"])
+    pattern = "{id}_left.wav,{id}_right.wav"
+    assert call("data", "index", folder, "--pair", pattern) == 0
+    jsonl = listed(tmp_path / "stereo", ["train_000"])
+    for each in (folder / "data.jsonl", jsonl):
+        assert call("data", "annotate", each, "--workers=1") == 0
+    of_two, of_one = (
+        transcript(path)
+        for path in (folder / "train_000_left.json", tmp_path / "stereo/train_000.json")
+    )
+    assert [(word, who) for word, _, who in of_two] == [(word, who) for word, _, who in of_one]
+    starts = [times[0] for _, times, _ in of_one]
+    # The aligner adapts to what it heard before.
+    assert [times[0] for _, times, _ in of_two] == pytest.approx(starts, abs=0.05)
+    assert not (folder / "train_000_right.json").exists()
+    assert call("data", "check", folder / "data.jsonl", "--workers=1") == 0
+    assert "0 with errors, 0 with warnings" in capsys.readouterr().out
+
+    (folder / "train_000_left.json").rename(folder / "train_000_right.json")
+    assert call("data", "annotate", folder / "data.jsonl", "--workers=1") == 1
+    assert "would be that of Moshi alone" in " ".join(capsys.readouterr().err.split())
+    (folder / "train_000_left.txt").unlink()
+    assert call("data", "annotate", folder / "data.jsonl", "--workers=1") == 1
+    assert "write train_000_left.txt" in " ".join(capsys.readouterr().err.split())
+
+
+def test_where_words_are_in_the_data_there_is_nothing_to_annotate(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.savez(tmp_path / "codes.npz", a=np.zeros((17, 25), np.int16))
+    assert call("data", "annotate", tmp_path / "codes.npz") == 1
+    assert "in this layout the words stand in the data themselves" in capsys.readouterr().err
 
 
 def test_whisper_writes_the_words_of_both_channels(

@@ -94,6 +94,8 @@ def test_nothing_is_replaced_unless_it_is_asked_for(
         (["{tmp}", "--pair={id}.wav"], "two different names"),
         (["{tmp}", "--pair={id}_a.wav,{id}_a.wav"], "two different names"),
         (["{tmp}", "--pair={id}_a.wav,{id}_b.wav"], "no file in"),
+        (["{tmp}", "--join"], "--join goes with --pair"),
+        (["{tmp}", "--pair={id}_a.wav,{id}_b.wav", "--joined_dir=x"], "goes with --join"),
     ],
 )
 def test_a_mistake_is_one_message(
@@ -104,9 +106,26 @@ def test_a_mistake_is_one_message(
     assert message in said and said.startswith("\nerror: ") and said.count("\n") == 2
 
 
+def test_two_mono_files_are_listed_as_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = mono_folder(tmp_path / "talks")
+    before = set(folder.iterdir())
+    assert call("data", "index", folder, "--pair", PAIR) == 0
+    assert lines_of(folder / "data.jsonl") == [
+        {"path": f"{name}_left.wav", "user_path": f"{name}_right.wav", "duration": 5.0}
+        for name in sorted(NAMES)
+    ]
+    assert set(folder.iterdir()) == before | {folder / "data.jsonl"}, "nothing else is written"
+    assert "3 have no transcript (.json); moshi-ttt data annotate" in capsys.readouterr().out
+    out = tmp_path / "lists/all.jsonl"
+    assert call("data", "index", folder, "--pair", PAIR, "--out", out) == 0
+    assert lines_of(out)[0]["user_path"] == str(folder / "eval_000_right.wav")
+
+
 def test_two_mono_files_are_joined_sample_by_sample_with_their_texts(tmp_path: Path) -> None:
     folder = mono_folder(tmp_path)
-    assert call("data", "index", folder, "--pair", PAIR) == 0
+    assert call("data", "index", folder, "--pair", PAIR, "--join") == 0
     lines = lines_of(folder / "data.jsonl")
     assert [line["path"] for line in lines] == sorted(f"stereo/{name}.wav" for name in NAMES)
     for name in NAMES:
@@ -126,7 +145,8 @@ def test_pairs_may_lie_in_folders_and_bring_transcripts(tmp_path: Path) -> None:
             "alignments": [[side, [0.1 + channel, 0.2 + channel], "SPEAKER_MAIN"]]
         }
         (tmp_path / side / "a.json").write_text(json.dumps(content))
-    assert call("data", "index", tmp_path, "--pair", "moshi/{id}.wav,user/{id}.wav") == 0
+    pattern = "moshi/{id}.wav,user/{id}.wav"
+    assert call("data", "index", tmp_path, "--pair", pattern, "--join") == 0
     joined, _ = soundfile.read(tmp_path / "stereo/a.wav", dtype="float32")
     assert np.array_equal(joined, samples.T.astype(np.float32))
     assert json.loads((tmp_path / "stereo/a.json").read_text())["alignments"] == [
@@ -148,20 +168,29 @@ def test_two_files_that_do_not_belong_together_are_named_and_left_out(
     mono("rate_left", 24_000)
     mono("rate_right", 16_000, 16_000)
     mono("alone_left", 24_000)
+    mono("both_right", 24_000)
+    soundfile.write(tmp_path / "both_left.wav", np.full((24_000, 2), 0.1), 24_000)
     assert call("data", "index", tmp_path, "--pair", PAIR) == 0
+    names = [line["path"] for line in lines_of(tmp_path / "data.jsonl")]
+    assert names == ["good_left.wav", "rate_left.wav"], "each file is resampled by itself"
+    said = " ".join(capsys.readouterr().out.split())
+    assert "length_left.wav lasts 1.000 s, but" in said
+    assert "alone_left.wav has no partner: there is no" in said
+    assert "both_left.wav is made of 2 channels, not mono" in said
+
+    assert call("data", "index", tmp_path, "--pair", PAIR, "--join", "--overwrite") == 0
     (line,) = lines_of(tmp_path / "data.jsonl")
     assert line["path"] == "stereo/good.wav"
     said = capsys.readouterr().out
     assert "length_left.wav lasts 1.000 s, but" in said
     assert "rate_left.wav has 24000 samples a second, but" in said
-    assert "alone_left.wav has no partner: there is no" in said
 
 
 def test_a_joined_file_is_kept_until_its_parts_change(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = mono_folder(tmp_path, ["train_000"])
-    words = ["data", "index", folder, "--pair", PAIR]
+    words = ["data", "index", folder, "--pair", PAIR, "--join"]
     assert call(*words) == 0
     joined = folder / "stereo/train_000.wav"
     made_at = joined.stat().st_mtime_ns

@@ -146,7 +146,7 @@ class PairScorer:
         found: dict[Path, AudioInfo] = {}
         for wav in self.wavs:
             try:
-                found[wav] = inspect_audio(wav, allow_mono=True)
+                found[wav] = inspect_audio(wav, channels=(1, 2))
                 if not found[wav].num_samples:
                     raise FileProblem(f"recording {wav} is empty", "remove its line")
             except FileProblem as problem:
