@@ -22,7 +22,7 @@ from moshi.modules.transformer import (
 from torch import Tensor, nn
 
 from ttt.layers.frozen import FrozenLinear
-from ttt.ops.frozen import FrozenWeight, frozen_product
+from ttt.ops.frozen import FrozenWeight, frozen_product, frozen_products
 from ttt.ops.moshi.attention import causal_attention
 from ttt.ops.moshi.depth_attention import depth_attention
 from ttt.ops.rope import RopeTable, rotate
@@ -161,7 +161,7 @@ def stacked(linears: Sequence[Linear]) -> Linear:
     if len(linears) == 1:
         return linears[0]
     weight, bias, lora_a, lora_b, _ = zip(*linears, strict=True)
-    # Frozen weights are multiplied with one after the other: to put them together would copy them.
+    # Frozen weights stay where they are.
     is_frozen = isinstance(weight[0], FrozenWeight)
     weights = FrozenWeights(weight) if is_frozen else torch.stack(weight)
     return Linear(weights, _stack(bias), _stack(lora_a), _stack(lora_b), linears[0].scaling)
@@ -188,8 +188,7 @@ def _product(x: Tensor, weight: Tensor | FrozenWeight | FrozenWeights) -> Tensor
     if isinstance(weight, FrozenWeight):
         return frozen_product(x, weight)
     if isinstance(weight, FrozenWeights):
-        pairs = zip(x, weight.each, strict=True)
-        return torch.stack([frozen_product(rows, each) for rows, each in pairs])
+        return frozen_products(x, weight.each)
     return F.linear(x, weight) if weight.dim() == 2 else torch.bmm(x, weight.transpose(1, 2))
 
 

@@ -54,7 +54,7 @@ _ATTENTION = {
 _PRODUCTS = {
     torch.ops.aten.mm.default,
     torch.ops.aten.bmm.default,
-    torch.ops.moshi_ttt.frozen_product.default,
+    torch.ops.moshi_ttt.frozen_products.default,
 }
 
 

@@ -13,6 +13,7 @@ what training did, and no later frame is seen.
 """
 
 import importlib
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -66,49 +67,82 @@ def thaw(weight: FrozenWeight, dtype: torch.dtype) -> Tensor:
 
 def frozen_product(x: Tensor, weight: FrozenWeight) -> Tensor:
     """x Wᵀ, [..., in] to [..., out], with a gradient for x."""
-    rows = x.reshape(-1, weight.in_features)
-    out = _product(rows, *weight[1:], weight.kind)
-    return out.unflatten(0, x.shape[:-1])
+    rows = x.reshape(1, -1, weight.in_features)
+    out = _products(rows, [weight.values], [weight.scales], *weight[3:], weight.kind)
+    return out.view(*x.shape[:-1], weight.out_features)
 
 
-@torch.library.custom_op("moshi_ttt::frozen_product", mutates_args=())
-def _product(
-    x: Tensor, values: Tensor, scales: Tensor, out_features: int, in_features: int, kind: str
+def frozen_products(x: Tensor, weights: Sequence[FrozenWeight]) -> Tensor:
+    """The same of K weights of one shape, [K, N, in] to [K, N, out]."""
+    values, scales = [each.values for each in weights], [each.scales for each in weights]
+    return _products(x, values, scales, *weights[0][3:], weights[0].kind)
+
+
+@torch.library.custom_op("moshi_ttt::frozen_products", mutates_args=())
+def _products(
+    x: Tensor,
+    values: list[Tensor],
+    scales: list[Tensor],
+    out_features: int,
+    in_features: int,
+    kind: str,
 ) -> Tensor:
-    found: Tensor = kind_module(kind).product(x, values, scales, out_features, in_features)
-    return found
+    out = x.new_empty(*x.shape[:2], out_features)
+    # Each writes to its place: to put the results together would be another pass over them.
+    for each in zip(x, values, scales, out, strict=True):
+        kind_module(kind).product(*each)
+    return out
 
 
-@torch.library.custom_op("moshi_ttt::frozen_gradient", mutates_args=())
-def _gradient(
-    d_out: Tensor, values: Tensor, scales: Tensor, out_features: int, in_features: int, kind: str
+@torch.library.custom_op("moshi_ttt::frozen_gradients", mutates_args=())
+def _gradients(
+    d_out: Tensor,
+    values: list[Tensor],
+    scales: list[Tensor],
+    out_features: int,
+    in_features: int,
+    kind: str,
 ) -> Tensor:
-    found: Tensor = kind_module(kind).gradient(d_out, values, scales, out_features, in_features)
-    return found
+    d_x = d_out.new_empty(*d_out.shape[:2], in_features)
+    for each in zip(d_out, values, scales, d_x, strict=True):
+        kind_module(kind).gradient(*each)
+    return d_x
 
 
-@_product.register_fake
+@_products.register_fake
 def _(
-    x: Tensor, values: Tensor, scales: Tensor, out_features: int, in_features: int, kind: str
+    x: Tensor,
+    values: list[Tensor],
+    scales: list[Tensor],
+    out_features: int,
+    in_features: int,
+    kind: str,
 ) -> Tensor:
-    return x.new_empty(x.shape[0], out_features)
+    return x.new_empty(*x.shape[:2], out_features)
 
 
-@_gradient.register_fake
+@_gradients.register_fake
 def _(
-    d_out: Tensor, values: Tensor, scales: Tensor, out_features: int, in_features: int, kind: str
+    d_out: Tensor,
+    values: list[Tensor],
+    scales: list[Tensor],
+    out_features: int,
+    in_features: int,
+    kind: str,
 ) -> Tensor:
-    return d_out.new_empty(d_out.shape[0], in_features)
+    return d_out.new_empty(*d_out.shape[:2], in_features)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, values, scales, *ctx.rest = inputs
-    ctx.save_for_backward(values, scales)
+    ctx.save_for_backward(*values, *scales)
 
 
-def _backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-    values, scales = ctx.saved_tensors
-    return _gradient(d_out, values, scales, *ctx.rest), None, None, None, None, None
+def _backward(ctx: Any, d_out: Tensor) -> tuple[Any, ...]:
+    kept = list(ctx.saved_tensors)
+    values, scales = kept[: len(kept) // 2], kept[len(kept) // 2 :]
+    d_x = _gradients(d_out, values, scales, *ctx.rest)
+    return d_x, [None] * len(values), [None] * len(scales), None, None, None
 
 
-_product.register_autograd(_backward, setup_context=_setup_context)
+_products.register_autograd(_backward, setup_context=_setup_context)

@@ -5,6 +5,8 @@ the weight, so there the bytes are turned first: a pass over the weight, a few h
 the product takes, and no second copy that stays.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -29,31 +31,34 @@ def dequantize(
     return (values.float() * scales[:, None]).to(dtype)
 
 
-def product(
-    x: Tensor, values: Tensor, scales: Tensor, out_features: int, in_features: int
-) -> Tensor:
+def product(x: Tensor, values: Tensor, scales: Tensor, out: Tensor) -> None:
+    """Fill `out` [N, out] with the product of x [N, in]."""
     if not x.is_cuda:
-        return reference.float8_product(x, values, scales)
+        out.copy_(reference.float8_product(x, values, scales))
+        return
     from ttt.ops.frozen import float8_kernels
 
     x8, x_scales = float8_kernels.to_e4m3(x)
-    return _scaled_mm(x8, x_scales, values.t(), scales[None, :]).to(x.dtype)
+    _scaled_mm(x8, x_scales, values.t(), scales[None, :], out)
 
 
-def gradient(
-    d_out: Tensor, values: Tensor, scales: Tensor, out_features: int, in_features: int
-) -> Tensor:
+def gradient(d_out: Tensor, values: Tensor, scales: Tensor, d_x: Tensor) -> None:
+    """Fill `d_x` [N, in] with the gradient of the input, of that of the output [N, out]."""
     if not d_out.is_cuda:
-        return reference.float8_gradient(d_out, values, scales)
+        d_x.copy_(reference.float8_gradient(d_out, values, scales))
+        return
     from ttt.ops.frozen import float8_kernels
 
     g8, g_scales = float8_kernels.to_e4m3(d_out, scales)
-    ones = torch.ones(1, in_features, dtype=torch.float32, device=d_out.device)
-    return _scaled_mm(g8, g_scales, float8_kernels.turned(values).t(), ones).to(d_out.dtype)
+    ones = torch.ones(1, values.shape[1], dtype=torch.float32, device=d_out.device)
+    _scaled_mm(g8, g_scales, float8_kernels.turned(values).t(), ones, d_x)
 
 
-def _scaled_mm(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor) -> Tensor:
-    """Multiply a [N, sum], by rows, with b [sum, M], by columns; bfloat16 [N, M]."""
-    return torch._scaled_mm(
-        a, b, scale_a=a_scales, scale_b=b_scales, out_dtype=torch.bfloat16, use_fast_accum=True
-    )
+def _scaled_mm(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, out: Tensor) -> None:
+    """Fill `out` [N, M] with a [N, sum], by rows, times b [sum, M], by columns."""
+    options: Any = {"scale_a": a_scales, "scale_b": b_scales, "use_fast_accum": True}
+    # With scales by row it puts out bfloat16 alone.
+    if out.dtype == torch.bfloat16:
+        torch._scaled_mm(a, b, out_dtype=out.dtype, out=out, **options)
+    else:
+        out.copy_(torch._scaled_mm(a, b, out_dtype=torch.bfloat16, **options))

@@ -41,23 +41,23 @@ def dequantize(
     return found.to(dtype)
 
 
-def product(
-    x: Tensor, values: Tensor, scales: Tensor, out_features: int, in_features: int
-) -> Tensor:
-    if x.is_cuda and len(x) == 1 and in_features % BLOCK == 0:
-        shape = (out_features, in_features)
+def product(x: Tensor, values: Tensor, scales: Tensor, out: Tensor) -> None:
+    """Fill `out` [N, out] with the product of x [N, in]."""
+    shape = (out.shape[1], x.shape[1])
+    if x.is_cuda and len(x) == 1 and x.shape[1] % BLOCK == 0:
         # It takes the packed weight lying down.
-        found: Tensor = _operators().gemv_4bit(
+        found = _operators().gemv_4bit(
             x.contiguous(), values.t(), shape, scales, _numbers(x.device), BLOCK
         )
-        return found
-    return x @ dequantize(values, scales, out_features, in_features, x.dtype).t()
+        out.copy_(found)
+    else:
+        torch.mm(x, dequantize(values, scales, *shape, x.dtype).t(), out=out)
 
 
-def gradient(
-    d_out: Tensor, values: Tensor, scales: Tensor, out_features: int, in_features: int
-) -> Tensor:
-    return d_out @ dequantize(values, scales, out_features, in_features, d_out.dtype)
+def gradient(d_out: Tensor, values: Tensor, scales: Tensor, d_x: Tensor) -> None:
+    """Fill `d_x` [N, in] with the gradient of the input, of that of the output [N, out]."""
+    shape = (d_out.shape[1], d_x.shape[1])
+    torch.mm(d_out, dequantize(values, scales, *shape, d_out.dtype), out=d_x)
 
 
 @cache

@@ -9,7 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from ttt.ops.frozen import KINDS, FrozenWeight, freeze, frozen_product, layout, reference, thaw
+from ttt.ops.frozen import (
+    KINDS,
+    freeze,
+    frozen_product,
+    frozen_products,
+    layout,
+    reference,
+    thaw,
+)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -19,12 +27,6 @@ def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Ten
     generator = torch.Generator().manual_seed(seed)
     sizes = 10 ** torch.linspace(-2, 1, shape[0])
     return (torch.randn(shape, generator=generator) * sizes[:, None]).to(dtype)
-
-
-def plain_product(x: Tensor, weight: FrozenWeight) -> Tensor:
-    if weight.kind == "float8":
-        return reference.float8_product(x, weight.values, weight.scales)
-    return x @ thaw(weight, x.dtype).T
 
 
 @pytest.mark.parametrize("shape", [(48, 80), (5, 14)], ids=["whole blocks", "a part of a block"])
@@ -83,6 +85,17 @@ def test_a_frame_depends_on_no_other(kind: str) -> None:
     torch.testing.assert_close(alone, together, rtol=1e-5, atol=1e-5)
     one, other = (torch.autograd.grad(y.sum(), x)[0] for y in (alone, together))
     torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_several_products_are_each_alone(kind: str) -> None:
+    weights = [freeze(drawn(48, 80, seed=seed), kind) for seed in (3, 4)]
+    x = torch.stack([drawn(5, 80, seed=1), drawn(5, 80, seed=2)]).requires_grad_()
+    together = frozen_products(x, weights)
+    alone = torch.stack([frozen_product(*pair) for pair in zip(x, weights, strict=True)])
+    assert torch.equal(together, alone)
+    one, other = (torch.autograd.grad(y.square().sum(), x)[0] for y in (together, alone))
+    assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("kind", KINDS)
