@@ -40,6 +40,8 @@ def run_arm(
     model, curve = train_arm(
         preset, name, dataset.load("train"), text, seed=seed, device=device, base=base
     )
+    weights = {key: value.contiguous().cpu() for key, value in model.state_dict().items()}
+    save_file(weights, _weights(out, name, seed))
     trained_at = time.monotonic()
     model.eval()
     held_out = dataset.load("eval")
@@ -64,8 +66,6 @@ def run_arm(
     if preset.num_free and not ARMS[name].is_full_attention:
         result["free"], said = measure.free(model, held_out, text, preset.num_free)
         save_file({"said": said.to(torch.int16)}, out / f"{name}_seed{seed}.said.safetensors")
-    weights = {key: value.contiguous().cpu() for key, value in model.state_dict().items()}
-    save_file(weights, _weights(out, name, seed))
     result["train_sec"] = trained_at - started_at
     result["measure_sec"] = time.monotonic() - trained_at
     return result

@@ -18,10 +18,10 @@ from finetune.recall.spoken.presets import SpokenPreset
 from finetune.recall.spoken.training import compute_losses, text_weights
 from finetune.spoken import NAMES, Answer, EncodedDialogues, value_tokens
 from finetune.statistics import Bootstrap
-from ttt import TTTLMModel, block_streaming
+from ttt import TTTLMModel
 
-PIECE_FRAMES = 128
-"""Of long talks, read at once."""
+FRAMES_AT_ONCE = 100_000
+"""Of long talks, over all rows of a batch."""
 FREE_TEMPERATURE = 0.8
 """Of Moshi's audio, when it speaks freely; its text is the likeliest."""
 WINDOW_FRAMES = (8, 60)
@@ -180,32 +180,22 @@ def _padded(judged: Judged, num_answers: int) -> Judged:
 
 @torch.no_grad()
 def longer(model: TTTLMModel, data: EncodedDialogues) -> dict[str, Any]:
-    """Measure long talks, read in pieces as a stream; and how large the fast weights have become,
-    ‖S‖ / ‖W0‖ in the layer where it is largest."""
-    codes, answers = data.batch(slice(None), model.device)
-    read = read_codes(model, codes)[:, :, :-1]
-    frames = answers[..., _Column["frame"]]
-    logits = torch.zeros(*frames.shape, model.text_card, device=model.device)
-    with block_streaming(model, len(read), PIECE_FRAMES):
-        for start in range(0, read.shape[2], PIECE_FRAMES):
-            end = min(start + PIECE_FRAMES, read.shape[2])
-            found = model.forward_text(read[:, :, start:end])[1][:, 0]
-            rows, places = ((frames >= start) & (frames < end)).nonzero(as_tuple=True)
-            logits[rows, places] = found[rows, frames[rows, places] - start].float()
-        layers = [layer for layer in model.ttt_layers.values() if layer.is_change]
-        changes = [layer.stream_change().cpu() for layer in layers]
-    expected = codes[:, 0].gather(1, frames.clamp(min=0))
-    loss = F.cross_entropy(logits.flatten(0, 1), expected.flatten(), reduction="none")
-    judged = Judged(
-        answers.cpu(), (logits.argmax(-1) == expected).cpu(), loss.view_as(expected).cpu()
-    )
+    """Measure long talks, each read in one pass, which computes what a stream does."""
+    parts = []
+    rows_at_once = max(1, FRAMES_AT_ONCE // data.text.shape[1])
+    for rows in torch.arange(len(data)).split(rows_at_once):
+        codes, answers = data.batch(rows, model.device)
+        frames = answers[..., _Column["frame"]].clamp(min=0)
+        hidden = model._text_hidden(read_codes(model, codes)[:, :, :-1])
+        at = hidden.gather(1, frames[..., None].expand(-1, -1, hidden.shape[2]))
+        logits = model.text_linear(at).float()
+        expected = codes[:, 0].gather(1, frames)
+        loss = F.cross_entropy(logits.flatten(0, 1), expected.flatten(), reduction="none")
+        right = logits.argmax(-1) == expected
+        parts.append(Judged(answers.cpu(), right.cpu(), loss.view_as(expected).cpu()))
+    judged = _joined(parts)
     distance = judged.column("distance")[judged.column("frame") >= 0].double().mean().item()
-    ratio = torch.stack(changes).amax(0).mean().item() if changes else None
-    return {
-        **by_speaker(judged),
-        "mean_distance_sec": distance / FRAME_RATE_HZ,
-        "state_ratio": ratio,
-    }
+    return {**by_speaker(judged), "mean_distance_sec": distance / FRAME_RATE_HZ}
 
 
 def queue_accuracy(data: EncodedDialogues) -> float:

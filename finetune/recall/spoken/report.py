@@ -131,7 +131,6 @@ def _longer_table(results: Sequence[Result]) -> list[str]:
     for arm, group in _arms(results).items():
         for times in group[0]["longer"]:
             parts = [result["longer"][times] for result in group]
-            ratios = [p["state_ratio"] for p in parts if p["state_ratio"] is not None]
             rows.append(
                 [
                     arm,
@@ -139,10 +138,9 @@ def _longer_table(results: Sequence[Result]) -> list[str]:
                     f"{parts[0]['mean_distance_sec'] / 60:.1f}",
                     _values([p["moshi"] for p in parts]),
                     _values([p["user"] for p in parts]),
-                    ", ".join(f"{ratio:.2f}" for ratio in ratios),
                 ]
             )
-    head = ["arm", "times the length", "minutes from fact to question", "Moshi", "user", "‖S‖/‖W0‖"]
+    head = ["arm", "times the length", "minutes from fact to question", "Moshi", "user"]
     return _table(head, rows) if rows else []
 
 
