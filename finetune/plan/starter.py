@@ -10,12 +10,13 @@ from typing import Literal
 
 import numpy as np
 
-from finetune.config import TrainArgs, load_config
+from finetune.config import Precision, TrainArgs, load_config
 from finetune.data import FRAME_RATE_HZ, count_frames, open_source
 from finetune.errors import UserError
 from finetune.model import plan_model
 from finetune.plan.memory import Memory, estimate, fits
 from finetune.plan.plan import GB, shape_of
+from ttt import TTTLMModel
 
 Goal = Literal["remember", "adapt"]
 
@@ -55,6 +56,7 @@ class _Size:
     shard_size: int
     max_steps: int
     attention_context: int | None
+    base_precision: Precision
 
 
 def write_config(wanted: Wanted, out: Path) -> Iterator[str]:
@@ -98,12 +100,13 @@ def _lengths_sec(data: Path) -> np.ndarray:
 
 def _fitting_size(wanted: Wanted, lengths_sec: np.ndarray) -> tuple[_Size, Memory]:
     """Return the largest batch that fits, of segments as long as the goal wants."""
-    model = None
+    models: dict[Precision, TTTLMModel] = {}
     for size in _sizes(wanted, lengths_sec):
         args = _load(_text(wanted, size, None, lengths_sec))
-        # Sizes leave its shape as it is.
-        model = model or plan_model(args, shape_of(args.moshi_paths)[0])
-        memory = estimate(args, model, wanted.gpus)
+        # All else leaves its shape as it is.
+        if size.base_precision not in models:
+            models[size.base_precision] = plan_model(args, shape_of(args.moshi_paths)[0])
+        memory = estimate(args, models[size.base_precision], wanted.gpus)
         if fits(memory, wanted.gpu_memory_gb * GB):
             return size, memory
     raise UserError(
@@ -128,12 +131,22 @@ def _sizes(wanted: Wanted, lengths_sec: np.ndarray) -> Iterator[_Size]:
     segments_a_step = 2 ** int(math.log2(segments_a_step))
     steps = math.ceil(_EPOCHS * num_segments / (segments_a_step * wanted.gpus))
     max_steps = min(max(steps, _MIN_STEPS), _MAX_STEPS)
-    for shard_size in dict.fromkeys((1, wanted.gpus)):
+    # In fewer bits the base is not cut.
+    ways: dict[tuple[Precision, int], None] = dict.fromkeys(
+        [("bfloat16", 1), ("bfloat16", wanted.gpus), ("nf4", 1)]
+    )
+    for base_precision, shard_size in ways:
         batch_size = segments_a_step
         while batch_size >= 1:
             microbatches = math.ceil(segments_a_step / batch_size)
             yield _Size(
-                duration_sec, batch_size, microbatches, shard_size, max_steps, attention_context
+                duration_sec,
+                batch_size,
+                microbatches,
+                shard_size,
+                max_steps,
+                attention_context,
+                base_precision,
             )
             batch_size //= 2
 
@@ -206,6 +219,7 @@ def _text(wanted: Wanted, size: _Size, memory: Memory | None, lengths_sec: np.nd
         "",
         "gradient_checkpointing: true   # selective is faster, where memory allows it",
         "param_dtype: bfloat16",
+        *_base_lines(size.base_precision),
         "first_codebook_weight_multiplier: 100.",
         "text_padding_weight: .5",
         "optim:",
@@ -223,6 +237,12 @@ def _text(wanted: Wanted, size: _Size, memory: Memory | None, lengths_sec: np.nd
             f"  shard_size: {size.shard_size}   # the GPUs share one copy of the model",
         ]
     return "\n".join(lines) + "\n"
+
+
+def _base_lines(base_precision: Precision) -> list[str]:
+    if base_precision == "bfloat16":
+        return []
+    return [f"base_precision: {base_precision}   # 4.5 bits a frozen weight: all 16 do not fit"]
 
 
 def _ttt_lines(goal: Goal, num_frames: int) -> list[str]:

@@ -22,7 +22,12 @@ def data(folder: Path, length_sec: int, number: int = 40) -> Path:
 
 @pytest.mark.parametrize(
     ("goal", "length_sec", "gpus", "gpu_memory"),
-    [("remember", 400, 1, 80), ("remember", 30, 2, 40), ("adapt", 60, 4, 24)],
+    [
+        ("remember", 400, 1, 80),
+        ("remember", 30, 2, 40),
+        ("adapt", 60, 4, 24),
+        ("remember", 100, 1, 24),
+    ],
 )
 def test_the_file_is_valid_and_plan_says_that_it_fits(
     tmp_path: Path,
@@ -44,6 +49,8 @@ def test_the_file_is_valid_and_plan_says_that_it_fits(
     assert re.search(rf"some {float(peak.split()[1]):.0f} of {gpu_memory} GB", said)
     assert f"moshi-ttt plan --config {out} --gpus {gpus}" in said
     assert args.ttt.enabled == (goal == "remember")
+    # Only where nothing else fits.
+    assert args.base_precision == ("nf4" if (gpus, gpu_memory) == (1, 24) else "bfloat16")
     if goal == "remember":
         # Something must be left for TTT to remember.
         window = args.model.attention_context or 3000
