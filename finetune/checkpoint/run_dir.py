@@ -20,7 +20,7 @@ import os
 import pickle
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from finetune.errors import UserError
 from finetune.model import trainable_by_role
 from finetune.safety import read_json
 from ttt import TTTLMModel, ttt_parameters
+from ttt.layers.frozen import frozen_linears
 
 logger = logging.getLogger(__name__)
 
@@ -213,7 +214,9 @@ def load_trained_weights(model: TTTLMModel, args: TrainArgs, checkpoint: Path) -
             trained |= load_file(folder / name)
         except (OSError, SafetensorError) as error:
             raise UserError(f"cannot read {folder / name}: {error}") from error
-    expected = model.state_dict()
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    # What is kept in fewer bits takes a weight in full.
+    expected |= {f"{name}.weight": each.frozen_weight.shape for name, each in frozen_linears(model)}
     needed = {name for named in trainable_by_role(model).values() for name in named}
     if "consolidated.safetensors" in names and args.lora.enable:
         # LoRA is merged: the adapters stay as they start, and change nothing.
@@ -223,7 +226,7 @@ def load_trained_weights(model: TTTLMModel, args: TrainArgs, checkpoint: Path) -
     for name, weight in trained.items():
         if name not in expected:
             wrong.append(f"it has {name}, which the model has not")
-        elif weight.shape != expected[name].shape:
+        elif weight.shape != expected[name]:
             wrong.append(f"its {name} has shape {tuple(weight.shape)}")
     if wrong:
         raise UserError(
@@ -234,7 +237,7 @@ def load_trained_weights(model: TTTLMModel, args: TrainArgs, checkpoint: Path) -
 
 
 def _as_frozen_weights(
-    weights: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]
+    weights: Mapping[str, torch.Tensor], expected: Container[str]
 ) -> dict[str, torch.Tensor]:
     """Merged weights under the names that they have inside a model with LoRA."""
     renamed = {}

@@ -145,6 +145,23 @@ def test_merged_weights_are_the_base_as_it_was_trained_on(
     assert apart < (0.1 if kind == "float8" else 1e-5)
 
 
+@pytest.mark.parametrize("how", [FULL, {**LORA, "save_adapters": False}], ids=["full", "merged"])
+def test_any_checkpoint_is_loaded_in_fewer_bits(config: Path, tmp_path: Path, how: Any) -> None:
+    train(config, tmp_path / "run", {**how, "optim.lr": 0.03, "max_steps": 2})
+    there = checkpoint(tmp_path / "run", 2)
+    saved = load_file(there / "consolidated/consolidated.safetensors")
+    model, _ = load_for_inference(there, "cpu", "nf4")
+    for name, layer in frozen_linears(model):
+        expected = freeze(saved[name.replace(".frozen_W", "") + ".weight"], "nf4")
+        assert torch.equal(layer.values, expected.values), name
+        assert torch.equal(layer.scales, expected.scales), name
+    plain, _ = load_for_inference(there, "cpu")
+    assert not list(frozen_linears(plain)) and len(list(frozen_linears(model))) > 10
+    full = dict(plain.named_parameters())
+    kept = dict(model.named_parameters())
+    assert_same_weights(kept, {name: full[name] for name in kept})
+
+
 @pytest.mark.parametrize("form", ["merged", "adapters"])
 def test_an_export_loads_in_stock_moshi(
     config: Path, tmp_path: Path, form: Any, capsys: pytest.CaptureFixture[str]

@@ -347,3 +347,15 @@ def test_the_server_is_a_command_that_ends_when_it_is_asked_to(
     process.send_signal(signal.SIGTERM)
     rest, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and "stopped" in rest and "Traceback" not in rest
+
+
+def test_the_base_may_be_kept_in_fewer_bits(trained: Path, tmp_path: Path) -> None:
+    record(tmp_path / "a.wav", 24000, seed=1)
+    answers = {}
+    for kind in ("bfloat16", "nf4"):
+        words = [f"--checkpoint={trained}", f"--audio={tmp_path}/a.wav", *GREEDY]
+        assert call(*words, f"--out={tmp_path}/{kind}.wav", f"--base_precision={kind}") == 0
+        answers[kind], _ = soundfile.read(tmp_path / f"{kind}.wav")
+    assert answers["nf4"].shape == answers["bfloat16"].shape
+    assert not np.array_equal(answers["nf4"], answers["bfloat16"])
+    assert call(*words, f"--out={tmp_path}/x.wav", "--base_precision=int3") == 1
