@@ -12,8 +12,9 @@ from finetune.config.values import PathsText, PathText
 @dataclass
 class DataArgs:
     train_data: PathsText = ""
-    """Training data: `path[:weight],…`, each path a `.jsonl` file or a folder of them. Batches mix
-    the sources in proportion to the weights (default 1)."""
+    """Training data: `path[:weight],…`, each path a `.jsonl` file or a folder of them, or data of
+    another layout, see [data.md](data.md#layouts). Batches mix the sources in proportion to the
+    weights (default 1)."""
 
     eval_data: PathsText = ""
     """Evaluation data, written like `train_data`. Every evaluation reads all of it once; weights

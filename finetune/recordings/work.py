@@ -41,6 +41,7 @@ def do_all(
     *,
     title: str,
     workers: int | None = None,
+    at_once: int = 1,
 ) -> Iterator[Done[Job, Result]]:
     """Yield the jobs as they are finished, in any order.
 
@@ -49,6 +50,8 @@ def do_all(
             recording is a `RecordingError` or a `FileProblem`.
         title: stands before the bar.
         workers: processes; None: one for each core. 1: this process.
+        at_once: jobs that a worker gets, and hands back, together: more than one where a job takes
+            no longer than the way to the worker.
     """
     workers = min(workers or num_cores(), len(jobs))
     with _bar(title, len(jobs)) as advance:
@@ -66,7 +69,8 @@ def do_all(
             workers, multiprocessing.get_context(method), initializer=_be_one_thread
         ) as pool:
             try:
-                for done in _in_any_order(pool, work, jobs, workers * _JOBS_AHEAD):
+                shares = [jobs[i : i + at_once] for i in range(0, len(jobs), at_once)]
+                for done in _in_any_order(pool, work, shares, workers * _JOBS_AHEAD):
                     yield done
                     advance()
             except BaseException:
@@ -75,18 +79,25 @@ def do_all(
 
 
 def _in_any_order(
-    pool: ProcessPoolExecutor, work: Callable[[Job], Result], jobs: Sequence[Job], num_ahead: int
+    pool: ProcessPoolExecutor,
+    work: Callable[[Job], Result],
+    shares: Sequence[Sequence[Job]],
+    num_ahead: int,
 ) -> Iterator[Done[Job, Result]]:
-    left = iter(jobs)
-    running: set[Future[Done[Job, Result]]] = set()
+    left = iter(shares)
+    running: set[Future[list[Done[Job, Result]]]] = set()
     while True:
-        while len(running) < num_ahead and (job := next(left, None)) is not None:
-            running.add(pool.submit(_attempt, work, job))
+        while len(running) < num_ahead and (share := next(left, None)) is not None:
+            running.add(pool.submit(_attempt_all, work, share))
         if not running:
             return
         finished, running = wait(running, return_when=FIRST_COMPLETED)
         for future in finished:
-            yield future.result()
+            yield from future.result()
+
+
+def _attempt_all(work: Callable[[Job], Result], jobs: Sequence[Job]) -> list[Done[Job, Result]]:
+    return [_attempt(work, job) for job in jobs]
 
 
 def _attempt(work: Callable[[Job], Result], job: Job) -> Done[Job, Result]:

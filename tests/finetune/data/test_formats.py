@@ -3,6 +3,7 @@
 import json
 import struct
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from data_tools import some_words, speech_like
 from torchaudio.functional import resample
 
 from finetune.data import inspect_audio, inspect_recording, read_audio
+from finetune.data.audio_files import Embedded
 from finetune.data.problems import FileProblem
 
 DURATION_SEC = 12.0
@@ -92,6 +94,20 @@ def test_a_part_is_that_of_the_whole(tmp_path: Path, name: str) -> None:
         tolerance = 0 if info.sample_rate_hz == 24000 else 1e-6
         torch.testing.assert_close(part, expected, atol=tolerance, rtol=0)
     assert read_audio(path, num_samples + 24000, 1920, 24000).shape == (2, 0)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_file_inside_another_is_read_as_on_the_disk(tmp_path: Path, name: str) -> None:
+    path = FORMATS[name](tmp_path / name)
+    inside = Embedded(f"row 3 of {path}", path, path.read_bytes)
+    assert inspect_audio(inside) == inspect_audio(path)
+    for start, length in [(24001, 1920), (0, 10**6)]:
+        found, wanted = (read_audio(file, start, length, 24000) for file in (inside, path))
+        assert torch.equal(found, wanted)
+    for content in (b"", b"no audio"):
+        broken = Embedded(f"row 4 of {path}, {len(content)}", path, partial(bytes, content))
+        with pytest.raises(FileProblem, match=r"row 4 of .* cannot be read"):
+            inspect_audio(broken)
 
 
 def test_what_ffmpeg_decodes_is_what_was_recorded(tmp_path: Path) -> None:

@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import datasets
-import lhotse
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -140,6 +138,8 @@ def saved_dataset_of_two(folder: Path, stereo: Path) -> Path:
 
 
 def _save(folder: Path, columns: dict[str, Any], audio: list[str]) -> Path:
+    import datasets  # slow to import, for whoever runs other tests
+
     data = datasets.Dataset.from_dict(columns)
     for name in audio:
         data = data.cast_column(name, datasets.Audio())
@@ -158,6 +158,8 @@ def lhotse_parts(folder: Path, stereo: Path) -> Path:
 
 
 def _cuts(folder: Path, stereo: Path, before_sec: float = 0.0) -> Path:
+    import lhotse
+
     recordings, supervisions = [], []
     for index, duration_sec in enumerate(DURATIONS_SEC):
         samples = samples_of(stereo, index)
@@ -354,6 +356,8 @@ def data_set_of(audio: list[str], **columns: Any) -> Callable[[Path, Path], Path
 
 
 def several_data_sets(folder: Path, stereo: Path) -> Path:
+    import datasets
+
     data = datasets.Dataset.from_dict({"a": [1]})
     datasets.DatasetDict({"train": data, "test": data}).save_to_disk(folder / "saved")
     return folder / "saved"

@@ -56,6 +56,18 @@ def test_only_what_changed_is_inspected_again(
     assert sorted(inspected[4:]) == ["a", "b", "c"], "another inspection"
 
 
+def test_processes_look_at_each_recording_once(tmp_path: Path) -> None:
+    for number in range(35):
+        add(tmp_path, f"{number:02}", np.zeros((24_000, 2)) if number == 17 else speech(number))
+    for options in (["--fast"], []):
+        out = tmp_path / "found.json"
+        words = [tmp_path / "data.jsonl", "--workers=2", "--json", out, *options]
+        assert call("data", "check", *words) == 1
+        recordings = json.loads(out.read_text())["recordings"]
+        assert [Path(each["path"]).stem for each in recordings] == [f"{i:02}" for i in range(35)]
+        assert [bool(each["findings"]) for each in recordings] == [i == 17 for i in range(35)]
+
+
 def test_a_file_that_cannot_be_kept_is_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
