@@ -1,5 +1,6 @@
 """Codes instead of audio: Parquet files with a dialogue in each row."""
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -19,8 +20,12 @@ from finetune.errors import UserError
 
 if TYPE_CHECKING:
     import pyarrow
+    from pyarrow.parquet import ParquetFile
+
+logger = logging.getLogger(__name__)
 
 _CODES = "codes"
+_MAX_GROUP_BYTES = 2**29
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,7 @@ class ParquetSource(Source):
                         f"{self.key}: {path} has no column {_CODES}, which is to hold whole "
                         f"numbers [streams, frames] in each row; its columns are {found}."
                     )
+                self._warn_of_large_groups(path, file)
                 row = 0
                 for group in range(file.num_row_groups):
                     wanted = [each for each in columns if each in (_CODES, "id")]
@@ -96,6 +102,18 @@ class ParquetSource(Source):
         except (OSError, pyarrow.ArrowException) as error:
             yield Entry(
                 str(path), None, f"{path} cannot be read as Parquet ({error}): make it again"
+            )
+
+    def _warn_of_large_groups(self, path: Path, file: "ParquetFile") -> None:
+        """Warn if much has to be read for a row, and kept in memory for the next ones."""
+        groups = (file.metadata.row_group(group) for group in range(file.num_row_groups))
+        largest = max((group.total_byte_size for group in groups), default=0)
+        if largest > _MAX_GROUP_BYTES:
+            logger.warning(
+                "%s: all of a row group is read for each row in it, and the largest holds %.1f GB; "
+                "write smaller ones, with row_group_size=64 for example",
+                path,
+                largest / 1e9,
             )
 
     def _entry(

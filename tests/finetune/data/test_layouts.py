@@ -256,14 +256,24 @@ def test_it_is_checked_encoded_and_trained(
         status, found = findings_of(path, *thoroughness)
         assert status == 0 and set().union(*found.values()) == set() and len(found) > 1, found
     assert call("data", "stats", path, "--workers=1") == 0
+    shown = call("data", "show", path, "--out", tmp_path / "a.png", "--duration_sec=1")
+    if name.startswith("parquet"):
+        assert shown == 1 and "has no audio, only codes" in capsys.readouterr().err
+    else:
+        samples = soundfile.read(tmp_path / "a.wav", dtype="int16")[0]
+        assert shown == 0 and np.array_equal(samples[:24000], samples_of(stereo, 0)[:24000])
     options = {"data.train_data": path, "data.cache_dir": tmp_path / "cache"}
     num_segments = 0 if name.startswith("parquet") else 4
     for expected in (num_segments, 0):
         encode_data(load_config(config, options))
         assert f"{expected} of 4 segments are to be encoded" in capsys.readouterr().out
-    train(config, tmp_path / "run", options | {"data.num_workers": 1})
-    train(config, tmp_path / "same", {"data.train_data": stereo})
+    evaluated: dict[str, Any] = {"do_eval": True, "eval_freq": 4, "health_sec": 0}
+    options |= evaluated | {"data.eval_data": path, "data.num_workers": 1}
+    train(config, tmp_path / "run", options)
+    files = {"data.train_data": stereo, "data.eval_data": stereo}
+    train(config, tmp_path / "same", evaluated | files)
     assert logged(tmp_path / "run") == logged(tmp_path / "same")
+    assert logged(tmp_path / "run", kind="eval") == logged(tmp_path / "same", kind="eval")
     assert set(logged(tmp_path / "run", "encoded_segments")) == {0}
 
 
@@ -422,6 +432,20 @@ def test_what_is_wrong_is_named(tmp_path: Path, stereo: Path, message: str) -> N
         loaded(path)
     assert message in str(error.value), error.value
     assert str(tmp_path) in str(error.value)
+
+
+def test_a_large_row_group_is_a_warning(
+    tmp_path: Path,
+    stereo: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    path = parquet_codes(tmp_path, stereo)
+    loaded(path)
+    assert "row group" not in caplog.text
+    monkeypatch.setattr("finetune.data.layouts.parquet._MAX_GROUP_BYTES", 100)
+    loaded(path)
+    assert caplog.text.count("write smaller ones, with row_group_size=64") == 1
 
 
 def test_a_stereo_file_as_one_of_two(tmp_path: Path, stereo: Path) -> None:
