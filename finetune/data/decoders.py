@@ -261,12 +261,6 @@ def decoder_of(path: AudioFile) -> Decoder:
     return decoder
 
 
-def close_decoder() -> None:
-    """Close what `decoder_of` keeps open in this thread."""
-    while _kept.decoders:
-        _kept.decoders.popitem()[1].close()
-
-
 # --- headers --------------------------------------------------------------------------------------
 
 
