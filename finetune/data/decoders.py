@@ -234,27 +234,31 @@ def open_decoder(path: AudioFile) -> Decoder:
     return SeekingDecoder(file)
 
 
-_open = threading.local()
+class _Kept(threading.local):
+    """Open decoders of a thread, the one that was used last at the end."""
+
+    def __init__(self) -> None:
+        self.decoders: dict[tuple[object, ...], Decoder] = {}
+
+
+_kept = _Kept()
+_MAX_KEPT = 2
+"""A dialogue may be in two files, which are read in turns."""
 
 
 def decoder_of(path: AudioFile) -> Decoder:
-    """An open decoder of a file, kept by each thread until it opens another or the file changes:
-    parts that follow one another are decoded once."""
+    """An open decoder of a file, kept by each thread until it has opened two others or the file
+    changes: parts that follow one another are decoded once."""
     # Not those of the process that this one was forked from: they share their place in the file.
     version = (os.getpid(), str(path), state_of(path))
-    if getattr(_open, "version", None) != version:
-        close_decoder()
-        _open.decoder = open_decoder(path)
-        _open.version = version
-    decoder: Decoder = _open.decoder
+    decoders = _kept.decoders
+    decoder = decoders.pop(version, None)
+    if decoder is None:
+        while len(decoders) >= _MAX_KEPT:
+            decoders.pop(next(iter(decoders))).close()
+        decoder = open_decoder(path)
+    decoders[version] = decoder
     return decoder
-
-
-def close_decoder() -> None:
-    """Close what `decoder_of` keeps open in this thread."""
-    if getattr(_open, "decoder", None) is not None:
-        _open.decoder.close()
-    _open.decoder = _open.version = None
 
 
 # --- headers --------------------------------------------------------------------------------------

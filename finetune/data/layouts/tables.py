@@ -1,7 +1,6 @@
 """Tables of Arrow and Parquet: opened, and the words in a column of them."""
 
 import json
-from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,9 +69,10 @@ def transcript_in(cell: Any, name: str) -> Transcript:
     return transcript_of({WORDS: [_alignment(entry, name) for entry in cell]}, name)
 
 
-def _alignment(entry: Any, name: str) -> list[Any]:
-    if isinstance(entry, str | Sequence):
-        return entry  # type: ignore[return-value]  # what it is to be is checked by who reads it
+def _alignment(entry: Any, name: str) -> Any:
+    """Return a word as a transcript has it; what is no mapping is left to who reads that."""
+    if not isinstance(entry, dict):
+        return entry
     text = next((entry[key] for key in _TEXT_KEYS if entry.get(key) is not None), None)
     missing = [key for key in _KEYS if entry.get(key) is None]
     if text is None or missing:

@@ -19,6 +19,7 @@ from training_tools import logged, train
 
 from finetune.config import DataArgs, load_config
 from finetune.data import build_train_loader, open_source
+from finetune.data.decoders import ForwardDecoder
 from finetune.encode import encode_data
 from finetune.errors import UserError
 
@@ -419,6 +420,9 @@ MISTAKES: dict[str, Callable[[Path, Path], Path]] = {
     ),
     "has no column alignments with the words": data_set_of(["audio"]),
     "is not valid JSON": data_set_of(["audio"], alignments=["["]),
+    "is malformed: alignments[0] is 1": data_set_of(["audio"], alignments=[[1, 2]]),
+    "is no list of words": data_set_of(["audio"], alignments=[7]),
+    "is empty": data_set_of(["audio"], alignments=[None]),
     "the line says 5.0 s": data_set_of(["audio"], alignments=[JSON_WORDS], duration=[5.0]),
     "holds several data sets: test, train. Name one": several_data_sets,
     "cannot be read as Arrow": damaged(saved_dataset, "*.arrow"),
@@ -480,3 +484,27 @@ def test_a_pair_may_have_two_rates_and_lengths(tmp_path: Path, stereo: Path) -> 
     assert recording is not None
     audio = recording.read_audio(0, 10**6, 24000)
     assert audio.shape == (2, 48000) and not audio[1, -960:].any() and audio[1, -1200:].any()
+
+
+def test_a_pair_that_is_decoded_from_its_start_is_decoded_once(
+    tmp_path: Path, stereo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = mono_pairs(tmp_path, stereo)
+    for side in ("moshi", "user"):
+        samples, rate_hz = soundfile.read(tmp_path / f"0_{side}.wav")
+        soundfile.write(tmp_path / f"0_{side}.mp3", samples, rate_hz)
+    path.write_text(path.read_text().replace('0_moshi.wav"', '0_moshi.mp3"')
+                    .replace('0_user.wav"', '0_user.mp3"'))  # fmt: skip
+    recording = open_source(path, "data").entries()[0].recording
+    assert recording is not None
+    restarts: list[Any] = []
+    restart = ForwardDecoder._restart
+
+    def noted(decoder: ForwardDecoder) -> None:
+        restarts.append(decoder.path)
+        restart(decoder)
+
+    monkeypatch.setattr(ForwardDecoder, "_restart", noted)
+    parts = [recording.read_audio(start, 4800, 24000) for start in range(0, 48000, 4800)]
+    assert sorted(path.name for path in restarts) == ["0_moshi.mp3", "0_user.mp3"]
+    assert torch.equal(torch.cat(parts, dim=1), recording.read_audio(0, 48000, 24000))
