@@ -8,8 +8,10 @@ Every line is a run of a few optimizer steps on the same codes from the same wei
 entropy in float32, AdamW on float32 copies of the weights. Its losses are what the others' are
 compared with: of every step without TTT, and of the first step with TTT, which then has learned
 nothing yet. Where they differ, or are no numbers, no time is reported, and the exit status is 1.
-The stock model's line of the same kind (LoRA or full) is run with every choice of `--arms`. With
-`float8` and `nf4` (see `base_precision`) the model is another one, and its losses are, by little.
+The stock model's line of the same kind (LoRA or full) is run with every choice of `--arms`. A
+base in fewer bits (`float8`, `nf4`: see `base_precision`) is another model: its first loss is
+compared with that of the stock model on the same rounded weights, in the plainest way, by a bound
+that is taken from two such forms.
 
 Tokens are counted as `moshi-finetune` counts them: 9 a frame. MFU is against 989 TFLOP/s, of
 
@@ -27,12 +29,14 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from moshi.models.lm import LMModel
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from training_arms import (
     TTT,
     Arm,
@@ -52,11 +56,8 @@ PEAK_FLOPS = 989e12
 """Of an H100 or H200 in bfloat16, without sparsity."""
 TOLERANCE = {torch.bfloat16: 5e-3, torch.float32: 1e-5}
 """How far a loss may be from the stock model's, in nats; see docs/benchmarks.md."""
-FROZEN_TOLERANCE = {"float8": (0.02, 0.2), "nf4": (0.1, 1.0)}
-"""The same where the frozen weights are kept in fewer bits, which is another model: a part that all
-losses may have in common, and what a single one may differ by, of which the mean of N frames has
-1/√N. It is coarse, and only says that nothing is badly wrong; `same_losses.py` compares with the
-same weights, to rounding."""
+FACTOR = 4.0
+"""Of what two plain forms of a base in fewer bits differ by, as in `same_losses.py`."""
 
 
 def arms(options: argparse.Namespace) -> Iterator[Arm]:
@@ -163,7 +164,11 @@ def results(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for arm in chosen_arms(options):
         result = attempt(arm, weights, options)
         stock = result if arm.is_stock else baselines[arm.is_full]
-        result = judged(result, arm, stock, options)
+        reference = None
+        if arm.base != "bfloat16":
+            reference = plain(arm, weights, options)
+            tidy(options)
+        result = judged(result, arm, stock, options, reference)
         if arm.is_stock:
             baselines[arm.is_full] = result
         yield result
@@ -177,15 +182,24 @@ def attempt(arm: Arm, weights: Weights, options: argparse.Namespace) -> dict[str
     except torch.OutOfMemoryError:
         return {"name": arm.name, "batch": arm.batch or options.batch, "wrong": OUT_OF_MEMORY}
     finally:
-        gc.collect()
-        if options.device == "cuda":
-            torch.cuda.empty_cache()
+        tidy(options)
+
+
+def tidy(options: argparse.Namespace) -> None:
+    gc.collect()
+    if options.device == "cuda":
+        torch.cuda.empty_cache()
 
 
 def judged(
-    result: dict[str, Any], arm: Arm, stock: dict[str, Any] | None, options: argparse.Namespace
+    result: dict[str, Any],
+    arm: Arm,
+    stock: dict[str, Any] | None,
+    options: argparse.Namespace,
+    plain: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """`result` with its ratio to the stock model; without its times if its losses differ."""
+    """`result` with its ratio to the stock model; without its times if its losses differ from the
+    stock model's, or from those of its own frozen weights, `plain`."""
     if "losses" not in result:
         return result
     kept = {key: result[key] for key in ("name", "batch", "losses")}
@@ -195,23 +209,32 @@ def judged(
         return {**kept, "wrong": "not compared: there is no result of the stock model"}
     # Another batch has other losses; that of the same size has been compared.
     if result["batch"] == stock["batch"]:
-        num_compared = 1 if arm.ttt else None
-        pairs = list(zip(result["losses"], stock["losses"], strict=True))[:num_compared]
+        num_compared = 1 if arm.ttt or plain else None
+        expected = plain or stock
+        pairs = list(zip(result["losses"], expected["losses"], strict=False))[:num_compared]
         difference = kept["loss_difference"] = max(abs(a - b) for a, b in pairs)
-        if difference > tolerance(arm, result["batch"], options):
+        if difference > (plain["bound"] if plain else options.tolerance):
             return {**kept, "wrong": f"losses differ from the stock model's by {difference:.1e}"}
         result["loss_difference"] = difference
     result["speedup"] = result["tokens_per_sec"] / stock["tokens_per_sec"]
     return result
 
 
-def tolerance(arm: Arm, batch: int, options: argparse.Namespace) -> float:
-    """Return how far a loss of an arm may be from the stock model's, in nats."""
-    if arm.base == "bfloat16":
-        found: float = options.tolerance
-        return found
-    common, single = FROZEN_TOLERANCE[arm.base]
-    return common + single / math.sqrt(batch * options.frames)
+def plain(arm: Arm, weights: Weights, options: argparse.Namespace) -> dict[str, Any]:
+    """Return what a base in fewer bits is compared with: the first loss of the stock model that
+    computes with the same weights in the plainest way, and how far ours may be from it. On other
+    weights, such as those in full, it would be another model with other losses."""
+    model = weights.stock(replace(arm, is_stock=True)).eval()
+    run, codes = StockRun(model, options), random_codes(arm.batch or options.batch, arm, options)
+    with torch.no_grad():
+        sums = run.sums(codes)
+        loss = sum((total / weight).item() for total, weight in sums)
+        with sdpa_kernel(SDPBackend.MATH):
+            rows = [run.sums(row) for row in codes.split(1)]
+        parts = [sum(row[k][0] for row in rows) / sums[k][1] for k in range(2)]
+    otherwise = sum(part.item() for part in parts)
+    bound = max(options.tolerance, FACTOR * abs(loss - otherwise))
+    return {"losses": [loss], "bound": bound}
 
 
 def search(

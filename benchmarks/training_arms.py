@@ -208,15 +208,14 @@ class Weights:
                 parameter.requires_grad_("lora_" in name)
             self._start(model)
             if arm.base != "bfloat16":
-                round_base(model, arm.base)
+                round_base(model, arm.base, kept=self._kept(arm))
         return model
 
     def ours(self, arm: Arm) -> TTTLMModel:
         options = self.options
         if self.kind != arm.is_full:
             self.stock(replace(arm, base="bfloat16"))
-        chosen: dict[str, Any] = TTT[arm.ttt] if arm.ttt else {"enabled": False}
-        args = TTTArgs(**{"enabled": True, **options.ttt_layers, **chosen})
+        args = self._ttt_args(arm)
         with torch.device(options.device):
             model = build_model(
                 lm_kwargs(arm, options),
@@ -239,6 +238,18 @@ class Weights:
             for parameter in named.values():
                 parameter.requires_grad_(role in trained | {"ttt"})
         return model
+
+    def _ttt_args(self, arm: Arm) -> TTTArgs:
+        chosen: dict[str, Any] = TTT[arm.ttt] if arm.ttt else {"enabled": False}
+        return TTTArgs(**{"enabled": True, **self.options.ttt_layers, **chosen})
+
+    def _kept(self, arm: Arm) -> set[str]:
+        """Names of what stays in full in the main transformer: W0 of In-Place TTT."""
+        args = self._ttt_args(arm)
+        if not args.enabled or args.method != "in_place":
+            return set()
+        layers = args.layers(lm_kwargs(arm, self.options)["num_layers"])
+        return {f"layers.{index}.gating.linear_out" for index in layers}
 
     @staticmethod
     @torch.no_grad()
@@ -291,13 +302,14 @@ class _PlainProduct(torch.autograd.Function):
         return reference.float8_gradient(grads[0], *ctx.saved_tensors), None, None
 
 
-def round_base(model: LMModel, kind: str) -> None:
+def round_base(model: LMModel, kind: str, *, kept: set[str]) -> None:
     """Let the stock model compute with the weights of its transformers as they are kept in fewer
-    bits."""
+    bits; but for those of the main one in `kept`."""
     for transformer in (model.transformer, model.depformer):
         assert transformer is not None
-        for module in transformer.modules():
-            if isinstance(module, LoRALinear):
+        for name, module in transformer.named_modules():
+            stays = transformer is model.transformer and name in kept
+            if isinstance(module, LoRALinear) and not stays:
                 # Another layer has the place in which `moshi` would look for a weight.
                 module.frozen_W = PlainlyFrozen(module.frozen_W, kind)
 

@@ -115,8 +115,9 @@ def test_training_steps_are_compared_and_timed(program: Callable[..., Any], tmp_
         "ours, full",
     ]
     for name, result in results.items():
-        is_same = "float8" not in name and "nf4" not in name
-        assert (result["loss_difference"] < 1e-5) == is_same and result["speedup"] > 0, name
+        # e4m3 makes more of a difference in the last digit.
+        bound = 1e-2 if "float8" in name else 1e-5
+        assert result["loss_difference"] < bound and result["speedup"] > 0, name
         assert 0 < result["mfu"] < 1 and result["tokens_per_sec"] > 0
     assert results["ours"]["losses"][1] != results["ours"]["losses"][0]
 
