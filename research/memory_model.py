@@ -1,6 +1,6 @@
 """Lay out a model of the spoken experiment as a checkpoint that people can talk to.
 
-python research/memory_model.py --runs runs/recall/gpu_spoken --arm delta_hidden --seed 0 --out example/memory
+python research/memory_model.py --runs runs/recall/gpu_spoken --out example/memory
 """
 
 from __future__ import annotations

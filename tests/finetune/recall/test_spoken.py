@@ -1,0 +1,121 @@
+"""The experiment with spoken facts, on dialogues of random codes."""
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from finetune.recall import RecallOptions, run_command
+from finetune.recall.spoken import command, measure, presets
+from finetune.recall.spoken.experiment import run_arm
+from finetune.recall.spoken.presets import SpokenPreset
+from finetune.spoken import Answer, BankArgs, DatasetArgs, DialogueArgs, EncodedDialogues
+from finetune.spoken import dataset as dataset_module
+from finetune.spoken.dataset import Dataset
+from finetune.spoken.tokenizer import train_tokenizer
+
+FRAMES, ROWS, FACTS = 120, 8, 2
+
+
+def tiny() -> SpokenPreset:
+    data = DatasetArgs(
+        BankArgs(num_voices=1, kinds=("thing",), num_fillers=(2, 2)),
+        DialogueArgs(num_frames=FRAMES, num_facts=FACTS, reach_frames=20),
+        num_spoken=ROWS,
+        num_train=ROWS,
+        num_eval=ROWS,
+        lengths={4: 2},
+    )
+    chosen = presets.preset("cpu")
+    model = dataclasses.replace(chosen.model, width=32, num_layers=2, num_heads=2, context=11)
+    sizes = {"num_steps": 2, "batch_size": 4, "audio_rows": 1, "num_free": 2}
+    return dataclasses.replace(chosen, data=data, model=model, **sizes)  # type: ignore[arg-type]
+
+
+def dialogues(rows: int, frames: int, seed: int) -> EncodedDialogues:
+    random = torch.Generator().manual_seed(seed)
+    text = torch.full((rows, frames), 3, dtype=torch.int16)
+    codes = torch.randint(256, (rows, 16, frames), generator=random, dtype=torch.uint8)
+    row = [
+        [frames - 10, 0, 1, 1, 60, frames - 30, 10, 0, 0],
+        [frames - 5, 0, 2, 0, 60, 80, 9, 1, 1],
+    ]
+    return EncodedDialogues(text, codes, torch.tensor([row] * rows, dtype=torch.int32))
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An experiment's folder in which the data are already."""
+    chosen = tiny()
+    monkeypatch.setattr(command, "preset", lambda name: chosen)
+    data = tmp_path / "out" / "data"
+    data.mkdir(parents=True)
+    for name, rows, frames in (("train", ROWS, FRAMES), ("eval", ROWS, FRAMES), ("x4", 2, 480)):
+        dataset_module._save(dialogues(rows, frames, rows), data / f"{name}.safetensors")
+    (data / "tokenizer.model").write_bytes(train_tokenizer(chosen.data.bank))
+    described = {"version": dataset_module._VERSION, **dataclasses.asdict(chosen.data)}
+    (data / "dataset.json").write_text(json.dumps(described))
+    return tmp_path / "out"
+
+
+def test_arms_are_trained_measured_and_not_run_again(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = RecallOptions(
+        out=folder, variant="spoken", arms=("delta_hidden", "finetuned_hidden"), device="cpu"
+    )
+    report = run_command(options)
+    for line in (
+        "delta_hidden, nothing written",
+        "delta_hidden, reset before the question",
+        "delta_hidden, another dialogue's past",
+        "finetuned_hidden | 4 |",
+    ):
+        assert f"| {line}" in report
+    assert (folder / "recall.png").stat().st_size > 1000
+    assert (folder / "report.md").read_text() == report + "\n"
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        assert run_command(options) == report
+    assert not any("step" in record.message for record in caplog.records)
+
+
+def test_fine_tuning_starts_from_the_model_without_ttt(folder: Path) -> None:
+    chosen = dataclasses.replace(tiny(), num_steps=2, ttt_lr=0.0)
+    runs = folder / "runs"
+    runs.mkdir()
+    for name in ("off", "finetuned_hidden"):
+        run_arm(chosen, name, 0, torch.device("cpu"), runs, folder / "data")
+    off, tuned = (
+        load_file(runs / f"{name}_seed0.model.safetensors") for name in ("off", "finetuned_hidden")
+    )
+    assert set(off) < set(tuned)
+    assert all(torch.equal(off[name], tuned[name]) for name in off)
+
+
+def test_only_the_oldest_fact_not_yet_asked_for_is_known_by_the_queue() -> None:
+    def talk(*orders: int) -> list[list[int]]:
+        nothing = Answer(*[-1] * len(Answer._fields))
+        rows = [nothing._replace(frame=10 * i, order=order) for i, order in enumerate(orders)]
+        return [list(row) for row in [*rows, *[nothing] * (3 - len(rows))]]
+
+    def share(*orders: int) -> float:
+        rows = torch.tensor([talk(*orders)])
+        return measure.queue_accuracy(EncodedDialogues(rows, rows, rows))
+
+    assert share(0, 1, 2) == 1
+    assert share(2, 1, 0) == pytest.approx(1 / 3)
+    assert share(1, 0) == 0.5
+    assert share(2, 1) == 0
+
+
+def test_the_data_of_the_presets_can_be_made() -> None:
+    for name in ("cpu", "gpu"):
+        chosen = presets.preset(name)
+        assert chosen.data.dialogues.problems() == []
+        assert chosen.data.dialogues.reach_frames == chosen.model.reach_frames
+        assert Dataset(Path(), chosen.data).args == chosen.data
