@@ -157,7 +157,7 @@ class _Conversation:
         return self.words.num_frames == self.num_frames
 
     def forget_before_questions(self) -> None:
-        """Have TTT forget all that it has learnt, if a question begins in the next frame and the
+        """Have TTT forget all that it has learned, if a question begins in the next frame and the
         arm is `reset`."""
         if self.job.arm == "reset" and self.row.num_frames in self._resets:
             self.engine.forget(self.row)
