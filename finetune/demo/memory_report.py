@@ -1,0 +1,156 @@
+"""What a person sees of the memory: two transcripts side by side, answers, sounds, a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import soundfile
+from rich.table import Table
+
+from finetune.demo.memory import ARMS, Arm, Memory, Shown
+from finetune.report import COLORS, MUTED, PICTURE, tidy
+from finetune.spoken import SAMPLE_RATE
+
+LABELS: dict[Arm, str] = {"on": "with TTT", "off": "without TTT"}
+PICTURE_NAME = "fast_weights.png"
+WIDTH = 80
+"""Of the tables, in columns of a terminal."""
+_TELLS, _ASKS = "tells", "asks"
+
+
+def sound_name(arm: Arm) -> str:
+    """Return the name of the recording with TTT, or without."""
+    return f"{LABELS[arm].replace(' ', '_').lower()}.wav"
+
+
+def transcripts(memory: Memory) -> Table:
+    """Return the first dialogue, line by line as the user speaks, with what each Moshi said."""
+    table = Table(width=WIDTH, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    table.add_column("s", justify="right", no_wrap=True)
+    table.add_column("")
+    table.add_column("the user", ratio=1)
+    for arm in ARMS:
+        table.add_column(f"Moshi {LABELS[arm]}", ratio=1)
+    for start_sec, mark, text, said in _lines(memory):
+        moshi = [said[arm] for arm in ARMS]
+        style = "bold" if mark else None
+        table.add_row(f"{start_sec:.0f}", mark, text, *moshi, style=style)
+    return table
+
+
+def _lines(memory: Memory) -> Iterator[tuple[float, str, str, dict[Arm, str]]]:
+    """Yield when a turn of the user begins, whether he tells or asks, what he says, and what Moshi
+    says until his next turn."""
+    shown = memory.shown
+    marks = {start_sec: _TELLS for start_sec, _ in shown.told_sec}
+    marks |= {asked.asked_sec: _ASKS for asked in memory.asked[0]}
+    turns = [(0.0, ""), *shown.user, (float("inf"), "")]
+    for (start_sec, text), (end_sec, _) in pairwise(turns):
+        said: dict[Arm, str] = {
+            arm: " ".join(word for word, at, _ in shown.moshi[arm] if start_sec <= at < end_sec)
+            for arm in ARMS
+        }
+        if text or any(said.values()):
+            mark = next((m for at, m in marks.items() if abs(at - start_sec) < 0.01), "")
+            yield start_sec, mark, text, said
+
+
+def answers(memory: Memory) -> Table:
+    """Return the facts of the first dialogue, and what was answered when they were asked for."""
+    table = Table(width=WIDTH, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    table.add_column("the user told", ratio=3)
+    table.add_column("Moshi", ratio=2)
+    table.add_column("asked after", justify="right", ratio=2)
+    for arm in ARMS:
+        table.add_column(LABELS[arm], ratio=2)
+    for asked in memory.asked[0]:
+        table.add_row(
+            asked.fact.sentence,
+            "repeated it" if asked.is_repeated else "only heard it",
+            f"{asked.asked_sec - asked.told_sec:.0f} s",
+            *(
+                f"{asked.said[arm] or 'no answer'}: {'right' if asked.is_right(arm) else 'wrong'}"
+                for arm in ARMS
+            ),
+        )
+    return table
+
+
+def accuracy(memory: Memory) -> Table:
+    """Return how many questions of all dialogues were answered rightly, by who had said the
+    fact."""
+    table = Table(width=WIDTH, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    table.add_column(f"answers that are right, of {len(memory.asked)} dialogues", ratio=2)
+    for arm in ARMS:
+        table.add_column(LABELS[arm], justify="right", ratio=1)
+    for name, is_repeated in (
+        ("Moshi had repeated the fact", True),
+        ("only the user's voice had said it", False),
+    ):
+        counts = [memory.count(arm, is_repeated=is_repeated) for arm in ARMS]
+        table.add_row(name, *(f"{right} of {total}" for right, total in counts))
+    table.add_row("together", *(f"{memory.share(arm):.0%}" for arm in ARMS), style="bold")
+    return table
+
+
+def write_memory(memory: Memory, folder: Path) -> None:
+    """Write the sounds of the first dialogue and its picture into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for arm in ARMS:
+        sound = memory.shown.audio[arm].clamp(-1, 1)
+        soundfile.write(folder / sound_name(arm), sound.T.numpy(), SAMPLE_RATE)
+    draw_fast_weights(memory, folder / PICTURE_NAME)
+
+
+def draw_fast_weights(memory: Memory, out: Path) -> None:
+    """Draw what the fast weights did in the first dialogue, over its facts and questions and what
+    attention reaches from each question."""
+    from matplotlib.figure import Figure
+
+    shown, asked = memory.shown, memory.asked[0]
+    figure = Figure(figsize=(9, 6), **PICTURE)
+    weights, facts = figure.subplots(2, 1, sharex=True, height_ratios=(1.2, 1))
+    for color, (layer, change) in zip(COLORS * 9, shown.changes.items(), strict=False):
+        weights.step(
+            shown.change_sec, change, where="post", color=color, label=f"layer {layer}", lw=1.8
+        )
+    weights.set_yscale("log")
+    weights.set_ylabel("change of the fast weights\n‖S‖ / ‖W0‖")
+    weights.set_title("What TTT wrote while Moshi listened", loc="left")
+    for start_sec, _ in shown.told_sec:
+        weights.axvline(start_sec, color=MUTED, lw=0.8, ls=(0, (1, 2)), zorder=0)
+    weights.legend(frameon=False, ncols=len(shown.changes), loc="lower right")
+    tidy(weights)
+
+    rows = {fact: row for row, (_, fact) in enumerate(reversed(shown.told_sec))}
+    for number, question in enumerate(asked):
+        row = rows[question.fact]
+        facts.plot([question.told_sec, question.asked_sec], [row, row], color=MUTED, lw=0.8)
+        start_sec = max(0.0, question.asked_sec - memory.reach_sec)
+        facts.plot(
+            [start_sec, question.asked_sec], [row, row], color=COLORS[5], lw=9, alpha=0.45,
+            solid_capstyle="butt", label="" if number else "what attention reaches when asked",
+        )  # fmt: skip
+        facts.text(question.asked_sec + 1.0, row, _verdict(question.said), va="center", fontsize=8)
+    told = [(at, rows[fact]) for at, fact in shown.told_sec]
+    facts.plot(*zip(*told, strict=True), "o", color=COLORS[0], label="told")
+    points = [(question.asked_sec, rows[question.fact]) for question in asked]
+    if points:
+        facts.plot(*zip(*points, strict=True), "D", color=COLORS[1], label="asked")
+    facts.set_yticks(list(rows.values()), [fact.sentence for fact in rows])
+    facts.set_ylim(-0.7, len(rows) - 0.3)
+    facts.set_xlim(0, _end_sec(shown) * 1.16)
+    facts.set_xlabel("seconds")
+    figure.legend(*facts.get_legend_handles_labels(), frameon=False, ncols=3, loc="outside lower left")
+    tidy(facts, grid="x")
+    figure.savefig(out)
+
+
+def _verdict(said: dict[Arm, str | None]) -> str:
+    return "\n".join(f"{LABELS[arm]}: {said[arm] or '–'}" for arm in ARMS)
+
+
+def _end_sec(shown: Shown) -> float:
+    return shown.audio["on"].shape[-1] / SAMPLE_RATE
