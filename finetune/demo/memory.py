@@ -19,6 +19,7 @@ from finetune.data import FRAME_RATE_HZ, Codec
 from finetune.inference import generate_codes
 from finetune.serve import Words
 from finetune.spoken import (
+    KINDS,
     Bank,
     BankArgs,
     Dialogue,
@@ -26,19 +27,24 @@ from finetune.spoken import (
     Fact,
     TimedWord,
     compose,
+    in_window,
     mix,
-    score_words,
+    said_value,
 )
 from ttt import TTTLMModel
 
 Arm = Literal["on", "off"]
 ARMS: tuple[Arm, ...] = ("on", "off")
 """Whether TTT is used."""
+Reply = Literal["repeated", "misheard", "silent"]
+"""What Moshi said to a fact: its name and value; a value, but another, or of another name; none."""
 
 # As the experiment speaks that trained this model, and reads what it says: `moshi-ttt recall`.
 _AUDIO_TEMPERATURE = 0.8
 _ANSWER_SEC = (0.64, 4.8)
 """From the beginning of a question: where its answer is looked for."""
+_PAUSE_SEC = 0.8
+"""Between two utterances of Moshi, at least."""
 _ENCODED_AT_ONCE = 4
 _CHANGE_EVERY_FRAMES = 8
 
@@ -48,15 +54,13 @@ class Asked:
     """A question of a dialogue, and what Moshi answered."""
 
     fact: Fact
-    is_repeated: bool
-    """Moshi repeated the fact when it was told; else the user's voice alone has said it."""
     told_sec: float
     """When the last mention of the fact ended."""
     asked_sec: float
-    text: dict[Arm, str]
-    """Moshi's words in the time for the answer."""
+    replies: dict[Arm, Reply]
+    """To the fact, when it was told."""
     said: dict[Arm, str | None]
-    """The first value of the right kind in them."""
+    """The first value of the right kind that Moshi said in the time for the answer."""
 
     def is_right(self, arm: Arm) -> bool:
         """Return whether the value that Moshi said is the fact's."""
@@ -69,7 +73,8 @@ class Shown:
 
     user: list[tuple[float, str]]
     """When the user begins to say what."""
-    moshi: dict[Arm, list[TimedWord]]
+    moshi: dict[Arm, list[tuple[float, str]]]
+    """Likewise."""
     told_sec: list[tuple[float, Fact]]
     """When the user begins to tell which fact."""
     audio: dict[Arm, Tensor]
@@ -92,16 +97,15 @@ class Memory:
     num_values: int
     """Among which a guess would choose."""
 
-    def count(self, arm: Arm, *, is_repeated: bool) -> tuple[int, int]:
-        """Return how many questions were answered rightly, and how many there are."""
-        chosen = [a for each in self.asked for a in each if a.is_repeated == is_repeated]
+    def count(self, arm: Arm, reply: Reply | None = None) -> tuple[int, int]:
+        """Return how many questions were answered rightly, and how many there are: of all facts,
+        or of those to which Moshi had said this."""
+        chosen = [a for each in self.asked for a in each if reply in (None, a.replies[arm])]
         return sum(a.is_right(arm) for a in chosen), len(chosen)
 
     def share(self, arm: Arm) -> float:
         """Return the share of all questions that were answered rightly."""
-        right, total = map(
-            sum, zip(*(self.count(arm, is_repeated=r) for r in (True, False)), strict=True)
-        )
+        right, total = self.count(arm)
         return right / max(1, total)
 
 
@@ -156,7 +160,7 @@ def remember(
     first = dialogues[0]
     shown = Shown(
         user=list(_user_turns(bank, first)),
-        moshi={arm: words[arm][0] for arm in ARMS},
+        moshi={arm: utterances(words[arm][0]) for arm in ARMS},
         told_sec=[
             (exchange.start_sec, exchange.fact)
             for exchange in first.exchanges
@@ -222,6 +226,19 @@ def _words(codec: Codec, tokens: Tensor) -> list[TimedWord]:
     return words.done
 
 
+def utterances(words: Sequence[TimedWord]) -> list[tuple[float, str]]:
+    """Return what is said between two pauses, and when it begins."""
+    found: list[tuple[float, str]] = []
+    last_end_sec = float("-inf")
+    for word, start_sec, end_sec in words:
+        if start_sec - last_end_sec > _PAUSE_SEC:
+            found.append((start_sec, word))
+        else:
+            found[-1] = (found[-1][0], f"{found[-1][1]} {word}")
+        last_end_sec = end_sec
+    return found
+
+
 def _user_turns(bank: Bank, dialogue: Dialogue) -> Iterator[tuple[float, str]]:
     for spoken in sorted(dialogue.spoken, key=lambda spoken: spoken.start_samples):
         if spoken.is_user:
@@ -230,34 +247,34 @@ def _user_turns(bank: Bank, dialogue: Dialogue) -> Iterator[tuple[float, str]]:
 
 
 def _asked(dialogue: Dialogue, words: dict[Arm, list[TimedWord]]) -> Iterator[Asked]:
-    facts = {e.fact: e for e in dialogue.exchanges if e.kind == "fact" and e.fact is not None}
-    questions = [exchange for exchange in dialogue.exchanges if exchange.kind == "question"]
     after, before = _ANSWER_SEC
-    ends_sec = [
-        min(one.asked_sec + before, following.asked_sec + after)
-        for one, following in pairwise(questions)
-    ]
-    ends_sec += [questions[-1].asked_sec + before] if questions else []
-    for question, end_sec in zip(questions, ends_sec, strict=True):
+    exchanges = dialogue.exchanges
+    told = {}
+    for fact, following in pairwise(exchanges):
+        if fact.kind == "fact" and fact.fact is not None:
+            window = (fact.start_sec + after, following.start_sec + after)
+            replies = {arm: _reply(fact.fact, words[arm], window) for arm in ARMS}
+            told[fact.fact] = fact.last_sec, replies
+    questions = [exchange for exchange in exchanges if exchange.kind == "question"]
+    # An answer ends where that to the next question begins.
+    starts_sec = [question.asked_sec for question in questions[1:]] + [float("inf")]
+    for question, next_sec in zip(questions, starts_sec, strict=True):
         assert question.fact is not None
-        told = facts[question.fact]
-        scored = {
-            arm: score_words(
-                {
-                    "window_sec": (question.asked_sec + after, end_sec),
-                    "kind": question.fact.kind,
-                    "answer": question.fact.value,
-                    "told_values": [fact.value for fact in facts],
-                },
-                words[arm],
+        last_sec, replies = told[question.fact]
+        window = question.asked_sec + after, min(question.asked_sec + before, next_sec + after)
+        said = {
+            arm: said_value(
+                " ".join(word for word, _, _ in in_window(words[arm], *window)), question.fact.kind
             )
             for arm in ARMS
         }
-        yield Asked(
-            question.fact,
-            told.is_repeated,
-            told.last_sec,
-            question.asked_sec,
-            {arm: scored[arm]["text"] for arm in ARMS},
-            {arm: scored[arm]["said"] for arm in ARMS},
-        )
+        yield Asked(question.fact, last_sec, question.asked_sec, replies, said)
+
+
+def _reply(fact: Fact, words: Sequence[TimedWord], window: tuple[float, float]) -> Reply:
+    """Return what is said in the utterances that begin in a window."""
+    first_sec, end_sec = window
+    text = " ".join(text for at_sec, text in utterances(words) if first_sec <= at_sec < end_sec)
+    if said_value(text, fact.kind) == fact.value and fact.name in text:
+        return "repeated"
+    return "misheard" if any(said_value(text, kind) for kind in KINDS) else "silent"

@@ -7,9 +7,10 @@ from itertools import pairwise
 from pathlib import Path
 
 import soundfile
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from finetune.demo.memory import ARMS, Arm, Memory, Shown
+from finetune.demo.memory import ARMS, Arm, Memory, Reply, Shown
 from finetune.report import COLORS, MUTED, PICTURE, tidy
 from finetune.spoken import SAMPLE_RATE
 
@@ -17,7 +18,11 @@ LABELS: dict[Arm, str] = {"on": "with TTT", "off": "without TTT"}
 PICTURE_NAME = "fast_weights.png"
 WIDTH = 80
 """Of the tables, in columns of a terminal."""
-_TELLS, _ASKS = "tells", "asks"
+_REPLIES: dict[Reply, str] = {
+    "repeated": "had repeated the fact",
+    "misheard": "had repeated something else",
+    "silent": "had only heard the fact",
+}
 
 
 def sound_name(arm: Arm) -> str:
@@ -27,48 +32,46 @@ def sound_name(arm: Arm) -> str:
 
 def transcripts(memory: Memory) -> Table:
     """Return the first dialogue, line by line as the user speaks, with what each Moshi said."""
-    table = Table(width=WIDTH, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-    table.add_column("s", justify="right", no_wrap=True)
-    table.add_column("")
+    table = _table()
+    table.add_column("sec", justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
     table.add_column("the user", ratio=1)
     for arm in ARMS:
         table.add_column(f"Moshi {LABELS[arm]}", ratio=1)
     for start_sec, mark, text, said in _lines(memory):
         moshi = [said[arm] for arm in ARMS]
-        style = "bold" if mark else None
-        table.add_row(f"{start_sec:.0f}", mark, text, *moshi, style=style)
+        table.add_row(f"{start_sec:.0f}", mark, text, *moshi, style="bold" if mark else None)
     return table
 
 
 def _lines(memory: Memory) -> Iterator[tuple[float, str, str, dict[Arm, str]]]:
     """Yield when a turn of the user begins, whether he tells or asks, what he says, and what Moshi
-    says until his next turn."""
+    begins to say before his next turn."""
     shown = memory.shown
-    marks = {start_sec: _TELLS for start_sec, _ in shown.told_sec}
-    marks |= {asked.asked_sec: _ASKS for asked in memory.asked[0]}
+    marks = dict.fromkeys((at_sec for at_sec, _ in shown.told_sec), "tells")
+    marks |= dict.fromkeys((asked.asked_sec for asked in memory.asked[0]), "asks")
     turns = [(0.0, ""), *shown.user, (float("inf"), "")]
     for (start_sec, text), (end_sec, _) in pairwise(turns):
         said: dict[Arm, str] = {
-            arm: " ".join(word for word, at, _ in shown.moshi[arm] if start_sec <= at < end_sec)
+            arm: " ".join(words for at_sec, words in shown.moshi[arm] if start_sec <= at_sec < end_sec)
             for arm in ARMS
         }
         if text or any(said.values()):
-            mark = next((m for at, m in marks.items() if abs(at - start_sec) < 0.01), "")
+            # A turn begins at a whole sample, an exchange in between.
+            mark = next((m for at_sec, m in marks.items() if abs(at_sec - start_sec) < 1e-3), "")
             yield start_sec, mark, text, said
 
 
 def answers(memory: Memory) -> Table:
     """Return the facts of the first dialogue, and what was answered when they were asked for."""
-    table = Table(width=WIDTH, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    table = _table()
     table.add_column("the user told", ratio=3)
-    table.add_column("Moshi", ratio=2)
-    table.add_column("asked after", justify="right", ratio=2)
+    table.add_column("asked after", justify="right", no_wrap=True)
     for arm in ARMS:
         table.add_column(LABELS[arm], ratio=2)
     for asked in memory.asked[0]:
         table.add_row(
             asked.fact.sentence,
-            "repeated it" if asked.is_repeated else "only heard it",
             f"{asked.asked_sec - asked.told_sec:.0f} s",
             *(
                 f"{asked.said[arm] or 'no answer'}: {'right' if asked.is_right(arm) else 'wrong'}"
@@ -79,20 +82,23 @@ def answers(memory: Memory) -> Table:
 
 
 def accuracy(memory: Memory) -> Table:
-    """Return how many questions of all dialogues were answered rightly, by who had said the
-    fact."""
-    table = Table(width=WIDTH, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-    table.add_column(f"answers that are right, of {len(memory.asked)} dialogues", ratio=2)
+    """Return how many questions of all dialogues were answered rightly, by what Moshi had said when
+    the fact was told."""
+    table = _table()
+    table.add_column("right answers, where Moshi", ratio=2)
     for arm in ARMS:
         table.add_column(LABELS[arm], justify="right", ratio=1)
-    for name, is_repeated in (
-        ("Moshi had repeated the fact", True),
-        ("only the user's voice had said it", False),
-    ):
-        counts = [memory.count(arm, is_repeated=is_repeated) for arm in ARMS]
-        table.add_row(name, *(f"{right} of {total}" for right, total in counts))
-    table.add_row("together", *(f"{memory.share(arm):.0%}" for arm in ARMS), style="bold")
+    for reply, label in _REPLIES.items():
+        counts = [memory.count(arm, reply) for arm in ARMS]
+        table.add_row(label, *(f"{right} of {total}" for right, total in counts))
+    counts = [memory.count(arm) for arm in ARMS]
+    together = [f"{right} of {total}, {right / max(1, total):.0%}" for right, total in counts]
+    table.add_row("together", *together, style="bold")
     return table
+
+
+def _table() -> Table:
+    return Table(width=WIDTH, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
 
 
 def write_memory(memory: Memory, folder: Path) -> None:

@@ -22,7 +22,7 @@ from finetune.spoken.files import (
     score_recall,
     write_recall_audio,
 )
-from finetune.spoken.scoring import TimedWord, in_window
+from finetune.spoken.scoring import TimedWord, in_window, said_value
 from finetune.spoken.talk import FORMAT, Talk, TalkOptions, make_talk
 
 _FOUND_IN = {
@@ -74,6 +74,7 @@ __all__ = [
     "question_json",
     "recall_csv",
     "recall_tables",
+    "said_value",
     "score_recall",
     "score_words",
     "summarize_recall",
