@@ -1,4 +1,4 @@
-"""A small Moshi is told facts and asked for them when attention has lost them, with TTT and without.
+"""A small Moshi, with TTT and without, is asked for facts that its attention has lost.
 
 The dialogues are new: composed, spoken and encoded here, of sentences and of pairs of name and
 value that the model has not heard in training.

@@ -53,7 +53,9 @@ def _lines(memory: Memory) -> Iterator[tuple[float, str, str, dict[Arm, str]]]:
     turns = [(0.0, ""), *shown.user, (float("inf"), "")]
     for (start_sec, text), (end_sec, _) in pairwise(turns):
         said: dict[Arm, str] = {
-            arm: " ".join(words for at_sec, words in shown.moshi[arm] if start_sec <= at_sec < end_sec)
+            arm: " ".join(
+                words for at_sec, words in shown.moshi[arm] if start_sec <= at_sec < end_sec
+            )
             for arm in ARMS
         }
         if text or any(said.values()):
@@ -131,9 +133,11 @@ def draw_fast_weights(memory: Memory, out: Path) -> None:
     tidy(weights)
 
     rows = {fact: row for row, (_, fact) in enumerate(reversed(shown.told_sec))}
+    starts_sec = {fact: start_sec for start_sec, fact in shown.told_sec}
     for number, question in enumerate(asked):
         row = rows[question.fact]
-        facts.plot([question.told_sec, question.asked_sec], [row, row], color=MUTED, lw=0.8)
+        since_told = [starts_sec[question.fact], question.asked_sec]
+        facts.plot(since_told, [row, row], color=MUTED, lw=0.8, zorder=1)
         start_sec = max(0.0, question.asked_sec - memory.reach_sec)
         facts.plot(
             [start_sec, question.asked_sec], [row, row], color=COLORS[5], lw=9, alpha=0.45,
@@ -149,7 +153,9 @@ def draw_fast_weights(memory: Memory, out: Path) -> None:
     facts.set_ylim(-0.7, len(rows) - 0.3)
     facts.set_xlim(0, _end_sec(shown) * 1.16)
     facts.set_xlabel("seconds")
-    figure.legend(*facts.get_legend_handles_labels(), frameon=False, ncols=3, loc="outside lower left")
+    figure.legend(
+        *facts.get_legend_handles_labels(), frameon=False, ncols=3, loc="outside lower left"
+    )
     tidy(facts, grid="x")
     figure.savefig(out)
 

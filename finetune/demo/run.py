@@ -15,6 +15,7 @@ from finetune.demo.dialogues import make_dialogues
 from finetune.demo.memory import Memory, remember
 from finetune.demo.memory_report import (
     PICTURE_NAME,
+    WIDTH,
     accuracy,
     answers,
     sound_name,
@@ -124,9 +125,9 @@ def show_memory(folder: Path, device: str) -> Memory:
     )
     write_memory(memory, folder)
     console.print(
-        f"\nThe first dialogue, word for word. The user tells facts, and asks when they are out of "
-        f"attention's reach\n({memory.reach_sec:.1f} s here): only the fast weights can still know "
-        "them.\n"
+        "\nThe first dialogue. The user tells facts, and asks for them when they are out of "
+        f"attention's reach, {memory.reach_sec:.1f} s here: only the fast weights can know them.\n",
+        width=WIDTH,
     )
     console.print(transcripts(memory))
     console.print(answers(memory))
