@@ -87,14 +87,15 @@ def run_demo(run_dir: Path, overrides: Mapping[str, object], *, force: bool = Fa
         f"""
 Done in {format_duration(time.monotonic() - started_at)}.
 
-Memory. A trained Moshi was asked for facts that attention had lost. With TTT it answered {memory.share("on"):.0%} of \
-the questions rightly, without TTT {memory.share("off"):.0%}; a guess is right in {1 / memory.num_values:.0%}.
+Memory. A trained Moshi was asked for facts that attention had lost. With TTT it answered \
+{memory.share("on"):.0%} of the questions rightly, without TTT {memory.share("off"):.0%}; a guess \
+is right in {1 / memory.num_values:.0%}.
   {run_dir / "memory" / sound_name("on")}   listen: left Moshi, right the user
   {run_dir / "memory" / sound_name("off")}   the same user, and Moshi without TTT
   {run_dir / "memory" / PICTURE_NAME}   what the fast weights did
 
-Training. A Moshi of {sum(p.numel() for p in model.parameters()) / 1e6:.1f} million parameters learned from \
-nothing, with TTT in layers {", ".join(map(str, model.ttt_layers))}.
+Training. A Moshi of {sum(p.numel() for p in model.parameters()) / 1e6:.1f} million parameters \
+learned from nothing, with TTT in layers {", ".join(map(str, model.ttt_layers))}.
 On dialogues it has not heard, its loss fell from {first["loss"]:.2f} to {last["loss"]:.2f} nats \
 ({fall:.0%}): text {first["text_loss"]:.2f} to {last["text_loss"]:.2f}, audio \
 {first["audio_loss"]:.2f} to {last["audio_loss"]:.2f}.

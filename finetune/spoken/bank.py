@@ -52,7 +52,7 @@ class BankArgs:
 
 
 class Bank:
-    """Utterances as samples, float16 at 24 kHz, with the times of their words, each at its place."""
+    """Utterances, each at a place: samples, float16 at 24 kHz, and the times of the words."""
 
     def __init__(self, args: BankArgs, *, workers: int = 1, lazy: bool = False) -> None:
         """Speak everything that dialogues of `args` may need, `workers` utterances at a time.

@@ -78,19 +78,19 @@ def test_rows_without_ttt_say_what_the_model_says_without_it(
 ) -> None:
     model, _ = loaded
     rng = torch.Generator().manual_seed(5)
-    codes = torch.randint(256, (1, 17, 80), generator=rng).repeat(2, 1, 1)
+    codes = torch.randint(256, (1, 17, 44), generator=rng).repeat(2, 1, 1)
 
     def said(rows: Any) -> torch.Tensor:
-        torch.manual_seed(3)
         return generate_codes(
-            model, codes, prompt_frames=0, temperature=0.8, text_temperature=0.0, ttt_rows=rows
+            model, codes, prompt_frames=0, temperature=0.0, text_temperature=0.0, ttt_rows=rows
         )
 
-    mixed, on = said(torch.tensor([True, False])), said(None)
+    mixed = said(torch.tensor([True, False]))
     with without_ttt(model):
         off = said(None)
-    assert torch.equal(mixed[1], off[1]) and torch.equal(mixed[0], on[0])
-    assert not torch.equal(on[1], off[1])
+    assert torch.equal(mixed[1], off[1])
+    # Nothing is written before the first chunk of 32 frames ends.
+    assert torch.equal(mixed[0, :, :30], off[0, :, :30]) and not torch.equal(mixed[0], off[0])
 
 
 def test_both_transcripts_and_the_answers_fit_a_terminal(memory: Memory) -> None:
@@ -134,7 +134,7 @@ def test_without_the_model_nothing_begins(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "example").mkdir()
     (tmp_path / "example/demo.yaml").touch()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="there is no example/memory/model.safetensors here"):
+    with pytest.raises(UserError, match=r"there is no example/memory/model\.safetensors here"):
         run_demo(tmp_path / "run", {})
     assert not (tmp_path / "run").exists()
 
