@@ -387,9 +387,10 @@ def recall_score(options: RecallScoreOptions) -> None:
 
 @command
 def demo(options: DemoOptions, overrides: dict[str, Any]) -> None:
-    """The whole way in a few minutes on a CPU: data, training, evaluation, a dialogue to listen to.
+    """Memory, and then the whole way from data to a dialogue to listen to, in minutes on a CPU.
 
-    Keys of example/demo.yaml may be given as well.
+    example/memory, a small Moshi, is asked for facts that its attention has lost, with TTT and
+    without. Then another is trained. Keys of example/demo.yaml may be given as well.
     """
     from finetune.demo import run_demo
 

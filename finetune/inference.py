@@ -4,7 +4,7 @@ The model runs in stock `moshi`'s `LMGen`, one frame at a time, with its TTT sta
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from finetune.data import FRAME_RATE_HZ, Codec, Segment, count_frames
 from finetune.distributed import join_world
 from finetune.errors import UserError
 from finetune.model import build_codec, find_checkpoint, load_model, require_checkpoint
-from ttt import TTTArgs, TTTLMModel, ttt_parameters
+from ttt import TTTArgs, TTTLMModel, ttt_parameters, use_in_rows
 from ttt.layers.frozen import frozen_linears
 
 _EXPORTED_TTT = "ttt.safetensors"
@@ -50,7 +50,8 @@ def load_for_inference(
 
     Args:
         checkpoint: of a run; or a folder of a stock Moshi, laid out as on Hugging Face, which is
-            loaded as it is, with the TTT of an export (`ttt.safetensors`) or without.
+            loaded as it is, with the TTT of an export (`ttt.safetensors`) or without: in bfloat16,
+            and on a CPU, which multiplies bfloat16 several times slower, in float32.
         base_precision: of the frozen weights; None: as in the run, and of merged weights or a stock
             folder as they are.
 
@@ -63,7 +64,10 @@ def load_for_inference(
     # Nothing trains here, so nothing is compiled.
     args.compile = False
     info = find_checkpoint(args.moshi_paths)
-    model = load_model(args, info, join_world(args.device).device)
+    device_used = join_world(args.device).device
+    if _is_stock(checkpoint) and device_used.type == "cpu":
+        args.param_dtype = "float32"
+    model = load_model(args, info, device_used)
     if not _is_stock(checkpoint):
         load_trained_weights(model, args, checkpoint)
     elif args.ttt.enabled:
@@ -226,10 +230,16 @@ def generate_codes(
     prompt_frames: int,
     temperature: float,
     text_temperature: float,
+    ttt_rows: Tensor | None = None,
+    after_step: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """Moshi's text and audio codes, [B, 1 + dep_q, T], given the user's in `codes` [B, 17, T].
 
     The first `prompt_frames` of Moshi's own are those in `codes`.
+
+    Args:
+        ttt_rows: a mask [B] of booleans, the rows that use TTT; None: all.
+        after_step: is called after every frame, while the model is streaming.
     """
     num_rows, _, num_frames = codes.shape
     own, user = codes[:, : 1 + model.dep_q], codes[:, 1 + model.dep_q :]
@@ -257,7 +267,10 @@ def generate_codes(
                 at = step - delays
                 forced = own[:, streams, at.clamp(min=0)][:, :, None]
                 forced = torch.where((at < 0)[None, :, None], model.initial_token_id, forced)
+            if ttt_rows is not None:
+                use_in_rows(generator, ttt_rows)
             frame = generator.step(heard, depformer_replace_tokens=forced)
+            after_step()
             if frame is not None:
                 frames.append(frame)
     return torch.cat(frames, dim=2)[:, :, :num_frames]

@@ -1,4 +1,4 @@
-"""The demonstration: data, training, evaluation, a picture and a dialogue, in one go."""
+"""The demonstration: memory, data, training, evaluation, a picture and a dialogue, in one go."""
 
 import json
 import os
@@ -12,44 +12,63 @@ import soundfile
 from finetune.checkpoint import list_checkpoints
 from finetune.config import load_config
 from finetune.demo.dialogues import make_dialogues
+from finetune.demo.memory import Memory, remember
+from finetune.demo.memory_report import (
+    PICTURE_NAME,
+    WIDTH,
+    accuracy,
+    answers,
+    sound_name,
+    transcripts,
+    write_memory,
+)
 from finetune.errors import UserError
 from finetune.inference import continue_dialogue, load_for_inference
 from finetune.monitoring import console, format_duration, metrics_path, plot_losses, read_metrics
 from finetune.trainer import Trainer
 
 CONFIG = Path("example/demo.yaml")
+MEMORY_MODEL = Path("example/memory")
+NUM_DIALOGUES = 20
 PROMPT_SEC = 5.0
 
 
 def run_demo(run_dir: Path, overrides: Mapping[str, object], *, force: bool = False) -> None:
-    """Make the data if it is not there, train `example/demo.yaml`, and show what came out.
+    """Show the memory of `example/memory`; then make the data if it is not there, train
+    `example/demo.yaml`, and show what came out.
 
     Raises:
         UserError: not called from the project's folder, or one of the steps cannot be done.
     """
-    if not CONFIG.is_file():
-        raise UserError(
-            f"there is no {CONFIG} here ({Path.cwd()}): the demonstration runs in the folder of "
-            "the project, where README.md is."
-        )
+    for needed_here in (CONFIG, MEMORY_MODEL / "model.safetensors"):
+        if not needed_here.is_file():
+            raise UserError(
+                f"there is no {needed_here} here ({Path.cwd()}): the demonstration runs in the "
+                "folder of the project, where README.md is."
+            )
     needed = {"do_eval": True, "do_ckpt": True}
     args = load_config(
         CONFIG, {"run_dir": run_dir, "overwrite_run_dir": True, **overrides, **needed}
     )
     started_at = time.monotonic()
     data_dir = Path(args.data.train_data).parent
-    console.print(f"[1/4] making dialogues in {data_dir}")
+    console.print(f"[1/5] making dialogues in {data_dir}, to train on")
     make_dialogues(data_dir)
+    # What is wrong with the run or its folder is said now, and its files may lie there from now on.
+    trainer = Trainer(args, config=CONFIG, force=force)
 
-    console.print("[2/4] training a small Moshi with test-time training")
-    status = Trainer(args, config=CONFIG, force=force).train()
+    console.print(f"[2/5] memory: {MEMORY_MODEL}, a small Moshi that is trained already")
+    memory = show_memory(run_dir / "memory", args.device)
+
+    console.print("[3/5] training another small Moshi, with test-time training, from nothing")
+    status = trainer.train()
     if status:
         sys.exit(status)
 
-    console.print("[3/4] drawing the loss curve")
+    console.print("[4/5] drawing the loss curve")
     picture = plot_losses(run_dir, run_dir / "loss.png")
 
-    console.print("[4/4] continuing a dialogue that it has not heard")
+    console.print("[5/5] continuing a dialogue that it has not heard")
     checkpoint = list_checkpoints(run_dir)[-1]
     model, codec = load_for_inference(checkpoint, args.device)
     heard = _first_recording(Path(args.data.eval_data))
@@ -68,8 +87,15 @@ def run_demo(run_dir: Path, overrides: Mapping[str, object], *, force: bool = Fa
         f"""
 Done in {format_duration(time.monotonic() - started_at)}.
 
-A Moshi of {sum(p.numel() for p in model.parameters()) / 1e6:.1f} million parameters learned from \
-nothing, with TTT in layers {", ".join(map(str, model.ttt_layers))}.
+Memory. A trained Moshi was asked for facts that attention had lost. With TTT it answered \
+{memory.share("on"):.0%} of the questions rightly, without TTT {memory.share("off"):.0%}; a guess \
+is right in {1 / memory.num_values:.0%}.
+  {run_dir / "memory" / sound_name("on")}   listen: left Moshi, right the user
+  {run_dir / "memory" / sound_name("off")}   the same user, and Moshi without TTT
+  {run_dir / "memory" / PICTURE_NAME}   what the fast weights did
+
+Training. A Moshi of {sum(p.numel() for p in model.parameters()) / 1e6:.1f} million parameters \
+learned from nothing, with TTT in layers {", ".join(map(str, model.ttt_layers))}.
 On dialogues it has not heard, its loss fell from {first["loss"]:.2f} to {last["loss"]:.2f} nats \
 ({fall:.0%}): text {first["text_loss"]:.2f} to {last["text_loss"]:.2f}, audio \
 {first["audio_loss"]:.2f} to {last["audio_loss"]:.2f}.
@@ -89,6 +115,26 @@ or the real model, on your data:
         soft_wrap=True,
         markup=False,
     )
+
+
+def show_memory(folder: Path, device: str) -> Memory:
+    """Show a dialogue with TTT and without, say how many answers of several are right, and leave
+    sounds and a picture in `folder`."""
+    model, codec = load_for_inference(MEMORY_MODEL, device)
+    memory = remember(
+        model, codec, num_dialogues=NUM_DIALOGUES, say=lambda line: console.print(f"      {line}")
+    )
+    write_memory(memory, folder)
+    console.print(
+        "\nThe first dialogue. The user tells facts, and asks for them when they are out of "
+        f"attention's reach, {memory.reach_sec:.1f} s here: only the fast weights can know them.\n",
+        width=WIDTH,
+    )
+    console.print(transcripts(memory))
+    console.print(answers(memory))
+    console.print(f"All {NUM_DIALOGUES} dialogues; a guess is right in 1 of {memory.num_values}:\n")
+    console.print(accuracy(memory))
+    return memory
 
 
 def _first_recording(jsonl: Path) -> Path:

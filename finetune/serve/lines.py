@@ -13,11 +13,9 @@ from typing import Literal
 
 import soundfile
 
-from finetune.spoken import SAMPLE_RATE, Fact, Voice, synthesize, texts
+from finetune.spoken import SAMPLE_RATE, USER_VOICES, Fact, synthesize, texts
 
 _FACTS = Fact("thing", "Laura", "oranges"), Fact("place", "Simon", "Berlin")
-_VOICE = Voice("en-us+m3", pitch=45, words_per_min=160)
-"""The user of the demonstration's dialogues."""
 _TOPICS_IN_A_LINE = 3
 
 
@@ -49,12 +47,12 @@ def can_speak() -> bool:
 
 @lru_cache(maxsize=len(LINES))
 def spoken(index: int) -> bytes:
-    """Return a line of `LINES` as a mono wav.
+    """Return a line of `LINES` as a mono wav, in a voice that `example/memory` was trained on.
 
     Raises:
         UserError: espeak-ng cannot say it.
     """
     file = io.BytesIO()
-    samples = synthesize(LINES[index].text, _VOICE).samples
+    samples = synthesize(LINES[index].text, USER_VOICES[0]).samples
     soundfile.write(file, samples, SAMPLE_RATE, format="WAV", subtype="PCM_16")
     return file.getvalue()

@@ -22,14 +22,14 @@ from finetune.spoken.files import (
     score_recall,
     write_recall_audio,
 )
-from finetune.spoken.scoring import TimedWord, in_window
+from finetune.spoken.scoring import TimedWord, in_window, said_value
 from finetune.spoken.talk import FORMAT, Talk, TalkOptions, make_talk
 
 _FOUND_IN = {
     "speech": ("SAMPLE_RATE", "Speech", "Voice", "Word", "synthesize"),
     "bank": ("MOSHI_VOICE", "USER_VOICES", "Bank", "BankArgs"),
-    "dialogues": ("DialogueArgs",),
-    "codes": ("Answer", "EncodedDialogues", "value_tokens"),
+    "dialogues": ("Dialogue", "DialogueArgs", "compose"),
+    "codes": ("Answer", "EncodedDialogues", "mix", "value_tokens"),
     "dataset": ("NUM_CODEBOOKS", "Dataset", "DatasetArgs", "build_dataset"),
     "tokenizer": ("VOCAB_SIZE",),
 }
@@ -51,6 +51,7 @@ __all__ = [
     "BankArgs",
     "Dataset",
     "DatasetArgs",
+    "Dialogue",
     "DialogueArgs",
     "EncodedDialogues",
     "Fact",
@@ -64,13 +65,16 @@ __all__ = [
     "Voice",
     "Word",
     "build_dataset",
+    "compose",
     "example_table",
     "guessing_text",
     "in_window",
     "make_talk",
+    "mix",
     "question_json",
     "recall_csv",
     "recall_tables",
+    "said_value",
     "score_recall",
     "score_words",
     "summarize_recall",

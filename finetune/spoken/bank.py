@@ -52,10 +52,14 @@ class BankArgs:
 
 
 class Bank:
-    """Utterances as samples, float16 at 24 kHz in one tensor [S], with the times of their words."""
+    """Utterances, each at a place: samples, float16 at 24 kHz, and the times of the words."""
 
-    def __init__(self, args: BankArgs, *, workers: int = 1) -> None:
+    def __init__(self, args: BankArgs, *, workers: int = 1, lazy: bool = False) -> None:
         """Speak everything that dialogues of `args` may need, `workers` utterances at a time.
+
+        Args:
+            lazy: an utterance is spoken when it is first asked for, which is cheaper for a few
+                dialogues. It sounds the same; its place is another one.
 
         Raises:
             UserError: espeak-ng is not installed.
@@ -66,16 +70,31 @@ class Bank:
             "train": _fillers(train, "train"),
             "eval": _fillers(held_out, "eval"),
         }
-        wanted = list(dict.fromkeys(self._wanted()))
+        wanted = [] if lazy else list(dict.fromkeys(self._wanted()))
         spoken = _speak_all(wanted, workers)
-        self.index = {utterance: place for place, utterance in enumerate(wanted)}
         self.words = [words for _, words in spoken]
-        self.starts = np.cumsum([0, *(len(samples) for samples, _ in spoken)])
-        self.samples = torch.from_numpy(np.concatenate([samples for samples, _ in spoken]))
+        """Of the utterance at each place."""
+        self.samples = [torch.from_numpy(samples) for samples, _ in spoken]
+        """[S] each."""
+        self._places = {utterance: place for place, utterance in enumerate(wanted)}
+
+    def place(self, voice: Voice, text: str) -> int:
+        """Return the place of an utterance, which is spoken now if it has not been.
+
+        Raises:
+            UserError: espeak-ng is not installed.
+        """
+        utterance = voice, text
+        if utterance not in self._places:
+            samples, words = _speak(utterance)
+            self._places[utterance] = len(self.samples)
+            self.samples.append(torch.from_numpy(samples))
+            self.words.append(words)
+        return self._places[utterance]
 
     def num_samples(self, place: int) -> int:
         """Return the length of an utterance."""
-        return int(self.starts[place + 1] - self.starts[place])
+        return len(self.samples[place])
 
     def _wanted(self) -> Iterable[Utterance]:
         for name in NAMES:
@@ -116,7 +135,6 @@ def _fillers(count: int, split: texts.Split) -> list[list[Turn]]:
 
 
 def _speak(utterance: Utterance) -> tuple[np.ndarray, tuple[Word, ...]]:
-    torch.set_num_threads(1)
     voice, text = utterance
     speech = synthesize(text, voice)
     return speech.samples.astype(np.float16), speech.words
@@ -127,5 +145,6 @@ def _speak_all(
 ) -> list[tuple[np.ndarray, tuple[Word, ...]]]:
     if workers == 1:
         return [_speak(utterance) for utterance in wanted]
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+    processes = multiprocessing.get_context("spawn")
+    with processes.Pool(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         return pool.map(_speak, wanted, chunksize=_UTTERANCES_AT_ONCE)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ from finetune.spoken.dialogues import Dialogue, DialogueArgs, Exchange, is_held_
 from finetune.spoken.facts import KINDS
 from finetune.spoken.speech import SAMPLE_RATE
 
+_FRAME_SAMPLES = round(SAMPLE_RATE / FRAME_RATE_HZ)
 GAINS = (0.6, 0.8)
 """The loudness of a speaker is drawn from here."""
 _TAIL_SEC = 8.0
@@ -99,7 +101,7 @@ def text_of(bank: Bank, dialogue: Dialogue, num_frames: int, text: TextEncoder) 
     """Return Moshi's text stream of a dialogue, [T] int16."""
     words = [
         TimedTokens(
-            (spoken.start_samples / SAMPLE_RATE + word.start_sec) * FRAME_RATE_HZ,
+            (spoken.start_sec + word.start_sec) * FRAME_RATE_HZ,
             text.tokenize_often(word.text),
         )
         for spoken in dialogue.spoken
@@ -133,6 +135,35 @@ def answers_of(dialogue: Dialogue, stream: np.ndarray, tokens: list[list[int]]) 
     return found
 
 
+def mix(
+    bank: Bank,
+    dialogues: Sequence[Dialogue],
+    args: DialogueArgs,
+    rng: random.Random,
+    sound_of: Callable[[int], Tensor] | None = None,
+) -> Tensor:
+    """Return how dialogues sound, float32 [D, 2, S]: Moshi, the user. Gains are drawn from `rng`.
+
+    Args:
+        sound_of: returns the samples at a place of the bank, on the device of the result; None:
+            those of the bank.
+    """
+    sound_of = sound_of or bank.samples.__getitem__
+    num_samples = args.num_frames * _FRAME_SAMPLES
+    device = sound_of(dialogues[0].spoken[0].place).device
+    mixed = torch.zeros(
+        len(dialogues), 2, num_samples + round(_TAIL_SEC * SAMPLE_RATE), device=device
+    )
+    for row, dialogue in enumerate(dialogues):
+        gains = [rng.uniform(*GAINS), rng.uniform(*GAINS)]
+        for spoken in dialogue.spoken:
+            sound, at = sound_of(spoken.place), spoken.start_samples
+            mixed[row, int(spoken.is_user), at : at + len(sound)] += (
+                sound.float() * gains[int(spoken.is_user)]
+            )
+    return mixed[..., :num_samples].clamp(-1, 1)
+
+
 def encode(
     bank: Bank,
     dialogues: Sequence[Dialogue],
@@ -144,27 +175,18 @@ def encode(
     progress: Callable[[int], None] = lambda done: None,
 ) -> Tensor:
     """Return Mimi's codes of both channels of all dialogues, [D, 16, T] uint8."""
-    frame_samples = round(SAMPLE_RATE / FRAME_RATE_HZ)
-    num_samples = args.num_frames * frame_samples
-    samples = bank.samples.to(codec.device)
     batch = max(1, batch * 800 // args.num_frames)
     rng = random.Random(f"gains {seed}")
     codec.mimi.to(codec.device)
+
+    @cache
+    def on_device(place: int) -> Tensor:
+        return bank.samples[place].to(codec.device)
+
     found = []
     for start in range(0, len(dialogues), batch):
         part = dialogues[start : start + batch]
-        mixed = torch.zeros(
-            len(part), 2, num_samples + round(_TAIL_SEC * SAMPLE_RATE), device=codec.device
-        )
-        for row, dialogue in enumerate(part):
-            gains = [rng.uniform(*GAINS), rng.uniform(*GAINS)]
-            for spoken in dialogue.spoken:
-                first, last = bank.starts[spoken.place : spoken.place + 2]
-                at = spoken.start_samples
-                mixed[row, int(spoken.is_user), at : at + last - first] += (
-                    samples[first:last].float() * gains[int(spoken.is_user)]
-                )
-        mixed = mixed[..., :num_samples].clamp(-1, 1)
+        mixed = mix(bank, part, args, rng, on_device)
         with torch.no_grad(), codec.lock:
             codes = codec.mimi.encode(mixed.flatten(0, 1)[:, None])
         found.append(codes.view(len(part), -1, args.num_frames).to(torch.uint8).cpu())

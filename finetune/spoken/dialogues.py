@@ -83,6 +83,10 @@ class Spoken:
     is_user: bool
     start_samples: int
 
+    @property
+    def start_sec(self) -> float:
+        return self.start_samples / SAMPLE_RATE
+
 
 @dataclass
 class Dialogue:
@@ -201,13 +205,13 @@ class _Composer:
 
     def _utterance(self, is_user: bool, text: str, start_sec: float) -> Spoken:
         voice = self.bank.args.voices[self.dialogue.voice] if is_user else MOSHI_VOICE
-        return Spoken(self.bank.index[voice, text], is_user, round(start_sec * SAMPLE_RATE))
+        return Spoken(self.bank.place(voice, text), is_user, round(start_sec * SAMPLE_RATE))
 
     def _say(self, is_user: bool, text: str, *, gap: bool = True) -> tuple[float, float]:
         """Say it now; returns when its last word starts and ends."""
         spoken = self._utterance(is_user, text, self.now_sec)
         self.dialogue.spoken.append(spoken)
-        start_sec = spoken.start_samples / SAMPLE_RATE
+        start_sec = spoken.start_sec
         end_sec = start_sec + self.bank.num_samples(spoken.place) / SAMPLE_RATE
         self.now_sec = end_sec + (self.rng.uniform(*_GAP_SEC) if gap else 0.0)
         word = self.bank.words[spoken.place][-1]

@@ -1,6 +1,7 @@
 """The commands of the README, on the dialogues that come with the project."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -191,6 +192,12 @@ def test_the_demonstration(tmp_path: Path) -> None:
     audio, _ = soundfile.read(tmp_path / "runs/demo/continuation.wav")
     assert np.abs(audio[:, 0]).max() > 0.01
     assert "Next:" in done.stdout
+    shares = re.search(r"it answered (\d+)% .* without TTT (\d+)%", done.stdout)
+    assert shares is not None
+    on, off = map(int, shares.groups())
+    assert on > 40 and off < 25
+    memory = tmp_path / "runs/demo/memory"
+    assert {path.suffix for path in memory.iterdir()} == {".wav", ".png"}
 
 
 def test_a_group_lists_its_commands_and_encode_answers_to_its_old_name(

@@ -60,7 +60,8 @@ def test_stock_moshi_computes_the_model_without_ttt(trained: Path, tmp_path: Pat
 
     again, _ = load_for_inference(out, "cpu")
     for name, weight in ttt_parameters(ours).items():
-        assert torch.equal(ttt_parameters(again)[name].float(), weight.bfloat16().float())
+        # On a CPU nothing is rounded to bfloat16.
+        assert torch.equal(ttt_parameters(again)[name], weight)
     assert again.ttt_args == ours.ttt_args
     with pytest.raises(UserError, match="is there already"):
         export_checkpoint(ExportOptions(trained, out, device="cpu"))

@@ -14,7 +14,7 @@ from finetune.data import TextEncoder
 from finetune.spoken import KINDS, NAMES, Answer, BankArgs, DialogueArgs, EncodedDialogues
 from finetune.spoken import bank as bank_module
 from finetune.spoken.bank import Bank
-from finetune.spoken.codes import answers_of, frame_of, text_of, value_tokens
+from finetune.spoken.codes import answers_of, frame_of, mix, text_of, value_tokens
 from finetune.spoken.dialogues import Dialogue, compose, is_held_out
 from finetune.spoken.facts import Fact
 from finetune.spoken.recombine import Pool, recombine
@@ -150,3 +150,23 @@ def test_longer_talks_have_the_questions_at_their_end(bank: Bank, text: TextEnco
 def test_talks_too_short_for_their_facts_are_refused() -> None:
     assert DialogueArgs().problems() == []
     assert "do not fit" in dataclasses.replace(ARGS, num_frames=150).problems()[0]
+
+
+def test_a_bank_that_speaks_when_it_is_asked_sounds_the_same(
+    bank: Bank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoken: list[tuple[Voice, str]] = []
+
+    def count_and_hum(text: str, voice: Voice) -> Speech:
+        spoken.append((voice, text))
+        return hum(text, voice)
+
+    monkeypatch.setattr(bank_module, "synthesize", count_and_hum)
+    lazy = Bank(BANK, lazy=True)
+    assert not spoken
+    (whole,), (few,) = composed(bank, "eval", 1), composed(lazy, "eval", 1)
+    sounds = [mix(each, [d], ARGS, random.Random(0)) for each, d in ((bank, whole), (lazy, few))]
+    assert torch.equal(*sounds) and sounds[0].abs().max() > 0
+    assert few.exchanges == whole.exchanges
+    # Each once, and only those that are needed.
+    assert len(spoken) == len({*spoken}) == len(lazy.samples) < len(bank.samples) / 2
