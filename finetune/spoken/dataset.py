@@ -94,7 +94,7 @@ def build_dataset(
         return dataset
     started_at = time.monotonic()
     write_whole(folder / "tokenizer.model", train_tokenizer(args.bank))
-    codec = _codec(device)
+    codec = open_codec(device)
     bank = Bank(args.bank, workers=workers)
     logger.info("%d utterances spoken, %.0f s", len(bank.words), time.monotonic() - started_at)
     counts: dict[texts.Split, int] = {"eval": args.num_eval, "train": args.num_spoken}
@@ -120,7 +120,8 @@ def _since(started_at: float) -> float:
     return time.monotonic() - started_at
 
 
-def _codec(device: torch.device) -> Codec:
+def open_codec(device: torch.device) -> Codec:
+    """Return the codec of the demonstration, which all dialogues are encoded with."""
     info = find_checkpoint(ModelPaths(hf_repo_id=str(CODEC_FOLDER), random_init=True))
     mimi = loaders.get_mimi(info.mimi_weights, info.mimi_config, num_codebooks=NUM_CODEBOOKS)
     return Codec(

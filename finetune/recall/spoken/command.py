@@ -37,7 +37,7 @@ def run_spoken(options: RecallOptions) -> str:
         workers=options.workers,
         data_workers=os.cpu_count() or 1,
     )
-    report.plot(results, out / "recall.png")
+    report.plot(chosen, results, out / "recall.png")
     return write_report("\n".join(report.lines(chosen, results)), out)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from finetune.data import FRAME_RATE_HZ
 from finetune.errors import UserError
 from finetune.recall.spoken.presets import SpokenPreset
-from finetune.report import MUTED, PICTURE, line_style, tidy
+from finetune.report import ALARM, DARK, MUTED, PICTURE, line_style, tidy, time_axis
 from finetune.spoken import KINDS
 
 Result = dict[str, Any]
@@ -27,14 +27,13 @@ def lines(preset: SpokenPreset, results: Sequence[Result]) -> list[str]:
     dialogues = data.dialogues
     sizes = sorted({result["parameters"] for result in results})
     seeds = ", ".join(str(seed) for seed in sorted({result["seed"] for result in results}))
-    chance = 1 / len(KINDS[data.bank.kinds[0]].values)
     found = [
         f"Recall of spoken facts: a user tells {dialogues.num_facts} facts "
         f"({', '.join(data.bank.kinds)}), and asks for each once, in random order, in talks of "
         f"{dialogues.num_frames / FRAME_RATE_HZ:.0f} s. Questions come more than "
         f"{dialogues.reach_frames / FRAME_RATE_HZ:.1f} s after the fact's last mention, which is "
         f"as far as {model.num_layers} windows of {model.context} frames reach. Chance is "
-        f"{chance:.3f}; always the oldest fact not yet asked for is right "
+        f"{_chance(preset):.3f}; always the oldest fact not yet asked for is right "
         f"{results[0]['queue']:.2f} of the time. {sizes[0] / 1e6:.3g} to {sizes[-1] / 1e6:.3g} "
         f"million parameters, {preset.num_steps} steps of {preset.batch_size} talks. Seeds "
         f"{seeds}.",
@@ -144,43 +143,41 @@ def _longer_table(results: Sequence[Result]) -> list[str]:
     return _table(head, rows) if rows else []
 
 
-def plot(results: Sequence[Result], path: Path) -> None:
-    """Draw accuracy by distance, and over training, into a PNG.
+def plot(preset: SpokenPreset, results: Sequence[Result], path: Path) -> None:
+    """Draw accuracy by the time from fact to question, on and beyond the trained length, into a
+    PNG.
 
     Raises:
         UserError: it cannot be written.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.4), **PICTURE)
-    by_distance, over_training = figure.subplots(1, 2)
+    figure = Figure(figsize=(8.5, 4.2), **PICTURE)
+    axes = figure.subplots()
     for place, (arm, group) in enumerate(_arms(results).items()):
         for result in group:
             label = arm if result is group[0] else None
-            style = line_style(place) | {"label": label}
-            by_distance.plot(*_distances(result), marker=".", **style)
-            curve = result["curve"]
-            values = [(r["moshi"] + r["user"]) / 2 for r in curve]
-            over_training.plot([r["step"] for r in curve], values, **style)
-    chance = 1 / 12
-    for axes, title, label in (
-        (by_distance, "Recall by distance", "from the fact to the question"),
-        (over_training, "Recall in training", "optimizer step"),
-    ):
-        axes.axhline(chance, color=MUTED, linewidth=1, linestyle=":")
-        axes.set_title(title, loc="left")
-        axes.set_xlabel(label)
-        axes.set_ylim(-0.03, 1.03)
-        tidy(axes)
-    by_distance.set_xscale("log")
-    ticks = {15: "15 s", 60: "1 min", 240: "4 min", 960: "16 min", 3840: "1 h"}
-    by_distance.set_xticks(list(ticks), list(ticks.values()))
-    by_distance.minorticks_off()
-    over_training.legend(frameon=False, bbox_to_anchor=(1.02, 1.0), loc="upper left")
+            axes.plot(*_distances(result), marker=".", label=label, **line_style(place))
+    axes.axhline(_chance(preset), color=MUTED, linewidth=1, linestyle=":", label="chance")
+    trained_sec = preset.data.dialogues.num_frames / FRAME_RATE_HZ
+    reach_sec = preset.data.dialogues.reach_frames / FRAME_RATE_HZ
+    axes.axvline(trained_sec, color=DARK, linewidth=1, linestyle="--", label="length in training")
+    axes.axvline(reach_sec, color=ALARM, linewidth=1, label="attention ends here")
+    axes.set_title("Values said rightly, of facts that were told", loc="left")
+    axes.set_xlabel("from the fact to the question")
+    axes.set_ylim(-0.03, 1.03)
+    tidy(axes)
+    time_axis(axes, reach_sec)
+    axes.legend(frameon=False, bbox_to_anchor=(1.02, 1.0), loc="upper left")
     try:
         figure.savefig(path)
     except OSError as error:
         raise UserError(f"--out: cannot write {path}: {error.strerror}.") from error
+
+
+def _chance(preset: SpokenPreset) -> float:
+    """Return how often a guess among the values of a kind is right."""
+    return 1 / len(KINDS[preset.data.bank.kinds[0]].values)
 
 
 def _distances(result: Result) -> tuple[list[float], list[float]]:
