@@ -256,7 +256,7 @@ def baseline(config: Path, tmp_path_factory: pytest.TempPathFactory) -> list[flo
         ("ttt.learning_rate", 2.0),
         ("ttt.lr_scale", "none"),
         ("ttt.target", "input"),
-        ("ttt.target", "hidden"),
+        ("ttt.target", "text"),
         ("ttt.conv_kernel_size", 3),
         ("ttt.conv_lookahead", 0),
         ("ttt.max_delta_norm", 1e-4),
