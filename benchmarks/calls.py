@@ -65,7 +65,7 @@ def random_parts(args: argparse.Namespace, use: str) -> tuple[TTTLMModel, Codec]
     if use == "on":
         every = max(1, (32 if is_large else 8) // args.ttt_layers)
         where = {"start_layer": every - 1, "layer_frequency": every}
-        ttt_args = TTTArgs(enabled=True, chunk_size=args.chunk_size, **where)
+        ttt_args = TTTArgs(enabled=True, chunk_size=args.chunk_size, target="text", **where)
     model = make_model(ttt_args, device)
     config = None
     if not is_large:

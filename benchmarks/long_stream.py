@@ -31,8 +31,9 @@ LM: dict[str, Any] = {
 """A small model with the norm and the positions of Moshi, 1 + 4 + 4 streams."""
 
 LAYERS: dict[str, Any] = {"enabled": True, "start_layer": 0, "layer_frequency": 2}
-SUM: dict[str, Any] = {"write": "sum", "lr_scale": "none", "learning_rate": 1e-3, "chunk_size": 20}
-DELTA: dict[str, Any] = {"write": "delta", "lr_scale": "none", "chunk_size": 20}
+IN_PLACE: dict[str, Any] = {"target": "text", "lr_scale": "none", "chunk_size": 20}
+SUM: dict[str, Any] = {**IN_PLACE, "write": "sum", "learning_rate": 1e-3}
+DELTA: dict[str, Any] = {**IN_PLACE, "write": "delta"}
 INNER_LOOP: dict[str, Any] = {"mini_batch_size": 4, "scan_checkpoint_group_size": 2}
 METHODS: dict[str, dict[str, Any]] = {
     "sum": SUM,

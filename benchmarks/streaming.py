@@ -167,6 +167,7 @@ def main() -> None:
     ttt_args = TTTArgs(enabled=True, method=options.method)
     if ttt_args.reads("write"):
         ttt_args.write, ttt_args.chunk_size = options.write, options.chunk_size
+        ttt_args.target = "text"
     expected = options.steps // ttt_args.update_frames
     warm_up = min(20, options.steps // 4)
     generator = torch.Generator().manual_seed(1)

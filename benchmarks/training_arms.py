@@ -29,8 +29,8 @@ TINY = {
     "depformer_dim_feedforward": 132,
 }
 TTT: dict[str, dict[str, Any]] = {
-    "in_place sum": {"method": "in_place", "write": "sum", "lr_scale": "none"},
-    "in_place delta": {"method": "in_place", "write": "delta"},
+    "in_place sum": {"method": "in_place", "write": "sum", "lr_scale": "none", "target": "text"},
+    "in_place delta": {"method": "in_place", "write": "delta", "target": "text"},
     "linear": {"method": "linear"},
     "mlp": {"method": "mlp"},
 }

@@ -6,7 +6,7 @@ The model runs in stock `moshi`'s `LMGen`, one frame at a time, with its TTT sta
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -124,6 +124,11 @@ def _exported_ttt_args(path: Path) -> TTTArgs:
     try:
         with safe_open(path, "pt") as file:
             args = TTTArgs(**json.loads(file.metadata()["ttt_args"]))
+        # The file has all options, at the defaults of its time; these say nothing of this method.
+        unread: dict[str, Any] = {
+            field.name: field.default for field in fields(args) if not args.reads(field.name)
+        }
+        args = replace(args, **unread)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} does not say how TTT is made here: {error}") from None
     if problems := args.problems():

@@ -119,7 +119,8 @@ def preset_of(cell: Cell) -> Preset:
 
 def run_cell(cell: Cell, preset: Preset, device: torch.device) -> dict[str, Any]:
     """Train and measure one cell."""
-    args = TTTArgs(enabled=True, chunk_size=cell.chunk_size, **preset.ttt, **FORMS[cell.form])
+    sizes: dict[str, Any] = {"chunk_size": cell.chunk_size, **preset.ttt}
+    args = TTTArgs(enabled=True, target="text", **sizes, **FORMS[cell.form])
     model = new_model(
         preset.model, preset.streams, args, context=None, seed=cell.seed, device=device,
         dtype=torch.float32,

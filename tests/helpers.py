@@ -58,7 +58,7 @@ def tiny_args(**overrides: Any) -> TTTArgs:
         "chunk_size": 5,
         "learning_rate": 0.5,
     }
-    options |= {"lr_scale": "none", "write": "sum"}
+    options |= {"lr_scale": "none", "write": "sum", "target": "text"}
     return TTTArgs(**{"enabled": True, **options, **overrides})
 
 

@@ -60,7 +60,8 @@ class TTTArgs:
     write: Annotated[Literal["sum", "delta"], IN_PLACE] = "delta"
     """What a chunk writes. `delta`: what the fast weights do not know yet, by regularized least
     squares; it stays bounded on long streams. `sum`, the published rule: the sum of outer products
-    of targets and MLP activations."""
+    of targets and MLP activations; set `target: text` with it, as published: with `hidden` it
+    depends on luck whether it learns."""
 
     chunk_size: Annotated[Frames, IN_PLACE] = 256
     """Frames between two updates of the fast weights; 256 frames are 20.5 s."""
@@ -82,9 +83,12 @@ class TTTArgs:
     state_decay: Annotated[float, Gt(0), Le(1), IN_PLACE] = 1.0
     """How much of the fast weights' change outlives each chunk: γ, above 0; 1: all of it."""
 
-    target: Annotated[Literal["text", "input", "hidden"], IN_PLACE] = "text"
-    """What is written: a function of the text embedding (`text`), of the sum of all streams'
-    embeddings (`input`), or of the MLP's own normalized input (`hidden`)."""
+    target: Annotated[Literal["text", "input", "hidden"], IN_PLACE] = "hidden"
+    """What is written: a function of the MLP's own normalized input (`hidden`), of the sum of all
+    streams' embeddings (`input`), or of the text embedding (`text`, as published). `hidden` holds
+    what the layers below made of all streams, the user's speech included, which has no text: of
+    facts that only the user's audio had it recalled 1.00 in training, and `text` 0.65. `text`
+    has the words of Moshi's own alone; it is right where these are all that counts."""
 
     conv_kernel_size: Annotated[int, Ge(1), Le(4096), IN_PLACE] = 2
     """Frames that one target is made of."""

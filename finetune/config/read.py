@@ -73,8 +73,9 @@ def check_config(
 IGNORED = {"world_size"}
 """Keys that `moshi-finetune` writes into the args.yaml of a run, and that mean nothing here."""
 
-ADDED_SINCE = {"chunk_edge", "qk_conv_kernel_size", "num_heads"}
-"""Options of `ttt` that a run's own file may lack: it was written before there were such."""
+ADDED_SINCE = {"chunk_edge", "qk_conv_kernel_size", "num_heads", "target"}
+"""Options of `ttt` that a run's own file may lack: it was written before there were such, or before
+their defaults were today's."""
 
 
 def _of_its_time(written: dict[str, Any]) -> dict[str, Any]:
@@ -84,7 +85,8 @@ def _of_its_time(written: dict[str, Any]) -> dict[str, Any]:
     `qk_conv_kernel_size`, no run of `linear` and `mlp` had a convolution, and all files held a
     gate_init, which was 0.1 where nobody had set it. Before there was `lr_scale`, all had what is
     `none` now, and a file held a number as learning_rate and a write rule also where nothing read
-    them.
+    them. The target was `text` where nobody had set it, and was written down also by runs of
+    `linear` and `mlp`, which have none.
     """
     if "ttt.method" not in written:
         return written
@@ -103,6 +105,10 @@ def _of_its_time(written: dict[str, Any]) -> dict[str, Any]:
             unread.add("ttt.learning_rate")
         if not is_in_place:
             unread.add("ttt.write")
+    if is_in_place:
+        missing["ttt.target"] = "text"
+    else:
+        unread.add("ttt.target")
     return missing | {key: text for key, text in written.items() if key not in unread}
 
 

@@ -256,7 +256,7 @@ def baseline(config: Path, tmp_path_factory: pytest.TempPathFactory) -> list[flo
         ("ttt.learning_rate", 2.0),
         ("ttt.lr_scale", "none"),
         ("ttt.target", "input"),
-        ("ttt.target", "hidden"),
+        ("ttt.target", "text"),
         ("ttt.conv_kernel_size", 3),
         ("ttt.conv_lookahead", 0),
         ("ttt.max_delta_norm", 1e-4),
@@ -505,7 +505,7 @@ def test_ttt_without_effect_is_warned_of_once(
     learning_rate: float,
     warnings: int,
 ) -> None:
-    published: dict[str, Any] = {"ttt.lr_scale": "none", "ttt.learning_rate": learning_rate}
+    published = {"ttt.lr_scale": "none", "ttt.target": "text", "ttt.learning_rate": learning_rate}
     train(config, tmp_path, {"max_steps": 24, **published})
     out = capsys.readouterr().out
     assert out.count("it does nothing. Set ttt.lr_scale: relative, or raise ttt.l") == warnings

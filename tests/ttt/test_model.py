@@ -35,7 +35,7 @@ IN_PLACE: dict[str, Any] = {
     "relative": tiny_relative_args(),
     "relative, bounded, decay": tiny_relative_args(max_delta_norm=0.5, state_decay=0.8),
     "relative, hidden, no lookahead": tiny_relative_args(target="hidden", conv_lookahead=0),
-    "relative delta": tiny_relative_args(write="delta"),
+    "relative delta": tiny_relative_args(write="delta", target="hidden"),
     "delta, input, decay": tiny_delta_args(target="input", state_decay=0.8),
     "delta, cut": tiny_relative_args(write="delta", chunk_edge="cut"),
     "delta, long kernel": tiny_relative_args(write="delta", conv_kernel_size=4, conv_lookahead=2),

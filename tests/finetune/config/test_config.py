@@ -336,6 +336,26 @@ def test_a_run_from_before_there_were_convolutions_has_none(
     assert load_config(file).ttt.qk_conv_kernel_size == 4
 
 
+@pytest.mark.parametrize("method", ["in_place", "linear", "mlp"])
+@pytest.mark.parametrize("is_written_down", [True, False])
+def test_a_run_from_when_text_was_the_target_keeps_it(
+    tmp_path: Path, method: str, is_written_down: bool
+) -> None:
+    file = tmp_path / "args.yaml"
+    save_config(TrainArgs(DataArgs(train_data="train.jsonl"), "run", full_finetuning=True), file)
+    written = yaml.safe_load(file.read_text())
+    written["ttt"] |= {"enabled": True, "method": method, "start_layer": 0, "target": "text"}
+    if not is_written_down:
+        del written["ttt"]["target"]
+    file.write_text(yaml.safe_dump(written))
+    for args in (load_run_config(file), load_config(file)):
+        assert args.ttt.reads("target") == (method == "in_place")
+        assert args.ttt.target == ("text" if method == "in_place" else TTTArgs.target)
+    # A file of one's own means today's default.
+    file.write_text(f"{MINIMAL}ttt: {{enabled: true, method: {method}}}\n")
+    assert load_config(file).ttt.target == "hidden"
+
+
 def test_a_step_size_that_nothing_reads_is_not_said_to_be_too_small() -> None:
     small: dict[str, Any] = {"enabled": True, "learning_rate": 0.001}
     for args in (

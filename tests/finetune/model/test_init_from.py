@@ -130,7 +130,7 @@ def with_lora_and_ttt(config: Path, tmp_path_factory: pytest.TempPathFactory) ->
     ("overrides", "named"),
     [
         (LORA | {"ttt.write": "delta"}, r"ttt\.write: is sum in the earlier run, and delta here"),
-        (LORA | {"ttt.target": "input"}, r"ttt\.target: is text"),
+        (LORA | {"ttt.target": "input"}, r"ttt\.target: is hidden"),
         (LORA | {"ttt.start_layer": 1}, r"ttt\.start_layer: is 0"),
         (LORA | {"ttt.method": "linear"}, r"ttt\.method: is in_place .* linear here"),
         (FULL, r"lora\.enable, .*rank 2 and scaling 2, and this run has no LoRA.*save_adapters"),

@@ -19,7 +19,7 @@ MOSHI = TrainArgs(
     "",
     moshi_paths=ModelPaths(hf_repo_id=None, random_init=True),
     lora=LoraArgs(enable=True, rank=128),
-    ttt=TTTArgs(enabled=True),
+    ttt=TTTArgs(enabled=True, target="text"),
     duration_sec=100,
     batch_size=16,
 )
@@ -45,8 +45,8 @@ ALL_WEIGHTS: dict[str, Any] = {"full_finetuning": True, "lora": LoraArgs()}
     ("changes", "measured_gb"),
     [
         (OFF, 34.7),
-        ({"ttt": TTTArgs(enabled=True, write="sum")}, 36.1),
-        ({"ttt": TTTArgs(enabled=True, write="delta")}, 36.1),
+        ({"ttt": TTTArgs(enabled=True, write="sum", target="text")}, 36.1),
+        ({"ttt": TTTArgs(enabled=True, write="delta", target="text")}, 36.1),
         ({"ttt": TTTArgs(enabled=True, method="linear")}, 39.4),
         ({"ttt": TTTArgs(enabled=True, method="mlp")}, 40.3),
         ({"batch_size": 4}, 27.0),

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 from moshi.models import loaders
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from training_tools import LORA, checkpoint, random_batch, train
 
 from finetune.errors import UserError
@@ -65,6 +67,27 @@ def test_stock_moshi_computes_the_model_without_ttt(trained: Path, tmp_path: Pat
     assert again.ttt_args == ours.ttt_args
     with pytest.raises(UserError, match="is there already"):
         export_checkpoint(ExportOptions(trained, out, device="cpu"))
+
+
+@pytest.mark.parametrize("method", ["in_place", "linear", "mlp"])
+def test_an_export_from_when_text_was_the_target_is_the_same_model(
+    config: Path, tmp_path: Path, method: str
+) -> None:
+    """All methods wrote it down, also those that have no targets."""
+    rule = {"ttt.target": "text"} if method == "in_place" else {"ttt.method": method}
+    train(config, tmp_path / "run", {"max_steps": 1, "full_finetuning": True, **rule})
+    last = checkpoint(tmp_path / "run", 1)
+    out = tmp_path / "model"
+    export_checkpoint(ExportOptions(last, out, device="cpu"))
+    with safe_open(out / "ttt.safetensors", "pt") as file:
+        written = json.loads(file.metadata()["ttt_args"]) | {"target": "text"}
+    weights = load_file(out / "ttt.safetensors")
+    save_file(weights, out / "ttt.safetensors", metadata={"ttt_args": json.dumps(written)})
+    again, _ = load_for_inference(out, "cpu")
+    ours, _ = load_for_inference(last, "cpu")
+    assert again.ttt_args == ours.ttt_args
+    assert again.ttt_args.target == ("text" if method == "in_place" else "hidden")
+    torch.testing.assert_close(text_logits(again), text_logits(ours))
 
 
 def test_adapters_alone(trained: Path, config: Path, tmp_path: Path) -> None:
