@@ -205,7 +205,7 @@ def test_jobs_come_back_in_order(tmp_path: Path, workers: int) -> None:
     [
         (
             {"variant": "video"},
-            "--variant: expected text or audio or joint or segments, got 'video'",
+            "--variant: expected text or audio or joint or segments or spoken, got 'video'",
         ),
         ({"preset": "tpu"}, "--preset: expected cpu or gpu"),
         ({"seeds": "0,x"}, "--seeds: expected a whole number"),
