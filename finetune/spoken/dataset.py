@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from finetune.config import ModelPaths
 from finetune.data import Codec, TextEncoder
+from finetune.errors import UserError
 from finetune.kept import Kept, write_whole
 from finetune.model import find_checkpoint
 from finetune.spoken import texts
@@ -122,6 +123,11 @@ def _since(started_at: float) -> float:
 
 def open_codec(device: torch.device) -> Codec:
     """Return the codec of the demonstration, which all dialogues are encoded with."""
+    if not CODEC_FOLDER.is_dir():
+        raise UserError(
+            f"there is no {CODEC_FOLDER} here ({Path.cwd()}): dialogues are encoded by the "
+            "demonstration's codec, in the folder of the project, where README.md is."
+        )
     info = find_checkpoint(ModelPaths(hf_repo_id=str(CODEC_FOLDER), random_init=True))
     mimi = loaders.get_mimi(info.mimi_weights, info.mimi_config, num_codebooks=NUM_CODEBOOKS)
     return Codec(

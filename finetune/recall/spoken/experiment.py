@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
+from finetune.errors import UserError
 from finetune.recall.arms import ARMS, check_arms
 from finetune.recall.jobs import Job, run_jobs
 from finetune.recall.measure import nothing_written
@@ -36,7 +38,7 @@ def run_arm(
     started_at = time.monotonic()
     dataset = Dataset(data, preset.data)
     text = dataset.text
-    base = load_file(_weights(out, BASE, seed)) if ARMS[name].is_finetuned else None
+    base = _base_weights(out, seed) if ARMS[name].is_finetuned else None
     model, curve = train_arm(
         preset, name, dataset.load("train"), text, seed=seed, device=device, base=base
     )
@@ -73,6 +75,16 @@ def run_arm(
 
 def _weights(out: Path, name: str, seed: int) -> Path:
     return out / f"{name}_seed{seed}.model.safetensors"
+
+
+def _base_weights(out: Path, seed: int) -> dict[str, Tensor]:
+    path = _weights(out, BASE, seed)
+    if not path.is_file():
+        raise UserError(
+            f"{path} is gone, which fine-tuned arms start from: delete {BASE}_seed{seed}.json "
+            "beside it, and it is trained again."
+        )
+    return load_file(path)
 
 
 def run(

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from finetune.errors import UserError
 from finetune.recall import RecallOptions, run_command
 from finetune.recall.spoken import command, measure, presets
 from finetune.recall.spoken.experiment import run_arm
@@ -95,6 +96,14 @@ def test_fine_tuning_starts_from_the_model_without_ttt(folder: Path) -> None:
     )
     assert set(off) < set(tuned)
     assert all(torch.equal(off[name], tuned[name]) for name in off)
+
+
+def test_lost_weights_of_the_model_without_ttt_are_named(folder: Path) -> None:
+    (folder / "runs").mkdir()
+    with pytest.raises(
+        UserError, match=r"off_seed0\.model\.safetensors is gone.* delete off_seed0"
+    ):
+        run_arm(tiny(), "retrained", 0, torch.device("cpu"), folder / "runs", folder / "data")
 
 
 def test_only_the_oldest_fact_not_yet_asked_for_is_known_by_the_queue() -> None:
