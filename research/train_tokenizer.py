@@ -6,12 +6,10 @@ python research/train_tokenizer.py --out example/demo/model/tokenizer.model
 from __future__ import annotations
 
 import argparse
-import io
 from pathlib import Path
 
-import sentencepiece
-
 from finetune.spoken import texts
+from finetune.spoken.tokenizer import train_on
 
 VOCAB_SIZE = 500
 _NUM_TURNS = 4000
@@ -23,23 +21,8 @@ def train_tokenizer(out_path: Path) -> None:
     Special pieces as in Moshi's tokenizer: unknown 0, begin 1, end 2, padding 3. Letters that the
     dialogues never use are spelled in bytes.
     """
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.Train(
-        sentence_iterator=iter(texts.corpus(_NUM_TURNS)),
-        model_writer=model,
-        model_type="unigram",
-        vocab_size=VOCAB_SIZE,
-        unk_id=0,
-        bos_id=1,
-        eos_id=2,
-        pad_id=3,
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        num_threads=1,
-        minloglevel=2,
-    )
     out_path.parent.mkdir(parents=True, exist_ok=True)
-    out_path.write_bytes(model.getvalue())
+    out_path.write_bytes(train_on(texts.corpus(_NUM_TURNS), VOCAB_SIZE))
 
 
 def main() -> None:

@@ -1,10 +1,11 @@
 """The arms of the experiment: ways to remember, by name."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from finetune.errors import UserError
+from ttt import TTTArgs
 from ttt.options import abbreviated
 
 
@@ -22,6 +23,18 @@ class Arm:
     others' for all but the TTT parameters."""
     ttt_lr_factor: float = 1.0
     """Of the preset's learning rate of TTT parameters."""
+
+    def ttt_args(self, shared: Mapping[str, Any], **sizes: Any) -> TTTArgs:
+        """Return the arm's TTT.
+
+        Args:
+            shared: options of `TTTArgs` that all arms with TTT have.
+            sizes: options that those have whose method reads them.
+        """
+        if self.ttt is None:
+            return TTTArgs()
+        args = TTTArgs(**{"enabled": True, **shared, **self.ttt})
+        return replace(args, **{key: value for key, value in sizes.items() if args.reads(key)})
 
 
 ARMS: dict[str, Arm] = {

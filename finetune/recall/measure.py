@@ -33,6 +33,10 @@ class Answers:
     distances: Tensor
     straddling: Tensor
 
+    def summary(self, chosen: Tensor) -> dict[str, Any]:
+        """Return what `summarize` says of the chosen answers, [B, Q] or [B, 1]."""
+        return summarize(self.is_right, chosen, self.loss)
+
 
 def answer(logits: Tensor, streams: Streams, asked_stream: int, update_frames: int) -> Answers:
     """Judge logits [B, Q, card]."""
@@ -67,10 +71,10 @@ def measure_trained_length(
         for a, b in pairwise(edges)
     }
     return {
-        "all": summarize(found, torch.ones_like(found.is_right)),
-        "in one chunk": summarize(found, ~found.straddling),
-        "straddling": summarize(found, found.straddling),
-        "by_distance": {name: summarize(found, chosen) for name, chosen in bins.items()},
+        "all": found.summary(torch.ones_like(found.is_right)),
+        "in one chunk": found.summary(~found.straddling),
+        "straddling": found.summary(found.straddling),
+        "by_distance": {name: found.summary(chosen) for name, chosen in bins.items()},
     }
 
 
@@ -113,7 +117,7 @@ def measure_length(
         rows = torch.zeros(len(found.is_right), 1, dtype=torch.bool)
         rows[index * num_sequences : (index + 1) * num_sequences] = True
         results[name] = {
-            **summarize(found, rows & ~found.straddling),
+            **found.summary(rows & ~found.straddling),
             "state_ratio": ratios[rows[:, 0]].mean().item() if ratios is not None else None,
         }
     return results
@@ -127,18 +131,20 @@ def _state_ratios(model: TTTLMModel) -> Tensor | None:
     return torch.stack(known).amax(0) if known else None
 
 
-def summarize(found: Answers, chosen: Tensor) -> dict[str, Any]:
-    """Accuracy and mean loss of the chosen answers [B, Q], each with its 95 % interval over
-    sequences: [value, low, high], None where there is no answer, and low and high None where too
-    few sequences have one (see `finetune.statistics`)."""
-    chosen = chosen.expand_as(found.is_right)
+def summarize(values: Tensor, chosen: Tensor, loss: Tensor | None = None) -> dict[str, Any]:
+    """Return the share of the chosen answers [B, Q] whose value is true, and their mean loss, each
+    with its 95 % interval over sequences: [value, low, high], None where there is no answer, and
+    low and high None where too few sequences have one (see `finetune.statistics`)."""
+    chosen = chosen.expand_as(values)
     counts = chosen.sum(1).double().numpy()
     if counts.sum() == 0:
         return {"count": 0, "accuracy": None, "loss": None}
     bootstrap = Bootstrap(len(counts))
     summary: dict[str, Any] = {"count": int(counts.sum())}
-    for name, values, most in (("accuracy", found.is_right, 1.0), ("loss", found.loss, np.inf)):
-        estimate = bootstrap.ratio((values.double() * chosen).sum(1).numpy(), counts)
+    for name, numbers, most in (("accuracy", values, 1.0), ("loss", loss, np.inf)):
+        if numbers is None:
+            continue
+        estimate = bootstrap.ratio((numbers.double() * chosen).sum(1).numpy(), counts)
         bounds = [
             None if bound is None else float(np.clip(bound, 0.0, most))
             for bound in (estimate.low, estimate.high)

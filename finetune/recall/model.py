@@ -35,7 +35,7 @@ class ModelArgs:
 
 
 class Streams(Protocol):
-    """What a model must know of the streams that it reads."""
+    """Streams as a model must know them, to read them."""
 
     @property
     def text_card(self) -> int:

@@ -1,4 +1,4 @@
-"""What `moshi-ttt recall` can be told."""
+"""Options of `moshi-ttt recall`."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,6 +1,6 @@
 """Presets name what is compared, and at which sizes."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from finetune.recall.arms import ARMS
@@ -41,16 +41,12 @@ class Preset:
 
     def ttt_args(self, name: str) -> TTTArgs:
         """The TTT of the arm `name`."""
-        options = ARMS[name].ttt
-        if options is None:
-            return TTTArgs()
-        args = TTTArgs(**{"enabled": True, **self.ttt, **options})
-        sizes: dict[str, Any] = {
-            "chunk_size": self.chunk_size,
-            "mini_batch_size": self.mini_batch_size,
-            "num_heads": self.mixer_heads,
-        }
-        return replace(args, **{key: value for key, value in sizes.items() if args.reads(key)})
+        return ARMS[name].ttt_args(
+            self.ttt,
+            chunk_size=self.chunk_size,
+            mini_batch_size=self.mini_batch_size,
+            num_heads=self.mixer_heads,
+        )
 
     def context(self, name: str) -> int:
         """Frames that attention sees in the arm `name`."""

@@ -80,9 +80,9 @@ def trained_length_table(results: Sequence[Result]) -> list[str]:
     ]
     for name, found in _by_arm(results).items():
         cells = [
-            _values([f["all"]["accuracy"] for f in found]),
-            _interval([f["all"]["accuracy"] for f in found]),
-            _values([f["all"]["loss"] for f in found]),
+            accuracies([f["all"]["accuracy"] for f in found]),
+            interval([f["all"]["accuracy"] for f in found]),
+            accuracies([f["all"]["loss"] for f in found]),
             _mean([f["in one chunk"]["accuracy"] for f in found]),
             _mean([f["straddling"]["accuracy"] for f in found]),
             *(_mean([f["by_distance"][b]["accuracy"] for f in found]) for b in bins),
@@ -115,7 +115,7 @@ def longer_table(results: Sequence[Result]) -> list[str]:
     for name in arms_of(results):
         for times in lengths:
             found = [r["longer"][str(times)] for r in results if r["arm"] == name]
-            cells = [_values([f[kind]["accuracy"] for f in found]) for kind in kinds]
+            cells = [accuracies([f[kind]["accuracy"] for f in found]) for kind in kinds]
             ratios = [max(f[kind]["state_ratio"] or 0 for kind in kinds) for f in found]
             state = ", ".join(f"{r:.2f}" for r in ratios) if any(ratios) else ""
             lines.append(f"| {name} | {times} | {' | '.join(cells)} | {state} |")
@@ -152,7 +152,8 @@ def _ends(curve: list[dict[str, float]]) -> tuple[dict[str, float], dict[str, fl
     return curve[0], curve[-1]
 
 
-def _values(summaries: Sequence[Summary | None]) -> str:
+def accuracies(summaries: Sequence[Summary | None]) -> str:
+    """Return the values of seeds, one after the other."""
     return ", ".join("–" if s is None else f"{s[0]:.2f}" for s in summaries)
 
 
@@ -161,7 +162,7 @@ def _mean(summaries: Sequence[Summary | None]) -> str:
     return f"{sum(known) / len(known):.2f}" if known else "–"
 
 
-def _interval(summaries: Sequence[Summary | None]) -> str:
+def interval(summaries: Sequence[Summary | None]) -> str:
     """The lowest and the highest bound of the seeds' intervals."""
     known = [s for s in summaries if s is not None and s[1] is not None]
     return f"{min(s[1] for s in known):.2f} to {max(s[2] for s in known):.2f}" if known else "–"

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from finetune.data import FRAME_RATE_HZ, TextEncoder
 from finetune.inference import generate_codes
+from finetune.recall.measure import summarize
 from finetune.recall.model import read_codes
 from finetune.recall.spoken.presets import SpokenPreset
 from finetune.recall.spoken.training import compute_losses, text_weights
 from finetune.spoken import NAMES, Answer, EncodedDialogues, value_tokens
-from finetune.statistics import Bootstrap
 from ttt import TTTLMModel
 
 FRAMES_AT_ONCE = 100_000
@@ -26,10 +26,12 @@ FREE_TEMPERATURE = 0.8
 """Of Moshi's audio, when it speaks freely; its text is the likeliest."""
 WINDOW_FRAMES = (8, 60)
 """From the beginning of a question: where an answer is looked for."""
+REPEATED_FRAMES = (12, 25)
+"""Before and after the frame in which Moshi should repeat a value: where it is looked for."""
 NUM_CUT = 64
 """Dialogues that `without_the_past` is measured on."""
 
-_Column = {name: index for index, name in enumerate(Answer._fields)}
+_COLUMN = {name: index for index, name in enumerate(Answer._fields)}
 _NOTHING = -1
 
 
@@ -51,26 +53,7 @@ class Judged:
 
     def column(self, name: str) -> Tensor:
         """Return a column of the answers, [B, Q]."""
-        return self.answers[..., _Column[name]]
-
-
-def summarize(values: Tensor, chosen: Tensor, loss: Tensor | None = None) -> dict[str, Any]:
-    """Return the share of the chosen answers [B, Q] that are true, and their mean loss, each
-    [value, low, high] with its 95 % interval over dialogues; None where there is none."""
-    counts = chosen.sum(1).double().numpy()
-    if not counts.sum():
-        return {"count": 0, "accuracy": None, "loss": None}
-    bootstrap = Bootstrap(len(counts))
-    found: dict[str, Any] = {"count": int(counts.sum())}
-    for name, numbers, most in (("accuracy", values, 1.0), ("loss", loss, np.inf)):
-        if numbers is not None:
-            estimate = bootstrap.ratio((numbers.double() * chosen).sum(1).numpy(), counts)
-            bounds = [
-                None if bound is None else float(np.clip(bound, 0.0, most))
-                for bound in (estimate.low, estimate.high)
-            ]
-            found[name] = [estimate.value, *bounds]
-    return found
+        return self.answers[..., _COLUMN[name]]
 
 
 def by_speaker(judged: Judged) -> dict[str, Any]:
@@ -102,7 +85,7 @@ def trained_length(
         audio_loss.append(losses.audio.item())
         heard.append(losses.repeats.cpu())
     judged = _joined(parts)
-    distances = judged.column("distance")
+    distances = judged.column("distance_frames")
     asked = judged.column("frame") >= 0
     edges = np.quantile(distances[asked].numpy(), [0, 1 / 3, 2 / 3, 1]).round()
     edges[-1] += 1
@@ -145,21 +128,21 @@ def without_the_past(
     for index in range(count):
         codes, answers = data.batch(torch.tensor([index, (index + 1) % count]), torch.device("cpu"))
         own, answers = codes[0], answers[0]
-        answers = answers[answers[:, _Column["frame"]] >= 0]
+        answers = answers[answers[:, _COLUMN["frame"]] >= 0]
         if not len(answers):
             continue
         rows, frames = [], []
         for answer in answers:
-            start = max(0, int(answer[_Column["asked"]]) - reach)
+            start = max(0, int(answer[_COLUMN["asked_frame"]]) - reach)
             past = codes[1, :, :start] if other else own[:, :0]
-            rows.append(torch.cat([past, own[:, start : int(answer[_Column["frame"]]) + 1]], 1))
+            rows.append(torch.cat([past, own[:, start : int(answer[_COLUMN["frame"]]) + 1]], 1))
             frames.append(rows[-1].shape[1] - 1)
         longest = max(row.shape[1] for row in rows)
         padded = torch.stack([F.pad(row, (0, longest - row.shape[1]), value=-1) for row in rows])
         read = read_codes(model, padded.to(model.device))
         logits = model.forward_text(read[:, :, :-1])[1][:, 0].float().cpu()
         at = logits[torch.arange(len(rows)), torch.tensor(frames)]
-        expected = own[0, answers[:, _Column["frame"]]]
+        expected = own[0, answers[:, _COLUMN["frame"]]]
         judged = Judged(
             answers[None],
             (at.argmax(-1) == expected)[None],
@@ -185,7 +168,7 @@ def longer(model: TTTLMModel, data: EncodedDialogues) -> dict[str, Any]:
     rows_at_once = max(1, FRAMES_AT_ONCE // data.text.shape[1])
     for rows in torch.arange(len(data)).split(rows_at_once):
         codes, answers = data.batch(rows, model.device)
-        frames = answers[..., _Column["frame"]].clamp(min=0)
+        frames = answers[..., _COLUMN["frame"]].clamp(min=0)
         hidden = model._text_hidden(read_codes(model, codes)[:, :, :-1])
         at = hidden.gather(1, frames[..., None].expand(-1, -1, hidden.shape[2]))
         logits = model.text_linear(at).float()
@@ -194,7 +177,7 @@ def longer(model: TTTLMModel, data: EncodedDialogues) -> dict[str, Any]:
         right = logits.argmax(-1) == expected
         parts.append(Judged(answers.cpu(), right.cpu(), loss.view_as(expected).cpu()))
     judged = _joined(parts)
-    distance = judged.column("distance")[judged.column("frame") >= 0].double().mean().item()
+    distance = judged.column("distance_frames")[judged.column("frame") >= 0].double().mean().item()
     return {**by_speaker(judged), "mean_distance_sec": distance / FRAME_RATE_HZ}
 
 
@@ -203,10 +186,10 @@ def queue_accuracy(data: EncodedDialogues) -> float:
     knows the order of telling, but not who is asked about."""
     right = total = 0
     for row in data.answers:
-        rows = row[row[:, _Column["frame"]] >= 0]
+        rows = row[row[:, _COLUMN["frame"]] >= 0]
         waiting = list(range(len(row)))
-        for answer in rows[rows[:, _Column["frame"]].argsort()]:
-            order = int(answer[_Column["order"]])
+        for answer in rows[rows[:, _COLUMN["frame"]].argsort()]:
+            order = int(answer[_COLUMN["order"]])
             right += order == waiting[0]
             total += 1
             waiting.remove(order)
@@ -233,20 +216,23 @@ def free(
     names = {text.tokenize(name)[0] for name in NAMES}
     shape = answers.shape[:2]
     right, named, silent, heard = (torch.full(shape, _NOTHING) for _ in range(4))
-    for row, place in (answers[..., _Column["frame"]] >= 0).nonzero().tolist():
+    for row, place in (answers[..., _COLUMN["frame"]] >= 0).nonzero().tolist():
         answer = Answer(*answers[row, place].tolist())
         values = tokens[answer.kind]
-        window = said[row, 0, answer.asked + WINDOW_FRAMES[0] : answer.asked + WINDOW_FRAMES[1]]
-        first = next((token for token in window.tolist() if token in values), None)
+        start, end = (answer.asked_frame + frames for frames in WINDOW_FRAMES)
+        window = said[row, 0, start:end].tolist()
+        first = next((token for token in window if token in values), None)
         right[row, place] = int(first == values[answer.value])
         silent[row, place] = int(first is None)
-        asked = [t for t in truth[row, 0, answer.asked : answer.frame].tolist() if t in names]
-        name = next((token for token in window.tolist() if token in names), None)
+        asked = [t for t in truth[row, 0, answer.asked_frame : answer.frame].tolist() if t in names]
+        name = next((token for token in window if token in names), None)
         named[row, place] = int(bool(asked) and name == asked[-1])
         if answer.is_repeated:
-            around = said[row, 0, max(0, answer.repeated - 12) : answer.repeated + 25].tolist()
+            before, after = REPEATED_FRAMES
+            start = max(0, answer.repeated_frame - before)
+            around = said[row, 0, start : answer.repeated_frame + after].tolist()
             heard[row, place] = int(values[answer.value] in around)
-    is_repeated = answers[..., _Column["is_repeated"]] == 1
+    is_repeated = answers[..., _COLUMN["is_repeated"]] == 1
     is_asked = right != _NOTHING
     return {
         "moshi": summarize(right == 1, is_asked & is_repeated),

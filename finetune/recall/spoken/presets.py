@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from finetune.recall.arms import ARMS
@@ -65,15 +65,11 @@ class SpokenPreset:
 
     def ttt_args(self, name: str) -> TTTArgs:
         """The TTT of the arm `name`."""
-        options = ARMS[name].ttt
-        if options is None:
-            return TTTArgs()
-        args = TTTArgs(**{"enabled": True, **self.ttt, **options})
-        sizes: dict[str, Any] = {
-            "chunk_size": self.chunk_size,
-            "mini_batch_size": self.mini_batch_size,
-        }
-        return replace(args, **{key: value for key, value in sizes.items() if args.reads(key)})
+        return ARMS[name].ttt_args(
+            self.ttt,
+            chunk_size=self.chunk_size,
+            mini_batch_size=self.mini_batch_size,
+        )
 
     def context(self, name: str) -> int:
         """Frames that attention sees in the arm `name`."""
@@ -81,7 +77,8 @@ class SpokenPreset:
         return self.data.dialogues.num_frames if full else self.model.context
 
     def longer(self, name: str) -> dict[int, int]:
-        """How many times longer talks the arm `name` is measured on, and how many of each."""
+        """Return the lengths of talks that the arm `name` is measured on, as multiples of the
+        trained one, and how many talks of each."""
         return {} if ARMS[name].is_full_attention else self.data.lengths
 
 

@@ -8,8 +8,19 @@ from typing import Any
 
 from finetune.data import FRAME_RATE_HZ
 from finetune.errors import UserError
+from finetune.recall.report import accuracies, interval
 from finetune.recall.spoken.presets import SpokenPreset
-from finetune.report import ALARM, DARK, MUTED, PICTURE, line_style, tidy, time_axis
+from finetune.report import (
+    ALARM,
+    DARK,
+    MUTED,
+    PICTURE,
+    Table,
+    line_style,
+    markdown_lines,
+    tidy,
+    time_axis,
+)
 from finetune.spoken import KINDS
 
 Result = dict[str, Any]
@@ -55,23 +66,16 @@ def lines(preset: SpokenPreset, results: Sequence[Result]) -> list[str]:
     return found
 
 
-def _values(summaries: Sequence[dict[str, Any] | None], name: str = "accuracy") -> str:
-    return ", ".join(
-        "–" if s is None or s[name] is None else f"{s[name][0]:.2f}" for s in summaries
-    )
+def _values(summaries: Sequence[dict[str, Any]]) -> str:
+    return accuracies([summary["accuracy"] for summary in summaries])
 
 
 def _interval(summaries: Sequence[dict[str, Any]]) -> str:
-    known = [s["accuracy"] for s in summaries if s["accuracy"] and s["accuracy"][1] is not None]
-    return f"{min(s[1] for s in known):.2f} to {max(s[2] for s in known):.2f}" if known else "–"
+    return interval([summary["accuracy"] for summary in summaries])
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [
-        f"| {' | '.join(head)} |",
-        "| --- " * len(head) + "|",
-        *(f"| {' | '.join(row)} |" for row in rows),
-    ]
+def _lines(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return markdown_lines(Table(columns=columns, rows=rows))
 
 
 def _arms(results: Sequence[Result]) -> dict[str, list[Result]]:
@@ -92,7 +96,7 @@ def _memory_table(results: Sequence[Result]) -> list[str]:
                     summaries = [each[speaker] for each in measured]
                     row += [_values(summaries), _interval(summaries)]
                 rows.append(row)
-    return _table(["arm", "Moshi", "95 % intervals", "user", "95 % intervals"], rows)
+    return _lines(["arm", "Moshi", "95 % intervals", "user", "95 % intervals"], rows)
 
 
 def _free_table(results: Sequence[Result]) -> list[str]:
@@ -104,7 +108,7 @@ def _free_table(results: Sequence[Result]) -> list[str]:
         for arm, group in _arms(results).items()
         if all("free" in result for result in group)
     ]
-    return _table(["arm", "Moshi", "user", *columns[2:]], rows)
+    return _lines(["arm", "Moshi", "user", *columns[2:]], rows)
 
 
 def _rest_table(results: Sequence[Result]) -> list[str]:
@@ -122,7 +126,7 @@ def _rest_table(results: Sequence[Result]) -> list[str]:
             ]
         )
     head = ["arm", "known pairs", "new pairs", "value repeated", "words (nats)", "audio (nats)"]
-    return _table(head, rows)
+    return _lines(head, rows)
 
 
 def _longer_table(results: Sequence[Result]) -> list[str]:
@@ -140,7 +144,7 @@ def _longer_table(results: Sequence[Result]) -> list[str]:
                 ]
             )
     head = ["arm", "times the length", "minutes from fact to question", "Moshi", "user"]
-    return _table(head, rows) if rows else []
+    return _lines(head, rows) if rows else []
 
 
 def plot(preset: SpokenPreset, results: Sequence[Result], path: Path) -> None:

@@ -28,13 +28,13 @@ logger = logging.getLogger(__name__)
 
 LOG_STEPS = 50
 FRAME, REPEATED, IS_REPEATED = (
-    Answer._fields.index(name) for name in ("frame", "repeated", "is_repeated")
+    Answer._fields.index(name) for name in ("frame", "repeated_frame", "is_repeated")
 )
 
 
 @dataclass
 class Losses:
-    """What a batch gave; losses in nats."""
+    """Losses of a batch, in nats, and which answers were right."""
 
     total: Tensor
     text: Tensor

@@ -18,7 +18,7 @@ from finetune.recall.arms import ARMS
 from finetune.recall.command import run_recall
 from finetune.recall.experiment import run_arm
 from finetune.recall.jobs import Job, run_jobs
-from finetune.recall.measure import Answers, measure_length, nothing_written, summarize
+from finetune.recall.measure import Answers, measure_length, nothing_written
 from finetune.recall.model import ModelArgs, answer_logits, new_model, read_codes
 from finetune.recall.presets import Preset, preset
 from finetune.recall.streams import StreamArgs, draw
@@ -141,11 +141,11 @@ def test_intervals_are_over_sequences() -> None:
     answers, not for 1000."""
     is_right = (torch.arange(100) < 50)[:, None].expand(100, 10)
     found = Answers(is_right, (~is_right).float(), is_right, is_right)
-    summary = summarize(found, torch.ones_like(is_right))
+    summary = found.summary(torch.ones_like(is_right))
     value, low, high = summary["accuracy"]
     assert value == 0.5 and 0.38 < low < 0.43 and 0.57 < high < 0.62 and summary["count"] == 1000
     assert summary["loss"][0] == 0.5
-    assert summarize(found, torch.zeros_like(is_right))["accuracy"] is None
+    assert found.summary(torch.zeros_like(is_right))["accuracy"] is None
 
 
 def test_the_command_writes_a_table_and_repeats_nothing(
@@ -315,11 +315,11 @@ def test_few_sequences_have_no_interval() -> None:
     found = Answers(is_right, (~is_right).float(), is_right, is_right)
     chosen = torch.ones_like(is_right)
     chosen[3:] = False
-    _, low, high = summarize(found, chosen)["accuracy"]
-    _, low_of_all, high_of_all = summarize(found, torch.ones_like(is_right))["accuracy"]
+    _, low, high = found.summary(chosen)["accuracy"]
+    _, low_of_all, high_of_all = found.summary(torch.ones_like(is_right))["accuracy"]
     assert 0 <= low <= low_of_all < high_of_all <= high <= 1
     chosen[2] = False
-    value, low, high = summarize(found, chosen)["accuracy"]
+    value, low, high = found.summary(chosen)["accuracy"]
     assert 0 < value < 1 and low is None and high is None
 
 
