@@ -1,4 +1,4 @@
-"""What a recognizer hears of Moshi's answers in the spoken experiment.
+"""A recognizer listens to Moshi's answers in the spoken experiment.
 
     python research/recall_by_ear.py --runs runs/recall/gpu_spoken --arm delta_hidden --seed 0
 
@@ -41,7 +41,7 @@ def heard(codec: Codec, codes: Tensor, data: EncodedDialogues) -> tuple[int, int
                 continue
             kind = list(KINDS.values())[answer.kind]
             start, end = (
-                round((answer.asked + frames) / FRAME_RATE_HZ * codec.sample_rate_hz)
+                round((answer.asked_frame + frames) / FRAME_RATE_HZ * codec.sample_rate_hz)
                 for frames in (WINDOW_FRAMES[0] + 10, WINDOW_FRAMES[1] + 10)
             )
             words = hear(decoders[kind.name], samples[start:end].numpy())

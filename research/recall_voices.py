@@ -1,4 +1,4 @@
-"""How well the voices of spoken recall are understood: the choice of its four.
+"""A recognizer listens to voices: how the four of spoken recall were chosen.
 
     python research/recall_voices.py [--voices en-us+m2 en-us+f2 ...] [--talks 12]
 
@@ -15,8 +15,7 @@ import torch
 import torchaudio
 from pocketsphinx import Decoder
 
-from finetune.spoken import KINDS, NAMES, TalkOptions, make_talk
-from finetune.spoken.talk import SAMPLE_RATE_HZ
+from finetune.spoken import KINDS, NAMES, SAMPLE_RATE_HZ, TalkOptions, make_talk
 
 VOICES = [
     "en-us",

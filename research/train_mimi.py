@@ -30,7 +30,7 @@ from moshi.utils.compile import no_compile
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from finetune.spoken.speech import SAMPLE_RATE
+from finetune.spoken import SAMPLE_RATE_HZ
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class MelLoss(nn.Module):
         super().__init__()
         for size, num_mels in _FFT_SIZES_AND_MELS:
             banks = torchaudio.functional.melscale_fbanks(
-                size // 2 + 1, 0.0, SAMPLE_RATE / 2, num_mels, SAMPLE_RATE, None, "slaney"
+                size // 2 + 1, 0.0, SAMPLE_RATE_HZ / 2, num_mels, SAMPLE_RATE_HZ, None, "slaney"
             )
             self.register_buffer(f"banks_{size}", banks, persistent=False)
             self.register_buffer(f"window_{size}", torch.hann_window(size), persistent=False)
@@ -104,7 +104,7 @@ def read_wavs(jsonl_path: Path) -> list[Tensor]:
     wavs = []
     for line in jsonl_path.read_text(encoding="utf-8").splitlines():
         with wave.open(str(jsonl_path.parent / json.loads(line)["path"]), "rb") as file:
-            assert file.getframerate() == SAMPLE_RATE and file.getsampwidth() == 2
+            assert file.getframerate() == SAMPLE_RATE_HZ and file.getsampwidth() == 2
             pcm = np.frombuffer(file.readframes(file.getnframes()), dtype="<i2")
             wavs.append(torch.from_numpy(pcm.reshape(-1, file.getnchannels()).T.copy()))
     return wavs

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 
 from finetune.errors import UserError
-from finetune.spoken import SAMPLE_RATE, Speech, Voice, synthesize, texts
+from finetune.spoken import SAMPLE_RATE_HZ, Speech, Voice, synthesize, texts
 
 logger = logging.getLogger(__name__)
 
@@ -161,10 +161,10 @@ def compose_dialogue(
 
 def mix(dialogue: Dialogue, rng: random.Random) -> np.ndarray:
     """The dialogue as int16 [S, 2] at 24 kHz, each speaker at a loudness of its own."""
-    mixed = np.zeros((round(dialogue.duration_sec * SAMPLE_RATE), 2))
+    mixed = np.zeros((round(dialogue.duration_sec * SAMPLE_RATE_HZ), 2))
     gains = {"moshi": rng.uniform(0.6, 0.8), "user": rng.uniform(0.6, 0.8)}
     for turn in dialogue.turns:
-        start = round(turn.start_sec * SAMPLE_RATE)
+        start = round(turn.start_sec * SAMPLE_RATE_HZ)
         samples = turn.speech.samples * gains[turn.speaker]
         column = 0 if turn.speaker == "moshi" else 1
         mixed[start : start + len(samples), column] += samples
@@ -219,7 +219,7 @@ def _write_wav(path: Path, samples: np.ndarray) -> None:
     with wave.open(str(path), "wb") as file:
         file.setnchannels(2)
         file.setsampwidth(2)
-        file.setframerate(SAMPLE_RATE)
+        file.setframerate(SAMPLE_RATE_HZ)
         file.writeframes(samples.astype("<i2").tobytes())
 
 

@@ -1,4 +1,4 @@
-"""What a person sees of the memory: two transcripts side by side, answers, sounds, a picture."""
+"""A person is shown the memory: two transcripts side by side, answers, sounds, a picture."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.table import Table
 
 from finetune.demo.memory import ARMS, Arm, Memory, Reply, Shown
 from finetune.report import COLORS, MUTED, PICTURE, tidy
-from finetune.spoken import SAMPLE_RATE
+from finetune.spoken import SAMPLE_RATE_HZ
 
 LABELS: dict[Arm, str] = {"on": "with TTT", "off": "without TTT"}
 PICTURE_NAME = "fast_weights.png"
@@ -108,7 +108,7 @@ def write_memory(memory: Memory, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for arm in ARMS:
         sound = memory.shown.audio[arm].clamp(-1, 1)
-        soundfile.write(folder / sound_name(arm), sound.T.numpy(), SAMPLE_RATE)
+        soundfile.write(folder / sound_name(arm), sound.T.numpy(), SAMPLE_RATE_HZ)
     draw_fast_weights(memory, folder / PICTURE_NAME)
 
 
@@ -165,4 +165,4 @@ def _verdict(said: dict[Arm, str | None]) -> str:
 
 
 def _end_sec(shown: Shown) -> float:
-    return shown.audio["on"].shape[-1] / SAMPLE_RATE
+    return shown.audio["on"].shape[-1] / SAMPLE_RATE_HZ

@@ -13,7 +13,7 @@ from typing import Literal
 
 import soundfile
 
-from finetune.spoken import SAMPLE_RATE, USER_VOICES, Fact, synthesize, texts
+from finetune.spoken import SAMPLE_RATE_HZ, USER_VOICES, Fact, synthesize, texts
 
 _FACTS = Fact("thing", "Laura", "oranges"), Fact("place", "Simon", "Berlin")
 _TOPICS_IN_A_LINE = 3
@@ -54,5 +54,5 @@ def spoken(index: int) -> bytes:
     """
     file = io.BytesIO()
     samples = synthesize(LINES[index].text, USER_VOICES[0]).samples
-    soundfile.write(file, samples, SAMPLE_RATE, format="WAV", subtype="PCM_16")
+    soundfile.write(file, samples, SAMPLE_RATE_HZ, format="WAV", subtype="PCM_16")
     return file.getvalue()

@@ -22,11 +22,12 @@ from finetune.spoken.files import (
     score_recall,
     write_recall_audio,
 )
+from finetune.spoken.sample_rate import SAMPLE_RATE_HZ
 from finetune.spoken.scoring import TimedWord, in_window, said_value
 from finetune.spoken.talk import FORMAT, Talk, TalkOptions, make_talk
 
 _FOUND_IN = {
-    "speech": ("SAMPLE_RATE", "Speech", "Voice", "Word", "synthesize"),
+    "speech": ("Speech", "Voice", "Word", "synthesize"),
     "bank": ("MOSHI_VOICE", "USER_VOICES", "Bank", "BankArgs"),
     "dialogues": ("Dialogue", "DialogueArgs", "compose"),
     "codes": ("Answer", "EncodedDialogues", "mix", "value_tokens"),
@@ -43,7 +44,7 @@ __all__ = [
     "MOSHI_VOICE",
     "NAMES",
     "NUM_CODEBOOKS",
-    "SAMPLE_RATE",
+    "SAMPLE_RATE_HZ",
     "USER_VOICES",
     "VOCAB_SIZE",
     "Answer",

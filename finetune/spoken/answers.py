@@ -141,7 +141,7 @@ def summarize_recall(
 
 
 class _RightByTalk:
-    """How often an arm was right, talk by talk."""
+    """The right answers of an arm, talk by talk."""
 
     def __init__(
         self,

@@ -30,7 +30,7 @@ Turn = tuple[bool, str]
 
 @dataclass(frozen=True)
 class BankArgs:
-    """What there is to say."""
+    """These options say what a bank holds."""
 
     num_voices: int = 4
     """Of the user, from `USER_VOICES`."""

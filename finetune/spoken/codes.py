@@ -16,9 +16,9 @@ from finetune.data import FRAME_RATE_HZ, Codec, TextEncoder, TimedTokens, text_s
 from finetune.spoken.bank import Bank
 from finetune.spoken.dialogues import Dialogue, DialogueArgs, Exchange, is_held_out
 from finetune.spoken.facts import KINDS
-from finetune.spoken.speech import SAMPLE_RATE
+from finetune.spoken.sample_rate import SAMPLE_RATE_HZ
 
-_FRAME_SAMPLES = round(SAMPLE_RATE / FRAME_RATE_HZ)
+_FRAME_SAMPLES = round(SAMPLE_RATE_HZ / FRAME_RATE_HZ)
 GAINS = (0.6, 0.8)
 """The loudness of a speaker is drawn from here."""
 _TAIL_SEC = 8.0
@@ -35,11 +35,11 @@ class Answer(NamedTuple):
     value: int
     is_repeated: int
     """1: Moshi had repeated the fact; 0: only the user's audio had it."""
-    distance: int
+    distance_frames: int
     """From the fact's last mention to `frame`."""
-    asked: int
+    asked_frame: int
     """Where the question begins."""
-    repeated: int
+    repeated_frame: int
     """Where Moshi's text first has the value, if `is_repeated`."""
     order: int
     """The fact's place in the order of telling."""
@@ -152,7 +152,7 @@ def mix(
     num_samples = args.num_frames * _FRAME_SAMPLES
     device = sound_of(dialogues[0].spoken[0].place).device
     mixed = torch.zeros(
-        len(dialogues), 2, num_samples + round(_TAIL_SEC * SAMPLE_RATE), device=device
+        len(dialogues), 2, num_samples + round(_TAIL_SEC * SAMPLE_RATE_HZ), device=device
     )
     for row, dialogue in enumerate(dialogues):
         gains = [rng.uniform(*GAINS), rng.uniform(*GAINS)]

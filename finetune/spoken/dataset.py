@@ -48,7 +48,7 @@ _VERSION = 1
 
 @dataclass(frozen=True)
 class DatasetArgs:
-    """What data to make."""
+    """These options say what data to make."""
 
     bank: BankArgs = field(default_factory=BankArgs)
     dialogues: DialogueArgs = field(default_factory=DialogueArgs)

@@ -10,7 +10,7 @@ from finetune.data import FRAME_RATE_HZ
 from finetune.spoken import texts
 from finetune.spoken.bank import MOSHI_VOICE, Bank, Turn
 from finetune.spoken.facts import ACKNOWLEDGMENTS, KINDS, NAMES, Fact
-from finetune.spoken.speech import SAMPLE_RATE
+from finetune.spoken.sample_rate import SAMPLE_RATE_HZ
 
 HELD_OUT_ONE_IN = 6
 """Of the pairs of a name and a value, so many are never told in training."""
@@ -85,7 +85,7 @@ class Spoken:
 
     @property
     def start_sec(self) -> float:
-        return self.start_samples / SAMPLE_RATE
+        return self.start_samples / SAMPLE_RATE_HZ
 
 
 @dataclass
@@ -156,7 +156,7 @@ class _Composer:
             needed_sec -= _QUESTION_SEC
         while self.now_sec < self.total_sec:
             self._fill()
-        end = round(self.total_sec * SAMPLE_RATE)
+        end = round(self.total_sec * SAMPLE_RATE_HZ)
         self.dialogue.spoken = [s for s in self.dialogue.spoken if s.start_samples < end]
         return self.dialogue
 
@@ -192,7 +192,7 @@ class _Composer:
     def _backchannel(self, is_user: bool, start_sec: float) -> None:
         """Now and then, a word of the listener in the middle of what was just said."""
         spoken = self.dialogue.spoken[-1]
-        duration_sec = self.bank.num_samples(spoken.place) / SAMPLE_RATE
+        duration_sec = self.bank.num_samples(spoken.place) / SAMPLE_RATE_HZ
         if duration_sec < _BACKCHANNEL_MIN_TURN_SEC or self.rng.random() > _BACKCHANNEL_PROBABILITY:
             return
         text = texts.backchannel(self.rng, self.split)
@@ -205,14 +205,14 @@ class _Composer:
 
     def _utterance(self, is_user: bool, text: str, start_sec: float) -> Spoken:
         voice = self.bank.args.voices[self.dialogue.voice] if is_user else MOSHI_VOICE
-        return Spoken(self.bank.place(voice, text), is_user, round(start_sec * SAMPLE_RATE))
+        return Spoken(self.bank.place(voice, text), is_user, round(start_sec * SAMPLE_RATE_HZ))
 
     def _say(self, is_user: bool, text: str, *, gap: bool = True) -> tuple[float, float]:
         """Say it now; returns when its last word starts and ends."""
         spoken = self._utterance(is_user, text, self.now_sec)
         self.dialogue.spoken.append(spoken)
         start_sec = spoken.start_sec
-        end_sec = start_sec + self.bank.num_samples(spoken.place) / SAMPLE_RATE
+        end_sec = start_sec + self.bank.num_samples(spoken.place) / SAMPLE_RATE_HZ
         self.now_sec = end_sec + (self.rng.uniform(*_GAP_SEC) if gap else 0.0)
         word = self.bank.words[spoken.place][-1]
         return start_sec + word.start_sec, start_sec + word.end_sec

@@ -31,9 +31,9 @@ from finetune.spoken.answers import (
     score_words,
     summarize_recall,
 )
+from finetune.spoken.sample_rate import SAMPLE_RATE_HZ
 from finetune.spoken.talk import (
     FORMAT,
-    SAMPLE_RATE_HZ,
     Talk,
     TalkOptions,
     Utterance,

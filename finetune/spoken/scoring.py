@@ -1,4 +1,4 @@
-"""What was answered: the first value of the fact's kind that is said in a question's window.
+"""An answer is the first value of the fact's kind that is said in a question's window.
 
 The words are those of a text stream or of a transcript. They are compared in a normal form: small
 letters without accents, signs and a possessive 's, and numbers as numbers, so that "20", "twenty"

@@ -21,8 +21,8 @@ import torch
 import torchaudio
 
 from finetune.errors import UserError
+from finetune.spoken.sample_rate import SAMPLE_RATE_HZ
 
-SAMPLE_RATE = 24_000
 _ESPEAK_SAMPLE_RATE = 22_050
 _SYNCHRONOUS = 2  # espeak_AUDIO_OUTPUT: audio goes to the callback before espeak_Synth returns
 _DONT_EXIT = 0x8000  # espeak_Initialize returns an error where it would end the process
@@ -59,7 +59,7 @@ class Speech:
 
     @property
     def duration_sec(self) -> float:
-        return len(self.samples) / SAMPLE_RATE
+        return len(self.samples) / SAMPLE_RATE_HZ
 
 
 class _EventId(ctypes.Union):
@@ -99,7 +99,7 @@ def synthesize(text: str, voice: Voice) -> Speech:
     words = _place_words(text, events, pcm)
     # In float64 the resampled values do not depend on the number of threads once rounded to int16.
     samples = torchaudio.functional.resample(
-        torch.from_numpy(pcm.astype(np.float64) / 32768), _ESPEAK_SAMPLE_RATE, SAMPLE_RATE
+        torch.from_numpy(pcm.astype(np.float64) / 32768), _ESPEAK_SAMPLE_RATE, SAMPLE_RATE_HZ
     )
     return Speech(samples.numpy().clip(-1.0, 1.0), words)
 

@@ -18,6 +18,7 @@ from finetune.config import Size
 from finetune.errors import UserError
 from finetune.spoken import texts
 from finetune.spoken.facts import KINDS, NAMES, Fact
+from finetune.spoken.sample_rate import SAMPLE_RATE_HZ
 from ttt.options import OneOf
 
 if TYPE_CHECKING:
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 FORMAT = 1
 """Raise it when the same options give other bytes."""
 
-SAMPLE_RATE_HZ = 24_000
 LEAD_SEC = 1.0
 """Silence before the first fact, and after the last answer."""
 AFTER_FACT_SEC = 1.5
@@ -127,8 +127,10 @@ class Utterance:
 
 @dataclass(frozen=True)
 class Talk:
-    """What one scripted user says, and when; `questions` are in the order in which they are
-    asked."""
+    """The sayings of one scripted user, with their times.
+
+    `questions` are in the order in which they are asked.
+    """
 
     index: int
     seed: int

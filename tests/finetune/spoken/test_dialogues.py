@@ -18,7 +18,8 @@ from finetune.spoken.codes import answers_of, frame_of, mix, text_of, value_toke
 from finetune.spoken.dialogues import Dialogue, compose, is_held_out
 from finetune.spoken.facts import Fact
 from finetune.spoken.recombine import Pool, recombine
-from finetune.spoken.speech import SAMPLE_RATE, Speech, Voice, Word
+from finetune.spoken.sample_rate import SAMPLE_RATE_HZ
+from finetune.spoken.speech import Speech, Voice, Word
 from finetune.spoken.tokenizer import train_tokenizer
 
 SEC_A_WORD = 0.3
@@ -29,7 +30,7 @@ BANK = BankArgs(num_voices=2, kinds=("thing", "place"), num_fillers=(12, 12))
 def hum(text: str, voice: Voice) -> Speech:
     words = text.split()
     times = [(SEC_A_WORD * i, SEC_A_WORD * (i + 0.8)) for i in range(len(words))]
-    samples = np.full(round(SEC_A_WORD * len(words) * SAMPLE_RATE), 0.1)
+    samples = np.full(round(SEC_A_WORD * len(words) * SAMPLE_RATE_HZ), 0.1)
     return Speech(samples, tuple(Word(w, *t) for w, t in zip(words, times, strict=True)))
 
 
@@ -110,8 +111,8 @@ def test_answers_are_where_the_text_has_the_value(bank: Bank, text: TextEncoder)
         token = tokens[answer.kind][answer.value]
         assert spoken.text[row, answer.frame] == token
         said = (spoken.text[row] == token).nonzero().flatten().tolist()
-        assert said == ([answer.repeated] if answer.is_repeated else []) + [answer.frame]
-        assert answer.asked < answer.frame
+        assert said == ([answer.repeated_frame] if answer.is_repeated else []) + [answer.frame]
+        assert answer.asked_frame < answer.frame
 
 
 def test_recombined_dialogues_keep_facts_and_their_answers(bank: Bank, text: TextEncoder) -> None:
@@ -126,13 +127,13 @@ def test_recombined_dialogues_keep_facts_and_their_answers(bank: Bank, text: Tex
     for row, answer in answers(made):
         token = tokens[answer.kind][answer.value]
         assert made.text[row, answer.frame] == token
-        assert answer.distance > ARGS.reach_frames and not answer.is_held_out
+        assert answer.distance_frames > ARGS.reach_frames and not answer.is_held_out
         if answer.is_repeated:
-            assert made.text[row, answer.repeated] == token
+            assert made.text[row, answer.repeated_frame] == token
         # Text and codes are of the same frame of the same dialogue.
         dialogue, high, low = made.codes[row, :3, answer.frame].tolist()
         assert pool.text[dialogue, 256 * high + low] == token
-        sources.append((made.codes[row, 0, answer.asked].item(), dialogue))
+        sources.append((made.codes[row, 0, answer.asked_frame].item(), dialogue))
     assert len(sources) > 80
     # A question and its value are drawn apart: else its codes would tell what was answered once.
     assert np.mean([question == value for question, value in sources]) < 0.5
@@ -144,7 +145,7 @@ def test_longer_talks_have_the_questions_at_their_end(bank: Bank, text: TextEnco
     pool = Pool(encoded(bank, dialogues, text), dialogues, value_tokens(text))
     made = recombine(pool, ARGS, 4, seed=0, filler_frames=1500)
     assert made.text.shape == (4, 2300)
-    assert all(answer.distance > 1500 for _, answer in answers(made)) and answers(made)
+    assert all(answer.distance_frames > 1500 for _, answer in answers(made)) and answers(made)
 
 
 def test_talks_too_short_for_their_facts_are_refused() -> None:
