@@ -54,7 +54,7 @@ DEMO = Path(__file__).parents[1] / "example/demo"
 
 
 class Wrong(Exception):
-    """What was computed is not what it should be, so that its time says nothing."""
+    """A wrong result: what was computed is not what it should be, so that its time says nothing."""
 
 
 def random_parts(args: argparse.Namespace, use: str) -> tuple[TTTLMModel, Codec]:
@@ -81,7 +81,7 @@ def random_parts(args: argparse.Namespace, use: str) -> tuple[TTTLMModel, Codec]
 
 
 def voices(args: argparse.Namespace, codec: Codec) -> Iterator[Samples]:
-    """What callers say, a frame at a time and without end."""
+    """Yield what callers say, a frame at a time and without end."""
     size = int(codec.mimi.frame_size)
     if not args.checkpoint:
         rng = np.random.default_rng(0)
@@ -96,7 +96,7 @@ def voices(args: argparse.Namespace, codec: Codec) -> Iterator[Samples]:
 
 @dataclass
 class Heard:
-    """What the first row has said since the last part of the call."""
+    """This keeps what the first row has said since the last part of the call."""
 
     texts: list[int] = field(default_factory=list)
     first_codes: list[torch.Tensor] = field(default_factory=list)

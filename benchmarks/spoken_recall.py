@@ -40,7 +40,7 @@ LOOK_EVERY_STEPS = 100
 
 @dataclass
 class Seen:
-    """What has been seen of the engine while the task used it."""
+    """This holds what has been seen of the engine while the task used it."""
 
     step_ms: list[float] = field(default_factory=list)
     learned: dict[bool, float] = field(default_factory=lambda: {True: 0.0, False: 0.0})

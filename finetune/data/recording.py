@@ -113,7 +113,7 @@ class Recording(ABC):
         Raises:
             FileProblem: they cannot be read.
         """
-        raise NotImplementedError
+        raise AssertionError(f"{self.location} has audio, no codes")
 
     def checked(self) -> "Recording":
         """Inspect it once more, and return it with its true length.

@@ -24,7 +24,7 @@ class Channel(NamedTuple):
 
 @dataclass(frozen=True)
 class Sides:
-    """Where the two sides of a dialogue are heard: in one audio file, or in one each.
+    """This says where the two sides of a dialogue are heard: in one audio file, or in one each.
 
     Args:
         num_channels: what each file must have; None: any number.

@@ -86,7 +86,7 @@ class Shown:
 
 @dataclass(frozen=True)
 class Memory:
-    """What came out of all dialogues."""
+    """The result of all dialogues."""
 
     asked: list[list[Asked]]
     """By dialogue."""
@@ -198,7 +198,7 @@ def _heard(
 
 
 class _Changes:
-    """How far the fast weights of the first row are from where they started, over time."""
+    """The change of the first row's fast weights from where they started, over time."""
 
     def __init__(self, model: TTTLMModel) -> None:
         self.layers = {index: layer for index, layer in model.ttt_layers.items()}

@@ -1,4 +1,4 @@
-"""Which kind of training fits which GPU, and how large its batches may be: `plan --table`."""
+"""`plan --table` says which kind of training fits which GPU, and how large its batches may be."""
 
 import dataclasses
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""What frozen weights are, in the plainest form: the definition that the fast ones are tested with.
+"""Frozen weights in the plainest form: the definition that the fast ones are tested with.
 
 float8: W = q s, with q in e4m3 and s_o = max_i |W_oi| / 448 for every row o, where 448 is the
 largest number of e4m3. Both factors of a product are in e4m3, the input and the gradient with a
@@ -55,8 +55,8 @@ def float8_gradient(d_out: Tensor, values: Tensor, scales: Tensor) -> Tensor:
 
 
 def nf4_quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Which of the sixteen numbers each weight is, int64 of the weight's shape, and the scales
-    float32 [blocks]."""
+    """Return which of the sixteen numbers each weight is, int64 of the weight's shape, and the
+    scales, float32 [blocks]."""
     flat = weight.float().flatten()
     blocks = torch.nn.functional.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
     scales = blocks.abs().amax(dim=1)
