@@ -5,19 +5,19 @@ A command is a function of a dataclass, its options.
 """
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-from annotated_types import Ge, Le
+from typing import Any
 
 from finetune.command_line import COMMANDS, call, command, data_command, print_all
 from finetune.command_line import run as run  # who calls a command from Python looks for it here
 from finetune.config import (
-    POSITIONAL,
-    FilePath,
-    PathText,
-    Size,
+    CompletionOptions,
+    EncodeOptions,
+    InitOptions,
+    KeyOptions,
+    PlanOptions,
+    PlotOptions,
+    TrainOptions,
     ask_for_missing,
     completion_script,
     explain,
@@ -44,15 +44,6 @@ def main() -> None:
     sys.exit(call(COMMANDS, name="moshi-ttt"))
 
 
-@dataclass(frozen=True)
-class TrainOptions:
-    config: Annotated[FilePath, POSITIONAL]
-    """The YAML file of the run; docs/configuration.md lists its keys."""
-
-    force: bool = False
-    """Start although the estimated memory is more than there is."""
-
-
 @command
 def train(options: TrainOptions, overrides: dict[str, Any]) -> None:
     """Train as a YAML file says.
@@ -67,31 +58,10 @@ def train(options: TrainOptions, overrides: dict[str, Any]) -> None:
         sys.exit(status)
 
 
-@dataclass(frozen=True)
-class KeyOptions:
-    key: Annotated[str | None, POSITIONAL] = None
-    """A key, as ttt.chunk_size, or a section; null: all keys are listed."""
-
-
 @command
 def config(options: KeyOptions) -> None:
     """Explain a key of a run's configuration: its type, bounds, default and meaning."""
     print(explain(options.key))
-
-
-@dataclass(frozen=True)
-class PlanOptions:
-    config: FilePath
-    """The YAML file of the run."""
-
-    gpus: Size = 1
-    """How many GPUs, on all hosts together."""
-
-    gpu_memory: Annotated[float, Ge(1), Le(1e5)] = 80.0
-    """Memory of each GPU, in GB."""
-
-    table: bool = False
-    """Instead: the largest batches of LoRA, TTT and all weights on GPUs of 16 to 141 GB."""
 
 
 @command
@@ -166,12 +136,6 @@ def data_stats(options: StatsOptions, overrides: dict[str, Any]) -> None:
     print_all(describe_data(options, overrides))
 
 
-@dataclass(frozen=True)
-class EncodeOptions:
-    config: FilePath
-    """The YAML file of the run."""
-
-
 @data_command
 def data_encode(options: EncodeOptions, overrides: dict[str, Any]) -> None:
     """Encode all data of a run ahead of it, into data.cache_dir.
@@ -183,34 +147,6 @@ def data_encode(options: EncodeOptions, overrides: dict[str, Any]) -> None:
     from finetune.encode import encode_data
 
     encode_data(args)
-
-
-@dataclass(frozen=True)
-class InitOptions:
-    out: Annotated[FilePath, POSITIONAL] = Path("my.yaml")
-    """The YAML file to write; one that is there is never replaced."""
-
-    data: FilePath | None = None
-    """The JSONL to train on; null: it is asked for."""
-
-    eval_data: FilePath | None = None
-    """A JSONL to evaluate on; null: none."""
-
-    goal: Literal["remember", "adapt"] | None = None
-    """`remember`: TTT that carries what was said beyond attention's reach. `adapt`: another voice,
-    manner or subject, without TTT. null: it is asked for."""
-
-    gpu_memory: Annotated[float, Ge(1), Le(1e5)] | None = None
-    """Memory of each GPU, in GB; null: it is asked for."""
-
-    gpus: Size = 1
-    """How many GPUs, on one host."""
-
-    repo: PathText = "kyutai/moshiko-pytorch-bf16"
-    """Moshi's weights: a Hugging Face repository, or a local folder of the same layout."""
-
-    run_dir: FilePath = Path("runs/first")
-    """The run folder that the file names."""
 
 
 @command
@@ -317,15 +253,6 @@ def evaluate(options: EvaluateOptions) -> None:
     print(f"wrote {options.out / 'report.html'}, and the numbers in {options.out / 'results.json'}")
 
 
-@dataclass(frozen=True)
-class PlotOptions:
-    run_dir: Annotated[FilePath, POSITIONAL]
-    """The run's folder."""
-
-    out: FilePath | None = None
-    """The PNG to write; null: RUN_DIR/loss.png."""
-
-
 @command
 def plot(options: PlotOptions) -> None:
     """Draw the loss curves of a run."""
@@ -409,12 +336,6 @@ def demo_data(options: DemoDataOptions) -> None:
         max_sec=options.max_sec,
         seed=options.seed,
     )
-
-
-@dataclass(frozen=True)
-class CompletionOptions:
-    shell: Annotated[Literal["bash", "zsh"], POSITIONAL]
-    """The shell."""
 
 
 @command

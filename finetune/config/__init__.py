@@ -14,6 +14,15 @@ from finetune.config.args import (
     WandbArgs,
 )
 from finetune.config.checks import changed_meaning
+from finetune.config.command_options import (
+    CompletionOptions,
+    EncodeOptions,
+    InitOptions,
+    KeyOptions,
+    PlanOptions,
+    PlotOptions,
+    TrainOptions,
+)
 from finetune.config.completion import completion_script
 from finetune.config.data_args import DataArgs
 from finetune.config.docs_page import help_page, pages
@@ -39,8 +48,12 @@ __all__ = [
     "HARMLESS",
     "NULLS",
     "POSITIONAL",
+    "CompletionOptions",
     "DataArgs",
+    "EncodeOptions",
     "FilePath",
+    "InitOptions",
+    "KeyOptions",
     "LoraArgs",
     "ModelArgs",
     "ModelPaths",
@@ -48,12 +61,15 @@ __all__ = [
     "ParallelArgs",
     "PathText",
     "PathsText",
+    "PlanOptions",
+    "PlotOptions",
     "Precision",
     "Prefix",
     "Problem",
     "Seed",
     "Size",
     "TrainArgs",
+    "TrainOptions",
     "WandbArgs",
     "ask_for_missing",
     "changed_keys",

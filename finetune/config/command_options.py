@@ -1,0 +1,90 @@
+"""Options of commands whose own rooms are slow to import; all others' stand in their rooms."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Le
+
+from finetune.config.args import Size
+from finetune.config.marks import POSITIONAL
+from finetune.config.values import FilePath, PathText
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    config: Annotated[FilePath, POSITIONAL]
+    """The YAML file of the run; docs/configuration.md lists its keys."""
+
+    force: bool = False
+    """Start although the estimated memory is more than there is."""
+
+
+@dataclass(frozen=True)
+class KeyOptions:
+    key: Annotated[str | None, POSITIONAL] = None
+    """A key, as ttt.chunk_size, or a section; null: all keys are listed."""
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    config: FilePath
+    """The YAML file of the run."""
+
+    gpus: Size = 1
+    """How many GPUs, on all hosts together."""
+
+    gpu_memory: Annotated[float, Ge(1), Le(1e5)] = 80.0
+    """Memory of each GPU, in GB."""
+
+    table: bool = False
+    """Instead: the largest batches of LoRA, TTT and all weights on GPUs of 16 to 141 GB."""
+
+
+@dataclass(frozen=True)
+class EncodeOptions:
+    config: FilePath
+    """The YAML file of the run."""
+
+
+@dataclass(frozen=True)
+class InitOptions:
+    out: Annotated[FilePath, POSITIONAL] = Path("my.yaml")
+    """The YAML file to write; one that is there is never replaced."""
+
+    data: FilePath | None = None
+    """The JSONL to train on; null: it is asked for."""
+
+    eval_data: FilePath | None = None
+    """A JSONL to evaluate on; null: none."""
+
+    goal: Literal["remember", "adapt"] | None = None
+    """`remember`: TTT that carries what was said beyond attention's reach. `adapt`: another voice,
+    manner or subject, without TTT. null: it is asked for."""
+
+    gpu_memory: Annotated[float, Ge(1), Le(1e5)] | None = None
+    """Memory of each GPU, in GB; null: it is asked for."""
+
+    gpus: Size = 1
+    """How many GPUs, on one host."""
+
+    repo: PathText = "kyutai/moshiko-pytorch-bf16"
+    """Moshi's weights: a Hugging Face repository, or a local folder of the same layout."""
+
+    run_dir: FilePath = Path("runs/first")
+    """The run folder that the file names."""
+
+
+@dataclass(frozen=True)
+class PlotOptions:
+    run_dir: Annotated[FilePath, POSITIONAL]
+    """The run's folder."""
+
+    out: FilePath | None = None
+    """The PNG to write; null: RUN_DIR/loss.png."""
+
+
+@dataclass(frozen=True)
+class CompletionOptions:
+    shell: Annotated[Literal["bash", "zsh"], POSITIONAL]
+    """The shell."""
