@@ -11,6 +11,7 @@ import soundfile
 
 from finetune.checkpoint import list_checkpoints
 from finetune.config import load_config
+from finetune.data import Codec
 from finetune.demo.dialogues import make_dialogues
 from finetune.demo.memory import Memory, remember
 from finetune.demo.memory_report import (
@@ -26,6 +27,7 @@ from finetune.errors import UserError
 from finetune.inference import continue_dialogue, load_for_inference
 from finetune.monitoring import console, format_duration, metrics_path, plot_losses, read_metrics
 from finetune.trainer import Trainer
+from ttt import TTTLMModel
 
 CONFIG = Path("example/demo.yaml")
 MEMORY_MODEL = Path("example/memory")
@@ -72,49 +74,73 @@ def run_demo(run_dir: Path, overrides: Mapping[str, object], *, force: bool = Fa
     checkpoint = list_checkpoints(run_dir)[-1]
     model, codec = load_for_inference(checkpoint, args.device)
     heard = _first_recording(Path(args.data.eval_data))
-    continuation = continue_dialogue(
-        model, codec, codec.read_recording(heard), prompt_sec=PROMPT_SEC
-    )
     sound = run_dir / "continuation.wav"
-    soundfile.write(sound, continuation.audio.T.numpy(), codec.sample_rate_hz)
-    (run_dir / "continuation.txt").write_text(continuation.text + "\n", encoding="utf-8")
+    text = _continue(model, codec, heard, sound)
 
-    # As one can type it here, whether or not the environment is active.
-    programs = os.path.relpath(Path(sys.executable).parent)
-    first, last = (read_metrics(metrics_path(run_dir, "eval"))[i] for i in (0, -1))
-    fall = 1 - last["loss"] / first["loss"]
+    trained = (
+        f"A Moshi of {sum(p.numel() for p in model.parameters()) / 1e6:.1f} million parameters "
+        f"learned from nothing, with TTT in layers {', '.join(map(str, model.ttt_layers))}."
+    )
     console.print(
         f"""
 Done in {format_duration(time.monotonic() - started_at)}.
 
-Memory. A trained Moshi was asked for facts that attention had lost. With TTT it answered \
-{memory.share("on"):.0%} of the questions rightly, without TTT {memory.share("off"):.0%}; a guess \
-is right in {1 / memory.num_values:.0%}.
-  {run_dir / "memory" / sound_name("on")}   listen: left Moshi, right the user
-  {run_dir / "memory" / sound_name("off")}   the same user, and Moshi without TTT
-  {run_dir / "memory" / PICTURE_NAME}   what the fast weights did
+{_memory_story(memory, run_dir)}
 
-Training. A Moshi of {sum(p.numel() for p in model.parameters()) / 1e6:.1f} million parameters \
-learned from nothing, with TTT in layers {", ".join(map(str, model.ttt_layers))}.
-On dialogues it has not heard, its loss fell from {first["loss"]:.2f} to {last["loss"]:.2f} nats \
-({fall:.0%}): text {first["text_loss"]:.2f} to {last["text_loss"]:.2f}, audio \
-{first["audio_loss"]:.2f} to {last["audio_loss"]:.2f}.
+Training. {trained}
+{_loss_story(run_dir)}
 Then it took over Moshi's part in {heard.name} after {PROMPT_SEC:.0f} s (|):
-  {continuation.text}
+  {text}
 
   {picture}   the loss curve
   {sound}   listen: left Moshi, right the user
   {checkpoint}   the weights
   {run_dir / "metrics.train.jsonl"}   all numbers; or: tensorboard --logdir {run_dir / "tb"}
 
-Next: change something in example/demo.yaml and train it again,
-  {programs}/python train.py --config example/demo.yaml --run_dir runs/mine --ttt.chunk_size=50
-or the real model, on your data:
-  {programs}/torchrun --nproc-per-node 1 train.py --config example/moshi_ttt.yaml
+{_next_steps()}
 """,
         soft_wrap=True,
         markup=False,
     )
+
+
+def _continue(model: TTTLMModel, codec: Codec, heard: Path, sound: Path) -> str:
+    """Let the model take over Moshi's part of a recording; returns what was said."""
+    continuation = continue_dialogue(
+        model, codec, codec.read_recording(heard), prompt_sec=PROMPT_SEC
+    )
+    soundfile.write(sound, continuation.audio.T.numpy(), codec.sample_rate_hz)
+    sound.with_suffix(".txt").write_text(continuation.text + "\n", encoding="utf-8")
+    return continuation.text
+
+
+def _memory_story(memory: Memory, run_dir: Path) -> str:
+    return f"""\
+Memory. A trained Moshi was asked for facts that attention had lost. With TTT it answered \
+{memory.share("on"):.0%} of the questions rightly, without TTT {memory.share("off"):.0%}; a guess \
+is right in {1 / memory.num_values:.0%}.
+  {run_dir / "memory" / sound_name("on")}   listen: left Moshi, right the user
+  {run_dir / "memory" / sound_name("off")}   the same user, and Moshi without TTT
+  {run_dir / "memory" / PICTURE_NAME}   what the fast weights did"""
+
+
+def _loss_story(run_dir: Path) -> str:
+    first, last = (read_metrics(metrics_path(run_dir, "eval"))[i] for i in (0, -1))
+    fall = 1 - last["loss"] / first["loss"]
+    return f"""\
+On dialogues it has not heard, its loss fell from {first["loss"]:.2f} to {last["loss"]:.2f} nats \
+({fall:.0%}): text {first["text_loss"]:.2f} to {last["text_loss"]:.2f}, audio \
+{first["audio_loss"]:.2f} to {last["audio_loss"]:.2f}."""
+
+
+def _next_steps() -> str:
+    # As one can type it here, whether or not the environment is active.
+    programs = os.path.relpath(Path(sys.executable).parent)
+    return f"""\
+Next: change something in example/demo.yaml and train it again,
+  {programs}/python train.py --config example/demo.yaml --run_dir runs/mine --ttt.chunk_size=50
+or the real model, on your data:
+  {programs}/torchrun --nproc-per-node 1 train.py --config example/moshi_ttt.yaml"""
 
 
 def show_memory(folder: Path, device: str) -> Memory:
