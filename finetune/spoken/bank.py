@@ -11,10 +11,11 @@ import numpy as np
 import torch
 
 from finetune.spoken import texts
-from finetune.spoken.facts import ACKNOWLEDGMENTS, KINDS, NAMES, Fact
+from finetune.spoken.facts import ACKNOWLEDGMENTS, CUE, KINDS, NAMES, Fact
 from finetune.spoken.speech import Voice, Word, synthesize
 
-MOSHI_VOICE = Voice("en-us+f3", pitch=55, words_per_min=160)
+MOSHI_VOICE = Voice("en-us+m2", pitch=45, words_per_min=160)
+"""Of the voices that a recognizer understands best, the one that the codec blurs least."""
 USER_VOICES: tuple[Voice, ...] = (
     Voice("en-us+m3", pitch=45, words_per_min=160),
     Voice("en-us+m1", pitch=38, words_per_min=170),
@@ -111,6 +112,8 @@ class Bank:
         for text in (*ACKNOWLEDGMENTS, *texts.BACKCHANNELS):
             for voice in (MOSHI_VOICE, *self.args.voices):
                 yield voice, text
+        for voice in self.args.voices:
+            yield voice, CUE
         for exchanges in self.fillers.values():
             for turns in exchanges:
                 for is_user, text in turns:

@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 NUM_CODEBOOKS = 8
 CODEC_FOLDER = Path("example/demo/model")
 _DIALOGUES_AT_ONCE = 32
-_VERSION = 1
+_VERSION = 2
 """Raise it when the same arguments give other data."""
 
 
@@ -56,9 +56,12 @@ class DatasetArgs:
     """Dialogues that are spoken and encoded for training."""
     num_train: int = 40_000
     """Recombined out of them."""
+    num_long: int = 4000
+    """Likewise, `long_times` as long."""
+    long_times: int = 4
     num_eval: int = 320
-    lengths: dict[int, int] = field(default_factory=lambda: {4: 64, 16: 32, 64: 16})
-    """How many times longer talks are, and how many of each."""
+    lengths: dict[int, int] = field(default_factory=lambda: {4: 64, 16: 32, 32: 16, 64: 16})
+    """For evaluation: how many times longer talks are, and how many of each."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ class Dataset:
     args: DatasetArgs
 
     def load(self, name: str) -> EncodedDialogues:
-        """Return a part: train, eval, or as often longer as `x4` says."""
+        """Return a part: train, long (for training too), eval, or as often longer as `x4` says."""
         return EncodedDialogues(**load_file(self.folder / f"{name}.safetensors"))
 
     @property
@@ -105,13 +108,15 @@ def build_dataset(
         pool = Pool(spoken, dialogues, value_tokens(dataset.text))
         if split == "eval":
             _save(spoken, folder / "eval.safetensors")
-            for times, num in args.lengths.items():
-                more = args.dialogues.num_frames * (times - 1)
-                longer = recombine(pool, args.dialogues, num, seed=times, filler_frames=more)
-                _save(longer, folder / f"x{times}.safetensors")
+            parts = {f"x{times}": (num, times) for times, num in args.lengths.items()}
         else:
-            made = recombine(pool, args.dialogues, args.num_train, seed=0, workers=workers)
-            _save(made, folder / "train.safetensors")
+            parts = {"train": (args.num_train, 1), "long": (args.num_long, args.long_times)}
+        for name, (num, times) in parts.items():
+            more = args.dialogues.num_frames * (times - 1)
+            made = recombine(
+                pool, args.dialogues, num, seed=times, filler_frames=more, workers=workers
+            )
+            _save(made, folder / f"{name}.safetensors")
         logger.info("dialogues for %s recombined, %.0f s", split, _since(started_at))
     done.write(described)
     return dataset

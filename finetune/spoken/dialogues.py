@@ -9,13 +9,16 @@ from typing import Literal
 from finetune.data import FRAME_RATE_HZ
 from finetune.spoken import texts
 from finetune.spoken.bank import MOSHI_VOICE, Bank, Turn
-from finetune.spoken.facts import ACKNOWLEDGMENTS, KINDS, NAMES, Fact
+from finetune.spoken.facts import ACKNOWLEDGMENTS, CUE, KINDS, NAMES, Fact
 from finetune.spoken.sample_rate import SAMPLE_RATE_HZ
 
 HELD_OUT_ONE_IN = 6
 """Of the pairs of a name and a value, so many are never told in training."""
 _LEAD_SEC = 0.3
 _GAP_SEC = (0.15, 0.6)
+_AFTER_FILLER_SEC = (0.5, 1.2)
+"""More silence, for the user's words are recorded: what Moshi says there when it speaks on its own
+may be longer than what it was to say."""
 _OVERLAP_SEC = (0.05, 0.3)
 _OVERLAP_PROBABILITY = 0.15
 _BACKCHANNEL_PROBABILITY = 0.2
@@ -35,8 +38,8 @@ class DialogueArgs:
     num_frames: int = 800
     num_facts: int = 6
     repeated_share: float = 0.5
-    """Of the facts, those that Moshi repeats; to the others it says "Okay." alone, so that the
-    user's audio is all there is of them."""
+    """Of the facts, those that Moshi repeats. Before the others the user says "Just listen.", and
+    Moshi says "Okay." alone, so that the user's audio is all there is of them."""
 
     reach_frames: int = 144
     """How far attention carries anything: questions come later than that."""
@@ -163,6 +166,8 @@ class _Composer:
     def _tell(self, fact: Fact) -> Exchange:
         exchange = self._begin(Exchange("fact", self.now_sec, fact))
         exchange.is_repeated = self.rng.random() < self.args.repeated_share
+        if not exchange.is_repeated:
+            self._say(True, CUE)
         word = self._say(True, fact.sentence)
         if exchange.is_repeated:
             word = self._say_with_value(fact.repetition, fact)
@@ -188,6 +193,7 @@ class _Composer:
             start_sec = self.now_sec
             self._say(is_user, text)
             self._backchannel(not is_user, start_sec)
+        self.now_sec += self.rng.uniform(*_AFTER_FILLER_SEC)
 
     def _backchannel(self, is_user: bool, start_sec: float) -> None:
         """Now and then, a word of the listener in the middle of what was just said."""

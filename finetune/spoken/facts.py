@@ -12,6 +12,9 @@ NAMES: tuple[str, ...] = (
 )  # fmt: skip
 ACKNOWLEDGMENTS: tuple[str, ...] = ("Okay.", "I see.")
 """What Moshi says to a fact that it does not repeat."""
+CUE = "Just listen."
+"""What the user says before such a fact. Were there no sign of it, a model that speaks on its own
+would repeat facts at will, and its user, who is recorded, would go on over its words."""
 
 
 @dataclass(frozen=True)

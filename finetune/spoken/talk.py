@@ -26,14 +26,15 @@ if TYPE_CHECKING:
 
     from finetune.spoken.speech import Speech, Voice
 
-FORMAT = 1
+FORMAT = 2
 """Raise it when the same options give other bytes."""
 
 LEAD_SEC = 1.0
 """Silence before the first fact, and after the last answer."""
-AFTER_FACT_SEC = 1.5
-"""Silence after a fact, in which Moshi may say that it has heard it."""
-BEFORE_QUESTION_SEC = 0.5
+AFTER_FACT_SEC = 4.0
+"""Silence after a fact, in which Moshi may repeat it."""
+BEFORE_QUESTION_SEC = 2.0
+"""Silence before a question, in which Moshi may end what it says."""
 AFTER_FILLER_SEC = (1.0, 2.5)
 """Silence after what the user says between facts and questions, in which Moshi may reply."""
 NEVER_ASKED = 2
@@ -44,7 +45,7 @@ _MAX_MISSES = 3  # so many sentences may be too long for the time that is left b
 _MAX_DRAWS = 1000
 _PITCH, _WORDS_PER_MIN, _LOUDNESS = (35, 55), (150, 175), (0.6, 0.8)
 
-Distance = Annotated[float, Ge(5), Le(3600)]
+Distance = Annotated[float, Ge(10), Le(3600)]
 Kind = Annotated[str, OneOf(KINDS.keys)]
 Role = Literal["fact", "filler", "question"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import time
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -19,8 +21,9 @@ from finetune.recall.jobs import Job, run_jobs
 from finetune.recall.measure import nothing_written
 from finetune.recall.spoken import measure
 from finetune.recall.spoken.presets import SpokenPreset
-from finetune.recall.spoken.training import train_arm
+from finetune.recall.spoken.training import train_arm, untrained
 from finetune.spoken import Dataset, build_dataset
+from ttt import TTTLMModel
 
 BASE = "off"
 """The arm that fine-tuned arms start from."""
@@ -33,17 +36,13 @@ def run_arm(
 ) -> dict[str, Any]:
     """Train the arm `name` and measure it; everything that is known of it.
 
-    Beside the result there will be its weights, and what it said.
+    Beside the result there will be its weights, and what it said. Weights that lie there already,
+    as measuring was interrupted, are measured as they are.
     """
     started_at = time.monotonic()
     dataset = Dataset(data, preset.data)
     text = dataset.text
-    base = _base_weights(out, seed) if ARMS[name].is_finetuned else None
-    model, curve = train_arm(
-        preset, name, dataset.load("train"), text, seed=seed, device=device, base=base
-    )
-    weights = {key: value.contiguous().cpu() for key, value in model.state_dict().items()}
-    save_file(weights, _weights(out, name, seed))
+    model, curve = _trained(preset, name, seed, device, out, dataset)
     trained_at = time.monotonic()
     model.eval()
     held_out = dataset.load("eval")
@@ -71,6 +70,27 @@ def run_arm(
     result["train_sec"] = trained_at - started_at
     result["measure_sec"] = time.monotonic() - trained_at
     return result
+
+
+def _trained(
+    preset: SpokenPreset, name: str, seed: int, device: torch.device, out: Path, dataset: Dataset
+) -> tuple[TTTLMModel, list[dict[str, Any]]]:
+    """Return the trained model and its curve."""
+    path = _weights(out, name, seed)
+    described = json.dumps(_describe(preset, name, device), sort_keys=True)
+    if path.is_file():
+        with safe_open(path, "pt") as kept:
+            metadata = kept.metadata() or {}
+        if metadata.get("config") == described:
+            logger.info("%s, seed %d: its weights are in %s already", name, seed, path)
+            model = untrained(preset, name, seed=seed, device=device)
+            model.load_state_dict(load_file(path))
+            return model, json.loads(metadata["curve"])
+    base = _base_weights(out, seed) if ARMS[name].is_finetuned else None
+    model, curve = train_arm(preset, name, dataset, seed=seed, device=device, base=base)
+    weights = {key: value.contiguous().cpu() for key, value in model.state_dict().items()}
+    save_file(weights, path, metadata={"config": described, "curve": json.dumps(curve)})
+    return model, curve
 
 
 def _weights(out: Path, name: str, seed: int) -> Path:

@@ -7,7 +7,15 @@ from typing import Any, Literal
 
 from finetune.recall.arms import ARMS
 from finetune.recall.model import ModelArgs
-from finetune.spoken import NUM_CODEBOOKS, VOCAB_SIZE, BankArgs, DatasetArgs, DialogueArgs
+from finetune.spoken import (
+    NUM_CODEBOOKS,
+    VOCAB_SIZE,
+    BankArgs,
+    Dataset,
+    DatasetArgs,
+    DialogueArgs,
+    EncodedDialogues,
+)
 from ttt import TTTArgs
 
 
@@ -25,11 +33,23 @@ class SpokenStreams:
 
 
 @dataclass(frozen=True)
+class Stage:
+    """Steps of training on talks of one length; the fields are those of `SpokenPreset`."""
+
+    dialogues: EncodedDialogues
+    num_steps: int
+    batch_size: int
+    audio_rows: int
+
+
+@dataclass(frozen=True)
 class SpokenPreset:
     """An experiment of one size.
 
     Args:
         ttt: options of `TTTArgs` that all arms with TTT share.
+        long_share: of the steps, the last ones, whose talks are `data.long_times` as long, and so
+            many times fewer in a batch. What is told has to outlast more of what is said after it.
         answer_weight: of the mean loss of the values that answer questions, beside the text's.
         emphasis: weight of names and values in the text; other words have 1, padding 0.2.
         audio_weight: of the audio's loss.
@@ -51,6 +71,7 @@ class SpokenPreset:
     lr: float = 1e-3
     ttt_lr: float = 2e-3
     pct_start: float = 0.05
+    long_share: float = 0.2
     answer_weight: float = 1.0
     emphasis: float = 3.0
     text_padding_weight: float = 0.2
@@ -76,6 +97,23 @@ class SpokenPreset:
         full = ARMS[name].is_full_attention
         return self.data.dialogues.num_frames if full else self.model.context
 
+    def stages(self, name: str, dataset: Dataset) -> list[Stage]:
+        """Return what the arm `name` trains on, one after the other. Full attention, which sees a
+        window of the shorter talks, has them alone."""
+        times = self.data.long_times
+        num_long = 0 if ARMS[name].is_full_attention else round(self.long_share * self.num_steps)
+        found = [
+            Stage(
+                dataset.load("train"), self.num_steps - num_long, self.batch_size, self.audio_rows
+            )
+        ]
+        if num_long:
+            batch_size, audio_rows = self.batch_size // times, self.audio_rows // times
+            found.append(
+                Stage(dataset.load("long"), num_long, max(1, batch_size), max(1, audio_rows))
+            )
+        return found
+
     def longer(self, name: str) -> dict[int, int]:
         """Return the lengths of talks that the arm `name` is measured on, as multiples of the
         trained one, and how many talks of each."""
@@ -96,7 +134,7 @@ def preset(name: Literal["cpu", "gpu"]) -> SpokenPreset:
             ttt={"start_layer": 1, "layer_frequency": 2},
             chunk_size=32,
             mini_batch_size=16,
-            num_steps=1500,
+            num_steps=2000,
             batch_size=32,
             audio_rows=8,
             num_free=64,
@@ -109,6 +147,7 @@ def preset(name: Literal["cpu", "gpu"]) -> SpokenPreset:
             DialogueArgs(num_frames=400, num_facts=3, reach_frames=model.reach_frames),
             num_spoken=300,
             num_train=6000,
+            num_long=600,
             num_eval=64,
             lengths={4: 8},
         ),

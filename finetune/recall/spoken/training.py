@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -18,8 +19,8 @@ from finetune.errors import UserError
 from finetune.model import trainable_by_role
 from finetune.recall.arms import ARMS
 from finetune.recall.model import new_model, read_codes
-from finetune.recall.spoken.presets import SpokenPreset
-from finetune.spoken import NAMES, Answer, EncodedDialogues, value_tokens
+from finetune.recall.spoken.presets import SpokenPreset, Stage
+from finetune.spoken import NAMES, Answer, Dataset, value_tokens
 from finetune.step import LossWeights, Optimizer, stream_sums
 from ttt import HiddenStates, TTTLMModel
 from ttt.model import depth_hidden
@@ -55,8 +56,7 @@ class Losses:
 def train_arm(
     preset: SpokenPreset,
     name: str,
-    data: EncodedDialogues,
-    text: TextEncoder,
+    dataset: Dataset,
     *,
     seed: int,
     device: torch.device,
@@ -68,16 +68,7 @@ def train_arm(
         base: weights of the arm `off`, which a fine-tuned arm starts from.
     """
     arm = ARMS[name]
-    model = new_model(
-        preset.model,
-        preset.streams,
-        preset.ttt_args(name),
-        context=preset.context(name),
-        seed=seed,
-        device=device,
-        dtype=getattr(torch, preset.dtype),
-        compile=preset.compile,
-    )
+    model = untrained(preset, name, seed=seed, device=device)
     rates = {"lr": preset.lr, "ttt_lr": preset.ttt_lr * arm.ttt_lr_factor}
     if arm.is_finetuned:
         assert base is not None
@@ -87,8 +78,8 @@ def train_arm(
     curve = train(
         model,
         preset,
-        data,
-        text,
+        preset.stages(name, dataset),
+        dataset.text,
         seed=seed + 500 * arm.is_finetuned,
         label=f"{name}, seed {seed}",
         **rates,
@@ -96,10 +87,24 @@ def train_arm(
     return model, curve
 
 
+def untrained(preset: SpokenPreset, name: str, *, seed: int, device: torch.device) -> TTTLMModel:
+    """Return the model of an arm as it is before training."""
+    return new_model(
+        preset.model,
+        preset.streams,
+        preset.ttt_args(name),
+        context=preset.context(name),
+        seed=seed,
+        device=device,
+        dtype=getattr(torch, preset.dtype),
+        compile=preset.compile,
+    )
+
+
 def train(
     model: TTTLMModel,
     preset: SpokenPreset,
-    data: EncodedDialogues,
+    stages: Sequence[Stage],
     text: TextEncoder,
     *,
     seed: int,
@@ -107,7 +112,7 @@ def train(
     ttt_lr: float,
     label: str,
 ) -> list[dict[str, Any]]:
-    """Train for the preset's steps; returns what was logged.
+    """Train for the steps of all stages; returns what was logged.
 
     Raises:
         UserError: the loss is not finite.
@@ -120,11 +125,10 @@ def train(
     )
     world = World(0, 1, model.device)
     weights = text_weights(preset, text, model.device)
-    batches = _batches(data, preset.batch_size, seed)
     curve: list[dict[str, Any]] = []
-    for step in range(1, preset.num_steps + 1):
-        codes, answers = data.batch(next(batches), model.device)
-        losses = compute_losses(model, codes, answers, preset, weights, rows=preset.audio_rows)
+    for step, (stage, rows) in enumerate(_batches(stages, seed), 1):
+        codes, answers = stage.dialogues.batch(rows, model.device)
+        losses = compute_losses(model, codes, answers, preset, weights, rows=stage.audio_rows)
         losses.total.backward()
         optimizer.step(max_norm=1.0, world=world, is_loss_finite=True)
         if step % LOG_STEPS == 0 or step in (1, preset.num_steps):
@@ -153,12 +157,18 @@ def text_weights(preset: SpokenPreset, text: TextEncoder, device: torch.device) 
     return weights.to(device)
 
 
-def _batches(data: EncodedDialogues, size: int, seed: int) -> Iterator[Tensor]:
-    """Draw rows without end, each once before any comes again."""
+def _batches(stages: Sequence[Stage], seed: int) -> Iterator[tuple[Stage, Tensor]]:
+    """Draw rows for every step, each once before any comes again."""
+    for stage in stages:
+        rows = _rows(len(stage.dialogues), stage.batch_size, seed)
+        yield from ((stage, each) for each in islice(rows, stage.num_steps))
+
+
+def _rows(count: int, size: int, seed: int) -> Iterator[Tensor]:
     random = torch.Generator().manual_seed(seed)
     while True:
-        order = torch.randperm(len(data), generator=random)
-        yield from order[: len(order) // size * size].view(-1, size)
+        order = torch.randperm(count, generator=random)
+        yield from order[: count // size * size].view(-1, size)
 
 
 def compute_losses(

@@ -23,8 +23,8 @@ from finetune.serve import Row, Spoken
 from finetune.spoken import Talk, TalkOptions, make_talk
 
 DEMO = Path(__file__).parents[3] / "example/demo/model"
-TALKS = TalkOptions(num_talks=4, distances_sec=(10.0, 20.0, 30.0), num_facts=4)
-WORDS = ["--recall_num_talks=4", "--recall_distances_sec=10,20,30", "--recall_num_facts=4"]
+TALKS = TalkOptions(num_talks=4, distances_sec=(10.0, 40.0, 60.0), num_facts=4)
+WORDS = ["--recall_num_talks=4", "--recall_distances_sec=10,40,60", "--recall_num_facts=4"]
 RECOGNIZED_FRAMES = 30
 """By what is said in so many frames, talks are told apart: the first fact is among it."""
 
@@ -150,7 +150,7 @@ def test_the_truth_the_queue_and_silence_are_told_apart(
 ) -> None:
     """And what was interrupted goes on."""
     out = tmp_path / "out"
-    doubled.interrupt_after = 700  # in the second of three batches
+    doubled.interrupt_after = 1200  # in the second of three batches
     assert evaluate(with_ttt, out, *WORDS, "--batch_size=5") == 130
     kept = (out / "spoken_recall.jsonl").read_text()
     assert kept.count("\n") == 6, "a header, and the talks of the first batch"
@@ -176,7 +176,7 @@ def test_the_truth_the_queue_and_silence_are_told_apart(
     assert found["arms"]["off"]["outcomes"]["told"] == 12 - sum(oldest)
     assert (found["num_talks"], found["num_unhealthy"]) == (4, 0)
     said = capsys.readouterr().out
-    assert "- TTT on: the right value in 1.00 [0.51, 1.00] of 12 questions, 10 s to 30 s" in said
+    assert "- TTT on: the right value in 1.00 [0.51, 1.00] of 12 questions, 10 s to 60 s" in said
     assert "TTT on against TTT reset before the question: +1.00 [+0.51, +1.00], better." in said
     page = (out / "report.html").read_text()
     assert "<h2>Spoken recall</h2>" in page and page.count("<svg") == 1
@@ -203,9 +203,9 @@ def test_a_limit_ends_it_and_says_what_is_missing(
     words = [*WORDS, "--batch_size=3", "--recall_max_minutes=1"]
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(
-        measure, "time", SimpleNamespace(monotonic=lambda: clock.now + doubled.num_steps / 10)
+        measure, "time", SimpleNamespace(monotonic=lambda: clock.now + doubled.num_steps / 20)
     )
-    # 600 steps of a tenth of a second; a batch has a little more than 500.
+    # 1200 steps of a twentieth of a second; a batch has some 1000.
     assert evaluate(with_ttt, tmp_path / "out", *words) == 0
     results = json.loads((tmp_path / "out/results.json").read_text())
     assert results["spoken_recall"]["num_talks"] == 1
@@ -216,7 +216,7 @@ def test_a_limit_ends_it_and_says_what_is_missing(
     assert "--recall_max_minutes: no talk was heard" in capsys.readouterr().err
 
 
-SHORT = ["--recall_num_talks=1", "--recall_distances_sec=5", "--recall_num_facts=1",
+SHORT = ["--recall_num_talks=1", "--recall_distances_sec=10", "--recall_num_facts=1",
          "--recall_answer_sec=1"]  # fmt: skip
 
 
@@ -296,7 +296,7 @@ def test_a_stock_model_says_to_files_what_it_says_in_an_evaluation(
     [
         (["--recall_num_facts=2"], "--recall_num_facts: 2 facts cannot be asked for at 6"),
         (["--recall_distances_sec=10,11"], "--recall_distances_sec: there is no room"),
-        (["--recall_distances_sec=4"], "--recall_distances_sec: must be 5 or more"),
+        (["--recall_distances_sec=9"], "--recall_distances_sec: must be 10 or more"),
         (["--recall_kinds=animal"], "--recall_kinds: expected thing or place or number"),
         (["--tasks=health", "--recall_num_talks=3"], "counts for spoken_recall alone"),
     ],

@@ -28,12 +28,14 @@ def tiny() -> SpokenPreset:
         DialogueArgs(num_frames=FRAMES, num_facts=FACTS, reach_frames=20),
         num_spoken=ROWS,
         num_train=ROWS,
+        num_long=ROWS,
+        long_times=2,
         num_eval=ROWS,
         lengths={4: 2},
     )
     chosen = presets.preset("cpu")
     model = dataclasses.replace(chosen.model, width=32, num_layers=2, num_heads=2, context=11)
-    sizes = {"num_steps": 2, "batch_size": 4, "audio_rows": 1, "num_free": 2}
+    sizes = {"num_steps": 2, "batch_size": 4, "audio_rows": 1, "num_free": 2, "long_share": 0.5}
     return dataclasses.replace(chosen, data=data, model=model, **sizes)  # type: ignore[arg-type]
 
 
@@ -55,8 +57,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(command, "preset", lambda name: chosen)
     data = tmp_path / "out" / "data"
     data.mkdir(parents=True)
-    for name, rows, frames in (("train", ROWS, FRAMES), ("eval", ROWS, FRAMES), ("x4", 2, 480)):
-        dataset_module._save(dialogues(rows, frames, rows), data / f"{name}.safetensors")
+    for name, rows, times in (
+        ("train", ROWS, 1),
+        ("long", ROWS, 2),
+        ("eval", ROWS, 1),
+        ("x4", 2, 4),
+    ):
+        part = dialogues(rows, times * FRAMES, rows)
+        dataset_module._save(part, data / f"{name}.safetensors")
     (data / "tokenizer.model").write_bytes(train_tokenizer(chosen.data.bank))
     described = {"version": dataset_module._VERSION, **dataclasses.asdict(chosen.data)}
     (data / "dataset.json").write_text(json.dumps(described))
@@ -83,6 +91,27 @@ def test_arms_are_trained_measured_and_not_run_again(
     with caplog.at_level(logging.INFO):
         assert run_command(options) == report
     assert not any("step" in record.message for record in caplog.records)
+
+
+def test_what_was_trained_before_measuring_was_interrupted_is_measured(
+    folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = RecallOptions(out=folder, variant="spoken", arms=("delta_hidden",), device="cpu")
+    with monkeypatch.context() as patch:
+        patch.setattr(measure, "free", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run_command(options)
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        report = run_command(options)
+    assert not any("step" in record.message for record in caplog.records)
+    (folder / "runs/delta_hidden_seed0.json").unlink()
+    (folder / "runs/delta_hidden_seed0.model.safetensors").unlink()
+    assert run_command(options) == report, "as if never interrupted"
+
+
+def interrupted(*arguments: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_fine_tuning_starts_from_the_model_without_ttt(folder: Path) -> None:

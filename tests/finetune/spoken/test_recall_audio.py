@@ -14,7 +14,7 @@ import pytest
 from finetune.cli import main
 
 Said = Callable[..., tuple[Any, str]]
-WORDS = ["--num_talks=2", "--distances_sec=8", "--num_facts=2", "--answer_sec=2", "--seed=3"]
+WORDS = ["--num_talks=2", "--distances_sec=10", "--num_facts=2", "--answer_sec=2", "--seed=3"]
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def test_talks_are_written_the_same_on_every_run_and_never_over_others(
         assert len(audio) == round(meta["duration_sec"] * 24_000)
         (question,) = meta["questions"]
         kind = "place" if id == "001" else "thing"
-        assert (meta["id"], question["kind"], question["distance_sec"]) == (id, kind, 8.0)
+        assert (meta["id"], question["kind"], question["distance_sec"]) == (id, kind, 10.0)
         assert question["name"] in question["question"] and question["name"] in question["fact"]
         assert question["fact"].endswith(f" {question['answer']}.")
         assert question["answer"] in question["told_values"] and len(question["told_values"]) == 2
@@ -105,7 +105,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("talks")
     for index in range(4):
-        talk = make_talk(TalkOptions(distances_sec=(10.0, 20.0)), index, seed=0)
+        talk = make_talk(TalkOptions(distances_sec=(10.0, 25.0)), index, seed=0)
         questions = [question_json(talk, question) for question in talk.questions]
         (folder / f"{index:03d}").mkdir()
         meta = {"format": FORMAT, "questions": questions}
@@ -124,7 +124,7 @@ def talks(made: Path, tmp_path: Path) -> Path:
 def test_answers_are_scored_from_timed_words_and_from_lines(
     call: Said, talks: Path, tmp_path: Path
 ) -> None:
-    """Right at 10 s, and at 20 s another fact's value, nothing, the right one too late, right."""
+    """Right at 10 s, and at 25 s another fact's value, nothing, the right one too late, right."""
     for number, (id, meta) in enumerate(metas(talks).items()):
         first, second = meta["questions"]
         wrong = next(v for v in second["told_values"] if v != second["answer"])
@@ -139,7 +139,7 @@ def test_answers_are_scored_from_timed_words_and_from_lines(
     status, said = call("recall-score", talks, f"--out={tmp_path / 'scores.json'}")
     assert status == 0
     assert re.search(r"^\| 10 s \| 1\.00 \[0\.51, 1\.00\] \|", said, re.MULTILINE)
-    assert re.search(r"^\| 20 s \| 0\.25 \[0\.05, 0\.70\] \|", said, re.MULTILINE)
+    assert re.search(r"^\| 25 s \| 0\.25 \[0\.05, 0\.70\] \|", said, re.MULTILINE)
     assert "| the model | 5 (62%) | 1 (12%) | 0 (0%) | 2 (25%) |" in said
     assert "Any value of the kind is right in 0.08 of the answers" in said
     scores = json.loads((tmp_path / "scores.json").read_text())
@@ -161,7 +161,7 @@ def test_what_cannot_be_scored_is_named(call: Said, talks: Path, tmp_path: Path)
     (talks / "001/output.json").write_text('{"words": []}')
     status, said = call("recall-score", talks)
     assert status == 1 and 'has no list "alignments"' in said
-    (talks / "001/meta.json").write_text('{"format": 1, "questions": [{"kind": "thing"}]}')
+    (talks / "001/meta.json").write_text('{"format": 2, "questions": [{"kind": "thing"}]}')
     assert "001/meta.json has questions that lack" in call("recall-score", talks)[1]
     (talks / "001/meta.json").write_text('{"format": 0}')
-    assert "of another version (format 0, not 1)" in call("recall-score", talks)[1]
+    assert "of another version (format 0, not 2)" in call("recall-score", talks)[1]

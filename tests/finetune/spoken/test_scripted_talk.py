@@ -14,7 +14,7 @@ from finetune.spoken import KINDS, Talk, TalkOptions, make_talk
 from finetune.spoken.talk import FORMAT, SAMPLE_RATE_HZ
 
 ROOT = Path(__file__).parents[3]
-SHORT = TalkOptions(distances_sec=(10.0, 20.0), num_facts=3)
+SHORT = TalkOptions(distances_sec=(10.0, 25.0), num_facts=3)
 
 
 def audio_of(talk: Talk) -> np.ndarray:
@@ -73,10 +73,10 @@ def test_each_fact_is_asked_for_once_and_nothing_else_tells_it(talk: Talk) -> No
     assert talk.questions[0].newest == facts[-1].value
 
 
-def test_the_first_talk_of_format_1_is_what_it_was() -> None:
+def test_the_first_talk_of_format_2_is_what_it_was() -> None:
     """Results of others are compared with ours by format and seed: another script needs another
     `FORMAT`."""
-    assert FORMAT == 1
+    assert FORMAT == 2
     talk = make_talk(TalkOptions(), 0, seed=0)
     assert [told.fact.sentence for told in talk.facts] == [
         "Diana likes oranges.", "Sophie likes horses.", "Nora likes violins.",
@@ -84,19 +84,19 @@ def test_the_first_talk_of_format_1_is_what_it_was() -> None:
         "Martin likes flowers.", "Felix likes pancakes.",
     ]  # fmt: skip
     assert [(asked.fact.name, asked.distance_sec) for asked in talk.questions] == [
-        ("Robert", 10), ("Nora", 30), ("Alice", 60), ("Felix", 120), ("George", 240),
-        ("Diana", 480),
+        ("Felix", 10), ("Martin", 30), ("Alice", 60), ("Sophie", 120), ("Nora", 240),
+        ("Robert", 480),
     ]  # fmt: skip
     assert (talk.voice.name, talk.voice.pitch, talk.voice.words_per_min) == ("en-us+m2", 42, 157)
     assert [said.text for said in islice(talk.utterances(), 16)][8:] == [
-        "What does Robert like?",
-        "Tell me the main city of Spain.",
-        "Did you ever try playing the piano in autumn?",
-        "What does Nora like?",
-        "How is the weather near the lake on Saturday?",
-        "Then I will go to the lake with my father.",
-        "When does a boat leave for the library?",
-        "Then I will meet Emma there at four.",
+        "Can you add two and five?",
+        "What does Felix like?",
+        "Whose is the green box in the kitchen?",
+        "Thank you, I found it in the kitchen.",
+        "What does Martin like?",
+        "Can you add seven and three?",
+        "What do you get for four and five together?",
+        "What does Alice like?",
     ]
 
 
@@ -116,7 +116,7 @@ def test_another_process_says_the_same_bytes(audio: np.ndarray) -> None:
     program = (
         "import hashlib\nfrom finetune.spoken import TalkOptions, make_talk\n"
         "digest = hashlib.sha256()\n"
-        "talk = make_talk(TalkOptions(distances_sec=(10.0, 20.0), num_facts=3), 1, seed=7)\n"
+        "talk = make_talk(TalkOptions(distances_sec=(10.0, 25.0), num_facts=3), 1, seed=7)\n"
         "for block in talk.blocks(1000): digest.update(block.tobytes())\n"
         "print(digest.hexdigest())"
     )
@@ -139,7 +139,7 @@ def test_another_process_says_the_same_bytes(audio: np.ndarray) -> None:
         ),
         (
             TalkOptions(distances_sec=(10.0, 11.0, 12.0)),
-            "--distances_sec: there is no room for these questions: each takes about 6 s",
+            "--distances_sec: there is no room for these questions: each takes about 7 s",
         ),
         (TalkOptions(voices=("en-us+m3", "en-nowhere")), "no voice named 'en-nowhere'"),
     ],
