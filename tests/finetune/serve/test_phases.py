@@ -1,5 +1,8 @@
-"""Conversations begin so that their chunks end in different frames, and say what they would alone."""
+"""Conversations begin so that their chunks end in different frames; nothing else changes."""
 
+import asyncio
+import json
+import time
 from collections import Counter
 from typing import Any
 
@@ -8,9 +11,11 @@ import pytest
 import torch
 from data_tools import tiny_mimi, tiny_tokenizer
 from helpers import tiny_args, tiny_delta_args, tiny_linear_args, tiny_model
-from test_engine import engine_of, speech
+from test_engine import alone, engine_of, speech
+from test_server import calling, next_bytes, say_pcm, serving
 
 from finetune.data import Codec
+from finetune.serve.calls import FRAME_SEC
 from ttt import TTTArgs, TTTLMModel
 
 RULES: dict[str, Any] = {"sum": tiny_args, "delta": tiny_delta_args}
@@ -131,3 +136,35 @@ def test_nobody_waits_where_it_helps_nobody() -> None:
         model, codec = parts(args)
         with engine_of(model, codec, 3) as engine:
             assert [engine.join(now_frame=9).begin_frame for _ in range(3)] == [9, 9, 9]
+
+
+def test_the_server_welcomes_callers_of_one_moment_a_frame_apart() -> None:
+    model, codec = parts(tiny_delta_args(chunk_size=16))
+    voice = speech(6, 1)
+    expected = np.concatenate(
+        [s.audio for s in alone(model, codec, (voice * 32767).round() / 32768)]
+    )
+
+    async def call(server: Any, welcomed: list[int], all_are: asyncio.Event) -> np.ndarray:
+        async with calling(server, "?format=pcm") as ws:
+            await next_bytes(ws, 0)
+            frame = time.monotonic() / FRAME_SEC
+            key = json.loads(await next_bytes(ws, 4))["call"]
+            welcomed.append(server.board.calls[key].row.begin_frame)
+            # Not before its time, and soon after it.
+            assert 0 <= frame - welcomed[-1] < 10
+            if len(welcomed) == 4:
+                all_are.set()
+            await all_are.wait()
+            return await say_pcm(ws, voice)
+
+    async def scenario() -> None:
+        async with serving(model, codec, 4) as server:
+            now, welcomed, all_are = time.monotonic() / FRAME_SEC, [], asyncio.Event()
+            said = await asyncio.gather(*[call(server, welcomed, all_are) for _ in range(4)])
+        assert len(set(welcomed)) == 4 and welcomed == sorted(welcomed)
+        assert welcomed[0] < now + 10 and welcomed[3] < welcomed[0] + 10
+        for heard in said:
+            np.testing.assert_allclose(heard, expected, atol=1e-4)
+
+    asyncio.run(scenario())
