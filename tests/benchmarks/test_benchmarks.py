@@ -26,7 +26,8 @@ def program(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
         return importlib.import_module(name)
 
     yield load
-    for name in {*imported, "training_arms", "train_step", "streaming"} & sys.modules.keys():
+    shared = {"training_arms", "train_step", "streaming", "callers"}
+    for name in {*imported, *shared} & sys.modules.keys():
         del sys.modules[name]
 
 
@@ -328,7 +329,7 @@ def test_a_line_that_fails_does_not_stop_the_others(
     assert [name for name, result in found.items() if "wrong" in result] == ["sharded"]
 
 
-CALLS = ["--device=cpu", "--ttt-layers=2", "--frames=12"]
+CALLS = ["--device=cpu", "--ttt-layers=2", "--frames=18"]
 
 
 def test_calls_are_timed_whole(
@@ -336,20 +337,33 @@ def test_calls_are_timed_whole(
 ) -> None:
     calls = program("calls")
     path = tmp_path / "calls.json"
-    found = calls.main([*CALLS, "--callers", "1", "2", "--part-frames=6", f"--out={path}"])
-    assert [(line["ttt"], line["callers"]) for line in found] == [
-        *[("on", 1), ("on", 2), ("off", 1), ("off", 2)]
+    right, written = calls.write_whole, []
+    calls.write_whole = lambda path, text: (written.append(json.loads(text)), right(path, text))
+    found = calls.main([*CALLS, "--callers", "1", "2", "--part-frames=9", f"--out={path}"])
+    assert [(line["ttt"], line["callers"], line["begin"]) for line in found] == [
+        *[("on", 1, "apart"), ("on", 1, "together"), ("on", 2, "apart"), ("on", 2, "together")],
+        *[("off", 1, "together"), ("off", 2, "together")],
     ]
-    one, two, off, _ = found
-    assert two["median_ms"] > 0 and two["frames"] == 12
+    one, _, two, both, off, _ = found
+    assert two["median_ms"] > 0 and (two["frames"], both["frames"]) == (19, 18)
+    assert (one["longest_wait_ms"], two["longest_wait_ms"], both["longest_wait_ms"]) == (0, 80, 0)
+    # The second chunks of 8 frames; the first are done before anything is timed.
+    ends = [{n: t["frames"] for n, t in line["by_chunk_ends"].items()} for line in (two, both)]
+    assert ends == [{0: 8, 1: 2}, {0: 9, 2: 1}]
+    assert two["changes"] == both["changes"]
     assert two["state_gb"] == pytest.approx(2 * one["state_gb"], rel=0.01)
     assert off["state_gb"] < one["state_gb"]
     assert all(change > 0 for change in two["changes"].values()) and not off["changes"]
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    parts = [line for line in lines if "against_first" in line]
-    assert [part["frames"] for part in parts] == [6, 12] * 4
+    parts = [line for line in lines if "health" in line]
+    assert [part["frames"] for part in parts] == [9, 18] * 6
     assert parts[1]["health"] and parts[0]["against_first"]["median"] == 1
-    assert json.loads(path.read_text())["lines"] == json.loads(json.dumps(found))
+    assert one["against_first"]["median"] == parts[1]["against_first"]["median"]
+    # Of a run that is cut off, what it has measured is there.
+    first = written[0]["lines"][0]
+    assert first["unfinished_after_frames"] == 9 and len(first["parts"]) == 1
+    assert written[-1] == json.loads(path.read_text())
+    assert written[-1]["lines"] == json.loads(json.dumps(found))
     with pytest.raises(SystemExit, match="wrong: 1 callers: frame 0: not all is finite"):
         spoil(calls)
         calls.main([*CALLS, "--callers", "1", "--ttt=on"])
@@ -369,10 +383,11 @@ def test_calls_that_do_not_fit_are_a_line_and_time_ends(
         return right(self, batch_size)
 
     monkeypatch.setattr(StreamingMultiheadAttention, "_init_streaming_state", scarce)
-    two, one = calls.main([*CALLS, "--callers", "2", "1", "--ttt=on"])
+    two, one = calls.main([*CALLS, "--callers", "2", "1", "--ttt=on", "--begin=apart"])
     assert "out of memory" in two["out_of_memory"] and "median_ms" not in two
     assert one["median_ms"] > 0
-    (none,) = calls.main([*CALLS, "--callers", "1", "--ttt=on", "--limit-sec=0"])
+    one_line = [*CALLS, "--callers", "1", "--ttt=on", "--begin=apart"]
+    (none,) = calls.main([*one_line, "--limit-sec=0"])
     assert none["skipped"] == "time was up"
 
 
