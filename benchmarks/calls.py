@@ -15,6 +15,10 @@ their chunks end in different frames, or all in the same frame (`together`), whi
 a step can have to do. Only steps with all callers are timed. `by_chunk_ends` has the times by the
 number of rows whose chunk ends in a frame, and `longest_wait_ms` what the last caller waits for.
 
+Of a checkpoint's first caller, the text logits are compared with those of the same codes in blocks,
+from the first frame on and with the same attention window: `reference` has the differences, which
+must be beyond frame 3000 as they are at first.
+
 The file is written anew after every line and every part of a call: what a run that is cut off has
 measured is there, under `unfinished_after_frames`.
 
@@ -36,6 +40,7 @@ import sentencepiece
 import torch
 from callers import DEMO, Ends, Heard, follow_first_row, join_all, times, voices
 from moshi.models import loaders
+from same_window import Tape
 from streaming import make_model
 
 from finetune.data import Codec
@@ -108,6 +113,7 @@ def run(
         longest_wait = max(row.begin_frame for row in rows)
         step_ms, done = np.zeros(args.frames + longest_wait), 0
         follow_first_row(engine, heard, rows, same=not args.checkpoint)
+        tape = Tape(engine, args.frames, args.part_frames) if args.checkpoint else None
         torch.manual_seed(0)
         began_at = time.perf_counter()
         engine.step({})
@@ -157,6 +163,7 @@ def run(
         **memory_gb(),
         "changes": {layer: round(by_row[0], 4) for layer, by_row in changes.items()},
         **whole_call(parts),
+        **({"reference": tape.compare(model)} if tape else {}),
         "parts": parts,
     }
 

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,6 +14,8 @@ import pytest
 import torch
 from moshi.modules.transformer import StreamingMultiheadAttention
 from torch.utils.flop_counter import FlopCounterMode
+
+import ttt
 
 
 @pytest.fixture
@@ -26,7 +29,7 @@ def program(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
         return importlib.import_module(name)
 
     yield load
-    shared = {"training_arms", "train_step", "streaming", "callers"}
+    shared = {"training_arms", "train_step", "streaming", "callers", "same_window"}
     for name in {*imported, *shared} & sys.modules.keys():
         del sys.modules[name]
 
@@ -389,6 +392,33 @@ def test_calls_that_do_not_fit_are_a_line_and_time_ends(
     one_line = [*CALLS, "--callers", "1", "--ttt=on", "--begin=apart"]
     (none,) = calls.main([*one_line, "--limit-sec=0"])
     assert none["skipped"] == "time was up"
+
+
+def test_a_call_is_compared_with_a_reference(
+    program: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shipped model sees 25 frames, and its first chunk ends after 32."""
+    calls, same_window = program("calls"), program("same_window")
+    for name, frames in {"LOOK_FRAMES": 8, "BEYOND_FRAME": 36, "BLOCK_FRAMES": 7}.items():
+        monkeypatch.setattr(same_window, name, frames)
+    memory = Path(__file__).parents[2] / "example/memory"
+    call = [f"--checkpoint={memory}", "--device=cpu", "--callers=1", "--frames=46"]
+    (line,) = calls.main([*call, "--part-frames=20"])
+    assert line["reference"]["window_frames"] == 25
+    found = line["reference"]["difference_from_frame"]
+    assert found.keys() == {0, 20, 36, 40} and max(found.values()) < 1e-4
+    # A reference that has not learned is another, once the call has.
+    right = same_window.block_streaming
+
+    @contextmanager
+    def forgetful(model: Any, *args: Any) -> Iterator[None]:
+        with ttt.without_ttt(model), right(model, *args):
+            yield
+
+    monkeypatch.setattr(same_window, "block_streaming", forgetful)
+    (line,) = calls.main([*call, "--part-frames=20"])
+    found = line["reference"]["difference_from_frame"]
+    assert max(found[0], found[20]) < 1e-4 and min(found[36], found[40]) > 1e-3
 
 
 @pytest.mark.slow
