@@ -56,7 +56,7 @@ class Tape:
                 if 0 <= self.num_steps - start < LOOK_FRAMES:
                     self.logits[index, self.num_steps - start] = logits[0, 0, 0]
 
-        generator.step = recorded_step  # type: ignore[method-assign]
+        generator.step = recorded_step
         generator.on_text_logits_hook = recorded_look
 
     @torch.no_grad()

@@ -341,7 +341,12 @@ def test_calls_are_timed_whole(
     calls = program("calls")
     path = tmp_path / "calls.json"
     right, written = calls.write_whole, []
-    calls.write_whole = lambda path, text: (written.append(json.loads(text)), right(path, text))
+
+    def watched(path: Path, text: str) -> None:
+        written.append(json.loads(text))
+        right(path, text)
+
+    calls.write_whole = watched
     found = calls.main([*CALLS, "--callers", "1", "2", "--part-frames=9", f"--out={path}"])
     assert [(line["ttt"], line["callers"], line["begin"]) for line in found] == [
         *[("on", 1, "apart"), ("on", 1, "together"), ("on", 2, "apart"), ("on", 2, "together")],

@@ -22,7 +22,7 @@ RULES: dict[str, Any] = {"sum": tiny_args, "delta": tiny_delta_args}
 
 
 def parts(args: TTTArgs) -> tuple[TTTLMModel, Codec]:
-    like = {"norm": "rms_norm_f32", "positional_embedding": "rope"}
+    like: dict[str, Any] = {"norm": "rms_norm_f32", "positional_embedding": "rope"}
     model = tiny_model(args, dtype=torch.float32, card=32, text_card=40, **like)
     return model, Codec(tiny_mimi(), tiny_tokenizer(), moshi_codebooks=4, user_codebooks=4)
 
@@ -160,7 +160,8 @@ def test_the_server_welcomes_callers_of_one_moment_a_frame_apart() -> None:
 
     async def scenario() -> None:
         async with serving(model, codec, 4) as server:
-            now, welcomed, all_are = time.monotonic() / FRAME_SEC, [], asyncio.Event()
+            now, all_are = time.monotonic() / FRAME_SEC, asyncio.Event()
+            welcomed: list[int] = []
             said = await asyncio.gather(*[call(server, welcomed, all_are) for _ in range(4)])
         assert len(set(welcomed)) == 4 and welcomed == sorted(welcomed)
         assert welcomed[0] < now + 10 and welcomed[3] < welcomed[0] + 10
