@@ -2,13 +2,25 @@
 first five minutes.
 
     python benchmarks/calls.py [--callers 1 4 8 16 32] [--ttt on off] [--limit-sec 230] [--out X]
+    python benchmarks/calls.py --callers 32 16 --ttt on --begin apart together --limit-sec 140
     python benchmarks/calls.py --checkpoint RUN/checkpoints/checkpoint_N --callers 1 --frames 45000
 
 Moshi 7B and Mimi with random weights, or a checkpoint. With random weights all callers say the same
-noise at the same time, which is the most that a step can have to do; and Moshi says in all rows
-what it says in the first, so that all rows must learn the same. No time is reported unless they do,
-and unless every step was healthy in every row. The callers of a checkpoint say what the users of
-the demonstration's dialogues do, over and over.
+noise, and Moshi says in all rows what it says in the first, so that all rows must learn the same.
+No time is reported unless they do, and unless every step was healthy in every row. The callers of a
+checkpoint say what the users of the demonstration's dialogues do, over and over.
+
+All callers come at the same moment. They begin as the server lets them (`--begin apart`), so that
+their chunks end in different frames, or all in the same frame (`together`), which is the most that
+a step can have to do. Only steps with all callers are timed. `by_chunk_ends` has the times by the
+number of rows whose chunk ends in a frame, and `longest_wait_ms` what the last caller waits for.
+
+Of a checkpoint's first caller, the text logits are compared with those of the same codes in blocks,
+from the first frame on and with the same attention window: `reference` has the differences, which
+must be beyond frame 3000 as they are at first.
+
+The file is written anew after every line and every part of a call: what a run that is cut off has
+measured is there, under `unfinished_after_frames`.
 
 On a machine without a GPU it runs a small model, to see that it works; those times mean nothing.
 """
@@ -18,30 +30,24 @@ import gc
 import json
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from itertools import cycle
+from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import sentencepiece
 import torch
+from callers import DEMO, Ends, Heard, follow_first_row, join_all, times, voices
 from moshi.models import loaders
+from same_window import Tape
 from streaming import make_model
 
-from finetune.data import AudioReader, Codec, inspect_audio
-from finetune.evaluation.tasks.health.measure import (
-    MEASURES,
-    alarms,
-    frame_levels_db,
-    measure,
-    silent_below_db,
-)
+from finetune.data import Codec
+from finetune.evaluation.tasks.health.measure import alarms, silent_below_db
 from finetune.inference import load_for_inference
 from finetune.kept import write_whole
-from finetune.serve import open_engine
-from finetune.serve.engine import Engine, Samples, Spoken
+from finetune.serve import Engine, Row, open_engine
 from ttt import TTTArgs, TTTLMModel
 
 FRAME_MS = 80.0
@@ -50,7 +56,6 @@ SAME_ACROSS_ROWS = 0.02
 WARM_UP_FRAMES = 8
 """Frames that are not timed: kernels are compiled, and graphs captured."""
 FEWEST_TIMED = 40
-DEMO = Path(__file__).parents[1] / "example/demo"
 
 
 class Wrong(Exception):
@@ -80,48 +85,18 @@ def random_parts(args: argparse.Namespace, use: str) -> tuple[TTTLMModel, Codec]
     return model, Codec(mimi, tokenizer, moshi_codebooks=8, user_codebooks=8, device=device)
 
 
-def voices(args: argparse.Namespace, codec: Codec) -> Iterator[Samples]:
-    """Yield what callers say, a frame at a time and without end."""
-    size = int(codec.mimi.frame_size)
-    if not args.checkpoint:
-        rng = np.random.default_rng(0)
-        return cycle(0.1 * rng.standard_normal((100, size)).astype(np.float32))
-    frames: list[Samples] = []
-    for path in sorted((DEMO / "dialogues").glob("*.wav")):
-        num_frames = int(inspect_audio(path).duration_sec * codec.mimi.frame_rate)
-        audio = AudioReader(path).read(0, num_frames * size, codec.sample_rate_hz)
-        frames.extend(audio[1].reshape(num_frames, size).numpy())
-    return cycle(frames)
-
-
-@dataclass
-class Heard:
-    """This keeps what the first row has said since the last part of the call."""
-
-    texts: list[int] = field(default_factory=list)
-    first_codes: list[torch.Tensor] = field(default_factory=list)
-    """[], on the device, of Moshi's first codebook."""
-    levels_db: list[float] = field(default_factory=list)
-
-    def add(self, spoken: Spoken) -> None:
-        self.texts.append(spoken.text_token)
-        sound = torch.from_numpy(spoken.audio)[None]
-        self.levels_db.append(float(frame_levels_db(sound, sound.shape[1])[0, 0]))
-
-    def health(self, codec: Codec, silent_db: float) -> dict[str, float]:
-        """Measure all of it, and keep none: a long call must not grow by its own measurement."""
-        codes = torch.stack(self.first_codes[-len(self.texts) :]).cpu()
-        said = torch.stack([torch.tensor(self.texts), codes])
-        found = measure(codec, said, torch.tensor(self.levels_db), silent_db)
-        for values in (self.texts, self.first_codes, self.levels_db):
-            values.clear()
-        return {name: round(found[name], 3) for name in MEASURES}
-
-
 def run(
-    model: TTTLMModel, codec: Codec, callers: int, use: str, args: argparse.Namespace
-) -> dict[str, Any]:
-    """Measure one line of the table.
+    model: TTTLMModel,
+    codec: Codec,
+    line: dict[str, Any],
+    args: argparse.Namespace,
+    save: Callable[[], None],
+) -> None:
+    """Measure one line of the table, and fill it in.
+
+    Args:
+        line: what is to be measured.
+        save: called whenever there is more in the line.
 
     Raises:
         Wrong: what was computed is not healthy, or not the same in all rows.
@@ -132,76 +107,79 @@ def run(
     voice = voices(args, codec)
     heard = Heard()
     parts: list[dict[str, Any]] = []
-    step_ms, done = np.zeros(args.frames), 0
-    torch.manual_seed(0)
+    asked, callers, ends = dict(line), line["callers"], Ends(model)
     with open_engine(model, codec, max_users=callers) as engine:
-        follow_first_row(engine, heard, same=not args.checkpoint)
-        rows = [row for _ in range(callers) if (row := engine.join(ttt_on=use == "on")) is not None]
-        while done < args.frames and left_sec(args) > 0:
-            frame = next(voice)
+        rows = join_all(engine, line)
+        longest_wait = max(row.begin_frame for row in rows)
+        step_ms, done = np.zeros(args.frames + longest_wait), 0
+        follow_first_row(engine, heard, rows, same=not args.checkpoint)
+        tape = Tape(engine, args.frames, args.part_frames) if args.checkpoint else None
+        torch.manual_seed(0)
+        began_at = time.perf_counter()
+        engine.step({})
+        begin_sec = time.perf_counter() - began_at
+        while done < len(step_ms) and left_sec(args) > 0:
+            # Each row hears as many frames as the others, but they begin and end apart.
+            frames = {
+                row.index: voice[(done - row.begin_frame) % len(voice)]
+                for row in rows
+                if 0 <= done - row.begin_frame < args.frames
+            }
             started_at = time.perf_counter()
             # What is spoken is on the host: the device has done all of it.
-            spoken = engine.step({row.index: frame for row in rows})
+            spoken = engine.step(frames)
             step_ms[done] = 1e3 * (time.perf_counter() - started_at)
             if not all(each.healthy for each in spoken.values()):
                 raise Wrong(f"frame {done}: not all is finite")
-            heard.add(spoken[0])
+            ends.look(frames)
+            if 0 in spoken:
+                heard.add(spoken[0])
             done += 1
-            if done % args.part_frames == 0:
+            if done % args.part_frames == 0 and done <= args.frames:
                 last = step_ms[done - args.part_frames : done]
                 parts.append(part_of(last, heard.health(codec, silent_db), engine))
                 compare(parts[-1], parts[0])
-                report({"callers": callers, "ttt": use, "frames": done} | parts[-1])
+                report(asked | {"frames": done} | parts[-1])
+                line |= {"unfinished_after_frames": done, "parts": parts}
+                save()
         changes = engine.changes()
         state_gb = callers * engine.row_bytes() / 1e9
-    timed = step_ms[WARM_UP_FRAMES:done]
-    if len(timed) < min(FEWEST_TIMED, args.frames - WARM_UP_FRAMES):
-        return {"skipped": f"time was up after {done} frames"}
-    if use == "on":
-        check_changes(model, changes, done, args)
-    return times(timed) | {
+    line.pop("unfinished_after_frames", None)
+    # Only frames with all callers count.
+    counts = slice(max(WARM_UP_FRAMES, longest_wait), min(done, args.frames))
+    timed = step_ms[counts]
+    if len(timed) < min(FEWEST_TIMED, args.frames - WARM_UP_FRAMES - longest_wait):
+        line |= {"skipped": f"time was up after {done} frames", "parts": parts}
+        return
+    if line["ttt"] == "on":
+        check_changes(model, changes, rows, args)
+    line |= times(timed) | {
         "frames": done,
-        "first_step_sec": round(step_ms[0] / 1e3, 1),
+        "first_step_sec": round(begin_sec + step_ms[:2].sum() / 1e3, 1),
         "over_80_ms": round(float((timed > FRAME_MS).mean()), 4),
+        "longest_wait_ms": round(FRAME_MS * longest_wait),
+        "by_chunk_ends": ends.times(step_ms, counts),
         "state_gb": round(state_gb, 6),
         **memory_gb(),
         "changes": {layer: round(by_row[0], 4) for layer, by_row in changes.items()},
+        **whole_call(parts),
+        **({"reference": tape.compare(model)} if tape else {}),
         "parts": parts,
     }
 
 
-def follow_first_row(engine: Engine, heard: Heard, *, same: bool) -> None:
-    """Note the first row's codes; with `same`, let all rows say what it says."""
-    generator = engine.generator
-
-    def spread(tokens: torch.Tensor) -> None:
-        if same:
-            tokens.copy_(tokens[:1].expand_as(tokens).clone())
-
-    def audio(tokens: torch.Tensor) -> None:
-        spread(tokens)
-        # A CUDA graph writes its next tokens to the same place.
-        heard.first_codes.append(tokens[0, 0].clone())
-
-    generator.on_text_hook, generator.on_audio_hook = spread, audio
-
-
 def check_changes(
-    model: TTTLMModel, changes: dict[int, list[float]], num_frames: int, args: argparse.Namespace
+    model: TTTLMModel, changes: dict[int, list[float]], rows: list[Row], args: argparse.Namespace
 ) -> None:
+    """Compare rows that have written as often; all have, unless time was up."""
+    num_writes = [row.num_steps // model.ttt_args.update_frames for row in rows]
     for layer, by_row in changes.items():
-        if not args.checkpoint and max(by_row) - min(by_row) > SAME_ACROSS_ROWS * max(by_row):
-            raise Wrong(f"layer {layer} has learned otherwise in other rows: {by_row}")
-        if num_frames > model.ttt_args.update_frames and not max(by_row) > 0:
-            raise Wrong(f"layer {layer} has learned nothing")
-
-
-def times(step_ms: np.ndarray) -> dict[str, float]:
-    return {
-        "median_ms": round(float(np.median(step_ms)), 2),
-        "p99_ms": round(float(np.percentile(step_ms, 99)), 2),
-        "max_ms": round(float(step_ms.max()), 2),
-    }
+        for number in set(num_writes):
+            alike = [by_row[r.index] for r, n in zip(rows, num_writes, strict=True) if n == number]
+            if not args.checkpoint and max(alike) - min(alike) > SAME_ACROSS_ROWS * max(alike):
+                raise Wrong(f"layer {layer} has learned otherwise in other rows: {by_row}")
+            if number and not max(alike) > 0:
+                raise Wrong(f"layer {layer} has learned nothing")
 
 
 def part_of(step_ms: np.ndarray, health: dict[str, float], engine: Engine) -> dict[str, Any]:
@@ -223,6 +201,16 @@ def compare(part: dict[str, Any], first: dict[str, Any]) -> None:
         "host_mb": round(part["host_mb"] - first["host_mb"], 1),
         "alarms": [alarm.text for alarm in alarms(part["health"], first["health"])],
     }
+
+
+def whole_call(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return how the later parts of a call differ from its first, at the worst."""
+    later = [part["against_first"] for part in parts[1:]]
+    if not later:
+        return {}
+    alarmed = sorted({alarm for part in later for alarm in part["alarms"]})
+    worst = {name: max(part[name] for part in later) for name in ("median", "host_mb")}
+    return {"against_first": worst | {"alarms": alarmed}}
 
 
 def memory_gb() -> dict[str, float]:
@@ -262,8 +250,10 @@ def report(line: dict[str, Any]) -> None:
     print(json.dumps(line), flush=True)
 
 
-def measure_all(use: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Lines of the table, with TTT or without."""
+def measure_all(
+    use: str, args: argparse.Namespace, found: list[dict[str, Any]], save: Callable[[], None]
+) -> None:
+    """Add the lines of the table with TTT, or of that without, to `found`."""
     began_at = time.perf_counter()
     if args.checkpoint:
         model, codec = load_for_inference(args.checkpoint, args.device)
@@ -271,20 +261,24 @@ def measure_all(use: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         model, codec = random_parts(args, use)
     built_sec = round(time.perf_counter() - began_at, 1)
     report({"ttt": use, "layers": list(model.ttt_layers), "built_sec": built_sec} | memory_gb())
-    for callers in args.callers:
-        line = {"callers": callers, "ttt": use}
+    # Without TTT nobody waits.
+    begins = args.begin if use == "on" else args.begin[-1:]
+    for callers, begin in product(args.callers, begins):
+        line = {"callers": callers, "ttt": use, "begin": begin}
+        found.append(line)
         if left_sec(args) < 0:
-            yield line | {"skipped": "time was up"}
-            continue
-        try:
-            line |= run(model, codec, callers, use, args)
-        except Wrong as wrong:
-            line |= {"wrong": str(wrong)}
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            line |= {"out_of_memory": str(error).splitlines()[0]} | memory_gb()
-        yield line
+            line |= {"skipped": "time was up"}
+        else:
+            try:
+                run(model, codec, line, args, save)
+            except Wrong as wrong:
+                line |= {"wrong": str(wrong)}
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                line |= {"out_of_memory": str(error).splitlines()[0]} | memory_gb()
+        report({name: value for name, value in line.items() if name != "parts"})
+        save()
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
@@ -293,6 +287,12 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--frames", type=int, default=300)
     parser.add_argument("--part-frames", type=int, default=3750, help="a line each so many")
     parser.add_argument("--ttt", nargs="+", choices=["on", "off"], help="on, and off without C")
+    parser.add_argument(
+        "--begin",
+        nargs="+",
+        choices=["apart", "together"],
+        help="as the server lets callers begin, or all in one frame; both, and apart with C",
+    )
     parser.add_argument("--ttt-layers", type=int, default=5)
     parser.add_argument("--chunk-size", type=int, default=64)
     parser.add_argument("--checkpoint", type=Path)
@@ -300,6 +300,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--out", type=Path, help="the JSON file to write")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
+    args.begin = args.begin or (["apart"] if args.checkpoint else ["apart", "together"])
     args.ends_at = time.perf_counter() + args.limit_sec
     if args.device == "cpu" and not args.checkpoint:
         args.chunk_size = min(args.chunk_size, 8)
@@ -309,12 +310,13 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         machine |= {"machine": properties.name, "gb": round(properties.total_memory / 1e9, 1)}
     report(machine)
     found: list[dict[str, Any]] = []
+
+    def save() -> None:
+        if args.out:
+            write_whole(args.out, json.dumps(machine | {"lines": found}, indent=1))
+
     for use in args.ttt or (["on"] if args.checkpoint else ["on", "off"]):
-        for line in measure_all(use, args):
-            found.append(line)
-            report({name: value for name, value in line.items() if name != "parts"})
-            if args.out:
-                write_whole(args.out, json.dumps(machine | {"lines": found}, indent=1))
+        measure_all(use, args, found, save)
         free_memory()
     if wrong := [
         f"{line['callers']} callers: {line['wrong']}" for line in found if "wrong" in line

@@ -57,6 +57,8 @@ class Call:
     row: Row
     number: int
     words: Words
+    begin_at: float = 0.0
+    """Time at which the caller should begin; see `Engine.join`."""
     key: str = field(default_factory=lambda: secrets.token_urlsafe(24))
     """A secret: it lets read and replace the conversation's state."""
     inbox: deque[tuple[Samples | Action, float]] = field(default_factory=deque)
@@ -177,19 +179,30 @@ class Switchboard:
     async def join(self, *, wants_changes: bool = False) -> Call | None:
         """Begin a call; None: there is no free row."""
         use = self.ttt
-        row = await self.use_engine(
-            partial(
-                self.engine.join, ttt_on=use != "off", reset_every_frames=reset_every_frames(use)
+
+        def joined() -> Row | None:
+            return self.engine.join(
+                ttt_on=use != "off",
+                reset_every_frames=reset_every_frames(use),
+                now_frame=int(time.monotonic() / FRAME_SEC),
             )
-        )
+
+        row = await self.use_engine(joined)
         if row is None:
             return None
         self._num_calls += 1
         drop = self.metrics.dropped_frames.inc
         words = Words(self.engine.codec)
-        call = Call(row, self._num_calls, words, wants_changes=wants_changes, drop=drop)
+        begin_at = row.begin_frame * FRAME_SEC
+        call = Call(row, self._num_calls, words, begin_at, wants_changes=wants_changes, drop=drop)
         self.calls[call.key] = call
-        log_event("call_began", call=call.number, row=row.index, callers=len(self.calls))
+        log_event(
+            "call_began",
+            call=call.number,
+            row=row.index,
+            callers=len(self.calls),
+            wait_ms=round(1e3 * max(begin_at - time.monotonic(), 0.0)),
+        )
         return call
 
     async def hang_up(self, call: Call, why: str) -> None:

@@ -69,15 +69,18 @@ async def talk(
         transport: the socket of `ws`.
     """
     sound = wire.sound(form, board.engine.codec.sample_rate_hz)
-    await ws.send_bytes(wire.message(wire.HANDSHAKE))
-    if form == "pcm":
-        await ws.send_bytes(_welcome(call, board))
-    tasks = [
-        asyncio.ensure_future(_listen(ws, call, board, sound)),
-        asyncio.ensure_future(_answer(ws, call, board, sound, form)),
-        asyncio.ensure_future(_watch(call)),
-    ]
+    tasks: list[asyncio.Future[None]] = []
     try:
+        # Callers speak once they are welcomed. What is said before waits in the socket.
+        await asyncio.sleep(call.begin_at - time.monotonic())
+        await ws.send_bytes(wire.message(wire.HANDSHAKE))
+        if form == "pcm":
+            await ws.send_bytes(_welcome(call, board))
+        tasks = [
+            asyncio.ensure_future(_listen(ws, call, board, sound)),
+            asyncio.ensure_future(_answer(ws, call, board, sound, form)),
+            asyncio.ensure_future(_watch(call)),
+        ]
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
             task.result()

@@ -4,6 +4,7 @@ Every conversation is a row of one batch, with its own fast weights, attention c
 come, go, wait and forget by masks; what one row computes does not depend on the others.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -46,6 +47,8 @@ class Row:
     ttt_on: bool = True
     reset_every_frames: int | None = None
     """TTT forgets each time after so many frames; None: never."""
+    begin_frame: int = 0
+    """Frame of the callers' clock in which the conversation should begin; see `Engine.join`."""
 
 
 class _Generator(LMGen):
@@ -101,18 +104,58 @@ class Engine:
     def num_free(self) -> int:
         return sum(not row.taken for row in self.rows)
 
-    def join(self, *, ttt_on: bool = True, reset_every_frames: int | None = None) -> Row | None:
-        """Begin a conversation; None: all rows are taken."""
+    def join(
+        self,
+        *,
+        ttt_on: bool = True,
+        reset_every_frames: int | None = None,
+        now_frame: int | None = None,
+    ) -> Row | None:
+        """Begin a conversation; None: all rows are taken.
+
+        A row's chunks count from its first frame. The step in which all rows end theirs takes
+        several times as long as others, so where time matters, let a conversation begin in the
+        row's `begin_frame`: its chunks then end in frames in which the fewest others' do. That is
+        at once for the first caller, and never later than by as many frames as there are other
+        callers. What the row computes is the same.
+
+        Args:
+            now_frame: the number of the present frame, on a clock of the callers' that goes on
+                while they wait; None: nobody waits, and `begin_frame` means nothing.
+        """
         for row in self.rows:
             if not row.taken:
                 row.taken, row.ttt_on = True, ttt_on
                 row.reset_every_frames = reset_every_frames
+                if now_frame is not None:
+                    row.begin_frame = now_frame + self._frames_to_wait(row, now_frame)
                 return row
         return None
 
+    def _frames_to_wait(self, row: Row, now_frame: int) -> int:
+        """Return after how many frames a row should begin; see `join`."""
+        others = [each for each in self.rows if each.taken and each.ttt_on and each is not row]
+        layer = next(iter(self.model.ttt_layers.values()), None)
+        if not (row.ttt_on and others) or layer is None:
+            return 0
+        open_frames = layer.open_frames()
+        if open_frames is None:
+            return 0
+        num_open, chunk_size = open_frames.tolist(), self.model.ttt_args.update_frames
+
+        def phase(each: Row, heard_from: int) -> int:
+            """Return the frame in which its open chunk would have begun, modulo the chunk size, if
+            it heard every frame. The first step, which hears nothing, is part of a chunk."""
+            return (heard_from - num_open[each.index] - (each.num_steps == 0)) % chunk_size
+
+        used = Counter(phase(each, max(each.begin_frame, now_frame)) for each in others)
+        # One of these is free, or all phases are among them.
+        waits = range(min(len(others), chunk_size - 1) + 1)
+        return min(waits, key=lambda wait: used[phase(row, now_frame + wait)])
+
     def leave(self, row: Row) -> None:
         """End a conversation: the row is free, and nothing is left of it."""
-        row.taken, row.ttt_on, row.reset_every_frames = False, True, None
+        row.taken, row.ttt_on, row.reset_every_frames, row.begin_frame = False, True, None, 0
         self.restart(row)
 
     @torch.no_grad()

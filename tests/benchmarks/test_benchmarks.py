@@ -1,33 +1,16 @@
 """The benchmarks run, and print no speed for what is wrong."""
 
-import importlib
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from moshi.modules.transformer import StreamingMultiheadAttention
 from torch.utils.flop_counter import FlopCounterMode
-
-
-@pytest.fixture
-def program(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
-    """Imports one of the benchmarks, for the length of a test."""
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
-    imported: list[Any] = []
-
-    def load(name: str) -> ModuleType:
-        imported.append(name)
-        return importlib.import_module(name)
-
-    yield load
-    for name in {*imported, "training_arms", "train_step", "streaming"} & sys.modules.keys():
-        del sys.modules[name]
 
 
 @pytest.fixture
@@ -326,82 +309,3 @@ def test_a_line_that_fails_does_not_stop_the_others(
     )
     assert started[1:] == [["replicas", "sharded", "sharded, full"], ["sharded, full"]]
     assert [name for name, result in found.items() if "wrong" in result] == ["sharded"]
-
-
-CALLS = ["--device=cpu", "--ttt-layers=2", "--frames=12"]
-
-
-def test_calls_are_timed_whole(
-    program: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    calls = program("calls")
-    path = tmp_path / "calls.json"
-    found = calls.main([*CALLS, "--callers", "1", "2", "--part-frames=6", f"--out={path}"])
-    assert [(line["ttt"], line["callers"]) for line in found] == [
-        *[("on", 1), ("on", 2), ("off", 1), ("off", 2)]
-    ]
-    one, two, off, _ = found
-    assert two["median_ms"] > 0 and two["frames"] == 12
-    assert two["state_gb"] == pytest.approx(2 * one["state_gb"], rel=0.01)
-    assert off["state_gb"] < one["state_gb"]
-    assert all(change > 0 for change in two["changes"].values()) and not off["changes"]
-    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    parts = [line for line in lines if "against_first" in line]
-    assert [part["frames"] for part in parts] == [6, 12] * 4
-    assert parts[1]["health"] and parts[0]["against_first"]["median"] == 1
-    assert json.loads(path.read_text())["lines"] == json.loads(json.dumps(found))
-    with pytest.raises(SystemExit, match="wrong: 1 callers: frame 0: not all is finite"):
-        spoil(calls)
-        calls.main([*CALLS, "--callers", "1", "--ttt=on"])
-
-
-def test_calls_that_do_not_fit_are_a_line_and_time_ends(
-    program: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls = program("calls")
-    right = StreamingMultiheadAttention._init_streaming_state
-    made = []
-
-    def scarce(self: Any, batch_size: int) -> Any:
-        made.append(batch_size)
-        if batch_size == 2 and made.count(2) == 5:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
-        return right(self, batch_size)
-
-    monkeypatch.setattr(StreamingMultiheadAttention, "_init_streaming_state", scarce)
-    two, one = calls.main([*CALLS, "--callers", "2", "1", "--ttt=on"])
-    assert "out of memory" in two["out_of_memory"] and "median_ms" not in two
-    assert one["median_ms"] > 0
-    (none,) = calls.main([*CALLS, "--callers", "1", "--ttt=on", "--limit-sec=0"])
-    assert none["skipped"] == "time was up"
-
-
-@pytest.mark.slow
-def test_spoken_recall_is_timed_whole(
-    program: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    program("calls")
-    recall = program("spoken_recall")
-    short = ["--device=cpu", "--ttt-layers=1", "--talks=1", "--distances=5", "--facts=1"]
-    short += ["--answer-sec=1", "--batch-size=3", f"--out={tmp_path / 'recall.json'}"]
-    line = recall.main(short)
-    # One talk in three arms, side by side: some nine seconds.
-    assert line["rows"] == 3 and 100 < line["steps"] < 140
-    assert 0 < line["median_ms"] < line["whole_ms_per_step"] * 2 and line["learned"] > 0
-    assert json.loads((tmp_path / "recall.json").read_text()) == line
-    nothing = {"num_talks": 0, "num_unhealthy": 0}
-    monkeypatch.setattr(recall.TASK, "run", lambda *_: nothing)
-    with pytest.raises(SystemExit, match="wrong: 0 talks heard"):
-        recall.main(short)
-
-
-def spoil(calls: Any) -> None:
-    """A model whose weights are no numbers."""
-    right = calls.make_model
-
-    def broken(*args: Any) -> Any:
-        model = right(*args)
-        model.transformer.layers[0].self_attn.in_projs[0].weight.data.fill_(float("nan"))
-        return model
-
-    calls.make_model = broken

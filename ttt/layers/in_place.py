@@ -277,6 +277,11 @@ class InPlaceGating(TTTLayer[InPlaceState]):
     def start_weights(self) -> list[Tensor]:
         return [self.base_weight]
 
+    def open_frames(self) -> Tensor:
+        state = self._streaming_state
+        assert state is not None, "only a stream has an open chunk"
+        return state.num_pending
+
     @torch.no_grad()
     def _stream(
         self, z: Tensor, source: Tensor, is_frame: Tensor | None, state: InPlaceState

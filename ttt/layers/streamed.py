@@ -32,6 +32,11 @@ class Streamed:
             self.stream_effect = part / whole.clamp(min=torch.finfo(torch.float32).tiny)
         return added
 
+    def open_frames(self) -> Tensor | None:
+        """Return how many frames each row of a stream has in its open chunk, [B]; None if a frame
+        in which many rows end theirs takes no longer than one in which few do."""
+        return None
+
     @abstractmethod
     def start_weights(self) -> list[Tensor]:
         """Return the weights that a stream starts from, in the order of its `fast_weights`."""

@@ -9,17 +9,43 @@ import triton.language as tl
 
 
 @triton.jit
-def read_kernel(change, z, out, width, hidden, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(1).to(tl.int64)
+def _read(change, z, out, row, place, width, hidden, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """One row's S times the vector at a place of z, to the same place of OUT."""
     d = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     total = tl.zeros((ROWS, BLOCK), change.dtype.element_ty)
     for start in range(0, hidden, BLOCK):
         i = start + tl.arange(0, BLOCK)
-        query = tl.load(z + row * hidden + i, mask=i < hidden, other=0.0)
+        query = tl.load(z + place * hidden + i, mask=i < hidden, other=0.0)
         inside = (d < width)[:, None] & (i < hidden)[None, :]
         weights = change + (row * width + d)[:, None] * hidden + i[None, :]
         total += tl.load(weights, mask=inside, other=0.0) * query[None, :].to(total.dtype)
-    tl.store(out + row * width + d, tl.sum(total, 1), mask=d < width)
+    tl.store(out + place * width + d, tl.sum(total, 1), mask=d < width)
+
+
+@triton.jit
+def read_kernel(change, z, out, width, hidden, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(1).to(tl.int64)
+    _read(change, z, out, row, row, width, hidden, ROWS, BLOCK)
+
+
+@triton.jit
+def read_carried_kernel(
+    change,
+    z,
+    out,
+    num_pending,
+    chunk_size,
+    rows,
+    length,
+    width,
+    hidden,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(1).to(tl.int64)
+    if tl.load(num_pending + row) == chunk_size:
+        for frame in range(0, length):
+            _read(change, z, out, row, row * rows + frame, width, hidden, ROWS, BLOCK)
 
 
 @triton.jit

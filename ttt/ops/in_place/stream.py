@@ -97,7 +97,7 @@ def stream_frame(
     write.carry_over(pending_source, tail)
     if pending_read is not None and lag:
         # What waits is compared with the state that its own write will see.
-        write.product(pending_z[:, :lag], change.mT, pending_read[:, :lag])
+        write.read_carried(change, pending_z, pending_read, lag)
     num_pending.masked_fill_(num_pending == size, 0)
     return read
 
@@ -171,6 +171,24 @@ class _Write:
             kernels.carry_kernel[(triton.cdiv(size, 1024), batch)](
                 buffer, self.num_pending, self.chunk_size, rows, size, length, BLOCK=1024
             )
+
+    def read_carried(self, change: Tensor, z: Tensor, out: Tensor, length: int) -> None:
+        """out[:, :length] = z[:, :length] Sᵀ. As for one frame, reading S is all that it costs: a
+        tile of a product would be all but empty, and S is float32, which tiles multiply slowly."""
+        batch, width, hidden = change.shape
+        kernels.read_carried_kernel[(triton.cdiv(width, 8), batch)](
+            change,
+            z,
+            out,
+            self.num_pending,
+            self.chunk_size,
+            z.shape[1],
+            length,
+            width,
+            hidden,
+            ROWS=8,
+            BLOCK=512,
+        )
 
     def product(
         self,

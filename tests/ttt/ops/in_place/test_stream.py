@@ -27,7 +27,7 @@ def test_kernels_interpreted_on_the_cpu() -> None:
     }
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
-    assert "11 passed" in done.stdout
+    assert "13 passed" in done.stdout
 
 
 def on_a_device(test: Any) -> Any:
@@ -49,10 +49,11 @@ def on_a_device(test: Any) -> Any:
         tiny_args(chunk_size=3, conv_kernel_size=3, conv_lookahead=1, state_decay=0.8),
         tiny_args(chunk_size=3, max_delta_norm=0.5),
         tiny_delta_args(chunk_size=3, state_decay=0.8),
+        tiny_delta_args(chunk_size=3, conv_kernel_size=3),
         tiny_relative_args(chunk_size=3, max_delta_norm=0.5),
         tiny_relative_args(chunk_size=3, write="delta"),
     ],
-    ids=["sum", "bounded", "delta", "relative, bounded", "relative delta"],
+    ids=["sum", "bounded", "delta", "delta, lag 2", "relative, bounded", "relative delta"],
 )
 def test_a_step_on_the_device_equals_the_plain_one(
     args: TTTArgs, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
