@@ -68,6 +68,8 @@ def arms(options: argparse.Namespace) -> Iterator[Arm]:
     yield Arm("ours", compile=compile)
     for base in ("float8", "nf4"):
         yield Arm(f"ours, {base}", compile=compile, base=base)
+        selective = f"ours, {base}, selective"
+        yield Arm(selective, checkpointing="selective", compile=compile, base=base)
         yield Arm(f"ours, {base}, in_place delta", ttt="in_place delta", compile=compile, base=base)
     for name in TTT:
         yield Arm(f"ours, {name}", ttt=name, compile=compile)
@@ -163,17 +165,21 @@ def results(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Every arm's, with what is wrong with it, or how it compares with the stock model."""
     weights = Weights(options)
     baselines: dict[bool, dict[str, Any]] = {}
+    plain_forms: dict[tuple[str, str | None], dict[str, Any]] = {}
     for arm in chosen_arms(options):
         result = attempt(arm, weights, options)
         stock = result if arm.is_stock else baselines[arm.is_full]
         reference = None
         if arm.base != "bfloat16" and "losses" in result:
-            reference = attempt_plain(arm, weights, options)
+            kind = arm.base, arm.ttt
+            if kind not in plain_forms:
+                plain_forms[kind] = attempt_plain(arm, weights, options)
+            reference = plain_forms[kind]
         result = judged(result, arm, stock, options, reference)
         if arm.is_stock:
             baselines[arm.is_full] = result
         yield result
-        if options.search and arm.checkpointing == "selective" and "peak_gb" in result:
+        if options.search and arm.name == "ours, selective" and "peak_gb" in result:
             yield from search(result, weights, baselines.get(False), options)
 
 
@@ -320,6 +326,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     if options.tolerance is None:
         options.tolerance = TOLERANCE[options.dtype]
     options.compile, options.frees_base = options.device == "cuda", True
+    options.varied_rows = False
     names = [arm.name for arm in arms(options)]
     for name in options.arms or []:
         if name not in names:

@@ -199,6 +199,8 @@ class Weights:
             # Full fine-tuning changes them.
             self.base = {k: w.clone() for k, w in base.items()} if arm.is_full else base
             self.kind = arm.is_full
+            if options.varied_rows:
+                vary_rows(self.base, lm_kwargs(arm, options)["num_layers"] // 2)
         model.load_state_dict(self.base, assign=not arm.is_full)
         if not arm.is_full:
             model.requires_grad_(False)
@@ -262,6 +264,15 @@ class Weights:
             bound = module.in_features**-0.5
             module.lora_A.weight.uniform_(-bound, bound, generator=generator)
             module.lora_B.weight.zero_()
+
+
+@torch.no_grad()
+def vary_rows(base: dict[str, Tensor], layer: int) -> None:
+    """Give the rows of a layer's weights sizes from a half to twice what they have."""
+    for name, weight in base.items():
+        if name.startswith(f"transformer.layers.{layer}.") and weight.dim() == 2:
+            factors = 2 ** torch.linspace(-1, 1, len(weight), device=weight.device)
+            weight.mul_(factors[:, None].to(weight.dtype))
 
 
 class PlainlyFrozen(nn.Module):

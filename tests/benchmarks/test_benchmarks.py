@@ -86,8 +86,10 @@ def test_training_steps_are_compared_and_timed(program: Callable[..., Any], tmp_
         "stock",
         "ours",
         "ours, float8",
+        "ours, float8, selective",
         "ours, float8, in_place delta",
         "ours, nf4",
+        "ours, nf4, selective",
         "ours, nf4, in_place delta",
         "ours, in_place sum",
         "ours, in_place delta",
@@ -206,7 +208,9 @@ def test_losses_stay_within_the_bound_and_errors_do_not(
     found = same_losses.main(options)
     assert same_losses.exit_status(found) == 0, found
     results = {r["name"]: r for r in json.loads(path.read_text())["results"]}
-    assert len(results) == 3 + 3 + (1 if kind == ["--full"] else 4 if kind else 2)
+    num_planted = 1 if kind == ["--full"] else 4 if kind else 2
+    assert len(results) == 3 + 3 + num_planted + ("ours, eager, sums in 32 bits" in results)
+    assert ("ours, eager, sums in 32 bits" in results) == (kind == ["--base-precision=float8"])
     for name, result in results.items():
         losses = result["losses"]
         assert losses[-1] < losses[0] - 0.01
