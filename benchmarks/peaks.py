@@ -68,7 +68,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     codes = random_codes(options.batch, Arm(""), options)
     free(options)
     losses = [run.step(codes) for _ in range(NUM_STEPS)]
-    found = {"losses": losses, **peaks(options), **planned, **before}
+    found: dict[str, Any] = {"losses": losses, **peaks(options), **planned, **before}
     if not all(map(math.isfinite, losses)):
         return found | {"wrong": "losses are no numbers"}
     if "peak_gb" not in found:

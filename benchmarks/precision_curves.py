@@ -52,7 +52,7 @@ PRECISIONS: tuple[str, ...] = get_args(Precision)
 KINDS = ("text", "audio")
 BASE_SEED = 1_000_003
 """Of the batches of the base: others than those of any seed."""
-TTT = {"enabled": True, "write": "delta", "target": "hidden", "start_layer": 1}
+TTT: dict[str, Any] = {"enabled": True, "write": "delta", "target": "hidden", "start_layer": 1}
 WEIGHTS = LossWeights(text_padding=0.2, first_codebook=4.0)
 """As in the spoken experiment."""
 HELD_OUT_BATCHES = 8

@@ -3,6 +3,7 @@
 import argparse
 import json
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -115,17 +116,32 @@ class OtherStockRun(StockRun):
     """The stock run with what the mathematics leaves open done otherwise: row by row, and attention
     by PyTorch's plain form. Only rounding differs."""
 
+    by_row = True
+    plain_attention = True
+
     def backward(self, codes: Tensor) -> Tensor:
         weights = total_weight(self.model, [codes], WEIGHTS)
         loss = torch.zeros((), device=codes.device)
-        with sdpa_kernel(SDPBackend.MATH):
-            for row in codes.split(1):
-                totals = [total for total, _ in self.sums(row)]
+        with sdpa_kernel(SDPBackend.MATH) if self.plain_attention else nullcontext():
+            for rows in codes.split(1 if self.by_row else len(codes)):
+                totals = [total for total, _ in self.sums(rows)]
                 part = sum(total / w for total, w in zip(totals, weights, strict=True))
                 assert isinstance(part, Tensor)
                 part.backward()
                 loss += part.detach()
         return loss
+
+
+class RowByRowStockRun(OtherStockRun):
+    """The stock run, row by row."""
+
+    plain_attention = False
+
+
+class PlainAttentionStockRun(OtherStockRun):
+    """The stock run with attention by PyTorch's plain form."""
+
+    by_row = False
 
 
 def _plain_sums(

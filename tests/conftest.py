@@ -1,11 +1,14 @@
 """Before `moshi` is imported: it compiles small functions, which costs more than the tests do."""
 
+import importlib
 import json
 import logging
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -55,3 +58,24 @@ def _own_log_handlers() -> Iterator[None]:
     yield
     root.handlers[:] = before
     logging.captureWarnings(False)
+
+
+@pytest.fixture
+def program(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
+    """Imports a benchmark by its name, for the length of a test."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    imported: list[Any] = []
+
+    def load(name: str) -> ModuleType:
+        imported.append(name)
+        return importlib.import_module(name)
+
+    yield load
+    for name in {
+        *imported,
+        "training_arms",
+        "train_step",
+        "streaming",
+        "small_gpu",
+    } & sys.modules.keys():
+        del sys.modules[name]

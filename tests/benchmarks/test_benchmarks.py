@@ -179,6 +179,7 @@ def test_operations_of_a_step_are_counted(program: Callable[..., Any], is_full: 
     assert counted - attention == pytest.approx(products, rel=0.02)
 
 
+FLOAT8 = ["--base-precision=float8", "--frames=250"]
 LOSSES = ["--model=tiny", "--device=cpu", "--batch=2", "--frames=60", "--rank=4", "--lr=1e-3"]
 
 
@@ -189,7 +190,7 @@ LOSSES = ["--model=tiny", "--device=cpu", "--batch=2", "--frames=60", "--rank=4"
         pytest.param("bfloat16", [], marks=pytest.mark.slow),
         ("bfloat16", ["--full"]),
         pytest.param("float32", ["--base-precision=nf4"], marks=pytest.mark.slow),
-        pytest.param("bfloat16", ["--base-precision=float8"], marks=pytest.mark.slow),
+        pytest.param("bfloat16", FLOAT8, marks=pytest.mark.slow),
     ],
 )
 def test_losses_stay_within_the_bound_and_errors_do_not(
@@ -209,13 +210,15 @@ def test_losses_stay_within_the_bound_and_errors_do_not(
     assert same_losses.exit_status(found) == 0, found
     results = {r["name"]: r for r in json.loads(path.read_text())["results"]}
     num_planted = 1 if kind == ["--full"] else 4 if kind else 2
-    assert len(results) == 3 + 3 + num_planted + ("ours, eager, sums in 32 bits" in results)
-    assert ("ours, eager, sums in 32 bits" in results) == (kind == ["--base-precision=float8"])
+    num_stock = 5 if kind and kind != ["--full"] else 3
+    assert len(results) == num_stock + 3 + num_planted + ("ours, eager, sums in 32 bits" in results)
+    assert ("ours, eager, sums in 32 bits" in results) == (kind == FLOAT8)
     for name, result in results.items():
         losses = result["losses"]
         assert losses[-1] < losses[0] - 0.01
         if name.startswith("planted"):
-            assert result["share_of_bound"] > 2
+            # A number that falls into another step of e4m3 makes more of a difference.
+            assert result["share_of_bound"] > (1.5 if kind == FLOAT8 else 2)
         elif name.startswith("ours"):
             assert len(result["bounds"]) == 8 and max(result["bounds"]) < 0.1
 
