@@ -161,6 +161,8 @@ def train_base(options: argparse.Namespace, path: Path) -> dict[str, Any]:
 def tune(options: argparse.Namespace, precision: Precision, seed: int, base: Path) -> Any:
     """Train LoRA and TTT on the base in `precision`; returns curves and losses."""
     _, result = train(options, run_args(options, precision, seed), base, seed)
+    losses = ", ".join(f"{kind} {result['after'][kind]:.4f}" for kind in KINDS)
+    print(f"{precision}, seed {seed}: {losses} ({result['total_sec']:.0f} s)", flush=True)
     return {"precision": precision, "seed": seed, **result}
 
 
