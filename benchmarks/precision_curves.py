@@ -22,6 +22,7 @@ import functools
 import json
 import logging
 import math
+import os
 import shutil
 import statistics
 import sys
@@ -44,7 +45,14 @@ from finetune.model import load_model, trainable_by_role
 from finetune.recall.jobs import Job, run_jobs
 from finetune.recall.model import ModelArgs, lm_kwargs
 from finetune.recall.spoken.presets import SpokenStreams, preset
-from finetune.spoken import Dataset, EncodedDialogues, build_dataset
+from finetune.spoken import (
+    BankArgs,
+    Dataset,
+    DatasetArgs,
+    DialogueArgs,
+    EncodedDialogues,
+    build_dataset,
+)
 from finetune.step import LossWeights, Optimizer, accumulate_gradients, stream_sums
 from ttt import TTTArgs, TTTLMModel
 
@@ -56,6 +64,14 @@ TTT: dict[str, Any] = {"enabled": True, "write": "delta", "target": "hidden", "s
 WEIGHTS = LossWeights(text_padding=0.2, first_codebook=4.0)
 """As in the spoken experiment."""
 HELD_OUT_BATCHES = 8
+TINY_DATA = DatasetArgs(
+    BankArgs(num_voices=1, kinds=("thing",), num_fillers=(8, 8)),
+    DialogueArgs(num_frames=300, num_facts=2, reach_frames=60),
+    num_spoken=8,
+    num_train=60,
+    num_eval=6,
+    lengths={},
+)
 
 
 # Training -----------------------------------------------------------------------------------------
@@ -306,8 +322,9 @@ def require_data(options: argparse.Namespace) -> None:
         UserError: they cannot be made, or are shorter or fewer than asked for.
     """
     if not (options.data / "train.safetensors").is_file():
-        chosen = preset("cpu" if options.tiny else "gpu").data
-        build_dataset(options.data, chosen, torch.device(options.device), workers=8)
+        chosen = TINY_DATA if options.tiny else preset("gpu").data
+        workers = os.cpu_count() or 1
+        build_dataset(options.data, chosen, torch.device(options.device), workers=workers)
     data = _dialogues(options.data, "train")
     if data.text.shape[1] < options.frames or len(data) < options.batch:
         raise UserError(
