@@ -46,7 +46,7 @@ def run_args(options: argparse.Namespace, batch: int) -> TrainArgs:
         run_dir="",
         moshi_paths=ModelPaths(hf_repo_id=None, random_init=True),
         optim=OptimArgs(lr=options.lr, state=options.optim_state),
-        lora=LoraArgs(enable=True, rank=options.rank),
+        lora=LoraArgs(enable=options.rank > 0, rank=options.rank),
         ttt=TTTArgs(enabled=options.ttt == "on", **ttt),
         duration_sec=options.frames / 12.5,
         batch_size=batch,

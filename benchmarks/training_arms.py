@@ -3,6 +3,7 @@
 import argparse
 import json
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -115,17 +116,32 @@ class OtherStockRun(StockRun):
     """The stock run with what the mathematics leaves open done otherwise: row by row, and attention
     by PyTorch's plain form. Only rounding differs."""
 
+    by_row = True
+    plain_attention = True
+
     def backward(self, codes: Tensor) -> Tensor:
         weights = total_weight(self.model, [codes], WEIGHTS)
         loss = torch.zeros((), device=codes.device)
-        with sdpa_kernel(SDPBackend.MATH):
-            for row in codes.split(1):
-                totals = [total for total, _ in self.sums(row)]
+        with sdpa_kernel(SDPBackend.MATH) if self.plain_attention else nullcontext():
+            for rows in codes.split(1 if self.by_row else len(codes)):
+                totals = [total for total, _ in self.sums(rows)]
                 part = sum(total / w for total, w in zip(totals, weights, strict=True))
                 assert isinstance(part, Tensor)
                 part.backward()
                 loss += part.detach()
         return loss
+
+
+class RowByRowStockRun(OtherStockRun):
+    """The stock run, row by row."""
+
+    plain_attention = False
+
+
+class PlainAttentionStockRun(OtherStockRun):
+    """The stock run with attention by PyTorch's plain form."""
+
+    by_row = False
 
 
 def _plain_sums(
@@ -199,6 +215,8 @@ class Weights:
             # Full fine-tuning changes them.
             self.base = {k: w.clone() for k, w in base.items()} if arm.is_full else base
             self.kind = arm.is_full
+            if options.varied_rows:
+                vary_rows(self.base, lm_kwargs(arm, options)["num_layers"] // 2)
         model.load_state_dict(self.base, assign=not arm.is_full)
         if not arm.is_full:
             model.requires_grad_(False)
@@ -262,6 +280,15 @@ class Weights:
             bound = module.in_features**-0.5
             module.lora_A.weight.uniform_(-bound, bound, generator=generator)
             module.lora_B.weight.zero_()
+
+
+@torch.no_grad()
+def vary_rows(base: dict[str, Tensor], layer: int) -> None:
+    """Give the rows of a layer's weights sizes from a half to twice what they have."""
+    for name, weight in base.items():
+        if name.startswith(f"transformer.layers.{layer}.") and weight.dim() == 2:
+            factors = 2 ** torch.linspace(-1, 1, len(weight), device=weight.device)
+            weight.mul_(factors[:, None].to(weight.dtype))
 
 
 class PlainlyFrozen(nn.Module):

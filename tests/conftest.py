@@ -71,6 +71,13 @@ def program(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
         return importlib.import_module(name)
 
     yield load
-    shared = {"training_arms", "train_step", "streaming", "callers", "same_window"}
+    shared = {
+        "training_arms",
+        "train_step",
+        "streaming",
+        "small_gpu",
+        "callers",
+        "same_window",
+    }
     for name in {*imported, *shared} & sys.modules.keys():
         del sys.modules[name]

@@ -85,8 +85,10 @@ def test_training_steps_are_compared_and_timed(program: Callable[..., Any], tmp_
         "stock",
         "ours",
         "ours, float8",
+        "ours, float8, selective",
         "ours, float8, in_place delta",
         "ours, nf4",
+        "ours, nf4, selective",
         "ours, nf4, in_place delta",
         "ours, in_place sum",
         "ours, in_place delta",
@@ -176,6 +178,7 @@ def test_operations_of_a_step_are_counted(program: Callable[..., Any], is_full: 
     assert counted - attention == pytest.approx(products, rel=0.02)
 
 
+FLOAT8 = ["--base-precision=float8", "--frames=250"]
 LOSSES = ["--model=tiny", "--device=cpu", "--batch=2", "--frames=60", "--rank=4", "--lr=1e-3"]
 
 
@@ -186,7 +189,7 @@ LOSSES = ["--model=tiny", "--device=cpu", "--batch=2", "--frames=60", "--rank=4"
         pytest.param("bfloat16", [], marks=pytest.mark.slow),
         ("bfloat16", ["--full"]),
         pytest.param("float32", ["--base-precision=nf4"], marks=pytest.mark.slow),
-        pytest.param("bfloat16", ["--base-precision=float8"], marks=pytest.mark.slow),
+        pytest.param("bfloat16", FLOAT8, marks=pytest.mark.slow),
     ],
 )
 def test_losses_stay_within_the_bound_and_errors_do_not(
@@ -205,31 +208,18 @@ def test_losses_stay_within_the_bound_and_errors_do_not(
     found = same_losses.main(options)
     assert same_losses.exit_status(found) == 0, found
     results = {r["name"]: r for r in json.loads(path.read_text())["results"]}
-    assert len(results) == 3 + 3 + (1 if kind == ["--full"] else 4 if kind else 2)
+    num_planted = 1 if kind == ["--full"] else 4 if kind else 2
+    num_stock = 5 if kind and kind != ["--full"] else 3
+    assert len(results) == num_stock + 3 + num_planted + ("ours, eager, sums in 32 bits" in results)
+    assert ("ours, eager, sums in 32 bits" in results) == (kind == FLOAT8)
     for name, result in results.items():
         losses = result["losses"]
         assert losses[-1] < losses[0] - 0.01
         if name.startswith("planted"):
-            assert result["share_of_bound"] > 2
+            # A number that falls into another step of e4m3 makes more of a difference.
+            assert result["share_of_bound"] > (1.5 if kind == FLOAT8 else 2)
         elif name.startswith("ours"):
             assert len(result["bounds"]) == 8 and max(result["bounds"]) < 0.1
-
-
-def test_a_model_within_the_memory_of_a_small_gpu_trains_and_streams(
-    program: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    small_gpu, path = program("small_gpu"), tmp_path / "small.json"
-    words = ["--model=tiny", "--device=cpu", "--frames=40", "--rank=4", "--lr=3e-3"]
-    words += ["--warmup=1", "--steps=2", "--stream-frames=20", "--dtype=float32"]
-    small_gpu.main([*words, "--json", str(path)])
-    load, train, stream = json.loads(path.read_text())["results"]
-    assert train["losses"][-1] < train["losses"][0] and train["tokens_per_sec"] > 0
-    assert train["planned_gb"] > 0 and stream["median_ms"] > 0 and load["sec"] > 0
-    step = small_gpu.OurRun.step
-    losses = iter([5.0, 5.0, float("nan")])
-    monkeypatch.setattr(small_gpu.OurRun, "step", lambda *args: step(*args) * 0 + next(losses))
-    found = small_gpu.main(words)
-    assert "wrong" in found[1] and "step_sec" not in found[1]
 
 
 MANY = ["--model=tiny", "--device=cpu", "--gpus=2", "--batch=2", "--frames=40", "--rank=2"]

@@ -14,6 +14,9 @@ from ttt.ops.frozen import Layout, reference
 
 MULTIPLE = 16
 """Both widths of a weight must be multiples of it, for the tensor cores."""
+FAST_SUMS = True
+"""The tensor cores keep a sum to its end in their own registers, which have fewer digits than
+float32. Otherwise it is added up in float32 every few products, which takes longer."""
 
 
 def layout(out_features: int, in_features: int) -> Layout:
@@ -56,7 +59,7 @@ def gradient(d_out: Tensor, values: Tensor, scales: Tensor, d_x: Tensor) -> None
 
 def _scaled_mm(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, out: Tensor) -> None:
     """Fill `out` [N, M] with a [N, sum], by rows, times b [sum, M], by columns."""
-    options: Any = {"scale_a": a_scales, "scale_b": b_scales, "use_fast_accum": True}
+    options: Any = {"scale_a": a_scales, "scale_b": b_scales, "use_fast_accum": FAST_SUMS}
     # With scales by row it puts out bfloat16 alone.
     if out.dtype == torch.bfloat16:
         torch._scaled_mm(a, b, out_dtype=out.dtype, out=out, **options)

@@ -187,3 +187,18 @@ def test_the_device_computes_what_the_reference_does(kind: str, num_rows: int) -
         expected, expected_d_x = x @ matrix.t(), d_out @ matrix
     assert (out - expected).norm() < 1e-2 * expected.norm()
     assert (d_x - expected_d_x).norm() < 1e-2 * expected_d_x.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("is_fast", [True, False])
+def test_long_sums_are_those_of_the_reference(
+    is_fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ttt.ops.frozen import float8
+
+    monkeypatch.setattr(float8, "FAST_SUMS", is_fast)
+    frozen = freeze(drawn(64, 8192, dtype=torch.bfloat16).cuda(), "float8")
+    x = drawn(200, 8192, seed=1, dtype=torch.bfloat16).cuda()
+    expected = reference.float8_product(x, frozen.values, frozen.scales)
+    assert (frozen_product(x, frozen) - expected).norm() < 1e-2 * expected.norm()
