@@ -89,6 +89,7 @@ def test_fast_forms_in_bfloat16_are_as_close_as_its_rounding(
     rule: str, super_chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(chunks, "SUPER_CHUNK_FRAMES", super_chunk)
+    monkeypatch.setattr(chunks, "WHOLE_FRAMES", super_chunk)
     torch.manual_seed(0)
     z = torch.randn(2, 300, 64).bfloat16()
     v, d_out = torch.randn(2, 300, 32).bfloat16(), torch.randn(2, 300, 32).bfloat16()

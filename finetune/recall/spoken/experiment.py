@@ -60,13 +60,13 @@ def run_arm(
     if model.ttt_layers:
         for key, other in (("reset", False), ("another_past", True)):
             result[key] = measure.without_the_past(model, held_out, preset, other=other)
+    if preset.num_free and not ARMS[name].is_full_attention:
+        result["free"], said = measure.free(model, held_out, text, preset.num_free)
+        save_file({"said": said.to(torch.int16)}, out / f"{name}_seed{seed}.said.safetensors")
     result["longer"] = {}
     for times in preset.longer(name):
         result["longer"][str(times)] = measure.longer(model, dataset.load(f"x{times}"))
         logger.info("%s, seed %d: measured at %d times the length", name, seed, times)
-    if preset.num_free and not ARMS[name].is_full_attention:
-        result["free"], said = measure.free(model, held_out, text, preset.num_free)
-        save_file({"said": said.to(torch.int16)}, out / f"{name}_seed{seed}.said.safetensors")
     result["train_sec"] = trained_at - started_at
     result["measure_sec"] = time.monotonic() - trained_at
     return result

@@ -71,7 +71,7 @@ class SpokenPreset:
     lr: float = 1e-3
     ttt_lr: float = 2e-3
     pct_start: float = 0.05
-    long_share: float = 0.2
+    long_share: float = 0.05
     answer_weight: float = 1.0
     emphasis: float = 3.0
     text_padding_weight: float = 0.2
@@ -134,7 +134,7 @@ def preset(name: Literal["cpu", "gpu"]) -> SpokenPreset:
             ttt={"start_layer": 1, "layer_frequency": 2},
             chunk_size=32,
             mini_batch_size=16,
-            num_steps=2000,
+            num_steps=1500,
             batch_size=32,
             audio_rows=8,
             num_free=64,

@@ -34,6 +34,9 @@ from ttt.ops.in_place.terms import accumulating_dtype
 SUPER_CHUNK_FRAMES = 2048
 """About the length of a super-chunk. Shorter, reading and writing S takes longer than computing it;
 longer, the dual form costs more than it saves."""
+WHOLE_FRAMES = 4096
+"""A sequence of so many frames is never cut. Super-chunks go row by row, and in small layers
+starting their kernels takes longer than the dual form of all rows together."""
 BLOCK_FRAMES = 256
 """At least this many frames at once in the dual form, for products that fill a GPU."""
 ROW_MULTIPLE = 8
@@ -133,7 +136,7 @@ def cut(
         raise ValueError(
             f"lag: must lie between 0 and chunk_size - 1 = {chunk_size - 1}, got {lag}"
         )
-    limit = max(SUPER_CHUNK_FRAMES, 3 * width * hidden // (width + hidden))
+    limit = max(WHOLE_FRAMES, 3 * width * hidden // (width + hidden))
     super_chunk = chunk_size * max(1, round(SUPER_CHUNK_FRAMES / chunk_size))
     block = chunk_size * max(1, BLOCK_FRAMES // chunk_size)
     whole = num_frames <= limit

@@ -18,6 +18,7 @@ def sizes(super_chunk: int, block: int) -> Iterator[None]:
     """Small super-chunks and blocks of rows, so that short sequences have many of them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chunks, "SUPER_CHUNK_FRAMES", super_chunk)
+        patch.setattr(chunks, "WHOLE_FRAMES", super_chunk)
         patch.setattr(chunks, "BLOCK_FRAMES", block)
         yield
 
