@@ -51,6 +51,8 @@ class SpokenPreset:
         long_share: of the steps, the last ones, whose talks are `data.long_times` as long, and so
             many times fewer in a batch. What is told has to outlast more of what is said after it.
         answer_weight: of the mean loss of the values that answer questions, beside the text's.
+        repeat_weight: of the mean loss of the values that Moshi repeats as they are told: what it
+            repeats wrongly when it speaks on its own, it believes itself.
         emphasis: weight of names and values in the text; other words have 1, padding 0.2.
         audio_weight: of the audio's loss.
         audio_rows: dialogues of a batch that the depth transformer learns from: it takes most
@@ -73,6 +75,7 @@ class SpokenPreset:
     pct_start: float = 0.05
     long_share: float = 0.05
     answer_weight: float = 1.0
+    repeat_weight: float = 1.0
     emphasis: float = 3.0
     text_padding_weight: float = 0.2
     audio_weight: float = 0.3

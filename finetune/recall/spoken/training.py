@@ -202,22 +202,27 @@ def compute_losses(
     weight = weights[targets]
     frames = answers[..., FRAME].clamp(min=0)
     asked = answers[..., FRAME] >= 0
+    is_repeated = asked & (answers[..., IS_REPEATED] == 1)
+    repeat_frames = answers[..., REPEATED].clamp(min=0)
     at_answers = nll.gather(1, frames)
     text_loss = (nll * weight).sum() / weight.sum()
-    answer_loss = (at_answers * asked).sum() / asked.sum().clamp(min=1)
     total = (
         text_loss
         + preset.audio_weight * audio.loss / audio.weight
-        + preset.answer_weight * answer_loss
+        + preset.answer_weight * _mean(at_answers, asked)
+        + preset.repeat_weight * _mean(nll.gather(1, repeat_frames), is_repeated)
     )
     is_word = weight >= 1
     words = (nll.detach() * is_word).sum() / is_word.sum()
     hits = logits.argmax(-1) == targets
-    repeated = hits.gather(1, answers[..., REPEATED].clamp(min=0)).long()
-    repeats = torch.where(asked & (answers[..., IS_REPEATED] == 1), repeated, -1)
+    repeats = torch.where(is_repeated, hits.gather(1, repeat_frames).long(), -1)
     right = hits.gather(1, frames)
     audio_loss = audio.nll / audio.count
     return Losses(total, text_loss, words, audio_loss, at_answers.detach(), right, asked, repeats)
+
+
+def _mean(values: Tensor, chosen: Tensor) -> Tensor:
+    return (values * chosen).sum() / chosen.sum().clamp(min=1)
 
 
 def _record(losses: Losses, answers: Tensor) -> dict[str, float]:
@@ -228,4 +233,5 @@ def _record(losses: Losses, answers: Tensor) -> dict[str, float]:
         "audio": losses.audio.item(),
         "moshi": losses.right[of_moshi].float().mean().item(),
         "user": losses.right[of_user].float().mean().item(),
+        "repeats": (losses.repeats[of_moshi] == 1).float().mean().item(),
     }
