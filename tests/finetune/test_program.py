@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from training_tools import (
     HANGS_WHILE_SAVING,
     KILLED_AFTER_STEP,
     PLAIN,
+    REPOSITORY,
     assert_same_weights,
     checkpoint,
     finish,
@@ -173,14 +175,20 @@ def test_a_signal_to_torchrun_saves_once(config: Path, tmp_path: Path) -> None:
 def test_a_repository_without_network_is_one_clear_message(
     config: Path, tmp_path: Path, network: dict[str, str]
 ) -> None:
-    run = start_program(
-        f"--config={config}",
-        f"--run_dir={tmp_path / 'run'}",
-        "--moshi_paths.hf_repo_id=kyutai/no-such-moshi",
-        environment={"HF_HOME": str(tmp_path / "hub"), **network},
+    words = [f"--config={config}", f"--run_dir={tmp_path / 'run'}"]
+    words += ["--moshi_paths.hf_repo_id=kyutai/no-such-moshi"]
+    # A fresh process: huggingface_hub reads them when it is imported.
+    done = subprocess.run(
+        [sys.executable, "train.py", *words],
+        cwd=REPOSITORY,
+        env={**os.environ, "HF_HOME": str(tmp_path / "hub"), **network},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=120,
     )
-    status, output = finish(run)
-    assert status == 1
+    output = done.stdout
+    assert done.returncode == 1
     assert "Traceback" not in output and "warning" not in output.lower()
     message = output.strip().splitlines()[-1]
     assert message.startswith("error: moshi_paths.hf_repo_id: 'kyutai/no-such-moshi'")
