@@ -237,7 +237,7 @@ def run_cases(
     programs = []
     for rank in range(num_processes):
         # What `torchrun` gives to each; it would have each import everything.
-        variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_processes}
+        variables: dict[str, Any] = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_processes}
         variables |= {"LOCAL_WORLD_SIZE": num_processes}
         variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         environment = {name: str(value) for name, value in variables.items()}
@@ -259,7 +259,7 @@ def finish(
 ) -> tuple[int, str]:
     """The exit status of a program, and what it has printed since it was last read."""
     output, _ = process.communicate(timeout=timeout_sec)
-    return process.returncode, output
+    return process.wait(), output
 
 
 def lines_until(process: "Program | subprocess.Popen[str]", text: str) -> Iterator[str]:

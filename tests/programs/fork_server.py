@@ -66,7 +66,7 @@ def _program(request: dict[str, Any], descriptors: list[int]) -> str:
         os.dup2(descriptor, number)
         os.close(descriptor)
     # Python's own know what the server's were: a file, where these are pipes.
-    sys.stdin = sys.__stdin__ = os.fdopen(0, closefd=False)  # type: ignore[misc, assignment]
+    sys.stdin = sys.__stdin__ = os.fdopen(0, closefd=False)  # type: ignore[misc]
     sys.stdout = sys.__stdout__ = _unbuffered(1)  # type: ignore[misc]
     sys.stderr = sys.__stderr__ = _unbuffered(2)  # type: ignore[misc]
     os.chdir(request["folder"])
@@ -79,7 +79,7 @@ def _program(request: dict[str, Any], descriptors: list[int]) -> str:
 def _unbuffered(descriptor: int) -> io.TextIOWrapper:
     """A standard stream as `python -u` makes it."""
     raw = os.fdopen(descriptor, "wb", buffering=0, closefd=False)
-    return io.TextIOWrapper(raw, errors="backslashreplace", write_through=True)  # type: ignore[arg-type]
+    return io.TextIOWrapper(raw, errors="backslashreplace", write_through=True)
 
 
 if __name__ == "__main__":
