@@ -177,7 +177,7 @@ def hang(self):
     time.sleep(600)
 Trainer.save = hang
 """
-_THEN_RUN = "import sys, runpy; sys.argv[0] = 'train.py'; " + (
+THEN_RUN = "import sys, runpy; sys.argv[0] = 'train.py'; " + (
     "runpy.run_path('train.py', run_name='__main__')"
 )
 
@@ -189,7 +189,7 @@ def start_program(
 
     `after` is code that runs first, in the same process: what the test does to the program.
     """
-    return Program(after + _THEN_RUN, *arguments, environment=environment)
+    return Program(after + THEN_RUN, *arguments, environment=environment)
 
 
 def torchrun(*arguments: str) -> "subprocess.Popen[str]":
@@ -231,17 +231,22 @@ def run_cases(
             ]
         )
     )
+    code = "import sys, run_cases; run_cases.main(sys.argv[1])"
+    return run_ranks(num_processes, code, file)
+
+
+def run_ranks(num_processes: int, code: str, *arguments: str | Path) -> str:
+    """Runs `code` in processes that know of each other as those of `torchrun` do, which would have
+    each import everything; what they print."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    code = "import sys, run_cases; run_cases.main(sys.argv[1])"
     programs = []
     for rank in range(num_processes):
-        # What `torchrun` gives to each; it would have each import everything.
         variables: dict[str, Any] = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_processes}
         variables |= {"LOCAL_WORLD_SIZE": num_processes}
         variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         environment = {name: str(value) for name, value in variables.items()}
-        programs.append(Program(code, file, environment=environment))
+        programs.append(Program(code, *arguments, environment=environment))
     outputs = []
     try:
         for program in programs:
