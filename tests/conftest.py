@@ -1,5 +1,6 @@
 """Before `moshi` is imported: it compiles small functions, which costs more than the tests do."""
 
+import gc
 import importlib
 import json
 import logging
@@ -16,6 +17,12 @@ import pytest
 os.environ["NO_TORCH_COMPILE"] = "1"
 # Two threads that wait for each other are many times slower than one where others work as well.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_finish() -> None:
+    """Leave out of every later garbage collection what is there for good: torch, and all tests."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

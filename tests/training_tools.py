@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Container, Iterator
@@ -13,6 +14,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 import yaml
 from data_tools import MIMI_CONFIG, tiny_mimi, tiny_tokenizer, write_dataset
+from forked import Program
 from helpers import moshi_like
 from moshi.models.lm import LMModel
 from safetensors.torch import load_file, save_file
@@ -175,32 +177,19 @@ def hang(self):
     time.sleep(600)
 Trainer.save = hang
 """
-_THEN_RUN = "sys.argv[0] = 'train.py'; runpy.run_path('train.py', run_name='__main__')"
-
-
-def _here() -> dict[str, str]:
-    """For programs that are not started from the repository's own folder: where they find it,
-    beside what the tests themselves were told."""
-    return {"PYTHONPATH": os.pathsep.join([".", os.environ.get("PYTHONPATH", "")])}
+THEN_RUN = "import sys, runpy; sys.argv[0] = 'train.py'; " + (
+    "runpy.run_path('train.py', run_name='__main__')"
+)
 
 
 def start_program(
     *arguments: str | Path, after: str = "", environment: dict[str, str] | None = None
-) -> "subprocess.Popen[str]":
+) -> Program:
     """`train.py` as a user starts it, on one thread and in a process group of its own.
 
     `after` is code that runs first, in the same process: what the test does to the program.
     """
-    command = ["-c", after + _THEN_RUN] if after else ["train.py"]
-    return subprocess.Popen(
-        [sys.executable, "-u", *command, *map(str, arguments)],
-        cwd=REPOSITORY,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | _here() | (environment or {}),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    return Program(after + THEN_RUN, *arguments, environment=environment)
 
 
 def torchrun(*arguments: str) -> "subprocess.Popen[str]":
@@ -242,33 +231,43 @@ def run_cases(
             ]
         )
     )
-    launch = ("--standalone", f"--nproc-per-node={num_processes}")
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            *launch,
-            "tests/programs/run_cases.py",
-            str(file),
-        ],
-        cwd=REPOSITORY,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | _here(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    code = "import sys, run_cases; run_cases.main(sys.argv[1])"
+    return run_ranks(num_processes, code, file)
 
 
-def finish(process: "subprocess.Popen[str]", *, timeout_sec: float = 120) -> tuple[int, str]:
+def run_ranks(num_processes: int, code: str, *arguments: str | Path) -> str:
+    """Runs `code` in processes that know of each other as those of `torchrun` do, which would have
+    each import everything; what they print."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    programs = []
+    for rank in range(num_processes):
+        variables: dict[str, Any] = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_processes}
+        variables |= {"LOCAL_WORLD_SIZE": num_processes}
+        variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment = {name: str(value) for name, value in variables.items()}
+        programs.append(Program(code, *arguments, environment=environment))
+    outputs = []
+    try:
+        for program in programs:
+            output, _ = program.communicate(timeout=300)
+            outputs.append(output)
+            assert program.returncode == 0, output
+    finally:
+        for program in programs:
+            program.kill()
+    return "".join(outputs)
+
+
+def finish(
+    process: "Program | subprocess.Popen[str]", *, timeout_sec: float = 120
+) -> tuple[int, str]:
     """The exit status of a program, and what it has printed since it was last read."""
     output, _ = process.communicate(timeout=timeout_sec)
-    return process.returncode, output
+    return process.wait(), output
 
 
-def lines_until(process: "subprocess.Popen[str]", text: str) -> Iterator[str]:
+def lines_until(process: "Program | subprocess.Popen[str]", text: str) -> Iterator[str]:
     """The lines that a program prints, up to and with the first that has `text`."""
     assert process.stdout is not None
     for line in process.stdout:

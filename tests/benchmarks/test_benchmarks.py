@@ -187,7 +187,7 @@ LOSSES = ["--model=tiny", "--device=cpu", "--batch=2", "--frames=60", "--rank=4"
     [
         ("float32", []),
         pytest.param("bfloat16", [], marks=pytest.mark.slow),
-        ("bfloat16", ["--full"]),
+        pytest.param("bfloat16", ["--full"], marks=pytest.mark.slow),
         pytest.param("float32", ["--base-precision=nf4"], marks=pytest.mark.slow),
         pytest.param("bfloat16", FLOAT8, marks=pytest.mark.slow),
     ],

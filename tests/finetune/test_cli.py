@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
+from training_tools import finish, start_program
 
 from finetune import cli, generate, inference
 from finetune.cli import main, run
@@ -20,18 +21,11 @@ ROOT = Path(__file__).parents[2]
 DIALOGUES = ROOT / "example/demo/dialogues"
 
 
-def command(*words: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
-
-
 @pytest.fixture(scope="module")
 def demo_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     """`example/demo.yaml`, a few steps of it, on short dialogues."""
     run_dir = tmp_path_factory.mktemp("demo") / "run"
-    done = command(
-        "train.py",
+    program = start_program(
         "--config=example/demo.yaml",
         f"--data.train_data={DIALOGUES / 'train.jsonl'}",
         f"--data.eval_data={DIALOGUES / 'eval.jsonl'}",
@@ -43,8 +37,9 @@ def demo_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
         "--batch_size=2",
         "--log_freq=1",
     )
-    assert done.returncode == 0, done.stderr
-    return run_dir, done.stdout
+    status, output = finish(program)
+    assert status == 0, output
+    return run_dir, output
 
 
 def test_training_says_what_it_does_and_learns(demo_run: tuple[Path, Any]) -> None:

@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,15 @@ from training_tools import (
     HANGS_WHILE_SAVING,
     KILLED_AFTER_STEP,
     PLAIN,
+    REPOSITORY,
+    THEN_RUN,
     assert_same_weights,
     checkpoint,
     finish,
     lines_until,
     logged,
     logged_steps,
+    run_ranks,
     saved_weights,
     start_program,
     torchrun,
@@ -125,15 +129,8 @@ def test_two_processes_are_one_with_the_double_batch(config: Path, tmp_path: Pat
         "ckpt_freq": 3,
     }
     overrides["data.cache_dir"] = tmp_path / "codes"
-    run = torchrun(
-        f"--config={config}",
-        f"--run_dir={tmp_path / 'two'}",
-        "--batch_size=2",
-        "--data.prefetch_steps=2",
-        *options(overrides),
-    )
-    status, output = finish(run)
-    assert status == 0, output
+    words = [f"--config={config}", f"--run_dir={tmp_path / 'two'}", "--batch_size=2"]
+    output = run_ranks(2, THEN_RUN, *words, "--data.prefetch_steps=2", *options(overrides))
     assert output.count("step 6/6") == 1, "only the first process reports"
     assert "4 a step on 2 x cpu" in output
     train(config, tmp_path / "one", {**overrides, "batch_size": 4})
@@ -161,25 +158,38 @@ def test_a_signal_to_torchrun_saves_once(config: Path, tmp_path: Path) -> None:
     assert checkpoint(tmp_path, last).is_dir()
 
 
+OFFLINE = "import huggingface_hub.constants; huggingface_hub.constants.HF_HUB_OFFLINE = True\n"
+"""What it makes of HF_HUB_OFFLINE=1 when it is imported."""
+
+
 @pytest.mark.parametrize(
     "network",
     [
-        {"HF_HUB_OFFLINE": "1"},
+        None,
+        pytest.param({"HF_HUB_OFFLINE": "1"}, marks=pytest.mark.slow),
         # huggingface_hub tries again and again, for 20 s a file.
         pytest.param({"HF_ENDPOINT": "http://127.0.0.1:9"}, marks=pytest.mark.slow),
     ],
-    ids=["switched off", "unreachable"],
+    ids=["switched off", "switched off outside", "unreachable"],
 )
 def test_a_repository_without_network_is_one_clear_message(
-    config: Path, tmp_path: Path, network: dict[str, str]
+    config: Path, tmp_path: Path, network: dict[str, str] | None
 ) -> None:
-    run = start_program(
-        f"--config={config}",
-        f"--run_dir={tmp_path / 'run'}",
-        "--moshi_paths.hf_repo_id=kyutai/no-such-moshi",
-        environment={"HF_HOME": str(tmp_path / "hub"), **network},
-    )
-    status, output = finish(run)
+    words = [f"--config={config}", f"--run_dir={tmp_path / 'run'}"]
+    words += ["--moshi_paths.hf_repo_id=kyutai/no-such-moshi"]
+    if network is None:
+        status, output = finish(start_program(*words, after=OFFLINE))
+    else:
+        done = subprocess.run(
+            [sys.executable, "train.py", *words],
+            cwd=REPOSITORY,
+            env={**os.environ, "HF_HOME": str(tmp_path / "hub"), **network},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=120,
+        )
+        status, output = done.returncode, done.stdout
     assert status == 1
     assert "Traceback" not in output and "warning" not in output.lower()
     message = output.strip().splitlines()[-1]

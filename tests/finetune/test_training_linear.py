@@ -31,12 +31,13 @@ LINEAR: dict[str, Any] = {
     "param_dtype": "float32",
     "optim.ttt_lr": 3e-2,
 }
+LOSSES_ALONE: dict[str, Any] = {**LINEAR, "max_steps": 3, "do_ckpt": False}
 
 
 @pytest.fixture(scope="module")
 def baseline(config: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     run_dir = tmp_path_factory.mktemp("baseline") / "run"
-    train(config, run_dir, LINEAR)
+    train(config, run_dir, LOSSES_ALONE)
     return logged(run_dir)
 
 
@@ -55,7 +56,7 @@ def baseline(config: Path, tmp_path_factory: pytest.TempPathFactory) -> list[flo
 def test_an_option_changes_the_run(
     config: Path, tmp_path: Path, baseline: list[float], option: str, value: str | float
 ) -> None:
-    train(config, tmp_path, {**LINEAR, option: value})
+    train(config, tmp_path, {**LOSSES_ALONE, option: value})
     assert logged(tmp_path) != baseline
 
 
@@ -65,7 +66,7 @@ def test_an_option_changes_the_run(
 def test_what_is_kept_for_the_backward_pass_changes_nothing(
     config: Path, tmp_path: Path, baseline: list[float], option: str, value: int
 ) -> None:
-    train(config, tmp_path, {**LINEAR, option: value})
+    train(config, tmp_path, {**LOSSES_ALONE, option: value})
     assert logged(tmp_path) == pytest.approx(baseline, rel=1e-6)
 
 
@@ -73,11 +74,12 @@ def test_rope_changes_the_losses_from_the_second_step_on(
     config: Path, tmp_path: Path, baseline: list[float]
 ) -> None:
     """The first is that of the model without TTT, and the output projection's gradient."""
-    train(config, tmp_path / "rope", {**LINEAR, "ttt.use_rope": True})
+    rope_on = {**LOSSES_ALONE, "ttt.use_rope": True}
+    train(config, tmp_path / "rope", rope_on)
     rope = logged(tmp_path / "rope")
     assert rope[0] == baseline[0]
     assert all(a != b for a, b in zip(rope[1:], baseline[1:], strict=True))
-    train(config, tmp_path / "fast", {**LINEAR, "ttt.use_rope": True, "ttt.rope_theta": 10.0})
+    train(config, tmp_path / "fast", {**rope_on, "ttt.rope_theta": 10.0})
     assert logged(tmp_path / "fast")[1:] != rope[1:]
 
 

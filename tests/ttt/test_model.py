@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -20,6 +20,7 @@ from helpers import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from moshi.models.lm import LMGen, LMModel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ttt import TTTArgs, TTTLMModel, build_model, measuring, ops, state_bytes, ttt_parameters
 from ttt.registry import METHODS
@@ -88,6 +89,23 @@ def every_method(test: Any) -> Any:
     """Run an invariant for each of `ARGS`; a new method is tested by being added there."""
     INVARIANTS.append(test)
     return each_of(ARGS)(test)
+
+
+def test_on_meta_nothing_is_drawn() -> None:
+    """There is nothing to fill, and of a Moshi 7B it took most of the time."""
+
+    class Drawn(TorchDispatchMode):
+        names: ClassVar[list[str]] = []
+
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            self.names.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Drawn() as drawn:
+        build_model(tiny_lm_kwargs(), tiny_args(), device="meta")
+    assert drawn.names and not [n for n in drawn.names if "normal" in n or "uniform" in n]
 
 
 def test_every_method_is_tested() -> None:

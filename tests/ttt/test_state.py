@@ -1,13 +1,12 @@
 """A stream's state: saved in mid-chunk, restored elsewhere, cleared for some rows."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forked import Program
 from helpers import (
     random_codes,
     tiny_args,
@@ -58,15 +57,10 @@ def run_and_save(folder: str) -> None:
 def saved_states(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The states that a killed process has left, a file for each rule."""
     folder = tmp_path_factory.mktemp("states")
-    root = Path(__file__).parents[2]
-    code = f"import test_state; test_state.run_and_save({str(folder)!r})"
-    process = subprocess.Popen(
-        [sys.executable, "-c", code],
-        cwd=Path(__file__).parent,
-        env={**os.environ, "PYTHONPATH": f".:{root}:{root / 'tests'}"},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
+    here = Path(__file__).parent
+    process = Program(
+        f"import sys; sys.path[:0] = [{str(here)!r}, {str(here.parent)!r}]\n"
+        f"import test_state; test_state.run_and_save({str(folder)!r})"
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "saved\n"

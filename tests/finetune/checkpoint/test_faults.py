@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import Program
 from training_tools import (
     FULL,
     REPOSITORY,
@@ -40,9 +41,7 @@ def options(**overrides: Any) -> list[Any]:
     return [f"--{key}={value}" for key, value in overrides.items()]
 
 
-def start(
-    config: Path, run_dir: Path, overrides: dict[str, Any], **kwargs: Any
-) -> subprocess.Popen[str]:
+def start(config: Path, run_dir: Path, overrides: dict[str, Any], **kwargs: Any) -> Program:
     return start_program(f"--config={config}", *options(run_dir=run_dir, **overrides), **kwargs)
 
 

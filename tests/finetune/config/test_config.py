@@ -426,11 +426,27 @@ def every_key() -> Iterator[Any]:
         yield from walk(path, yaml.safe_load(path.read_text()))
 
 
-@settings(max_examples=400, deadline=None)
-@given(place=st.sampled_from([*every_key()]), value=HOSTILE)
+any_value_at_any_key = given(place=st.sampled_from([*every_key()]), value=HOSTILE)
+
+
+@settings(max_examples=100, deadline=None)
+@any_value_at_any_key
 def test_any_value_at_any_key_is_a_configuration_or_one_message(
     tmp_path_factory: pytest.TempPathFactory, place: Any, value: Any
 ) -> None:
+    read_with(tmp_path_factory, place, value)
+
+
+@pytest.mark.slow
+@settings(max_examples=1000, deadline=None)
+@any_value_at_any_key
+def test_any_of_many_values_is_a_configuration_or_one_message(
+    tmp_path_factory: pytest.TempPathFactory, place: Any, value: Any
+) -> None:
+    read_with(tmp_path_factory, place, value)
+
+
+def read_with(tmp_path_factory: pytest.TempPathFactory, place: Any, value: Any) -> None:
     path, (*way, last) = place
     content = copy.deepcopy(parsed(path))
     section = content

@@ -5,8 +5,6 @@ import logging
 import os
 import signal
 import struct
-import subprocess
-import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +14,7 @@ import pytest
 import soundfile
 import torch
 from data_tools import speech_like, tiny_codec, write_jsonl, write_recording
+from forked import Program
 
 from finetune.config import DataArgs
 from finetune.data import build_eval_loader, build_train_loader
@@ -296,16 +295,9 @@ def test_workers_leave_signals_to_the_trainer_and_end_with_it(tmp_path: Path) ->
         raise SystemExit("the end, without close()")
         """
     )
-    root, here = Path(__file__).parents[3], Path(__file__).parent
-    places = [root, root / "tests", here]
-    process = subprocess.Popen(
-        [sys.executable, "-c", program],
-        env=os.environ | {"PYTHONPATH": ":".join(map(str, places)), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    here = Path(__file__).parent
+    places = [str(here.parents[1]), str(here)]
+    process = Program(f"import sys; sys.path[:0] = {places}\n{program}", stderr_apart=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     os.killpg(process.pid, signal.SIGINT)

@@ -30,6 +30,7 @@ from training_tools import (
 from finetune.config import DataArgs, ParallelArgs, TrainArgs, load_config
 from finetune.data import build_train_loader
 from finetune.distributed import Sharding, World, shard_size
+from finetune.distributed.sharding import whole
 from finetune.distributed.world import build_mesh
 from finetune.errors import UserError
 from finetune.model import find_checkpoint, load_model
@@ -48,17 +49,19 @@ COMMON: dict[str, Any] = {
     "text_padding_weight": 0.3,
 }
 LINEAR: dict[str, Any] = {"ttt.method": "linear", "ttt.mini_batch_size": 5}
-COMPILED: dict[str, Any] = {"compile": True, "gradient_checkpointing": True}
+CHECKPOINTED: dict[str, Any] = {"gradient_checkpointing": True}
 CASES: dict[str, Any] = {
     "lora, in-place": {**LORA, "lora.ft_embed": True, "num_microbatches": 2},
-    "lora, delta": {**LORA, "ttt.write": "delta", "save_adapters": False, **COMPILED},
+    "lora, delta": {**LORA, "ttt.write": "delta", "save_adapters": False, **CHECKPOINTED},
     "lora, replicas": {**LORA, "parallel.shard_size": 1},
     "lora, nf4": {**LORA, "base_precision": "nf4", "num_microbatches": 2},
-    "full, in-place": {**FULL, "gradient_checkpointing": True, "num_microbatches": 2},
-    "full, linear": {**FULL, **LINEAR, **COMPILED, "gradient_checkpointing": "selective"},
+    "full, in-place": {**FULL, **CHECKPOINTED, "num_microbatches": 2},
+    "full, linear": {**FULL, **LINEAR, "gradient_checkpointing": "selective"},
     "full, mlp": {**FULL, **LINEAR, "ttt.method": "mlp"},
     "full, random": {**FULL, "moshi_paths.random_init": True},
 }
+COMPILED = ("lora, delta", "full, linear")
+"""Of these cases, those that are also compiled."""
 PAIRS: dict[str, Any] = {"pairs, replicas": 1, "pairs, sharded": 2}
 RESUMED: dict[str, Any] = {**FULL, **COMMON, "max_steps": 6, "ckpt_freq": 2}
 
@@ -68,13 +71,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("sharded")
 
 
+def run_on_two(folder: Path, config: Path, runs: dict[Path, Any]) -> str:
+    runs = {run: {"parallel.shard_size": 2, **o, "batch_size": 2} for run, o in runs.items()}
+    return run_cases(folder, config, 2, runs)
+
+
 @pytest.fixture(scope="module")
 def two(folder: Path, config: Path) -> str:
     """Runs on two processes, each of which has half of the model, if nothing else is said."""
     runs = {folder / name: {**COMMON, **overrides} for name, overrides in CASES.items()}
     runs[folder / "two"] = RESUMED
-    runs = {run: {"parallel.shard_size": 2, **o, "batch_size": 2} for run, o in runs.items()}
-    output = run_cases(folder, config, 2, runs)
+    output = run_on_two(folder, config, runs)
     # Two processes saved step 2, and no later one.
     shutil.copytree(checkpoint(folder / "two", 2), checkpoint(folder / "four", 2))
     shutil.copy(folder / "two/args.yaml", folder / "four/args.yaml")
@@ -120,8 +127,20 @@ def assert_same_runs(one: Path, other: Path, last_step: int) -> None:
 def test_two_processes_are_one(
     config: Path, tmp_path: Path, folder: Path, two: str, name: str
 ) -> None:
-    train(config, tmp_path, {**COMMON, **CASES[name], "compile": False, "batch_size": 4})
+    train(config, tmp_path, {**COMMON, **CASES[name], "batch_size": 4})
     assert_same_runs(folder / name, tmp_path, 4)
+
+
+@pytest.mark.slow
+def test_two_processes_that_compile_are_one(config: Path, tmp_path: Path) -> None:
+    """Compilation takes most of a minute; what sharded layers compile to is tested below."""
+    cases = {name: {**COMMON, **CASES[name]} for name in COMPILED}
+    run_on_two(
+        tmp_path, config, {tmp_path / name: {**o, "compile": True} for name, o in cases.items()}
+    )
+    for name, overrides in cases.items():
+        train(config, tmp_path / f"{name}, one", {**overrides, "batch_size": 4})
+        assert_same_runs(tmp_path / name, tmp_path / f"{name}, one", 4)
 
 
 def test_what_a_sharded_model_says_is_not_checked_and_the_log_says_so(
@@ -148,13 +167,15 @@ def alone(tmp_path: Path) -> Iterator[World]:
 def test_sharded_layers_share_what_is_compiled(
     alone: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As those that are not sharded do; but for the first, whose input may need no gradient."""
+    """As those that are not sharded do; but for the first, whose input may need no gradient. They
+    compute the same."""
     monkeypatch.setattr(execution, "BACKEND", "aot_eager")
     weights = LossWeights(text_padding=0.3, first_codebook=1.0)
     graphs = torch._dynamo.utils.counters["stats"]
     counts: list[Any] = []
-    for is_sharded in (False, True):
-        for num_layers in (5, 9):
+    found: dict[Any, Any] = {}
+    for is_sharded, sizes in ((False, (5,)), (True, (5, 9))):
+        for num_layers in sizes:
             torch._dynamo.reset()
             execution._compiled.cache_clear()
             before = graphs["unique_graphs"]
@@ -165,11 +186,21 @@ def test_sharded_layers_share_what_is_compiled(
                 sharding = Sharding.build(alone, torch.float32)
                 for _, part in sharding.parts(model):
                     sharding.cut(part)
-            for seed in range(2):
-                codes = random_codes(num_frames=12, seed=seed)
-                accumulate_gradients(model, [codes], weights, alone)
+            codes = [random_codes(num_frames=12, seed=seed) for seed in range(2)]
+            losses = [accumulate_gradients(model, [each], weights, alone) for each in codes]
+            found[is_sharded, num_layers] = (
+                losses,
+                {
+                    name: whole(parameter.grad)
+                    for name, parameter in model.named_parameters()
+                    if parameter.grad is not None
+                },
+            )
             counts.append(graphs["unique_graphs"] - before)
     assert len(set(counts)) == 1, counts
+    (losses, gradients), (expected_losses, expected) = found[True, 5], found[False, 5]
+    assert losses == [pytest.approx(each, rel=1e-6) for each in expected_losses]
+    torch.testing.assert_close(gradients, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_what_two_processes_saved_four_continue(folder: Path, one: Path, four: str) -> None:

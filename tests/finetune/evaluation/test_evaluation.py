@@ -20,6 +20,7 @@ from data_tools import (
     write_recording,
 )
 from helpers import DELAYS, random_codes, tiny_args, tiny_model
+from matplotlib.figure import Figure
 from test_evaluation_streaming import InMemory
 from training_tools import checkpoint, train, trainer, write_model
 
@@ -58,6 +59,15 @@ from finetune.step import LossWeights
 from ttt import TTTArgs, TTTLMModel, block_streaming
 
 CARD, TEXT_CARD = 20, 30
+LOOKED_AT = ("test_a_report_that_stands_alone", "test_of_recordings_without_an_update")
+"""Tests whose pictures are drawn: one with all there can be, and one with hardly anything."""
+
+
+@pytest.fixture(autouse=True)
+def _pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave figures undrawn, which takes most of a small evaluation; they are made all the same."""
+    if not request.node.name.startswith(LOOKED_AT):
+        monkeypatch.setattr(Figure, "savefig", lambda self, target, **_: target.write("<svg/>"))
 
 
 # --- known answers --------------------------------------------------------------------------------

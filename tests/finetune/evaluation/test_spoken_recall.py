@@ -13,8 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from moshi.models.lm import LMModel
-from safetensors.torch import save_file
 from training_tools import checkpoint, train, write_model
 
 from finetune.cli import main
@@ -248,23 +246,15 @@ def test_on_a_gpu_all_arms_are_heard(with_ttt: Path, tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def demo_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demonstration's model as a stock checkpoint, without TTT, with random weights."""
-    folder = tmp_path_factory.mktemp("demo") / "model"
-    shutil.copytree(DEMO, folder)
-    config = json.loads((folder / "config.json").read_text())
-    names = {key: config.pop(key) for key in [*config] if key.endswith(("_name", "_type"))}
-    torch.manual_seed(0)
-    model = LMModel(device="cpu", dtype=torch.float32, **config)
-    save_file(model.state_dict(), folder / "model.safetensors")
-    (folder / "config.json").write_text(
-        json.dumps(config | names | {"moshi_name": "model.safetensors"})
-    )
-    return folder
+def stock_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A stock checkpoint, without TTT, with random weights, that can spell every word."""
+    model = write_model(tmp_path_factory.mktemp("stock") / "model", text_card=500)
+    shutil.copy(DEMO / "tokenizer.model", model)
+    return model
 
 
 def test_a_stock_model_says_to_files_what_it_says_in_an_evaluation(
-    demo_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    stock_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """From recall-audio through generate to recall-score, and no recordings anywhere."""
     greedy = ["--temperature=0", "--text_temperature=0"]
@@ -272,12 +262,12 @@ def test_a_stock_model_says_to_files_what_it_says_in_an_evaluation(
     given = [word.replace("--recall_", "--") for word in SHORT]
     assert call("recall-audio", talks, "--seed=5", *given) == 0
     answer = ["--input_dir", talks, "--input_name=input.wav", "--device=cpu", *greedy]
-    assert call("generate", f"--checkpoint={demo_model}", *answer) == 0
+    assert call("generate", f"--checkpoint={stock_model}", *answer) == 0
     assert call("recall-score", talks, f"--out={tmp_path / 'scores.json'}") == 0
     scores = json.loads((tmp_path / "scores.json").read_text())
 
     words = [*SHORT, *(word.replace("--", "--recall_") for word in greedy)]
-    assert evaluate(demo_model, tmp_path / "out", *words) == 0
+    assert evaluate(stock_model, tmp_path / "out", *words) == 0
     assert "as the arm `off`" in capsys.readouterr().out
     results = json.loads((tmp_path / "out/results.json").read_text())["spoken_recall"]
     assert [*results["arms"]] == ["off"] and results["differences"] == []

@@ -4,7 +4,6 @@ import os
 import pty
 import re
 import socket
-import subprocess
 import sys
 import textwrap
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+from forked import Program
 
 from finetune.errors import UserError
 from finetune.monitoring import (
@@ -144,29 +144,28 @@ def wandb_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "home"
 
 
-def run_python(code: str, *arguments: Any, **environment: Any) -> subprocess.CompletedProcess[str]:
-    """Run `code` in a process of its own, without a terminal."""
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
-        cwd=ROOT,
-        env=os.environ | environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+def run_python(code: str, *arguments: Any, **environment: Any) -> tuple[int, str, str]:
+    """Run `code` in a process of its own, without a terminal: exit status, output, errors."""
+    words = map(str, arguments)
+    process = Program(textwrap.dedent(code), *words, environment=environment, stderr_apart=True)
+    output, errors = process.communicate(timeout=120)
+    return process.wait(), output, errors
+
+
+FINDS_TERMINAL = """
+import importlib, sys, finetune.monitoring
+importlib.reload(sys.modules["finetune.monitoring.console"])  # rich looks when a console is made
+"""
 
 
 def run_on_terminal(code: str, *arguments: Any, **environment: Any) -> tuple[int, str]:
     """Run `code` on a pseudo-terminal: exit status and all that it wrote."""
     main_end, terminal = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
-        cwd=ROOT,
-        env=os.environ | {"TERM": "xterm", "COLUMNS": "100"} | environment,
-        stdin=terminal,
-        stdout=terminal,
-        stderr=terminal,
+    process = Program(
+        FINDS_TERMINAL + textwrap.dedent(code),
+        *map(str, arguments),
+        environment={"TERM": "xterm", "COLUMNS": "100"} | environment,
+        terminal=terminal,
     )
     os.close(terminal)
     written = b""
@@ -202,9 +201,9 @@ WANDB_RUN = """
 def test_wandb_offline_works_and_the_key_is_nowhere(tmp_path: Path, wandb_home: Path) -> None:
     run_dir = tmp_path / "run"
     # The key is on the command line too, which wandb saves with a run.
-    process = run_python(WANDB_RUN, run_dir, KEY)
-    assert process.returncode == 0, process.stderr
-    sync_from = re.findall(r"wandb sync (\S+)", process.stdout)
+    status, output, errors = run_python(WANDB_RUN, run_dir, KEY)
+    assert status == 0, errors
+    sync_from = re.findall(r"wandb sync (\S+)", output)
     assert len(sync_from) == 2 and all(list(Path(p).glob("*.wandb")) for p in sync_from)
     run_id = (run_dir / "wandb_run_id").read_text().strip()
     assert len(list(run_dir.glob(f"wandb/offline-run-*/run-{run_id}.wandb"))) == 2
@@ -212,7 +211,7 @@ def test_wandb_offline_works_and_the_key_is_nowhere(tmp_path: Path, wandb_home: 
     everything = [p for top in (run_dir, wandb_home) for p in top.rglob("*") if p.is_file()]
     assert len(everything) > 5
     assert [p for p in everything if KEY.encode() in p.read_bytes()] == []
-    assert KEY not in process.stdout + process.stderr
+    assert KEY not in output + errors
 
 
 def test_wandb_without_network_is_one_message(tmp_path: Path, wandb_home: Path) -> None:
@@ -274,7 +273,7 @@ CONSOLE_RUN = """
 
 def test_in_a_pipe_lines_are_plain() -> None:
     # FORCE_COLOR, which CI services like to set, must not bring the bar into a file.
-    out = run_python(CONSOLE_RUN, FORCE_COLOR="1").stdout
+    out = run_python(CONSOLE_RUN, FORCE_COLOR="1")[1]
     assert ESCAPE not in out and "\r" not in out
     lines = [re.sub(r"^\d\d:\d\d:\d\d ", "", line) for line in out.splitlines()]
     assert lines == [
@@ -298,7 +297,7 @@ def test_on_a_terminal_the_bar_is_live() -> None:
 
 
 def test_other_ranks_only_warn_and_say_who_they_are() -> None:
-    out = run_python(
+    _, out, _ = run_python(
         """
         import logging
         from finetune.monitoring.console import Progress, setup_logging
@@ -309,7 +308,7 @@ def test_other_ranks_only_warn_and_say_who_they_are() -> None:
             progress.update(1, {"loss": 1.0})
             progress.message("done")
         """
-    ).stdout
+    )
     assert re.fullmatch(r"\d\d:\d\d:\d\d \[rank 3\] warning: hot\n", out)
 
 

@@ -3,14 +3,13 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from forked import COMMAND, Program
 from recordings_tools import add, call, findings_of, speech
 
 from finetune.data.inspection.findings import Inspection
@@ -81,19 +80,16 @@ def test_a_file_that_cannot_be_kept_is_a_warning(
 def test_stopped_and_called_again_it_goes_on(tmp_path: Path) -> None:
     for number in range(400):
         add(tmp_path, f"{number:03}", speech(number, 2.0))
-    words = [sys.executable, "-m", "finetune", "data", "check", str(tmp_path / "data.jsonl")]
     kept = tmp_path / ".data.jsonl.checked"
-    process = subprocess.Popen(
-        words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
-    )
+    process = Program(COMMAND, "data", "check", tmp_path / "data.jsonl", stderr_apart=True)
     deadline = time.monotonic() + 120
     while not (kept.exists() and kept.read_bytes().count(b"\n") > 5):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and b"stopped by SIGINT" in errors, errors
-    assert b"Traceback" not in errors
+    assert process.returncode == 130 and "stopped by SIGINT" in errors, errors
+    assert "Traceback" not in errors
     num_kept = _num_results(kept)
     assert 5 <= num_kept < 400
     assert call("data", "check", tmp_path / "data.jsonl", "--workers=1") == 0

@@ -1,10 +1,7 @@
 """Processes that do one job for each of many recordings."""
 
-import subprocess
-import sys
-from pathlib import Path
+from forked import Program
 
-ROOT = Path(__file__).parents[3]
 WITH_GARBAGE = """
 import gc, av, numpy as np
 from finetune.recordings.work import do_all
@@ -27,8 +24,5 @@ print(sorted(done.result for done in do_all(job, range(4), title="", workers=2))
 
 def test_workers_do_not_free_what_is_of_the_process_that_forked_them() -> None:
     """FFmpeg frees a filter by joining its threads, which a fork has not."""
-    done = subprocess.run(
-        [sys.executable, "-c", WITH_GARBAGE],
-        cwd=ROOT, capture_output=True, text=True, timeout=100,
-    )  # fmt: skip
-    assert done.stdout == "[0, 1, 2, 3]\n", done.stderr
+    output, errors = Program(WITH_GARBAGE, stderr_apart=True).communicate(timeout=100)
+    assert output == "[0, 1, 2, 3]\n", errors

@@ -1,11 +1,9 @@
 """`moshi-ttt generate`: recordings in, answers out."""
 
 import json
-import os
 import re
 import signal
 import struct
-import subprocess
 import sys
 import urllib.request
 from collections import Counter
@@ -17,6 +15,7 @@ import pytest
 import soundfile
 import torch
 from data_tools import speech_like, tiny_tokenizer
+from forked import COMMAND, Program
 from moshi.modules.transformer import StreamingMultiheadAttention
 from training_tools import checkpoint, train, write_model
 
@@ -323,12 +322,8 @@ def test_more_conversations_than_memory_are_one_message(
 def test_the_server_is_a_command_that_ends_when_it_is_asked_to(
     trained: Path, tmp_path: Path
 ) -> None:
-    environment: dict[str, Any] = {**os.environ, "OMP_NUM_THREADS": "1", "NO_TORCH_COMPILE": "1"}
-    code = "from finetune.cli import main; main()"
     words = ["serve", f"--checkpoint={trained}", "--port=0", "--max_users=2", "--device=cpu"]
-    start = [sys.executable, "-c", code]
-    streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    process = subprocess.Popen([*start, *words], cwd=ROOT, env=environment, **streams)
+    process = Program(COMMAND, *words)
     lines: list[Any] = []
     assert process.stdout is not None
     for line in process.stdout:
@@ -340,10 +335,10 @@ def test_the_server_is_a_command_that_ends_when_it_is_asked_to(
     with urllib.request.urlopen(f"{url}/health") as answer:
         assert json.load(answer) == {"status": "ok"}
     port = url.rsplit(":", 1)[1]
-    second = [*start, *words[:2], f"--port={port}"]
-    done = subprocess.run(second, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.count("\n") == 2
-    assert f"127.0.0.1:{port} cannot be listened on" in done.stderr
+    second = Program(COMMAND, *words[:2], f"--port={port}", stderr_apart=True)
+    _, errors = second.communicate(timeout=60)
+    assert second.returncode == 1 and errors.count("\n") == 2
+    assert f"127.0.0.1:{port} cannot be listened on" in errors
     process.send_signal(signal.SIGTERM)
     rest, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and "stopped" in rest and "Traceback" not in rest

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from forked import COMMAND, Program
 from training_tools import PLAIN, checkpoint, logged_steps, saved_weights
 
 from finetune.cli import main
@@ -224,15 +225,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(
 ) -> None:
     path = write({"one": {"max_steps": 1_000_000}, "two": None})
     plan = load_sweep(path)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "finetune", "sweep", str(path)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    process = Program(COMMAND, "sweep", path)
     log = tmp_path / "sweep/one.log"
     assert process.stdout is not None
     assert "tail -f" in next(line for line in process.stdout if "running" in line)

@@ -321,9 +321,17 @@ def test_what_is_kept_for_the_backward_pass_changes_nothing(
 def test_compiled_layers_compute_the_same(
     name: str, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As traced; what inductor makes of it is for the tests on a GPU."""
+    """As traced, and without comment; what inductor makes of it is for the tests on a GPU."""
     monkeypatch.setattr(execution, "BACKEND", "aot_eager")
     monkeypatch.setattr(execution, "MIN_KEPT_WIDTH", 16)
+    torch._dynamo.reset()
+    execution._compiled.cache_clear()
+    torch._higher_order_ops.wrap.warning_once.cache_clear()
+    records: list[Any] = []
+    handler = logging.Handler()
+    handler.emit = records.append  # type: ignore[assignment, method-assign]
+    log = logging.getLogger("torch._higher_order_ops.wrap")
+    log.addHandler(handler)
     codes = random_codes(num_frames=30)
     results = [
         loss_and_gradients(
@@ -333,6 +341,8 @@ def test_compiled_layers_compute_the_same(
         )
         for compile in (False, True)
     ]
+    log.removeHandler(handler)
+    assert not records
     assert_same(results[1], results[0], rtol=1e-12)
 
 
@@ -413,24 +423,6 @@ def test_sequences_of_many_lengths_train_in_one_process(monkeypatch: pytest.Monk
         weights = blocks.layer_of(model.transformer.layers[0]).mlp
         assert weights is not None
         model.execution.layer(blocks.project, x, weights.inward).sum().backward()
-
-
-def test_selective_checkpointing_is_compiled_without_comment(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(execution, "BACKEND", "aot_eager")
-    torch._dynamo.reset()
-    execution._compiled.cache_clear()
-    log = logging.getLogger("torch._higher_order_ops.wrap")
-    torch._higher_order_ops.wrap.warning_once.cache_clear()
-    records: list[Any] = []
-    handler = logging.Handler()
-    handler.emit = records.append  # type: ignore[assignment, method-assign]
-    log.addHandler(handler)
-    model = prepared(PLAIN, lora=False, compile=True, checkpointing="selective")
-    loss_and_gradients(model, random_codes(num_frames=12), with_heads=False)
-    log.removeHandler(handler)
-    assert not records
 
 
 UNCOVERED: dict[str, Any] = {
