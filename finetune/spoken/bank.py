@@ -14,8 +14,7 @@ from finetune.spoken import texts
 from finetune.spoken.facts import ACKNOWLEDGMENTS, CUE, KINDS, NAMES, Fact
 from finetune.spoken.speech import Voice, Word, synthesize
 
-MOSHI_VOICE = Voice("en-us+m2", pitch=45, words_per_min=160)
-"""Of the voices that a recognizer understands best, the one that the codec blurs least."""
+MOSHI_VOICE = Voice("en-us+f3", pitch=55, words_per_min=160)
 USER_VOICES: tuple[Voice, ...] = (
     Voice("en-us+m3", pitch=45, words_per_min=160),
     Voice("en-us+m1", pitch=38, words_per_min=170),

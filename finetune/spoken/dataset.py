@@ -82,9 +82,17 @@ class Dataset:
 
 
 def build_dataset(
-    folder: Path, args: DatasetArgs, device: torch.device, *, workers: int
+    folder: Path,
+    args: DatasetArgs,
+    device: torch.device,
+    *,
+    workers: int,
+    tokenizer: bytes | None = None,
 ) -> Dataset:
     """Speak, encode and recombine dialogues, unless they are in the folder already.
+
+    Args:
+        tokenizer: a sentencepiece model, of a model that has one; None: one is trained.
 
     Raises:
         UserError: espeak-ng is not installed, the folder cannot be written, or the codec of the
@@ -97,7 +105,7 @@ def build_dataset(
         logger.info("the dialogues are in %s already", folder)
         return dataset
     started_at = time.monotonic()
-    write_whole(folder / "tokenizer.model", train_tokenizer(args.bank))
+    write_whole(folder / "tokenizer.model", tokenizer or train_tokenizer(args.bank))
     codec = open_codec(device)
     bank = Bank(args.bank, workers=workers)
     logger.info("%d utterances spoken, %.0f s", len(bank.words), time.monotonic() - started_at)

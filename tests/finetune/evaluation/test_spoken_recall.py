@@ -174,7 +174,7 @@ def test_the_truth_the_queue_and_silence_are_told_apart(
     assert found["arms"]["off"]["outcomes"]["told"] == 12 - sum(oldest)
     assert (found["num_talks"], found["num_unhealthy"]) == (4, 0)
     said = capsys.readouterr().out
-    assert "- TTT on: the right value in 1.00 [0.51, 1.00] of 12 questions, 10 s to 60 s" in said
+    assert "- TTT on: the right value in 1.00 [0.51, 1.00] of 12 questions, 10 s to 1 min" in said
     assert "TTT on against TTT reset before the question: +1.00 [+0.51, +1.00], better." in said
     page = (out / "report.html").read_text()
     assert "<h2>Spoken recall</h2>" in page and page.count("<svg") == 1

@@ -1,0 +1,84 @@
+"""Teach the shipped model a cue, on a CPU: what Moshi repeats, and what it does not.
+
+    python research/learn_the_cue.py --start OLD --out runs/recall/cue
+    python research/memory_model.py --runs runs/recall/cue --out example/memory
+
+`example/memory` was first trained on dialogues in which nothing told whether Moshi would repeat a
+fact. Speaking on its own it repeated many at will, over the user's next words. Some steps on
+dialogues with the cue mend that. `moshi-ttt recall --variant spoken` has it from the start.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from finetune.monitoring import setup_logging
+from finetune.recall.spoken import training
+from finetune.recall.spoken.presets import SpokenPreset, Stage, preset
+from finetune.spoken import build_dataset
+
+ARM, SEED = "delta_hidden", 0
+
+
+def small(steps: int) -> SpokenPreset:
+    """Return the preset with fewer dialogues, which a CPU encodes in some minutes."""
+    chosen = preset("gpu")
+    data = dataclasses.replace(
+        chosen.data,
+        bank=dataclasses.replace(chosen.data.bank, num_fillers=(160, 60)),
+        num_spoken=420,
+        num_train=4000,
+        num_long=8,
+        num_eval=64,
+        lengths={},
+    )
+    sizes = {"num_steps": steps, "batch_size": 8, "audio_rows": 2}
+    return dataclasses.replace(chosen, data=data, dtype="float32", **sizes)  # type: ignore[arg-type]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--start", type=Path, required=True, help="the checkpoint's folder")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=220)
+    parser.add_argument("--lr", type=float, default=3e-4, help="of TTT parameters: twice that")
+    args = parser.parse_args(argv)
+    setup_logging()
+    training.LOG_STEPS = 10
+    chosen, cpu = small(args.steps), torch.device("cpu")
+    dataset = build_dataset(
+        args.out / "data",
+        chosen.data,
+        cpu,
+        workers=os.cpu_count() or 1,
+        tokenizer=(args.start / "tokenizer.model").read_bytes(),
+    )
+    model = training.untrained(chosen, ARM, seed=SEED, device=cpu)
+    weights = load_file(args.start / "model.safetensors")
+    model.load_state_dict(weights | load_file(args.start / "ttt.safetensors"))
+    training.train(
+        model,
+        chosen,
+        [Stage(dataset.load("train"), args.steps, chosen.batch_size, chosen.audio_rows)],
+        dataset.text,
+        seed=7,
+        lr=args.lr,
+        ttt_lr=2 * args.lr,
+        label="with the cue",
+    )
+    half = {
+        name: value.to(torch.bfloat16).contiguous() for name, value in model.state_dict().items()
+    }
+    (args.out / "runs").mkdir(exist_ok=True)
+    save_file(half, args.out / "runs" / f"{ARM}_seed{SEED}.model.safetensors")
+
+
+if __name__ == "__main__":
+    main()
