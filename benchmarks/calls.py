@@ -300,6 +300,8 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--out", type=Path, help="the JSON file to write")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
+    if args.checkpoint and "off" in (args.ttt or ()):
+        parser.error("--checkpoint is compared with a reference that uses TTT: leave --ttt out")
     args.begin = args.begin or (["apart"] if args.checkpoint else ["apart", "together"])
     args.ends_at = time.perf_counter() + args.limit_sec
     if args.device == "cpu" and not args.checkpoint:

@@ -18,6 +18,7 @@ If a loss is no number, or has not fallen, the exit status is 1.
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import logging
@@ -69,6 +70,7 @@ TINY_DATA = DatasetArgs(
     DialogueArgs(num_frames=300, num_facts=2, reach_frames=60),
     num_spoken=8,
     num_train=60,
+    num_long=1,
     num_eval=6,
     lengths={},
 )
@@ -322,7 +324,8 @@ def require_data(options: argparse.Namespace) -> None:
         UserError: they cannot be made, or are shorter or fewer than asked for.
     """
     if not (options.data / "train.safetensors").is_file():
-        chosen = TINY_DATA if options.tiny else preset("gpu").data
+        full = dataclasses.replace(preset("gpu").data, num_long=1, lengths={})
+        chosen = TINY_DATA if options.tiny else full
         workers = os.cpu_count() or 1
         build_dataset(options.data, chosen, torch.device(options.device), workers=workers)
     data = _dialogues(options.data, "train")

@@ -39,8 +39,15 @@ def small(steps: int) -> SpokenPreset:
         num_eval=64,
         lengths={},
     )
-    sizes = {"num_steps": steps, "batch_size": 8, "audio_rows": 2}
-    return dataclasses.replace(chosen, data=data, dtype="float32", **sizes)  # type: ignore[arg-type]
+    return dataclasses.replace(
+        chosen,
+        data=data,
+        dtype="float32",
+        num_steps=steps,
+        batch_size=8,
+        audio_rows=2,
+        acknowledgment_weight=10.0,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -31,7 +31,7 @@ _FOUND_IN = {
     "bank": ("MOSHI_VOICE", "USER_VOICES", "Bank", "BankArgs"),
     "dialogues": ("Dialogue", "DialogueArgs", "compose"),
     "codes": ("Answer", "EncodedDialogues", "mix", "value_tokens"),
-    "dataset": ("NUM_CODEBOOKS", "Dataset", "DatasetArgs", "build_dataset"),
+    "dataset": ("DATA_VERSION", "NUM_CODEBOOKS", "Dataset", "DatasetArgs", "build_dataset"),
     "tokenizer": ("VOCAB_SIZE",),
 }
 """What is slow to import, and is imported only when it is asked for: names by module."""
@@ -39,6 +39,7 @@ _FOUND_IN = {
 __all__ = [
     "ACKNOWLEDGMENTS",
     "ARM_LABELS",
+    "DATA_VERSION",
     "FORMAT",
     "KINDS",
     "MOSHI_VOICE",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import logging
 import multiprocessing
@@ -42,7 +43,7 @@ logger = logging.getLogger(__name__)
 NUM_CODEBOOKS = 8
 CODEC_FOLDER = Path("example/demo/model")
 _DIALOGUES_AT_ONCE = 32
-_VERSION = 2
+DATA_VERSION = 2
 """Raise it when the same arguments give other data."""
 
 
@@ -99,7 +100,9 @@ def build_dataset(
             demonstration is not there.
     """
     dataset = Dataset(folder, args)
-    described = json.loads(json.dumps({"version": _VERSION, **dataclasses.asdict(args)}))
+    described = json.loads(json.dumps({"version": DATA_VERSION, **dataclasses.asdict(args)}))
+    if tokenizer is not None:
+        described["tokenizer"] = hashlib.sha256(tokenizer).hexdigest()
     done = Kept(folder / "dataset.json")
     if done.read() == described:
         logger.info("the dialogues are in %s already", folder)

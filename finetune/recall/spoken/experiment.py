@@ -12,17 +12,18 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 from finetune.errors import UserError
+from finetune.kept import write_whole
 from finetune.recall.arms import ARMS, check_arms
 from finetune.recall.jobs import Job, run_jobs
 from finetune.recall.measure import nothing_written
 from finetune.recall.spoken import measure
 from finetune.recall.spoken.presets import SpokenPreset
 from finetune.recall.spoken.training import train_arm, untrained
-from finetune.spoken import Dataset, build_dataset
+from finetune.spoken import DATA_VERSION, Dataset, build_dataset
 from ttt import TTTLMModel
 
 BASE = "off"
@@ -39,10 +40,9 @@ def run_arm(
     Beside the result there will be its weights, and what it said. Weights that lie there already,
     as measuring was interrupted, are measured as they are.
     """
-    started_at = time.monotonic()
     dataset = Dataset(data, preset.data)
     text = dataset.text
-    model, curve = _trained(preset, name, seed, device, out, dataset)
+    model, curve, train_sec = _trained(preset, name, seed, device, out, dataset)
     trained_at = time.monotonic()
     model.eval()
     held_out = dataset.load("eval")
@@ -67,15 +67,16 @@ def run_arm(
     for times in preset.longer(name):
         result["longer"][str(times)] = measure.longer(model, dataset.load(f"x{times}"))
         logger.info("%s, seed %d: measured at %d times the length", name, seed, times)
-    result["train_sec"] = trained_at - started_at
+    result["train_sec"] = train_sec
     result["measure_sec"] = time.monotonic() - trained_at
     return result
 
 
 def _trained(
     preset: SpokenPreset, name: str, seed: int, device: torch.device, out: Path, dataset: Dataset
-) -> tuple[TTTLMModel, list[dict[str, Any]]]:
-    """Return the trained model and its curve."""
+) -> tuple[TTTLMModel, list[dict[str, Any]], float]:
+    """Return the trained model, its curve, and the seconds that training took."""
+    started_at = time.monotonic()
     path = _weights(out, name, seed)
     described = json.dumps(_describe(preset, name, device), sort_keys=True)
     if path.is_file():
@@ -85,12 +86,14 @@ def _trained(
             logger.info("%s, seed %d: its weights are in %s already", name, seed, path)
             model = untrained(preset, name, seed=seed, device=device)
             model.load_state_dict(load_file(path))
-            return model, json.loads(metadata["curve"])
+            return model, json.loads(metadata["curve"]), float(metadata["train_sec"])
     base = _base_weights(out, seed) if ARMS[name].is_finetuned else None
     model, curve = train_arm(preset, name, dataset, seed=seed, device=device, base=base)
     weights = {key: value.contiguous().cpu() for key, value in model.state_dict().items()}
-    save_file(weights, path, metadata={"config": described, "curve": json.dumps(curve)})
-    return model, curve
+    train_sec = time.monotonic() - started_at
+    metadata = {"config": described, "curve": json.dumps(curve), "train_sec": str(train_sec)}
+    write_whole(path, save(weights, metadata))
+    return model, curve, train_sec
 
 
 def _weights(out: Path, name: str, seed: int) -> Path:
@@ -153,4 +156,5 @@ def _describe(preset: SpokenPreset, name: str, device: torch.device) -> dict[str
     config["ttt"] = dataclasses.asdict(preset.ttt_args(name))
     config["ttt_lr"] = preset.ttt_lr * ARMS[name].ttt_lr_factor
     config["device"] = device.type
+    config["data_version"] = DATA_VERSION
     return config

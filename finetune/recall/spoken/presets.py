@@ -53,6 +53,8 @@ class SpokenPreset:
         answer_weight: of the mean loss of the values that answer questions, beside the text's.
         repeat_weight: of the mean loss of the values that Moshi repeats as they are told: what it
             repeats wrongly when it speaks on its own, it believes itself.
+        acknowledgment_weight: of the words that Moshi first says to a fact, "Okay" or "I see", and
+            of what ends them: whether it repeats the fact is said there.
         emphasis: weight of names and values in the text; other words have 1, padding 0.2.
         audio_weight: of the audio's loss.
         audio_rows: dialogues of a batch that the depth transformer learns from: it takes most
@@ -76,6 +78,7 @@ class SpokenPreset:
     long_share: float = 0.05
     answer_weight: float = 1.0
     repeat_weight: float = 1.0
+    acknowledgment_weight: float = 1.0
     emphasis: float = 3.0
     text_padding_weight: float = 0.2
     audio_weight: float = 0.3

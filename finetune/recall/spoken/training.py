@@ -20,7 +20,7 @@ from finetune.model import trainable_by_role
 from finetune.recall.arms import ARMS
 from finetune.recall.model import new_model, read_codes
 from finetune.recall.spoken.presets import SpokenPreset, Stage
-from finetune.spoken import NAMES, Answer, Dataset, value_tokens
+from finetune.spoken import ACKNOWLEDGMENTS, NAMES, Answer, Dataset, value_tokens
 from finetune.step import LossWeights, Optimizer, stream_sums
 from ttt import HiddenStates, TTTLMModel
 from ttt.model import depth_hidden
@@ -150,6 +150,10 @@ def train(
 def text_weights(preset: SpokenPreset, text: TextEncoder, device: torch.device) -> Tensor:
     """Return the weight of every token of the text, [text_card]: names and values have more."""
     weights = torch.ones(preset.streams.text_card)
+    words = " ".join((*ACKNOWLEDGMENTS, "Okay,")).split()
+    weights[[token for word in words for token in text.tokenize(word)]] = (
+        preset.acknowledgment_weight
+    )
     special = [token for kind in value_tokens(text) for token in kind]
     special += [text.tokenize(name)[0] for name in NAMES]
     weights[special] = preset.emphasis
@@ -165,6 +169,7 @@ def _batches(stages: Sequence[Stage], seed: int) -> Iterator[tuple[Stage, Tensor
 
 
 def _rows(count: int, size: int, seed: int) -> Iterator[Tensor]:
+    assert count >= size, f"{count} dialogues do not fill a batch of {size}"
     random = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(count, generator=random)

@@ -66,7 +66,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         part = dialogues(rows, times * FRAMES, rows)
         dataset_module._save(part, data / f"{name}.safetensors")
     (data / "tokenizer.model").write_bytes(train_tokenizer(chosen.data.bank))
-    described = {"version": dataset_module._VERSION, **dataclasses.asdict(chosen.data)}
+    described = {"version": dataset_module.DATA_VERSION, **dataclasses.asdict(chosen.data)}
     (data / "dataset.json").write_text(json.dumps(described))
     return tmp_path / "out"
 

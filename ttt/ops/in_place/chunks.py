@@ -16,7 +16,9 @@ Forward and backward take seven products of d × h a frame for the state (it is 
 the backward pass, as keeping it would take d h for every super-chunk), which is 14 d h operations,
 and 3 (d + h) T in the dual form: up to T = 14 d h / 3 (d + h), 14,000 frames at d = 4096 and
 h = 11264, the dual form alone is faster. The two T × T matrices of its backward pass would by then
-take twice the memory of z, so the limit is set at 3 d h / (d + h), 9,000 frames.
+take twice the memory of z, so the limit is set at 3 d h / (d + h), 9,000 frames. In small layers
+time goes into starting kernels, and a super-chunk starts them for each row: they stay whole for
+longer, as far as memory is of no concern.
 """
 
 import itertools
@@ -35,8 +37,9 @@ SUPER_CHUNK_FRAMES = 2048
 """About the length of a super-chunk. Shorter, reading and writing S takes longer than computing it;
 longer, the dual form costs more than it saves."""
 WHOLE_FRAMES = 4096
-"""A sequence of so many frames is never cut. Super-chunks go row by row, and in small layers
-starting their kernels takes longer than the dual form of all rows together."""
+"""A sequence of so many frames is not cut, if its T × T matrices have no more than"""
+WHOLE_PRODUCTS = 2**27
+"""numbers, over all rows: 0.25 GB each in 16 bits."""
 BLOCK_FRAMES = 256
 """At least this many frames at once in the dual form, for products that fill a GPU."""
 ROW_MULTIPLE = 8
@@ -125,9 +128,16 @@ class Cut:
 
 
 def cut(
-    num_frames: int, chunk_size: int, width: int, hidden: int, decay: float, lag: int = 0
+    num_frames: int,
+    chunk_size: int,
+    width: int,
+    hidden: int,
+    decay: float,
+    lag: int = 0,
+    *,
+    batch: int,
 ) -> Cut:
-    """Return the fastest cut that keeps memory in bounds; see this module's text.
+    """Return the fastest cut of `batch` rows that keeps memory in bounds; see this module's text.
 
     Raises:
         ValueError: a lag of a chunk or more.
@@ -136,10 +146,11 @@ def cut(
         raise ValueError(
             f"lag: must lie between 0 and chunk_size - 1 = {chunk_size - 1}, got {lag}"
         )
-    limit = max(WHOLE_FRAMES, 3 * width * hidden // (width + hidden))
+    limit = max(SUPER_CHUNK_FRAMES, 3 * width * hidden // (width + hidden))
     super_chunk = chunk_size * max(1, round(SUPER_CHUNK_FRAMES / chunk_size))
     block = chunk_size * max(1, BLOCK_FRAMES // chunk_size)
-    whole = num_frames <= limit
+    is_small = num_frames <= WHOLE_FRAMES and batch * num_frames**2 <= WHOLE_PRODUCTS
+    whole = num_frames <= limit or is_small
     return Cut(num_frames, chunk_size, num_frames if whole else super_chunk, block, decay, lag)
 
 

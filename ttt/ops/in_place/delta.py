@@ -93,7 +93,7 @@ def in_place_delta(
         ]
         return torch.cat(parts, dim=1).view(v.shape)
     beta = torch.as_tensor(beta, dtype=terms.accumulating_dtype(z.dtype), device=z.device)
-    cut = chunks.cut(z.shape[1], chunk_size, v.shape[2], z.shape[2], decay, lag)
+    cut = chunks.cut(z.shape[1], chunk_size, v.shape[2], z.shape[2], decay, lag, batch=len(z))
     return _Delta.apply(z.contiguous(), v.contiguous(), beta.reshape(()), written, cut)
 
 

@@ -70,7 +70,7 @@ def in_place_ttt(
             )
         ]
         return torch.cat(parts, dim=1).view(v.shape)
-    cut = chunks.cut(z.shape[1], chunk_size, v.shape[2], z.shape[2], decay, lag)
+    cut = chunks.cut(z.shape[1], chunk_size, v.shape[2], z.shape[2], decay, lag, batch=len(z))
     if max_delta_norm is not None:
         v = _bounded(z, v, chunk_size, max_delta_norm, lag)
     return _Sum.apply(z.contiguous(), v.contiguous(), lr, cut)
@@ -259,7 +259,7 @@ def _read_later(weights: Tensor, d_out: Tensor, d_v: Tensor, lr: float, cut: chu
 
 
 class _Sum(torch.autograd.Function):
-    """Keeps z, v and the scores for the backward pass: at 2048 frames a super-chunk, these take a
+    """Keeps z, v and the scores for the backward pass: at 2048 frames, these take a
     fifth of z's memory at h = 11264 and spare its most expensive product. The state is made again.
     """
 
