@@ -1,7 +1,7 @@
 """Teach the shipped model a cue, on a CPU: what Moshi repeats, and what it does not.
 
     python research/learn_the_cue.py --start OLD --out runs/recall/cue
-    python research/memory_model.py --runs runs/recall/cue --out example/memory
+    python research/memory_model.py --runs runs/recall/cue --out NEW
 
 `example/memory` was first trained on dialogues in which nothing told whether Moshi would repeat a
 fact. Speaking on its own it repeated many at will, over the user's next words. Some steps on
@@ -27,7 +27,7 @@ from finetune.spoken import build_dataset
 ARM, SEED = "delta_hidden", 0
 
 
-def small(steps: int) -> SpokenPreset:
+def small(steps: int, acknowledgment_weight: float = 10.0) -> SpokenPreset:
     """Return the preset with fewer dialogues, which a CPU encodes in some minutes."""
     chosen = preset("gpu")
     data = dataclasses.replace(
@@ -46,7 +46,7 @@ def small(steps: int) -> SpokenPreset:
         num_steps=steps,
         batch_size=8,
         audio_rows=2,
-        acknowledgment_weight=10.0,
+        acknowledgment_weight=acknowledgment_weight,
     )
 
 
@@ -56,10 +56,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=220)
     parser.add_argument("--lr", type=float, default=3e-4, help="of TTT parameters: twice that")
+    parser.add_argument("--acknowledgment_weight", type=float, default=10.0)
     args = parser.parse_args(argv)
     setup_logging()
     training.LOG_STEPS = 10
-    chosen, cpu = small(args.steps), torch.device("cpu")
+    chosen, cpu = small(args.steps, args.acknowledgment_weight), torch.device("cpu")
     dataset = build_dataset(
         args.out / "data",
         chosen.data,

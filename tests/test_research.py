@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from finetune.demo import make_dialogues
 from finetune.recall.presets import preset
+from research import learn_the_cue
 from research import recall_study as study
 from ttt import TTTLMModel
 
@@ -152,3 +154,28 @@ def test_a_mimi_is_trained_and_trained_further(tmp_path: Path) -> None:
     measured = json.loads(printed.strip().splitlines()[-1])
     assert len(measured["bits_per_codebook"]) == 8 and measured["mel_loss"] > 0
     assert second.stat().st_size == (MODEL / "mimi.safetensors").stat().st_size
+
+
+@pytest.mark.slow
+def test_the_shipped_model_learns_further(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shipped, small = ROOT / "example/memory", learn_the_cue.small
+
+    def tiny(*options: Any) -> Any:
+        chosen = small(*options)
+        bank = dataclasses.replace(
+            chosen.data.bank, num_voices=1, kinds=("thing",), num_fillers=(6, 6)
+        )
+        data = dataclasses.replace(
+            chosen.data, bank=bank, num_spoken=12, num_train=2, num_long=1, num_eval=2
+        )
+        return dataclasses.replace(chosen, data=data, batch_size=2)
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(learn_the_cue, "small", tiny)
+    learn_the_cue.main(["--start", str(shipped), "--out", str(tmp_path), "--steps", "1"])
+    run("memory_model", "--runs", tmp_path, "--out", tmp_path / "model")
+    before, after = (load_file(f / "ttt.safetensors") for f in (shipped, tmp_path / "model"))
+    assert before.keys() == after.keys()
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    tokenizers = {(f / "tokenizer.model").read_bytes() for f in (shipped, tmp_path / "model")}
+    assert len(tokenizers) == 1

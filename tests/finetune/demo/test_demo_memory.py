@@ -29,7 +29,7 @@ from finetune.spoken import KINDS, NAMES, DialogueArgs, Fact
 from ttt import TTTLMModel, without_ttt
 
 ROOT = Path(__file__).parents[3]
-ARGS = DialogueArgs(num_frames=320, num_facts=2)
+ARGS = DialogueArgs(num_frames=360, num_facts=2)
 FACTS = {
     fact.sentence: fact
     for kind in KINDS
