@@ -62,15 +62,15 @@ def test_on_a_cpu_it_computes_in_float32(loaded: tuple[TTTLMModel, Codec]) -> No
     assert {weight.dtype for weight in model.parameters()} == {torch.float32}
 
 
-def test_what_moshi_repeated_it_knows_with_ttt_alone(memory: Memory) -> None:
+def test_what_moshi_was_told_it_knows_with_ttt_alone(memory: Memory) -> None:
     """Beyond attention's reach."""
     asked = [question for each in memory.asked for question in each]
     assert len(asked) == 4
     # The value is said a second after the question begins, and not before.
     assert all(a.asked_sec + 1.0 - a.told_sec > memory.reach_sec for a in asked)
     right, total = memory.count("on", "repeated")
-    assert total >= 2 and right == total
-    assert memory.count("off")[0] < memory.count("on")[0]
+    assert total >= 1 and right == total
+    assert memory.count("on")[0] >= 3 and memory.count("off")[0] < memory.count("on")[0]
 
 
 def test_rows_without_ttt_say_what_the_model_says_without_it(
