@@ -217,9 +217,14 @@ def _kind(value: Tensor) -> str:
 
 
 def _states(model: nn.Module, *, whole: bool) -> Iterator[tuple[str, State]]:
-    """The modules' streaming states by the modules' names; without `whole`, TTT's alone."""
+    """The modules' streaming states by the modules' names; without `whole`, TTT's alone.
+
+    The depth transformer has a state within a step alone, and may be in one, in another thread.
+    """
     is_streaming = False
     for name, module in model.named_modules():
+        if "depformer" in name.split("."):
+            continue
         if isinstance(module, StreamingModule) and module._streaming_state is not None:
             is_streaming = True
             if whole or isinstance(module, TTTLayer):

@@ -12,7 +12,7 @@ from test_engine import ARGS, alone, engine_of, parts, speech
 from finetune.data.codec import Codec
 from finetune.errors import UserError
 from finetune.serve.options import Part
-from finetune.serve.session import Identity, identify, pack, unpack
+from finetune.serve.session import Identity, decode, identify, pack, unpack
 from ttt import TTTLMModel
 
 ME = Identity("run/checkpoint_000007", "0123456789abcdef")
@@ -55,6 +55,17 @@ def test_another_day_it_goes_on_to_the_bit(rule: str) -> None:
             spoken = engine.step({0: frame})[0]
             assert spoken.text_token == expected.text_token
             assert np.array_equal(spoken.audio, expected.audio)
+
+
+def test_a_session_is_read_while_the_depth_transformer_is_in_a_step() -> None:
+    """Its state exists within a step alone, and files are read beside it."""
+    model, codec = parts("delta")
+    with engine_of(model, codec, 1) as engine:
+        row = engine.join()
+        assert row is not None
+        content = pack(engine, row, ME, "all")
+        with model.depformer.streaming(1):
+            assert decode(engine, ME, content, "it").part == "all"
 
 
 def test_a_row_of_one_batch_goes_on_in_another_row_of_another_batch() -> None:
