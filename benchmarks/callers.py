@@ -71,16 +71,18 @@ def follow_first_row(engine: Engine, heard: Heard, rows: list[Row], *, same: boo
     """Note the first row's codes; with `same`, let all rows say what it says, each as long after it
     as it has begun after it."""
     generator = engine.generator
-    longest_wait = max(row.begin_frame for row in rows)
-    back = [longest_wait - row.begin_frame for row in rows]
-    places = torch.tensor(back, device=engine.model.device)
+    longest_wait_frames = max(row.begin_frame for row in rows)
+    behind_frames = [longest_wait_frames - row.begin_frame for row in rows]
+    places = torch.tensor(behind_frames, device=engine.model.device)
     recent: dict[str, deque[torch.Tensor]] = {}
 
     def spread(kind: str, tokens: torch.Tensor) -> None:
         if same:
             now = tokens[:1].clone()
             # The first step is the same for all.
-            said = recent.setdefault(kind, deque([now] * longest_wait, longest_wait + 1))
+            said = recent.setdefault(
+                kind, deque([now] * longest_wait_frames, longest_wait_frames + 1)
+            )
             said.append(now)
             tokens.copy_(torch.cat([*said])[places])
 

@@ -59,7 +59,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--acknowledgment_weight", type=float, default=10.0)
     args = parser.parse_args(argv)
     setup_logging()
-    training.LOG_STEPS = 10
     chosen, cpu = small(args.steps, args.acknowledgment_weight), torch.device("cpu")
     dataset = build_dataset(
         args.out / "data",

@@ -24,11 +24,15 @@ COMMAND = "from finetune.cli import main; main()"
 """`moshi-ttt ...`."""
 
 
+_ENVIRONMENT = dict(os.environ)
+"""As it is before any test changes it: what libraries read at import is the same for all tests."""
+
+
 @functools.cache
 def _server() -> socket.socket:
     """Start the server of this process; returns where it takes requests."""
     here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    variables = os.environ | {"OMP_NUM_THREADS": "1"}
+    variables = _ENVIRONMENT | {"OMP_NUM_THREADS": "1"}
     variables["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), variables.get("PYTHONPATH", "")])
     process = subprocess.Popen(
         [sys.executable, "-u", SERVER, str(there.fileno())],

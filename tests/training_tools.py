@@ -2,10 +2,13 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Container, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -247,15 +250,21 @@ def run_ranks(num_processes: int, code: str, *arguments: str | Path) -> str:
         variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         environment = {name: str(value) for name, value in variables.items()}
         programs.append(Program(code, *arguments, environment=environment))
-    outputs = []
-    try:
-        for program in programs:
+
+    def output_of(program: Program) -> str:
+        """Return what it printed. The others wait for one that has died: they end with it."""
+        try:
             output, _ = program.communicate(timeout=300)
-            outputs.append(output)
-            assert program.returncode == 0, output
-    finally:
-        for program in programs:
-            program.kill()
+            return output
+        finally:
+            if program.returncode != 0:
+                for each in programs:
+                    with suppress(ProcessLookupError):
+                        os.kill(each.pid, signal.SIGKILL)
+
+    with ThreadPoolExecutor(num_processes) as threads:
+        outputs = [*threads.map(output_of, programs)]
+    assert not any(program.returncode for program in programs), "\n".join(outputs)
     return "".join(outputs)
 
 

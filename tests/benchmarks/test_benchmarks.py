@@ -178,7 +178,8 @@ def test_operations_of_a_step_are_counted(program: Callable[..., Any], is_full: 
     assert counted - attention == pytest.approx(products, rel=0.02)
 
 
-FLOAT8 = ["--base-precision=float8", "--frames=250"]
+# Numbers fall into other steps of e4m3: what that does to a loss is small in a mean of many.
+FLOAT8 = ["--base-precision=float8", "--frames=500"]
 LOSSES = ["--model=tiny", "--device=cpu", "--batch=2", "--frames=60", "--rank=4", "--lr=1e-3"]
 
 
@@ -216,8 +217,7 @@ def test_losses_stay_within_the_bound_and_errors_do_not(
         losses = result["losses"]
         assert losses[-1] < losses[0] - 0.01
         if name.startswith("planted"):
-            # A number that falls into another step of e4m3 makes more of a difference.
-            assert result["share_of_bound"] > (1.5 if kind == FLOAT8 else 2)
+            assert result["share_of_bound"] > 2
         elif name.startswith("ours"):
             assert len(result["bounds"]) == 8 and max(result["bounds"]) < 0.1
 

@@ -101,9 +101,8 @@ def test_a_call_is_compared_with_a_reference(
             yield
 
     monkeypatch.setattr(same_window, "block_streaming", forgetful)
-    (line,) = calls.main([*call, "--part-frames=20"])
-    found = line["reference"]["difference_from_frame"]
-    assert max(found[0], found[20]) < 1e-4 and min(found[36], found[40]) > 1e-3
+    with pytest.raises(SystemExit, match=r"from frame 36 on the text logits are .* from the ref"):
+        calls.main([*call, "--part-frames=20"])
 
 
 @pytest.mark.slow

@@ -32,7 +32,7 @@ def next_program(connection: socket.socket) -> str:
         message, descriptors, *_ = socket.recv_fds(connection, 2**20, 4)
         if not message:
             sys.exit()
-        # Those that have ended: what they took counts as what this process's children took.
+        # Collected, so that the time they took is in this process's count of its children's.
         while _reap():
             pass
         if os.fork() == 0:
@@ -77,7 +77,7 @@ def _program(request: dict[str, Any], descriptors: list[int]) -> str:
 
 
 def _unbuffered(descriptor: int) -> io.TextIOWrapper:
-    """A standard stream as `python -u` makes it."""
+    """Return a standard stream as `python -u` makes it."""
     raw = os.fdopen(descriptor, "wb", buffering=0, closefd=False)
     return io.TextIOWrapper(raw, errors="backslashreplace", write_through=True)
 

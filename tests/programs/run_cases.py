@@ -1,4 +1,4 @@
-"""Started by `torchrun`: several small runs one after the other, in the same processes."""
+"""Several small runs one after the other, in the same processes, which know of each other."""
 
 import dataclasses
 import json

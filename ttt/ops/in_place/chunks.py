@@ -37,9 +37,9 @@ SUPER_CHUNK_FRAMES = 2048
 """About the length of a super-chunk. Shorter, reading and writing S takes longer than computing it;
 longer, the dual form costs more than it saves."""
 WHOLE_FRAMES = 4096
-"""A sequence of so many frames is not cut, if its T × T matrices have no more than"""
+"""Sequences up to this length are not cut, if `WHOLE_PRODUCTS` allows it."""
 WHOLE_PRODUCTS = 2**27
-"""numbers, over all rows: 0.25 GB each in 16 bits."""
+"""The most numbers in a T × T matrix of all rows, for this: 0.25 GB in 16 bits."""
 BLOCK_FRAMES = 256
 """At least this many frames at once in the dual form, for products that fill a GPU."""
 ROW_MULTIPLE = 8
