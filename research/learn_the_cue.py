@@ -21,21 +21,27 @@ from safetensors.torch import load_file, save_file
 
 from finetune.monitoring import setup_logging
 from finetune.recall.spoken import training
-from finetune.recall.spoken.presets import SpokenPreset, Stage, preset
+from finetune.recall.spoken.presets import SpokenPreset, preset
 from finetune.spoken import build_dataset
 
 ARM, SEED = "delta_hidden", 0
 
 
-def small(steps: int, acknowledgment_weight: float = 10.0) -> SpokenPreset:
+def small(
+    steps: int,
+    acknowledgment_weight: float = 10.0,
+    *,
+    num_spoken: int = 420,
+    long_share: float = 0.0,
+) -> SpokenPreset:
     """Return the preset with fewer dialogues, which a CPU encodes in some minutes."""
     chosen = preset("gpu")
     data = dataclasses.replace(
         chosen.data,
         bank=dataclasses.replace(chosen.data.bank, num_fillers=(160, 60)),
-        num_spoken=420,
-        num_train=4000,
-        num_long=8,
+        num_spoken=num_spoken,
+        num_train=4000 * num_spoken // 420,
+        num_long=8 + round(4 * long_share * num_spoken),
         num_eval=64,
         lengths={},
     )
@@ -46,6 +52,7 @@ def small(steps: int, acknowledgment_weight: float = 10.0) -> SpokenPreset:
         num_steps=steps,
         batch_size=8,
         audio_rows=2,
+        long_share=long_share,
         acknowledgment_weight=acknowledgment_weight,
     )
 
@@ -57,9 +64,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=220)
     parser.add_argument("--lr", type=float, default=3e-4, help="of TTT parameters: twice that")
     parser.add_argument("--acknowledgment_weight", type=float, default=10.0)
+    parser.add_argument("--num_spoken", type=int, default=420, help="dialogues that are encoded")
+    parser.add_argument(
+        "--long_share", type=float, default=0.0, help="of the steps: on talks of 4 times the length"
+    )
     args = parser.parse_args(argv)
     setup_logging()
-    chosen, cpu = small(args.steps, args.acknowledgment_weight), torch.device("cpu")
+    chosen = small(
+        args.steps,
+        args.acknowledgment_weight,
+        num_spoken=args.num_spoken,
+        long_share=args.long_share,
+    )
+    cpu = torch.device("cpu")
     dataset = build_dataset(
         args.out / "data",
         chosen.data,
@@ -73,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     training.train(
         model,
         chosen,
-        [Stage(dataset.load("train"), args.steps, chosen.batch_size, chosen.audio_rows)],
+        chosen.stages(ARM, dataset),
         dataset.text,
         seed=7,
         lr=args.lr,

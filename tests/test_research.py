@@ -160,8 +160,8 @@ def test_a_mimi_is_trained_and_trained_further(tmp_path: Path) -> None:
 def test_the_shipped_model_learns_further(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shipped, small = ROOT / "example/memory", learn_the_cue.small
 
-    def tiny(*options: Any) -> Any:
-        chosen = small(*options)
+    def tiny(*options: Any, **more: Any) -> Any:
+        chosen = small(*options, **more)
         bank = dataclasses.replace(
             chosen.data.bank, num_voices=1, kinds=("thing",), num_fillers=(6, 6)
         )

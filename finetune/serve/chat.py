@@ -4,7 +4,7 @@ import asyncio
 import time
 from contextlib import suppress
 
-from aiohttp import WSCloseCode, WSMsgType, web
+from aiohttp import WSCloseCode, WSMessage, WSMsgType, web
 
 from finetune.data import FRAME_RATE_HZ
 from finetune.serve import wire
@@ -14,6 +14,9 @@ MAX_MALFORMED = 50
 """Messages of no meaning, after which a caller is cut off."""
 MAX_MESSAGES_PER_SEC = 200.0
 BURST_MESSAGES = 400.0
+MAX_WAITING = 64
+"""Messages of a caller that are read before there is time for them: a goodbye may come after them.
+"""
 MAX_SEND_SEC = 20.0
 """Seconds for which a caller may read nothing at all."""
 GOODBYE_SEC = 3.0
@@ -70,15 +73,13 @@ async def talk(
     """
     sound = wire.sound(form, board.engine.codec.sample_rate_hz)
     tasks: list[asyncio.Future[None]] = []
+    welcomed = asyncio.Event()
+    messages: asyncio.Queue[WSMessage] = asyncio.Queue(MAX_WAITING)
     try:
-        # Callers speak once they are welcomed. What is said before waits in the socket.
-        await asyncio.sleep(call.begin_at - time.monotonic())
-        await ws.send_bytes(wire.message(wire.HANDSHAKE))
-        if form == "pcm":
-            await ws.send_bytes(_welcome(call, board))
         tasks = [
-            asyncio.ensure_future(_listen(ws, call, board, sound)),
-            asyncio.ensure_future(_answer(ws, call, board, sound, form)),
+            asyncio.ensure_future(_receive(ws, messages)),
+            asyncio.ensure_future(_listen(messages, call, board, sound, welcomed)),
+            asyncio.ensure_future(_answer(ws, call, board, sound, form, welcomed)),
             asyncio.ensure_future(_watch(call)),
         ]
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -113,17 +114,29 @@ async def _watch(call: Call) -> None:
     raise CutOff(WSCloseCode.INTERNAL_ERROR, "the model's state is no longer a number; call again")
 
 
-async def _listen(
-    ws: web.WebSocketResponse, call: Call, board: Switchboard, sound: wire.Sound
-) -> None:
-    pace = Pace()
-    num_malformed = 0
+async def _receive(ws: web.WebSocketResponse, messages: asyncio.Queue[WSMessage]) -> None:
     while True:
         received = await ws.receive()
         if received.type in (WSMsgType.CLOSE, WSMsgType.CLOSING, WSMsgType.CLOSED):
             return
         if received.type == WSMsgType.ERROR:
             raise ConnectionError
+        await messages.put(received)
+
+
+async def _listen(
+    messages: asyncio.Queue[WSMessage],
+    call: Call,
+    board: Switchboard,
+    sound: wire.Sound,
+    welcomed: asyncio.Event,
+) -> None:
+    # Callers speak once they are welcomed. What they say before is heard then.
+    await welcomed.wait()
+    pace = Pace()
+    num_malformed = 0
+    while True:
+        received = await messages.get()
         await pace.wait()
         try:
             if received.type != WSMsgType.BINARY or not received.data:
@@ -155,7 +168,13 @@ async def _answer(
     board: Switchboard,
     sound: wire.Sound,
     form: wire.Format,
+    welcomed: asyncio.Event,
 ) -> None:
+    await asyncio.sleep(call.begin_at - time.monotonic())
+    await ws.send_bytes(wire.message(wire.HANDSHAKE))
+    if form == "pcm":
+        await ws.send_bytes(_welcome(call, board))
+    welcomed.set()
     while True:
         answer = await call.outbox.get()
         board.wake()

@@ -171,11 +171,11 @@ def encode(
     codec: Codec,
     *,
     seed: int,
-    batch: int = 16,
-    progress: Callable[[int], None] = lambda done: None,
 ) -> Tensor:
     """Return Mimi's codes of both channels of all dialogues, [D, 16, T] uint8."""
-    batch = max(1, batch * 800 // args.num_frames)
+    # On a CPU more at once take longer: 16 need 12 GB, which the system has to clear each time.
+    at_once_frames = 16 * 800 if codec.device.type == "cuda" else 800
+    batch = max(1, at_once_frames // args.num_frames)
     rng = random.Random(f"gains {seed}")
     codec.mimi.to(codec.device)
 
@@ -190,5 +190,4 @@ def encode(
         with torch.no_grad(), codec.lock:
             codes = codec.mimi.encode(mixed.flatten(0, 1)[:, None])
         found.append(codes.view(len(part), -1, args.num_frames).to(torch.uint8).cpu())
-        progress(min(start + batch, len(dialogues)))
     return torch.cat(found)

@@ -169,3 +169,28 @@ def test_the_server_welcomes_callers_of_one_moment_a_frame_apart() -> None:
             np.testing.assert_allclose(heard, expected, atol=1e-4)
 
     asyncio.run(scenario())
+
+
+def test_who_leaves_before_the_welcome_keeps_no_place() -> None:
+    model, codec = parts(tiny_delta_args(chunk_size=16))
+
+    async def scenario() -> None:
+        async with serving(model, codec, 1) as server:
+            engine = server.board.engine
+            join = engine.join
+
+            def join_in_an_hour(**how: Any) -> Any:
+                if (row := join(**how)) is not None:
+                    row.begin_frame += 45_000
+                return row
+
+            engine.join = join_in_an_hour  # type: ignore[method-assign]
+            async with calling(server, "?format=pcm") as ws:
+                await ws.send_bytes(b"\x01" + bytes(100))
+            for _ in range(3000):
+                if not server.board.calls:
+                    break
+                await asyncio.sleep(0.01)
+            assert not server.board.calls and engine.join() is not None
+
+    asyncio.run(scenario())
