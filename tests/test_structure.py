@@ -127,6 +127,16 @@ def test_no_module_of_the_library_imports_itself_in_a_circle() -> None:
         pytest.fail(f"a circle of imports: {' <- '.join(error.args[1])}")
 
 
+def test_every_file_has_fewer_than_400_lines() -> None:
+    places = ["finetune", "ttt", "benchmarks", "research", "tests"]
+    command = ["git", "ls-files", "-z", "--", *[f"{place}/*.py" for place in places]]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    paths = done.stdout.split("\0")[:-1]
+    assert {path.split("/")[0] for path in paths} == {*places}
+    lengths = {path: len((ROOT / path).read_text().splitlines()) for path in paths}
+    assert {path: length for path, length in lengths.items() if length >= 400} == {}
+
+
 def test_no_benchmark_imports_from_the_tests() -> None:
     tests = {path.stem for path in files("tests")}
     for path in files("benchmarks"):

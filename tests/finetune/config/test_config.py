@@ -1,35 +1,17 @@
-"""The configuration: files that load, and mistakes that are all reported with a remedy."""
+"""Configuration files that load, and mistakes in them that are all reported with a remedy."""
 
-import copy
-import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-from helpers import tiny_model
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from moshi_finetune_tools import MOSHI_FINETUNE
 
 from finetune.cli import COMMANDS
-from finetune.config import (
-    DataArgs,
-    TrainArgs,
-    changed_keys,
-    load_config,
-    load_run_config,
-    pages,
-    public_dict,
-    read_yaml,
-    save_config,
-)
+from finetune.config import DataArgs, TrainArgs, load_config, pages, public_dict, save_config
 from finetune.config.docs_page import COMMAND
 from finetune.errors import UserError
-from finetune.inference import checkpoint_args
-from finetune.sweep.plan import _read, _sections
 from ttt import TTTArgs
 
 ROOT = Path(__file__).parents[3]
@@ -61,7 +43,7 @@ def problems(load: Callable[..., TrainArgs]) -> Callable[..., list[str]]:
 RUNS = [
     path
     for path in sorted((ROOT / "example").glob("*.yaml"))
-    if "sweep_dir:" not in path.read_text()  # sweeps are in test_sweep.py
+    if "sweep_dir:" not in path.read_text()  # sweeps are in test_shipped_sweeps.py
 ]
 
 
@@ -277,85 +259,6 @@ def test_saved_configuration_loads_and_has_no_secret(
     assert load_config(tmp_path / "args.yaml", {"wandb.key": "hunter2"}) == args
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"method": "in_place", "write": "sum"},
-        {"method": "in_place", "write": "delta"},
-        {"method": "linear", "write": "sum"},
-        {"method": "mlp", "write": "sum"},
-        {"method": "in_place", "write": "sum", "enabled": False},
-    ],
-    ids=str,
-)
-def test_what_a_run_wrote_before_there_was_lr_scale_means_what_it_meant(
-    tmp_path: Path, options: Any
-) -> None:
-    """It had a learning rate and a write rule whether they were read or not."""
-    file = tmp_path / "args.yaml"
-    save_config(TrainArgs(DataArgs(train_data="train.jsonl"), "run", full_finetuning=True), file)
-    written = yaml.safe_load(file.read_text())
-    written["ttt"] |= {"enabled": True, "learning_rate": 0.001, **options}
-    del written["ttt"]["lr_scale"]
-    file.write_text(yaml.safe_dump(written))
-    (tmp_path / "consolidated").mkdir()
-    args = checkpoint_args(tmp_path)
-    ttt = args.ttt
-    assert (ttt.enabled, ttt.method) == (written["ttt"]["enabled"], options["method"])
-    if ttt.method == "in_place":
-        assert (ttt.write, ttt.lr_scale) == (options["write"], "none")
-        assert ttt.inner_learning_rate == 1e-3
-    assert not changed_keys(file, args)
-    # A file of one's own is read as it stands.
-    if options == {"method": "in_place", "write": "sum"}:
-        with pytest.raises(UserError, match="a hundredth of the default"):
-            load_config(file)
-
-
-@pytest.mark.parametrize("method", ["linear", "mlp", "in_place"])
-@pytest.mark.parametrize("gate_init", [0.1, 0.5])
-def test_a_run_from_before_there_were_convolutions_has_none(
-    tmp_path: Path, method: str, gate_init: float
-) -> None:
-    file = tmp_path / "args.yaml"
-    save_config(TrainArgs(DataArgs(train_data="train.jsonl"), "run", full_finetuning=True), file)
-    written = yaml.safe_load(file.read_text())
-    written["ttt"] |= {"enabled": True, "method": method, "start_layer": 0, "gate_init": gate_init}
-    del written["ttt"]["qk_conv_kernel_size"], written["ttt"]["num_heads"]
-    file.write_text(yaml.safe_dump(written))
-    ttt = load_run_config(file).ttt
-    if method == "in_place":
-        assert ttt == TTTArgs(enabled=True, start_layer=0)
-        return
-    assert (ttt.qk_conv_kernel_size, ttt.num_heads, ttt.gate_init) == (1, None, gate_init)
-    layer = tiny_model(ttt).ttt_layers[0]
-    assert layer.in_proj.shape == (3 * 16, 16)
-    assert not any("conv" in name for name in layer.ttt_parameters())
-    # A file of one's own means today's form.
-    file.write_text(f"{MINIMAL}ttt: {{enabled: true, method: {method}}}\n")
-    assert load_config(file).ttt.qk_conv_kernel_size == 4
-
-
-@pytest.mark.parametrize("method", ["in_place", "linear", "mlp"])
-@pytest.mark.parametrize("is_written_down", [True, False])
-def test_a_run_from_when_text_was_the_target_keeps_it(
-    tmp_path: Path, method: str, is_written_down: bool
-) -> None:
-    file = tmp_path / "args.yaml"
-    save_config(TrainArgs(DataArgs(train_data="train.jsonl"), "run", full_finetuning=True), file)
-    written = yaml.safe_load(file.read_text())
-    written["ttt"] |= {"enabled": True, "method": method, "start_layer": 0, "target": "text"}
-    if not is_written_down:
-        del written["ttt"]["target"]
-    file.write_text(yaml.safe_dump(written))
-    for args in (load_run_config(file), load_config(file)):
-        assert args.ttt.reads("target") == (method == "in_place")
-        assert args.ttt.target == ("text" if method == "in_place" else TTTArgs.target)
-    # A file of one's own means today's default.
-    file.write_text(f"{MINIMAL}ttt: {{enabled: true, method: {method}}}\n")
-    assert load_config(file).ttt.target == "hidden"
-
-
 def test_a_step_size_that_nothing_reads_is_not_said_to_be_too_small() -> None:
     small: dict[str, Any] = {"enabled": True, "learning_rate": 0.001}
     for args in (
@@ -396,72 +299,6 @@ def test_another_method_can_be_chosen_on_the_command_line(choice: str, name: str
             ROOT / f"example/{name}.yaml",
             {key: value, "ttt.learning_rate": "0.5"},
         )
-
-
-WORDS = "1e9 1e12 1e18 1e39 1e300 1e308 1e-300 0.01 -1 0 nan inf null true auto 1,2 ~no_such_user/x"
-LONG = ["18446744073709551616", "9" * 5000, "x" * 5000, "a/" * 2500, "a\0b", "a\ud800", ""]
-HOSTILE = st.one_of(
-    st.sampled_from([*WORDS.split(), *LONG, [], ["1"], [[]], {"a": "1"}, {}]),
-    st.text(max_size=20),
-    st.integers(),
-    st.floats(),
-)
-
-
-@functools.cache
-def parsed(path: Any) -> Any:
-    return yaml.safe_load(path.read_text())
-
-
-def every_key() -> Iterator[Any]:
-    """Yield each key of each shipped file, by its way from the top."""
-
-    def walk(path: Any, section: Any, way: Any = ()) -> Iterator[tuple[Any, tuple[Any, ...]]]:
-        for key, value in section.items():
-            yield path, (*way, key)
-            if isinstance(value, dict):
-                yield from walk(path, value, (*way, key))
-
-    for path in sorted((ROOT / "example").glob("*.yaml")):
-        yield from walk(path, yaml.safe_load(path.read_text()))
-
-
-any_value_at_any_key = given(place=st.sampled_from([*every_key()]), value=HOSTILE)
-
-
-@settings(max_examples=100, deadline=None)
-@any_value_at_any_key
-def test_any_value_at_any_key_is_a_configuration_or_one_message(
-    tmp_path_factory: pytest.TempPathFactory, place: Any, value: Any
-) -> None:
-    read_with(tmp_path_factory, place, value)
-
-
-@pytest.mark.slow
-@settings(max_examples=1000, deadline=None)
-@any_value_at_any_key
-def test_any_of_many_values_is_a_configuration_or_one_message(
-    tmp_path_factory: pytest.TempPathFactory, place: Any, value: Any
-) -> None:
-    read_with(tmp_path_factory, place, value)
-
-
-def read_with(tmp_path_factory: pytest.TempPathFactory, place: Any, value: Any) -> None:
-    path, (*way, last) = place
-    content = copy.deepcopy(parsed(path))
-    section = content
-    for key in way:
-        section = section[key]
-    section[last] = value
-    changed = tmp_path_factory.getbasetemp() / "changed.yaml"
-    changed.write_text(yaml.safe_dump(content))
-    try:
-        if "sweep_dir" in content or "runs" in content:
-            _read(changed, _sections(read_yaml(changed)))
-        else:
-            save_config(load_config(changed), changed)
-    except UserError as error:
-        assert len(str(error)) <= 2000
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,8 @@
-"""Codes on disk: encoded once, found again, and never trusted when they are damaged."""
+"""Codes on disk as loaders use them: encoded once, found again, never trusted when damaged."""
 
 import json
 import logging
-import os
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +11,8 @@ import soundfile
 import torch
 from data_tools import MIMI_CONFIG, speech_like, tiny_codec, tiny_mimi, write_dataset
 from moshi.models.loaders import get_mimi
-from training_tools import REPOSITORY, logged, train
 
-from finetune.config import DataArgs, load_config
+from finetune.config import DataArgs
 from finetune.data import (
     Codec,
     build_eval_loader,
@@ -25,149 +20,10 @@ from finetune.data import (
     check_share,
     open_store,
     sources,
-    store,
 )
-from finetune.data.cache import CodeCache
 from finetune.data.loader import TrainLoader
-from finetune.data.store import Store, _Writer, make_key
-from finetune.encode import encode_data
+from finetune.data.store import Store
 from finetune.errors import UserError
-
-KEYS = [make_key("key", number) for number in range(4)]
-
-
-# --- the store ------------------------------------------------------------------------------------
-
-
-def filled(folder: Path, *numbers: Any) -> Store:
-    store = Store(folder)
-    for number in numbers:
-        store.put(KEYS[number], bytes([number]) * 16)
-        store.append(make_key("blob", number), b"blob" * number)
-    return store
-
-
-def blobs(store: Store) -> dict[int, bytes]:
-    found = {n: store.find(make_key("blob", n)) for n in range(4)}
-    return {n: blob.read() for n, blob in found.items() if blob is not None}
-
-
-def test_what_is_kept_is_there_for_others_and_later(tmp_path: Path) -> None:
-    first, second = filled(tmp_path, 1), filled(tmp_path, 2, 3)
-    assert blobs(first) == {1: b"blob"}  # it has not looked since
-    assert blobs(second) == {1: b"blob", 2: b"blobblob", 3: b"blobblobblob"}
-    later = Store(tmp_path)
-    assert blobs(later) == blobs(second)
-    assert later.get(KEYS[3]) == b"\3" * 16 and later.get(KEYS[0]) is None
-
-
-def test_others_are_seen_without_opening_it_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("finetune.data.store._REFRESH_SEC", 0.0)
-    reader, writer = Store(tmp_path), Store(tmp_path)
-    for number in (1, 2):
-        writer.append(make_key("blob", number), b"blob" * number)
-        reader.refresh()
-        assert len(blobs(reader)) == number
-
-
-@pytest.mark.parametrize("cut", range(1, 36, 5))
-def test_an_entry_that_was_being_written_does_not_count(tmp_path: Path, cut: int) -> None:
-    filled(tmp_path, 1, 2)
-    (index,) = tmp_path.glob("*.index")
-    index.write_bytes(index.read_bytes()[:-cut])
-    assert blobs(Store(tmp_path)) == {1: b"blob"}
-
-
-def test_a_damaged_entry_is_left_out_with_a_warning(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    filled(tmp_path, 1, 2)
-    (index,) = tmp_path.glob("*.index")
-    content = bytearray(index.read_bytes())
-    content[1 * 36 + 20] ^= 1  # the place of the first blob
-    index.write_bytes(content)
-    assert blobs(Store(tmp_path)) == {2: b"blobblob"}
-    assert "is damaged; what 1 of its entries held" in caplog.text
-
-
-def test_an_end_that_looks_like_zeros_for_a_moment_is_read_again(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """As what was just appended may on NFS."""
-    filled(tmp_path, 1, 2, 3)
-    (index,) = tmp_path.glob("*.index")
-    whole = index.read_bytes()
-    index.write_bytes(whole[: 3 * 36] + bytes(3 * 36))
-    reader = Store(tmp_path)
-    assert blobs(reader) == {1: b"blob"} and reader.get(KEYS[2]) == b"\2" * 16
-    index.write_bytes(whole)
-    reader.refresh(at_once=True)
-    assert list(blobs(reader)) == [1, 2, 3]
-    assert not caplog.text
-
-
-KILLED_WHILE_WRITING = """
-import sys
-from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
-# The file alone: the package would import torch.
-spec = spec_from_file_location("store", "finetune/data/store.py")
-module = module_from_spec(spec)
-sys.modules["store"] = module
-spec.loader.exec_module(module)
-Store, make_key = module.Store, module.make_key
-store = Store(Path(sys.argv[1]))
-print("ready", flush=True)
-for number in range(10**9):
-    store.append(make_key(number), number.to_bytes(8, "little") * 5000)
-"""
-
-
-def test_killed_while_writing(tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-c", KILLED_WHILE_WRITING, str(tmp_path)],
-        cwd=REPOSITORY,
-        env=os.environ | {"PYTHONPATH": "."},
-        stdout=subprocess.PIPE,
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == b"ready\n"
-    while sum(path.stat().st_size for path in tmp_path.iterdir()) < 3_000_000:
-        assert process.poll() is None
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
-    store = Store(tmp_path)
-    number = 0
-    while blob := store.find(make_key(number)):
-        assert blob.read() == number.to_bytes(8, "little") * 5000
-        number += 1
-    assert number >= 70
-    store.append(KEYS[0], b"goes on")
-    last = Store(tmp_path).find(KEYS[0])
-    assert last is not None and last.read() == b"goes on"
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    store = filled(tmp_path, 1)
-    assert store._own is not None
-    store._own.blobs = open("/dev/full", "wb", buffering=0)  # noqa: SIM115
-    for number in (2, 3):
-        store.append(make_key("blob", number), b"blob" * number)
-        store.put(KEYS[number], b"\0" * 16)
-    assert caplog.text.count("cannot be written (No space left on device)") == 1
-    assert blobs(store) == blobs(Store(tmp_path)) == {1: b"blob"}
-    store._own.blobs.close()
-
-
-def test_a_folder_that_cannot_be(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"data\.cache_dir: .*file/x cannot be used"):
-        Store(tmp_path / "file/x")
-
 
 # --- the loaders ----------------------------------------------------------------------------------
 
@@ -441,141 +297,3 @@ def test_ranks_that_check_at_the_same_time_see_each_other(
             args, tiny_codec(), duration_sec=1.0, batch_size=4, seed=0, device="cpu", store=one
         )
         assert found.num_segments == 8
-
-
-# --- whole runs -----------------------------------------------------------------------------------
-
-
-def test_the_cache_changes_no_loss(config: Path, tmp_path: Path) -> None:
-    options: dict[str, Any] = {
-        "max_steps": 8,
-        "do_eval": True,
-    }  # two epochs of 7 segments, and evaluation
-    cached: dict[str, Any] = {**options, "data.cache_dir": tmp_path / "cache"}
-    train(config, tmp_path / "plain", options)
-    train(config, tmp_path / "in turn", {**options, "data.prefetch_steps": 0})
-    train(config, tmp_path / "cold", cached)
-    train(config, tmp_path / "warm", {**cached, "data.num_workers": 1})
-    (blobs,) = (tmp_path / "cache").glob("*.blobs")
-    flip_a_bit(blobs)
-    train(config, tmp_path / "damaged", cached)
-    for kind in ("train", "eval"):
-        expected = logged(tmp_path / "plain", kind=kind)
-        for run in ("in turn", "cold", "warm", "damaged"):
-            assert logged(tmp_path / run, kind=kind) == expected, run
-    encoded = logged(tmp_path / "cold", "encoded_segments")
-    assert encoded[0] == 3 + 2 and encoded[-1] == 3 + 7  # 3 to evaluate on, 7 to train on
-    assert set(logged(tmp_path / "warm", "encoded_segments")) == {0}
-    assert logged(tmp_path / "damaged", "encoded_segments")[-1] == 1
-
-
-def test_encoding_ahead_goes_on_where_it_was_stopped(
-    config: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    overrides: dict[str, Any] = {"data.cache_dir": tmp_path / "cache", "do_eval": True}
-    keep, kept = CodeCache.keep, []
-
-    def keep_and_stop(self: Any, *args: Any) -> None:
-        keep(self, *args)
-        kept.append(args)
-        if len(kept) == 3:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(CodeCache, "keep", keep_and_stop)
-    with pytest.raises(KeyboardInterrupt):
-        encode_data(load_config(config, overrides))
-    assert "10 of 10 segments are to be encoded" in capsys.readouterr().out
-    for there in (3, 10):
-        encode_data(load_config(config, overrides))
-        assert f"encoded {10 - there} segments" in (out := capsys.readouterr().out)
-        assert f"{there} were there before" in out
-    train(config, tmp_path / "run", {**overrides, "max_steps": 8})
-    assert set(logged(tmp_path / "run", "encoded_segments")) == {0}
-
-
-def test_encoding_ahead_needs_a_folder(config: Path) -> None:
-    with pytest.raises(UserError, match=r"data\.cache_dir is not set"):
-        encode_data(load_config(config))
-
-
-@pytest.mark.parametrize("harm", [Path.unlink, lambda path: path.write_bytes(bytes(10**5))])
-def test_encoding_ahead_makes_damaged_codes_again(
-    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], harm: Any
-) -> None:
-    options = load_config(config, {"data.cache_dir": tmp_path / "cache"})
-    encode_data(options)
-    (blobs,) = (tmp_path / "cache").glob("*.blobs")
-    harm(blobs)
-    capsys.readouterr()
-    for num_missing in (7, 0):
-        encode_data(options)
-        assert f"{num_missing} of 7 segments are to be encoded" in capsys.readouterr().out
-
-
-def test_encoding_ahead_onto_a_disk_that_runs_full(
-    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    written: list[Any] = []
-
-    def write_while_there_is_room(file: Any, content: Any) -> None:
-        if len(written) == 3:
-            raise OSError(28, "No space left on device")
-        WRITE(file, content)
-        if file.name.endswith(".blobs"):
-            written.append(content)
-
-    WRITE = store._write
-    monkeypatch.setattr(store, "_write", write_while_there_is_room)
-    options = load_config(config, {"data.cache_dir": tmp_path / "cache"})
-    message = r"cannot be written \(No space left on device\); 2 segments were kept"
-    with pytest.raises(UserError, match=message):
-        encode_data(options)
-    assert len(list((tmp_path / "cache").iterdir())) == 2
-    monkeypatch.undo()
-    encode_data(options)
-
-
-def test_encoding_ahead_into_a_folder_that_cannot_be_written(
-    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(self: Any, kind: Any) -> None:
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(_Writer, "open", refuse)
-    with pytest.raises(UserError, match=r"Permission denied\); 0 segments were kept"):
-        encode_data(load_config(config, {"data.cache_dir": tmp_path / "cache"}))
-
-
-def test_encoding_ahead_with_a_config_of_another_model(config: Path, tmp_path: Path) -> None:
-    model = shutil.copytree(config.parent / "model", tmp_path / "model")
-    entries = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps(entries | {"num_heads": "many"}))
-    overrides: dict[str, Any] = {
-        "data.cache_dir": tmp_path / "cache",
-        "moshi_paths.hf_repo_id": str(model),
-    }
-    with pytest.raises(UserError, match=r"config_path: the config\.json"):
-        encode_data(load_config(config, overrides))
-
-
-def test_a_run_opens_the_folder_once(
-    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    opened: list[Any] = []
-    init = Store.__init__
-
-    def counted(*args: Any) -> None:
-        opened.append(args)
-        init(*args)
-
-    monkeypatch.setattr(Store, "__init__", counted)
-    options: dict[str, Any] = {
-        "data.cache_dir": tmp_path / "cache",
-        "do_eval": True,
-        "max_steps": 8,
-    }
-    train(config, tmp_path / "run", options)
-    assert len(opened) == 1 and len(list((tmp_path / "cache").iterdir())) == 2

@@ -1,4 +1,4 @@
-"""Sweeps: what runs, what does not, what is compared, and mistakes in the file."""
+"""Sweeps as they run: what is run and what is not, what is compared, stages and arrays."""
 
 import csv
 import json
@@ -12,75 +12,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
+import sweep_tools
 from forked import COMMAND, Program
-from training_tools import PLAIN, checkpoint, logged_steps, saved_weights
+from sweep_tools import sweep
+from training_tools import checkpoint, logged_steps, saved_weights
 
-from finetune.cli import main
 from finetune.config import load_config
 from finetune.errors import UserError
 from finetune.sweep import run as sweep_run
 from finetune.sweep.plan import load_sweep
 from finetune.sweep.run import Children, read_record
 from finetune.sweep.table import logged
-from finetune.trainer import Trainer
 
-ROOT = Path(__file__).parents[3]
-DIALOGUES = ROOT / "example/demo/dialogues"
-COMMON: dict[str, Any] = {
-    **PLAIN,
-    "max_steps": 4,
-    "do_eval": True,
-    "eval_freq": 2,
-    "model.attention_context": 9,
-}
+# Fixtures: pytest finds them by their names in this module.
+write = sweep_tools.write
+commands = sweep_tools.commands
+
+
 # A learning rate at which nothing is finite after a step.
 FAILING: dict[str, Any] = {"optim.lr": "1e38", "max_norm": "1e38", "max_nonfinite_steps": 1}
-
-
-@pytest.fixture
-def write(config: Path, tmp_path: Path) -> Callable[..., Any]:
-    def write_sweep(runs: Any, **others: Any) -> Path:
-        content: dict[str, Any] = {
-            "base": str(config),
-            "sweep_dir": str(tmp_path / "sweep"),
-            "overrides": COMMON,
-        }
-        path = tmp_path / "sweep.yaml"
-        path.write_text(yaml.safe_dump(content | {"runs": runs} | others, sort_keys=False))
-        return path
-
-    return write_sweep
-
-
-@pytest.fixture
-def commands(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Runs are trained in this process, which is faster; the command lines that were given."""
-    given: list[Any] = []
-
-    def train_here(self: Any, command: Any, log: Any, label: Any, environment: Any) -> int:
-        base, *options = command[command.index("train") + 1 :]
-        given.append(options)
-        overrides = dict(option.removeprefix("--").split("=", 1) for option in options)
-        try:
-            return Trainer(load_config(base, overrides)).train()
-        except UserError as error:
-            log.write(f"\nerror: {error}\n")
-            return 1
-
-    monkeypatch.setattr(Children, "run", train_here)
-    return given
-
-
-def sweep(*arguments: Any) -> str | int:
-    """`moshi-ttt sweep ...` in this process; its exit status."""
-    old, sys.argv = sys.argv, ["moshi-ttt", "sweep", *map(str, arguments)]
-    try:
-        with pytest.raises(SystemExit) as leaving:
-            main()
-    finally:
-        sys.argv = old
-    return leaving.value.code or 0
 
 
 def table(path: Path) -> dict[str, Any]:
@@ -289,192 +239,3 @@ def test_an_array_has_a_task_for_each_chain(
 
     command = sweep_run._command(load_sweep(path), load_sweep(path).runs["c"], {"resume": "auto"})
     assert "--nproc-per-node=2" in command and command[-1] == "--resume=auto"
-
-
-# --- mistakes -------------------------------------------------------------------------------------
-
-
-def problems(write: Callable[..., Any], runs: dict[str, Any], **others: Any) -> str:
-    with pytest.raises(UserError) as error:
-        load_sweep(write(runs, **others))
-    return str(error.value)
-
-
-def test_all_problems_of_all_runs_are_reported_before_the_first(
-    write: Callable[..., Any], commands: list[Any], capsys: pytest.CaptureFixture[str]
-) -> None:
-    runs: dict[str, Any] = {
-        "good": None,
-        "misspelled": {"optim.lrr": 1, "ttt.chunk_size": 0},
-        "wrong": {"optim": {"lr": "fast"}},
-    }
-    path = write(runs)
-    assert sweep(path) == 1 and not commands
-    message = capsys.readouterr().err
-    assert "sweep.yaml has 3 problems" in message
-    assert "misspelled: optim.lrr: unknown key, did you mean optim.lr?" in message
-    assert "misspelled: ttt.chunk_size: must be 1 or more, got 0" in message
-    assert "wrong: optim.lr: expected a number, got 'fast'" in message
-    assert not (path.parent / "sweep").exists()
-    # What is wrong with all of them is said once; on the command line it counts for all.
-    message = problems(write, {"a": None, "b": None}, overrides=COMMON | {"batch_size": 0})
-    assert "has a problem" in message and "all runs: batch_size: must be 1 or more" in message
-    assert sweep(write({"a": None, "b": None}), "--durationn_sec=3") == 1
-    assert "all runs: durationn_sec: unknown key, did you mean duration_sec?" in (
-        capsys.readouterr().err
-    )
-
-
-def test_what_only_models_and_data_show_is_reported_as_well(write: Callable[..., Any]) -> None:
-    message = problems(
-        write,
-        {
-            "deep": {"ttt.enabled": True, "ttt.start_layer": 7},
-            "nowhere": {"data.train_data": "nowhere.jsonl"},
-            "other": {"after": "ttt", "ttt.enabled": True, "ttt.write": "delta"},
-            "ttt": {"ttt.enabled": True},
-            "random": {"model.gating": "none", "moshi_paths.random_init": True},
-            "child": {"after": "random", "moshi_paths.random_init": True},
-        },
-    )
-    assert "has 4 problems" in message
-    assert "deep: ttt.start_layer: 7 is beyond the model's last layer" in message
-    assert "nowhere: data.train_data: " in message
-    assert "other: after ttt: ttt.write: is sum in the earlier run, and delta here" in message
-    assert "child: after random: model.gating: is none in the earlier run, and silu" in message
-
-
-@pytest.mark.parametrize(
-    ("runs", "message"),
-    [
-        ({"a": {"after": "b"}, "b": {"after": "a"}}, "after: a after b after a: they would wait"),
-        ({"a": {"after": "a"}}, "a after a"),
-        ({"first": None, "b": {"after": "frist"}}, "no run 'frist'. Did you mean first"),
-        ({"a/b": None}, "'a/b': a name is made of letters"),
-        ({"a": {"run_dir": "x"}}, "a, run_dir: remove it: each run has its own folder"),
-        ({"a": {"wandb": {"key": "x"}}}, "a, wandb.key: remove it: .* no place for secrets"),
-        ({"a": "fast"}, "a: expected `key: value` lines below it, got 'fast'"),
-        ({"a": {"do_ckpt": False}, "b": {"after": "a"}}, "b: after: a has do_ckpt: false"),
-        ({"a": None, "b": {"after": "a", "moshi_paths.init_from": "x"}}, "says already"),
-        ({}, "runs: there are none"),
-    ],
-    ids=str,
-)
-def test_mistakes_in_the_runs(write: Callable[..., Any], runs: Any, message: Any) -> None:
-    assert re.search(message, problems(write, runs))
-
-
-def test_mistakes_in_the_file(
-    write: Callable[..., Any], config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = write({"a": None})
-    text = path.read_text()
-    path.write_text(text + "  a:\n    seed: 3\n")
-    with pytest.raises(UserError, match=r"sweep.yaml, line \d+.*'a' appears twice"):
-        load_sweep(path)
-    path.write_text("")
-    with pytest.raises(UserError, match=r"sweep.yaml is empty"):
-        load_sweep(path)
-    path.write_text(text.replace("base:", "basis:").replace("sweep_dir", "sweepdir"))
-    with pytest.raises(UserError, match=r"(?s)has 4 problems.*did you mean base.*did you mean swe"):
-        load_sweep(path)
-    path.write_text(text.replace(str(config), "exampel.yaml"))
-    with pytest.raises(UserError, match=r"no configuration file exampel\.yaml"):
-        load_sweep(path)
-    with pytest.raises(UserError, match=r"Did you mean .*sweep\.yaml"):
-        load_sweep(tmp_path / "swep.yaml")
-    with pytest.raises(UserError, match="is the configuration of one run"):
-        load_sweep(config)
-    path.write_text(text)
-    with pytest.raises(UserError, match=f"is a sweep, .*moshi-ttt sweep {path}"):
-        load_config(path)
-    assert sweep(path, "--table") == 1
-    assert "nothing has been run yet" in capsys.readouterr().err
-    assert sweep(path, "--slurm=maybe") == 1
-    assert "--slurm: expected true or false" in capsys.readouterr().err
-    assert sweep(path, "--slurm", "--wandb.key=deadbeefcafe") == 1
-    assert "no place for secrets" in capsys.readouterr().err
-    assert not [*tmp_path.rglob("*.sbatch")]
-
-
-# --- what is shipped ------------------------------------------------------------------------------
-
-SHIPPED = [path for path in (ROOT / "example").glob("*.yaml") if "sweep_dir:" in path.read_text()]
-ON_DIALOGUES: dict[str, Any] = {
-    "data.train_data": str(DIALOGUES / "train.jsonl"),
-    "data.eval_data": str(DIALOGUES / "eval.jsonl"),
-}
-
-
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
-def test_shipped_sweeps_load(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-    plan = load_sweep(path, ON_DIALOGUES)
-    assert len(plan.runs) >= 4 and path.stem == plan.folder.name
-
-
-def test_the_modern_stack_has_the_six_combinations(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-    plan = load_sweep(ROOT / "example/modern_stack.yaml", ON_DIALOGUES)
-    old = ("layer_norm", "none", "sin")
-    new = ("rms_norm_f32", "silu", "rope")
-    found = {
-        name: (run.args.model.norm, run.args.model.gating, run.args.model.positional_embedding)
-        for name, run in plan.runs.items()
-    }
-    assert found == {
-        "baseline": old,
-        "modern_norm": (new[0], old[1], old[2]),
-        "modern_ffn": (old[0], new[1], old[2]),
-        "modern_positions": (old[0], old[1], new[2]),
-        "partial_modern": (new[0], new[1], old[2]),
-        "full_modern": new,
-    }
-    assert len({run.args.seed for run in plan.runs.values()}) == 1
-
-
-def test_the_curriculum_grows_and_ends_as_its_control(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-    runs = load_sweep(ROOT / "example/curriculum.yaml", ON_DIALOGUES).runs
-    stages = [runs[name].args for name in ("short", "middle", "long")]
-    lengths = [stage.duration_sec for stage in stages]
-    windows = [stage.model.attention_context or 0 for stage in stages]
-    assert all(windows)
-    assert lengths == sorted(lengths) and windows == sorted(windows, reverse=True)
-    assert len({stage.duration_sec * stage.batch_size for stage in stages}) == 1
-    direct = runs["direct"].args
-    assert direct.max_steps == sum(stage.max_steps for stage in stages)
-    assert (direct.duration_sec, direct.model) == (lengths[-1], stages[-1].model)
-
-
-def test_the_documented_file_loads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.chdir(ROOT)
-    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/sweeps.md").read_text(), re.DOTALL)
-    path = tmp_path / "documented.yaml"
-    path.write_text("".join(blocks))
-    plan = load_sweep(path, ON_DIALOGUES)
-    assert plan.chains() == [["off"], ["chunk_10"], ["chunk_50", "longer"]]
-    assert plan.runs["longer"].args.ttt.write == "delta" and plan.slurm["gres"] == "gpu:1"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
-def test_shipped_sweeps_run(path: Path, tmp_path: Path) -> None:
-    """Every run of them, a few steps, in processes of their own."""
-    short: dict[str, Any] = {
-        **ON_DIALOGUES,
-        "max_steps": 3,
-        "eval_freq": 0,
-        "batch_size": 2,
-        "log_freq": 1,
-    }
-    done = subprocess.run(
-        [sys.executable, "-m", "finetune", "sweep", str(path), f"--sweep_dir={tmp_path / 'out'}"]
-        + [f"--{key}={value}" for key, value in short.items()],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    rows = json.loads((tmp_path / "out/table.json").read_text())
-    assert {row["status"] for row in rows} == {"finished"}

@@ -1,0 +1,218 @@
+"""How a run goes on from a checkpoint, also from one that is damaged or did not fit on the disk."""
+
+import resource
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from training_tools import (
+    FULL,
+    LORA,
+    PLAIN,
+    assert_same_weights,
+    checkpoint,
+    logged,
+    logged_steps,
+    saved_weights,
+    stop_after,
+    train,
+    trainer,
+)
+
+from finetune.checkpoint.run_record import RunRecord
+from finetune.errors import UserError
+
+# --- resuming -------------------------------------------------------------------------------------
+
+
+TEN_STEPS: dict[str, Any] = {"max_steps": 10, "ckpt_freq": 5}
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        # Each of the others has what these have: float32, and adapters.
+        pytest.param(PLAIN, marks=pytest.mark.slow),
+        pytest.param(LORA, marks=pytest.mark.slow),
+        {**LORA, "lora.ft_embed": True, "save_adapters": False, "param_dtype": "float32"},
+        {"data.num_workers": 2, "num_microbatches": 2},
+        {**FULL, "gradient_checkpointing": True, "data.shuffle": False},
+    ],
+    ids=["float32", "lora", "merged lora and embeddings", "micro-batches", "checkpointing"],
+)
+def test_a_resumed_run_is_the_run_that_never_stopped(
+    config: Path, tmp_path: Path, overrides: dict[str, Any]
+) -> None:
+    overrides = {**TEN_STEPS, **overrides}
+    train(config, tmp_path / "whole", overrides)
+    stop_after(trainer(config, tmp_path / "cut", overrides), 7)
+    assert logged_steps(tmp_path / "cut") == [1, 2, 3, 4, 5, 6, 7]
+    resumed = train(config, tmp_path / "cut", {**overrides, "resume": True})
+    assert resumed.step == 10
+    assert logged_steps(tmp_path / "cut") == list(range(1, 11))
+    assert logged(tmp_path / "cut") == logged(tmp_path / "whole")
+    assert_same_weights(saved_weights(tmp_path / "cut", 10), saved_weights(tmp_path / "whole", 10))
+
+
+def test_options_changed_on_resuming_take_effect(config: Path, tmp_path: Path) -> None:
+    """A run that was stopped after step 7 goes on from step 5 with other options."""
+    stop_after(trainer(config, tmp_path / "cut", {**TEN_STEPS, **FULL}), 7)
+    whole: dict[str, Path] = {}
+    for name, later in {
+        "same": {},
+        "lr": {"optim.lr": 6e-3},
+        "max_norm": {"max_norm": 1e-6},
+        "weight_decay": {"optim.weight_decay": 1.0},
+    }.items():
+        whole[name] = shutil.copytree(tmp_path / "cut", tmp_path / name)
+        train(config, whole[name], {**TEN_STEPS, **FULL, **later, "resume": True})
+    rates, new_rates = logged(whole["same"], "lr"), logged(whole["lr"], "lr")
+    assert new_rates[:5] == rates[:5]
+    assert new_rates[5:9] == pytest.approx([2 * rate for rate in rates[5:9]])
+    weights = {name: saved_weights(run, 10)["text_linear.weight"] for name, run in whole.items()}
+    for name in ("lr", "max_norm", "weight_decay"):
+        assert logged(whole[name])[:6] == logged(whole["same"])[:6]
+        assert not torch.equal(weights[name], weights["same"]), name
+
+
+def test_a_resumed_run_can_be_longer(
+    config: Path, finished_run: Callable[..., Any], tmp_path: Path
+) -> None:
+    finished_run(tmp_path, TEN_STEPS)
+    run = train(config, tmp_path, {**TEN_STEPS, "max_steps": 12, "resume": True})
+    assert run.step == 12
+    assert logged_steps(tmp_path) == list(range(1, 13))
+
+
+def test_a_resumed_run_that_is_complete_does_nothing(
+    config: Path, finished_run: Callable[..., Any], tmp_path: Path
+) -> None:
+    finished_run(tmp_path, TEN_STEPS)
+    before = saved_weights(tmp_path, 10)
+    train(config, tmp_path, {**TEN_STEPS, "resume": True})
+    assert_same_weights(saved_weights(tmp_path, 10), before)
+    assert logged_steps(tmp_path) == list(range(1, 11))
+
+
+def test_a_run_resumed_with_fewer_steps_than_it_has_made_is_refused(
+    config: Path, finished_run: Callable[..., Any], tmp_path: Path
+) -> None:
+    finished_run(tmp_path, TEN_STEPS)
+    with pytest.raises(UserError, match="max_steps"):
+        trainer(config, tmp_path, {**TEN_STEPS, "max_steps": 8, "resume": True})
+
+
+@pytest.mark.parametrize("other", [FULL, LORA, {"ttt.start_layer": 1}])
+def test_a_run_is_not_resumed_with_other_trainable_parameters(
+    config: Path, finished_run: Callable[..., Any], tmp_path: Path, other: dict[str, Any]
+) -> None:
+    finished_run(tmp_path)
+    with pytest.raises(UserError, match="does not belong to this configuration"):
+        trainer(config, tmp_path, {**other, "resume": True})
+
+
+@pytest.mark.parametrize("other", [{"lora.rank": 4}, {"ttt.conv_kernel_size": 3}])
+def test_a_run_is_not_resumed_with_parameters_of_another_shape(
+    config: Path, finished_run: Callable[..., Any], tmp_path: Path, other: dict[str, int]
+) -> None:
+    finished_run(tmp_path, LORA)
+    with pytest.raises(UserError, match="does not belong to this configuration"):
+        trainer(config, tmp_path, {**LORA, **other, "resume": True})
+
+
+def test_resume_auto_starts_anew_where_there_is_nothing_and_goes_on_where_there_is(
+    config: Path, finished_run: Callable[..., Any], tmp_path: Path
+) -> None:
+    overrides: dict[str, Any] = {**TEN_STEPS, "resume": "auto"}
+    stop_after(trainer(config, tmp_path / "auto", overrides), 7)
+    train(config, tmp_path / "auto", overrides)
+    assert logged_steps(tmp_path / "auto") == list(range(1, 11))
+    finished_run(tmp_path / "whole", TEN_STEPS)
+    assert logged(tmp_path / "auto") == logged(tmp_path / "whole")
+
+
+def test_resume_auto_forgets_what_no_checkpoint_holds(config: Path, tmp_path: Path) -> None:
+    overrides: dict[str, Any] = {"resume": "auto", "do_eval": True}
+    stop_after(trainer(config, tmp_path, overrides), 2)
+    train(config, tmp_path, overrides)
+    assert logged_steps(tmp_path) == [1, 2, 3, 4]
+    assert len(logged(tmp_path, kind="eval")) == 2  # before the first step, and after the last
+
+
+def test_resuming_where_there_is_no_checkpoint_is_refused(config: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no complete checkpoint in"):
+        trainer(config, tmp_path / "none", {"resume": True})
+
+
+def test_an_unfinished_checkpoint_is_ignored_and_removed(config: Path, tmp_path: Path) -> None:
+    stop_after(trainer(config, tmp_path, TEN_STEPS), 7)
+    unfinished = tmp_path / "checkpoints/checkpoint_000007.incomplete"
+    RunRecord(tmp_path).add(trees=["checkpoints/checkpoint_000007.incomplete"])
+    shutil.copytree(checkpoint(tmp_path, 5), unfinished)
+    run = trainer(config, tmp_path, {**TEN_STEPS, "resume": True})
+    assert run.step == 5
+    assert not unfinished.exists()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(b"what is this?" * 100),
+        lambda path: path.write_bytes(bytes(1000)),
+        lambda path: path.unlink(),
+    ],
+    ids=["torn", "empty", "text", "zeros", "missing"],
+)
+def test_a_damaged_checkpoint_is_named_with_the_remedy(
+    config: Path, finished_run: Callable[..., Any], tmp_path: Path, damage: Callable[..., Any]
+) -> None:
+    finished_run(tmp_path, {"ckpt_freq": 2})
+    damage(checkpoint(tmp_path, 4) / "resume.pt")
+    with pytest.raises(UserError, match=r"checkpoint_000004/resume.pt.*damaged.*Delete"):
+        trainer(config, tmp_path, {"resume": True})
+    shutil.rmtree(checkpoint(tmp_path, 4))  # the remedy
+    assert trainer(config, tmp_path, {"resume": True}).step == 2
+
+
+# --- a full disk ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def largest_file() -> Iterator[Callable[[int], None]]:
+    """Sets the size in bytes above which writing fails, which is what a full disk comes to."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("file", ["consolidated/consolidated.safetensors", "resume/__0_0.distcp"])
+def test_a_checkpoint_that_does_not_fit_on_the_disk_harms_nothing(
+    config: Path,
+    finished_run: Callable[..., Any],
+    tmp_path: Path,
+    largest_file: Callable[[int], None],
+    file: str,
+) -> None:
+    overrides: dict[str, Any] = {**FULL, "param_dtype": "float32", **TEN_STEPS}
+    finished_run(tmp_path / "whole", overrides)
+    run = trainer(config, tmp_path / "cut", overrides)
+    size = (checkpoint(tmp_path / "whole", 10) / file).stat().st_size
+    save = run.save
+
+    def save_into_less(data_position: dict[str, Any] | None = None) -> None:
+        if run.step == 10:
+            largest_file(size - 500)
+        save(data_position)
+
+    run.save = save_into_less  # type: ignore[method-assign]
+    with pytest.raises(UserError, match=r"checkpoint of step 10 .*Older checkpoints are untouched"):
+        run.train()
+    largest_file(resource.RLIM_INFINITY)
+    assert [path.name for path in (tmp_path / "cut/checkpoints").iterdir()] == ["checkpoint_000005"]
+    train(config, tmp_path / "cut", {**overrides, "resume": True})
+    assert_same_weights(saved_weights(tmp_path / "cut", 10), saved_weights(tmp_path / "whole", 10))

@@ -1,0 +1,206 @@
+"""Loss by position, slopes, intervals and conclusions come out as they are known to be."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import DELAYS, random_codes, tiny_model
+from test_evaluation_streaming import InMemory
+
+from finetune.evaluation.bin_sums import BinSums
+from finetune.evaluation.streaming import Scorer
+from finetune.evaluation.streams import STREAMS
+from finetune.evaluation.tasks import TASKS
+from finetune.evaluation.tasks.position.summary import pairwise_edges, summarize_positions
+from finetune.statistics import Bootstrap, proportion, slope_parts, student_t
+from finetune.step import LossWeights
+from ttt import TTTArgs, block_streaming
+
+CARD, TEXT_CARD = 20, 30
+
+
+def nll_of(margin: int, card: int) -> float:
+    """CE of a target whose logit is `margin` above all others, which are equal."""
+    return math.log(math.exp(margin) + card - 1) - margin
+
+
+class Rigged:
+    """Makes a model know its targets the better the later they come, or the worse.
+
+    The logit of the target at step s is `margins(s)` above the others. The text of the recordings
+    is one token throughout, for the model must not see its targets.
+    """
+
+    def __init__(self, model: Any, margins: Any, token: int) -> None:
+        self.model, self.margins, self.token, self.step = model, margins, token, 0
+        model.forward_text = self.text
+        model.forward_depformer_training = self.audio
+
+    def text(self, sequence: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        num_rows, _, num_steps = sequence.shape
+        self.steps = torch.arange(self.step, self.step + num_steps)
+        self.step += num_steps
+        logits = torch.zeros(num_rows, 1, num_steps, TEXT_CARD)
+        logits[..., self.token] = self.margins(self.steps)
+        return torch.zeros(num_rows, num_steps, self.model.dim), logits
+
+    def audio(self, targets: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        targets = targets[:, 1 : 1 + self.model.dep_q].clamp(0, CARD - 1)
+        return torch.nn.functional.one_hot(targets, CARD) * self.margins(self.steps)[:, None]
+
+
+def test_loss_by_position_is_what_it_is_known_to_be() -> None:
+    """Three recordings of different lengths, whose loss falls by a known amount at frame 20."""
+    model = tiny_model(TTTArgs(enabled=False), dtype=torch.float32)
+    token, lengths, bin_frames = 7, [60, 45, 30], 10
+    rows = [random_codes(batch=1, num_frames=n, seed=n)[0] for n in lengths]
+    for row in rows:
+        row[0] = token
+    Rigged(model, lambda steps: torch.where(steps < 20, 1.0, 3.0), token)
+    sums = BinSums(model, len(rows), max(lengths), bin_frames)
+    weights = LossWeights(text_padding=0.5, first_codebook=1.0)
+    with block_streaming(model, len(rows), 8):
+        scorer = Scorer(model, [InMemory(r) for r in rows], weights=weights, block_frames=8)
+        for block in scorer.score():
+            sums.add(block)
+    records = [
+        {
+            "arm": "off",
+            "recording": str(i),
+            "num_frames": n,
+            "streams": sums.of_row(i, n),
+        }
+        for i, n in enumerate(lengths)
+    ]
+    result = summarize_positions(
+        records,
+        bin_frames=bin_frames,
+        window_frames=20,
+        vocabulary={"text": TEXT_CARD, "words": TEXT_CARD, "first_codebook": CARD,
+                    "other_codebooks": CARD},
+    )  # fmt: skip
+    assert result["num_recordings"] == 3 and result["attention_window_sec"] == 1.6
+    assert result["guessing"]["first_codebook"] == pytest.approx(math.log(CARD))
+    off = result["arms"]["off"]
+    for stream, card in (("text", TEXT_CARD), ("words", TEXT_CARD), ("first_codebook", CARD)):
+        curve = off[stream]["curve"]
+        assert [point["start_sec"] for point in curve] == [0.0, 0.8, 1.6, 2.4, 3.2]
+        expected = [nll_of(1, card)] * 2 + [nll_of(3, card)] * 3
+        for point, value in zip(curve, expected, strict=True):
+            assert point["value"] == pytest.approx(value, abs=1e-5)
+            # Nothing differs between recordings, so the interval has no width; two have none.
+            if point["count"] == 3:
+                assert point["low"] == pytest.approx(point["high"], abs=1e-5)
+            else:
+                assert point["low"] is None
+        assert [point["count"] for point in curve] == [3, 3, 3, 2, 2]
+        assert off[stream]["beyond_window"]["value"] == pytest.approx(nll_of(3, card), abs=1e-5)
+        assert off[stream]["slope_per_doubling"]["value"] < -0.3
+        assert off[stream]["slope_per_hour_beyond_window"]["value"] == pytest.approx(0, abs=1e-3)
+    # Delayed codebooks are predicted a step later, so their frame 19 is one of the good ones.
+    share = [1.0, 0.9, 0.0, 0.0, 0.0]
+    for point, bad in zip(off["other_codebooks"]["curve"], share, strict=True):
+        assert point["value"] == pytest.approx(
+            bad * nll_of(1, CARD) + (1 - bad) * nll_of(3, CARD), abs=1e-5
+        )
+    # Every target counts once: all frames, but the last one of a delayed codebook.
+    counts = sums.sums[3].sum(-1)
+    assert counts[:, 0].tolist() == lengths
+    assert counts[:, 2].tolist() == [n - DELAYS[2] for n in lengths]
+
+
+def test_slopes_are_within_recordings() -> None:
+    """A long recording that is hard throughout does not make late positions look hard."""
+    x: np.ndarray = np.arange(4.0)
+    weight = np.array([[1.0, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 0]])
+    loss = weight * np.array([[1.0, 1.5, 0, 0], [5, 5.5, 6, 6.5], [3, 3.5, 4, 0]])
+    rise, spread = slope_parts(x, loss, weight)
+    assert rise.sum() / spread.sum() == pytest.approx(0.5)
+    estimate = Bootstrap(3).ratio(rise, spread)
+    assert estimate.low == pytest.approx(0.5) and estimate.high == pytest.approx(0.5)
+
+
+def test_quantiles_of_student_are_those_of_the_tables() -> None:
+    for probability, degrees, expected in (
+        (0.975, 1, 12.7062),
+        (0.975, 3, 3.18245),
+        (0.975, 10, 2.22814),
+        (0.99375, 2, 8.8602),
+        (0.975, 10_000, 1.96020),
+    ):
+        assert student_t(probability, degrees) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("num_recordings", [3, 4, 8, 40])
+def test_intervals_cover_what_they_should(num_recordings: int) -> None:
+    generator = np.random.default_rng(0)
+    bootstrap, trials, covered = Bootstrap(num_recordings), 400, 0
+    for _ in range(trials):
+        weight = generator.uniform(10, 20, num_recordings)
+        loss = weight * generator.normal(2.0, 0.5, num_recordings)
+        estimate = bootstrap.ratio(loss, weight)
+        assert estimate.low is not None and estimate.high is not None
+        covered += estimate.low <= 2.0 <= estimate.high
+    assert 0.91 <= covered / trials <= 0.99
+
+
+def test_one_or_two_recordings_have_no_interval_and_pairing_cancels_what_is_common() -> None:
+    for num_recordings in (1, 2):
+        few = np.full(num_recordings, 3.0)
+        alone = Bootstrap(num_recordings).ratio(few, few / 1.5)
+        assert (alone.value, alone.low, alone.high) == (1.5, None, None)
+    generator = np.random.default_rng(0)
+    weight = generator.uniform(10, 20, 40)
+    loss = weight * generator.normal(2.0, 0.5, 40)
+    other = loss + 0.1 * weight
+    difference = Bootstrap(40).ratio_difference((loss, other), (weight, weight))
+    assert difference.low == pytest.approx(-0.1) and difference.high == pytest.approx(-0.1)
+
+
+def test_proportions_have_sensible_intervals_at_the_ends() -> None:
+    assert proportion(200, 200).low == pytest.approx(0.9812, abs=1e-4)
+    half = proportion(50, 100)
+    assert (half.low, half.high) == (
+        pytest.approx(0.4038, abs=1e-4),
+        pytest.approx(0.5962, abs=1e-4),
+    )
+    assert proportion(0, 0).value is None
+
+
+def test_curves_cover_every_bin_once() -> None:
+    for num_bins in (1, 2, 3, 5, 13, 90, 361):
+        ranges = pairwise_edges(num_bins)
+        covered = [bin for start, stop in ranges for bin in range(start, stop)]
+        assert covered == list(range(num_bins)) and len(ranges) <= 20
+
+
+def test_conclusions_say_no_more_than_the_intervals() -> None:
+    def estimate(value: float | None, low: float | None, high: float | None) -> dict[str, Any]:
+        return {"value": value, "low": low, "high": high, "count": 20}
+
+    def sentences(arms: Any, *estimates: Any) -> list[Any]:
+        by_stream = dict(zip(STREAMS, estimates, strict=True))
+        difference = {"arms": arms} | {s: {"beyond_window": e} for s, e in by_stream.items()}
+        place: dict[str, Any] = {
+            "longest_sec": 600,
+            "attention_window_sec": 240,
+            "differences": [difference],
+        }
+        place |= {"num_recordings": 20, "ttt_wrote": True, "warnings": []}
+        return list(TASKS["position"].sentences(place))
+
+    better, worse = estimate(-0.02, -0.03, -0.01), estimate(0.02, 0.01, 0.03)
+    unsure, tiny = estimate(-0.02, -0.05, 0.01), estimate(2e-5, 1e-5, 3e-5)
+    (sentence,) = sentences(["on", "off"], better, worse, unsure, tiny)
+    assert "better: text, with padding −0.0200 [−0.0300, −0.0100]; worse: text, words" in sentence
+    assert "no difference shown: first codebook −0.0200" in sentence
+    assert len(sentences(["on", "carried"], better, tiny, unsure, tiny)) == 1
+    assert sentences(["on", "carried"], better, worse, unsure, tiny)[1].startswith("Warning")
+    # One of four streams by a hair is what chance would show.
+    barely = estimate(0.02, 0.001, 0.039)
+    assert "worse: text, with padding" in sentences(["on", "carried"], barely, *[unsure] * 3)[0]
+    assert len(sentences(["on", "carried"], barely, unsure, unsure, unsure)) == 1
+    alone = estimate(-0.5, None, None)
+    assert "better" not in sentences(["on", "off"], alone, alone, alone, alone)[0]

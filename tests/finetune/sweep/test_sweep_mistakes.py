@@ -1,0 +1,121 @@
+"""Mistakes in a sweep's file and in its runs, all reported before the first run."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sweep_tools
+from sweep_tools import COMMON, sweep
+
+from finetune.config import load_config
+from finetune.errors import UserError
+from finetune.sweep.plan import load_sweep
+
+# Fixtures: pytest finds them by their names in this module.
+write = sweep_tools.write
+commands = sweep_tools.commands
+
+
+def problems(write: Callable[..., Any], runs: dict[str, Any], **others: Any) -> str:
+    with pytest.raises(UserError) as error:
+        load_sweep(write(runs, **others))
+    return str(error.value)
+
+
+def test_all_problems_of_all_runs_are_reported_before_the_first(
+    write: Callable[..., Any], commands: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs: dict[str, Any] = {
+        "good": None,
+        "misspelled": {"optim.lrr": 1, "ttt.chunk_size": 0},
+        "wrong": {"optim": {"lr": "fast"}},
+    }
+    path = write(runs)
+    assert sweep(path) == 1 and not commands
+    message = capsys.readouterr().err
+    assert "sweep.yaml has 3 problems" in message
+    assert "misspelled: optim.lrr: unknown key, did you mean optim.lr?" in message
+    assert "misspelled: ttt.chunk_size: must be 1 or more, got 0" in message
+    assert "wrong: optim.lr: expected a number, got 'fast'" in message
+    assert not (path.parent / "sweep").exists()
+    # What is wrong with all of them is said once; on the command line it counts for all.
+    message = problems(write, {"a": None, "b": None}, overrides=COMMON | {"batch_size": 0})
+    assert "has a problem" in message and "all runs: batch_size: must be 1 or more" in message
+    assert sweep(write({"a": None, "b": None}), "--durationn_sec=3") == 1
+    assert "all runs: durationn_sec: unknown key, did you mean duration_sec?" in (
+        capsys.readouterr().err
+    )
+
+
+def test_what_only_models_and_data_show_is_reported_as_well(write: Callable[..., Any]) -> None:
+    message = problems(
+        write,
+        {
+            "deep": {"ttt.enabled": True, "ttt.start_layer": 7},
+            "nowhere": {"data.train_data": "nowhere.jsonl"},
+            "other": {"after": "ttt", "ttt.enabled": True, "ttt.write": "delta"},
+            "ttt": {"ttt.enabled": True},
+            "random": {"model.gating": "none", "moshi_paths.random_init": True},
+            "child": {"after": "random", "moshi_paths.random_init": True},
+        },
+    )
+    assert "has 4 problems" in message
+    assert "deep: ttt.start_layer: 7 is beyond the model's last layer" in message
+    assert "nowhere: data.train_data: " in message
+    assert "other: after ttt: ttt.write: is sum in the earlier run, and delta here" in message
+    assert "child: after random: model.gating: is none in the earlier run, and silu" in message
+
+
+@pytest.mark.parametrize(
+    ("runs", "message"),
+    [
+        ({"a": {"after": "b"}, "b": {"after": "a"}}, "after: a after b after a: they would wait"),
+        ({"a": {"after": "a"}}, "a after a"),
+        ({"first": None, "b": {"after": "frist"}}, "no run 'frist'. Did you mean first"),
+        ({"a/b": None}, "'a/b': a name is made of letters"),
+        ({"a": {"run_dir": "x"}}, "a, run_dir: remove it: each run has its own folder"),
+        ({"a": {"wandb": {"key": "x"}}}, "a, wandb.key: remove it: .* no place for secrets"),
+        ({"a": "fast"}, "a: expected `key: value` lines below it, got 'fast'"),
+        ({"a": {"do_ckpt": False}, "b": {"after": "a"}}, "b: after: a has do_ckpt: false"),
+        ({"a": None, "b": {"after": "a", "moshi_paths.init_from": "x"}}, "says already"),
+        ({}, "runs: there are none"),
+    ],
+    ids=str,
+)
+def test_mistakes_in_the_runs(write: Callable[..., Any], runs: Any, message: Any) -> None:
+    assert re.search(message, problems(write, runs))
+
+
+def test_mistakes_in_the_file(
+    write: Callable[..., Any], config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write({"a": None})
+    text = path.read_text()
+    path.write_text(text + "  a:\n    seed: 3\n")
+    with pytest.raises(UserError, match=r"sweep.yaml, line \d+.*'a' appears twice"):
+        load_sweep(path)
+    path.write_text("")
+    with pytest.raises(UserError, match=r"sweep.yaml is empty"):
+        load_sweep(path)
+    path.write_text(text.replace("base:", "basis:").replace("sweep_dir", "sweepdir"))
+    with pytest.raises(UserError, match=r"(?s)has 4 problems.*did you mean base.*did you mean swe"):
+        load_sweep(path)
+    path.write_text(text.replace(str(config), "exampel.yaml"))
+    with pytest.raises(UserError, match=r"no configuration file exampel\.yaml"):
+        load_sweep(path)
+    with pytest.raises(UserError, match=r"Did you mean .*sweep\.yaml"):
+        load_sweep(tmp_path / "swep.yaml")
+    with pytest.raises(UserError, match="is the configuration of one run"):
+        load_sweep(config)
+    path.write_text(text)
+    with pytest.raises(UserError, match=f"is a sweep, .*moshi-ttt sweep {path}"):
+        load_config(path)
+    assert sweep(path, "--table") == 1
+    assert "nothing has been run yet" in capsys.readouterr().err
+    assert sweep(path, "--slurm=maybe") == 1
+    assert "--slurm: expected true or false" in capsys.readouterr().err
+    assert sweep(path, "--slurm", "--wandb.key=deadbeefcafe") == 1
+    assert "no place for secrets" in capsys.readouterr().err
+    assert not [*tmp_path.rglob("*.sbatch")]

@@ -1,0 +1,140 @@
+"""What a run says and logs about itself: at its start, and of TTT that does nothing or too much."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import tiny_lm_kwargs
+from training_tools import logged, train
+
+from finetune.config import OptimArgs, TrainArgs
+from finetune.config.args import DataArgs
+from finetune.monitoring import EffectWatch
+from finetune.plan.describe import warn_of_slow_layers
+from ttt import TTTArgs, build_model
+
+
+@pytest.mark.parametrize("learning_rate, warnings", [(1e-3, 1), (1.0, 0)])
+def test_ttt_without_effect_is_warned_of_once(
+    config: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    learning_rate: float,
+    warnings: int,
+) -> None:
+    published = {"ttt.lr_scale": "none", "ttt.target": "text", "ttt.learning_rate": learning_rate}
+    train(config, tmp_path, {"max_steps": 24, **published})
+    out = capsys.readouterr().out
+    assert out.count("it does nothing. Set ttt.lr_scale: relative, or raise ttt.l") == warnings
+    assert out.count("steps TTT changes the outputs of layers 00, 01 by ") == warnings
+    assert out.count("after 5 steps TTT changes its layers' outputs by ") == 1
+
+
+@pytest.mark.parametrize(
+    ("early", "late", "warning"),
+    [
+        ({"05": 0.0, "11": 0.0}, {"05": 0.3, "11": 0.02}, ""),
+        ({"05": 0.0, "11": 0.0}, {"05": 0.3, "11": 0.002}, "of layer 11 by 0.002 (11) of their"),
+        # It did something at first, and does nothing any more.
+        ({"05": 0.1, "11": 0.1}, {"05": 1e-3, "11": 1e-3}, "of layers 05, 11 by 0.001 (05), 0.0"),
+        (
+            {"05": 0.1, "11": 0.1},
+            {"05": math.nan, "11": 0.1},
+            "TTT adds nan (05) times the output of layer 05",
+        ),
+    ],
+)
+def test_effects_are_judged_by_layer_and_as_they_are_now(
+    caplog: pytest.LogCaptureFixture, early: dict[str, float], late: dict[str, float], warning: Any
+) -> None:
+    watch = EffectWatch(TrainArgs(DataArgs(), "run", max_steps=400, optim=OptimArgs(pct_start=0.2)))
+    caplog.set_level("WARNING")
+    for step in range(1, 100):
+        effects = early if step < 80 else late
+        watch.look(step, {f"layer_{layer}/effect": value for layer, value in effects.items()})
+        assert step >= 80 or not caplog.messages  # the rates rise for 80 steps
+    assert len(caplog.messages) == bool(warning) and warning in "".join(caplog.messages)
+
+
+@pytest.mark.parametrize("learning_rate, warnings", [(1e6, 1), (1.0, 0)])
+def test_ttt_that_drowns_its_layers_is_warned_of_once(
+    config: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    learning_rate: float,
+    warnings: int,
+) -> None:
+    train(config, tmp_path, {"max_steps": 6, "ttt.learning_rate": learning_rate})
+    out = capsys.readouterr().out
+    assert out.count("and drowns it. With write: sum, what all chunks have in common") == warnings
+
+
+def test_what_ttt_does_is_logged_by_layer(config: Path, tmp_path: Path) -> None:
+    train(config, tmp_path / "free")
+    train(config, tmp_path / "bounded", {"ttt.max_delta_norm": 1e-6})
+    for layer in ("00", "01"):
+        effects = logged(tmp_path / "free", f"ttt/layer_{layer}/effect")
+        assert effects[0] == 0 and effects[-1] > 0  # untrained TTT changes nothing
+        deltas = {
+            run: logged(tmp_path / run, f"ttt/layer_{layer}/delta")[-1]
+            for run in ("free", "bounded")
+        }
+        assert 0 < deltas["bounded"] < deltas["free"]
+        clip_rates = {
+            run: logged(tmp_path / run, f"ttt/layer_{layer}/clip_rate")
+            for run in ("free", "bounded")
+        }
+        assert clip_rates["free"][-1] == clip_rates["bounded"][0] == 0 < clip_rates["bounded"][-1]
+    assert all(norm > 0 for norm in logged(tmp_path / "free", "grad_norm/ttt"))
+
+
+def start_lines(
+    config: Path, run_dir: Path, overrides: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> Any:
+    """What a run prints before its first step."""
+    train(config, run_dir, {"max_steps": 1, "do_ckpt": False, **overrides})
+    return capsys.readouterr().out.split("step 1/1")[0]
+
+
+def test_a_run_says_what_it_is_going_to_do(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = start_lines(config, tmp_path, {"do_eval": True, "health_sec": 0}, capsys)
+    assert "7 segments of up to 25 frames" in out and "3 to evaluate" in out
+    assert "TTT: in-place (sum, relative, learning rate 1) in layers 0, 1; 4 updates" in out
+    assert "updates a sequence, every 5 frames" in out
+    assert "attention sees 12 frames of 25" in out
+    assert "(frozen)" in out and "ttt 578" in out
+    assert f"writes to {tmp_path}" in out
+    assert "warning: " not in out
+
+
+@pytest.mark.parametrize(
+    "overrides, expected",
+    [
+        ({"duration_sec": 0.4}, "(5 frames), not longer than ttt.chunk_size (5 frames)"),
+        ({"ttt.chunk_size": 50}, "TTT never learns anything"),
+        ({"duration_sec": 0.96}, "attention sees the whole sequence (12 frames)"),
+    ],
+)
+def test_a_run_warns_where_ttt_can_have_nothing_to_do(
+    config: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    overrides: dict[str, Any],
+    expected: Any,
+) -> None:
+    out = start_lines(config, tmp_path, overrides, capsys)
+    assert out.count("warning: ") == 1 and expected in out
+
+
+@pytest.mark.parametrize("method, size, warns", [("linear", 64, False), ("mlp", 64, True)])
+def test_a_run_on_a_gpu_warns_where_no_kernel_scans(
+    caplog: pytest.LogCaptureFixture, method: str, size: int, warns: bool
+) -> None:
+    ttt = TTTArgs(enabled=True, method=method, mini_batch_size=size, start_layer=0)
+    model = build_model(tiny_lm_kwargs(dim=32), ttt, device="cpu", dtype=torch.float32)
+    warn_of_slow_layers(model)
+    assert ("16 or 32 frames" in caplog.text) == warns

@@ -1,0 +1,212 @@
+"""Compiling or checkpointing layers changes nothing that they compute, and saves what it should."""
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from helpers import random_codes, tiny_args, tiny_model
+from moshi.modules.lora import replace_all_linear_with_lora
+from test_training_path import METHODS, PLAIN, WEIGHTS, assert_same, loss_and_gradients
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from finetune.step import stream_sums
+from ttt import TTTArgs
+from ttt.layers import blocks, execution
+from ttt.layers.execution import Execution
+
+
+def prepared(args: TTTArgs, *, lora: bool, **options: Any) -> Any:
+    """A model of Moshi's norms and positions with TTT as if trained."""
+    model = tiny_model(args, norm="rms_norm_f32", positional_embedding="rope").train()
+    if lora:
+        replace_all_linear_with_lora(model, 4, 2.0)
+        own = {id(p) for m in model.ttt_layers.values() for p in m.ttt_parameters().values()}
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("lora_" in name or id(parameter) in own)
+    model.execution.__dict__.update(options)
+    return model
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("args", METHODS.values(), ids=METHODS.keys())
+def test_what_is_kept_for_the_backward_pass_changes_nothing(
+    args: Any, lora: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(execution, "MIN_KEPT_WIDTH", 16)
+    codes = random_codes(num_frames=30)
+    results = [
+        loss_and_gradients(prepared(args, lora=lora, checkpointing=mode), codes, with_heads=False)
+        for mode in (False, True, "selective")
+    ]
+    assert_same(results[1], results[0], rtol=1e-13)
+    assert_same(results[2], results[0], rtol=1e-13)
+
+
+@pytest.mark.parametrize(
+    "mode", [*(pytest.param(mode, marks=pytest.mark.slow) for mode in (False, True)), "selective"]
+)
+@pytest.mark.parametrize(
+    "name",
+    ["plain", *(pytest.param(n, marks=pytest.mark.slow) for n in METHODS if n != "plain")],
+)
+def test_compiled_layers_compute_the_same(
+    name: str, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As traced, and without comment; what inductor makes of it is for the tests on a GPU."""
+    monkeypatch.setattr(execution, "BACKEND", "aot_eager")
+    monkeypatch.setattr(execution, "MIN_KEPT_WIDTH", 16)
+    torch._dynamo.reset()
+    execution._compiled.cache_clear()
+    torch._higher_order_ops.wrap.warning_once.cache_clear()
+    records: list[Any] = []
+    handler = logging.Handler()
+    handler.emit = records.append  # type: ignore[assignment, method-assign]
+    log = logging.getLogger("torch._higher_order_ops.wrap")
+    log.addHandler(handler)
+    codes = random_codes(num_frames=30)
+    results = [
+        loss_and_gradients(
+            prepared(METHODS[name], lora=True, checkpointing=mode, compile=compile),
+            codes,
+            with_heads=False,
+        )
+        for compile in (False, True)
+    ]
+    log.removeHandler(handler)
+    assert not records
+    assert_same(results[1], results[0], rtol=1e-12)
+
+
+def test_all_layers_share_what_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first layer of a model whose embeddings are frozen needs no gradient to its input, and is
+    compiled apart; all others are one and the same, and so are the steps of training."""
+    monkeypatch.setattr(execution, "BACKEND", "aot_eager")
+    torch._dynamo.reset()
+    graphs = torch._dynamo.utils.counters["stats"]
+    before = graphs["unique_graphs"]
+    model = prepared(PLAIN, lora=True, compile=True, checkpointing=True)
+    assert len(model.transformer.layers) == 3
+    for seed in range(2):
+        codes = random_codes(num_frames=12, seed=seed)
+        loss_and_gradients(model, codes, with_heads=False)
+    blocks_of_a_model = {"layer", "first layer", "depth input", "depth layer"}
+    losses = {"text", "audio"}
+    assert graphs["unique_graphs"] - before <= len(blocks_of_a_model) + len(losses)
+
+
+class Products(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default)
+        return func(*args, **(kwargs or {}))
+
+
+def test_selective_checkpointing_makes_no_large_product_twice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(execution, "MIN_KEPT_WIDTH", 16)
+    counts: dict[bool | str, int] = {}
+    for mode in (False, "selective", True):
+        model = prepared(PLAIN, lora=False, checkpointing=mode)
+        with Products() as products:
+            loss_and_gradients(model, random_codes(num_frames=12), with_heads=False)
+        counts[mode] = products.count
+    assert counts[False] == counts["selective"] < counts[True]
+
+
+def test_evaluation_is_never_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any) -> None:
+        raise AssertionError("compiled")
+
+    monkeypatch.setattr(execution, "_compiled", refuse)
+    model = prepared(PLAIN, lora=False, compile=True)
+    with torch.no_grad():
+        model(random_codes(num_frames=12))
+    with pytest.raises(AssertionError, match="compiled"):
+        model(random_codes(num_frames=12))
+
+
+def test_evaluation_compiles_no_graph_for_its_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(execution, "BACKEND", "aot_eager")
+    torch._dynamo.reset()
+    graphs = torch._dynamo.utils.counters["stats"]
+    before = graphs["unique_graphs"]
+    model = prepared(PLAIN, lora=False, compile=True)
+    with torch.no_grad():
+        for num_frames in (12, 13):
+            codes = random_codes(num_frames=num_frames)
+            stream_sums(model, model(codes, with_heads=False), codes, WEIGHTS)
+    assert graphs["unique_graphs"] == before
+
+
+def test_sequences_of_many_lengths_train_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch gives up on a function after eight forms of it."""
+    monkeypatch.setattr(execution, "BACKEND", "aot_eager")
+    torch._dynamo.config.recompile_limit = 8
+    torch._dynamo.reset()
+    execution._compiled.cache_clear()
+    model = prepared(PLAIN, lora=False, compile=True)
+    for num_frames in range(12, 22):
+        x = torch.randn(1, num_frames, model.dim, dtype=torch.float64, requires_grad=True)
+        weights = blocks.layer_of(model.transformer.layers[0]).mlp
+        assert weights is not None
+        model.execution.layer(blocks.project, x, weights.inward).sum().backward()
+
+
+UNCOVERED: dict[str, Any] = {
+    "shared keys": {"kv_repeat": 2},
+    "positions in the depth transformer": {"depformer_pos_emb": "rope"},
+}
+
+
+@pytest.mark.parametrize("args", METHODS.values(), ids=METHODS.keys())
+@pytest.mark.parametrize("shape", UNCOVERED.values(), ids=UNCOVERED.keys())
+def test_layers_of_other_kinds_are_checkpointed_as_well(
+    shape: Any, args: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(execution, "MIN_KEPT_WIDTH", 16)
+    sizes, results = {}, {}
+    for mode in (False, True, "selective"):
+        model = tiny_model(args, **shape).train()
+        model.execution.checkpointing = mode
+        kept = 0
+
+        def pack(x: torch.Tensor) -> torch.Tensor:
+            nonlocal kept
+            kept += x.numel()
+            return x
+
+        codes = random_codes(num_frames=30)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            model(codes, with_heads=False)
+        sizes[mode] = kept
+        results[mode] = loss_and_gradients(model, codes, with_heads=False)
+    assert_same(results[True], results[False], rtol=1e-13)
+    assert_same(results["selective"], results[False], rtol=1e-13)
+    if args is PLAIN:
+        stock_layers = 3 if "kv_repeat" in shape else 1
+        assert sizes[True] < sizes[False] / 2 and sizes["selective"] < sizes[False]
+        assert stock_layers == 1 or sizes["selective"] < sizes[False] / 2
+
+
+@pytest.mark.parametrize("args", METHODS.values(), ids=METHODS.keys())
+def test_a_stream_with_gradients_advances_once(args: Any) -> None:
+    model = prepared(args, lora=False, checkpointing=True)
+    attention = model.transformer.layers[0].self_attn
+    with model.streaming(2):
+        out, _ = model.forward_text(random_codes(num_frames=1))
+        before = attention._streaming_state.offset.clone()
+        out.sum().backward()
+        assert torch.equal(attention._streaming_state.offset, before)
+        assert before.tolist() == [1, 1]
+
+
+def test_layers_share_one_execution() -> None:
+    model = tiny_model(tiny_args())
+    assert isinstance(model.execution, Execution)
+    for module in [*model.transformer.layers, *model.ttt_layers.values()]:
+        assert module.execution is model.execution
