@@ -19,7 +19,7 @@ from finetune.spoken import dataset as dataset_module
 from finetune.spoken.dataset import Dataset
 from finetune.spoken.tokenizer import train_tokenizer
 
-FRAMES, ROWS, FACTS = 120, 8, 2
+FRAMES, ROWS, FACTS = 80, 8, 1
 
 
 def tiny() -> SpokenPreset:
@@ -43,15 +43,20 @@ def dialogues(rows: int, frames: int, seed: int) -> EncodedDialogues:
     random = torch.Generator().manual_seed(seed)
     text = torch.full((rows, frames), 3, dtype=torch.int16)
     codes = torch.randint(256, (rows, 16, frames), generator=random, dtype=torch.uint8)
-    row = [
-        [frames - 10, 0, 1, 1, 60, frames - 30, 10, 0, 0],
-        [frames - 5, 0, 2, 0, 60, 80, 9, 1, 1],
-    ]
-    return EncodedDialogues(text, codes, torch.tensor([row] * rows, dtype=torch.int32))
+    repeated = [frames - 10, 0, 1, 1, 60, frames - 30, 10, 0, 0]
+    heard = [frames - 5, 0, 2, 0, 60, 55, 9, 0, 1]
+    asked = repeated, heard
+    answers = torch.tensor([[asked[row % 2]] for row in range(rows)], dtype=torch.int32)
+    return EncodedDialogues(text, codes, answers)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> bytes:
+    return train_tokenizer(tiny().data.bank)
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path: Path, tokenizer: bytes, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An experiment's folder in which the data are already."""
     chosen = tiny()
     monkeypatch.setattr(command, "preset", lambda name: chosen)
@@ -65,7 +70,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ):
         part = dialogues(rows, times * FRAMES, rows)
         dataset_module._save(part, data / f"{name}.safetensors")
-    (data / "tokenizer.model").write_bytes(train_tokenizer(chosen.data.bank))
+    (data / "tokenizer.model").write_bytes(tokenizer)
     described = {"version": dataset_module.DATA_VERSION, **dataclasses.asdict(chosen.data)}
     (data / "dataset.json").write_text(json.dumps(described))
     return tmp_path / "out"
