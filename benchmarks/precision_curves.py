@@ -323,8 +323,9 @@ def require_data(options: argparse.Namespace) -> None:
     Raises:
         UserError: they cannot be made, or are shorter or fewer than asked for.
     """
-    if not (options.data / "train.safetensors").is_file():
-        full = dataclasses.replace(preset("gpu").data, num_long=1, lengths={})
+    wanted = preset("gpu").data
+    if Dataset(options.data, wanted).mark.read() is None:
+        full = dataclasses.replace(wanted, num_long=1, lengths={})
         chosen = TINY_DATA if options.tiny else full
         workers = os.cpu_count() or 1
         build_dataset(options.data, chosen, torch.device(options.device), workers=workers)

@@ -16,6 +16,7 @@ trains it; the rule is replaced when they are evaluated, or from the start (`--t
 """
 
 import argparse
+import io
 import json
 from pathlib import Path
 from typing import Any, cast
@@ -23,6 +24,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from finetune.kept import write_whole
 from finetune.recall import measure
 from finetune.recall.experiment import train
 from finetune.recall.model import new_model
@@ -155,7 +157,9 @@ def trained_model(chosen: Preset, seed: int, out: Path, rule: str | None) -> TTT
     else:
         curve = train(model, chosen, seed=seed, lr=chosen.lr, label=f"{rule}, seed {seed}")
         print(f"trained with {rule or 'delta'}: {curve[-1]}", flush=True)
-        torch.save(model.state_dict(), path)
+        weights = io.BytesIO()
+        torch.save(model.state_dict(), weights)
+        write_whole(path, weights.getvalue())
     return model.eval()
 
 

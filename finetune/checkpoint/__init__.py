@@ -10,6 +10,7 @@ from finetune.checkpoint.run_dir import (
     step_of,
 )
 from finetune.checkpoint.run_folder import RunFolder, require_same_rule
+from finetune.checkpoint.run_record import run_wrote
 from finetune.checkpoint.writer import CheckpointWriter, merged_weights, snapshot_bytes
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "load_trained_weights",
     "merged_weights",
     "require_same_rule",
+    "run_wrote",
     "set_random_state",
     "snapshot_bytes",
     "step_of",

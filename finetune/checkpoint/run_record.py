@@ -166,6 +166,17 @@ class RunRecord:
             _write(os.open(self.path, flags), lines, before="\n" if torn else "")
 
 
+def run_wrote(run_dir: Path, name: str) -> bool:
+    """Return whether the run in a folder has written a file of this name.
+
+    Where an older run still waits to be replaced, and may come back, both must have.
+    """
+    content = RunRecord(run_dir).read()
+    if name not in content.files:
+        return False
+    return content.replaces is None or run_wrote(run_dir / content.replaces, name)
+
+
 def delete_units(run_dir: Path, units: Iterable[str]) -> None:
     """Delete what `RunRecord.found` has found, and the folders that are empty then."""
     for unit in units:

@@ -14,7 +14,7 @@ DialogueSec = Annotated[float, Ge(4), Le(3600)]
 @dataclass(frozen=True)
 class DemoOptions:
     out: FilePath = Path("runs/demo")
-    """The run folder; what an earlier demonstration left there is replaced."""
+    """The run folder; what an earlier demonstration left there is replaced, and no other run."""
 
     force: bool = False
     """Start although the estimated memory is more than there is."""

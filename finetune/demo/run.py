@@ -9,11 +9,11 @@ from pathlib import Path
 
 import soundfile
 
-from finetune.checkpoint import list_checkpoints
-from finetune.config import load_config
+from finetune.checkpoint import list_checkpoints, run_wrote
+from finetune.config import load_config, load_run_config
 from finetune.data import Codec
 from finetune.demo.dialogues import make_dialogues
-from finetune.demo.memory import Memory, remember
+from finetune.demo.memory import ARMS, Memory, remember
 from finetune.demo.memory_report import (
     PICTURE_NAME,
     WIDTH,
@@ -33,6 +33,12 @@ CONFIG = Path("example/demo.yaml")
 MEMORY_MODEL = Path("example/memory")
 NUM_DIALOGUES = 20
 PROMPT_SEC = 5.0
+MEMORY, LOSS_PICTURE, CONTINUATION = Path("memory"), Path("loss.png"), Path("continuation.wav")
+OWN_FILES = (
+    *(MEMORY / name for name in (PICTURE_NAME, *map(sound_name, ARMS))),
+    *(LOSS_PICTURE, CONTINUATION, CONTINUATION.with_suffix(".txt")),
+)
+"""What the demonstration adds to the run that it trains. A run that anybody trains has none."""
 
 
 def run_demo(run_dir: Path, overrides: Mapping[str, object], *, force: bool = False) -> None:
@@ -40,8 +46,11 @@ def run_demo(run_dir: Path, overrides: Mapping[str, object], *, force: bool = Fa
     `example/demo.yaml`, and show what came out.
 
     Raises:
-        UserError: not called from the project's folder, or one of the steps cannot be done.
+        UserError: not called from the project's folder, one of the steps cannot be done, or
+            `run_dir` holds a run that is no demonstration.
     """
+    if "run_dir" in overrides:
+        raise UserError("run_dir: the folder of the demonstration is given by --out.")
     for needed_here in (CONFIG, MEMORY_MODEL / "model.safetensors"):
         if not needed_here.is_file():
             raise UserError(
@@ -50,7 +59,13 @@ def run_demo(run_dir: Path, overrides: Mapping[str, object], *, force: bool = Fa
             )
     needed = {"do_eval": True, "do_ckpt": True}
     args = load_config(
-        CONFIG, {"run_dir": run_dir, "overwrite_run_dir": True, **overrides, **needed}
+        CONFIG,
+        {
+            "run_dir": run_dir,
+            "overwrite_run_dir": _holds_demonstration(run_dir),
+            **overrides,
+            **needed,
+        },
     )
     started_at = time.monotonic()
     data_dir = Path(args.data.train_data).parent
@@ -58,9 +73,10 @@ def run_demo(run_dir: Path, overrides: Mapping[str, object], *, force: bool = Fa
     make_dialogues(data_dir)
     # What is wrong with the run or its folder is said now, and its files may lie there from now on.
     trainer = Trainer(args, config=CONFIG, force=force)
+    trainer.folder.record.add(path.as_posix() for path in OWN_FILES)
 
     console.print(f"[2/5] memory: {MEMORY_MODEL}, a small Moshi that is trained already")
-    memory = show_memory(run_dir / "memory", args.device)
+    memory = show_memory(run_dir / MEMORY, args.device)
 
     console.print("[3/5] training another small Moshi, with test-time training, from nothing")
     status = trainer.train()
@@ -68,13 +84,13 @@ def run_demo(run_dir: Path, overrides: Mapping[str, object], *, force: bool = Fa
         sys.exit(status)
 
     console.print("[4/5] drawing the loss curve")
-    picture = plot_losses(run_dir, run_dir / "loss.png")
+    picture = plot_losses(run_dir, run_dir / LOSS_PICTURE)
 
     console.print("[5/5] continuing a dialogue that it has not heard")
     checkpoint = list_checkpoints(run_dir)[-1]
     model, codec = load_for_inference(checkpoint, args.device)
     heard = _first_recording(Path(args.data.eval_data))
-    sound = run_dir / "continuation.wav"
+    sound = run_dir / CONTINUATION
     text = _continue(model, codec, heard, sound)
 
     trained = (
@@ -104,6 +120,14 @@ Then it took over Moshi's part in {heard.name} after {PROMPT_SEC:.0f} s (|):
     )
 
 
+def _holds_demonstration(run_dir: Path) -> bool:
+    """Return whether a folder has what an earlier demonstration left, and nobody trained on."""
+    recorded = run_dir / "args.yaml"
+    if not recorded.is_file() or not run_wrote(run_dir, OWN_FILES[0].as_posix()):
+        return False
+    return load_run_config(recorded).resume is False
+
+
 def _continue(model: TTTLMModel, codec: Codec, heard: Path, sound: Path) -> str:
     """Let the model take over Moshi's part of a recording; returns what was said."""
     continuation = continue_dialogue(
@@ -119,9 +143,9 @@ def _memory_story(memory: Memory, run_dir: Path) -> str:
 Memory. A trained Moshi was asked for facts that attention had lost. With TTT it answered \
 {memory.share("on"):.0%} of the questions rightly, without TTT {memory.share("off"):.0%}; a guess \
 is right in {1 / memory.num_values:.0%}.
-  {run_dir / "memory" / sound_name("on")}   listen: left Moshi, right the user
-  {run_dir / "memory" / sound_name("off")}   the same user, and Moshi without TTT
-  {run_dir / "memory" / PICTURE_NAME}   what the fast weights did"""
+  {run_dir / MEMORY / sound_name("on")}   listen: left Moshi, right the user
+  {run_dir / MEMORY / sound_name("off")}   the same user, and Moshi without TTT
+  {run_dir / MEMORY / PICTURE_NAME}   what the fast weights did"""
 
 
 def _loss_story(run_dir: Path) -> str:

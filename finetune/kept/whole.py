@@ -63,6 +63,17 @@ class Kept:
         """
         write_whole(self.path, encoded(value, indent=1) + "\n")
 
+    def remove(self) -> None:
+        """Keep nothing: what it tells of is about to change. Without a file this does nothing.
+
+        Raises:
+            UserError: the file cannot be removed.
+        """
+        try:
+            self.path.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be removed: {error.strerror or error}.") from error
+
 
 def encoded(value: Mapping[str, Any], *, indent: int | None = None) -> str:
     """Return a value as JSON, in which NaN and infinities are text."""

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from finetune.errors import UserError
+from finetune.kept import write_whole
 
 
 def prepare_folder(out: Path, experiment: str) -> None:
@@ -27,7 +28,7 @@ def prepare_folder(out: Path, experiment: str) -> None:
             f"--out: {out} has the results of another experiment ({earlier}), which those of this "
             f"one ({experiment}) would replace. Name another folder."
         )
-    mark.write_text(f"{experiment}\n", encoding="utf-8")
+    write_whole(mark, f"{experiment}\n")
 
 
 def write_report(text: str, out: Path) -> str:

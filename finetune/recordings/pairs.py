@@ -102,8 +102,8 @@ def join(pair: Pair) -> None:
     if _is_made_already(pair):
         return
     samples = sides.read(0, info.num_samples, rates[0]).T.contiguous().numpy()
-    _write_wav(pair, samples, rates[0])
     _carry_words(pair)
+    _write_wav(pair, samples, rates[0])  # the last, as what says that all of it is made
 
 
 def _is_made_already(pair: Pair) -> bool:
@@ -150,7 +150,7 @@ def _carry_words(pair: Pair) -> None:
         for channel, text in zip(("left", "right"), texts, strict=True):
             if text.is_file():
                 target = pair.joined.with_name(f"{pair.joined.stem}.{channel}.txt")
-                target.write_bytes(text.read_bytes())
+                write_whole(target, text.read_bytes())
     transcripts = [path.with_suffix(".json") for path in (pair.left, pair.right)]
     if not transcripts[0].is_file():
         return

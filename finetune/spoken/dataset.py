@@ -17,7 +17,7 @@ import numpy as np
 import sentencepiece
 import torch
 from moshi.models import loaders
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from finetune.config import ModelPaths
 from finetune.data import Codec, TextEncoder
@@ -81,6 +81,11 @@ class Dataset:
         path = self.folder / "tokenizer.model"
         return TextEncoder(sentencepiece.SentencePieceProcessor(model_file=str(path)))
 
+    @property
+    def mark(self) -> Kept:
+        """Return what says how the data were made; it is there while all parts are, and fit."""
+        return Kept(self.folder / "dataset.json")
+
 
 def build_dataset(
     folder: Path,
@@ -103,14 +108,16 @@ def build_dataset(
     described = json.loads(json.dumps({"version": DATA_VERSION, **dataclasses.asdict(args)}))
     if tokenizer is not None:
         described["tokenizer"] = hashlib.sha256(tokenizer).hexdigest()
-    done = Kept(folder / "dataset.json")
-    if done.read() == described:
+    if dataset.mark.read() == described:
         logger.info("the dialogues are in %s already", folder)
         return dataset
     started_at = time.monotonic()
-    write_whole(folder / "tokenizer.model", tokenizer or train_tokenizer(args.bank))
+    tokenizer = tokenizer or train_tokenizer(args.bank)
     codec = open_codec(device)
     bank = Bank(args.bank, workers=workers)
+    # From here on parts of other data, if there are any, are replaced one by one.
+    dataset.mark.remove()
+    write_whole(folder / "tokenizer.model", tokenizer)
     logger.info("%d utterances spoken, %.0f s", len(bank.words), time.monotonic() - started_at)
     counts: dict[texts.Split, int] = {"eval": args.num_eval, "train": args.num_spoken}
     for split, count in counts.items():
@@ -129,7 +136,7 @@ def build_dataset(
             )
             _save(made, folder / f"{name}.safetensors")
         logger.info("dialogues for %s recombined, %.0f s", split, _since(started_at))
-    done.write(described)
+    dataset.mark.write(described)
     return dataset
 
 
@@ -199,4 +206,4 @@ def _save(spoken: EncodedDialogues, path: Path) -> None:
     tensors: dict[str, Any] = {
         field.name: getattr(spoken, field.name).contiguous() for field in dataclasses.fields(spoken)
     }
-    save_file(tensors, path)
+    write_whole(path, save(tensors))

@@ -12,7 +12,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from functools import cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from finetune.spoken.facts import KINDS
 
@@ -48,12 +48,11 @@ def said_value(text: str, kind: str) -> str | None:
 
     A number that is none of the kind's values is passed over, as any other word is.
     """
-    words = _normal(text)
     if kind == "number":
         by_number = _values_by_number()
-        return next((by_number[n] for n in _numbers(words) if n in by_number), None)
+        return next((by_number[n] for n in numbers_in(text) if n in by_number), None)
     by_word = {value.lower(): value for value in KINDS[kind].values}
-    return next((by_word[word] for word in words if word in by_word), None)
+    return next((by_word[word] for word in _normal(text) if word in by_word), None)
 
 
 def outcome(said: str | None, answer: str, told: Iterable[str]) -> Outcome:
@@ -79,8 +78,9 @@ def _normal(text: str) -> list[str]:
     return re.findall(r"[a-z0-9]+(?:\.\d+)?|[^\sa-z0-9'\"]", plain)
 
 
-def _numbers(words: Sequence[str]) -> Iterable[int]:
-    """Yield the numbers in words and digits, whole ones, each as far as it goes."""
+def numbers_in(text: str) -> Iterable[int]:
+    """Yield the numbers in a text, in words or digits, whole ones, each as far as it goes."""
+    words = _normal(text)
     at = 0
     while at < len(words):
         found = _number_at(words, at)
@@ -98,15 +98,36 @@ def _number_at(words: Sequence[str], at: int) -> tuple[int, int] | None:
         found = 1, at  # "hundred" is one hundred
     if found is None:
         return None
-    number, at = found
-    while at < len(words) and words[at] in _SCALES:
-        scale = _SCALES[words[at]]
-        number, at = number * scale, at + 1
-        rest_at = at + 1 if at < len(words) and words[at] == "and" else at
-        rest = _number_at(words, rest_at) if rest_at < len(words) else None
-        if rest is not None and rest[0] < scale and words[rest_at] not in _SCALES:
-            number, at = number + rest[0], rest[1]
-    return number, at
+    last, at = found
+    # "two million three hundred five" is 2,000,000 + 300 + 5: what follows a part must be below its
+    # scale. A greater scale multiplies all parts below it: (one hundred and twenty) thousand.
+    before: list[_Part] = []
+    scale = 0  # nothing can follow but a scale
+    while at < len(words):
+        if words[at] in _SCALES:
+            scale = _SCALES[words[at]]
+            while before and before[-1].value + last < scale:
+                last += before.pop().value
+            last *= scale
+            if before and last >= before[-1].scale:
+                # "one hundred, two hundred" without the comma: two numbers.
+                return sum(part.value for part in before), before[-1].end
+            at += 1
+            continue
+        rest = _small_at(words, at + 1 if words[at] == "and" and at + 1 < len(words) else at)
+        if rest is None or rest[0] >= scale:
+            break
+        before.append(_Part(last, scale, at))
+        (last, at), scale = rest, 0
+    return last + sum(part.value for part in before), at
+
+
+class _Part(NamedTuple):
+    """A part of a number: its value, its last scale, and where it ends."""
+
+    value: int
+    scale: int
+    end: int
 
 
 def _small_at(words: Sequence[str], at: int) -> tuple[int, int] | None:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -83,6 +84,16 @@ class _Event(ctypes.Structure):
     )
 
 
+class _EspeakVoice(ctypes.Structure):
+    """The beginning of `espeak_VOICE`."""
+
+    _fields_ = (
+        ("name", ctypes.c_char_p),
+        ("languages", ctypes.c_char_p),  # a priority and a name each; empty: it has none
+        ("identifier", ctypes.c_char_p),  # a path, and "+" and the variant if one is used
+    )
+
+
 _Callback = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_Event)
 )
@@ -92,8 +103,8 @@ def synthesize(text: str, voice: Voice) -> Speech:
     """Speaks `text`; its words are what stands between white space, punctuation included.
 
     Raises:
-        UserError: espeak-ng is not installed or lacks the voice, or a word of the text has no
-            letter or digit and cannot be spoken.
+        UserError: espeak-ng is not installed or lacks the voice or its variant, or a word of the
+            text has no letter or digit and cannot be spoken.
     """
     pcm, events = _run_espeak(text, voice)
     words = _place_words(text, events, pcm)
@@ -143,8 +154,7 @@ def _run_espeak(text: str, voice: Voice) -> tuple[np.ndarray, list[tuple[int, in
             )
         library.espeak_ng_SetRandSeed(ctypes.c_long(1))
         library.espeak_SetSynthCallback(callback)
-        if library.espeak_SetVoiceByName(voice.name.encode()) != 0:
-            raise UserError(f"espeak-ng has no voice named {voice.name!r}; try 'en-us+f3'.")
+        _set_voice(library, voice.name, Path(data_path))
         library.espeak_SetParameter(_RATE, voice.words_per_min, 0)
         library.espeak_SetParameter(_PITCH, voice.pitch, 0)
         library.espeak_SetParameter(_PITCH_RANGE, voice.pitch_range, 0)
@@ -155,6 +165,32 @@ def _run_espeak(text: str, voice: Voice) -> tuple[np.ndarray, list[tuple[int, in
     finally:
         _ctypes.dlclose(library._handle)
     return np.frombuffer(b"".join(blocks), dtype=np.int16), events
+
+
+def _set_voice(library: ctypes.CDLL, name: str, data: Path) -> None:
+    """
+    Raises:
+        UserError: espeak-ng lacks the voice or its variant, or a variant stands alone.
+    """
+    if library.espeak_SetVoiceByName(name.encode()) != 0:
+        raise UserError(f"espeak-ng has no voice named {name!r}; try 'en-us+f3'.")
+    # It answers 0 as well where it has left the variant out, and where a variant is all it has got:
+    # then it would speak without a language, and end the process.
+    library.espeak_GetCurrentVoice.restype = ctypes.POINTER(_EspeakVoice)
+    used = library.espeak_GetCurrentVoice().contents
+    if used.languages and ("+" not in name or b"+" in used.identifier):
+        return
+    variants = ", ".join(sorted(path.name for path in (data / "voices" / "!v").iterdir()))
+    if not used.languages:
+        raise UserError(
+            f"espeak-ng: {name!r} is a variant, which needs a language before it, as in "
+            f"'en-us+f3'. The variants are {variants}."
+        )
+    language, variant = name.split("+", 1)
+    raise UserError(
+        f"espeak-ng has no variant {variant!r} of a voice, which {name!r} asks for. After "
+        f"'{language}+' can come, in small and capital letters as here, {variants}."
+    )
 
 
 def _place_words(text: str, events: Sequence[tuple[int, int]], pcm: np.ndarray) -> tuple[Word, ...]:

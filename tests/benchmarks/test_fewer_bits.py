@@ -89,6 +89,7 @@ def dialogues(tmp_path: Path) -> Path:
         answers = torch.full((rows, 1, 9), -1, dtype=torch.int32)
         tensors = {"text": text, "codes": codes, "answers": answers}
         save_file(tensors, tmp_path / f"{part}.safetensors")
+    (tmp_path / "dataset.json").write_text("{}")
     return tmp_path
 
 
@@ -123,6 +124,19 @@ def test_a_curve_that_does_not_fall_is_named(program: Callable[..., Any], dialog
     assert found["wrong"] == [
         f"bfloat16, seed 0: the loss of the {kind} has not fallen" for kind in ("text", "audio")
     ]
+
+
+def test_dialogues_that_were_never_finished_are_made_again(
+    program: Callable[..., Any], dialogues: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    curves, made = program("precision_curves"), []
+    monkeypatch.setattr(curves, "build_dataset", lambda folder, *_, **__: made.append(folder))
+    options = curves.parse([*CURVES, f"--data={dialogues}"])
+    curves.require_data(options)
+    assert made == []
+    (dialogues / "dataset.json").unlink()
+    curves.require_data(options)
+    assert made == [dialogues]
 
 
 def test_dialogues_that_are_too_short_are_one_message(

@@ -89,6 +89,18 @@ def test_a_voice_that_does_not_exist_is_named() -> None:
         synthesize("Hello.", Voice("no-such-voice"))
 
 
+@pytest.mark.parametrize("name", ["en-us+zz9", "en-us+F2", "en-us+", "en-us+f3+m1", "f3"])
+def test_a_variant_that_espeak_would_leave_out_is_an_error(name: str) -> None:
+    with pytest.raises(UserError, match=r"variant.* f2, f3, f4, ") as raised:
+        synthesize("Hello.", Voice(name))
+    assert repr(name) in str(raised.value)
+
+
+def test_a_variant_by_its_number_is_spoken() -> None:
+    by_number, by_name = (synthesize("Hello.", Voice(name)) for name in ("en-us+12", "en-us+f2"))
+    assert np.array_equal(by_number.samples, by_name.samples)
+
+
 def test_missing_espeak_says_what_to_install() -> None:
     program = (
         "import sys; sys.modules['espeakng_loader'] = None\n"

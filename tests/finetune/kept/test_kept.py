@@ -34,6 +34,17 @@ def test_a_crash_while_writing_leaves_what_was_there(
     assert kept.read() == {"step": 1}
 
 
+def test_what_is_removed_is_not_kept_any_more(tmp_path: Path) -> None:
+    kept = Kept(tmp_path / "result.json")
+    kept.remove()
+    kept.write({"step": 1})
+    kept.remove()
+    assert kept.read() is None
+    kept.path.mkdir()
+    with pytest.raises(UserError, match=r"result\.json cannot be removed: "):
+        kept.remove()
+
+
 @pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff", b"[" * 100_000])
 def test_a_damaged_file_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "result.json").write_bytes(content)

@@ -11,6 +11,8 @@ import pytest
 import soundfile
 from recordings_tools import DIALOGUES, NAMES, call, lines_of, mono_folder, plain_folder
 
+from finetune.recordings import pairs
+
 PAIR = "{id}_left.wav,{id}_right.wav"
 
 
@@ -153,6 +155,27 @@ def test_pairs_may_lie_in_folders_and_bring_transcripts(tmp_path: Path) -> None:
         ["moshi", [0.1, 0.2], "SPEAKER_MAIN"],
         ["user", [1.1, 1.2], "SPEAKER_USER"],
     ]
+
+
+@pytest.mark.parametrize("step", ["_write_wav", "_carry_words"])
+def test_a_pair_whose_joining_was_cut_off_is_joined_with_its_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    folder = mono_folder(tmp_path, ["train_000"])
+    left, right = folder / "train_000_left.wav", folder / "train_000_right.wav"
+    pair = pairs.Pair(left, right, folder / "stereo/train_000.wav", overwrite=False)
+
+    def dies(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pairs, step, dies)
+        with pytest.raises(KeyboardInterrupt):
+            pairs.join(pair)
+    pairs.join(pair)
+    words = left.with_suffix(".txt").read_bytes()
+    assert (folder / "stereo/train_000.left.txt").read_bytes() == words
+    assert pair.joined.is_file()
 
 
 def test_two_files_that_do_not_belong_together_are_named_and_left_out(

@@ -3,9 +3,11 @@
 from typing import Any
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from finetune.spoken import KINDS, recall_csv, recall_tables, score_words, summarize_recall
-from finetune.spoken.scoring import outcome, said_value
+from finetune.spoken.scoring import numbers_in, outcome, said_value
 
 ANSWERS = [
     ("thing", "Laura likes oranges.", "oranges"),
@@ -33,6 +35,14 @@ ANSWERS = [
     ("number", "one hundred", "hundred"),
     ("number", "100", "hundred"),
     ("number", "one hundred and twenty", None),
+    ("number", "one hundred and twenty thousand", None),
+    ("number", "hundred twenty five million", None),
+    ("number", "one hundred and", "hundred"),
+    ("number", "one hundred two hundred", "hundred"),  # two numbers
+    ("number", "thousand twenty thousand", "thousand"),
+    ("number", "ten hundred", "thousand"),
+    ("number", "zero hundred", "zero"),
+    ("number", "five zero", "zero"),  # two numbers, and five is no value
     ("number", "two hundred", None),
     ("number", "1,000", "thousand"),
     ("number", "1000", "thousand"),
@@ -56,6 +66,47 @@ def test_every_value_is_read_as_it_is_told(kind: str) -> None:
     for value in KINDS[kind].values:
         for text in (value, f"It is {value}.", value.upper()):
             assert said_value(text, kind) == value
+
+
+# fmt: off
+UNITS = [
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven",
+    "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
+]
+# fmt: on
+TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
+
+
+def written_out(number: int, conjunction: str) -> str:
+    """A number below 10^9 in words, "one million two hundred and five"."""
+    for scale, name in ((10**6, "million"), (1000, "thousand"), (100, "hundred")):
+        if number >= scale:
+            high, low = divmod(number, scale)
+            joined = conjunction if low < 100 else " "
+            rest = joined + written_out(low, conjunction) if low else ""
+            return f"{written_out(high, conjunction)} {name}{rest}"
+    if number < 20:
+        return UNITS[number]
+    ten = TENS[number // 10 - 2]
+    return f"{ten}-{UNITS[number % 10]}" if number % 10 else ten
+
+
+@settings(deadline=None)
+@given(st.integers(0, 10**9 - 1), st.sampled_from([" ", " and "]))
+@example(120_000, " and ")
+@example(999_999_999, " and ")
+@example(1_000_001, " ")
+def test_numbers_in_words_are_read_back(number: int, conjunction: str) -> None:
+    words = written_out(number, conjunction)
+    assert [*numbers_in(words)] == [number]
+    assert [*numbers_in(f"It is {words}, {words}!")] == [number, number]
+
+
+def test_a_model_that_repeats_one_word_for_ever_is_scored() -> None:
+    """In a moment: a time that doubles with every word would not end."""
+    for words in ("million", "thousand", "thousand two", "hundred and", "twenty million"):
+        said = said_value(f"{words} " * 2000, "number")
+        assert said is None or said in words
 
 
 def test_an_answer_is_right_or_of_another_fact_or_neither_or_none() -> None:
