@@ -55,6 +55,12 @@ class Recording(ABC):
         """Everything on disk whose change changes it: audio and words."""
         return (self.path,)
 
+    @property
+    def words_version(self) -> tuple[object, ...]:
+        """Return what tells its words from those that other recordings have in the same `files`; ()
+        where each has files of its own."""
+        return ()
+
     @abstractmethod
     def audio_version(self) -> tuple[object, ...] | None:
         """Return what changes whenever the audio does, a fingerprint for codes that are kept; None:
@@ -153,6 +159,10 @@ class OtherSide(Recording):
     @property
     def files(self) -> tuple[Path, ...]:
         return self.inner.files
+
+    @property
+    def words_version(self) -> tuple[object, ...]:
+        return self.inner.words_version
 
     def audio_version(self) -> tuple[object, ...] | None:
         version = self.inner.audio_version()

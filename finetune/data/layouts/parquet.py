@@ -40,6 +40,11 @@ class CodesRow(CodesRecording):
     group: int = field(kw_only=True)
     row: int = field(kw_only=True)
 
+    def audio_version(self) -> tuple[object, ...] | None:
+        # Nothing keeps two rows from having the same `id`.
+        version = super().audio_version()
+        return None if version is None else (*version, self.group, self.row)
+
     def read_words(self) -> list[Word]:
         if self.has_text:
             return []
