@@ -40,6 +40,10 @@ class CutOfTwo(AudioRecording):
 
     @property
     def location(self) -> str:
+        return self.where.location
+
+    @property
+    def title(self) -> str:
         return f"{self.manifest}/{self.path_as_written}"
 
     @property

@@ -14,7 +14,7 @@ from layout_tools import loaded
 from recordings_tools import call
 
 from finetune.config import DataArgs
-from finetune.data import build_train_loader, open_store
+from finetune.data import Recording, build_train_loader, inspect_listing, open_source, open_store
 
 # Fixtures: pytest finds them by their names in this module.
 stereo = layout_tools.stereo
@@ -69,3 +69,39 @@ def test_what_is_wrong_with_one_of_two_that_share_files_is_found(
             found = json.loads(out.read_text())["recordings"]
             first, second = ({each["code"] for each in one["findings"]} for one in found)
             assert code in second and code not in first, found
+
+
+def recordings_of(path: Path) -> list[Recording]:
+    found = [entry.recording for entry in open_source(path, "data").entries()]
+    return [recording for recording in found if recording is not None]
+
+
+def test_the_same_part_in_two_manifests_is_trained_on_and_evaluated(
+    stereo: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "link").symlink_to(stereo.parent)
+    audio = stereo.parent / "1.wav"
+    trained = write_cuts(tmp_path / "cuts_train.jsonl", audio, [(0.0, 1.2), (0.0, 2.4)])
+
+    def said(path: Path) -> str:
+        found = inspect_listing(recordings_of(trained), recordings_of(path))
+        return " ".join(each.message for each in found if each.code == "evaluation-in-training")
+
+    linked = tmp_path / "link/1.wav"
+    same = write_cuts(tmp_path / "cuts_eval.jsonl", linked, [(0.2, 1.0), (0.0, 1.2)])
+    assert "1 of 2 recordings" in said(same) and f"{same}/cut1, by {same}:2" in said(same)
+    other = write_cuts(tmp_path / "cuts_other.jsonl", audio, [(0.0, 1.0), (0.2, 1.2), (1.2, 1.2)])
+    assert not said(other), "other parts of the same file"
+    assert "1 of 3 recordings" in said(stereo), "a cut of a whole file is that file"
+    pairs = layout_tools.mono_pairs(tmp_path, stereo)
+    by_link = pairs.with_name("by link.jsonl")
+    (tmp_path / "here").symlink_to(tmp_path)
+    by_link.write_text(pairs.read_text().replace('_path": "', '_path": "here/'))
+    found = inspect_listing(recordings_of(pairs), recordings_of(by_link))
+    assert "3 of 3 recordings" in found[0].message, "two files of which one is named by a link"
+
+
+def test_rows_of_one_id_are_not_one_recording(tmp_path: Path) -> None:
+    table = {"id": ["one name"] * 2, "codes": np.ones((2, 17, 25), np.int64).tolist()}
+    pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "codes.parquet")
+    assert not inspect_listing(recordings_of(tmp_path / "codes.parquet"))
