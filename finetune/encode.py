@@ -2,6 +2,7 @@
 
 import logging
 import time
+from datetime import timedelta
 
 from finetune.config import TrainArgs
 from finetune.data import CacheFill, open_checked_store
@@ -12,6 +13,9 @@ from finetune.monitoring import format_duration, setup_logging
 logger = logging.getLogger(__name__)
 
 _REPORT_SEC = 10.0
+_WAIT_FOR_OTHERS = timedelta(days=30)
+"""Shares are of like length, but not of like work: of one, all may be there already. That a process
+has died is noticed without it."""
 
 
 def encode_data(args: TrainArgs) -> None:
@@ -22,7 +26,7 @@ def encode_data(args: TrainArgs) -> None:
     Raises:
         UserError: a mistake in the configuration, or in the data.
     """
-    world = join_world(args.device)
+    world = join_world(args.device, host_timeout=_WAIT_FOR_OTHERS)
     setup_logging(world.rank)
     try:
         info = find_checkpoint(args.moshi_paths)
@@ -41,6 +45,7 @@ def encode_data(args: TrainArgs) -> None:
             world_size=world.size,
         )
         _run(fill, args.duration_sec)
+        # Hosts leave together: torchrun waits 5 minutes for the others, and then is gone.
         world.barrier()
     finally:
         world.close()

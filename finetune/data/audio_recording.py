@@ -41,7 +41,7 @@ class AudioRecording(Recording):
     @property
     def text_name(self) -> str:
         """Return what messages call its words."""
-        return f"the transcript of {self.location}"
+        return f"the transcript of {self.title}"
 
     @property
     def promised_sec(self) -> float | None:
@@ -62,7 +62,7 @@ class AudioRecording(Recording):
 
     def inspect(self, *, thorough: bool = False, text: TextEncoder | None = None) -> Inspection:
         subject = Subject(
-            self.location,
+            self.title,
             self.text_name,
             promised_sec=self.promised_sec,
             text=text,

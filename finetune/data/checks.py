@@ -59,7 +59,8 @@ class Checks:
             return None
         files = [(each.st_size, each.st_mtime_ns) for each in status]
         promised = recording.duration_sec
-        return make_key("inspected", VERSION, audio, files, promised, self._fingerprint)
+        words = recording.words_version
+        return make_key("inspected", VERSION, audio, files, promised, self._fingerprint, *words)
 
 
 def _packed(inspection: Inspection) -> bytes:

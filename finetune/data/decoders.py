@@ -114,7 +114,7 @@ class ForwardDecoder(Decoder):
             parts.append(block)
             self._end += len(block)
             # What is read next may begin a margin before this part.
-            while first + len(parts[0]) <= start - _MARGIN_SAMPLES:
+            while len(parts) > 1 and first + len(parts[0]) <= start - _MARGIN_SAMPLES:
                 first += len(parts.pop(0))
         self._kept = parts[0] if len(parts) == 1 else np.concatenate(parts)
         return self._kept[max(0, start - first) : max(0, stop - first)]

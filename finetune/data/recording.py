@@ -47,13 +47,25 @@ class Recording(ABC):
 
     @property
     def location(self) -> str:
-        """Return what two recordings share if and only if they are the same."""
+        """Return what two recordings share if and only if they are the same, as far as their files
+        show it without being read; with symbolic links, after `os.path.realpath`."""
         return str(self.path)
+
+    @property
+    def title(self) -> str:
+        """Return what messages call it."""
+        return self.location
 
     @property
     def files(self) -> tuple[Path, ...]:
         """Everything on disk whose change changes it: audio and words."""
         return (self.path,)
+
+    @property
+    def words_version(self) -> tuple[object, ...]:
+        """Return what tells its words from those that other recordings have in the same `files`; ()
+        where each has files of its own."""
+        return ()
 
     @abstractmethod
     def audio_version(self) -> tuple[object, ...] | None:
@@ -66,8 +78,8 @@ class Recording(ABC):
         A layout that knows its files better may look at them first.
         """
         subject = Subject(
-            self.location,
-            f"the transcript of {self.location}",
+            self.title,
+            f"the transcript of {self.title}",
             is_readable=True,
             duration_sec=self.duration_sec,
             text=text,
@@ -105,7 +117,7 @@ class Recording(ABC):
         Raises:
             FileProblem: it cannot be read.
         """
-        raise FileProblem(f"{self.location} has no audio, only codes", "name the audio instead")
+        raise FileProblem(f"{self.title} has no audio, only codes", "name the audio instead")
 
     def read_codes(self, start_frame: int, num_frames: int) -> Codes:
         """Read the codes of at most `num_frames` frames of what `has_codes`.
@@ -113,7 +125,7 @@ class Recording(ABC):
         Raises:
             FileProblem: they cannot be read.
         """
-        raise AssertionError(f"{self.location} has audio, no codes")
+        raise AssertionError(f"{self.title} has audio, no codes")
 
     def checked(self) -> "Recording":
         """Inspect it once more, and return it with its true length.
@@ -151,8 +163,16 @@ class OtherSide(Recording):
         return f"{self.inner.location} (other side)"
 
     @property
+    def title(self) -> str:
+        return f"{self.inner.title} (other side)"
+
+    @property
     def files(self) -> tuple[Path, ...]:
         return self.inner.files
+
+    @property
+    def words_version(self) -> tuple[object, ...]:
+        return self.inner.words_version
 
     def audio_version(self) -> tuple[object, ...] | None:
         version = self.inner.audio_version()
@@ -171,7 +191,7 @@ class OtherSide(Recording):
         audio, text = self.inner.read_codes(start_frame, num_frames)
         if text is not None:
             raise FileProblem(
-                f"codes {self.inner.location} hold the text of one side alone",
+                f"codes {self.inner.title} hold the text of one side alone",
                 "leave the row of text out and write a transcript with the words of both, or set "
                 "data.swap_channels to false",
             )

@@ -158,7 +158,7 @@ class SegmentReader(Dataset):
 
     def _from_encoded(self, ref: SegmentRef, words: list[Word]) -> Segment:
         audio, text = ref.recording.read_codes(ref.start_frame, self.num_frames)
-        name = ref.recording.location
+        name = ref.recording.title
         if audio.shape[1] < self.num_codebooks:
             raise FileProblem(
                 f"codes {name} are of {audio.shape[1]} codebooks a channel, and the model reads "

@@ -1,7 +1,9 @@
 """The two sides of a dialogue, each a channel of an audio file."""
 
 import math
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
@@ -47,6 +49,26 @@ class Sides:
     def of_two(cls, moshi: AudioFile, user: AudioFile) -> "Sides":
         """Return the sides that are a mono file each."""
         return cls(Channel(moshi), Channel(user), num_channels=1)
+
+    @property
+    def location(self) -> str:
+        """Return what two have in common if and only if they are the same part of the same files.
+        That of a whole stereo file is its path, whichever channel is Moshi's."""
+        names = [_without_links(file) for file, _ in (self.moshi, self.user)]
+        numbers = self.moshi.number, self.user.number
+        if len(self.files) == 1:
+            is_stereo = set(numbers) == {0, 1}
+            name = names[0] + ("" if is_stereo else f", channels {numbers[0]} and {numbers[1]}")
+        else:
+            name = " + ".join(
+                f"{name}, channel {number}" if number else name
+                for name, number in zip(names, numbers, strict=True)
+            )
+        if self.start_sec or self.duration_sec is not None:
+            name += f", from {self.start_sec} s"
+        if self.duration_sec is not None:
+            name += f", {self.duration_sec} s long"
+        return name
 
     @property
     def files(self) -> tuple[AudioFile, ...]:
@@ -121,3 +143,7 @@ class Sides:
         sides = [read_audio(file, *where)[number] for file, number in (self.moshi, self.user)]
         longest = max(len(side) for side in sides)
         return torch.stack([pad(side, (0, longest - len(side))) for side in sides])
+
+
+def _without_links(file: AudioFile) -> str:
+    return os.path.realpath(file) if isinstance(file, Path) else str(file)

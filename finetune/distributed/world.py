@@ -134,8 +134,9 @@ class World:
             yield item
 
     def barrier(self) -> None:
+        """Wait for all processes; by way of the host, so that no GPU is busy with it."""
         if self.size > 1:
-            dist.barrier()
+            dist.barrier(group=self.host_group)
 
     def close(self) -> None:
         if self.size > 1 and dist.is_initialized():
@@ -166,12 +167,16 @@ def join_world(
     *,
     shard_size: int = 1,
     timeout: timedelta = timedelta(minutes=15),
+    host_timeout: timedelta | None = None,
 ) -> World:
     """Join the processes that `torchrun` started, or be alone.
 
     Args:
         shard_size: how many processes share a copy of the model; it divides their number.
-        timeout: how long an exchange between processes may take at most.
+        timeout: how long an exchange between processes may take at most, and how long they may
+            come after one another.
+        host_timeout: the same of exchanges by way of the host, once all are there (`barrier`,
+            `gather`); None: `timeout`.
 
     Raises:
         UserError: `cuda` was asked for and there is none, or there are fewer than processes.
@@ -193,7 +198,8 @@ def join_world(
     if size > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timeout)
-    host_group = dist.new_group(backend="gloo", timeout=timeout) if size > 1 else None
+    host_timeout = host_timeout or timeout
+    host_group = dist.new_group(backend="gloo", timeout=host_timeout) if size > 1 else None
     mesh = build_mesh(place, {"replicate": size // shard_size, "shard": shard_size})
     return World(rank, size, place, host_group, mesh)
 

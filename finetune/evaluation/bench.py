@@ -121,5 +121,5 @@ def usable_recordings(options: Options, args: TrainArgs) -> tuple[list[Recording
         logger.warning("%d of %d recordings are missing", len(problems), total)
     if not recordings:
         raise UserError(f"--data: {spec} holds no usable recording: {problems[0]}")
-    unique = list({str(recording.path): recording for recording in recordings}.values())
+    unique = list({recording.location: recording for recording in recordings}.values())
     return unique[: options.limit], problems

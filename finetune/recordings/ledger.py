@@ -92,5 +92,6 @@ def file_key(recording: Recording, *circumstances: object) -> str | None:
     if audio is None:
         return None
     files = [(each.st_size, each.st_mtime_ns) for each in status]
-    digest = hashlib.blake2b(repr((audio, files, circumstances)).encode(), digest_size=12)
+    known_by = audio, files, (*circumstances, *recording.words_version)
+    digest = hashlib.blake2b(repr(known_by).encode(), digest_size=12)
     return digest.hexdigest()

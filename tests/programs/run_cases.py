@@ -32,9 +32,10 @@ def join_with_toy_dimension(
     *,
     shard_size: int = 1,
     timeout: timedelta = timedelta(minutes=15),
+    host_timeout: timedelta | None = None,
 ) -> World:
     """`join_world` where each two neighbors read the same data, and compute the same."""
-    world = join_world(device, timeout=timeout)
+    world = join_world(device, timeout=timeout, host_timeout=host_timeout)
     sizes: dict[str, Any] = {
         "replicate": world.size // shard_size // 2,
         "shard": shard_size,

@@ -18,6 +18,9 @@ class Listed(Protocol):
     @property
     def location(self) -> str: ...
 
+    @property
+    def title(self) -> str: ...
+
 
 def inspect_listing(
     recordings: Sequence[Listed],
@@ -51,7 +54,7 @@ def _listed_twice(recordings: Sequence[Listed], files: Mapping[Listed, str]) -> 
             "listed-twice",
             "warning",
             f"{_number(again)} listed more than once, and {_count(again)} as often ("
-            f"{first.location} {again[files[first]]} times, first in {first.origin})",
+            f"{first.title} {again[files[first]]} times, first in {first.origin})",
             "remove the lines that come again, or give a weight to what is to come more often",
         )
 
@@ -70,7 +73,7 @@ def _same_audio(
             "same-audio",
             "warning",
             f"{_number(same)} there under more than one name, sample by sample the same "
-            f"({first.location} and {second.location}, first in {second.origin})",
+            f"({first.title} and {second.title}, first in {second.origin})",
             "remove the lines of the copies, or give a weight to what is to come more often",
         )
 
@@ -78,7 +81,7 @@ def _same_audio(
 def _other_unicode_forms(recordings: Sequence[Listed]) -> Iterator[Finding]:
     by_form: dict[str, set[str]] = {}
     for recording in recordings:
-        name = recording.location
+        name = recording.title
         if not name.isascii():
             by_form.setdefault(unicodedata.normalize("NFC", name), set()).add(name)
     same = {form: names for form, names in by_form.items() if len(names) > 1}
@@ -112,7 +115,7 @@ def _evaluated_and_trained(
             "evaluation-in-training",
             "warning",
             f"{len(both)} of {total} recordings of data.eval_data are in data.train_data as well "
-            f"({first.location}, by {first.origin}), so the evaluation does not show how well "
+            f"({first.title}, by {first.origin}), so the evaluation does not show how well "
             "other speech is modeled",
             "take them out of data.train_data (a folder stands for all .jsonl files in it)",
         )

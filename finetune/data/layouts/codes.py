@@ -39,6 +39,10 @@ class CodesRecording(Recording):
 
     @property
     def location(self) -> str:
+        return self.title
+
+    @property
+    def title(self) -> str:
         return f"{self.path}/{self.name}"
 
     def audio_version(self) -> tuple[object, ...] | None:
@@ -58,7 +62,7 @@ class CodesRecording(Recording):
         part = torch.from_numpy(array.astype(np.int64))
         if (part < 0).any():
             raise FileProblem(
-                f"codes {self.location} hold numbers below 0", "cut padding off, and write it again"
+                f"codes {self.title} hold numbers below 0", "cut padding off, and write it again"
             )
         text = part[0] if self.has_text else None
         sides = part[int(self.has_text) :].reshape(2, -1, part.shape[1])
@@ -93,7 +97,7 @@ class CodesArray(CodesRecording):
                 array: np.ndarray = arrays[self.name]
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise FileProblem(
-                f"codes {self.location} cannot be read ({error})", "copy or make them again"
+                f"codes {self.title} cannot be read ({error})", "copy or make them again"
             ) from None
         return array[:, start_frame : start_frame + num_frames]
 

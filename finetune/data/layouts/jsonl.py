@@ -62,6 +62,10 @@ class MonoPair(AudioRecording):
 
     @property
     def location(self) -> str:
+        return self.sides.location
+
+    @property
+    def title(self) -> str:
         return f"{self.path} + {self.user_path}"
 
     @property

@@ -40,6 +40,10 @@ class CutOfTwo(AudioRecording):
 
     @property
     def location(self) -> str:
+        return self.where.location
+
+    @property
+    def title(self) -> str:
         return f"{self.manifest}/{self.path_as_written}"
 
     @property
@@ -53,8 +57,13 @@ class CutOfTwo(AudioRecording):
 
     def audio_version(self) -> tuple[object, ...] | None:
         version = super().audio_version()
-        part = self.where.moshi.number, self.where.user.number, self.where.start_sec
+        where = self.where
+        part = where.moshi.number, where.user.number, where.start_sec, where.duration_sec
         return None if version is None else (*version, part)
+
+    @property
+    def words_version(self) -> tuple[object, ...]:
+        return (self.words,)
 
     def load_transcript(self) -> Transcript:
         return transcript_of(json.loads(self.words), self.text_name)

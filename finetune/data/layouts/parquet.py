@@ -40,6 +40,15 @@ class CodesRow(CodesRecording):
     group: int = field(kw_only=True)
     row: int = field(kw_only=True)
 
+    # Nothing keeps two rows from having the same `id`.
+    @property
+    def location(self) -> str:
+        return self.origin
+
+    def audio_version(self) -> tuple[object, ...] | None:
+        version = super().audio_version()
+        return None if version is None else (*version, self.group, self.row)
+
     def read_words(self) -> list[Word]:
         if self.has_text:
             return []
@@ -56,7 +65,7 @@ class CodesRow(CodesRecording):
             return _column(self.path, version_of(self.path), self.group, name)
         except (OSError, ValueError, KeyError) as error:
             raise FileProblem(
-                f"codes {self.location} cannot be read ({error})", "copy or make them again"
+                f"codes {self.title} cannot be read ({error})", "copy or make them again"
             ) from None
 
 

@@ -52,6 +52,10 @@ class SavedRow(AudioRecording):
             return Sides.of_two(*files)
         return Sides.of_stereo(files[0], self.reading.main_channel)
 
+    @property
+    def words_version(self) -> tuple[object, ...]:
+        return (self.row,)
+
     def load_transcript(self) -> Transcript:
         return transcript_in(self._cell(WORDS).as_py(), f"the column {WORDS} of {self.location}")
 

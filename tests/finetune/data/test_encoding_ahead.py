@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from test_cache import flip_a_bit
-from training_tools import logged, train
+from training_tools import logged, run_ranks, train
 
 from finetune.config import load_config
 from finetune.data import store
@@ -65,6 +65,34 @@ def test_encoding_ahead_goes_on_where_it_was_stopped(
         assert f"{there} were there before" in out
     train(config, tmp_path / "run", {**overrides, "max_steps": 8})
     assert set(logged(tmp_path / "run", "encoded_segments")) == {0}
+
+
+UNEQUAL = """
+import os, sys, time
+from datetime import timedelta
+from pathlib import Path
+from finetune import encode
+from finetune.config import load_config
+from finetune.distributed import join_world
+config, folder = map(Path, sys.argv[1:])
+rank = int(os.environ["RANK"])
+join_world.__kwdefaults__["timeout"] = timedelta(seconds=3)  # 15 minutes, in truth
+encode_share = encode._run
+def encode_late(*args):
+    time.sleep(4 * rank)
+    encode_share(*args)
+encode._run = encode_late
+(folder / f"here {rank}").touch()
+while not (folder / f"here {1 - rank}").exists():  # to start is not what takes long
+    time.sleep(0.01)
+encode.encode_data(load_config(config, {"data.cache_dir": folder / "cache"}))
+print(f"rank {rank} is done", flush=True)
+"""
+
+
+def test_a_process_waits_for_those_that_have_more_to_encode(config: Path, tmp_path: Path) -> None:
+    said = run_ranks(2, UNEQUAL, config, tmp_path)
+    assert "rank 0 is done" in said and "rank 1 is done" in said
 
 
 def test_encoding_ahead_needs_a_folder(config: Path) -> None:

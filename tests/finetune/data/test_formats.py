@@ -15,8 +15,9 @@ import torch
 from data_tools import some_words, speech_like
 from torchaudio.functional import resample
 
-from finetune.data import inspect_audio, inspect_recording, read_audio
+from finetune.data import decoders, inspect_audio, inspect_recording, read_audio
 from finetune.data.audio_files import Embedded
+from finetune.data.decoders import open_decoder
 from finetune.data.problems import FileProblem
 
 DURATION_SEC = 12.0
@@ -94,6 +95,26 @@ def test_a_part_is_that_of_the_whole(tmp_path: Path, name: str) -> None:
         tolerance = 0 if info.sample_rate_hz == 24000 else 1e-6
         torch.testing.assert_close(part, expected, atol=tolerance, rtol=0)
     assert read_audio(path, num_samples + 24000, 1920, 24000).shape == (2, 0)
+
+
+@pytest.mark.parametrize("name", ["a.m4a", "44100.mp3"])
+def test_reading_may_begin_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """A worker, or a run that is resumed, reads parts of a file that it has not opened before; the
+    part lies blocks behind what a reader may keep."""
+    monkeypatch.setattr(decoders, "_BLOCK_SAMPLES", 2**16)
+    path = FORMATS[name](tmp_path / name)
+    whole = open_decoder(path).read(0, 10**7)
+    num_samples = len(whole)
+    assert num_samples > 4 * 2**16
+    for parts in [(200_000, 210_000), (250_000, 250_001)], [(5, 50), (num_samples - 99, 10**7)]:
+        decoder = open_decoder(path)
+        for start, stop in parts:
+            assert np.array_equal(decoder.read(start, stop), whole[start:stop])
+        assert decoder.read(10**7, 10**7 + 9).shape == (0, 2), "and past the end"
+        assert np.array_equal(decoder.read(70_000, 70_009), whole[70_000:70_009])
+    assert open_decoder(path).read(10**7, 10**7 + 9).shape == (0, 2)
 
 
 @pytest.mark.parametrize("name", FORMATS)

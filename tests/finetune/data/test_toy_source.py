@@ -37,6 +37,10 @@ class Sines(Recording):
     frequency_hz: float = 0.0
 
     @property
+    def location(self) -> str:
+        return f"{self.path}/{self.frequency_hz:g}"
+
+    @property
     def files(self) -> Any:
         return ()
 

@@ -8,16 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import evaluation_tools
+import numpy as np
 import pytest
 from data_tools import write_dataset, write_recording
 from evaluation_tools import options
 from training_tools import write_model
 
 from finetune.config import WandbArgs
+from finetune.data import check_recordings
 from finetune.errors import UserError
 from finetune.evaluation import evaluate_checkpoint
 from finetune.evaluation.streaming import ScoredBlock, Scorer
 from finetune.evaluation.streams import STREAMS
+from finetune.evaluation.tasks.position.baseline import Baseline
 
 # Fixtures: pytest finds them by their names in this module.
 _pictures = evaluation_tools._pictures
@@ -224,6 +227,30 @@ def test_another_recordings_state_is_what_the_carried_arm_starts_with(
     first = {(r["arm"], r["recording"]): r["streams"]["text"]["loss"][0] for r in records}
     assert all(first["carried", own] != first["on", own] for own in donors)
     assert len(results["position"]["differences"]) == 3
+
+
+def test_dialogues_of_one_file_are_recordings_of_their_own(
+    trained: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Of a file of codes, each is scored, and continued; a baseline is of the same ones."""
+    rng = np.random.default_rng(0)
+    dialogues = {name: rng.integers(4, 30, (17, 20 + i)) for i, name in enumerate("ab")}
+    np.savez(tmp_path / "all.npz", **dialogues)  # type: ignore[arg-type]
+    chosen: dict[str, Any] = {"data": str(tmp_path / "all.npz"), "arms": ("on", "carried")}
+    tasks = ("position", "health")
+    results = evaluate_checkpoint(options(trained, tmp_path / "out", tasks=tasks, **chosen))
+    assert results["position"]["num_recordings"] == 2
+    names = [f"{tmp_path}/all.npz/{name}" for name in "ab"]
+    carried = position_records(tmp_path / "out", "carried")
+    assert {name: record["control"] for name, record in carried.items()} == {
+        names[0]: names[1], names[1]: names[0],
+    }  # fmt: skip
+    header = json.loads((tmp_path / "out/health.jsonl").read_text().splitlines()[0])
+    assert header["fingerprint"]["prompts"] == names
+    recordings, _ = check_recordings(chosen["data"], key="data")
+    own = Baseline(tmp_path / "out", {}, recordings).comparable(list(carried.values()))
+    frames = {record["recording"]: record["num_frames"] for record in own}
+    assert frames == dict(zip(names, (20, 21), strict=True))
 
 
 def test_what_cannot_be_read_is_listed_and_counted(

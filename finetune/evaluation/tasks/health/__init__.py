@@ -82,7 +82,7 @@ class Health(Task):
             "seed": seed,
             "num_frames": num_frames,
             "batch_size": batch_size,
-            "prompts": [str(recording.path) for recording in prompts],
+            "prompts": [recording.location for recording in prompts],
         }
         records = bench.records(self.name, settings)
         for start in range(0, len(prompts), batch_size):

@@ -1,6 +1,7 @@
 """The loss of an earlier evaluation, of another checkpoint, to compare with."""
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,17 +41,17 @@ class Baseline:
                     f"is {value}: they cannot be compared."
                 )
         wanted = "on" if any(record["arm"] == "on" for record in records) else "off"
-        own = {recording.path.resolve(): recording.path for recording in recordings}
+        own = {os.path.realpath(recording.location): recording for recording in recordings}
         # The last record of a recording is that of its file's last version.
         found = {
-            path: record | {"arm": "baseline", "recording": str(own[path])}
+            name: record | {"arm": "baseline", "recording": own[name].location}
             for record in records
-            if record["arm"] == wanted and (path := Path(record["recording"]).resolve()) in own
+            if record["arm"] == wanted and (name := os.path.realpath(record["recording"])) in own
         }
         self._records = [
             record
-            for path, record in found.items()
-            if self._is_of_the_same(record, path.stat().st_size, "size_bytes")
+            for name, record in found.items()
+            if self._is_of_the_same(record, own[name].path.stat().st_size, "size_bytes")
         ]
         if not self._records:
             raise UserError(

@@ -31,10 +31,10 @@ logger = logging.getLogger(__name__)
 class PositionRun:
     """Fills `records` with the sums of each arm over each recording, by bins of position.
 
-    A record: arm, recording, its size_bytes, num_frames and version (of recording and transcript;
-    of `carried` the donor's too), control (of `reset` after how many
-    frames, of `carried` from which recording), and of each stream the lists `loss` (Σ w · CE),
-    `weight` (Σ w), `nll` (Σ CE) and `count`, one entry a bin.
+    A record: arm, recording (its `location`), its size_bytes, num_frames and version (of recording
+    and transcript; of `carried` the donor's too), control (of `reset` after how many frames, of
+    `carried` from which recording), and of each stream the lists `loss` (Σ w · CE), `weight` (Σ w),
+    `nll` (Σ CE) and `count`, one entry a bin.
 
     Args:
         recordings: the usable ones; `missing` collects those that turn out not to be, and
@@ -107,7 +107,7 @@ class PositionRun:
     def _key(self, arm: str, recording: Recording) -> tuple[Any, ...]:
         return (
             arm,
-            str(recording.path),
+            recording.location,
             self._version(arm, recording),
             self._control(arm, recording),
         )
@@ -119,7 +119,7 @@ class PositionRun:
     def _control(self, arm: str, recording: Recording) -> Any:
         if arm == "reset":
             return self.reset_frames
-        return str(self._donor(recording).path) if arm == "carried" else None
+        return self._donor(recording).location if arm == "carried" else None
 
     def _donor(self, recording: Recording) -> Recording:
         """The next one that is long enough: its state is what `recording` starts with in the arm
@@ -138,7 +138,7 @@ class PositionRun:
         readable = [r for r in batch if self._has_codes(r)]
         if arm == "carried":
             readable = [r for r in readable if self._has_codes(self._donor(r))]
-        rows = [self._codes[str(r.path)] for r in readable]
+        rows = [self._codes[r.location] for r in readable]
         if not rows:
             return
         # What is replaced while it is read counts as the earlier one, and is read again next time.
@@ -148,7 +148,7 @@ class PositionRun:
         sums = BinSums(model, len(rows), max(row.num_frames for row in rows), self.bin_frames)
         with switch, block_streaming(model, len(rows), self.block_frames):
             if arm == "carried":
-                self._learn([self._codes[str(self._donor(r).path)] for r in readable])
+                self._learn([self._codes[self._donor(r).location] for r in readable])
             reset = self.reset_frames if arm == "reset" else None
             for block in self._scorer(rows).score(reset_every_frames=reset):
                 sums.add(block)
@@ -161,7 +161,7 @@ class PositionRun:
             self.records.append(
                 {
                     "arm": arm,
-                    "recording": str(recording.path),
+                    "recording": recording.location,
                     "size_bytes": recording.path.stat().st_size,
                     "version": versions[row],
                     "control": self._control(arm, recording),
@@ -173,8 +173,8 @@ class PositionRun:
     def _leave_out(self, recording: Recording, arm: str, bin: int) -> None:
         start_sec = bin * self.bin_frames / FRAME_RATE_HZ
         text = f"{recording.origin}: loss is not finite at {start_sec:g} s (arm {arm})"
-        self.missing.setdefault(str(recording.path), text)
-        self.not_finite.add(str(recording.path))
+        self.missing.setdefault(recording.location, text)
+        self.not_finite.add(recording.location)
         logger.warning("missing: %s", text)
 
     def _scorer(self, rows: Sequence[CodesFile]) -> Scorer:
@@ -191,11 +191,11 @@ class PositionRun:
         ttt.set_state(self.model, state)
 
     def _has_codes(self, recording: Recording) -> bool:
-        return str(recording.path) in self._codes
+        return recording.location in self._codes
 
     def _read(self, recording: Recording, progress: Progress) -> None:
         """Have the codes of a recording, or note in `missing` why it cannot be read."""
-        name = str(recording.path)
+        name, title = recording.location, recording.title
         if name in self._codes or name in self.missing:
             return
         try:
@@ -204,7 +204,7 @@ class PositionRun:
                 recording,
                 self.folder / f"{len(self._codes)}.codes",
                 max_frames=self.max_frames,
-                on_block=lambda num_frames: progress.advance(num_frames, f"encoding {name}"),
+                on_block=lambda num_frames: progress.advance(num_frames, f"encoding {title}"),
             )
         except FileProblem as problem:
             self.missing[name] = f"{recording.origin}: {problem}"
