@@ -7,10 +7,10 @@ from finetune.checkpoint.run_dir import (
     list_checkpoints,
     load_resume_state,
     load_trained_weights,
-    step_of,
 )
 from finetune.checkpoint.run_folder import RunFolder, require_same_rule
 from finetune.checkpoint.writer import CheckpointWriter, merged_weights, snapshot_bytes
+from finetune.kept import step_of
 
 __all__ = [
     "CheckpointWriter",

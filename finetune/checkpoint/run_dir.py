@@ -18,7 +18,6 @@ import logging
 import math
 import os
 import pickle
-import re
 import warnings
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
@@ -35,6 +34,7 @@ from finetune.checkpoint.tensor_reader import TensorReader
 from finetune.config import TrainArgs
 from finetune.distributed import Sharding, World, like_parameter
 from finetune.errors import UserError
+from finetune.kept import checkpoints_in, step_of
 from finetune.model import trainable_by_role
 from finetune.safety import read_json
 from ttt import TTTLMModel, ttt_parameters
@@ -46,8 +46,6 @@ logger = logging.getLogger(__name__)
 warnings.filterwarnings("ignore", message="TypedStorage is deprecated")
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninit")
 
-CHECKPOINT_NAME = re.compile(r"checkpoint_(\d{6,})")
-
 RESUME_STATE = {"optimizer", "data", "random", "effect", "counts"}
 """What resume.pt holds."""
 _OF_ANOTHER_VERSION = (
@@ -57,15 +55,8 @@ _OF_ANOTHER_VERSION = (
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
-    """The complete checkpoints of a run."""
-    folder = run_dir / "checkpoints"
-    return sorted(p for p in folder.glob("checkpoint_*") if CHECKPOINT_NAME.fullmatch(p.name))
-
-
-def step_of(checkpoint: Path) -> int:
-    match = CHECKPOINT_NAME.fullmatch(checkpoint.name)
-    assert match is not None
-    return int(match[1])
+    """Return the complete checkpoints of a run, the earliest step first."""
+    return checkpoints_in(run_dir / "checkpoints")
 
 
 def delete_old(args: TrainArgs, newest: Path, record: RunRecord) -> None:

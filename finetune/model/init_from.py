@@ -17,6 +17,7 @@ from finetune.config import (
     load_run_config,
 )
 from finetune.errors import UserError
+from finetune.kept import checkpoints_in
 from finetune.safety import read_json
 from ttt import TTTLMModel, ttt_parameters
 
@@ -66,8 +67,7 @@ def require_checkpoint(checkpoint: Path, key: str) -> None:
             f"moshi-finetune's, which have none, {checkpoint / 'consolidated'} holds the weights: "
             f"name all weights (consolidated.safetensors) as moshi_paths.moshi_path instead."
         )
-    inside = sorted(str(path) for path in checkpoint.glob("checkpoints/checkpoint_*[0-9]"))
-    inside += sorted(str(path) for path in checkpoint.glob("checkpoint_*[0-9]"))
+    inside = [*checkpoints_in(checkpoint / "checkpoints"), *checkpoints_in(checkpoint)]
     above = next((p for p in checkpoint.absolute().parents if (p / "consolidated").is_dir()), None)
     if checkpoint.is_dir() and inside:
         hint = f" Did you mean {inside[-1]}?"
