@@ -181,11 +181,11 @@ class RunFolder:
                     self.record.delete(tree)
             self.record.add(self._own_files(), trees=self._own_trees())
             save_config(self._args, self.run_dir / "args.yaml")
-        before = self._tensorboard_files()
-        try:
-            yield
-        finally:
-            self.record.add(self._tensorboard_files() - before)
+            before = self._tensorboard_files()
+            try:
+                yield
+            finally:
+                self.record.add(self._tensorboard_files() - before)
 
     def _set_aside(self, found: Found) -> None:
         kept = [name for name in found.foreign if "/" not in name] or found.foreign

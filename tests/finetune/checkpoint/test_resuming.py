@@ -22,7 +22,10 @@ from training_tools import (
     trainer,
 )
 
+from finetune.checkpoint import RunFolder
 from finetune.checkpoint.run_record import RunRecord
+from finetune.config import DataArgs, TrainArgs
+from finetune.distributed import World
 from finetune.errors import UserError
 
 # --- resuming -------------------------------------------------------------------------------------
@@ -188,6 +191,19 @@ def largest_file() -> Iterator[Callable[[int], None]]:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_start_on_a_full_disk_is_one_message_and_leaves_nothing(
+    tmp_path: Path, largest_file: Callable[[int], None]
+) -> None:
+    run_dir = tmp_path / "runs/one"
+    args = TrainArgs(data=DataArgs(), run_dir=str(run_dir))
+    folder = RunFolder(args, World(rank=0, size=1, device=torch.device("cpu")))
+    largest_file(0)
+    with pytest.raises(UserError, match=r"run_dir: cannot write to .*/one"), folder.starting():
+        folder.open()
+    largest_file(resource.RLIM_INFINITY)
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("file", ["consolidated/consolidated.safetensors", "resume/__0_0.distcp"])
