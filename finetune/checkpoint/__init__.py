@@ -1,5 +1,6 @@
 """This package keeps what a run leaves on disk and continues from."""
 
+from finetune.checkpoint.consolidated import merged_weights
 from finetune.checkpoint.random_state import get_random_state, set_random_state
 from finetune.checkpoint.run_dir import (
     fill_shards,
@@ -9,7 +10,7 @@ from finetune.checkpoint.run_dir import (
     load_trained_weights,
 )
 from finetune.checkpoint.run_folder import RunFolder, require_same_rule
-from finetune.checkpoint.writer import CheckpointWriter, merged_weights, snapshot_bytes
+from finetune.checkpoint.writer import CheckpointWriter, snapshot_bytes
 from finetune.kept import step_of
 
 __all__ = [

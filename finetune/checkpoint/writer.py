@@ -23,22 +23,20 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from moshi.models import loaders
-from moshi.modules.lora import LoRALinear
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from finetune.checkpoint import manifest
+from finetune.checkpoint.consolidated import consolidated, consolidated_config
 from finetune.checkpoint.run_dir import delete_old
 from finetune.checkpoint.run_record import RunRecord, fsync
 from finetune.config import TrainArgs, save_config
-from finetune.distributed import Sharding, World, like_parameter, shard_size, whole
+from finetune.distributed import Sharding, World, like_parameter, shard_size
 from finetune.errors import UserError
-from finetune.model import changed_shape, trainable_by_role
 from finetune.step import Optimizer, moment_bytes
-from ttt import TTTLMModel, ttt_parameters
-from ttt.layers.frozen import frozen_linears
+from ttt import TTTLMModel
 
 logger = logging.getLogger(__name__)
 
@@ -328,70 +326,3 @@ def snapshot_bytes(args: TrainArgs, model: TTTLMModel, world: World) -> float:
         for tensors in consolidated(args, model).values():
             found += sum(tensor.numel() * tensor.element_size() for _, tensor in tensors)
     return found
-
-
-def consolidated(args: TrainArgs, model: TTTLMModel) -> dict[str, Iterator[tuple[str, Tensor]]]:
-    """The weights for people, file by file: what trained, under the names of stock `moshi`.
-
-    The tensors are gathered as they are asked for; all processes must ask for all.
-    """
-    dtype = getattr(torch, args.param_dtype)
-    files: dict[str, Iterator[tuple[str, Tensor]]] = {}
-    if args.lora.enable and args.save_adapters:
-        files["lora.safetensors"] = (
-            (name, whole(parameter, dtype))
-            for role, named in trainable_by_role(model).items()
-            if role != "ttt"
-            for name, parameter in named.items()
-        )
-    elif args.lora.enable or args.full_finetuning:
-        files["consolidated.safetensors"] = merged_weights(model, dtype)
-    if args.ttt.enabled:
-        files["ttt.safetensors"] = (
-            (name, whole(parameter, dtype)) for name, parameter in ttt_parameters(model).items()
-        )
-    return files
-
-
-def merged_weights(model: TTTLMModel, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """The weights under the names of the stock model, LoRA merged, without TTT's own; one after
-    the other, as a second copy of all may not fit beside the first. Of a sharded model all
-    processes must ask for all of them."""
-    adapters = {
-        prefix: module for prefix, module in model.named_modules() if isinstance(module, LoRALinear)
-    }
-    own = ttt_parameters(model)
-    for name, weight in _full_weights(model, dtype):
-        prefix, _, part = name.rpartition(".")
-        owner, _, inner = prefix.rpartition(".")
-        if name in own or (owner in adapters and inner in ("lora_A", "lora_B")):
-            continue
-        if owner in adapters and inner == "frozen_W":
-            down, up = adapters[owner].lora_A.weight, adapters[owner].lora_B.weight
-            change = whole(up, dtype).mm(whole(down, dtype)) * adapters[owner].scaling
-            yield f"{owner}.{part}", change + whole(weight, dtype)
-        else:
-            yield name, whole(weight, dtype)
-
-
-def _full_weights(model: TTTLMModel, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """The parameters, and in their type what is kept in fewer bits."""
-    yield from model.named_parameters()
-    for prefix, layer in frozen_linears(model):
-        yield f"{prefix}.weight", layer.thawed(dtype)
-
-
-def consolidated_config(args: TrainArgs, info: loaders.CheckpointInfo) -> dict[str, Any]:
-    """The config.json beside them."""
-    adapters_only = args.lora.enable and args.save_adapters
-    config = changed_shape(
-        loaders._lm_kwargs if info.raw_config is None else info.raw_config, args.model
-    )
-    config["lora"] = adapters_only
-    if args.model.attention_context is not None:
-        config["context"] = args.model.attention_context
-    if adapters_only:
-        config |= {"lora_rank": args.lora.rank, "lora_scaling": args.lora.scaling}
-    elif args.lora.enable or args.full_finetuning:
-        config["moshi_name"] = "consolidated.safetensors"
-    return config
