@@ -3,6 +3,7 @@
 from finetune.checkpoint.consolidated import merged_weights
 from finetune.checkpoint.random_state import get_random_state, set_random_state
 from finetune.checkpoint.run_dir import (
+    eval_loss_of,
     fill_shards,
     first_whole,
     list_checkpoints,
@@ -16,6 +17,7 @@ from finetune.kept import step_of
 __all__ = [
     "CheckpointWriter",
     "RunFolder",
+    "eval_loss_of",
     "fill_shards",
     "first_whole",
     "get_random_state",

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from finetune.checkpoint import manifest
 from finetune.checkpoint.consolidated import consolidated, consolidated_config
-from finetune.checkpoint.run_dir import delete_old
+from finetune.checkpoint.run_dir import INFO, delete_old
 from finetune.checkpoint.run_record import RunRecord, fsync
 from finetune.config import TrainArgs, save_config
 from finetune.distributed import Sharding, World, like_parameter, shard_size
@@ -137,6 +137,34 @@ class CheckpointWriter:
             self._thread.start()
         else:
             self._write(snapshot)
+
+    def add_eval_loss(self, step: int, eval_loss: float | None) -> None:
+        """Note the loss in a checkpoint that was saved before the evaluation of its step; does
+        nothing where there is no such checkpoint of this run, or no loss.
+
+        Whenever the process may be killed, the checkpoint is whole: the manifest does not list the
+        file while that is replaced.
+        """
+        final, partial = self._final(step), self._partial(step)
+        if eval_loss is None or not self.world.is_main:
+            return
+        if not self.record.found_at(f"{self._name(final)}/{INFO}").units:
+            return
+        try:
+            self.record.delete(self._name(partial))
+            self.record.add(trees=[self._name(partial)])
+            partial.mkdir()
+            _write_info(partial, step, eval_loss)
+            others = {name: e for name, e in manifest.read(final).items() if name != INFO}
+            all_entries = others | manifest.describe(partial, [partial / INFO])
+            manifest.write(partial, others)
+            _replace(partial / manifest.NAME, final)
+            _replace(partial / INFO, final)
+            manifest.write(partial, all_entries)
+            _replace(partial / manifest.NAME, final)
+        except (OSError, ValueError) as error:
+            logger.warning("could not note the loss of the evaluation in %s: %s", final, error)
+        self._remove(partial)
 
     def wait(self) -> None:
         """Until the latest checkpoint is complete.
@@ -249,8 +277,7 @@ class CheckpointWriter:
         )
         save_config(self.args, partial / "args.yaml")
         torch.save(snapshot.resume_state, partial / "resume.pt")
-        info = {"step": snapshot.step, "eval_loss": snapshot.eval_loss}
-        (partial / "info.json").write_text(json.dumps(info), encoding="utf-8")
+        _write_info(partial, snapshot.step, snapshot.eval_loss)
 
     def _own_files(self, partial: Path) -> list[Path]:
         """Return the files that this process has written."""
@@ -261,7 +288,7 @@ class CheckpointWriter:
 
     def _complete(self, step: int, entries: list[manifest.Entries]) -> str | None:
         """The last step, by one process; what went wrong, if anything."""
-        partial, final = self._partial(step), self._folder / f"checkpoint_{step:06d}"
+        partial, final = self._partial(step), self._final(step)
         try:
             manifest.write(partial, {name: e for each in entries for name, e in each.items()})
             for file in partial.rglob("*"):
@@ -289,6 +316,9 @@ class CheckpointWriter:
     def _name(self, checkpoint: Path) -> str:
         return f"{self._folder.name}/{checkpoint.name}"
 
+    def _final(self, step: int) -> Path:
+        return self._folder / f"checkpoint_{step:06d}"
+
     def _partial(self, step: int) -> Path:
         return self._folder / f"checkpoint_{step:06d}.incomplete"
 
@@ -305,9 +335,21 @@ class CheckpointWriter:
         if not self.world.is_main:
             return
         if self._error is None:
-            logger.info("saved %s", self._folder / f"checkpoint_{self.last_step:06d}")
+            logger.info("saved %s", self._final(self.last_step))
         else:
             logger.error("%s Training goes on; the next checkpoint tries again.", self._error)
+
+
+def _write_info(folder: Path, step: int, eval_loss: float | None) -> None:
+    info = {"step": step, "eval_loss": eval_loss}
+    (folder / INFO).write_text(json.dumps(info), encoding="utf-8")
+
+
+def _replace(file: Path, folder: Path) -> None:
+    """Move a file into a folder, in the place of that of its name, in one step."""
+    fsync(file)
+    os.replace(file, folder / file.name)
+    fsync(folder)
 
 
 def snapshot_bytes(args: TrainArgs, model: TTTLMModel, world: World) -> float:
