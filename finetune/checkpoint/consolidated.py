@@ -1,6 +1,6 @@
 """The weights of a checkpoint for people (`consolidated/`), in the layout of stock `moshi`."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -10,23 +10,28 @@ from torch import Tensor
 
 from finetune.config import TrainArgs
 from finetune.distributed import whole
-from finetune.model import changed_shape, trainable_by_role
+from finetune.model import changed_shape, parameters_by_role
 from ttt import TTTLMModel, ttt_parameters
 from ttt.layers.frozen import frozen_linears
 
 
-def consolidated(args: TrainArgs, model: TTTLMModel) -> dict[str, Iterator[tuple[str, Tensor]]]:
+def consolidated(
+    args: TrainArgs, model: TTTLMModel, adapter_roles: Collection[str]
+) -> dict[str, Iterator[tuple[str, Tensor]]]:
     """The weights for people, file by file: what trained, under the names of stock `moshi`.
 
     The tensors are gathered as they are asked for; all processes must ask for all.
+
+    Args:
+        adapter_roles: see `finetune.model.adapter_roles`.
     """
     dtype = getattr(torch, args.param_dtype)
     files: dict[str, Iterator[tuple[str, Tensor]]] = {}
-    if args.lora.enable and args.save_adapters:
+    if adapter_roles:
         files["lora.safetensors"] = (
             (name, whole(parameter, dtype))
-            for role, named in trainable_by_role(model).items()
-            if role != "ttt"
+            for role, named in parameters_by_role(model).items()
+            if role in adapter_roles
             for name, parameter in named.items()
         )
     elif args.lora.enable or args.full_finetuning:

@@ -35,6 +35,7 @@ from finetune.checkpoint.run_record import RunRecord, fsync
 from finetune.config import TrainArgs, save_config
 from finetune.distributed import Sharding, World, like_parameter, shard_size
 from finetune.errors import UserError
+from finetune.model import adapter_roles
 from finetune.step import Optimizer, moment_bytes
 from ttt import TTTLMModel
 
@@ -101,6 +102,8 @@ class CheckpointWriter:
         self.record = record
         self.last_step = 0
         """Of the latest checkpoint that was begun."""
+        # Asked once: what the run started from may be gone when it saves.
+        self._adapter_roles = adapter_roles(args)
         self._folder = Path(args.run_dir) / "checkpoints"
         self._thread: threading.Thread | None = None
         self._error: str | None = None
@@ -191,7 +194,7 @@ class CheckpointWriter:
     # --- into memory ------------------------------------------------------------------------------
 
     def _weights(self, model: TTTLMModel) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        for name, tensors in consolidated(self.args, model).items():
+        for name, tensors in consolidated(self.args, model, self._adapter_roles).items():
             on_host = {}
             if self.sharding is None and not self.world.is_main:
                 continue
@@ -365,6 +368,6 @@ def snapshot_bytes(args: TrainArgs, model: TTTLMModel, world: World) -> float:
     kept = sum(4 * number + moment_bytes(number, args.optim.state) for number in trained)
     found = kept / shard_size(args, world.size) if args.ckpt_async else 0.0
     if world.is_main:
-        for tensors in consolidated(args, model).values():
+        for tensors in consolidated(args, model, adapter_roles(args)).values():
             found += sum(tensor.numel() * tensor.element_size() for _, tensor in tensors)
     return found

@@ -36,6 +36,11 @@ class EarlierRun:
         file = self.checkpoint / "consolidated" / "consolidated.safetensors"
         return file if file.is_file() else None
 
+    @property
+    def has_adapters(self) -> bool:
+        """Return whether it holds LoRA adapters that are not merged."""
+        return self.args.lora.enable and self.args.save_adapters
+
 
 def open_earlier_run(init_from: str) -> EarlierRun:
     """
@@ -141,12 +146,40 @@ def trained_files(
 ) -> Iterator[tuple[Path, set[str]]]:
     """The files of the earlier run's LoRA and TTT, as far as it has them and this run goes on with
     them, and the weights that they must hold."""
-    folder = earlier.checkpoint / "consolidated"
-    if earlier.args.lora.enable and earlier.args.save_adapters:
-        lora = {name for name, _ in model.named_parameters() if ".lora_" in name}
-        yield folder / "lora.safetensors", lora
+    yield from _adapter_files(model, earlier)
     if earlier.args.ttt.enabled and args.ttt.enabled:
-        yield folder / "ttt.safetensors", set(ttt_parameters(model))
+        yield earlier.checkpoint / "consolidated/ttt.safetensors", set(ttt_parameters(model))
+
+
+def _adapter_files(model: TTTLMModel, earlier: EarlierRun) -> Iterator[tuple[Path, set[str]]]:
+    """Yield the files of LoRA, the oldest run's first: checkpoints of before do not hold embeddings
+    that not they but the run which they started from has trained."""
+    if not earlier.has_adapters:
+        return
+    if earlier.args.moshi_paths.init_from:
+        yield from _adapter_files(model, open_earlier_run(earlier.args.moshi_paths.init_from))
+    lora = {name for name, _ in model.named_parameters() if ".lora_" in name}
+    yield earlier.checkpoint / "consolidated/lora.safetensors", lora
+
+
+def adapter_roles(args: TrainArgs) -> set[str]:
+    """Return the roles of the weights that a run saves as adapters (`lora.safetensors`); none where
+    it saves no adapters.
+
+    Embeddings are among them if this run trains them, or if one that it goes on from has: whoever
+    has the file and the base has the whole model.
+
+    Raises:
+        UserError: an earlier run is not there any more, or is damaged.
+    """
+    if not (args.lora.enable and args.save_adapters):
+        return set()
+    if args.lora.ft_embed:
+        return {"lora", "embedding"}
+    if args.moshi_paths.init_from:
+        earlier = open_earlier_run(args.moshi_paths.init_from)
+        return {"lora"} | adapter_roles(earlier.args)
+    return {"lora"}
 
 
 def describe_start(args: TrainArgs, earlier: EarlierRun) -> str:
