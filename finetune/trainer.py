@@ -12,6 +12,7 @@ import torch
 from finetune.checkpoint import (
     CheckpointWriter,
     RunFolder,
+    eval_loss_of,
     fill_shards,
     first_whole,
     get_random_state,
@@ -105,7 +106,7 @@ class Trainer:
         self.step = 0
         self.lost_steps = LostSteps(args)
         self.effect = EffectWatch(args)
-        self.last_eval: tuple[int, float] | None = None
+        self.eval_loss: float | None = None  # of this step; None: it was not evaluated
         self.watch = Watch(self.world, hang_timeout_sec=args.parallel.hang_timeout_sec)
         self.writer = CheckpointWriter(
             args,
@@ -162,8 +163,9 @@ class Trainer:
                 self.world.close()
 
     def loop(self) -> int:
-        if self.step == 0:
-            self.evaluate()
+        if self.step == 0 or (self.is_due(self.args.eval_freq) and self.eval_loss is None):
+            self.evaluate()  # after a resume: a signal has stopped this evaluation before
+            self.writer.add_eval_loss(self.step, self.eval_loss)
         while self.step < self.args.max_steps and not self.interrupted():
             self.profiler.before_step(self.step + 1)
             with explained(self.args, self.world.device, f"step {self.step + 1}", trains=True):
@@ -186,6 +188,7 @@ class Trainer:
             batches = self.next_batches()
 
         self.step += 1
+        self.eval_loss = None
         self.watch.at(self.step, "forward and backward")
         with (
             self.phases.phase("forward_backward"),
@@ -287,7 +290,7 @@ class Trainer:
         metrics["eval_sec"] = time.monotonic() - started_at
         if self.interrupted():
             return
-        self.last_eval = (self.step, metrics["loss"])
+        self.eval_loss = metrics["loss"]
         metrics |= self.check_health()
         self.metrics.log("eval", self.step, metrics)
         self.progress.message(
@@ -315,21 +318,16 @@ class Trainer:
     def save(self, data_position: dict[str, Any] | None = None) -> None:
         """Begin a checkpoint of this step; `data_position` is the loader's own if not given."""
         self.watch.at(self.step, "checkpoint")
-        evaluated = self.last_eval if self.last_eval and self.last_eval[0] == self.step else None
         self.writer.save(
             self.model,
             self.optimizer,
             step=self.step,
-            eval_loss=evaluated[1] if evaluated else None,
+            eval_loss=self.eval_loss,
             resume_state={
                 "data": data_position or self.train_data.state_dict(),
                 "random": get_random_state(),
                 "effect": self.effect.state_dict(),
-                "counts": {
-                    "step": self.step,
-                    **self.lost_steps.state_dict(),
-                    "last_eval": self.last_eval,
-                },
+                "counts": {"step": self.step, **self.lost_steps.state_dict()},
             },
         )
 
@@ -354,7 +352,7 @@ class Trainer:
         self.effect.load_state_dict(state["effect"])
         self.lost_steps.load_state_dict(state["counts"])
         self.step = state["counts"]["step"]
-        self.last_eval = state["counts"]["last_eval"]
+        self.eval_loss = eval_loss_of(checkpoint)
         assert self.step == step_of(checkpoint)
         self.writer.last_step = self.step
         logger.info("resuming %s after step %d", checkpoint, self.step)
@@ -372,7 +370,8 @@ class Trainer:
         return bool(self.world.sum(flag.to(self.world.device)).item())
 
     def leave(self) -> int:
-        if self.step >= self.args.max_steps:
+        is_evaluated = self.eval_data is None or self.eval_loss is not None
+        if self.step >= self.args.max_steps and is_evaluated:
             self.writer.wait()
             self.folder.earn()
             return 0

@@ -1,21 +1,24 @@
 """This package keeps what a run leaves on disk and continues from."""
 
+from finetune.checkpoint.consolidated import merged_weights
 from finetune.checkpoint.random_state import get_random_state, set_random_state
 from finetune.checkpoint.run_dir import (
+    eval_loss_of,
     fill_shards,
     first_whole,
     list_checkpoints,
     load_resume_state,
     load_trained_weights,
-    step_of,
 )
 from finetune.checkpoint.run_folder import RunFolder, require_same_rule
 from finetune.checkpoint.run_record import run_wrote
-from finetune.checkpoint.writer import CheckpointWriter, merged_weights, snapshot_bytes
+from finetune.checkpoint.writer import CheckpointWriter, snapshot_bytes
+from finetune.kept import step_of
 
 __all__ = [
     "CheckpointWriter",
     "RunFolder",
+    "eval_loss_of",
     "fill_shards",
     "first_whole",
     "get_random_state",

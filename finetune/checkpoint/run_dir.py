@@ -18,7 +18,6 @@ import logging
 import math
 import os
 import pickle
-import re
 import warnings
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
@@ -35,6 +34,7 @@ from finetune.checkpoint.tensor_reader import TensorReader
 from finetune.config import TrainArgs
 from finetune.distributed import Sharding, World, like_parameter
 from finetune.errors import UserError
+from finetune.kept import checkpoints_in, step_of
 from finetune.model import trainable_by_role
 from finetune.safety import read_json
 from ttt import TTTLMModel, ttt_parameters
@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 warnings.filterwarnings("ignore", message="TypedStorage is deprecated")
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninit")
 
-CHECKPOINT_NAME = re.compile(r"checkpoint_(\d{6,})")
+INFO = "info.json"
 
 RESUME_STATE = {"optimizer", "data", "random", "effect", "counts"}
 """What resume.pt holds."""
@@ -57,15 +57,8 @@ _OF_ANOTHER_VERSION = (
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
-    """The complete checkpoints of a run."""
-    folder = run_dir / "checkpoints"
-    return sorted(p for p in folder.glob("checkpoint_*") if CHECKPOINT_NAME.fullmatch(p.name))
-
-
-def step_of(checkpoint: Path) -> int:
-    match = CHECKPOINT_NAME.fullmatch(checkpoint.name)
-    assert match is not None
-    return int(match[1])
+    """Return the complete checkpoints of a run, the earliest step first."""
+    return checkpoints_in(run_dir / "checkpoints")
 
 
 def delete_old(args: TrainArgs, newest: Path, record: RunRecord) -> None:
@@ -74,10 +67,10 @@ def delete_old(args: TrainArgs, newest: Path, record: RunRecord) -> None:
         return
     # What is not whole was put there by somebody else: it does not count, and is not deleted.
     checkpoints = [p for p in list_checkpoints(Path(args.run_dir)) if manifest.is_whole(p)]
-    losses = {path: _eval_loss(path) for path in checkpoints}
-    rated = [path for path in checkpoints if losses[path] < math.inf]
+    losses = {path: eval_loss_of(path) for path in checkpoints}
+    rated = {path: loss for path, loss in losses.items() if loss is not None and loss < math.inf}
     keep = {newest, *checkpoints[-args.num_ckpt_keep :]}
-    keep |= set(sorted(rated, key=losses.__getitem__)[:1])
+    keep |= set(sorted(rated, key=rated.__getitem__)[:1])
     for path in checkpoints:
         if path not in keep:
             try:
@@ -97,13 +90,14 @@ def _delete(checkpoint: Path, record: RunRecord) -> None:
     record.delete(doomed)
 
 
-def _eval_loss(checkpoint: Path) -> float:
-    """Infinite if it was not evaluated, or came out as NaN, or its record is damaged."""
+def eval_loss_of(checkpoint: Path) -> float | None:
+    """Return a checkpoint's loss, which may be NaN; None: it was not evaluated, or its info.json
+    is damaged."""
     try:
-        loss = read_json(checkpoint / "info.json")["eval_loss"]
+        loss = read_json(checkpoint / INFO)["eval_loss"]
     except (OSError, ValueError, KeyError, TypeError):
-        return math.inf
-    return loss if isinstance(loss, int | float) and not math.isnan(loss) else math.inf
+        return None
+    return loss if isinstance(loss, int | float) else None
 
 
 def first_whole(candidates: Sequence[Path], world: World) -> tuple[Path | None, list[Path]]:

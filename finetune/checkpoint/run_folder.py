@@ -12,7 +12,7 @@ from pathlib import Path
 
 from finetune.checkpoint import manifest
 from finetune.checkpoint.replacing import delete_replaced, set_aside, settle
-from finetune.checkpoint.run_dir import CHECKPOINT_NAME, list_checkpoints, step_of
+from finetune.checkpoint.run_dir import list_checkpoints
 from finetune.checkpoint.run_lock import NAME as LOCK_NAME
 from finetune.checkpoint.run_lock import RunLock
 from finetune.checkpoint.run_record import NAME as RECORD_NAME
@@ -27,6 +27,7 @@ from finetune.config import (
 from finetune.data import parse_sources
 from finetune.distributed import World
 from finetune.errors import UserError
+from finetune.kept import CHECKPOINT_NAME
 from finetune.monitoring import KINDS, metrics_path
 from finetune.plan import SUMMARY
 
@@ -94,7 +95,7 @@ class RunFolder:
 
     def _check(self) -> list[Path]:
         args, run_dir = self._args, self.run_dir
-        checkpoints = sorted(list_checkpoints(run_dir), key=step_of, reverse=True)
+        checkpoints = list_checkpoints(run_dir)[::-1]
         if args.resume is True and not checkpoints:
             raise UserError(
                 f"resume: there is no complete checkpoint in {run_dir / 'checkpoints'}. Check "
@@ -180,11 +181,11 @@ class RunFolder:
                     self.record.delete(tree)
             self.record.add(self._own_files(), trees=self._own_trees())
             save_config(self._args, self.run_dir / "args.yaml")
-        before = self._tensorboard_files()
-        try:
-            yield
-        finally:
-            self.record.add(self._tensorboard_files() - before)
+            before = self._tensorboard_files()
+            try:
+                yield
+            finally:
+                self.record.add(self._tensorboard_files() - before)
 
     def _set_aside(self, found: Found) -> None:
         kept = [name for name in found.foreign if "/" not in name] or found.foreign

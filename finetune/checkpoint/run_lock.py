@@ -1,16 +1,21 @@
 """A run folder is locked, so that one run at a time writes to it."""
 
+import errno
 import fcntl
 import json
+import logging
 import os
 import socket
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO
 
 from finetune.errors import UserError
 from finetune.safety import parse_json
+
+logger = logging.getLogger(__name__)
 
 NAME = ".lock"
 
@@ -34,8 +39,9 @@ class RunLock:
     def __init__(self, run_dir: Path, *, enabled: bool = True) -> None:
         self._enabled = enabled
         self._path = run_dir / NAME
-        self._file: IO[str] | None = None
+        self._file: BinaryIO | None = None
         self._released = threading.Event()
+        self._beating: threading.Thread | None = None
         self._beats = 0
 
     def take(self) -> None:
@@ -43,6 +49,7 @@ class RunLock:
 
         Raises:
             UserError: another process works in this folder.
+            OSError: the file cannot be written; if it is on a full disk, the lock is held.
         """
         if self._file is not None or not self._enabled:
             return
@@ -50,7 +57,8 @@ class RunLock:
             pass  # whoever had it has removed the file meanwhile
         self._released.clear()
         self._beat()
-        threading.Thread(target=self._keep_beating, name="run lock", daemon=True).start()
+        self._beating = threading.Thread(target=self._keep_beating, name="run lock", daemon=True)
+        self._beating.start()
 
     @property
     def is_held(self) -> bool:
@@ -60,7 +68,8 @@ class RunLock:
         """Return whether the lock taken is that of the file which is there now."""
         # The text of a process that lives must stay, so no mode of `open` will do.
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
-        file = os.fdopen(os.open(self._path, flags, 0o666), "r+")
+        # No buffer: what could not be written would be tried again when the file is closed.
+        file = os.fdopen(os.open(self._path, flags, 0o666), "r+b", buffering=0)
         try:
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -90,13 +99,19 @@ class RunLock:
         self.release()
 
     def release(self) -> None:
-        if self._file is not None:
-            self._released.set()
+        if self._file is None:
+            return
+        self._released.set()
+        if self._beating is not None:
+            self._beating.join()  # its last beat must not come after the lock is let go
+            self._beating = None
+        # On a full disk the file keeps what it says; that it does not change any more is enough.
+        with suppress(OSError):
             self._write({})
-            self._file.close()
-            self._file = None
+        self._file.close()
+        self._file = None
 
-    def _changes(self, file: IO[str]) -> bool:
+    def _changes(self, file: BinaryIO) -> bool:
         """Return whether somebody still writes into the file."""
         before, started_at = _read(file), time.monotonic()
         while time.monotonic() < started_at + WATCH_SEC:
@@ -106,8 +121,22 @@ class RunLock:
         return False
 
     def _keep_beating(self) -> None:
+        failed = False
         while not self._released.wait(BEAT_SEC):
-            self._beat()
+            try:
+                self._beat()
+            except OSError as error:
+                # It may work again, when there is room: to end would leave the run without a lock.
+                if not failed:
+                    logger.warning(
+                        "cannot write to %s (%s): a run on another host may take this one for "
+                        "dead, and its folder, until that is possible again",
+                        self._path,
+                        error.strerror or error,
+                    )
+                failed = True
+            else:
+                failed = False
 
     def _beat(self) -> None:
         # A count, not the time of day: a clock may stand still or jump.
@@ -117,10 +146,10 @@ class RunLock:
     def _write(self, holder: dict[str, Any]) -> None:
         # Only through this file: closing another one of the same name would drop the lock.
         assert self._file is not None
-        self._file.seek(0)
         # In one piece, of one length: whoever reads meanwhile finds the old or the new.
-        self._file.write(json.dumps(holder).ljust(_TEXT_BYTES))
-        self._file.flush()
+        text = json.dumps(holder).ljust(_TEXT_BYTES).encode()
+        if os.pwrite(self._file.fileno(), text, 0) < len(text):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _refusal(self, holder: dict[str, Any]) -> UserError:
         who = f"process {holder['pid']} on {holder['host']}" if holder else "another process"
@@ -130,10 +159,9 @@ class RunLock:
         )
 
 
-def _read(file: IO[str]) -> dict[str, Any]:
-    file.seek(0)
+def _read(file: BinaryIO) -> dict[str, Any]:
     try:
-        holder = parse_json(file.read(_TEXT_BYTES))
+        holder = parse_json(os.pread(file.fileno(), _TEXT_BYTES, 0))
     except ValueError:
         return {}
     return holder if isinstance(holder, dict) else {}

@@ -23,22 +23,21 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from moshi.models import loaders
-from moshi.modules.lora import LoRALinear
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from finetune.checkpoint import manifest
-from finetune.checkpoint.run_dir import delete_old
+from finetune.checkpoint.consolidated import consolidated, consolidated_config
+from finetune.checkpoint.run_dir import INFO, delete_old
 from finetune.checkpoint.run_record import RunRecord, fsync
 from finetune.config import TrainArgs, save_config
-from finetune.distributed import Sharding, World, like_parameter, shard_size, whole
+from finetune.distributed import Sharding, World, like_parameter, shard_size
 from finetune.errors import UserError
-from finetune.model import changed_shape, trainable_by_role
+from finetune.model import adapter_roles
 from finetune.step import Optimizer, moment_bytes
-from ttt import TTTLMModel, ttt_parameters
-from ttt.layers.frozen import frozen_linears
+from ttt import TTTLMModel
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +102,8 @@ class CheckpointWriter:
         self.record = record
         self.last_step = 0
         """Of the latest checkpoint that was begun."""
+        # Asked once: what the run started from may be gone when it saves.
+        self._adapter_roles = adapter_roles(args)
         self._folder = Path(args.run_dir) / "checkpoints"
         self._thread: threading.Thread | None = None
         self._error: str | None = None
@@ -140,6 +141,34 @@ class CheckpointWriter:
         else:
             self._write(snapshot)
 
+    def add_eval_loss(self, step: int, eval_loss: float | None) -> None:
+        """Note the loss in a checkpoint that was saved before the evaluation of its step; does
+        nothing where there is no such checkpoint of this run, or no loss.
+
+        Whenever the process may be killed, the checkpoint is whole: the manifest does not list the
+        file while that is replaced.
+        """
+        final, partial = self._final(step), self._partial(step)
+        if eval_loss is None or not self.world.is_main:
+            return
+        if not self.record.found_at(f"{self._name(final)}/{INFO}").units:
+            return
+        try:
+            self.record.delete(self._name(partial))
+            self.record.add(trees=[self._name(partial)])
+            partial.mkdir()
+            _write_info(partial, step, eval_loss)
+            others = {name: e for name, e in manifest.read(final).items() if name != INFO}
+            all_entries = others | manifest.describe(partial, [partial / INFO])
+            manifest.write(partial, others)
+            _replace(partial / manifest.NAME, final)
+            _replace(partial / INFO, final)
+            manifest.write(partial, all_entries)
+            _replace(partial / manifest.NAME, final)
+        except (OSError, ValueError) as error:
+            logger.warning("could not note the loss of the evaluation in %s: %s", final, error)
+        self._remove(partial)
+
     def wait(self) -> None:
         """Until the latest checkpoint is complete.
 
@@ -165,7 +194,7 @@ class CheckpointWriter:
     # --- into memory ------------------------------------------------------------------------------
 
     def _weights(self, model: TTTLMModel) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        for name, tensors in consolidated(self.args, model).items():
+        for name, tensors in consolidated(self.args, model, self._adapter_roles).items():
             on_host = {}
             if self.sharding is None and not self.world.is_main:
                 continue
@@ -251,8 +280,7 @@ class CheckpointWriter:
         )
         save_config(self.args, partial / "args.yaml")
         torch.save(snapshot.resume_state, partial / "resume.pt")
-        info = {"step": snapshot.step, "eval_loss": snapshot.eval_loss}
-        (partial / "info.json").write_text(json.dumps(info), encoding="utf-8")
+        _write_info(partial, snapshot.step, snapshot.eval_loss)
 
     def _own_files(self, partial: Path) -> list[Path]:
         """Return the files that this process has written."""
@@ -263,7 +291,7 @@ class CheckpointWriter:
 
     def _complete(self, step: int, entries: list[manifest.Entries]) -> str | None:
         """The last step, by one process; what went wrong, if anything."""
-        partial, final = self._partial(step), self._folder / f"checkpoint_{step:06d}"
+        partial, final = self._partial(step), self._final(step)
         try:
             manifest.write(partial, {name: e for each in entries for name, e in each.items()})
             for file in partial.rglob("*"):
@@ -291,6 +319,9 @@ class CheckpointWriter:
     def _name(self, checkpoint: Path) -> str:
         return f"{self._folder.name}/{checkpoint.name}"
 
+    def _final(self, step: int) -> Path:
+        return self._folder / f"checkpoint_{step:06d}"
+
     def _partial(self, step: int) -> Path:
         return self._folder / f"checkpoint_{step:06d}.incomplete"
 
@@ -307,9 +338,21 @@ class CheckpointWriter:
         if not self.world.is_main:
             return
         if self._error is None:
-            logger.info("saved %s", self._folder / f"checkpoint_{self.last_step:06d}")
+            logger.info("saved %s", self._final(self.last_step))
         else:
             logger.error("%s Training goes on; the next checkpoint tries again.", self._error)
+
+
+def _write_info(folder: Path, step: int, eval_loss: float | None) -> None:
+    info = {"step": step, "eval_loss": eval_loss}
+    (folder / INFO).write_text(json.dumps(info), encoding="utf-8")
+
+
+def _replace(file: Path, folder: Path) -> None:
+    """Move a file into a folder, in the place of that of its name, in one step."""
+    fsync(file)
+    os.replace(file, folder / file.name)
+    fsync(folder)
 
 
 def snapshot_bytes(args: TrainArgs, model: TTTLMModel, world: World) -> float:
@@ -325,73 +368,6 @@ def snapshot_bytes(args: TrainArgs, model: TTTLMModel, world: World) -> float:
     kept = sum(4 * number + moment_bytes(number, args.optim.state) for number in trained)
     found = kept / shard_size(args, world.size) if args.ckpt_async else 0.0
     if world.is_main:
-        for tensors in consolidated(args, model).values():
+        for tensors in consolidated(args, model, adapter_roles(args)).values():
             found += sum(tensor.numel() * tensor.element_size() for _, tensor in tensors)
     return found
-
-
-def consolidated(args: TrainArgs, model: TTTLMModel) -> dict[str, Iterator[tuple[str, Tensor]]]:
-    """The weights for people, file by file: what trained, under the names of stock `moshi`.
-
-    The tensors are gathered as they are asked for; all processes must ask for all.
-    """
-    dtype = getattr(torch, args.param_dtype)
-    files: dict[str, Iterator[tuple[str, Tensor]]] = {}
-    if args.lora.enable and args.save_adapters:
-        files["lora.safetensors"] = (
-            (name, whole(parameter, dtype))
-            for role, named in trainable_by_role(model).items()
-            if role != "ttt"
-            for name, parameter in named.items()
-        )
-    elif args.lora.enable or args.full_finetuning:
-        files["consolidated.safetensors"] = merged_weights(model, dtype)
-    if args.ttt.enabled:
-        files["ttt.safetensors"] = (
-            (name, whole(parameter, dtype)) for name, parameter in ttt_parameters(model).items()
-        )
-    return files
-
-
-def merged_weights(model: TTTLMModel, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """The weights under the names of the stock model, LoRA merged, without TTT's own; one after
-    the other, as a second copy of all may not fit beside the first. Of a sharded model all
-    processes must ask for all of them."""
-    adapters = {
-        prefix: module for prefix, module in model.named_modules() if isinstance(module, LoRALinear)
-    }
-    own = ttt_parameters(model)
-    for name, weight in _full_weights(model, dtype):
-        prefix, _, part = name.rpartition(".")
-        owner, _, inner = prefix.rpartition(".")
-        if name in own or (owner in adapters and inner in ("lora_A", "lora_B")):
-            continue
-        if owner in adapters and inner == "frozen_W":
-            down, up = adapters[owner].lora_A.weight, adapters[owner].lora_B.weight
-            change = whole(up, dtype).mm(whole(down, dtype)) * adapters[owner].scaling
-            yield f"{owner}.{part}", change + whole(weight, dtype)
-        else:
-            yield name, whole(weight, dtype)
-
-
-def _full_weights(model: TTTLMModel, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """The parameters, and in their type what is kept in fewer bits."""
-    yield from model.named_parameters()
-    for prefix, layer in frozen_linears(model):
-        yield f"{prefix}.weight", layer.thawed(dtype)
-
-
-def consolidated_config(args: TrainArgs, info: loaders.CheckpointInfo) -> dict[str, Any]:
-    """The config.json beside them."""
-    adapters_only = args.lora.enable and args.save_adapters
-    config = changed_shape(
-        loaders._lm_kwargs if info.raw_config is None else info.raw_config, args.model
-    )
-    config["lora"] = adapters_only
-    if args.model.attention_context is not None:
-        config["context"] = args.model.attention_context
-    if adapters_only:
-        config |= {"lora_rank": args.lora.rank, "lora_scaling": args.lora.scaling}
-    elif args.lora.enable or args.full_finetuning:
-        config["moshi_name"] = "consolidated.safetensors"
-    return config

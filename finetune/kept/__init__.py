@@ -1,6 +1,15 @@
 """This package keeps what is done already on the disk, so that no work is done twice."""
 
+from finetune.kept.checkpoint_names import CHECKPOINT_NAME, checkpoints_in, step_of
 from finetune.kept.records import Records, read_records
 from finetune.kept.whole import Kept, write_whole
 
-__all__ = ["Kept", "Records", "read_records", "write_whole"]
+__all__ = [
+    "CHECKPOINT_NAME",
+    "Kept",
+    "Records",
+    "checkpoints_in",
+    "read_records",
+    "step_of",
+    "write_whole",
+]

@@ -49,13 +49,24 @@ class Records:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(json.dumps(header) + "\n", encoding="utf-8")
         except OSError as error:
-            raise UserError(f"--out: cannot write {path}: {error.strerror or error}.") from error
+            raise self._refusal(error) from error
 
     def append(self, record: Mapping[str, Any]) -> None:
+        """Keep one more result.
+
+        Raises:
+            UserError: the file cannot be written; the results before are untouched.
+        """
         record = dict(record)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(encoded(record) + "\n")
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(encoded(record) + "\n")
+        except OSError as error:
+            raise self._refusal(error) from error
         self.records.append(record)
+
+    def _refusal(self, error: OSError) -> UserError:
+        return UserError(f"--out: cannot write {self.path}: {error.strerror or error}.")
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return iter(self.records)

@@ -3,6 +3,7 @@
 from finetune.model.base_precision import freeze_base
 from finetune.model.build import (
     add_lora,
+    base_weights,
     build_codec,
     changed_shape,
     find_checkpoint,
@@ -11,12 +12,19 @@ from finetune.model.build import (
     plan_model,
 )
 from finetune.model.hub import HUB_ERRORS, shape_from_hub
-from finetune.model.init_from import misfits, require_checkpoint
+from finetune.model.init_from import (
+    adapter_roles,
+    misfits,
+    open_earlier_run,
+    require_checkpoint,
+)
 from finetune.model.roles import count_by_role, parameters_by_role, trainable_by_role
 
 __all__ = [
     "HUB_ERRORS",
+    "adapter_roles",
     "add_lora",
+    "base_weights",
     "build_codec",
     "changed_shape",
     "count_by_role",
@@ -25,6 +33,7 @@ __all__ = [
     "load_model",
     "misfits",
     "model_shape",
+    "open_earlier_run",
     "parameters_by_role",
     "plan_model",
     "require_checkpoint",

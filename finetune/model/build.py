@@ -274,7 +274,7 @@ def load_model(
         check(model)
     files = WeightFiles()
     if earlier is not None:
-        files.add_base(_base_weights(earlier), model)
+        files.add_base(base_weights(earlier), model)
         for path, names in trained_files(model, args, earlier):
             files.add_exactly(path, names, model)
         logger.info(describe_start(args, earlier))
@@ -363,13 +363,17 @@ def _brief(error: Exception) -> str:
     return textwrap.shorten(f"{type(error).__name__}: {error}", 300, placeholder=" …")
 
 
-def _base_weights(earlier: EarlierRun) -> Path:
-    """The file that a run's base is in: its own, or the one that it started from."""
+def base_weights(earlier: EarlierRun) -> Path:
+    """Return the file that a run's base is in: its own, or the one that it started from.
+
+    Raises:
+        UserError: an earlier run, or the file, is not there; or the base was random.
+    """
     if earlier.base_weights is not None:
         return earlier.base_weights
     paths = earlier.args.moshi_paths
     if paths.init_from:
-        return _base_weights(open_earlier_run(paths.init_from))
+        return base_weights(open_earlier_run(paths.init_from))
     if paths.random_init:
         raise UserError(
             f"moshi_paths.init_from: {earlier.checkpoint} holds what was trained on top of random "

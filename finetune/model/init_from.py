@@ -17,6 +17,7 @@ from finetune.config import (
     load_run_config,
 )
 from finetune.errors import UserError
+from finetune.kept import checkpoints_in
 from finetune.safety import read_json
 from ttt import TTTLMModel, ttt_parameters
 
@@ -34,6 +35,11 @@ class EarlierRun:
         """The file with all weights, if this run has written one."""
         file = self.checkpoint / "consolidated" / "consolidated.safetensors"
         return file if file.is_file() else None
+
+    @property
+    def has_adapters(self) -> bool:
+        """Return whether it holds LoRA adapters that are not merged."""
+        return self.args.lora.enable and self.args.save_adapters
 
 
 def open_earlier_run(init_from: str) -> EarlierRun:
@@ -66,8 +72,7 @@ def require_checkpoint(checkpoint: Path, key: str) -> None:
             f"moshi-finetune's, which have none, {checkpoint / 'consolidated'} holds the weights: "
             f"name all weights (consolidated.safetensors) as moshi_paths.moshi_path instead."
         )
-    inside = sorted(str(path) for path in checkpoint.glob("checkpoints/checkpoint_*[0-9]"))
-    inside += sorted(str(path) for path in checkpoint.glob("checkpoint_*[0-9]"))
+    inside = [*checkpoints_in(checkpoint / "checkpoints"), *checkpoints_in(checkpoint)]
     above = next((p for p in checkpoint.absolute().parents if (p / "consolidated").is_dir()), None)
     if checkpoint.is_dir() and inside:
         hint = f" Did you mean {inside[-1]}?"
@@ -141,12 +146,40 @@ def trained_files(
 ) -> Iterator[tuple[Path, set[str]]]:
     """The files of the earlier run's LoRA and TTT, as far as it has them and this run goes on with
     them, and the weights that they must hold."""
-    folder = earlier.checkpoint / "consolidated"
-    if earlier.args.lora.enable and earlier.args.save_adapters:
-        lora = {name for name, _ in model.named_parameters() if ".lora_" in name}
-        yield folder / "lora.safetensors", lora
+    yield from _adapter_files(model, earlier)
     if earlier.args.ttt.enabled and args.ttt.enabled:
-        yield folder / "ttt.safetensors", set(ttt_parameters(model))
+        yield earlier.checkpoint / "consolidated/ttt.safetensors", set(ttt_parameters(model))
+
+
+def _adapter_files(model: TTTLMModel, earlier: EarlierRun) -> Iterator[tuple[Path, set[str]]]:
+    """Yield the files of LoRA, the oldest run's first: checkpoints of before do not hold embeddings
+    that not they but the run which they started from has trained."""
+    if not earlier.has_adapters:
+        return
+    if earlier.args.moshi_paths.init_from:
+        yield from _adapter_files(model, open_earlier_run(earlier.args.moshi_paths.init_from))
+    lora = {name for name, _ in model.named_parameters() if ".lora_" in name}
+    yield earlier.checkpoint / "consolidated/lora.safetensors", lora
+
+
+def adapter_roles(args: TrainArgs) -> set[str]:
+    """Return the roles of the weights that a run saves as adapters (`lora.safetensors`); none where
+    it saves no adapters.
+
+    Embeddings are among them if this run trains them, or if one that it goes on from has: whoever
+    has the file and the base has the whole model.
+
+    Raises:
+        UserError: an earlier run is not there any more, or is damaged.
+    """
+    if not (args.lora.enable and args.save_adapters):
+        return set()
+    if args.lora.ft_embed:
+        return {"lora", "embedding"}
+    if args.moshi_paths.init_from:
+        earlier = open_earlier_run(args.moshi_paths.init_from)
+        return {"lora"} | adapter_roles(earlier.args)
+    return {"lora"}
 
 
 def describe_start(args: TrainArgs, earlier: EarlierRun) -> str:

@@ -16,7 +16,14 @@ from finetune.checkpoint import merged_weights
 from finetune.config import Precision, TrainArgs
 from finetune.errors import UserError
 from finetune.inference import checkpoint_args, load_for_inference, nonfinite_weights
-from finetune.model import changed_shape, find_checkpoint, parameters_by_role
+from finetune.model import (
+    adapter_roles,
+    base_weights,
+    changed_shape,
+    find_checkpoint,
+    open_earlier_run,
+    parameters_by_role,
+)
 from finetune.serve.card import model_card
 from finetune.serve.options import ExportOptions
 from ttt import TTTLMModel, ttt_parameters, without_ttt
@@ -42,8 +49,8 @@ def export_checkpoint(options: ExportOptions) -> Exported:
     """Write the folder, load it into stock `moshi`, and compare.
 
     Raises:
-        UserError: a folder that is not empty, a checkpoint without adapters, or one that stock
-            `moshi` computes otherwise.
+        UserError: a folder that is not empty, a checkpoint without adapters or whose base nobody
+            else has, or one that stock `moshi` computes otherwise.
     """
     out = options.out
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -55,6 +62,7 @@ def export_checkpoint(options: ExportOptions) -> Exported:
             "lora.enable and save_adapters."
         )
     info = find_checkpoint(args.moshi_paths)
+    base = _published_base(args, info) if options.form == "adapters" else None
     # Adapters are for the base as it is published; merged, for the one that they were trained on.
     precision: Precision | None = "bfloat16" if options.form == "adapters" else None
     model, _ = load_for_inference(options.checkpoint, options.device, precision)
@@ -78,7 +86,6 @@ def export_checkpoint(options: ExportOptions) -> Exported:
         ours = _logits(model, codes)
     device = model.device
     del model
-    base = info.moshi_weights if options.form == "adapters" else None
     difference = _compare(ours, codes, out, base, dtype, device)
     if not difference <= _MAX_DIFFERENCE[dtype]:
         raise UserError(
@@ -90,6 +97,19 @@ def export_checkpoint(options: ExportOptions) -> Exported:
     return Exported(sorted(path for path in out.iterdir() if path.is_file()), difference)
 
 
+def _published_base(args: TrainArgs, info: loaders.CheckpointInfo) -> Path:
+    """Return the file of the weights that a checkpoint's adapters are for."""
+    if not args.moshi_paths.init_from:
+        return info.moshi_weights
+    base = base_weights(open_earlier_run(args.moshi_paths.init_from))
+    if base.parent.name == "consolidated" and (base.parents[1] / "args.yaml").is_file():
+        raise UserError(
+            f"--form: these adapters are for the weights in {base.parents[1]}, which an earlier "
+            "run has trained and nobody else has; use --form merged."
+        )
+    return base
+
+
 def _write_weights(
     model: TTTLMModel, args: TrainArgs, options: ExportOptions, dtype: torch.dtype
 ) -> None:
@@ -99,7 +119,7 @@ def _write_weights(
         name = "model.safetensors"
     else:
         by_role = parameters_by_role(model)
-        roles = ("lora", "embedding") if args.lora.ft_embed else ("lora",)
+        roles = adapter_roles(args)
         weights = {k: v.detach() for role in roles for k, v in by_role[role].items()}
         name = "lora.safetensors"
     save_file({k: v.cpu().contiguous() for k, v in weights.items()}, out / name)

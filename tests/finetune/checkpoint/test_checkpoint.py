@@ -13,10 +13,12 @@ from training_tools import FULL, LORA, PLAIN, checkpoint, random_batch, train, t
 
 import finetune.checkpoint.run_record
 import finetune.trainer
-from finetune.checkpoint import list_checkpoints, load_trained_weights, step_of
-from finetune.config import load_config
+from finetune.checkpoint import list_checkpoints, load_trained_weights, manifest, step_of
+from finetune.checkpoint.run_dir import delete_old
+from finetune.checkpoint.run_record import RunRecord
+from finetune.config import DataArgs, TrainArgs, load_config
 from finetune.errors import UserError
-from finetune.model import find_checkpoint, load_model
+from finetune.model import find_checkpoint, load_model, require_checkpoint
 from ttt import TTTLMModel
 
 NO_TTT: dict[str, Any] = {"ttt.enabled": False, "param_dtype": "float32"}
@@ -207,6 +209,23 @@ def test_the_last_checkpoints_and_the_best_are_kept(
 def test_all_are_kept_on_request(config: Path, tmp_path: Path) -> None:
     train(config, tmp_path, {"ckpt_freq": 1, "num_ckpt_keep": "null"})
     assert kept_steps(tmp_path) == [1, 2, 3, 4]
+
+
+def test_the_last_checkpoints_are_those_of_the_last_steps(tmp_path: Path) -> None:
+    """From step 1,000,000 on the order of names is another one."""
+    record = RunRecord(tmp_path)
+    record.create()
+    steps = (999998, 999999, 1000000, 1000001)
+    for step in steps:
+        checkpoint(tmp_path, step).mkdir(parents=True)
+        manifest.write(checkpoint(tmp_path, step), {})
+        record.add([f"checkpoints/checkpoint_{step:06d}/{manifest.NAME}"])
+    assert kept_steps(tmp_path) == [*steps]
+    args = TrainArgs(data=DataArgs(), run_dir=str(tmp_path), num_ckpt_keep=2)
+    delete_old(args, checkpoint(tmp_path, 1000001), record)
+    assert kept_steps(tmp_path) == [1000000, 1000001]
+    with pytest.raises(UserError, match=r"Did you mean .*checkpoint_1000001\?"):
+        require_checkpoint(tmp_path, "moshi_paths.init_from")
 
 
 def test_a_checkpoint_that_was_being_deleted_when_the_run_died_is_none(

@@ -1,5 +1,6 @@
 """What must not harm a run: the real program is killed, starved, damaged and started twice."""
 
+import errno
 import json
 import os
 import random
@@ -8,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,6 +35,7 @@ from training_tools import (
 from finetune.checkpoint import list_checkpoints, manifest, run_lock, step_of
 from finetune.checkpoint.run_lock import RunLock
 from finetune.errors import UserError
+from finetune.monitoring import setup_logging
 
 FLOAT32: dict[str, Any] = {**FULL, "param_dtype": "float32"}
 
@@ -244,6 +247,33 @@ def test_a_run_on_another_host_is_noticed_by_its_signs_of_life(
     here = RunLock(tmp_path)
     here.take()
     here.release()
+
+
+def test_signs_of_life_go_on_after_the_disk_was_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Or a run on another host would take the folder, long after there is room again."""
+    monkeypatch.setattr(run_lock, "BEAT_SEC", 0.01)
+    setup_logging(0)
+    asked = threading.Semaphore(0)
+
+    def full(*args: Any) -> int:
+        asked.release()
+        raise OSError(errno.ENOSPC, "disk full")
+
+    with RunLock(tmp_path) as lock:
+        lock.take()
+        with monkeypatch.context() as patch:
+            patch.setattr(run_lock.os, "pwrite", full)
+            assert asked.acquire(timeout=10) and asked.acquire(timeout=10), "it has given up"
+        before = (tmp_path / run_lock.NAME).read_text()
+        deadline = time.monotonic() + 10
+        while (tmp_path / run_lock.NAME).read_text() == before:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        monkeypatch.setattr(run_lock.os, "pwrite", full)
+    assert capsys.readouterr().out.count("disk full") <= 2, "once a time"
+    assert not lock.is_held
 
 
 # --- several processes ----------------------------------------------------------------------------

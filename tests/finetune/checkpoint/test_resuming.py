@@ -1,7 +1,9 @@
 """How a run goes on from a checkpoint, also from one that is damaged or did not fit on the disk."""
 
+import os
 import resource
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,8 +24,14 @@ from training_tools import (
     trainer,
 )
 
+import finetune.evaluation
+import finetune.trainer
+from finetune.checkpoint import RunFolder, eval_loss_of, manifest
 from finetune.checkpoint.run_record import RunRecord
+from finetune.config import DataArgs, TrainArgs
+from finetune.distributed import World
 from finetune.errors import UserError
+from finetune.monitoring import metrics_path, read_metrics
 
 # --- resuming -------------------------------------------------------------------------------------
 
@@ -142,6 +150,52 @@ def test_resume_auto_forgets_what_no_checkpoint_holds(config: Path, tmp_path: Pa
     assert len(logged(tmp_path, kind="eval")) == 2  # before the first step, and after the last
 
 
+def test_an_evaluation_that_a_signal_has_stopped_is_made_on_resuming(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of the run, and after its last step, where all but that is done."""
+    overrides: dict[str, Any] = {"do_eval": True, "eval_freq": 2, "ckpt_freq": 2, "resume": "auto"}
+    for step in (2, 4):
+        run = trainer(config, tmp_path, overrides)
+
+        def evaluate(*args: Any, run: Any = run, step: int = step, **kwargs: Any) -> Any:
+            if run.step == step:
+                run.interrupt.signal_number = signal.SIGTERM
+            return finetune.evaluation.evaluate(*args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(finetune.trainer, "evaluate", evaluate)
+            assert run.train() == 128 + signal.SIGTERM
+        assert run.step == step and eval_loss_of(checkpoint(tmp_path, step)) is None
+    for _ in range(2):  # the second time there is nothing left to do
+        train(config, tmp_path, overrides)
+        records = read_metrics(metrics_path(tmp_path, "eval"))
+        losses = {record["step"]: record["loss"] for record in records}
+        assert len(records) == 3 and [*losses] == [0, 2, 4]
+        for step in (2, 4):
+            assert eval_loss_of(checkpoint(tmp_path, step)) == losses[step]
+            assert manifest.first_problem(checkpoint(tmp_path, step)) is None
+
+
+def test_a_checkpoint_is_whole_at_every_moment_while_its_loss_is_noted(
+    config: Path, finished_run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finished_run(tmp_path, TEN_STEPS)
+    writer = trainer(config, tmp_path, {**TEN_STEPS, "resume": True}).writer
+    replace, seen = os.replace, []
+
+    def look(source: Path, target: Path) -> None:
+        replace(source, target)
+        seen.append(manifest.first_problem(checkpoint(tmp_path, 10)))
+
+    monkeypatch.setattr("finetune.checkpoint.writer.os.replace", look)
+    writer.add_eval_loss(10, 2.5)
+    assert seen == [None, None, None] and eval_loss_of(checkpoint(tmp_path, 10)) == 2.5
+    file = checkpoint(tmp_path, 10) / "info.json"
+    file.write_text(file.read_text().replace("2.5", "3.5"))
+    assert "info.json" in str(manifest.first_problem(checkpoint(tmp_path, 10)))
+
+
 def test_resuming_where_there_is_no_checkpoint_is_refused(config: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no complete checkpoint in"):
         trainer(config, tmp_path / "none", {"resume": True})
@@ -188,6 +242,19 @@ def largest_file() -> Iterator[Callable[[int], None]]:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_start_on_a_full_disk_is_one_message_and_leaves_nothing(
+    tmp_path: Path, largest_file: Callable[[int], None]
+) -> None:
+    run_dir = tmp_path / "runs/one"
+    args = TrainArgs(data=DataArgs(), run_dir=str(run_dir))
+    folder = RunFolder(args, World(rank=0, size=1, device=torch.device("cpu")))
+    largest_file(0)
+    with pytest.raises(UserError, match=r"run_dir: cannot write to .*/one"), folder.starting():
+        folder.open()
+    largest_file(resource.RLIM_INFINITY)
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("file", ["consolidated/consolidated.safetensors", "resume/__0_0.distcp"])

@@ -242,19 +242,28 @@ def test_retention_deletes_what_the_run_wrote_alone(config: Path, tmp_path: Path
 # --- the older run waits --------------------------------------------------------------------------
 
 
-def fails_late(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*args: Any) -> None:
-        raise UserError("the disk is on fire")
-
-    monkeypatch.setattr("finetune.monitoring.metrics._open_tensorboard", fail)
-
-
+@pytest.mark.parametrize(
+    ("where", "error", "message"),
+    [
+        ("monitoring.metrics._open_tensorboard", UserError("the disk is on fire"), "on fire"),
+        ("trainer.write_summary", OSError(28, "disk full"), "run_dir: cannot write .*: disk full"),
+    ],
+)
 def test_a_start_that_fails_late_puts_the_older_run_back_and_says_so(
-    config: Path, run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    config: Path,
+    run_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    where: str,
+    error: Exception,
+    message: str,
 ) -> None:
+    def fail(*args: Any) -> None:
+        raise error
+
     before = tree(run_dir)
-    fails_late(monkeypatch)
-    with pytest.raises(UserError, match="on fire"):
+    monkeypatch.setattr(f"finetune.{where}", fail)
+    with pytest.raises(UserError, match=message):
         trainer(config, run_dir, OVERWRITE)
     assert tree(run_dir) == before
     assert "the earlier run is back in" in capsys.readouterr().out

@@ -59,6 +59,11 @@ def test_a_place_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     (tmp_path / "result.json").mkdir()
     with pytest.raises(UserError, match=r"result\.json cannot be read: "):
         Kept(tmp_path / "result.json").read()
+    records = Records(tmp_path / "records.jsonl", {})
+    records.path.unlink()
+    records.path.mkdir()
+    with pytest.raises(UserError, match=r"--out: cannot write .*records\.jsonl: "):
+        records.append({"loss": 1.0})
 
 
 def test_records_are_read_by_others_with_what_they_depend_on(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from moshi.modules.transformer import RMSNorm
+from safetensors.torch import load_file, save_file
 from torch import nn
 from training_tools import (
     FULL,
@@ -25,6 +26,7 @@ from finetune.config.args import TrainArgs
 from finetune.errors import UserError
 from finetune.inference import load_for_inference
 from finetune.model import find_checkpoint, load_model, plan_model, trainable_by_role
+from finetune.serve import ExportOptions, export_checkpoint
 from finetune.trainer import Trainer
 from ttt import TTTLMModel
 
@@ -104,6 +106,30 @@ def test_a_chain_finds_its_base(config: Path, tmp_path: Path) -> None:
     third = checkpoint(tmp_path / "three", 4)
     again, _ = load_for_inference(third, "cpu")
     assert_same_weights(weights(again), weights(run.model))
+    adapters = ExportOptions(third, tmp_path / "out", form="adapters", device="cpu")
+    with pytest.raises(UserError, match=f"adapters are for the weights in {first}.*merged"):
+        export_checkpoint(adapters)
+
+
+def test_embeddings_that_trained_beside_lora_stay_in_a_chain(config: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = LORA | NO_TTT | {"optim.lr": 0.03}
+    first, after = trained(config, tmp_path / "one", options | {"lora.ft_embed": True})
+    options |= {"moshi_paths.init_from": str(first)}
+    second, expected = trained(config, tmp_path / "two", options)
+    assert torch.equal(expected["text_emb.weight"], after["text_emb.weight"])
+    assert_same_weights(weights(start(config, tmp_path / "three", second, options).model), expected)
+
+    # Adapters and base are the whole model, also for stock Moshi.
+    export = ExportOptions(second, tmp_path / "out", form="adapters", device="cpu")
+    assert export_checkpoint(export).difference < 0.02
+    file = second / "consolidated/lora.safetensors"
+    saved = load_file(file)
+    assert_same_weights(load_file(tmp_path / "out/lora.safetensors"), saved)
+    assert torch.equal(saved["text_emb.weight"], after["text_emb.weight"])
+
+    # As it was once saved.
+    save_file({name: weight for name, weight in saved.items() if ".lora_" in name}, file)
+    assert_same_weights(weights(start(config, tmp_path / "four", second, options).model), expected)
 
 
 def test_resuming_goes_on_where_it_was_and_not_at_the_start(config: Path, tmp_path: Path) -> None:
