@@ -264,12 +264,12 @@ class Engine:
         """[B, frame_samples] of what Moshi says; [B, 0] without voice."""
         if not self.has_voice:
             return np.zeros((len(self.rows), 0), dtype=np.float32)
-        mask = self._mask(speaking)
-        # Rows that say nothing hold a number that is no code.
-        said = torch.where(mask.to(tokens.device).view(-1, 1, 1), tokens, 0)
+        # Rows that say nothing hold a number that is no code, and so may the places of a session
+        # that were yet to be filled: Mimi would raise, and end all calls.
+        said = tokens[:, 1:].clamp(0, self.model.card - 1)
         mimi = self.codec.mimi
-        mimi.set_exec_mask(mask)
-        audio: Tensor = mimi.decode(said[:, 1:].to(self.codec.device))[:, 0]
+        mimi.set_exec_mask(self._mask(speaking))
+        audio: Tensor = mimi.decode(said.to(self.codec.device))[:, 0]
         return audio.float().cpu().numpy()
 
     def _mask(self, rows: list[Row]) -> Tensor:

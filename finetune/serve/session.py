@@ -173,8 +173,9 @@ def _check_values(engine: Engine, tensors: dict[str, Tensor]) -> None:
         if name == "moshi.cache":
             # Places that are yet to be filled hold -2; nothing reads them before they are.
             value.clamp_(min=-1)
-            low, high = -1, model.card
-            if int(value[0].max()) > model.text_card:
+            # `card` and `text_card`, the initial tokens, are read in place of it, and never kept.
+            low, high = -1, model.card - 1
+            if int(value[0].max()) >= model.text_card:
                 raise ValueError(f"{name} holds no tokens")
             value = value[1:]
         elif name.endswith(".num_pending"):
