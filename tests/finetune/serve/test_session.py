@@ -80,6 +80,17 @@ def test_a_row_of_one_batch_goes_on_in_another_row_of_another_batch() -> None:
     assert tokens == [spoken.text_token for spoken in whole[11:]]
 
 
+def test_nothing_of_a_caller_is_in_the_session_of_the_next() -> None:
+    model, codec = parts("linear")
+    with engine_of(model, codec, 1) as engine:
+        unused = load(pack(engine, engine.rows[0], ME, "all"))
+        for frame in speech(7, 1):
+            engine.step({0: frame})
+        engine.leave(engine.rows[0])
+        next_one = load(pack(engine, engine.rows[0], ME, "all"))
+    assert [name for name in unused if not torch.allclose(unused[name], next_one[name])] == []
+
+
 def test_memory_alone_is_what_ttt_has_learned() -> None:
     model, codec = parts("delta")
     frames = speech(16, 3)
