@@ -10,7 +10,6 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import soundfile
 import torch
 from moshi.models.lm import LMGen
 from safetensors import SafetensorError, safe_open
@@ -150,37 +149,6 @@ def _is_stock(checkpoint: Path) -> bool:
     has_weights = any(checkpoint.glob("*.safetensors"))
     is_part = checkpoint.name == "consolidated" and (checkpoint.parent / "args.yaml").is_file()
     return has_weights and not is_part and not (checkpoint / "consolidated").is_dir()
-
-
-def continue_recording(
-    checkpoint: Path,
-    audio: Path,
-    out: Path,
-    *,
-    device: str,
-    base_precision: Precision | None = None,
-    **options: Any,
-) -> str:
-    """See `finetune.cli.generate`; returns what Moshi says.
-
-    Args:
-        out: the wav to write.
-        options: of `continue_dialogue`.
-
-    Raises:
-        UserError: one of the three paths is wrong; see `continue_dialogue`.
-    """
-    if out.suffix != ".wav" or not out.absolute().parent.is_dir():
-        raise UserError(f"--out: {out} must be a .wav file in a folder that exists.")
-    if not audio.is_file():
-        raise UserError(f"--audio: there is no file {audio}; correct the path.")
-    model, codec = load_for_inference(checkpoint, device, base_precision)
-    problem = nonfinite_weights(model)
-    if problem is not None:
-        raise UserError(f"--checkpoint: {checkpoint}: {problem}, so there is nothing to hear.")
-    continuation = continue_dialogue(model, codec, codec.read_recording(audio), **options)
-    soundfile.write(out, continuation.audio.T.numpy(), codec.sample_rate_hz)
-    return continuation.text
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from finetune.data import count_frames, decoders
 from finetune.errors import UserError
 from finetune.serve import GenerateOptions, files
 from finetune.serve.engine import Engine, Spoken
-from finetune.serve.files import Job, list_jobs
+from finetune.serve.targets import Job, list_jobs
 
 ROOT = Path(__file__).parents[3]
 GREEDY = ["--temperature=0", "--text_temperature=0", "--device=cpu"]
@@ -273,6 +273,10 @@ def test_three_hours_take_no_more_memory_than_their_first_minutes(
         (["--input_dir={tmp}", "--audio=x"], "give a recording or a folder"),
         ([], "give a recording or a folder"),
         (["--audio={tmp}/ok.wav", "--out={tmp}/ok.wav"], "is the recording itself"),
+        (
+            ["--audio={tmp}/ok.wav", "--out={tmp}/folder/../ok.wav", "--prompt_sec=0.08"],
+            "is the recording itself",
+        ),
         (["--audio={tmp}/ok.wav", "--ttt=sometimes"], "must be on, off or reset:SECONDS"),
         (["--input_dir={tmp}", "--output_name=../x.wav"], "without a folder"),
         (["--input_dir={tmp}", "--input_name=*.wav"], "not a pattern"),
@@ -284,7 +288,8 @@ def test_a_mistake_is_one_message(
 ) -> None:
     (tmp_path / "text.wav").write_text("not a wav")
     soundfile.write(tmp_path / "empty.wav", np.zeros(0), 24000)
-    record(tmp_path / "ok.wav", 4000)
+    record(tmp_path / "ok.wav", 4000, channels=2)
+    before = (tmp_path / "ok.wav").read_bytes()
     (tmp_path / "folder").mkdir()
     words = [word.format(tmp=tmp_path) for word in words]
     if not any(word.startswith("--out=") for word in words) and "input_dir" not in "".join(words):
@@ -292,6 +297,7 @@ def test_a_mistake_is_one_message(
     assert call(f"--checkpoint={trained}", *words, *GREEDY) == 1
     said = capsys.readouterr().err
     assert message in said and "Traceback" not in said
+    assert (tmp_path / "ok.wav").read_bytes() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "empty.wav",
         "folder",
