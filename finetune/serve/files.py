@@ -220,7 +220,7 @@ class _Conversation:
         """Put the answer in its place: only when it is whole."""
         self._close()
         transcript = json.dumps(self.words.transcript(), ensure_ascii=False)
-        write_whole(self.job.target.with_suffix(".json"), transcript + "\n")
+        write_whole(self.job.transcript, transcript + "\n")
         self._beside.replace(self.job.target)
 
     def _close(self) -> None:

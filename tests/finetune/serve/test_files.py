@@ -149,6 +149,29 @@ def test_answers_never_replace_recordings_or_one_another(tmp_path: Path) -> None
     assert not (tmp_path / "out").exists()
 
 
+def test_answers_never_replace_what_belongs_to_a_recording(tmp_path: Path) -> None:
+    def jobs(**how: Any) -> list[Job]:
+        return list_jobs(GenerateOptions(checkpoint=tmp_path, **how))
+
+    for name in ("a.flac", "in/a.wav", "in/report.wav", "tree/input.flac"):
+        record(tmp_path / name, 100)
+    (tmp_path / "link.json").symlink_to(tmp_path / "a.json")
+    (tmp_path / "a.json").touch()
+    single = {"audio": tmp_path / "a.flac"}
+    for out in ("a.wav", "link.wav"):
+        with pytest.raises(UserError, match="is the transcript of a recording"):
+            jobs(**single, out=tmp_path / out)
+    # There, no words are written.
+    assert jobs(**single, out=tmp_path / "a.wav", prompt_sec=1.0)
+    with pytest.raises(UserError, match="is the transcript of a recording"):
+        jobs(input_dir=tmp_path / "tree", input_name="input.flac", output_name="input.wav")
+    for session in ("b.wav", "b.json", "a.flac", "a.json"):
+        with pytest.raises(UserError, match="--session: .* is a recording, an answer or"):
+            jobs(**single, out=tmp_path / "b.wav", session=tmp_path / session)
+    with pytest.raises(UserError, match="--report: .*report.json is a recording, an answer or"):
+        jobs(audio=tmp_path / "in", out=tmp_path / "out", report=tmp_path / "out")
+
+
 def test_which_channel_is_heard(trained: Path, tmp_path: Path) -> None:
     audio = record(tmp_path / "both.wav", 8000, channels=2)
     words = [f"--checkpoint={trained}", f"--audio={tmp_path}/both.wav", "--stereo", *GREEDY]
