@@ -86,6 +86,21 @@ def nonfinite_weights(model: TTTLMModel) -> str | None:
     return f"weights of the model are NaN or infinite ({', '.join(bad[:3])}{more})"
 
 
+def check_attention_window(model: TTTLMModel) -> int:
+    """The largest number of frames that attention sees.
+
+    Raises:
+        UserError: some layer has no window, so there is no cache of bounded size.
+    """
+    windows = [layer.self_attn.context for layer in model.transformer.layers]
+    if None in windows:
+        raise UserError(
+            "--checkpoint: attention has no window in this model (context is null in its "
+            "config.json), so its cache would grow without end. Set a context there."
+        )
+    return max(windows)
+
+
 def checkpoint_args(checkpoint: Path, device: str = "auto") -> TrainArgs:
     """The configuration that made a checkpoint; of a stock Moshi, one that leaves it as it is.
 

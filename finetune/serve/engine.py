@@ -16,6 +16,7 @@ from torch import Tensor
 
 import ttt
 from finetune.data import Codec
+from finetune.inference import check_attention_window
 from ttt import TTTLMModel
 
 Samples = np.ndarray
@@ -294,7 +295,11 @@ def open_engine(
         model: in eval mode.
         temperature, text_temperature: of all rows; with 0 the likeliest code is taken.
         has_voice: False: only the text of what Moshi says is wanted, and no audio is decoded.
+
+    Raises:
+        UserError: the model's attention has no window.
     """
+    check_attention_window(model)
     mimi = codec._mimi_on_device()
     generator = _Generator(model, temperature, text_temperature)
     steps_per_frame = round(mimi.encoder_frame_rate / mimi.frame_rate)

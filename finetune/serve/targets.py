@@ -46,7 +46,13 @@ def list_jobs(options: GenerateOptions) -> list[Job]:
                 f"--audio: no recordings ({', '.join(sorted(RECORDINGS))}) in {options.audio}."
             )
         jobs = _checked(options, [Job(path, out / f"{path.stem}.wav") for path in found])
-        out.mkdir(parents=True, exist_ok=True)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"--out: {out} is to be a folder, for the answers to a folder, and cannot be made "
+                f"({error.strerror}); choose another name."
+            ) from None
         return jobs
     out = options.out or Path("continuation.wav" if options.prompt_sec else "output.wav")
     if out.suffix != ".wav" or not out.absolute().parent.is_dir():
@@ -84,6 +90,8 @@ def _checked(options: GenerateOptions, jobs: list[Job]) -> list[Job]:
                     f"{answered[place]} and {job.source} would both be answered in {path}; "
                     "rename one of them."
                 )
+            if place.is_dir():
+                raise UserError(f"{path}, where an answer would go, is a folder; rename it.")
             answered[place] = job.source
     others = [("session", options.session)]
     if options.report is not None:

@@ -166,9 +166,9 @@ def test_answers_never_replace_what_belongs_to_a_recording(tmp_path: Path) -> No
     with pytest.raises(UserError, match="is the transcript of a recording"):
         jobs(input_dir=tmp_path / "tree", input_name="input.flac", output_name="input.wav")
     for session in ("b.wav", "b.json", "a.flac", "a.json"):
-        with pytest.raises(UserError, match="--session: .* is a recording, an answer or"):
+        with pytest.raises(UserError, match=r"--session: .* is a recording, an answer or"):
             jobs(**single, out=tmp_path / "b.wav", session=tmp_path / session)
-    with pytest.raises(UserError, match="--report: .*report.json is a recording, an answer or"):
+    with pytest.raises(UserError, match=r"--report: .*report\.json is a recording, an answer or"):
         jobs(audio=tmp_path / "in", out=tmp_path / "out", report=tmp_path / "out")
 
 
@@ -291,6 +291,9 @@ def test_three_hours_take_no_more_memory_than_their_first_minutes(
         (["--audio={tmp}/empty.wav"], "is empty"),
         (["--audio={tmp}/none.wav"], "there is no file"),
         (["--audio={tmp}/folder"], "no recordings"),
+        (["--audio={tmp}", "--out={tmp}/ok.wav"], "cannot be made (File exists)"),
+        (["--audio={tmp}/ok.wav", "--out={tmp}/d.wav"], "d.wav, where an answer would go, is a fo"),
+        (["--audio={tmp}/ok.wav", "--out={tmp}/e.wav"], "e.json, where an answer would go, is a f"),
         (["--input_dir={tmp}/none"], "no folder"),
         (["--input_dir={tmp}"], "no input.wav"),
         (["--input_dir={tmp}", "--audio=x"], "give a recording or a folder"),
@@ -313,7 +316,8 @@ def test_a_mistake_is_one_message(
     soundfile.write(tmp_path / "empty.wav", np.zeros(0), 24000)
     record(tmp_path / "ok.wav", 4000, channels=2)
     before = (tmp_path / "ok.wav").read_bytes()
-    (tmp_path / "folder").mkdir()
+    for name in ("d.wav", "e.json", "folder"):
+        (tmp_path / name).mkdir()
     words = [word.format(tmp=tmp_path) for word in words]
     if not any(word.startswith("--out=") for word in words) and "input_dir" not in "".join(words):
         words.append(f"--out={tmp_path}/out.wav")
@@ -322,6 +326,8 @@ def test_a_mistake_is_one_message(
     assert message in said and "Traceback" not in said
     assert (tmp_path / "ok.wav").read_bytes() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "d.wav",
+        "e.json",
         "empty.wav",
         "folder",
         "ok.wav",
