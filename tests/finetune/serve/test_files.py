@@ -306,7 +306,12 @@ def test_three_hours_take_no_more_memory_than_their_first_minutes(
         (["--audio={tmp}/ok.wav", "--ttt=sometimes"], "must be on, off or reset:SECONDS"),
         (["--input_dir={tmp}", "--output_name=../x.wav"], "without a folder"),
         (["--input_dir={tmp}", "--input_name=*.wav"], "not a pattern"),
-        (["--audio={tmp}/ok.wav", "--prompt_sec=1", "--session=x"], "not with --prompt_sec"),
+        *[
+            (["--audio={tmp}/ok.wav", "--prompt_sec=1", option], "means nothing with --prompt_sec")
+            for option in ("--session=x", "--stereo", "--user_channel=left", "--batch_size=2")
+        ],
+        (["--audio={tmp}/ok.wav", "--session_part=memory"], "means nothing without --session"),
+        (["--audio={tmp}/ok.wav", "--input_name=a.wav"], "means nothing without --input_dir"),
     ],
 )
 def test_a_mistake_is_one_message(
