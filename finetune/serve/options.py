@@ -144,7 +144,7 @@ class GenerateOptions:
         defaults = {field.name: field.default for field in fields(self)}
         for name in names:
             if getattr(self, name) != defaults[name]:
-                raise UserError(f"--{name}: means nothing {why}; drop one of them.")
+                raise UserError(f"--{name}: means nothing {why}; drop it.")
 
 
 @dataclass(frozen=True)
