@@ -162,6 +162,7 @@ class Call {
     const pcm = new Int16Array(payload.buffer, 0, payload.length >> 1);
     const samples = Float32Array.from(pcm, (sample) => sample / 32767);
     this.said.push(pcm);
+    last = this;
     $("moshi-level").value = level(samples);
     $("download").disabled = false;
     this.player?.port.postMessage(samples, [samples.buffer]);
@@ -278,7 +279,7 @@ async function begin() {
     lines.load();
     const to = url("api/chat", { format: "pcm" });
     to.protocol = to.protocol.replace("http", "ws");
-    call = last = new Call(made, new WebSocket(to));
+    call = new Call(made, new WebSocket(to));
     $("call").textContent = "Hang up";
   } catch (error) {
     release(made);
@@ -365,7 +366,7 @@ $("session").onchange = saying(async () => {
     $("session").value = "";
   }
 });
-$("download").onclick = () => offer(stereo(last), "call.wav");
+$("download").onclick = saying(() => offer(stereo(last), "call.wav"));
 
 // Left Moshi, right the user, as recordings for training are.
 function stereo({ heard, said, about }) {
