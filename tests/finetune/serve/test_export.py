@@ -133,7 +133,7 @@ def test_a_push_that_fails_leaves_the_export(
     export_checkpoint(ExportOptions(trained, tmp_path / "one", push="me/moshi", device="cpu"))
     assert pushed[0] == ("me/moshi", {"private": True, "exist_ok": True})
     assert pushed[1] == {"repo_id": "me/moshi", "folder_path": tmp_path / "one"}
-    with pytest.raises(UserError, match="^--push: me/known is public"):
+    with pytest.raises(UserError, match=r"^--push: me/known is public"):
         _push(tmp_path / "one", "me/known")
     assert [each.get("repo_id") for each in pushed if isinstance(each, dict)] == ["me/moshi"]
     with pytest.raises(UserError, match="--push: me/moshi was not written"):
