@@ -18,7 +18,7 @@ from finetune.serve.engine import Engine, Row, Samples, open_engine
 from finetune.serve.options import GenerateOptions, reset_every_frames
 from finetune.serve.progress import Progress
 from finetune.serve.report import Report
-from finetune.serve.session import Identity, identify, load_session, save_session
+from finetune.serve.session import Identity, identify, load_session, pack
 from finetune.serve.targets import Job, list_jobs
 from finetune.serve.words import Words
 
@@ -111,6 +111,11 @@ class _Desk:
             session = self.options.session
             if session is not None and session.exists():
                 load_session(session, self.engine, row, self._identity())
+            if self.options.session_part == "memory" and not self.engine.model.ttt_layers:
+                raise UserError(
+                    "--session_part: this checkpoint has no TTT, so there is no memory to keep; "
+                    "keep all."
+                )
             begun = _Conversation(job, row, self.engine, self.options)
             if self.report is not None:
                 self.report.begin(row, str(job.source))
@@ -122,7 +127,7 @@ class _Desk:
     def _identity(self) -> Identity:
         return identify(self.engine.model, self.engine.codec, self.options.checkpoint)
 
-    def _give_up(self, job: Job, row: Row, problem: FileProblem) -> None:
+    def _give_up(self, job: Job, row: Row, problem: FileProblem | UserError) -> None:
         logger.warning("%s", problem)
         self.outcome.problems[job.source] = str(problem)
         self.engine.leave(row)
@@ -145,6 +150,9 @@ class _Desk:
         for each in going:
             if each.row.index in spoken:
                 said = spoken[each.row.index]
+                if not said.healthy:
+                    self._break_off(each)
+                    continue
                 each.write(said.audio, said.text_token)
             if each.is_done:
                 self._finish(each)
@@ -152,13 +160,30 @@ class _Desk:
                 still.append(each)
         return still
 
+    def _break_off(self, each: "_Conversation") -> None:
+        each.discard()
+        problem = FileProblem(
+            f"{each.job.source}: the model computed NaN or infinity from "
+            f"{each.num_written / each.rate_hz:.1f} s on",
+            "there is no answer; use an earlier checkpoint",
+        )
+        self._give_up(each.job, each.row, problem)
+
     def _finish(self, each: "_Conversation") -> None:
+        session = self.options.session
+        content = b""
+        if session is not None:
+            try:
+                part = self.options.session_part
+                content = pack(self.engine, each.row, self._identity(), part)
+            except UserError as error:
+                each.discard()
+                return self._give_up(each.job, each.row, error)
         each.keep()
         if self.report is not None:
             self.report.end(each.row, each.words)
-        if self.options.session is not None:
-            part = self.options.session_part
-            save_session(self.options.session, self.engine, each.row, self._identity(), part)
+        if session is not None:
+            write_whole(session, content)
         self.engine.leave(each.row)
         self.outcome.written.append(each.job.target)
         self.outcome.texts[each.job.source] = " ".join(word for word, _, _ in each.words.done)

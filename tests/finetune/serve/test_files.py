@@ -22,8 +22,9 @@ from training_tools import checkpoint, train, write_model
 from finetune.cli import main
 from finetune.data import count_frames, decoders
 from finetune.errors import UserError
-from finetune.serve import GenerateOptions, files
+from finetune.serve import GenerateOptions, continuation, files
 from finetune.serve.engine import Engine, Spoken
+from finetune.serve.session import identify
 from finetune.serve.targets import Job, list_jobs
 
 ROOT = Path(__file__).parents[3]
@@ -215,6 +216,42 @@ def test_a_session_goes_on_where_it_ended(
     session.write_bytes(session_before[:1000])
     assert call(f"--checkpoint={trained}", *GREEDY, *sound, *keep) == 1
     assert "session" in capsys.readouterr().err
+
+
+def test_a_conversation_that_becomes_nan_writes_nothing(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    record(tmp_path / "in/long.wav", 40 * 1920, channels=2)
+    record(tmp_path / "in/short.wav", 3 * 1920, channels=2)
+    session = tmp_path / "call.session"
+    words = [f"--checkpoint={trained}", *GREEDY[1:]]
+    sound = [f"--out={tmp_path}/x.wav", f"--session={session}"]
+    assert call(*words, f"--audio={tmp_path}/in/short.wav", *sound) == 0
+    kept = session.read_bytes()
+    (tmp_path / "x.wav").unlink()
+    load = files.load_for_inference
+    mine = identify(*load(trained, "cpu"), trained)
+
+    def with_huge_targets(*args: Any) -> Any:
+        model, codec = load(*args)
+        for layer in model.ttt_layers.values():
+            layer.target_conv.data.fill_(1e20)
+            layer.target_proj.data.mul_(1e20)
+        return model, codec
+
+    monkeypatch.setattr(files, "load_for_inference", with_huge_targets)
+    monkeypatch.setattr(continuation, "load_for_inference", with_huge_targets)
+    # Loading a session of other weights is refused otherwise.
+    monkeypatch.setattr(files, "identify", lambda *_: mine)
+    assert call(*words, f"--audio={tmp_path}/in", f"--out={tmp_path}/out") == 1
+    assert "long.wav: the model computed NaN or infinity from 0." in capsys.readouterr().err
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["short.json", "short.wav"]
+    for how in (sound, [sound[0], "--prompt_sec=0.08"]):
+        assert call(*words, f"--audio={tmp_path}/in/long.wav", *how) == 1
+        said = capsys.readouterr().err
+        assert "NaN or infinity" in said and "Traceback" not in said
+        assert not (tmp_path / "x.wav").exists() and session.read_bytes() == kept
+    assert not [*tmp_path.rglob("*.part")]
 
 
 def test_the_report_says_what_ttt_did_and_when(trained: Path, tmp_path: Path) -> None:
