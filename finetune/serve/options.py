@@ -203,7 +203,8 @@ class ExportOptions:
     """merged: all weights, LoRA merged into them; adapters: LoRA alone, for the base model."""
 
     push: str | None = None
-    """Then upload it to this repository of the Hugging Face hub, which is made private."""
+    """Then upload it to this repository of the Hugging Face hub: a private one, made if there is
+    none."""
 
     device: Device = "auto"
     """Where to compute; `auto`: on the GPU if there is one."""
