@@ -196,21 +196,9 @@ def generate(options: GenerateOptions) -> None:
 
 
 def _continue(options: GenerateOptions) -> None:
-    from finetune.inference import continue_recording
+    from finetune.serve import continue_recording
 
-    assert options.audio is not None
-    out = options.out or Path("continuation.wav")
-    text = continue_recording(
-        options.checkpoint,
-        options.audio,
-        out,
-        device=options.device,
-        base_precision=options.base_precision,
-        prompt_sec=options.prompt_sec,
-        seed=options.seed,
-        temperature=options.temperature,
-        text_temperature=options.text_temperature,
-    )
+    text, out = continue_recording(options)
     print(f"Moshi: {text}\nwrote {out}")
 
 

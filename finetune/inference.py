@@ -10,7 +10,6 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import soundfile
 import torch
 from moshi.models.lm import LMGen
 from safetensors import SafetensorError, safe_open
@@ -87,6 +86,21 @@ def nonfinite_weights(model: TTTLMModel) -> str | None:
     return f"weights of the model are NaN or infinite ({', '.join(bad[:3])}{more})"
 
 
+def check_attention_window(model: TTTLMModel) -> int:
+    """The largest number of frames that attention sees.
+
+    Raises:
+        UserError: some layer has no window, so there is no cache of bounded size.
+    """
+    windows = [layer.self_attn.context for layer in model.transformer.layers]
+    if None in windows:
+        raise UserError(
+            "--checkpoint: attention has no window in this model (context is null in its "
+            "config.json), so its cache would grow without end. Set a context there."
+        )
+    return max(windows)
+
+
 def checkpoint_args(checkpoint: Path, device: str = "auto") -> TrainArgs:
     """The configuration that made a checkpoint; of a stock Moshi, one that leaves it as it is.
 
@@ -152,35 +166,30 @@ def _is_stock(checkpoint: Path) -> bool:
     return has_weights and not is_part and not (checkpoint / "consolidated").is_dir()
 
 
-def continue_recording(
-    checkpoint: Path,
-    audio: Path,
-    out: Path,
-    *,
-    device: str,
-    base_precision: Precision | None = None,
-    **options: Any,
-) -> str:
-    """See `finetune.cli.generate`; returns what Moshi says.
+class SteadyLMGen(LMGen):
+    """`LMGen`, in which a row that has become NaN spoils no other: sampling raises, for all rows,
+    where there is no probability to sample by."""
 
-    Args:
-        out: the wav to write.
-        options: of `continue_dialogue`.
+    def __init__(
+        self, model: TTTLMModel, temperature: float, text_temperature: float, **options: Any
+    ):
+        super().__init__(
+            model,
+            temp=temperature,
+            temp_text=text_temperature,
+            on_text_logits_hook=self._make_finite,
+            **options,
+        )
+        self.healthy: Tensor | None = None
+        """[B], of the last step."""
 
-    Raises:
-        UserError: one of the three paths is wrong; see `continue_dialogue`.
-    """
-    if out.suffix != ".wav" or not out.absolute().parent.is_dir():
-        raise UserError(f"--out: {out} must be a .wav file in a folder that exists.")
-    if not audio.is_file():
-        raise UserError(f"--audio: there is no file {audio}; correct the path.")
-    model, codec = load_for_inference(checkpoint, device, base_precision)
-    problem = nonfinite_weights(model)
-    if problem is not None:
-        raise UserError(f"--checkpoint: {checkpoint}: {problem}, so there is nothing to hear.")
-    continuation = continue_dialogue(model, codec, codec.read_recording(audio), **options)
-    soundfile.write(out, continuation.audio.T.numpy(), codec.sample_rate_hz)
-    return continuation.text
+    def _make_finite(self, logits: Tensor) -> None:
+        self.healthy = logits.isfinite().flatten(1).all(1)
+        logits.nan_to_num_()
+
+    def depformer_step(self, text_token: Tensor, transformer_out: Tensor) -> Tensor:
+        tokens: Tensor = super().depformer_step(text_token, transformer_out.nan_to_num())
+        return tokens
 
 
 @torch.no_grad()
@@ -199,7 +208,7 @@ def continue_dialogue(
     During the prompt, Moshi's own words and voice are those of the recording.
 
     Raises:
-        UserError: the prompt is as long as the recording.
+        UserError: the prompt is as long as the recording; see `generate_codes`.
     """
     codes = codec.encode([dialogue])
     num_frames = dialogue.num_valid_frames
@@ -245,6 +254,9 @@ def generate_codes(
     Args:
         ttt_rows: a mask [B] of booleans, the rows that use TTT; None: all.
         after_step: is called after every frame, while the model is streaming.
+
+    Raises:
+        UserError: what the model computed is not finite.
     """
     num_rows, _, num_frames = codes.shape
     own, user = codes[:, : 1 + model.dep_q], codes[:, 1 + model.dep_q :]
@@ -254,11 +266,13 @@ def generate_codes(
         if text_of_step[0] is not None:
             token[:] = text_of_step[0]
 
-    generator = LMGen(model, temp=temperature, temp_text=text_temperature, on_text_hook=force_text)
+    generator = SteadyLMGen(model, temperature, text_temperature, on_text_hook=force_text)
     delays = torch.tensor(model.delays[1 : 1 + model.dep_q], device=codes.device)
     streams = torch.arange(1, 1 + model.dep_q, device=codes.device)
     frames = []
     num_steps = num_frames + max(model.delays)
+    # Read once, at the end: a GPU would wait for every step.
+    healthy_steps = torch.tensor(num_steps, device=codes.device)
     with _caches_of(model, num_steps), generator.streaming(num_rows):
         # Step s predicts text frame s and, of a delayed stream, frame s - delay. It reads the
         # user's frame s - 1; at step 0 the model hears its initial token, whatever it is given.
@@ -276,8 +290,16 @@ def generate_codes(
                 use_in_rows(generator, ttt_rows)
             frame = generator.step(heard, depformer_replace_tokens=forced)
             after_step()
+            assert generator.healthy is not None
+            broken_at = torch.where(generator.healthy.all(), num_steps, step)
+            healthy_steps = healthy_steps.minimum(broken_at)
             if frame is not None:
                 frames.append(frame)
+    if healthy_steps < num_steps:
+        raise UserError(
+            f"the model computed NaN or infinity from {int(healthy_steps) / FRAME_RATE_HZ:.1f} s "
+            "on; use an earlier checkpoint."
+        )
     return torch.cat(frames, dim=2)[:, :, :num_frames]
 
 

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from moshi.models.lm import LMGen
 from moshi.modules.streaming import State, StreamingModule
 from moshi.modules.transformer import RingKVCache
 from torch import Tensor, nn
@@ -188,8 +189,8 @@ def row_bytes(module: nn.Module) -> int:
 
 
 def clear_rows(module: nn.Module, rows: Tensor) -> None:
-    """Restart some rows of a stream, and erase what a reset alone would leave in their caches,
-    where a mask hides it as long as it is finite.
+    """Restart some rows of a stream, and erase what a reset alone would leave: attention's caches,
+    where a mask hides it as long as it is finite, and the codes that an `LMGen` keeps.
 
     Args:
         module: streams; an `LMGen` or a Mimi.
@@ -200,6 +201,10 @@ def clear_rows(module: nn.Module, rows: Tensor) -> None:
         cache = getattr(state, "kv_cache", None)
         if isinstance(cache, RingKVCache) and cache.respect_exec_mask:
             cache.cache.masked_fill_(rows.to(state.device).view(1, -1, 1, 1, 1), 0.0)
+    if isinstance(module, LMGen) and (own := module._streaming_state) is not None:
+        # Nothing reads codes before they are written again, but `get_row` copies them.
+        here = rows.to(own.cache.device).view(-1, 1, 1)
+        own.cache.masked_fill_(here, module.lm_model.ungenerated_token_id)
 
 
 def _row_fields(module: nn.Module, row: int, *, whole: bool) -> Iterator[tuple[str, Tensor]]:

@@ -11,8 +11,7 @@ from finetune.data import Codec, Reading, Recording, check_recordings
 from finetune.errors import UserError
 from finetune.evaluation.fingerprints import checkpoint_fingerprint
 from finetune.evaluation.options import Options
-from finetune.evaluation.streaming import check_attention_window
-from finetune.inference import load_for_inference
+from finetune.inference import check_attention_window, load_for_inference
 from finetune.kept import Records
 from finetune.step import LossWeights
 from ttt import TTTLMModel

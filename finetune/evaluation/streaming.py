@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import ttt
-from finetune.errors import UserError
 from finetune.step import LossWeights, target_weights
 from ttt import TTTLMModel
 
@@ -45,21 +44,6 @@ class ScoredBlock:
     nll: Tensor
     weight: Tensor
     is_word: Tensor
-
-
-def check_attention_window(model: TTTLMModel) -> int:
-    """The largest number of frames that attention sees.
-
-    Raises:
-        UserError: some layer has no window, so there is no cache of bounded size.
-    """
-    windows = [layer.self_attn.context for layer in model.transformer.layers]
-    if None in windows:
-        raise UserError(
-            "--checkpoint: attention has no window in this model (context is null in its "
-            "config.json), so its cache would grow without end. Set a context there."
-        )
-    return max(windows)
 
 
 class Scorer:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from finetune.serve.options import ExportOptions, GenerateOptions, ServeOptions
 
 if TYPE_CHECKING:
+    from finetune.serve.continuation import continue_recording
     from finetune.serve.engine import Engine, Row, Spoken, open_engine
     from finetune.serve.export import export_checkpoint
     from finetune.serve.files import answer_recordings
@@ -21,6 +22,7 @@ __all__ = [
     "Spoken",
     "Words",
     "answer_recordings",
+    "continue_recording",
     "export_checkpoint",
     "open_engine",
     "serve",
@@ -33,6 +35,7 @@ _MODULES = {
     "Spoken": "engine",
     "Words": "words",
     "answer_recordings": "files",
+    "continue_recording": "continuation",
     "export_checkpoint": "export",
     "open_engine": "engine",
     "serve": "server",

@@ -46,8 +46,20 @@ class Answer:
     spoken: Spoken
     waited_sec: float
     """Seconds from when the caller's frame was there until its answer was."""
+    number: int | None = None
+    """Of the caller's frame that it goes with; None: silence in the place of a late one."""
     changes: dict[int, float] | None = None
     """Distance of the fast weights from their start, by TTT layer; now and then."""
+
+
+@dataclass
+class Waiting:
+    """A frame or a request of a caller, which waits for its turn."""
+
+    item: Samples | Action
+    came_at: float
+    number: int | None = None
+    """Of a frame, among all frames of the call from 0 on; None: no frame of the caller's."""
 
 
 @dataclass
@@ -61,8 +73,10 @@ class Call:
     """Time at which the caller should begin; see `Engine.join`."""
     key: str = field(default_factory=lambda: secrets.token_urlsafe(24))
     """A secret: it lets read and replace the conversation's state."""
-    inbox: deque[tuple[Samples | Action, float]] = field(default_factory=deque)
-    """Frames and requests in their order, with the time when they came."""
+    inbox: deque[Waiting] = field(default_factory=deque)
+    """Frames and requests in their order."""
+    unanswered: deque[int | None] = field(default_factory=deque)
+    """Numbers of the frames that were heard and not answered yet; see `Engine.lag_frames`."""
     outbox: asyncio.Queue[Answer] = field(
         default_factory=lambda: asyncio.Queue(maxsize=OUTBOX_FRAMES)
     )
@@ -81,6 +95,8 @@ class Call:
     """Silences heard in the place of late frames that have not come yet."""
     drop: Callable[[], None] = lambda: None
     """Told of every frame that is not heard."""
+    num_received: int = 0
+    """Frames that have come, heard or not."""
     _rest: Samples = field(default_factory=lambda: np.zeros(0, dtype=np.float32))
 
     def __post_init__(self) -> None:
@@ -92,12 +108,13 @@ class Call:
         self._rest = np.concatenate([self._rest, samples])
         while len(self._rest) >= frame_samples:
             frame, self._rest = self._rest[:frame_samples], self._rest[frame_samples:]
+            number, self.num_received = self.num_received, self.num_received + 1
             if self.num_silences and self._is_early():
                 # Silence was heard in its place. To hear it as well would keep the delay for ever.
                 self.num_silences -= 1
                 self.drop()
             else:
-                await self.put(frame, wake)
+                await self.put(frame, wake, number)
 
     def _is_early(self) -> bool:
         """Return whether a frame that comes now is ahead of the clock, as are those that a stalled
@@ -107,14 +124,16 @@ class Call:
         due_at = self.due_at + len(self.inbox) * FRAME_SEC
         return due_at - time.monotonic() > FRAME_SEC / 2
 
-    async def put(self, item: Samples | Action, wake: Callable[[], None]) -> None:
+    async def put(
+        self, item: Samples | Action, wake: Callable[[], None], number: int | None = None
+    ) -> None:
         await self.room.wait()
-        self.inbox.append((item, time.monotonic()))
+        self.inbox.append(Waiting(item, time.monotonic(), number))
         if len(self.inbox) >= INBOX_FRAMES:
             self.room.clear()
         wake()
 
-    def take(self) -> tuple[Samples | Action, float]:
+    def take(self) -> Waiting:
         item = self.inbox.popleft()
         self.room.set()
         return item
@@ -127,6 +146,8 @@ class Heard:
     call: Call
     frame: Samples
     came_at: float
+    number: int | None
+    """See `Waiting`."""
 
 
 class Switchboard:
@@ -258,7 +279,7 @@ class Switchboard:
                 call.due_at += FRAME_SEC
                 if self.on_late == "silence":
                     call.num_silences += 1
-                    call.inbox.append((self._silence, now))
+                    call.inbox.append(Waiting(self._silence, now))
 
     async def _collect(self) -> list[Heard]:
         """Return the next frame of each caller whose next item is one. A request is done instead:
@@ -267,11 +288,12 @@ class Switchboard:
         for call in list(self.calls.values()):
             if not self._is_ready(call):
                 continue
-            item, came_at = call.take()
+            taken = call.take()
+            item = taken.item
             if isinstance(item, str):
                 await self.use_engine(self._act, call, item)
                 continue
-            batch.append(Heard(call, item, came_at))
+            batch.append(Heard(call, item, taken.came_at, taken.number))
             if item is self._silence:
                 # The frame that it stands for has been counted when it was due.
                 continue
@@ -290,6 +312,7 @@ class Switchboard:
         log_event("asked", call=call.number, action=action)
         if action == "restart":
             self.engine.restart(call.row)
+            call.unanswered.clear()
         elif action == "forget":
             self.engine.forget(call.row)
         else:
@@ -315,8 +338,11 @@ class Switchboard:
         answers = []
         for heard in batch:
             call = heard.call
+            call.unanswered.append(heard.number)
             if call.row.index in spoken:
-                answer = Answer(spoken[call.row.index], now - heard.came_at, call.changes)
+                number = call.unanswered.popleft()
+                waited_sec = now - heard.came_at
+                answer = Answer(spoken[call.row.index], waited_sec, number, call.changes)
                 call.changes = None
                 answers.append((heard, answer))
         return answers

@@ -200,6 +200,7 @@ def _about(answer: Answer, start_sec: float, text: str) -> bytes:
     fields: dict[str, object] = {
         "at_sec": round(start_sec, 2),
         "waited_ms": round(answer.waited_sec * 1000, 1),
+        "frame": answer.number,
     }
     if text:
         fields["text"] = text

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from moshi.models.lm import LMGen
 from torch import Tensor
 
 import ttt
 from finetune.data import Codec
+from finetune.inference import SteadyLMGen, check_attention_window
 from ttt import TTTLMModel
 
 Samples = np.ndarray
@@ -51,30 +51,6 @@ class Row:
     """Frame of the callers' clock in which the conversation should begin; see `Engine.join`."""
 
 
-class _Generator(LMGen):
-    """`LMGen`, in which a row that has become NaN spoils no other: sampling raises, for all rows,
-    where there is no probability to sample by."""
-
-    def __init__(self, model: TTTLMModel, temperature: float, text_temperature: float):
-        super().__init__(
-            model,
-            temp=temperature,
-            temp_text=text_temperature,
-            support_out_of_sync=True,
-            on_text_logits_hook=self._make_finite,
-        )
-        self.healthy: Tensor | None = None
-        """[B], of the last step."""
-
-    def _make_finite(self, logits: Tensor) -> None:
-        self.healthy = logits.isfinite().flatten(1).all(1)
-        logits.nan_to_num_()
-
-    def depformer_step(self, text_token: Tensor, transformer_out: Tensor) -> Tensor:
-        tokens: Tensor = super().depformer_step(text_token, transformer_out.nan_to_num())
-        return tokens
-
-
 @dataclass
 class Engine:
     """Rows of one batch. Not for several threads at once.
@@ -84,7 +60,7 @@ class Engine:
 
     model: TTTLMModel
     codec: Codec
-    generator: _Generator
+    generator: SteadyLMGen
     rows: list[Row] = field(default_factory=list)
     has_voice: bool = True
     _start_norms: dict[int, Tensor] = field(default_factory=dict)
@@ -264,12 +240,12 @@ class Engine:
         """[B, frame_samples] of what Moshi says; [B, 0] without voice."""
         if not self.has_voice:
             return np.zeros((len(self.rows), 0), dtype=np.float32)
-        mask = self._mask(speaking)
-        # Rows that say nothing hold a number that is no code.
-        said = torch.where(mask.to(tokens.device).view(-1, 1, 1), tokens, 0)
+        # Rows that say nothing hold a number that is no code, and so may the places of a session
+        # that were yet to be filled: Mimi would raise, and end all calls.
+        said = tokens[:, 1:].clamp(0, self.model.card - 1)
         mimi = self.codec.mimi
-        mimi.set_exec_mask(mask)
-        audio: Tensor = mimi.decode(said[:, 1:].to(self.codec.device))[:, 0]
+        mimi.set_exec_mask(self._mask(speaking))
+        audio: Tensor = mimi.decode(said.to(self.codec.device))[:, 0]
         return audio.float().cpu().numpy()
 
     def _mask(self, rows: list[Row]) -> Tensor:
@@ -294,9 +270,13 @@ def open_engine(
         model: in eval mode.
         temperature, text_temperature: of all rows; with 0 the likeliest code is taken.
         has_voice: False: only the text of what Moshi says is wanted, and no audio is decoded.
+
+    Raises:
+        UserError: the model's attention has no window.
     """
+    check_attention_window(model)
     mimi = codec._mimi_on_device()
-    generator = _Generator(model, temperature, text_temperature)
+    generator = SteadyLMGen(model, temperature, text_temperature, support_out_of_sync=True)
     steps_per_frame = round(mimi.encoder_frame_rate / mimi.frame_rate)
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())

@@ -208,7 +208,15 @@ def _push(out: Path, repo: str) -> None:
     try:
         api = HfApi()
         api.create_repo(repo, private=True, exist_ok=True)
+        # One that was there stays as it was.
+        if not api.repo_info(repo).private:
+            raise UserError(
+                f"--push: {repo} is public, and everybody could read the weights; make it private "
+                f"in its settings, or name another. What was exported is in {out}."
+            )
         api.upload_folder(repo_id=repo, folder_path=out)
+    except UserError:
+        raise
     except (*HUB_ERRORS, ValueError) as error:
         raise UserError(
             f"--push: {repo} was not written ({type(error).__name__}: {str(error)[:200]}). Log in "

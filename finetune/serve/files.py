@@ -18,22 +18,14 @@ from finetune.serve.engine import Engine, Row, Samples, open_engine
 from finetune.serve.options import GenerateOptions, reset_every_frames
 from finetune.serve.progress import Progress
 from finetune.serve.report import Report
-from finetune.serve.session import Identity, identify, load_session, save_session
+from finetune.serve.session import Identity, identify, load_session, pack
+from finetune.serve.targets import Job, list_jobs
 from finetune.serve.words import Words
 
 logger = logging.getLogger(__name__)
 
-RECORDINGS = {".wav", ".flac", ".mp3", ".ogg", ".opus"}
 _BLOCK_FRAMES = 125
 """Frames of a recording that are read at once: 10 s. Its length takes no memory."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """A recording and where its answer goes; the words go beside it, as .json."""
-
-    source: Path
-    target: Path
 
 
 @dataclass
@@ -45,60 +37,6 @@ class Outcome:
     """Reasons, by recording."""
     texts: dict[Path, str] = field(default_factory=dict)
     """Words that Moshi says, by recording."""
-
-
-def list_jobs(options: GenerateOptions) -> list[Job]:
-    """Return the recordings to answer, each with a file of its own for the answer.
-
-    Raises:
-        UserError: no recording there, or answers that would replace a recording or one another.
-    """
-    if options.input_dir is not None:
-        if not options.input_dir.is_dir():
-            raise UserError(f"--input_dir: there is no folder {options.input_dir}.")
-        found = sorted(options.input_dir.rglob(options.input_name))
-        if not found:
-            raise UserError(f"--input_dir: no {options.input_name} in {options.input_dir}.")
-        return _checked([Job(path, path.with_name(options.output_name)) for path in found])
-    assert options.audio is not None
-    if options.audio.is_dir():
-        out = options.out or Path("output")
-        if out.resolve() == options.audio.resolve():
-            raise UserError(f"--out: {out} holds the recordings themselves; choose another folder.")
-        found = sorted(p for p in options.audio.iterdir() if p.suffix.lower() in RECORDINGS)
-        if not found:
-            raise UserError(
-                f"--audio: no recordings ({', '.join(sorted(RECORDINGS))}) in {options.audio}."
-            )
-        jobs = _checked([Job(path, out / f"{path.stem}.wav") for path in found])
-        out.mkdir(parents=True, exist_ok=True)
-        return jobs
-    out = options.out or Path("output.wav")
-    if out.suffix != ".wav" or not out.absolute().parent.is_dir():
-        raise UserError(f"--out: {out} must be a .wav file in a folder that exists.")
-    if not options.audio.is_file():
-        raise UserError(f"--audio: there is no file {options.audio}; correct the path.")
-    return _checked([Job(options.audio, out)])
-
-
-def _checked(jobs: list[Job]) -> list[Job]:
-    """Return the jobs if no answer replaces a recording or another answer, also through links."""
-    sources = {job.source.resolve() for job in jobs}
-    by_target: dict[Path, Path] = {}
-    for job in jobs:
-        target = job.target.resolve()
-        if target in sources:
-            raise UserError(
-                f"{job.target}, where an answer would go, is the recording itself; choose another "
-                "name."
-            )
-        if target in by_target:
-            raise UserError(
-                f"{by_target[target]} and {job.source} would both be answered in {job.target}; "
-                "rename one of them."
-            )
-        by_target[target] = job.source
-    return jobs
 
 
 def answer_recordings(options: GenerateOptions) -> Outcome:
@@ -173,6 +111,11 @@ class _Desk:
             session = self.options.session
             if session is not None and session.exists():
                 load_session(session, self.engine, row, self._identity())
+            if self.options.session_part == "memory" and not self.engine.model.ttt_layers:
+                raise UserError(
+                    "--session_part: this checkpoint has no TTT, so there is no memory to keep; "
+                    "keep all."
+                )
             begun = _Conversation(job, row, self.engine, self.options)
             if self.report is not None:
                 self.report.begin(row, str(job.source))
@@ -184,7 +127,7 @@ class _Desk:
     def _identity(self) -> Identity:
         return identify(self.engine.model, self.engine.codec, self.options.checkpoint)
 
-    def _give_up(self, job: Job, row: Row, problem: FileProblem) -> None:
+    def _give_up(self, job: Job, row: Row, problem: FileProblem | UserError) -> None:
         logger.warning("%s", problem)
         self.outcome.problems[job.source] = str(problem)
         self.engine.leave(row)
@@ -207,6 +150,9 @@ class _Desk:
         for each in going:
             if each.row.index in spoken:
                 said = spoken[each.row.index]
+                if not said.healthy:
+                    self._break_off(each)
+                    continue
                 each.write(said.audio, said.text_token)
             if each.is_done:
                 self._finish(each)
@@ -214,13 +160,30 @@ class _Desk:
                 still.append(each)
         return still
 
+    def _break_off(self, each: "_Conversation") -> None:
+        each.discard()
+        problem = FileProblem(
+            f"{each.job.source}: the model computed NaN or infinity from "
+            f"{each.num_written / each.rate_hz:.1f} s on",
+            "there is no answer; use an earlier checkpoint",
+        )
+        self._give_up(each.job, each.row, problem)
+
     def _finish(self, each: "_Conversation") -> None:
+        session = self.options.session
+        content = b""
+        if session is not None:
+            try:
+                part = self.options.session_part
+                content = pack(self.engine, each.row, self._identity(), part)
+            except UserError as error:
+                each.discard()
+                return self._give_up(each.job, each.row, error)
         each.keep()
         if self.report is not None:
             self.report.end(each.row, each.words)
-        if self.options.session is not None:
-            part = self.options.session_part
-            save_session(self.options.session, self.engine, each.row, self._identity(), part)
+        if session is not None:
+            write_whole(session, content)
         self.engine.leave(each.row)
         self.outcome.written.append(each.job.target)
         self.outcome.texts[each.job.source] = " ".join(word for word, _, _ in each.words.done)
@@ -282,7 +245,7 @@ class _Conversation:
         """Put the answer in its place: only when it is whole."""
         self._close()
         transcript = json.dumps(self.words.transcript(), ensure_ascii=False)
-        write_whole(self.job.target.with_suffix(".json"), transcript + "\n")
+        write_whole(self.job.transcript, transcript + "\n")
         self._beside.replace(self.job.target)
 
     def _close(self) -> None:

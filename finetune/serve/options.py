@@ -1,7 +1,7 @@
 """Options of `moshi-ttt generate`, `moshi-ttt serve` and `moshi-ttt export`."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -121,17 +121,30 @@ class GenerateOptions:
             raise UserError("--audio: give a recording or a folder, or a tree by --input_dir.")
         if self.input_dir is not None and self.out is not None:
             raise UserError("--out: with --input_dir the answers are beside the inputs; drop it.")
+        if self.input_dir is None:
+            self._refuse_given("input_name", "output_name", why="without --input_dir")
+        if self.session is None:
+            self._refuse_given("session_part", why="without --session")
         if self.input_name == self.output_name:
             raise UserError(f"--output_name: {self.output_name} is the input; choose another name.")
         if not self.output_name.endswith(".wav"):
             raise UserError(f"--output_name: {self.output_name} must end in .wav.")
         if not self.prompt_sec:
             return
-        for name in ("input_dir", "session", "report"):
-            if getattr(self, name) is not None:
-                raise UserError(f"--{name}: not with --prompt_sec, which takes one recording.")
-        if self.ttt != "on":
-            raise UserError("--ttt: not with --prompt_sec; drop one of them.")
+        # It takes one recording, hears the right channel, writes both, and uses TTT throughout.
+        unread = "input_dir", "session", "report", "user_channel", "stereo", "batch_size", "ttt"
+        self._refuse_given(*unread, why="with --prompt_sec")
+
+    def _refuse_given(self, *names: str, why: str) -> None:
+        """Refuse options that nothing would read.
+
+        Raises:
+            UserError: one of them differs from its default.
+        """
+        defaults = {field.name: field.default for field in fields(self)}
+        for name in names:
+            if getattr(self, name) != defaults[name]:
+                raise UserError(f"--{name}: means nothing {why}; drop it.")
 
 
 @dataclass(frozen=True)
@@ -190,7 +203,8 @@ class ExportOptions:
     """merged: all weights, LoRA merged into them; adapters: LoRA alone, for the base model."""
 
     push: str | None = None
-    """Then upload it to this repository of the Hugging Face hub, which is made private."""
+    """Then upload it to this repository of the Hugging Face hub: a private one, made if there is
+    none."""
 
     device: Device = "auto"
     """Where to compute; `auto`: on the GPU if there is one."""

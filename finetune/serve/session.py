@@ -14,7 +14,6 @@ from torch import Tensor
 import ttt
 from finetune.data import Codec
 from finetune.errors import UserError
-from finetune.kept import write_whole
 from finetune.serve.engine import Engine, Row
 from finetune.serve.options import Part
 from ttt import TTTLMModel
@@ -79,7 +78,17 @@ def copy_row(engine: Engine, row: Row, identity: Identity, part: Part) -> Sessio
 
 
 def encode(session: Session, identity: Identity) -> bytes:
-    """Return a session as the contents of a safetensors file."""
+    """Return a session as the contents of a safetensors file.
+
+    Raises:
+        UserError: the conversation has become NaN or infinity; `decode` would refuse it.
+    """
+    for name, value in session.tensors.items():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise UserError(
+                f"the conversation's state has become NaN or infinity ({name}) and is not kept; "
+                "begin anew, with an earlier checkpoint if it comes again."
+            )
     metadata = {
         "format": FORMAT,
         "part": session.part,
@@ -173,19 +182,15 @@ def _check_values(engine: Engine, tensors: dict[str, Tensor]) -> None:
         if name == "moshi.cache":
             # Places that are yet to be filled hold -2; nothing reads them before they are.
             value.clamp_(min=-1)
-            low, high = -1, model.card
-            if int(value[0].max()) > model.text_card:
+            # `card` and `text_card`, the initial tokens, are read in place of it, and never kept.
+            low, high = -1, model.card - 1
+            if int(value[0].max()) >= model.text_card:
                 raise ValueError(f"{name} holds no tokens")
             value = value[1:]
         elif name.endswith(".num_pending"):
             high = model.ttt_args.update_frames - 1
         if not low <= int(value.min()) <= int(value.max()) <= high:
             raise ValueError(f"{name} is out of range")
-
-
-def save_session(path: Path, engine: Engine, row: Row, identity: Identity, part: Part) -> None:
-    """Write a row's state to a file; a file that was there is kept until the new one is whole."""
-    write_whole(path, pack(engine, row, identity, part))
 
 
 def load_session(path: Path, engine: Engine, row: Row, identity: Identity) -> Part:

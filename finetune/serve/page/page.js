@@ -67,7 +67,7 @@ function toPcm(samples) {
 
 class Call {
   constructor(made, socket) {
-    Object.assign(this, made, { socket, heard: [], said: [], atSec: 0, word: null });
+    Object.assign(this, made, { socket, heard: [], said: [], frames: [], numAnswered: 0, atSec: 0, word: null });
     socket.binaryType = "arraybuffer";
     socket.onmessage = ({ data }) => this.receive(new Uint8Array(data));
     socket.onclose = ({ code, reason }) => {
@@ -88,7 +88,10 @@ class Call {
     this.atSec = about.at_sec;
     $("time").textContent = clock(about.at_sec);
     $("latency").textContent = about.waited_ms.toFixed(0);
-    const behindMs = Math.max(0, (this.heard.length - this.said.length) * 80);
+    // Which frame of the user's this is said to: none, if it was late and silence was heard.
+    this.frames.push(about.frame);
+    if (about.frame !== null) this.numAnswered = about.frame + 1;
+    const behindMs = (this.heard.length - this.numAnswered) * 80;
     $("queue").textContent = behindMs;
     if (behindMs > 3000 && !this.isSlow) {
       this.isSlow = true;
@@ -162,6 +165,7 @@ class Call {
     const pcm = new Int16Array(payload.buffer, 0, payload.length >> 1);
     const samples = Float32Array.from(pcm, (sample) => sample / 32767);
     this.said.push(pcm);
+    last = this;
     $("moshi-level").value = level(samples);
     $("download").disabled = false;
     this.player?.port.postMessage(samples, [samples.buffer]);
@@ -278,7 +282,7 @@ async function begin() {
     lines.load();
     const to = url("api/chat", { format: "pcm" });
     to.protocol = to.protocol.replace("http", "ws");
-    call = last = new Call(made, new WebSocket(to));
+    call = new Call(made, new WebSocket(to));
     $("call").textContent = "Hang up";
   } catch (error) {
     release(made);
@@ -365,10 +369,10 @@ $("session").onchange = saying(async () => {
     $("session").value = "";
   }
 });
-$("download").onclick = () => offer(stereo(last), "call.wav");
+$("download").onclick = saying(() => offer(stereo(last), "call.wav"));
 
 // Left Moshi, right the user, as recordings for training are.
-function stereo({ heard, said, about }) {
+function stereo({ heard, said, frames, about }) {
   const samples = said.length * about.frame_samples;
   const bytes = new DataView(new ArrayBuffer(44 + 4 * samples));
   const text = (at, word) => [...word].forEach((c, i) => bytes.setUint8(at + i, c.charCodeAt(0)));
@@ -384,7 +388,7 @@ function stereo({ heard, said, about }) {
     for (let i = 0; i < frame.length; i++) {
       const at = 44 + 4 * (index * about.frame_samples + i);
       bytes.setInt16(at, frame[i], true);
-      bytes.setInt16(at + 2, heard[index]?.[i] ?? 0, true);
+      bytes.setInt16(at + 2, heard[frames[index]]?.[i] ?? 0, true);
     }
   });
   return new Blob([bytes], { type: "audio/wav" });

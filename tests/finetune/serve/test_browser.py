@@ -273,7 +273,7 @@ def test_lines_are_said_for_who_has_no_microphone(browser: Any, tmp_path: Path) 
         assert (np.abs(user) > 0.001).sum() > 0.5 * 24000 and np.abs(user).max() > 0.1
 
 
-def test_what_fails_is_said(browser: Any) -> None:
+def test_what_fails_is_said(browser: Any, tmp_path: Path) -> None:
     model, codec = parts("sum")
     with server_in_a_thread(model, codec) as server:
 
@@ -296,6 +296,7 @@ def test_what_fails_is_said(browser: Any) -> None:
         crowd = opened(browser, server.url)
         crowd.locator("#call").click()
         status(crowd, "all 1 places are taken")
+        assert crowd.locator("#download").is_disabled()
 
         page.route("**/session?*", lambda route: route.abort())
         page.locator("#save").click()
@@ -314,6 +315,19 @@ def test_what_fails_is_said(browser: Any) -> None:
         status(page, "the connection was lost")
         assert page.locator("#save").is_disabled()
         assert [e for e in page.errors if "Failed to load resource" not in e] == []
+
+        # A call that is refused takes nothing of the one before.
+        until(page, "!document.getElementById('call').disabled")
+        crowd.locator("#call").click()
+        status(crowd, "speak")
+        page.locator("#call").click()
+        status(page, "all 1 places are taken")
+        with page.expect_download() as saving:
+            page.locator("#download").click()
+        saving.value.save_as(tmp_path / "call.wav")
+        assert soundfile.info(tmp_path / "call.wav").frames > 0
+        crowd.locator("#call").click()
+        status(crowd, "ended")
 
         page.route("**/metrics", lambda route: route.abort())
         page.locator("#call").click()

@@ -10,6 +10,7 @@ from helpers import tiny_args, tiny_delta_args, tiny_linear_args, tiny_model
 
 import ttt
 from finetune.data import Codec
+from finetune.errors import UserError
 from finetune.serve import open_engine
 from ttt import TTTLMModel
 from ttt.state import _fields
@@ -202,6 +203,12 @@ def test_what_a_cuda_graph_reads_stays_where_it_is(rule: str) -> None:
     moved = {name for name in before if before[name] != after[name]}
     # Both are read outside of graphs.
     assert moved <= {"offsets", "mimi.downsample.conv.first"}
+
+
+def test_a_model_whose_attention_has_no_window_is_refused() -> None:
+    model, codec = parts("sum", context=None)
+    with pytest.raises(UserError, match="attention has no window"), engine_of(model, codec, 1):
+        pass
 
 
 def test_a_row_that_has_become_nan_spoils_no_other() -> None:

@@ -1,6 +1,7 @@
 """What others load: stock `moshi`, and `moshi-ttt` with the TTT beside it."""
 
 import json
+import types
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from training_tools import LORA, checkpoint, random_batch, train
 from finetune.errors import UserError
 from finetune.inference import load_for_inference
 from finetune.serve import ExportOptions, export_checkpoint
+from finetune.serve.export import _push
 from ttt import TTTLMModel, ttt_parameters, without_ttt
 
 
@@ -119,6 +121,9 @@ def test_a_push_that_fails_leaves_the_export(
         def create_repo(self, repo: Any, **how: Any) -> None:
             pushed.append((repo, how))
 
+        def repo_info(self, repo: Any) -> Any:
+            return types.SimpleNamespace(private=repo != "me/known")
+
         def upload_folder(self, **how: Any) -> None:
             if len(pushed) > 1:
                 raise ConnectionError("no network")
@@ -128,6 +133,9 @@ def test_a_push_that_fails_leaves_the_export(
     export_checkpoint(ExportOptions(trained, tmp_path / "one", push="me/moshi", device="cpu"))
     assert pushed[0] == ("me/moshi", {"private": True, "exist_ok": True})
     assert pushed[1] == {"repo_id": "me/moshi", "folder_path": tmp_path / "one"}
+    with pytest.raises(UserError, match=r"^--push: me/known is public"):
+        _push(tmp_path / "one", "me/known")
+    assert [each.get("repo_id") for each in pushed if isinstance(each, dict)] == ["me/moshi"]
     with pytest.raises(UserError, match="--push: me/moshi was not written"):
         export_checkpoint(ExportOptions(trained, tmp_path / "two", push="me/moshi", device="cpu"))
     config = json.loads((tmp_path / "two/config.json").read_text())

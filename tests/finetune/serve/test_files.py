@@ -21,10 +21,9 @@ from training_tools import checkpoint, train, write_model
 
 from finetune.cli import main
 from finetune.data import count_frames, decoders
-from finetune.errors import UserError
-from finetune.serve import GenerateOptions, files
+from finetune.serve import continuation, files
 from finetune.serve.engine import Engine, Spoken
-from finetune.serve.files import Job, list_jobs
+from finetune.serve.session import identify
 
 ROOT = Path(__file__).parents[3]
 GREEDY = ["--temperature=0", "--text_temperature=0", "--device=cpu"]
@@ -128,27 +127,6 @@ def test_recordings_that_are_read_in_turns_are_decoded_once(
     assert len(decoded) == 3 and max(decoded.values()) <= 2, decoded
 
 
-def test_answers_never_replace_recordings_or_one_another(tmp_path: Path) -> None:
-    def jobs(**how: Any) -> list[Job]:
-        return list_jobs(GenerateOptions(checkpoint=tmp_path, **how))
-
-    for name in ("in/a.wav", "in/a.flac", "tree/x/input.wav"):
-        record(tmp_path / name, 100)
-    with pytest.raises(UserError, match=r"a\.flac and .*a\.wav would both be answered"):
-        jobs(audio=tmp_path / "in", out=tmp_path / "out")
-    (tmp_path / "link").symlink_to(tmp_path / "in")
-    with pytest.raises(UserError, match="holds the recordings themselves"):
-        jobs(audio=tmp_path / "in", out=tmp_path / "link")
-    with pytest.raises(UserError, match="is the recording itself"):
-        jobs(audio=tmp_path / "in/a.wav", out=tmp_path / "link/a.wav")
-    (tmp_path / "tree/y").mkdir()
-    (tmp_path / "tree/y/input.wav").symlink_to(tmp_path / "tree/y/output.wav")
-    record(tmp_path / "tree/y/output.wav", 100)
-    with pytest.raises(UserError, match="is the recording itself"):
-        jobs(input_dir=tmp_path / "tree")
-    assert not (tmp_path / "out").exists()
-
-
 def test_which_channel_is_heard(trained: Path, tmp_path: Path) -> None:
     audio = record(tmp_path / "both.wav", 8000, channels=2)
     words = [f"--checkpoint={trained}", f"--audio={tmp_path}/both.wav", "--stereo", *GREEDY]
@@ -192,6 +170,42 @@ def test_a_session_goes_on_where_it_ended(
     session.write_bytes(session_before[:1000])
     assert call(f"--checkpoint={trained}", *GREEDY, *sound, *keep) == 1
     assert "session" in capsys.readouterr().err
+
+
+def test_a_conversation_that_becomes_nan_writes_nothing(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    record(tmp_path / "in/long.wav", 40 * 1920, channels=2)
+    record(tmp_path / "in/short.wav", 3 * 1920, channels=2)
+    session = tmp_path / "call.session"
+    words = [f"--checkpoint={trained}", *GREEDY[1:]]
+    sound = [f"--out={tmp_path}/x.wav", f"--session={session}"]
+    assert call(*words, f"--audio={tmp_path}/in/short.wav", *sound) == 0
+    kept = session.read_bytes()
+    (tmp_path / "x.wav").unlink()
+    load = files.load_for_inference
+    mine = identify(*load(trained, "cpu"), trained)
+
+    def with_huge_targets(*args: Any) -> Any:
+        model, codec = load(*args)
+        for layer in model.ttt_layers.values():
+            layer.target_conv.data.fill_(1e20)
+            layer.target_proj.data.mul_(1e20)
+        return model, codec
+
+    monkeypatch.setattr(files, "load_for_inference", with_huge_targets)
+    monkeypatch.setattr(continuation, "load_for_inference", with_huge_targets)
+    # Loading a session of other weights is refused otherwise.
+    monkeypatch.setattr(files, "identify", lambda *_: mine)
+    assert call(*words, f"--audio={tmp_path}/in", f"--out={tmp_path}/out") == 1
+    assert "long.wav: the model computed NaN or infinity from 0." in capsys.readouterr().err
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["short.json", "short.wav"]
+    for how in (sound, [sound[0], "--prompt_sec=0.08"]):
+        assert call(*words, f"--audio={tmp_path}/in/long.wav", *how) == 1
+        said = capsys.readouterr().err
+        assert "NaN or infinity" in said and "Traceback" not in said
+        assert not (tmp_path / "x.wav").exists() and session.read_bytes() == kept
+    assert not [*tmp_path.rglob("*.part")]
 
 
 def test_the_report_says_what_ttt_did_and_when(trained: Path, tmp_path: Path) -> None:
@@ -268,15 +282,27 @@ def test_three_hours_take_no_more_memory_than_their_first_minutes(
         (["--audio={tmp}/empty.wav"], "is empty"),
         (["--audio={tmp}/none.wav"], "there is no file"),
         (["--audio={tmp}/folder"], "no recordings"),
+        (["--audio={tmp}", "--out={tmp}/ok.wav"], "cannot be made (File exists)"),
+        (["--audio={tmp}/ok.wav", "--out={tmp}/d.wav"], "d.wav, where an answer would go, is a fo"),
+        (["--audio={tmp}/ok.wav", "--out={tmp}/e.wav"], "e.json, where an answer would go, is a f"),
         (["--input_dir={tmp}/none"], "no folder"),
         (["--input_dir={tmp}"], "no input.wav"),
         (["--input_dir={tmp}", "--audio=x"], "give a recording or a folder"),
         ([], "give a recording or a folder"),
         (["--audio={tmp}/ok.wav", "--out={tmp}/ok.wav"], "is the recording itself"),
+        (
+            ["--audio={tmp}/ok.wav", "--out={tmp}/folder/../ok.wav", "--prompt_sec=0.08"],
+            "is the recording itself",
+        ),
         (["--audio={tmp}/ok.wav", "--ttt=sometimes"], "must be on, off or reset:SECONDS"),
         (["--input_dir={tmp}", "--output_name=../x.wav"], "without a folder"),
         (["--input_dir={tmp}", "--input_name=*.wav"], "not a pattern"),
-        (["--audio={tmp}/ok.wav", "--prompt_sec=1", "--session=x"], "not with --prompt_sec"),
+        *[
+            (["--audio={tmp}/ok.wav", "--prompt_sec=1", option], "means nothing with --prompt_sec")
+            for option in ("--session=x", "--stereo", "--user_channel=left", "--batch_size=2")
+        ],
+        (["--audio={tmp}/ok.wav", "--session_part=memory"], "means nothing without --session"),
+        (["--audio={tmp}/ok.wav", "--input_name=a.wav"], "means nothing without --input_dir"),
     ],
 )
 def test_a_mistake_is_one_message(
@@ -284,15 +310,20 @@ def test_a_mistake_is_one_message(
 ) -> None:
     (tmp_path / "text.wav").write_text("not a wav")
     soundfile.write(tmp_path / "empty.wav", np.zeros(0), 24000)
-    record(tmp_path / "ok.wav", 4000)
-    (tmp_path / "folder").mkdir()
+    record(tmp_path / "ok.wav", 4000, channels=2)
+    before = (tmp_path / "ok.wav").read_bytes()
+    for name in ("d.wav", "e.json", "folder"):
+        (tmp_path / name).mkdir()
     words = [word.format(tmp=tmp_path) for word in words]
     if not any(word.startswith("--out=") for word in words) and "input_dir" not in "".join(words):
         words.append(f"--out={tmp_path}/out.wav")
     assert call(f"--checkpoint={trained}", *words, *GREEDY) == 1
     said = capsys.readouterr().err
     assert message in said and "Traceback" not in said
+    assert (tmp_path / "ok.wav").read_bytes() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "d.wav",
+        "e.json",
         "empty.wav",
         "folder",
         "ok.wav",

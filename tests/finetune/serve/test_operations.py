@@ -20,6 +20,7 @@ from finetune.errors import UserError
 from finetune.serve import chat, open_engine
 from finetune.serve import lines as lines_of_page
 from finetune.serve.access import bind, check_access
+from finetune.serve.calls import Waiting
 from finetune.serve.options import ServeOptions
 from finetune.serve.server import _serve
 
@@ -252,8 +253,8 @@ def test_who_floods_restarts_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) ->
                 await next_bytes(flooding, 0)
                 call, flood = server.board.calls.values()
                 order.clear()
-                flood.inbox.extend([("restart", 0.0)] * 20)
-                call.inbox.extend([(frame, 0.0) for frame in voice])
+                flood.inbox.extend([Waiting("restart", 0.0)] * 20)
+                call.inbox.extend([Waiting(frame, 0.0) for frame in voice])
                 server.board.wake()
                 for _ in voice:
                     await next_bytes(good, 1)

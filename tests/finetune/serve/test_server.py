@@ -274,6 +274,7 @@ def test_a_caller_who_is_late_is_paused_or_hears_silence() -> None:
     async def scenario(on_late: Any, num_frames: int) -> tuple[int, int, float]:
         async with serving(model, codec, 1, on_late=on_late) as server:
             async with calling(server, "?format=pcm") as ws:
+                await next_bytes(ws, 4)
                 pcm = (voice * 32767).astype("<i2")
                 await ws.send_bytes(b"\x01" + pcm[:3].tobytes())
                 await asyncio.sleep(0.8)
@@ -285,11 +286,18 @@ def test_a_caller_who_is_late_is_paused_or_hears_silence() -> None:
                     await asyncio.sleep(0.05)
                 page = server.board.metrics.page().decode()
                 (dropped,) = re.findall(r"dropped_frames_total ([\d.]+)", page)
+                for _ in range(num_frames):
+                    said_to.append(json.loads(await next_bytes(ws, 4)).get("frame"))
                 return call.row.num_frames, call.num_late, float(dropped)
 
+    said_to: list[Any] = []
     heard, late, dropped = asyncio.run(scenario("pause", 6))
     assert heard == 6 and late > 0 and dropped == 0
+    assert said_to == [0, 1, 2, 3, 4, 5]
+    said_to.clear()
     heard, late, dropped = asyncio.run(scenario("silence", 13))
+    # Each answer says which frame it goes with: none while silence was heard in its place.
+    assert said_to[:4] == [0, 1, 2, None]
     # Silence goes on at the pace of speech; frames that would only come later still are not heard.
     assert heard >= 13 and late > 0 and dropped <= 3
 

@@ -80,6 +80,17 @@ def test_a_row_of_one_batch_goes_on_in_another_row_of_another_batch() -> None:
     assert tokens == [spoken.text_token for spoken in whole[11:]]
 
 
+def test_nothing_of_a_caller_is_in_the_session_of_the_next() -> None:
+    model, codec = parts("linear")
+    with engine_of(model, codec, 1) as engine:
+        unused = load(pack(engine, engine.rows[0], ME, "all"))
+        for frame in speech(7, 1):
+            engine.step({0: frame})
+        engine.leave(engine.rows[0])
+        next_one = load(pack(engine, engine.rows[0], ME, "all"))
+    assert [name for name in unused if not torch.allclose(unused[name], next_one[name])] == []
+
+
 def test_memory_alone_is_what_ttt_has_learned() -> None:
     model, codec = parts("delta")
     frames = speech(16, 3)
@@ -118,6 +129,9 @@ PENDING = "moshi.lm_model.transformer.layers.0.gating.num_pending"
         (PENDING, torch.tensor(1.0), "num_pending is float32"),
         (PENDING, None, "entries differ"),
         ("moshi.cache", torch.full((9, 3), 1000), "tokens"),
+        # One more than the last code, and than the last piece of text: what a stream begins with.
+        ("moshi.cache", torch.full((9, 3), 32), "moshi.cache is out of range"),
+        ("moshi.cache", torch.full((9, 3), 40), "tokens"),
         ("moshi.cache", torch.tensor(3), "moshi.cache|cache is int64"),
         ("moshi.offsets", torch.tensor(-3), "out of range"),
         (CHANGE, float("nan"), "change holds NaN or infinity"),
@@ -140,6 +154,21 @@ def test_an_altered_session_is_refused_and_changes_nothing(
             with pytest.raises(UserError, match=r"^it is (no|a damaged) session"):
                 unpack(engine, engine.rows[0], ME, broken, "it")
         assert_same(pack(engine, engine.rows[0], ME, "all"), before)
+
+
+def test_a_session_with_places_that_are_not_filled_ends_no_other_call() -> None:
+    model, codec = parts("sum")
+    frames = speech(6, 4)
+    expected = alone(model, codec, frames)
+    content = saved(model, codec, frames)
+    for never_filled in (-1, -2):
+        places = torch.full_like(load(content)["moshi.cache"], never_filled)
+        with engine_of(model, codec, 2) as engine:
+            unpack(engine, engine.rows[0], ME, change(content, "moshi.cache", places), "it")
+            for frame, other in zip(frames, expected, strict=True):
+                spoken = engine.step({0: frame, 1: frame})
+                assert spoken[1].text_token == other.text_token
+                np.testing.assert_allclose(spoken[1].audio, other.audio, atol=2e-5)
 
 
 def test_the_fingerprint_is_of_the_weights(tmp_path: Path) -> None:

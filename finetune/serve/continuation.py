@@ -1,0 +1,38 @@
+"""The rest of a recorded dialogue, as Moshi would have gone on."""
+
+import io
+from pathlib import Path
+
+import soundfile
+
+from finetune.errors import UserError
+from finetune.inference import continue_dialogue, load_for_inference, nonfinite_weights
+from finetune.kept import write_whole
+from finetune.serve.options import GenerateOptions
+from finetune.serve.targets import list_jobs
+
+
+def continue_recording(options: GenerateOptions) -> tuple[str, Path]:
+    """See `finetune.cli.generate`; returns what Moshi says, and the wav that was written.
+
+    Raises:
+        UserError: a wrong path, option or checkpoint; see `continue_dialogue`.
+    """
+    (job,) = list_jobs(options)
+    model, codec = load_for_inference(options.checkpoint, options.device, options.base_precision)
+    problem = nonfinite_weights(model)
+    if problem is not None:
+        raise UserError(f"--checkpoint: {options.checkpoint}: {problem}: there is nothing to hear.")
+    continuation = continue_dialogue(
+        model,
+        codec,
+        codec.read_recording(job.source),
+        prompt_sec=options.prompt_sec,
+        seed=options.seed,
+        temperature=options.temperature,
+        text_temperature=options.text_temperature,
+    )
+    sound = io.BytesIO()
+    soundfile.write(sound, continuation.audio.T.numpy(), codec.sample_rate_hz, format="WAV")
+    write_whole(job.target, sound.getvalue())
+    return continuation.text, job.target

@@ -1,0 +1,105 @@
+"""Recordings to answer, and where the answers go: nothing that is read is written over."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetune.errors import UserError
+from finetune.serve.options import GenerateOptions
+
+RECORDINGS = {".wav", ".flac", ".mp3", ".ogg", ".opus"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recording and where its answer goes; the words go beside it, as .json."""
+
+    source: Path
+    target: Path
+
+    @property
+    def transcript(self) -> Path:
+        return self.target.with_suffix(".json")
+
+
+def list_jobs(options: GenerateOptions) -> list[Job]:
+    """Return the recordings to answer, each with a file of its own for the answer.
+
+    Raises:
+        UserError: no recording there, or files to write that would replace a recording, its
+            transcript, or one another.
+    """
+    if options.input_dir is not None:
+        if not options.input_dir.is_dir():
+            raise UserError(f"--input_dir: there is no folder {options.input_dir}.")
+        found = sorted(options.input_dir.rglob(options.input_name))
+        if not found:
+            raise UserError(f"--input_dir: no {options.input_name} in {options.input_dir}.")
+        return _checked(options, [Job(path, path.with_name(options.output_name)) for path in found])
+    assert options.audio is not None
+    if options.audio.is_dir() and not options.prompt_sec:
+        out = options.out or Path("output")
+        if out.resolve() == options.audio.resolve():
+            raise UserError(f"--out: {out} holds the recordings themselves; choose another folder.")
+        found = sorted(p for p in options.audio.iterdir() if p.suffix.lower() in RECORDINGS)
+        if not found:
+            raise UserError(
+                f"--audio: no recordings ({', '.join(sorted(RECORDINGS))}) in {options.audio}."
+            )
+        jobs = _checked(options, [Job(path, out / f"{path.stem}.wav") for path in found])
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"--out: {out} is to be a folder, for the answers to a folder, and cannot be made "
+                f"({error.strerror}); choose another name."
+            ) from None
+        return jobs
+    out = options.out or Path("continuation.wav" if options.prompt_sec else "output.wav")
+    if out.suffix != ".wav" or not out.absolute().parent.is_dir():
+        raise UserError(f"--out: {out} must be a .wav file in a folder that exists.")
+    if not options.audio.is_file():
+        raise UserError(f"--audio: there is no file {options.audio}; correct the path.")
+    return _checked(options, [Job(options.audio, out)])
+
+
+def _checked(options: GenerateOptions, jobs: list[Job]) -> list[Job]:
+    """Return the jobs if no file to write replaces one that is read, or another, also through
+    links."""
+    recordings = {job.source.resolve() for job in jobs}
+    # Of a link, the transcript may be beside the link or beside what it leads to.
+    transcripts = {path.with_suffix(".json").resolve() for path in recordings} | {
+        job.source.with_suffix(".json").resolve() for job in jobs
+    }
+    answered: dict[Path, Path] = {}
+    for job in jobs:
+        # What is continued has no words of its own beside it.
+        for path in [job.target] if options.prompt_sec else [job.target, job.transcript]:
+            place = path.resolve()
+            if place in recordings:
+                raise UserError(
+                    f"{path}, where an answer would go, is the recording itself; choose another "
+                    "name."
+                )
+            if place in transcripts:
+                raise UserError(
+                    f"{path}, where the words of an answer would go, is the transcript of a "
+                    "recording; choose another name."
+                )
+            if place in answered:
+                raise UserError(
+                    f"{answered[place]} and {job.source} would both be answered in {path}; "
+                    "rename one of them."
+                )
+            if place.is_dir():
+                raise UserError(f"{path}, where an answer would go, is a folder; rename it.")
+            answered[place] = job.source
+    others = [("session", options.session)]
+    if options.report is not None:
+        others += [("report", options.report / name) for name in ("report.json", "report.html")]
+    for option, other in others:
+        if other is not None and other.resolve() in recordings | transcripts | answered.keys():
+            raise UserError(
+                f"--{option}: {other} is a recording, an answer or the words of one; choose "
+                "another name."
+            )
+    return jobs
