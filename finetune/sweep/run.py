@@ -20,6 +20,7 @@ from typing import Any, Literal, TextIO
 
 from rich.text import Text
 
+from finetune.checkpoint import list_checkpoints
 from finetune.config import HARMLESS, TrainArgs, changed_keys, keys_that
 from finetune.errors import UserError
 from finetune.interrupt import stop_signals
@@ -42,6 +43,10 @@ class Record:
     message: why it failed or was skipped.
     ended_at: when it finished; what started from it knows it by that.
     started_from: `ended_at` of the run that it started from.
+    replaces: the checkpoints, as `_checkpoints` names them, of the run in its folder that it was to
+        replace, and that comes back if this one ends before its first. None: there was none, or it
+        is gone.
+    replaces_from: `started_from` of that run.
     total_sec: that its processes took, starting included.
     """
 
@@ -49,6 +54,8 @@ class Record:
     message: str = ""
     ended_at: str = ""
     started_from: str = ""
+    replaces: list[str] | None = None
+    replaces_from: str = ""
     total_sec: float = 0.0
 
 
@@ -76,6 +83,9 @@ def log_path(run: PlannedRun) -> Path:
 
 def changes_since(run: PlannedRun, runs: dict[str, PlannedRun]) -> list[str]:
     """Why what lies in the run's folder is another experiment than the file describes now."""
+    record = read_record(run)
+    if _lies_aside(run, record):
+        return ["it was killed before its first checkpoint"]
     config = run.run_dir / "args.yaml"
     if not config.is_file():
         return []
@@ -85,9 +95,32 @@ def changes_since(run: PlannedRun, runs: dict[str, PlannedRun]) -> list[str]:
         for key, (old, new) in changed_keys(config, run.args).items()
         if key not in harmless
     ]
-    if run.after and read_record(run).started_from != read_record(runs[run.after]).ended_at:
+    if run.after and _started_from(run, record) != read_record(runs[run.after]).ended_at:
         found.append(f"{run.after}, which it starts from, was run again")
     return found
+
+
+def _started_from(run: PlannedRun, record: Record) -> str:
+    """Return `started_from` of the run that is in the folder."""
+    return record.replaces_from if _is_to_replace(run, record) else record.started_from
+
+
+def _is_to_replace(run: PlannedRun, record: Record) -> bool:
+    """Return whether the run that it was to replace is in the folder, or lies aside there."""
+    return record.replaces is not None and not _checkpoints(run) - {*record.replaces}
+
+
+def _lies_aside(run: PlannedRun, record: Record) -> bool:
+    """Return whether the run that it was to replace is not back yet: the process that moved it
+    aside was killed, and whatever trains in the folder next brings it back first."""
+    return _is_to_replace(run, record) and _checkpoints(run) != {*(record.replaces or ())}
+
+
+def _checkpoints(run: PlannedRun) -> set[str]:
+    """The checkpoints in the run's folder, each by its name and the time at which it was written;
+    one that is moved aside and back keeps both."""
+    files = [checkpoint / "args.yaml" for checkpoint in list_checkpoints(run.run_dir)]
+    return {f"{file.parent.name} {file.stat().st_mtime_ns}" for file in files if file.is_file()}
 
 
 def run_sweep(sweep: Sweep, only: Collection[str], *, force: bool = False) -> int:
@@ -139,14 +172,17 @@ def _run_one(
         _say(f"{label}: finished before")
         return record
     if run.after and (earlier := read_record(sweep.runs[run.after])).status != "finished":
-        record = Record("skipped", f"not run: {run.after}, which it starts from, {earlier.status}")
+        record.status, record.total_sec = "skipped", 0.0
+        record.message = f"not run: {run.after}, which it starts from, {earlier.status}"
         write_record(run, record)
         _say(f"{label}: {record.message}")
         return record
     options = {"resume": "auto"}
     if changes:
         _say(f"{label}: runs again from its beginning: {'; '.join(changes)}")
-        record, options = Record(), {"overwrite_run_dir": "true"}
+        record, options = _replacing(run, record), {"overwrite_run_dir": "true"}
+    else:
+        record.replaces, record.replaces_from = None, ""
     if force:
         options["force"] = "true"
     with _locked(log_path(run)) as log:
@@ -161,12 +197,21 @@ def _run_one(
     record.total_sec += took_sec
     record.status = _status_of(code, children)
     record.ended_at = datetime.now(timezone.utc).isoformat() if code == 0 else ""
+    if code == 0 or not _is_to_replace(run, record):
+        record.replaces, record.replaces_from = None, ""
     if record.status == "failed":
         record.message = _reason(log_path(run), log_start, code)
     write_record(run, record)
     detail = f": {record.message}" if record.message else ""
     _say(f"{label}: {record.status} after {format_duration(took_sec)}{detail}")
     return record
+
+
+def _replacing(run: PlannedRun, record: Record) -> Record:
+    """The record of a run that begins anew in the place of what lies in its folder."""
+    if _lies_aside(run, record):
+        return Record(replaces=record.replaces, replaces_from=record.replaces_from)
+    return Record(replaces=sorted(_checkpoints(run)), replaces_from=_started_from(run, record))
 
 
 def _command(sweep: Sweep, run: PlannedRun, options: dict[str, str]) -> list[str]:
