@@ -26,6 +26,7 @@ from finetune.errors import UserError
 from finetune.interrupt import stop_signals
 from finetune.kept import Kept
 from finetune.monitoring import console, format_duration
+from finetune.plan import SUMMARY
 from finetune.safety import is_secret
 from finetune.sweep.plan import PlannedRun, Sweep
 
@@ -81,7 +82,7 @@ def log_path(run: PlannedRun) -> Path:
     return run.run_dir.with_name(f"{run.name}.log")
 
 
-def changes_since(run: PlannedRun, runs: dict[str, PlannedRun]) -> list[str]:
+def changes_since(sweep: Sweep, run: PlannedRun) -> list[str]:
     """Why what lies in the run's folder is another experiment than the file describes now."""
     record = read_record(run)
     if _lies_aside(run, record):
@@ -95,9 +96,17 @@ def changes_since(run: PlannedRun, runs: dict[str, PlannedRun]) -> list[str]:
         for key, (old, new) in changed_keys(config, run.args).items()
         if key not in harmless
     ]
-    if run.after and _started_from(run, record) != read_record(runs[run.after]).ended_at:
+    processes = _processes(run)
+    if processes not in (None, sweep.processes):
+        found.append(f"processes was {processes} and is {sweep.processes} now")
+    if run.after and _started_from(run, record) != read_record(sweep.runs[run.after]).ended_at:
         found.append(f"{run.after}, which it starts from, was run again")
     return found
+
+
+def _processes(run: PlannedRun) -> int | None:
+    """Return how many processes trained what is in the run's folder; None: it does not say."""
+    return (Kept(run.run_dir / SUMMARY).read() or {}).get("processes")
 
 
 def _started_from(run: PlannedRun, record: Record) -> str:
@@ -140,7 +149,7 @@ def run_sweep(sweep: Sweep, only: Collection[str], *, force: bool = False) -> in
     for run in chosen:
         if run.after and run.after not in only and _done(sweep, run.after) != "finished":
             raise UserError(f"{run.name} starts from {run.after}, which is not finished: run that.")
-        changes_since(run, sweep.runs)  # a configuration that cannot be read shows now
+        changes_since(sweep, run)  # a configuration that cannot be read shows now
     try:
         sweep.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -160,14 +169,14 @@ def run_sweep(sweep: Sweep, only: Collection[str], *, force: bool = False) -> in
 def _done(sweep: Sweep, name: str) -> Status:
     """The status of a run, "new" where its result is of another configuration."""
     run = sweep.runs[name]
-    return "new" if changes_since(run, sweep.runs) else read_record(run).status
+    return "new" if changes_since(sweep, run) else read_record(run).status
 
 
 def _run_one(
     sweep: Sweep, run: PlannedRun, label: str, children: "Children", force: bool
 ) -> Record:
     record = read_record(run)
-    changes = changes_since(run, sweep.runs)
+    changes = changes_since(sweep, run)
     if record.status == "finished" and not changes:
         _say(f"{label}: finished before")
         return record

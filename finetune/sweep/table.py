@@ -86,7 +86,7 @@ def _was_run(run: PlannedRun) -> bool:
 def _outdated(sweep: Sweep, run: PlannedRun) -> list[str]:
     """Why what lies in a run's folder is not what the file describes now."""
     try:
-        return changes_since(run, sweep.runs)
+        return changes_since(sweep, run)
     except UserError as error:  # a table of the other runs can still be had
         return [str(error)]
 

@@ -133,3 +133,15 @@ def test_a_change_that_failed_and_was_taken_back_costs_no_second_run(
     path = write({"one": None})
     assert sweep(path) == 0 and processes.taken() == [("one", "resume")]
     assert statuses(path) == {"one": "finished"}
+
+
+def test_another_number_of_processes_is_another_experiment(
+    write: Callable[..., Any], processes: Processes
+) -> None:
+    assert sweep(write({"one": None}, processes=1)) == 0
+    path = write({"one": None}, processes=2)
+    assert [row.message for row in collect(plan.load_sweep(path))] == [
+        "processes was 1 and is 2 now"
+    ]
+    assert sweep(path) == 0 and sweep(path) == 0
+    assert processes.taken() == [("one", "resume"), ("one", "overwrite")]
