@@ -61,13 +61,18 @@ class Record:
 
 
 def read_record(run: PlannedRun) -> Record:
+    """Return what is known of a run; one that has finished, and whose folder was deleted, is new."""
     kept = _kept(run)
     try:
-        return Record(**(kept.read() or {}))
+        record = Record(**(kept.read() or {}))
     except TypeError as error:
         raise UserError(
             f"{kept.path} is damaged ({error}): delete it to run this again."
         ) from error
+    if record.status == "finished" and not (run.run_dir / "args.yaml").is_file():
+        # What started from it is none the older for it, until it is run again.
+        return Record(ended_at=record.ended_at)
+    return record
 
 
 def write_record(run: PlannedRun, record: Record) -> None:
@@ -195,7 +200,7 @@ def _run_one(
     if force:
         options["force"] = "true"
     with _locked(log_path(run)) as log:
-        record.status, record.message = "running", ""
+        record.status, record.message, record.ended_at = "running", "", ""
         if run.after:
             record.started_from = read_record(sweep.runs[run.after]).ended_at
         write_record(run, record)

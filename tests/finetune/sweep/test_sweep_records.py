@@ -145,3 +145,15 @@ def test_another_number_of_processes_is_another_experiment(
     ]
     assert sweep(path) == 0 and sweep(path) == 0
     assert processes.taken() == [("one", "resume"), ("one", "overwrite")]
+
+
+def test_a_run_whose_folder_was_deleted_is_run_again(
+    write: Callable[..., Any], processes: Processes
+) -> None:
+    path = write({"early": None, "late": {"after": "early"}})
+    assert sweep(path) == 0
+    processes.taken()
+    shutil.rmtree(path.parent / "sweep/early")
+    assert statuses(path) == {"early": "new", "late": "finished"}
+    assert sweep(path) == 0
+    assert processes.taken() == [("early", "resume"), ("late", "overwrite")]
