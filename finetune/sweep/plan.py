@@ -48,11 +48,17 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
 _Found = tuple[str, str]
 
 
+def option(key: str, value: Any) -> str:
+    """Return a key with its value as they stand on a command line, where a list has commas."""
+    text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    return f"{key}={text}"
+
+
 @dataclass(frozen=True)
 class PlannedRun:
     """A planned run is one run of a sweep.
 
-    own: what its entry in the file says, by dotted key, without `after`.
+    own: what its entry in the file says, by dotted key, without `after`; texts, or lists.
     after: the run whose last weights it starts from.
     overrides: all that is not as in the base, for the command line.
     args: the configuration that follows.
@@ -60,9 +66,9 @@ class PlannedRun:
     """
 
     name: str
-    own: dict[str, str]
+    own: dict[str, Any]
     after: str | None
-    overrides: dict[str, str]
+    overrides: dict[str, Any]
     args: TrainArgs
     first_step: int
 

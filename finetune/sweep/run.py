@@ -28,7 +28,7 @@ from finetune.kept import Kept
 from finetune.monitoring import console, format_duration
 from finetune.plan import SUMMARY
 from finetune.safety import is_secret
-from finetune.sweep.plan import PlannedRun, Sweep
+from finetune.sweep.plan import PlannedRun, Sweep, option
 
 Status = Literal["new", "running", "finished", "failed", "stopped", "skipped"]
 _POLL_SEC = 1.0
@@ -235,7 +235,7 @@ def _command(sweep: Sweep, run: PlannedRun, options: dict[str, str]) -> list[str
         launcher += [f"--nproc-per-node={sweep.processes}", "-m"]
     given = run.overrides | options
     # Everybody on the machine can read a command line: see `_environment`.
-    overrides = [f"--{key}={value}" for key, value in given.items() if not is_secret(key)]
+    overrides = [f"--{option(key, value)}" for key, value in given.items() if not is_secret(key)]
     return [*launcher, "finetune", "train", str(sweep.base), *overrides]
 
 

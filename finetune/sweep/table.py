@@ -17,7 +17,7 @@ from rich.table import Table
 from finetune.errors import UserError
 from finetune.monitoring import Kind, console, metrics_path, read_metrics
 from finetune.plan import SUMMARY
-from finetune.sweep.plan import PlannedRun, Sweep
+from finetune.sweep.plan import PlannedRun, Sweep, option
 from finetune.sweep.run import changes_since, read_record
 
 FINAL_SHARE = 0.1
@@ -102,7 +102,7 @@ def _row(sweep: Sweep, run: PlannedRun) -> Row:
         run.name,
         status,
         message,
-        " ".join(f"{key}={value}" for key, value in run.own.items()),
+        " ".join(option(key, value) for key, value in run.own.items()),
         run.after,
         max_steps=run.args.max_steps,
         total_sec=0.0 if status == "outdated" else record.total_sec,

@@ -157,3 +157,12 @@ def test_a_run_whose_folder_was_deleted_is_run_again(
     assert statuses(path) == {"early": "new", "late": "finished"}
     assert sweep(path) == 0
     assert processes.taken() == [("early", "resume"), ("late", "overwrite")]
+
+
+def test_lists_reach_a_run_and_the_table_as_they_are_written_on_a_command_line(
+    write: Callable[..., Any], processes: Processes
+) -> None:
+    path = write({"one": {"profile_steps": [2, 3]}})
+    assert sweep(path) == 0
+    assert load_config(path.parent / "sweep/one/args.yaml").profile_steps == [2, 3]
+    assert [row.changes for row in collect(plan.load_sweep(path))] == ["profile_steps=2,3"]
