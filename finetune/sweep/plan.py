@@ -42,6 +42,8 @@ _OWN_KEYS = {
     "overwrite_run_dir": "a sweep runs again what was changed",
     "wandb.key": "a sweep's file is no place for secrets; use `wandb login` or WANDB_API_KEY",
 }
+TABLE = "table"
+"""The sweep's own files of this name lie where each run has a file of its name."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
 
 # A line about each run that has the problem: name of the run, and what is wrong.
@@ -194,6 +196,8 @@ def _structure_problems(content: dict[str, Any]) -> Iterator[str]:
     for name, entry in runs.items():
         if not _NAME.fullmatch(name):
             yield f"runs, {abbreviated(repr(name))}: a name is made of letters, digits, - and _"
+        elif name.lower() == TABLE:
+            yield f"runs, {name}: choose another name; {name}.json is the sweep's own table"
         if not isinstance(entry, dict):
             got = abbreviated(repr(entry))
             yield f"runs, {abbreviated(name)}: expected `key: value` lines below it, got {got}"

@@ -17,7 +17,7 @@ from rich.table import Table
 from finetune.errors import UserError
 from finetune.monitoring import Kind, console, metrics_path, read_metrics
 from finetune.plan import SUMMARY
-from finetune.sweep.plan import PlannedRun, Sweep, option
+from finetune.sweep.plan import TABLE, PlannedRun, Sweep, option
 from finetune.sweep.run import changes_since, read_record
 
 FINAL_SHARE = 0.1
@@ -229,8 +229,8 @@ def write_tables(rows: Sequence[Row], folder: Path) -> list[Path]:
     writer.writeheader()
     writer.writerows(records)
     written = {
-        folder / "table.csv": text.getvalue(),
-        folder / "table.json": json.dumps(_json(records), indent=2, allow_nan=False) + "\n",
+        folder / f"{TABLE}.csv": text.getvalue(),
+        folder / f"{TABLE}.json": json.dumps(_json(records), indent=2, allow_nan=False) + "\n",
     }
     for path, content in written.items():
         path.write_text(content, encoding="utf-8")
