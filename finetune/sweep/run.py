@@ -61,7 +61,7 @@ class Record:
 
 
 def read_record(run: PlannedRun) -> Record:
-    """Return what is known of a run; one that has finished, and whose folder was deleted, is new."""
+    """Return what is known of a run; one that finished, and whose folder was deleted, is new."""
     kept = _kept(run)
     try:
         record = Record(**(kept.read() or {}))
