@@ -27,10 +27,8 @@ def sentences(position: Mapping[str, Any]) -> Iterator[str]:
     if not position["num_recordings"]:
         yield "No recording was read to its end in every arm: there is no loss by position."
         return
-    beyond = position["longest_sec"] > position["attention_window_sec"]
-    place = "beyond_window" if beyond else "mean"
-    where = "beyond the attention window" if beyond else "(no recording exceeds the window)"
     for difference in position["differences"]:
+        place, where = _place(position, difference)
         one, other = difference["arms"]
         of_ttt = "baseline" not in (one, other)
         if (one, other) not in _TITLES or (of_ttt and not position["ttt_wrote"]):
@@ -41,6 +39,8 @@ def sentences(position: Mapping[str, Any]) -> Iterator[str]:
             if estimate["value"] is not None:
                 by_sign[_sign(estimate)].append(f"{STREAM_TITLES[stream]} {signed(estimate)}")
         parts = "; ".join(f"{sign}: {', '.join(names)}" for sign, names in by_sign.items() if names)
+        if not parts:
+            continue
         yield f"{_TITLES[one, other]}: loss {where}, in nats: {parts}."
         # Any of the streams may raise it, so each is given a share of the 5 % of false warnings.
         signs = [_sign(estimate, num_tests=len(STREAMS)) for estimate in estimates.values()]
@@ -49,6 +49,17 @@ def sentences(position: Mapping[str, Any]) -> Iterator[str]:
                 "Warning: starting from another recording's state helps. Then what TTT learns is "
                 "not about the recording alone, and part of its gain could be had by training."
             )
+
+
+def _place(position: Mapping[str, Any], difference: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the place whose loss is told of, by its key and in words: beyond the attention window,
+    if anything of that was measured."""
+    if any(difference[stream]["beyond_window"]["value"] is not None for stream in STREAMS):
+        return "beyond_window", "beyond the attention window"
+    if position["longest_sec"] > position["attention_window_sec"]:
+        # Bins are whole: the one in which the window ends is before it and beyond it.
+        return "mean", "(no bin is beyond the attention window)"
+    return "mean", "(no recording exceeds the window)"
 
 
 def _sign(estimate: Mapping[str, Any], *, num_tests: int = 1) -> str:
