@@ -97,7 +97,8 @@ def _check_source_path(key: str, path: Path) -> None:
     if parse_sources(text, key) != [(path, 1.0)]:
         raise UserError(
             f"{key}: {text} cannot stand in a configuration, where a comma separates paths, a "
-            f"number after a colon is a weight, and ~ is a home folder. Give it another name, or a link."
+            "number after a colon is a weight, and ~ is a home folder. Give it another name, or a "
+            "link."
         )
 
 

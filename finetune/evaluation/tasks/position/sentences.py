@@ -27,8 +27,13 @@ def sentences(position: Mapping[str, Any]) -> Iterator[str]:
     if not position["num_recordings"]:
         yield "No recording was read to its end in every arm: there is no loss by position."
         return
+    # Bins are whole: one in which the window ends is not beyond it.
+    is_long = position["longest_sec"] > position["attention_window_sec"]
+    what = "bin is beyond the attention window" if is_long else "recording exceeds the window"
+    elsewhere = ("mean", f"(no {what})")
     for difference in position["differences"]:
-        place, where = _place(position, difference)
+        beyond = any(difference[s]["beyond_window"]["value"] is not None for s in STREAMS)
+        place, where = ("beyond_window", "beyond the attention window") if beyond else elsewhere
         one, other = difference["arms"]
         of_ttt = "baseline" not in (one, other)
         if (one, other) not in _TITLES or (of_ttt and not position["ttt_wrote"]):
@@ -49,17 +54,6 @@ def sentences(position: Mapping[str, Any]) -> Iterator[str]:
                 "Warning: starting from another recording's state helps. Then what TTT learns is "
                 "not about the recording alone, and part of its gain could be had by training."
             )
-
-
-def _place(position: Mapping[str, Any], difference: Mapping[str, Any]) -> tuple[str, str]:
-    """Return the place whose loss is told of, by its key and in words: beyond the attention window,
-    if anything of that was measured."""
-    if any(difference[stream]["beyond_window"]["value"] is not None for stream in STREAMS):
-        return "beyond_window", "beyond the attention window"
-    if position["longest_sec"] > position["attention_window_sec"]:
-        # Bins are whole: the one in which the window ends is before it and beyond it.
-        return "mean", "(no bin is beyond the attention window)"
-    return "mean", "(no recording exceeds the window)"
 
 
 def _sign(estimate: Mapping[str, Any], *, num_tests: int = 1) -> str:
