@@ -63,7 +63,7 @@ def ask_for_missing(options: Any, names: Sequence[str]) -> Any:
     """Return options with answers in the place of those that are null, asked on the terminal.
 
     Raises:
-        UserError: one is null, and there is no terminal.
+        UserError: one is null, and there is no terminal, or no answer.
     """
     fields = {field.key: field for field in all_fields(type(options))}
     for name in names:
@@ -73,7 +73,11 @@ def ask_for_missing(options: Any, names: Sequence[str]) -> Any:
             raise UserError(f"--{name} is missing. Ask for --help to see what it is.")
         field, answer = fields[name], None
         while answer is None:
-            text = input(f"{field.doc.split(' null:')[0]}\n{name}: ")
+            try:
+                text = input(f"{field.doc.split(' null:')[0]}\n{name}: ")
+            except EOFError:
+                sys.stderr.write("\n")
+                raise UserError(f"--{name} is missing. Ask for --help to see what it is.") from None
             try:
                 answer = parse(text, field.kind)
             except ValueError as error:

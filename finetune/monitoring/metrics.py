@@ -225,7 +225,7 @@ def open_wandb(run_dir: Path, args: WandbSettings, config: dict[str, Any], resum
                 _check_reachable(wandb.setup().settings.base_url)
             run = wandb.init(
                 project=args.project,
-                name=args.run_name,
+                name=args.run_name or run_dir.resolve().name,
                 id=run_id,
                 resume="allow" if run_id and not offline else None,
                 mode="offline" if offline else None,

@@ -93,7 +93,7 @@ class _Advice:
         if self.args.full_finetuning:
             lora = dataclasses.replace(self.args.lora, enable=True)
             memory = self._with_other_model(full_finetuning=False, lora=lora)
-            yield "lora.enable: true", memory
+            yield "full_finetuning: false with lora.enable: true", memory
 
     def smaller_adapters(self) -> Changes:
         rank = self.args.lora.rank if self.args.lora.enable else 1

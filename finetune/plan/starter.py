@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 
 from finetune.config import Precision, TrainArgs, load_config
-from finetune.data import FRAME_RATE_HZ, count_frames, open_source
+from finetune.data import FRAME_RATE_HZ, count_frames, open_source, parse_sources
 from finetune.errors import UserError
 from finetune.model import plan_model
 from finetune.plan.memory import Memory, estimate, fits
@@ -67,6 +67,9 @@ def write_config(wanted: Wanted, out: Path) -> Iterator[str]:
     """
     if out.exists():
         raise UserError(f"{out} is there already; give another --out.")
+    for key, path in (("--data", wanted.data), ("--eval_data", wanted.eval_data)):
+        if path is not None:
+            _check_source_path(key, path)
     lengths_sec = _lengths_sec(wanted.data)
     size, memory = _fitting_size(wanted, lengths_sec)
     try:
@@ -84,6 +87,21 @@ def write_config(wanted: Wanted, out: Path) -> Iterator[str]:
     yield f"then: torchrun --nproc-per-node {wanted.gpus} train.py --config {out}"
 
 
+def _check_source_path(key: str, path: Path) -> None:
+    """Check that a configuration that names a path as its data reads that path.
+
+    Raises:
+        UserError: it would read several, or another.
+    """
+    text = os.fspath(path)
+    if parse_sources(text, key) != [(path, 1.0)]:
+        raise UserError(
+            f"{key}: {text} cannot stand in a configuration, where a comma separates paths, a "
+            "number after a colon is a weight, and ~ is a home folder. Give it another name, or a "
+            "link."
+        )
+
+
 def _lengths_sec(data: Path) -> np.ndarray:
     """Return how long the recordings are, as the lines of the data promise, sorted."""
     entries = open_source(data, "--data").entries()
@@ -93,14 +111,18 @@ def _lengths_sec(data: Path) -> np.ndarray:
         for entry in entries
         if entry.recording is not None
     ]
+    lengths = [length for length in lengths if length > 0]
     if not lengths:
-        raise UserError(f"{data} lists no recording; moshi-ttt data check {data} says why.")
+        raise UserError(
+            f"{data} lists no recording that has a length; moshi-ttt data check {data} says why."
+        )
     return np.sort(lengths)
 
 
 def _fitting_size(wanted: Wanted, lengths_sec: np.ndarray) -> tuple[_Size, Memory]:
     """Return the largest batch that fits, of segments as long as the goal wants."""
     models: dict[Precision, TTTLMModel] = {}
+    peaks = []
     for size in _sizes(wanted, lengths_sec):
         args = _load(_text(wanted, size, None, lengths_sec))
         # All else leaves its shape as it is.
@@ -109,8 +131,9 @@ def _fitting_size(wanted: Wanted, lengths_sec: np.ndarray) -> tuple[_Size, Memor
         memory = estimate(args, models[size.base_precision], wanted.gpus)
         if fits(memory, wanted.gpu_memory_gb * GB):
             return size, memory
+        peaks.append(memory.peak)
     raise UserError(
-        f"Moshi does not fit: at the least it takes {memory.peak / GB:.0f} GB of each GPU, with "
+        f"Moshi does not fit: at the least it takes {min(peaks) / GB:.1f} GB of each GPU, with "
         f"room of CUDA's own beside it. Raise --gpu_memory or --gpus."
     )
 

@@ -1,5 +1,6 @@
 """A model's memory is measured: answers right and losses, by distance, with intervals."""
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from finetune.recall.model import answer_logits, logits_at, read_codes
 from finetune.recall.streams import KINDS, StreamArgs, Streams, draw
-from finetune.statistics import Bootstrap
+from finetune.statistics import Bootstrap, of_shares
 from ttt import TTTLMModel, block_streaming
 
 NUM_DISTANCE_BINS = 4
@@ -141,15 +142,15 @@ def summarize(values: Tensor, chosen: Tensor, loss: Tensor | None = None) -> dic
         return {"count": 0, "accuracy": None, "loss": None}
     bootstrap = Bootstrap(len(counts))
     summary: dict[str, Any] = {"count": int(counts.sum())}
-    for name, numbers, most in (("accuracy", values, 1.0), ("loss", loss, np.inf)):
-        if numbers is None:
-            continue
-        estimate = bootstrap.ratio((numbers.double() * chosen).sum(1).numpy(), counts)
-        bounds = [
-            None if bound is None else float(np.clip(bound, 0.0, most))
-            for bound in (estimate.low, estimate.high)
-        ]
-        summary[name] = [estimate.value, *bounds]
+    right = bootstrap.ratio((values.double() * chosen).sum(1).numpy(), counts)
+    found = {"accuracy": of_shares(right)}
+    if loss is not None:
+        lost = bootstrap.ratio((loss.double() * chosen).sum(1).numpy(), counts)
+        found["loss"] = dataclasses.replace(
+            lost, low=None if lost.low is None else max(0.0, lost.low)
+        )
+    for name, estimate in found.items():
+        summary[name] = [estimate.value, estimate.low, estimate.high]
     return summary
 
 

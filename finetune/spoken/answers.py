@@ -13,7 +13,7 @@ from finetune.spoken.scoring import OUTCOMES, TimedWord, in_window, outcome, sai
 from finetune.spoken.talk import Question, Talk
 
 if TYPE_CHECKING:
-    from finetune.statistics import Array, Bootstrap, Estimate
+    from finetune.statistics import Array, Bootstrap
 
 Json = dict[str, Any]
 Talks = Mapping[Any, Sequence[Json]]
@@ -173,36 +173,21 @@ class _RightByTalk:
 
 
 def _ratio(bootstrap: Bootstrap, right: Array, asked: Array) -> Json:
-    return _bounded(bootstrap.ratio(right, asked), least=0.0)
+    from finetune.statistics import of_shares
+
+    return dataclasses.asdict(of_shares(bootstrap.ratio(right, asked)))
 
 
 def _difference(
     bootstrap: Bootstrap, one: _RightByTalk, other: _RightByTalk, distances_sec: Sequence[float]
 ) -> Json | None:
+    from finetune.statistics import of_shares
+
     if not distances_sec:
         return None
     (right, asked), (other_right, other_asked) = (x.sums(distances_sec) for x in (one, other))
     estimate = bootstrap.ratio_difference((right, other_right), (asked, other_asked))
-    return _bounded(estimate, least=-1.0)
-
-
-def _bounded(estimate: Estimate, *, least: float) -> Json:
-    """Return an estimate of a share, or of a difference of shares, with an interval that can be.
-
-    For few talks that of the bootstrap is wider than shares are. Where all talks are alike it has
-    no width, though a few talks that are all right are no proof that all would be: there it is as
-    wide as Wilson's of as many talks that are all right.
-    """
-    from finetune.statistics import proportion
-
-    low, high = estimate.low, estimate.high
-    if estimate.value is not None and low is not None and high is not None:
-        if high - low < 1e-9:
-            all_right = proportion(estimate.count, estimate.count)
-            assert all_right.low is not None
-            low, high = (estimate.value + sign * (1 - all_right.low) for sign in (-1, 1))
-        low, high = max(least, low), min(1.0, high)
-    return dataclasses.asdict(dataclasses.replace(estimate, low=low, high=high))
+    return dataclasses.asdict(of_shares(estimate, least=-1.0))
 
 
 def _baseline(questions: Sequence[Json], name: str) -> Json:

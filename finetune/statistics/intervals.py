@@ -4,6 +4,7 @@ All intervals are of 95 %. What is drawn is a whole sequence, a recording or a s
 frames are no independent samples.
 """
 
+import dataclasses
 import functools
 import math
 from dataclasses import dataclass
@@ -119,6 +120,27 @@ def proportion(successes: float, count: int) -> Estimate:
     middle = (share + z2 / (2 * count)) / (1 + z2 / count)
     half = Z_95 * math.sqrt(share * (1 - share) / count + z2 / (4 * count**2)) / (1 + z2 / count)
     return Estimate(share, max(0.0, middle - half), min(1.0, middle + half), count)
+
+
+def of_shares(estimate: Estimate, *, least: float = 0.0) -> Estimate:
+    """Return a bootstrap's estimate of a share, or of a difference of shares, with an interval that
+    can be.
+
+    For few sequences that of the bootstrap is wider than shares are. Where all sequences are alike
+    it has no width, though a few that are all right are no proof that all would be: there it is as
+    wide as Wilson's of as many sequences that are all right.
+
+    Args:
+        least: -1 for a difference.
+    """
+    low, high = estimate.low, estimate.high
+    if estimate.value is None or low is None or high is None:
+        return estimate
+    if high - low < 1e-9:
+        all_right = proportion(estimate.count, estimate.count)
+        assert all_right.low is not None
+        low, high = (estimate.value + sign * (1 - all_right.low) for sign in (-1, 1))
+    return dataclasses.replace(estimate, low=max(least, low), high=min(1.0, high))
 
 
 def mean(values: Array) -> Estimate:

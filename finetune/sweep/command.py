@@ -6,7 +6,7 @@ from finetune.errors import UserError
 from finetune.monitoring import console
 from finetune.safety import is_secret
 from finetune.sweep.options import SweepOptions
-from finetune.sweep.plan import Sweep, load_sweep
+from finetune.sweep.plan import Sweep, load_sweep, option
 from finetune.sweep.report import plot_sweep, write_page
 from finetune.sweep.run import run_sweep
 from finetune.sweep.slurm import write_array
@@ -38,7 +38,7 @@ def run_command(options: SweepOptions, overrides: Mapping[str, object]) -> int:
                     f"{key}: a script that stays on the disk is no place for secrets. Leave it "
                     f"out, and use `wandb login` once, or export WANDB_API_KEY before sbatch."
                 )
-        arguments = [f"--{key}={value}" for key, value in overrides.items()]
+        arguments = [f"--{option(key, value)}" for key, value in overrides.items()]
         if options.sweep_dir:
             arguments.append(f"--sweep_dir={options.sweep_dir}")
         if options.force:

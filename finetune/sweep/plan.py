@@ -42,17 +42,25 @@ _OWN_KEYS = {
     "overwrite_run_dir": "a sweep runs again what was changed",
     "wandb.key": "a sweep's file is no place for secrets; use `wandb login` or WANDB_API_KEY",
 }
+TABLE = "table"
+"""The sweep's own files of this name lie where each run has a file of its name."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
 
 # A line about each run that has the problem: name of the run, and what is wrong.
 _Found = tuple[str, str]
 
 
+def option(key: str, value: Any) -> str:
+    """Return a key with its value as they stand on a command line, where a list has commas."""
+    text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    return f"{key}={text}"
+
+
 @dataclass(frozen=True)
 class PlannedRun:
     """A planned run is one run of a sweep.
 
-    own: what its entry in the file says, by dotted key, without `after`.
+    own: what its entry in the file says, by dotted key, without `after`; texts, or lists.
     after: the run whose last weights it starts from.
     overrides: all that is not as in the base, for the command line.
     args: the configuration that follows.
@@ -60,9 +68,9 @@ class PlannedRun:
     """
 
     name: str
-    own: dict[str, str]
+    own: dict[str, Any]
     after: str | None
-    overrides: dict[str, str]
+    overrides: dict[str, Any]
     args: TrainArgs
     first_step: int
 
@@ -188,6 +196,8 @@ def _structure_problems(content: dict[str, Any]) -> Iterator[str]:
     for name, entry in runs.items():
         if not _NAME.fullmatch(name):
             yield f"runs, {abbreviated(repr(name))}: a name is made of letters, digits, - and _"
+        elif name.lower() == TABLE:
+            yield f"runs, {name}: choose another name; {name}.json is the sweep's own table"
         if not isinstance(entry, dict):
             got = abbreviated(repr(entry))
             yield f"runs, {abbreviated(name)}: expected `key: value` lines below it, got {got}"

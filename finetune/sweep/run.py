@@ -20,13 +20,15 @@ from typing import Any, Literal, TextIO
 
 from rich.text import Text
 
+from finetune.checkpoint import list_checkpoints
 from finetune.config import HARMLESS, TrainArgs, changed_keys, keys_that
 from finetune.errors import UserError
 from finetune.interrupt import stop_signals
 from finetune.kept import Kept
 from finetune.monitoring import console, format_duration
+from finetune.plan import SUMMARY
 from finetune.safety import is_secret
-from finetune.sweep.plan import PlannedRun, Sweep
+from finetune.sweep.plan import PlannedRun, Sweep, option
 
 Status = Literal["new", "running", "finished", "failed", "stopped", "skipped"]
 _POLL_SEC = 1.0
@@ -42,6 +44,10 @@ class Record:
     message: why it failed or was skipped.
     ended_at: when it finished; what started from it knows it by that.
     started_from: `ended_at` of the run that it started from.
+    replaces: the checkpoints, as `_checkpoints` names them, of the run in its folder that it was to
+        replace, and that comes back if this one ends before its first. None: there was none, or it
+        is gone.
+    replaces_from: `started_from` of that run.
     total_sec: that its processes took, starting included.
     """
 
@@ -49,17 +55,24 @@ class Record:
     message: str = ""
     ended_at: str = ""
     started_from: str = ""
+    replaces: list[str] | None = None
+    replaces_from: str = ""
     total_sec: float = 0.0
 
 
 def read_record(run: PlannedRun) -> Record:
+    """Return what is known of a run; one that finished, and whose folder was deleted, is new."""
     kept = _kept(run)
     try:
-        return Record(**(kept.read() or {}))
+        record = Record(**(kept.read() or {}))
     except TypeError as error:
         raise UserError(
             f"{kept.path} is damaged ({error}): delete it to run this again."
         ) from error
+    if record.status == "finished" and not (run.run_dir / "args.yaml").is_file():
+        # What started from it is none the older for it, until it is run again.
+        return Record(ended_at=record.ended_at)
+    return record
 
 
 def write_record(run: PlannedRun, record: Record) -> None:
@@ -74,8 +87,11 @@ def log_path(run: PlannedRun) -> Path:
     return run.run_dir.with_name(f"{run.name}.log")
 
 
-def changes_since(run: PlannedRun, runs: dict[str, PlannedRun]) -> list[str]:
+def changes_since(sweep: Sweep, run: PlannedRun) -> list[str]:
     """Why what lies in the run's folder is another experiment than the file describes now."""
+    record = read_record(run)
+    if _lies_aside(run, record):
+        return ["it was killed before its first checkpoint"]
     config = run.run_dir / "args.yaml"
     if not config.is_file():
         return []
@@ -85,9 +101,40 @@ def changes_since(run: PlannedRun, runs: dict[str, PlannedRun]) -> list[str]:
         for key, (old, new) in changed_keys(config, run.args).items()
         if key not in harmless
     ]
-    if run.after and read_record(run).started_from != read_record(runs[run.after]).ended_at:
+    processes = _processes(run)
+    if processes not in (None, sweep.processes):
+        found.append(f"processes was {processes} and is {sweep.processes} now")
+    if run.after and _started_from(run, record) != read_record(sweep.runs[run.after]).ended_at:
         found.append(f"{run.after}, which it starts from, was run again")
     return found
+
+
+def _processes(run: PlannedRun) -> int | None:
+    """Return how many processes trained what is in the run's folder; None: it does not say."""
+    return (Kept(run.run_dir / SUMMARY).read() or {}).get("processes")
+
+
+def _started_from(run: PlannedRun, record: Record) -> str:
+    """Return `started_from` of the run that is in the folder."""
+    return record.replaces_from if _is_to_replace(run, record) else record.started_from
+
+
+def _is_to_replace(run: PlannedRun, record: Record) -> bool:
+    """Return whether the run that it was to replace is in the folder, or lies aside there."""
+    return record.replaces is not None and not _checkpoints(run) - {*record.replaces}
+
+
+def _lies_aside(run: PlannedRun, record: Record) -> bool:
+    """Return whether the run that it was to replace is not back yet: the process that moved it
+    aside was killed, and whatever trains in the folder next brings it back first."""
+    return _is_to_replace(run, record) and _checkpoints(run) != {*(record.replaces or ())}
+
+
+def _checkpoints(run: PlannedRun) -> set[str]:
+    """The checkpoints in the run's folder, each by its name and the time at which it was written;
+    one that is moved aside and back keeps both."""
+    files = [checkpoint / "args.yaml" for checkpoint in list_checkpoints(run.run_dir)]
+    return {f"{file.parent.name} {file.stat().st_mtime_ns}" for file in files if file.is_file()}
 
 
 def run_sweep(sweep: Sweep, only: Collection[str], *, force: bool = False) -> int:
@@ -107,7 +154,7 @@ def run_sweep(sweep: Sweep, only: Collection[str], *, force: bool = False) -> in
     for run in chosen:
         if run.after and run.after not in only and _done(sweep, run.after) != "finished":
             raise UserError(f"{run.name} starts from {run.after}, which is not finished: run that.")
-        changes_since(run, sweep.runs)  # a configuration that cannot be read shows now
+        changes_since(sweep, run)  # a configuration that cannot be read shows now
     try:
         sweep.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -127,30 +174,33 @@ def run_sweep(sweep: Sweep, only: Collection[str], *, force: bool = False) -> in
 def _done(sweep: Sweep, name: str) -> Status:
     """The status of a run, "new" where its result is of another configuration."""
     run = sweep.runs[name]
-    return "new" if changes_since(run, sweep.runs) else read_record(run).status
+    return "new" if changes_since(sweep, run) else read_record(run).status
 
 
 def _run_one(
     sweep: Sweep, run: PlannedRun, label: str, children: "Children", force: bool
 ) -> Record:
     record = read_record(run)
-    changes = changes_since(run, sweep.runs)
+    changes = changes_since(sweep, run)
     if record.status == "finished" and not changes:
         _say(f"{label}: finished before")
         return record
     if run.after and (earlier := read_record(sweep.runs[run.after])).status != "finished":
-        record = Record("skipped", f"not run: {run.after}, which it starts from, {earlier.status}")
+        record.status, record.total_sec = "skipped", 0.0
+        record.message = f"not run: {run.after}, which it starts from, {earlier.status}"
         write_record(run, record)
         _say(f"{label}: {record.message}")
         return record
     options = {"resume": "auto"}
     if changes:
         _say(f"{label}: runs again from its beginning: {'; '.join(changes)}")
-        record, options = Record(), {"overwrite_run_dir": "true"}
+        record, options = _replacing(run, record), {"overwrite_run_dir": "true"}
+    else:
+        record.replaces, record.replaces_from = None, ""
     if force:
         options["force"] = "true"
     with _locked(log_path(run)) as log:
-        record.status, record.message = "running", ""
+        record.status, record.message, record.ended_at = "running", "", ""
         if run.after:
             record.started_from = read_record(sweep.runs[run.after]).ended_at
         write_record(run, record)
@@ -161,12 +211,21 @@ def _run_one(
     record.total_sec += took_sec
     record.status = _status_of(code, children)
     record.ended_at = datetime.now(timezone.utc).isoformat() if code == 0 else ""
+    if code == 0 or not _is_to_replace(run, record):
+        record.replaces, record.replaces_from = None, ""
     if record.status == "failed":
         record.message = _reason(log_path(run), log_start, code)
     write_record(run, record)
     detail = f": {record.message}" if record.message else ""
     _say(f"{label}: {record.status} after {format_duration(took_sec)}{detail}")
     return record
+
+
+def _replacing(run: PlannedRun, record: Record) -> Record:
+    """The record of a run that begins anew in the place of what lies in its folder."""
+    if _lies_aside(run, record):
+        return Record(replaces=record.replaces, replaces_from=record.replaces_from)
+    return Record(replaces=sorted(_checkpoints(run)), replaces_from=_started_from(run, record))
 
 
 def _command(sweep: Sweep, run: PlannedRun, options: dict[str, str]) -> list[str]:
@@ -176,7 +235,7 @@ def _command(sweep: Sweep, run: PlannedRun, options: dict[str, str]) -> list[str
         launcher += [f"--nproc-per-node={sweep.processes}", "-m"]
     given = run.overrides | options
     # Everybody on the machine can read a command line: see `_environment`.
-    overrides = [f"--{key}={value}" for key, value in given.items() if not is_secret(key)]
+    overrides = [f"--{option(key, value)}" for key, value in given.items() if not is_secret(key)]
     return [*launcher, "finetune", "train", str(sweep.base), *overrides]
 
 

@@ -17,7 +17,7 @@ from rich.table import Table
 from finetune.errors import UserError
 from finetune.monitoring import Kind, console, metrics_path, read_metrics
 from finetune.plan import SUMMARY
-from finetune.sweep.plan import PlannedRun, Sweep
+from finetune.sweep.plan import TABLE, PlannedRun, Sweep, option
 from finetune.sweep.run import changes_since, read_record
 
 FINAL_SHARE = 0.1
@@ -86,7 +86,7 @@ def _was_run(run: PlannedRun) -> bool:
 def _outdated(sweep: Sweep, run: PlannedRun) -> list[str]:
     """Why what lies in a run's folder is not what the file describes now."""
     try:
-        return changes_since(run, sweep.runs)
+        return changes_since(sweep, run)
     except UserError as error:  # a table of the other runs can still be had
         return [str(error)]
 
@@ -102,7 +102,7 @@ def _row(sweep: Sweep, run: PlannedRun) -> Row:
         run.name,
         status,
         message,
-        " ".join(f"{key}={value}" for key, value in run.own.items()),
+        " ".join(option(key, value) for key, value in run.own.items()),
         run.after,
         max_steps=run.args.max_steps,
         total_sec=0.0 if status == "outdated" else record.total_sec,
@@ -229,8 +229,8 @@ def write_tables(rows: Sequence[Row], folder: Path) -> list[Path]:
     writer.writeheader()
     writer.writerows(records)
     written = {
-        folder / "table.csv": text.getvalue(),
-        folder / "table.json": json.dumps(_json(records), indent=2, allow_nan=False) + "\n",
+        folder / f"{TABLE}.csv": text.getvalue(),
+        folder / f"{TABLE}.json": json.dumps(_json(records), indent=2, allow_nan=False) + "\n",
     }
     for path, content in written.items():
         path.write_text(content, encoding="utf-8")

@@ -204,3 +204,20 @@ def test_conclusions_say_no_more_than_the_intervals() -> None:
     assert len(sentences(["on", "carried"], barely, unsure, unsure, unsure)) == 1
     alone = estimate(-0.5, None, None)
     assert "better" not in sentences(["on", "off"], alone, alone, alone, alone)[0]
+
+
+def test_a_conclusion_is_of_what_was_measured() -> None:
+    """A window of 100 frames, recordings of 120 and bins of 125: no bin is beyond the window."""
+    nothing: dict[str, Any] = {"value": None, "low": None, "high": None, "count": 0}
+    better: dict[str, Any] = {"value": -0.02, "low": -0.03, "high": -0.01, "count": 20}
+    position: dict[str, Any] = {"longest_sec": 9.6, "attention_window_sec": 8.0}
+    position |= {"num_recordings": 20, "ttt_wrote": True, "warnings": []}
+    for mean, sentences in (
+        (better, ["(no bin is beyond the attention window), in nats: better: text"]),
+        (nothing, []),
+    ):
+        places = {stream: {"mean": mean, "beyond_window": nothing} for stream in STREAMS}
+        position["differences"] = [{"arms": ["on", "off"], **places}]
+        found = list(TASKS["position"].sentences(position))
+        assert len(found) == len(sentences)
+        assert all(part in sentence for part, sentence in zip(sentences, found, strict=True))

@@ -18,12 +18,14 @@ from finetune.data import inspect_audio
 from finetune.data.audio import AudioInfo
 from finetune.errors import UserError
 from finetune.evaluation.tasks.health.measure import (
+    SHARES,
     alarms,
     check_health,
     limits,
     measure,
     repeat_rate,
 )
+from finetune.evaluation.tasks.health.summary import summarize_health
 from finetune.evaluation.tasks.pairs import PairOptions
 from finetune.evaluation.tasks.pairs.score import (
     Pair,
@@ -244,3 +246,14 @@ def test_continuations_are_seeded_and_leave_the_random_state_alone() -> None:
     assert "modal_share" in [
         alarm.measure for alarm in alarms(results[0]["generated"], results[0]["recorded"])
     ]
+
+
+def test_shares_that_are_alike_in_a_few_continuations_have_an_interval_with_a_width() -> None:
+    alike = {"entropy": 3.0} | dict.fromkeys(SHARES, 0.0)
+    found = summarize_health([{"generated": alike, "recorded": alike}] * 3)["measures"]
+    assert found["entropy"]["generated"]["value"] == 3
+    for name in SHARES:
+        estimate = found[name]["generated"]
+        # Wilson's interval of 0 of 3.
+        assert estimate["value"] == estimate["low"] == 0
+        assert estimate["high"] == pytest.approx(0.5615, abs=1e-4)

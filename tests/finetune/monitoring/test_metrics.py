@@ -8,6 +8,7 @@ import sys
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
@@ -212,6 +213,26 @@ def test_wandb_offline_works_and_the_key_is_nowhere(tmp_path: Path, wandb_home: 
     assert len(everything) > 5
     assert [p for p in everything if KEY.encode() in p.read_bytes()] == []
     assert KEY not in output + errors
+
+
+@pytest.mark.parametrize(("run_name", "name"), [(None, "second"), ("mine", "mine")])
+def test_a_wandb_run_is_called_like_its_folder_unless_it_has_a_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_name: str | None, name: str
+) -> None:
+    given: dict[str, Any] = {}
+
+    def init(**options: Any) -> SimpleNamespace:
+        given.update(options)
+        return SimpleNamespace(
+            id="1", dir=options["dir"], define_metric=lambda *_, **__: None, finish=lambda **_: None
+        )
+
+    wandb = SimpleNamespace(init=init, Settings=dict)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    (tmp_path / "second").mkdir()
+    monkeypatch.chdir(tmp_path / "second")
+    open_logger(Path(), project="p", offline=True, run_name=run_name).close()
+    assert given["name"] == name
 
 
 def test_wandb_without_network_is_one_message(tmp_path: Path, wandb_home: Path) -> None:

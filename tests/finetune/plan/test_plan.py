@@ -77,7 +77,9 @@ def test_what_does_not_fit_is_said_with_what_would() -> None:
     lines = planned(full)
     start = next(i for i, line in enumerate(lines) if line.startswith("it does not fit"))
     advice = "\n".join(lines[start:])
-    assert "GPUs: 2 with parallel.shard_size: 2" in advice and "lora.enable: true" in advice
+    assert "GPUs: 2 with parallel.shard_size: 2" in advice
+    # LoRA beside full fine-tuning would be refused.
+    assert "full_finetuning: false with lora.enable: true" in advice
     assert "batch_size" not in advice
     peaks = [peak_gb(planned(full, num_gpus=n)) for n in (1, 2, 4, 8)]
     assert peaks == sorted(peaks, reverse=True)

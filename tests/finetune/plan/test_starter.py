@@ -76,11 +76,44 @@ def test_what_cannot_be_is_said_and_nothing_is_replaced(
     words = ["init", out, "--data", data(tmp_path, 100), "--goal=adapt"]
     assert call(*words, "--gpu_memory=8") == 1
     assert "at the least it takes" in capsys.readouterr().err and not out.exists()
+    # Shared by eight, it takes less than on one of them in fewer bits, which is tried last.
+    assert call(*words, "--gpu_memory=7", "--gpus=8") == 1
+    assert "at the least it takes 7.4 GB" in capsys.readouterr().err
     out.write_text("mine")
     assert call(*words, "--gpu_memory=80") == 1
     assert "is there already" in capsys.readouterr().err and out.read_text() == "mine"
     assert call(*words) == 1
     assert "--gpu_memory is missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("lengths", "status"), [((0, -3, 100), 0), ((0, -3), 1)])
+def test_recordings_without_a_length_do_not_count(
+    tmp_path: Path, lengths: tuple[int, ...], status: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [json.dumps({"path": "a.wav", "duration": length}) for length in lengths]
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    out = tmp_path / "my.yaml"
+    words = ["--data", tmp_path / "data.jsonl", "--goal=adapt", "--gpu_memory=80"]
+    assert call("init", out, *words) == status
+    if status:
+        assert "lists no recording that has a length" in capsys.readouterr().err
+    else:
+        assert "# 1 recordings" in out.read_text()
+
+
+@pytest.mark.parametrize("folder", ["a,b", "half:"])
+def test_data_that_a_configuration_would_read_as_another_path_are_refused(
+    tmp_path: Path, folder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = tmp_path / folder
+    place.mkdir()
+    path = data(place, 100)
+    if folder == "half:":
+        path = path.rename(tmp_path / "data.jsonl:5")
+    out = tmp_path / "my.yaml"
+    assert call("init", out, "--data", path, "--goal=adapt", "--gpu_memory=80") == 1
+    assert f"--data: {path} cannot stand in a configuration" in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_on_a_terminal_what_is_missing_is_asked_for(
@@ -97,3 +130,7 @@ def test_on_a_terminal_what_is_missing_is_asked_for(
     assert "The JSONL to train on;" in said.out
     assert "expected remember or adapt" in said.err and "expected a number" in said.err
     assert not load_config(tmp_path / "my.yaml").ttt.enabled
+
+    monkeypatch.setattr(sys, "stdin", Terminal(f"{tmp_path / 'data.jsonl'}\n"))  # and Ctrl-D
+    assert call("init", tmp_path / "other.yaml") == 1
+    assert "--goal is missing" in capsys.readouterr().err

@@ -323,6 +323,16 @@ def test_few_sequences_have_no_interval() -> None:
     assert 0 < value < 1 and low is None and high is None
 
 
+def test_all_answers_right_in_a_few_sequences_are_no_proof() -> None:
+    is_right = torch.ones(3, 10, dtype=torch.bool)
+    found = Answers(is_right, (~is_right).float(), is_right, is_right)
+    value, low, high = found.summary(is_right)["accuracy"]
+    # Wilson's interval of 3 of 3.
+    assert value == high == 1 and low == pytest.approx(0.4385, abs=1e-4)
+    value, low, high = found.summary(is_right)["loss"]
+    assert value == low == 0
+
+
 @pytest.mark.slow
 def test_what_is_out_of_sight_is_recalled_with_ttt_and_not_without() -> None:
     """The claim itself, at the size of `--preset cpu` with its own seed: a minute of one core."""

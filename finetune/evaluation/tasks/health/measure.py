@@ -21,7 +21,8 @@ from ttt import TTTLMModel
 
 logger = logging.getLogger(__name__)
 
-MEASURES = ("entropy", "modal_share", "padding_share", "silence_share", "repeat_rate")
+SHARES = ("modal_share", "padding_share", "silence_share", "repeat_rate")
+MEASURES = ("entropy", *SHARES)
 REPEAT_FRAMES = 10
 """Length of a segment that may repeat: 0.8 s."""
 REPEAT_MIN_CODES = 4

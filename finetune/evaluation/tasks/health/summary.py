@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from finetune.evaluation.tasks.base import Json
-from finetune.evaluation.tasks.health.measure import MEASURES, alarms, limits, means
-from finetune.statistics import Bootstrap
+from finetune.evaluation.tasks.health.measure import MEASURES, SHARES, alarms, limits, means
+from finetune.statistics import Bootstrap, of_shares
 
 
 def summarize_health(records: Sequence[Mapping[str, Any]], *, seed: int = 0) -> Json:
@@ -21,7 +21,8 @@ def summarize_health(records: Sequence[Mapping[str, Any]], *, seed: int = 0) -> 
 
     def estimate(kind: str, name: str) -> Json:
         values = np.array([result[kind][name] for result in results])
-        return dataclasses.asdict(bootstrap.ratio(values, ones))
+        found = bootstrap.ratio(values, ones)
+        return dataclasses.asdict(of_shares(found) if name in SHARES else found)
 
     return {
         "num_continuations": len(results),

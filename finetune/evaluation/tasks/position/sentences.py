@@ -27,10 +27,13 @@ def sentences(position: Mapping[str, Any]) -> Iterator[str]:
     if not position["num_recordings"]:
         yield "No recording was read to its end in every arm: there is no loss by position."
         return
-    beyond = position["longest_sec"] > position["attention_window_sec"]
-    place = "beyond_window" if beyond else "mean"
-    where = "beyond the attention window" if beyond else "(no recording exceeds the window)"
+    # Bins are whole: one in which the window ends is not beyond it.
+    is_long = position["longest_sec"] > position["attention_window_sec"]
+    what = "bin is beyond the attention window" if is_long else "recording exceeds the window"
+    elsewhere = ("mean", f"(no {what})")
     for difference in position["differences"]:
+        beyond = any(difference[s]["beyond_window"]["value"] is not None for s in STREAMS)
+        place, where = ("beyond_window", "beyond the attention window") if beyond else elsewhere
         one, other = difference["arms"]
         of_ttt = "baseline" not in (one, other)
         if (one, other) not in _TITLES or (of_ttt and not position["ttt_wrote"]):
@@ -41,6 +44,8 @@ def sentences(position: Mapping[str, Any]) -> Iterator[str]:
             if estimate["value"] is not None:
                 by_sign[_sign(estimate)].append(f"{STREAM_TITLES[stream]} {signed(estimate)}")
         parts = "; ".join(f"{sign}: {', '.join(names)}" for sign, names in by_sign.items() if names)
+        if not parts:
+            continue
         yield f"{_TITLES[one, other]}: loss {where}, in nats: {parts}."
         # Any of the streams may raise it, so each is given a share of the 5 % of false warnings.
         signs = [_sign(estimate, num_tests=len(STREAMS)) for estimate in estimates.values()]

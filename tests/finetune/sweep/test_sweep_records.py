@@ -1,0 +1,168 @@
+"""What a sweep takes for finished: runs are left alone only where their results are those of the
+file. Their processes are replaced by ones that train nothing."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sweep_tools
+
+from finetune.config import load_config, save_config
+from finetune.sweep import plan
+from finetune.sweep.run import Children, run_sweep
+from finetune.sweep.table import collect
+
+# A fixture: pytest finds it by its name in this module.
+write = sweep_tools.write
+
+
+class Processes:
+    """Runs leave what the sweep looks at: settings, processes and a checkpoint.
+
+    A run that is told to fail ends before its first checkpoint, and leaves the folder as it was;
+    one that is killed then leaves aside what it was to replace, and the next start brings it back.
+    """
+
+    def __init__(self) -> None:
+        self.given: list[tuple[str, str]] = []
+        self.fails: set[str] = set()
+        self.is_killed: set[str] = set()
+
+    def run(self, _: Any, command: list[str], *others: Any) -> int:
+        base, *options = command[command.index("train") + 1 :]
+        overrides = dict(option.removeprefix("--").split("=", 1) for option in options)
+        args = load_config(base, overrides)
+        run_dir = Path(args.run_dir)
+        name, aside = run_dir.name, run_dir / ".replaced"
+        self.given.append((name, "overwrite" if args.overwrite_run_dir else "resume"))
+        if aside.is_dir():
+            (run_dir / "args.yaml").unlink()
+            shutil.copytree(aside, run_dir, dirs_exist_ok=True)
+            shutil.rmtree(aside)
+        if name in self.is_killed:
+            aside.mkdir()
+            for path in [path for path in run_dir.iterdir() if path != aside]:
+                path.rename(aside / path.name)
+            save_config(args, run_dir / "args.yaml")
+            return -9
+        if name in self.fails:
+            return 1
+        if (run_dir / "checkpoints").is_dir() and not args.overwrite_run_dir:
+            return 0  # all steps are done
+        shutil.rmtree(run_dir, ignore_errors=True)
+        last = run_dir / "checkpoints" / f"checkpoint_{args.max_steps:06d}"
+        last.mkdir(parents=True)
+        for folder in (run_dir, last):
+            save_config(args, folder / "args.yaml")
+        number = [int(w.partition("=")[2]) for w in command if w.startswith("--nproc-per-node")]
+        (run_dir / "summary.json").write_text(json.dumps({"processes": (number or [1])[0]}))
+        return 0
+
+    def taken(self) -> list[tuple[str, str]]:
+        """The runs that were started since this was asked last, and how."""
+        given, self.given = self.given, []
+        return given
+
+
+@pytest.fixture
+def processes(monkeypatch: pytest.MonkeyPatch) -> Processes:
+    for check in ("_check_model", "_check_data"):  # which take longer than all of these tests
+        monkeypatch.setattr(plan, check, lambda *_: [])
+    fake = Processes()
+    monkeypatch.setattr(Children, "run", lambda *arguments: fake.run(*arguments))
+    return fake
+
+
+def sweep(path: Path) -> int:
+    found = plan.load_sweep(path)
+    return run_sweep(found, list(found.runs))
+
+
+def statuses(path: Path) -> dict[str, str]:
+    return {row.run: row.status for row in collect(plan.load_sweep(path))}
+
+
+@pytest.mark.parametrize("way", ["fails", "is_killed"])
+def test_a_run_that_came_back_is_not_taken_for_the_one_that_was_to_replace_it(
+    write: Callable[..., Any], processes: Processes, way: str
+) -> None:
+    runs: dict[str, Any] = {"early": None, "late": {"after": "early"}}
+    assert sweep(write(runs)) == 0
+    assert processes.taken() == [("early", "resume"), ("late", "resume")]
+
+    runs["early"] = {"seed": 5}
+    getattr(processes, way).add("late")
+    path = write(runs)
+    for _ in range(2):
+        assert sweep(path) == 1
+        assert processes.taken()[-1] == ("late", "overwrite")
+        assert statuses(path) == {"early": "finished", "late": "outdated"}
+    getattr(processes, way).clear()
+    assert sweep(path) == 0
+    assert processes.taken() == [("late", "overwrite")]
+    assert sweep(path) == 0 and not processes.taken()
+    assert statuses(path) == {"early": "finished", "late": "finished"}
+
+
+def test_a_run_killed_in_the_place_of_another_leaves_that_ones_settings_unmixed(
+    write: Callable[..., Any], processes: Processes
+) -> None:
+    assert sweep(write({"one": None})) == 0
+    path = write({"one": {"seed": 5}})
+    processes.is_killed.add("one")
+    assert sweep(path) == 1
+    processes.is_killed.clear()
+    processes.taken()
+    assert sweep(path) == 0
+    assert processes.taken() == [("one", "overwrite")]
+    assert load_config(path.parent / "sweep/one/args.yaml").seed == 5
+
+
+def test_a_change_that_failed_and_was_taken_back_costs_no_second_run(
+    write: Callable[..., Any], processes: Processes
+) -> None:
+    before = write({"one": None})
+    assert sweep(before) == 0
+    processes.fails.add("one")
+    assert sweep(write({"one": {"seed": 5}})) == 1
+    processes.fails.clear()
+    processes.taken()
+    path = write({"one": None})
+    assert sweep(path) == 0 and processes.taken() == [("one", "resume")]
+    assert statuses(path) == {"one": "finished"}
+
+
+def test_another_number_of_processes_is_another_experiment(
+    write: Callable[..., Any], processes: Processes
+) -> None:
+    assert sweep(write({"one": None}, processes=1)) == 0
+    path = write({"one": None}, processes=2)
+    assert [row.message for row in collect(plan.load_sweep(path))] == [
+        "processes was 1 and is 2 now"
+    ]
+    assert sweep(path) == 0 and sweep(path) == 0
+    assert processes.taken() == [("one", "resume"), ("one", "overwrite")]
+
+
+def test_a_run_whose_folder_was_deleted_is_run_again(
+    write: Callable[..., Any], processes: Processes
+) -> None:
+    path = write({"early": None, "late": {"after": "early"}})
+    assert sweep(path) == 0
+    processes.taken()
+    shutil.rmtree(path.parent / "sweep/early")
+    assert statuses(path) == {"early": "new", "late": "finished"}
+    assert sweep(path) == 0
+    assert processes.taken() == [("early", "resume"), ("late", "overwrite")]
+
+
+def test_lists_reach_a_run_and_the_table_as_they_are_written_on_a_command_line(
+    write: Callable[..., Any], processes: Processes
+) -> None:
+    path = write({"one": {"profile_steps": [2, 3]}})
+    assert sweep(path) == 0
+    assert load_config(path.parent / "sweep/one/args.yaml").profile_steps == [2, 3]
+    assert [row.changes for row in collect(plan.load_sweep(path))] == ["profile_steps=2,3"]
