@@ -1,6 +1,7 @@
 """Two mono files of a dialogue, one a speaker: found by their names, and joined if wanted."""
 
 import json
+import math
 import os
 import re
 from dataclasses import dataclass
@@ -9,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from finetune.data import Sides, inspect_audio, read_transcript
+from finetune.data import OTHER_SPEAKER, MonoPair, Sides, inspect_audio
 from finetune.errors import UserError
 from finetune.kept import write_whole
+from finetune.recordings.annotate import SPEAKERS
 from finetune.recordings.work import RecordingError
 
 _MAX_WAV_BYTES = 2**32 - 2**16
@@ -151,15 +153,16 @@ def _carry_words(pair: Pair) -> None:
             if text.is_file():
                 target = pair.joined.with_name(f"{pair.joined.stem}.{channel}.txt")
                 write_whole(target, text.read_bytes())
-    transcripts = [path.with_suffix(".json") for path in (pair.left, pair.right)]
-    if not transcripts[0].is_file():
+    name = str(pair.left)
+    dialogue = MonoPair(pair.left, name, name, math.nan, user_path=pair.right)
+    if not dialogue.transcript_paths[0].is_file():
         return
-    words = [
-        (word.start_sec, [word.text, [word.start_sec, word.end_sec], speaker])
-        for path, speaker in zip(transcripts, ("SPEAKER_MAIN", "SPEAKER_USER"), strict=True)
-        if path.is_file()
-        for word in read_transcript(path)
+    # A transcript beside Moshi's file alone holds the words of both, and says who speaks.
+    words = sorted(dialogue.load_transcript().words, key=lambda word: word.start_sec)
+    called = {OTHER_SPEAKER: SPEAKERS[1]}
+    alignments = [
+        [word.text, [word.start_sec, word.end_sec], called.get(word.speaker, word.speaker)]
+        for word in words
     ]
-    alignments = [entry for _, entry in sorted(words, key=lambda item: item[0])]
     content = json.dumps({"alignments": alignments}, ensure_ascii=False)
     write_whole(pair.joined.with_suffix(".json"), content + "\n")

@@ -138,6 +138,23 @@ def test_two_mono_files_are_joined_sample_by_sample_with_their_texts(tmp_path: P
         assert text == (folder / f"{name}_left.txt").read_text()
 
 
+def test_a_transcript_of_both_beside_the_first_file_keeps_its_speakers_when_joined(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = mono_folder(tmp_path, ["train_000"])
+    words = ["data", "index", folder, "--pair", PAIR, "--join", "--overwrite"]
+    of_both = (DIALOGUES / "train_000.json").read_text()
+    (folder / "train_000_left.json").write_text(of_both)
+    assert call(*words) == 0
+    joined = folder / "stereo/train_000.json"
+    said = json.loads(joined.read_text())["alignments"]
+    assert said == sorted(json.loads(of_both)["alignments"], key=lambda entry: entry[1][0])
+
+    (folder / "train_000_right.json").write_text(of_both)
+    assert call(*words) == 1
+    assert "holds words of SPEAKER_MAIN and of others, but both" in capsys.readouterr().out
+
+
 def test_pairs_may_lie_in_folders_and_bring_transcripts(tmp_path: Path) -> None:
     samples = np.random.default_rng(0).normal(0, 0.1, (2, 24_000))
     for channel, side in enumerate(["moshi", "user"]):
