@@ -182,7 +182,7 @@ def test_a_pair_whose_joining_was_cut_off_is_joined_with_its_words(
     left, right = folder / "train_000_left.wav", folder / "train_000_right.wav"
     pair = pairs.Pair(left, right, folder / "stereo/train_000.wav", overwrite=False)
 
-    def dies(*_: Any) -> None:
+    def dies(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -243,3 +243,40 @@ def test_a_joined_file_is_kept_until_its_parts_change(
     assert "older than train_000_left.wav" in capsys.readouterr().out
     assert call(*words, "--overwrite") == 0
     assert not soundfile.read(joined)[0][:, 0].any()
+
+
+def test_a_joined_file_is_not_taken_for_one_of_other_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = mono_folder(tmp_path / "mono", ["train_000"])
+    joined = folder / "stereo/train_000.wav"
+    joined.parent.mkdir()
+    soundfile.write(joined, np.zeros((24_000, 2)), 24_000)
+    turned = "{id}_right.wav,{id}_left.wav"
+
+    def index(pair: str, *more: str) -> Any:
+        (folder / "data.jsonl").unlink(missing_ok=True)
+        return call("data", "index", folder, "--pair", pair, "--join", *more)
+
+    assert index(PAIR) == 1, "somebody else's file"
+    assert "was not joined from" in capsys.readouterr().out
+    assert index(turned, "--overwrite") == 0
+    assert index(PAIR) == 1, "the order was wrong, and is put right"
+    assert "train_000_left.wav and" in capsys.readouterr().out
+    assert index(PAIR, "--overwrite") == 0
+    folder = folder.rename(tmp_path / "moved")
+    assert index(PAIR) == 0
+
+
+def test_words_that_come_later_are_carried_to_a_joined_file(tmp_path: Path) -> None:
+    folder = mono_folder(tmp_path, ["train_000"])
+    source, carried = folder / "train_000_left.json", folder / "stereo/train_000.json"
+    words = ["data", "index", folder, "--pair", PAIR, "--join", "--out"]
+    assert call(*words, folder / "1.jsonl") == 0 and not carried.exists()
+    for number, word in enumerate(["hello", "hallo"], 2):
+        source.write_text(json.dumps({"alignments": [[word, [0.1, 0.4], "SPEAKER_MAIN"]]}))
+        assert call(*words, folder / f"{number}.jsonl") == 0
+        assert json.loads(carried.read_text())["alignments"][0][0] == word
+    carried.write_text("corrected by hand, and newer")
+    assert call(*words, folder / "4.jsonl") == 0
+    assert carried.read_text() == "corrected by hand, and newer"
