@@ -10,7 +10,7 @@ import torch
 from moshi.models import loaders
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from training_tools import LORA, checkpoint, random_batch, train
+from training_tools import LORA, PLAIN, checkpoint, random_batch, train
 
 from finetune.errors import UserError
 from finetune.inference import load_for_inference
@@ -92,6 +92,18 @@ def test_an_export_from_when_text_was_the_target_is_the_same_model(
     assert again.ttt_args == ours.ttt_args
     assert again.ttt_args.target == ("text" if method == "in_place" else "hidden")
     torch.testing.assert_close(text_logits(again), text_logits(ours))
+
+
+def test_an_export_of_a_control_run_sees_as_little_as_the_run(config: Path, tmp_path: Path) -> None:
+    """`ttt.attention_context` counts without TTT as well, and stock `moshi` does not know it."""
+    narrow = {"max_steps": 1, "ttt.attention_context": 4, "ttt.start_layer": 1, **PLAIN}
+    train(config, tmp_path / "run", narrow)
+    last, out = checkpoint(tmp_path / "run", 1), tmp_path / "model"
+    assert export_checkpoint(ExportOptions(last, out, device="cpu")).difference < 1e-6
+    ours, _ = load_for_inference(last, "cpu")
+    again, _ = load_for_inference(out, "cpu")
+    torch.testing.assert_close(text_logits(again), text_logits(ours))
+    assert "with 4 in some" in (out / "README.md").read_text()
 
 
 def test_adapters_alone(trained: Path, config: Path, tmp_path: Path) -> None:
