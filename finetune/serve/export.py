@@ -104,6 +104,11 @@ def export_checkpoint(options: ExportOptions) -> Exported:
 def _published_base(args: TrainArgs, info: loaders.CheckpointInfo) -> Path:
     """Return the file of the weights that a checkpoint's adapters are for."""
     if not args.moshi_paths.init_from:
+        if args.moshi_paths.random_init:
+            raise UserError(
+                "--form: these adapters are for random weights, which are in no file; use --form "
+                "merged."
+            )
         return info.moshi_weights
     base = base_weights(open_earlier_run(args.moshi_paths.init_from))
     if base.parent.name == "consolidated" and (base.parents[1] / "args.yaml").is_file():

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from moshi.models import loaders
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -120,6 +121,21 @@ def test_adapters_alone(trained: Path, config: Path, tmp_path: Path) -> None:
     theirs = stock(out, moshi_weights=base, lora_weights=out / "lora.safetensors")
     with without_ttt(ours):
         torch.testing.assert_close(text_logits(theirs), text_logits(ours), atol=1e-5, rtol=0)
+
+
+def test_adapters_on_random_weights_are_refused_before_a_folder_is_made(
+    trained: Path, tmp_path: Path
+) -> None:
+    last, out = tmp_path / "checkpoint_000002", tmp_path / "adapters"
+    shutil.copytree(trained, last)
+    args = yaml.safe_load((last / "args.yaml").read_text())
+    args["moshi_paths"]["random_init"] = True
+    args |= {"full_finetuning": False, "save_adapters": True}
+    args["lora"]["enable"] = True
+    (last / "args.yaml").write_text(yaml.safe_dump(args))
+    with pytest.raises(UserError, match="these adapters are for random weights"):
+        export_checkpoint(ExportOptions(last, out, form="adapters", device="cpu"))
+    assert not out.exists()
 
 
 def test_a_push_that_fails_leaves_the_export(
