@@ -1,6 +1,7 @@
 """`moshi-ttt data index`: from a folder to the JSONL that training reads."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import soundfile
 from recordings_tools import DIALOGUES, NAMES, call, lines_of, mono_folder, plain_folder
 
+from finetune.data import Reading, open_source
 from finetune.recordings import pairs
 
 PAIR = "{id}_left.wav,{id}_right.wav"
@@ -64,6 +66,25 @@ def test_hidden_files_are_passed_over_and_broken_ones_named(
     assert "passed over 1 hidden" in said
     assert "broken.wav cannot be read" in said
     assert "mono.wav is mono" in said and "--pair" in said
+
+
+def test_names_that_a_jsonl_cannot_hold_or_a_reader_would_misread(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = plain_folder(tmp_path / "talks", ["train_000"])
+    shutil.copy(DIALOGUES / "train_000.json", folder)
+    for name in ("~mine", "a:2", os.fsdecode(b"caf\xe9")):
+        for suffix in (".wav", ".json"):
+            shutil.copy(folder / f"train_000{suffix}", folder / f"{name}{suffix}")
+    assert call("data", "index", folder) == 0
+    assert {line["path"] for line in lines_of(folder / "data.jsonl")} == {
+        "train_000.wav",
+        str(folder / "~mine.wav"),
+        str(folder / "a:2.wav"),
+    }
+    assert "caf\\udce9.wav' is not called so in UTF-8" in capsys.readouterr().out
+    listed = open_source(folder / "data.jsonl", "data", Reading()).entries()
+    assert all(entry.recording and entry.recording.path.is_file() for entry in listed)
 
 
 def test_a_jsonl_elsewhere_has_whole_paths_and_training_reads_it(tmp_path: Path) -> None:
