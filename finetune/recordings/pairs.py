@@ -16,6 +16,7 @@ from finetune.data import OTHER_SPEAKER, MonoPair, Sides, inspect_audio
 from finetune.errors import UserError
 from finetune.kept import write_whole
 from finetune.recordings.annotate import SPEAKERS
+from finetune.recordings.files import all_files
 from finetune.recordings.work import RecordingError
 
 _MAX_WAV_BYTES = 2**32 - 2**16
@@ -77,11 +78,10 @@ def _by_id(folder: Path, side: str) -> dict[str, Path]:
     before, after = side.split(_ID)
     name = re.compile(re.escape(before) + r"(?P<id>.+)" + re.escape(after))
     found = {}
-    for place, folders, names in os.walk(folder):
-        folders[:] = [each for each in folders if not each.startswith(".")]
-        for path in (Path(place, each) for each in names if not each.startswith(".")):
-            if match := name.fullmatch(path.relative_to(folder).as_posix()):
-                found[match["id"]] = path
+    for path in all_files(folder):
+        match = name.fullmatch(path.relative_to(folder).as_posix())
+        if match and not path.name.startswith("."):
+            found[match["id"]] = path
     return found
 
 

@@ -146,6 +146,19 @@ def test_two_mono_files_are_listed_as_they_are(
     assert lines_of(out)[0]["user_path"] == str(folder / "eval_000_right.wav")
 
 
+@pytest.mark.parametrize("pair", [None, PAIR])
+def test_links_to_folders_are_followed_but_not_in_circles(tmp_path: Path, pair: str | None) -> None:
+    make = plain_folder if pair is None else mono_folder
+    make(tmp_path / "elsewhere", ["train_000"])
+    (tmp_path / "talks").mkdir()
+    (tmp_path / "talks/linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/circle").symlink_to(tmp_path / "talks")
+    options = [] if pair is None else ["--pair", pair]
+    assert call("data", "index", tmp_path / "talks", *options) == 0
+    (line,) = lines_of(tmp_path / "talks/data.jsonl")
+    assert line["path"].startswith("linked/train_000")
+
+
 def test_two_mono_files_are_joined_sample_by_sample_with_their_texts(tmp_path: Path) -> None:
     folder = mono_folder(tmp_path)
     assert call("data", "index", folder, "--pair", PAIR, "--join") == 0
