@@ -1,6 +1,7 @@
 """What others load: stock `moshi`, and `moshi-ttt` with the TTT beside it."""
 
 import json
+import shutil
 import types
 from pathlib import Path
 from typing import Any
