@@ -31,11 +31,12 @@ from finetune.data.text import (
     text_stream,
     tokenize_segment,
 )
-from finetune.data.transcripts import Word, read_transcript
+from finetune.data.transcripts import OTHER_SPEAKER, Word, read_transcript
 
 __all__ = [
     "FRAME_RATE_HZ",
     "INSPECTION_VERSION",
+    "OTHER_SPEAKER",
     "SOURCES",
     "AudioInfo",
     "AudioReader",

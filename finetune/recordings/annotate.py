@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -46,6 +47,11 @@ def annotate_data(options: AnnotateOptions) -> Iterator[str]:
             f"{options.data}: transcripts are written beside audio files; in this layout the words "
             "stand in the data themselves, see docs/data.md."
         )
+    main_channel = _main_channel(options, listing.main_channel)
+    # A transcript says who is on which side of the file, wherever the run takes Moshi from.
+    dialogues = [
+        replace(each, reading=replace(each.reading, main_channel="left")) for each in dialogues
+    ]
     missing = [
         each for each in dialogues if options.overwrite or not transcript_path(each.path).exists()
     ]
@@ -55,15 +61,15 @@ def annotate_data(options: AnnotateOptions) -> Iterator[str]:
             "already"
         )
     if options.engine == "align":
-        yield from _warn_of_older(set(dialogues) - set(missing), options.main_channel)
+        yield from _warn_of_older(set(dialogues) - set(missing), main_channel)
         Aligner.require()
-        align = partial(_align, main_channel=options.main_channel)
+        align = partial(_align, main_channel=main_channel)
         jobs = do_all(align, missing, title="aligning", workers=options.workers)
     else:
         transcribe = _whisper(options)
         # One process: the model is large, and uses all cores or the GPU.
         jobs = do_all(
-            lambda dialogue: _annotate(dialogue, transcribe, options.main_channel),
+            lambda dialogue: _annotate(dialogue, transcribe, main_channel),
             missing,
             title="recognizing",
             workers=1,
@@ -80,6 +86,16 @@ def annotate_data(options: AnnotateOptions) -> Iterator[str]:
             f"recordings that have no transcript; all others are done: {listed(sorted(problems))}"
         )
     yield f"next: moshi-ttt data check {options.data}"
+
+
+def _main_channel(options: AnnotateOptions, of_run: Channel | None) -> Channel:
+    """Return where Moshi is. Raises `UserError` if the option and the run differ."""
+    if options.main_channel and of_run and options.main_channel != of_run:
+        raise UserError(
+            f"--main_channel {options.main_channel}: {options.data} says data.main_channel: "
+            f"{of_run}. Leave the option out, or correct the file."
+        )
+    return options.main_channel or of_run or "left"
 
 
 def transcript_path(audio: Path) -> Path:
@@ -165,7 +181,6 @@ def read_channels(dialogue: Dialogue) -> np.ndarray:
     Raises:
         FileProblem: it cannot be read, or is not stereo.
     """
-    # As it is listed, without a configuration, the left channel is Moshi's.
     assert dialogue.reading.main_channel == "left"
     duration_sec = dialogue.sides.measure().duration_sec
     num_samples = math.ceil(duration_sec * SAMPLE_RATE_HZ) + 1

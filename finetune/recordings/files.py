@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,25 @@ def find_files(folder: Path, suffixes: Iterable[str]) -> tuple[list[Path], list[
     suffixes = {suffix.lower() for suffix in suffixes}
     found: list[Path] = []
     hidden: list[Path] = []
-    for place, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            path = Path(place, name)
-            if path.suffix.lower() in suffixes:
-                (hidden if name.startswith(".") else found).append(path)
+    for path in all_files(folder):
+        if path.suffix.lower() in suffixes:
+            (hidden if path.name.startswith(".") else found).append(path)
     return sorted(found), hidden
+
+
+def all_files(folder: Path) -> Iterator[Path]:
+    """Yield the files of a folder at any depth, also in folders that links lead to, but not in
+    hidden ones. A link to a folder that it lies in leads round for ever, and is not followed."""
+    for place, folders, names in os.walk(folder, followlinks=True):
+        above = [Path(place), *Path(place).parents]
+        around = {each.resolve() for each in above if each.is_relative_to(folder)}
+        folders[:] = sorted(
+            name
+            for name in folders
+            if not name.startswith(".")
+            and not (os.path.islink(Path(place, name)) and Path(place, name).resolve() in around)
+        )
+        yield from (Path(place, name) for name in sorted(names))
 
 
 def json_lines(values: Iterable[Any]) -> str:

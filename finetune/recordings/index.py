@@ -15,8 +15,9 @@ from finetune.recordings.files import (
     refuse_to_replace,
 )
 from finetune.recordings.options import IndexOptions
-from finetune.recordings.pairs import find_pairs, join
+from finetune.recordings.pairs import Pair, find_pairs, join
 from finetune.recordings.work import RecordingError, do_all
+from finetune.safety import is_recording_name, path_problem, shown
 
 Files = tuple[Path, ...]
 """A stereo file, or two mono files, Moshi's first."""
@@ -43,6 +44,7 @@ def index_folder(options: IndexOptions) -> Iterator[str]:
             raise UserError(f"{option} goes with {needs}. Add that, or leave {option} out.")
     refuse_to_replace(out, overwrite=options.overwrite)
     problems: list[str] = []
+    pairs: list[Pair] = []
     dialogues: Sequence[Files]
     if options.pair is None:
         paths, hidden = find_files(folder, AUDIO_SUFFIXES)
@@ -52,10 +54,14 @@ def index_folder(options: IndexOptions) -> Iterator[str]:
     else:
         pairs, problems = find_pairs(folder, options.pair, options.joined_dir, options.overwrite)
         dialogues = [(pair.left, pair.right) for pair in pairs]
-        if options.join:
-            done_all = list(do_all(join, pairs, title="joining"))
-            problems += [each.problem for each in done_all if each.problem is not None]
-            dialogues = [(each.job.joined,) for each in done_all if each.problem is None]
+    unnamed = {files: problem for files in dialogues if (problem := _name_problem(files))}
+    problems += unnamed.values()
+    dialogues = [files for files in dialogues if files not in unnamed]
+    if options.join:
+        pairs = [pair for pair in pairs if (pair.left, pair.right) not in unnamed]
+        done_all = list(do_all(join, pairs, title="joining"))
+        problems += [each.problem for each in done_all if each.problem is not None]
+        dialogues = [(each.job.joined,) for each in done_all if each.problem is None]
     durations_sec: dict[Files, float] = {}
     for done in do_all(_duration_sec, dialogues, title="measuring"):
         if done.result is not None:
@@ -76,6 +82,19 @@ def index_folder(options: IndexOptions) -> Iterator[str]:
         yield f"next: moshi-ttt data check {out}"
 
 
+def _name_problem(files: Files) -> str | None:
+    """Return why no JSONL can name a recording; None: one can."""
+    for path in files:
+        name = str(path.absolute())
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            return f"{shown(name)} is not called so in UTF-8, in which a JSONL is: rename it"
+        if (wrong := path_problem(name)) is not None:
+            return f"the path {wrong}"
+    return None
+
+
 def _duration_sec(files: Files) -> float:
     """Return the length of a dialogue. Raises `FileProblem` if it cannot be used."""
     if len(files) == 2:
@@ -93,9 +112,16 @@ def _lines(durations_sec: dict[Files, float], out: Path) -> Iterator[dict[str, o
     """Yield the lines of the JSONL, in the order of the names; paths start from its folder."""
     base = out.absolute().parent
     for files in sorted(durations_sec):
-        names = []
-        for path in (path.absolute() for path in files):
-            inside = path.is_relative_to(base)
-            names.append(path.relative_to(base).as_posix() if inside else str(path))
+        names = [_name(path.absolute(), base) for path in files]
         named = dict(zip(("path", "user_path"), names, strict=False))
         yield {**named, "duration": round(durations_sec[files], 6)}
+
+
+def _name(path: Path, base: Path) -> str:
+    """Return the name of a file from `base` on; the whole path if it is elsewhere, or if a reader
+    would take the short name for something else, such as `~a.wav` or `a:b.wav`."""
+    if path.is_relative_to(base):
+        name = path.relative_to(base).as_posix()
+        if is_recording_name(name) and path_problem(name) is None:
+            return name
+    return str(path)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from huggingface_hub import try_to_load_from_cache
 from moshi.models.loaders import TEXT_TOKENIZER_NAME
@@ -25,6 +25,8 @@ class Listing:
     """Of lines: where, and what is wrong."""
     tokenizer: Path | None = None
     """The run's sentencepiece model, if it is on this machine."""
+    main_channel: Literal["left", "right"] | None = None
+    """The run's `data.main_channel`; a JSONL alone does not say."""
     word_start: WordStart = "auto"
     """See `data.word_start`."""
 
@@ -50,6 +52,7 @@ def list_data(data: Path, overrides: Mapping[str, Any] | None = None) -> Listing
         _list(args.data.train_data, "data.train_data", train, listing.recordings, listing)
         if args.data.eval_data:
             _list(args.data.eval_data, "data.eval_data", evaluation, listing.evaluation, listing)
+        listing.main_channel = args.data.main_channel
         listing.word_start = args.data.word_start
         listing.tokenizer = local_tokenizer(args.moshi_paths)
     elif overrides:

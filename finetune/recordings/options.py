@@ -37,14 +37,15 @@ class IndexOptions:
 @dataclass(frozen=True)
 class AnnotateOptions:
     data: Annotated[FilePath, POSITIONAL]
-    """The JSONL of the recordings, as `moshi-ttt data index` writes it."""
+    """The JSONL of the recordings, as `moshi-ttt data index` writes it; or a run's YAML file, for
+    its training data."""
 
     engine: Literal["align", "whisper"] = "align"
     """`align`: find the times of words that are known, from English texts beside each recording.
     `whisper`: recognize the words too, with faster-whisper."""
 
-    main_channel: Literal["left", "right"] = "left"
-    """Where Moshi is, as in `data.main_channel`."""
+    main_channel: Literal["left", "right"] | None = None
+    """Where Moshi is; null: where `data.main_channel` of a run's YAML file says, else left."""
 
     overwrite: bool = False
     """Make transcripts again that are there already."""

@@ -1,17 +1,22 @@
 """Two mono files of a dialogue, one a speaker: found by their names, and joined if wanted."""
 
+import hashlib
 import json
+import math
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import soundfile
 
-from finetune.data import Sides, inspect_audio, read_transcript
+from finetune.data import OTHER_SPEAKER, MonoPair, Sides, inspect_audio
 from finetune.errors import UserError
 from finetune.kept import write_whole
+from finetune.recordings.annotate import SPEAKERS
+from finetune.recordings.files import all_files
 from finetune.recordings.work import RecordingError
 
 _MAX_WAV_BYTES = 2**32 - 2**16
@@ -73,19 +78,18 @@ def _by_id(folder: Path, side: str) -> dict[str, Path]:
     before, after = side.split(_ID)
     name = re.compile(re.escape(before) + r"(?P<id>.+)" + re.escape(after))
     found = {}
-    for place, folders, names in os.walk(folder):
-        folders[:] = [each for each in folders if not each.startswith(".")]
-        for path in (Path(place, each) for each in names if not each.startswith(".")):
-            if match := name.fullmatch(path.relative_to(folder).as_posix()):
-                found[match["id"]] = path
+    for path in all_files(folder):
+        match = name.fullmatch(path.relative_to(folder).as_posix())
+        if match and not path.name.startswith("."):
+            found[match["id"]] = path
     return found
 
 
 def join(pair: Pair) -> None:
     """Write the stereo file of a pair, and its texts or transcript if both files have one.
 
-    Samples are not changed: 16 bits stay 16 bits, everything else becomes 32-bit floats. A joined
-    file that is newer than its two files stays as it is.
+    Samples are not changed: 16 bits stay 16 bits, everything else becomes 32-bit floats. What
+    was joined from these two, as they are now, stays as it is, and gets words that are newer.
 
     Raises:
         FileProblem: a file cannot be read.
@@ -99,10 +103,11 @@ def join(pair: Pair) -> None:
             f"{pair.left} has {rates[0]} samples a second, but {pair.right} {rates[1]}: convert "
             f"one of them, as in `ffmpeg -i in.wav -ar {max(rates)} out.wav`, or leave out --join"
         )
-    if _is_made_already(pair):
+    is_made = _is_made_already(pair)
+    _carry_words(pair, again=not is_made)
+    if is_made:
         return
     samples = sides.read(0, info.num_samples, rates[0]).T.contiguous().numpy()
-    _carry_words(pair)
     _write_wav(pair, samples, rates[0])  # the last, as what says that all of it is made
 
 
@@ -115,7 +120,33 @@ def _is_made_already(pair: Pair) -> bool:
             f"{pair.joined} is there, but is older than {pair.left.name} or {pair.right.name}: "
             "--overwrite makes it again"
         )
+    if _comment_of(pair.joined) != _mark(pair):
+        raise RecordingError(
+            f"{pair.joined} is there, but was not joined from {pair.left} and {pair.right} in this "
+            "order and as they are now: --overwrite makes it again"
+        )
     return True
+
+
+def _mark(pair: Pair) -> str:
+    """Return the comment of a joined file: another one if its two files are others, change, or
+    change places. A folder that is moved keeps its marks."""
+    paths = [path.absolute() for path in (pair.left, pair.right)]
+    shared = os.path.commonpath(paths)
+    parts = [
+        (os.path.relpath(path, shared), status.st_size, int(status.st_mtime))
+        for path, status in ((path, path.stat()) for path in paths)
+    ]
+    # A digest, as a comment of some thousand characters is not read again.
+    return f"joined by moshi-ttt, {hashlib.sha256(ascii(parts).encode()).hexdigest()}"
+
+
+def _comment_of(path: Path) -> str | None:
+    try:
+        with soundfile.SoundFile(path) as file:
+            return str(file.comment)
+    except soundfile.SoundFileError:
+        return None
 
 
 def _write_wav(pair: Pair, samples: np.ndarray, rate_hz: int) -> None:
@@ -128,7 +159,9 @@ def _write_wav(pair: Pair, samples: np.ndarray, rate_hz: int) -> None:
     try:
         pair.joined.parent.mkdir(parents=True, exist_ok=True)
         subtype = "PCM_16" if is_short else "FLOAT"
-        soundfile.write(partial, samples, rate_hz, format="WAV", subtype=subtype)
+        with soundfile.SoundFile(partial, "w", rate_hz, 2, subtype, format="WAV") as file:
+            file.comment = _mark(pair)
+            file.write(samples)
         os.replace(partial, pair.joined)
     except (OSError, soundfile.SoundFileError) as error:
         raise UserError(f"{pair.joined} cannot be written: {error}") from error
@@ -143,23 +176,34 @@ def _is_16_bits(path: Path) -> bool:
         return False
 
 
-def _carry_words(pair: Pair) -> None:
-    """Put the texts or the transcripts of both files beside the joined one."""
+def _carry_words(pair: Pair, *, again: bool) -> None:
+    """Put the texts or the transcripts of both files beside the joined one: if they are not there,
+    if the files' own are newer, or `again`."""
+
+    def is_due(target: Path, sources: Iterable[Path]) -> bool:
+        if again or not target.exists():
+            return True
+        made_at = target.stat().st_mtime_ns
+        return any(source.stat().st_mtime_ns > made_at for source in sources)
+
     texts = [path.with_suffix(".txt") for path in (pair.left, pair.right)]
     if texts[0].is_file():
         for channel, text in zip(("left", "right"), texts, strict=True):
-            if text.is_file():
-                target = pair.joined.with_name(f"{pair.joined.stem}.{channel}.txt")
+            target = pair.joined.with_name(f"{pair.joined.stem}.{channel}.txt")
+            if text.is_file() and is_due(target, [text]):
                 write_whole(target, text.read_bytes())
-    transcripts = [path.with_suffix(".json") for path in (pair.left, pair.right)]
-    if not transcripts[0].is_file():
+    name = str(pair.left)
+    dialogue = MonoPair(pair.left, name, name, math.nan, user_path=pair.right)
+    transcripts = [path for path in dialogue.transcript_paths if path.is_file()]
+    target = pair.joined.with_suffix(".json")
+    if dialogue.transcript_paths[0] not in transcripts or not is_due(target, transcripts):
         return
-    words = [
-        (word.start_sec, [word.text, [word.start_sec, word.end_sec], speaker])
-        for path, speaker in zip(transcripts, ("SPEAKER_MAIN", "SPEAKER_USER"), strict=True)
-        if path.is_file()
-        for word in read_transcript(path)
+    # A transcript beside Moshi's file alone holds the words of both, and says who speaks.
+    words = sorted(dialogue.load_transcript().words, key=lambda word: word.start_sec)
+    called = {OTHER_SPEAKER: SPEAKERS[1]}
+    alignments = [
+        [word.text, [word.start_sec, word.end_sec], called.get(word.speaker, word.speaker)]
+        for word in words
     ]
-    alignments = [entry for _, entry in sorted(words, key=lambda item: item[0])]
     content = json.dumps({"alignments": alignments}, ensure_ascii=False)
-    write_whole(pair.joined.with_suffix(".json"), content + "\n")
+    write_whole(target, content + "\n")

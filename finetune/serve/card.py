@@ -16,7 +16,7 @@ _SETTINGS = (
 )  # fmt: skip
 
 
-def model_card(args: TrainArgs, options: ExportOptions, *, has_ttt: bool) -> str:
+def model_card(args: TrainArgs, options: ExportOptions) -> str:
     """The README.md of an export. No path of the machine that trained it is in it."""
     base = _base(args)
     is_kyutai = base is not None and base.startswith("kyutai/")
@@ -35,7 +35,7 @@ def model_card(args: TrainArgs, options: ExportOptions, *, has_ttt: bool) -> str
             "",
             "## How to run it",
             "",
-            *_how_to_run(options, base, has_ttt),
+            *_how_to_run(args, options, base),
             "",
             "## Training",
             "",
@@ -61,7 +61,7 @@ def _base(args: TrainArgs) -> str | None:
     return None if repo is None or args.moshi_paths.random_init or Path(repo).exists() else repo
 
 
-def _how_to_run(options: ExportOptions, base: str | None, has_ttt: bool) -> list[str]:
+def _how_to_run(args: TrainArgs, options: ExportOptions, base: str | None) -> list[str]:
     repo = options.push or "THIS_REPOSITORY"
     if options.form == "merged":
         lines = ["With stock [`moshi`](https://github.com/kyutai-labs/moshi):", ""]
@@ -74,11 +74,23 @@ def _how_to_run(options: ExportOptions, base: str | None, has_ttt: bool) -> list
             "--config-path config.json",
             "```",
         ]
-    if has_ttt:
+    differs = []
+    if args.ttt.enabled:
+        differs += [
+            "**Stock `moshi` cannot run test-time training.** It computes the fine-tuned model as "
+            "if its TTT layers were not there: `ttt.safetensors` is not read."
+        ]
+    if args.ttt.attention_context is not None:
+        differs += [
+            "**Stock `moshi` gives attention as many frames in all layers.** This model was "
+            f"trained with {args.ttt.attention_context} in some, which `ttt.safetensors` says."
+        ]
+    if differs:
         lines += [
             "",
-            "**Stock `moshi` cannot run test-time training.** It computes the fine-tuned model as "
-            "if its TTT layers were not there: `ttt.safetensors` is not read. With TTT:",
+            *differs,
+            "",
+            "As it was trained:",
             "",
             "```sh",
             "moshi-ttt serve --checkpoint FOLDER   # a local copy, of the merged form",

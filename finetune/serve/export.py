@@ -32,6 +32,8 @@ from ttt.layers.frozen import thaw_linears
 logger = logging.getLogger(__name__)
 
 _VERIFIED_FRAMES = 16
+_SHORT_CONTEXT_FRAMES = 256
+"""What attention of at most this many frames no longer sees is compared as well."""
 _MAX_DIFFERENCE = {torch.float32: 1e-4, torch.bfloat16: 0.03, torch.float16: 0.01}
 """Largest distance of all logits, relative to their norm. Merged weights are rounded once more."""
 
@@ -79,9 +81,11 @@ def export_checkpoint(options: ExportOptions) -> Exported:
     dtype = next(model.parameters()).dtype
     _write_weights(model, args, options, dtype)
     _write_rest(args, info, options, out)
-    card = model_card(args, options, has_ttt=bool(model.ttt_layers))
+    card = model_card(args, options)
     (out / "README.md").write_text(card, encoding="utf-8")
     codes = _some_codes(model)
+    for layer in model.transformer.layers:
+        layer.self_attn.context = model.context  # stock moshi has one for all
     with without_ttt(model):
         ours = _logits(model, codes)
     device = model.device
@@ -100,6 +104,11 @@ def export_checkpoint(options: ExportOptions) -> Exported:
 def _published_base(args: TrainArgs, info: loaders.CheckpointInfo) -> Path:
     """Return the file of the weights that a checkpoint's adapters are for."""
     if not args.moshi_paths.init_from:
+        if args.moshi_paths.random_init:
+            raise UserError(
+                "--form: these adapters are for random weights, which are in no file; use --form "
+                "merged."
+            )
         return info.moshi_weights
     base = base_weights(open_earlier_run(args.moshi_paths.init_from))
     if base.parent.name == "consolidated" and (base.parents[1] / "args.yaml").is_file():
@@ -123,7 +132,8 @@ def _write_weights(
         weights = {k: v.detach() for role in roles for k, v in by_role[role].items()}
         name = "lora.safetensors"
     save_file({k: v.cpu().contiguous() for k, v in weights.items()}, out / name)
-    if model.ttt_layers:
+    # Without layers of TTT, `attention_context` counts none the less.
+    if model.ttt_layers or model.ttt_args.attention_context is not None:
         own = {k: v.detach().cpu().contiguous() for k, v in ttt_parameters(model).items()}
         metadata = {"ttt_args": json.dumps(dataclasses.asdict(model.ttt_args))}
         save_file(own, out / "ttt.safetensors", metadata=metadata)
@@ -159,9 +169,11 @@ def _write_rest(
 
 def _some_codes(model: TTTLMModel) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    shape = 1, model.n_q, _VERIFIED_FRAMES
-    audio = torch.randint(0, model.card, shape, generator=generator)
-    text = torch.randint(0, model.text_card, (1, 1, _VERIFIED_FRAMES), generator=generator)
+    num_frames = _VERIFIED_FRAMES
+    if model.context is not None and model.context <= _SHORT_CONTEXT_FRAMES:
+        num_frames += model.context
+    audio = torch.randint(0, model.card, (1, model.n_q, num_frames), generator=generator)
+    text = torch.randint(0, model.text_card, (1, 1, num_frames), generator=generator)
     return torch.cat([text, audio], dim=1).to(model.device)
 
 

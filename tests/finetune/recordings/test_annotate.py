@@ -193,10 +193,21 @@ def test_one_text_of_both_says_who_speaks(tmp_path: Path) -> None:
     assert [(word, who) for word, _, who in found] == expected
 
 
-def test_moshi_may_be_on_the_right(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("by", ["option", "run"])
+def test_moshi_may_be_on_the_right(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], by: str
+) -> None:
     jsonl = listed(tmp_path, ["train_000", "train_001"])
     (tmp_path / "train_001.right.txt").unlink()
-    assert call("data", "annotate", jsonl, "--main_channel=right") == 1
+    words: list[Any] = [jsonl, "--main_channel=right"]
+    if by == "run":
+        run: dict[str, Any] = {"data": {"train_data": str(jsonl), "main_channel": "right"}}
+        run |= {"run_dir": str(tmp_path / "run"), "full_finetuning": True}
+        words = [tmp_path / "run.yaml"]
+        words[0].write_text(json.dumps(run))
+        assert call("data", "annotate", *words, "--main_channel=left") == 1
+        assert "run.yaml says data.main_channel: right" in capsys.readouterr().err
+    assert call("data", "annotate", *words, "--workers=1") == 1
     assert "none of Moshi: write train_001.right.txt" in capsys.readouterr().err
     found = transcript(tmp_path / "train_000.json")
     other: dict[str, Any] = {"SPEAKER_MAIN": "SPEAKER_USER", "SPEAKER_USER": "SPEAKER_MAIN"}

@@ -1,6 +1,7 @@
 """`moshi-ttt data index`: from a folder to the JSONL that training reads."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import soundfile
 from recordings_tools import DIALOGUES, NAMES, call, lines_of, mono_folder, plain_folder
 
+from finetune.data import Reading, open_source
 from finetune.recordings import pairs
 
 PAIR = "{id}_left.wav,{id}_right.wav"
@@ -64,6 +66,25 @@ def test_hidden_files_are_passed_over_and_broken_ones_named(
     assert "passed over 1 hidden" in said
     assert "broken.wav cannot be read" in said
     assert "mono.wav is mono" in said and "--pair" in said
+
+
+def test_names_that_a_jsonl_cannot_hold_or_a_reader_would_misread(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = plain_folder(tmp_path / "talks", ["train_000"])
+    shutil.copy(DIALOGUES / "train_000.json", folder)
+    for name in ("~mine", "a:2", os.fsdecode(b"caf\xe9")):
+        for suffix in (".wav", ".json"):
+            shutil.copy(folder / f"train_000{suffix}", folder / f"{name}{suffix}")
+    assert call("data", "index", folder) == 0
+    assert {line["path"] for line in lines_of(folder / "data.jsonl")} == {
+        "train_000.wav",
+        str(folder / "~mine.wav"),
+        str(folder / "a:2.wav"),
+    }
+    assert "caf\\udce9.wav' is not called so in UTF-8" in capsys.readouterr().out
+    listed = open_source(folder / "data.jsonl", "data", Reading()).entries()
+    assert all(entry.recording and entry.recording.path.is_file() for entry in listed)
 
 
 def test_a_jsonl_elsewhere_has_whole_paths_and_training_reads_it(tmp_path: Path) -> None:
@@ -125,6 +146,19 @@ def test_two_mono_files_are_listed_as_they_are(
     assert lines_of(out)[0]["user_path"] == str(folder / "eval_000_right.wav")
 
 
+@pytest.mark.parametrize("pair", [None, PAIR])
+def test_links_to_folders_are_followed_but_not_in_circles(tmp_path: Path, pair: str | None) -> None:
+    make = plain_folder if pair is None else mono_folder
+    make(tmp_path / "elsewhere", ["train_000"])
+    (tmp_path / "talks").mkdir()
+    (tmp_path / "talks/linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/circle").symlink_to(tmp_path / "talks")
+    options = [] if pair is None else ["--pair", pair]
+    assert call("data", "index", tmp_path / "talks", *options) == 0
+    (line,) = lines_of(tmp_path / "talks/data.jsonl")
+    assert line["path"].startswith("linked/train_000")
+
+
 def test_two_mono_files_are_joined_sample_by_sample_with_their_texts(tmp_path: Path) -> None:
     folder = mono_folder(tmp_path)
     assert call("data", "index", folder, "--pair", PAIR, "--join") == 0
@@ -136,6 +170,23 @@ def test_two_mono_files_are_joined_sample_by_sample_with_their_texts(tmp_path: P
         assert rate == true_rate and np.array_equal(joined, true)
         text = (folder / f"stereo/{name}.left.txt").read_text()
         assert text == (folder / f"{name}_left.txt").read_text()
+
+
+def test_a_transcript_of_both_beside_the_first_file_keeps_its_speakers_when_joined(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = mono_folder(tmp_path, ["train_000"])
+    words = ["data", "index", folder, "--pair", PAIR, "--join", "--overwrite"]
+    of_both = (DIALOGUES / "train_000.json").read_text()
+    (folder / "train_000_left.json").write_text(of_both)
+    assert call(*words) == 0
+    joined = folder / "stereo/train_000.json"
+    said = json.loads(joined.read_text())["alignments"]
+    assert said == sorted(json.loads(of_both)["alignments"], key=lambda entry: entry[1][0])
+
+    (folder / "train_000_right.json").write_text(of_both)
+    assert call(*words) == 1
+    assert "holds words of SPEAKER_MAIN and of others, but both" in capsys.readouterr().out
 
 
 def test_pairs_may_lie_in_folders_and_bring_transcripts(tmp_path: Path) -> None:
@@ -165,7 +216,7 @@ def test_a_pair_whose_joining_was_cut_off_is_joined_with_its_words(
     left, right = folder / "train_000_left.wav", folder / "train_000_right.wav"
     pair = pairs.Pair(left, right, folder / "stereo/train_000.wav", overwrite=False)
 
-    def dies(*_: Any) -> None:
+    def dies(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -226,3 +277,40 @@ def test_a_joined_file_is_kept_until_its_parts_change(
     assert "older than train_000_left.wav" in capsys.readouterr().out
     assert call(*words, "--overwrite") == 0
     assert not soundfile.read(joined)[0][:, 0].any()
+
+
+def test_a_joined_file_is_not_taken_for_one_of_other_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = mono_folder(tmp_path / "mono", ["train_000"])
+    joined = folder / "stereo/train_000.wav"
+    joined.parent.mkdir()
+    soundfile.write(joined, np.zeros((24_000, 2)), 24_000)
+    turned = "{id}_right.wav,{id}_left.wav"
+
+    def index(pair: str, *more: str) -> Any:
+        (folder / "data.jsonl").unlink(missing_ok=True)
+        return call("data", "index", folder, "--pair", pair, "--join", *more)
+
+    assert index(PAIR) == 1, "somebody else's file"
+    assert "was not joined from" in capsys.readouterr().out
+    assert index(turned, "--overwrite") == 0
+    assert index(PAIR) == 1, "the order was wrong, and is put right"
+    assert "train_000_left.wav and" in capsys.readouterr().out
+    assert index(PAIR, "--overwrite") == 0
+    folder = folder.rename(tmp_path / "moved")
+    assert index(PAIR) == 0
+
+
+def test_words_that_come_later_are_carried_to_a_joined_file(tmp_path: Path) -> None:
+    folder = mono_folder(tmp_path, ["train_000"])
+    source, carried = folder / "train_000_left.json", folder / "stereo/train_000.json"
+    words = ["data", "index", folder, "--pair", PAIR, "--join", "--out"]
+    assert call(*words, folder / "1.jsonl") == 0 and not carried.exists()
+    for number, word in enumerate(["hello", "hallo"], 2):
+        source.write_text(json.dumps({"alignments": [[word, [0.1, 0.4], "SPEAKER_MAIN"]]}))
+        assert call(*words, folder / f"{number}.jsonl") == 0
+        assert json.loads(carried.read_text())["alignments"][0][0] == word
+    carried.write_text("corrected by hand, and newer")
+    assert call(*words, folder / "4.jsonl") == 0
+    assert carried.read_text() == "corrected by hand, and newer"

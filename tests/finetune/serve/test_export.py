@@ -1,16 +1,18 @@
 """What others load: stock `moshi`, and `moshi-ttt` with the TTT beside it."""
 
 import json
+import shutil
 import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from moshi.models import loaders
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from training_tools import LORA, checkpoint, random_batch, train
+from training_tools import LORA, PLAIN, checkpoint, random_batch, train
 
 from finetune.errors import UserError
 from finetune.inference import load_for_inference
@@ -94,6 +96,18 @@ def test_an_export_from_when_text_was_the_target_is_the_same_model(
     torch.testing.assert_close(text_logits(again), text_logits(ours))
 
 
+def test_an_export_of_a_control_run_sees_as_little_as_the_run(config: Path, tmp_path: Path) -> None:
+    """`ttt.attention_context` counts without TTT as well, and stock `moshi` does not know it."""
+    narrow = {"max_steps": 1, "ttt.attention_context": 4, "ttt.start_layer": 1, **PLAIN}
+    train(config, tmp_path / "run", narrow)
+    last, out = checkpoint(tmp_path / "run", 1), tmp_path / "model"
+    assert export_checkpoint(ExportOptions(last, out, device="cpu")).difference < 1e-6
+    ours, _ = load_for_inference(last, "cpu")
+    again, _ = load_for_inference(out, "cpu")
+    torch.testing.assert_close(text_logits(again), text_logits(ours))
+    assert "with 4 in some" in (out / "README.md").read_text()
+
+
 def test_adapters_alone(trained: Path, config: Path, tmp_path: Path) -> None:
     out = tmp_path / "adapters"
     options = ExportOptions(trained, out, form="adapters", device="cpu")
@@ -108,6 +122,21 @@ def test_adapters_alone(trained: Path, config: Path, tmp_path: Path) -> None:
     theirs = stock(out, moshi_weights=base, lora_weights=out / "lora.safetensors")
     with without_ttt(ours):
         torch.testing.assert_close(text_logits(theirs), text_logits(ours), atol=1e-5, rtol=0)
+
+
+def test_adapters_on_random_weights_are_refused_before_a_folder_is_made(
+    trained: Path, tmp_path: Path
+) -> None:
+    last, out = tmp_path / "checkpoint_000002", tmp_path / "adapters"
+    shutil.copytree(trained, last)
+    args = yaml.safe_load((last / "args.yaml").read_text())
+    args["moshi_paths"]["random_init"] = True
+    args |= {"full_finetuning": False, "save_adapters": True}
+    args["lora"]["enable"] = True
+    (last / "args.yaml").write_text(yaml.safe_dump(args))
+    with pytest.raises(UserError, match="these adapters are for random weights"):
+        export_checkpoint(ExportOptions(last, out, form="adapters", device="cpu"))
+    assert not out.exists()
 
 
 def test_a_push_that_fails_leaves_the_export(
