@@ -7,7 +7,7 @@ import torch
 from moshi.models.lm_utils import _delay_sequence
 from torch import Tensor
 
-from finetune.evaluation.streaming import check_attention_window
+from finetune.inference import check_attention_window
 from finetune.serve import Engine
 from ttt import TTTLMModel, block_streaming
 
