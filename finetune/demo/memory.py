@@ -257,8 +257,8 @@ def _asked(dialogue: Dialogue, words: dict[Arm, list[TimedWord]]) -> Iterator[As
             told[fact.fact] = fact.last_sec, replies
     questions = [exchange for exchange in exchanges if exchange.kind == "question"]
     # An answer ends where that to the next question begins.
-    starts_sec = [question.asked_sec for question in questions[1:]] + [float("inf")]
-    for question, next_sec in zip(questions, starts_sec, strict=True):
+    next_secs = [*(question.asked_sec for question in questions[1:]), float("inf")]
+    for question, next_sec in zip(questions, next_secs, strict=False):
         assert question.fact is not None
         last_sec, replies = told[question.fact]
         window = question.asked_sec + after, min(question.asked_sec + before, next_sec + after)
