@@ -82,8 +82,8 @@ def _checked(options: GenerateOptions, jobs: list[Job]) -> list[Job]:
                 )
             if place in transcripts:
                 raise UserError(
-                    f"{path}, where the words of an answer would go, is the transcript of a "
-                    "recording; choose another name."
+                    f"{path}, where the words of an answer would go, is the place of a "
+                    "recording's transcript; choose another name."
                 )
             if place in answered:
                 raise UserError(

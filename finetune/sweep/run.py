@@ -91,7 +91,7 @@ def changes_since(sweep: Sweep, run: PlannedRun) -> list[str]:
     """Why what lies in the run's folder is another experiment than the file describes now."""
     record = read_record(run)
     if _lies_aside(run, record):
-        return ["it was killed before its first checkpoint"]
+        return ["it has not come to its first checkpoint, or was killed before it"]
     config = run.run_dir / "args.yaml"
     if not config.is_file():
         return []

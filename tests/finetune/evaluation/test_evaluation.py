@@ -253,6 +253,22 @@ def test_dialogues_of_one_file_are_recordings_of_their_own(
     assert frames == dict(zip(names, (20, 21), strict=True))
 
 
+def test_a_file_of_one_dialogue_is_found_in_results_that_call_it_by_the_file(
+    trained: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """So earlier versions called it: a baseline holds it, and its health need not be new."""
+    np.savez(tmp_path / "one.npz", a=np.random.default_rng(0).integers(4, 30, (17, 20)))
+    chosen: dict[str, Any] = {"data": str(tmp_path / "one.npz"), "arms": ("on",)}
+    evaluate_checkpoint(options(trained, tmp_path / "out", tasks=("position", "health"), **chosen))
+    header = json.loads((tmp_path / "out/health.jsonl").read_text().splitlines()[0])
+    assert {*header["fingerprint"]["prompts"]} == {f"{tmp_path}/one.npz"}
+    results = tmp_path / "out/position.jsonl"
+    results.write_text(results.read_text().replace("one.npz/a", "one.npz"))
+    recordings, _ = check_recordings(chosen["data"], key="data")
+    record = {"recording": recordings[0].location, "num_frames": 20}
+    assert len(Baseline(tmp_path / "out", {}, recordings).comparable([record])) == 1
+
+
 def test_what_cannot_be_read_is_listed_and_counted(
     trained: tuple[Path, Path], tmp_path: Path
 ) -> None:

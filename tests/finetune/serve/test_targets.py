@@ -42,11 +42,11 @@ def test_answers_never_replace_what_belongs_to_a_recording(tmp_path: Path) -> No
     (tmp_path / "a.json").touch()
     single = {"audio": tmp_path / "a.flac"}
     for out in ("a.wav", "link.wav"):
-        with pytest.raises(UserError, match="is the transcript of a recording"):
+        with pytest.raises(UserError, match="would go, is the place of a recording"):
             jobs(**single, out=tmp_path / out)
     # There, no words are written.
     assert jobs(**single, out=tmp_path / "a.wav", prompt_sec=1.0)
-    with pytest.raises(UserError, match="is the transcript of a recording"):
+    with pytest.raises(UserError, match="would go, is the place of a recording"):
         jobs(input_dir=tmp_path / "tree", input_name="input.flac", output_name="input.wav")
     for session in ("b.wav", "b.json", "a.flac", "a.json"):
         with pytest.raises(UserError, match=r"--session: .* is a recording, an answer or"):

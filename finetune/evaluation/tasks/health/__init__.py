@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
@@ -77,12 +78,15 @@ class Health(Task):
         num_frames = prompt_frames + max(1, count_frames(wanted.health_sec))
         codes, num_frames = choose_prompts(bench, wanted, prompt_frames, num_frames)
         prompts = [list(codes)[index % len(codes)] for index in range(wanted.num_continuations)]
+        # By their files, where each holds one: so they are called in earlier results.
+        by_file = Counter(str(recording.path) for recording in bench.recordings)
+        names = [str(r.path) if by_file[str(r.path)] == 1 else r.location for r in prompts]
         settings = {
             **dataclasses.asdict(wanted),
             "seed": seed,
             "num_frames": num_frames,
             "batch_size": batch_size,
-            "prompts": [recording.location for recording in prompts],
+            "prompts": names,
         }
         records = bench.records(self.name, settings)
         for start in range(0, len(prompts), batch_size):

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,11 @@ class Baseline:
                     f"is {value}: they cannot be compared."
                 )
         wanted = "on" if any(record["arm"] == "on" for record in records) else "off"
-        own = {os.path.realpath(recording.location): recording for recording in recordings}
+        # By its file as well, where that holds no other: so it is called in earlier evaluations.
+        by_file = Counter(os.path.realpath(recording.path) for recording in recordings)
+        files = {os.path.realpath(recording.path): recording for recording in recordings}
+        own = {name: recording for name, recording in files.items() if by_file[name] == 1}
+        own |= {os.path.realpath(recording.location): recording for recording in recordings}
         # The last record of a recording is that of its file's last version.
         found = {
             name: record | {"arm": "baseline", "recording": own[name].location}
