@@ -8,7 +8,7 @@ export OMP_WAIT_POLICY = PASSIVE
 
 .PHONY: install demo test check docs clean
 
-# Memory that is free stays with the process: to ask for it anew at every step takes a third of the time.
+# Memory that is free stays with the process: asked for anew at every step it took a quarter of the time.
 demo: export MALLOC_TRIM_THRESHOLD_ = 4000000000
 demo: export MALLOC_MMAP_THRESHOLD_ = 4000000000
 demo: $(INSTALLED)
