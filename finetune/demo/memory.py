@@ -256,10 +256,10 @@ def _asked(dialogue: Dialogue, words: dict[Arm, list[TimedWord]]) -> Iterator[As
             replies = {arm: _reply(fact.fact, words[arm], window) for arm in ARMS}
             told[fact.fact] = fact.last_sec, replies
     questions = [exchange for exchange in exchanges if exchange.kind == "question"]
-    # An answer ends where that to the next question begins.
-    next_secs = [*(question.asked_sec for question in questions[1:]), float("inf")]
-    for question, next_sec in zip(questions, next_secs, strict=False):
-        assert question.fact is not None
+    for question, following in pairwise([*questions, None]):
+        assert question is not None and question.fact is not None
+        # An answer ends where that to the next question begins.
+        next_sec = float("inf") if following is None else following.asked_sec
         last_sec, replies = told[question.fact]
         window = question.asked_sec + after, min(question.asked_sec + before, next_sec + after)
         said = {
