@@ -30,7 +30,7 @@ from finetune.spoken.dialogues import Dialogue, Exchange
 from ttt import TTTLMModel, without_ttt
 
 ROOT = Path(__file__).parents[3]
-ARGS = DialogueArgs(num_frames=360, num_facts=2)
+ARGS = DialogueArgs()
 FACTS = {
     fact.sentence: fact
     for kind in KINDS
@@ -47,8 +47,8 @@ def loaded() -> tuple[TTTLMModel, Codec]:
 
 @pytest.fixture(scope="module")
 def memory(loaded: tuple[TTTLMModel, Codec]) -> Memory:
-    """Two short dialogues."""
-    return remember(*loaded, num_dialogues=2, args=ARGS)
+    """The first dialogue of the demonstration, of the length that the model was trained on."""
+    return remember(*loaded, num_dialogues=1, args=ARGS)
 
 
 def printed(table: Table) -> str:
@@ -69,15 +69,14 @@ def test_what_moshi_was_told_it_knows_with_ttt_alone(memory: Memory) -> None:
     assert len(asked) == 4
     # The value is said a second after the question begins, and not before.
     assert all(a.asked_sec + 1.0 - a.told_sec > memory.reach_sec for a in asked)
-    assert memory.count("on", "repeated")[1] >= 1
-    assert memory.count("on")[0] >= 2 and memory.count("off")[0] == 0
+    right, total = memory.count("on", "repeated")
+    assert total >= 1 and right == total
+    assert memory.count("on")[0] >= 3 and memory.count("off")[0] < memory.count("on")[0]
 
 
 @pytest.mark.slow
-def test_in_talks_of_the_trained_length_it_knows_nearly_all(
-    loaded: tuple[TTTLMModel, Codec],
-) -> None:
-    """Of the demonstration's 109 questions it answers 92 % rightly, and 6 % without TTT."""
+def test_in_several_talks_it_knows_nearly_all(loaded: tuple[TTTLMModel, Codec]) -> None:
+    """Of the demonstration's 109 questions it answers 94 % rightly, and 6 % without TTT."""
     memory = remember(*loaded, num_dialogues=4)
     right, total = memory.count("on")
     assert total >= 15 and right >= 0.8 * total and memory.count("off")[0] <= 0.25 * total
@@ -115,7 +114,7 @@ def test_both_transcripts_and_the_answers_fit_a_terminal(memory: Memory) -> None
         assert max(len(line.rstrip()) for line in text.splitlines()) <= WIDTH
         assert "with TTT" in text and "without TTT" in text
     lines = printed(transcripts(memory))
-    assert (lines.count(" tells "), lines.count(" asks ")) == (2, len(memory.asked[0]))
+    assert (lines.count(" tells "), lines.count(" asks ")) == (6, len(memory.asked[0]))
     verdicts = printed(answers(memory))
     for arm in ARMS:
         for asked in memory.asked[0]:
