@@ -19,7 +19,7 @@ class Arm:
     """Attention sees the whole training sequence instead of a window."""
     is_finetuned: bool = False
     """A model without TTT is trained on the streams' text first; then TTT is added (or, without
-    `ttt`, is not: the control), and it is trained as long again, with learning rates a tenth of the
+    `ttt`, is not: the control), and it is trained on, with learning rates a tenth of the
     others' for all but the TTT parameters."""
     ttt_lr_factor: float = 1.0
     """Of the preset's learning rate of TTT parameters."""

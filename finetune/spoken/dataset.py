@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 NUM_CODEBOOKS = 8
 CODEC_FOLDER = Path("example/demo/model")
 _DIALOGUES_AT_ONCE = 32
-DATA_VERSION = 2
+DATA_VERSION = 3
 """Raise it when the same arguments give other data."""
 
 
@@ -58,7 +58,7 @@ class DatasetArgs:
     num_train: int = 40_000
     """Recombined out of them."""
     num_long: int = 4000
-    """Likewise, `long_times` as long."""
+    """Likewise, `long_times` as long, and with filler between the questions as well."""
     long_times: int = 4
     num_eval: int = 320
     lengths: dict[int, int] = field(default_factory=lambda: {4: 64, 16: 32, 32: 16, 64: 16})
@@ -132,7 +132,13 @@ def build_dataset(
         for name, (num, times) in parts.items():
             more = args.dialogues.num_frames * (times - 1)
             made = recombine(
-                pool, args.dialogues, num, seed=times, filler_frames=more, workers=workers
+                pool,
+                args.dialogues,
+                num,
+                seed=times,
+                filler_frames=more,
+                spread=name == "long",
+                workers=workers,
             )
             _save(made, folder / f"{name}.safetensors")
         logger.info("dialogues for %s recombined, %.0f s", split, _since(started_at))

@@ -120,8 +120,10 @@ class _Composer:
         self.parts = [Segment(rng.randrange(len(pool.text)), 0, _LEAD_FRAMES)]
         self.now = _LEAD_FRAMES
 
-    def compose(self, num_frames: int, filler_frames: int) -> list[Answer]:
+    def compose(self, num_frames: int, filler_frames: int, *, spread: bool) -> list[Answer]:
         args, rng = self.args, self.rng
+        # Of the additional filler, how much has been said before each of the first questions.
+        due = self._cuts(filler_frames, args.num_facts) if spread else [filler_frames]
         needed = _QUESTION_FRAMES * args.num_facts
         told: list[_Told] = []
         for name in rng.sample(NAMES, args.num_facts):
@@ -129,10 +131,12 @@ class _Composer:
             room = num_frames - filler_frames - self.now - needed - _FILLER_FRAMES
             if rng.random() < _FILLER_AFTER_FACT and room > args.reach_frames:
                 self._fill()
-        self._fill_until(self.now + filler_frames)
-        answers = []
-        for order in rng.sample(range(len(told)), len(told)):
-            room = num_frames - self.now - needed
+        start, answers = self.now, []
+        for place, order in enumerate(rng.sample(range(len(told)), len(told))):
+            if place < len(due):
+                self._fill_until(start + due[place] + _QUESTION_FRAMES * place)
+                later = filler_frames - due[place]
+            room = num_frames - later - self.now - needed
             if rng.random() < _FILLER_BEFORE_QUESTION and room > _FILLER_FRAMES:
                 self._fill()
             far = args.reach_frames + args.margin_frames - _UNTIL_VALUE_FRAMES
@@ -143,6 +147,10 @@ class _Composer:
             needed -= _QUESTION_FRAMES
         self._fill_until(num_frames)
         return [answer for answer in answers if answer.frame < num_frames]
+
+    def _cuts(self, frames: int, count: int) -> list[int]:
+        """Divide frames into `count` parts at random; returns where they end."""
+        return [*sorted(self.rng.randint(0, frames) for _ in range(count - 1)), frames]
 
     def _put(self, segments: Sequence[Segment]) -> tuple[int, Segment]:
         """Continue with one of them; returns where it begins, and which it is."""
@@ -197,12 +205,13 @@ def recombine(
     *,
     seed: int,
     filler_frames: int = 0,
+    spread: bool = False,
     workers: int = 1,
 ) -> EncodedDialogues:
     """Return `count` new dialogues of `args.num_frames + filler_frames` frames, with so much more
-    filler between facts and questions."""
+    filler between facts and questions, or with `spread` between the questions as well."""
     jobs = [
-        (args, seed, first, min(first + _DIALOGUES_AT_ONCE, count), filler_frames)
+        (args, seed, first, min(first + _DIALOGUES_AT_ONCE, count), filler_frames, spread)
         for first in range(0, count, _DIALOGUES_AT_ONCE)
     ]
     global _pool
@@ -222,15 +231,15 @@ _pool: Pool
 """What the processes of `recombine` share."""
 
 
-def _recombine(job: tuple[DialogueArgs, int, int, int, int]) -> tuple[np.ndarray, ...]:
-    args, seed, first, end, filler_frames = job
+def _recombine(job: tuple[DialogueArgs, int, int, int, int, bool]) -> tuple[np.ndarray, ...]:
+    args, seed, first, end, filler_frames, spread = job
     num_frames = args.num_frames + filler_frames
     text = np.empty((end - first, num_frames), np.int16)
     codes = np.empty((end - first, _pool.codes.shape[1], num_frames), np.uint8)
     answers = np.full((end - first, args.num_facts, len(NO_ANSWER)), -1, np.int32)
     for row in range(end - first):
         composer = _Composer(_pool, args, random.Random(f"recombine {seed} {first + row}"))
-        found = composer.compose(num_frames, filler_frames)
+        found = composer.compose(num_frames, filler_frames, spread=spread)
         parts = composer.parts
         text[row] = np.concatenate([_pool.text[d, a:b] for d, a, b, _ in parts])[:num_frames]
         codes[row] = np.concatenate([_pool.codes[d, :, a:b] for d, a, b, _ in parts], 1)[

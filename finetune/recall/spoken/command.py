@@ -52,7 +52,8 @@ def _chosen(options: RecallOptions) -> SpokenPreset:
         }
         chosen = dataclasses.replace(chosen, data=dataclasses.replace(chosen.data, lengths=lengths))
     if options.steps is not None:
-        chosen = dataclasses.replace(chosen, num_steps=options.steps)
+        steps = options.steps
+        chosen = dataclasses.replace(chosen, num_steps=steps, finetune_steps=steps)
     problems = chosen.data.dialogues.problems()
     if problems:
         raise UserError("these dialogues cannot be made: " + "; ".join(problems) + ".")

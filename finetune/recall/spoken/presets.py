@@ -48,8 +48,10 @@ class SpokenPreset:
 
     Args:
         ttt: options of `TTTArgs` that all arms with TTT share.
-        long_share: of the steps, the last ones, whose talks are `data.long_times` as long, and so
-            many times fewer in a batch. What is told has to outlast more of what is said after it.
+        finetune_steps: of the arms that start from the trained model without TTT.
+        long_share: of the steps, every other one of the last, whose talks are `data.long_times` as
+            long, and so many times fewer in a batch. What is told has to outlast more of what is
+            said after it. After long talks alone, a model no longer answers in others.
         answer_weight: of the mean loss of the values that answer questions, beside the text's.
         repeat_weight: of the mean loss of the values that Moshi repeats as they are told: what it
             repeats wrongly when it speaks on its own, it believes itself.
@@ -69,13 +71,14 @@ class SpokenPreset:
     chunk_size: int
     mini_batch_size: int
     num_steps: int
+    finetune_steps: int
     batch_size: int
     audio_rows: int
     num_free: int
     lr: float = 1e-3
     ttt_lr: float = 2e-3
     pct_start: float = 0.05
-    long_share: float = 0.05
+    long_share: float = 0.15
     answer_weight: float = 1.0
     repeat_weight: float = 1.0
     acknowledgment_weight: float = 1.0
@@ -104,15 +107,13 @@ class SpokenPreset:
         return self.data.dialogues.num_frames if full else self.model.context
 
     def stages(self, name: str, dataset: Dataset) -> list[Stage]:
-        """Return what the arm `name` trains on, one after the other. Full attention, which sees a
-        window of the shorter talks, has them alone."""
+        """Return what the arm `name` trains on, in the order of `schedule`. Full attention, which
+        sees a window of the shorter talks, has them alone."""
         times = self.data.long_times
-        num_long = 0 if ARMS[name].is_full_attention else round(self.long_share * self.num_steps)
-        found = [
-            Stage(
-                dataset.load("train"), self.num_steps - num_long, self.batch_size, self.audio_rows
-            )
-        ]
+        num_steps = self.finetune_steps if ARMS[name].is_finetuned else self.num_steps
+        num_long = 0 if ARMS[name].is_full_attention else round(self.long_share * num_steps)
+        short = dataset.load("train")
+        found = [Stage(short, num_steps - num_long, self.batch_size, self.audio_rows)]
         if num_long:
             batch_size, audio_rows = self.batch_size // times, self.audio_rows // times
             found.append(
@@ -140,10 +141,11 @@ def preset(name: Literal["cpu", "gpu"]) -> SpokenPreset:
             ttt={"start_layer": 1, "layer_frequency": 2},
             chunk_size=32,
             mini_batch_size=16,
-            num_steps=1500,
+            num_steps=2400,
+            finetune_steps=1200,
             batch_size=32,
             audio_rows=8,
-            num_free=64,
+            num_free=96,
             dtype="bfloat16",
         )  # fmt: skip
     model = ModelArgs(width=128, num_layers=4, num_heads=4, context=16, depformer_width=32)
@@ -163,6 +165,7 @@ def preset(name: Literal["cpu", "gpu"]) -> SpokenPreset:
         chunk_size=16,
         mini_batch_size=16,
         num_steps=600,
+        finetune_steps=600,
         batch_size=8,
         audio_rows=2,
         num_free=8,

@@ -8,6 +8,7 @@ from typing import Any
 
 from finetune.data import FRAME_RATE_HZ
 from finetune.errors import UserError
+from finetune.recall.arms import ARMS
 from finetune.recall.report import accuracies, interval
 from finetune.recall.spoken.presets import SpokenPreset
 from finetune.report import (
@@ -38,6 +39,7 @@ def lines(preset: SpokenPreset, results: Sequence[Result]) -> list[str]:
     dialogues = data.dialogues
     sizes = sorted({result["parameters"] for result in results})
     seeds = ", ".join(str(seed) for seed in sorted({result["seed"] for result in results}))
+    tuned = any(ARMS[result["arm"]].is_finetuned for result in results)
     found = [
         f"Recall of spoken facts: a user tells {dialogues.num_facts} facts "
         f"({', '.join(data.bank.kinds)}), and asks for each once, in random order, in talks of "
@@ -46,8 +48,9 @@ def lines(preset: SpokenPreset, results: Sequence[Result]) -> list[str]:
         f"as far as {model.num_layers} windows of {model.context} frames reach. Chance is "
         f"{_chance(preset):.3f}; always the oldest fact not yet asked for is right "
         f"{results[0]['queue']:.2f} of the time. {sizes[0] / 1e6:.3g} to {sizes[-1] / 1e6:.3g} "
-        f"million parameters, {preset.num_steps} steps of {preset.batch_size} talks. Seeds "
-        f"{seeds}.",
+        f"million parameters, {preset.num_steps} steps of {preset.batch_size} talks"
+        + (f", and {preset.finetune_steps} more of the fine-tuned" if tuned else "")
+        + f". Seeds {seeds}.",
         "",
         'The value\'s token is the likeliest of all, by teacher forcing. "Moshi": it had repeated '
         'the fact; "user": only the user\'s audio had it.',

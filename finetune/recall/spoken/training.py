@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
@@ -118,10 +117,11 @@ def train(
         UserError: the loss is not finite.
     """
     model.train()
+    num_steps = sum(stage.num_steps for stage in stages)
     optimizer = Optimizer(
         trainable_by_role(model),
         OptimArgs(lr=lr, ttt_lr=ttt_lr, pct_start=preset.pct_start),
-        max_steps=preset.num_steps,
+        max_steps=num_steps,
     )
     world = World(0, 1, model.device)
     weights = text_weights(preset, text, model.device)
@@ -131,13 +131,13 @@ def train(
         losses = compute_losses(model, codes, answers, preset, weights, rows=stage.audio_rows)
         losses.total.backward()
         optimizer.step(max_norm=1.0, world=world, is_loss_finite=True)
-        if step % LOG_STEPS == 0 or step in (1, preset.num_steps):
+        if step % LOG_STEPS == 0 or step in (1, num_steps):
             curve.append({"step": step, **_record(losses, answers)})
             logger.info(
                 "%s: step %d/%d  %s",
                 label,
                 step,
-                preset.num_steps,
+                num_steps,
                 "  ".join(
                     f"{key} {value:.3f}" for key, value in curve[-1].items() if key != "step"
                 ),
@@ -161,11 +161,19 @@ def text_weights(preset: SpokenPreset, text: TextEncoder, device: torch.device) 
     return weights.to(device)
 
 
+def schedule(num_steps: Sequence[int]) -> list[int]:
+    """Return the stage of every step: the stages, of so many steps each, one after the other, until
+    all have as many steps left as the shortest has; from there on in turn."""
+    shortest = min(num_steps)
+    alone = [[stage] * (count - shortest) for stage, count in enumerate(num_steps)]
+    return [stage for stages in alone for stage in stages] + list(range(len(alone))) * shortest
+
+
 def _batches(stages: Sequence[Stage], seed: int) -> Iterator[tuple[Stage, Tensor]]:
     """Draw rows for every step, each once before any comes again."""
-    for stage in stages:
-        rows = _rows(len(stage.dialogues), stage.batch_size, seed)
-        yield from ((stage, each) for each in islice(rows, stage.num_steps))
+    rows = [_rows(len(stage.dialogues), stage.batch_size, seed) for stage in stages]
+    for place in schedule([stage.num_steps for stage in stages]):
+        yield stages[place], next(rows[place])
 
 
 def _rows(count: int, size: int, seed: int) -> Iterator[Tensor]:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from finetune.errors import UserError
 from finetune.recall import RecallOptions, run_command
-from finetune.recall.spoken import command, measure, presets
+from finetune.recall.spoken import command, measure, presets, training
 from finetune.recall.spoken.experiment import run_arm
 from finetune.recall.spoken.presets import SpokenPreset
 from finetune.spoken import Answer, BankArgs, DatasetArgs, DialogueArgs, EncodedDialogues
@@ -35,7 +35,14 @@ def tiny() -> SpokenPreset:
     )
     chosen = presets.preset("cpu")
     model = dataclasses.replace(chosen.model, width=32, num_layers=2, num_heads=2, context=11)
-    sizes = {"num_steps": 2, "batch_size": 4, "audio_rows": 1, "num_free": 2, "long_share": 0.5}
+    sizes = {
+        "num_steps": 2,
+        "finetune_steps": 2,
+        "batch_size": 4,
+        "audio_rows": 1,
+        "num_free": 2,
+        "long_share": 0.5,
+    }
     return dataclasses.replace(chosen, data=data, model=model, **sizes)  # type: ignore[arg-type]
 
 
@@ -74,6 +81,12 @@ def folder(tmp_path: Path, tokenizer: bytes, monkeypatch: pytest.MonkeyPatch) ->
     described = {"version": dataset_module.DATA_VERSION, **dataclasses.asdict(chosen.data)}
     (data / "dataset.json").write_text(json.dumps(described))
     return tmp_path / "out"
+
+
+def test_long_talks_come_in_turn_with_short_ones_at_the_end() -> None:
+    assert training.schedule([6, 2]) == [0, 0, 0, 0, 0, 1, 0, 1]
+    assert training.schedule([1, 3]) == [1, 1, 0, 1]
+    assert training.schedule([0, 2]) == [1, 1] and training.schedule([2]) == [0, 0]
 
 
 def test_arms_are_trained_measured_and_not_run_again(

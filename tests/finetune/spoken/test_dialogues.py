@@ -148,6 +148,15 @@ def test_longer_talks_have_the_questions_at_their_end(bank: Bank, text: TextEnco
     assert all(answer.distance_frames > 1500 for _, answer in answers(made)) and answers(made)
 
 
+def test_talks_to_train_on_have_questions_at_all_distances(bank: Bank, text: TextEncoder) -> None:
+    dialogues = composed(bank, "train", 60)
+    pool = Pool(encoded(bank, dialogues, text), dialogues, value_tokens(text))
+    made = recombine(pool, ARGS, 16, seed=0, filler_frames=2400, spread=True)
+    distances = [answer.distance_frames for _, answer in answers(made)]
+    assert len(distances) > 0.9 * 16 * ARGS.num_facts
+    assert np.quantile(distances, 0.1) < 600 and np.quantile(distances, 0.9) > 2000
+
+
 def test_talks_too_short_for_their_facts_are_refused() -> None:
     assert DialogueArgs().problems() == []
     assert "do not fit" in dataclasses.replace(ARGS, num_frames=150).problems()[0]
