@@ -40,6 +40,7 @@ import sentencepiece
 import torch
 from callers import DEMO, Ends, Heard, follow_first_row, join_all, times, voices
 from moshi.models import loaders
+from outputs import json_file
 from same_window import Tape
 from streaming import make_model
 
@@ -316,7 +317,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--chunk-size", type=int, default=64)
     parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--limit-sec", type=float, default=float("inf"), help="after the imports")
-    parser.add_argument("--out", type=Path, help="the JSON file to write")
+    parser.add_argument("--out", type=json_file, help="the JSON file to write")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     if args.checkpoint and "off" in (args.ttt or ()):

@@ -34,6 +34,7 @@ from typing import Any
 
 import torch
 from many_gpus_arms import ARMS, work
+from outputs import json_file, print_and_keep, settings
 from train_step import TOLERANCE
 
 # The program --------------------------------------------------------------------------------------
@@ -201,7 +202,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--profile", nargs="+", default=[], help="lines whose kernels are listed in a file"
     )
     parser.add_argument("--log-dir", type=Path, default=Path(tempfile.gettempdir()))
-    parser.add_argument("--json", type=Path, help="a file to write the results to")
+    parser.add_argument("--json", type=json_file, help="a file to write the results to")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     # What the processes are started with: the last of two wins.
@@ -240,14 +241,8 @@ def main(arguments: list[str]) -> list[dict[str, Any]]:
     name = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
     print(f"{options.gpus} x {name}, torch {torch.__version__}, {options.dtype}, ", end="")
     print(f"T {options.frames}, rank {options.rank}\n{HEADER}", flush=True)
-    settings = {key: str(value) for key, value in vars(options).items()}
-    page: dict[str, Any] = {"device": name, "torch": str(torch.__version__), **settings}
-    found = []
-    for result in results(options, page):
-        found.append(result)
-        print(line(result), flush=True)
-        if options.json:
-            options.json.write_text(json.dumps({**page, "results": found}, indent=2) + "\n")
+    page: dict[str, Any] = {**settings(name, options, torch.__version__)}
+    found = print_and_keep(results(options, page), line, page, options.json)
     if "sum_of_a_gb_ms" in page and options.device == "cuda":
         print(f"all-reduce of 1 GB: {page['sum_of_a_gb_ms']:.1f} ms")
     return found

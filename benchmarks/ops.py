@@ -14,17 +14,16 @@ gradient of the output among them, of forward and backward together.
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
+from outputs import json_file, print_and_keep, settings
 from torch import Tensor
 
 from ttt import ops
@@ -338,7 +337,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--json", type=Path, help="a file to write the results to")
+    parser.add_argument("--json", type=json_file, help="a file to write the results to")
     options = parser.parse_args(arguments)
     options.dtype = getattr(torch, options.dtype)
     return options
@@ -349,15 +348,8 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     name = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
     print(f"{name}, torch {torch.__version__}, {options.dtype}, d {options.width}, ", end="")
     print(f"h {options.hidden}, C {options.chunk_size}\n{HEADER}", flush=True)
-    found = []
-    for result in results(options):
-        found.append(result)
-        print(line(result), flush=True)
-    if options.json:
-        settings = {k: str(v) for k, v in vars(options).items()}
-        page = {"device": name, "torch": str(torch.__version__), **settings, "results": found}
-        options.json.write_text(json.dumps(page, indent=2) + "\n")
-    return found
+    page = settings(name, options, torch.__version__)
+    return print_and_keep(results(options), line, page, options.json)
 
 
 if __name__ == "__main__":

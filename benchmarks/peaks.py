@@ -12,7 +12,6 @@ second all that a step keeps is there. The peak is what PyTorch has allocated. I
 
 import argparse
 import gc
-import json
 import math
 import sys
 import time
@@ -22,6 +21,7 @@ from typing import Any
 
 import torch
 from moshi.models import loaders
+from outputs import json_file, print_and_keep, settings
 from small_gpu import GB, free, peaks, run_args
 from training_arms import TINY, Arm, OurRun, random_codes
 
@@ -102,7 +102,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    parser.add_argument("--json", type=Path, help="a file to write the results to")
+    parser.add_argument("--json", type=json_file, help="a file to write the results to")
     options = parser.parse_args(arguments)
     options.schedule_steps = 20
     return options
@@ -112,14 +112,8 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     options = parse(arguments)
     name = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
     print(f"{name}, torch {torch.__version__}, {options.dtype}, T {options.frames}\n{HEADER}")
-    found = []
-    for result in results(options):
-        found.append(result)
-        print(line(result), flush=True)
-        if options.json:
-            page = {"machine": name, "torch": str(torch.__version__), "frames": options.frames}
-            options.json.write_text(json.dumps({**page, "results": found}, indent=2) + "\n")
-    return found
+    page = settings(name, options, torch.__version__)
+    return print_and_keep(results(options), line, page, options.json)
 
 
 if __name__ == "__main__":

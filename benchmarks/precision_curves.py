@@ -35,6 +35,7 @@ from typing import Any, get_args
 
 import torch
 from moshi.models import loaders
+from outputs import json_file
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -42,6 +43,7 @@ from finetune.config import DataArgs, LoraArgs, ModelPaths, OptimArgs, Precision
 from finetune.data import FRAME_RATE_HZ
 from finetune.distributed import World
 from finetune.errors import UserError
+from finetune.kept import write_whole
 from finetune.model import load_model, trainable_by_role
 from finetune.recall.jobs import Job, run_jobs
 from finetune.recall.model import ModelArgs, lm_kwargs
@@ -290,7 +292,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ttt-lr", type=float, default=2e-3)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    parser.add_argument("--json", type=Path, help="a file to write the results to")
+    parser.add_argument("--json", type=json_file, help="a file to write the results to")
     options = parser.parse_args(arguments)
     for key, (full, tiny) in DEFAULTS.items():
         if getattr(options, key) is None:
@@ -380,7 +382,7 @@ def run(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     print("\n".join(table(found, options.seeds)))
     print(f"{found['total_sec']:.0f} s")
     if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+        write_whole(options.json, json.dumps(found, indent=1) + "\n")
     return found
 
 

@@ -35,11 +35,11 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from itertools import accumulate
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from moshi.modules.lora import LoRALinear
+from outputs import json_file, print_and_keep, settings
 from training_arms import (
     Arm,
     OtherStockRun,
@@ -48,7 +48,6 @@ from training_arms import (
     RowByRowStockRun,
     StockRun,
     Weights,
-    print_and_keep,
     random_codes,
 )
 
@@ -317,7 +316,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--planted", action="store_true", help="errors that must be found")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    parser.add_argument("--json", type=Path, help="a file to write the results to")
+    parser.add_argument("--json", type=json_file, help="a file to write the results to")
     options = parser.parse_args(arguments)
     options.dtype = getattr(torch, options.dtype)
     options.frees_base = False
@@ -340,7 +339,8 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     )
     print(f"{name}, torch {torch.__version__}, {options.dtype}, B {options.batch}, ", end="")
     print(f"T {options.frames}, {kind}, lr {options.lr:g}\n{HEADER}", flush=True)
-    found = print_and_keep(results(options), line, name, options)
+    page = settings(name, options, torch.__version__)
+    found = print_and_keep(results(options), line, page, options.json)
     print("\n".join(table(found)))
     return found
 

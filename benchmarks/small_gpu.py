@@ -26,6 +26,7 @@ from typing import Any, get_args
 
 import torch
 from moshi.models import loaders
+from outputs import json_file, print_and_keep, settings
 from streaming import median, run_stream
 from training_arms import TINY, TTT, Arm, OurRun, random_codes
 
@@ -152,7 +153,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--stream-frames", type=int, default=200)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    parser.add_argument("--json", type=Path, help="a file to write the results to")
+    parser.add_argument("--json", type=json_file, help="a file to write the results to")
     options = parser.parse_args(arguments)
     options.schedule_steps = max(20, options.warmup + options.steps + 1)
     return options
@@ -164,16 +165,9 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     if options.device == "cuda":
         name, total = torch.cuda.get_device_name(), torch.cuda.mem_get_info()[1]
         torch.cuda.set_per_process_memory_fraction(min(1.0, options.limit_gb * GB / total))
-    settings = {key: str(value) for key, value in vars(options).items()}
-    print(json.dumps({"machine": name, "torch": str(torch.__version__), **settings}), flush=True)
-    found = []
-    for result in results(options):
-        found.append(result)
-        print(json.dumps(result), flush=True)
-        if options.json:
-            page = {"machine": name, "torch": str(torch.__version__), **settings}
-            options.json.write_text(json.dumps({**page, "results": found}, indent=2) + "\n")
-    return found
+    page = settings(name, options, torch.__version__)
+    print(json.dumps(page), flush=True)
+    return print_and_keep(results(options), json.dumps, page, options.json)
 
 
 if __name__ == "__main__":

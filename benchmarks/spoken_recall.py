@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from calls import FRAME_MS, WARM_UP_FRAMES, Wrong, free_memory, memory_gb, random_parts
+from outputs import json_file
 
 from finetune.config import DataArgs, TrainArgs
 from finetune.data import FRAME_RATE_HZ
@@ -141,7 +142,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--batch-size", type=int, default=6)
     parser.add_argument("--ttt-layers", type=int, default=5)
     parser.add_argument("--chunk-size", type=int, default=64)
-    parser.add_argument("--out", type=Path, help="the JSON file to write")
+    parser.add_argument("--out", type=json_file, help="the JSON file to write")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     if args.device == "cpu":

@@ -37,6 +37,7 @@ from typing import Any
 
 import torch
 from moshi.models.lm import LMModel
+from outputs import json_file, print_and_keep, settings
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from training_arms import (
@@ -46,7 +47,6 @@ from training_arms import (
     StockRun,
     Weights,
     lm_kwargs,
-    print_and_keep,
     random_codes,
 )
 
@@ -324,7 +324,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--profile", nargs="*", help="arms whose kernels are listed in a file")
     parser.add_argument("--profile-dir", type=Path, default=Path())
-    parser.add_argument("--json", type=Path, help="a file to write the results to")
+    parser.add_argument("--json", type=json_file, help="a file to write the results to")
     options = parser.parse_args(arguments)
     options.dtype = getattr(torch, options.dtype)
     if options.tolerance is None:
@@ -346,7 +346,8 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     name = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
     print(f"{name}, torch {torch.__version__}, {options.dtype}, T {options.frames}, ", end="")
     print(f"rank {options.rank}\n{HEADER}", flush=True)
-    found = print_and_keep(results(options), line, name, options)
+    page = settings(name, options, torch.__version__)
+    found = print_and_keep(results(options), line, page, options.json)
     return found
 
 

@@ -1,8 +1,6 @@
 """The training benchmarks run stock and ours, from the same weights, on the same codes."""
 
 import argparse
-import json
-from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -351,22 +349,3 @@ def random_codes(batch: int, arm: Arm, options: argparse.Namespace) -> Tensor:
     is_padding = torch.rand(batch, options.frames, generator=generator) < 0.75
     codes[:, 0] = torch.where(is_padding, 3, text)
     return codes.to(options.device)
-
-
-def print_and_keep(
-    results: Iterable[dict[str, Any]],
-    line: Callable[[dict[str, Any]], str],
-    device: str,
-    options: argparse.Namespace,
-) -> list[dict[str, Any]]:
-    """Each result as it comes: printed, and written to `options.json` with those before it, so that
-    a run that ends early has left what it found."""
-    found = []
-    for result in results:
-        found.append(result)
-        print(line(result), flush=True)
-        if options.json:
-            settings = {key: str(value) for key, value in vars(options).items()}
-            page = {"device": device, "torch": str(torch.__version__), **settings}
-            options.json.write_text(json.dumps({**page, "results": found}, indent=2) + "\n")
-    return found

@@ -299,3 +299,16 @@ def test_a_line_that_fails_does_not_stop_the_others(
     )
     assert started[1:] == [["replicas", "sharded", "sharded, full"], ["sharded, full"]]
     assert [name for name, result in found.items() if "wrong" in result] == ["sharded"]
+
+
+def test_a_file_that_cannot_be_written_is_named_before_anything_is_measured(
+    program: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    for path in (tmp_path, tmp_path / "file/results.json"):
+        with pytest.raises(SystemExit):
+            program("ops").parse(["--json", str(path)])
+        assert str(path) in capsys.readouterr().err
+    made = tmp_path / "new/results.json"
+    assert program("ops").parse(["--json", str(made)]).json == made
+    assert made.parent.is_dir() and not made.exists()
