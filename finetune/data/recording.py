@@ -52,6 +52,12 @@ class Recording(ABC):
         return str(self.path)
 
     @property
+    def part(self) -> tuple[str, float, float]:
+        """Return what it is a part of, by its location, and from where to where in seconds: two
+        recordings share speech if and only if their parts of one whole overlap."""
+        return self.location, 0.0, math.inf
+
+    @property
     def title(self) -> str:
         """Return what messages call it."""
         return self.location

@@ -2,11 +2,16 @@
 
 import os
 import unicodedata
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence, Sized
+from bisect import bisect_left
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from itertools import accumulate
 from typing import Protocol
 
 from finetune.data.inspection.findings import Finding
+
+_TOUCHING_SEC = 0.01
+"""Parts that overlap by no more than this only meet: their times may be rounded."""
 
 
 class Listed(Protocol):
@@ -17,6 +22,9 @@ class Listed(Protocol):
 
     @property
     def location(self) -> str: ...
+
+    @property
+    def part(self) -> tuple[str, float, float]: ...
 
     @property
     def title(self) -> str: ...
@@ -101,12 +109,12 @@ def _evaluated_and_trained(
     files: Mapping[Listed, str],
     heard: Mapping[Listed, str],
 ) -> Iterator[Finding]:
-    trained = {files[r] for r in recordings}
+    trained = _Parts(recordings)
     trained_audio = {heard[r] for r in recordings if r in heard}
     both = {
         files[r]: r
         for r in evaluation
-        if files[r] in trained or (r in heard and heard[r] in trained_audio)
+        if r in trained or (r in heard and heard[r] in trained_audio)
     }
     if both:
         first = next(iter(both.values()))
@@ -114,11 +122,34 @@ def _evaluated_and_trained(
         yield Finding(
             "evaluation-in-training",
             "warning",
-            f"{len(both)} of {total} recordings of data.eval_data are in data.train_data as well "
-            f"({first.title}, by {first.origin}), so the evaluation does not show how well "
-            "other speech is modeled",
+            f"{len(both)} of {total} recordings of data.eval_data are in data.train_data as well, "
+            f"whole or in part ({first.title}, by {first.origin}), so the evaluation does not "
+            "show how well other speech is modeled",
             "take them out of data.train_data (a folder stands for all .jsonl files in it)",
         )
+
+
+class _Parts:
+    """Parts of recordings: `r in parts` says whether one of them overlaps with r."""
+
+    def __init__(self, recordings: Iterable[Listed]) -> None:
+        parts: dict[str, list[tuple[float, float]]] = defaultdict(list)
+        for recording in set(recordings):
+            whole, start, end = recording.part
+            parts[os.path.realpath(whole)].append((start, end))
+        self._starts: dict[str, list[float]] = {}
+        self._ends: dict[str, list[float]] = {}
+        """At each place the latest end of the parts up to there, which begin in this order."""
+        for whole, spans in parts.items():
+            spans.sort()
+            self._starts[whole] = [start for start, _ in spans]
+            self._ends[whole] = list(accumulate((end for _, end in spans), max))
+
+    def __contains__(self, recording: Listed) -> bool:
+        whole, start, end = recording.part
+        whole = os.path.realpath(whole)
+        before = bisect_left(self._starts.get(whole, ()), end - _TOUCHING_SEC)
+        return before > 0 and self._ends[whole][before - 1] > start + _TOUCHING_SEC
 
 
 def _number(some: Sized) -> str:

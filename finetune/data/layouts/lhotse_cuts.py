@@ -1,8 +1,9 @@
 """Cuts of `lhotse`: a manifest in JSON lines, with a dialogue of two channels in each line."""
 
 import json
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,6 +42,12 @@ class CutOfTwo(AudioRecording):
     @property
     def location(self) -> str:
         return self.where.location
+
+    @property
+    def part(self) -> tuple[str, float, float]:
+        start, duration = self.where.start_sec, self.where.duration_sec
+        whole = replace(self.where, start_sec=0.0, duration_sec=None)
+        return whole.location, start, math.inf if duration is None else start + duration
 
     @property
     def title(self) -> str:

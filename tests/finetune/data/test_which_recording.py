@@ -81,18 +81,21 @@ def test_the_same_part_in_two_manifests_is_trained_on_and_evaluated(
 ) -> None:
     (tmp_path / "link").symlink_to(stereo.parent)
     audio = stereo.parent / "1.wav"
-    trained = write_cuts(tmp_path / "cuts_train.jsonl", audio, [(0.0, 1.2), (0.0, 2.4)])
+    trained = write_cuts(tmp_path / "cuts_train.jsonl", audio, [(0.3, 0.2), (0.0, 1.2)])
+    all_of_it = write_cuts(tmp_path / "cuts_all.jsonl", audio, [(0.0, 2.4)])
 
-    def said(path: Path) -> str:
+    def said(path: Path, trained: Path = trained) -> str:
         found = inspect_listing(recordings_of(trained), recordings_of(path))
         return " ".join(each.message for each in found if each.code == "evaluation-in-training")
 
     linked = tmp_path / "link/1.wav"
-    same = write_cuts(tmp_path / "cuts_eval.jsonl", linked, [(0.2, 1.0), (0.0, 1.2)])
+    same = write_cuts(tmp_path / "cuts_eval.jsonl", linked, [(1.2, 1.0), (0.0, 1.2)])
     assert "1 of 2 recordings" in said(same) and f"{same}/cut1, by {same}:2" in said(same)
-    other = write_cuts(tmp_path / "cuts_other.jsonl", audio, [(0.0, 1.0), (0.2, 1.2), (1.2, 1.2)])
+    over = write_cuts(tmp_path / "cuts_over.jsonl", audio, [(0.2, 0.1), (1.0, 0.8), (1.3, 0.5)])
+    assert "2 of 3 recordings" in said(over), "parts that overlap"
+    other = write_cuts(tmp_path / "cuts_other.jsonl", audio, [(1.2, 0.3), (1.5, 0.9)])
     assert not said(other), "other parts of the same file"
-    assert "1 of 3 recordings" in said(stereo), "a cut of a whole file is that file"
+    assert "1 of 3 recordings" in said(stereo, all_of_it), "a cut of a whole file is that file"
     pairs = layout_tools.mono_pairs(tmp_path, stereo)
     by_link = pairs.with_name("by link.jsonl")
     (tmp_path / "here").symlink_to(tmp_path)
