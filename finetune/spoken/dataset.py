@@ -35,7 +35,7 @@ from finetune.spoken.codes import (
     value_tokens,
 )
 from finetune.spoken.dialogues import Dialogue, DialogueArgs, compose
-from finetune.spoken.recombine import Pool, recombine
+from finetune.spoken.recombine import Pool, Silence, recombine
 from finetune.spoken.tokenizer import train_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -43,6 +43,8 @@ logger = logging.getLogger(__name__)
 NUM_CODEBOOKS = 8
 CODEC_FOLDER = Path("example/demo/model")
 _DIALOGUES_AT_ONCE = 32
+_SETTLED_FRAMES = 25
+"""So many frames from the beginning Mimi has heard less than later."""
 DATA_VERSION = 3
 """Raise it when the same arguments give other data."""
 
@@ -60,6 +62,9 @@ class DatasetArgs:
     num_long: int = 4000
     """Likewise, `long_times` as long, and with filler between the questions as well."""
     long_times: int = 4
+    pauses: bool = False
+    """Those for training have pauses now and then, and talk that Moshi does not answer: for a model
+    that people speak with, who keep to no script."""
     num_eval: int = 320
     lengths: dict[int, int] = field(default_factory=lambda: {4: 64, 16: 32, 32: 16, 64: 16})
     """For evaluation: how many times longer talks are, and how many of each."""
@@ -123,7 +128,8 @@ def build_dataset(
     for split, count in counts.items():
         spoken, dialogues = _speak(bank, args, split, count, dataset.text, codec, workers)
         logger.info("%d dialogues for %s encoded, %.0f s", count, split, _since(started_at))
-        pool = Pool(spoken, dialogues, value_tokens(dataset.text))
+        silence = _silence(args, dataset.text, codec) if args.pauses and split == "train" else None
+        pool = Pool(spoken, dialogues, value_tokens(dataset.text), silence)
         if split == "eval":
             _save(spoken, folder / "eval.safetensors")
             parts = {f"x{times}": (num, times) for times, num in args.lengths.items()}
@@ -166,6 +172,16 @@ def open_codec(device: torch.device) -> Codec:
         user_codebooks=NUM_CODEBOOKS,
         device=device,
     )
+
+
+def _silence(args: DatasetArgs, text: TextEncoder, codec: Codec) -> Silence:
+    """Return what a side is when nothing is said on it."""
+    num_samples = args.dialogues.num_frames * codec.mimi.frame_size
+    codec.mimi.to(codec.device)
+    with torch.no_grad(), codec.lock:
+        codes = codec.mimi.encode(torch.zeros(1, 1, num_samples, device=codec.device))
+    settled = codes[0, :, _SETTLED_FRAMES:]
+    return Silence(text.text_padding_id, settled.to(torch.uint8).cpu().numpy())
 
 
 def _speak(

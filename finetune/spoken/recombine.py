@@ -4,6 +4,9 @@ Some thousand dialogues are a model's to remember, with all that is answered in 
 are cut in the pauses between exchanges and put together anew. A question, the answer's first words
 and its value are drawn apart: as one piece, the question's codes, which are one of some thousand
 renderings, would tell what was answered to them once.
+
+With pauses they are less even: now and then nobody speaks for some seconds, as people do, or Moshi
+says nothing to what the user talks of.
 """
 
 from __future__ import annotations
@@ -30,25 +33,55 @@ _FILLER_FRAMES = 150
 _FILLER_AFTER_FACT = 0.25
 _FILLER_BEFORE_QUESTION = 0.2
 _DIALOGUES_AT_ONCE = 250
+_PAUSE_PROBABILITY = 0.3
+_PAUSE_FRAMES = (6, 50)
+_UNANSWERED_PROBABILITY = 0.2
+_NOBODY = -1
+"""The dialogue of a pause."""
 
 
 class Segment(NamedTuple):
-    """Frames `first … end − 1` of an encoded dialogue."""
+    """Frames `first … end − 1` of an encoded dialogue, or so many of a pause."""
 
     dialogue: int
     first: int
     end: int
     marks: tuple[int, ...] = ()
     """Places that matter, in frames from `first`."""
+    is_unanswered: bool = False
+    """Moshi says nothing in it."""
+
+    @property
+    def num_frames(self) -> int:
+        return self.end - self.first
+
+
+class Silence(NamedTuple):
+    """A side that says nothing."""
+
+    token: int
+    """Of the text."""
+    codes: np.ndarray
+    """[8, T], at least as long as any segment."""
 
 
 class Pool:
-    """Segments by what is said in them, and by the user's voice where it is heard."""
+    """Segments by what is said in them, and by the user's voice where it is heard.
+
+    Args:
+        tokens: first tokens of the values, see `value_tokens`.
+        silence: None: these dialogues have no pauses.
+    """
 
     def __init__(
-        self, spoken: EncodedDialogues, dialogues: Sequence[Dialogue], tokens: list[list[int]]
+        self,
+        spoken: EncodedDialogues,
+        dialogues: Sequence[Dialogue],
+        tokens: list[list[int]],
+        silence: Silence | None = None,
     ) -> None:
         self.text, self.codes = spoken.text.numpy(), spoken.codes.numpy()
+        self.silence = silence
         self.fillers: dict[int, list[Segment]] = defaultdict(list)
         self.facts: dict[tuple[int, str], dict[tuple[Fact, bool], list[Segment]]] = defaultdict(
             lambda: defaultdict(list)
@@ -92,6 +125,17 @@ class Pool:
                 )
                 self.statements[fact.kind, fact.name].append(Segment(index, reply, value))
                 self.values[fact].append(Segment(index, value, end))
+
+    def streams(self, segment: Segment) -> tuple[np.ndarray, np.ndarray]:
+        """Return the text [T] and the codes [16, T] of a segment."""
+        index, first, end = segment[:3]
+        if index != _NOBODY and not segment.is_unanswered:
+            return self.text[index, first:end], self.codes[index, :, first:end]
+        assert self.silence is not None
+        nothing = self.silence.codes[:, : segment.num_frames]
+        user = nothing if index == _NOBODY else self.codes[index, len(nothing) :, first:end]
+        text = np.full(segment.num_frames, self.silence.token, self.text.dtype)
+        return text, np.concatenate([nothing, user])
 
     def tellable(self, voice: int, name: str) -> list[tuple[Fact, bool]]:
         """Return the facts of a person that can be told and asked for in a voice."""
@@ -155,18 +199,31 @@ class _Composer:
     def _put(self, segments: Sequence[Segment]) -> tuple[int, Segment]:
         """Continue with one of them; returns where it begins, and which it is."""
         segment, start = self.rng.choice(segments), self.now
-        self.parts.append(segment)
-        self.now += segment.end - segment.first
+        self._append(segment)
         return start, segment
 
+    def _append(self, segment: Segment) -> None:
+        self.parts.append(segment)
+        self.now += segment.num_frames
+
+    def _chance(self, probability: float) -> bool:
+        return self.pool.silence is not None and self.rng.random() < probability
+
+    def _pause(self) -> None:
+        if self._chance(_PAUSE_PROBABILITY):
+            self._append(Segment(_NOBODY, 0, self.rng.randint(*_PAUSE_FRAMES)))
+
     def _fill(self) -> None:
-        self._put(self.pool.fillers[self.voice])
+        self._pause()
+        filler = self.rng.choice(self.pool.fillers[self.voice])
+        self._append(filler._replace(is_unanswered=self._chance(_UNANSWERED_PROBABILITY)))
 
     def _fill_until(self, frame: int) -> None:
         while self.now < frame:
             self._fill()
 
     def _tell(self, name: str, told: list[_Told]) -> None:
+        self._pause()
         known = {each.fact.value for each in told}
         tellable = [
             (fact, is_repeated)
@@ -180,6 +237,7 @@ class _Composer:
             told.append(_Told(fact, is_repeated, value, last))
 
     def _ask(self, told: _Told, order: int) -> Answer:
+        self._pause()
         fact, pool = told.fact, self.pool
         start, question = self._put(pool.questions[self.voice, fact.kind, fact.name])
         self._put(pool.statements[fact.kind, fact.name])
@@ -240,10 +298,8 @@ def _recombine(job: tuple[DialogueArgs, int, int, int, int, bool]) -> tuple[np.n
     for row in range(end - first):
         composer = _Composer(_pool, args, random.Random(f"recombine {seed} {first + row}"))
         found = composer.compose(num_frames, filler_frames, spread=spread)
-        parts = composer.parts
-        text[row] = np.concatenate([_pool.text[d, a:b] for d, a, b, _ in parts])[:num_frames]
-        codes[row] = np.concatenate([_pool.codes[d, :, a:b] for d, a, b, _ in parts], 1)[
-            :, :num_frames
-        ]
+        texts, parts = zip(*map(_pool.streams, composer.parts), strict=True)
+        text[row] = np.concatenate(texts)[:num_frames]
+        codes[row] = np.concatenate(parts, 1)[:, :num_frames]
         answers[row, : len(found)] = np.array(found).reshape(-1, len(NO_ANSWER))
     return text, codes, answers

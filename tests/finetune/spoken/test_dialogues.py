@@ -17,7 +17,7 @@ from finetune.spoken.bank import Bank
 from finetune.spoken.codes import answers_of, frame_of, mix, text_of, value_tokens
 from finetune.spoken.dialogues import Dialogue, compose, is_held_out
 from finetune.spoken.facts import Fact
-from finetune.spoken.recombine import Pool, recombine
+from finetune.spoken.recombine import Pool, Silence, recombine
 from finetune.spoken.sample_rate import SAMPLE_RATE_HZ
 from finetune.spoken.speech import Speech, Voice, Word
 from finetune.spoken.tokenizer import train_tokenizer
@@ -155,6 +155,28 @@ def test_talks_to_train_on_have_questions_at_all_distances(bank: Bank, text: Tex
     distances = [answer.distance_frames for _, answer in answers(made)]
     assert len(distances) > 0.9 * 16 * ARGS.num_facts
     assert np.quantile(distances, 0.1) < 600 and np.quantile(distances, 0.9) > 2000
+
+
+def test_pauses_and_talk_that_moshi_does_not_answer(bank: Bank, text: TextEncoder) -> None:
+    dialogues = composed(bank, "train", 60)
+    spoken, tokens = encoded(bank, dialogues, text), value_tokens(text)
+    silence = Silence(text.text_padding_id, np.full((8, 800), 255, np.uint8))
+    pool = Pool(spoken, dialogues, tokens, silence)
+    made = recombine(pool, ARGS, 16, seed=0)
+    silent = made.codes == 255
+    moshi, user = silent[:, :8].all(1), silent[:, 8:].all(1)
+    assert 0.02 < user.float().mean() < moshi.float().mean() < 0.4
+    assert (made.text[moshi] == text.text_padding_id).all() and moshi[user].all()
+    # Facts and answers are as they were.
+    found = answers(made)
+    assert len(found) > 40
+    for row, answer in found:
+        assert made.text[row, answer.frame] == tokens[answer.kind][answer.value]
+        assert not moshi[row, answer.frame] and answer.distance_frames > ARGS.reach_frames
+        if answer.is_repeated:
+            assert made.text[row, answer.repeated_frame] == tokens[answer.kind][answer.value]
+    even = recombine(Pool(spoken, dialogues, tokens), ARGS, 16, seed=0)
+    assert not (even.codes[:, :8] == 255).all(1).any()
 
 
 def test_talks_too_short_for_their_facts_are_refused() -> None:
