@@ -174,6 +174,12 @@ def test_what_a_run_may_not_need_is_not_imported_with_the_trainer() -> None:
     assert modules >= {"torch", "finetune.trainer"} and not modules & unneeded
 
 
+def test_a_model_is_built_and_served_without_the_compiler() -> None:
+    """It takes two seconds to import, and moshi does not."""
+    compiler = ["torch._dynamo", "torch._inductor", "sympy", "triton"]
+    assert imported("ttt.model, finetune.trainer, finetune.serve.server", of=compiler) == []
+
+
 def test_a_configuration_is_read_without_what_is_heavy() -> None:
     assert imported("finetune.config, finetune.cli", of=["torch", "moshi", "numpy", "triton"]) == []
 

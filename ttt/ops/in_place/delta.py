@@ -39,10 +39,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ttt.ops.compiler_marks import uncompiled
 from ttt.ops.in_place import chunks, delta_window, terms
 
 
-@torch.compiler.disable
+@uncompiled
 def in_place_delta(
     z: Tensor,
     v: Tensor,

@@ -21,10 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ttt.ops.compiler_marks import uncompiled
 from ttt.ops.in_place import chunks, terms
 
 
-@torch.compiler.disable
+@uncompiled
 def in_place_ttt(
     z: Tensor,
     v: Tensor,

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ttt.ops.compiler_marks import uncompiled
 from ttt.ops.inner_loop.layout import lay_out
 from ttt.ops.inner_loop.pieces import (
     InnerLayers,
@@ -172,7 +173,7 @@ def inner_losses(
 # The scan over mini-batches -----------------------------------------------------------------------
 
 
-@torch.compiler.disable
+@uncompiled
 def inner_scan(
     q: Tensor,
     k: Tensor,

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ttt.ops.compiler_marks import constant_result
+
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, context: int | None) -> Tensor:
     """softmax(q kᵀ / √D) v over the frames that each frame sees.
@@ -37,7 +39,7 @@ def _suits_flash(q: Tensor) -> bool:
     return q.dtype in (torch.bfloat16, torch.float16) and width % 8 == 0 and width <= 256
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _has_flash(device: torch.device) -> bool:
     """Return whether it runs on this device. Code that is compiled takes the answer as a
     constant."""
