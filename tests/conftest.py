@@ -21,10 +21,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 def pytest_collection_finish() -> None:
     """Leave out of every later garbage collection what is there for good: torch, and all tests."""
-    if "torch" in sys.modules:
-        from light_imports import import_bitsandbytes
-
-        import_bitsandbytes()
     gc.collect()
     gc.freeze()
 
@@ -71,17 +67,8 @@ def _own_log_handlers() -> Iterator[None]:
     logging.captureWarnings(False)
 
 
-@pytest.fixture(scope="module")
-def _no_garbage_of_others() -> None:
-    """Benchmarks collect garbage before each of their lines: leave out what was imported before."""
-    gc.collect()
-    gc.freeze()
-
-
 @pytest.fixture
-def program(
-    monkeypatch: pytest.MonkeyPatch, _no_garbage_of_others: None
-) -> Iterator[Callable[..., Any]]:
+def program(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
     """A function that imports one of the benchmarks, for the length of a test."""
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
     imported: list[Any] = []
