@@ -241,7 +241,7 @@ def main(arguments: list[str]) -> list[dict[str, Any]]:
     name = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
     print(f"{options.gpus} x {name}, torch {torch.__version__}, {options.dtype}, ", end="")
     print(f"T {options.frames}, rank {options.rank}\n{HEADER}", flush=True)
-    page: dict[str, Any] = {**settings(name, options, torch.__version__)}
+    page: dict[str, Any] = dict(settings(name, options, torch.__version__))
     found = print_and_keep(results(options, page), line, page, options.json)
     if "sum_of_a_gb_ms" in page and options.device == "cuda":
         print(f"all-reduce of 1 GB: {page['sum_of_a_gb_ms']:.1f} ms")

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import UserError
 from finetune.kept import write_whole
 
 
@@ -19,16 +18,14 @@ def json_file(text: str) -> Path:
         argparse.ArgumentTypeError: it cannot be written.
     """
     path = Path(text)
-    if path.is_dir():
-        raise argparse.ArgumentTypeError(f"{path} is a folder: name a file in it.")
+    is_new = not path.exists()
     try:
-        if path.exists():
-            write_whole(path, path.read_bytes())
-        else:
-            write_whole(path, "")
-            path.unlink()
-    except UserError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a").close()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{path} cannot be written: {error.strerror}") from error
+    if is_new:
+        path.unlink()
     return path
 
 
@@ -54,10 +51,11 @@ def print_and_keep(
     return found
 
 
-def settings(device: str, options: argparse.Namespace, torch_version: str) -> dict[str, str]:
-    """Return what a file of results says of the machine and of the options."""
+def settings(machine: str, options: argparse.Namespace, torch_version: str) -> dict[str, str]:
+    """Return what a file of results says of the machine, by name, and of the options, which have a
+    device of their own (cuda, cpu)."""
     return {
-        "device": device,
+        "machine": machine,
         "torch": torch_version,
         **{key: str(value) for key, value in vars(options).items()},
     }

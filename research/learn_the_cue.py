@@ -33,6 +33,7 @@ def small(
     *,
     num_spoken: int = 420,
     long_share: float = 0.0,
+    pauses: bool = False,
 ) -> SpokenPreset:
     """Return the preset with fewer dialogues, which a CPU encodes in some minutes."""
     chosen = preset("gpu")
@@ -42,6 +43,7 @@ def small(
         num_spoken=num_spoken,
         num_train=4000 * num_spoken // 420,
         num_long=8 + round(4 * long_share * num_spoken),
+        pauses=pauses,
         num_eval=64,
         lengths={},
     )
@@ -68,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--long_share", type=float, default=0.0, help="of the steps: on talks of 4 times the length"
     )
+    parser.add_argument("--pauses", action="store_true", help="in the dialogues: DatasetArgs")
     args = parser.parse_args(argv)
     setup_logging()
     chosen = small(
@@ -75,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.acknowledgment_weight,
         num_spoken=args.num_spoken,
         long_share=args.long_share,
+        pauses=args.pauses,
     )
     cpu = torch.device("cpu")
     dataset = build_dataset(

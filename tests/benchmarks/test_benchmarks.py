@@ -27,7 +27,9 @@ def test_operators_are_checked_and_timed(
 ) -> None:
     path = tmp_path / "ops.json"
     benchmark.main([*SMALL, "--repeats", "1", "--warmup", "0", "--json", str(path)])
-    results = json.loads(path.read_text())["results"]
+    page = json.loads(path.read_text())
+    assert (page["machine"], page["device"]) == ("CPU", "cpu")
+    results = page["results"]
     assert [r["method"] for r in results] == [
         "projection",
         "sum",
