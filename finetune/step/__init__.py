@@ -1,5 +1,6 @@
 """The arithmetic of one optimizer step: loss, gradients, update."""
 
+from finetune.step.captured import CapturedGradients
 from finetune.step.compact_adamw import moment_bytes
 from finetune.step.gradients import accumulate_gradients
 from finetune.step.loss import LossWeights, stream_sums, target_weights, total_weight
@@ -7,6 +8,7 @@ from finetune.step.nonfinite import LostSteps
 from finetune.step.optim import Optimizer, StepResult
 
 __all__ = [
+    "CapturedGradients",
     "LossWeights",
     "LostSteps",
     "Optimizer",

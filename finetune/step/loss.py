@@ -87,8 +87,9 @@ def target_weights(model: LMModel, codes: Tensor, weights: LossWeights) -> tuple
 def _masks(model: LMModel, codes: Tensor) -> tuple[Tensor, Tensor]:
     """Return where the model's own masks are true."""
     num_frames = codes.shape[2]
-    delays = torch.tensor(model.delays[: 1 + model.dep_q], device=codes.device)
-    is_read = torch.arange(num_frames, device=codes.device) < num_frames - delays[:, None]
+    frames = torch.arange(num_frames, device=codes.device)
+    # Delay by delay: a tensor of them would be copied to the GPU, which a CUDA graph cannot hold.
+    is_read = torch.stack([frames < num_frames - d for d in model.delays[: 1 + model.dep_q]])
     text, audio = (targets != model.zero_token_id for targets in _targets(model, codes))
     return text & is_read[:1], audio & is_read[1:]
 

@@ -132,7 +132,7 @@ def preset(name: Literal["cpu", "gpu"]) -> SpokenPreset:
     if name == "gpu":
         model = ModelArgs(width=256, num_layers=6, num_heads=4, context=25, depformer_width=64)
         return SpokenPreset(
-            DatasetArgs(dialogues=DialogueArgs(reach_frames=model.reach_frames)),
+            DatasetArgs(dialogues=DialogueArgs(reach_frames=model.reach_frames), pauses=True),
             model,
             arms=(
                 "off", "delta_hidden", "delta_input", "delta", "sum_hidden", "sum_input", "sum",

@@ -20,7 +20,7 @@ from finetune.recall.arms import ARMS
 from finetune.recall.model import new_model, read_codes
 from finetune.recall.spoken.presets import SpokenPreset, Stage
 from finetune.spoken import ACKNOWLEDGMENTS, NAMES, Answer, Dataset, value_tokens
-from finetune.step import LossWeights, Optimizer, stream_sums
+from finetune.step import CapturedGradients, LossWeights, Optimizer, stream_sums
 from ttt import HiddenStates, TTTLMModel
 from ttt.model import depth_hidden
 
@@ -126,10 +126,17 @@ def train(
     world = World(0, 1, model.device)
     weights = text_weights(preset, text, model.device)
     curve: list[dict[str, Any]] = []
-    for step, (stage, rows) in enumerate(_batches(stages, seed), 1):
-        codes, answers = stage.dialogues.batch(rows, model.device)
-        losses = compute_losses(model, codes, answers, preset, weights, rows=stage.audio_rows)
-        losses.total.backward()
+
+    def gradients_of(stage: Stage) -> CapturedGradients[Losses]:
+        def compute(codes: Tensor, answers: Tensor) -> Losses:
+            return compute_losses(model, codes, answers, preset, weights, rows=stage.audio_rows)
+
+        return CapturedGradients(compute, optimizer)
+
+    gradients = [gradients_of(stage) for stage in stages]
+    for step, (place, rows) in enumerate(_batches(stages, seed), 1):
+        codes, answers = stages[place].dialogues.batch(rows, model.device)
+        losses = gradients[place](codes, answers)
         optimizer.step(max_norm=1.0, world=world, is_loss_finite=True)
         if step % LOG_STEPS == 0 or step in (1, num_steps):
             curve.append({"step": step, **_record(losses, answers)})
@@ -169,11 +176,12 @@ def schedule(num_steps: Sequence[int]) -> list[int]:
     return [stage for stages in alone for stage in stages] + list(range(len(alone))) * shortest
 
 
-def _batches(stages: Sequence[Stage], seed: int) -> Iterator[tuple[Stage, Tensor]]:
-    """Draw rows for every step, each once before any comes again."""
+def _batches(stages: Sequence[Stage], seed: int) -> Iterator[tuple[int, Tensor]]:
+    """Draw the place of a stage, and rows of it, for every step; each row once before any comes
+    again."""
     rows = [_rows(len(stage.dialogues), stage.batch_size, seed) for stage in stages]
     for place in schedule([stage.num_steps for stage in stages]):
-        yield stages[place], next(rows[place])
+        yield place, next(rows[place])
 
 
 def _rows(count: int, size: int, seed: int) -> Iterator[Tensor]:
