@@ -43,5 +43,5 @@ class Source(ABC):
         """List what is there, in a fixed order, without opening a recording.
 
         Raises:
-            UserError: the path does not exist, holds nothing, or cannot be read as this layout.
+            UserError: the path holds nothing, or cannot be read as this layout.
         """

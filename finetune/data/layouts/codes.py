@@ -113,8 +113,6 @@ class CodesSource(Source):
 
     def entries(self) -> list[Entry]:
         files = sorted(self.path.rglob("*.npz")) if self.path.is_dir() else [self.path]
-        if not self.path.exists():
-            raise UserError(f"{self.key}: {self.path} does not exist. Correct the path.")
         return [entry for file in files for entry in self._of_file(file)]
 
     def _of_file(self, path: Path) -> list[Entry]:

@@ -130,11 +130,6 @@ class JsonlSource(Source):
     def _files(self) -> list[Path]:
         path = self.path
         if not path.is_dir():
-            if not path.is_file():
-                raise UserError(
-                    f"{self.key}: {path} does not exist. Give a .jsonl file or a folder of them, "
-                    "optionally with a weight: path:0.5"
-                )
             return [path]
         found = sorted(path.rglob("*.jsonl"))
         # What macOS and editors leave in a folder is no data: ._a.jsonl, .ipynb_checkpoints/.

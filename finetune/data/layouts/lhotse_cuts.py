@@ -88,8 +88,6 @@ class LhotseSource(Source):
         return "cuts" in words
 
     def entries(self) -> list[Entry]:
-        if not self.path.is_file():
-            raise UserError(f"{self.key}: {self.path} does not exist. Correct the path.")
         require_package("lhotse", self.path, "lhotse")
         try:
             lines = read_text(self.path).split("\n")

@@ -79,8 +79,6 @@ class ParquetSource(Source):
         return path.suffix == ".parquet"
 
     def entries(self) -> list[Entry]:
-        if not self.path.exists():
-            raise UserError(f"{self.key}: {self.path} does not exist. Correct the path.")
         require_package("pyarrow", self.path, "parquet")
         files = sorted(self.path.rglob("*.parquet")) if self.path.is_dir() else [self.path]
         return [entry for file in files for entry in self._of_file(file)]
