@@ -31,6 +31,8 @@ RENAMED = {"encode": "data encode"}
 def command(function: Callable[..., None], group: str = "") -> Words:
     """Make a command of a function of options and, if it takes them, of a configuration's keys.
 
+    It is called when the options are known to be right, and all that they name is there.
+
     Args:
         group: the command is in this group, and its function is called `GROUP_NAME`.
     """

@@ -266,11 +266,15 @@ def _require_few_values(path: Path, content: Any, most: int = 10_000) -> None:
 
 
 def _files_nearby(path: Path) -> str:
-    nearby = sorted(file.name for file in path.parent.glob("*.y*ml") if _names_a_run(file))
-    if similar := difflib.get_close_matches(path.name, nearby, cutoff=0.5):
-        return f" Did you mean {' or '.join(str(path.parent / name) for name in similar)}?"
-    if nearby:
-        return f" {path.parent} has {', '.join(nearby[:8])}."
+    shipped, nearby = (
+        [file for file in sorted(folder.glob("*.y*ml")) if not file.name.startswith(".")]
+        for folder in (Path("example"), path.parent)
+    )
+    known = {file.stem: file for file in [*shipped, *nearby]}
+    if similar := difflib.get_close_matches(path.stem, known):
+        return f" Did you mean {' or '.join(str(known[name]) for name in similar)}?"
+    if runs := [file.name for file in nearby if _names_a_run(file)]:
+        return f" {path.parent} has {', '.join(runs[:8])}."
     return " Give the path of a YAML file; there are some in example/ to start from."
 
 

@@ -14,7 +14,6 @@ from finetune.data.problems import FileProblem
 from finetune.data.recording import Codes, Recording
 from finetune.data.text import FRAME_RATE_HZ
 from finetune.data.transcripts import Word, read_transcript
-from finetune.errors import UserError
 
 _FORM = (
     "expected whole numbers [streams, frames]: 17 rows for a model of 8 + 8 codebooks (text, then "

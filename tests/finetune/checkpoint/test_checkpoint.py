@@ -18,6 +18,7 @@ from finetune.checkpoint.run_dir import delete_old
 from finetune.checkpoint.run_record import RunRecord
 from finetune.config import DataArgs, TrainArgs, load_config
 from finetune.errors import UserError
+from finetune.kept import require_checkpoint
 from finetune.model import find_checkpoint, load_model
 from ttt import TTTLMModel
 

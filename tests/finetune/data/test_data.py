@@ -21,7 +21,7 @@ from data_tools import (
 )
 from torchaudio.functional import resample
 
-from finetune.config import DataArgs
+from finetune.config import DataArgs, parse_sources
 from finetune.data import (
     Word,
     build_eval_loader,
