@@ -65,7 +65,8 @@ def require_there(options: Any) -> None:
 
 
 def _missing(options: Any, prefix: str = "") -> Iterator[str]:
-    for field in fields_of(type(options), prefix):
+    cls: type = type(options)
+    for field in fields_of(cls, prefix):
         value = getattr(options, field.name)
         if field.section:
             yield from _missing(value, field.prefix)

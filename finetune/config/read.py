@@ -267,12 +267,13 @@ def _require_few_values(path: Path, content: Any, most: int = 10_000) -> None:
 
 def _files_nearby(path: Path) -> str:
     shipped, nearby = (
-        [file for file in sorted(folder.glob("*.y*ml")) if not file.name.startswith(".")]
+        [f for f in sorted(folder.glob("*.y*ml")) if f.is_file() and not f.name.startswith(".")]
         for folder in (Path("example"), path.parent)
     )
-    known = {file.stem: file for file in [*shipped, *nearby]}
-    if similar := difflib.get_close_matches(path.stem, known):
-        return f" Did you mean {' or '.join(str(known[name]) for name in similar)}?"
+    for files in (nearby, shipped):
+        known = {file.stem: str(file) for file in files}
+        if similar := difflib.get_close_matches(path.stem[:100], known):
+            return f" Did you mean {' or '.join(known[name] for name in similar)}?"
     if runs := [file.name for file in nearby if _names_a_run(file)]:
         return f" {path.parent} has {', '.join(runs[:8])}."
     return " Give the path of a YAML file; there are some in example/ to start from."
