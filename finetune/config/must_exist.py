@@ -11,6 +11,9 @@ from finetune.config.sources import parse_sources, require_source
 from finetune.errors import UserError
 from finetune.kept import is_stock, require_checkpoint
 
+_ON_DISK = ("", ".jsonl", ".gz", ".npz", ".parquet")
+"""Suffixes of data that are files and folders of this machine."""
+
 
 def is_configuration(path: Path) -> bool:
     """Return whether a path is that of a run's YAML file, by its name."""
@@ -49,9 +52,16 @@ def _require_checkpoint(path: Path, key: str) -> None:
         require_checkpoint(path, key)
 
 
+def _require_source(path: Path, key: str) -> None:
+    # Of any other suffix, or of `hf://…`, the layout alone knows whether something is there.
+    is_remote = str(path).partition("/")[0].endswith(":")
+    if path.suffix in _ON_DISK and not is_remote:
+        require_source(path, key)
+
+
 def _require_sources(spec: str, key: str) -> None:
     for path, _ in parse_sources(spec, key):
-        require_source(path, key)
+        _require_source(path, key)
 
 
 def _require_data(path: Path, key: str) -> None:
@@ -68,7 +78,7 @@ CONFIGURATION = MustExist(_require_configuration)
 """A run's YAML file, or a sweep's."""
 CHECKPOINT = MustExist(_require_checkpoint)
 """A checkpoint of a run, or a folder of a stock Moshi."""
-SOURCE = MustExist(require_source)
+SOURCE = MustExist(_require_source)
 """Data in one of the layouts there are."""
 SOURCES = MustExist(_require_sources)
 """`path[:weight],…`."""

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from finetune.config import require_source
 from finetune.data.layouts.base import Entry, Source
 from finetune.data.layouts.codes import CodesSource
 from finetune.data.layouts.jsonl import JsonlSource, MonoPair, StereoFile
@@ -41,10 +40,6 @@ def open_source(path: Path, key: str, reading: Reading | None = None) -> Source:
     Args:
         key: the configuration's key that names the path, for messages.
         reading: None: as files are.
-
-    Raises:
-        UserError: nothing is there.
     """
-    require_source(path, key)
     kind = next((kind for kind in SOURCES if kind.reads(path)), SOURCES[-1])
     return kind(path, key, reading or Reading())

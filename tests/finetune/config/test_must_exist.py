@@ -63,7 +63,9 @@ def test_what_is_there_and_what_is_not_given_are_not_refused(tmp_path: Path) -> 
         require_there(GenerateOptions(checkpoint=MEMORY, audio=audio, session=tmp_path / "new"))
     require_there(EvaluateOptions.complete()(checkpoint=MEMORY, data=f"{tmp_path}:2, {__file__}"))
     require_there(DemoOptions(out=tmp_path / "new"))
-    # A repository on the hub is no path.
+    # What a layout of one's own reads need be no file, and a repository on the hub is no path.
+    for data in ("all.sines:2", "hf://me/talks", "."):
+        require_there(EvaluateOptions.complete()(checkpoint=MEMORY, data=data))
     wanted = options_of("init")(data=Path(__file__), repo="kyutai/moshiko-pytorch-bf16")
     require_there(wanted)
 
