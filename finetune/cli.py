@@ -177,7 +177,6 @@ def generate(options: GenerateOptions) -> None:
     The answer to a recording is as long as the recording; its words are beside it, as .json. A
     recording that cannot be read is named, and the others are answered. docs/talk.md has more.
     """
-    options.check()
     if options.prompt_sec:
         return _continue(options)
     from finetune.monitoring import setup_logging
@@ -233,7 +232,6 @@ def evaluate(options: EvaluateOptions) -> None:
     Writes results.json, tables and report.html; called again, it continues where it was stopped.
     docs/evaluation.md explains what is measured.
     """
-    options.check()
     from finetune.evaluation import evaluate_checkpoint
 
     for sentence in evaluate_checkpoint(options)["conclusions"]:
@@ -269,7 +267,6 @@ def recall(options: RecallOptions) -> None:
 
     Runs that are in the folder already are not repeated. docs/recall.md explains what is measured.
     """
-    options.check()
     from finetune.recall import run_command
 
     print(run_command(options))

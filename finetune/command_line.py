@@ -13,7 +13,7 @@ from typing import Any, NoReturn, get_type_hints
 
 import fire
 
-from finetune.config import help_page, read_options
+from finetune.config import help_page, read_options, require_there
 from finetune.errors import UserError
 from finetune.interrupt import ending_on_signals, signal_of
 from finetune.safety import learn_from_words, not_too_long, outlets, redact
@@ -31,6 +31,8 @@ RENAMED = {"encode": "data encode"}
 def command(function: Callable[..., None], group: str = "") -> Words:
     """Make a command of a function of options and, if it takes them, of a configuration's keys.
 
+    It is called when the options are known to be right, and all that they name is there.
+
     Args:
         group: the command is in this group, and its function is called `GROUP_NAME`.
     """
@@ -41,6 +43,9 @@ def command(function: Callable[..., None], group: str = "") -> Words:
     @fire.decorators.SetParseFn(str)
     def words(*words: str, **given: Any) -> None:
         options, overrides = read_options(cls, words, given, with_overrides=with_overrides)
+        if hasattr(options, "check"):
+            options.check()
+        require_there(options)
         function(options, overrides) if with_overrides else function(options)
 
     words.__doc__ = function.__doc__

@@ -21,7 +21,8 @@ from finetune.config import DataArgs, ModelPaths, Precision, TrainArgs, load_run
 from finetune.data import FRAME_RATE_HZ, Codec, Segment, count_frames
 from finetune.distributed import join_world
 from finetune.errors import UserError
-from finetune.model import build_codec, find_checkpoint, load_model, require_checkpoint
+from finetune.kept import is_stock, require_checkpoint
+from finetune.model import build_codec, find_checkpoint, load_model
 from ttt import TTTArgs, TTTLMModel, ttt_parameters, use_in_rows
 from ttt.layers.frozen import frozen_linears
 
@@ -64,10 +65,10 @@ def load_for_inference(
     args.compile = False
     info = find_checkpoint(args.moshi_paths)
     device_used = join_world(args.device).device
-    if _is_stock(checkpoint) and device_used.type == "cpu":
+    if is_stock(checkpoint) and device_used.type == "cpu":
         args.param_dtype = "float32"
     model = load_model(args, info, device_used)
-    if not _is_stock(checkpoint):
+    if not is_stock(checkpoint):
         load_trained_weights(model, args, checkpoint)
     elif args.ttt.enabled:
         _load_exported_ttt(model, checkpoint / _EXPORTED_TTT)
@@ -109,7 +110,7 @@ def checkpoint_args(checkpoint: Path, device: str = "auto") -> TrainArgs:
     """
     if device not in ("auto", "cpu", "cuda"):
         raise UserError(f"--device: there is no {device!r}; choose from auto, cpu, cuda.")
-    if _is_stock(checkpoint):
+    if is_stock(checkpoint):
         return TrainArgs(
             data=DataArgs(),
             run_dir="",
@@ -158,12 +159,6 @@ def _load_exported_ttt(model: TTTLMModel, path: Path) -> None:
         if weight.shape != own[name].shape:
             raise UserError(f"{path} is of another model: see {name}.")
         own[name].data.copy_(weight)
-
-
-def _is_stock(checkpoint: Path) -> bool:
-    has_weights = any(checkpoint.glob("*.safetensors"))
-    is_part = checkpoint.name == "consolidated" and (checkpoint.parent / "args.yaml").is_file()
-    return has_weights and not is_part and not (checkpoint / "consolidated").is_dir()
 
 
 class SteadyLMGen(LMGen):

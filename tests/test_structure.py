@@ -196,6 +196,28 @@ LIGHT: list[list[str]] = [
     ["config", "ttt.chunk_sise"],
     ["init", "--goal=win"],
     ["completion", "fish"],
+    # What is named is not there.
+    *[
+        ["generate", "--checkpoint=example/memory", option]
+        for option in ("--audio=no.wav", "--input_dir=nowhere")
+    ],
+    ["generate", "--checkpoint=nowhere", "--audio=README.md"],
+    ["serve", "--checkpoint=nowhere"],
+    ["export", "--checkpoint=nowhere", "--out=x"],
+    ["evaluate", "--checkpoint=nowhere"],
+    *[
+        ["evaluate", "--checkpoint=example/memory", option]
+        for option in ("--data=README.md,no.jsonl:2", "--pairs=no.jsonl", "--baseline=nowhere")
+    ],
+    *[["data", name, "nowhere"] for name in ("index", "annotate", "check", "show", "stats")],
+    *[["data", name, "no.yaml"] for name in ("annotate", "check", "stats")],
+    *[["data", name, "README.md", "--tokenizer=no.model"] for name in ("check", "stats")],
+    ["data", "show", "README.md", "--config=no.yaml"],
+    *[[name, "--config=no.yaml"] for name in ("plan", "encode")],
+    ["init", "--data=no.jsonl", "--goal=adapt", "--gpu_memory=80"],
+    ["plot", "nowhere"],
+    ["sweep", "no.yaml"],
+    ["recall-score", "nowhere"],
 ]
 """Commands that end before anything heavy is imported."""
 

@@ -22,9 +22,9 @@ from finetune.config import (
     changed_meaning,
     list_problems,
     load_run_config,
+    parse_sources,
     save_config,
 )
-from finetune.data import parse_sources
 from finetune.distributed import World
 from finetune.errors import UserError
 from finetune.kept import CHECKPOINT_NAME

@@ -30,7 +30,19 @@ from finetune.config.explain import explain
 from finetune.config.fields import Problem, keys_that
 from finetune.config.marks import HARMLESS, POSITIONAL, Prefix
 from finetune.config.moshi_finetune import changed_since_moshi_finetune
-from finetune.config.options import ask_for_missing, read_options
+from finetune.config.must_exist import (
+    CHECKPOINT,
+    CONFIGURATION,
+    DATA,
+    FILE,
+    FILE_OR_FOLDER,
+    FOLDER,
+    SOURCE,
+    SOURCES,
+    is_configuration,
+    require_file,
+)
+from finetune.config.options import ask_for_missing, read_options, require_there
 from finetune.config.read import (
     changed_keys,
     check_config,
@@ -42,12 +54,21 @@ from finetune.config.read import (
     read_yaml,
     save_config,
 )
+from finetune.config.sources import parse_sources, require_source
 from finetune.config.values import NULLS, FilePath, PathsText, PathText, parse
 
 __all__ = [
+    "CHECKPOINT",
+    "CONFIGURATION",
+    "DATA",
+    "FILE",
+    "FILE_OR_FOLDER",
+    "FOLDER",
     "HARMLESS",
     "NULLS",
     "POSITIONAL",
+    "SOURCE",
+    "SOURCES",
     "CompletionOptions",
     "DataArgs",
     "EncodeOptions",
@@ -80,14 +101,19 @@ __all__ = [
     "explain",
     "flatten",
     "help_page",
+    "is_configuration",
     "keys_that",
     "list_problems",
     "load_config",
     "load_run_config",
     "pages",
     "parse",
+    "parse_sources",
     "public_dict",
     "read_options",
     "read_yaml",
+    "require_file",
+    "require_source",
+    "require_there",
     "save_config",
 ]

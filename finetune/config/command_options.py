@@ -8,12 +8,13 @@ from annotated_types import Ge, Le
 
 from finetune.config.args import Size
 from finetune.config.marks import POSITIONAL
+from finetune.config.must_exist import CONFIGURATION, FOLDER, SOURCE
 from finetune.config.values import FilePath, PathText
 
 
 @dataclass(frozen=True)
 class TrainOptions:
-    config: Annotated[FilePath, POSITIONAL]
+    config: Annotated[FilePath, POSITIONAL, CONFIGURATION]
     """The YAML file of the run; docs/configuration.md lists its keys."""
 
     force: bool = False
@@ -28,7 +29,7 @@ class KeyOptions:
 
 @dataclass(frozen=True)
 class PlanOptions:
-    config: FilePath
+    config: Annotated[FilePath, CONFIGURATION]
     """The YAML file of the run."""
 
     gpus: Size = 1
@@ -43,7 +44,7 @@ class PlanOptions:
 
 @dataclass(frozen=True)
 class EncodeOptions:
-    config: FilePath
+    config: Annotated[FilePath, CONFIGURATION]
     """The YAML file of the run."""
 
 
@@ -52,10 +53,10 @@ class InitOptions:
     out: Annotated[FilePath, POSITIONAL] = Path("my.yaml")
     """The YAML file to write; one that is there is never replaced."""
 
-    data: FilePath | None = None
+    data: Annotated[FilePath | None, SOURCE] = None
     """The JSONL to train on; null: it is asked for."""
 
-    eval_data: FilePath | None = None
+    eval_data: Annotated[FilePath | None, SOURCE] = None
     """A JSONL to evaluate on; null: none."""
 
     goal: Literal["remember", "adapt"] | None = None
@@ -77,7 +78,7 @@ class InitOptions:
 
 @dataclass(frozen=True)
 class PlotOptions:
-    run_dir: Annotated[FilePath, POSITIONAL]
+    run_dir: Annotated[FilePath, POSITIONAL, FOLDER]
     """The run's folder."""
 
     out: FilePath | None = None

@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass
 from functools import cache
-from typing import Annotated, Any, get_origin, get_type_hints
+from typing import Annotated, Any, TypeVar, get_origin, get_type_hints
 
 from finetune.config.marks import Change, Prefix
 from finetune.config.values import NULLS, members, parse
@@ -16,6 +16,7 @@ from ttt.options import abbreviated
 
 # What is wrong, by dotted key ("optim.lr", or "full_finetuning, lora.enable"), with its remedy.
 Problem = tuple[str, str]
+Mark = TypeVar("Mark")
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,14 @@ class Field:
     @property
     def prefix(self) -> str:
         """Return how the keys in this section begin."""
-        own = [each.text for each in _metadata(self.kind) if isinstance(each, Prefix)]
-        return own[0] if own else f"{self.key}."
+        own = marks_of(self.kind, Prefix)
+        return own[0].text if own else f"{self.key}."
 
 
-def _metadata(kind: Any) -> tuple[Any, ...]:
-    return kind.__metadata__ if get_origin(kind) is Annotated else ()
+def marks_of(kind: Any, mark: type[Mark]) -> list[Mark]:
+    """Return the marks of one class that stand beside an option, in its type."""
+    marks = kind.__metadata__ if get_origin(kind) is Annotated else ()
+    return [each for each in marks if isinstance(each, mark)]
 
 
 @cache
@@ -58,7 +61,7 @@ def fields_of(cls: type, prefix: str = "", change: Change | None = None) -> tupl
     for field in dataclasses.fields(cls):
         kind = kinds[field.name]
         own = members(kind)[0]
-        marks = [each for each in _metadata(kind) if isinstance(each, Change)]
+        marks = marks_of(kind, Change)
         found.append(
             Field(
                 prefix + field.name,
@@ -172,10 +175,16 @@ def _foreign_section(cls: type, key: str) -> str | None:
     """Return the section that a key is in, if there is none of that name nor of a similar one:
     what is in it has nothing to do with keys of the same name elsewhere."""
     section, dot, _ = key.partition(".")
-    known = {field.key.split(".")[0] for field in all_fields(cls)}
-    if not dot or difflib.get_close_matches(section[:100], known, n=1, cutoff=0.6):
+    known = _first_words(cls)
+    if not dot or section in known:
         return None
-    return section
+    return None if difflib.get_close_matches(section[:100], known, n=1, cutoff=0.6) else section
+
+
+@cache
+def _first_words(cls: type) -> frozenset[str]:
+    """Return how the keys of a dataclass begin, up to their first dot."""
+    return frozenset(field.key.split(".")[0] for field in all_fields(cls))
 
 
 def suggestion(cls: type, unknown: str) -> str | None:

@@ -1,8 +1,10 @@
 """Marks that stand beside an option, in its type: what it means to a run and on the command
 line."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 
 class Change(Enum):
@@ -29,3 +31,13 @@ class Positional:
 
 
 POSITIONAL = Positional()
+
+
+@dataclass(frozen=True)
+class MustExist:
+    """Mark of an option that names what must be there already.
+
+    require: takes the option's value and its name, and raises `UserError` if it is not there.
+    """
+
+    require: Callable[[Any, str], None]

@@ -3,11 +3,11 @@
 import dataclasses
 import difflib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from finetune.config.fields import Field, all_fields, complete, fill
-from finetune.config.marks import Positional
+from finetune.config.fields import Field, all_fields, complete, fields_of, fill, marks_of
+from finetune.config.marks import MustExist, Positional
 from finetune.config.values import parse
 from finetune.errors import UserError
 from finetune.safety import learn_from, redact
@@ -51,12 +51,37 @@ def read_options(
     for name in missing:
         raise UserError(f"--{name} is missing. Ask for --help to see what it is.")
     options, problems = fill(cls, {key: _text(value) for key, value in own.items()})
-    if problems:
-        lines = [f"--{key}: {text}" for key, text in problems]
-        raise UserError(
-            lines[0] if len(lines) == 1 else "\n  - ".join(["several options:", *lines])
-        )
+    _raise([f"--{key}: {text}" for key, text in problems])
     return options, others
+
+
+def require_there(options: Any) -> None:
+    """Check that all is there which options name and a command cannot do without.
+
+    Raises:
+        UserError: naming everything that is missing.
+    """
+    _raise([*_missing(options)])
+
+
+def _missing(options: Any, prefix: str = "") -> Iterator[str]:
+    cls: type = type(options)
+    for field in fields_of(cls, prefix):
+        value = getattr(options, field.name)
+        if field.section:
+            yield from _missing(value, field.prefix)
+        for mark in marks_of(field.kind, MustExist):
+            try:
+                if value is not None:
+                    mark.require(value, f"--{field.key}")
+            except UserError as error:
+                yield str(error)
+
+
+def _raise(problems: Sequence[str]) -> None:
+    if problems:
+        several = ["several options:", *problems]
+        raise UserError(problems[0] if len(problems) == 1 else "\n  - ".join(several))
 
 
 def ask_for_missing(options: Any, names: Sequence[str]) -> Any:
@@ -87,7 +112,7 @@ def ask_for_missing(options: Any, names: Sequence[str]) -> Any:
 
 
 def is_positional(field: Field) -> bool:
-    return any(isinstance(each, Positional) for each in getattr(field.kind, "__metadata__", ()))
+    return bool(marks_of(field.kind, Positional))
 
 
 def _text(value: Any) -> Any:

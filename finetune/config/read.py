@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import logging
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -212,13 +213,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         UserError: no such file, not YAML, a key twice, or no mapping.
     """
-    try:
-        valid_path(path)
-        exists = path.exists()
-    except ValueError as error:
-        raise UserError(f"The configuration's path {error}.") from error
-    if not exists:
-        raise UserError(f"There is no configuration file {path}.{_files_nearby(path)}")
+    require_configuration(path)
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except OSError as error:
@@ -245,6 +240,20 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
+def require_configuration(path: Path) -> None:
+    """
+    Raises:
+        UserError: there is no such file; files of similar names are named.
+    """
+    try:
+        valid_path(path)
+        exists = path.exists()
+    except ValueError as error:
+        raise UserError(f"The configuration's path {error}.") from error
+    if not exists:
+        raise UserError(f"There is no configuration file {path}.{_files_nearby(path)}")
+
+
 def _require_few_values(path: Path, content: Any, most: int = 10_000) -> None:
     """Refuse a file that aliases make endless."""
     count, left = 0, [content]
@@ -257,12 +266,26 @@ def _require_few_values(path: Path, content: Any, most: int = 10_000) -> None:
 
 
 def _files_nearby(path: Path) -> str:
-    nearby = sorted(file.name for file in path.parent.glob("*.y*ml"))
-    if similar := difflib.get_close_matches(path.name, nearby, cutoff=0.5):
-        return f" Did you mean {' or '.join(str(path.parent / name) for name in similar)}?"
-    if nearby:
-        return f" {path.parent} has {', '.join(nearby[:8])}."
+    shipped, nearby = (
+        [f for f in sorted(folder.glob("*.y*ml")) if f.is_file() and not f.name.startswith(".")]
+        for folder in (Path("example"), path.parent)
+    )
+    for files in (nearby, shipped):
+        known = {file.stem: str(file) for file in files}
+        if similar := difflib.get_close_matches(path.stem[:100], known):
+            return f" Did you mean {' or '.join(known[name] for name in similar)}?"
+    if runs := [file.name for file in nearby if _names_a_run(file)]:
+        return f" {path.parent} has {', '.join(runs[:8])}."
     return " Give the path of a YAML file; there are some in example/ to start from."
+
+
+def _names_a_run(file: Path) -> bool:
+    """Return whether a file may be a run's or a sweep's: many other programs read YAML too."""
+    try:
+        with file.open(encoding="utf-8") as opened:
+            return re.search(r"^(run_dir|sweep_dir)\b", opened.read(100_000), re.M) is not None
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -22,7 +22,7 @@ from finetune.data.reading import Reading
 from finetune.data.recording import Codes, Recording, SegmentRef
 from finetune.data.segments import Segment, SegmentReader
 from finetune.data.sides import Sides
-from finetune.data.sources import check_recordings, load_sources, parse_sources
+from finetune.data.sources import check_recordings, load_sources
 from finetune.data.text import (
     FRAME_RATE_HZ,
     TextEncoder,
@@ -75,7 +75,6 @@ __all__ = [
     "open_checked_store",
     "open_source",
     "open_store",
-    "parse_sources",
     "read_audio",
     "read_transcript",
     "text_stream",

@@ -1,14 +1,13 @@
 """Data that a configuration names become checked recordings, cut into segments."""
 
 import logging
-import math
-import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from finetune.config import parse_sources
 from finetune.data.checks import Checks
 from finetune.data.inspection import Finding, inspect_listing
 from finetune.data.layouts import Entry, open_source
@@ -23,8 +22,6 @@ logger = logging.getLogger(__name__)
 _MAX_PROBLEMS_SHOWN = 20
 _MAX_WARNINGS = 5
 _NUM_CHECK_THREADS = 16
-
-_WEIGHT = re.compile(r"(?P<path>.+):(?P<weight>[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -174,29 +171,6 @@ def warn_of(found: Sequence[tuple[str, Finding]], key: str) -> None:
         origin, first = all_[0]
         more = f" The same of {len(all_) - 1} more." if len(all_) > 1 else ""
         logger.warning("%s: %s: %s: %s. [%s]%s", key, origin, *first[2:], code, more)
-
-
-def parse_sources(spec: str, key: str) -> list[tuple[Path, float]]:
-    """Split `path[:weight],…`. Only a number after the last colon is a weight.
-
-    Raises:
-        UserError: there is no path, or a weight is not positive and finite.
-    """
-    pairs = []
-    for item in filter(None, (item.strip() for item in spec.split(","))):
-        match = _WEIGHT.fullmatch(item)
-        path, weight = (match["path"], float(match["weight"])) if match else (item, 1.0)
-        if not 0 < weight < math.inf:
-            raise UserError(
-                f"{key}: the weight of {path} is {weight:g}, but weights must be positive "
-                "numbers. Remove the source or give it a positive weight."
-            )
-        pairs.append((Path(path).expanduser(), weight))
-    if not pairs:
-        raise UserError(
-            f"{key} is empty: give a .jsonl file or a folder of them, as path[:weight],…"
-        )
-    return pairs
 
 
 def _check_source(

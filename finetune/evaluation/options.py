@@ -5,7 +5,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from finetune.config import FilePath, PathsText, Seed, Size, WandbArgs
+from finetune.config import CHECKPOINT, SOURCES, FilePath, PathsText, Seed, Size, WandbArgs
 from finetune.errors import UserError
 from finetune.evaluation.tasks import TASKS
 from finetune.evaluation.tasks.base import TaskOptions
@@ -19,14 +19,14 @@ class Options(TaskOptions):
     """The options that all tasks share; `Options.complete()` has those of the tasks as well, and is
     what is made of a command line."""
 
-    checkpoint: FilePath
+    checkpoint: Annotated[FilePath, CHECKPOINT]
     """A folder run_dir/checkpoints/checkpoint_NNNNNN, or of a stock Moshi."""
 
     tasks: tuple[Annotated[str, OneOf(TASKS.keys)], ...] = ()
     """What to measure; position and health if not given, and pairs with --pairs. pairs and
     spoken_recall need no --data."""
 
-    data: PathsText | None = None
+    data: Annotated[PathsText | None, SOURCES] = None
     """A JSONL of recordings as for training; null: the run's data.eval_data."""
 
     out: FilePath = _OUT

@@ -1,5 +1,6 @@
 """This package keeps what is done already on the disk, so that no work is done twice."""
 
+from finetune.kept.checkpoint_folders import is_stock, require_checkpoint
 from finetune.kept.checkpoint_names import CHECKPOINT_NAME, checkpoints_in, step_of
 from finetune.kept.records import Records, read_records
 from finetune.kept.whole import Kept, write_whole
@@ -9,7 +10,9 @@ __all__ = [
     "Kept",
     "Records",
     "checkpoints_in",
+    "is_stock",
     "read_records",
+    "require_checkpoint",
     "step_of",
     "write_whole",
 ]

@@ -16,7 +16,6 @@ from finetune.model.init_from import (
     adapter_roles,
     misfits,
     open_earlier_run,
-    require_checkpoint,
 )
 from finetune.model.roles import count_by_role, parameters_by_role, trainable_by_role
 
@@ -36,7 +35,6 @@ __all__ = [
     "open_earlier_run",
     "parameters_by_role",
     "plan_model",
-    "require_checkpoint",
     "shape_from_hub",
     "trainable_by_role",
 ]

@@ -17,7 +17,7 @@ from finetune.config import (
     load_run_config,
 )
 from finetune.errors import UserError
-from finetune.kept import checkpoints_in
+from finetune.kept import require_checkpoint
 from finetune.safety import read_json
 from ttt import TTTLMModel, ttt_parameters
 
@@ -57,37 +57,6 @@ def open_earlier_run(init_from: str) -> EarlierRun:
     if not isinstance(config, dict):
         raise UserError(f"moshi_paths.init_from: {file} holds no `key: value` pairs.")
     return EarlierRun(checkpoint, load_run_config(checkpoint / "args.yaml"), config)
-
-
-def require_checkpoint(checkpoint: Path, key: str) -> None:
-    """
-    Raises:
-        UserError: it is none; where it is a level too high or too low, the right one is named.
-    """
-    if (checkpoint / "consolidated").is_dir():
-        if (checkpoint / "args.yaml").is_file():
-            return
-        raise UserError(
-            f"{key}: {checkpoint} has no args.yaml, as checkpoints of this project have. Of "
-            f"moshi-finetune's, which have none, {checkpoint / 'consolidated'} holds the weights: "
-            f"name all weights (consolidated.safetensors) as moshi_paths.moshi_path instead."
-        )
-    inside = [*checkpoints_in(checkpoint / "checkpoints"), *checkpoints_in(checkpoint)]
-    above = next((p for p in checkpoint.absolute().parents if (p / "consolidated").is_dir()), None)
-    if checkpoint.is_dir() and inside:
-        hint = f" Did you mean {inside[-1]}?"
-    elif above is not None:
-        hint = f" It is inside a checkpoint: did you mean {above}?"
-    elif checkpoint.is_dir() and (checkpoint / "lora.safetensors").is_file():
-        hint = (
-            " It holds the weights of a checkpoint alone: its folder `consolidated`, or a copy of "
-            "that. The folder that it was in is needed, with its args.yaml."
-        )
-    else:
-        hint = "" if checkpoint.exists() else " There is nothing of that name."
-    raise UserError(
-        f"{key}: {checkpoint} is no checkpoint (it has no folder `consolidated`).{hint}"
-    )
 
 
 def require_fit(

@@ -10,8 +10,8 @@ from typing import Literal
 
 import numpy as np
 
-from finetune.config import Precision, TrainArgs, load_config
-from finetune.data import FRAME_RATE_HZ, count_frames, open_source, parse_sources
+from finetune.config import Precision, TrainArgs, load_config, parse_sources
+from finetune.data import FRAME_RATE_HZ, count_frames, open_source
 from finetune.errors import UserError
 from finetune.model import plan_model
 from finetune.plan.memory import Memory, estimate, fits

@@ -29,11 +29,9 @@ def index_folder(options: IndexOptions) -> Iterator[str]:
     What cannot be read is named and left out. With `options.join`, pairs are joined first.
 
     Raises:
-        UserError: there is no folder, nothing in it can be used, or the JSONL is there already.
+        UserError: nothing in the folder can be used, or the JSONL is there already.
     """
     folder, out = options.folder, options.out or options.folder / "data.jsonl"
-    if not folder.is_dir():
-        raise UserError(f"{folder} is no folder. Give the one that the recordings are in.")
     if out.suffix != ".jsonl":
         raise UserError(f"--out {out}: its name must end in .jsonl, as training asks for.")
     for option, needs, is_missing in (

@@ -8,8 +8,8 @@ from typing import Any, Literal
 from huggingface_hub import try_to_load_from_cache
 from moshi.models.loaders import TEXT_TOKENIZER_NAME
 
-from finetune.config import ModelPaths, load_config
-from finetune.data import Reading, Recording, open_source, parse_sources
+from finetune.config import ModelPaths, is_configuration, load_config, parse_sources
+from finetune.data import Reading, Recording, open_source
 from finetune.errors import UserError
 from finetune.model import find_checkpoint
 from finetune.recordings.encoder import WordStart
@@ -46,7 +46,7 @@ def list_data(data: Path, overrides: Mapping[str, Any] | None = None) -> Listing
         UserError: nothing is there, or it cannot be read.
     """
     listing = Listing()
-    if data.suffix.lower() in (".yaml", ".yml"):
+    if is_configuration(data):
         args = load_config(data, overrides)
         train, evaluation = (Reading.of(args.data, training=each) for each in (True, False))
         _list(args.data.train_data, "data.train_data", train, listing.recordings, listing)
@@ -61,7 +61,7 @@ def list_data(data: Path, overrides: Mapping[str, Any] | None = None) -> Listing
             f"YAML file; {data} is none."
         )
     else:
-        _list(str(data), str(data), Reading(), listing.recordings, listing)
+        _list(str(data), "--data", Reading(), listing.recordings, listing)
     return listing
 
 

@@ -6,14 +6,14 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Le
 
-from finetune.config import POSITIONAL, FilePath
+from finetune.config import CONFIGURATION, DATA, FILE, FOLDER, POSITIONAL, SOURCE, FilePath
 
 Workers = Annotated[int, Ge(1), Le(1024)]
 
 
 @dataclass(frozen=True)
 class IndexOptions:
-    folder: Annotated[FilePath, POSITIONAL]
+    folder: Annotated[FilePath, POSITIONAL, FOLDER]
     """The folder with the recordings, at any depth."""
 
     out: FilePath | None = None
@@ -36,7 +36,7 @@ class IndexOptions:
 
 @dataclass(frozen=True)
 class AnnotateOptions:
-    data: Annotated[FilePath, POSITIONAL]
+    data: Annotated[FilePath, POSITIONAL, DATA]
     """The JSONL of the recordings, as `moshi-ttt data index` writes it; or a run's YAML file, for
     its training data."""
 
@@ -65,14 +65,14 @@ class AnnotateOptions:
 
 @dataclass(frozen=True)
 class CheckOptions:
-    data: Annotated[FilePath, POSITIONAL]
+    data: Annotated[FilePath, POSITIONAL, DATA]
     """A JSONL, or a run's YAML file, whose training and evaluation data are checked."""
 
     fast: bool = False
     """Look at headers, transcripts and a few words of each recording alone, as a run does at its
     start; otherwise all audio is listened to."""
 
-    tokenizer: FilePath | None = None
+    tokenizer: Annotated[FilePath | None, FILE] = None
     """A sentencepiece model, to check the text tokens; null: that of the run, if DATA is a YAML
     file and the tokenizer is on this machine."""
 
@@ -92,7 +92,7 @@ class CheckOptions:
 
 @dataclass(frozen=True)
 class ShowOptions:
-    file: Annotated[FilePath, POSITIONAL]
+    file: Annotated[FilePath, POSITIONAL, SOURCE]
     """The JSONL."""
 
     index: Annotated[int, Ge(0), Le(10**9)] = 0
@@ -104,7 +104,7 @@ class ShowOptions:
     duration_sec: Annotated[float, Ge(0.5), Le(120)] = 12.0
     """How long the segment is."""
 
-    config: FilePath | None = None
+    config: Annotated[FilePath | None, CONFIGURATION] = None
     """A run's YAML file whose files are on this machine: its text tokens, codes and loss weights
     are shown as well."""
 
@@ -114,10 +114,10 @@ class ShowOptions:
 
 @dataclass(frozen=True)
 class StatsOptions:
-    data: Annotated[FilePath, POSITIONAL]
+    data: Annotated[FilePath, POSITIONAL, DATA]
     """A JSONL, or a run's YAML file, whose training and evaluation data are counted."""
 
-    tokenizer: FilePath | None = None
+    tokenizer: Annotated[FilePath | None, FILE] = None
     """A sentencepiece model, to count text tokens; null: that of the run, if DATA is a YAML file
     and the tokenizer is on this machine."""
 

@@ -95,7 +95,7 @@ def show_segment(options: ShowOptions, overrides: Mapping[str, Any]) -> list[str
 
 
 def _entry(path: Path, index: int, reading: Reading) -> Recording:
-    entries = open_source(path, str(path), reading).entries()
+    entries = open_source(path, "--file", reading).entries()
     if index >= len(entries):
         raise UserError(
             f"--index {index}: {path} has {len(entries)} recordings, 0 to {len(entries) - 1}."

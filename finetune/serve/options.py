@@ -8,7 +8,15 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Le
 from pydantic import AfterValidator
 
-from finetune.config import FilePath, Precision, Seed, Size
+from finetune.config import (
+    CHECKPOINT,
+    FILE_OR_FOLDER,
+    FOLDER,
+    FilePath,
+    Precision,
+    Seed,
+    Size,
+)
 from finetune.errors import UserError
 from ttt.options import NonNegative, abbreviated
 
@@ -52,13 +60,13 @@ def reset_every_frames(use: str) -> int | None:
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    checkpoint: FilePath
+    checkpoint: Annotated[FilePath, CHECKPOINT]
     """A folder run_dir/checkpoints/checkpoint_NNNNNN, or of a stock Moshi."""
 
-    audio: FilePath | None = None
+    audio: Annotated[FilePath | None, FILE_OR_FOLDER] = None
     """A recording of what the user says, mono or stereo, of any rate; or a folder of such."""
 
-    input_dir: FilePath | None = None
+    input_dir: Annotated[FilePath | None, FOLDER] = None
     """Instead of --audio: a tree, in which every file called --input_name is answered where it
     is."""
 
@@ -149,7 +157,7 @@ class GenerateOptions:
 
 @dataclass(frozen=True)
 class ServeOptions:
-    checkpoint: FilePath
+    checkpoint: Annotated[FilePath, CHECKPOINT]
     """A folder run_dir/checkpoints/checkpoint_NNNNNN, or of a stock Moshi."""
 
     host: str = "127.0.0.1"
@@ -193,7 +201,7 @@ class ServeOptions:
 
 @dataclass(frozen=True)
 class ExportOptions:
-    checkpoint: FilePath
+    checkpoint: Annotated[FilePath, CHECKPOINT]
     """A folder run_dir/checkpoints/checkpoint_NNNNNN."""
 
     out: FilePath

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from finetune.config import require_file
 from finetune.errors import UserError
 from finetune.serve.options import GenerateOptions
 
@@ -29,8 +30,6 @@ def list_jobs(options: GenerateOptions) -> list[Job]:
             transcript, or one another.
     """
     if options.input_dir is not None:
-        if not options.input_dir.is_dir():
-            raise UserError(f"--input_dir: there is no folder {options.input_dir}.")
         found = sorted(options.input_dir.rglob(options.input_name))
         if not found:
             raise UserError(f"--input_dir: no {options.input_name} in {options.input_dir}.")
@@ -57,8 +56,7 @@ def list_jobs(options: GenerateOptions) -> list[Job]:
     out = options.out or Path("continuation.wav" if options.prompt_sec else "output.wav")
     if out.suffix != ".wav" or not out.absolute().parent.is_dir():
         raise UserError(f"--out: {out} must be a .wav file in a folder that exists.")
-    if not options.audio.is_file():
-        raise UserError(f"--audio: there is no file {options.audio}; correct the path.")
+    require_file(options.audio, "--audio")  # where one dialogue goes on, a folder is none
     return _checked(options, [Job(options.audio, out)])
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from finetune.config import POSITIONAL, FilePath, Prefix, Seed
+from finetune.config import FOLDER, POSITIONAL, FilePath, Prefix, Seed
 from finetune.errors import UserError
 from finetune.kept import Kept
 from finetune.report import markdown_lines
@@ -65,7 +65,7 @@ class RecallAudioOptions:
 
 @dataclass(frozen=True)
 class RecallScoreOptions:
-    folder: Annotated[FilePath, POSITIONAL]
+    folder: Annotated[FilePath, POSITIONAL, FOLDER]
     """A folder of recall-audio, with the answers in it."""
 
     answers: str = "output"

@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-from finetune.config import POSITIONAL, FilePath
+from finetune.config import CONFIGURATION, POSITIONAL, FilePath
 
 
 @dataclass(frozen=True)
 class SweepOptions:
-    file: Annotated[FilePath, POSITIONAL]
+    file: Annotated[FilePath, POSITIONAL, CONFIGURATION]
     """The sweep's YAML file."""
 
     only: tuple[str, ...] | None = None

@@ -36,7 +36,11 @@ class Source(ABC):
     @classmethod
     @abstractmethod
     def reads(cls, path: Path) -> bool:
-        """Return whether data of this layout is at a path, by names alone."""
+        """Return whether data of this layout is at a path, by names alone.
+
+        A layout whose paths name no files has a suffix of its own, or `…://`: what has neither is
+        taken for missing when it is not on the disk.
+        """
 
     @abstractmethod
     def entries(self) -> list[Entry]:

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from finetune.config import require_source
 from finetune.data.audio_files import version_of
 from finetune.data.layouts.base import Entry, Source
 from finetune.data.problems import FileProblem
 from finetune.data.recording import Codes, Recording
 from finetune.data.text import FRAME_RATE_HZ
 from finetune.data.transcripts import Word, read_transcript
-from finetune.errors import UserError
 
 _FORM = (
     "expected whole numbers [streams, frames]: 17 rows for a model of 8 + 8 codebooks (text, then "
@@ -112,9 +112,8 @@ class CodesSource(Source):
         return path.suffix == ".npz"
 
     def entries(self) -> list[Entry]:
+        require_source(self.path, self.key)
         files = sorted(self.path.rglob("*.npz")) if self.path.is_dir() else [self.path]
-        if not self.path.exists():
-            raise UserError(f"{self.key}: {self.path} does not exist. Correct the path.")
         return [entry for file in files for entry in self._of_file(file)]
 
     def _of_file(self, path: Path) -> list[Entry]:

@@ -5,6 +5,7 @@ import logging
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from finetune.config import require_source
 from finetune.data.audio_recording import AudioRecording
 from finetune.data.layouts.base import Entry, Source
 from finetune.data.problems import FileProblem
@@ -129,12 +130,8 @@ class JsonlSource(Source):
 
     def _files(self) -> list[Path]:
         path = self.path
+        require_source(path, self.key)
         if not path.is_dir():
-            if not path.is_file():
-                raise UserError(
-                    f"{self.key}: {path} does not exist. Give a .jsonl file or a folder of them, "
-                    "optionally with a weight: path:0.5"
-                )
             return [path]
         found = sorted(path.rglob("*.jsonl"))
         # What macOS and editors leave in a folder is no data: ._a.jsonl, .ipynb_checkpoints/.

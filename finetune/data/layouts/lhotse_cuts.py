@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from finetune.config import require_source
 from finetune.data.audio_recording import AudioRecording
 from finetune.data.layouts.base import Entry, Source
 from finetune.data.layouts.tables import WORDS, require_package
@@ -88,8 +89,7 @@ class LhotseSource(Source):
         return "cuts" in words
 
     def entries(self) -> list[Entry]:
-        if not self.path.is_file():
-            raise UserError(f"{self.key}: {self.path} does not exist. Correct the path.")
+        require_source(self.path, self.key)
         require_package("lhotse", self.path, "lhotse")
         try:
             lines = read_text(self.path).split("\n")

@@ -18,7 +18,8 @@ from finetune.checkpoint.run_dir import delete_old
 from finetune.checkpoint.run_record import RunRecord
 from finetune.config import DataArgs, TrainArgs, load_config
 from finetune.errors import UserError
-from finetune.model import find_checkpoint, load_model, require_checkpoint
+from finetune.kept import require_checkpoint
+from finetune.model import find_checkpoint, load_model
 from ttt import TTTLMModel
 
 NO_TTT: dict[str, Any] = {"ttt.enabled": False, "param_dtype": "float32"}

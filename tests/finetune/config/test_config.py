@@ -241,8 +241,24 @@ def test_a_missing_file_names_similar_ones(tmp_path: Path) -> None:
     (tmp_path / "moshi_ttt.yaml").touch()
     with pytest.raises(UserError, match=r"moshi_tt\.yaml\. Did you mean .*moshi_ttt\.yaml\?"):
         load_config(tmp_path / "moshi_tt.yaml", {})
+    with pytest.raises(
+        UserError, match=r"no configuration file demo\.yml\. .* example/demo\.yaml\?"
+    ):
+        load_config("demo.yml", {})
     with pytest.raises(UserError, match="Is a directory"):
         load_config(tmp_path, {})
+
+
+def test_files_that_are_no_configuration_are_not_suggested(tmp_path: Path) -> None:
+    (tmp_path / ".pre-commit-config.yaml").write_text("repos: []\n")
+    (tmp_path / "mkdocs.yml").write_text("site_name: Moshi\n")
+    for missing in ("no.yaml", "pre-commit-config.yaml", "moshi.yaml"):
+        with pytest.raises(UserError) as raised:
+            load_config(tmp_path / missing, {})
+        assert "mkdocs" not in str(raised.value) and ".pre-commit" not in str(raised.value)
+    (tmp_path / "talk.yml").write_text("# the first\nrun_dir: runs/talk\n")
+    with pytest.raises(UserError, match=r"no\.yaml\. \S+ has talk\.yml\.$"):
+        load_config(tmp_path / "no.yaml", {})
 
 
 def test_saved_configuration_loads_and_has_no_secret(

@@ -21,7 +21,7 @@ from data_tools import (
 )
 from torchaudio.functional import resample
 
-from finetune.config import DataArgs
+from finetune.config import DataArgs, parse_sources
 from finetune.data import (
     Word,
     build_eval_loader,
@@ -33,7 +33,6 @@ from finetune.data import (
 )
 from finetune.data.loader import EvalLoader, TrainLoader
 from finetune.data.order import SampleOrder
-from finetune.data.sources import parse_sources
 from finetune.data.text import TimedTokens
 
 PAD, END = 3, 0

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from finetune.config import FilePath, Prefix
+from finetune.config import FILE, FilePath, Prefix
 from finetune.errors import UserError
 from finetune.evaluation.tasks.base import Found, Json, Task, TaskOptions
 from finetune.report import Table, plain, signed
@@ -51,7 +51,7 @@ class PairOptions:
 class PairsOptions(TaskOptions):
     """The pairs, and how they are scored."""
 
-    pairs: FilePath | None = None
+    pairs: Annotated[FilePath | None, FILE] = None
     """A JSONL of {"good": "a.wav", "bad": "b.wav", "id": "17", "group": "agreement"}."""
 
     pair: Annotated[PairOptions, Prefix("pair_")] = field(default_factory=PairOptions)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge, Le
 
-from finetune.config import FilePath
+from finetune.config import FOLDER, FilePath
 from finetune.errors import UserError
 from finetune.evaluation.streams import STREAM_TITLES, STREAMS
 from finetune.evaluation.tasks.base import Found, Json, Task, TaskOptions
@@ -45,7 +45,7 @@ class PositionOptions(TaskOptions):
     """How often the arm `reset` resets, more than a chunk; null: what attention sees, and at least
     two chunks."""
 
-    baseline: FilePath | None = None
+    baseline: Annotated[FilePath | None, FOLDER] = None
     """The output folder of an evaluation of another checkpoint, to compare with."""
 
     bin_sec: Duration = 10.0

@@ -1,0 +1,44 @@
+"""Paths of data, as a configuration and a command line name them: `path[:weight],…`."""
+
+import math
+import re
+from pathlib import Path
+
+from finetune.errors import UserError
+
+_WEIGHT = re.compile(r"(?P<path>.+):(?P<weight>[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?)", re.IGNORECASE)
+
+
+def parse_sources(spec: str, key: str) -> list[tuple[Path, float]]:
+    """Split `path[:weight],…`. Only a number after the last colon is a weight.
+
+    Raises:
+        UserError: there is no path, or a weight is not positive and finite.
+    """
+    pairs = []
+    for item in filter(None, (item.strip() for item in spec.split(","))):
+        match = _WEIGHT.fullmatch(item)
+        path, weight = (match["path"], float(match["weight"])) if match else (item, 1.0)
+        if not 0 < weight < math.inf:
+            raise UserError(
+                f"{key}: the weight of {path} is {weight:g}, but weights must be positive "
+                "numbers. Remove the source or give it a positive weight."
+            )
+        pairs.append((Path(path).expanduser(), weight))
+    if not pairs:
+        raise UserError(
+            f"{key} is empty: give a .jsonl file or a folder of them, as path[:weight],…"
+        )
+    return pairs
+
+
+def require_source(path: Path, key: str) -> None:
+    """
+    Args:
+        key: the configuration's key that names the path, for messages.
+
+    Raises:
+        UserError: nothing is there.
+    """
+    if not path.exists():
+        raise UserError(f"{key}: {path} does not exist. Correct the path.")

@@ -1,0 +1,48 @@
+"""Checkpoints are known by what lies in their folders; nothing is opened to tell."""
+
+from pathlib import Path
+
+from finetune.errors import UserError
+from finetune.kept.checkpoint_names import checkpoints_in
+
+
+def is_stock(checkpoint: Path) -> bool:
+    """Return whether a folder is of a stock Moshi, laid out as on Hugging Face."""
+    has_weights = any(checkpoint.glob("*.safetensors"))
+    is_part = checkpoint.name == "consolidated" and (checkpoint.parent / "args.yaml").is_file()
+    return has_weights and not is_part and not (checkpoint / "consolidated").is_dir()
+
+
+def require_checkpoint(checkpoint: Path, key: str) -> None:
+    """Check that a folder is a checkpoint of a run.
+
+    Args:
+        key: what has named it, for messages.
+
+    Raises:
+        UserError: it is none; where it is a level too high or too low, the right one is named.
+    """
+    if (checkpoint / "consolidated").is_dir():
+        if (checkpoint / "args.yaml").is_file():
+            return
+        raise UserError(
+            f"{key}: {checkpoint} has no args.yaml, as checkpoints of this project have. Of "
+            f"moshi-finetune's, which have none, {checkpoint / 'consolidated'} holds the weights: "
+            f"name all weights (consolidated.safetensors) as moshi_paths.moshi_path instead."
+        )
+    inside = [*checkpoints_in(checkpoint / "checkpoints"), *checkpoints_in(checkpoint)]
+    above = next((p for p in checkpoint.absolute().parents if (p / "consolidated").is_dir()), None)
+    if checkpoint.is_dir() and inside:
+        hint = f" Did you mean {inside[-1]}?"
+    elif above is not None:
+        hint = f" It is inside a checkpoint: did you mean {above}?"
+    elif checkpoint.is_dir() and (checkpoint / "lora.safetensors").is_file():
+        hint = (
+            " It holds the weights of a checkpoint alone: its folder `consolidated`, or a copy of "
+            "that. The folder that it was in is needed, with its args.yaml."
+        )
+    else:
+        hint = "" if checkpoint.exists() else " There is nothing of that name."
+    raise UserError(
+        f"{key}: {checkpoint} is no checkpoint (it has no folder `consolidated`).{hint}"
+    )

@@ -1,0 +1,102 @@
+"""What a command is given must be there, and what it writes need not be."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from recordings_tools import call
+
+from finetune.cli import COMMANDS
+from finetune.config import require_there
+from finetune.config.fields import all_fields, complete, marks_of
+from finetune.config.marks import MustExist
+from finetune.config.values import members
+from finetune.demo import DemoOptions
+from finetune.errors import UserError
+from finetune.evaluation import Options as EvaluateOptions
+from finetune.serve import GenerateOptions, ServeOptions
+
+ROOT = Path(__file__).parents[3]
+MEMORY = ROOT / "example/memory"
+MADE = {
+    *("out", "out_dir", "joined_dir", "sweep_dir", "session", "report", "json", "html", "cache"),
+    "init run_dir",
+}
+"""Options that name what a command makes, or makes if it is not there."""
+
+
+def options_of(name: str) -> Any:
+    command: Any = COMMANDS[name]
+    return complete(command.options)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_with_a_path_says_whether_it_must_be_there(name: str) -> None:
+    for field in all_fields(options_of(name)):
+        must_exist = bool(marks_of(field.kind, MustExist))
+        is_made = bool({field.key, f"{name} {field.key}"} & MADE)
+        if Path in members(field.kind):
+            assert must_exist != is_made, f"--{field.key} has no mark, and is not in MADE"
+        if must_exist:
+            assert {Path, str} & {*members(field.kind)}
+
+
+def test_everything_that_is_missing_is_named_at_once(tmp_path: Path) -> None:
+    missing: Any = tmp_path / "no.jsonl"
+    options = EvaluateOptions.complete()(
+        checkpoint=tmp_path, data=f"{__file__},{missing}:0.5", pairs=missing, baseline=missing
+    )
+    with pytest.raises(UserError) as raised:
+        require_there(options)
+    assert str(raised.value).splitlines() == [
+        "several options:",
+        f"  - --checkpoint: {tmp_path} is no checkpoint (it has no folder `consolidated`).",
+        f"  - --data: {missing} does not exist. Correct the path.",
+        f"  - --baseline: there is no folder {missing}.",
+        f"  - --pairs: there is no file {missing}; correct the path.",
+    ]
+
+
+def test_what_is_there_and_what_is_not_given_are_not_refused(tmp_path: Path) -> None:
+    require_there(ServeOptions(checkpoint=MEMORY))
+    for audio in (Path(__file__), tmp_path):
+        require_there(GenerateOptions(checkpoint=MEMORY, audio=audio, session=tmp_path / "new"))
+    require_there(EvaluateOptions.complete()(checkpoint=MEMORY, data=f"{tmp_path}:2, {__file__}"))
+    require_there(DemoOptions(out=tmp_path / "new"))
+    # What a layout of one's own reads need be no file, and a repository on the hub is no path.
+    for data in ("all.sines:2", "hf://me/talks", "."):
+        require_there(EvaluateOptions.complete()(checkpoint=MEMORY, data=data))
+    wanted = options_of("init")(data=Path(__file__), repo="kyutai/moshiko-pytorch-bf16")
+    require_there(wanted)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["data", "stats", "no.jsonl"], "--data: no.jsonl does not exist. Correct the path."),
+        (["data", "show", "no.parquet"], "--file: no.parquet does not exist. Correct the path."),
+        (["data", "index", "README.md"], "--folder: there is no folder README.md."),
+        (["plot", "README.md"], "--run_dir: there is no folder README.md."),
+        (
+            ["evaluate", "--checkpoint=example/memory", "--pairs=docs"],
+            "--pairs: docs is a folder; name a file.",
+        ),
+        (
+            ["generate", "--checkpoint=example/memory", "--audio=docs", "--prompt_sec=1"],
+            "--audio: docs is a folder; name a file.",
+        ),
+        (
+            ["serve", "--checkpoint=example"],
+            "--checkpoint: example is no checkpoint (it has no folder `consolidated`).",
+        ),
+    ],
+)
+def test_what_is_missing_or_another_thing_is_one_message(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(ROOT)
+    assert call(*words) == 1
+    assert capsys.readouterr().err == f"\nerror: {message}\n"
