@@ -11,8 +11,10 @@ nothing else is kept, but all gradients have come. What is counted, for one proc
                  micro-batch on
     optimizer    two moments, in `optim.state`
     gathered     of a sharded model: all that is in no layer, and two layers, whole
-    kept         the inputs of all layers (activation checkpointing), and what the loss starts from
-    working      the largest layer's intermediate results, and their gradients
+    kept         the inputs of all layers that a gradient passes through (activation checkpointing),
+                 and what the loss starts from
+    working      the largest layer's intermediate results, and their gradients; less where none of
+                 its weights trains
     TTT          what its operator takes beside that, if the main transformer's stage is the larger
 
 Results of products are counted at their full width; what is done element by element between them
@@ -20,7 +22,7 @@ Results of products are counted at their full width; what is done element by ele
 at a time. What was measured to check this is in docs/distributed.md.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
@@ -42,6 +44,9 @@ ELEMENTWISE = 1.5
 WORKING = 2.9
 """What a layer takes while its backward pass runs, relative to its products: some 10 GB for the
 depth transformer's and 20,000 frames of Moshi 7B, whose products have 3.4 GB."""
+WORKING_FROZEN = 1.6
+"""The same of a layer none of whose weights trains: what its products read is not kept. From one
+step of Moshi 7B in float8 that trains TTT alone, with 10,000 frames; see docs/benchmarks.md."""
 RESERVED_BYTES = 1.5e9
 """CUDA's and NCCL's own."""
 FRAGMENTATION = 0.03
@@ -134,19 +139,39 @@ def _stages(
     share = 0.0 if recomputed else 1.0 if args.gradient_checkpointing else ELEMENTWISE
     # Inputs of the layers; embeddings and the main transformer's output with its gradient; the
     # heads' inputs with theirs.
-    kept_main = width * ((len(main) + 3) * num_frames * model.dim + share * len(main) * per_main)
+    passed = _num_passed(model)
+    kept_main = width * ((passed + 3) * num_frames * model.dim + share * passed * per_main)
     kept_depth = width * (
         (len(depth) + 3) * depth_rows * depth_dim + share * len(depth) * num_frames * depth_products
     )
     in_full = _in_full(model, width)
-    working_depth = in_full + width * WORKING * min(num_frames, CHUNK_FRAMES) * depth_products
-    working_main = in_full + width * WORKING * per_main
+    depth_frames = min(num_frames, CHUNK_FRAMES)
+    working_depth = in_full + width * _working(depth) * depth_frames * depth_products
+    working_main = in_full + width * _working(main) * per_main
     stages = [(kept_main + kept_depth, working_depth, 0.0), (kept_main, working_main, 0.0)]
     cost = layer_class(args.ttt.method).cost(args.ttt) if args.ttt.enabled else None
     if cost is not None:
         ttt = cost.bytes_per_frame * num_frames * model.dim / 4096
         stages.append((kept_main, working_main, ttt))
     return stages
+
+
+def _num_passed(model: TTTLMModel) -> int:
+    """Return how many of the main transformer's layers a gradient passes through: those from the
+    first on that has anything to train, or all, where embeddings train."""
+    main = list(model.transformer.layers)
+    embeddings = [model.text_emb, *model.emb]
+    if any(_count(embedding, trained=True) for embedding in embeddings):
+        return len(main)
+    first = (index for index, layer in enumerate(main) if _count(layer, trained=True))
+    return len(main) - next(first, len(main))
+
+
+def _working(layers: Iterable[nn.Module]) -> float:
+    """Return what the largest of the layers takes while its backward pass runs, relative to its
+    products."""
+    trains = any(_count(layer, trained=True) for layer in layers)
+    return WORKING if trains else WORKING_FROZEN
 
 
 def _in_full(model: TTTLMModel, width: int) -> float:
