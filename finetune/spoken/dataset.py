@@ -45,7 +45,7 @@ CODEC_FOLDER = Path("example/demo/model")
 _DIALOGUES_AT_ONCE = 32
 _SETTLED_FRAMES = 25
 """So many frames from the beginning Mimi has heard less than later."""
-DATA_VERSION = 3
+DATA_VERSION = 4
 """Raise it when the same arguments give other data."""
 
 
@@ -63,8 +63,8 @@ class DatasetArgs:
     """Likewise, `long_times` as long, and with filler between the questions as well."""
     long_times: int = 4
     pauses: bool = False
-    """Those for training have pauses now and then, and talk that Moshi does not answer: for a model
-    that people speak with, who keep to no script."""
+    """Those for training have pauses now and then, talk that Moshi does not answer, and questions
+    that interrupt it: for a model that people speak with, who keep to no script."""
     num_eval: int = 320
     lengths: dict[int, int] = field(default_factory=lambda: {4: 64, 16: 32, 32: 16, 64: 16})
     """For evaluation: how many times longer talks are, and how many of each."""

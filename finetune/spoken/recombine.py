@@ -5,8 +5,9 @@ are cut in the pauses between exchanges and put together anew. A question, the a
 and its value are drawn apart: as one piece, the question's codes, which are one of some thousand
 renderings, would tell what was answered to them once.
 
-With pauses they are less even: now and then nobody speaks for some seconds, as people do, or Moshi
-says nothing to what the user talks of.
+With pauses they are less even: now and then nobody speaks for some seconds, as people do, Moshi
+says nothing to what the user talks of, or the user asks while Moshi still speaks of something else,
+and it falls silent and answers.
 """
 
 from __future__ import annotations
@@ -36,6 +37,11 @@ _DIALOGUES_AT_ONCE = 250
 _PAUSE_PROBABILITY = 0.3
 _PAUSE_FRAMES = (6, 50)
 _UNANSWERED_PROBABILITY = 0.2
+_INTERRUPTED_PROBABILITY = 0.35
+_UNTIL_INTERRUPTED_FRAMES = (1, 12)
+"""From Moshi's first word of something else to the user's question."""
+_STILL_SPEAKING_FRAMES = (3, 12)
+"""Of a question, in which Moshi has not fallen silent yet."""
 _NOBODY = -1
 """The dialogue of a pause."""
 
@@ -50,6 +56,8 @@ class Segment(NamedTuple):
     """Places that matter, in frames from `first`."""
     is_unanswered: bool = False
     """Moshi says nothing in it."""
+    over: Segment | None = None
+    """What Moshi says in its first frames instead, of another dialogue."""
 
     @property
     def num_frames(self) -> int:
@@ -128,6 +136,8 @@ class Pool:
 
     def streams(self, segment: Segment) -> tuple[np.ndarray, np.ndarray]:
         """Return the text [T] and the codes [16, T] of a segment."""
+        if segment.over is not None:
+            return self._spoken_over(segment._replace(over=None), segment.over)
         index, first, end = segment[:3]
         if index != _NOBODY and not segment.is_unanswered:
             return self.text[index, first:end], self.codes[index, :, first:end]
@@ -136,6 +146,14 @@ class Pool:
         user = nothing if index == _NOBODY else self.codes[index, len(nothing) :, first:end]
         text = np.full(segment.num_frames, self.silence.token, self.text.dtype)
         return text, np.concatenate([nothing, user])
+
+    def _spoken_over(self, segment: Segment, over: Segment) -> tuple[np.ndarray, np.ndarray]:
+        (text, codes), (other_text, other_codes) = map(self.streams, (segment, over))
+        num_frames, moshi = over.num_frames, codes.shape[0] // 2
+        text, codes = text.copy(), codes.copy()
+        text[:num_frames] = other_text
+        codes[:moshi, :num_frames] = other_codes[:moshi]
+        return text, codes
 
     def tellable(self, voice: int, name: str) -> list[tuple[Fact, bool]]:
         """Return the facts of a person that can be told and asked for in a voice."""
@@ -236,10 +254,29 @@ class _Composer:
             value, last = (start + mark for mark in segment.marks)
             told.append(_Told(fact, is_repeated, value, last))
 
+    def _speak_of_something_else(self) -> Segment | None:
+        """Let Moshi begin to; returns what it goes on with, if there is enough of it."""
+        filler = self.rng.choice(self.pool.fillers[self.voice])
+        assert self.pool.silence is not None
+        text = self.pool.text[filler.dialogue, filler.first : filler.end]
+        first_word = (text != self.pool.silence.token).argmax()
+        asked = filler.first + int(first_word) + self.rng.randint(*_UNTIL_INTERRUPTED_FRAMES)
+        silent = asked + self.rng.randint(*_STILL_SPEAKING_FRAMES)
+        if silent > filler.end:
+            return None
+        self._append(filler._replace(end=asked))
+        return filler._replace(first=asked, end=silent)
+
     def _ask(self, told: _Told, order: int) -> Answer:
-        self._pause()
+        over = None
+        if self._chance(_INTERRUPTED_PROBABILITY):
+            over = self._speak_of_something_else()
+        else:
+            self._pause()
         fact, pool = told.fact, self.pool
         start, question = self._put(pool.questions[self.voice, fact.kind, fact.name])
+        if over is not None and over.num_frames <= question.num_frames:
+            self.parts[-1] = question._replace(over=over)
         self._put(pool.statements[fact.kind, fact.name])
         frame, _ = self._put(pool.values[fact])
         assert frame - told.last > self.args.reach_frames

@@ -179,6 +179,37 @@ def test_pauses_and_talk_that_moshi_does_not_answer(bank: Bank, text: TextEncode
     assert not (even.codes[:, :8] == 255).all(1).any()
 
 
+def test_questions_that_interrupt_moshi(bank: Bank, text: TextEncoder) -> None:
+    dialogues = composed(bank, "train", 60)
+    spoken, tokens = encoded(bank, dialogues, text), value_tokens(text)
+    spoken.codes[:, 8:11] = spoken.codes[:, :3]
+    silence = Silence(text.text_padding_id, np.full((8, 800), 255, np.uint8))
+    made = recombine(Pool(spoken, dialogues, tokens, silence), ARGS, 24, seed=0)
+    moshi, user = made.codes[:, :3].int(), made.codes[:, 8:11].int()
+    is_over = (moshi[:, 0] != user[:, 0]) & (moshi[:, 0] != 255) & (user[:, 0] != 255)
+    places = is_over.nonzero().tolist()
+    # Moshi's text is that of what it speaks of.
+    for row, frame in places:
+        dialogue, high, low = moshi[row, :, frame].tolist()
+        assert made.text[row, frame] == spoken.text[dialogue, 256 * high + low]
+    interrupting = [
+        answer
+        for row, answer in answers(made)
+        if is_over[row, answer.asked_frame : answer.asked_frame + 3].any()
+    ]
+    # It is never before a question, and it has ended before the answer.
+    frames = {
+        (row, frame)
+        for row, answer in answers(made)
+        for frame in range(answer.asked_frame - 3, answer.frame)
+    }
+    # (The last question's answer may lie behind the end.)
+    end = {row: answer.frame for row, answer in answers(made)}
+    assert all((row, frame) in frames for row, frame in places if frame < end[row])
+    assert not any(is_over[row, answer.frame] for row, answer in answers(made))
+    assert 0.15 < len(interrupting) / len(answers(made)) < 0.5
+
+
 def test_talks_too_short_for_their_facts_are_refused() -> None:
     assert DialogueArgs().problems() == []
     assert "do not fit" in dataclasses.replace(ARGS, num_frames=150).problems()[0]
