@@ -19,8 +19,10 @@ or down. Beyond that the exit status is 1.
 With `--base-precision` the stock model computes with the same frozen weights in fewer bits, in the
 plainest way (`ttt.ops.frozen.reference`); n is also taken from rows one by one alone, and plain
 attention alone. Of float8 there is a line more, in which the tensor cores add up in float32 every
-few products, and not at the end of a sum alone. The rows of random weights are all of one size, and
-so would be their scales: those of the middle layer are given different sizes.
+few products, and not at the end of a sum alone; and before the first step the losses of single
+targets are compared as well (`target_losses.py` says why, and how far apart they may be). The rows
+of random weights are all of one size, and so would be their scales: those of the middle layer are
+given different sizes.
 
 That an error goes beyond it is shown with `--planted`, by short runs of ours with one in them; if
 one does not, the exit status is 1 too.
@@ -40,6 +42,8 @@ from typing import Any, NamedTuple
 import torch
 from moshi.modules.lora import LoRALinear
 from outputs import json_file, print_and_keep, settings
+from target_losses import Distances
+from torch import Tensor
 from training_arms import (
     Arm,
     OtherStockRun,
@@ -191,7 +195,10 @@ def full_sums() -> Iterator[None]:
 # Running and judging ------------------------------------------------------------------------------
 
 
-def losses_of(run: Run, weights: Weights, options: argparse.Namespace) -> dict[str, Any]:
+def losses_of(
+    run: Run, weights: Weights, options: argparse.Namespace
+) -> tuple[dict[str, Any], Tensor | None]:
+    """Return the losses of every step, and of a base in float8 those of single targets before."""
     is_cuda = options.device == "cuda"
     started = time.monotonic()
     if is_cuda:
@@ -203,9 +210,11 @@ def losses_of(run: Run, weights: Weights, options: argparse.Namespace) -> dict[s
             run.change(model)
         steps = min(options.steps, PLANTED_STEPS) if run.is_planted else options.steps
         training, codes = run.make(model, options), random_codes(options.batch, run.arm, options)
+        # Only a base in float8 needs it.
+        before = training.target_losses(codes) if run.arm.base == "float8" else None
         losses = [training.step(codes) for _ in range(steps)]
     peak = {"peak_gb": torch.cuda.max_memory_allocated() / 1e9} if is_cuda else {}
-    return {"losses": losses, "total_sec": time.monotonic() - started, **peak}
+    return {"losses": losses, "total_sec": time.monotonic() - started, **peak}, before
 
 
 def bounds_of(
@@ -243,9 +252,10 @@ def results(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     weights = Weights(options)
     stock: list[list[float]] = []
     bounds: list[float] = []
+    distances = Distances()
     for run in chosen_runs(options):
         try:
-            result = losses_of(run, weights, options)
+            result, before = losses_of(run, weights, options)
         except torch.OutOfMemoryError:
             yield {"name": run.name, "wrong": "out of memory"}
             if run.arm.is_stock:
@@ -255,6 +265,9 @@ def results(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             gc.collect()
             if options.device == "cuda":
                 torch.cuda.empty_cache()
+        if before is not None:
+            far = distances.add_stock(before) if run.arm.is_stock else distances.of(before)
+            result["target_distance"] = far
         if run.arm.is_stock:
             stock.append(result["losses"])
             if not all(map(math.isfinite, result["losses"])):
@@ -263,6 +276,10 @@ def results(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             bounds = bounds_of(stock[0], stock[1:], options) if len(stock) > 2 else []
         else:
             result = judged(result, stock[0], bounds)
+            if "target_distance" in result:
+                share = distances.share_of_bound(result["target_distance"])
+                result["target_share_of_bound"] = share
+                result["is_beyond"] |= not share <= 1
             if result["is_beyond"] != run.is_planted:
                 result["wrong"] = "not found" if run.is_planted else "beyond the bound"
         yield {"name": run.name, "bounds": bounds, **result}
@@ -270,7 +287,10 @@ def results(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 # Showing ------------------------------------------------------------------------------------------
 
-HEADER = f"{'':<40}{'first':>9}{'last':>9}{'differs':>9}{'of bound':>10}{'at step':>9}{'s':>7}"
+HEADER = (
+    f"{'':<40}{'first':>9}{'last':>9}{'differs':>9}{'of bound':>10}{'at step':>9}{'s':>7}"
+    "  targets before, of their bound"
+)
 
 
 def line(result: dict[str, Any]) -> str:
@@ -280,6 +300,10 @@ def line(result: dict[str, Any]) -> str:
     if "difference" in result:
         text += f"{result['difference']:>9.1e}{result['share_of_bound']:>10.2f}"
         text += f"{result['at_step']:>9}{result['total_sec']:>7.0f}"
+    if "target_distance" in result:
+        text += f"  {result['target_distance']:.1e}"
+    if "target_share_of_bound" in result:
+        text += f" {result['target_share_of_bound']:.2f}"
     return text + (f"  {result['wrong'].upper()}" if "wrong" in result else "")
 
 

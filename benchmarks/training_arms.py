@@ -1,7 +1,8 @@
 """The training benchmarks run stock and ours, from the same weights, on the same codes."""
 
 import argparse
-from contextlib import nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from moshi.models import loaders
 from moshi.models.lm import LMModel
 from moshi.modules.lora import LoRALinear, replace_all_linear_with_lora
+from target_losses import target_losses
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.lr_scheduler import OneCycleLR
@@ -90,6 +92,10 @@ class StockRun:
                 parameter.copy_(master)
         return loss.item()
 
+    def target_losses(self, codes: Tensor) -> Tensor:
+        """Return the losses of single targets, as `target_losses` does."""
+        return target_losses(self.model, codes)
+
     def backward(self, codes: Tensor) -> Tensor:
         """Adds to the gradients; the loss."""
         loss = sum(total / weight for total, weight in self.sums(codes))
@@ -117,17 +123,28 @@ class OtherStockRun(StockRun):
     by_row = True
     plain_attention = True
 
+    def target_losses(self, codes: Tensor) -> Tensor:
+        """Return the losses of single targets, computed in this way."""
+        with self._attention():
+            return torch.cat([super(OtherStockRun, self).target_losses(r) for r in self._of(codes)])
+
     def backward(self, codes: Tensor) -> Tensor:
         weights = total_weight(self.model, [codes], WEIGHTS)
         loss = torch.zeros((), device=codes.device)
-        with sdpa_kernel(SDPBackend.MATH) if self.plain_attention else nullcontext():
-            for rows in codes.split(1 if self.by_row else len(codes)):
+        with self._attention():
+            for rows in self._of(codes):
                 totals = [total for total, _ in self.sums(rows)]
                 part = sum(total / w for total, w in zip(totals, weights, strict=True))
                 assert isinstance(part, Tensor)
                 part.backward()
                 loss += part.detach()
         return loss
+
+    def _attention(self) -> AbstractContextManager[None]:
+        return sdpa_kernel(SDPBackend.MATH) if self.plain_attention else nullcontext()
+
+    def _of(self, codes: Tensor) -> Sequence[Tensor]:
+        return codes.split(1 if self.by_row else len(codes))
 
 
 class RowByRowStockRun(OtherStockRun):
@@ -170,6 +187,10 @@ class OurRun:
             max_steps=options.schedule_steps,
             sharding=sharding,
         )
+
+    def target_losses(self, codes: Tensor) -> Tensor:
+        """Return the losses of single targets, as `target_losses` does."""
+        return target_losses(self.model, codes)
 
     def step(self, *batches: Tensor) -> float:
         """The loss over all batches of all processes."""
