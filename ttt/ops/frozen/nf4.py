@@ -34,11 +34,12 @@ def dequantize(
 ) -> Tensor:
     if values.is_meta:
         return torch.empty(out_features, in_features, dtype=dtype, device="meta")
-    shape = (out_features, in_features)
     # It knows no float64.
     known = torch.float32 if dtype == torch.float64 else dtype
-    found: Tensor = _operators().dequantize_4bit(values, scales, BLOCK, "nf4", shape, known)
-    return found.to(dtype)
+    # As one row: on CPUs with AVX-512, bitsandbytes 0.49 takes each row to begin with a block.
+    flat = (out_features * in_features,)
+    found: Tensor = _operators().dequantize_4bit(values, scales, BLOCK, "nf4", flat, known)
+    return found.view(out_features, in_features).to(dtype)
 
 
 def product(x: Tensor, values: Tensor, scales: Tensor, out: Tensor) -> None:
