@@ -1,6 +1,7 @@
 """Ctrl-C, SIGTERM, SIGHUP: finish the step, save, leave; a second Ctrl-C leaves at once."""
 
 import logging
+import multiprocessing
 import os
 import signal
 import socket
@@ -37,6 +38,27 @@ def signal_of(error: KeyboardInterrupt) -> signal.Signals:
     """The signal that has ended a command."""
     number = error.signal_number if isinstance(error, Stopped) else signal.SIGINT
     return signal.Signals(number)
+
+
+def end_with_parent() -> None:
+    """End this process, a worker, as soon as the one that started it is gone, however it went.
+
+    Else a worker would finish its job for nobody, for minutes, and then wait for ever.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def end_workers() -> None:
+    """End the processes that this one has started, in the middle of their jobs."""
+    for worker in multiprocessing.active_children():
+        worker.terminate()
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from finetune.errors import UserError
+from finetune.interrupt import end_with_parent, end_workers
 from finetune.kept import Kept
 from finetune.monitoring import setup_logging
 
@@ -70,11 +71,14 @@ def run_jobs(jobs: Sequence[Job], out: Path, *, workers: int) -> list[Result]:
                 results[running[future]] = future.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            # A job takes minutes: nothing waits for those that have begun.
+            end_workers()
             raise
     return [results[job.name] for job in jobs]
 
 
 def _start_worker(threads: int) -> None:
+    end_with_parent()
     torch.set_num_threads(threads)
     setup_logging()
 

@@ -14,6 +14,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from finetune.data import FileProblem
+from finetune.interrupt import end_with_parent
 from finetune.monitoring import console
 
 Job = TypeVar("Job")
@@ -66,7 +67,7 @@ def do_all(
         # joining its threads, and these are not there after a fork.
         gc.collect()
         with ProcessPoolExecutor(
-            workers, multiprocessing.get_context(method), initializer=_be_one_thread
+            workers, multiprocessing.get_context(method), initializer=_start_worker
         ) as pool:
             try:
                 shares = [jobs[i : i + at_once] for i in range(0, len(jobs), at_once)]
@@ -107,7 +108,8 @@ def _attempt(work: Callable[[Job], Result], job: Job) -> Done[Job, Result]:
         return Done(job, problem=str(problem))
 
 
-def _be_one_thread() -> None:
+def _start_worker() -> None:
+    end_with_parent()
     # Each worker has a core; and threads that computed before a fork are not there after it.
     torch.set_num_threads(1)
 
