@@ -21,6 +21,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 def pytest_collection_finish() -> None:
     """Leave out of every later garbage collection what is there for good: torch, and all tests."""
+    if "torch" in sys.modules:
+        from light_imports import import_bitsandbytes
+
+        import_bitsandbytes()
     gc.collect()
     gc.freeze()
 

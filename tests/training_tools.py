@@ -238,9 +238,11 @@ def run_cases(
     return run_ranks(num_processes, code, file)
 
 
-def run_ranks(num_processes: int, code: str, *arguments: str | Path) -> str:
-    """Runs `code` in processes that know of each other as those of `torchrun` do, which would have
-    each import everything; what they print."""
+def start_ranks(
+    num_processes: int, code: str, *arguments: str | Path, **environment: str
+) -> list[Program]:
+    """Start `code` in processes that know of each other as those of `torchrun` do, which would have
+    each import everything."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     programs = []
@@ -248,8 +250,14 @@ def run_ranks(num_processes: int, code: str, *arguments: str | Path) -> str:
         variables: dict[str, Any] = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_processes}
         variables |= {"LOCAL_WORLD_SIZE": num_processes}
         variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        environment = {name: str(value) for name, value in variables.items()}
-        programs.append(Program(code, *arguments, environment=environment))
+        own = environment | {name: str(value) for name, value in variables.items()}
+        programs.append(Program(code, *arguments, environment=own))
+    return programs
+
+
+def run_ranks(num_processes: int, code: str, *arguments: str | Path) -> str:
+    """Runs `code` in processes that know of each other; what they print."""
+    programs = start_ranks(num_processes, code, *arguments)
 
     def output_of(program: Program) -> str:
         """Return what it printed. The others wait for one that has died: they end with it."""

@@ -51,7 +51,7 @@ class Watched:
 
 @pytest.mark.parametrize("rule", RULES)
 def test_callers_of_the_same_moment_never_write_together(rule: str) -> None:
-    callers, chunk_size, num_frames = 16, 16, 36
+    callers, chunk_size, num_frames = 8, 8, 20
     model, codec = parts(RULES[rule](chunk_size=chunk_size))
     voices = [speech(num_frames, seed) for seed in range(callers)]
     said: list[list[Any]] = [[] for _ in range(callers)]
@@ -75,7 +75,7 @@ def test_callers_of_the_same_moment_never_write_together(rule: str) -> None:
     assert writes == dict.fromkeys(range(callers), 2)
     # In a batch of the same size matrix products are rounded alike: what the others do, and when
     # a row begins, changes not a bit.
-    for index in (0, 7, 15):
+    for index in (0, 3, 7):
         with engine_of(model, codec, callers) as engine:
             alone = [engine.step({index: frame})[index] for frame in voices[index]]
             weights = Watched(engine, model).before
