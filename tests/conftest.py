@@ -71,6 +71,13 @@ def _own_log_handlers() -> Iterator[None]:
     logging.captureWarnings(False)
 
 
+@pytest.fixture(autouse=True)
+def _no_run_outlives_its_test() -> Iterator[None]:
+    yield
+    if "training_tools" in sys.modules:
+        sys.modules["training_tools"].leave_folders()
+
+
 @pytest.fixture
 def program(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
     """A function that imports one of the benchmarks, for the length of a test."""

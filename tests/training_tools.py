@@ -93,8 +93,21 @@ def write_config(folder: Path) -> Path:
     return path
 
 
+_assembled: list[Trainer] = []
+
+
 def trainer(config: Path, run_dir: Path, overrides: dict[str, Any] | None = None) -> Trainer:
-    return Trainer(load_config(config, {"run_dir": str(run_dir), **(overrides or {})}))
+    """A run that is assembled, and has its folder until it has trained or the test ends."""
+    run = Trainer(load_config(config, {"run_dir": str(run_dir), **(overrides or {})}))
+    _assembled.append(run)
+    return run
+
+
+def leave_folders() -> None:
+    """Let go of the folders of runs that have not trained: their signs of life would go on."""
+    while _assembled:
+        with _assembled.pop().folder:
+            pass
 
 
 def train(config: Path, run_dir: Path, overrides: dict[str, Any] | None = None) -> Trainer:
