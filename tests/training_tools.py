@@ -71,6 +71,7 @@ def write_config(folder: Path) -> Path:
             "eval_data": str(folder / "eval/all.jsonl"),
             "shuffle": True,
             "num_workers": 0,
+            "cache_dir": str(folder / "codes"),
         },
         "run_dir": str(folder / "run"),
         "ttt": {
