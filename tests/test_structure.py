@@ -27,6 +27,13 @@ def parsed(path: Path) -> ast.Module:
     return ast.parse(path.read_text())
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _forget_what_was_parsed() -> Iterator[None]:
+    """A million objects, which every collection of garbage in the tests after these would visit."""
+    yield
+    parsed.cache_clear()
+
+
 def imports(path: Path) -> Iterator[str]:
     """The modules that a file imports anywhere."""
     for node in ast.walk(parsed(path)):
