@@ -21,6 +21,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 def pytest_collection_finish() -> None:
     """Leave out of every later garbage collection what is there for good: torch, and all tests."""
+    if "torch" in sys.modules:
+        from light_imports import import_bitsandbytes
+
+        import_bitsandbytes()
     gc.collect()
     gc.freeze()
 
@@ -67,10 +71,20 @@ def _own_log_handlers() -> Iterator[None]:
     logging.captureWarnings(False)
 
 
+@pytest.fixture(autouse=True)
+def _no_run_outlives_its_test() -> Iterator[None]:
+    yield
+    if "training_tools" in sys.modules:
+        sys.modules["training_tools"].leave_folders()
+
+
 @pytest.fixture
 def program(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
     """A function that imports one of the benchmarks, for the length of a test."""
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    # They collect garbage before each of their lines, for the peak of a GPU's memory: here it takes
+    # longer than the lines, as all objects of all tests before are looked at.
+    monkeypatch.setattr(gc, "collect", lambda *_: 0)
     imported: list[Any] = []
 
     def load(name: str) -> ModuleType:

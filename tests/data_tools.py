@@ -79,8 +79,12 @@ def speech_like(
     duration_sec: float, rate_hz: int, *, seed: int = 0, channels: int = 2
 ) -> np.ndarray:
     """Noise whose loudness changes, below full scale: `[num_samples, channels]`."""
+    return _speech_like(round(duration_sec * rate_hz), seed, channels).copy()
+
+
+@functools.lru_cache(maxsize=32)
+def _speech_like(num_samples: int, seed: int, channels: int) -> np.ndarray:
     generator = np.random.default_rng(seed)
-    num_samples = round(duration_sec * rate_hz)
     loudness = np.interp(np.arange(num_samples), np.arange(0, num_samples + 1000, 1000),
                          generator.random(len(range(0, num_samples + 1000, 1000))))  # fmt: skip
     noise = generator.standard_normal((num_samples, channels))

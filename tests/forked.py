@@ -32,8 +32,10 @@ _ENVIRONMENT = dict(os.environ)
 def _server() -> socket.socket:
     """Start the server of this process; returns where it takes requests."""
     here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    variables = _ENVIRONMENT | {"OMP_NUM_THREADS": "1"}
-    variables["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), variables.get("PYTHONPATH", "")])
+    # Its programs hash otherwise than this process.
+    variables = _ENVIRONMENT | {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "random"}
+    places = [str(REPOSITORY), str(Path(__file__).parent), variables.get("PYTHONPATH", "")]
+    variables["PYTHONPATH"] = os.pathsep.join(places)
     process = subprocess.Popen(
         [sys.executable, "-u", SERVER, str(there.fileno())],
         cwd=REPOSITORY,

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
+from matplotlib.figure import Figure
 from training_tools import PLAIN
 
 from finetune.cli import main
@@ -39,10 +40,19 @@ def write(config: Path, tmp_path: Path) -> Callable[..., Any]:
     return write_sweep
 
 
+DRAWN = "test_runs_are_compared_in_a_table_a_picture_and_a_page"
+"""The test whose pictures are drawn."""
+
+
 @pytest.fixture
-def commands(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Runs are trained in this process, which is faster; the command lines that were given."""
+def commands(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Runs are trained in this process, which is faster; the command lines that were given.
+
+    Figures are made, but drawn for one test alone.
+    """
     given: list[Any] = []
+    if request.node.name != DRAWN:
+        monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: path.touch())
 
     def train_here(self: Any, command: Any, log: Any, label: Any, environment: Any) -> int:
         base, *options = command[command.index("train") + 1 :]

@@ -71,6 +71,7 @@ def write_config(folder: Path) -> Path:
             "eval_data": str(folder / "eval/all.jsonl"),
             "shuffle": True,
             "num_workers": 0,
+            "cache_dir": str(folder / "codes"),
         },
         "run_dir": str(folder / "run"),
         "ttt": {
@@ -93,8 +94,21 @@ def write_config(folder: Path) -> Path:
     return path
 
 
+_assembled: list[Trainer] = []
+
+
 def trainer(config: Path, run_dir: Path, overrides: dict[str, Any] | None = None) -> Trainer:
-    return Trainer(load_config(config, {"run_dir": str(run_dir), **(overrides or {})}))
+    """A run that is assembled, and has its folder until it has trained or the test ends."""
+    run = Trainer(load_config(config, {"run_dir": str(run_dir), **(overrides or {})}))
+    _assembled.append(run)
+    return run
+
+
+def leave_folders() -> None:
+    """Let go of the folders of runs that have not trained: their signs of life would go on."""
+    while _assembled:
+        with _assembled.pop().folder:
+            pass
 
 
 def train(config: Path, run_dir: Path, overrides: dict[str, Any] | None = None) -> Trainer:
@@ -238,9 +252,11 @@ def run_cases(
     return run_ranks(num_processes, code, file)
 
 
-def run_ranks(num_processes: int, code: str, *arguments: str | Path) -> str:
-    """Runs `code` in processes that know of each other as those of `torchrun` do, which would have
-    each import everything; what they print."""
+def start_ranks(
+    num_processes: int, code: str, *arguments: str | Path, **environment: str
+) -> list[Program]:
+    """Start `code` in processes that know of each other as those of `torchrun` do, which would have
+    each import everything."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     programs = []
@@ -248,8 +264,14 @@ def run_ranks(num_processes: int, code: str, *arguments: str | Path) -> str:
         variables: dict[str, Any] = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_processes}
         variables |= {"LOCAL_WORLD_SIZE": num_processes}
         variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        environment = {name: str(value) for name, value in variables.items()}
-        programs.append(Program(code, *arguments, environment=environment))
+        own = environment | {name: str(value) for name, value in variables.items()}
+        programs.append(Program(code, *arguments, environment=own))
+    return programs
+
+
+def run_ranks(num_processes: int, code: str, *arguments: str | Path) -> str:
+    """Runs `code` in processes that know of each other; what they print."""
+    programs = start_ranks(num_processes, code, *arguments)
 
     def output_of(program: Program) -> str:
         """Return what it printed. The others wait for one that has died: they end with it."""

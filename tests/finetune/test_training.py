@@ -97,7 +97,7 @@ def test_without_ttt_the_losses_are_those_of_a_loop_over_stock_moshi(
         **PLAIN,
         "full_finetuning": not lora,
         **(LORA if lora else {}),
-        "max_steps": 20,
+        "max_steps": 10,
         "gradient_checkpointing": gradient_checkpointing,
         "compile": compile,
         "text_padding_weight": 0.5,
@@ -108,9 +108,9 @@ def test_without_ttt_the_losses_are_those_of_a_loop_over_stock_moshi(
     batches = own.train_data
     model, trained = stock_model(config, own.model, lora=lora)
     optimizer = torch.optim.AdamW(trained, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1)
-    schedule = OneCycleLR(optimizer, max_lr=3e-3, total_steps=20, pct_start=0.3)
+    schedule = OneCycleLR(optimizer, max_lr=3e-3, total_steps=10, pct_start=0.3)
     expected: list[Any] = []
-    for _ in range(20):
+    for _ in range(10):
         codes = next(batches).codes
         with no_compile():
             loss = plain_loss(model, codes, padding_weight=0.5, first_codebook_weight=100.0)

@@ -28,12 +28,14 @@ from training_tools import (
     logged_steps,
     saved_weights,
     start_program,
+    start_ranks,
     train,
     trainer,
 )
 
 from finetune.checkpoint import list_checkpoints, manifest, run_lock, step_of
 from finetune.checkpoint.run_lock import RunLock
+from finetune.distributed.watchdog import EXIT_STATUS
 from finetune.errors import UserError
 from finetune.monitoring import setup_logging
 
@@ -256,13 +258,20 @@ def test_signs_of_life_go_on_after_the_disk_was_full(
     monkeypatch.setattr(run_lock, "BEAT_SEC", 0.01)
     setup_logging(0)
     asked = threading.Semaphore(0)
-
-    def full(*args: Any) -> int:
-        asked.release()
-        raise OSError(errno.ENOSPC, "disk full")
+    write = os.pwrite
 
     with RunLock(tmp_path) as lock:
         lock.take()
+        own = lock._file
+
+        def full(descriptor: int, *args: Any) -> int:
+            """For this lock alone: what else the process holds finds room."""
+            assert own is not None
+            if descriptor != own.fileno():
+                return write(descriptor, *args)
+            asked.release()
+            raise OSError(errno.ENOSPC, "disk full")
+
         with monkeypatch.context() as patch:
             patch.setattr(run_lock.os, "pwrite", full)
             assert asked.acquire(timeout=10) and asked.acquire(timeout=10), "it has given up"
@@ -299,7 +308,12 @@ def faulty(config: Path, run_dir: Path, fault: str, **overrides: Any) -> str:
 
 
 def test_a_process_that_dies_is_named_and_ends_the_run(config: Path, tmp_path: Path) -> None:
-    output = faulty(config, tmp_path, "dies 1 4", **{"parallel.shard_size": 2})
+    code = "import runpy; runpy.run_path('tests/programs/run_faulty.py')"
+    overrides: dict[str, Any] = {"run_dir": tmp_path, "max_steps": 1000000}
+    words = options(**overrides, **{"parallel.shard_size": 2})
+    first, second = start_ranks(2, code, f"--config={config}", *words, FAULT="dies 1 4")
+    status, output = finish(first)
+    assert finish(second)[0] == -signal.SIGKILL and status == EXIT_STATUS
     assert re.search(
         r"error: rank 1 \(process \d+ on .*\) is dead, or cannot be reached: no sign of life for "
         r"\d+ s; it was last seen in step \d+: .*\. The run ends",

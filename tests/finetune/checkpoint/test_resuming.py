@@ -36,7 +36,7 @@ from finetune.monitoring import metrics_path, read_metrics
 # --- resuming -------------------------------------------------------------------------------------
 
 
-TEN_STEPS: dict[str, Any] = {"max_steps": 10, "ckpt_freq": 5}
+SIX_STEPS: dict[str, Any] = {"max_steps": 6, "ckpt_freq": 3}
 
 
 @pytest.mark.parametrize(
@@ -54,20 +54,20 @@ TEN_STEPS: dict[str, Any] = {"max_steps": 10, "ckpt_freq": 5}
 def test_a_resumed_run_is_the_run_that_never_stopped(
     config: Path, tmp_path: Path, overrides: dict[str, Any]
 ) -> None:
-    overrides = {**TEN_STEPS, **overrides}
+    overrides = {**SIX_STEPS, **overrides}
     train(config, tmp_path / "whole", overrides)
-    stop_after(trainer(config, tmp_path / "cut", overrides), 7)
-    assert logged_steps(tmp_path / "cut") == [1, 2, 3, 4, 5, 6, 7]
+    stop_after(trainer(config, tmp_path / "cut", overrides), 5)
+    assert logged_steps(tmp_path / "cut") == [1, 2, 3, 4, 5]
     resumed = train(config, tmp_path / "cut", {**overrides, "resume": True})
-    assert resumed.step == 10
-    assert logged_steps(tmp_path / "cut") == list(range(1, 11))
+    assert resumed.step == 6
+    assert logged_steps(tmp_path / "cut") == list(range(1, 7))
     assert logged(tmp_path / "cut") == logged(tmp_path / "whole")
-    assert_same_weights(saved_weights(tmp_path / "cut", 10), saved_weights(tmp_path / "whole", 10))
+    assert_same_weights(saved_weights(tmp_path / "cut", 6), saved_weights(tmp_path / "whole", 6))
 
 
 def test_options_changed_on_resuming_take_effect(config: Path, tmp_path: Path) -> None:
-    """A run that was stopped after step 7 goes on from step 5 with other options."""
-    stop_after(trainer(config, tmp_path / "cut", {**TEN_STEPS, **FULL}), 7)
+    """A run that was stopped after step 5 goes on from step 3 with other options."""
+    stop_after(trainer(config, tmp_path / "cut", {**SIX_STEPS, **FULL}), 5)
     whole: dict[str, Path] = {}
     for name, later in {
         "same": {},
@@ -76,41 +76,41 @@ def test_options_changed_on_resuming_take_effect(config: Path, tmp_path: Path) -
         "weight_decay": {"optim.weight_decay": 1.0},
     }.items():
         whole[name] = shutil.copytree(tmp_path / "cut", tmp_path / name)
-        train(config, whole[name], {**TEN_STEPS, **FULL, **later, "resume": True})
+        train(config, whole[name], {**SIX_STEPS, **FULL, **later, "resume": True})
     rates, new_rates = logged(whole["same"], "lr"), logged(whole["lr"], "lr")
-    assert new_rates[:5] == rates[:5]
-    assert new_rates[5:9] == pytest.approx([2 * rate for rate in rates[5:9]])
-    weights = {name: saved_weights(run, 10)["text_linear.weight"] for name, run in whole.items()}
+    assert new_rates[:3] == rates[:3]
+    assert new_rates[3:5] == pytest.approx([2 * rate for rate in rates[3:5]])
+    weights = {name: saved_weights(run, 6)["text_linear.weight"] for name, run in whole.items()}
     for name in ("lr", "max_norm", "weight_decay"):
-        assert logged(whole[name])[:6] == logged(whole["same"])[:6]
+        assert logged(whole[name])[:4] == logged(whole["same"])[:4]
         assert not torch.equal(weights[name], weights["same"]), name
 
 
 def test_a_resumed_run_can_be_longer(
     config: Path, finished_run: Callable[..., Any], tmp_path: Path
 ) -> None:
-    finished_run(tmp_path, TEN_STEPS)
-    run = train(config, tmp_path, {**TEN_STEPS, "max_steps": 12, "resume": True})
-    assert run.step == 12
-    assert logged_steps(tmp_path) == list(range(1, 13))
+    finished_run(tmp_path, SIX_STEPS)
+    run = train(config, tmp_path, {**SIX_STEPS, "max_steps": 8, "resume": True})
+    assert run.step == 8
+    assert logged_steps(tmp_path) == list(range(1, 9))
 
 
 def test_a_resumed_run_that_is_complete_does_nothing(
     config: Path, finished_run: Callable[..., Any], tmp_path: Path
 ) -> None:
-    finished_run(tmp_path, TEN_STEPS)
-    before = saved_weights(tmp_path, 10)
-    train(config, tmp_path, {**TEN_STEPS, "resume": True})
-    assert_same_weights(saved_weights(tmp_path, 10), before)
-    assert logged_steps(tmp_path) == list(range(1, 11))
+    finished_run(tmp_path, SIX_STEPS)
+    before = saved_weights(tmp_path, 6)
+    train(config, tmp_path, {**SIX_STEPS, "resume": True})
+    assert_same_weights(saved_weights(tmp_path, 6), before)
+    assert logged_steps(tmp_path) == list(range(1, 7))
 
 
 def test_a_run_resumed_with_fewer_steps_than_it_has_made_is_refused(
     config: Path, finished_run: Callable[..., Any], tmp_path: Path
 ) -> None:
-    finished_run(tmp_path, TEN_STEPS)
+    finished_run(tmp_path, SIX_STEPS)
     with pytest.raises(UserError, match="max_steps"):
-        trainer(config, tmp_path, {**TEN_STEPS, "max_steps": 8, "resume": True})
+        trainer(config, tmp_path, {**SIX_STEPS, "max_steps": 4, "resume": True})
 
 
 @pytest.mark.parametrize("other", [FULL, LORA, {"ttt.start_layer": 1}])
@@ -134,11 +134,11 @@ def test_a_run_is_not_resumed_with_parameters_of_another_shape(
 def test_resume_auto_starts_anew_where_there_is_nothing_and_goes_on_where_there_is(
     config: Path, finished_run: Callable[..., Any], tmp_path: Path
 ) -> None:
-    overrides: dict[str, Any] = {**TEN_STEPS, "resume": "auto"}
-    stop_after(trainer(config, tmp_path / "auto", overrides), 7)
+    overrides: dict[str, Any] = {**SIX_STEPS, "resume": "auto"}
+    stop_after(trainer(config, tmp_path / "auto", overrides), 5)
     train(config, tmp_path / "auto", overrides)
-    assert logged_steps(tmp_path / "auto") == list(range(1, 11))
-    finished_run(tmp_path / "whole", TEN_STEPS)
+    assert logged_steps(tmp_path / "auto") == list(range(1, 7))
+    finished_run(tmp_path / "whole", SIX_STEPS)
     assert logged(tmp_path / "auto") == logged(tmp_path / "whole")
 
 
@@ -180,20 +180,20 @@ def test_an_evaluation_that_a_signal_has_stopped_is_made_on_resuming(
 def test_a_checkpoint_is_whole_at_every_moment_while_its_loss_is_noted(
     config: Path, finished_run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    finished_run(tmp_path, TEN_STEPS)
-    writer = trainer(config, tmp_path, {**TEN_STEPS, "resume": True}).writer
+    finished_run(tmp_path, SIX_STEPS)
+    writer = trainer(config, tmp_path, {**SIX_STEPS, "resume": True}).writer
     replace, seen = os.replace, []
 
     def look(source: Path, target: Path) -> None:
         replace(source, target)
-        seen.append(manifest.first_problem(checkpoint(tmp_path, 10)))
+        seen.append(manifest.first_problem(checkpoint(tmp_path, 6)))
 
     monkeypatch.setattr("finetune.checkpoint.writer.os.replace", look)
-    writer.add_eval_loss(10, 2.5)
-    assert seen == [None, None, None] and eval_loss_of(checkpoint(tmp_path, 10)) == 2.5
-    file = checkpoint(tmp_path, 10) / "info.json"
+    writer.add_eval_loss(6, 2.5)
+    assert seen == [None, None, None] and eval_loss_of(checkpoint(tmp_path, 6)) == 2.5
+    file = checkpoint(tmp_path, 6) / "info.json"
     file.write_text(file.read_text().replace("2.5", "3.5"))
-    assert "info.json" in str(manifest.first_problem(checkpoint(tmp_path, 10)))
+    assert "info.json" in str(manifest.first_problem(checkpoint(tmp_path, 6)))
 
 
 def test_resuming_where_there_is_no_checkpoint_is_refused(config: Path, tmp_path: Path) -> None:
@@ -202,12 +202,12 @@ def test_resuming_where_there_is_no_checkpoint_is_refused(config: Path, tmp_path
 
 
 def test_an_unfinished_checkpoint_is_ignored_and_removed(config: Path, tmp_path: Path) -> None:
-    stop_after(trainer(config, tmp_path, TEN_STEPS), 7)
-    unfinished = tmp_path / "checkpoints/checkpoint_000007.incomplete"
-    RunRecord(tmp_path).add(trees=["checkpoints/checkpoint_000007.incomplete"])
-    shutil.copytree(checkpoint(tmp_path, 5), unfinished)
-    run = trainer(config, tmp_path, {**TEN_STEPS, "resume": True})
-    assert run.step == 5
+    stop_after(trainer(config, tmp_path, SIX_STEPS), 5)
+    unfinished = tmp_path / "checkpoints/checkpoint_000005.incomplete"
+    RunRecord(tmp_path).add(trees=["checkpoints/checkpoint_000005.incomplete"])
+    shutil.copytree(checkpoint(tmp_path, 3), unfinished)
+    run = trainer(config, tmp_path, {**SIX_STEPS, "resume": True})
+    assert run.step == 3
     assert not unfinished.exists()
 
 
@@ -265,21 +265,21 @@ def test_a_checkpoint_that_does_not_fit_on_the_disk_harms_nothing(
     largest_file: Callable[[int], None],
     file: str,
 ) -> None:
-    overrides: dict[str, Any] = {**FULL, "param_dtype": "float32", **TEN_STEPS}
+    overrides: dict[str, Any] = {**FULL, "param_dtype": "float32", **SIX_STEPS}
     finished_run(tmp_path / "whole", overrides)
     run = trainer(config, tmp_path / "cut", overrides)
-    size = (checkpoint(tmp_path / "whole", 10) / file).stat().st_size
+    size = (checkpoint(tmp_path / "whole", 6) / file).stat().st_size
     save = run.save
 
     def save_into_less(data_position: dict[str, Any] | None = None) -> None:
-        if run.step == 10:
+        if run.step == 6:
             largest_file(size - 500)
         save(data_position)
 
     run.save = save_into_less  # type: ignore[method-assign]
-    with pytest.raises(UserError, match=r"checkpoint of step 10 .*Older checkpoints are untouched"):
+    with pytest.raises(UserError, match=r"checkpoint of step 6 .*Older checkpoints are untouched"):
         run.train()
     largest_file(resource.RLIM_INFINITY)
-    assert [path.name for path in (tmp_path / "cut/checkpoints").iterdir()] == ["checkpoint_000005"]
+    assert [path.name for path in (tmp_path / "cut/checkpoints").iterdir()] == ["checkpoint_000003"]
     train(config, tmp_path / "cut", {**overrides, "resume": True})
-    assert_same_weights(saved_weights(tmp_path / "cut", 10), saved_weights(tmp_path / "whole", 10))
+    assert_same_weights(saved_weights(tmp_path / "cut", 6), saved_weights(tmp_path / "whole", 6))

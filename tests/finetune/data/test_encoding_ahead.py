@@ -21,6 +21,7 @@ def test_the_cache_changes_no_loss(config: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {
         "max_steps": 8,
         "do_eval": True,
+        "data.cache_dir": None,
     }  # two epochs of 7 segments, and evaluation
     cached: dict[str, Any] = {**options, "data.cache_dir": tmp_path / "cache"}
     train(config, tmp_path / "plain", options)
@@ -97,7 +98,7 @@ def test_a_process_waits_for_those_that_have_more_to_encode(config: Path, tmp_pa
 
 def test_encoding_ahead_needs_a_folder(config: Path) -> None:
     with pytest.raises(UserError, match=r"data\.cache_dir is not set"):
-        encode_data(load_config(config))
+        encode_data(load_config(config, {"data.cache_dir": None}))
 
 
 @pytest.mark.parametrize("harm", [Path.unlink, lambda path: path.write_bytes(bytes(10**5))])

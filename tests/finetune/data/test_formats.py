@@ -2,8 +2,9 @@
 
 import json
 import struct
+from collections.abc import Callable
 from fractions import Fraction
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +79,16 @@ FORMATS: dict[str, Any] = {
 }
 
 
+@pytest.fixture(scope="module")
+def recording(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The file of a format by its name, written once."""
+    folder = tmp_path_factory.mktemp("formats")
+    return cache(lambda name: FORMATS[name](folder / name))
+
+
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_part_is_that_of_the_whole(tmp_path: Path, name: str) -> None:
-    path = FORMATS[name](tmp_path / name)
+def test_a_part_is_that_of_the_whole(recording: Callable[[str], Path], name: str) -> None:
+    path = recording(name)
     info = inspect_audio(path)
     assert info.duration_sec == pytest.approx(DURATION_SEC, abs=0.06)
     num_samples = -(-info.num_samples * 24000 // info.sample_rate_hz)
@@ -99,12 +107,12 @@ def test_a_part_is_that_of_the_whole(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["a.m4a", "44100.mp3"])
 def test_reading_may_begin_anywhere(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    recording: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """A worker, or a run that is resumed, reads parts of a file that it has not opened before; the
     part lies blocks behind what a reader may keep."""
     monkeypatch.setattr(decoders, "_BLOCK_SAMPLES", 2**16)
-    path = FORMATS[name](tmp_path / name)
+    path = recording(name)
     whole = open_decoder(path).read(0, 10**7)
     num_samples = len(whole)
     assert num_samples > 4 * 2**16
@@ -118,8 +126,10 @@ def test_reading_may_begin_anywhere(
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_file_inside_another_is_read_as_on_the_disk(tmp_path: Path, name: str) -> None:
-    path = FORMATS[name](tmp_path / name)
+def test_a_file_inside_another_is_read_as_on_the_disk(
+    recording: Callable[[str], Path], name: str
+) -> None:
+    path = recording(name)
     inside = Embedded(f"row 3 of {path}", path, path.read_bytes)
     assert inspect_audio(inside) == inspect_audio(path)
     for start, length in [(24001, 1920), (0, 10**6)]:

@@ -57,9 +57,20 @@ def test_main_channel(layout: tuple[str, Path], stereo: Path) -> None:
         assert torch.equal(right, loaded(stereo, main_channel="right"))
 
 
+EVALUATED: dict[str, Any] = {"do_eval": True, "eval_freq": 4, "health_sec": 0}
+
+
+@pytest.fixture(scope="module")
+def run_on_stereo(stereo: Path, config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("same")
+    train(config, run_dir, {**EVALUATED, "data.train_data": stereo, "data.eval_data": stereo})
+    return run_dir
+
+
 def test_it_is_checked_encoded_and_trained(
     layout: tuple[str, Path],
     stereo: Path,
+    run_on_stereo: Path,
     config: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -81,13 +92,10 @@ def test_it_is_checked_encoded_and_trained(
     for expected in (num_segments, 0):
         encode_data(load_config(config, options))
         assert f"{expected} of 4 segments are to be encoded" in capsys.readouterr().out
-    evaluated: dict[str, Any] = {"do_eval": True, "eval_freq": 4, "health_sec": 0}
-    options |= evaluated | {"data.eval_data": path, "data.num_workers": 1}
+    options |= EVALUATED | {"data.eval_data": path, "data.num_workers": 1}
     train(config, tmp_path / "run", options)
-    files = {"data.train_data": stereo, "data.eval_data": stereo}
-    train(config, tmp_path / "same", evaluated | files)
-    assert logged(tmp_path / "run") == logged(tmp_path / "same")
-    assert logged(tmp_path / "run", kind="eval") == logged(tmp_path / "same", kind="eval")
+    assert logged(tmp_path / "run") == logged(run_on_stereo)
+    assert logged(tmp_path / "run", kind="eval") == logged(run_on_stereo, kind="eval")
     assert set(logged(tmp_path / "run", "encoded_segments")) == {0}
 
 

@@ -1,6 +1,7 @@
 """`moshi-ttt evaluate --tasks spoken_recall`: what a model says to a scripted user is counted."""
 
 import csv
+import functools
 import json
 import shutil
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import evaluation_tools
 import numpy as np
 import pytest
 import torch
@@ -18,13 +20,24 @@ from training_tools import checkpoint, train, write_model
 from finetune.cli import main
 from finetune.evaluation.tasks.spoken_recall import measure
 from finetune.serve import Row, Spoken
-from finetune.spoken import Talk, TalkOptions, make_talk
+from finetune.spoken import Talk, TalkOptions, make_talk, speech
+
+# A fixture: pytest finds it by its name in this module.
+_pictures = evaluation_tools._pictures
 
 DEMO = Path(__file__).parents[3] / "example/demo/model"
 TALKS = TalkOptions(num_talks=4, distances_sec=(10.0, 40.0, 60.0), num_facts=4)
 WORDS = ["--recall_num_talks=4", "--recall_distances_sec=10,40,60", "--recall_num_facts=4"]
 RECOGNIZED_FRAMES = 30
 """By what is said in so many frames, talks are told apart: the first fact is among it."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _spoken_once() -> Iterator[None]:
+    """The same sentences are heard in all tests: each is synthesized once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(speech, "synthesize", functools.cache(speech.synthesize))
+        yield
 
 
 def call(*words: Any) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from forked import COMMAND, Program
 from training_tools import REPOSITORY, checkpoint, logged_steps, train
 
 from finetune.cli import COMMANDS, call
@@ -199,9 +200,24 @@ finetune.trainer.Trainer.train_step = shouting
 """
 
 
-def test_closed_streams_take_no_files_place(config: Path, tmp_path: Path) -> None:
+CLOSED = """
+import os, sys
+for descriptor in range(3):
+    os.close(descriptor)
+sys.stdin = sys.stdout = sys.stderr = sys.__stdin__ = sys.__stdout__ = sys.__stderr__ = None
+"""
+"""What Python makes of streams that are closed as it starts."""
+
+
+@pytest.mark.parametrize(
+    "is_forked", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["", "from its start"]
+)
+def test_closed_streams_take_no_files_place(config: Path, tmp_path: Path, is_forked: bool) -> None:
     run = ("train", config, f"--run_dir={tmp_path}", "--do_eval=true")
-    status, _ = finished(*run, code=SHOUTS, shell="$0 <&- >&- 2>&-", stdout=None, stderr=None)
+    if is_forked:
+        status = Program(f"{CLOSED}\n{SHOUTS}\n{COMMAND}", *run).wait(timeout=200)
+    else:
+        status, _ = finished(*run, code=SHOUTS, shell="$0 <&- >&- 2>&-", stdout=None, stderr=None)
     assert status == 0
     assert holding("C code", tmp_path) == []
     for kind in ("train", "eval"):

@@ -54,7 +54,14 @@ def assert_same(found: list[Any], expected: list[Any]) -> None:
         np.testing.assert_allclose(a.audio, b.audio, atol=2e-5)
 
 
-@pytest.mark.parametrize("rule", ARGS)
+BY_DEFAULT = ("delta", "linear")
+"""`sum` keeps its rows as `delta` does, and `mlp` as `linear`."""
+every_rule = pytest.mark.parametrize(
+    "rule", [pytest.param(r, marks=[] if r in BY_DEFAULT else pytest.mark.slow) for r in ARGS]
+)
+
+
+@every_rule
 def test_rows_that_join_wait_and_leave_are_as_if_alone(rule: str) -> None:
     model, codec = parts(rule)
     voices = {name: speech(18, seed) for seed, name in enumerate("abcd")}

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import soundfile
 from test_engine import parts, speech
-from test_server import ME, Addressed, Caller, calling, next_bytes, serving
+from test_server import ME, Addressed, Caller, calling, hang_up, next_bytes, serving
 from yarl import URL
 
 from finetune.errors import UserError
@@ -178,6 +178,7 @@ def test_a_caller_who_does_not_read_ends_too(monkeypatch: pytest.MonkeyPatch) ->
                         break
                     await asyncio.sleep(0.02)
                 assert not server.board.calls and not server.sockets
+                hang_up(ws)
 
     asyncio.run(scenario())
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load, save
-from test_engine import ARGS, alone, engine_of, parts, speech
+from test_engine import alone, engine_of, every_rule, parts, speech
 
 from finetune.data.codec import Codec
 from finetune.errors import UserError
@@ -39,7 +39,7 @@ def assert_same(one: bytes, other: bytes) -> None:
     assert [name for name in left if not torch.equal(left[name], right[name])] == []
 
 
-@pytest.mark.parametrize("rule", ARGS)
+@every_rule
 def test_another_day_it_goes_on_to_the_bit(rule: str) -> None:
     model, codec = parts(rule)
     frames = speech(24, 1)

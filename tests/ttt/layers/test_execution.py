@@ -50,7 +50,7 @@ def test_what_is_kept_for_the_backward_pass_changes_nothing(
     "name",
     ["plain", *(pytest.param(n, marks=pytest.mark.slow) for n in METHODS if n != "plain")],
 )
-def test_compiled_layers_compute_the_same(
+def test_compiled_layers_compute_the_same_and_share_what_is_compiled(
     name: str, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As traced, and without comment; what inductor makes of it is for the tests on a GPU."""
@@ -64,35 +64,26 @@ def test_compiled_layers_compute_the_same(
     handler.emit = records.append  # type: ignore[assignment, method-assign]
     log = logging.getLogger("torch._higher_order_ops.wrap")
     log.addHandler(handler)
-    codes = random_codes(num_frames=30)
-    results = [
-        loss_and_gradients(
-            prepared(METHODS[name], lora=True, checkpointing=mode, compile=compile),
-            codes,
-            with_heads=False,
-        )
-        for compile in (False, True)
-    ]
-    log.removeHandler(handler)
-    assert not records
-    assert_same(results[1], results[0], rtol=1e-12)
-
-
-def test_all_layers_share_what_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first layer of a model whose embeddings are frozen needs no gradient to its input, and is
-    compiled apart; all others are one and the same, and so are the steps of training."""
-    monkeypatch.setattr(execution, "BACKEND", "aot_eager")
-    torch._dynamo.reset()
     graphs = torch._dynamo.utils.counters["stats"]
     before = graphs["unique_graphs"]
-    model = prepared(PLAIN, lora=True, compile=True, checkpointing=True)
-    assert len(model.transformer.layers) == 3
-    for seed in range(2):
-        codes = random_codes(num_frames=12, seed=seed)
-        loss_and_gradients(model, codes, with_heads=False)
-    blocks_of_a_model = {"layer", "first layer", "depth input", "depth layer"}
-    losses = {"text", "audio"}
-    assert graphs["unique_graphs"] - before <= len(blocks_of_a_model) + len(losses)
+    results: dict[bool, list[Any]] = {}
+    for compile in (False, True):
+        model = prepared(METHODS[name], lora=True, checkpointing=mode, compile=compile)
+        results[compile] = [
+            loss_and_gradients(model, random_codes(num_frames=30, seed=seed), with_heads=False)
+            for seed in range(2)
+        ]
+    log.removeHandler(handler)
+    assert not records
+    for found, expected in zip(results[True], results[False], strict=True):
+        assert_same(found, expected, rtol=1e-12)
+    # The first layer of a model whose embeddings are frozen needs no gradient to its input, and is
+    # compiled apart; all others are one and the same, and so are the steps of training.
+    if name == "plain":
+        assert len(model.transformer.layers) == 3
+        blocks_of_a_model = {"layer", "first layer", "depth input", "depth layer"}
+        losses = {"text", "audio"}
+        assert graphs["unique_graphs"] - before <= len(blocks_of_a_model) + len(losses)
 
 
 class Products(TorchDispatchMode):
