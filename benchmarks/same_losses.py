@@ -200,9 +200,6 @@ def losses_of(
 ) -> tuple[dict[str, Any], Tensor | None]:
     """Return the losses of every step, and of a base in float8 those of single targets before."""
     is_cuda = options.device == "cuda"
-    started = time.monotonic()
-    if is_cuda:
-        torch.cuda.reset_peak_memory_stats()
     with run.within():
         model = weights.stock(run.arm) if run.arm.is_stock else weights.ours(run.arm)
         if run.change is not None:
@@ -212,6 +209,9 @@ def losses_of(
         training, codes = run.make(model, options), random_codes(options.batch, run.arm, options)
         # Only a base in float8 needs it.
         before = training.target_losses(codes) if run.arm.base == "float8" else None
+        started = time.monotonic()
+        if is_cuda:
+            torch.cuda.reset_peak_memory_stats()
         losses = [training.step(codes) for _ in range(steps)]
     peak = {"peak_gb": torch.cuda.max_memory_allocated() / 1e9} if is_cuda else {}
     return {"losses": losses, "total_sec": time.monotonic() - started, **peak}, before

@@ -39,8 +39,11 @@ def _require_path(path: Path, key: str) -> None:
 
 
 def _require_folder(path: Path, key: str) -> None:
-    if not path.is_dir():
-        raise UserError(f"{key}: there is no folder {path}.")
+    if path.is_dir():
+        return
+    if path.exists():
+        raise UserError(f"{key}: {path} is a file; name a folder.")
+    raise UserError(f"{key}: there is no folder {path}; correct the path.")
 
 
 def _require_configuration(path: Path, key: str) -> None:

@@ -76,6 +76,9 @@ def _missing(options: Any, prefix: str = "") -> Iterator[str]:
                     mark.require(value, f"--{field.key}")
             except UserError as error:
                 yield str(error)
+            except OSError as error:
+                # In a folder that may not be read, nobody can say.
+                yield f"--{field.key}: {value} cannot be read: {error.strerror}."
 
 
 def _raise(problems: Sequence[str]) -> None:

@@ -42,7 +42,18 @@ def require_checkpoint(checkpoint: Path, key: str) -> None:
             "that. The folder that it was in is needed, with its args.yaml."
         )
     else:
-        hint = "" if checkpoint.exists() else " There is nothing of that name."
+        hint = "" if checkpoint.exists() else _of_nothing(checkpoint)
     raise UserError(
         f"{key}: {checkpoint} is no checkpoint (it has no folder `consolidated`).{hint}"
     )
+
+
+def _of_nothing(checkpoint: Path) -> str:
+    text = " There is nothing of that name."
+    is_repository = len(checkpoint.parts) == 2 and not checkpoint.parent.exists()
+    if is_repository or checkpoint.parts[:1] == ("hf:",):
+        text += (
+            " A repository of Hugging Face is not read from here: download it "
+            "(hf download OWNER/NAME --local-dir FOLDER) and name the folder."
+        )
+    return text

@@ -13,13 +13,13 @@ nothing else is kept, but all gradients have come. What is counted, for one proc
     gathered     of a sharded model: all that is in no layer, and two layers, whole
     kept         the inputs of all layers that a gradient passes through (activation checkpointing),
                  and what the loss starts from
-    working      the largest layer's intermediate results, and their gradients; less where none of
-                 its weights trains
+    working      the largest layer's intermediate results, and their gradients; less in float8 where
+                 none of its weights trains
     TTT          what its operator takes beside that, if the main transformer's stage is the larger
 
 Results of products are counted at their full width; what is done element by element between them
 (norms, activations, rotations) half as much again. The depth transformer works on a chunk of frames
-at a time. What was measured to check this is in docs/distributed.md.
+at a time. What was measured to check this is in docs/distributed.md and docs/benchmarks.md.
 """
 
 from collections.abc import Iterable, Iterator
@@ -44,9 +44,10 @@ ELEMENTWISE = 1.5
 WORKING = 2.9
 """What a layer takes while its backward pass runs, relative to its products: some 10 GB for the
 depth transformer's and 20,000 frames of Moshi 7B, whose products have 3.4 GB."""
-WORKING_FROZEN = 1.6
-"""The same of a layer none of whose weights trains: what its products read is not kept. From one
-step of Moshi 7B in float8 that trains TTT alone, with 10,000 frames; see docs/benchmarks.md."""
+WORKING_FLOAT8_ALONE = 1.6
+"""The same of a layer in float8 none of whose weights trains: what its products read is not kept.
+From one step of Moshi 7B that trains TTT alone, with 10,000 frames; see docs/benchmarks.md. Of
+other types nobody has measured it, and a plan must not say less than a step takes."""
 RESERVED_BYTES = 1.5e9
 """CUDA's and NCCL's own."""
 FRAGMENTATION = 0.03
@@ -170,8 +171,10 @@ def _num_passed(model: TTTLMModel) -> int:
 def _working(layers: Iterable[nn.Module]) -> float:
     """Return what the largest of the layers takes while its backward pass runs, relative to its
     products."""
+    layers = list(layers)
     trains = any(_count(layer, trained=True) for layer in layers)
-    return WORKING if trains else WORKING_FROZEN
+    kinds = {each.kind for layer in layers for _, each in frozen_linears(layer)}
+    return WORKING_FLOAT8_ALONE if kinds == {"float8"} and not trains else WORKING
 
 
 def _in_full(model: TTTLMModel, width: int) -> float:

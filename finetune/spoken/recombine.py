@@ -275,8 +275,9 @@ class _Composer:
             self._pause()
         fact, pool = told.fact, self.pool
         start, question = self._put(pool.questions[self.voice, fact.kind, fact.name])
-        if over is not None and over.num_frames <= question.num_frames:
-            self.parts[-1] = question._replace(over=over)
+        if over is not None:
+            end = min(over.end, over.first + question.num_frames)
+            self.parts[-1] = question._replace(over=over._replace(end=end))
         self._put(pool.statements[fact.kind, fact.name])
         frame, _ = self._put(pool.values[fact])
         assert frame - told.last > self.args.reach_frames

@@ -52,16 +52,16 @@ class CapturedGradients(Generic[Losses]):
     def __init__(self, compute: Callable[..., Losses], optimizer: Optimizer) -> None:
         self.compute = compute
         self.masters = [m for masters in optimizer.masters.values() for m in masters]
-        self.recorded: dict[tuple[torch.Size, ...], _Recorded[Losses]] = {}
+        self.recorded: dict[tuple[tuple[torch.Size, torch.dtype], ...], _Recorded[Losses]] = {}
 
     def __call__(self, *inputs: Tensor) -> Losses:
-        """Return the losses; the next call with these shapes overwrites them."""
+        """Return the losses, which have no gradient any more; the next call overwrites them."""
         if not inputs[0].is_cuda:
             return self._pass(inputs)
-        shapes = tuple(tensor.shape for tensor in inputs)
-        if shapes not in self.recorded:
-            self.recorded[shapes] = self._record(inputs)
-        recorded = self.recorded[shapes]
+        kinds = tuple((tensor.shape, tensor.dtype) for tensor in inputs)
+        if kinds not in self.recorded:
+            self.recorded[kinds] = self._record(inputs)
+        recorded = self.recorded[kinds]
         for own, given in zip(recorded.inputs, inputs, strict=True):
             own.copy_(given)
         recorded.graph.replay()
@@ -86,6 +86,8 @@ class CapturedGradients(Generic[Losses]):
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
             losses = self._pass(inputs)
+        # What the backward pass kept is not needed again.
+        losses.total.detach_()
         gradients = [master.grad for master in self.masters]
         self._drop_gradients()
         return _Recorded(graph, inputs, losses, gradients)

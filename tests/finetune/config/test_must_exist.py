@@ -1,5 +1,7 @@
 """What a command is given must be there, and what it writes need not be."""
 
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +54,7 @@ def test_everything_that_is_missing_is_named_at_once(tmp_path: Path) -> None:
         "several options:",
         f"  - --checkpoint: {tmp_path} is no checkpoint (it has no folder `consolidated`).",
         f"  - --data: {missing} does not exist. Correct the path.",
-        f"  - --baseline: there is no folder {missing}.",
+        f"  - --baseline: there is no folder {missing}; correct the path.",
         f"  - --pairs: there is no file {missing}; correct the path.",
     ]
 
@@ -75,8 +77,8 @@ def test_what_is_there_and_what_is_not_given_are_not_refused(tmp_path: Path) -> 
     [
         (["data", "stats", "no.jsonl"], "--data: no.jsonl does not exist. Correct the path."),
         (["data", "show", "no.parquet"], "--file: no.parquet does not exist. Correct the path."),
-        (["data", "index", "README.md"], "--folder: there is no folder README.md."),
-        (["plot", "README.md"], "--run_dir: there is no folder README.md."),
+        (["data", "index", "README.md"], "--folder: README.md is a file; name a folder."),
+        (["plot", "README.md"], "--run_dir: README.md is a file; name a folder."),
         (
             ["evaluate", "--checkpoint=example/memory", "--pairs=docs"],
             "--pairs: docs is a folder; name a file.",
@@ -100,3 +102,28 @@ def test_what_is_missing_or_another_thing_is_one_message(
     monkeypatch.chdir(ROOT)
     assert call(*words) == 1
     assert capsys.readouterr().err == f"\nerror: {message}\n"
+
+
+def test_a_folder_that_may_not_be_read_is_one_message(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    closed, exists = tmp_path / "closed/talk.wav", Path.exists
+
+    # Whoever runs the tests as root may read everything.
+    def refuse(path: Path) -> bool:
+        if path == closed:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return exists(path)
+
+    monkeypatch.setattr(Path, "exists", refuse)
+    assert call("generate", f"--checkpoint={MEMORY}", f"--audio={closed}") == 1
+    message = f"--audio: {closed} cannot be read: Permission denied."
+    assert capsys.readouterr().err == f"\nerror: {message}\n"
+
+
+@pytest.mark.parametrize("name", ["hf://kyutai/moshiko", "kyutai/moshiko-pytorch-bf16"])
+def test_a_repository_in_the_place_of_a_checkpoint_is_told_from_a_folder(
+    capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    assert call("serve", f"--checkpoint={name}") == 1
+    assert "hf download OWNER/NAME --local-dir FOLDER" in capsys.readouterr().err

@@ -9,7 +9,15 @@ import pytest
 from training_tools import FULL, LORA
 
 from finetune.cli import main
-from finetune.config import DataArgs, LoraArgs, ModelPaths, ParallelArgs, TrainArgs, load_config
+from finetune.config import (
+    DataArgs,
+    LoraArgs,
+    ModelPaths,
+    OptimArgs,
+    ParallelArgs,
+    TrainArgs,
+    load_config,
+)
 from finetune.errors import UserError
 from finetune.plan import estimate, plan
 from ttt import TTTArgs
@@ -39,6 +47,17 @@ def peak_gb(lines: list[Any]) -> float:
 OFF: dict[str, Any] = {"ttt": TTTArgs()}
 SHARDED: dict[str, Any] = {"parallel": ParallelArgs(shard_size=2)}
 ALL_WEIGHTS: dict[str, Any] = {"full_finetuning": True, "lora": LoraArgs()}
+NF4: dict[str, Any] = {
+    "base_precision": "nf4",
+    "lora": LoraArgs(enable=True, rank=64),
+    "optim": OptimArgs(state="int8"),
+    "batch_size": 1,
+}
+FLOAT8_ALONE: dict[str, Any] = {
+    "base_precision": "float8",
+    "lora": LoraArgs(enable=False),
+    "batch_size": 8,
+}
 
 
 @pytest.mark.parametrize(
@@ -52,12 +71,17 @@ ALL_WEIGHTS: dict[str, Any] = {"full_finetuning": True, "lora": LoraArgs()}
         ({"batch_size": 4}, 27.0),
         ({**OFF, "gradient_checkpointing": "selective"}, 109.7),
         ({**OFF, "gradient_checkpointing": "selective", "batch_size": 21}, 136.0),
+        ({"batch_size": 8}, 31.91),
+        ({**OFF, "batch_size": 4}, 25.92),
+        (NF4, 9.2),
+        (FLOAT8_ALONE, 16.2),
         (SHARDED, 26.1),
         ({**OFF, **SHARDED}, 25.5),
         ({**SHARDED, **ALL_WEIGHTS}, 68.0),
     ],
     ids=[
         *("off", "sum", "delta", "linear", "mlp", "batch 4", "selective", "selective, 21"),
+        *("batch 8", "off, batch 4", "nf4", "TTT alone in float8"),
         *("sharded", "sharded, off", "sharded, all weights"),
     ],
 )
@@ -70,6 +94,15 @@ def test_the_peak_is_near_the_measured_one(changes: dict[str, Any], measured_gb:
     assert lines[-1] == "it fits"
     tokens = 9 * 1250 * args.batch_size * num_gpus
     assert any(f"{tokens // 1000}k tokens" in line for line in lines)
+
+
+def test_layers_before_the_first_that_trains_keep_nothing() -> None:
+    alone = dataclasses.replace(MOSHI, lora=LoraArgs(enable=False), gradient_checkpointing=False)
+    late = dataclasses.replace(alone, ttt=dataclasses.replace(alone.ttt, start_layer=29))
+    # Of 32 layers a gradient passes 27 and 3.
+    assert peak_gb(planned(late)) < peak_gb(planned(alone)) - 20
+    everywhere = dataclasses.replace(late, lora=LoraArgs(enable=True, rank=128))
+    assert peak_gb(planned(everywhere)) > peak_gb(planned(alone))
 
 
 def test_what_does_not_fit_is_said_with_what_would() -> None:
