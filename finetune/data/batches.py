@@ -6,6 +6,7 @@ Workers read, one thread encodes and puts batches together, and the training pro
 """
 
 import atexit
+import functools
 import itertools
 import logging
 import multiprocessing
@@ -196,7 +197,8 @@ class Batcher:
                 "open files."
             ) from None
         # Workers ignore signals, so they must be told to end before Python waits for them at exit.
-        atexit.register(workers._shutdown_workers)
+        end_workers = functools.partial(_end_workers, workers)
+        atexit.register(end_workers)
         try:
             yield from workers
         except RuntimeError as error:
@@ -208,8 +210,8 @@ class Batcher:
                 "data.num_workers=0."
             ) from None
         finally:
-            workers._shutdown_workers()
-            atexit.unregister(workers._shutdown_workers)
+            end_workers()
+            atexit.unregister(end_workers)
 
     def _batch(
         self, refs: list[SegmentRef], results: Iterator[Segment | BrokenSegment | None]
@@ -298,6 +300,18 @@ def _worker_context() -> multiprocessing.context.BaseContext:
 # Where workers cannot be started, PyTorch's destructor asks for what its constructor had not yet
 # set, and Python prints that.
 setattr(_MultiProcessingDataLoaderIter, "_shutdown", True)  # noqa: B010
+
+
+def _end_workers(workers: Any) -> None:
+    """End the workers of an iterator of a DataLoader, if need be in the middle of what they do.
+
+    To one that does not end in some seconds PyTorch sends SIGTERM, which workers ignore; and Python
+    would wait for it for ever.
+    """
+    workers._shutdown_workers()
+    for worker in workers._workers:
+        if worker.is_alive():
+            worker.kill()
 
 
 def _prepare_worker(worker_id: int) -> None:

@@ -269,6 +269,30 @@ def test_file_that_breaks_after_the_start(
     assert torch.isfinite(torch.tensor(batch.audio_sec)) and batch.audio_sec == pytest.approx(1.04)
 
 
+def test_a_worker_that_does_not_end_is_ended(tmp_path: Path) -> None:
+    """Else the program waits for it, at its end, for ever."""
+    line = write_recording(tmp_path, "a.wav", 2.0)
+    jsonl = write_jsonl(tmp_path / "a.jsonl", [line])
+    program = textwrap.dedent(
+        f"""
+        import multiprocessing, os, signal
+        from test_data_errors import train_loader
+        loader = train_loader({str(jsonl)!r}, num_workers=1, prefetch_steps=0)
+        next(loader)
+        for worker in multiprocessing.active_children():
+            os.kill(worker.pid, signal.SIGSTOP)
+        raise SystemExit("the end")
+        """
+    )
+    here = Path(__file__).parent
+    places = [str(here.parents[1]), str(here)]
+    process = Program(f"import sys; sys.path[:0] = {places}\n{program}", stderr_apart=True)
+    try:
+        assert process.communicate(timeout=60) == ("", "the end\n")
+    finally:
+        process.kill()
+
+
 def test_workers_leave_signals_to_the_trainer_and_end_with_it(tmp_path: Path) -> None:
     """Those of a loader that reads ahead, and of one that does not."""
     line = write_recording(tmp_path, "a.wav", 2.0)
