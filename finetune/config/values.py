@@ -1,6 +1,7 @@
 """Text from YAML or a command line becomes a value of a field's type."""
 
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import NoneType, UnionType
@@ -24,10 +25,11 @@ _NAMES = {
 
 
 def valid_path(path: Any) -> Any:
-    """Return the path, or raise `ValueError` for one that no file system has."""
+    """Return the path, with a home directory in the place of `~`, which a shell leaves as it is
+    behind `=`; or raise `ValueError` for one that no file system has."""
     if problem := path_problem(str(path)):
         raise ValueError(problem)
-    return path
+    return type(path)(os.path.expanduser(path))
 
 
 def _valid_paths(paths: str) -> str:

@@ -60,7 +60,7 @@ class Batch:
 def open_store(args: DataArgs) -> Store | None:
     """The folder `data.cache_dir`, if there is to be one. A process opens it once, for all that it
     reads: the index of a large one takes memory."""
-    return Store(Path(args.cache_dir).expanduser()) if args.cache_dir else None
+    return Store(Path(args.cache_dir)) if args.cache_dir else None
 
 
 @dataclass

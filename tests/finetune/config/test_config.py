@@ -53,6 +53,16 @@ def test_shipped_files_load(path: Path) -> None:
     assert args.run_dir and args.data.train_data
 
 
+def test_paths_may_begin_in_the_home_directory(
+    load: Callable[..., TrainArgs], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    text = MINIMAL.replace("run_dir: run", "run_dir: ~/runs/a")
+    args = load(text, data__cache_dir="~/codes", moshi_paths__moshi_path="~/moshi/x.safetensors")
+    assert args.run_dir == "/home/me/runs/a" and args.data.cache_dir == "/home/me/codes"
+    assert args.moshi_paths.moshi_path == "/home/me/moshi/x.safetensors"
+
+
 def test_moshi_finetune_file_loads_with_equal_values(load: Callable[..., TrainArgs]) -> None:
     args = load(MOSHI_FINETUNE)
     assert args.data == DataArgs(train_data="train.jsonl", eval_data="", shuffle=True)

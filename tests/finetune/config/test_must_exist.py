@@ -104,6 +104,15 @@ def test_what_is_missing_or_another_thing_is_one_message(
     assert capsys.readouterr().err == f"\nerror: {message}\n"
 
 
+def test_a_checkpoint_may_lie_in_the_home_directory(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(ROOT))
+    assert call("generate", "--checkpoint=~/example/memory", "--audio=~/no.wav") == 1
+    message = f"--audio: there is no file {ROOT}/no.wav; correct the path."
+    assert capsys.readouterr().err == f"\nerror: {message}\n"
+
+
 def test_a_folder_that_may_not_be_read_is_one_message(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

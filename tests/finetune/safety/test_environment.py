@@ -382,4 +382,4 @@ def test_what_no_path_can_be_is_one_message(config: Path, path: str) -> None:
 @pytest.mark.parametrize("path", ["a", "/a/b", "~/a", "größe", "\udcff", "a" * 255, "../x"])
 def test_what_a_path_can_be(config: Path, path: str) -> None:
     assert path_problem(path) is None
-    assert load_config(config, {"run_dir": path}).run_dir == path
+    assert load_config(config, {"run_dir": path}).run_dir == os.path.expanduser(path)
