@@ -305,9 +305,12 @@ setattr(_MultiProcessingDataLoaderIter, "_shutdown", True)  # noqa: B010
 def _end_workers(workers: Any) -> None:
     """End the workers of an iterator of a DataLoader, if need be in the middle of what they do.
 
-    To one that does not end in some seconds PyTorch sends SIGTERM, which workers ignore; and Python
-    would wait for it for ever.
+    To one that does not end in five seconds (on a busy machine it may have missed that it should)
+    PyTorch sends SIGTERM, which workers ignore; and Python would wait for it for ever.
     """
+    if workers._shutdown and workers._worker_pids_set:
+        # Another thread is at it, and would take a worker that is killed for one that died.
+        return
     workers._shutdown_workers()
     for worker in workers._workers:
         if worker.is_alive():
