@@ -252,6 +252,8 @@ def require_configuration(path: Path) -> None:
         raise UserError(f"The configuration's path {error}.") from error
     if not exists:
         raise UserError(f"There is no configuration file {path}.{_files_nearby(path)}")
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, and no YAML file.{_files_nearby(path / 'run.yaml')}")
 
 
 def _require_few_values(path: Path, content: Any, most: int = 10_000) -> None:

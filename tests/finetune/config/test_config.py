@@ -255,7 +255,7 @@ def test_a_missing_file_names_similar_ones(tmp_path: Path) -> None:
         UserError, match=r"no configuration file demo\.yml\. .* example/demo\.yaml\?"
     ):
         load_config("demo.yml", {})
-    with pytest.raises(UserError, match="Is a directory"):
+    with pytest.raises(UserError, match="is a folder, and no YAML file"):
         load_config(tmp_path, {})
 
 

@@ -77,6 +77,11 @@ def test_what_is_there_and_what_is_not_given_are_not_refused(tmp_path: Path) -> 
     [
         (["data", "stats", "no.jsonl"], "--data: no.jsonl does not exist. Correct the path."),
         (["data", "show", "no.parquet"], "--file: no.parquet does not exist. Correct the path."),
+        (
+            ["plan", "--config=example"],
+            "example is a folder, and no YAML file. example has curriculum.yaml, demo.yaml, "
+            "modern_stack.yaml, moshi_ttt.yaml, moshi_ttt_full.yaml.",
+        ),
         (["data", "index", "README.md"], "--folder: README.md is a file; name a folder."),
         (["plot", "README.md"], "--run_dir: README.md is a file; name a folder."),
         (
