@@ -10,7 +10,7 @@ import numpy as np
 from finetune.data import FRAME_RATE_HZ, Word
 from finetune.errors import UserError
 from finetune.recordings.annotate import SPEAKERS
-from finetune.recordings.show import SAMPLE_RATE_HZ, Shown, Streams
+from finetune.recordings.shown import SAMPLE_RATE_HZ, Shown, Streams
 from finetune.report import ALARM, COLORS, DARK, GRID
 
 if TYPE_CHECKING:

@@ -2,11 +2,9 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import soundfile
 import torch
 
@@ -14,7 +12,6 @@ from finetune.config import TrainArgs, load_config
 from finetune.data import (
     FRAME_RATE_HZ,
     FileProblem,
-    Finding,
     Reading,
     Recording,
     Segment,
@@ -25,45 +22,9 @@ from finetune.data import (
 from finetune.errors import UserError
 from finetune.model import build_codec, find_checkpoint, plan_model
 from finetune.recordings.options import ShowOptions
+from finetune.recordings.picture import draw
+from finetune.recordings.shown import SAMPLE_RATE_HZ, Shown, Streams
 from finetune.step import LossWeights, target_weights
-
-SAMPLE_RATE_HZ = 24_000
-
-
-@dataclass(frozen=True)
-class Streams:
-    """Streams are what a model is fed of a segment, and what counts in its loss.
-
-    text: T pieces, empty where there is padding, "·" for end-of-padding.
-    codes: int `[16, T]`, of Moshi and of the user.
-    text_weights, audio_weights: `[T]` and `[8, T]`.
-    """
-
-    text: list[str]
-    codes: np.ndarray
-    text_weights: np.ndarray
-    audio_weights: np.ndarray
-
-
-@dataclass(frozen=True)
-class Shown:
-    """A segment of a recording.
-
-    samples: float `[2, S]` at 24 kHz.
-    words: those that sound in it; times from the start of the recording.
-    findings: of the whole recording.
-    """
-
-    recording: Recording
-    start_sec: float
-    samples: np.ndarray
-    words: list[Word]
-    findings: list[Finding]
-    streams: Streams | None
-
-    @property
-    def duration_sec(self) -> float:
-        return self.samples.shape[1] / SAMPLE_RATE_HZ
 
 
 def show_segment(options: ShowOptions, overrides: Mapping[str, Any]) -> list[str]:
@@ -80,8 +41,6 @@ def show_segment(options: ShowOptions, overrides: Mapping[str, Any]) -> list[str
     reading = Reading.of(args.data, training=True) if args is not None else Reading()
     recording = _entry(options.file, options.index, reading)
     shown = _read(recording, options, args)
-    from finetune.recordings.picture import draw
-
     draw(shown, options.out)
     sound = options.out.with_suffix(".wav")
     try:
