@@ -1,15 +1,10 @@
 """The inspection of all recordings: `moshi-ttt data check`."""
 
 import json
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-from rich.markup import escape
-from rich.table import Table
 
 from finetune.data import (
     INSPECTION_VERSION,
@@ -21,8 +16,9 @@ from finetune.data import (
 )
 from finetune.kept import write_whole
 from finetune.monitoring import console
+from finetune.recordings.check_page import page_of
+from finetune.recordings.check_report import Checked, Report, as_json, sentences, summary_table
 from finetune.recordings.encoder import WordStart, text_encoder
-from finetune.recordings.files import listed
 from finetune.recordings.ledger import Ledger, file_key
 from finetune.recordings.listing import list_data
 from finetune.recordings.options import CheckOptions
@@ -30,47 +26,6 @@ from finetune.recordings.work import do_all
 
 _FAST_AT_ONCE = 16
 """Recordings that a worker looks at before it hands back what it found: some 50 ms."""
-
-
-@dataclass(frozen=True)
-class Checked:
-    """A recording, or a line that names none, and what was found."""
-
-    origin: str
-    path: str
-    duration_sec: float
-    sample_rate_hz: int
-    num_channels: int
-    findings: list[Finding]
-
-    @property
-    def has_errors(self) -> bool:
-        return any(finding.severity == "error" for finding in self.findings)
-
-
-@dataclass(frozen=True)
-class Report:
-    """A report says what was found in each recording, and in all of them together."""
-
-    data: Path
-    checked: list[Checked]
-    together: list[Finding]
-    notes: list[str]
-
-    @property
-    def num_errors(self) -> int:
-        """Recordings on which training would be wrong."""
-        return sum(each.has_errors for each in self.checked)
-
-    @property
-    def duration_sec(self) -> float:
-        return sum(each.duration_sec for each in self.checked)
-
-    def all_findings(self) -> Iterator[tuple[str, Finding]]:
-        """Yield where each finding is, and the finding; errors first."""
-        found = [(str(self.data), finding) for finding in self.together]
-        found += [(each.origin, finding) for each in self.checked for finding in each.findings]
-        yield from sorted(found, key=lambda item: item[1].severity != "error")
 
 
 def check_data(options: CheckOptions, overrides: Mapping[str, Any]) -> bool:
@@ -86,8 +41,6 @@ def check_data(options: CheckOptions, overrides: Mapping[str, Any]) -> bool:
     if options.json is not None:
         write_whole(options.json, json.dumps(as_json(report), ensure_ascii=False, indent=1) + "\n")
     if options.html is not None:
-        from finetune.recordings.check_page import page_of
-
         write_whole(options.html, page_of(report))
     if (table := summary_table(report)) is not None:
         console.print(table)
@@ -187,56 +140,3 @@ def _inspect(
 
 
 # --- what is shown --------------------------------------------------------------------------------
-
-
-def summary_table(report: Report) -> Table | None:
-    """Return a table of the kinds of findings, for a terminal; None: nothing was found."""
-    kinds = Counter((finding.severity, finding.code) for _, finding in report.all_findings())
-    if not kinds:
-        return None
-    table = Table(show_edge=False, pad_edge=False)
-    for column in ("", "kind", "how many", "what to do"):
-        table.add_column(column, justify="right" if column == "how many" else "left")
-    remedies = {finding.code: finding.remedy for _, finding in report.all_findings()}
-    for (severity, code), count in kinds.items():
-        color = "red" if severity == "error" else "yellow"
-        table.add_row(f"[{color}]{severity}[/]", code, str(count), escape(remedies[code]))
-    return table
-
-
-def sentences(report: Report) -> Iterator[str]:
-    """Yield what is to be said below the table: all errors, and a warning of each kind."""
-    errors: list[str] = []
-    warnings: dict[str, str] = {}
-    for where, finding in report.all_findings():
-        line = f"{where}: {finding.message} [{finding.code}]"
-        if finding.severity == "error":
-            errors.append(line)
-        else:
-            warnings.setdefault(finding.code, line)
-    if errors:
-        yield f"errors, {listed(errors)}"
-    if warnings:
-        yield f"a warning of each kind, {listed(warnings.values())}"
-    num_warned = sum(bool(each.findings) and not each.has_errors for each in report.checked)
-    yield (
-        f"{len(report.checked)} recordings, {report.duration_sec / 3600:.2f} h: "
-        f"{report.num_errors} with errors, {num_warned} with warnings alone"
-    )
-    yield from (f"note: {note}" for note in report.notes)
-
-
-def as_json(report: Report) -> dict[str, Any]:
-    """Return a report as JSON has it."""
-    return {
-        "data": str(report.data),
-        "num_recordings": len(report.checked),
-        "num_with_errors": report.num_errors,
-        "duration_sec": report.duration_sec,
-        "together": [finding._asdict() for finding in report.together],
-        "recordings": [
-            {**vars(each), "findings": [finding._asdict() for finding in each.findings]}
-            for each in report.checked
-        ],
-        "notes": report.notes,
-    }

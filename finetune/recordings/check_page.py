@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from finetune.recordings.check import Report, sentences
+from finetune.recordings.check_report import Report, sentences
 from finetune.report import Page, Section, Table, html_page
 
 _MAX_PER_KIND = 200
