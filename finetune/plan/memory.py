@@ -22,7 +22,7 @@ Results of products are counted at their full width; what is done element by ele
 at a time. What was measured to check this is in docs/distributed.md and docs/benchmarks.md.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
@@ -168,10 +168,9 @@ def _num_passed(model: TTTLMModel) -> int:
     return len(main) - next(first, len(main))
 
 
-def _working(layers: Iterable[nn.Module]) -> float:
+def _working(layers: nn.ModuleList) -> float:
     """Return what the largest of the layers takes while its backward pass runs, relative to its
     products."""
-    layers = list(layers)
     trains = any(_count(layer, trained=True) for layer in layers)
     kinds = {each.kind for layer in layers for _, each in frozen_linears(layer)}
     return WORKING_FLOAT8_ALONE if kinds == {"float8"} and not trains else WORKING

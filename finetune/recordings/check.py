@@ -137,6 +137,3 @@ def _inspect(
 ) -> Inspection:
     text = text_encoder(tokenizer, word_start) if tokenizer is not None else None
     return recording.inspect(thorough=thorough, text=text)
-
-
-# --- what is shown --------------------------------------------------------------------------------

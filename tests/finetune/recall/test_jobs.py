@@ -66,4 +66,5 @@ def test_workers_end_with_their_command(tmp_path: Path, number: signal.Signals) 
             assert time.monotonic() < until, "workers go on"
             time.sleep(0.1)
     finally:
-        os.killpg(command.pid, signal.SIGKILL) if command.poll() is None else None
+        if command.poll() is None:
+            os.killpg(command.pid, signal.SIGKILL)
