@@ -34,6 +34,8 @@ CASES: dict[str, dict[str, Any]] = {
         "nf4, LoRA 64 and TTT, int8 moments, B 1": ("nf4", 64, "on", "int8", 1),
         "bfloat16, LoRA 128 and TTT, B 8": ("bfloat16", 128, "on", "float32", 8),
         "float8, TTT alone, B 8": ("float8", 0, "on", "float32", 8),
+        "bfloat16, TTT alone, B 8": ("bfloat16", 0, "on", "float32", 8),
+        "nf4, TTT alone, B 8": ("nf4", 0, "on", "float32", 8),
         "bfloat16, LoRA 128, B 4": ("bfloat16", 128, "off", "float32", 4),
     }.items()
 }

@@ -32,6 +32,7 @@ TINY = {
 TTT: dict[str, dict[str, Any]] = {
     "in_place sum": {"method": "in_place", "write": "sum", "lr_scale": "none", "target": "text"},
     "in_place delta": {"method": "in_place", "write": "delta", "target": "text"},
+    "in_place hidden": {"method": "in_place", "write": "delta", "target": "hidden"},
     "linear": {"method": "linear"},
     "mlp": {"method": "mlp"},
 }

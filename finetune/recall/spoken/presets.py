@@ -132,7 +132,14 @@ def preset(name: Literal["cpu", "gpu"]) -> SpokenPreset:
     if name == "gpu":
         model = ModelArgs(width=256, num_layers=6, num_heads=4, context=25, depformer_width=64)
         return SpokenPreset(
-            DatasetArgs(dialogues=DialogueArgs(reach_frames=model.reach_frames), pauses=True),
+            DatasetArgs(
+                # With fewer sentences of other talk, Moshi takes new ones for facts now and then.
+                BankArgs(num_fillers=(2700, 250)),
+                DialogueArgs(reach_frames=model.reach_frames),
+                num_train=60_000,
+                num_long=6000,
+                pauses=True,
+            ),
             model,
             arms=(
                 "off", "delta_hidden", "delta_input", "delta", "sum_hidden", "sum_input", "sum",
@@ -141,7 +148,7 @@ def preset(name: Literal["cpu", "gpu"]) -> SpokenPreset:
             ttt={"start_layer": 1, "layer_frequency": 2},
             chunk_size=32,
             mini_batch_size=16,
-            num_steps=2400,
+            num_steps=3600,
             finetune_steps=1200,
             batch_size=32,
             audio_rows=8,
