@@ -99,6 +99,7 @@ def program(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
         "small_gpu",
         "callers",
         "same_window",
+        "precision_models",
     }
     for name in {*imported, *shared} & sys.modules.keys():
         del sys.modules[name]
