@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ttt.ops.in_place import chunks, terms
@@ -154,13 +153,20 @@ def write(
 
 
 def write_backward(
-    kept: Kept, d_out: Tensor, x: Tensor, window: chunks.Window, cut: chunks.Cut
+    kept: Kept,
+    d_out: Tensor,
+    x: Tensor,
+    window: chunks.Window,
+    cut: chunks.Cut,
+    *,
+    is_empty: bool,
 ) -> Tensor:
     """The adjoint of `write`, last chunk first.
 
     Args:
         d_out: [N, L, d].
         x: [N, n C, d] in the accumulating type, what E receives from later windows; becomes X.
+        is_empty: nothing has been received of later windows, and X need not hold anything.
 
     Returns:
         Y, [N, ⌈L / C⌉, C', m, d], as from `terms.of_values` with swapped terms; 0 for frames
@@ -170,37 +176,52 @@ def write_backward(
     batch, length, width = d_out.shape
     num_chunks = -(-length // size)
     y = d_out.new_empty(batch, num_chunks, *terms.shape(size, dtype), width)
-    weights = _transposed(kept, x.shape[1], window, dtype, cut)
-    for i, _, last in reversed(list(_steps(length, cut))):
+    for i, first, last in reversed(list(_steps(length, cut))):
         start, stop = i * size, (i + 1) * size
-        own_y = d_out[:, start:stop].to(x.dtype, copy=True)
+        less = None
         if stop <= length:
             own_x = x[:, start:stop]
-            if i + 1 == last < y.shape[1]:
-                block = slice(i // (cut.block // size) * cut.block, stop)
-                _times(weights[:, block, last:], y[:, last:], x[:, block])
+            if stop == x.shape[1] or i + 1 == last:
+                block = slice(first * size, stop)
+                if last < num_chunks:
+                    later = _transposed(kept, block, last, num_chunks, window, dtype, cut)
+                    _times(later, y[:, last:], x[:, block], 0.0 if is_empty else 1.0)
+                elif is_empty:
+                    x[:, block] = 0
             if i + 1 < last:
-                _times(weights[:, start:stop, i + 1 : last], y[:, i + 1 : last], own_x)
-            following = x[:, stop : stop + lag] if stop + size <= length else x[:, :0]
+                later = _transposed(kept, slice(start, stop), i + 1, last, window, dtype, cut)
+                _times(later, y[:, i + 1 : last], own_x, 1.0)
+            following = x[:, stop : stop + lag]
             if following.shape[1]:
-                own_x -= torch.bmm(kept.again[:, i + 1].mT, following)
-                own_y[:, size - lag :] -= cut.decay * following
-            own_x.copy_(torch.bmm(kept.inverses[:, i], own_x))
-            own_y[:, : size - lag] -= own_x[:, lag:]
-        terms.of_values(own_y, size, y[:, i], swap=True)
+                again = kept.again[:, i + 1].mT
+                received = torch.baddbmm(own_x, again, following, alpha=-1)
+            else:
+                received = own_x.clone()
+            torch.bmm(kept.inverses[:, i], received, out=own_x)
+            less = x[:, start + lag : stop + lag]
+            if cut.decay != 1:
+                less = torch.cat([less[:, : size - lag], cut.decay * following], 1)
+        terms.of_values(d_out[:, start:stop], size, y[:, i], less=less, swap=True)
     return y
 
 
 def _transposed(
-    kept: Kept, num_pairs: int, window: chunks.Window, dtype: torch.dtype, cut: chunks.Cut
+    kept: Kept,
+    pairs: slice,
+    first: int,
+    last: int,
+    window: chunks.Window,
+    dtype: torch.dtype,
+    cut: chunks.Cut,
 ) -> Tensor:
-    """[N, n C, ⌈L / C⌉, C', m]: for each pair the weights of the frames that read it."""
-    offset = cut.offset(window)
-    skip = min(num_pairs, max(0, -offset))
-    products = kept.products[:, window.lead :, : max(0, num_pairs + offset)].mT
-    found = terms.of_weights(products, cut.chunk_size, dtype, swap=True)
-    # Pairs without a key have none.
-    return F.pad(found, (0, 0) * 3 + (skip, 0)) if skip else found
+    """[N, P, last − first, C', m]: for each of the pairs the weights of the frames that read it in
+    the chunks from `first` to before `last`."""
+    size, offset = cut.chunk_size, cut.offset(window)
+    rows = slice(window.lead + first * size, window.lead + min(last * size, window.length))
+    keys = slice(max(0, pairs.start + offset), max(0, pairs.stop + offset))
+    # The first pairs of all may have no key, and then no weights.
+    skip = pairs.stop - pairs.start - (keys.stop - keys.start)
+    return terms.of_weights(kept.products[:, rows, keys].mT, size, dtype, skip=skip, swap=True)
 
 
 def inverse(gram: Tensor, beta: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
