@@ -1,4 +1,4 @@
-"""The Triton kernels of `in_place.terms`: one pass over memory instead of ten."""
+"""The Triton kernels of `in_place.terms` and of inverses: one pass over memory instead of ten."""
 
 import triton
 import triton.language as tl
@@ -115,3 +115,31 @@ def values_kernel(
     ends = tl.where((end == 2)[:, None], rest[None, :], ends)
     place = out + batch * out_batch + (size + end)[:, None] * 3 * width + column[None, :]
     _store(place, width, ends, (end < PADDING)[:, None] & (column < width)[None, :], IS_LEFT)
+
+
+@triton.jit
+def factor_kernel(
+    matrix, out, size, matrix_batch, matrix_row, out_batch, out_row, BLOCK: tl.constexpr
+):
+    """L⁻¹ of L Lᵀ = matrix, [size, size] with size up to BLOCK; one program a matrix.
+
+    Elimination of rows, of the matrix and of the identity beside it. After step k, columns up to k
+    are those of L⁻¹, and the others what is left of the matrix, which stays symmetric.
+    """
+    batch = tl.program_id(0).to(tl.int64)
+    n = tl.arange(0, BLOCK)
+    i, j = n[:, None], n[None, :]
+    inside = (i < size) & (j < size)
+    # Only the lower triangle is read.
+    place = matrix + batch * matrix_batch + tl.maximum(i, j) * matrix_row + tl.minimum(i, j)
+    x = tl.load(place, mask=inside, other=0.0)
+    x = tl.where(inside, x, tl.where(i == j, 1.0, 0.0))
+    for k in range(0, BLOCK):
+        row = tl.sum(tl.where(i == k, x, 0.0), 0)
+        column = tl.sum(tl.where(j == k, x, 0.0), 1)
+        scale = 1.0 / tl.sqrt_rn(tl.sum(tl.where(n == k, row, 0.0), 0))
+        row = tl.where(n == k, scale, row * scale)
+        left = tl.where(n > k, column * scale, 0.0)
+        others = tl.where(j == k, 0.0, x) - left[:, None] * row[None, :]
+        x = tl.where(i == k, row[None, :], others)
+    tl.store(out + batch * out_batch + i * out_row + j, x, mask=inside)

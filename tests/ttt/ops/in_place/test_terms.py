@@ -1,4 +1,4 @@
-"""The kernels that make terms against the plain form, on a CUDA device or interpreted."""
+"""The kernels of terms and inverses against the plain form, on a CUDA device or interpreted."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from ttt.ops.in_place import terms
+from ttt.ops.in_place import delta_window, terms
 
 pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -27,7 +27,7 @@ def test_kernels_interpreted_on_the_cpu() -> None:
     }
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
-    assert "10 passed" in done.stdout
+    assert "14 passed" in done.stdout
 
 
 def on_a_device(test: Any) -> Any:
@@ -110,3 +110,19 @@ def test_values(
         results.append(out[:, 1])
     plain, made = results
     assert_same_terms(made, plain, low=2 if swap else 1, dim=2, ends=(size, size + 2))
+
+
+@on_a_device
+@pytest.mark.parametrize("size", [1, 40, 64, 150])
+def test_inverses(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of keys that are much alike, some of them zero; a silent chunk has none."""
+    torch.manual_seed(0)
+    z = torch.ones(8) + 0.05 * torch.randn(2, 3, size, 8)
+    z[0, 1, size // 2 :] = 0
+    z[1, 2] = 0
+    gram = z.double() @ z.double().mT
+    exact, *_ = delta_window.inverse(gram, 10.0)
+    monkeypatch.setattr(delta_window, "has_factor_kernel", lambda matrix: True)
+    made, *_ = delta_window.inverse(gram.float().to(DEVICE), 10.0)
+    torch.testing.assert_close(made.cpu().double(), exact, rtol=1e-3, atol=1e-4)
+    assert made[1, 2].abs().max() == 0
