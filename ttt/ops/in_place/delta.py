@@ -272,12 +272,8 @@ def _add_weighted(weights: Tensor, frames: Tensor, d_frames: Tensor, *, replace:
     """dZ += weights Z, or dZ = weights Z."""
     parts = [weights]
     if weights.dtype != frames.dtype:
-        parts = [
-            chunks.aligned(weights, *weights.shape, dtype=frames.dtype) for _ in ("low", "high")
-        ]
-        parts[1].copy_(weights)
         # The smaller first: what it adds to is then rounded once.
-        parts[0].copy_(weights.sub_(parts[1]))
+        parts = list(reversed(terms.split(weights, frames.dtype)))
     chunks.weighted_frames(parts, frames, d_frames, beta=0.0 if replace else 1.0)
 
 

@@ -167,8 +167,19 @@ def _rest(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def split(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return two tensors of 16-bit `dtype` whose sum is x to twice their digits."""
-    high = x.to(dtype)
-    return high, (x - high).to(dtype)
+    if not has_kernels(x) or x.dtype != torch.float32 or x.numel() == 0:
+        high = x.to(dtype)
+        return high, (x - high).to(dtype)
+    from ttt.ops.in_place import terms_kernels as kernels
+
+    # With what lies between the rows of x, so that those of its terms start where its own do.
+    high, low = (
+        torch.empty_strided(x.shape, x.stride(), dtype=dtype, device=x.device) for _ in range(2)
+    )
+    span = 1 + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
+    with torch.cuda.device_of(x):
+        kernels.split_kernel[(-(-span // 4096),)](x, high, low, span, BLOCK=4096, num_warps=8)
+    return high, low
 
 
 def product(a: Tensor, b: Tensor, *, out: Tensor | None = None, keep: float = 0.0) -> Tensor:

@@ -118,6 +118,17 @@ def values_kernel(
 
 
 @triton.jit
+def split_kernel(x, high, low, span, BLOCK: tl.constexpr):
+    """Two terms of each number of a piece of memory."""
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(x + place, mask=place < span)
+    first = value.to(high.dtype.element_ty)
+    tl.store(high + place, first, mask=place < span)
+    second = (value - first.to(value.dtype)).to(low.dtype.element_ty)
+    tl.store(low + place, second, mask=place < span)
+
+
+@triton.jit
 def factor_kernel(
     matrix, out, size, matrix_batch, matrix_row, out_batch, out_row, BLOCK: tl.constexpr
 ):

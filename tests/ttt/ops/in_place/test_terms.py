@@ -27,7 +27,7 @@ def test_kernels_interpreted_on_the_cpu() -> None:
     }
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
-    assert "14 passed" in done.stdout
+    assert "15 passed" in done.stdout
 
 
 def on_a_device(test: Any) -> Any:
@@ -110,6 +110,18 @@ def test_values(
         results.append(out[:, 1])
     plain, made = results
     assert_same_terms(made, plain, low=2 if swap else 1, dim=2, ends=(size, size + 2))
+
+
+@on_a_device
+def test_terms_of_rows_that_lie_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 50, 96, device=DEVICE)[1:, 2:, :90]
+    monkeypatch.setattr(terms, "has_kernels", lambda x: True)
+    high, low = terms.split(x, torch.bfloat16)
+    assert high.shape == low.shape == x.shape and high.stride() == low.stride() == x.stride()
+    torch.testing.assert_close(high.float(), x, rtol=2**-7, atol=0)
+    assert 0 < low.abs().max() < 2**-5
+    torch.testing.assert_close(high.float() + low.float(), x, rtol=2**-14, atol=0)
 
 
 @on_a_device
