@@ -177,7 +177,10 @@ class _Delta(torch.autograd.Function):
                 window.own(d_v)[:, x.shape[1] :] = 0
                 d_products, d_strengths = _gradient_of_products(kept, x, y, e, beta, window, cut)
                 d_beta -= (d_strengths * kept.strengths).sum() / beta
-                _add_weighted(d_products, frames, window.frames(d_z), replace=cut.is_whole)
+                num_read = window.lead + x.shape[1]
+                _add_weighted(
+                    d_products, frames, window.frames(d_z), num_read, replace=cut.is_whole
+                )
                 adjoints.append((x, y))
                 if later.value is not None:
                     first = max(0, -cut.offset(window))
@@ -268,13 +271,23 @@ def _gradient_of_products(
     return total, d_strengths
 
 
-def _add_weighted(weights: Tensor, frames: Tensor, d_frames: Tensor, *, replace: bool) -> None:
-    """dZ += weights Z, or dZ = weights Z."""
+def _add_weighted(
+    weights: Tensor, frames: Tensor, d_frames: Tensor, num_read: int, *, replace: bool
+) -> None:
+    """dZ += weights Z, or dZ = weights Z. Frames from `num_read` on, whose chunk is open, have no
+    weights among each other."""
     parts = [weights]
     if weights.dtype != frames.dtype:
         # The smaller first: what it adds to is then rounded once.
         parts = list(reversed(terms.split(weights, frames.dtype)))
-    chunks.weighted_frames(parts, frames, d_frames, beta=0.0 if replace else 1.0)
+    beta = 0.0 if replace else 1.0
+    if not 0 < num_read < frames.shape[1]:
+        chunks.weighted_frames(parts, frames, d_frames, beta=beta)
+        return
+    closed, still_open = slice(num_read), slice(num_read, None)
+    chunks.weighted_frames([x[:, closed] for x in parts], frames, d_frames[:, closed], beta=beta)
+    parts = [x[:, still_open, :num_read] for x in parts]
+    chunks.weighted_frames(parts, frames[:, :num_read], d_frames[:, still_open], beta=beta)
 
 
 def _add_gradient_of_reads(

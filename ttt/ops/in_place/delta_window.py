@@ -251,8 +251,9 @@ def inverse(gram: Tensor, beta: Tensor | float) -> tuple[Tensor, Tensor, Tensor]
 
 
 def has_factor_kernel(matrix: Tensor) -> bool:
-    """Return whether a Triton kernel makes its factors: many times faster, without gradients."""
-    return matrix.is_cuda and matrix.dtype == torch.float32 and not matrix.requires_grad
+    """Return whether factors are made by a Triton kernel, which gives no gradients."""
+    is_plain = matrix.dtype == torch.float32 and not matrix.requires_grad
+    return matrix.is_cuda and is_plain and matrix.numel() > 0
 
 
 def _invert_factor(matrix: Tensor, out: Tensor) -> None:
@@ -279,4 +280,5 @@ def _invert_factor(matrix: Tensor, out: Tensor) -> None:
     b = matrix[:, half:, :half] @ a.mT
     rest = matrix[:, half:, half:].baddbmm_(b, b.mT, alpha=-1)
     _invert_factor(rest, d)
-    torch.baddbmm(out[:, half:, :half], d, b @ a, alpha=-1, beta=0, out=out[:, half:, :half])
+    corner = out[:, half:, :half]
+    torch.baddbmm(corner, d, b @ a, alpha=-1, beta=0, out=corner)
