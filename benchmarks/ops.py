@@ -10,7 +10,8 @@ TTT-MLP are compared with a plain scan over mini-batches, which keeps everything
 pass; attention in a window with attention to all frames, and with a mask of all pairs. Values and
 gradients are compared with a float32 (on a CPU float64) run before anything is timed; what differs
 is reported as wrong, without a time. Times are medians. Memory is the peak above the inputs, the
-gradient of the output among them, of forward and backward together.
+gradient of the output among them, of forward and backward together. `--profile` lists what the time
+of a method goes into, forward and backward together.
 """
 
 import argparse
@@ -38,6 +39,7 @@ HEAD_WIDTH = 128
 MINI_BATCH_FRAMES = 16
 MAX_SCAN_FRAMES = 2048
 WINDOWS = [600, 300, 100]
+PROFILE_LINES = 40
 
 
 @dataclass
@@ -256,7 +258,29 @@ def measure(case: Case, d_out: Tensor, options: argparse.Namespace) -> dict[str,
     result["forward_backward_ms"] = median_ms(forward_backward, options)
     if options.device == "cuda":
         result["peak_gb"] = (torch.cuda.max_memory_allocated() - before) / 1e9
+    if case.name in options.profile:
+        result["profile"] = profile(forward_backward, options)
     return result
+
+
+def profile(run: Callable[[], None], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Time in ms and number of calls in one run of each kernel, on a CPU of each operator."""
+    kinds = [getattr(torch.profiler.ProfilerActivity, options.device.upper())]
+    time_total = f"self_{'cpu' if options.device == 'cpu' else 'device'}_time_total"
+    with torch.profiler.profile(activities=kinds) as recorded:
+        for _ in range(options.repeats):
+            run()
+        if options.device == "cuda":
+            torch.cuda.synchronize()
+    rows = [
+        {
+            "name": event.key,
+            "ms": getattr(event, time_total) / 1e3 / options.repeats,
+            "calls": event.count / options.repeats,
+        }
+        for event in recorded.key_averages()
+    ]
+    return sorted(rows, key=lambda row: -row["ms"])
 
 
 def median_ms(run: Callable[[], None], options: argparse.Namespace) -> float:
@@ -320,7 +344,10 @@ def line(result: dict[str, Any]) -> str:
         text += f"{result['peak_gb']:>7.2f} GB {result['peak_ratio']:>5.2f}x"
     else:
         text += f"{'':17}"
-    return f"{text}{result['error']:>9.0e}"
+    text += f"{result['error']:>9.0e}"
+    for row in result.get("profile", [])[:PROFILE_LINES]:
+        text += f"\n{row['ms']:>12.3f} ms {row['calls']:>7.1f} calls  {row['name'][:100]}"
+    return text
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -337,6 +364,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--profile", nargs="+", default=[], help="methods whose kernels are listed")
     parser.add_argument("--json", type=json_file, help="a file to write the results to")
     options = parser.parse_args(arguments)
     options.dtype = getattr(torch, options.dtype)

@@ -63,6 +63,19 @@ def test_a_wrong_operator_gets_no_time(
     assert "wrong" in found[1] and "forward_ms" not in found[1]
 
 
+def test_what_an_operators_time_goes_into_is_listed(
+    benchmark: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--repeats", "1", "--methods", "delta", "--profile", "delta"]
+    projection, delta = benchmark.main([*SMALL, *options])
+    assert "profile" not in projection
+    names = [row["name"] for row in delta["profile"]]
+    assert "aten::linalg_cholesky_ex" in names
+    times = [row["ms"] for row in delta["profile"]]
+    assert times == sorted(times, reverse=True) and times[0] > 0
+    assert f" calls  {names[0]}" in capsys.readouterr().out
+
+
 def test_a_wrong_window_gets_no_time(
     benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -213,8 +213,12 @@ def gradient_of_products(d_scores: Tensor, window: Window, cut: Cut) -> Tensor:
             part = d_scores[:, a:b, first:e]
             rows = slice(window.lead + a, window.lead + b)
             keys = slice(first + offset, e + offset)
-            out[:, rows, keys] += part
-            out[:, keys, rows] += part.transpose(1, 2)
+            # No other block of rows has been here; only a block's own D and Dᵀ overlap.
+            out[:, rows, keys] = part
+            if keys.stop > rows.start:
+                out[:, keys, rows] += part.transpose(1, 2)
+            else:
+                out[:, keys, rows] = part.transpose(1, 2)
     return out
 
 

@@ -155,7 +155,7 @@ class _Delta(torch.autograd.Function):
         cut: chunks.Cut = ctx.cut
         d_out = grads[0].contiguous()
         d_z = torch.empty_like(z) if cut.is_whole else torch.zeros_like(z)
-        d_v = torch.zeros_like(d_out)
+        d_v = torch.empty_like(d_out)
         d_beta = torch.zeros_like(beta)
         size = len(delta_window.Kept._fields) + 1
         per_window = (saved[i : i + size] for i in range(0, len(saved), size))
@@ -167,14 +167,20 @@ class _Delta(torch.autograd.Function):
                 kept = delta_window.Kept(*tensors)
                 frames = window.frames(z)
                 shape = len(e), e.shape[1] * cut.chunk_size, e.shape[4]
-                x = e.new_zeros(shape, dtype=beta.dtype)
-                if later.value is not None:
-                    later.read(_keys(frames[0], window, cut)[: x.shape[1]], x[0])
-                y = delta_window.write_backward(kept, window.own(d_out), x, window, cut)
+                x, is_empty = e.new_empty(shape, dtype=beta.dtype), later.value is None
+                if not is_empty:
+                    later.read(_keys(frames[0], window, cut)[: x.shape[1]], x.zero_()[0])
+                y = delta_window.write_backward(
+                    kept, window.own(d_out), x, window, cut, is_empty=is_empty
+                )
                 window.own(d_v)[:, : x.shape[1]] = x
+                window.own(d_v)[:, x.shape[1] :] = 0
                 d_products, d_strengths = _gradient_of_products(kept, x, y, e, beta, window, cut)
                 d_beta -= (d_strengths * kept.strengths).sum() / beta
-                _add_weighted(d_products, frames, window.frames(d_z), replace=cut.is_whole)
+                num_read = window.lead + x.shape[1]
+                _add_weighted(
+                    d_products, frames, window.frames(d_z), num_read, replace=cut.is_whole
+                )
                 adjoints.append((x, y))
                 if later.value is not None:
                     first = max(0, -cut.offset(window))
@@ -225,55 +231,63 @@ def _gradient_of_products(
         d_scores[:, a:b, end:b] = 0
         if end == 0:
             continue
-        left = y[:, a // size : -(-b // size)].flatten(3)
-        right = e[:, : end // size].flatten(3)
-        part = terms.product(left.flatten(1, 2), right.flatten(1, 2).mT)
-        part = part.view(batch, left.shape[1], left.shape[2], right.shape[1], right.shape[2])
-        part = part[:, :, :size, :, :size].reshape(batch, -1, end)[:, : b - a]
+        left, right = y[:, a // size : -(-b // size)], e[:, : end // size]
+        # A single chunk without what is added to it, which would take another tile of a product.
+        left = left[:, :, :size] if left.shape[1] == 1 else left
+        part = terms.product(left.flatten(3).flatten(1, 2), right.flatten(3).flatten(1, 2).mT)
+        part = part.view(batch, *left.shape[1:3], *right.shape[1:3])[:, :, :size, :, :size]
+        for i, rows in enumerate(d_scores[:, a:b, :end].split(size, dim=1)):
+            rows.unflatten(2, part.shape[3:]).copy_(part[:, i, : rows.shape[1]])
         start = 0 if cut.decay != 1 else a
         if start < end:
-            part[:, :, start:] *= chunks.weights_by_age(a, b, start, end, cut, y)
-        d_scores[:, a:b, :end] = part
+            d_scores[:, a:b, start:end] *= chunks.weights_by_age(a, b, start, end, cut, y)
     total = chunks.gradient_of_products(d_scores, window, cut)
-    left_of_x = terms.left(x, y.dtype, dim=2).flatten(2)
-    d_strengths = []
-    for i in range(kept.strengths.shape[1]):
-        start = i * size
+    count = kept.strengths.shape[1]
+    if count == 0:
+        return total, x.new_zeros(batch, 0)
+    left_of_x = torch.empty_like(e)
+    for i in range(count):
+        terms.of_values(x[:, i * size : (i + 1) * size], size, left_of_x[:, i], swap=True)
+    d_matrices = terms.product(
+        left_of_x.flatten(0, 1)[:, :size].flatten(2), e.flatten(0, 1)[:, :size].flatten(2).mT
+    )
+    d_matrices = d_matrices.neg_().view(batch, count, size, size)
+    diagonals = d_matrices.diagonal(dim1=2, dim2=3)
+    d_strengths = diagonals.sum(2)
+    is_counted = kept.inverses.diagonal(dim1=2, dim2=3) != 0
+    diagonals += is_counted * (d_strengths / (kept.counts * beta)).unsqueeze(2)
+    d_matrices = d_matrices + d_matrices.mT
+    for i in range(count):
         keys, skip = delta_window.places(i, window, cut)
         if i > 0 and cut.lag:
             read = terms.product(
-                left_of_x[:, start : start + cut.lag], e[:, i - 1, :size].flatten(2).mT
+                left_of_x[:, i, : cut.lag].flatten(2), e[:, i - 1, :size].flatten(2).mT
             )
             before, skipped = delta_window.places(i - 1, window, cut)
             rows = slice(before.stop, before.stop + cut.lag)
             total[:, rows, before] -= read[:, :, skipped:]
             total[:, before, rows] -= read[:, :, skipped:].mT
-        d_matrix = terms.product(
-            left_of_x[:, start : start + size], e[:, i, :size].flatten(2).mT
-        ).neg_()
-        diagonal = d_matrix.diagonal(dim1=1, dim2=2)
-        d_strength = diagonal.sum(1)
-        is_counted = kept.inverses[:, i].diagonal(dim1=1, dim2=2) != 0
-        diagonal += is_counted * (d_strength / (kept.counts[:, i] * beta)).unsqueeze(1)
-        d_matrix = d_matrix[:, skip:, skip:]
-        total[:, keys, keys] += d_matrix + d_matrix.mT
-        d_strengths.append(d_strength)
-    if not d_strengths:
-        return total, x.new_zeros(len(x), 0)
-    return total, torch.stack(d_strengths, dim=1)
+        total[:, keys, keys] += d_matrices[:, i, skip:, skip:]
+    return total, d_strengths
 
 
-def _add_weighted(weights: Tensor, frames: Tensor, d_frames: Tensor, *, replace: bool) -> None:
-    """dZ += weights Z, or dZ = weights Z."""
+def _add_weighted(
+    weights: Tensor, frames: Tensor, d_frames: Tensor, num_read: int, *, replace: bool
+) -> None:
+    """dZ += weights Z, or dZ = weights Z. Frames from `num_read` on, whose chunk is open, have no
+    weights among each other."""
     parts = [weights]
     if weights.dtype != frames.dtype:
-        parts = [
-            chunks.aligned(weights, *weights.shape, dtype=frames.dtype) for _ in ("low", "high")
-        ]
-        parts[1].copy_(weights)
         # The smaller first: what it adds to is then rounded once.
-        parts[0].copy_(weights.sub_(parts[1]))
-    chunks.weighted_frames(parts, frames, d_frames, beta=0.0 if replace else 1.0)
+        parts = list(reversed(terms.split(weights, frames.dtype)))
+    beta = 0.0 if replace else 1.0
+    if not 0 < num_read < frames.shape[1]:
+        chunks.weighted_frames(parts, frames, d_frames, beta=beta)
+        return
+    closed, still_open = slice(num_read), slice(num_read, None)
+    chunks.weighted_frames([x[:, closed] for x in parts], frames, d_frames[:, closed], beta=beta)
+    parts = [x[:, still_open, :num_read] for x in parts]
+    chunks.weighted_frames(parts, frames[:, :num_read], d_frames[:, still_open], beta=beta)
 
 
 def _add_gradient_of_reads(

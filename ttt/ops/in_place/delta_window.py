@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ttt.ops.in_place import chunks, terms
+
+FACTOR_SIZE = 64
+"""Rows of a matrix that one program factors: at 64, in its registers."""
 
 
 class Kept(NamedTuple):
@@ -154,13 +156,20 @@ def write(
 
 
 def write_backward(
-    kept: Kept, d_out: Tensor, x: Tensor, window: chunks.Window, cut: chunks.Cut
+    kept: Kept,
+    d_out: Tensor,
+    x: Tensor,
+    window: chunks.Window,
+    cut: chunks.Cut,
+    *,
+    is_empty: bool,
 ) -> Tensor:
     """The adjoint of `write`, last chunk first.
 
     Args:
         d_out: [N, L, d].
         x: [N, n C, d] in the accumulating type, what E receives from later windows; becomes X.
+        is_empty: nothing has been received of later windows, and X need not hold anything.
 
     Returns:
         Y, [N, ⌈L / C⌉, C', m, d], as from `terms.of_values` with swapped terms; 0 for frames
@@ -170,37 +179,52 @@ def write_backward(
     batch, length, width = d_out.shape
     num_chunks = -(-length // size)
     y = d_out.new_empty(batch, num_chunks, *terms.shape(size, dtype), width)
-    weights = _transposed(kept, x.shape[1], window, dtype, cut)
-    for i, _, last in reversed(list(_steps(length, cut))):
+    for i, first, last in reversed(list(_steps(length, cut))):
         start, stop = i * size, (i + 1) * size
-        own_y = d_out[:, start:stop].to(x.dtype, copy=True)
+        less = None
         if stop <= length:
             own_x = x[:, start:stop]
-            if i + 1 == last < y.shape[1]:
-                block = slice(i // (cut.block // size) * cut.block, stop)
-                _times(weights[:, block, last:], y[:, last:], x[:, block])
+            if stop == x.shape[1] or i + 1 == last:
+                block = slice(first * size, stop)
+                if last < num_chunks:
+                    later = _transposed(kept, block, last, num_chunks, window, dtype, cut)
+                    _times(later, y[:, last:], x[:, block], 0.0 if is_empty else 1.0)
+                elif is_empty:
+                    x[:, block] = 0
             if i + 1 < last:
-                _times(weights[:, start:stop, i + 1 : last], y[:, i + 1 : last], own_x)
-            following = x[:, stop : stop + lag] if stop + size <= length else x[:, :0]
+                later = _transposed(kept, slice(start, stop), i + 1, last, window, dtype, cut)
+                _times(later, y[:, i + 1 : last], own_x, 1.0)
+            following = x[:, stop : stop + lag]
             if following.shape[1]:
-                own_x -= torch.bmm(kept.again[:, i + 1].mT, following)
-                own_y[:, size - lag :] -= cut.decay * following
-            own_x.copy_(torch.bmm(kept.inverses[:, i], own_x))
-            own_y[:, : size - lag] -= own_x[:, lag:]
-        terms.of_values(own_y, size, y[:, i], swap=True)
+                again = kept.again[:, i + 1].mT
+                received = torch.baddbmm(own_x, again, following, alpha=-1)
+            else:
+                received = own_x.clone()
+            torch.bmm(kept.inverses[:, i], received, out=own_x)
+            less = x[:, start + lag : stop + lag]
+            if cut.decay != 1:
+                less = torch.cat([less[:, : size - lag], cut.decay * following], 1)
+        terms.of_values(d_out[:, start:stop], size, y[:, i], less=less, swap=True)
     return y
 
 
 def _transposed(
-    kept: Kept, num_pairs: int, window: chunks.Window, dtype: torch.dtype, cut: chunks.Cut
+    kept: Kept,
+    pairs: slice,
+    first: int,
+    last: int,
+    window: chunks.Window,
+    dtype: torch.dtype,
+    cut: chunks.Cut,
 ) -> Tensor:
-    """[N, n C, ⌈L / C⌉, C', m]: for each pair the weights of the frames that read it."""
-    offset = cut.offset(window)
-    skip = min(num_pairs, max(0, -offset))
-    products = kept.products[:, window.lead :, : max(0, num_pairs + offset)].mT
-    found = terms.of_weights(products, cut.chunk_size, dtype, swap=True)
-    # Pairs without a key have none.
-    return F.pad(found, (0, 0) * 3 + (skip, 0)) if skip else found
+    """[N, P, last − first, C', m]: for each of the pairs the weights of the frames that read it in
+    the chunks from `first` to before `last`."""
+    size, offset = cut.chunk_size, cut.offset(window)
+    rows = slice(window.lead + first * size, window.lead + min(last * size, window.length))
+    keys = slice(max(0, pairs.start + offset), max(0, pairs.stop + offset))
+    # The first pairs of all may have no key, and then no weights.
+    skip = pairs.stop - pairs.start - (keys.stop - keys.start)
+    return terms.of_weights(kept.products[:, rows, keys].mT, size, dtype, skip=skip, swap=True)
 
 
 def inverse(gram: Tensor, beta: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
@@ -214,9 +238,47 @@ def inverse(gram: Tensor, beta: Tensor | float) -> tuple[Tensor, Tensor, Tensor]
     # In units of λ, where all eigenvalues lie between 1 and 1 + C β, however small the keys.
     is_silent = scale == 0
     matrix = gram / torch.where(is_silent, 1.0, scale) + eye
-    # Unlike `cholesky`, this does not ask the device whether it went well: it does, by λ.
-    factor = torch.linalg.cholesky_ex(matrix).L
-    half = torch.linalg.solve_triangular(factor, eye, upper=False)
+    if has_factor_kernel(matrix):
+        half = torch.zeros_like(matrix)
+        _invert_factor(matrix.flatten(0, -3), half.flatten(0, -3))
+    else:
+        # Unlike `cholesky`, this does not ask the device whether it went well: it does, by λ.
+        factor = torch.linalg.cholesky_ex(matrix).L
+        half = torch.linalg.solve_triangular(factor, eye, upper=False)
     inverse = half.transpose(-2, -1) @ half
     inverse = torch.where(is_silent, 0.0, inverse / torch.where(is_silent, 1.0, scale))
     return inverse, strength, count
+
+
+def has_factor_kernel(matrix: Tensor) -> bool:
+    """Return whether factors are made by a Triton kernel, which gives no gradients."""
+    is_plain = matrix.dtype == torch.float32 and not matrix.requires_grad
+    return matrix.is_cuda and is_plain and matrix.numel() > 0
+
+
+def _invert_factor(matrix: Tensor, out: Tensor) -> None:
+    """OUT = L⁻¹ of L Lᵀ = matrix, [M, C, C]; zeros before. What is left of the matrix is lost."""
+    from ttt.ops.in_place import terms_kernels as kernels
+
+    batch, size = matrix.shape[:2]
+    if size <= FACTOR_SIZE:
+        with torch.cuda.device_of(matrix):
+            kernels.factor_kernel[(batch,)](
+                matrix,
+                out,
+                size,
+                *matrix.stride()[:2],
+                *out.stride()[:2],
+                BLOCK=max(16, 1 << (size - 1).bit_length()),
+                num_warps=8,
+            )
+        return
+    half = -(-size // (2 * FACTOR_SIZE)) * FACTOR_SIZE
+    _invert_factor(matrix[:, :half, :half], out[:, :half, :half])
+    # L = [[A, 0], [B, D]]: B from the lower rows, D from what is left of them.
+    a, d = out[:, :half, :half], out[:, half:, half:]
+    b = matrix[:, half:, :half] @ a.mT
+    rest = matrix[:, half:, half:].baddbmm_(b, b.mT, alpha=-1)
+    _invert_factor(rest, d)
+    corner = out[:, half:, :half]
+    torch.baddbmm(corner, d, b @ a, alpha=-1, beta=0, out=corner)

@@ -30,6 +30,11 @@ def num_terms(dtype: torch.dtype) -> int:
     return 1 if dtype == accumulating_dtype(dtype) else 3
 
 
+def has_kernels(x: Tensor) -> bool:
+    """Return whether terms of x are made by Triton kernels."""
+    return x.is_cuda
+
+
 def left(x: Tensor, dtype: torch.dtype, *, dim: int) -> Tensor:
     """Return the terms of x as a left factor, in a new dimension `dim` next to the inner one."""
     if num_terms(dtype) == 1:
@@ -52,23 +57,24 @@ def shape(size: int, dtype: torch.dtype) -> tuple[int, int]:
 
 
 def of_weights(
-    x: Tensor, size: int, dtype: torch.dtype, *, shift: int = 0, swap: bool = False
+    x: Tensor, size: int, dtype: torch.dtype, *, skip: int = 0, shift: int = 0, swap: bool = False
 ) -> Tensor:
     """Return weights as left terms, chunk by chunk: centered, and their mean.
 
     Args:
-        x: [N, R, K] in the accumulating type: in each row the weights of frames `shift` and on.
+        x: [N, R − skip, K] in the accumulating type: in each row the weights of frames `shift` and
+            on; rows before `skip` are zero.
         size: C, frames of a chunk.
         swap: right terms, for the other factor's left ones.
 
     Returns:
         [N, R, ⌈(shift + K) / C⌉, C', m]; for wide types the weights as they are, and C' = C.
     """
-    batch, rows, columns = x.shape
+    batch, rows, columns = len(x), skip + x.shape[1], x.shape[2]
     count = -(-(shift + columns) // size)
     padded, m = shape(size, dtype)
-    if m == 1 or not x.is_cuda or count == 0 or rows == 0:
-        x = F.pad(x, (shift, count * size - shift - columns)).unflatten(2, (count, size))
+    if m == 1 or not has_kernels(x) or count == 0 or rows == 0:
+        x = F.pad(x, (shift, count * size - shift - columns, skip, 0)).unflatten(2, (count, size))
         if m == 1:
             return x.unsqueeze(-1)
         mean = x.mean(-1, keepdim=True)
@@ -78,43 +84,50 @@ def of_weights(
     from ttt.ops.in_place import terms_kernels as kernels
 
     out = torch.empty(batch, rows, count, padded, m, dtype=dtype, device=x.device)
-    across = 1 << (size - 1).bit_length()
-    block = max(1, min(32, 8192 // across))
+    # Threads of a warp read what lies side by side: 32 rows of a transposed matrix. Of others they
+    # read a few rows, as the compiler knows no order among the terms of one weight.
+    block = 32 if x.stride(1) == 1 else 8
     with torch.cuda.device_of(x):
         kernels.weights_kernel[(-(-rows // block), count, batch)](
             x,
             out,
             rows,
             columns,
+            skip,
             shift,
-            size,
-            padded,
             count,
             *x.stride(),
+            SIZE=size,
+            PADDED=padded,
             IS_LEFT=not swap,
             ROWS=block,
-            COLUMNS=across,
-            PADDING=PADDING,
-            num_warps=8,
+            COLUMNS=1 << (size - 1).bit_length(),
+            STORED=128,
+            num_warps=8 if block == 32 else 4,
         )
     return out
 
 
-def of_values(x: Tensor, size: int, out: Tensor, *, swap: bool = False) -> None:
-    """Write the frames of a chunk and their sum, as right terms, to `out`.
+def of_values(
+    x: Tensor, size: int, out: Tensor, *, less: Tensor | None = None, swap: bool = False
+) -> None:
+    """Write the frames of a chunk, x − less, and their sum, as right terms, to `out`.
 
     With `of_weights` as the left factor, Σ_u w_u x_u is then w̄ Σ_u x_u + Σ_u (w_u − w̄) x_u, whose
     first sum is exact to 24 bits: x may be large and cancel itself where all w are nearly one.
 
     Args:
-        x: [N, T, d] in the accumulating type, T up to C; frames past them are zero.
+        x: [N, T, d], T up to C; frames past them are zero.
         size: C.
         out: [N, C', m, d].
+        less: [N, up to T, d] in the accumulating type; None: nothing.
         swap: left terms, for weights that have right ones.
     """
     dtype = out.dtype
-    if num_terms(dtype) == 1 or not x.is_cuda:
-        x = F.pad(x, (0, 0, 0, size - x.shape[1]))
+    if num_terms(dtype) == 1 or not has_kernels(x):
+        x = F.pad(x.to(accumulating_dtype(dtype)), (0, 0, 0, size - x.shape[1]))
+        if less is not None:
+            x = x - F.pad(less, (0, 0, 0, size - less.shape[1]))
         if num_terms(dtype) > 1:
             total = x.sum(1, keepdim=True)
             ends = [total, total, _rest(total, dtype)]
@@ -124,15 +137,20 @@ def of_values(x: Tensor, size: int, out: Tensor, *, swap: bool = False) -> None:
     from ttt.ops.in_place import terms_kernels as kernels
 
     batch, length, width = x.shape
+    minus = x if less is None else less
     with torch.cuda.device_of(x):
         kernels.values_kernel[(-(-width // 64), batch)](
             x,
+            minus,
             out,
             length,
+            0 if less is None else less.shape[1],
             size,
             width,
             x.stride(0),
             x.stride(1),
+            minus.stride(0),
+            minus.stride(1),
             out.stride(0),
             IS_LEFT=swap,
             ROWS=32,
@@ -152,8 +170,19 @@ def _rest(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def split(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return two tensors of 16-bit `dtype` whose sum is x to twice their digits."""
-    high = x.to(dtype)
-    return high, (x - high).to(dtype)
+    if not has_kernels(x) or x.dtype != torch.float32 or x.numel() == 0:
+        high = x.to(dtype)
+        return high, (x - high).to(dtype)
+    from ttt.ops.in_place import terms_kernels as kernels
+
+    # With what lies between the rows of x, so that those of its terms start where its own do.
+    high, low = (
+        torch.empty_strided(x.shape, x.stride(), dtype=dtype, device=x.device) for _ in range(2)
+    )
+    span = 1 + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
+    with torch.cuda.device_of(x):
+        kernels.split_kernel[(-(-span // 4096),)](x, high, low, span, BLOCK=4096, num_warps=8)
+    return high, low
 
 
 def product(a: Tensor, b: Tensor, *, out: Tensor | None = None, keep: float = 0.0) -> Tensor:

@@ -1,0 +1,140 @@
+"""The kernels of terms and inverses against the plain form, on a CUDA device or interpreted."""
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from ttt.ops.in_place import delta_window, terms
+
+pytest.importorskip("triton")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED, reason="would call itself")
+def test_kernels_interpreted_on_the_cpu() -> None:
+    """Triton reads this variable when it is imported, hence another process."""
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-x", __file__]
+    environment: dict[str, Any] = {
+        **os.environ,
+        "TRITON_INTERPRET": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert "15 passed" in done.stdout
+
+
+def on_a_device(test: Any) -> Any:
+    missing = not INTERPRETED and not torch.cuda.is_available()
+    skip = pytest.mark.skipif(missing, reason="needs a CUDA device, or Triton's interpreter")
+    return pytest.mark.gpu(skip(test))
+
+
+def assert_same_terms(
+    made: torch.Tensor, plain: torch.Tensor, *, low: int, dim: int, ends: tuple[int, int]
+) -> None:
+    """Kernels add in another order and the interpreter rounds otherwise: sums of terms are alike.
+
+    Args:
+        ends: where a mean or sum and its rest are, in the dimension next to that of terms.
+    """
+    high = [i for i in range(3) if i != low]
+    assert torch.equal(made.select(dim, high[0]), made.select(dim, high[1]))
+    both: list[Any] = [
+        x.select(dim, high[0]).double() + x.select(dim, low).double() for x in (made.cpu(), plain)
+    ]
+    for x in both:
+        # What two terms leave of a number depends on how they were rounded.
+        whole, rest = (x.select(-1 if dim == -1 else 1, end) for end in ends)
+        whole += rest
+        rest.zero_()
+    torch.testing.assert_close(*both, rtol=2**-14, atol=2**-14)
+    exact = [x.select(-1 if dim == -1 else 1, ends[0]) for x in both]
+    torch.testing.assert_close(*exact, rtol=2**-20, atol=2**-20)
+
+
+@on_a_device
+@pytest.mark.parametrize("swap", [False, True], ids=["left", "right"])
+@pytest.mark.parametrize(
+    "size, rows, columns, skip, shift",
+    [(16, 40, 70, 1, 0), (12, 5, 30, 0, 2), (256, 33, 500, 3, 1)],
+)
+def test_weights(
+    size: int,
+    rows: int,
+    columns: int,
+    skip: int,
+    shift: int,
+    swap: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of a matrix whose rows, or with `swap` columns, lie apart in memory."""
+    torch.manual_seed(0)
+    x = 3 + torch.randn(2, rows, columns + 8)[:, :, :columns]
+    x = x.mT.contiguous().mT if swap else x
+    options: dict[str, Any] = {"skip": skip, "shift": shift, "swap": swap}
+    plain = terms.of_weights(x, size, torch.bfloat16, **options)
+    monkeypatch.setattr(terms, "has_kernels", lambda x: True)
+    made = terms.of_weights(x.to(DEVICE), size, torch.bfloat16, **options)
+    assert made.shape == plain.shape == (2, skip + rows, *plain.shape[2:])
+    assert_same_terms(made, plain, low=1 if swap else 2, dim=-1, ends=(size, size + 1))
+    assert made[:, :skip].abs().sum() == 0
+
+
+@on_a_device
+@pytest.mark.parametrize("swap", [False, True], ids=["right", "left"])
+@pytest.mark.parametrize("length, less_length", [(40, 39), (33, None)])
+def test_values(
+    length: int, less_length: int | None, swap: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 16 or 32 bits, less other values in part of the rows."""
+    torch.manual_seed(0)
+    size, width = 40, 70
+    x = torch.randn(2, 3 * length, width)[:, length : 2 * length]
+    x = x if less_length is None else x.bfloat16()
+    less = None if less_length is None else torch.randn(2, 50, width)[:, 1 : 1 + less_length]
+    results: list[Any] = []
+    for device, has_kernels in (("cpu", False), (DEVICE, True)):
+        monkeypatch.setattr(terms, "has_kernels", lambda x, found=has_kernels: found)
+        shape = terms.shape(size, torch.bfloat16)
+        out = torch.full((2, 2, *shape, width), torch.nan, dtype=torch.bfloat16, device=device)
+        own_less = None if less is None else less.to(device)
+        terms.of_values(x.to(device), size, out[:, 1], less=own_less, swap=swap)
+        assert out[:, 0].isnan().all()
+        results.append(out[:, 1])
+    plain, made = results
+    assert_same_terms(made, plain, low=2 if swap else 1, dim=2, ends=(size, size + 2))
+
+
+@on_a_device
+def test_terms_of_rows_that_lie_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 50, 96, device=DEVICE)[1:, 2:, :90]
+    monkeypatch.setattr(terms, "has_kernels", lambda x: True)
+    high, low = terms.split(x, torch.bfloat16)
+    assert high.shape == low.shape == x.shape and high.stride() == low.stride() == x.stride()
+    torch.testing.assert_close(high.float(), x, rtol=2**-7, atol=0)
+    assert 0 < low.abs().max() < 2**-5
+    torch.testing.assert_close(high.float() + low.float(), x, rtol=2**-14, atol=0)
+
+
+@on_a_device
+@pytest.mark.parametrize("size", [1, 40, 64, 150])
+def test_inverses(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of keys that are much alike, some of them zero; a silent chunk has none."""
+    torch.manual_seed(0)
+    z = torch.ones(8) + 0.05 * torch.randn(2, 3, size, 8)
+    z[0, 1, size // 2 :] = 0
+    z[1, 2] = 0
+    gram = z.double() @ z.double().mT
+    exact, *_ = delta_window.inverse(gram, 10.0)
+    monkeypatch.setattr(delta_window, "has_factor_kernel", lambda matrix: True)
+    made, *_ = delta_window.inverse(gram.float().to(DEVICE), 10.0)
+    torch.testing.assert_close(made.cpu().double(), exact, rtol=1e-3, atol=1e-4)
+    assert made[1, 2].abs().max() == 0
