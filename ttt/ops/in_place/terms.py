@@ -84,11 +84,8 @@ def of_weights(
     from ttt.ops.in_place import terms_kernels as kernels
 
     out = torch.empty(batch, rows, count, padded, m, dtype=dtype, device=x.device)
-    # Threads of a warp read what lies side by side: 32 rows of a transposed matrix. Of others they
-    # read a few rows, as the compiler knows no order among the terms of one weight.
-    block = 32 if x.stride(1) == 1 else 8
     with torch.cuda.device_of(x):
-        kernels.weights_kernel[(-(-rows // block), count, batch)](
+        kernels.weights_kernel[(-(-rows // 32), count, batch)](
             x,
             out,
             rows,
@@ -100,10 +97,10 @@ def of_weights(
             SIZE=size,
             PADDED=padded,
             IS_LEFT=not swap,
-            ROWS=block,
+            ROWS=32,
             COLUMNS=1 << (size - 1).bit_length(),
             STORED=128,
-            num_warps=8 if block == 32 else 4,
+            num_warps=8,
         )
     return out
 
