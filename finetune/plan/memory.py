@@ -13,8 +13,8 @@ nothing else is kept, but all gradients have come. What is counted, for one proc
     gathered     of a sharded model: all that is in no layer, and two layers, whole
     kept         the inputs of all layers that a gradient passes through (activation checkpointing),
                  and what the loss starts from
-    working      the largest layer's intermediate results, and their gradients; less in float8 where
-                 none of its weights trains
+    working      the largest layer's intermediate results, and their gradients; less where no
+                 layer's weights train
     TTT          what its operator takes beside that, if the main transformer's stage is the larger
 
 Results of products are counted at their full width; what is done element by element between them
@@ -44,10 +44,10 @@ ELEMENTWISE = 1.5
 WORKING = 2.9
 """What a layer takes while its backward pass runs, relative to its products: some 10 GB for the
 depth transformer's and 20,000 frames of Moshi 7B, whose products have 3.4 GB."""
-WORKING_FLOAT8_ALONE = 1.6
-"""The same of a layer in float8 none of whose weights trains: what its products read is not kept.
-From one step of Moshi 7B that trains TTT alone, with 10,000 frames; see docs/benchmarks.md. Of
-other types nobody has measured it, and a plan must not say less than a step takes."""
+WORKING_FROZEN = 1.7
+"""The same of layers none of whose weights trains: what their products read is not kept. From one
+step of Moshi 7B in float8 that trains TTT alone; in bfloat16 and nf4 it is right as well, see
+docs/benchmarks.md."""
 RESERVED_BYTES = 1.5e9
 """CUDA's and NCCL's own."""
 FRAGMENTATION = 0.03
@@ -171,9 +171,7 @@ def _num_passed(model: TTTLMModel) -> int:
 def _working(layers: nn.ModuleList) -> float:
     """Return what the largest of the layers takes while its backward pass runs, relative to its
     products."""
-    trains = any(_count(layer, trained=True) for layer in layers)
-    kinds = {each.kind for layer in layers for _, each in frozen_linears(layer)}
-    return WORKING_FLOAT8_ALONE if kinds == {"float8"} and not trains else WORKING
+    return WORKING if any(_count(layer, trained=True) for layer in layers) else WORKING_FROZEN
 
 
 def _in_full(model: TTTLMModel, width: int) -> float:

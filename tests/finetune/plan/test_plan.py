@@ -53,11 +53,7 @@ NF4: dict[str, Any] = {
     "optim": OptimArgs(state="int8"),
     "batch_size": 1,
 }
-FLOAT8_ALONE: dict[str, Any] = {
-    "base_precision": "float8",
-    "lora": LoraArgs(enable=False),
-    "batch_size": 8,
-}
+ALONE: dict[str, Any] = {"lora": LoraArgs(enable=False), "batch_size": 8}
 
 
 @pytest.mark.parametrize(
@@ -74,14 +70,17 @@ FLOAT8_ALONE: dict[str, Any] = {
         ({"batch_size": 8}, 31.91),
         ({**OFF, "batch_size": 4}, 25.92),
         (NF4, 9.2),
-        (FLOAT8_ALONE, 16.2),
+        (ALONE, 23.29),
+        ({**ALONE, "base_precision": "float8"}, 16.2),
+        ({**ALONE, "base_precision": "nf4"}, 13.12),
         (SHARDED, 26.1),
         ({**OFF, **SHARDED}, 25.5),
         ({**SHARDED, **ALL_WEIGHTS}, 68.0),
     ],
     ids=[
         *("off", "sum", "delta", "linear", "mlp", "batch 4", "selective", "selective, 21"),
-        *("batch 8", "off, batch 4", "nf4", "TTT alone in float8"),
+        *("batch 8", "off, batch 4", "nf4"),
+        *("TTT alone", "TTT alone in float8", "TTT alone in nf4"),
         *("sharded", "sharded, off", "sharded, all weights"),
     ],
 )
