@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import logging
 import multiprocessing
@@ -98,12 +97,8 @@ def build_dataset(
     device: torch.device,
     *,
     workers: int,
-    tokenizer: bytes | None = None,
 ) -> Dataset:
     """Speak, encode and recombine dialogues, unless they are in the folder already.
-
-    Args:
-        tokenizer: a sentencepiece model, of a model that has one; None: one is trained.
 
     Raises:
         UserError: espeak-ng is not installed, the folder cannot be written, or the codec of the
@@ -111,13 +106,11 @@ def build_dataset(
     """
     dataset = Dataset(folder, args)
     described = json.loads(json.dumps({"version": DATA_VERSION, **dataclasses.asdict(args)}))
-    if tokenizer is not None:
-        described["tokenizer"] = hashlib.sha256(tokenizer).hexdigest()
     if dataset.mark.read() == described:
         logger.info("the dialogues are in %s already", folder)
         return dataset
     started_at = time.monotonic()
-    tokenizer = tokenizer or train_tokenizer(args.bank)
+    tokenizer = train_tokenizer(args.bank)
     codec = open_codec(device)
     bank = Bank(args.bank, workers=workers)
     # From here on parts of other data, if there are any, are replaced one by one.

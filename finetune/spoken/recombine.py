@@ -37,7 +37,7 @@ _DIALOGUES_AT_ONCE = 250
 _PAUSE_PROBABILITY = 0.3
 _PAUSE_FRAMES = (6, 50)
 _UNANSWERED_PROBABILITY = 0.05
-"""Seldom: with one in five, Moshi leaves facts without a reply as well, as it takes them for talk."""
+"""Seldom: with one in five, Moshi takes facts for such talk now and then, and says nothing."""
 _INTERRUPTED_PROBABILITY = 0.25
 _UNTIL_INTERRUPTED_FRAMES = (1, 12)
 """From Moshi's first word of something else to the user's question."""

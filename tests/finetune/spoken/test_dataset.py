@@ -39,6 +39,7 @@ def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Build:
     for name, double in {
         "Bank": Bank,
         "open_codec": lambda device: None,
+        "train_tokenizer": lambda args: b"tokens",
         "value_tokens": lambda text: None,
         "Pool": lambda *_: None,
         "_speak": speak,
@@ -51,7 +52,7 @@ def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Build:
         args = DatasetArgs(
             num_spoken=count, num_train=count, num_long=count, num_eval=count, lengths={4: count}
         )
-        return build_dataset(tmp_path / "data", args, CPU, workers=1, tokenizer=b"tokens")
+        return build_dataset(tmp_path / "data", args, CPU, workers=1)
 
     return run
 
