@@ -87,8 +87,8 @@ class TTTArgs:
     """What is written: a function of the MLP's own normalized input (`hidden`), of the sum of all
     streams' embeddings (`input`), or of the text embedding (`text`, as published). `hidden` holds
     what the layers below made of all streams, the user's speech included, which has no text: what
-    only the user had said was learned in two thirds of the steps that the others took. What they
-    had learned lasted longer, in the one run of each (docs/evidence.md)."""
+    only the user had said was learned in some 60 % of the steps that the others took. Models with
+    `text` and `input` remembered longer, in one run each (docs/evidence.md)."""
 
     conv_kernel_size: Annotated[int, Ge(1), Le(4096), IN_PLACE] = 2
     """Frames that one target is made of."""

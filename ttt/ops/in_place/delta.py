@@ -98,6 +98,7 @@ def in_place_delta(
     return _Delta.apply(z.contiguous(), v.contiguous(), beta.reshape(()), written, cut)
 
 
+@terms.all_digits()
 def chunk_errors(keys: Tensor, residual: Tensor, beta: Tensor | float) -> Tensor:
     """Return E of one chunk, as streaming writes it.
 
@@ -117,6 +118,7 @@ class _Delta(torch.autograd.Function):
     """Keeps z, E, the scores and the inverses for the backward pass; v is not needed."""
 
     @staticmethod
+    @terms.all_digits()
     def forward(
         ctx: Any, z: Tensor, v: Tensor, beta: Tensor, written: Tensor | None, cut: chunks.Cut
     ) -> Tensor:
@@ -150,6 +152,7 @@ class _Delta(torch.autograd.Function):
         return out
 
     @staticmethod
+    @terms.all_digits()
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         z, beta, *saved = ctx.saved_tensors
         cut: chunks.Cut = ctx.cut

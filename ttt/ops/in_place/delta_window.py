@@ -126,9 +126,10 @@ def write(
         if i == first:
             a, b = first * size, min(last * size, length)
             end = max(0, (last - 1) * size + offset)
-            scores = terms.of_weights(
-                kept.products[:, lead + a : lead + b, :end], size, v.dtype, shift=-offset
-            )
+            if end > 0:
+                scores = terms.of_weights(
+                    kept.products[:, lead + a : lead + b, :end], size, v.dtype, shift=-offset
+                )
             if i > 0:
                 _times(scores[:, :, :i], e[:, :i], out[:, a:b], keep)
             elif edge is None:

@@ -11,6 +11,9 @@ has the terms (x₁, x₁, x₂) and the right one (y₁, y₂, y₁), next to e
 inner dimension stays in one piece. Numbers of 32 or 64 bits are their own single term.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,6 +21,19 @@ from torch import Tensor
 PADDING = 8
 """Frames that are added to a chunk for its sum: as many as 16 bytes have 16-bit numbers, so that
 products stay fast."""
+
+
+@contextmanager
+def all_digits() -> Iterator[None]:
+    """Have products of float32 numbers on a GPU no TF32, which has 10 bits of mantissa: of
+    inverses it makes noise, and of what is positive definite something that is not."""
+    products = torch.backends.cuda.matmul
+    allowed = products.fp32_precision
+    products.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        products.fp32_precision = allowed
 
 
 def accumulating_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -84,8 +100,10 @@ def of_weights(
     from ttt.ops.in_place import terms_kernels as kernels
 
     out = torch.empty(batch, rows, count, padded, m, dtype=dtype, device=x.device)
+    across = 1 << (size - 1).bit_length()
+    block = max(1, min(32, 8192 // across))
     with torch.cuda.device_of(x):
-        kernels.weights_kernel[(-(-rows // 32), count, batch)](
+        kernels.weights_kernel[(-(-rows // block), count, batch)](
             x,
             out,
             rows,
@@ -97,8 +115,8 @@ def of_weights(
             SIZE=size,
             PADDED=padded,
             IS_LEFT=not swap,
-            ROWS=32,
-            COLUMNS=1 << (size - 1).bit_length(),
+            ROWS=block,
+            COLUMNS=across,
             STORED=128,
             num_warps=8,
         )

@@ -1,39 +1,20 @@
 """The kernels of a streaming step against the plain form, on a CUDA device or interpreted."""
 
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
 from helpers import tiny_args, tiny_delta_args, tiny_model, tiny_relative_args
+from interpreted import DEVICE, INTERPRETED, calls_the_interpreter, on_a_device, run_interpreted
 
 from ttt import TTTArgs
 
 pytest.importorskip("triton")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="would call itself")
+@calls_the_interpreter
 def test_kernels_interpreted_on_the_cpu() -> None:
-    """Triton reads this variable when it is imported, hence another process."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-x", __file__]
-    environment: dict[str, Any] = {
-        **os.environ,
-        "TRITON_INTERPRET": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
-    assert "13 passed" in done.stdout
-
-
-def on_a_device(test: Any) -> Any:
-    missing = not INTERPRETED and not torch.cuda.is_available()
-    skip = pytest.mark.skipif(missing, reason="needs a CUDA device, or Triton's interpreter")
-    return pytest.mark.gpu(skip(test))
+    assert "13 passed" in run_interpreted(__file__)
 
 
 @on_a_device
@@ -61,10 +42,9 @@ def test_a_step_on_the_device_equals_the_plain_one(
     """Three rows, one of them paused at times, one restarted, one silent for a chunk."""
     from ttt.ops.in_place import stream
 
-    device = "cpu" if INTERPRETED else "cuda"
     if INTERPRETED:
         monkeypatch.setattr(stream, "PROGRAMS", 2)
-    module = tiny_model(args, dtype=dtype).to(device).ttt_layers[0]
+    module = tiny_model(args, dtype=dtype).to(DEVICE).ttt_layers[0]
     chunk_size = args.chunk_size
     outputs: dict[str, Any] = {}
     for way in ("plain", "kernels"):
@@ -73,14 +53,14 @@ def test_a_step_on_the_device_equals_the_plain_one(
         with torch.no_grad(), module.streaming(3):
             state = module._streaming_state
             for step in range(2 * chunk_size + 3):
-                z = torch.randn(3, 1, module.hidden).to(device, dtype)
-                source = torch.randn(3, 1, module.width).to(device, dtype)
+                z = torch.randn(3, 1, module.hidden).to(DEVICE, dtype)
+                source = torch.randn(3, 1, module.width).to(DEVICE, dtype)
                 if step < chunk_size:
                     z[2] = 0
-                state.set_exec_mask(torch.tensor([True, step % 3 != 1, True]).to(device))
+                state.set_exec_mask(torch.tensor([True, step % 3 != 1, True]).to(DEVICE))
                 if step == chunk_size + 2:
-                    state.reset(torch.tensor([True, False, False]).to(device))
-                is_frame = torch.tensor([[True], [step % 5 != 4], [step != 2]]).to(device)
+                    state.reset(torch.tensor([True, False, False]).to(DEVICE))
+                is_frame = torch.tensor([[True], [step % 5 != 4], [step != 2]]).to(DEVICE)
                 step_of = module._stream_frame if way == "kernels" else module._stream_frames
                 spoken.append(step_of(z, source, is_frame, state).float())
             outputs[way] = (torch.cat(spoken), state.change.clone(), state.num_pending.clone())
@@ -96,16 +76,15 @@ def test_inverses_of_more_than_one_block() -> None:
     """Rows: a repeated frame with noise, an incomplete chunk (left alone), and silence."""
     from ttt.ops.in_place import stream
 
-    device = "cpu" if INTERPRETED else "cuda"
     torch.manual_seed(0)
     z = 0.01 * torch.randn(3, 70, 8) + torch.ones(8)
     z[2] = 0
     gram = z.double() @ z.double().mT
     strength = gram.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] / 10
     write = stream._Write(
-        torch.tensor([70, 3, 70], device=device), chunk_size=70, dtype=torch.float32
+        torch.tensor([70, 3, 70], device=DEVICE), chunk_size=70, dtype=torch.float32
     )
-    inverse = write.inverse(z.to(device), torch.tensor([10.0], device=device)).cpu().double()
+    inverse = write.inverse(z.to(DEVICE), torch.tensor([10.0], device=DEVICE)).cpu().double()
     product = inverse[0] @ (gram[0] + strength[0] * torch.eye(70))
     torch.testing.assert_close(product, torch.eye(70).double(), rtol=0, atol=1e-3)
     assert torch.equal(inverse[2], torch.zeros(70, 70).double())

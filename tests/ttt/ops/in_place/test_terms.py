@@ -1,39 +1,22 @@
 """The kernels of terms and inverses against the plain form, on a CUDA device or interpreted."""
 
-import os
-import subprocess
-import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from interpreted import DEVICE, calls_the_interpreter, on_a_device, run_interpreted
+from test_sum import sizes
 
+from ttt import ops
 from ttt.ops.in_place import delta_window, terms
 
 pytest.importorskip("triton")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="would call itself")
+@calls_the_interpreter
 def test_kernels_interpreted_on_the_cpu() -> None:
-    """Triton reads this variable when it is imported, hence another process."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-x", __file__]
-    environment: dict[str, Any] = {
-        **os.environ,
-        "TRITON_INTERPRET": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
-    assert "15 passed" in done.stdout
-
-
-def on_a_device(test: Any) -> Any:
-    missing = not INTERPRETED and not torch.cuda.is_available()
-    skip = pytest.mark.skipif(missing, reason="needs a CUDA device, or Triton's interpreter")
-    return pytest.mark.gpu(skip(test))
+    assert "23 passed" in run_interpreted(__file__)
 
 
 def assert_same_terms(
@@ -63,7 +46,7 @@ def assert_same_terms(
 @pytest.mark.parametrize("swap", [False, True], ids=["left", "right"])
 @pytest.mark.parametrize(
     "size, rows, columns, skip, shift",
-    [(16, 40, 70, 1, 0), (12, 5, 30, 0, 2), (256, 33, 500, 3, 1)],
+    [(16, 40, 70, 1, 0), (12, 5, 30, 0, 2), (256, 33, 500, 3, 1), (1030, 9, 1500, 1, 1)],
 )
 def test_weights(
     size: int,
@@ -138,3 +121,57 @@ def test_inverses(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     made, *_ = delta_window.inverse(gram.float().to(DEVICE), 10.0)
     torch.testing.assert_close(made.cpu().double(), exact, rtol=1e-3, atol=1e-4)
     assert made[1, 2].abs().max() == 0
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """New tensors are full of NaN until something is written to them."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@on_a_device
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("super_chunk", [8, 2048])
+@pytest.mark.parametrize("lag, decay", [(0, 1.0), (3, 1.0), (1, 0.8)])
+def test_the_operator_by_its_kernels(
+    lag: int, decay: float, super_chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values and gradients of two rows, the last chunk incomplete, against float64."""
+    torch.manual_seed(0)
+    common = torch.randn(24)
+    inputs = [common + 0.3 * torch.randn(2, 18, 24), torch.randn(2, 18, 8), torch.randn(2, 18, 8)]
+    results: list[Any] = []
+    for device, dtype, has_kernels in (
+        ("cpu", torch.float64, False),
+        (DEVICE, torch.bfloat16, True),
+    ):
+        for module, name in ((terms, "has_kernels"), (delta_window, "has_factor_kernel")):
+            monkeypatch.setattr(module, name, lambda x, found=has_kernels: found)
+        z, v, d_out = (x.bfloat16().to(device, dtype) for x in inputs)
+        leaves = [z.requires_grad_(), v.requires_grad_()]
+        with sizes(super_chunk, 8):
+            out = ops.in_place_delta(z, v, beta=10.0, chunk_size=4, lag=lag, decay=decay)
+        grads = torch.autograd.grad(out, leaves, d_out)
+        results.append([x.detach().cpu().double() for x in (out, *grads)])
+    exact, made = results
+    for low, high in zip(made, exact, strict=True):
+        assert (low - high).norm() < 0.02 * high.norm()
+
+
+def test_products_of_float32_have_all_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a program allows elsewhere; what it allows is as before afterwards."""
+    products, seen = torch.backends.cuda.matmul, []
+    before, products.fp32_precision = products.fp32_precision, "tf32"
+    inverse = delta_window.inverse
+
+    def look(*args: Any) -> Any:
+        seen.append(products.fp32_precision)
+        return inverse(*args)
+
+    monkeypatch.setattr(delta_window, "inverse", look)
+    ops.in_place_delta(torch.randn(1, 8, 4), torch.randn(1, 8, 4), beta=1.0, chunk_size=4)
+    seen.append(products.fp32_precision)
+    products.fp32_precision = before
+    assert seen == ["ieee", "tf32"]

@@ -1,15 +1,13 @@
 """The kernels of TTT-Linear and TTT-MLP against the plain form, on a CUDA device or interpreted."""
 
 import itertools
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from interpreted import DEVICE, INTERPRETED, calls_the_interpreter, on_a_device, run_interpreted
 from test_ttt_linear_mlp import METHODS, every_method, random_inputs
 from torch.utils.checkpoint import checkpoint
 
@@ -17,23 +15,11 @@ from ttt.layers.execution import Execution
 from ttt.ops.inner_loop import ttt_linear_mlp
 
 pytest.importorskip("triton")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="would call itself")
+@calls_the_interpreter
 def test_kernels_interpreted_on_the_cpu() -> None:
-    """Triton reads this variable when it is imported, hence another process."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-x", __file__]
-    environment: dict[str, Any] = {
-        **os.environ,
-        "TRITON_INTERPRET": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
-    assert "24 passed" in done.stdout
+    assert "24 passed" in run_interpreted(__file__)
 
 
 PIECES = "lane = [[0, 0, 2], [0, 0, 4], [0, 1, 0], [0, 2, 0], [0, 4, 0]]"
@@ -92,12 +78,6 @@ def test_threads_hold_what_they_turn(name: str, parts: int, size: int) -> None:
         (definition,) = re.findall(rf"^{layout} = (.*)$", code, re.MULTILINE)
         is_product = "nvidia_mma<{versionMajor = 2" in definition and "[1, 16, 8]" in definition
         assert is_product or ("register = [[0, 0, 1]," in definition and PIECES in definition)
-
-
-def on_a_device(test: Any) -> Any:
-    missing = not INTERPRETED and not torch.cuda.is_available()
-    skip = pytest.mark.skipif(missing, reason="needs a CUDA device, or Triton's interpreter")
-    return pytest.mark.gpu(skip(test))
 
 
 def moderate_inputs(
