@@ -3,7 +3,7 @@
     python benchmarks/peaks.py --json peaks.json
     python benchmarks/peaks.py --model tiny --device cpu --frames 40 --dtype float32
 
-Four kinds of training that differ in all that `plan` reckons with: the type of the frozen base,
+Six kinds of training that differ in all that `plan` reckons with: the type of the frozen base,
 LoRA's rank or none, TTT, the optimizer's moments and the batch. Each model is made from random
 weights as a training run makes it, straight onto the device, and takes two optimizer steps: in the
 second all that a step keeps is there. The peak is what PyTorch has allocated. If it is further than

@@ -45,9 +45,8 @@ WORKING = 2.9
 """What a layer takes while its backward pass runs, relative to its products: some 10 GB for the
 depth transformer's and 20,000 frames of Moshi 7B, whose products have 3.4 GB."""
 WORKING_FROZEN = 1.7
-"""The same of layers none of whose weights trains: what their products read is not kept. From one
-step of Moshi 7B in float8 that trains TTT alone; in bfloat16 and nf4 it is right as well, see
-docs/benchmarks.md."""
+"""The same of layers none of whose weights trains: what their products read is not kept. From steps
+of Moshi 7B that train TTT alone, in three precisions; see docs/benchmarks.md."""
 RESERVED_BYTES = 1.5e9
 """CUDA's and NCCL's own."""
 FRAGMENTATION = 0.03

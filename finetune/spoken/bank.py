@@ -38,8 +38,9 @@ class BankArgs:
     kinds: tuple[str, ...] = tuple(KINDS)
     """Of facts, names in `KINDS`."""
 
-    num_fillers: tuple[int, int] = (900, 250)
-    """Exchanges between facts and questions: for training, and others, held out, for evaluation."""
+    num_fillers: tuple[int, int] = (2700, 250)
+    """Exchanges between facts and questions: for training, and others, held out, for evaluation. Of
+    900, Moshi takes new ones for facts now and then."""
 
     @property
     def voices(self) -> tuple[Voice, ...]:

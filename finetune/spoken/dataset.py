@@ -56,9 +56,9 @@ class DatasetArgs:
     dialogues: DialogueArgs = field(default_factory=DialogueArgs)
     num_spoken: int = 5000
     """Dialogues that are spoken and encoded for training."""
-    num_train: int = 40_000
+    num_train: int = 60_000
     """Recombined out of them."""
-    num_long: int = 4000
+    num_long: int = 6000
     """Likewise, `long_times` as long, and with filler between the questions as well."""
     long_times: int = 4
     pauses: bool = False

@@ -88,10 +88,10 @@ def test_it_knows_it_in_the_first_dialogue_of_the_demonstration(
 
 @pytest.mark.slow
 def test_in_several_talks_it_knows_nearly_all(loaded: tuple[TTTLMModel, Codec]) -> None:
-    """Of the demonstration's 109 questions it answers 94 % rightly, and 6 % without TTT."""
+    """Of the demonstration's 109 questions it answers 98 % rightly, and 3 % without TTT."""
     memory = remember(*loaded, num_dialogues=4)
     right, total = memory.count("on")
-    assert total >= 15 and right >= 0.8 * total and memory.count("off")[0] <= 0.25 * total
+    assert total >= 15 and right >= 0.9 * total and memory.count("off")[0] <= 0.15 * total
 
 
 def test_a_talk_without_a_question_has_no_answers() -> None:
