@@ -107,6 +107,7 @@ def test_training_steps_are_compared_and_timed(program: Callable[..., Any], tmp_
         "ours, nf4, in_place delta",
         "ours, in_place sum",
         "ours, in_place delta",
+        "ours, in_place hidden",
         "ours, linear",
         "ours, mlp",
         "ours, selective",
