@@ -270,6 +270,7 @@ def recall(options: RecallOptions) -> None:
     from finetune.recall import run_command
 
     print(run_command(options))
+    print(f"\nwrote {options.folder / 'report.md'}, recall.png beside it, and each run in runs")
 
 
 @command

@@ -36,25 +36,15 @@ class Job:
 
 
 def run_jobs(jobs: Sequence[Job], out: Path, *, workers: int) -> list[Result]:
-    """The results of all jobs; those that lie in `out` are not run again, unless their
-    configuration has changed.
+    """The results of all jobs; those that lie in `out` are not run again.
 
     Args:
         workers: processes at a time; 1: this one.
 
     Raises:
-        UserError: `out` cannot be read or written, or a job raised one.
+        UserError: `out` cannot be read or written, see `kept_results`, or a job raised one.
     """
-    results: dict[str, Result] = {}
-    for job in jobs:
-        kept = _kept(job, out)
-        known = kept.read()
-        if known is not None and "config" not in known:
-            raise UserError(f"{kept.path} is not a result of this program; move it away.")
-        if known is not None and known["config"] == json.loads(json.dumps(job.config)):
-            results[job.name] = known
-        elif known is not None:
-            logger.info("%s: its configuration has changed, so it runs again", job.name)
+    results = kept_results(jobs, out)
     missing = [job for job in jobs if job.name not in results]
     if results:
         logger.info("%d of %d runs are in %s already", len(results), len(jobs), out)
@@ -75,6 +65,49 @@ def run_jobs(jobs: Sequence[Job], out: Path, *, workers: int) -> list[Result]:
             end_workers()
             raise
     return [results[job.name] for job in jobs]
+
+
+def kept_results(jobs: Sequence[Job], out: Path) -> dict[str, Result]:
+    """Return the results that lie in `out` already, by the names of their jobs.
+
+    Raises:
+        UserError: one is of other options, and would be replaced.
+    """
+    results: dict[str, Result] = {}
+    for job in jobs:
+        kept = _kept(job, out)
+        known = kept.read()
+        if known is not None and "config" not in known:
+            raise UserError(f"{kept.path} is not a result of this program; move it away.")
+        if known is not None:
+            refuse_others(kept.path, known["config"], job.config)
+            results[job.name] = known
+    return results
+
+
+def refuse_others(path: Path, known: Result, asked: Result) -> None:
+    """
+    Raises:
+        UserError: what lies at `path` is of another configuration than the one that is asked for,
+            and took minutes or hours to make.
+    """
+    before, now = (_flat(json.loads(json.dumps(config))) for config in (known, asked))
+    changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    if changed:
+        key = changed[0]
+        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+        raise UserError(
+            f"{path} is of other options ({key}: {before.get(key)} there, {now.get(key)} here"
+            f"{more}), and would be replaced. Name another --out, or move it away."
+        )
+
+
+def _flat(config: Result, prefix: str = "") -> Result:
+    found: Result = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        found |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return found
 
 
 def _start_worker(threads: int) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from finetune.errors import UserError
 from finetune.kept import write_whole
 from finetune.recall.arms import ARMS, check_arms
-from finetune.recall.jobs import Job, run_jobs
+from finetune.recall.jobs import Job, kept_results, refuse_others, run_jobs
 from finetune.recall.measure import nothing_written
 from finetune.recall.spoken import measure
 from finetune.recall.spoken.presets import SpokenPreset
@@ -78,20 +78,26 @@ def _trained(
     """Return the trained model, its curve, and the seconds that training took."""
     started_at = time.monotonic()
     path = _weights(out, name, seed)
-    described = json.dumps(_describe(preset, name, device), sort_keys=True)
+    described = _describe(preset, name, device)
     if path.is_file():
         with safe_open(path, "pt") as kept:
             metadata = kept.metadata() or {}
-        if metadata.get("config") == described:
-            logger.info("%s, seed %d: its weights are in %s already", name, seed, path)
-            model = untrained(preset, name, seed=seed, device=device)
-            model.load_state_dict(load_file(path))
-            return model, json.loads(metadata["curve"]), float(metadata["train_sec"])
+        if "config" not in metadata:
+            raise UserError(f"{path} is not a result of this program; move it away.")
+        refuse_others(path, json.loads(metadata["config"]), described)
+        logger.info("%s, seed %d: its weights are in %s already", name, seed, path)
+        model = untrained(preset, name, seed=seed, device=device)
+        model.load_state_dict(load_file(path))
+        return model, json.loads(metadata["curve"]), float(metadata["train_sec"])
     base = _base_weights(out, seed) if ARMS[name].is_finetuned else None
     model, curve = train_arm(preset, name, dataset, seed=seed, device=device, base=base)
     weights = {key: value.contiguous().cpu() for key, value in model.state_dict().items()}
     train_sec = time.monotonic() - started_at
-    metadata = {"config": described, "curve": json.dumps(curve), "train_sec": str(train_sec)}
+    metadata = {
+        "config": json.dumps(described),
+        "curve": json.dumps(curve),
+        "train_sec": str(train_sec),
+    }
     write_whole(path, save(weights, metadata))
     return model, curve, train_sec
 
@@ -127,14 +133,12 @@ def run(
     """
     check_arms(arms)
     data = out.parent / "data"
-    build_dataset(data, preset.data, device, workers=data_workers)
-    results: dict[str, dict[str, Any]] = {}
     tuned = [name for name in arms if ARMS[name].is_finetuned]
     first = [name for name in arms if name not in tuned]
     if tuned and BASE not in first:
         first.insert(0, BASE)
-    for stage in (first, tuned):
-        jobs = [
+    stages = [
+        [
             Job(
                 f"{name}_seed{seed}",
                 _describe(preset, name, device),
@@ -144,6 +148,13 @@ def run(
             for seed in seeds
             for name in stage
         ]
+        for stage in (first, tuned)
+    ]
+    # Before the data of what is there are replaced by others.
+    kept_results([job for jobs in stages for job in jobs], out)
+    build_dataset(data, preset.data, device, workers=data_workers)
+    results: dict[str, dict[str, Any]] = {}
+    for jobs in stages:
         found = run_jobs(jobs, out, workers=workers)
         results |= {job.name: result for job, result in zip(jobs, found, strict=True)}
     return [results[f"{name}_seed{seed}"] for seed in seeds for name in arms]

@@ -170,8 +170,10 @@ def test_the_command_writes_a_table_and_repeats_nothing(
     assert run_recall(tmp_path, **arguments) == report
     said = capsys.readouterr().out
     assert "2 of 3 runs are in" in said and "off, seed 0: step" in said and "sum, seed" not in said
-    run_recall(tmp_path, **{**arguments, "num_steps": 2, "arms": ["off"]})
-    assert "off_seed0: its configuration has changed" in capsys.readouterr().out
+    kept = (tmp_path / "runs/off_seed0.json").read_bytes()
+    with pytest.raises(UserError, match=r"of other options \(num_steps: \d+ there, 2 here\)"):
+        run_recall(tmp_path, **{**arguments, "num_steps": 2, "arms": ["off"]})
+    assert (tmp_path / "runs/off_seed0.json").read_bytes() == kept
     with pytest.raises(UserError, match="there is no delta_rule"):
         run_recall(tmp_path, **{**arguments, "arms": ["delta_rule"]})
 

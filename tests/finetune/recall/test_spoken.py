@@ -109,6 +109,10 @@ def test_arms_are_trained_measured_and_not_run_again(
     with caplog.at_level(logging.INFO):
         assert run_command(options) == report
     assert not any("step" in record.message for record in caplog.records)
+    kept = {path: path.read_bytes() for path in folder.rglob("*.*") if path.is_file()}
+    with pytest.raises(UserError, match=r"is of other options \(.*num_steps: "):
+        run_command(dataclasses.replace(options, steps=7))
+    assert all(path.read_bytes() == content for path, content in kept.items())
 
 
 def test_what_was_trained_before_measuring_was_interrupted_is_measured(

@@ -75,7 +75,7 @@ class Listening:
         lengths = [[self._num_frames(job) for job in batch] for batch in batches.values()]
         progress = Progress("spoken_recall", sum(map(sum, lengths)))
         logger.info(
-            "spoken_recall: %d talks, %.0f minutes of audio, %d steps of %d rows",
+            "spoken_recall: to hear: %d (each talk once an arm), %.1f minutes, %d steps of %d rows",
             len(self._left),
             progress.total / FRAME_RATE_HZ / 60,
             sum(map(max, lengths)),
