@@ -32,6 +32,9 @@ def require_checkpoint(checkpoint: Path, key: str) -> None:
         )
     inside = [*checkpoints_in(checkpoint / "checkpoints"), *checkpoints_in(checkpoint)]
     above = next((p for p in checkpoint.absolute().parents if (p / "consolidated").is_dir()), None)
+    if above is None and not checkpoint.exists():
+        hint = _for_a_repository(checkpoint)
+        raise UserError(f"{key}: there is no folder {checkpoint}; correct the path.{hint}")
     if checkpoint.is_dir() and inside:
         hint = f" Did you mean {inside[-1]}?"
     elif above is not None:
@@ -42,18 +45,17 @@ def require_checkpoint(checkpoint: Path, key: str) -> None:
             "that. The folder that it was in is needed, with its args.yaml."
         )
     else:
-        hint = "" if checkpoint.exists() else _of_nothing(checkpoint)
+        hint = ""
     raise UserError(
         f"{key}: {checkpoint} is no checkpoint (it has no folder `consolidated`).{hint}"
     )
 
 
-def _of_nothing(checkpoint: Path) -> str:
-    text = " There is nothing of that name."
+def _for_a_repository(checkpoint: Path) -> str:
     is_repository = len(checkpoint.parts) == 2 and not checkpoint.parent.exists()
     if is_repository or checkpoint.parts[:1] == ("hf:",):
-        text += (
+        return (
             " A repository of Hugging Face is not read from here: download it "
             "(hf download OWNER/NAME --local-dir FOLDER) and name the folder."
         )
-    return text
+    return ""

@@ -93,7 +93,10 @@ def test_the_loss_curve_is_drawn(demo_run: tuple[Path, Any]) -> None:
     ("arguments", "message"),
     [
         (["generate", "--checkpoint={run}", "--audio={wav}"], "Did you mean"),
-        (["generate", "--checkpoint=nowhere", "--audio={wav}"], "nowhere is no checkpoint"),
+        (
+            ["generate", "--checkpoint=nowhere", "--audio={wav}"],
+            "there is no folder nowhere; correct the path.",
+        ),
         (
             ["generate", "--checkpoint={checkpoint}", "--audio=no.wav", "--out={tmp}/o.wav"],
             "there is no file no.wav",

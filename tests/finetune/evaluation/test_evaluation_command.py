@@ -63,7 +63,7 @@ def test_speech_that_cannot_be_checked_is_told_at_the_start(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"checkpoint": "nowhere"}, "nowhere is no checkpoint"),
+        ({"checkpoint": "nowhere"}, "there is no folder nowhere; correct the path."),
         (
             {"tasks": "positions"},
             "--tasks: expected position or pairs or health or spoken_recall, got 'positions'",
