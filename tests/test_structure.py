@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -157,6 +158,45 @@ def test_only_the_command_line_prints() -> None:
         calls = [n for n in ast.walk(parsed(path)) if isinstance(n, ast.Call)]
         names = {call.func.id for call in calls if isinstance(call.func, ast.Name)}
         assert "print" not in names or path.name in speaking, path
+
+
+IN_PLACE = {
+    "checkpoint": "a folder that is named when it is whole, and the record of a run's files",
+    "kept": "does it for the others, and appends",
+    "monitoring/metrics.py": "appends",
+    "sweep/run.py": "appends",
+    "config/read.py": "args.yaml of a run, whose folder may be a checkpoint's",
+    "data/store.py": "appends to a file of its own",
+    "recordings/ledger.py": "appends",
+    "serve/export.py": "a folder that is named when it is whole",
+    "demo/dialogues.py": "a folder that is named when it is whole",
+    "evaluation/codes.py": "a file that is there for a while",
+    "plan/starter.py": "a file that is there for a while",
+    "cli.py": "the project's own pages",
+    "report/figures.py": "into memory",
+    "serve/lines.py": "into memory",
+    "safety/outlet.py": "the terminal",
+}
+"""Who need not write with `finetune.kept`, whose files are there whole or not at all, and why."""
+WRITING = {"write_text", "write_bytes", "savefig", "save_file", "tofile", "copyfile"}
+
+
+def writes(call: ast.Call) -> bool:
+    name = ast.unparse(call.func)
+    if name.split(".")[-1] in {"open", "fdopen", "SoundFile"}:
+        modes = [a.value for a in call.args if isinstance(a, ast.Constant)]
+        return any(isinstance(m, str) and re.fullmatch("[wax]b?[+]?b?", m) for m in modes)
+    return name.split(".")[-1] in WRITING or name == "soundfile.write"
+
+
+def test_a_full_disk_spoils_no_file() -> None:
+    found = set()
+    for path in files("finetune"):
+        if any(writes(node) for node in ast.walk(parsed(path)) if isinstance(node, ast.Call)):
+            name = str(path.relative_to(ROOT / "finetune"))
+            found.add(name if name in IN_PLACE else name.split("/")[0])
+            assert found <= IN_PLACE.keys(), f"{path}: write with finetune.kept, or say why not"
+    assert found == IN_PLACE.keys()
 
 
 def imported(modules: Any, *, of: list[Any]) -> Any:

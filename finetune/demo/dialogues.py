@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
-import os
 import random
-import shutil
 import wave
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Literal
 import numpy as np
 
 from finetune.errors import UserError
+from finetune.kept import is_free_folder, whole_folder
 from finetune.spoken import SAMPLE_RATE_HZ, Speech, Voice, synthesize, texts
 
 logger = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ def make_dialogues(
 
     Raises:
         UserError: parameters out of range, espeak-ng not installed, or `out_dir` holds something
-            else. A folder made by the same call before is left as it is.
+            else or cannot be written. A folder made by the same call before is left as it is.
     """
     _check_parameters(num_dialogues, min_sec, max_sec, eval_fraction)
     parameters = {
@@ -93,38 +93,29 @@ def make_dialogues(
     if _is_made_already(out_dir, parameters):
         logger.info("%s holds these dialogues already; nothing to do.", out_dir)
         return
-    partial = out_dir.with_name(f".{out_dir.name}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(
-            f"Cannot write dialogues to {out_dir}: {error}. Choose a folder that you may write to."
-        ) from error
-
     num_eval = max(1, round(num_dialogues * eval_fraction))
     total_sec = 0.0
     splits: tuple[tuple[texts.Split, int], ...] = (
         ("train", num_dialogues - num_eval),
         ("eval", num_eval),
     )
-    for split, count in splits:
-        lines = []
-        for index in range(count):
-            rng = random.Random(f"{seed} {split} {index}")
-            dialogue = compose_dialogue(rng, split, min_sec, max_sec)
-            path = partial / f"{split}_{index:03d}.wav"
-            _write_wav(path, mix(dialogue, rng))
-            path.with_suffix(".json").write_text(
-                json.dumps(_alignments(dialogue)) + "\n", encoding="utf-8"
-            )
-            lines.append(json.dumps({"path": path.name, "duration": dialogue.duration_sec}))
-            total_sec += dialogue.duration_sec
-        (partial / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    (partial / _PARAMETERS_FILE).write_text(
-        json.dumps(parameters, indent=2) + "\n", encoding="utf-8"
-    )
-    os.replace(partial, out_dir)
+    with whole_folder(out_dir) as partial:
+        for split, count in splits:
+            lines = []
+            for index in range(count):
+                rng = random.Random(f"{seed} {split} {index}")
+                dialogue = compose_dialogue(rng, split, min_sec, max_sec)
+                path = partial / f"{split}_{index:03d}.wav"
+                path.write_bytes(_wav(mix(dialogue, rng)))
+                path.with_suffix(".json").write_text(
+                    json.dumps(_alignments(dialogue)) + "\n", encoding="utf-8"
+                )
+                lines.append(json.dumps({"path": path.name, "duration": dialogue.duration_sec}))
+                total_sec += dialogue.duration_sec
+            (partial / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        (partial / _PARAMETERS_FILE).write_text(
+            json.dumps(parameters, indent=2) + "\n", encoding="utf-8"
+        )
     logger.info("Wrote %d dialogues, %.1f min, to %s.", num_dialogues, total_sec / 60, out_dir)
 
 
@@ -215,12 +206,14 @@ def _alignments(dialogue: Dialogue) -> dict[str, list]:
     return {"alignments": sorted(words, key=lambda word: word[1])}
 
 
-def _write_wav(path: Path, samples: np.ndarray) -> None:
-    with wave.open(str(path), "wb") as file:
+def _wav(samples: np.ndarray) -> bytes:
+    target = io.BytesIO()
+    with wave.open(target, "wb") as file:
         file.setnchannels(2)
         file.setsampwidth(2)
         file.setframerate(SAMPLE_RATE_HZ)
         file.writeframes(samples.astype("<i2").tobytes())
+    return target.getvalue()
 
 
 def _check_parameters(
@@ -240,7 +233,7 @@ def _check_parameters(
 
 
 def _is_made_already(out_dir: Path, parameters: dict) -> bool:
-    if not out_dir.exists() or (out_dir.is_dir() and not any(out_dir.iterdir())):
+    if not out_dir.exists() or is_free_folder(out_dir):
         return False
     parameters_file = out_dir / _PARAMETERS_FILE
     if parameters_file.is_file() and parameters_file.read_text(encoding="utf-8") == (

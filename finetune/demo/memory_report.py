@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
-import soundfile
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from finetune.demo.memory import ARMS, Arm, Memory, Reply, Shown
-from finetune.report import COLORS, MUTED, PICTURE, tidy
+from finetune.kept import write_wav
+from finetune.report import COLORS, MUTED, PICTURE, save_png, tidy
 from finetune.spoken import SAMPLE_RATE_HZ
 
 LABELS: dict[Arm, str] = {"on": "with TTT", "off": "without TTT"}
@@ -105,10 +105,9 @@ def _table() -> Table:
 
 def write_memory(memory: Memory, folder: Path) -> None:
     """Write the sounds of the first dialogue and its picture into `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
     for arm in ARMS:
         sound = memory.shown.audio[arm].clamp(-1, 1)
-        soundfile.write(folder / sound_name(arm), sound.T.numpy(), SAMPLE_RATE_HZ)
+        write_wav(folder / sound_name(arm), sound.T.numpy(), SAMPLE_RATE_HZ)
     draw_fast_weights(memory, folder / PICTURE_NAME)
 
 
@@ -157,7 +156,7 @@ def draw_fast_weights(memory: Memory, out: Path) -> None:
         *facts.get_legend_handles_labels(), frameon=False, ncols=3, loc="outside lower left"
     )
     tidy(facts, grid="x")
-    figure.savefig(out)
+    save_png(figure, out)
 
 
 def _verdict(said: dict[Arm, str | None]) -> str:

@@ -7,8 +7,6 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-import soundfile
-
 from finetune.checkpoint import list_checkpoints, run_wrote
 from finetune.config import load_config, load_run_config
 from finetune.data import Codec
@@ -25,6 +23,7 @@ from finetune.demo.memory_report import (
 )
 from finetune.errors import UserError
 from finetune.inference import continue_dialogue, load_for_inference
+from finetune.kept import write_wav, write_whole
 from finetune.monitoring import console, format_duration, metrics_path, plot_losses, read_metrics
 from finetune.trainer import Trainer
 from ttt import TTTLMModel
@@ -133,8 +132,8 @@ def _continue(model: TTTLMModel, codec: Codec, heard: Path, sound: Path) -> str:
     continuation = continue_dialogue(
         model, codec, codec.read_recording(heard), prompt_sec=PROMPT_SEC
     )
-    soundfile.write(sound, continuation.audio.T.numpy(), codec.sample_rate_hz)
-    sound.with_suffix(".txt").write_text(continuation.text + "\n", encoding="utf-8")
+    write_wav(sound, continuation.audio.T.numpy(), codec.sample_rate_hz)
+    write_whole(sound.with_suffix(".txt"), continuation.text + "\n")
     return continuation.text
 
 

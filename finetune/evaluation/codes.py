@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from finetune.data import Codec, Recording, SegmentRef
+from finetune.kept import writing
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ def encode_to_file(
 
     Raises:
         FileProblem: the recording cannot be read.
+        UserError: the codes cannot be written.
     """
     recording = recording.checked()
     # To a sample, whatever rounding the length in seconds has seen.
@@ -65,17 +67,18 @@ def encode_to_file(
         segment = codec.reader(num_frames).read(SegmentRef(recording, 0))
         assert segment.audio_codes is not None
         everything = codec.streams(segment, segment.audio_codes)
-        everything.T.int().numpy().tofile(target)
+        with writing(target):
+            target.write_bytes(everything.T.int().numpy().tobytes())
         on_block(num_frames)
         return CodesFile(target, codec.num_streams)
     tokens = torch.tensor(codec.text.stream(recording.read_words(), 0, num_frames))
     start = 0
-    with target.open("wb") as file:
+    with writing(target), target.open("wb") as file:
         for sides in codec.encode_blocks(_audio_blocks(codec, recording, num_frames), BLOCK_FRAMES):
             stop = min(start + sides.shape[2], num_frames)
             left, right = sides[:, :, : stop - start].cpu()
             everything = codec.join(tokens[start:stop], left, right)
-            everything.T.int().numpy().tofile(file)
+            file.write(everything.T.int().numpy().tobytes())
             on_block(stop - start)
             start = stop
     return CodesFile(target, codec.num_streams)

@@ -22,6 +22,7 @@ from finetune.evaluation.options import Options, what_takes_less
 from finetune.evaluation.report import report_page
 from finetune.evaluation.tasks import TASKS
 from finetune.inference import checkpoint_args, nonfinite_weights
+from finetune.kept import write_whole
 from finetune.monitoring import setup_logging
 from finetune.report import html_page, write_csv
 from finetune.safety import without_nan
@@ -117,12 +118,12 @@ def _write(options: Options, results: dict[str, Any]) -> None:
     out = options.out
     out.mkdir(parents=True, exist_ok=True)
     text = json.dumps(without_nan(results), indent=1, allow_nan=False)
-    (out / "results.json").write_text(text + "\n", encoding="utf-8")
+    write_whole(out / "results.json", text + "\n")
     for name in options.tasks:
         table = TASKS[name].csv(results[name])
         write_csv(out / f"{name}.csv", table.columns, table.rows)
     page = html_page(report_page(results))
-    (out / "report.html").write_text(page, encoding="utf-8")
+    write_whole(out / "report.html", page)
     if options.wandb.project:
         to_wandb(options, results, page)
 

@@ -3,16 +3,22 @@
 from finetune.kept.checkpoint_folders import is_stock, require_checkpoint
 from finetune.kept.checkpoint_names import CHECKPOINT_NAME, checkpoints_in, step_of
 from finetune.kept.records import Records, read_records
-from finetune.kept.whole import Kept, write_whole
+from finetune.kept.wav import WavWriter, write_wav
+from finetune.kept.whole import Kept, is_free_folder, whole_folder, write_whole, writing
 
 __all__ = [
     "CHECKPOINT_NAME",
     "Kept",
     "Records",
+    "WavWriter",
     "checkpoints_in",
+    "is_free_folder",
     "is_stock",
     "read_records",
     "require_checkpoint",
     "step_of",
+    "whole_folder",
+    "write_wav",
     "write_whole",
+    "writing",
 ]

@@ -2,12 +2,16 @@
 
 import json
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError
 from finetune.safety import parse_json, with_nan, without_nan
+
+_PARTIAL = ".partial"
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
@@ -19,15 +23,57 @@ def write_whole(path: Path, content: str | bytes) -> None:
         UserError: it cannot be written.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             partial.write_bytes(content.encode() if isinstance(content, str) else content)
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn the system's errors into a message that names what was to be written, and the reason.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        yield
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or error}.") from error
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Give a folder to fill, whose files are in `path` when all are made; else nothing is left.
+
+    `path` is new, or free: see `is_free_folder`.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    # An empty one stays what it is: it may be a mount, or its parent may be read-only.
+    is_there = path.is_dir()
+    partial = path / _PARTIAL if is_there else path.with_name(f".{path.name}{_PARTIAL}")
+    with writing(path):
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            yield partial
+            if is_there:
+                for each in sorted(partial.iterdir()):
+                    each.replace(path / each.name)
+            else:
+                partial.replace(path)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def is_free_folder(path: Path) -> bool:
+    """Return whether a folder is empty, but for what `whole_folder` left when it was killed."""
+    return path.is_dir() and all(each.name == _PARTIAL for each in path.iterdir())
 
 
 class Kept:

@@ -9,7 +9,7 @@ import numpy as np
 
 from finetune.errors import UserError
 from finetune.monitoring.metrics import metrics_path, read_metrics
-from finetune.report import COLORS, DARK, MUTED, PICTURE, tidy
+from finetune.report import COLORS, DARK, MUTED, PICTURE, save_png, tidy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,11 +54,7 @@ def plot_losses(run_dir: Path, out: Path) -> Path:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     tidy(axes)
     _add_legend(axes, n_train=len(train), has_eval=bool(evaluation))
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(out, format="png")
-    except OSError as error:
-        raise UserError(f"{out} cannot be written: {error.strerror or error}.") from error
+    save_png(figure, out)
     return out
 
 

@@ -10,6 +10,7 @@ import torch
 from finetune.config import TrainArgs, changed_since_moshi_finetune
 from finetune.data import FRAME_RATE_HZ, EvalLoader, TrainLoader, count_frames
 from finetune.distributed import World, shard_size
+from finetune.kept import write_whole
 from finetune.model import count_by_role
 from finetune.monitoring import format_count
 from ttt import TTTLMModel
@@ -88,9 +89,7 @@ def write_summary(
         "device": str(world.device.type),
         "processes": world.size,
     }
-    (Path(args.run_dir) / SUMMARY).write_text(
-        json.dumps(content, indent=2) + "\n", encoding="utf-8"
-    )
+    write_whole(Path(args.run_dir) / SUMMARY, json.dumps(content, indent=2) + "\n")
 
 
 def warn_of_slow_layers(model: TTTLMModel) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from finetune.config import Precision, TrainArgs, load_config, parse_sources
 from finetune.data import FRAME_RATE_HZ, count_frames, open_source
 from finetune.errors import UserError
+from finetune.kept import write_whole
 from finetune.model import plan_model
 from finetune.plan.memory import Memory, estimate, fits
 from finetune.plan.plan import GB, shape_of
@@ -72,12 +73,7 @@ def write_config(wanted: Wanted, out: Path) -> Iterator[str]:
             _check_source_path(key, path)
     lengths_sec = _lengths_sec(wanted.data)
     size, memory = _fitting_size(wanted, lengths_sec)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with out.open("x", encoding="utf-8") as file:
-            file.write(_text(wanted, size, memory, lengths_sec))
-    except OSError as error:
-        raise UserError(f"{out} cannot be written: {error.strerror or error}.") from error
+    write_whole(out, _text(wanted, size, memory, lengths_sec))
     yield (
         f"wrote {out}: it takes some {memory.peak / GB:.0f} of {wanted.gpu_memory_gb:g} GB of each "
         "GPU"

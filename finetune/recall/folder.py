@@ -32,8 +32,5 @@ def prepare_folder(out: Path, experiment: str) -> None:
 
 
 def write_report(text: str, out: Path) -> str:
-    try:
-        (out / "report.md").write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--out: cannot write to {out}: {error.strerror}.") from error
+    write_whole(out / "report.md", text + "\n")
     return text

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.errors import UserError
-from finetune.report import PICTURE, line_style, tidy
+from finetune.kept import write_whole
+from finetune.report import PICTURE, line_style, save_png, tidy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -59,13 +60,11 @@ def write_csv(results: Sequence[Result], path: Path) -> None:
     Raises:
         UserError: it cannot be written.
     """
-    try:
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows(results))
-    except OSError as error:
-        raise UserError(f"--out: cannot write {path}: {error.strerror}.") from error
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS)
+    writer.writeheader()
+    writer.writerows(rows(results))
+    write_whole(path, text.getvalue())
 
 
 def trained_length_table(results: Sequence[Result]) -> list[str]:
@@ -200,10 +199,7 @@ def plot(results: Sequence[Result], path: Path) -> None:
         tidy(axes)
     longer.set_xscale("log", base=2)
     longer.legend(frameon=False, bbox_to_anchor=(1.02, 1.0), loc="upper left")
-    try:
-        figure.savefig(path)
-    except OSError as error:
-        raise UserError(f"--out: cannot write {path}: {error.strerror}.") from error
+    save_png(figure, path)
 
 
 def _draw_distances(axes: Axes, result: Result, style: dict[str, Any]) -> None:

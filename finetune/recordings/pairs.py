@@ -14,7 +14,7 @@ import soundfile
 
 from finetune.data import OTHER_SPEAKER, MonoPair, Sides, inspect_audio
 from finetune.errors import UserError
-from finetune.kept import write_whole
+from finetune.kept import write_wav, write_whole
 from finetune.recordings.annotate import SPEAKERS
 from finetune.recordings.files import all_files
 from finetune.recordings.work import RecordingError
@@ -155,18 +155,8 @@ def _write_wav(pair: Pair, samples: np.ndarray, rate_hz: int) -> None:
         raise RecordingError(
             f"{pair.left} and {pair.right} are too long for one wav file: cut them into parts"
         )
-    partial = pair.joined.with_name(f".{pair.joined.name}.{os.getpid()}.partial")
-    try:
-        pair.joined.parent.mkdir(parents=True, exist_ok=True)
-        subtype = "PCM_16" if is_short else "FLOAT"
-        with soundfile.SoundFile(partial, "w", rate_hz, 2, subtype, format="WAV") as file:
-            file.comment = _mark(pair)
-            file.write(samples)
-        os.replace(partial, pair.joined)
-    except (OSError, soundfile.SoundFileError) as error:
-        raise UserError(f"{pair.joined} cannot be written: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    subtype = "PCM_16" if is_short else "FLOAT"
+    write_wav(pair.joined, samples, rate_hz, subtype=subtype, comment=_mark(pair))
 
 
 def _is_16_bits(path: Path) -> bool:

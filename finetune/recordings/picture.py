@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from finetune.data import FRAME_RATE_HZ, Word
-from finetune.errors import UserError
 from finetune.recordings.annotate import SPEAKERS
 from finetune.recordings.shown import SAMPLE_RATE_HZ, Shown, Streams
-from finetune.report import ALARM, COLORS, DARK, GRID
+from finetune.report import ALARM, COLORS, DARK, GRID, save_png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,11 +43,7 @@ def draw(shown: Shown, out: Path) -> None:
     last.set_xlim(shown.start_sec, shown.start_sec + shown.duration_sec)
     last.set_xlabel("seconds from the start of the recording")
     all_axes[0].set_title(_title(shown), loc="left", fontsize=10)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(out, format="png")
-    except OSError as error:
-        raise UserError(f"{out} cannot be written: {error.strerror or error}.") from error
+    save_png(figure, out)
 
 
 def _title(shown: Shown) -> str:

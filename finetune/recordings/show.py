@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import soundfile
 import torch
 
 from finetune.config import TrainArgs, load_config
@@ -20,6 +19,7 @@ from finetune.data import (
     open_source,
 )
 from finetune.errors import UserError
+from finetune.kept import write_wav
 from finetune.model import build_codec, find_checkpoint, plan_model
 from finetune.recordings.options import ShowOptions
 from finetune.recordings.picture import draw
@@ -43,10 +43,7 @@ def show_segment(options: ShowOptions, overrides: Mapping[str, Any]) -> list[str
     shown = _read(recording, options, args)
     draw(shown, options.out)
     sound = options.out.with_suffix(".wav")
-    try:
-        soundfile.write(sound, shown.samples.T, SAMPLE_RATE_HZ, subtype="PCM_16")
-    except (OSError, soundfile.SoundFileError) as error:
-        raise UserError(f"{sound} cannot be written: {error}") from error
+    write_wav(sound, shown.samples.T, SAMPLE_RATE_HZ)
     lines = [f"{each.severity}: {each} [{each.code}]" for each in shown.findings]
     if args is not None and shown.streams is None:
         lines.append("tokens and codes are not shown: the run's files are not on this machine")

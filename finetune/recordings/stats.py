@@ -20,7 +20,7 @@ from finetune.recordings.files import listed
 from finetune.recordings.listing import list_data
 from finetune.recordings.options import StatsOptions
 from finetune.recordings.work import do_all
-from finetune.report import COLORS, tidy
+from finetune.report import COLORS, save_png, tidy
 
 _MAX_PAUSE_SEC = 0.5
 """Words of a speaker this close belong together: speech goes on between them."""
@@ -202,11 +202,7 @@ def draw(statistics: Statistics, out: Path) -> None:
         for side in (0, 1)
     ]
     _histogram(rates, paces, "words a minute of speech", ["Moshi", "the user"])
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(out, format="png")
-    except OSError as error:
-        raise UserError(f"{out} cannot be written: {error.strerror or error}.") from error
+    save_png(figure, out)
 
 
 def _histogram(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import io
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from finetune.kept import write_whole
 from finetune.report.tables import duration_text
 
 if TYPE_CHECKING:
@@ -61,6 +63,17 @@ def time_axis(axes: Axes, longest_sec: float) -> None:
     ticks = [float(tick) for tick in known if low <= tick <= high] or [longest_sec]
     axes.set_xticks(ticks, [duration_text(tick) for tick in ticks])
     axes.minorticks_off()
+
+
+def save_png(figure: Figure, path: Path) -> None:
+    """Write a figure that is there as a whole, or not at all; its folder is made.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    target = io.BytesIO()
+    figure.savefig(target, format="png")
+    write_whole(path, target.getvalue())
 
 
 def svg_element(figure: Figure) -> Markup:

@@ -1,10 +1,13 @@
 """Tables, for pages and for spreadsheets, and estimates as text."""
 
 import csv
+import io
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from finetune.kept import write_whole
 
 
 @dataclass(frozen=True)
@@ -20,11 +23,16 @@ class Table:
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Write a table for spreadsheets."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(columns)
-        writer.writerows(rows)
+    """Write a table for spreadsheets.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(columns)
+    writer.writerows(rows)
+    write_whole(path, text.getvalue())
 
 
 def markdown_lines(table: Table) -> list[str]:

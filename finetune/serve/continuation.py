@@ -1,13 +1,10 @@
 """The rest of a recorded dialogue, as Moshi would have gone on."""
 
-import io
 from pathlib import Path
-
-import soundfile
 
 from finetune.errors import UserError
 from finetune.inference import continue_dialogue, load_for_inference, nonfinite_weights
-from finetune.kept import write_whole
+from finetune.kept import write_wav
 from finetune.serve.options import GenerateOptions
 from finetune.serve.targets import list_jobs
 
@@ -32,7 +29,5 @@ def continue_recording(options: GenerateOptions) -> tuple[str, Path]:
         temperature=options.temperature,
         text_temperature=options.text_temperature,
     )
-    sound = io.BytesIO()
-    soundfile.write(sound, continuation.audio.T.numpy(), codec.sample_rate_hz, format="WAV")
-    write_whole(job.target, sound.getvalue())
+    write_wav(job.target, continuation.audio.T.numpy(), codec.sample_rate_hz)
     return continuation.text, job.target

@@ -3,12 +3,15 @@
 import dataclasses
 import json
 import logging
+import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from moshi.models import loaders
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -16,6 +19,7 @@ from finetune.checkpoint import merged_weights
 from finetune.config import Precision, TrainArgs
 from finetune.errors import UserError
 from finetune.inference import checkpoint_args, load_for_inference, nonfinite_weights
+from finetune.kept import is_free_folder, whole_folder
 from finetune.model import (
     adapter_roles,
     base_weights,
@@ -52,10 +56,11 @@ def export_checkpoint(options: ExportOptions) -> Exported:
 
     Raises:
         UserError: a folder that is not empty, a checkpoint without adapters or whose base nobody
-            else has, or one that stock `moshi` computes otherwise.
+            else has, or one that stock `moshi` computes otherwise; or it cannot be written.
+            There is no folder then.
     """
     out = options.out
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and not is_free_folder(out):
         raise UserError(f"--out: {out} is there already; name a folder that is new or empty.")
     args = checkpoint_args(options.checkpoint, options.device)
     if options.form == "adapters" and not (args.lora.enable and args.save_adapters):
@@ -77,25 +82,25 @@ def export_checkpoint(options: ExportOptions) -> Exported:
         )
     if problem := nonfinite_weights(model):
         raise UserError(f"--checkpoint: {options.checkpoint}: {problem}.")
-    out.mkdir(parents=True, exist_ok=True)
-    dtype = next(model.parameters()).dtype
-    _write_weights(model, args, options, dtype)
-    _write_rest(args, info, options, out)
-    card = model_card(args, options)
-    (out / "README.md").write_text(card, encoding="utf-8")
-    codes = _some_codes(model)
-    for layer in model.transformer.layers:
-        layer.self_attn.context = model.context  # stock moshi has one for all
-    with without_ttt(model):
-        ours = _logits(model, codes)
-    device = model.device
-    del model
-    difference = _compare(ours, codes, out, base, dtype, device)
-    if not difference <= _MAX_DIFFERENCE[dtype]:
-        raise UserError(
-            f"{out}: stock moshi's logits are {difference:.1e} of their norm away from the "
-            "checkpoint's without TTT; do not use it, and report this."
-        )
+    with whole_folder(out) as partial:
+        dtype = next(model.parameters()).dtype
+        _write_weights(model, args, options, partial, dtype)
+        _write_rest(args, info, options, partial)
+        card = model_card(args, options)
+        (partial / "README.md").write_text(card, encoding="utf-8")
+        codes = _some_codes(model)
+        for layer in model.transformer.layers:
+            layer.self_attn.context = model.context  # stock moshi has one for all
+        with without_ttt(model):
+            ours = _logits(model, codes)
+        device = model.device
+        del model
+        difference = _compare(ours, codes, partial, base, dtype, device)
+        if not difference <= _MAX_DIFFERENCE[dtype]:
+            raise UserError(
+                f"{out}: stock moshi's logits are {difference:.1e} of their norm away from the "
+                "checkpoint's without TTT, so it was not written; report this."
+            )
     if options.push is not None:
         _push(out, options.push)
     return Exported(sorted(path for path in out.iterdir() if path.is_file()), difference)
@@ -120,9 +125,8 @@ def _published_base(args: TrainArgs, info: loaders.CheckpointInfo) -> Path:
 
 
 def _write_weights(
-    model: TTTLMModel, args: TrainArgs, options: ExportOptions, dtype: torch.dtype
+    model: TTTLMModel, args: TrainArgs, options: ExportOptions, out: Path, dtype: torch.dtype
 ) -> None:
-    out = options.out
     if options.form == "merged":
         weights = dict(merged_weights(model, dtype))
         name = "model.safetensors"
@@ -131,12 +135,26 @@ def _write_weights(
         roles = adapter_roles(args)
         weights = {k: v.detach() for role in roles for k, v in by_role[role].items()}
         name = "lora.safetensors"
-    save_file({k: v.cpu().contiguous() for k, v in weights.items()}, out / name)
+    _save({k: v.cpu().contiguous() for k, v in weights.items()}, out / name)
     # Without layers of TTT, `attention_context` counts none the less.
     if model.ttt_layers or model.ttt_args.attention_context is not None:
         own = {k: v.detach().cpu().contiguous() for k, v in ttt_parameters(model).items()}
         metadata = {"ttt_args": json.dumps(dataclasses.asdict(model.ttt_args))}
-        save_file(own, out / "ttt.safetensors", metadata=metadata)
+        _save(own, out / "ttt.safetensors", metadata)
+
+
+def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """
+    Raises:
+        OSError: it cannot be written. Safetensors has an error of its own around the system's.
+    """
+    try:
+        save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
 def _write_rest(

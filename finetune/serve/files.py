@@ -7,13 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import soundfile
 import torch
 
 from finetune.data import AudioReader, FileProblem, inspect_audio
 from finetune.errors import UserError
 from finetune.inference import load_for_inference, nonfinite_weights
-from finetune.kept import write_whole
+from finetune.kept import WavWriter, write_whole
 from finetune.serve.engine import Engine, Row, Samples, open_engine
 from finetune.serve.options import GenerateOptions, reset_every_frames
 from finetune.serve.progress import Progress
@@ -107,22 +106,22 @@ class _Desk:
         use = self.options.ttt
         row = self.engine.join(ttt_on=use != "off", reset_every_frames=reset_every_frames(use))
         assert row is not None
+        session = self.options.session
+        if session is not None and session.exists():
+            load_session(session, self.engine, row, self._identity())
+        if self.options.session_part == "memory" and not self.engine.model.ttt_layers:
+            raise UserError(
+                "--session_part: this checkpoint has no TTT, so there is no memory to keep; "
+                "keep all."
+            )
         try:
-            session = self.options.session
-            if session is not None and session.exists():
-                load_session(session, self.engine, row, self._identity())
-            if self.options.session_part == "memory" and not self.engine.model.ttt_layers:
-                raise UserError(
-                    "--session_part: this checkpoint has no TTT, so there is no memory to keep; "
-                    "keep all."
-                )
             begun = _Conversation(job, row, self.engine, self.options)
-            if self.report is not None:
-                self.report.begin(row, str(job.source))
-            return begun
-        except FileProblem as problem:
+        except (FileProblem, UserError) as problem:
             self._give_up(job, row, problem)
             return None
+        if self.report is not None:
+            self.report.begin(row, str(job.source))
+        return begun
 
     def _identity(self) -> Identity:
         return identify(self.engine.model, self.engine.codec, self.options.checkpoint)
@@ -179,13 +178,16 @@ class _Desk:
             except UserError as error:
                 each.discard()
                 return self._give_up(each.job, each.row, error)
-        each.keep()
+        unwritten = each.keep()
         if self.report is not None:
             self.report.end(each.row, each.words)
         if session is not None:
             write_whole(session, content)
-        self.engine.leave(each.row)
-        self.outcome.written.append(each.job.target)
+        if unwritten is not None:
+            self._give_up(each.job, each.row, unwritten)
+        else:
+            self.engine.leave(each.row)
+            self.outcome.written.append(each.job.target)
         self.outcome.texts[each.job.source] = " ".join(word for word, _, _ in each.words.done)
 
 
@@ -208,25 +210,15 @@ class _Conversation:
         self.frames = self._read()
         self.num_written = 0
         self._heard: list[Samples] = []
-        self._beside = job.target.with_name(f".{job.target.name}.part")
+        self._unwritten: UserError | None = None
+        """Why there is no answer to be heard: no room on the disk, most often."""
         # Before there is a file to write: a recording that cannot be read leaves none behind.
         try:
             next(self._blocks())
-        except FileProblem:
+            self._file = WavWriter(job.target, self.rate_hz, 2 if options.stereo else 1)
+        except (FileProblem, UserError):
             self._reader.close()
             raise
-        try:
-            self._file = soundfile.SoundFile(
-                self._beside,
-                "w",
-                samplerate=self.rate_hz,
-                channels=2 if options.stereo else 1,
-                format="WAV",
-                subtype="PCM_16",
-            )
-        except (soundfile.SoundFileError, OSError) as error:
-            self._reader.close()
-            raise UserError(f"{job.target} cannot be written ({error}).") from None
 
     @property
     def is_done(self) -> bool:
@@ -237,24 +229,35 @@ class _Conversation:
         audio = audio[: self.num_samples - self.num_written]
         self.num_written += len(audio)
         if self.options.stereo:
-            self._file.write(np.stack([audio, self._heard.pop(0)[: len(audio)]], axis=1))
-        else:
-            self._file.write(audio)
+            audio = np.stack([audio, self._heard.pop(0)[: len(audio)]], axis=1)
+        if self._unwritten is None:
+            try:
+                self._file.write(audio)
+            except UserError as error:
+                self._unwritten = error
+                self._file.discard()  # others need the room, and the words do
 
-    def keep(self) -> None:
-        """Put the answer in its place: only when it is whole."""
-        self._close()
-        transcript = json.dumps(self.words.transcript(), ensure_ascii=False)
-        write_whole(self.job.transcript, transcript + "\n")
-        self._beside.replace(self.job.target)
-
-    def _close(self) -> None:
-        self._file.close()
+    def keep(self) -> UserError | None:
+        """Put words and sound in their places, each only when it is whole; return what could not
+        be."""
         self._reader.close()
+        transcript = json.dumps(self.words.transcript(), ensure_ascii=False)
+        try:
+            write_whole(self.job.transcript, transcript + "\n")
+        except UserError as error:
+            self._file.discard()
+            return self._unwritten or error
+        try:
+            if self._unwritten is None:
+                self._file.keep()
+                return None
+        except UserError as error:
+            self._unwritten = error
+        return UserError(f"{self._unwritten} The words are in {self.job.transcript}.")
 
     def discard(self) -> None:
-        self._close()
-        self._beside.unlink(missing_ok=True)
+        self._reader.close()
+        self._file.discard()
 
     def _read(self) -> Iterator[Samples]:
         """The user's voice frame by frame; silence after its end."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
-import wave
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Annotated, Any
 
 from finetune.config import FOLDER, POSITIONAL, FilePath, Prefix, Seed
 from finetune.errors import UserError
-from finetune.kept import Kept
+from finetune.kept import Kept, WavWriter
 from finetune.report import markdown_lines
 from finetune.spoken.answers import (
     BASELINES,
@@ -155,22 +154,15 @@ def _write_talk(place: Path, talk: Talk) -> None:
             said.append({"role": each.role, "text": each.text, "sec": each.span.sec})
             yield each
 
-    partial = place / f".{INPUT}.part"
+    file = WavWriter(place / INPUT, SAMPLE_RATE_HZ, channels=1)
     try:
-        place.mkdir(parents=True, exist_ok=True)
-        with wave.open(str(partial), "wb") as file:
-            file.setnchannels(1)
-            file.setsampwidth(2)
-            file.setframerate(SAMPLE_RATE_HZ)
-            left = talk.num_samples
-            for block in sound(noted(), talk.num_samples, _BLOCK_SAMPLES):
-                file.writeframes(block[:left].astype("<i2").tobytes())
-                left -= len(block)
-        partial.replace(place / INPUT)
-    except OSError as error:
-        raise UserError(f"{place} cannot be written: {error.strerror or error}.") from error
+        left = talk.num_samples
+        for block in sound(noted(), talk.num_samples, _BLOCK_SAMPLES):
+            file.write(block[:left].astype("int16"))
+            left -= len(block)
+        file.keep()
     finally:
-        partial.unlink(missing_ok=True)
+        file.discard()
     Kept(place / META).write(
         {
             "format": FORMAT,

@@ -58,10 +58,7 @@ def show_results(sweep: Sweep) -> None:
     rows = collect(sweep)
     console.print()
     print_table(rows)
-    try:
-        written = write_tables(rows, sweep.folder)
-        picture = plot_sweep(sweep, sweep.folder / "loss.png")
-        written += [picture, write_page(sweep, rows, picture, sweep.folder / "report.html")]
-    except OSError as error:
-        raise UserError(f"{sweep.folder} cannot be written: {error.strerror}.") from error
+    written = write_tables(rows, sweep.folder)
+    picture = plot_sweep(sweep, sweep.folder / "loss.png")
+    written += [picture, write_page(sweep, rows, picture, sweep.folder / "report.html")]
     console.print(f"\nwrote {', '.join(str(path) for path in written)}", soft_wrap=True)

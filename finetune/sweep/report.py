@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from finetune.kept import write_whole
 from finetune.monitoring import Kind, running_mean, series
 from finetune.report import (
     PICTURE,
@@ -18,6 +19,7 @@ from finetune.report import (
     html_page,
     line_style,
     png_element,
+    save_png,
     tidy,
 )
 from finetune.sweep.plan import Sweep
@@ -48,7 +50,7 @@ def plot_sweep(sweep: Sweep, out: Path) -> Path:
         figure.legend(
             handles, labels, loc="outside lower left", ncols=min(4, len(labels)), frameon=False
         )
-    figure.savefig(out, format="png")
+    save_png(figure, out)
     return out
 
 
@@ -111,7 +113,7 @@ def write_page(sweep: Sweep, rows: Sequence[Row], picture: Path, out: Path) -> P
             Section("What each run changes", entries=[_changes(row) for row in rows]),
         ],
     )
-    out.write_text(html_page(page), encoding="utf-8")
+    write_whole(out, html_page(page))
     return out
 
 

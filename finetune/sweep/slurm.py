@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from finetune.errors import UserError
+from finetune.kept import write_whole
 from finetune.sweep.plan import Sweep
 from ttt.options import abbreviated
 
@@ -50,9 +51,5 @@ def write_array(sweep: Sweep, arguments: list[str]) -> Path:
         f'exec {shlex.join(command)} --only="${{CHAINS[$SLURM_ARRAY_TASK_ID]}}"',
     ]
     script = folder / "sweep.sbatch"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        script.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{script} cannot be written: {error.strerror}.") from error
+    write_whole(script, "\n".join(lines) + "\n")
     return script

@@ -15,6 +15,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from finetune.errors import UserError
+from finetune.kept import write_whole
 from finetune.monitoring import Kind, console, metrics_path, read_metrics
 from finetune.plan import SUMMARY
 from finetune.sweep.plan import TABLE, PlannedRun, Sweep, option
@@ -233,7 +234,7 @@ def write_tables(rows: Sequence[Row], folder: Path) -> list[Path]:
         folder / f"{TABLE}.json": json.dumps(_json(records), indent=2, allow_nan=False) + "\n",
     }
     for path, content in written.items():
-        path.write_text(content, encoding="utf-8")
+        write_whole(path, content)
     return list(written)
 
 

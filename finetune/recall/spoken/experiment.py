@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from finetune.errors import UserError
@@ -62,7 +62,8 @@ def run_arm(
             result[key] = measure.without_the_past(model, held_out, preset, other=other)
     if preset.num_free and not ARMS[name].is_full_attention:
         result["free"], said = measure.free(model, held_out, text, preset.num_free)
-        save_file({"said": said.to(torch.int16)}, out / f"{name}_seed{seed}.said.safetensors")
+        path = out / f"{name}_seed{seed}.said.safetensors"
+        write_whole(path, save({"said": said.to(torch.int16)}))
     result["longer"] = {}
     for times in preset.longer(name):
         result["longer"][str(times)] = measure.longer(model, dataset.load(f"x{times}"))

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from finetune.data import FRAME_RATE_HZ
-from finetune.errors import UserError
 from finetune.recall.arms import ARMS
 from finetune.recall.report import accuracies, interval
 from finetune.recall.spoken.presets import SpokenPreset
@@ -19,6 +18,7 @@ from finetune.report import (
     Table,
     line_style,
     markdown_lines,
+    save_png,
     tidy,
     time_axis,
 )
@@ -176,10 +176,7 @@ def plot(preset: SpokenPreset, results: Sequence[Result], path: Path) -> None:
     tidy(axes)
     time_axis(axes, reach_sec)
     axes.legend(frameon=False, bbox_to_anchor=(1.02, 1.0), loc="upper left")
-    try:
-        figure.savefig(path)
-    except OSError as error:
-        raise UserError(f"--out: cannot write {path}: {error.strerror}.") from error
+    save_png(figure, path)
 
 
 def _chance(preset: SpokenPreset) -> float:

@@ -11,6 +11,7 @@ import pytest
 import sentencepiece
 import torch
 from forked import Program
+from full_disk import FULL, room_for
 from moshi.models.compression import MimiModel
 from moshi.models.lm import LMModel
 from moshi.models.loaders import get_mimi, get_moshi_lm
@@ -137,6 +138,14 @@ def test_a_folder_made_before_is_kept_and_any_other_refused(tmp_path: Path) -> N
     with pytest.raises(UserError, match="not made by this call"):
         make_dialogues(folder, **SMALL | {"seed": 4})
     assert [path.name for path in tmp_path.iterdir()] == ["dialogues"]
+
+
+def test_a_full_disk_leaves_nothing_of_the_dialogues(tmp_path: Path) -> None:
+    folder = tmp_path / "dialogues"
+    with room_for(50_000), pytest.raises(UserError) as failing:
+        make_dialogues(folder, **SMALL)
+    assert str(failing.value) == f"{folder} cannot be written: {FULL}."
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from full_disk import FULL, room_for
 from recordings_tools import call
 
 from finetune.config import load_config
-from finetune.plan import plan
+from finetune.plan import plan, starter
 
 
 def data(folder: Path, length_sec: int, number: int = 40) -> Path:
@@ -84,6 +85,23 @@ def test_what_cannot_be_is_said_and_nothing_is_replaced(
     assert "is there already" in capsys.readouterr().err and out.read_text() == "mine"
     assert call(*words) == 1
     assert "--gpu_memory is missing" in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_no_half_of_a_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--data", data(tmp_path, 60), "--goal=adapt", "--gpus=1", "--gpu_memory=80"]
+    write = starter.write_whole
+
+    def without_room(*what: Any) -> None:
+        with room_for(100):
+            write(*what)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(starter, "write_whole", without_room)
+        assert call("init", tmp_path / "my.yaml", *words) == 1
+    assert f"my.yaml cannot be written: {FULL}." in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"]
 
 
 @pytest.mark.parametrize(("lengths", "status"), [((0, -3, 100), 0), ((0, -3), 1)])

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from finetune.config import FILE, FilePath, Prefix
 from finetune.errors import UserError
 from finetune.evaluation.tasks.base import Found, Json, Task, TaskOptions
+from finetune.kept import write_whole
 from finetune.report import Table, plain, signed
 from ttt.options import NonNegative
 
@@ -99,9 +100,7 @@ class Pairs(Task):
         summary = summarize_pairs(prepared, found, work.missing, options.pair)
         bench.missing[self.name] = [f"{id}: {why}" for id, why in summary["missing"].items()]
         lines = zerospeech_lines(prepared, found, options.pair)
-        (bench.options.out / "zerospeech.txt").write_text(
-            "".join(f"{line}\n" for line in lines), encoding="utf-8"
-        )
+        write_whole(bench.options.out / "zerospeech.txt", "".join(f"{line}\n" for line in lines))
         return summary
 
     def sentences(self, found: Found) -> Iterable[str]:
