@@ -141,18 +141,16 @@ class _Advice:
             return
 
     def more_gpus(self) -> Changes:
-        optim, narrower = self.args.optim, ""
+        optim, also = self.args.optim, ""
         if optim.state == "int8":
             # Its blocks are those of whole parameters: a sharded model has none.
-            optim, narrower = (
-                dataclasses.replace(optim, state="bfloat16"),
-                ", optim.state: bfloat16",
-            )
+            optim = dataclasses.replace(optim, state="bfloat16")
+            also = ", optim.state: bfloat16"
         for number in (self.num_processes, 2, 4, 8, 16, 32, 64):
             if 1 < number >= self.num_processes:
                 parallel = dataclasses.replace(self.args.parallel, shard_size=number)
                 args = dataclasses.replace(self.args, parallel=parallel, optim=optim)
-                what = f"GPUs: {number} with parallel.shard_size: {number}{narrower}"
+                what = f"GPUs: {number} with parallel.shard_size: {number}{also}"
                 yield what, estimate(args, self.model, number)
 
     def fewer_trained(self) -> Changes:
