@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +50,20 @@ def _whole(
 ) -> TrainArgs:
     args, problems = checked
     if problems:
-        origin = dict.fromkeys(flatten(overrides or {}), " (on the command line)")
-        lines = (f"{keys}: {text}{origin.get(keys, '')}" for keys, text in problems)
+        given = set(flatten(overrides or {}))
+        if all(given >= set(keys.split(", ")) for keys, _ in problems):
+            path, given = "the command line", set()
+        lines = [f"{keys}: {text}{_origin(keys.split(', '), given)}" for keys, text in problems]
         raise UserError(list_problems(path, lines))
     return args
+
+
+def _origin(keys: list[str], given: Collection[str]) -> str:
+    """Return which of a problem's keys the command line had, where a file had the others."""
+    there = [key for key in keys if key in given]
+    if not there:
+        return ""
+    return " (on the command line)" if there == keys else f" ({', '.join(there)}: command line)"
 
 
 def check_config(
@@ -153,7 +163,7 @@ def _check(
 
 
 def list_problems(path: str | Path, problems: Iterable[str]) -> str:
-    """Return what a user is told of a file with problems, a line each."""
+    """Return what a user is told of a file (or whatever else) with problems, a line each."""
     lines = [f"  - {problem}" for problem in problems]
     count = "a problem" if len(lines) == 1 else f"{len(lines)} problems"
     return "\n".join([f"{path} has {count}:", *lines])

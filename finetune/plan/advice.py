@@ -11,10 +11,13 @@ from finetune.data import FRAME_RATE_HZ, count_frames
 from finetune.distributed import shard_size
 from finetune.model import plan_model
 from finetune.plan.memory import Memory, estimate
+from finetune.plan.search import Search, largest, largest_batch
 from ttt import TTTLMModel
 
 SHORTEST_SEC = 1.0
 """No shorter sequences are proposed."""
+FEWEST_UPDATES = 3
+"""Nor such in which TTT makes fewer updates: with them it has hardly anything to do."""
 
 Changes = Iterator[tuple[str, Memory]]
 """What could be changed, and the memory that the run takes then; small changes first."""
@@ -29,7 +32,8 @@ def ways_to_fit(
     *,
     on_gpu: bool = True,
 ) -> list[str]:
-    """Return changes that make a run fit, each alone; the least of each kind.
+    """Return changes that make a run fit, each alone, the least of each kind; and where none does
+    without more GPUs, those that do together.
 
     Args:
         model: the run's, on `meta`.
@@ -37,17 +41,21 @@ def ways_to_fit(
     advice = _Advice(args, model, info, num_processes, is_enough)
     kinds = [
         advice.less_kept(),
+        advice.same_steps(),
         advice.smaller_batches(),
         advice.shorter_sequences(),
-        *([advice.more_gpus()] if on_gpu else []),
         advice.fewer_trained(),
         advice.smaller_adapters(),
         advice.narrower_weights(),
         advice.narrower_base(),
         advice.narrower_moments(),
     ]
-    found = (next((each for each in kind if is_enough(each[1])), None) for kind in kinds)
-    return [f"{each[0]}: {each[1].peak / 1e9:.1f} GB" for each in found if each is not None]
+    found = [each for kind in kinds if (each := advice.first_enough(kind))]
+    if not found:
+        found = list(advice.combinations())
+    if on_gpu and (more := advice.first_enough(advice.more_gpus())):
+        found.append(more)
+    return [f"{what}: {memory.peak / 1e9:.1f} GB" for what, memory in found]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,29 +72,85 @@ class _Advice:
             what = f"gradient_checkpointing: {str(value).lower()}"
             yield what, self._with(gradient_checkpointing=value)
 
+    def first_enough(self, changes: Changes) -> tuple[str, Memory] | None:
+        return next((each for each in changes if self.is_enough(each[1])), None)
+
+    def same_steps(self) -> Changes:
+        """The largest batch whose micro-batches make up the same step."""
+        if batch_size := self._batch_of_same_step():
+            what = f"batch_size: {batch_size} with num_microbatches: {self._segments // batch_size}"
+            yield what, self._in_parts_of(batch_size)
+
     def smaller_batches(self) -> Changes:
-        batch_size = self.args.batch_size
-        while batch_size > 1:
-            batch_size //= 2
-            microbatches = self.args.num_microbatches * -(-self.args.batch_size // batch_size)
-            yield (
-                f"batch_size: {batch_size} with num_microbatches: {microbatches}",
-                self._with(batch_size=batch_size, num_microbatches=microbatches),
-            )
+        """The largest batch, where that of the same step is smaller."""
+        most = self.args.batch_size - 1
+        batch_size = largest_batch(self.args, self.model, self.is_enough, most, self.num_processes)
+        if batch_size > self._batch_of_same_step():
+            segments = batch_size * self.args.num_microbatches
+            what = f"batch_size: {batch_size} ({segments} segments a step, not {self._segments})"
+            yield what, self._with(batch_size=batch_size)
+
+    @property
+    def _segments(self) -> int:
+        return self.args.batch_size * self.args.num_microbatches
+
+    def _batch_of_same_step(self) -> int:
+        """Return 0 where none fits."""
+        smaller = range(self.args.batch_size - 1, 0, -1)
+        sizes = (size for size in smaller if self._segments % size == 0)
+        return next((size for size in sizes if self.is_enough(self._in_parts_of(size))), 0)
+
+    def _in_parts_of(self, batch_size: int) -> Memory:
+        return self._with(batch_size=batch_size, num_microbatches=self._segments // batch_size)
 
     def shorter_sequences(self) -> Changes:
-        num_frames = count_frames(self.args.duration_sec) // 2
-        while num_frames >= SHORTEST_SEC * FRAME_RATE_HZ:
-            duration_sec = num_frames / FRAME_RATE_HZ
-            yield f"duration_sec: {duration_sec:g}", self._with(duration_sec=duration_sec)
-            num_frames //= 2
+        """The longest sequences of whole seconds."""
+        frames = count_frames(self.args.duration_sec)
+        least = SHORTEST_SEC
+        if self.args.ttt.enabled:
+            least = max(least, (FEWEST_UPDATES * self.args.ttt.update_frames + 1) / FRAME_RATE_HZ)
+        most = int((frames - 1) / FRAME_RATE_HZ)
+        duration_sec = largest(lambda sec: self.is_enough(self._with(duration_sec=sec)), most)
+        if duration_sec >= least:
+            yield f"duration_sec: {duration_sec}", self._with(duration_sec=duration_sec)
+
+    def combinations(self) -> Changes:
+        """What `plan --table` has for a GPU, of no more sequences than the run has."""
+        kinds = {"": self.args}
+        if self.args.full_finetuning:
+            lora = dataclasses.replace(self.args.lora, enable=True)
+            adapted = dataclasses.replace(self.args, full_finetuning=False, lora=lora)
+            kinds["full_finetuning: false, lora.enable: true"] = adapted
+        for what, kind in kinds.items():
+            args = dataclasses.replace(kind, gradient_checkpointing=True)
+            search = Search(args, self.info, self.num_processes)
+            choice = search.best(self.is_enough, args.batch_size)
+            if choice is None:
+                continue
+            changes = [what] if what else []
+            if self.args.gradient_checkpointing is not True:
+                changes.append("gradient_checkpointing: true")
+            together = ", ".join(changes + choice.setting.changes(kind))
+            then = _Advice(choice.args, choice.model, self.info, self.num_processes, self.is_enough)
+            if choice.batch_size == args.batch_size:
+                yield together, then._with()
+                return
+            for batches in (then.same_steps(), then.smaller_batches()):
+                if each := then.first_enough(batches):
+                    yield f"{together}, {each[0]}", each[1]
+            return
 
     def more_gpus(self) -> Changes:
+        optim, also = self.args.optim, ""
+        if optim.state == "int8":
+            # Its blocks are those of whole parameters: a sharded model has none.
+            optim = dataclasses.replace(optim, state="bfloat16")
+            also = ", optim.state: bfloat16"
         for number in (self.num_processes, 2, 4, 8, 16, 32, 64):
             if 1 < number >= self.num_processes:
                 parallel = dataclasses.replace(self.args.parallel, shard_size=number)
-                args = dataclasses.replace(self.args, parallel=parallel)
-                what = f"GPUs: {number} with parallel.shard_size: {number}"
+                args = dataclasses.replace(self.args, parallel=parallel, optim=optim)
+                what = f"GPUs: {number} with parallel.shard_size: {number}{also}"
                 yield what, estimate(args, self.model, number)
 
     def fewer_trained(self) -> Changes:

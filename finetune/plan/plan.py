@@ -14,28 +14,17 @@ from finetune.config import ModelPaths, TrainArgs
 from finetune.data import Reading, count_frames, load_sources
 from finetune.distributed import shard_size
 from finetune.errors import UserError
-from finetune.model import count_by_role, plan_model, shape_from_hub
+from finetune.model import plan_model, shape_from_hub
 from finetune.monitoring import format_count, format_duration
 from finetune.plan.advice import ways_to_fit
 from finetune.plan.describe import describe_roles
 from finetune.plan.memory import estimate, fits
+from finetune.plan.speed import StepTime, step_time
 from finetune.safety import read_json
 from ttt import TTTLMModel, state_bytes
 from ttt.layers import layer_class
 
 GB = 1e9
-
-SEC_PER_FRAME = 1.61 / (16 * 1250)
-"""Of Moshi 7B with LoRA of rank 128, without TTT, with activation checkpointing and compiled
-layers, on one NVIDIA H200, which computes as an H100 does; see docs/benchmarks.md."""
-SEC_PER_FRAME_PARAMETERS = 7.687e9
-SELECTIVE_FACTOR = 0.77
-"""Of the same, relative, with gradient_checkpointing: selective."""
-FULL_FACTOR = 1.17
-"""Of training all weights, relative to LoRA: measured with the model sharded over two GPUs."""
-REPLICA_FACTOR, SHARDED_FACTOR = 0.99, 0.94
-"""Share of one GPU's speed that each of several has: measured on two GPUs of one host, joined by
-NVLink, with LoRA. What more hosts cost is not known."""
 
 _NO_SHAPE = (
     *("moshi_name", "mimi_name", "mimi_config_name", "tokenizer_name", "lora_name", "model_type"),
@@ -134,24 +123,17 @@ def _describe_time(args: TrainArgs, model: TTTLMModel, num_gpus: int) -> Iterato
         )
     except UserError as error:
         yield f"data: steps of an epoch are not known: {error}"
-    factor = _ttt_factor(args, model)
-    frames = segments_per_step // num_gpus * num_frames
-    size = sum(total for total, _ in count_by_role(model).values()) / SEC_PER_FRAME_PARAMETERS
-    step_sec = frames * SEC_PER_FRAME * size * factor
-    step_sec *= 1.0 if args.gradient_checkpointing is True else SELECTIVE_FACTOR
-    step_sec *= FULL_FACTOR if args.full_finetuning else 1.0
-    if num_gpus > 1:
-        step_sec /= SHARDED_FACTOR if shard_size(args, num_gpus) > 1 else REPLICA_FACTOR
-    yield (
-        f"time on H100s or H200s: about {step_sec:.2f} s a step, "
-        f"{format_duration(args.max_steps * step_sec)} for all"
-    )
+    yield _describe_step_time(args, step_time(args, model, num_gpus))
 
 
-def _ttt_factor(args: TrainArgs, model: TTTLMModel) -> float:
-    """Return the time of a step, relative to that without TTT."""
-    cost = layer_class(args.ttt.method).cost(args.ttt)
-    if cost is None:
-        return 1.0
-    num_ttt_layers = len(model.ttt_layers) / len(model.transformer.layers) * 32
-    return 1.0 + (cost.time_factor - 1.0) * num_ttt_layers / 5
+def _describe_step_time(args: TrainArgs, step: StepTime) -> str:
+    seconds = (f"{step.low_sec:.2f}", f"{step.high_sec:.2f}")
+    durations = [format_duration(args.max_steps * sec) for sec in (step.low_sec, step.high_sec)]
+    if step.is_known:
+        said = f"about {seconds[0]} s a step, {durations[0]} for all"
+    else:
+        said = (
+            f"not known, {seconds[0]} to {seconds[1]} s a step, {durations[0]} to {durations[1]} "
+            f"for all: {step.why_not_known}"
+        )
+    return f"time on H100s or H200s: {said}"

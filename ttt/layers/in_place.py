@@ -224,7 +224,7 @@ class InPlaceGating(TTTLayer[InPlaceState]):
     def cost(cls, args: TTTArgs) -> Cost:
         # This one keeps the input of the MLP and its scale, beside what all targets keep.
         own = 17e3 if args.target == "hidden" else 0.0
-        return Cost({"sum": 1.02, "delta": 1.04}[args.write], bytes_per_frame=30e3 + own)
+        return Cost({"sum": 1.03, "delta": 1.06}[args.write], bytes_per_frame=30e3 + own)
 
     @classmethod
     def how_to_strengthen(cls, args: TTTArgs) -> str:

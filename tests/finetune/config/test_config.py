@@ -225,8 +225,29 @@ def test_overrides_as_fire_passes_them(load: Callable[..., TrainArgs]) -> None:
 
 def test_an_unknown_override_is_reported_like_a_key(problems: Callable[..., list[str]]) -> None:
     assert problems(MINIMAL, ttt_chunk_size=64) == [
-        "ttt_chunk_size: unknown key, did you mean ttt.chunk_size? (on the command line)"
+        "ttt_chunk_size: unknown key, did you mean ttt.chunk_size?"
     ]
+
+
+def test_a_right_file_is_not_blamed_for_the_command_line(load: Callable[..., TrainArgs]) -> None:
+    def heading(text: str, **overrides: Any) -> str:
+        with pytest.raises(UserError) as error:
+            load(text, **overrides)
+        return str(error.value).splitlines()[0]
+
+    wrong = MINIMAL + "max_steps: 0\n"
+    assert heading(MINIMAL, batch_size=0) == "the command line has a problem:"
+    assert heading(MINIMAL, batch_size=0, max_steps=0) == "the command line has 2 problems:"
+    assert heading(wrong, batch_size=0).endswith(".yaml has 2 problems:")
+    assert heading(wrong).endswith(".yaml has a problem:")
+
+
+def test_a_contradiction_names_the_side_that_is_of_the_command_line(
+    problems: Callable[..., list[str]],
+) -> None:
+    (found,) = problems(MINIMAL, full_finetuning=True)
+    assert found.startswith("full_finetuning, lora.enable: ")
+    assert found.endswith(" (full_finetuning: command line)")
 
 
 @pytest.mark.parametrize(

@@ -130,6 +130,68 @@ def test_a_smaller_batch_keeps_the_step_by_more_micro_batches() -> None:
         planned(args, num_gpus=8)
 
 
+def advised(args: TrainArgs, gpu_memory_gb: float) -> list[str]:
+    """What is said to change, without the memory that it takes then."""
+    lines = planned(args, gpu_memory_gb=gpu_memory_gb)
+    start = next(i for i, line in enumerate(lines) if line.startswith("it does not fit"))
+    return [line.strip().rpartition(":")[0] for line in lines[start + 1 :]]
+
+
+def test_where_no_single_change_is_enough_on_one_gpu_some_are_together() -> None:
+    assert advised(MOSHI, 24) == [
+        "base_precision: nf4, optim.state: int8, batch_size: 8 with num_microbatches: 2",
+        "base_precision: nf4, optim.state: int8, batch_size: 12 (12 segments a step, not 16)",
+        "GPUs: 4 with parallel.shard_size: 4",
+    ]
+    # These are no changes from one setting only: they do fit.
+    optim = OptimArgs(state="int8")
+    together = dataclasses.replace(MOSHI, base_precision="nf4", optim=optim)
+    for batch_size, num_microbatches in ((8, 2), (12, 1)):
+        changed = dataclasses.replace(
+            together, batch_size=batch_size, num_microbatches=num_microbatches
+        )
+        assert planned(changed, gpu_memory_gb=24)[-1] == "it fits"
+    more = planned(dataclasses.replace(together, batch_size=13), gpu_memory_gb=24)
+    assert more[-1] != "it fits"
+    assert "parallel.shard_size: 2, optim.state: bfloat16" in more[-1]
+    # Of what a run has already nothing is said, and what computes the same comes first.
+    plain = dataclasses.replace(together, base_precision="bfloat16", gradient_checkpointing=False)
+    first = advised(plain, 24)[0]
+    assert first.startswith("gradient_checkpointing: true, base_precision: nf4, batch_size: 8 ")
+    full = dataclasses.replace(MOSHI, full_finetuning=True, lora=LoraArgs())
+    assert advised(full, 24)[0].startswith("full_finetuning: false, lora.enable: true, base_prec")
+
+
+def test_the_largest_batch_that_fits_is_proposed() -> None:
+    narrow = dataclasses.replace(MOSHI, base_precision="nf4")
+    ways = advised(narrow, 24)
+    assert ways[:2] == [
+        "batch_size: 4 with num_microbatches: 4",
+        "batch_size: 7 (7 segments a step, not 16)",
+    ]
+    fitting = [
+        planned(dataclasses.replace(narrow, batch_size=n), gpu_memory_gb=24)[-1] == "it fits"
+        for n in (7, 8)
+    ]
+    assert fitting == [True, False]
+
+
+def test_no_duration_is_proposed_in_which_ttt_has_hardly_anything_to_do() -> None:
+    long = dataclasses.replace(MOSHI, duration_sec=400, batch_size=4)
+    assert long.ttt.update_frames == 256
+    (duration,) = (way for way in advised(long, 31) if way.startswith("duration_sec"))
+    # At least three updates, and no second more would fit.
+    sec = int(duration.split()[1])
+    assert 61.5 < sec < 400
+    longer = dataclasses.replace(long, duration_sec=sec + 1)
+    assert planned(longer, gpu_memory_gb=31)[-1] != "it fits"
+    assert planned(dataclasses.replace(long, duration_sec=sec), gpu_memory_gb=31)[-1] == "it fits"
+    short = dataclasses.replace(long, duration_sec=100, batch_size=16)
+    assert not any("duration_sec" in way for way in advised(short, 30))
+    off = dataclasses.replace(short, ttt=TTTArgs())
+    assert any("duration_sec" in way for way in advised(off, 30))
+
+
 @pytest.mark.parametrize("kind", [FULL, LORA])
 def test_the_command_plans_a_run_of_a_small_model(
     config: Path,

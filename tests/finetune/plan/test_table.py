@@ -15,6 +15,7 @@ from finetune.plan import estimate
 from finetune.plan import memory as counted
 from finetune.plan import table as module
 from finetune.plan.plan import shape_of
+from finetune.plan.search import ENOUGH_BATCH, largest
 
 ROOT = Path(__file__).parents[3]
 
@@ -33,19 +34,37 @@ def cells_of(args: TrainArgs, monkeypatch: pytest.MonkeyPatch, sizes: list[float
     """The rows of the table for GPUs of these sizes, cell by cell."""
     monkeypatch.setattr(sys.modules["finetune.plan.table"], "GPUS_GB", sizes)
     lines = list(module(args))
-    assert lines[2] == "| GPU | LoRA | LoRA and TTT | TTT alone | all weights |"
-    return [line.strip("|").split(" | ") for line in lines[4:]]
+    assert f"that let\n{ENOUGH_BATCH} fit" in "\n".join(lines)
+    head, _, *rows = (line for line in lines if line.startswith("|"))
+    assert head == "| GPU | LoRA | LoRA and TTT | TTT alone | all weights |"
+    return [row.strip("| ").split(" | ") for row in rows]
 
 
-def test_each_cell_has_the_largest_batch_of_the_least_change_that_fits(
+def test_each_cell_prefers_what_changes_least_and_lets_enough_fit(
     config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(counted, "RESERVED_BYTES", 0)
     args = load_config(config, {**LORA, "gradient_checkpointing": True})
-    wide, narrow = needs(args, 3, "bfloat16", "float32"), needs(args, 1, "nf4", "float32")
-    rows = cells_of(args, monkeypatch, [0.999 * narrow, 1.001 * narrow, 1.001 * wide])
-    assert [row[2] for row in rows] == ["–", "**1**, `base_precision: nf4`", "**3**"]
-    assert narrow < needs(args, 1, "bfloat16", "float32")
+    one = needs(args, 1, "nf4", "float32")
+    few = needs(args, ENOUGH_BATCH - 1, "bfloat16", "float32")
+    enough = needs(args, ENOUGH_BATCH, "bfloat16", "float32")
+    narrow = needs(args, ENOUGH_BATCH, "nf4", "float32")
+    assert 1.001 * few < needs(args, ENOUGH_BATCH, "nf4", "int8") and narrow < enough
+    sizes = [0.999 * one, 1.001 * one, 1.001 * few, (narrow + enough) / 2, 1.001 * enough]
+    assert [row[2] for row in cells_of(args, monkeypatch, sizes)] == [
+        "–",
+        "**1**, `base_precision: nf4`",
+        # Fewer bits would not let more fit.
+        "**7**",
+        "**8**, `base_precision: nf4`",
+        "**8**",
+    ]
+
+
+@pytest.mark.parametrize("most", [0, 1, 5, 6, 7, 8, 100])
+@pytest.mark.parametrize("limit", [0, 1, 6, 7, 8, 99, 1000])
+def test_the_largest_number_is_found(limit: int, most: int) -> None:
+    assert largest(lambda number: number <= limit, most) == min(limit, most)
 
 
 @pytest.mark.slow

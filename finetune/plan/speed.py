@@ -1,0 +1,88 @@
+"""The time of a training step is estimated from the few that were measured (docs/benchmarks.md).
+
+All are of Moshi 7B on one NVIDIA H200, which computes as an H100 does, with compiled layers.
+"""
+
+from typing import NamedTuple
+
+from finetune.config import TrainArgs
+from finetune.data import count_frames
+from finetune.distributed import shard_size
+from finetune.model import count_by_role
+from ttt import TTTLMModel
+from ttt.layers import layer_class
+
+MEASURED_FRAMES = 16 * 1250
+SEC_PER_FRAME = 1.61 / MEASURED_FRAMES
+"""With LoRA of rank 128, without TTT, with activation checkpointing."""
+SEC_PER_FRAME_PARAMETERS = 7.687e9
+"""Of the model that this was measured with, without LoRA."""
+SELECTIVE_FACTOR = 0.77
+"""Of the same, relative, with gradient_checkpointing: selective."""
+FLOAT8_FACTOR = 0.764
+"""Of the same, with base_precision: float8: 1.241 s to 1.625 s. What TTT adds is not less."""
+FULL_FACTOR = 1.17
+"""Of training all weights, relative to LoRA: measured with the model sharded over two GPUs."""
+REPLICA_FACTOR, SHARDED_FACTOR = 0.99, 0.94
+"""Share of one GPU's speed that each of several has: measured on two GPUs of one host, joined by
+NVLink, with LoRA. What more hosts cost is not known."""
+FEW_FRAMES = MEASURED_FRAMES // 2
+"""Below, what a step takes whatever its frames are may be a large part of it."""
+SMALLEST_SEC = 0.543
+"""The only step of few frames that was measured, and the only one in nf4: 1250 frames, LoRA of rank
+64, TTT, moments in int8."""
+SMALLEST_FRAMES = 1250
+OVERHEAD_SEC = 0.44
+"""What that step took beyond its arithmetic, which is that of bfloat16. Making weights from 4 bits,
+moments and the starts of kernels does not grow with frames: so steps are taken to have no more of
+it, for each micro-batch."""
+
+
+class StepTime(NamedTuple):
+    """Seconds between which a step lies; the same, where such steps were measured."""
+
+    low_sec: float
+    high_sec: float
+    why_not_known: str = ""
+
+    @property
+    def is_known(self) -> bool:
+        return not self.why_not_known
+
+
+def step_time(args: TrainArgs, model: TTTLMModel, num_gpus: int) -> StepTime:
+    """Return the time of a step on H100s or H200s."""
+    frames = args.batch_size * count_frames(args.duration_sec)
+    counts = count_by_role(model)
+    size = (counts["base"][0] + counts["embedding"][0]) / SEC_PER_FRAME_PARAMETERS
+    factor = (FLOAT8_FACTOR if args.base_precision == "float8" else 1.0) + _ttt_share(args, model)
+    factor *= 1.0 if args.gradient_checkpointing is True else SELECTIVE_FACTOR
+    factor *= FULL_FACTOR if args.full_finetuning else 1.0
+    if num_gpus > 1:
+        factor /= SHARDED_FACTOR if shard_size(args, num_gpus) > 1 else REPLICA_FACTOR
+    arithmetic_sec = frames * args.num_microbatches * SEC_PER_FRAME * size * factor
+    is_nf4 = args.base_precision == "nf4"
+    if frames >= FEW_FRAMES and not is_nf4:
+        return StepTime(arithmetic_sec, arithmetic_sec)
+    high_sec = arithmetic_sec + args.num_microbatches * OVERHEAD_SEC * size
+    # A larger step in nf4 takes no less than the smallest.
+    low_sec = arithmetic_sec
+    if is_nf4 and frames >= SMALLEST_FRAMES:
+        low_sec = min(max(low_sec, SMALLEST_SEC * size), high_sec)
+    which = "in nf4 that was measured"
+    if not is_nf4:
+        which = f"of fewer than {FEW_FRAMES} frames that was measured, in nf4,"
+    why = (
+        f"the only step {which} took {SMALLEST_SEC:.2f} s for {SMALLEST_FRAMES} frames, "
+        f"{SMALLEST_SEC - OVERHEAD_SEC:.2f} s of it arithmetic"
+    )
+    return StepTime(low_sec, high_sec, why)
+
+
+def _ttt_share(args: TrainArgs, model: TTTLMModel) -> float:
+    """Return what TTT adds to a step in bfloat16, relative to that without TTT."""
+    cost = layer_class(args.ttt.method).cost(args.ttt)
+    if cost is None:
+        return 0.0
+    num_ttt_layers = len(model.ttt_layers) / len(model.transformer.layers) * 32
+    return (cost.time_factor - 1.0) * num_ttt_layers / 5

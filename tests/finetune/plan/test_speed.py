@@ -1,0 +1,72 @@
+"""The time of a step that `plan` says, against what was measured (docs/benchmarks.md)."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+from test_plan import ALL_WEIGHTS, MOSHI, NF4, OFF, SHARDED, planned
+
+from finetune.config import TrainArgs
+from finetune.model import plan_model
+from finetune.plan.plan import shape_of
+from finetune.plan.speed import FEW_FRAMES, SMALLEST_SEC, StepTime, step_time
+from ttt import TTTArgs
+
+
+def time_of(args: TrainArgs, num_gpus: int = 1) -> StepTime:
+    return step_time(args, plan_model(args, shape_of(args.moshi_paths)[0]), num_gpus)
+
+
+FLOAT8: dict[str, Any] = {"base_precision": "float8"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "measured_sec"),
+    [
+        (OFF, 1.625),
+        ({"ttt": TTTArgs(enabled=True, write="sum", target="text")}, 1.679),
+        ({"ttt": TTTArgs(enabled=True, write="delta")}, 1.714),
+        ({"ttt": TTTArgs(enabled=True, method="linear")}, 1.773),
+        ({"ttt": TTTArgs(enabled=True, method="mlp")}, 2.174),
+        ({**OFF, "gradient_checkpointing": "selective"}, 1.270),
+        ({**OFF, **FLOAT8}, 1.241),
+        (FLOAT8, 1.336),
+        ({**OFF, **FLOAT8, "gradient_checkpointing": "selective"}, 0.954),
+        ({**SHARDED, **ALL_WEIGHTS}, 2.121),
+        (SHARDED, 1.816),
+    ],
+    ids=[
+        *("off", "sum", "delta", "linear", "mlp", "selective", "float8, off", "float8, delta"),
+        *("float8, selective", "sharded, all weights", "sharded"),
+    ],
+)
+def test_the_time_is_near_the_measured_one(changes: dict[str, Any], measured_sec: float) -> None:
+    num_gpus = changes["parallel"].shard_size if "parallel" in changes else 1
+    step = time_of(dataclasses.replace(MOSHI, **changes), num_gpus)
+    assert step.is_known and step.low_sec == step.high_sec
+    assert step.low_sec == pytest.approx(measured_sec, rel=0.03)
+
+
+def test_of_nf4_no_time_is_said_that_is_below_what_was_measured() -> None:
+    step = time_of(dataclasses.replace(MOSHI, **NF4))
+    assert not step.is_known
+    assert step.low_sec == pytest.approx(SMALLEST_SEC, rel=0.01)
+    assert step.low_sec <= step.high_sec == pytest.approx(SMALLEST_SEC, rel=0.03)
+    # Its products are those of bfloat16: a larger step is no faster than there.
+    large = time_of(dataclasses.replace(MOSHI, base_precision="nf4"))
+    assert time_of(MOSHI).high_sec == large.low_sec < large.high_sec
+
+
+def test_of_steps_of_few_frames_the_time_is_not_known() -> None:
+    few = dataclasses.replace(MOSHI, batch_size=FEW_FRAMES // 1250 - 1)
+    step = time_of(few)
+    assert not step.is_known and step.low_sec < step.high_sec
+    assert time_of(dataclasses.replace(few, batch_size=FEW_FRAMES // 1250)).is_known
+    # What is of each micro-batch counts as often as there are any.
+    several = time_of(dataclasses.replace(few, num_microbatches=4))
+    assert several.high_sec == pytest.approx(4 * step.high_sec)
+    (said,) = (line for line in planned(few) if line.startswith("time on"))
+    assert f"not known, {step.low_sec:.2f} to {step.high_sec:.2f} s a step" in said
+    assert "took 0.54 s for 1250 frames" in said
+    (said,) = (line for line in planned(MOSHI) if line.startswith("time on"))
+    assert f"about {time_of(MOSHI).low_sec:.2f} s a step" in said
