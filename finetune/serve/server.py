@@ -1,7 +1,6 @@
 """The server answers calls, keeps their sessions, and gives out the page and metrics."""
 
 import asyncio
-import logging
 import os
 import signal
 import socket
@@ -26,8 +25,6 @@ from finetune.serve.engine import Engine, open_engine
 from finetune.serve.lines import LINES, can_speak, spoken
 from finetune.serve.options import Part, ServeOptions
 from finetune.serve.session import Identity, Session, copy_row, decode, encode, identify, place
-
-logger = logging.getLogger(__name__)
 
 HEARTBEAT_SEC = 20.0
 UPLOAD_SEC = 600.0
@@ -338,9 +335,7 @@ async def _serve(
         loop.add_signal_handler(number, asked)
     async with running(server, listening) as hearing:
         host, port = listening.getsockname()[:2]
-        url = url_of(host, port)
-        log_event("listening", url=url, max_users=options.max_users)
-        logger.info("open %s in a browser; Ctrl-C ends the server", url)
+        log_event("listening", url=url_of(host, port), max_users=options.max_users)
         stopping = asyncio.ensure_future(stop.wait())
         await asyncio.wait([stopping, hearing], return_when=asyncio.FIRST_COMPLETED)
         stopping.cancel()
