@@ -115,7 +115,7 @@ class _Advice:
             yield f"duration_sec: {duration_sec}", self._with(duration_sec=duration_sec)
 
     def combinations(self) -> Changes:
-        """What `plan --table` has for a GPU, of no more sequences than the run has."""
+        """Yield what `plan --table` has for a GPU, of no more sequences than the run has."""
         kinds = {"": self.args}
         if self.args.full_finetuning:
             lora = dataclasses.replace(self.args.lora, enable=True)

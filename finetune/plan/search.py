@@ -21,7 +21,7 @@ _STATE_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 
 
 class Setting(NamedTuple):
-    """What is kept in fewer bits."""
+    """A setting says what is kept in fewer bits."""
 
     base_precision: Precision
     state: Literal["float32", "bfloat16", "int8"]
