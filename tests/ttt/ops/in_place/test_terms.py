@@ -38,8 +38,9 @@ def assert_same_terms(
         whole += rest
         rest.zero_()
     torch.testing.assert_close(*both, rtol=2**-14, atol=2**-14)
-    exact = [x.select(-1 if dim == -1 else 1, ends[0]) for x in both]
-    torch.testing.assert_close(*exact, rtol=2**-20, atol=2**-20)
+    # Together: a sum whose numbers cancel each other has what they were rounded by, whatever it is.
+    a, b = (x.select(-1 if dim == -1 else 1, ends[0]) for x in both)
+    assert (a - b).norm() <= 2**-20 * b.norm()
 
 
 @on_a_device
