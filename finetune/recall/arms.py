@@ -2,11 +2,28 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 from finetune.errors import UserError
 from ttt import TTTArgs
 from ttt.options import abbreviated
+from ttt.registry import METHODS
+
+
+class Rates(Protocol):
+    """A preset's learning rates of TTT parameters.
+
+    A mixer's are matrices that start from random numbers: in a wide model steps must be smaller, or
+    its inner loss grows until an update no longer lowers it.
+    """
+
+    @property
+    def ttt_lr(self) -> float:
+        """Return that of TTT in place."""
+
+    @property
+    def mixer_lr(self) -> float:
+        """Return that of mixers."""
 
 
 @dataclass(frozen=True)
@@ -21,8 +38,15 @@ class Arm:
     """A model without TTT is trained on the streams' text first; then TTT is added (or, without
     `ttt`, is not: the control), and it is trained on, with learning rates a tenth of the
     others' for all but the TTT parameters."""
-    ttt_lr_factor: float = 1.0
-    """Of the preset's learning rate of TTT parameters."""
+
+    @property
+    def is_mixer(self) -> bool:
+        """Return whether its TTT is a layer of its own, between attention and MLP."""
+        return self.ttt is not None and not METHODS[TTTArgs(**self.ttt).method].replaces_mlp
+
+    def ttt_lr(self, rates: "Rates") -> float:
+        """Return the learning rate of its TTT parameters."""
+        return rates.mixer_lr if self.is_mixer else rates.ttt_lr
 
     def ttt_args(self, shared: Mapping[str, Any], **sizes: Any) -> TTTArgs:
         """Return the arm's TTT.
@@ -45,8 +69,8 @@ ARMS: dict[str, Arm] = {
     "delta": Arm({"write": "delta", "target": "text"}),
     "delta_input": Arm({"write": "delta", "target": "input"}),
     "delta_hidden": Arm({"write": "delta", "target": "hidden"}),
-    "linear": Arm({"method": "linear"}, ttt_lr_factor=3.0),
-    "mlp": Arm({"method": "mlp"}, ttt_lr_factor=3.0),
+    "linear": Arm({"method": "linear"}),
+    "mlp": Arm({"method": "mlp"}),
     "full": Arm(is_full_attention=True),
     "finetuned": Arm({"write": "delta", "target": "text"}, is_finetuned=True),
     "finetuned_hidden": Arm({"write": "delta", "target": "hidden"}, is_finetuned=True),

@@ -85,7 +85,7 @@ def train_arm(
     model = new_model(preset.model, preset.streams, args, **options)
     if not arm.is_finetuned:
         label = f"{name}, seed {seed}"
-        ttt_lr = preset.ttt_lr * arm.ttt_lr_factor
+        ttt_lr = arm.ttt_lr(preset)
         return model, train(model, preset, seed=seed, lr=preset.lr, ttt_lr=ttt_lr, label=label), []
     base = new_model(preset.model, preset.streams, TTTArgs(), **options)
     base_curve = train(
@@ -219,6 +219,7 @@ def _describe(preset: Preset, name: str, device: torch.device) -> dict[str, Any]
     del config["arms"]
     config["lengths"] = preset.longer(name)
     config["ttt"] = dataclasses.asdict(preset.ttt_args(name))
-    config["ttt_lr"] = preset.ttt_lr * ARMS[name].ttt_lr_factor
+    del config["mixer_lr"]
+    config["ttt_lr"] = ARMS[name].ttt_lr(preset)
     config["device"] = device.type
     return config

@@ -35,6 +35,7 @@ class Preset:
     lengths: dict[int, int]
     lr: float = 2e-3
     ttt_lr: float = 2e-3
+    mixer_lr: float = 6e-3
     pct_start: float = 0.05
     mixer_heads: int | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -99,12 +100,13 @@ def preset(name: Literal["cpu", "gpu"], *, variant: str = "text") -> Preset:
         ttt={"start_layer": 1, "layer_frequency": 3},
         chunk_size=64,
         mini_batch_size=16,
-        num_steps=600,
+        num_steps=900,
         batch_size=8,
         num_eval=64,
         lengths={4: 4, 16: 2},
         lr=5e-4,
         ttt_lr=2e-3,
+        mixer_lr=6.7e-4,
         pct_start=0.1,
         dtype="bfloat16",
     )

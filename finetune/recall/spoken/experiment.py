@@ -166,7 +166,8 @@ def _describe(preset: SpokenPreset, name: str, device: torch.device) -> dict[str
     config = dataclasses.asdict(preset)
     del config["arms"]
     config["ttt"] = dataclasses.asdict(preset.ttt_args(name))
-    config["ttt_lr"] = preset.ttt_lr * ARMS[name].ttt_lr_factor
+    del config["mixer_lr"]
+    config["ttt_lr"] = ARMS[name].ttt_lr(preset)
     config["device"] = device.type
     config["data_version"] = DATA_VERSION
     return config

@@ -77,6 +77,7 @@ class SpokenPreset:
     num_free: int
     lr: float = 1e-3
     ttt_lr: float = 2e-3
+    mixer_lr: float = 6e-3
     pct_start: float = 0.05
     long_share: float = 0.15
     answer_weight: float = 1.0

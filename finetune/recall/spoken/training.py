@@ -68,7 +68,7 @@ def train_arm(
     """
     arm = ARMS[name]
     model = untrained(preset, name, seed=seed, device=device)
-    rates = {"lr": preset.lr, "ttt_lr": preset.ttt_lr * arm.ttt_lr_factor}
+    rates = {"lr": preset.lr, "ttt_lr": arm.ttt_lr(preset)}
     if arm.is_finetuned:
         assert base is not None
         model.load_state_dict(base, strict=False)
