@@ -165,7 +165,6 @@ IN_PLACE = {
     "kept": "does it for the others, and appends",
     "monitoring/metrics.py": "appends",
     "sweep/run.py": "appends",
-    "config/read.py": "args.yaml of a run, whose folder may be a checkpoint's",
     "data/store.py": "appends to a file of its own",
     "recordings/ledger.py": "appends",
     "serve/export.py": "a folder that is named when it is whole",
@@ -184,8 +183,9 @@ WRITING = {"write_text", "write_bytes", "savefig", "save_file", "tofile", "copyf
 def writes(call: ast.Call) -> bool:
     name = ast.unparse(call.func)
     if name.split(".")[-1] in {"open", "fdopen", "SoundFile"}:
-        modes = [a.value for a in call.args if isinstance(a, ast.Constant)]
-        return any(isinstance(m, str) and re.fullmatch("[wax]b?[+]?b?", m) for m in modes)
+        given = [node for each in (*call.args, *call.keywords) for node in ast.walk(each)]
+        modes = [str(node.value) for node in given if isinstance(node, ast.Constant)]
+        return any(re.fullmatch("[wax]b?[+]?b?", mode) for mode in modes)
     return name.split(".")[-1] in WRITING or name == "soundfile.write"
 
 
