@@ -26,7 +26,7 @@ from finetune.evaluation.tasks.health.measure import (
     repeat_rate,
 )
 from finetune.evaluation.tasks.health.summary import summarize_health
-from finetune.evaluation.tasks.pairs import PairOptions
+from finetune.evaluation.tasks.pairs.options import PairOptions
 from finetune.evaluation.tasks.pairs.score import (
     Pair,
     PairScorer,

@@ -29,7 +29,7 @@ from finetune.evaluation.codes import BLOCK_FRAMES, Silence
 from finetune.evaluation.fingerprints import file_versions
 from finetune.evaluation.progress import Progress
 from finetune.evaluation.streaming import Scorer
-from finetune.evaluation.tasks.pairs import PairOptions
+from finetune.evaluation.tasks.pairs.options import PairOptions
 from finetune.kept import Records
 from finetune.safety import is_recording_name, parse_json, path_problem
 from finetune.step import LossWeights

@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from annotated_types import Ge, Le
-
-from finetune.config import Prefix
 from finetune.errors import UserError
-from finetune.evaluation.tasks.base import Found, Json, Task, TaskOptions
+from finetune.evaluation.tasks.base import Found, Json, Task
+from finetune.evaluation.tasks.spoken_recall.options import (
+    ALL_ARMS,
+    Arm,
+    RecallOptions,
+    SpokenRecallOptions,
+)
 from finetune.report import Table, duration_text, plain, signed
 from finetune.spoken import (
     ARM_LABELS,
     FORMAT,
-    TalkOptions,
     example_table,
     guessing_text,
     make_talk,
@@ -30,41 +31,12 @@ from finetune.spoken import (
     score_words,
     summarize_recall,
 )
-from ttt.options import NonNegative
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from finetune.evaluation.bench import Bench, Inputs
     from finetune.spoken import Talk
-
-Arm = Literal["on", "off", "reset"]
-_ALL_ARMS: tuple[Arm, ...] = ("on", "off", "reset")
-
-
-@dataclass(frozen=True)
-class RecallOptions(TalkOptions):
-    """The talks, and how they are heard."""
-
-    arms: tuple[Arm, ...] = _ALL_ARMS
-    """With TTT, without, and TTT forgetting all just before each question."""
-
-    max_minutes: Annotated[float, Ge(0.01), Le(1e5)] | None = None
-    """Stop after so long; talks that were heard to their end count, and the same command goes on.
-    null: no limit."""
-
-    temperature: NonNegative = 0.8
-    """Temperature of the audio that the model speaks in the talks."""
-
-    text_temperature: NonNegative = 0.7
-    """Temperature of its text."""
-
-
-@dataclass(frozen=True)
-class SpokenRecallOptions(TaskOptions):
-    """The options of spoken recall; those of the talks are the same as of recall-audio."""
-
-    recall: Annotated[RecallOptions, Prefix("recall_")] = field(default_factory=RecallOptions)
 
 
 class SpokenRecall(Task):
@@ -93,7 +65,7 @@ class SpokenRecall(Task):
         del settings["max_minutes"]
         more = {"seed": bench.options.seed, "batch_size": bench.options.batch_size}
         records = bench.records(self.name, {**settings, **more, "talks": FORMAT})
-        arms: tuple[Arm, ...] = tuple(arm for arm in _ALL_ARMS if arm in wanted.arms)
+        arms: tuple[Arm, ...] = tuple(arm for arm in ALL_ARMS if arm in wanted.arms)
         if not bench.model.ttt_layers:
             arms = ("off",)
             bench.note("This checkpoint has no TTT: it is heard as it is, as the arm `off`.")
