@@ -8,6 +8,8 @@ from finetune.config import CHECKPOINT, SOURCES, FilePath, PathsText, Seed, Size
 from ttt.options import Count, Frames
 
 DEFAULT_OUT = Path("evaluation/RUN/CHECKPOINT")
+ALWAYS_READ = ("checkpoint", "tasks", "out", "device", "wandb")
+"""Options that every evaluation reads. Of the others, each task says which it reads."""
 
 
 @dataclass(frozen=True)

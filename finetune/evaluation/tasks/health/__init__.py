@@ -30,6 +30,7 @@ class Health(Task):
     name = "health"
     title = "Health of generated speech"
     options = HealthOptions
+    common_options = ("batch_size", "seed")
 
     def runs_unasked(self, options: Any) -> bool:
         return True

@@ -28,6 +28,7 @@ class Pairs(Task):
     title = "Paired likelihood"
     options = PairsOptions
     uses_recordings = False
+    common_options = ("batch_size", "block_frames")
 
     def runs_unasked(self, options: PairsOptions) -> bool:
         return options.pairs is not None

@@ -22,6 +22,7 @@ from finetune.report import Table, duration_text, plain, signed
 from finetune.spoken import (
     ARM_LABELS,
     FORMAT,
+    crosses_window,
     example_table,
     guessing_text,
     make_talk,
@@ -46,6 +47,7 @@ class SpokenRecall(Task):
     title = "Spoken recall"
     options = SpokenRecallOptions
     uses_recordings = False
+    common_options = ("batch_size", "seed")
 
     def check(self, options: SpokenRecallOptions, *, is_chosen: bool) -> None:
         if not is_chosen and options.recall != RecallOptions():
@@ -107,19 +109,26 @@ class SpokenRecall(Task):
         if not found["num_questions"]:
             return
         first, last = (duration_text(found["distances_sec"][end]) for end in (0, -1))
+        window_sec = found["window_sec"]
+        are_beyond = window_sec is not None and window_sec < found["distances_sec"][0]
+        where = ", all beyond attention's window" if are_beyond else ""
         for number, (arm, of) in enumerate(found["arms"].items()):
-            asked = f" of {found['num_questions']} questions, {first} to {last} after the fact"
+            asked = (
+                f" of {found['num_questions']} questions, {first} to {last} after the fact{where}"
+            )
             share = plain(of["all"], 2)
             yield f"{ARM_LABELS[arm]}: the right value in {share}{'' if number else asked}."
         yield guessing_text(found)
+        places = {"all": ""}
+        if crosses_window(found):
+            places["beyond_window"] = " beyond attention's window"
         for difference in found["differences"]:
-            for place, where in (("all", ""), ("beyond_window", " beyond attention's window")):
-                if difference[place] is not None:
-                    one, other = (ARM_LABELS[arm] for arm in difference["arms"])
-                    yield (
-                        f"{one} against {other}{where}: {signed(difference[place], 2)}, "
-                        f"{_verdict(difference[place])}."
-                    )
+            one, other = (ARM_LABELS[arm] for arm in difference["arms"])
+            for place, where in places.items():
+                yield (
+                    f"{one} against {other}{where}: {signed(difference[place], 2)}, "
+                    f"{_verdict(difference[place])}."
+                )
 
     def why_nothing(self, found: Found) -> str:
         if found["num_questions"]:
