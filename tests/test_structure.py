@@ -159,6 +159,19 @@ def test_every_file_has_fewer_than_400_lines() -> None:
     assert {path: length for path, length in lengths.items() if length >= 400} == {}
 
 
+def test_every_function_of_the_framework_fits_a_screen() -> None:
+    """What follows its docstring has at most 68 lines, so that it reads as steps with names."""
+    long = {}
+    for path in files("finetune"):
+        for node in ast.walk(parsed(path)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                first = node.body[ast.get_docstring(node) is not None :] or node.body
+                num_lines = (node.end_lineno or 0) - first[0].lineno + 1
+                if num_lines > 68:
+                    long[f"{path.relative_to(ROOT)}:{node.lineno} {node.name}"] = num_lines
+    assert long == {}
+
+
 def test_no_benchmark_imports_from_the_tests() -> None:
     tests = {path.stem for path in files("tests")}
     for path in files("benchmarks"):

@@ -23,6 +23,7 @@ def trained(finished_run: Callable[..., Path], tmp_path: Path) -> Path:
         ("in/a.wav", "--prompt_sec=0.1", "copy or convert it again"),
         ("in", "--out={tmp}/out", "copy or convert it again, or move it out of {tmp}/in"),
     ],
+    ids=["answered", "continued", "in a folder"],
 )
 def test_what_to_do_fits_where_a_bad_recording_was_found(
     trained: Path,
