@@ -11,11 +11,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from finetune.report import Table
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from finetune.evaluation.bench import Bench, Inputs
-    from finetune.report import Table
 
 Json = dict[str, Any]
 Found = Mapping[str, Any]

@@ -22,6 +22,7 @@ from finetune.report import Table, duration_text, plain, signed
 from finetune.spoken import (
     ARM_LABELS,
     FORMAT,
+    Talk,
     crosses_window,
     example_table,
     guessing_text,
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from finetune.evaluation.bench import Bench, Inputs
-    from finetune.spoken import Talk
 
 
 class SpokenRecall(Task):
