@@ -30,7 +30,8 @@ from finetune.config import DataArgs, TrainArgs
 from finetune.data import FRAME_RATE_HZ
 from finetune.evaluation import Options
 from finetune.evaluation.bench import Bench
-from finetune.evaluation.tasks.spoken_recall import TASK, RecallOptions, measure
+from finetune.evaluation.tasks.spoken_recall import TASK, measure
+from finetune.evaluation.tasks.spoken_recall.options import RecallOptions
 from finetune.inference import check_attention_window
 from finetune.kept import write_whole
 from finetune.serve import Engine, Spoken, open_engine

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from training_tools import checkpoint, train
 
 from finetune.evaluation import Options
-from finetune.evaluation.tasks.health import ContinuationOptions
+from finetune.evaluation.tasks.health.options import ContinuationOptions
 
 LOOKED_AT = ("test_a_report_that_stands_alone", "test_of_recordings_without_an_update")
 """Tests whose pictures are drawn: one with all there can be, and one with hardly anything."""

@@ -33,7 +33,8 @@ from finetune.plan import SUMMARY
 
 logger = logging.getLogger(__name__)
 
-_OWN_FILES = ("args.yaml", "wandb_run_id", SUMMARY)
+_METRICS = (metrics_path(Path(), kind).name for kind in KINDS)
+_OWN_FILES = ("args.yaml", "wandb_run_id", SUMMARY, *_METRICS)
 
 
 class RunFolder:
@@ -179,7 +180,7 @@ class RunFolder:
             for tree in self.record.read().trees:
                 if tree.endswith(".incomplete"):
                     self.record.delete(tree)
-            self.record.add(self._own_files(), trees=self._own_trees())
+            self.record.add(_OWN_FILES, trees=self._own_trees())
             save_config(self._args, self.run_dir / "args.yaml")
             before = self._tensorboard_files()
             try:
@@ -203,13 +204,6 @@ class RunFolder:
                 folder = checkpoint.relative_to(self.run_dir).as_posix()
                 self.record.add(f"{folder}/{name}" for name in names)
         self.record.add(self._tensorboard_files())
-
-    def _own_files(self) -> list[str]:
-        names = list(_OWN_FILES)
-        for kind in KINDS:
-            path = metrics_path(Path(), kind)
-            names += [path.name, path.with_suffix(".tmp").name]
-        return names
 
     def _own_trees(self) -> list[str]:
         return [] if (self.run_dir / "wandb").exists() else ["wandb"]
@@ -297,8 +291,7 @@ def _is_in_the_way(name: str) -> bool:
         return (
             not rest or CHECKPOINT_NAME.fullmatch(rest[0].removesuffix(".incomplete")) is not None
         )
-    own = (*_OWN_FILES, *(metrics_path(Path(), kind).name for kind in KINDS))
-    return first in own or name in ("tb", "profile", "wandb")
+    return first in _OWN_FILES or name in ("tb", "profile", "wandb")
 
 
 def require_same_rule(args: TrainArgs, checkpoint: Path) -> None:

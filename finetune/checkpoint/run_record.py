@@ -22,6 +22,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from finetune.checkpoint.run_lock import NAME as LOCK_NAME
+from finetune.kept import name_when_whole
 
 NAME = ".run.jsonl"
 _NEW_NAME = f"{NAME}.new"
@@ -40,6 +41,12 @@ class Content:
     aside: str | None = None
     """Where this run is being moved to, or back from."""
     earned: bool = False
+
+    def wrote(self, name: str) -> bool:
+        """Return whether the run has written a file, or was killed as it wrote it."""
+        path = PurePosixPath(name)
+        whole = name_when_whole(path.name) or path.name
+        return name in self.files or str(path.with_name(whole)) in self.files
 
     def owns(self, name: str) -> bool:
         path = PurePosixPath(name)
@@ -216,7 +223,7 @@ def _sort(path: Path, name: str, content: Content, units: list[str], foreign: li
     if not stat.S_ISDIR(kind):
         # A link counts only in a folder that is the run's as a whole: wandb makes some.
         in_tree = any(str(parent) in content.trees for parent in PurePosixPath(name).parents)
-        own = in_tree or (stat.S_ISREG(kind) and name in content.files)
+        own = in_tree or (stat.S_ISREG(kind) and content.wrote(name))
         (units if own else foreign).append(name)
         return own
     inner: list[str] = []

@@ -47,8 +47,8 @@ SPARE_BYTES = 2**24
 LEAVING_SEC = 60.0
 """How long a run that ends by an error waits for a checkpoint that is being written."""
 
-# torch.save, safetensors and DCP report a full disk as errors of their own.
-_WRITING_ERRORS = (OSError, RuntimeError, SafetensorError, CheckpointException)
+# `finetune.kept`, torch.save, safetensors and DCP report a full disk as errors of their own.
+_WRITING_ERRORS = (OSError, UserError, RuntimeError, SafetensorError, CheckpointException)
 
 
 @dataclass

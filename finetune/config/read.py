@@ -16,6 +16,7 @@ from finetune.config.fields import Problem, fill, keys_that, suggestion
 from finetune.config.marks import START
 from finetune.config.values import NULLS, valid_path
 from finetune.errors import UserError
+from finetune.kept import write_whole
 from finetune.safety import learn_from
 from ttt.config import TTTArgs
 from ttt.options import abbreviated
@@ -191,10 +192,13 @@ def changed_keys(path: Path, args: TrainArgs) -> dict[str, tuple[str, str]]:
 
 
 def save_config(args: TrainArgs, path: str | Path) -> None:
-    """Write `args` as YAML, without secrets; `load_config` reads it back."""
-    Path(path).write_text(
-        yaml.safe_dump(public_dict(args), sort_keys=False, allow_unicode=True), encoding="utf-8"
-    )
+    """Write `args` as YAML, without secrets; `load_config` reads it back.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    text = yaml.safe_dump(public_dict(args), sort_keys=False, allow_unicode=True)
+    write_whole(Path(path), text)
 
 
 # --- reading --------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from finetune.data.loader import (
     open_checked_store,
     warn_if_shared,
 )
-from finetune.data.problems import FileProblem
+from finetune.data.problems import FileProblem, damaged
 from finetune.data.reading import Reading
 from finetune.data.recording import Codes, Recording, SegmentRef
 from finetune.data.segments import Segment, SegmentReader
@@ -68,6 +68,7 @@ __all__ = [
     "check_recordings",
     "check_share",
     "count_frames",
+    "damaged",
     "inspect_audio",
     "inspect_listing",
     "inspect_recording",

@@ -13,7 +13,6 @@ from torchaudio.functional import resample
 
 from finetune.data.audio_files import AudioFile, for_decoder
 from finetune.data.decoders import (
-    COPY_REMEDY,
     Decoder,
     ForwardDecoder,
     SeekingDecoder,
@@ -21,7 +20,7 @@ from finetune.data.decoders import (
     open_decoder,
     wav_is_cut_off,
 )
-from finetune.data.problems import FileProblem
+from finetune.data.problems import FileProblem, damaged
 
 # `torchaudio.functional.resample`: its filter spans this many zero crossings, and cuts off at
 # this fraction of the lower of the two Nyquist frequencies. Named here because `read_audio` must
@@ -35,7 +34,7 @@ _MAX_KERNEL_VALUES = 2**25
 MIMI_RATE_HZ = 24000
 
 _STEREO_REMEDY = (
-    "expected stereo with Moshi on the left and the user on the right, for example by "
+    "stereo with Moshi on the left and the user on the right, for example by "
     "`ffmpeg -i moshi.wav -i user.wav -filter_complex amerge=inputs=2 -ac 2 both.wav` "
     "or `sox -M moshi.wav user.wav both.wav`"
 )
@@ -70,12 +69,17 @@ def inspect_audio(path: AudioFile, *, channels: Collection[int] | None = (2,)) -
         FileProblem: missing, not readable as audio, truncated, or with other channels.
     """
     if isinstance(path, Path) and not path.is_file():
-        remedy = _other_spelling(path) or "correct the path or remove the line"
-        raise FileProblem(f"recording {path} is missing", remedy, code="missing")
+        same = _other_spelling(path)
+        raise FileProblem(
+            f"recording {path} is missing",
+            same or "correct the path",
+            code="missing",
+            may_be_left_out=same is None,
+        )
     try:
         return _inspect(path, decoder_of(path), channels)
     except (soundfile.SoundFileError, OSError) as error:
-        raise FileProblem(f"recording {path} cannot be read ({error})", COPY_REMEDY) from None
+        raise damaged(f"recording {path} cannot be read ({error})") from None
 
 
 def _inspect(path: AudioFile, decoder: Decoder, channels: Collection[int] | None) -> AudioInfo:
@@ -83,20 +87,21 @@ def _inspect(path: AudioFile, decoder: Decoder, channels: Collection[int] | None
     if channels is not None and num_channels not in channels:
         kind = "mono" if num_channels == 1 else f"made of {num_channels} channels"
         if 2 in channels:
-            raise FileProblem(f"recording {path} is {kind}", _STEREO_REMEDY, code="not-stereo")
+            expected = "expected mono, or " if 1 in channels else "expected "
+            remedy = expected + _STEREO_REMEDY
+            raise FileProblem(f"recording {path} is {kind}", remedy, code="not-stereo")
         remedy = "name files that hold one speaker each, or one stereo file instead of two"
         raise FileProblem(f"recording {path} is {kind}, not mono", remedy, code="not-mono")
     num_samples = decoder.num_samples
     if (num_samples or 0) < 0 or rate < 1:
-        raise FileProblem(f"recording {path} has a header that makes no sense", COPY_REMEDY)
+        raise damaged(f"recording {path} has a header that makes no sense")
     _require_resampler(path, rate, MIMI_RATE_HZ)
     if num_samples is None:
         assert isinstance(decoder, ForwardDecoder)
         num_samples = decoder.count()
     elif _is_truncated(path, decoder, num_samples):
-        raise FileProblem(
+        raise damaged(
             f"recording {path} is truncated, its header promises more audio than the file holds",
-            COPY_REMEDY,
             code="truncated",
         )
     return AudioInfo(num_samples, rate, num_channels, isinstance(decoder, SeekingDecoder))
@@ -120,9 +125,9 @@ def _require_resampler(path: AudioFile, rate_hz: int, new_rate_hz: int) -> None:
         raise FileProblem(
             f"recording {path} has {rate_hz} samples a second, from which there is no exact way to "
             f"{new_rate_hz} within reasonable memory",
-            f"convert it, for example by `ffmpeg -i in.wav -ar {new_rate_hz} out.wav`, or remove "
-            "its line",
+            f"convert it, for example by `ffmpeg -i in.wav -ar {new_rate_hz} out.wav`",
             code="rate",
+            may_be_left_out=True,
         )
 
 
@@ -158,7 +163,7 @@ def read_audio(
     try:
         return _read_resampled(decoder_of(path), path, start_sample, num_samples, sample_rate_hz)
     except (soundfile.SoundFileError, OSError) as error:
-        raise FileProblem(f"recording {path} cannot be read ({error})", COPY_REMEDY) from None
+        raise damaged(f"recording {path} cannot be read ({error})") from None
 
 
 class AudioReader:
@@ -174,7 +179,7 @@ class AudioReader:
         try:
             self._decoder = open_decoder(path)
         except (soundfile.SoundFileError, OSError) as error:
-            raise FileProblem(f"recording {path} cannot be read ({error})", COPY_REMEDY) from None
+            raise damaged(f"recording {path} cannot be read ({error})") from None
 
     def read(self, start_sample: int, num_samples: int, sample_rate_hz: int) -> torch.Tensor:
         """Read a part of it, as `read_audio` does."""
@@ -183,7 +188,7 @@ class AudioReader:
             return _read_resampled(self._decoder, self.path, *where)
         except (soundfile.SoundFileError, OSError) as error:
             problem = f"recording {self.path} cannot be read ({error})"
-            raise FileProblem(problem, COPY_REMEDY) from None
+            raise damaged(problem) from None
 
     def close(self) -> None:
         self._decoder.close()
@@ -210,10 +215,10 @@ def _read_resampled(
     end = start + len(samples)
     if end < stop:
         if decoder.num_samples is not None:
-            raise FileProblem(f"recording {path} ends before its header says", COPY_REMEDY)
+            raise damaged(f"recording {path} ends before its header says")
         stop = end
     if not np.isfinite(samples).all():
-        raise FileProblem(f"recording {path} holds samples that are not numbers", COPY_REMEDY)
+        raise damaged(f"recording {path} holds samples that are not numbers")
     stop_sample = min(stop_sample, -(-stop * new // old))
     audio = torch.from_numpy(samples.T.copy())
     if old != new and audio.shape[1]:

@@ -68,16 +68,20 @@ class AudioRecording(Recording):
             text=text,
             thorough=thorough,
             main_side=self.reading.main_channel,
+            leave_out=self.leave_out,
         )
         try:
             sides = self.sides
         except FileProblem as problem:
-            return Inspection(self.path, findings=[Finding.of_problem(problem)])
+            return Inspection(self.path, findings=[Finding.of_problem(problem, self.leave_out)])
         return inspect_sides(subject, sides, self.load_transcript, path=self.path)
 
     def read_words(self) -> list[Word]:
         return self.load_transcript().words
 
     def read_audio(self, start_sample: int, num_samples: int, sample_rate_hz: int) -> torch.Tensor:
-        audio = self.sides.read(start_sample, num_samples, sample_rate_hz)
+        try:
+            audio = self.sides.read(start_sample, num_samples, sample_rate_hz)
+        except FileProblem as problem:
+            raise problem.found_in_list(self.leave_out) from None
         return self.reading.apply(audio, start_sample, sample_rate_hz, self.path_as_written)

@@ -33,6 +33,12 @@ sample, several times over: some 5 GB for a piece of both channels."""
 _eager_on_cpu: AbstractContextManager[None] | None = None
 
 
+class _LoneFile(StereoFile):
+    """A file that no list names."""
+
+    leave_out = ""
+
+
 class Codec:
     """A stock Mimi and a sentencepiece tokenizer, with the model's special tokens.
 
@@ -128,7 +134,7 @@ class Codec:
         """
         try:
             duration_sec = inspect_audio(path).duration_sec
-            recording = StereoFile(path, str(path), str(path), duration_sec)
+            recording = _LoneFile(path, str(path), str(path), duration_sec)
             reader = self.reader(count_frames(duration_sec))
             if recording.transcript_path.exists():
                 return reader.read(SegmentRef(recording, 0))

@@ -19,12 +19,10 @@ import numpy as np
 import soundfile
 
 from finetune.data.audio_files import AudioFile, for_decoder, num_bytes, opened, state_of
-from finetune.data.problems import FileProblem
+from finetune.data.problems import damaged
 
 if TYPE_CHECKING:
     import av
-
-COPY_REMEDY = "copy or convert it again, or remove its line"
 
 # Programs that write a wav into a pipe cannot know its length and leave a placeholder of about
 # 2^31 or 2^32 bytes.
@@ -168,9 +166,8 @@ class AvDecoder(ForwardDecoder):
                     self.sample_rate_hz,
                     self.num_channels,
                 ):
-                    raise FileProblem(
-                        f"recording {self.path} changes its rate or its channels on the way",
-                        COPY_REMEDY,
+                    raise damaged(
+                        f"recording {self.path} changes its rate or its channels on the way"
                     )
                 block.append(_float_samples(frame, self.num_channels))
                 if sum(map(len, block)) >= _AV_BLOCK_SAMPLES:
@@ -208,11 +205,11 @@ def _av_stream(
         source = f"file:{path}" if isinstance(path, Path) else opened(path)
         with av.open(source, options=_AV_OPTIONS) as container:
             if not container.streams.audio:
-                raise FileProblem(f"recording {path} holds no audio", COPY_REMEDY)
+                raise damaged(f"recording {path} holds no audio")
             yield container, container.streams.audio[0]
     except (av.FFmpegError, OSError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise FileProblem(f"recording {path} cannot be read ({reason})", COPY_REMEDY) from None
+        raise damaged(f"recording {path} cannot be read ({reason})") from None
 
 
 def open_decoder(path: AudioFile) -> Decoder:

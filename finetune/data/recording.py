@@ -44,6 +44,8 @@ class Recording(ABC):
 
     has_codes: ClassVar[bool] = False
     """Whether it is kept as codes, for `read_codes`, and not as audio."""
+    leave_out: ClassVar[str] = "remove its line"
+    """How to take it out of its source, for messages; empty: it stands alone."""
 
     @property
     def location(self) -> str:
@@ -90,6 +92,7 @@ class Recording(ABC):
             duration_sec=self.duration_sec,
             text=text,
             thorough=thorough,
+            leave_out=self.leave_out,
         )
         if not self.has_codes:
             subject.sample_rate_hz, subject.num_channels = MIMI_RATE_HZ, 2
@@ -101,7 +104,7 @@ class Recording(ABC):
                 self.read_codes(0, count_frames(self.duration_sec))
             subject.transcript = Transcript(self.read_words())
         except FileProblem as problem:
-            inspection.findings.append(Finding.of_problem(problem))
+            inspection.findings.append(Finding.of_problem(problem, self.leave_out))
         return inspect_subject(subject, inspection)
 
     @abstractmethod
@@ -158,6 +161,10 @@ class OtherSide(Recording):
     @property
     def has_codes(self) -> bool:  # type: ignore[override]
         return self.inner.has_codes
+
+    @property
+    def leave_out(self) -> str:  # type: ignore[override]
+        return self.inner.leave_out
 
     @classmethod
     def of(cls, inner: Recording) -> "OtherSide":

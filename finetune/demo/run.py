@@ -5,11 +5,11 @@ import os
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.checkpoint import list_checkpoints, run_wrote
-from finetune.config import load_config, load_run_config
-from finetune.data import Codec
+from finetune.config import TrainArgs, load_config, load_run_config
 from finetune.demo.dialogues import make_dialogues
 from finetune.demo.memory import ARMS, Memory, remember
 from finetune.demo.memory_report import (
@@ -48,6 +48,35 @@ def run_demo(run_dir: Path, overrides: Mapping[str, object], *, force: bool = Fa
         UserError: not called from the project's folder, one of the steps cannot be done, or
             `run_dir` holds a run that is no demonstration.
     """
+    args = _read_config(run_dir, overrides)
+    started_at = time.monotonic()
+    trainer = _prepare(args, force=force)
+    memory = _recall(run_dir, args.device)
+    _train(trainer)
+    picture = _draw_loss(run_dir)
+    continued = _continue(run_dir, args)
+    took = format_duration(time.monotonic() - started_at)
+    console.print(
+        f"""
+Done in {took}.
+
+{_memory_story(memory, run_dir)}
+
+{_training_story(continued, run_dir)}
+
+{_list_of_files(continued, picture, run_dir)}
+
+{_next_steps()}
+""",
+        soft_wrap=True,
+        markup=False,
+    )
+
+
+# --- the steps ------------------------------------------------------------------------------------
+
+
+def _read_config(run_dir: Path, overrides: Mapping[str, object]) -> TrainArgs:
     if "run_dir" in overrides:
         raise UserError("run_dir: the folder of the demonstration is given by --out.")
     for needed_here in (CONFIG, MEMORY_MODEL / "model.safetensors"):
@@ -56,67 +85,66 @@ def run_demo(run_dir: Path, overrides: Mapping[str, object], *, force: bool = Fa
                 f"there is no {needed_here} here ({Path.cwd()}): the demonstration runs in the "
                 "folder of the project, where README.md is."
             )
+    own = {"run_dir": run_dir, "overwrite_run_dir": _holds_demonstration(run_dir)}
     needed = {"do_eval": True, "do_ckpt": True}
-    args = load_config(
-        CONFIG,
-        {
-            "run_dir": run_dir,
-            "overwrite_run_dir": _holds_demonstration(run_dir),
-            **overrides,
-            **needed,
-        },
-    )
-    started_at = time.monotonic()
+    return load_config(CONFIG, {**own, **overrides, **needed})
+
+
+def _prepare(args: TrainArgs, *, force: bool) -> Trainer:
+    """Make the data, and what trains on them: what is wrong with the run or its folder is said
+    now, and the demonstration's files may lie there from now on."""
     data_dir = Path(args.data.train_data).parent
     console.print(f"[1/5] making dialogues in {data_dir}, to train on")
     make_dialogues(data_dir)
-    # What is wrong with the run or its folder is said now, and its files may lie there from now on.
     trainer = Trainer(args, config=CONFIG, force=force)
     trainer.folder.record.add(path.as_posix() for path in OWN_FILES)
+    return trainer
 
+
+def _recall(run_dir: Path, device: str) -> Memory:
     console.print(f"[2/5] memory: {MEMORY_MODEL}, a small Moshi that is trained already")
-    memory = show_memory(run_dir / MEMORY, args.device)
+    return show_memory(run_dir / MEMORY, device)
 
+
+def _train(trainer: Trainer) -> None:
+    """Train to the last step; where training was interrupted, the program ends here."""
     console.print("[3/5] training another small Moshi, with test-time training, from nothing")
     status = trainer.train()
     if status:
         sys.exit(status)
 
-    console.print("[4/5] drawing the loss curve")
-    picture = plot_losses(run_dir, run_dir / LOSS_PICTURE)
 
+def _draw_loss(run_dir: Path) -> Path:
+    console.print("[4/5] drawing the loss curve")
+    return plot_losses(run_dir, run_dir / LOSS_PICTURE)
+
+
+@dataclass(frozen=True)
+class _Continued:
+    """A recording of which the trained model has taken over Moshi's part.
+
+    Args:
+        text: what was said, in the prompt too.
+    """
+
+    checkpoint: Path
+    model: TTTLMModel
+    heard: Path
+    text: str
+
+
+def _continue(run_dir: Path, args: TrainArgs) -> _Continued:
+    """Let the model that was trained continue a recording, and keep what it says."""
     console.print("[5/5] continuing a dialogue that it has not heard")
     checkpoint = list_checkpoints(run_dir)[-1]
     model, codec = load_for_inference(checkpoint, args.device)
     heard = _first_recording(Path(args.data.eval_data))
+    dialogue = codec.read_recording(heard)
+    continuation = continue_dialogue(model, codec, dialogue, prompt_sec=PROMPT_SEC)
     sound = run_dir / CONTINUATION
-    text = _continue(model, codec, heard, sound)
-
-    trained = (
-        f"A Moshi of {sum(p.numel() for p in model.parameters()) / 1e6:.1f} million parameters "
-        f"learned from nothing, with TTT in layers {', '.join(map(str, model.ttt_layers))}."
-    )
-    console.print(
-        f"""
-Done in {format_duration(time.monotonic() - started_at)}.
-
-{_memory_story(memory, run_dir)}
-
-Training. {trained}
-{_loss_story(run_dir)}
-Then it took over Moshi's part in {heard.name} after {PROMPT_SEC:.0f} s (|):
-  {text}
-
-  {picture}   the loss curve
-  {sound}   listen: left Moshi, right the user
-  {checkpoint}   the weights
-  {run_dir / "metrics.train.jsonl"}   all numbers; or: tensorboard --logdir {run_dir / "tb"}
-
-{_next_steps()}
-""",
-        soft_wrap=True,
-        markup=False,
-    )
+    write_wav(sound, continuation.audio.T.numpy(), codec.sample_rate_hz)
+    write_whole(sound.with_suffix(".txt"), continuation.text + "\n")
+    return _Continued(checkpoint, model, heard, continuation.text)
 
 
 def _holds_demonstration(run_dir: Path) -> bool:
@@ -127,14 +155,7 @@ def _holds_demonstration(run_dir: Path) -> bool:
     return load_run_config(recorded).resume is False
 
 
-def _continue(model: TTTLMModel, codec: Codec, heard: Path, sound: Path) -> str:
-    """Let the model take over Moshi's part of a recording; returns what was said."""
-    continuation = continue_dialogue(
-        model, codec, codec.read_recording(heard), prompt_sec=PROMPT_SEC
-    )
-    write_wav(sound, continuation.audio.T.numpy(), codec.sample_rate_hz)
-    write_whole(sound.with_suffix(".txt"), continuation.text + "\n")
-    return continuation.text
+# --- what came out --------------------------------------------------------------------------------
 
 
 def _memory_story(memory: Memory, run_dir: Path) -> str:
@@ -147,13 +168,28 @@ is right in {1 / memory.num_values:.0%}.
   {run_dir / MEMORY / PICTURE_NAME}   what the fast weights did"""
 
 
-def _loss_story(run_dir: Path) -> str:
+def _training_story(continued: _Continued, run_dir: Path) -> str:
+    million = sum(p.numel() for p in continued.model.parameters()) / 1e6
+    layers = ", ".join(map(str, continued.model.ttt_layers))
     first, last = (read_metrics(metrics_path(run_dir, "eval"))[i] for i in (0, -1))
     fall = 1 - last["loss"] / first["loss"]
     return f"""\
+Training. A Moshi of {million:.1f} million parameters learned from nothing, with TTT in layers \
+{layers}.
 On dialogues it has not heard, its loss fell from {first["loss"]:.2f} to {last["loss"]:.2f} nats \
 ({fall:.0%}): text {first["text_loss"]:.2f} to {last["text_loss"]:.2f}, audio \
-{first["audio_loss"]:.2f} to {last["audio_loss"]:.2f}."""
+{first["audio_loss"]:.2f} to {last["audio_loss"]:.2f}.
+Then it took over Moshi's part in {continued.heard.name} after {PROMPT_SEC:.0f} s (|):
+  {continued.text}"""
+
+
+def _list_of_files(continued: _Continued, picture: Path, run_dir: Path) -> str:
+    metrics, tensorboard = run_dir / "metrics.train.jsonl", run_dir / "tb"
+    return f"""\
+  {picture}   the loss curve
+  {run_dir / CONTINUATION}   listen: left Moshi, right the user
+  {continued.checkpoint}   the weights
+  {metrics}   all numbers; or: tensorboard --logdir {tensorboard}"""
 
 
 def _next_steps() -> str:

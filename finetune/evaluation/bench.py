@@ -9,8 +9,8 @@ from typing import Any
 from finetune.config import TrainArgs
 from finetune.data import Codec, Reading, Recording, check_recordings
 from finetune.errors import UserError
+from finetune.evaluation.common_options import CommonOptions
 from finetune.evaluation.fingerprints import checkpoint_fingerprint
-from finetune.evaluation.options import Options
 from finetune.inference import check_attention_window, load_for_inference
 from finetune.kept import Records
 from finetune.step import LossWeights
@@ -27,7 +27,7 @@ class Inputs:
     """Inputs are known before the model is loaded: all that can be wrong with the data comes
     first."""
 
-    options: Options
+    options: CommonOptions
     args: TrainArgs
     """The checkpoint's configuration."""
     recordings: list[Recording]
@@ -98,7 +98,7 @@ def load_bench(inputs: Inputs) -> Bench:
     )
 
 
-def usable_recordings(options: Options, args: TrainArgs) -> tuple[list[Recording], list[str]]:
+def usable_recordings(options: CommonOptions, args: TrainArgs) -> tuple[list[Recording], list[str]]:
     """Return the recordings of `--data`, each once, and what is wrong with the others.
 
     Raises:

@@ -1,53 +1,25 @@
-"""Options of `moshi-ttt evaluate`."""
+"""Options of `moshi-ttt evaluate`: those that all tasks share, and those of each task."""
 
-from dataclasses import dataclass, field, fields, make_dataclass
+from dataclasses import dataclass, fields, make_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from finetune.config import CHECKPOINT, SOURCES, FilePath, PathsText, Seed, Size, WandbArgs
 from finetune.errors import UserError
+from finetune.evaluation.common_options import DEFAULT_OUT, CommonOptions, default_out
 from finetune.evaluation.tasks import TASKS
 from finetune.evaluation.tasks.base import TaskOptions
-from ttt.options import Count, Frames, OneOf
-
-_OUT = Path("evaluation/RUN/CHECKPOINT")
+from ttt.options import OneOf
 
 
 @dataclass(frozen=True)
-class Options(TaskOptions):
+class Options(CommonOptions, TaskOptions):
     """The options that all tasks share; `Options.complete()` has those of the tasks as well, and is
     what is made of a command line."""
-
-    checkpoint: Annotated[FilePath, CHECKPOINT]
-    """A folder run_dir/checkpoints/checkpoint_NNNNNN, or of a stock Moshi."""
 
     tasks: tuple[Annotated[str, OneOf(TASKS.keys)], ...] = ()
     """What to measure; position and health if not given, and pairs with --pairs. pairs and
     spoken_recall need no --data."""
-
-    data: Annotated[PathsText | None, SOURCES] = None
-    """A JSONL of recordings as for training; null: the run's data.eval_data."""
-
-    out: FilePath = _OUT
-    """The folder to write to."""
-
-    limit: Count | None = None
-    """Read no more than the first so many recordings."""
-
-    batch_size: Size = 4
-    """Recordings side by side."""
-
-    block_frames: Frames = 250
-    """Frames computed at once; it bounds the memory and changes no result."""
-
-    seed: Seed = 0
-    """Seed of continuations, of the talks of spoken recall, and of the bootstrap."""
-
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute; `auto`: on the GPU if there is one."""
-
-    wandb: WandbArgs = field(default_factory=WandbArgs)
 
     @classmethod
     def complete(cls) -> Any:
@@ -59,7 +31,7 @@ class Options(TaskOptions):
         super().__post_init__()
         tasks = self.tasks or [name for name, task in TASKS.items() if task.runs_unasked(self)]
         object.__setattr__(self, "tasks", tuple(name for name in TASKS if name in tasks))
-        if self.out == _OUT:
+        if self.out == DEFAULT_OUT:
             object.__setattr__(self, "out", default_out(Path(self.checkpoint)))
 
     def check(self) -> None:
@@ -83,18 +55,3 @@ def _complete(of_tasks: tuple[type[TaskOptions], ...]) -> Any:
     assert len(names) == len({*names}), f"two options have the same name: {sorted(names)}"
     # A dataclass has the fields of its last base first.
     return make_dataclass("EvaluateOptions", [], bases=(*reversed(own), Options), frozen=True)
-
-
-def what_takes_less(options: Options) -> str:
-    """Return which options make an evaluation take less memory of the GPU."""
-    sizes = {"batch_size": options.batch_size, "block_frames": options.block_frames}
-    ways = [f"a smaller --{name} (now {size})" for name, size in sizes.items() if size > 1]
-    return "; ".join([*ways, "--device cpu, which is slow"])
-
-
-def default_out(checkpoint: Path) -> Path:
-    """`evaluation/RUN/CHECKPOINT` in the current folder. Not in the run folder: checkpoints there
-    come and go."""
-    checkpoint = checkpoint.absolute()
-    run = checkpoint.parent.parent.name if checkpoint.parent.name == "checkpoints" else ""
-    return Path("evaluation") / run / checkpoint.name

@@ -17,8 +17,9 @@ import torch
 from finetune.distributed import peak_memory_gb
 from finetune.errors import UserError
 from finetune.evaluation.bench import Bench, Inputs, load_bench, usable_recordings
+from finetune.evaluation.common_options import ALWAYS_READ, what_takes_less
 from finetune.evaluation.dashboard import to_wandb
-from finetune.evaluation.options import Options, what_takes_less
+from finetune.evaluation.options import Options
 from finetune.evaluation.report import report_page
 from finetune.evaluation.tasks import TASKS
 from finetune.inference import checkpoint_args, nonfinite_weights
@@ -66,7 +67,7 @@ def _evaluate(options: Options) -> dict[str, Any]:
         logger.info("interrupted; what is done is kept: the same command continues")
         raise
     told = [sentence for task in tasks for sentence in task.sentences(found[task.name])]
-    results = {**_described(bench), "conclusions": [*bad_weights, *told], **found}
+    results = {**_described(bench, options), "conclusions": [*bad_weights, *told], **found}
     _write(options, results)
     reasons = [reason for task in tasks if (reason := task.why_nothing(found[task.name]))]
     if reasons:
@@ -83,9 +84,9 @@ def _read_inputs(options: Options) -> Inputs:
     return inputs
 
 
-def _described(bench: Bench) -> dict[str, Any]:
+def _described(bench: Bench, options: Options) -> dict[str, Any]:
     """Return all of the results but what the tasks have found."""
-    checkpoint = bench.options.checkpoint
+    checkpoint = options.checkpoint
     method = "".join({layer.describe() for layer in bench.model.ttt_layers.values()})
     layers = ", ".join(map(str, bench.model.ttt_layers))
     return {
@@ -99,15 +100,17 @@ def _described(bench: Bench) -> dict[str, Any]:
             "text_padding_weight": bench.weights.text_padding,
             "first_codebook_weight_multiplier": bench.weights.first_codebook,
         },
-        "options": _flat(bench.options),
+        "options": _told(options),
         "notes": bench.notes,
         "missing": {task: whats for task, whats in bench.missing.items() if whats},
     }
 
 
-def _flat(options: Options) -> dict[str, Any]:
-    """Return the options by name, those in sections by dotted name, without what is secret."""
-    values = dataclasses.asdict(options)
+def _told(options: Options) -> dict[str, Any]:
+    """Return the options that were read by name, those in sections by dotted name, without what is
+    secret."""
+    read = {*ALWAYS_READ}.union(*(TASKS[name].options_read() for name in options.tasks))
+    values = {name: v for name, v in dataclasses.asdict(options).items() if name in read}
     del values["wandb"]["key"]
     for section in [name for name, value in values.items() if isinstance(value, Mapping)]:
         values |= {f"{section}.{name}": value for name, value in values.pop(section).items()}

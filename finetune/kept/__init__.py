@@ -4,7 +4,14 @@ from finetune.kept.checkpoint_folders import is_stock, require_checkpoint
 from finetune.kept.checkpoint_names import CHECKPOINT_NAME, checkpoints_in, step_of
 from finetune.kept.records import Records, read_records
 from finetune.kept.wav import WavWriter, write_wav
-from finetune.kept.whole import Kept, is_free_folder, whole_folder, write_whole, writing
+from finetune.kept.whole import (
+    Kept,
+    is_free_folder,
+    name_when_whole,
+    whole_folder,
+    write_whole,
+    writing,
+)
 
 __all__ = [
     "CHECKPOINT_NAME",
@@ -14,6 +21,7 @@ __all__ = [
     "checkpoints_in",
     "is_free_folder",
     "is_stock",
+    "name_when_whole",
     "read_records",
     "require_checkpoint",
     "step_of",

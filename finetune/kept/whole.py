@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from finetune.errors import UserError
 from finetune.safety import parse_json, with_nan, without_nan
 
 _PARTIAL = ".partial"
+_PARTIAL_FILE = re.compile(rf"\.(.+)\.\d+{re.escape(_PARTIAL)}")
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
@@ -22,7 +24,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
     Raises:
         UserError: it cannot be written.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}{_PARTIAL}")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -30,6 +32,13 @@ def write_whole(path: Path, content: str | bytes) -> None:
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def name_when_whole(name: str) -> str | None:
+    """Return the name that a file of `write_whole` was to get, which killed it leaves under
+    another; None for all other files."""
+    found = _PARTIAL_FILE.fullmatch(name)
+    return found and found[1]
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from typing import Any, Literal, Protocol, TextIO
 from urllib.parse import urlsplit
 
 from finetune.errors import UserError
+from finetune.kept import write_whole
 from finetune.safety import parse_json, shown
 
 logger = logging.getLogger(__name__)
@@ -181,14 +182,10 @@ def _open_jsonl(path: Path, resumed_step: int | None) -> Iterator[TextIO]:
 
 
 def _cut_after(path: Path, step: int) -> None:
-    """Drop the lines of later steps, and an incomplete last line, in one atomic replacement."""
+    """Drop the lines of later steps, and an incomplete last line."""
     keep = [record["step"] <= step for record in read_metrics(path)]
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    shorter = path.with_suffix(".tmp")
-    shorter.write_text(
-        "".join(line for line, kept in zip(lines, keep, strict=False) if kept), encoding="utf-8"
-    )
-    shorter.replace(path)
+    write_whole(path, "".join(line for line, kept in zip(lines, keep, strict=False) if kept))
 
 
 def _open_tensorboard(folder: Path, resumed_step: int | None) -> Any:
@@ -244,8 +241,7 @@ def open_wandb(run_dir: Path, args: WandbSettings, config: dict[str, Any], resum
             "or give a valid wandb.key (or run `wandb login` once), or unset wandb.project."
         ) from error
 
-    with _writing(id_file):
-        id_file.write_text(run.id + "\n", encoding="utf-8")
+    write_whole(id_file, run.id + "\n")
     # A step metric of our own: wandb's step refuses to go back, as it must after resuming.
     run.define_metric("step")
     for kind in KINDS:

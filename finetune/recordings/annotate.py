@@ -10,7 +10,7 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
-from finetune.data import MonoPair, Recording, StereoFile
+from finetune.data import FileProblem, MonoPair, Recording, StereoFile
 from finetune.errors import UserError
 from finetune.kept import write_whole
 from finetune.recordings.align import SAMPLE_RATE_HZ, Aligner
@@ -182,9 +182,12 @@ def read_channels(dialogue: Dialogue) -> np.ndarray:
         FileProblem: it cannot be read, or is not stereo.
     """
     assert dialogue.reading.main_channel == "left"
-    duration_sec = dialogue.sides.measure().duration_sec
-    num_samples = math.ceil(duration_sec * SAMPLE_RATE_HZ) + 1
-    return dialogue.sides.read(0, num_samples, SAMPLE_RATE_HZ).numpy()
+    try:
+        duration_sec = dialogue.sides.measure().duration_sec
+        num_samples = math.ceil(duration_sec * SAMPLE_RATE_HZ) + 1
+        return dialogue.sides.read(0, num_samples, SAMPLE_RATE_HZ).numpy()
+    except FileProblem as problem:
+        raise problem.found_in_list(dialogue.leave_out) from None
 
 
 def _annotate(dialogue: Dialogue, transcribe: Transcriber, main_channel: Channel) -> int:

@@ -78,6 +78,9 @@ class _Desk:
         self.options = options
         self.outcome = Outcome()
         self.report = Report(engine, options.report) if options.report is not None else None
+        folder = options.input_dir or options.audio
+        assert folder is not None
+        self.leave_out = f"move it out of {folder}" if folder.is_dir() else ""
 
     def answer(self, jobs: list[Job]) -> Outcome:
         waiting = iter(jobs)
@@ -116,8 +119,11 @@ class _Desk:
             )
         try:
             begun = _Conversation(job, row, self.engine, self.options)
-        except (FileProblem, UserError) as problem:
-            self._give_up(job, row, problem)
+        except FileProblem as problem:
+            self._give_up(job, row, problem.found_in_list(self.leave_out))
+            return None
+        except UserError as error:
+            self._give_up(job, row, error)
             return None
         if self.report is not None:
             self.report.begin(row, str(job.source))
@@ -141,7 +147,7 @@ class _Desk:
                 going.append(each)
             except FileProblem as problem:
                 each.discard()
-                self._give_up(each.job, each.row, problem)
+                self._give_up(each.job, each.row, problem.found_in_list(self.leave_out))
         spoken = self.engine.step(frames)
         if self.report is not None:
             self.report.look([each.row for each in going])

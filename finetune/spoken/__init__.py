@@ -7,6 +7,7 @@ from typing import Any
 from finetune.spoken import texts
 from finetune.spoken.answers import (
     ARM_LABELS,
+    crosses_window,
     example_table,
     guessing_text,
     question_json,
@@ -68,6 +69,7 @@ __all__ = [
     "Word",
     "build_dataset",
     "compose",
+    "crosses_window",
     "example_table",
     "guessing_text",
     "in_window",

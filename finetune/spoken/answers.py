@@ -228,6 +228,16 @@ def _mean(values: Sequence[float]) -> float | None:
 # --- for people -----------------------------------------------------------------------------------
 
 
+def crosses_window(found: Mapping[str, Any]) -> bool:
+    """Return whether attention's window is known to lie between the distances: else what was asked
+    beyond it is all that was asked, or nothing."""
+    distances_sec = found["distances_sec"]
+    return (
+        found["window_sec"] is not None
+        and distances_sec[0] <= found["window_sec"] < distances_sec[-1]
+    )
+
+
 def recall_tables(found: Mapping[str, Any]) -> list[Table]:
     """Return the tables of what `summarize_recall` has found."""
     if not found["num_questions"]:
@@ -242,7 +252,7 @@ def recall_tables(found: Mapping[str, Any]) -> list[Table]:
         for number, distance_sec in enumerate(found["distances_sec"])
     ]
     means = [_share(base["all"]) for base in found["baselines"].values()]
-    if all(of["beyond_window"] for of in arms.values()):
+    if crosses_window(found):
         beyond = [plain(of["beyond_window"], 2) for of in arms.values()]
         lines.append(["beyond attention's window", *beyond, *("" for _ in means)])
     lines.append(["all", *(plain(of["all"], 2) for of in arms.values()), *means])
@@ -253,15 +263,20 @@ def recall_tables(found: Mapping[str, Any]) -> list[Table]:
         ]
         for arm, of in arms.items()
     ]
+    places = {"all": "all"}
+    if crosses_window(found):
+        places["beyond_window"] = "beyond attention's window"
     differences = [
-        [" − ".join(ARM_LABELS[arm] for arm in each["arms"]), signed(each["all"], 2),
-         signed(each["beyond_window"], 2) if each["beyond_window"] else "–"]
+        [
+            " − ".join(ARM_LABELS[arm] for arm in each["arms"]),
+            *(signed(each[place], 2) for place in places),
+        ]
         for each in found["differences"]
-    ]  # fmt: skip
+    ]
     names = [ARM_LABELS[arm] for arm in arms]
     return [
         Table(("from the fact to the question", *names, *BASELINES.values()), lines),
-        Table(("compared", "all", "beyond attention's window"), differences),
+        Table(("compared", *places.values()), differences),
         Table(("what was answered", *OUTCOMES.values()), outcomes),
     ]
 

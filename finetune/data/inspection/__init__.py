@@ -82,7 +82,7 @@ def inspect_sides(
     try:
         info = sides.measure()
     except FileProblem as problem:
-        inspection.findings.append(Finding.of_problem(problem))
+        inspection.findings.append(Finding.of_problem(problem, subject.leave_out))
     else:
         subject.is_readable = True
         subject.num_samples, subject.sample_rate_hz = info.num_samples, info.sample_rate_hz
@@ -95,7 +95,7 @@ def inspect_sides(
             subject.transcript = load_words()
         except FileProblem as problem:
             has_words = False
-            inspection.findings.append(Finding.of_problem(problem))
+            inspection.findings.append(Finding.of_problem(problem, subject.leave_out))
     return inspect_subject(subject, inspection, with_words=has_words)
 
 
@@ -117,7 +117,7 @@ def inspect_subject(
         try:
             heard = listen(subject)
         except FileProblem as problem:
-            findings.append(Finding.of_problem(problem))
+            findings.append(Finding.of_problem(problem, subject.leave_out))
         else:
             inspection.digest = heard.digest
             for listening_check in HEARD_CHECKS:

@@ -6,6 +6,7 @@ from pathlib import Path
 from finetune.data.decoders import lacks_length
 from finetune.data.inspection.findings import Finding, Subject
 from finetune.data.inspection.listening import SILENT, Heard
+from finetune.data.problems import COPY_REMEDY
 from finetune.data.text import FRAME_RATE_HZ
 from finetune.data.transcripts import MAIN_SPEAKER
 
@@ -38,7 +39,7 @@ def duration(subject: Subject) -> Iterator[Finding]:
         yield Finding(
             "wrong-duration",
             "error",
-            f"wrong duration: the line says {promised_sec} s, but {subject.name} lasts "
+            f"wrong duration: it is listed with {promised_sec} s, but {subject.name} lasts "
             f"{duration_sec:.3f} s (up to {tolerance_sec:.2g} s of difference are accepted)",
             "write the true duration, or check that it is the right file",
         )
@@ -47,7 +48,7 @@ def duration(subject: Subject) -> Iterator[Finding]:
             "too-short",
             "error",
             f"recording {subject.name} is shorter than one frame of {1 / FRAME_RATE_HZ} s",
-            "remove the line",
+            subject.leave_out,
         )
 
 
@@ -55,7 +56,7 @@ def file_kind(subject: Subject) -> Iterator[Finding]:
     """Yield findings about what files are called, and are."""
     for file in subject.files:
         if isinstance(file, Path):
-            yield from _kind_of(file, thorough=subject.thorough)
+            yield from _kind_of(file, subject)
         if subject.num_samples and lacks_length(file):
             yield Finding(
                 "no-length-in-header",
@@ -66,23 +67,23 @@ def file_kind(subject: Subject) -> Iterator[Finding]:
             )
 
 
-def _kind_of(path: Path, *, thorough: bool) -> Iterator[Finding]:
+def _kind_of(path: Path, subject: Subject) -> Iterator[Finding]:
     if path.name.startswith("._"):
         yield Finding(
             "apple-double",
             "error",
             f"{path} is what macOS leaves beside a file on other disks and in archives, no "
             "recording",
-            "remove the line",
+            subject.leave_out,
         )
     elif path.name.startswith("."):
         yield Finding(
             "hidden-file",
             "warning",
             f"recording {path} is a hidden file",
-            "rename it, or remove the line if it is a leftover of another program",
+            f"rename it, or {subject.leave_out} if it is a leftover of another program",
         )
-    if thorough and path.is_symlink():
+    if subject.thorough and path.is_symlink():
         yield Finding(
             "linked-file",
             "warning",
@@ -171,7 +172,7 @@ def decoded_length(subject: Subject, heard: Heard) -> Iterator[Finding]:
             "error",
             f"by its header {subject.name} lasts {subject.num_samples / rate:.3f} s, but "
             f"{heard.num_samples / rate:.3f} s are decoded",
-            "copy or convert it again, or remove its line",
+            f"{COPY_REMEDY}, or {subject.leave_out}",
         )
 
 

@@ -29,8 +29,13 @@ class Finding(NamedTuple):
         return f"{self.message}: {self.remedy}"
 
     @classmethod
-    def of_problem(cls, problem: FileProblem) -> "Finding":
-        """The error that a file cannot be read."""
+    def of_problem(cls, problem: FileProblem, leave_out: str) -> "Finding":
+        """The error that a file cannot be read.
+
+        Args:
+            leave_out: how to do without the recording.
+        """
+        problem = problem.found_in_list(leave_out)
         return cls(problem.code, "error", problem.what, problem.remedy)
 
 
@@ -75,6 +80,7 @@ class Subject:
         is_exact: see `AudioInfo`.
         files: those that hold its audio, if files do.
         main_side: the channel that Moshi is on, for messages.
+        leave_out: how to take it out of what lists it, for messages.
     """
 
     name: str
@@ -92,6 +98,7 @@ class Subject:
     files: tuple[AudioFile, ...] = ()
     thorough: bool = False
     main_side: Literal["left", "right"] = "left"
+    leave_out: str = "remove its line"
 
     @property
     def user_side(self) -> str:

@@ -63,7 +63,7 @@ def _listed_twice(recordings: Sequence[Listed], files: Mapping[Listed, str]) -> 
             "warning",
             f"{_number(again)} listed more than once, and {_count(again)} as often ("
             f"{first.title} {again[files[first]]} times, first in {first.origin})",
-            "remove the lines that come again, or give a weight to what is to come more often",
+            "list each once, or give a weight to what is to come more often",
         )
 
 
@@ -82,7 +82,7 @@ def _same_audio(
             "warning",
             f"{_number(same)} there under more than one name, sample by sample the same "
             f"({first.title} and {second.title}, first in {second.origin})",
-            "remove the lines of the copies, or give a weight to what is to come more often",
+            "list one of them, or give a weight to what is to come more often",
         )
 
 

@@ -40,6 +40,8 @@ class CutOfTwo(AudioRecording):
     where: Sides = field(kw_only=True)
     words: str = field(kw_only=True, compare=False, repr=False)
 
+    leave_out = "remove its cut"
+
     @property
     def location(self) -> str:
         return self.where.location

@@ -37,6 +37,8 @@ class SavedRow(AudioRecording):
     columns: tuple[str, ...] = field(kw_only=True)
     is_promised: bool = field(kw_only=True)
 
+    leave_out = "remove its row"
+
     @property
     def location(self) -> str:
         return f"{self.path}, row {self.row}"

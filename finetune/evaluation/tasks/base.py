@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
+
+from finetune.report import Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from finetune.evaluation.bench import Bench, Inputs
-    from finetune.report import Table
 
 Json = dict[str, Any]
 Found = Mapping[str, Any]
@@ -46,6 +47,13 @@ class Task(ABC):
     options: ClassVar[type[TaskOptions]] = TaskOptions
     uses_recordings: ClassVar[bool] = True
     """Whether it reads the recordings of `--data`."""
+    common_options: ClassVar[tuple[str, ...]] = ("batch_size", "block_frames", "seed")
+    """Which of these it reads. An evaluation tells what its tasks read, and no other option."""
+
+    def options_read(self) -> set[str]:
+        """Return the names of the options that it reads: its own, and common ones."""
+        own = {each.name for each in fields(self.options)}
+        return {*own, *self.common_options, *(("data", "limit") if self.uses_recordings else ())}
 
     def runs_unasked(self, options: Any) -> bool:
         """Return whether it runs where no --tasks is given."""

@@ -257,15 +257,24 @@ def test_a_start_on_a_full_disk_is_one_message_and_leaves_nothing(
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("file", ["consolidated/consolidated.safetensors", "resume/__0_0.distcp"])
+@pytest.mark.parametrize(
+    ("file", "run_name"),
+    [
+        ("consolidated/consolidated.safetensors", ""),
+        ("resume/__0_0.distcp", ""),
+        ("args.yaml", "long " * 135_000),  # larger than all that is written before it
+    ],
+)
 def test_a_checkpoint_that_does_not_fit_on_the_disk_harms_nothing(
     config: Path,
     finished_run: Callable[..., Any],
     tmp_path: Path,
     largest_file: Callable[[int], None],
     file: str,
+    run_name: str,
 ) -> None:
     overrides: dict[str, Any] = {**FULL, "param_dtype": "float32", **SIX_STEPS}
+    overrides |= {"wandb.run_name": run_name} if run_name else {}
     finished_run(tmp_path / "whole", overrides)
     run = trainer(config, tmp_path / "cut", overrides)
     size = (checkpoint(tmp_path / "whole", 6) / file).stat().st_size
@@ -273,6 +282,7 @@ def test_a_checkpoint_that_does_not_fit_on_the_disk_harms_nothing(
 
     def save_into_less(data_position: dict[str, Any] | None = None) -> None:
         if run.step == 6:
+            run.writer.wait()  # the one of step 3 has all the room that it needs
             largest_file(size - 500)
         save(data_position)
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import run_folder_tools
+from forked import Program
 from run_folder_tools import OVERWRITE, tree
 from training_tools import checkpoint, train, trainer
 
@@ -57,6 +59,30 @@ def test_what_no_run_wrote_stays_and_the_rest_is_replaced(
             ("args.yaml", "metrics.train.jsonl", "metrics.eval.jsonl", "tb", "checkpoints",
              "summary.json")] == []  # fmt: skip
     assert "left where it is" in capsys.readouterr().out
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from finetune.kept import write_whole
+
+Path.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+write_whole(Path(sys.argv[1]), "what a configuration begins with")
+"""
+
+
+@pytest.mark.parametrize("name", ["args.yaml", "mine.yaml"])
+def test_half_a_file_of_a_run_that_was_killed_is_replaced_with_it(
+    config: Path, run_dir: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    whole = (run_dir / "args.yaml").read_text()
+    assert Program(KILLED, str(run_dir / name)).wait(timeout=60) == -signal.SIGKILL
+    assert (run_dir / "args.yaml").read_text() == whole
+    assert len([*run_dir.glob(f".{name}.*")]) == 1
+    train(config, run_dir, OVERWRITE)
+    is_own = name == "args.yaml"
+    assert len([*run_dir.glob(f".{name}.*")]) == (0 if is_own else 1)
+    assert ("left where it is" in capsys.readouterr().out) == (not is_own)
 
 
 def _args_is_a_link(run_dir: Path) -> None:

@@ -130,15 +130,15 @@ def line_that_is_a_list(folder: Path, line: dict[str, Any]) -> str:
 
 
 BROKEN: dict[Callable[..., Any], str] = {
-    missing_wav: "bad.wav is missing: correct the path",
+    missing_wav: "bad.wav is missing: correct the path, or remove its line",
     truncated_wav: "bad.wav is truncated",
     truncated_flac: "bad.flac is truncated",
     truncated_mp3: "bad.mp3 is truncated",
     not_audio: "bad.wav cannot be read",
     mono: "bad.wav is mono: expected stereo with Moshi on the left",
     four_channels: "bad.wav is made of 4 channels",
-    wrong_duration: "wrong duration: the line says 2.2 s, but",
-    no_audio: "shorter than one frame",
+    wrong_duration: "wrong duration: it is listed with 2.2 s, but",
+    no_audio: "shorter than one frame of 0.08 s: remove its line",
     missing_transcript: "bad.json is missing: make one",
     transcript_without_alignments: 'bad.json has no list "alignments": it must have the form',
     transcript_with_malformed_alignment: 'alignments[1] is ["b", [0.5], "SPEAKER_MAIN"], expected',
@@ -257,7 +257,7 @@ def test_file_that_breaks_after_the_start(
     with pytest.raises(UserError) as error:
         next(strict)
     assert f"{jsonl}:1: " in str(error.value) and "bad.flac cannot be read" in str(error.value)
-    assert "copy or convert it again" in str(error.value)
+    assert "copy or convert it again, or remove its line. " in str(error.value)
     assert error.value.__cause__ is None
 
     with caplog.at_level(logging.WARNING):

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -135,6 +136,23 @@ def damaged(write: Callable[[Path, Path], Path], pattern: str = "") -> Callable[
     return write_and_damage
 
 
+def sound_of(write: Callable[[Path, Path], Path]) -> Callable[[Path, Path], Path]:
+    """Data of recordings of which one is cut off."""
+
+    def write_with_damage(folder: Path, stereo: Path) -> Path:
+        own = shutil.copytree(stereo.parent, folder / "own") / stereo.name
+        file = own.parent / "0.wav"
+        if write is saved_dataset:  # which holds the audio itself
+            file.write_bytes(file.read_bytes()[:3000])
+        path = write(folder, own)
+        if write is not saved_dataset:
+            file = folder / "0_moshi.wav" if write is mono_pairs else file
+            file.write_bytes(file.read_bytes()[:3000])
+        return path
+
+    return write_with_damage
+
+
 JSON_WORDS = json.dumps(words_of(0))
 MISTAKES: dict[str, Callable[[Path, Path], Path]] = {
     "it is a MonoCut, and a dialogue is a MultiCut of two channels": changed_cuts(
@@ -150,7 +168,9 @@ MISTAKES: dict[str, Callable[[Path, Path], Path]] = {
         )
     ),
     "their times seem to count from the start of the cut": changed_cuts(from_the_start_of_the_cut),
-    "the line says 2.0 s, but": changed_cuts(lambda cut: cut.update(start=2.5, supervisions=[])),
+    "it is listed with 2.0 s, but": changed_cuts(
+        lambda cut: cut.update(start=2.5, supervisions=[])
+    ),
     "nothing is left of the part that starts at 9 s": changed_cuts(
         lambda cut: cut.update(start=9.0, supervisions=[])
     ),
@@ -174,8 +194,11 @@ MISTAKES: dict[str, Callable[[Path, Path], Path]] = {
     "is malformed: alignments[0] is 1": data_set_of(["audio"], alignments=[[1, 2]]),
     "is no list of words": data_set_of(["audio"], alignments=[7]),
     "is empty": data_set_of(["audio"], alignments=[None]),
-    "the line says 5.0 s": data_set_of(["audio"], alignments=[JSON_WORDS], duration=[5.0]),
+    "it is listed with 5.0 s": data_set_of(["audio"], alignments=[JSON_WORDS], duration=[5.0]),
     "holds several data sets: test, train. Name one": several_data_sets,
+    "copy or convert it again, or remove its row": sound_of(saved_dataset),
+    "copy or convert it again, or remove its cut": sound_of(lhotse_cuts),
+    "copy or convert it again, or remove its line": sound_of(mono_pairs),
     "cannot be read as Arrow": damaged(saved_dataset, "*.arrow"),
 }
 

@@ -2,6 +2,7 @@
 
 import gc
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -102,3 +103,37 @@ def test_a_run_that_waits_behind_a_demonstration_is_not_replaced(tmp_path: Path)
 def test_the_folder_has_one_name(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="given by --out"):
         run_demo(tmp_path / "run", {"run_dir": str(tmp_path / "other")})
+
+
+def test_it_tells_what_it_does_and_what_came_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    memory = SimpleNamespace(share=lambda arm: {"on": 0.9, "off": 0.05}[arm], num_values=12)
+    monkeypatch.setattr(run, "show_memory", lambda folder, device: memory)
+    monkeypatch.setattr(run, "PROMPT_SEC", 2.0)  # these dialogues last 5 s
+    run_dir = tmp_path / "run"
+    steps = {"max_steps": 2, "eval_freq": 1, "data.cache_dir": str(tmp_path / "codes")}
+    run_demo(run_dir, SHORT | steps)
+    said = capsys.readouterr().out
+    told = [
+        "[1/5] making dialogues in ",
+        "[2/5] memory: example/memory",
+        "[3/5] training another small Moshi",
+        "step 2/2",
+        "[4/5] drawing the loss curve",
+        "[5/5] continuing a dialogue that it has not heard",
+        "Done in ",
+        "With TTT it answered 90% of the questions rightly, without TTT 5%; a guess is right in 8%",
+        "learned from nothing, with TTT in layers ",
+        "On dialogues it has not heard, its loss fell from ",
+        "Then it took over Moshi's part in eval_000.wav after 2 s (|):\n  ",
+        f"\n  {run_dir / 'loss.png'}   the loss curve",
+        f"\n  {run_dir / 'continuation.wav'}   listen: left Moshi, right the user",
+        f"\n  {run_dir / 'checkpoints/checkpoint_000002'}   the weights",
+        "Next: change something in example/demo.yaml and train it again,",
+    ]
+    places = [said.find(each) for each in told]
+    assert -1 not in places and places == sorted(places), said
+    for name in ("loss.png", "continuation.wav", "continuation.txt"):
+        assert (run_dir / name).stat().st_size > 0
+    assert (run_dir / "continuation.txt").read_text().strip() in said

@@ -26,7 +26,7 @@ from finetune.evaluation.tasks.health.measure import (
     repeat_rate,
 )
 from finetune.evaluation.tasks.health.summary import summarize_health
-from finetune.evaluation.tasks.pairs import PairOptions
+from finetune.evaluation.tasks.pairs.options import PairOptions
 from finetune.evaluation.tasks.pairs.score import (
     Pair,
     PairScorer,
@@ -150,6 +150,7 @@ def test_missing_recordings_are_counted_and_never_scored(pair_folder: Path) -> N
     summary = summarize_pairs(pairs, records, task.missing, PairOptions())
     assert (summary["num_pairs"], summary["num_missing"]) == (3, 2)
     assert "is missing" in summary["missing"]["p0"] and "cannot be read" in summary["missing"]["p1"]
+    assert all(why.endswith(", or remove its line") for why in summary["missing"].values())
     assert summary["all"]["num_scored"] == 1 and summary["groups"]["b"]["num_scored"] == 0
     assert summary["groups"]["b"]["accuracy"]["value"] is None
     assert summary["scores"][0]["missing"] and summary["scores"][0]["good"] is None

@@ -2,6 +2,7 @@
 
 import csv
 import functools
+import html
 import json
 import shutil
 import sys
@@ -196,6 +197,11 @@ def test_the_truth_the_queue_and_silence_are_told_apart(
     with (out / "spoken_recall.csv").open() as file:
         lines = [*csv.DictReader(file)]
     assert [line["recall"] for line in lines[:3]] == ["1.0"] * 3 and len(lines) == 9
+
+    # This model's attention sees 1 s or so: that is said once, with the first conclusion.
+    assert said.count("beyond attention's window") == 1
+    assert "12 questions, 10 s to 1 min after the fact, all beyond attention's window." in said
+    assert html.unescape(page).count("beyond attention's window") == 1
 
     # A third call hears nothing; other talks are not mixed with these.
     doubled.num_steps = 0

@@ -10,6 +10,7 @@ import soundfile
 from full_disk import FULL, room_for
 from matplotlib.figure import Figure
 
+from finetune.config import DataArgs, TrainArgs, save_config
 from finetune.errors import UserError
 from finetune.kept import WavWriter, is_free_folder, whole_folder, write_wav, write_whole
 from finetune.recall.report import write_csv as write_recall
@@ -31,9 +32,10 @@ RESULT["trained_length"] = {"by_distance": {}} | dict.fromkeys(
         lambda path: write_wav(path, SAMPLES, 24000),
         lambda path: write_csv(path, ["a"], [[LONG]]),
         lambda path: write_recall([RESULT], path),
+        lambda path: save_config(TrainArgs(DataArgs(train_data=LONG), "run"), path),
         lambda path: save_png(Figure(figsize=(30, 30), facecolor="red"), path),
     ],
-    ids=["text", "wav", "table", "recall", "picture"],
+    ids=["text", "wav", "table", "recall", "configuration", "picture"],
 )
 def test_a_full_disk_leaves_the_file_of_before(
     tmp_path: Path, write: Callable[[Path], None]

@@ -65,6 +65,7 @@ def test_hidden_files_are_passed_over_and_broken_ones_named(
     said = capsys.readouterr().out
     assert "passed over 1 hidden" in said
     assert "broken.wav cannot be read" in said
+    assert "copy or convert it again" in said and "remove its line" not in said  # there is none yet
     assert "mono.wav is mono" in said and "--pair" in said
 
 

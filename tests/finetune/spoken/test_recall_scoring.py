@@ -182,8 +182,19 @@ def test_recall_is_counted_by_distance_and_arm() -> None:
     assert [row[0] for row in table.rows] == ["10 s", "5 min", "beyond attention's window", "all"]
     assert table.rows[1][3:] == ["1.00", "0.00"]
     assert differences.rows[0][0] == "TTT on − TTT off"
+    assert differences.columns == ("compared", "all", "beyond attention's window")
     assert outcomes.rows[1] == ["TTT off", "2 (25%)", "0 (0%)", "4 (50%)", "2 (25%)"]
     assert recall_csv(found).rows[1][:4] == ["on", 300, 4, 0.75]
+
+
+@pytest.mark.parametrize("window_sec", [5.0, 300.0, None], ids=["none in it", "all", "unknown"])
+def test_what_is_beyond_the_window_is_told_apart_where_some_is_not(window_sec: Any) -> None:
+    talks = {n: [question(10, "cheese"), question(300, "oranges")] for n in range(4)}
+    heard = {arm: {n: answers("right", "none") for n in talks} for arm in ("on", "off")}
+    table, differences, _ = recall_tables(summarize_recall(talks, heard, window_sec=window_sec))
+    assert [row[0] for row in table.rows] == ["10 s", "5 min", "all"]
+    assert differences.columns == ("compared", "all")
+    assert [len(row) for row in differences.rows] == [2]
 
 
 def test_talks_that_are_all_alike_are_no_proof() -> None:

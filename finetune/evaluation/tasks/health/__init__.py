@@ -10,15 +10,11 @@ import dataclasses
 import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from annotated_types import Ge, Le
-
-from finetune.config import Prefix, Size
-from finetune.evaluation.tasks.base import Found, Json, Task, TaskOptions
+from finetune.evaluation.tasks.base import Found, Json, Task
+from finetune.evaluation.tasks.health.options import HealthOptions
 from finetune.report import Table, plain
-from ttt.options import NonNegative
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,39 +24,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class ContinuationOptions:
-    """Seeded continuations: how many, of how long a prompt, and how long they are."""
-
-    num_continuations: Size = 8
-    """How many continuations are made for health."""
-
-    prompt_sec: Annotated[float, Ge(0.08), Le(86_400)] = 5.0
-    """Seconds of each recording before Moshi takes over."""
-
-    health_sec: Annotated[float, Ge(1), Le(86_400)] = 20.0
-    """Seconds of each continuation."""
-
-    temperature: NonNegative = 0.8
-    """Temperature of the audio of continuations."""
-
-    text_temperature: NonNegative = 0.7
-    """Temperature of their text."""
-
-
-@dataclass(frozen=True)
-class HealthOptions(TaskOptions):
-    """The continuations."""
-
-    health: Annotated[ContinuationOptions, Prefix("")] = field(default_factory=ContinuationOptions)
-
-
 class Health(Task):
     """Measures of continuations beside those of the recordings themselves, and alarms."""
 
     name = "health"
     title = "Health of generated speech"
     options = HealthOptions
+    common_options = ("batch_size", "seed")
 
     def runs_unasked(self, options: Any) -> bool:
         return True

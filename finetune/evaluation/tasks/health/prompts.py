@@ -16,7 +16,7 @@ from finetune.data import (
 from finetune.errors import UserError
 from finetune.evaluation.bench import Bench
 from finetune.evaluation.codes import encode_to_file
-from finetune.evaluation.tasks.health import ContinuationOptions
+from finetune.evaluation.tasks.health.options import ContinuationOptions
 
 logger = logging.getLogger(__name__)
 

@@ -6,56 +6,19 @@ score.py reads the pairs and scores recordings; summary.py and figure.py tell wh
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from finetune.config import FILE, FilePath, Prefix
 from finetune.errors import UserError
-from finetune.evaluation.tasks.base import Found, Json, Task, TaskOptions
+from finetune.evaluation.tasks.base import Found, Json, Task
+from finetune.evaluation.tasks.pairs.options import PairsOptions
 from finetune.kept import write_whole
 from finetune.report import Table, plain, signed
-from ttt.options import NonNegative
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from finetune.evaluation.bench import Bench, Inputs
     from finetune.evaluation.tasks.pairs.score import Pair
-
-
-@dataclass(frozen=True)
-class PairOptions:
-    """Options of how the likelihood of a recording is made of those of its tokens: weights of the
-    streams, and whether the weighted sum is divided by the number of frames (`mean`) or not
-    (`sum`)."""
-
-    side: Literal["moshi", "user"] = "moshi"
-    """Whose voice a mono recording is; the other side is silent."""
-
-    text: Literal["padding", "transcript"] = "padding"
-    """`transcript`: the words of the .json beside each recording."""
-
-    text_weight: NonNegative = 0.0
-    """Weight of the text stream in the likelihood."""
-
-    first_codebook_weight: NonNegative = 1.0
-    """Weight of the first codebook."""
-
-    other_codebooks_weight: NonNegative = 0.0
-    """Weight of each other codebook."""
-
-    length_norm: Literal["mean", "sum"] = "mean"
-    """`mean`: divide by the number of frames; `sum`: do not."""
-
-
-@dataclass(frozen=True)
-class PairsOptions(TaskOptions):
-    """The pairs, and how they are scored."""
-
-    pairs: Annotated[FilePath | None, FILE] = None
-    """A JSONL of {"good": "a.wav", "bad": "b.wav", "id": "17", "group": "agreement"}."""
-
-    pair: Annotated[PairOptions, Prefix("pair_")] = field(default_factory=PairOptions)
 
 
 class Pairs(Task):
@@ -65,6 +28,7 @@ class Pairs(Task):
     title = "Paired likelihood"
     options = PairsOptions
     uses_recordings = False
+    common_options = ("batch_size", "block_frames")
 
     def runs_unasked(self, options: PairsOptions) -> bool:
         return options.pairs is not None

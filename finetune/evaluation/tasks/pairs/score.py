@@ -19,6 +19,7 @@ from finetune.data import (
     AudioInfo,
     Codec,
     FileProblem,
+    damaged,
     inspect_audio,
     read_audio,
     read_transcript,
@@ -29,7 +30,7 @@ from finetune.evaluation.codes import BLOCK_FRAMES, Silence
 from finetune.evaluation.fingerprints import file_versions
 from finetune.evaluation.progress import Progress
 from finetune.evaluation.streaming import Scorer
-from finetune.evaluation.tasks.pairs import PairOptions
+from finetune.evaluation.tasks.pairs.options import PairOptions
 from finetune.kept import Records
 from finetune.safety import is_recording_name, parse_json, path_problem
 from finetune.step import LossWeights
@@ -39,6 +40,7 @@ from ttt.options import abbreviated
 logger = logging.getLogger(__name__)
 
 _FORMAT = '{"good": "a.wav", "bad": "b.wav", "id": "17", "group": "agreement"}'
+_LEAVE_OUT = "remove its line"
 _UNWEIGHTED = LossWeights(text_padding=1.0, first_codebook=1.0)
 
 
@@ -148,9 +150,9 @@ class PairScorer:
             try:
                 found[wav] = inspect_audio(wav, channels=(1, 2))
                 if not found[wav].num_samples:
-                    raise FileProblem(f"recording {wav} is empty", "remove its line")
+                    raise damaged(f"recording {wav} is empty")
             except FileProblem as problem:
-                self.missing[str(wav)] = str(problem)
+                self.missing[str(wav)] = str(problem.found_in_list(_LEAVE_OUT))
         # Rows of a batch should be of like length.
         todo = sorted(
             (wav for wav in found if str(wav) not in done and str(wav) not in self.missing),
@@ -182,7 +184,7 @@ class PairScorer:
             try:
                 rows[wav] = CodesInMemory(self._encode(wav, info))
             except FileProblem as problem:
-                self.missing[str(wav)] = str(problem)
+                self.missing[str(wav)] = str(problem.found_in_list(_LEAVE_OUT))
         if not rows:
             return
         model, block_frames = self.model, self.block_frames

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from finetune.evaluation.tasks.base import Json
-from finetune.evaluation.tasks.pairs import PairOptions
+from finetune.evaluation.tasks.pairs.options import PairOptions
 from finetune.evaluation.tasks.pairs.score import Pair, log_likelihood
 from finetune.statistics import mean, proportion
 

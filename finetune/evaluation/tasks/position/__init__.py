@@ -9,54 +9,20 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from annotated_types import Ge, Le
-
-from finetune.config import FOLDER, FilePath
 from finetune.errors import UserError
 from finetune.evaluation.streams import STREAM_TITLES, STREAMS
-from finetune.evaluation.tasks.base import Found, Json, Task, TaskOptions
+from finetune.evaluation.tasks.base import Found, Json, Task
+from finetune.evaluation.tasks.position.options import PositionOptions
 from finetune.report import Table, plain, signed
-from ttt.options import Frames
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from finetune.evaluation.bench import Bench, Inputs
     from finetune.evaluation.tasks.position.baseline import Baseline
-
-Arm = Literal["on", "off", "reset", "carried"]
-ARMS: tuple[Arm, ...] = ("on", "off", "reset", "carried")
-Duration = Annotated[float, Ge(0.08), Le(86_400)]
-
-
-@dataclass(frozen=True)
-class PositionOptions(TaskOptions):
-    """Options of how recordings are read, and what they are read with."""
-
-    arms: tuple[Arm, ...] = ARMS
-    """Arms of loss by position: with TTT, without, TTT reset now and then, TTT starting from the
-    state of another recording."""
-
-    reset_frames: Frames | None = None
-    """How often the arm `reset` resets, more than a chunk; null: what attention sees, and at least
-    two chunks."""
-
-    baseline: Annotated[FilePath | None, FOLDER] = None
-    """The output folder of an evaluation of another checkpoint, to compare with."""
-
-    bin_sec: Duration = 10.0
-    """Width of the bins of position."""
-
-    max_sec: Duration | None = None
-    """Read no more than this of each recording."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        object.__setattr__(self, "arms", tuple(arm for arm in ARMS if arm in self.arms))
 
 
 class Position(Task):

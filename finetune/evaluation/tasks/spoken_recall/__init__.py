@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from annotated_types import Ge, Le
-
-from finetune.config import Prefix
 from finetune.errors import UserError
-from finetune.evaluation.tasks.base import Found, Json, Task, TaskOptions
+from finetune.evaluation.tasks.base import Found, Json, Task
+from finetune.evaluation.tasks.spoken_recall.options import (
+    ALL_ARMS,
+    Arm,
+    RecallOptions,
+    SpokenRecallOptions,
+)
 from finetune.report import Table, duration_text, plain, signed
 from finetune.spoken import (
     ARM_LABELS,
     FORMAT,
-    TalkOptions,
+    Talk,
+    crosses_window,
     example_table,
     guessing_text,
     make_talk,
@@ -30,41 +33,11 @@ from finetune.spoken import (
     score_words,
     summarize_recall,
 )
-from ttt.options import NonNegative
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from finetune.evaluation.bench import Bench, Inputs
-    from finetune.spoken import Talk
-
-Arm = Literal["on", "off", "reset"]
-_ALL_ARMS: tuple[Arm, ...] = ("on", "off", "reset")
-
-
-@dataclass(frozen=True)
-class RecallOptions(TalkOptions):
-    """The talks, and how they are heard."""
-
-    arms: tuple[Arm, ...] = _ALL_ARMS
-    """With TTT, without, and TTT forgetting all just before each question."""
-
-    max_minutes: Annotated[float, Ge(0.01), Le(1e5)] | None = None
-    """Stop after so long; talks that were heard to their end count, and the same command goes on.
-    null: no limit."""
-
-    temperature: NonNegative = 0.8
-    """Temperature of the audio that the model speaks in the talks."""
-
-    text_temperature: NonNegative = 0.7
-    """Temperature of its text."""
-
-
-@dataclass(frozen=True)
-class SpokenRecallOptions(TaskOptions):
-    """The options of spoken recall; those of the talks are the same as of recall-audio."""
-
-    recall: Annotated[RecallOptions, Prefix("recall_")] = field(default_factory=RecallOptions)
 
 
 class SpokenRecall(Task):
@@ -74,6 +47,7 @@ class SpokenRecall(Task):
     title = "Spoken recall"
     options = SpokenRecallOptions
     uses_recordings = False
+    common_options = ("batch_size", "seed")
 
     def check(self, options: SpokenRecallOptions, *, is_chosen: bool) -> None:
         if not is_chosen and options.recall != RecallOptions():
@@ -93,7 +67,7 @@ class SpokenRecall(Task):
         del settings["max_minutes"]
         more = {"seed": bench.options.seed, "batch_size": bench.options.batch_size}
         records = bench.records(self.name, {**settings, **more, "talks": FORMAT})
-        arms: tuple[Arm, ...] = tuple(arm for arm in _ALL_ARMS if arm in wanted.arms)
+        arms: tuple[Arm, ...] = tuple(arm for arm in ALL_ARMS if arm in wanted.arms)
         if not bench.model.ttt_layers:
             arms = ("off",)
             bench.note("This checkpoint has no TTT: it is heard as it is, as the arm `off`.")
@@ -135,19 +109,26 @@ class SpokenRecall(Task):
         if not found["num_questions"]:
             return
         first, last = (duration_text(found["distances_sec"][end]) for end in (0, -1))
+        window_sec = found["window_sec"]
+        are_beyond = window_sec is not None and window_sec < found["distances_sec"][0]
+        where = ", all beyond attention's window" if are_beyond else ""
         for number, (arm, of) in enumerate(found["arms"].items()):
-            asked = f" of {found['num_questions']} questions, {first} to {last} after the fact"
+            asked = (
+                f" of {found['num_questions']} questions, {first} to {last} after the fact{where}"
+            )
             share = plain(of["all"], 2)
             yield f"{ARM_LABELS[arm]}: the right value in {share}{'' if number else asked}."
         yield guessing_text(found)
+        places = {"all": ""}
+        if crosses_window(found):
+            places["beyond_window"] = " beyond attention's window"
         for difference in found["differences"]:
-            for place, where in (("all", ""), ("beyond_window", " beyond attention's window")):
-                if difference[place] is not None:
-                    one, other = (ARM_LABELS[arm] for arm in difference["arms"])
-                    yield (
-                        f"{one} against {other}{where}: {signed(difference[place], 2)}, "
-                        f"{_verdict(difference[place])}."
-                    )
+            one, other = (ARM_LABELS[arm] for arm in difference["arms"])
+            for place, where in places.items():
+                yield (
+                    f"{one} against {other}{where}: {signed(difference[place], 2)}, "
+                    f"{_verdict(difference[place])}."
+                )
 
     def why_nothing(self, found: Found) -> str:
         if found["num_questions"]:

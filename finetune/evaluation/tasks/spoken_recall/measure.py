@@ -14,7 +14,7 @@ import torch
 from finetune.data import FRAME_RATE_HZ
 from finetune.evaluation.bench import Bench
 from finetune.evaluation.progress import Progress
-from finetune.evaluation.tasks.spoken_recall import RecallOptions
+from finetune.evaluation.tasks.spoken_recall.options import RecallOptions
 from finetune.kept import Records
 from finetune.serve import Engine, Row, Spoken, Words, open_engine
 from finetune.spoken import Talk, in_window

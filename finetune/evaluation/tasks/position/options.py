@@ -1,0 +1,40 @@
+"""Options of the task `position`."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Le
+
+from finetune.config import FOLDER, FilePath
+from finetune.evaluation.tasks.base import TaskOptions
+from ttt.options import Frames
+
+Arm = Literal["on", "off", "reset", "carried"]
+ARMS: tuple[Arm, ...] = ("on", "off", "reset", "carried")
+Duration = Annotated[float, Ge(0.08), Le(86_400)]
+
+
+@dataclass(frozen=True)
+class PositionOptions(TaskOptions):
+    """Options of how recordings are read, and what they are read with."""
+
+    arms: tuple[Arm, ...] = ARMS
+    """Arms of loss by position: with TTT, without, TTT reset now and then, TTT starting from the
+    state of another recording."""
+
+    reset_frames: Frames | None = None
+    """How often the arm `reset` resets, more than a chunk; null: what attention sees, and at least
+    two chunks."""
+
+    baseline: Annotated[FilePath | None, FOLDER] = None
+    """The output folder of an evaluation of another checkpoint, to compare with."""
+
+    bin_sec: Duration = 10.0
+    """Width of the bins of position."""
+
+    max_sec: Duration | None = None
+    """Read no more than this of each recording."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "arms", tuple(arm for arm in ARMS if arm in self.arms))
