@@ -29,6 +29,20 @@ def json_file(text: str) -> Path:
     return path
 
 
+def folder(text: str) -> Path:
+    """Return the path of a folder that is there, and is made if it was not, for argparse.
+
+    Raises:
+        argparse.ArgumentTypeError: it cannot be made.
+    """
+    path = Path(text)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{path} cannot be made: {error.strerror}") from error
+    return path
+
+
 def print_and_keep(
     results: Iterable[dict[str, Any]],
     line: Callable[[dict[str, Any]], str],

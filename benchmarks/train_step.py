@@ -37,7 +37,7 @@ from typing import Any
 
 import torch
 from moshi.models.lm import LMModel
-from outputs import json_file, print_and_keep, settings
+from outputs import folder, json_file, print_and_keep, settings
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from training_arms import (
@@ -60,6 +60,12 @@ TOLERANCE = {torch.bfloat16: 5e-3, torch.float32: 1e-5}
 """How far a loss may be from the stock model's, in nats; see docs/benchmarks.md."""
 FACTOR = 4.0
 """Of what two plain forms of a base in fewer bits differ by, as in `same_losses.py`."""
+SELECTIVE_ARMS: dict[str | None, str] = {
+    None: "ours",
+    "in_place hidden": "ours, in_place hidden",
+    "mlp": "ours, mlp",
+}
+"""TTT of the arms of which some layers keep their products, and what their names begin with."""
 
 
 def arms(options: argparse.Namespace) -> Iterator[Arm]:
@@ -74,6 +80,10 @@ def arms(options: argparse.Namespace) -> Iterator[Arm]:
     for name in TTT:
         yield Arm(f"ours, {name}", ttt=name, compile=compile)
     yield Arm("ours, selective", checkpointing="selective", compile=compile)
+    for number in options.selective_layers:
+        for ttt, ours in SELECTIVE_ARMS.items():
+            name = f"{ours}, selective in {number}"
+            yield Arm(name, ttt=ttt, selective_layers=number, compile=compile)
     yield Arm("ours, eager", compile=False)
     yield Arm("stock, full", is_stock=True, is_full=True)
     yield Arm("ours, full", is_full=True, compile=compile)
@@ -316,6 +326,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--full-layers", type=int, default=8, help="of 32, in full fine-tuning")
     parser.add_argument("--arms", nargs="+", metavar="ARM", help="lines of the table; default: all")
+    parser.add_argument(
+        "--selective-layers",
+        nargs="+",
+        type=int,
+        default=[],
+        metavar="N",
+        help="more arms, in which N layers keep what `selective` keeps in all",
+    )
     parser.add_argument("--search", action="store_true", help="for the largest batch (CUDA)")
     parser.add_argument("--warmup", type=int, default=2, help="steps that are not timed")
     parser.add_argument("--steps", type=int, default=4, help="steps that are")
@@ -323,7 +341,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tolerance", type=float, help="of losses, in nats; default: by dtype")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--profile", nargs="*", help="arms whose kernels are listed in a file")
-    parser.add_argument("--profile-dir", type=Path, default=Path())
+    parser.add_argument("--profile-dir", type=folder, default=Path())
     parser.add_argument("--json", type=json_file, help="a file to write the results to")
     options = parser.parse_args(arguments)
     options.dtype = getattr(torch, options.dtype)
@@ -332,9 +350,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     options.compile, options.frees_base = options.device == "cuda", True
     options.varied_rows = False
     names = [arm.name for arm in arms(options)]
-    for name in options.arms or []:
-        if name not in names:
-            parser.error(f"--arms: there is no {name!r}; choose from {', '.join(names)}")
+    for option, chosen in (("--arms", options.arms), ("--profile", options.profile)):
+        for name in chosen or []:
+            if name not in names:
+                parser.error(f"{option}: there is no {name!r}; choose from {', '.join(names)}")
     # The learning rate is at its highest from the second step on: a wrong gradient shows.
     options.schedule_steps = max(20, options.warmup + options.steps + 1)
     options.ttt_layers = {"start_layer": 1} if options.model == "tiny" else {}

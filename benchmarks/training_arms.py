@@ -50,6 +50,7 @@ class Arm:
     """All weights train, of a model with fewer layers; else LoRA."""
     ttt: str | None = None
     checkpointing: Any = True
+    selective_layers: int = 0
     compile: bool = True
     batch: int | None = None
     """None: as the options say."""
@@ -261,6 +262,7 @@ class Weights:
                 device=options.device,
                 dtype=options.dtype,
                 gradient_checkpointing=arm.checkpointing,
+                selective_layers=arm.selective_layers,
                 compile=arm.compile,
             )
         model.load_state_dict(self.base, strict=False, assign=not arm.is_full)

@@ -117,7 +117,7 @@ class TTTLMModel(Shardable, LMModel):
 
     ttt_args: TTTArgs
     execution: Execution
-    """How whole sequences are computed in training; the layers share it."""
+    """How whole sequences are computed in training; all but `selective_layers` share it."""
 
     @property
     def ttt_layers(self) -> dict[int, TTTLayer]:
@@ -127,6 +127,18 @@ class TTTLMModel(Shardable, LMModel):
             for index, layer in enumerate(self.transformer.layers)
             if layer.ttt_module is not None
         }
+
+    @property
+    def order_of_keeping(self) -> list[int]:
+        """Return the main transformer's layers in the order in which `selective_layers` takes them:
+        first those that gain most, and of equal ones the last, which keep it for the shortest
+        time."""
+
+        def rank(index: int) -> int:
+            module = self.transformer.layers[index].ttt_module
+            return 1 if module is None else 0 if module.gains_when_kept else 2
+
+        return sorted(reversed(range(len(self.transformer.layers))), key=rank)
 
     def _init_weights(self) -> None:
         # On `meta` there is nothing to draw, and drawing it takes seconds for a large model.
@@ -211,6 +223,7 @@ def build_model(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     gradient_checkpointing: Checkpointing = False,
+    selective_layers: int = 0,
     compile: bool = False,
     attention_context: int | None = None,
 ) -> TTTLMModel:
@@ -224,13 +237,15 @@ def build_model(
         device: `meta` to load weights later.
         dtype: of the parameters.
         gradient_checkpointing: what to keep for the backward pass; see `Checkpointing`.
+        selective_layers: how many of the main transformer's layers keep what `selective` does where
+            the others keep their inputs alone; those with In-Place TTT first.
         compile: the layers in training. It changes nothing but time and rounding.
         attention_context: frames that attention sees, instead of the `context` in `lm_kwargs`; in
             the TTT layers `ttt_args.attention_context` replaces both.
 
     Raises:
-        ValueError: an option out of range, no layer to put TTT in, a layer without a gated MLP, or
-            an odd head width with RoPE.
+        ValueError: an option out of range, no layer to put TTT in, a layer without a gated MLP,
+            more `selective_layers` than there are, or an odd head width with RoPE.
     """
     lm_kwargs = dict(lm_kwargs)
     if attention_context is not None:
@@ -251,6 +266,11 @@ def build_model(
         raise ValueError(
             "models with conditioning (cross attention or a fuser, as Hibiki has) are not "
             "supported; use a Moshi without it."
+        )
+    if not 0 <= selective_layers <= lm_kwargs["num_layers"]:
+        raise ValueError(
+            f"selective_layers: must lie between 0 and the model's {lm_kwargs['num_layers']} "
+            f"layers, got {selective_layers}"
         )
     without_values = device is not None and torch.device(device).type == "meta"
     with _NothingDrawn() if without_values else nullcontext():
@@ -273,8 +293,12 @@ def build_model(
         else:
             block.ttt = layer
     assert list(model.ttt_layers) == indices
-    for module in [*model.transformer.layers, *model.ttt_layers.values()]:
-        module.execution = model.execution
+    selective = Execution("selective", compile)
+    chosen = set(model.order_of_keeping[:selective_layers])
+    for index, block in enumerate(model.transformer.layers):
+        block.execution = selective if index in chosen else model.execution
+        if block.ttt_module is not None:
+            block.ttt_module.execution = block.execution
     _set_attention_context(model, ttt_args)
     # Every layer says the same.
     for remark in dict.fromkeys(r for m in model.ttt_layers.values() for r in m.remarks()):

@@ -221,6 +221,12 @@ class TrainArgs:
     the results of attention and of large matrix products, which take most of that time. `false`:
     everything."""
 
+    selective_layers: Annotated[int, Ge(0), Le(10_000)] = 0
+    """How many of the main transformer's layers keep what `selective` does, where
+    `gradient_checkpointing: true` leaves memory free: each makes the step shorter. Those with
+    In-Place TTT come first, those of `linear` and `mlp` last. `moshi-ttt plan` says how many fit.
+    """
+
     compile: bool | None = None
     """Whether to compile the layers with `torch.compile`: the first step takes a minute or so, all
     others are faster. null: on a GPU. Needs gcc or clang: on a GPU in any case, for the kernels,

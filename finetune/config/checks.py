@@ -92,6 +92,13 @@ def _check_paths(args: TrainArgs) -> Iterator[Problem]:
 
 
 def _check_run(args: TrainArgs) -> Iterator[Problem]:
+    if args.selective_layers and args.gradient_checkpointing is not True:
+        value = str(args.gradient_checkpointing).lower()
+        yield (
+            "selective_layers, gradient_checkpointing",
+            f"with {value} no layer keeps less than that; set selective_layers to 0, or "
+            "gradient_checkpointing to true",
+        )
     if args.resume and args.overwrite_run_dir:
         yield (
             "resume, overwrite_run_dir",

@@ -218,6 +218,7 @@ def plan_model(
             device="meta",
             dtype=getattr(torch, args.param_dtype),
             gradient_checkpointing=args.gradient_checkpointing,
+            selective_layers=args.selective_layers,
             compile=compile,
             attention_context=args.model.attention_context,
         )

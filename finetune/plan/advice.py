@@ -58,6 +58,17 @@ def ways_to_fit(
     return [f"{what}: {memory.peak / 1e9:.1f} GB" for what, memory in found]
 
 
+def way_to_speed(
+    args: TrainArgs,
+    model: TTTLMModel,
+    info: loaders.CheckpointInfo,
+    num_processes: int,
+    is_enough: Callable[[Memory], bool],
+) -> tuple[str, TrainArgs] | None:
+    """Return what a run that fits can keep in the memory that it leaves, and the run with it."""
+    return _Advice(args, model, info, num_processes, is_enough).more_kept()
+
+
 @dataclasses.dataclass(frozen=True)
 class _Advice:
     args: TrainArgs
@@ -67,10 +78,44 @@ class _Advice:
     is_enough: Callable[[Memory], bool]
 
     def less_kept(self) -> Changes:
-        less: dict[Any, list[Any]] = {True: [], "selective": [True], False: ["selective", True]}
-        for value in less[self.args.gradient_checkpointing]:
-            what = f"gradient_checkpointing: {str(value).lower()}"
-            yield what, self._with(gradient_checkpointing=value)
+        mode = self.args.gradient_checkpointing
+        if mode is False:
+            less = {"gradient_checkpointing": "selective"}
+            yield self._keeping(**less), self._with(**less)
+        most = len(self.model.transformer.layers)
+        if mode is True:
+            most = self.args.selective_layers - 1
+        changes: dict[str, Any] = {"gradient_checkpointing": True}
+        changes["selective_layers"] = largest(
+            lambda number: self.is_enough(self._with(**changes, selective_layers=number)), most
+        )
+        if mode is not True or self.args.selective_layers:
+            yield self._keeping(**changes), self._with(**changes)
+
+    def more_kept(self) -> tuple[str, TrainArgs] | None:
+        """Return what makes the step shorter in the memory that is left, and the run with it; None
+        where nothing does."""
+        if self.args.gradient_checkpointing is not True:
+            return None
+        all_layers = len(self.model.transformer.layers)
+        more = dict[str, Any](gradient_checkpointing="selective", selective_layers=0)
+        if not self.is_enough(self._with(**more)):
+            most = largest(
+                lambda number: self.is_enough(self._with(selective_layers=number)), all_layers
+            )
+            if most <= self.args.selective_layers:
+                return None
+            more = {"selective_layers": most}
+        return self._keeping(**more), dataclasses.replace(self.args, **more)
+
+    def _keeping(self, **changes: Any) -> str:
+        """Return what is to be set, without what is set already."""
+        said = [
+            f"{key}: {str(value).lower()}"
+            for key, value in changes.items()
+            if value != getattr(self.args, key)
+        ]
+        return ", ".join(said)
 
     def first_enough(self, changes: Changes) -> tuple[str, Memory] | None:
         return next((each for each in changes if self.is_enough(each[1])), None)
@@ -122,7 +167,7 @@ class _Advice:
             adapted = dataclasses.replace(self.args, full_finetuning=False, lora=lora)
             kinds["full_finetuning: false, lora.enable: true"] = adapted
         for what, kind in kinds.items():
-            args = dataclasses.replace(kind, gradient_checkpointing=True)
+            args = dataclasses.replace(kind, gradient_checkpointing=True, selective_layers=0)
             search = Search(args, self.info, self.num_processes)
             choice = search.best(self.is_enough, args.batch_size)
             if choice is None:
@@ -130,6 +175,8 @@ class _Advice:
             changes = [what] if what else []
             if self.args.gradient_checkpointing is not True:
                 changes.append("gradient_checkpointing: true")
+            if self.args.selective_layers:
+                changes.append("selective_layers: 0")
             together = ", ".join(changes + choice.setting.changes(kind))
             then = _Advice(choice.args, choice.model, self.info, self.num_processes, self.is_enough)
             if choice.batch_size == args.batch_size:

@@ -12,7 +12,7 @@ nothing else is kept, but all gradients have come. What is counted, for one proc
     optimizer    two moments, in `optim.state`
     gathered     of a sharded model: all that is in no layer, and two layers, whole
     kept         the inputs of all layers that a gradient passes through (activation checkpointing),
-                 and what the loss starts from
+                 the results of products where these are kept, and what the loss starts from
     working      the largest layer's intermediate results, and their gradients; less where no
                  layer's weights train
     TTT          what its operator takes beside that, if the main transformer's stage is the larger
@@ -135,12 +135,18 @@ def _stages(
     depth_dim = model.depformer_text_emb.embedding_dim
     per_main = num_frames * _products(main[0])
     depth_products = max(_products(layer) for layer in depth)
-    recomputed = args.gradient_checkpointing is True
-    share = 0.0 if recomputed else 1.0 if args.gradient_checkpointing else ELEMENTWISE
+    share = 1.0 if args.gradient_checkpointing else ELEMENTWISE
     # Inputs of the layers; embeddings and the main transformer's output with its gradient; the
     # heads' inputs with theirs.
     passed = _num_passed(model)
-    kept_main = width * ((passed + 3) * num_frames * model.dim + share * passed * per_main)
+    kept_main = width * (passed + 3) * num_frames * model.dim
+    keeping = keeping_layers(args, model)
+    kept_main += width * share * per_main * sum(i >= len(main) - passed for i in keeping)
+    cost = layer_class(args.ttt.method).cost(args.ttt) if args.ttt.enabled else None
+    ttt_frames = num_frames * model.dim / 4096
+    if cost is not None:
+        kept_main += cost.kept_bytes_per_frame * ttt_frames * len(keeping & set(model.ttt_layers))
+    share = 0.0 if args.gradient_checkpointing is True else share
     kept_depth = width * (
         (len(depth) + 3) * depth_rows * depth_dim + share * len(depth) * num_frames * depth_products
     )
@@ -149,11 +155,16 @@ def _stages(
     working_depth = in_full + width * _working(depth) * depth_frames * depth_products
     working_main = in_full + width * _working(main) * per_main
     stages = [(kept_main + kept_depth, working_depth, 0.0), (kept_main, working_main, 0.0)]
-    cost = layer_class(args.ttt.method).cost(args.ttt) if args.ttt.enabled else None
     if cost is not None:
-        ttt = cost.bytes_per_frame * num_frames * model.dim / 4096
-        stages.append((kept_main, working_main, ttt))
+        stages.append((kept_main, working_main, cost.bytes_per_frame * ttt_frames))
     return stages
+
+
+def keeping_layers(args: TrainArgs, model: TTTLMModel) -> set[int]:
+    """Return the main transformer's layers that keep the results of their products."""
+    if args.gradient_checkpointing is not True:
+        return set(range(len(model.transformer.layers)))
+    return set(model.order_of_keeping[: args.selective_layers])
 
 
 def _num_passed(model: TTTLMModel) -> int:
@@ -224,6 +235,8 @@ def _explain_out_of_memory(args: TrainArgs, device: torch.device, what: str, tra
     if trains:
         less = {True: [], "selective": ["true"], False: ["selective", "true"]}
         ways += [f"gradient_checkpointing: {value}" for value in less[args.gradient_checkpointing]]
+        if args.selective_layers:
+            ways.append(f"fewer selective_layers (now {args.selective_layers})")
     ways.append("a shorter duration_sec")
     if not trains:
         ways.append("do_eval: false, which leaves evaluations out")

@@ -16,9 +16,9 @@ from finetune.distributed import shard_size
 from finetune.errors import UserError
 from finetune.model import plan_model, shape_from_hub
 from finetune.monitoring import format_count, format_duration
-from finetune.plan.advice import ways_to_fit
+from finetune.plan.advice import way_to_speed, ways_to_fit
 from finetune.plan.describe import describe_roles
-from finetune.plan.memory import estimate, fits
+from finetune.plan.memory import Memory, estimate, fits
 from finetune.plan.speed import StepTime, step_time
 from finetune.safety import read_json
 from ttt import TTTLMModel, state_bytes
@@ -53,11 +53,17 @@ def plan(args: TrainArgs, *, num_gpus: int, gpu_memory_gb: float) -> Iterator[st
         if layer_class(args.ttt.method).cost(args.ttt) is None:
             yield f"what training with ttt.method {args.ttt.method} costs is not known, nor counted"
     yield from _describe_time(args, model, num_gpus)
-    if fits(memory, gpu_memory_gb * GB):
+
+    def is_enough(then: Memory) -> bool:
+        return fits(then, gpu_memory_gb * GB)
+
+    if is_enough(memory):
+        if faster := way_to_speed(args, model, info, num_gpus, is_enough):
+            yield _describe_faster(*faster, model, num_gpus)
         yield "it fits"
         return
     yield f"it does not fit: {memory.peak / GB:.1f} GB, and CUDA needs room of its own"
-    ways = ways_to_fit(args, model, info, num_gpus, lambda then: fits(then, gpu_memory_gb * GB))
+    ways = ways_to_fit(args, model, info, num_gpus, is_enough)
     for way in ways:
         yield f"  {way}"
     if not ways:
@@ -124,6 +130,13 @@ def _describe_time(args: TrainArgs, model: TTTLMModel, num_gpus: int) -> Iterato
     except UserError as error:
         yield f"data: steps of an epoch are not known: {error}"
     yield _describe_step_time(args, step_time(args, model, num_gpus))
+
+
+def _describe_faster(what: str, args: TrainArgs, model: TTTLMModel, num_gpus: int) -> str:
+    peak_gb = estimate(args, model, num_gpus).peak / GB
+    step = step_time(args, model, num_gpus)
+    sec = f", about {step.low_sec:.2f} s a step" if step.is_known else ""
+    return f"faster, in the memory that is left: {what} ({peak_gb:.1f} GB{sec})"
 
 
 def _describe_step_time(args: TrainArgs, step: StepTime) -> str:

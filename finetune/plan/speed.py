@@ -9,6 +9,7 @@ from finetune.config import TrainArgs
 from finetune.data import count_frames
 from finetune.distributed import shard_size
 from finetune.model import count_by_role
+from finetune.plan.memory import keeping_layers
 from ttt import TTTLMModel
 from ttt.layers import layer_class
 
@@ -19,6 +20,9 @@ SEC_PER_FRAME_PARAMETERS = 7.687e9
 """Of the model that this was measured with, without LoRA."""
 SELECTIVE_FACTOR = 0.77
 """Of the same, relative, with gradient_checkpointing: selective."""
+KEEPING_SHARE = 0.202
+"""Of the same: what is spared where all of the main transformer's layers keep their products, and
+as much of it as layers do so."""
 FLOAT8_FACTOR = 0.764
 """Of the same, with base_precision: float8: 1.241 s to 1.625 s. What TTT adds is not less."""
 FULL_FACTOR = 1.17
@@ -56,7 +60,9 @@ def step_time(args: TrainArgs, model: TTTLMModel, num_gpus: int) -> StepTime:
     counts = count_by_role(model)
     size = (counts["base"][0] + counts["embedding"][0]) / SEC_PER_FRAME_PARAMETERS
     factor = (FLOAT8_FACTOR if args.base_precision == "float8" else 1.0) + _ttt_share(args, model)
-    factor *= 1.0 if args.gradient_checkpointing is True else SELECTIVE_FACTOR
+    keeping = len(keeping_layers(args, model)) / len(model.transformer.layers)
+    is_checkpointed = args.gradient_checkpointing is True
+    factor *= 1 - KEEPING_SHARE * keeping if is_checkpointed else SELECTIVE_FACTOR
     factor *= FULL_FACTOR if args.full_finetuning else 1.0
     if num_gpus > 1:
         factor /= SHARDED_FACTOR if shard_size(args, num_gpus) > 1 else REPLICA_FACTOR
@@ -84,5 +90,9 @@ def _ttt_share(args: TrainArgs, model: TTTLMModel) -> float:
     cost = layer_class(args.ttt.method).cost(args.ttt)
     if cost is None:
         return 0.0
-    num_ttt_layers = len(model.ttt_layers) / len(model.transformer.layers) * 32
-    return (cost.time_factor - 1.0) * num_ttt_layers / 5
+    keeping = keeping_layers(args, model)
+    factors = [
+        cost.kept_time_factor if i in keeping else cost.time_factor for i in model.ttt_layers
+    ]
+    # As measured in five of 32 layers.
+    return (sum(factors) - len(factors)) / len(model.transformer.layers) * 32 / 5

@@ -94,7 +94,7 @@ STEP += ["--warmup=1", "--steps=1"]
 
 def test_training_steps_are_compared_and_timed(program: Callable[..., Any], tmp_path: Path) -> None:
     path = tmp_path / "train_step.json"
-    program("train_step").main([*STEP, "--json", str(path)])
+    program("train_step").main([*STEP, "--selective-layers=1", "--json", str(path)])
     results = {r["name"]: r for r in json.loads(path.read_text())["results"]}
     assert list(results) == [
         "stock",
@@ -111,6 +111,9 @@ def test_training_steps_are_compared_and_timed(program: Callable[..., Any], tmp_
         "ours, linear",
         "ours, mlp",
         "ours, selective",
+        "ours, selective in 1",
+        "ours, in_place hidden, selective in 1",
+        "ours, mlp, selective in 1",
         "ours, eager",
         "stock, full",
         "ours, full",
@@ -163,9 +166,21 @@ def test_the_stock_model_runs_with_every_choice_of_arms(
     assert train_step.exit_status(found) == 0
     options = train_step.parse([*STEP, "--arms", "ours, full"])
     assert [arm.name for arm in train_step.chosen_arms(options)] == ["stock, full", "ours, full"]
-    with pytest.raises(SystemExit) as stopped:
-        train_step.parse([*STEP, "--arms", "nosuch"])
-    assert stopped.value.code == 2 and "there is no 'nosuch'" in capsys.readouterr().err
+    for option in ("--arms", "--profile"):
+        with pytest.raises(SystemExit) as stopped:
+            train_step.parse([*STEP, option, "nosuch"])
+        assert stopped.value.code == 2
+        assert f"{option}: there is no 'nosuch'" in capsys.readouterr().err
+
+
+def test_the_kernels_of_a_step_are_listed_in_a_new_folder(
+    program: Callable[..., Any], tmp_path: Path
+) -> None:
+    folder = tmp_path / "new" / "profiles"
+    chosen = ["--arms", "ours", "--profile", "ours", "--profile-dir", str(folder)]
+    program("train_step").main([*STEP, *chosen])
+    (listed,) = folder.iterdir()
+    assert listed.name == "profile_ours.txt" and "aten::mm" in listed.read_text()
 
 
 def test_only_a_search_may_run_out_of_memory(program: Callable[..., Any]) -> None:

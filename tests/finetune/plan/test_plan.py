@@ -45,6 +45,7 @@ def peak_gb(lines: list[Any]) -> float:
 
 
 OFF: dict[str, Any] = {"ttt": TTTArgs()}
+HIDDEN: dict[str, Any] = {"ttt": TTTArgs(enabled=True)}
 SHARDED: dict[str, Any] = {"parallel": ParallelArgs(shard_size=2)}
 ALL_WEIGHTS: dict[str, Any] = {"full_finetuning": True, "lora": LoraArgs()}
 NF4: dict[str, Any] = {
@@ -67,6 +68,11 @@ ALONE: dict[str, Any] = {"lora": LoraArgs(enable=False), "batch_size": 8}
         ({"batch_size": 4}, 27.0),
         ({**OFF, "gradient_checkpointing": "selective"}, 109.7),
         ({**OFF, "gradient_checkpointing": "selective", "batch_size": 21}, 136.0),
+        ({**OFF, "selective_layers": 5}, 43.5),
+        ({**OFF, "selective_layers": 16}, 62.7),
+        ({**HIDDEN, "selective_layers": 5}, 50.4),
+        ({**HIDDEN, "selective_layers": 16}, 69.6),
+        ({**HIDDEN, "selective_layers": 32}, 97.5),
         ({"batch_size": 8}, 31.91),
         ({**OFF, "batch_size": 4}, 25.92),
         (NF4, 9.2),
@@ -79,6 +85,7 @@ ALONE: dict[str, Any] = {"lora": LoraArgs(enable=False), "batch_size": 8}
     ],
     ids=[
         *("off", "sum", "delta", "linear", "mlp", "batch 4", "selective", "selective, 21"),
+        *("selective in 5", "in 16", "hidden, in 5", "hidden, in 16", "hidden, in 32"),
         *("batch 8", "off, batch 4", "nf4"),
         *("TTT alone", "TTT alone in float8", "TTT alone in nf4"),
         *("sharded", "sharded, off", "sharded, all weights"),
@@ -102,6 +109,51 @@ def test_layers_before_the_first_that_trains_keep_nothing() -> None:
     assert peak_gb(planned(late)) < peak_gb(planned(alone)) - 20
     everywhere = dataclasses.replace(late, lora=LoraArgs(enable=True, rank=128))
     assert peak_gb(planned(everywhere)) > peak_gb(planned(alone))
+
+
+@pytest.mark.parametrize(
+    ("gpu_memory_gb", "proposed"),
+    [(40, None), (48, "selective_layers: 3"), (141, "gradient_checkpointing: selective")],
+)
+def test_what_is_faster_in_the_memory_that_is_left_is_proposed(
+    gpu_memory_gb: int, proposed: str | None
+) -> None:
+    run = dataclasses.replace(MOSHI, **HIDDEN)
+    lines = planned(run, gpu_memory_gb=gpu_memory_gb)
+    found = [line for line in lines if line.startswith("faster")]
+    assert lines[-1] == "it fits" and len(found) == (proposed is not None)
+    if proposed is None:
+        return
+    match = re.search(r"left: (\w+): (\w+) \(([\d.]+) GB, about ([\d.]+) s a step\)", found[0])
+    assert match is not None and f"{match[1]}: {match[2]}" == proposed
+    value: Any = int(match[2]) if match[2].isdigit() else match[2]
+    faster = planned(dataclasses.replace(run, **{match[1]: value}), gpu_memory_gb=gpu_memory_gb)
+    assert faster[-1] == "it fits" and not any(line.startswith("faster") for line in faster)
+    assert peak_gb(faster) == float(match[3]) > peak_gb(lines)
+    assert any(f"about {match[4]} s a step" in line for line in faster)
+
+
+def test_fewer_layers_keep_their_products_where_all_do_not_fit() -> None:
+    run = dataclasses.replace(MOSHI, **HIDDEN, selective_layers=16)
+    assert "selective_layers: 3" in advised(run, 48)
+    assert "selective_layers: 0" in advised(run, 40)
+    selective = dataclasses.replace(
+        MOSHI, **HIDDEN, gradient_checkpointing="selective", selective_layers=0
+    )
+    assert advised(selective, 48)[0] == "gradient_checkpointing: true, selective_layers: 3"
+    assert advised(selective, 40)[0] == "gradient_checkpointing: true"
+    # Together with fewer bits none of them does.
+    first = advised(run, 24)[0]
+    assert first.startswith("selective_layers: 0, base_precision: nf4, ")
+
+
+def test_what_is_not_to_be_kept_twice_is_refused(config: Path) -> None:
+    for mode in ("selective", False):
+        changes = [f"gradient_checkpointing={str(mode).lower()}", "selective_layers=4"]
+        with pytest.raises(UserError, match=f"layers, gradient_c.*: with {str(mode).lower()} no"):
+            load_config(config, dict(change.split("=") for change in changes))
+    with pytest.raises(UserError, match="selective_layers: must lie between 0 and the model's 32"):
+        planned(dataclasses.replace(MOSHI, selective_layers=33))
 
 
 def test_what_does_not_fit_is_said_with_what_would() -> None:

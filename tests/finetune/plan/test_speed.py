@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 import pytest
-from test_plan import ALL_WEIGHTS, MOSHI, NF4, OFF, SHARDED, planned
+from test_plan import ALL_WEIGHTS, HIDDEN, MOSHI, NF4, OFF, SHARDED, planned
 
 from finetune.config import TrainArgs
 from finetune.model import plan_model
@@ -29,6 +29,11 @@ FLOAT8: dict[str, Any] = {"base_precision": "float8"}
         ({"ttt": TTTArgs(enabled=True, method="linear")}, 1.773),
         ({"ttt": TTTArgs(enabled=True, method="mlp")}, 2.174),
         ({**OFF, "gradient_checkpointing": "selective"}, 1.270),
+        ({**OFF, "selective_layers": 5}, 1.584),
+        ({**OFF, "selective_layers": 16}, 1.470),
+        ({**HIDDEN, "selective_layers": 5}, 1.657),
+        ({**HIDDEN, "selective_layers": 16}, 1.541),
+        ({**HIDDEN, "selective_layers": 32}, 1.370),
         ({**OFF, **FLOAT8}, 1.241),
         (FLOAT8, 1.336),
         ({**OFF, **FLOAT8, "gradient_checkpointing": "selective"}, 0.954),
@@ -36,7 +41,9 @@ FLOAT8: dict[str, Any] = {"base_precision": "float8"}
         (SHARDED, 1.816),
     ],
     ids=[
-        *("off", "sum", "delta", "linear", "mlp", "selective", "float8, off", "float8, delta"),
+        *("off", "sum", "delta", "linear", "mlp", "selective"),
+        *("selective in 5", "in 16", "hidden, in 5", "hidden, in 16", "hidden, in 32"),
+        *("float8, off", "float8, delta"),
         *("float8, selective", "sharded, all weights", "sharded"),
     ],
 )

@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import random_codes, tiny_args, tiny_model
+from helpers import as_if_trained, random_codes, tiny_args, tiny_lm_kwargs, tiny_model
 from moshi.modules.lora import replace_all_linear_with_lora
 from test_training_path import METHODS, PLAIN, WEIGHTS, assert_same, loss_and_gradients
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from finetune.step import stream_sums
-from ttt import TTTArgs
+from ttt import TTTArgs, build_model
 from ttt.layers import blocks, execution
 from ttt.layers.execution import Execution
 
@@ -107,6 +107,53 @@ def test_selective_checkpointing_makes_no_large_product_twice(
             loss_and_gradients(model, random_codes(num_frames=12), with_heads=False)
         counts[mode] = products.count
     assert counts[False] == counts["selective"] < counts[True]
+
+
+def partly_selective(args: TTTArgs, number: int) -> Any:
+    torch.manual_seed(0)
+    kwargs = tiny_lm_kwargs(norm="rms_norm_f32", positional_embedding="rope")
+    options: dict[str, Any] = {"gradient_checkpointing": True, "selective_layers": number}
+    model = build_model(kwargs, args, device="cpu", dtype=torch.float64, **options)
+    for module in model.ttt_layers.values():
+        as_if_trained(module)
+    return model
+
+
+@pytest.mark.parametrize("args", METHODS.values(), ids=METHODS.keys())
+def test_some_layers_keep_more_and_compute_the_same(
+    args: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(execution, "MIN_KEPT_WIDTH", 16)
+    codes = random_codes(num_frames=30)
+    counts, results = [], []
+    for number in range(4):
+        model = partly_selective(args, number)
+        with Products() as products:
+            results.append(loss_and_gradients(model, codes, with_heads=False))
+        counts.append(products.count)
+        assert_same(results[-1], results[0], rtol=1e-13)
+    # One layer's products after the other are made once.
+    assert sorted(set(counts), reverse=True) == counts
+
+
+@pytest.mark.parametrize(
+    "method, expected",
+    [("in_place", [[], [1], [1, 2], [0, 1, 2]]), ("linear", [[], [2], [0, 2], [0, 1, 2]])],
+)
+def test_the_layers_that_gain_most_are_the_first_to_keep_more(
+    method: str, expected: list[list[int]]
+) -> None:
+    args = TTTArgs(enabled=True, method=method, start_layer=1, layer_frequency=2)
+    chosen = []
+    for number in range(4):
+        model = partly_selective(args, number)
+        modes = [layer.execution.checkpointing for layer in model.transformer.layers]
+        chosen.append([index for index, mode in enumerate(modes) if mode == "selective"])
+        for index, module in model.ttt_layers.items():
+            assert module.execution is model.transformer.layers[index].execution
+    assert chosen == expected
+    with pytest.raises(ValueError, match="the model's 3 layers, got 4"):
+        partly_selective(args, 4)
 
 
 def test_evaluation_is_never_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
