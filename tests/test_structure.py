@@ -189,7 +189,7 @@ def test_only_the_command_line_prints() -> None:
 IN_PLACE = {
     "checkpoint": "a folder that is named when it is whole, and the record of a run's files",
     "kept": "does it for the others, and appends",
-    "monitoring/metrics.py": "appends",
+    "monitoring/appended.py": "appends",
     "sweep/run.py": "appends",
     "data/store.py": "appends to a file of its own",
     "recordings/ledger.py": "appends",

@@ -8,23 +8,26 @@ import math
 import os
 import socket
 import sys
+import threading
 import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Protocol, TextIO
+from typing import Any, Literal, Protocol
 from urllib.parse import urlsplit
 
 from finetune.errors import UserError
 from finetune.kept import write_whole
+from finetune.monitoring.appended import AppendedLines, is_full
 from finetune.safety import parse_json, shown
 
 logger = logging.getLogger(__name__)
 
 Kind = Literal["train", "eval"]
 KINDS: tuple[Kind, ...] = ("train", "eval")
+TENSORBOARD_FLUSH_SEC = 10
 WANDB_CONNECT_SEC = 10
 WANDB_INIT_SEC = 30
 
@@ -46,7 +49,8 @@ class MetricsLogger:
     """Writes every metric of a run to all of its outputs.
 
     In `run_dir`: `metrics.train.jsonl` and `metrics.eval.jsonl` (one object a line, complete
-    after every `log`), `tb/`, and with `wandb_args.project` the folder `wandb/`.
+    after every `log`, or when a full disk has room again), `tb/`, and with `wandb_args.project`
+    the folder `wandb/`.
 
     With `resumed_step` the run goes on after that step: what was logged later is cut off, because
     those steps will run again, and the wandb run of before is continued.
@@ -76,8 +80,7 @@ class MetricsLogger:
                 kind: opened.enter_context(_open_jsonl(metrics_path(run_dir, kind), resumed_step))
                 for kind in KINDS
             }
-            self._tensorboard = _open_tensorboard(run_dir / "tb", resumed_step)
-            opened.callback(self._tensorboard.close)
+            self._tensorboard = opened.enter_context(_TensorBoard(run_dir / "tb", resumed_step))
             self._wandb: Any = None
             if wandb_args.project:
                 self._wandb = open_wandb(run_dir, wandb_args, config, resumed_step is not None)
@@ -92,14 +95,11 @@ class MetricsLogger:
         now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
         line = {"step": step, "time": now} | {name: _to_json(v) for name, v in values.items()}
         file = self._files[kind]
-        with _writing(Path(file.name)):
-            file.write(json.dumps(line, allow_nan=False) + "\n")
-            file.flush()
+        with _writing(file.path):
+            file.append(json.dumps(line, allow_nan=False))
 
         tagged = {f"{kind}/{name}": value for name, value in values.items()}
-        with _writing(Path(self._tensorboard.log_dir)):
-            for tag, value in tagged.items():
-                self._tensorboard.add_scalar(tag, value, step)
+        self._tensorboard.log(tagged, step)
         if self._wandb is not None:
             self._wandb.log({"step": step, **tagged})
 
@@ -168,11 +168,11 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _open_jsonl(path: Path, resumed_step: int | None) -> Iterator[TextIO]:
+def _open_jsonl(path: Path, resumed_step: int | None) -> Iterator[AppendedLines]:
     with _writing(path):
         if resumed_step is not None and path.exists():
             _cut_after(path, resumed_step)
-        file = path.open("w" if resumed_step is None else "a", encoding="utf-8")
+        file = AppendedLines(path, is_new=resumed_step is None)
     # Not around the whole run: an error that passes through here may have nothing to do with it.
     try:
         yield file
@@ -188,9 +188,55 @@ def _cut_after(path: Path, step: int) -> None:
     write_whole(path, "".join(line for line, kept in zip(lines, keep, strict=False) if kept))
 
 
-def _open_tensorboard(folder: Path, resumed_step: int | None) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
+class _TensorBoard:
+    """TensorBoard's files; after a full disk they go on in a new one."""
 
+    def __init__(self, folder: Path, resumed_step: int | None) -> None:
+        self._folder = folder
+        self._writer: Any = _open_tensorboard(folder, resumed_step)
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """
+        Raises:
+            UserError: it cannot be written, for another reason than a full disk.
+        """
+        with _writing(self._folder):
+            try:
+                if self._writer is None:
+                    self._writer = _new_writer(self._folder, step)
+                for tag, value in values.items():
+                    self._writer.add_scalar(tag, value, step)
+            except OSError as error:
+                if not is_full(error):
+                    raise
+                if self._writer is not None:
+                    logger.warning(
+                        "%s: %s. Some of it is missing until there is room; training goes on.",
+                        self._folder,
+                        error.strerror,
+                    )
+                # Its thread has ended, with what was in its queue.
+                self._writer = None
+
+    def __enter__(self) -> _TensorBoard:
+        self._excepthook = threading.excepthook
+        threading.excepthook = self._on_exception
+        return self
+
+    def _on_exception(self, args: threading.ExceptHookArgs) -> None:
+        """Let the writer's thread end without a traceback: its error is met at the next `log`."""
+        is_writer = type(args.thread).__module__.startswith("tensorboard.")
+        if not (is_writer and isinstance(args.exc_value, OSError)):
+            self._excepthook(args)
+
+    def __exit__(self, *_: object) -> None:
+        threading.excepthook = self._excepthook
+        if self._writer is not None:
+            with _writing(self._folder):
+                self._writer.close()
+
+
+def _open_tensorboard(folder: Path, resumed_step: int | None) -> Any:
     first_step = 0 if resumed_step is None else resumed_step + 1
     try:
         str(folder).encode()
@@ -200,7 +246,13 @@ def _open_tensorboard(folder: Path, resumed_step: int | None) -> Any:
             "TensorBoard needs them. Set PYTHONUTF8=1, or give the folder a plain name."
         ) from None
     with _writing(folder):
-        return SummaryWriter(str(folder), purge_step=first_step, flush_secs=10)
+        return _new_writer(folder, first_step)
+
+
+def _new_writer(folder: Path, first_step: int) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder), purge_step=first_step, flush_secs=TENSORBOARD_FLUSH_SEC)
 
 
 def open_wandb(run_dir: Path, args: WandbSettings, config: dict[str, Any], resumed: bool) -> Any:

@@ -1,11 +1,13 @@
 """A full disk leaves a run's metrics, and the name of its wandb run, as they were."""
 
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from full_disk import FULL, room_for
+from test_metrics import scalars
 
 from finetune.errors import UserError
 from finetune.monitoring import MetricsLogger, read_metrics
@@ -24,6 +26,48 @@ def test_the_metrics_of_a_run_that_resumes(tmp_path: Path) -> None:
     assert sorted(tmp_path.glob("*metrics*")) == before
     lines = read_metrics(tmp_path / "metrics.train.jsonl")
     assert [line["step"] for line in lines] == [*range(1, 31)]
+
+
+def test_lines_wait_for_room_and_the_run_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with MetricsLogger(tmp_path, wandb_args=NO_WANDB, config={}) as metrics:
+        with room_for(1000):
+            for step in range(1, 31):
+                metrics.log("train", step, {"loss": step})
+        lines = read_metrics(tmp_path / "metrics.train.jsonl")
+        assert 0 < len(lines) < 30 and (tmp_path / "metrics.train.jsonl").stat().st_size == 1000
+        (warning,) = (r.getMessage() for r in caplog.records if "metrics.train" in r.getMessage())
+        assert FULL in warning and "training goes on" in warning
+        metrics.log("train", 31, {"loss": 31})
+        lines = read_metrics(tmp_path / "metrics.train.jsonl")
+        assert [line["loss"] for line in lines] == [*range(1, 32)]
+
+
+def test_a_run_that_ends_with_a_full_disk_says_so(tmp_path: Path) -> None:
+    with room_for(1000), pytest.raises(UserError, match=rf"metrics\.train\.jsonl .*{FULL}"):  # noqa: SIM117
+        with MetricsLogger(tmp_path, wandb_args=NO_WANDB, config={}) as metrics:
+            for step in range(1, 31):
+                metrics.log("train", step, {"loss": step})
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_tensorboard_goes_on_when_there_is_room_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("finetune.monitoring.metrics.TENSORBOARD_FLUSH_SEC", 0)
+    step = 1
+    with MetricsLogger(tmp_path, wandb_args=NO_WANDB, config={}) as metrics:
+        with room_for(1000):
+            # It writes in a thread of its own.
+            while not any("/tb: " in r.getMessage() for r in caplog.records):
+                metrics.log("train", step, {"loss": step})
+                time.sleep(0.01)
+                step += 1
+                assert step < 5000
+        metrics.log("train", step, {"loss": step})
+    shown = scalars(tmp_path, "train/loss")
+    assert shown[0] == (1, 1.0) and shown[-1] == (step, step)
 
 
 @pytest.mark.parametrize("resumed_step", [None, 1], ids=["new", "resumed"])
