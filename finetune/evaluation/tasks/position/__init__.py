@@ -119,8 +119,11 @@ class Position(Task):
             f"{format_duration(found['duration_sec'])} together, the longest "
             f"{format_duration(found['longest_sec'])}. Cross-entropy in nats per token, weighted "
             f"as in training, read in streaming mode from the start of each recording. In "
-            f"brackets: 95 % intervals, bootstrap over recordings; differences are paired. Slopes "
-            f"are within recordings: each has a level of its own.{caution}"
+            f"brackets: 95 % intervals, bootstrap over recordings; differences are paired. The "
+            f"intervals are over recordings alone: how much another training seed would change is "
+            f"not in them. Slopes are within recordings, each with a level of its own, and of "
+            f"those that are long enough: three bins for one per doubling, 6 min beyond the "
+            f"window for one per hour.{caution}"
         )
 
     def figure(self, found: Found, model: Found) -> Figure | None:
