@@ -211,20 +211,24 @@ def test_curves_cover_every_bin_once() -> None:
         assert covered == list(range(num_bins)) and len(ranges) <= 20
 
 
-def test_conclusions_say_no_more_than_the_intervals() -> None:
-    def estimate(value: float | None, low: float | None, high: float | None) -> dict[str, Any]:
-        return {"value": value, "low": low, "high": high, "count": 20}
+def estimate(value: float | None, low: float | None, high: float | None) -> dict[str, Any]:
+    return {"value": value, "low": low, "high": high, "count": 20}
 
-    def sentences(arms: Any, *estimates: Any) -> list[Any]:
-        by_stream = dict(zip(STREAMS, estimates, strict=True))
-        difference = {"arms": arms} | {s: {"beyond_window": e} for s, e in by_stream.items()}
-        place: dict[str, Any] = {
-            "longest_sec": 600,
-            "attention_window_sec": 240,
-            "differences": [difference],
-        }
-        place |= {"num_recordings": 20, "ttt_wrote": True, "warnings": []}
-        return list(TASKS["position"].sentences(place))
+
+def sentences_of(*compared: tuple[list[str], Any]) -> list[str]:
+    """What is concluded of pairs of arms, each with an estimate of every stream."""
+    differences = [
+        {"arms": arms} | {s: {"beyond_window": e} for s, e in zip(STREAMS, estimates, strict=True)}
+        for arms, estimates in compared
+    ]
+    place: dict[str, Any] = {"longest_sec": 600, "attention_window_sec": 240}
+    place |= {"num_recordings": 20, "ttt_wrote": True, "warnings": [], "differences": differences}
+    return list(TASKS["position"].sentences(place))
+
+
+def test_conclusions_say_no_more_than_the_intervals() -> None:
+    def sentences(arms: Any, *estimates: Any) -> list[str]:
+        return sentences_of((arms, estimates))
 
     better, worse = estimate(-0.02, -0.03, -0.01), estimate(0.02, 0.01, 0.03)
     unsure, tiny = estimate(-0.02, -0.05, 0.01), estimate(2e-5, 1e-5, 3e-5)
@@ -235,10 +239,32 @@ def test_conclusions_say_no_more_than_the_intervals() -> None:
     assert sentences(["on", "carried"], better, worse, unsure, tiny)[1].startswith("Warning")
     # One of four streams by a hair is what chance would show.
     barely = estimate(0.02, 0.001, 0.039)
-    assert "worse: text, with padding" in sentences(["on", "carried"], barely, *[unsure] * 3)[0]
-    assert len(sentences(["on", "carried"], barely, unsure, unsure, unsure)) == 1
+    of_barely = sentences(["on", "carried"], barely, *[unsure] * 3)
+    assert "worse: text, with padding" in of_barely[-1]
+    assert not any("another recording's state helps" in each for each in of_barely)
     alone = estimate(-0.5, None, None)
     assert "better" not in sentences(["on", "off"], alone, alone, alone, alone)[0]
+
+
+def test_what_another_recordings_state_does_as_well_is_not_about_the_recording() -> None:
+    """It is said before anything is called better."""
+    better, unsure = estimate(-0.02, -0.03, -0.01), estimate(-0.005, -0.02, 0.01)
+    worse, alone = estimate(0.02, 0.01, 0.03), estimate(-0.02, None, None)
+    text = "what TTT learns here is not about the recording"
+
+    def said(on_off: Any, on_carried: Any) -> list[str]:
+        return sentences_of((["on", "off"], on_off), (["on", "carried"], on_carried))
+
+    first, second, *_ = said([better] * 4, [unsure] * 4)
+    assert first.startswith("Warning: TTT on is no better than with another") and text in first
+    assert "TTT on, compared with off" in second
+    assert text in said([better] * 4, [worse] * 4)[0]
+    # Where it is better in a stream that TTT makes better, that is about the recording.
+    assert not any(text in each for each in said([better] * 4, [better, *[unsure] * 3]))
+    # In another stream it shows nothing of what TTT brings.
+    assert text in said([better, *[unsure] * 3], [unsure, better, unsure, unsure])[0]
+    # Two recordings show nothing.
+    assert not any(text in each for each in said([alone] * 4, [alone] * 4))
 
 
 def test_a_conclusion_is_of_what_was_measured() -> None:
