@@ -30,6 +30,7 @@ CHANGES_NO_WEIGHT = {
     "parallel.shard_size",
     "profile_steps",
     "save_adapters",
+    "selective_layers",
     "ttt.scan_checkpoint_group_size",
 }
 """Keys that leave what a run learns as it is, but for rounding."""

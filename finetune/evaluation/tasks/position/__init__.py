@@ -1,7 +1,8 @@
 """The task `position`: loss by position in the recording, with TTT and with controls.
 
 measure.py reads the recordings, baseline.py the results of an earlier evaluation; summary.py makes
-numbers of them, figure.py and sentences.py show them.
+numbers of them, figure.py and sentences.py show them. compared.py tells how the trainings of two
+checkpoints differ.
 """
 
 from __future__ import annotations
