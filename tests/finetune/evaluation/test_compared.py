@@ -65,14 +65,17 @@ def test_checkpoints_that_differ_in_more_than_ttt_are_not_compared_in_silence(
         "lora.rank": 9,
     }
     place = tmp_path / "gone/control/checkpoints/checkpoint_000003"
-    sentence, page = compared(trained, tmp_path, changed_copy(trained[0], place, changes))
+    other = changed_copy(trained[0], place, changes)
+    # Of another number of processes the run's folder knows.
+    (tmp_path / "gone/control/summary.json").write_text('{"segments_per_step": 8}')
+    sentence, page = compared(trained, tmp_path, other)
     assert sentence.startswith("Warning: this checkpoint and the baseline, control/checkpoint_000")
     beyond, of_ttt = sentence.split("so their comparison is not of TTT alone: in ")[1].split(
         ". In TTT they differ in "
     )
     assert beyond == (
         "duration_sec 3.2 (baseline: 2.4), max_steps 4 (baseline: 3), ttt.attention_context null "
-        "(baseline: 8), step of the checkpoint 4 (baseline: 3)"
+        "(baseline: 8), step of the checkpoint 4 (baseline: 3), segments a step 2 (baseline: 8)"
     )
     assert of_ttt == "ttt.chunk_size 5 (baseline: 4)."
     assert "more than TTT, so their comparison is not of TTT alone" in page

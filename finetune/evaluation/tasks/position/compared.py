@@ -85,7 +85,7 @@ def _listed(found: Iterable[Sequence[str]]) -> str:
 
 def compared_table(baseline: Found) -> Table:
     """Return the keys in which the two differ."""
-    parts = {"beyond": "more than TTT", "of_ttt": "TTT"}
+    parts = {"beyond": "beyond TTT", "of_ttt": "TTT"}
     rows = [[*each, part] for key, part in parts.items() for each in baseline.get(key, ())]
     columns = ("differs in training", "this checkpoint", "baseline", "part of")
     return Table(columns, rows, wraps=True)
