@@ -5,7 +5,13 @@ from finetune.data.batches import Batch, open_store
 from finetune.data.codec import Codec
 from finetune.data.fill import CacheFill
 from finetune.data.inspection import VERSION as INSPECTION_VERSION
-from finetune.data.inspection import Finding, Inspection, inspect_listing, inspect_recording
+from finetune.data.inspection import (
+    Finding,
+    Inspection,
+    in_training,
+    inspect_listing,
+    inspect_recording,
+)
 from finetune.data.layouts import SOURCES, Entry, MonoPair, Source, StereoFile, open_source
 from finetune.data.loader import (
     EvalLoader,
@@ -22,7 +28,7 @@ from finetune.data.reading import Reading
 from finetune.data.recording import Codes, Recording, SegmentRef
 from finetune.data.segments import Segment, SegmentReader
 from finetune.data.sides import Sides
-from finetune.data.sources import check_recordings, load_sources
+from finetune.data.sources import check_recordings, listed_recordings, load_sources
 from finetune.data.text import (
     FRAME_RATE_HZ,
     TextEncoder,
@@ -69,9 +75,11 @@ __all__ = [
     "check_share",
     "count_frames",
     "damaged",
+    "in_training",
     "inspect_audio",
     "inspect_listing",
     "inspect_recording",
+    "listed_recordings",
     "load_sources",
     "open_checked_store",
     "open_source",

@@ -157,6 +157,17 @@ def check_recordings(
     return recordings, [problem for each in checked for problem in each.problems]
 
 
+def listed_recordings(spec: str, *, key: str) -> list[Recording]:
+    """Return all recordings that `spec` names, as they are listed: none is opened.
+
+    Raises:
+        UserError: a path is wrong, or a list cannot be read or is empty.
+    """
+    sources = [open_source(path, key) for path, _ in parse_sources(spec, key)]
+    listed = [entry.recording for source in sources for entry in source.entries()]
+    return [recording for recording in listed if recording is not None]
+
+
 def warn_of(found: Sequence[tuple[str, Finding]], key: str) -> None:
     """Say what may be wrong with the data, each kind once with an example and a count.
 

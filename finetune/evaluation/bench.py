@@ -38,6 +38,13 @@ class Inputs:
     """What could not be read, by the task that it is missing in."""
     notes: list[str] = field(default_factory=list)
     """What a reader of the results should know."""
+    warnings: list[str] = field(default_factory=list)
+    """What makes all results mean less; it is told before them."""
+
+    def warn(self, text: str) -> None:
+        """Have a warning in the log and before all conclusions."""
+        self.warnings.append(text)
+        logger.warning("%s", text)
 
     def note(self, text: str) -> None:
         """Have a note in the log and in the report."""
@@ -104,12 +111,8 @@ def usable_recordings(options: CommonOptions, args: TrainArgs) -> tuple[list[Rec
     Raises:
         UserError: there is none.
     """
-    spec = options.data or args.data.eval_data
-    if not spec:
-        raise UserError(
-            "--data: name the JSONL of the recordings; the checkpoint's configuration names no "
-            "data.eval_data."
-        )
+    spec = options.data
+    assert spec is not None
     recordings, problems = check_recordings(
         spec, key="--data", reading=Reading.of(args.data, training=False)
     )

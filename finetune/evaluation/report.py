@@ -9,10 +9,12 @@ from finetune.report import Page, Section, Table, svg_element
 
 def report_page(results: Mapping[str, Any]) -> Page:
     """Return the page of `results`, as `run.py` puts them together."""
-    model = results["model"]
+    model, data = results["model"], results["options"].get("data")
+    known = {"step": model["step"], "seed": model["seed"], "data": data}
+    origin = [f"{name} {value}" for name, value in known.items() if value is not None]
     return Page(
         title=f"Evaluation of {model['name']}",
-        subtitle=f"{model['checkpoint']} · {model['ttt']} · {results['time']}",
+        subtitle=" · ".join([model["checkpoint"], model["ttt"], *origin, results["time"]]),
         conclusions=results["conclusions"],
         notes=results["notes"],
         sections=[*_of_tasks(results), _missing(results), _options(results)],

@@ -14,16 +14,24 @@ from typing import Any
 
 import torch
 
+from finetune.config import TrainArgs
 from finetune.distributed import peak_memory_gb
 from finetune.errors import UserError
 from finetune.evaluation.bench import Bench, Inputs, load_bench, usable_recordings
 from finetune.evaluation.common_options import ALWAYS_READ, what_takes_less
 from finetune.evaluation.dashboard import to_wandb
 from finetune.evaluation.options import Options
+from finetune.evaluation.origin import (
+    CONFIGURATION,
+    describe_details,
+    describe_origin,
+    name_of,
+    trained_on,
+)
 from finetune.evaluation.report import report_page
 from finetune.evaluation.tasks import TASKS
 from finetune.inference import checkpoint_args, nonfinite_weights
-from finetune.kept import write_whole
+from finetune.kept import is_stock, write_whole
 from finetune.monitoring import setup_logging
 from finetune.report import html_page, write_csv
 from finetune.safety import without_nan
@@ -53,7 +61,9 @@ def evaluate_checkpoint(options: Options) -> dict[str, Any]:
 
 
 def _evaluate(options: Options) -> dict[str, Any]:
-    inputs = _read_inputs(options)
+    args = checkpoint_args(options.checkpoint, options.device)
+    options = _with_data(options, args)
+    inputs = _read_inputs(options, args)
     tasks = [TASKS[name] for name in options.tasks]
     prepared = {task.name: task.prepare(inputs, options) for task in tasks}
     bench = load_bench(inputs)
@@ -66,8 +76,10 @@ def _evaluate(options: Options) -> dict[str, Any]:
     except KeyboardInterrupt:
         logger.info("interrupted; what is done is kept: the same command continues")
         raise
+    warnings = [f"Warning: {warning}" for warning in bench.warnings]
     told = [sentence for task in tasks for sentence in task.sentences(found[task.name])]
-    results = {**_described(bench, options), "conclusions": [*bad_weights, *told], **found}
+    described = _described(bench, options)
+    results = {**described, "conclusions": [*bad_weights, *warnings, *told], **found}
     _write(options, results)
     reasons = [reason for task in tasks if (reason := task.why_nothing(found[task.name]))]
     if reasons:
@@ -75,13 +87,41 @@ def _evaluate(options: Options) -> dict[str, Any]:
     return results
 
 
-def _read_inputs(options: Options) -> Inputs:
-    args = checkpoint_args(options.checkpoint, options.device)
+def _with_data(options: Options, args: TrainArgs) -> Options:
+    """Return the options with the data that are read: where none are named, the run's own."""
+    if options.data is not None or not any(TASKS[name].uses_recordings for name in options.tasks):
+        return options
+    if not args.data.eval_data:
+        raise UserError(
+            "--data: name the JSONL of the recordings; the checkpoint's configuration names no "
+            "data.eval_data."
+        )
+    return dataclasses.replace(options, data=args.data.eval_data)
+
+
+def _read_inputs(options: Options, args: TrainArgs) -> Inputs:
     weights = LossWeights(args.text_padding_weight, args.first_codebook_weight_multiplier)
     inputs = Inputs(options=options, args=args, recordings=[], weights=weights)
     if any(TASKS[name].uses_recordings for name in options.tasks):
         inputs.recordings, inputs.missing["data"] = usable_recordings(options, args)
+        _look_for_training_data(inputs)
     return inputs
+
+
+def _look_for_training_data(inputs: Inputs) -> None:
+    """Add a warning where the model has trained on the recordings, and a note where it is not
+    known."""
+    try:
+        trained = trained_on(inputs.args, inputs.recordings)
+    except UserError as error:
+        inputs.note(f"Whether the model has trained on these recordings is not known: {error}")
+        return
+    if trained:
+        inputs.warn(
+            f"{len(trained)} of the {len(inputs.recordings)} recordings are in the checkpoint's "
+            f"data.train_data, whole or in part ({trained[0].title}): their loss does not show how "
+            f"well other speech is modeled."
+        )
 
 
 def _described(bench: Bench, options: Options) -> dict[str, Any]:
@@ -89,13 +129,16 @@ def _described(bench: Bench, options: Options) -> dict[str, Any]:
     checkpoint = options.checkpoint
     method = "".join({layer.describe() for layer in bench.model.ttt_layers.values()})
     layers = ", ".join(map(str, bench.model.ttt_layers))
+    details = "".join(f", {part}" for part in describe_details(bench.model.ttt_args))
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "model": {
-            "name": _name(checkpoint),
+            "name": name_of(checkpoint),
             "checkpoint": str(checkpoint),
             "fingerprint": bench.identity["checkpoint"],
-            "ttt": f"TTT: {method} in layers {layers}" if layers else "no TTT",
+            "ttt": f"TTT: {method}{details} in layers {layers}" if layers else "no TTT",
+            **describe_origin(checkpoint),
+            "configuration": None if is_stock(checkpoint) else CONFIGURATION,
             "vocabulary": bench.vocabulary,
             "text_padding_weight": bench.weights.text_padding,
             "first_codebook_weight_multiplier": bench.weights.first_codebook,
@@ -122,6 +165,9 @@ def _write(options: Options, results: dict[str, Any]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     text = json.dumps(without_nan(results), indent=1, allow_nan=False)
     write_whole(out / "results.json", text + "\n")
+    if results["model"]["configuration"]:
+        # Another evaluation compares with it when the checkpoint may be gone.
+        write_whole(out / CONFIGURATION, (options.checkpoint / CONFIGURATION).read_bytes())
     for name in options.tasks:
         table = TASKS[name].csv(results[name])
         write_csv(out / f"{name}.csv", table.columns, table.rows)
@@ -129,12 +175,6 @@ def _write(options: Options, results: dict[str, Any]) -> None:
     write_whole(out / "report.html", page)
     if options.wandb.project:
         to_wandb(options, results, page)
-
-
-def _name(checkpoint: Path) -> str:
-    checkpoint = checkpoint.absolute()
-    in_run = checkpoint.parent.name == "checkpoints"
-    return f"{checkpoint.parent.parent.name}/{checkpoint.name}" if in_run else checkpoint.name
 
 
 def _plain(value: Any) -> Any:

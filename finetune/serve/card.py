@@ -5,8 +5,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from finetune.config import TrainArgs
+from finetune.config import DataArgs, TrainArgs, parse_sources
+from finetune.data import in_training, listed_recordings
+from finetune.errors import UserError
 from finetune.serve.options import ExportOptions
+from ttt import TTTArgs
 
 _MOSHI_LICENSE = "cc-by-4.0"
 _SETTINGS = (
@@ -43,7 +46,7 @@ def model_card(args: TrainArgs, options: ExportOptions) -> str:
             "",
             "## Evaluation",
             "",
-            *_evaluation(options.checkpoint),
+            *_evaluation(args.data, options.checkpoint),
             "",
             "## License",
             "",
@@ -104,20 +107,47 @@ def _training(args: TrainArgs) -> list[str]:
     settings["optim"] = dataclasses.asdict(args.optim)
     if args.lora.enable:
         settings["lora"] = dataclasses.asdict(args.lora)
-    settings["ttt"] = dataclasses.asdict(args.ttt) if args.ttt.enabled else {"enabled": False}
+    settings["ttt"] = _ttt(args.ttt)
     names = [Path(part.split(":")[0]).name for part in (args.data.train_data or "").split(",")]
     data = ", ".join(f"`{name}`" for name in names if name) or "not known"
     return [f"Data: {data}. Describe here whose voices they are, and who agreed.", "", "```json",
             json.dumps(settings, indent=1, default=str), "```"]  # fmt: skip
 
 
-def _evaluation(checkpoint: Path) -> list[str]:
+def _ttt(args: TTTArgs) -> dict[str, Any]:
+    """Return the options that its method reads."""
+    if not args.enabled:
+        return {"enabled": False}
+    return {name: v for name, v in dataclasses.asdict(args).items() if args.reads(name)}
+
+
+def _evaluation(data: DataArgs, checkpoint: Path) -> list[str]:
     try:
         found = json.loads((checkpoint / "info.json").read_text(encoding="utf-8"))
         loss, step = found["eval_loss"], found["step"]
     except (OSError, ValueError, KeyError, TypeError):
         return ["None that this export knows of."]
-    text = "not measured" if loss is None else f"{loss:.3f} nats a token"
-    return [
-        f"Step {step}; loss on held-out recordings: {text}. `moshi-ttt evaluate` measures more."
-    ]
+    more = "`moshi-ttt evaluate` measures more."
+    if loss is None:
+        return [f"Step {step}; its loss was not measured. {more}"]
+    return [f"Step {step}; loss on {_evaluated(data)}: {loss:.3f} nats a token. {more}"]
+
+
+def _evaluated(data: DataArgs) -> str:
+    """Return what the recordings of `eval_data` are to a model that `train_data` has trained."""
+    trained_on = "recordings that it was trained on"
+    paths, trained_paths = (
+        {path for path, _ in parse_sources(spec, "data")}
+        for spec in (data.eval_data, data.train_data)
+    )
+    if paths <= trained_paths:  # so it is, wherever they are now
+        return trained_on
+    try:
+        evaluated = listed_recordings(data.eval_data, key="data.eval_data")
+        trained = listed_recordings(data.train_data, key="data.train_data")
+    except UserError:
+        return "recordings of which this export cannot see whether it was trained on them"
+    num_shared, total = len(in_training(trained, evaluated)), len({r.location for r in evaluated})
+    if not num_shared:
+        return "held-out recordings"
+    return trained_on if num_shared == total else f"{total} recordings, {num_shared} trained on"

@@ -6,7 +6,7 @@ from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from itertools import accumulate
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from finetune.data.inspection.findings import Finding
 
@@ -28,6 +28,9 @@ class Listed(Protocol):
 
     @property
     def title(self) -> str: ...
+
+
+_Listed = TypeVar("_Listed", bound=Listed)
 
 
 def inspect_listing(
@@ -109,24 +112,39 @@ def _evaluated_and_trained(
     files: Mapping[Listed, str],
     heard: Mapping[Listed, str],
 ) -> Iterator[Finding]:
-    trained = _Parts(recordings)
-    trained_audio = {heard[r] for r in recordings if r in heard}
-    both = {
-        files[r]: r
-        for r in evaluation
-        if r in trained or (r in heard and heard[r] in trained_audio)
-    }
+    both = in_training(recordings, evaluation, heard)
     if both:
-        first = next(iter(both.values()))
         total = len({files[r] for r in evaluation})
         yield Finding(
             "evaluation-in-training",
             "warning",
             f"{len(both)} of {total} recordings of data.eval_data are in data.train_data as well, "
-            f"whole or in part ({first.title}, by {first.origin}), so the evaluation does not "
+            f"whole or in part ({both[0].title}, by {both[0].origin}), so the evaluation does not "
             "show how well other speech is modeled",
             "take them out of data.train_data (a folder stands for all .jsonl files in it)",
         )
+
+
+def in_training(
+    recordings: Sequence[Listed],
+    evaluation: Sequence[_Listed],
+    heard: Mapping[Listed, str] | None = None,
+) -> list[_Listed]:
+    """Return the recordings of `evaluation`, each once, that are in what trains, whole or in part.
+
+    Args:
+        recordings: what trains.
+        heard: digests of their audio, where it was listened to.
+    """
+    heard = heard or {}
+    trained = _Parts(recordings)
+    trained_audio = {heard[r] for r in recordings if r in heard}
+    both = {
+        os.path.realpath(r.location): r
+        for r in evaluation
+        if r in trained or (r in heard and heard[r] in trained_audio)
+    }
+    return list(both.values())
 
 
 class _Parts:

@@ -44,6 +44,7 @@ def test_a_report_that_stands_alone(
     assert json.loads((out / "results.json").read_text())["conclusions"] == results["conclusions"]
     page = (out / "report.html").read_text()
     assert page.count("<svg") == 3 and "Loss by position" in page
+    assert "how much another training seed would change is not in them" in page
     # Nothing is loaded: no script, no picture or style from elsewhere.
     assert not any(mark in page for mark in ("<script", "src=", "@import", "<link"))
     rows = (out / "position.csv").read_text().splitlines()

@@ -1,6 +1,7 @@
 """Loss by position, slopes, intervals and conclusions come out as they are known to be."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -98,7 +99,8 @@ def test_loss_by_position_is_what_it_is_known_to_be() -> None:
         assert [point["count"] for point in curve] == [3, 3, 3, 2, 2]
         assert off[stream]["beyond_window"]["value"] == pytest.approx(nll_of(3, card), abs=1e-5)
         assert off[stream]["slope_per_doubling"]["value"] < -0.3
-        assert off[stream]["slope_per_hour_beyond_window"]["value"] == pytest.approx(0, abs=1e-3)
+        # 3.2 s beyond the window say nothing of an hour.
+        assert off[stream]["slope_per_hour_beyond_window"]["value"] is None
     # Delayed codebooks are predicted a step later, so their frame 19 is one of the good ones.
     share = [1.0, 0.9, 0.0, 0.0, 0.0]
     for point, bad in zip(off["other_codebooks"]["curve"], share, strict=True):
@@ -109,6 +111,39 @@ def test_loss_by_position_is_what_it_is_known_to_be() -> None:
     counts = sums.sums[3].sum(-1)
     assert counts[:, 0].tolist() == lengths
     assert counts[:, 2].tolist() == [n - DELAYS[2] for n in lengths]
+
+
+def slopes(durations_sec: Sequence[float], *, window_sec: float = 8.0) -> tuple[Any, Any]:
+    """The slopes, per doubling and per hour, of recordings whose loss rises by 0.6 nats an hour."""
+    records = []
+    for index, duration_sec in enumerate(durations_sec):
+        num_bins = math.ceil(duration_sec / 10)
+        loss = [3.0 + index + 0.6 * (bin + 0.5) * 10 / 3600 for bin in range(num_bins)]
+        sums = {"loss": loss, "weight": [1.0] * num_bins}
+        num_frames = round(duration_sec * 12.5)
+        streams = dict.fromkeys(STREAMS, sums)
+        record = {"arm": "on", "recording": str(index), "num_frames": num_frames}
+        records += [record | {"streams": streams, "arm": arm} for arm in ("on", "off")]
+    window_frames = round(window_sec * 12.5)
+    found = summarize_positions(records, bin_frames=125, window_frames=window_frames, vocabulary={})
+    on, (difference,) = found["arms"]["on"]["text"], found["differences"]
+    for name in ("slope_per_doubling", "slope_per_hour_beyond_window"):
+        # A difference has a slope wherever its arms have one.
+        assert (on[name]["value"] is None) == (difference["text"][name]["value"] is None)
+    return on["slope_per_doubling"], on["slope_per_hour_beyond_window"]
+
+
+def test_slopes_are_of_recordings_that_are_long_enough_for_one() -> None:
+    per_doubling, per_hour = slopes([24.0] * 4)
+    assert per_doubling["count"] == 4 and per_hour["value"] is None
+    # Two bins are no two doublings, and five minutes beyond the window no tenth of an hour.
+    per_doubling, per_hour = slopes([20.0] * 3 + [310.0] * 3)
+    assert (per_doubling["count"], per_hour["value"]) == (3, None)
+    # The short one counts for no slope, and 370 s are six minutes beyond a window of 8 s.
+    per_doubling, per_hour = slopes([20.0, 370.0, 370.0, 1800.0])
+    assert (per_doubling["count"], per_hour["count"]) == (3, 3)
+    assert per_hour["value"] == pytest.approx(0.6) and per_hour["low"] == pytest.approx(0.6)
+    assert slopes([370.0] * 3, window_sec=30)[1]["value"] is None
 
 
 def test_slopes_are_within_recordings() -> None:
@@ -176,20 +211,24 @@ def test_curves_cover_every_bin_once() -> None:
         assert covered == list(range(num_bins)) and len(ranges) <= 20
 
 
-def test_conclusions_say_no_more_than_the_intervals() -> None:
-    def estimate(value: float | None, low: float | None, high: float | None) -> dict[str, Any]:
-        return {"value": value, "low": low, "high": high, "count": 20}
+def estimate(value: float | None, low: float | None, high: float | None) -> dict[str, Any]:
+    return {"value": value, "low": low, "high": high, "count": 20}
 
-    def sentences(arms: Any, *estimates: Any) -> list[Any]:
-        by_stream = dict(zip(STREAMS, estimates, strict=True))
-        difference = {"arms": arms} | {s: {"beyond_window": e} for s, e in by_stream.items()}
-        place: dict[str, Any] = {
-            "longest_sec": 600,
-            "attention_window_sec": 240,
-            "differences": [difference],
-        }
-        place |= {"num_recordings": 20, "ttt_wrote": True, "warnings": []}
-        return list(TASKS["position"].sentences(place))
+
+def sentences_of(*compared: tuple[list[str], Any]) -> list[str]:
+    """What is concluded of pairs of arms, each with an estimate of every stream."""
+    differences = [
+        {"arms": arms} | {s: {"beyond_window": e} for s, e in zip(STREAMS, estimates, strict=True)}
+        for arms, estimates in compared
+    ]
+    place: dict[str, Any] = {"longest_sec": 600, "attention_window_sec": 240}
+    place |= {"num_recordings": 20, "ttt_wrote": True, "warnings": [], "differences": differences}
+    return list(TASKS["position"].sentences(place))
+
+
+def test_conclusions_say_no_more_than_the_intervals() -> None:
+    def sentences(arms: Any, *estimates: Any) -> list[str]:
+        return sentences_of((arms, estimates))
 
     better, worse = estimate(-0.02, -0.03, -0.01), estimate(0.02, 0.01, 0.03)
     unsure, tiny = estimate(-0.02, -0.05, 0.01), estimate(2e-5, 1e-5, 3e-5)
@@ -200,10 +239,32 @@ def test_conclusions_say_no_more_than_the_intervals() -> None:
     assert sentences(["on", "carried"], better, worse, unsure, tiny)[1].startswith("Warning")
     # One of four streams by a hair is what chance would show.
     barely = estimate(0.02, 0.001, 0.039)
-    assert "worse: text, with padding" in sentences(["on", "carried"], barely, *[unsure] * 3)[0]
-    assert len(sentences(["on", "carried"], barely, unsure, unsure, unsure)) == 1
+    of_barely = sentences(["on", "carried"], barely, *[unsure] * 3)
+    assert "worse: text, with padding" in of_barely[-1]
+    assert not any("another recording's state helps" in each for each in of_barely)
     alone = estimate(-0.5, None, None)
     assert "better" not in sentences(["on", "off"], alone, alone, alone, alone)[0]
+
+
+def test_what_another_recordings_state_does_as_well_is_not_about_the_recording() -> None:
+    """It is said before anything is called better."""
+    better, unsure = estimate(-0.02, -0.03, -0.01), estimate(-0.005, -0.02, 0.01)
+    worse, alone = estimate(0.02, 0.01, 0.03), estimate(-0.02, None, None)
+    text = "what TTT learns here is not about the recording"
+
+    def said(on_off: Any, on_carried: Any) -> list[str]:
+        return sentences_of((["on", "off"], on_off), (["on", "carried"], on_carried))
+
+    first, second, *_ = said([better] * 4, [unsure] * 4)
+    assert first.startswith("Warning: TTT on is no better than with another") and text in first
+    assert "TTT on, compared with off" in second
+    assert text in said([better] * 4, [worse] * 4)[0]
+    # Where it is better in a stream that TTT makes better, that is about the recording.
+    assert not any(text in each for each in said([better] * 4, [better, *[unsure] * 3]))
+    # In another stream it shows nothing of what TTT brings.
+    assert text in said([better, *[unsure] * 3], [unsure, better, unsure, unsure])[0]
+    # Two recordings show nothing.
+    assert not any(text in each for each in said([alone] * 4, [alone] * 4))
 
 
 def test_a_conclusion_is_of_what_was_measured() -> None:

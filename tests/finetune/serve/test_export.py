@@ -9,16 +9,19 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from data_tools import write_dataset, write_jsonl
 from moshi.models import loaders
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from training_tools import LORA, PLAIN, checkpoint, random_batch, train
 
+from finetune.config import DataArgs, TrainArgs
 from finetune.errors import UserError
 from finetune.inference import load_for_inference
 from finetune.serve import ExportOptions, export_checkpoint
+from finetune.serve.card import model_card
 from finetune.serve.export import _push
-from ttt import TTTLMModel, ttt_parameters, without_ttt
+from ttt import TTTArgs, TTTLMModel, ttt_parameters, without_ttt
 
 
 @pytest.fixture(scope="module", params=["full", "lora"])
@@ -106,6 +109,58 @@ def test_an_export_of_a_control_run_sees_as_little_as_the_run(config: Path, tmp_
     again, _ = load_for_inference(out, "cpu")
     torch.testing.assert_close(text_logits(again), text_logits(ours))
     assert "with 4 in some" in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("evaluated", "said"),
+    [
+        ("eval", "loss on held-out recordings: 0.500 nats"),
+        ("train", "loss on recordings that it was trained on: 0.500 nats"),
+        ("mixed", "loss on 2 recordings, 1 trained on: 0.500 nats"),
+        ("moved", "loss on recordings of which this export cannot see whether it was trained on"),
+    ],
+)
+def test_the_card_says_held_out_of_no_other_recordings(
+    tmp_path: Path, evaluated: str, said: str
+) -> None:
+    train = write_dataset(tmp_path / "train", [1.0, 1.0])
+    mixed = [{"path": path, "duration": 1.0} for path in ("train/1.wav", "eval/0.wav")]
+    paths = {
+        "train": train,
+        "eval": write_dataset(tmp_path / "eval", [1.0], seed=5),
+        "mixed": write_jsonl(tmp_path / "mixed.jsonl", mixed),
+        "moved": tmp_path / "moved.jsonl",
+    }
+    (tmp_path / "info.json").write_text(json.dumps({"step": 2, "eval_loss": 0.5}))
+    data = DataArgs(train_data=str(train), eval_data=str(paths[evaluated]))
+    card = model_card(TrainArgs(data=data, run_dir=""), ExportOptions(tmp_path, tmp_path / "out"))
+    assert said in card and str(tmp_path) not in card
+
+
+def test_the_card_of_a_run_without_an_evaluation_names_no_loss(tmp_path: Path) -> None:
+    (tmp_path / "info.json").write_text(json.dumps({"step": 2, "eval_loss": None}))
+    card = model_card(
+        TrainArgs(data=DataArgs(train_data="a.jsonl"), run_dir=""),
+        ExportOptions(tmp_path, tmp_path / "out"),
+    )
+    assert "Step 2; its loss was not measured." in card
+
+
+@pytest.mark.parametrize(
+    ("method", "read", "foreign"),
+    [
+        ("mlp", {"mini_batch_size", "base_lr", "num_heads"}, {"chunk_size", "write", "target"}),
+        ("in_place", {"chunk_size", "write", "target"}, {"mini_batch_size", "use_rope"}),
+    ],
+)
+def test_the_card_has_the_options_of_its_method_alone(
+    tmp_path: Path, method: str, read: set[str], foreign: set[str]
+) -> None:
+    args = TrainArgs(DataArgs(), "", ttt=TTTArgs(enabled=True, method=method))
+    card = model_card(args, ExportOptions(tmp_path, tmp_path / "out"))
+    settings = json.loads(card.split("```json\n")[1].split("```")[0])["ttt"]
+    assert settings["method"] == method and settings["layer_frequency"] == 6
+    assert settings.keys() >= read and not settings.keys() & foreign
 
 
 def test_adapters_alone(trained: Path, config: Path, tmp_path: Path) -> None:

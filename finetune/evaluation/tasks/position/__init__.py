@@ -1,7 +1,8 @@
 """The task `position`: loss by position in the recording, with TTT and with controls.
 
 measure.py reads the recordings, baseline.py the results of an earlier evaluation; summary.py makes
-numbers of them, figure.py and sentences.py show them.
+numbers of them, figure.py and sentences.py show them. compared.py tells how the trainings of two
+checkpoints differ.
 """
 
 from __future__ import annotations
@@ -39,18 +40,23 @@ class Position(Task):
         if not is_chosen and options.baseline is not None:
             raise UserError("--baseline: counts for the task position alone; add it to --tasks.")
 
-    def prepare(self, inputs: Inputs, options: PositionOptions) -> Baseline | None:
+    def prepare(self, inputs: Inputs, options: PositionOptions) -> tuple[Baseline, Json] | None:
         from finetune.evaluation.tasks.position.baseline import Baseline
+        from finetune.evaluation.tasks.position.compared import compare
 
-        baseline = None
+        prepared = None
         if options.baseline is not None:
             settings = _settings(inputs, options)
             baseline = Baseline(options.baseline, settings, inputs.recordings)
             inputs.missing["baseline"] = baseline.missing
+            checkpoint = inputs.options.checkpoint
+            prepared = baseline, compare(options.baseline, baseline.fingerprint, checkpoint)
         _check_reset(inputs, options)
-        return baseline
+        return prepared
 
-    def run(self, bench: Bench, options: PositionOptions, prepared: Baseline | None) -> Json:
+    def run(
+        self, bench: Bench, options: PositionOptions, prepared: tuple[Baseline, Json] | None
+    ) -> Json:
         from finetune.data import FRAME_RATE_HZ
         from finetune.evaluation.tasks.position.measure import PositionRun
         from finetune.evaluation.tasks.position.summary import summarize_positions
@@ -85,8 +91,9 @@ class Position(Task):
                 f"are counted nowhere and listed as missing data."
             )
         found = work.results()
+        baseline, compared = prepared or (None, None)
         summary = summarize_positions(
-            found + (prepared.comparable(found) if prepared else []),
+            found + (baseline.comparable(found) if baseline else []),
             bin_frames=settings["bin_frames"],
             window_frames=bench.window_frames,
             vocabulary=bench.vocabulary,
@@ -96,6 +103,7 @@ class Position(Task):
             **summary,
             "reset_sec": reset_frames / FRAME_RATE_HZ,
             "ttt_wrote": _longest_frames(bench, options) > every,
+            "baseline": compared,
             "warnings": warnings,
         }
 
@@ -119,8 +127,11 @@ class Position(Task):
             f"{format_duration(found['duration_sec'])} together, the longest "
             f"{format_duration(found['longest_sec'])}. Cross-entropy in nats per token, weighted "
             f"as in training, read in streaming mode from the start of each recording. In "
-            f"brackets: 95 % intervals, bootstrap over recordings; differences are paired. Slopes "
-            f"are within recordings: each has a level of its own.{caution}"
+            f"brackets: 95 % intervals, bootstrap over recordings; differences are paired. The "
+            f"intervals are over recordings alone: how much another training seed would change is "
+            f"not in them. Slopes are within recordings, each with a level of its own, and of "
+            f"those that are long enough: three bins for one per doubling, 6 min beyond the "
+            f"window for one per hour.{caution}"
         )
 
     def figure(self, found: Found, model: Found) -> Figure | None:
@@ -129,6 +140,7 @@ class Position(Task):
         return position_figure(found) if found["num_recordings"] else None
 
     def tables(self, found: Found) -> Sequence[Table]:
+        from finetune.evaluation.tasks.position.compared import compared_table
         from finetune.evaluation.tasks.position.figure import arm_label
 
         columns = (
@@ -148,7 +160,10 @@ class Position(Task):
             for arm, of_stream in found["arms"].items()
             for stream in STREAMS
         ]
-        return Table(("compared", *columns), differences), Table(("arm", *columns), arms)
+        tables = [Table(("compared", *columns), differences), Table(("arm", *columns), arms)]
+        if baseline := found.get("baseline"):
+            tables.insert(0, compared_table(baseline))
+        return tables
 
     def csv(self, found: Found) -> Table:
         keys = ("start_sec", "stop_sec", "count", "weight", "value", "low", "high")

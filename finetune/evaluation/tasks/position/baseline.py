@@ -35,6 +35,8 @@ class Baseline:
         if earlier is None:
             raise UserError(f"--baseline: there is no evaluation of loss by position in {folder}.")
         header, records = earlier
+        self.fingerprint = str(header.get("checkpoint"))
+        """Of its checkpoint."""
         for name, value in settings.items():
             if header.get(name) != value:
                 raise UserError(

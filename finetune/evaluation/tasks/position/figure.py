@@ -31,7 +31,7 @@ ARM_LABELS = {
     "off": "TTT off",
     "reset": "TTT reset every {reset}",
     "carried": "TTT carried over from another recording",
-    "baseline": "baseline",
+    "baseline": "baseline: {baseline}",
 }
 _OFF_SCALE = 1.5
 """The loss of guessing is drawn where it is no farther from the curves than this times their
@@ -39,7 +39,8 @@ span; else it is named at the edge, or the curves would be flat."""
 
 
 def arm_label(arm: str, results: Found) -> str:
-    return ARM_LABELS[arm].format(reset=duration_text(results["reset_sec"]))
+    baseline = (results.get("baseline") or {}).get("name", "an earlier evaluation")
+    return ARM_LABELS[arm].format(reset=duration_text(results["reset_sec"]), baseline=baseline)
 
 
 def position_figure(results: Found) -> Figure:

@@ -1,9 +1,10 @@
 """Sentences say what the results are; none says more than its interval allows."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from finetune.evaluation.streams import STREAM_TITLES, STREAMS
+from finetune.evaluation.tasks.base import Found
+from finetune.evaluation.tasks.position.compared import compared_sentence
 from finetune.report import signed
 from finetune.statistics import student_t
 
@@ -20,43 +21,71 @@ NEGLIGIBLE_NATS = 0.001
 """A difference smaller than this is called none, however sure it is."""
 
 
-def sentences(position: Mapping[str, Any]) -> Iterator[str]:
+def sentences(position: Found) -> Iterator[str]:
     """Yield warnings, and a sentence for every comparison."""
     for warning in position["warnings"]:
         yield f"Warning: {warning}"
     if not position["num_recordings"]:
         yield "No recording was read to its end in every arm: there is no loss by position."
         return
+    if baseline := position.get("baseline"):
+        yield compared_sentence(baseline)
     # Bins are whole: one in which the window ends is not beyond it.
     is_long = position["longest_sec"] > position["attention_window_sec"]
     what = "bin is beyond the attention window" if is_long else "recording exceeds the window"
-    elsewhere = ("mean", f"(no {what})")
-    for difference in position["differences"]:
-        beyond = any(difference[s]["beyond_window"]["value"] is not None for s in STREAMS)
-        place, where = ("beyond_window", "beyond the attention window") if beyond else elsewhere
-        one, other = difference["arms"]
-        of_ttt = "baseline" not in (one, other)
-        if (one, other) not in _TITLES or (of_ttt and not position["ttt_wrote"]):
+    elsewhere = f"(no {what})"
+    of_arms = {tuple(difference["arms"]): difference for difference in position["differences"]}
+    if position["ttt_wrote"] and _is_as_good_carried(of_arms):
+        yield (
+            "Warning: TTT on is no better than with another recording's state: by this measure, "
+            "what TTT learns here is not about the recording (docs/evaluation.md says what that "
+            "means)."
+        )
+    for arms, difference in of_arms.items():
+        of_ttt = "baseline" not in arms
+        if arms not in _TITLES or (of_ttt and not position["ttt_wrote"]):
             continue
+        is_beyond, estimates = _estimates(difference)
         by_sign: dict[str, list[str]] = {_BETTER: [], _WORSE: [], _SAME: []}
-        estimates = {stream: difference[stream][place] for stream in STREAMS}
         for stream, estimate in estimates.items():
             if estimate["value"] is not None:
                 by_sign[_sign(estimate)].append(f"{STREAM_TITLES[stream]} {signed(estimate)}")
         parts = "; ".join(f"{sign}: {', '.join(names)}" for sign, names in by_sign.items() if names)
         if not parts:
             continue
-        yield f"{_TITLES[one, other]}: loss {where}, in nats: {parts}."
+        where = "beyond the attention window" if is_beyond else elsewhere
+        yield f"{_TITLES[arms]}: loss {where}, in nats: {parts}."
         # Any of the streams may raise it, so each is given a share of the 5 % of false warnings.
         signs = [_sign(estimate, num_tests=len(STREAMS)) for estimate in estimates.values()]
-        if (one, other) == ("on", "carried") and _WORSE in signs:
+        if arms == ("on", "carried") and _WORSE in signs:
             yield (
                 "Warning: starting from another recording's state helps. Then what TTT learns is "
                 "not about the recording alone, and part of its gain could be had by training."
             )
 
 
-def _sign(estimate: Mapping[str, Any], *, num_tests: int = 1) -> str:
+def _estimates(difference: Found) -> tuple[bool, dict[str, Found]]:
+    """Return the estimates by stream that conclusions are of: those beyond the attention window, if
+    there are any, or of everything; and whether it is the former."""
+    is_beyond = any(difference[stream]["beyond_window"]["value"] is not None for stream in STREAMS)
+    place = "beyond_window" if is_beyond else "mean"
+    return is_beyond, {stream: difference[stream][place] for stream in STREAMS}
+
+
+def _is_as_good_carried(of_arms: Mapping[tuple[str, ...], Found]) -> bool:
+    """Return whether a start from another recording's state is as good: in all streams that TTT
+    makes better, or, where it makes none better or that was not measured, in all."""
+    if ("on", "carried") not in of_arms:
+        return False
+    _, carried = _estimates(of_arms["on", "carried"])
+    streams = [stream for stream in STREAMS if carried[stream]["low"] is not None]
+    if ("on", "off") in of_arms:
+        _, off = _estimates(of_arms["on", "off"])
+        streams = [stream for stream in streams if _sign(off[stream]) == _BETTER] or streams
+    return bool(streams) and all(_sign(carried[stream]) != _BETTER for stream in streams)
+
+
+def _sign(estimate: Found, *, num_tests: int = 1) -> str:
     """Return what a 95 % interval shows; with `num_tests`, one of 1 − 5 % / num_tests
     (Bonferroni)."""
     value, low, high = estimate["value"], estimate["low"], estimate["high"]

@@ -21,6 +21,10 @@ COMPARISONS = (
     ("on", "baseline"),
 )
 """Arms whose difference is of interest, where both are there."""
+MIN_DOUBLINGS = 2
+MIN_HOURS = 0.1
+"""Least that a recording must cover for its part in a slope per doubling and in one per hour. What
+is seen of less would be multiplied by more than ten to make an hour of it, noise included."""
 
 Json = dict[str, Any]
 
@@ -106,7 +110,10 @@ class _View:
     def describe(self, sums: _Sums, other: _Sums | None = None) -> Json:
         """Return the description of a loss, or of its difference to another."""
         beyond = slice(self.first_beyond, None)
-        hours = self.centers_sec / 3600
+        doublings, hours = np.log2(self.centers_sec), self.centers_sec / 3600
+        # From the first bin's start to the last one's end; of doublings, from center to center,
+        # since the first bin starts at 0.
+        least_hours = MIN_HOURS - self.bin_frames / FRAME_RATE_HZ / 3600
         curve = []
         for start, stop in pairwise_edges(self.num_bins):
             estimate = self._mean(sums, other, slice(start, stop))
@@ -122,9 +129,11 @@ class _View:
             "mean": self._json(self._mean(sums, other, slice(None))),
             "beyond_window": self._json(self._mean(sums, other, beyond)),
             "slope_per_doubling": self._json(
-                self._slope(sums, other, np.log2(self.centers_sec), slice(None))
+                self._slope(sums, other, doublings, slice(None), MIN_DOUBLINGS)
             ),
-            "slope_per_hour_beyond_window": self._json(self._slope(sums, other, hours, beyond)),
+            "slope_per_hour_beyond_window": self._json(
+                self._slope(sums, other, hours, beyond, least_hours)
+            ),
             "curve": curve,
         }
 
@@ -140,15 +149,29 @@ class _View:
             (loss, other.loss[:, bins].sum(1)), (weight, other.weight[:, bins].sum(1))
         )
 
-    def _slope(self, sums: _Sums, other: _Sums | None, x: Array, bins: slice) -> Estimate:
+    def _slope(
+        self, sums: _Sums, other: _Sums | None, x: Array, bins: slice, least: float
+    ) -> Estimate:
+        """Return the slope over x within the recordings that cover at least `least` of it."""
+
         def parts(s: _Sums) -> tuple[Array, Array]:
-            return slope_parts(x[bins], s.loss[:, bins], s.weight[:, bins])
+            weight = s.weight[:, bins]
+            is_enough = _covered(x[bins], weight) >= least - 1e-9
+            rise, spread = slope_parts(x[bins], s.loss[:, bins], weight)
+            return np.where(is_enough, rise, 0.0), np.where(is_enough, spread, 0.0)
 
         rise, spread = parts(sums)
         if other is None:
             return self.bootstrap.ratio(rise, spread)
         other_rise, other_spread = parts(other)
         return self.bootstrap.ratio_difference((rise, other_rise), (spread, other_spread))
+
+
+def _covered(x: Array, weight: Array) -> Array:
+    """Return how far the bins of each recording lie apart, [R], those without weight left out."""
+    counts = weight > 0
+    last = np.where(counts, x, -np.inf).max(axis=1, initial=-np.inf)
+    return last - np.where(counts, x, np.inf).min(axis=1, initial=np.inf)
 
 
 def pairwise_edges(num_bins: int) -> list[tuple[int, int]]:

@@ -1,0 +1,140 @@
+"""The origin of a checkpoint: how it was trained, on what, and how two of them differ."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from finetune.config import HARMLESS, TrainArgs, changed_keys, keys_that, load_run_config
+from finetune.data import FRAME_RATE_HZ, Recording, in_training, listed_recordings
+from finetune.kept import CHECKPOINT_NAME, Kept, is_stock, step_of
+from finetune.plan import SUMMARY
+from ttt import TTTArgs
+from ttt.registry import METHODS
+
+CONFIGURATION = "args.yaml"
+"""In a checkpoint, and of it in the output folder of its evaluation."""
+CHANGES_NO_WEIGHT = {
+    "compile",
+    "ckpt_async",
+    "data.cache_dir",
+    "data.eval_data",
+    "data.prefetch_steps",
+    "device",
+    "do_ckpt",
+    "do_eval",
+    "eval_freq",
+    "gradient_checkpointing",
+    "health_sec",
+    "max_nonfinite_steps",
+    "parallel.hang_timeout_sec",
+    "parallel.shard_size",
+    "profile_steps",
+    "save_adapters",
+    "selective_layers",
+    "ttt.scan_checkpoint_group_size",
+}
+"""Keys that leave what a run learns as it is, but for rounding."""
+_PLACES = ("start_layer", "layer_frequency")
+
+Json = dict[str, Any]
+
+
+class Difference(NamedTuple):
+    """A configuration key, or a number of the training, in which two checkpoints differ."""
+
+    name: str
+    own: str
+    other: str
+
+
+class Differences(NamedTuple):
+    """All in which a checkpoint and a baseline differ."""
+
+    of_ttt: list[Difference]
+    beyond: list[Difference]
+
+
+def describe_origin(checkpoint: Path) -> Json:
+    """Return how far and from which seed a checkpoint was trained, and on how many segments a step;
+    None where nothing says so, as for a stock Moshi."""
+    if is_stock(checkpoint):
+        return {"step": None, "seed": None, "segments_per_step": None}
+    summary = Kept(checkpoint.absolute().parent.parent / SUMMARY).read() or {}
+    return {
+        "step": step_of(checkpoint) if CHECKPOINT_NAME.fullmatch(checkpoint.name) else None,
+        "seed": load_run_config(checkpoint / CONFIGURATION).seed,
+        "segments_per_step": summary.get("segments_per_step"),
+    }
+
+
+def name_of(checkpoint: Path) -> str:
+    """Return what reports call a checkpoint: by its run as well, if it lies in one."""
+    checkpoint = checkpoint.absolute()
+    in_run = checkpoint.parent.name == "checkpoints"
+    return f"{checkpoint.parent.parent.name}/{checkpoint.name}" if in_run else checkpoint.name
+
+
+def describe_details(args: TTTArgs) -> list[str]:
+    """Return what a method writes, and how often, as far as it has such options."""
+    option, frames = METHODS[args.method].update_option, args.update_frames
+    details = [f"target {args.target}"] if args.reads("target") else []
+    if option:
+        details.append(f"{option} {frames} ({frames / FRAME_RATE_HZ:g} s)")
+    return details
+
+
+def trained_on(args: TrainArgs, recordings: Sequence[Recording]) -> list[Recording]:
+    """Return those of `recordings` that a run of `args` has trained on, whole or in part.
+
+    Raises:
+        UserError: a list of its training data is no longer there, or cannot be read.
+    """
+    if not args.data.train_data:
+        return []
+    listed = listed_recordings(args.data.train_data, key="data.train_data")
+    return in_training(listed, recordings)
+
+
+def differences(own: Path, other: Path) -> Differences:
+    """Return the configuration keys in which two runs differ that both of them read.
+
+    A key that one of them does not read has nothing to be compared with: the chunk size of a run
+    without TTT.
+
+    Args:
+        own, other: files that runs have written, `args.yaml`.
+
+    Raises:
+        UserError: one of them cannot be read.
+    """
+    runs = [load_run_config(path) for path in (own, other)]
+    unimportant = keys_that(TrainArgs, HARMLESS) | CHANGES_NO_WEIGHT
+    found = Differences([], [])
+    for key, (of_other, of_own) in changed_keys(other, runs[0]).items():
+        if key not in unimportant and all(_reads(args, key) for args in runs):
+            part = found.of_ttt if _is_of_ttt(key, runs) else found.beyond
+            part.append(Difference(key, of_own, of_other))
+    return found
+
+
+def _reads(args: TrainArgs, key: str) -> bool:
+    """Return whether a run reads a key, as far as that depends on other keys."""
+    section, _, name = key.rpartition(".")
+    if section == "lora":
+        return args.lora.enable or name == "enable"
+    if key == "optim.ttt_lr":
+        return args.ttt.enabled
+    if section != "ttt" or name in ("enabled", "attention_context"):
+        return True
+    if args.ttt.enabled:
+        return args.ttt.reads(name)
+    return name in _PLACES and args.ttt.attention_context is not None
+
+
+def _is_of_ttt(key: str, runs: Sequence[TrainArgs]) -> bool:
+    """Return whether a key changes TTT alone. A shorter window of attention is none of it, nor is
+    where it is."""
+    section, _, name = key.rpartition(".")
+    if name in _PLACES:
+        return all(args.ttt.attention_context is None for args in runs)
+    return key == "optim.ttt_lr" or (section == "ttt" and name != "attention_context")

@@ -1,0 +1,179 @@
+"""What an evaluation says of where checkpoints come from, and of what it compares."""
+
+import shutil
+from html import unescape
+from pathlib import Path
+from typing import Any
+
+import evaluation_tools
+import pytest
+import yaml
+from data_tools import write_dataset
+from evaluation_tools import options
+from training_tools import LORA, checkpoint, train, write_model
+
+from finetune.cli import evaluate, run
+from finetune.config import TrainArgs
+from finetune.config.fields import all_fields
+from finetune.evaluation import evaluate_checkpoint
+from finetune.evaluation.origin import CHANGES_NO_WEIGHT
+
+# Fixtures: pytest finds them by their names in this module.
+_pictures = evaluation_tools._pictures
+trained = evaluation_tools.trained
+
+
+def changed_copy(of: Path, to: Path, changes: dict[str, Any]) -> Path:
+    """A checkpoint whose configuration says that it was trained otherwise."""
+    shutil.copytree(of, to)
+    written = yaml.safe_load((to / "args.yaml").read_text())
+    for key, value in changes.items():
+        *sections, name = key.split(".")
+        place = written
+        for section in sections:
+            place = place[section]
+        place[name] = value
+    (to / "args.yaml").write_text(yaml.safe_dump(written))
+    return to
+
+
+def compared(trained: tuple[Path, Path], tmp_path: Path, other: Path) -> tuple[str, str]:
+    """What is said of a comparison with a baseline, and the report's page."""
+    base, out = tmp_path / "base", tmp_path / "out"
+    evaluate_checkpoint(options((other, trained[1]), base, arms=("on",), limit=2))
+    # Results are compared when their checkpoint may be gone.
+    if "gone" in other.parts:
+        shutil.rmtree(other)
+    given: dict[str, Any] = {"arms": ("on",), "limit": 2, "baseline": base}
+    results = evaluate_checkpoint(options(trained, out, **given))
+    (sentence,) = [each for each in results["conclusions"] if "and the baseline, " in each]
+    return sentence, unescape((out / "report.html").read_text())
+
+
+def test_checkpoints_that_differ_in_more_than_ttt_are_not_compared_in_silence(
+    trained: tuple[Path, Path], tmp_path: Path
+) -> None:
+    changes = {
+        "max_steps": 3,
+        "duration_sec": 2.4,
+        "ttt.attention_context": 8,
+        "ttt.chunk_size": 4,
+        # What changes no weight is no difference, nor what nothing reads.
+        "data.cache_dir": None,
+        "run_dir": "elsewhere",
+        "log_freq": 7,
+        "lora.rank": 9,
+    }
+    place = tmp_path / "gone/control/checkpoints/checkpoint_000003"
+    other = changed_copy(trained[0], place, changes)
+    # Of another number of processes the run's folder knows.
+    (tmp_path / "gone/control/summary.json").write_text('{"segments_per_step": 8}')
+    sentence, page = compared(trained, tmp_path, other)
+    assert sentence.startswith("Warning: this checkpoint and the baseline, control/checkpoint_000")
+    beyond, of_ttt = sentence.split("so their comparison is not of TTT alone: in ")[1].split(
+        ". In TTT they differ in "
+    )
+    assert beyond == (
+        "duration_sec 3.2 (baseline: 2.4), max_steps 4 (baseline: 3), ttt.attention_context null "
+        "(baseline: 8), step of the checkpoint 4 (baseline: 3), segments a step 2 (baseline: 8)"
+    )
+    assert of_ttt == "ttt.chunk_size 5 (baseline: 4)."
+    assert "more than TTT, so their comparison is not of TTT alone" in page
+    for key in ("max_steps", "ttt.chunk_size", "ttt.attention_context"):
+        assert f"<td>{key}</td>" in page
+    assert "baseline: control/checkpoint_000003" in page
+
+
+def test_a_control_that_differs_in_ttt_alone_is_one(
+    trained: tuple[Path, Path], config: Path, tmp_path: Path
+) -> None:
+    written = yaml.safe_load((trained[0] / "args.yaml").read_text())
+    alike = {"do_eval": True, "data.eval_data": written["data"]["eval_data"], "health_sec": 0}
+    alike |= {"duration_sec": 3.2, "model.attention_context": 10, "param_dtype": "float32", **LORA}
+    for name, is_on in (("control", False), ("ttt", True)):
+        train(config, tmp_path / name, alike | {"ttt.enabled": is_on, "do_eval": False})
+    pair = (checkpoint(tmp_path / "ttt", 4), trained[1])
+    sentence, page = compared(pair, tmp_path, checkpoint(tmp_path / "control", 4))
+    assert sentence == (
+        "What is compared: this checkpoint and the baseline, control/checkpoint_000004 (no TTT), "
+        "differ in TTT alone: in ttt.enabled true (baseline: false)."
+    )
+    assert "<td>ttt.enabled</td>" in page
+
+
+def test_of_a_stock_moshi_it_is_not_known_how_it_was_trained(
+    trained: tuple[Path, Path], tmp_path: Path
+) -> None:
+    sentence, _ = compared(trained, tmp_path, write_model(tmp_path / "stock", context=10))
+    assert "need not be due to TTT" in sentence and "it is a stock Moshi" in sentence
+
+
+def test_an_evaluation_that_kept_no_configuration_is_compared_by_its_checkpoint(
+    trained: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """As those of earlier versions; if that is there no more, this is said."""
+    place = tmp_path / "runs/checkpoints/checkpoint_000004"
+    changed_copy(trained[0], place, {"seed": 1})
+    base, given = tmp_path / "base", {"arms": ("on",), "limit": 1}
+    evaluate_checkpoint(options((place, trained[1]), base, **given))
+    (base / "args.yaml").unlink()
+    results = (base / "results.json").read_text()
+    (base / "results.json").write_text(results.replace('"configuration"', '"something"'))
+
+    def said(out: str) -> str:
+        compared = options(trained, tmp_path / out, baseline=base, **given)
+        conclusions = evaluate_checkpoint(compared)["conclusions"]
+        return next(each for each in conclusions if "and the baseline, " in each)
+
+    assert "in seed 0 (baseline: 1)" in said("out")
+    shutil.rmtree(place)
+    assert "is no longer there" in said("later")
+    (base / "results.json").unlink()
+    assert "has no results.json of it" in said("last")
+
+
+def test_the_report_names_what_is_evaluated(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    """Also the data, where they are the run's own."""
+    given: dict[str, Any] = {"data": None, "arms": ("on",), "limit": 1}
+    results = evaluate_checkpoint(options(trained, tmp_path / "out", **given))
+    page = unescape((tmp_path / "out/report.html").read_text())
+    subtitle = page.split('<p class="note">')[1].split("</p>")[0]
+    for part in (
+        "in-place (sum, relative, learning rate 1), target hidden, chunk_size 5 (0.4 s) in",
+        "step 4",
+        "seed 0",
+        f"data {trained[1]}",
+    ):
+        assert part in subtitle
+    assert results["options"]["data"] == str(trained[1])
+
+
+def test_recordings_that_were_trained_on_are_named_before_all_results(
+    trained: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_data = yaml.safe_load((trained[0] / "args.yaml").read_text())["data"]["train_data"]
+    given = {"checkpoint": str(trained[0]), "out": str(tmp_path / "out"), "device": "cpu"}
+    given |= {"tasks": "position", "arms": "off", "bin_sec": "0.8", "limit": "2"}
+    warning = "2 of the 2 recordings are in the checkpoint's data.train_data, whole or in part"
+    assert run(lambda: evaluate(**given, data=train_data)) == 0
+    said = capsys.readouterr().out.split("- ")
+    assert said[1].startswith(f"Warning: {warning}")
+    assert warning in unescape((tmp_path / "out/report.html").read_text())
+    given["out"] = str(tmp_path / "apart")
+    assert run(lambda: evaluate(**given, data=str(trained[1]))) == 0
+    assert "data.train_data" not in capsys.readouterr().out
+
+
+def test_training_data_that_are_gone_are_not_taken_for_others(
+    trained: tuple[Path, Path], tmp_path: Path
+) -> None:
+    place = tmp_path / "runs/checkpoints/checkpoint_000004"
+    changed_copy(trained[0], place, {"data.train_data": str(tmp_path / "gone.jsonl")})
+    data = write_dataset(tmp_path / "data", [1.0])
+    given: dict[str, Any] = {"data": str(data), "arms": ("off",)}
+    results = evaluate_checkpoint(options((place, trained[1]), tmp_path / "out", **given))
+    assert any("is not known: data.train_data: " in note for note in results["notes"])
+
+
+def test_keys_that_change_no_weight_are_keys() -> None:
+    assert {field.key for field in all_fields(TrainArgs)} >= CHANGES_NO_WEIGHT
