@@ -36,6 +36,9 @@ from ttt.ops.inner_loop.pieces import (
 
 KERNEL_WIDTHS = (16, 32, 64, 128)
 """Of heads that the kernels take."""
+SMALL_SIZE = 256
+"""Mini-batches up to this size are computed whole, also in shorter sequences: there is little to
+spare, and other products would round otherwise."""
 
 
 def ttt_linear(
@@ -189,6 +192,12 @@ def inner_scan(
 ) -> tuple[Tensor, InnerLayers]:
     """`ttt_linear` or `ttt_mlp`, by the number of layers."""
     size, num_frames = token_scale.shape[0], q.shape[2]
+    least = max(num_frames, SMALL_SIZE)
+    if size > least:
+        # A mini-batch that the sequence does not fill writes nothing, so a shorter one does as well
+        # that it does not fill either.
+        size = least + 1
+        token_scale = token_scale[:size]
     dtype = torch.promote_types(q.dtype, torch.float32)
     layout = lay_out(num_frames, size, documents, like=q.new_empty(0, dtype=dtype))
     q, k, v, eta = (layout.spread(x, size) for x in (q, k, v, eta))

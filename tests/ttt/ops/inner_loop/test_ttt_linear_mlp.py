@@ -11,6 +11,7 @@ from moshi.modules.rope import apply_rope
 
 from ttt import ops
 from ttt.ops.inner_loop import reference as reference_linear
+from ttt.ops.inner_loop.ttt_linear_mlp import SMALL_SIZE
 
 METHODS: dict[str, Any] = {
     "linear": (ops.ttt_linear, reference_linear.ttt_linear, 1e-10),
@@ -101,6 +102,22 @@ def test_the_dual_form_equals_its_definition(
     found = values_and_gradients(
         fast, *inputs, documents=documents, scan_checkpoint_group_size=group_size
     )
+    for a, b in zip(found, expected, strict=True):
+        assert_same(a, b, tolerance)
+
+
+@every_method
+@pytest.mark.parametrize("num_frames", [9, SMALL_SIZE + 1])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_mini_batch_that_no_sequence_fills_costs_no_more_than_the_sequence(
+    method: str, num_frames: int, packed: bool
+) -> None:
+    """A matrix of its frames would take 8 TB."""
+    fast, definition, tolerance = METHODS[method]
+    inputs = random_inputs(method, 0, num_frames, 10**6)
+    documents = torch.zeros(2, num_frames, dtype=torch.long) if packed else None
+    expected = values_and_gradients(definition, *inputs)
+    found = values_and_gradients(fast, *inputs, documents=documents)
     for a, b in zip(found, expected, strict=True):
         assert_same(a, b, tolerance)
 
