@@ -140,7 +140,7 @@ def inner_losses(
     *,
     token_scale: Tensor,
 ) -> dict[str, Tensor]:
-    """½ ‖LN(f_W(k)) − (v − k)‖² by position: {name: [T']}, means over batch and heads.
+    """½ ‖LN(f_W(k)) − (v − k)‖² by position: {name: [B, T']}, means over heads.
 
     Of the T' frames in complete mini-batches, with three weights: `initial`, those at the start of
     the sequence; `before` and `after` the update by the frame's own mini-batch. Shapes: see
@@ -155,7 +155,7 @@ def inner_losses(
 
     def losses(layers: InnerLayers, k: Tensor, v: Tensor) -> Tensor:
         found = layer_norm(inner_forward(layers, k)[1][-1], ln_weight, ln_bias)
-        return 0.5 * (found - (v - k)).square().sum(-1).mean((0, 1))
+        return 0.5 * (found - (v - k)).square().sum(-1).mean(1)
 
     initial, before, after = losses(layers, k, v), [], []
     for start in range(0, num_frames, size):
@@ -165,11 +165,11 @@ def inner_losses(
         written = inner_errors(layers, *piece, eta[:, :, here], ln_weight, ln_bias)
         layers = inner_write(layers, written, token_scale[-1])
         after.append(losses(layers, *piece))
-    nothing = initial[:0]
+    nothing = initial[:, :0]
     return {
         "initial": initial,
-        "before": torch.cat([nothing, *before]),
-        "after": torch.cat([nothing, *after]),
+        "before": torch.cat([nothing, *before], dim=1),
+        "after": torch.cat([nothing, *after], dim=1),
     }
 
 

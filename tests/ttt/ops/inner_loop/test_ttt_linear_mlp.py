@@ -194,10 +194,10 @@ def test_learning_lowers_the_inner_loss(method: str) -> None:
     layers = tuple(zip(weights[0::2], weights[1::2], strict=True))
     losses = ops.inner_losses(k, v, 0.1 * eta, layers, *arguments[-2:], token_scale=token_scale)
     assert {name: by_position.shape for name, by_position in losses.items()} == {
-        name: (40,) for name in ("initial", "before", "after")
+        name: (2, 40) for name in ("initial", "before", "after")
     }
-    assert_same(losses["before"][:4], losses["initial"][:4], 1e-12)
-    assert losses["before"][4:].mean() < 0.9 * losses["initial"][4:].mean()
+    assert_same(losses["before"][:, :4], losses["initial"][:, :4], 1e-12)
+    assert losses["before"][:, 4:].mean() < 0.9 * losses["initial"][:, 4:].mean()
     assert losses["after"].mean() < losses["before"].mean()
 
 
