@@ -87,14 +87,15 @@ def describe_ttt(args: TrainArgs, model: TTTLMModel, segment_frames: Sequence[in
     every = args.ttt.update_frames
     segment_frames = segment_frames or [most]
     fewest, updates = ((find(segment_frames) - 1) // every for find in (min, max))
+    often = f"{'up to ' if fewest < updates else ''}{updates} update{'s' * (updates != 1)}"
     learning, where = num_learning(args.ttt, segment_frames), ""
     if 0 < learning < len(segment_frames):
         where = f", in {learning} of {len(segment_frames)} segments"
     layer = next(iter(model.ttt_layers.values()))
     return (
         f"TTT: {layer.describe()} in layers {', '.join(map(str, model.ttt_layers))}; "
-        f"{'up to ' if fewest < updates else ''}{updates} updates a sequence, every {every} frames "
-        f"({every / FRAME_RATE_HZ:.1f} s){where}; {attention}"
+        f"{often} a sequence, every {every} frames ({every / FRAME_RATE_HZ:.1f} s){where}; "
+        f"{attention}"
     )
 
 
