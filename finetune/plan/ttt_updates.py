@@ -20,13 +20,15 @@ def num_learning(ttt: TTTArgs, segment_frames: Sequence[int]) -> int:
 
 
 def caution_of_updates(args: TrainArgs, segment_frames: Sequence[int] | None) -> str | None:
-    """Return why TTT learns in no segment or in few, and what to change; None: in most it does.
+    """Return why TTT learns in no segment or in few, and what to change; None: in most it does,
+    or there is no TTT.
 
     Args:
-        args: with TTT.
         segment_frames: of the recordings that train, as `TrainLoader` and `DataSet` have them;
             None: they are not known, and taken to be long enough.
     """
+    if not args.ttt.enabled:
+        return None
     every, most = args.ttt.update_frames, count_frames(args.duration_sec)
     segment_frames = segment_frames or [most]
     longest, learning = max(segment_frames), num_learning(args.ttt, segment_frames)

@@ -11,7 +11,9 @@ from ttt import TTTArgs
 
 
 def args_of(duration_sec: float = 20.0, **ttt: Any) -> TrainArgs:
-    return TrainArgs(DataArgs(), "", ttt=TTTArgs(enabled=True, **ttt), duration_sec=duration_sec)
+    return TrainArgs(
+        DataArgs(), "", ttt=TTTArgs(**{"enabled": True, **ttt}), duration_sec=duration_sec
+    )
 
 
 def test_a_segment_as_long_as_a_chunk_learns_nothing() -> None:
@@ -36,6 +38,7 @@ def test_few_segments_in_which_ttt_learns_are_warned_of(
     segment_frames: list[int] | None, caution: str | None
 ) -> None:
     found = caution_of_updates(args_of(chunk_size=200), segment_frames)
+    assert caution_of_updates(args_of(chunk_size=200, enabled=False), segment_frames) is None
     assert found is None if caution is None else found and found.startswith(caution)
 
 
