@@ -365,8 +365,9 @@ def measuring(model: TTTLMModel, *, enabled: bool = True) -> Iterator[dict[str, 
     """Collects what TTT does in the forward passes within the block, if `enabled`.
 
     The dictionary that it gives is filled when the block ends: `layer_05/effect` and so on, scalar
-    tensors of the first forward pass. Every method has `effect`, ‖what TTT adds‖ / ‖what it is
-    added to‖; what else there is, `ttt.layers.in_place_measure` and `TTTMixer._inner_losses` say.
+    tensors of the first forward pass in which a frame could read what was learned; of none, where
+    there is no such frame. Every method has `effect`, ‖what TTT adds‖ / ‖what it is added to‖; what
+    else there is, `ttt.layers.in_place_measure` and `ttt.layers.mixer_measure` say.
     """
     collected: dict[str, Tensor] = {}
     for module in model.ttt_layers.values():

@@ -265,6 +265,11 @@ class TrainLoader:
         return self._data.num_segments
 
     @property
+    def segment_frames(self) -> list[int]:
+        """Return how many frames of each segment are of its recording."""
+        return self._data.segment_frames
+
+    @property
     def total_duration_sec(self) -> float:
         return self._data.total_duration_sec
 

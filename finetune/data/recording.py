@@ -217,6 +217,11 @@ class SegmentRef(NamedTuple):
     recording: Recording
     start_frame: int
 
+    def num_valid_frames(self, num_frames: int) -> int:
+        """Return how many of a segment's `num_frames` frames are of the recording: the others are
+        padding."""
+        return min(num_frames, count_frames(self.recording.duration_sec) - self.start_frame)
+
 
 def cut(recording: Recording, num_frames: int) -> list[SegmentRef]:
     """Segments of `num_frames` frames, one after the other; a last one may be shorter.

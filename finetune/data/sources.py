@@ -39,6 +39,8 @@ class DataSet(NamedTuple):
 
     sources: list[WeightedSource]
     num_skipped: int
+    segment_frames: list[int]
+    """Frames of each segment that are of its recording."""
 
     @property
     def num_segments(self) -> int:
@@ -115,7 +117,8 @@ def load_sources(
                 f"{key}: no usable recording is left in {source.path}. {_listing(problems)}"
             )
     warn_of(warnings, key)
-    return DataSet(sources, num_skipped)
+    refs = (ref for source in sources for ref in source.segments)
+    return DataSet(sources, num_skipped, [ref.num_valid_frames(num_frames) for ref in refs])
 
 
 def check_share_of_sources(

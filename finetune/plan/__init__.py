@@ -6,13 +6,16 @@ from finetune.plan.plan import plan
 from finetune.plan.room import require_room
 from finetune.plan.starter import Wanted, write_config
 from finetune.plan.table import table
+from finetune.plan.ttt_updates import caution_of_updates, num_learning
 
 __all__ = [
     "SUMMARY",
     "Wanted",
+    "caution_of_updates",
     "describe_run",
     "estimate",
     "explained",
+    "num_learning",
     "plan",
     "require_room",
     "table",

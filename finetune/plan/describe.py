@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 
 from finetune.config import TrainArgs, changed_since_moshi_finetune
-from finetune.data import FRAME_RATE_HZ, EvalLoader, TrainLoader, count_frames
+from finetune.data import EvalLoader, TrainLoader, count_frames
 from finetune.distributed import World, shard_size
 from finetune.kept import write_whole
 from finetune.model import count_by_role
 from finetune.monitoring import format_count
+from finetune.plan.ttt_updates import cautions_of_ttt, describe_ttt, num_learning
 from ttt import TTTLMModel
-from ttt.registry import METHODS
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,9 @@ def describe_run(
             f"checkpoints: LoRA is merged into the base as {args.base_precision} keeps it, in "
             f"{args.param_dtype} again (save_adapters: false)"
         )
-    yield from _describe_ttt(args, model, num_frames)
+    yield describe_ttt(args, model, train_data.segment_frames)
+    for caution in cautions_of_ttt(args, model, train_data.segment_frames):
+        logger.warning(caution)
     if world.device.type == "cuda":
         warn_of_slow_layers(model)
         free, total = torch.cuda.mem_get_info()
@@ -79,11 +81,14 @@ def write_summary(
     """Write what a run's metrics do not have into `summary.json` in its folder."""
     by_role = {role: total for role, (total, _) in count_by_role(model).items()}
     segments_per_step = args.batch_size * args.num_microbatches * world.data_size
+    learning = num_learning(args.ttt, train_data.segment_frames) if args.ttt.enabled else None
     content = {
         "parameters": sum(by_role.values()),
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "parameters_by_role": by_role,
         "train_segments": train_data.num_segments,
+        # Of these; None without TTT.
+        "train_segments_in_which_ttt_learns": learning,
         "segments_per_step": segments_per_step,
         "steps_per_epoch": train_data.num_segments / segments_per_step,
         "device": str(world.device.type),
@@ -96,34 +101,3 @@ def warn_of_slow_layers(model: TTTLMModel) -> None:
     """Log a warning where TTT takes more time on a GPU than it need."""
     for caution in dict.fromkeys(c for m in model.ttt_layers.values() for c in m.cautions()):
         logger.warning(caution)
-
-
-def _describe_ttt(args: TrainArgs, model: TTTLMModel, num_frames: int) -> Iterator[str]:
-    window = model.context
-    attention = f"attention sees {window} frames of {num_frames}"
-    if args.ttt.attention_context is not None:
-        attention += f", and {args.ttt.attention_context} in the layers that ttt names"
-    if not model.ttt_layers:
-        yield f"TTT: off; {attention}"
-        return
-    every = args.ttt.update_frames
-    updates = (num_frames - 1) // every
-    layer = next(iter(model.ttt_layers.values()))
-    yield (
-        f"TTT: {layer.describe()} in layers "
-        f"{', '.join(map(str, model.ttt_layers))}; {updates} updates a sequence, every {every} "
-        f"frames ({every / FRAME_RATE_HZ:.1f} s); {attention}"
-    )
-    if updates == 0:
-        effect = "carries nothing on" if layer.reads_open_chunk else "never learns anything"
-        option = METHODS[args.ttt.method].update_option
-        logger.warning(
-            f"duration_sec is {args.duration_sec:g} ({num_frames} frames), not longer "
-            f"than {f'ttt.{option}' if option else 'an update'} ({every} frames): TTT {effect}. "
-            f"Raise the one{' or lower the other' if option else ''}."
-        )
-    elif window is None or window >= num_frames:
-        logger.warning(
-            f"attention sees the whole sequence ({num_frames} frames), so there is little "
-            f"for TTT to remember. Sequences should be longer than the window: raise duration_sec."
-        )

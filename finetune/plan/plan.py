@@ -20,6 +20,7 @@ from finetune.plan.advice import way_to_speed, ways_to_fit
 from finetune.plan.describe import describe_roles
 from finetune.plan.memory import Memory, estimate, fits
 from finetune.plan.speed import StepTime, step_time
+from finetune.plan.ttt_updates import cautions_of_ttt, describe_ttt
 from finetune.safety import read_json
 from ttt import TTTLMModel, state_bytes
 from ttt.layers import layer_class
@@ -114,6 +115,7 @@ def _describe_time(args: TrainArgs, model: TTTLMModel, num_gpus: int) -> Iterato
         f"{format_count(tokens_per_step)} tokens; {args.max_steps} steps: "
         f"{format_count(args.max_steps * tokens_per_step)} tokens"
     )
+    segment_frames = None
     try:
         data = load_sources(
             args.data.train_data,
@@ -122,6 +124,7 @@ def _describe_time(args: TrainArgs, model: TTTLMModel, num_gpus: int) -> Iterato
             on_error=args.data.on_error,
             reading=Reading.of(args.data, training=True),
         )
+        segment_frames = data.segment_frames
         steps = data.num_segments / segments_per_step
         yield (
             f"data: {data.num_segments} segments, {steps:.1f} steps an epoch; the run is "
@@ -129,6 +132,9 @@ def _describe_time(args: TrainArgs, model: TTTLMModel, num_gpus: int) -> Iterato
         )
     except UserError as error:
         yield f"data: steps of an epoch are not known: {error}"
+    yield describe_ttt(args, model, segment_frames)
+    for caution in cautions_of_ttt(args, model, segment_frames):
+        yield f"warning: {caution}"
     yield _describe_step_time(args, step_time(args, model, num_gpus))
 
 

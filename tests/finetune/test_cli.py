@@ -45,7 +45,7 @@ def demo_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
 def test_training_says_what_it_does_and_learns(demo_run: tuple[Path, Any]) -> None:
     run_dir, output = demo_run
     assert (
-        "TTT: in-place (delta) in layers 1, 3; 4 updates a sequence, every 10 frames (0.8 s)"
+        "TTT: in-place (delta) in layers 1, 3; up to 4 updates a sequence, every 10 frames (0.8 s)"
         in output
     )
     before, after = read_metrics(metrics_path(run_dir, "eval"))

@@ -124,7 +124,7 @@ def test_a_run_tells_what_ttt_does(
 ) -> None:
     train(config, tmp_path, {**LINEAR, "ttt.method": "mlp", "ttt.attention_context": 7})
     out = capsys.readouterr().out
-    assert "mlp in layers 0, 1; 6 updates a sequence, every 4 frames (0.3 s)" in out
+    assert "mlp in layers 0, 1; up to 6 updates a sequence, every 4 frames (0.3 s); " in out
     assert "attention sees 12 frames of 25, and 7 in the layers that ttt names" in out
     assert "WARNING" not in out
     effects = logged(tmp_path, "ttt/layer_01/effect")

@@ -1,5 +1,6 @@
 """What a run says and logs about itself: at its start, and of TTT that does nothing or too much."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from training_tools import logged, train
 
 from finetune.config import OptimArgs, TrainArgs
 from finetune.config.args import DataArgs
-from finetune.monitoring import EffectWatch
+from finetune.monitoring import EffectWatch, metrics_path, read_metrics
 from finetune.plan.describe import warn_of_slow_layers
 from ttt import TTTArgs, build_model
 
@@ -103,8 +104,8 @@ def test_a_run_says_what_it_is_going_to_do(
 ) -> None:
     out = start_lines(config, tmp_path, {"do_eval": True, "health_sec": 0}, capsys)
     assert "7 segments of up to 25 frames" in out and "3 to evaluate" in out
-    assert "TTT: in-place (sum, relative, learning rate 1) in layers 0, 1; 4 updates" in out
-    assert "updates a sequence, every 5 frames" in out
+    assert "TTT: in-place (sum, relative, learning rate 1) in layers 0, 1; up to 4 " in out
+    assert "updates a sequence, every 5 frames (0.4 s), in 6 of 7 segments; attention" in out
     assert "attention sees 12 frames of 25" in out
     assert "(frozen)" in out and "ttt 578" in out
     assert f"writes to {tmp_path}" in out
@@ -115,8 +116,22 @@ def test_a_run_says_what_it_is_going_to_do(
     "overrides, expected",
     [
         ({"duration_sec": 0.4}, "(5 frames), not longer than ttt.chunk_size (5 frames)"),
-        ({"ttt.chunk_size": 50}, "TTT never learns anything"),
+        ({"ttt.chunk_size": 50}, "TTT never learns anything. Raise the one or lower the other"),
+        # The longest recording is of 2.5 s.
+        (
+            {"duration_sec": 4, "ttt.chunk_size": 40},
+            "no segment is longer than ttt.chunk_size (40 frames), the longest has 32 (2.6 s)",
+        ),
+        (
+            {"duration_sec": 4, "ttt.chunk_size": 28},
+            "TTT never learns anything in 5 of 6 segments, as they are not longer than ttt.chunk_s",
+        ),
         ({"duration_sec": 0.96}, "attention sees the whole sequence (12 frames)"),
+        (
+            {"duration_sec": 4, "model.attention_context": 40},
+            "attention sees the whole sequence (32 frames), so there is little for TTT to "
+            "remember. Sequences should be longer than the window: train on longer recordings.",
+        ),
     ],
 )
 def test_a_run_warns_where_ttt_can_have_nothing_to_do(
@@ -128,6 +143,23 @@ def test_a_run_warns_where_ttt_can_have_nothing_to_do(
 ) -> None:
     out = start_lines(config, tmp_path, overrides, capsys)
     assert out.count("warning: ") == 1 and expected in out
+
+
+def test_recordings_shorter_than_a_chunk_are_no_reason_to_change_a_rate(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Padding lies after their first chunk, and nothing else."""
+    short = {"duration_sec": 4, "ttt.chunk_size": 40}
+    train(config, tmp_path, {**short, "max_steps": 22, "do_ckpt": False})
+    out = capsys.readouterr().out
+    assert "0 updates a sequence, every 40 frames" in out
+    assert "optim.ttt_lr" not in out and out.count("warning: ") == 1
+    records = read_metrics(metrics_path(tmp_path, "train"))
+    assert not [name for name in records[-1] if name.startswith("ttt/")]
+    assert json.loads((tmp_path / "summary.json").read_text()).items() >= {
+        ("train_segments", 6),
+        ("train_segments_in_which_ttt_learns", 0),
+    }
 
 
 @pytest.mark.parametrize("method, size, warns", [("linear", 64, False), ("mlp", 64, True)])

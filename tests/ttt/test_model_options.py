@@ -14,10 +14,10 @@ from helpers import (
     tiny_model,
     tiny_relative_args,
 )
-from test_model import IN_PLACE, LINEAR, assert_same, each_of, stock_copy, stream, text_logits
+from test_model import ARGS, IN_PLACE, LINEAR, assert_same, each_of, stock_copy, stream, text_logits
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ttt import TTTArgs, build_model, measuring, ops
+from ttt import TTTArgs, TTTLMModel, build_model, measuring, ops
 
 
 def test_on_meta_nothing_is_drawn() -> None:
@@ -108,6 +108,46 @@ def test_measurements_tell_how_well_the_inner_loop_learns(args: TTTArgs) -> None
     with torch.no_grad(), measuring(model) as short:
         model(codes[:, :, :3])
     assert set(short) == {"layer_00/effect", "layer_02/effect"}
+
+
+def measured_of(model: TTTLMModel, *all_codes: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What is measured of some passes, one after the other."""
+    with torch.no_grad(), measuring(model) as measured:
+        for codes in all_codes:
+            model(codes)
+    return measured
+
+
+@each_of(ARGS)
+def test_padding_is_not_measured(args: TTTArgs) -> None:
+    """The last code of a recording is read two frames later: as delayed, and for the next one."""
+    model, codes = tiny_model(args), random_codes(num_frames=20)
+    codes[:, :, 18:] = -1
+    whole = measured_of(model, codes)
+    padded = measured_of(model, torch.nn.functional.pad(codes, (0, 9), value=-1))
+    assert padded.keys() == whole.keys() and whole["layer_00/effect"] > 0
+    for name, value in whole.items():
+        torch.testing.assert_close(padded[name], value, rtol=1e-5, atol=0)
+
+
+@each_of(ARGS)
+def test_where_no_frame_reads_what_was_learned_nothing_is_measured(args: TTTArgs) -> None:
+    model, codes = tiny_model(args), random_codes()
+    short = codes.clone()
+    # Its last code is read at frame 4, and the first chunk ends there.
+    short[:, :, 3:] = -1
+    effects = {name for name in measured_of(model, codes) if name.endswith("/effect")}
+    found = measured_of(model, short)
+    # A mini-batch's own frames read it, and of five frames the first four fill one.
+    reads_at_once = args.method != "in_place"
+    assert found.keys() == (measured_of(model, codes).keys() if reads_at_once else set())
+    assert all(value.isfinite() for value in found.values())
+    if not reads_at_once:
+        # Where one micro-batch has nothing to measure, the next one may.
+        assert measured_of(model, short, codes).keys() >= effects
+    very_short = short.clone()
+    very_short[:, :, 1:] = -1
+    assert measured_of(model, very_short).keys() == (effects if reads_at_once else set())
 
 
 @pytest.mark.parametrize(

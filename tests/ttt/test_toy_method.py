@@ -160,7 +160,7 @@ def test_a_run_says_what_it_does_and_what_options_are_not_for_it(
 ) -> None:
     train(config, tmp_path, {**OVERRIDES, "max_steps": 1, "do_eval": False})
     out = capsys.readouterr().out
-    assert "TTT: gated-delta in layers 0, 1; 24 updates a sequence, every 1 frames" in out
+    assert "TTT: gated-delta in layers 0, 1; up to 24 updates a sequence, every 1 frames" in out
     with pytest.raises(UserError, match="is an option of method linear and mlp"):
         load_config(config, {**OVERRIDES, "ttt.mini_batch_size": 4})
     with pytest.raises(UserError, match="in_place or linear or mlp or gated_delta, got 'gated'"):

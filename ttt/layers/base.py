@@ -115,7 +115,8 @@ class TTTLayer(Streamed, StreamingModule[StateT]):
         self.measure = False
         """Whether parallel forward passes fill `measured`; see `ttt.measuring`."""
         self.measured: dict[str, Tensor] = {}
-        """Scalars by name; `effect`, ‖what TTT adds‖ / ‖what it is added to‖, is always one."""
+        """Scalars by name, always with `effect`, ‖what TTT adds‖ / ‖what it is added to‖; none at
+        all where no frame could read what was learned."""
 
     gains_when_kept: ClassVar[bool] = False
     """Whether what a layer with it keeps as one of the `selective_layers` spares more time than
@@ -147,14 +148,14 @@ class TTTLayer(Streamed, StreamingModule[StateT]):
         return dict(self.named_parameters())
 
     def measure_once(self, find: Callable[[], dict[str, Tensor]]) -> None:
-        """Fill `measured` with what `find` returns, if it is asked for."""
+        """Fill `measured` with what `find` returns, if it is asked for and was not found yet."""
         if not self.measure:
             return
         # Nothing is saved for a backward pass: checkpointing compares what is with the next.
         with torch.no_grad():
             self.measured = find()
         # Once: activation checkpointing and micro-batches come here again.
-        self.measure = False
+        self.measure = not self.measured
 
     def state_bytes(self, batch_size: int) -> int:
         """Return the bytes of the streaming state of `batch_size` streams; one stream's is made

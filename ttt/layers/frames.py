@@ -17,6 +17,11 @@ def only(x: Tensor, frames: Tensor | None) -> Tensor:
     return x if frames is None else torch.where(frames.unsqueeze(-1), x, 0.0)
 
 
+def relative_norm(change: Tensor, base: Tensor, frames: Tensor | None) -> Tensor:
+    """Return ‖change‖ / ‖base‖ of [B, T, d] over `frames` [B, T]; None: over all."""
+    return only(change, frames).float().norm() / only(base, frames).float().norm()
+
+
 def normalized(source: Tensor) -> Tensor:
     """Return the frames of [B, T, d] divided by their RMS; frames of zeros stay zeros."""
     wide = source.to(accumulating_dtype(source.dtype))

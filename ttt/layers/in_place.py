@@ -153,7 +153,7 @@ class InPlaceGating(TTTLayer[InPlaceState]):
         # At last: activation checkpointing then need not compute it again.
         plain = self.linear_out(z)
         if x.shape[1] > self.args.chunk_size:
-            seen = z, v, written, plain, learned
+            seen = z, v, written, is_frame, plain, learned
             self.measure_once(
                 lambda: measure(self.args, *seen, beta=self.write_strength, base=self.base_weight)
             )

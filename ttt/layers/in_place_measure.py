@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ttt import ops
 from ttt.config import TTTArgs
-from ttt.layers.frames import delayed, only
+from ttt.layers.frames import delayed, only, relative_norm
 from ttt.ops.in_place.sum import delta_norm_square
 from ttt.ops.in_place.terms import product
 
@@ -15,6 +15,7 @@ def measure(
     z: Tensor,
     v: Tensor,
     written: Tensor | None,
+    is_frame: Tensor | None,
     plain: Tensor,
     learned: Tensor,
     *,
@@ -23,21 +24,26 @@ def measure(
 ) -> dict[str, Tensor]:
     """Return scalars that tell whether TTT does anything in a layer; see docs/mathematics.md.
 
-    effect: ‖what TTT adds‖ / ‖what the projection gives‖, over the frames that can read.
+    effect: ‖what TTT adds‖ / ‖what the projection gives‖, over the frames that can read: those
+        after the first chunk. Without any, there is nothing to tell.
     delta: mean ‖change of S by a chunk‖ / ‖W0‖ over the complete chunks that write anything,
-        decay aside.
+        decay aside, and that do not lie past the end of a recording.
     clip_rate: share of these chunks whose Δ met the bound; 0 without one.
     write_strength: β, with `write: delta` alone.
 
     Args:
         z, v, written: [B, T, h], [B, T, d] and [B, T], as the operators take them.
+        is_frame: [B, T], false past the end of a recording; None: all are frames.
         plain, learned: [B, T, d], what the projection gives, and what TTT adds to it.
         beta: β; None with `write: sum`.
         base: [d, h], W0.
     """
     chunk_size = args.chunk_size
-    readable = slice(chunk_size, None)
-    found = {"effect": learned[:, readable].float().norm() / plain[:, readable].float().norm()}
+    readable = None if is_frame is None else is_frame[:, chunk_size:]
+    if readable is not None and not readable.any():
+        return {}
+    effect = relative_norm(learned[:, chunk_size:], plain[:, chunk_size:], readable)
+    found = {"effect": effect}
     rate = args.inner_learning_rate
     keys, v = delayed(z, args.lag_frames), only(v, written)
     if beta is not None:
@@ -45,6 +51,9 @@ def measure(
         keys = only(keys, written)
         v = _errors(args, keys, v, learned, beta)
     delta = delta_norm_square(keys, v, chunk_size).sqrt()
+    if is_frame is not None:
+        # With `chunk_edge: cut` padding is written as well, and nobody reads it.
+        delta = only(delta.unsqueeze(-1), is_frame[:, ::chunk_size][:, : delta.shape[1]])[..., 0]
     num_writing = (delta > 0).sum().clamp(min=1)
     bound = args.max_delta_norm or float("inf")
     found["clip_rate"] = (delta > bound).sum() / num_writing

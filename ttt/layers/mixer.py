@@ -14,6 +14,7 @@ from ttt.config import TTTArgs
 from ttt.layers.base import Cost, Place, TTTLayer
 from ttt.layers.blocks import norm_of, normalize
 from ttt.layers.conv_tail import ConvTail
+from ttt.layers.mixer_measure import measure
 from ttt.layers.mixer_state import TTTMixerState
 from ttt.ops.inner_loop.pieces import (
     InnerLayers,
@@ -149,23 +150,19 @@ class TTTMixer(TTTLayer[TTTMixerState]):
             mixed = self._stream(*self._prepare(x), state)
             return self.streamed(self._finish(mixed, x), x)
         q, k, v, eta, token_scale = self.execution.piece(TTTMixer._prepare, self, x)
+        inner = self.inner_layers, self.inner_norm_weight, self.inner_norm_bias
         mixed, _ = inner_scan(
             q,
             k,
             v,
             eta,
-            self.inner_layers,
-            self.inner_norm_weight,
-            self.inner_norm_bias,
+            *inner,
             token_scale=token_scale,
             scan_checkpoint_group_size=self._scan_checkpoint_group_size(q),
         )
         update = self.execution.piece(TTTMixer._finish, self, mixed, x)
         self.measure_once(
-            lambda: {
-                "effect": update.float().norm() / x.float().norm(),
-                **self._inner_losses(k, v, eta, token_scale),
-            }
+            lambda: measure(k, v, eta, *inner, x, update, is_frame, token_scale=token_scale)
         )
         return update
 
@@ -228,25 +225,6 @@ class TTTMixer(TTTLayer[TTTMixerState]):
         size = self.args.mini_batch_size
         shares = 1 / torch.arange(1, size + 1, device=normed.device, dtype=dtype)
         return eta, (shares + self.token_offset.to(dtype)).clamp(min=0)
-
-    def _inner_losses(
-        self, k: Tensor, v: Tensor, eta: Tensor, token_scale: Tensor
-    ) -> dict[str, Tensor]:
-        """Means over complete mini-batches of the loss that TTT lowers, with the weights that a
-        sequence starts from, and before and after the update by a frame's own mini-batch. None, if
-        the sequence is shorter than a mini-batch."""
-        if k.shape[2] < self.args.mini_batch_size:
-            return {}
-        by_position = ops.inner_losses(
-            k,
-            v,
-            eta,
-            self.inner_layers,
-            self.inner_norm_weight,
-            self.inner_norm_bias,
-            token_scale=token_scale,
-        )
-        return {f"inner_loss_{name}": losses.mean() for name, losses in by_position.items()}
 
     # What is asked of it ---------------------------------------------------------------------
 

@@ -146,6 +146,8 @@ def cut(
         raise ValueError(
             f"lag: must lie between 0 and chunk_size - 1 = {chunk_size - 1}, got {lag}"
         )
+    # A chunk that the sequence does not fill writes nothing, and is as good as one a frame longer.
+    chunk_size = min(chunk_size, max(num_frames, lag) + 1)
     limit = max(SUPER_CHUNK_FRAMES, 3 * width * hidden // (width + hidden))
     super_chunk = chunk_size * max(1, round(SUPER_CHUNK_FRAMES / chunk_size))
     block = chunk_size * max(1, BLOCK_FRAMES // chunk_size)

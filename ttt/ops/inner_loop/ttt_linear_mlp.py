@@ -36,6 +36,9 @@ from ttt.ops.inner_loop.pieces import (
 
 KERNEL_WIDTHS = (16, 32, 64, 128)
 """Of heads that the kernels take."""
+SMALL_SIZE = 256
+"""Mini-batches up to this size are computed whole, also in shorter sequences: there is little to
+spare, and other products would round otherwise."""
 
 
 def ttt_linear(
@@ -137,7 +140,7 @@ def inner_losses(
     *,
     token_scale: Tensor,
 ) -> dict[str, Tensor]:
-    """½ ‖LN(f_W(k)) − (v − k)‖² by position: {name: [T']}, means over batch and heads.
+    """½ ‖LN(f_W(k)) − (v − k)‖² by position: {name: [B, T']}, means over heads.
 
     Of the T' frames in complete mini-batches, with three weights: `initial`, those at the start of
     the sequence; `before` and `after` the update by the frame's own mini-batch. Shapes: see
@@ -152,7 +155,7 @@ def inner_losses(
 
     def losses(layers: InnerLayers, k: Tensor, v: Tensor) -> Tensor:
         found = layer_norm(inner_forward(layers, k)[1][-1], ln_weight, ln_bias)
-        return 0.5 * (found - (v - k)).square().sum(-1).mean((0, 1))
+        return 0.5 * (found - (v - k)).square().sum(-1).mean(1)
 
     initial, before, after = losses(layers, k, v), [], []
     for start in range(0, num_frames, size):
@@ -162,11 +165,11 @@ def inner_losses(
         written = inner_errors(layers, *piece, eta[:, :, here], ln_weight, ln_bias)
         layers = inner_write(layers, written, token_scale[-1])
         after.append(losses(layers, *piece))
-    nothing = initial[:0]
+    nothing = initial[:, :0]
     return {
         "initial": initial,
-        "before": torch.cat([nothing, *before]),
-        "after": torch.cat([nothing, *after]),
+        "before": torch.cat([nothing, *before], dim=1),
+        "after": torch.cat([nothing, *after], dim=1),
     }
 
 
@@ -189,6 +192,12 @@ def inner_scan(
 ) -> tuple[Tensor, InnerLayers]:
     """`ttt_linear` or `ttt_mlp`, by the number of layers."""
     size, num_frames = token_scale.shape[0], q.shape[2]
+    least = max(num_frames, SMALL_SIZE)
+    if size > least:
+        # A mini-batch that the sequence does not fill writes nothing, so a shorter one does as well
+        # that it does not fill either.
+        size = least + 1
+        token_scale = token_scale[:size]
     dtype = torch.promote_types(q.dtype, torch.float32)
     layout = lay_out(num_frames, size, documents, like=q.new_empty(0, dtype=dtype))
     q, k, v, eta = (layout.spread(x, size) for x in (q, k, v, eta))

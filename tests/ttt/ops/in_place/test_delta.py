@@ -59,6 +59,22 @@ def test_delta_equals_its_definition(
         torch.testing.assert_close(fast, slow, rtol=1e-7, atol=1e-9 * (1 + scale))
 
 
+@pytest.mark.parametrize("lag", [0, 3, 20])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_chunk_that_no_sequence_fills_costs_nothing(lag: int, packed: bool) -> None:
+    """A matrix of its frames would take 8 TB."""
+    z, v, documents, weights = random_inputs(0, num_frames=9)
+    beta = torch.tensor(10.0, dtype=torch.float64, requires_grad=True)
+    options: dict[str, Any] = {"chunk_size": 10**6, "decay": 0.9, "lag": lag}
+    options["documents"] = documents if packed else None
+    for out in (
+        ops.in_place_delta(z, v, beta=beta, written=weights[..., 0] < 0.8, **options),
+        ops.in_place_ttt(z, v, lr=0.7, max_delta_norm=1.0, **options),
+    ):
+        grads = torch.autograd.grad((out * weights).sum(), (z, v, beta), materialize_grads=True)
+        assert not out.any() and not any(grad.any() for grad in grads)
+
+
 def test_backward_pass_gradchecks() -> None:
     z, v, _, _ = random_inputs(0, batch=1, num_frames=9, hidden=3, width=2)
     beta = torch.tensor([2.0], dtype=torch.float64, requires_grad=True)

@@ -11,6 +11,7 @@ from moshi.modules.rope import apply_rope
 
 from ttt import ops
 from ttt.ops.inner_loop import reference as reference_linear
+from ttt.ops.inner_loop.ttt_linear_mlp import SMALL_SIZE
 
 METHODS: dict[str, Any] = {
     "linear": (ops.ttt_linear, reference_linear.ttt_linear, 1e-10),
@@ -106,6 +107,22 @@ def test_the_dual_form_equals_its_definition(
 
 
 @every_method
+@pytest.mark.parametrize("num_frames", [9, SMALL_SIZE + 1])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_mini_batch_that_no_sequence_fills_costs_no_more_than_the_sequence(
+    method: str, num_frames: int, packed: bool
+) -> None:
+    """A matrix of its frames would take 8 TB."""
+    fast, definition, tolerance = METHODS[method]
+    inputs = random_inputs(method, 0, num_frames, 10**6)
+    documents = torch.zeros(2, num_frames, dtype=torch.long) if packed else None
+    expected = values_and_gradients(definition, *inputs)
+    found = values_and_gradients(fast, *inputs, documents=documents)
+    for a, b in zip(found, expected, strict=True):
+        assert_same(a, b, tolerance)
+
+
+@every_method
 def test_a_sequence_goes_on_from_its_state(method: str) -> None:
     op, _, tolerance = METHODS[method]
     arguments, token_scale = random_inputs(method, num_frames=19)
@@ -177,10 +194,10 @@ def test_learning_lowers_the_inner_loss(method: str) -> None:
     layers = tuple(zip(weights[0::2], weights[1::2], strict=True))
     losses = ops.inner_losses(k, v, 0.1 * eta, layers, *arguments[-2:], token_scale=token_scale)
     assert {name: by_position.shape for name, by_position in losses.items()} == {
-        name: (40,) for name in ("initial", "before", "after")
+        name: (2, 40) for name in ("initial", "before", "after")
     }
-    assert_same(losses["before"][:4], losses["initial"][:4], 1e-12)
-    assert losses["before"][4:].mean() < 0.9 * losses["initial"][4:].mean()
+    assert_same(losses["before"][:, :4], losses["initial"][:, :4], 1e-12)
+    assert losses["before"][:, 4:].mean() < 0.9 * losses["initial"][:, 4:].mean()
     assert losses["after"].mean() < losses["before"].mean()
 
 
