@@ -7,6 +7,7 @@ from finetune.monitoring import console
 from finetune.safety import is_secret
 from finetune.sweep.options import SweepOptions
 from finetune.sweep.plan import Sweep, load_sweep, option
+from finetune.sweep.record import require_nothing_lost
 from finetune.sweep.report import plot_sweep, write_page
 from finetune.sweep.run import run_sweep
 from finetune.sweep.slurm import write_array
@@ -23,8 +24,9 @@ def run_command(options: SweepOptions, overrides: Mapping[str, object]) -> int:
     Raises:
         UserError: anything that can be known to be wrong before the first run.
     """
-    file, only = options.file, options.only or ()
+    file = options.file
     sweep = load_sweep(file, overrides, options.sweep_dir)
+    only = options.only or tuple(sweep.runs)
     unknown = set(only) - sweep.runs.keys()
     if unknown:
         raise UserError(
@@ -41,12 +43,16 @@ def run_command(options: SweepOptions, overrides: Mapping[str, object]) -> int:
         arguments = [f"--{option(key, value)}" for key, value in overrides.items()]
         if options.sweep_dir:
             arguments.append(f"--sweep_dir={options.sweep_dir}")
-        if options.force:
-            arguments.append("--force")
+        arguments += [
+            f"--{name}" for name in ("force", "overwrite_run_dir") if getattr(options, name)
+        ]
+        if not options.overwrite_run_dir:
+            require_nothing_lost(sweep, sweep.runs.values())
         console.print(f"wrote {write_array(sweep, arguments)}; submit it with sbatch")
         return 0
-    names = only or list(sweep.runs)
-    status = 0 if options.table else run_sweep(sweep, names, force=options.force)
+    status = 0
+    if not options.table:
+        status = run_sweep(sweep, only, force=options.force, overwrite=options.overwrite_run_dir)
     show_results(sweep)
     return status
 

@@ -39,7 +39,7 @@ KEYS = ("base", "sweep_dir", "overrides", "runs", "processes", "slurm")
 _OWN_KEYS = {
     "run_dir": "each run has its own folder in sweep_dir",
     "resume": "a sweep always continues what was interrupted",
-    "overwrite_run_dir": "a sweep runs again what was changed",
+    "overwrite_run_dir": "--overwrite_run_dir on the command line replaces what was changed",
     "wandb.key": "a sweep's file is no place for secrets; use `wandb login` or WANDB_API_KEY",
 }
 TABLE = "table"

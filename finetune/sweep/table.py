@@ -19,7 +19,7 @@ from finetune.kept import write_whole
 from finetune.monitoring import Kind, console, metrics_path, read_metrics
 from finetune.plan import SUMMARY
 from finetune.sweep.plan import TABLE, PlannedRun, Sweep, option
-from finetune.sweep.run import changes_since, read_record
+from finetune.sweep.record import changes_since, read_record
 
 FINAL_SHARE = 0.1
 """Of a run's logged steps, at its end: single batches differ too much to be compared."""

@@ -21,7 +21,8 @@ from finetune.config import load_config
 from finetune.errors import UserError
 from finetune.sweep import run as sweep_run
 from finetune.sweep.plan import load_sweep
-from finetune.sweep.run import Children, read_record
+from finetune.sweep.record import read_record
+from finetune.sweep.run import Children
 from finetune.sweep.table import logged
 
 # Fixtures: pytest finds them by their names in this module.
@@ -79,7 +80,16 @@ def test_what_is_finished_is_not_run_again_unless_it_was_changed(
     assert sweep(write({"one": {"log_freq": 2}, "two": {"optim": {"lr": "0.001"}}})) == 0
     assert len(commands) == 2
 
-    assert sweep(write(runs | {"two": {"optim.lr": 2e-3}})) == 0 and len(commands) == 3
+    path = write(runs | {"two": {"optim.lr": 2e-3}})
+    assert sweep(path) == sweep(path, "--slurm") == 1 and len(commands) == 2
+    refusal = capsys.readouterr().err
+    assert refusal.count("two (finished): optim.lr was 0.001 and is 0.002 now\n") == 2
+    assert "one" not in refusal.split("nothing was run:")[1].split("Choose")[0]
+    assert not (path.parent / "sweep/sweep.sbatch").exists()
+    assert load_config(path.parent / "sweep/two/args.yaml").optim.lr == 1e-3
+    assert checkpoint(path.parent / "sweep/two", 4).is_dir()
+
+    assert sweep(path, "--overwrite_run_dir") == 0 and len(commands) == 3
     assert "two: runs again from its beginning: optim.lr was 0.001 and is 0.002" in (
         capsys.readouterr().out
     )
@@ -110,7 +120,7 @@ def test_numbers_of_other_settings_are_not_shown_under_the_new_ones(
     assert logged(plan, plan.runs["one"], "train")
 
     # What started from it is, once it was run again; what is not chosen keeps its status.
-    assert sweep(path, "--only=two") == 0
+    assert sweep(path, "--only=two", "--overwrite_run_dir") == 0
     rows = table(path)
     assert [row["status"] for row in rows.values()] == ["finished", "finished", "outdated"]
     assert "two, which it starts from, was run again" in rows["after"]["message"]
@@ -130,7 +140,8 @@ def test_a_run_that_fails_is_in_the_table_and_the_others_are_run(
     assert "child: not run" in capsys.readouterr().out
 
     # Repaired, it and what hangs on it are run.
-    assert sweep(write({"bad": None, "child": {"after": "bad"}, "good": None})) == 0
+    repaired = write({"bad": None, "child": {"after": "bad"}, "good": None})
+    assert sweep(repaired, "--overwrite_run_dir") == 0
     assert {row["status"] for row in table(path).values()} == {"finished"}
     assert len(commands) == 4
 
@@ -154,8 +165,9 @@ def test_a_stage_starts_from_the_last_weights_of_the_one_before(
 
     # Whatever changes the first stage changes the second.
     stages["early"]["seed"] = 5
-    assert sweep(write(stages), "--only=early") == 0 and len(commands) == 3
-    assert sweep(path, "--only=late") == 0 and len(commands) == 4
+    again = [write(stages), "--overwrite_run_dir"]
+    assert sweep(*again, "--only=early") == 0 and len(commands) == 3
+    assert sweep(*again, "--only=late") == 0 and len(commands) == 4
     assert "--overwrite_run_dir=true" in commands[3]
     assert sweep(path) == 0 and len(commands) == 4
 
