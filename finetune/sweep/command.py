@@ -25,7 +25,7 @@ def run_command(options: SweepOptions, overrides: Mapping[str, object]) -> int:
         UserError: anything that can be known to be wrong before the first run.
     """
     file = options.file
-    sweep = load_sweep(file, overrides, options.sweep_dir)
+    sweep = load_sweep(file, overrides, options.sweep_dir, with_inputs=not options.table)
     only = options.only or tuple(sweep.runs)
     unknown = set(only) - sweep.runs.keys()
     if unknown:

@@ -18,7 +18,8 @@ from finetune.errors import UserError
 from finetune.kept import write_whole
 from finetune.monitoring import Kind, console, metrics_path, read_metrics
 from finetune.plan import SUMMARY
-from finetune.sweep.plan import TABLE, PlannedRun, Sweep, option
+from finetune.sweep.content import TABLE
+from finetune.sweep.plan import PlannedRun, Sweep, option
 from finetune.sweep.record import changes_since, read_record
 
 FINAL_SHARE = 0.1

@@ -127,6 +127,22 @@ def test_numbers_of_other_settings_are_not_shown_under_the_new_ones(
     assert rows["two"]["eval_loss"] is not None
 
 
+def test_the_table_is_shown_also_where_the_data_are_gone(
+    write: Callable[..., Any], commands: list[Any], config: Path
+) -> None:
+    original = Path(load_config(config).data.train_data)
+    listing = original.with_name("gone.jsonl")
+    listing.write_text(original.read_text())
+    path = write({"one": {"data.train_data": str(listing)}})
+    assert sweep(path) == 0
+    before = table(path)
+    listing.unlink()
+    (path.parent / "sweep/table.json").unlink()
+    assert sweep(path, "--table") == 0 and table(path) == before
+    assert before["one"]["eval_loss"] is not None and len(commands) == 1
+    assert sweep(path) == 1, "to run, they are needed"
+
+
 def test_a_run_that_fails_is_in_the_table_and_the_others_are_run(
     write: Callable[..., Any], commands: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
