@@ -88,6 +88,7 @@ def write_summary(
         "steps_per_epoch": train_data.num_segments / segments_per_step,
         "device": str(world.device.type),
         "processes": world.size,
+        "cautions": list(_ttt_cautions(args, model)),
     }
     write_whole(Path(args.run_dir) / SUMMARY, json.dumps(content, indent=2) + "\n")
 
@@ -114,16 +115,27 @@ def _describe_ttt(args: TrainArgs, model: TTTLMModel, num_frames: int) -> Iterat
         f"{', '.join(map(str, model.ttt_layers))}; {updates} updates a sequence, every {every} "
         f"frames ({every / FRAME_RATE_HZ:.1f} s); {attention}"
     )
-    if updates == 0:
+    for caution in _ttt_cautions(args, model):
+        logger.warning(caution)
+
+
+def _ttt_cautions(args: TrainArgs, model: TTTLMModel) -> Iterator[str]:
+    """Yield why TTT can have nothing to do in a sequence."""
+    if not model.ttt_layers:
+        return
+    num_frames, window = count_frames(args.duration_sec), model.context
+    every = args.ttt.update_frames
+    if num_frames <= every:
+        layer = next(iter(model.ttt_layers.values()))
         effect = "carries nothing on" if layer.reads_open_chunk else "never learns anything"
         option = METHODS[args.ttt.method].update_option
-        logger.warning(
+        yield (
             f"duration_sec is {args.duration_sec:g} ({num_frames} frames), not longer "
             f"than {f'ttt.{option}' if option else 'an update'} ({every} frames): TTT {effect}. "
             f"Raise the one{' or lower the other' if option else ''}."
         )
     elif window is None or window >= num_frames:
-        logger.warning(
+        yield (
             f"attention sees the whole sequence ({num_frames} frames), so there is little "
             f"for TTT to remember. Sequences should be longer than the window: raise duration_sec."
         )

@@ -8,6 +8,7 @@ from finetune.safety import is_secret
 from finetune.sweep.options import SweepOptions
 from finetune.sweep.plan import Sweep, load_sweep, option
 from finetune.sweep.record import require_nothing_lost
+from finetune.sweep.remarks import cautions, seed_remarks
 from finetune.sweep.report import plot_sweep, write_page
 from finetune.sweep.run import run_sweep
 from finetune.sweep.slurm import write_array
@@ -64,6 +65,9 @@ def show_results(sweep: Sweep) -> None:
     rows = collect(sweep)
     console.print()
     print_table(rows)
+    warned = [f"Warning: {names}: {text}" for names, text in cautions(rows)]
+    for line in [*warned, *seed_remarks(sweep, rows)]:
+        console.print(line, markup=False, soft_wrap=True)
     written = write_tables(rows, sweep.folder)
     picture = plot_sweep(sweep, sweep.folder / "loss.png")
     written += [picture, write_page(sweep, rows, picture, sweep.folder / "report.html")]

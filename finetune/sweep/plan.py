@@ -195,11 +195,16 @@ def _check_data(runs: Iterable[PlannedRun]) -> list[_Found]:
     return found
 
 
-def _grouped(found: Iterable[_Found], num_runs: int) -> Iterator[str]:
-    """Return one line for what is so of several runs."""
+def by_text(found: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    """Return what is so of runs, each with their names, which stand before it in `found`."""
     names: dict[str, list[str]] = {}
     for name, text in found:
         names.setdefault(text, []).append(name)
-    for text, having in names.items():
+    return names
+
+
+def _grouped(found: Iterable[_Found], num_runs: int) -> Iterator[str]:
+    """Return one line for what is so of several runs."""
+    for text, having in by_text(found).items():
         names_shown = ", ".join(map(abbreviated, having))
         yield f"{'all runs' if len(having) == num_runs > 1 else names_shown}: {text}"

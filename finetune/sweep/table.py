@@ -31,6 +31,7 @@ class Row:
     """A row is one run; None where it has not got so far, or is not evaluated.
 
     status: of its record, or "outdated": it was run with other settings, which `message` names.
+    caution: why TTT could do nothing in it.
     eval_loss, eval_loss_first, eval_loss_best: after the last evaluation, before training, and the
         lowest; in nats, text plus audio. eval_loss_best_step: the step of the lowest.
     train_loss, train_loss_best: means over a tenth of the logged steps: the last, and the lowest.
@@ -45,6 +46,7 @@ class Row:
     run: str
     status: str
     message: str = ""
+    caution: str = ""
     changes: str = ""
     after: str | None = None
     steps: int = 0
@@ -104,8 +106,8 @@ def _row(sweep: Sweep, run: PlannedRun) -> Row:
         run.name,
         status,
         message,
-        " ".join(option(key, value) for key, value in run.own.items()),
-        run.after,
+        changes=" ".join(option(key, value) for key, value in run.own.items()),
+        after=run.after,
         max_steps=run.args.max_steps,
         total_sec=0.0 if status == "outdated" else record.total_sec,
     )
@@ -115,6 +117,7 @@ def _row(sweep: Sweep, run: PlannedRun) -> Row:
         summary = json.loads(summary_file.read_text(encoding="utf-8"))
         row.parameters = summary["parameters"]
         row.trainable_parameters = summary["trainable_parameters"]
+        row.caution = " ".join(summary.get("cautions", ()))
         if train:
             row.sec_per_step = float(np.median(_finite(train, "step_sec")))
             row.sec_per_epoch = row.sec_per_step * summary["steps_per_epoch"]
