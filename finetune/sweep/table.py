@@ -226,6 +226,19 @@ def print_table(rows: Sequence[Row]) -> None:
 # --- for programs ---------------------------------------------------------------------------------
 
 
+def only_in_file(rows: Sequence[Row], folder: Path) -> list[str]:
+    """Return the runs of which the table in a folder has losses, and these rows have none."""
+    path = folder / f"{TABLE}.csv"
+    if not path.is_file():
+        return []
+    has_loss = {row.run for row in rows if row.eval_loss is not None or row.train_loss is not None}
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
+        there = [
+            r["run"] for r in csv.DictReader(file) if r.get("eval_loss") or r.get("train_loss")
+        ]
+    return [name for name in there if name not in has_loss]
+
+
 def write_tables(rows: Sequence[Row], folder: Path) -> list[Path]:
     """Write table.csv and table.json: all columns, numbers unrounded."""
     records = [dataclasses.asdict(row) for row in rows]

@@ -38,6 +38,12 @@ def table(path: Path) -> dict[str, Any]:
     return {row["run"]: row for row in json.loads((path.parent / "sweep/table.json").read_text())}
 
 
+def results(path: Path) -> dict[str, bytes]:
+    """The table, the picture and the page of a sweep."""
+    names = ("table.csv", "table.json", "loss.png", "report.html")
+    return {name: (path.parent / "sweep" / name).read_bytes() for name in names}
+
+
 def test_runs_are_compared_in_a_table_a_picture_and_a_page(
     write: Callable[..., Any], commands: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -108,13 +114,19 @@ def test_numbers_of_other_settings_are_not_shown_under_the_new_ones(
     assert sweep(write(runs)) == 0
     capsys.readouterr()
     path = write(runs | {"two": {"optim.lr": 2e-3}})
+    before = results(path)
     assert sweep(path, "--table") == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"two +│ outdated +│ +–", printed)
+    # The file's table has numbers that this one has not.
+    assert results(path) == before and table(path)["two"]["eval_loss"] is not None
+    assert "Not written: the table and the page" in printed and "numbers of two, which" in printed
+    assert sweep(path, "--table", "--overwrite_run_dir") == 0
     rows = table(path)
     assert [row["status"] for row in rows.values()] == ["finished", "outdated", "finished"]
     assert "optim.lr was 0.001 and is 0.002 now" in rows["two"]["message"]
     assert rows["two"]["eval_loss"] is rows["two"]["train_loss"] is None
     assert rows["two"]["total_sec"] == rows["two"]["steps"] == 0
-    assert re.search(r"two +│ outdated +│ +–", capsys.readouterr().out)
     plan = load_sweep(path)
     assert not logged(plan, plan.runs["two"], "train")
     assert logged(plan, plan.runs["one"], "train")
@@ -125,6 +137,30 @@ def test_numbers_of_other_settings_are_not_shown_under_the_new_ones(
     assert [row["status"] for row in rows.values()] == ["finished", "finished", "outdated"]
     assert "two, which it starts from, was run again" in rows["after"]["message"]
     assert rows["two"]["eval_loss"] is not None
+
+
+def test_a_table_stays_where_another_file_or_key_would_lose_its_numbers(
+    write: Callable[..., Any],
+    commands: list[Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = write({"one": None, "two": {"optim.lr": 1e-3}})
+    assert sweep(path) == 0
+    before = results(path)
+    assert sweep(path, "--table", "--max_steps=2") == 0 and results(path) == before
+    assert "numbers of one, two, which" in capsys.readouterr().out
+    other = tmp_path / "other.yaml"
+    other.write_text(write({"two": {"optim.lr": 1e-3}, "three": {"seed": 1}}).read_text())
+    assert sweep(other, "--table") == 0 and results(path) == before
+    assert "numbers of one, which" in capsys.readouterr().out
+    # Also where something was run: its numbers are shown.
+    assert sweep(other) == 0 and results(path) == before and len(commands) == 3
+    printed = capsys.readouterr().out
+    assert re.search(r"three +│ finished +│ +\d", printed) and "Not written" in printed
+    # With all of the runs the table can be filled.
+    path = write({"one": None, "two": {"optim.lr": 1e-3}, "three": {"seed": 1}})
+    assert sweep(path, "--table") == 0 and table(path).keys() == {"one", "two", "three"}
 
 
 def test_the_table_is_shown_also_where_the_data_are_gone(
