@@ -135,8 +135,8 @@ def require_nothing_lost(sweep: Sweep, chosen: Iterable[PlannedRun]) -> None:
     if lines:
         listed = "\n".join(lines)
         raise UserError(
-            f"sweep_dir: {sweep.folder} already holds runs that are not those of {sweep.file}, and "
-            f"would be replaced; nothing was run:\n{listed}\nChoose another folder with "
+            f"sweep_dir: {sweep.folder} already holds runs of other settings, which would be "
+            f"replaced; nothing was run:\n{listed}\nChoose another folder with "
             "--sweep_dir, leave these out with --only, or replace them with --overwrite_run_dir."
         )
 

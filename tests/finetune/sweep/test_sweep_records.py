@@ -174,6 +174,17 @@ def test_nothing_that_a_run_has_left_is_replaced_unasked(
     assert load_config(path.parent / "sweep/done/args.yaml").max_steps == 2
 
 
+def test_a_base_that_overwrites_does_not_ask_for_it(
+    write: Callable[..., Any], processes: Processes, config: Path, tmp_path: Path
+) -> None:
+    base = tmp_path / "base.yaml"
+    base.write_text(config.read_text() + "\noverwrite_run_dir: true\n")
+    assert sweep(write({"one": None}, base=str(base))) == 0
+    with pytest.raises(UserError, match=r"one \(finished\): seed was 0 and is 5 now"):
+        sweep(write({"one": {"seed": 5}}, base=str(base)))
+    assert processes.taken() == [("one", "resume")]
+
+
 def test_a_start_that_failed_stands_in_nobodys_way(
     write: Callable[..., Any], processes: Processes, tmp_path: Path
 ) -> None:
