@@ -252,7 +252,7 @@ def sweep(options: SweepOptions, overrides: dict[str, Any]) -> None:
     """Train named variations of one configuration, one after another, and compare them.
 
     What is finished is not run again; what was interrupted goes on. See docs/sweeps.md. Keys of a
-    run's configuration count for all runs: --max_steps=20
+    run's configuration count for all runs: --max_steps=20 --sweep_dir=runs/try
     """
     from finetune.sweep import run_command
 

@@ -10,7 +10,7 @@ from finetune.checkpoint.run_dir import (
     load_resume_state,
     load_trained_weights,
 )
-from finetune.checkpoint.run_folder import RunFolder, require_same_rule
+from finetune.checkpoint.run_folder import RunFolder, holds_something, require_same_rule
 from finetune.checkpoint.run_record import run_wrote
 from finetune.checkpoint.writer import CheckpointWriter, snapshot_bytes
 from finetune.kept import step_of
@@ -22,6 +22,7 @@ __all__ = [
     "fill_shards",
     "first_whole",
     "get_random_state",
+    "holds_something",
     "list_checkpoints",
     "load_resume_state",
     "load_trained_weights",

@@ -37,6 +37,14 @@ _METRICS = (metrics_path(Path(), kind).name for kind in KINDS)
 _OWN_FILES = ("args.yaml", "wandb_run_id", SUMMARY, *_METRICS)
 
 
+def holds_something(run_dir: Path) -> bool:
+    """Return whether a folder has more in it than a start that failed leaves behind."""
+    if not RunRecord(run_dir).exists():
+        return run_dir.is_dir() and any(path.name != LOCK_NAME for path in run_dir.iterdir())
+    metrics = metrics_path(run_dir, "train")
+    return (run_dir / "checkpoints").exists() or (metrics.exists() and metrics.stat().st_size > 0)
+
+
 class RunFolder:
     """Entered around training; `starting` around what comes before.
 
@@ -105,7 +113,7 @@ class RunFolder:
             )
         if args.resume:
             return checkpoints[:1] if args.resume is True else checkpoints
-        if not self._holds_something():
+        if not holds_something(self.run_dir):
             return []
         if not args.overwrite_run_dir:
             what = "already holds a run" if self.record.exists() else "already holds files"
@@ -115,15 +123,6 @@ class RunFolder:
             )
         self._check_replaceable()
         return []
-
-    def _holds_something(self) -> bool:
-        """Return whether there is more than a start that failed leaves behind."""
-        if not self.record.exists():
-            return any(path.name != LOCK_NAME for path in self.run_dir.iterdir())
-        metrics = metrics_path(self.run_dir, "train")
-        return (self.run_dir / "checkpoints").exists() or (
-            metrics.exists() and metrics.stat().st_size > 0
-        )
 
     def _check_replaceable(self) -> None:
         """

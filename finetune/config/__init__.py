@@ -44,6 +44,7 @@ from finetune.config.must_exist import (
 )
 from finetune.config.options import ask_for_missing, read_options, require_there
 from finetune.config.read import (
+    Checked,
     changed_keys,
     check_config,
     flatten,
@@ -52,6 +53,7 @@ from finetune.config.read import (
     load_run_config,
     public_dict,
     read_yaml,
+    require_configuration,
     save_config,
 )
 from finetune.config.sources import parse_sources, require_source
@@ -69,6 +71,7 @@ __all__ = [
     "POSITIONAL",
     "SOURCE",
     "SOURCES",
+    "Checked",
     "CompletionOptions",
     "DataArgs",
     "EncodeOptions",
@@ -112,6 +115,7 @@ __all__ = [
     "public_dict",
     "read_options",
     "read_yaml",
+    "require_configuration",
     "require_file",
     "require_source",
     "require_there",

@@ -4,9 +4,9 @@ import dataclasses
 import difflib
 import logging
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -44,12 +44,23 @@ def load_run_config(path: str | Path, overrides: Mapping[str, object] | None = N
     return _whole(path, _check(Path(path), written, overrides), overrides)
 
 
-def _whole(
-    path: str | Path,
-    checked: tuple[TrainArgs, list[Problem]],
-    overrides: Mapping[str, object] | None,
-) -> TrainArgs:
-    args, problems = checked
+class Checked(NamedTuple):
+    """Checked is a configuration with what was found in its reading.
+
+    args: with defaults in the place of what is wrong.
+    problems: what is wrong.
+    left_out: sentences on keys of the file that the command line has made meaningless.
+    """
+
+    args: TrainArgs
+    problems: list[Problem]
+    left_out: list[str]
+
+
+def _whole(path: str | Path, checked: Checked, overrides: Mapping[str, object] | None) -> TrainArgs:
+    args, problems, left_out = checked
+    for text in left_out:
+        logger.warning(text)
     if problems:
         given = set(flatten(overrides or {}))
         if all(given >= set(keys.split(", ")) for keys, _ in problems):
@@ -67,11 +78,9 @@ def _origin(keys: list[str], given: Collection[str]) -> str:
     return " (on the command line)" if there == keys else f" ({', '.join(there)}: command line)"
 
 
-def check_config(
-    path: str | Path, overrides: Mapping[str, object] | None = None
-) -> tuple[TrainArgs, list[Problem]]:
-    """Load a configuration as `load_config` does, but hand back what is wrong, with defaults in its
-    place.
+def check_config(path: str | Path, overrides: Mapping[str, object] | None = None) -> Checked:
+    """Load a configuration as `load_config` does, but hand back what is wrong, and what is to be
+    warned of.
 
     Raises:
         UserError: the file cannot be read at all.
@@ -131,9 +140,7 @@ def _is_of_a_run(written: dict[str, Any]) -> bool:
     return all(f"ttt.{name}" in written for name in names)
 
 
-def _check(
-    path: Path, written: dict[str, Any], overrides: Mapping[str, object] | None
-) -> tuple[TrainArgs, list[Problem]]:
+def _check(path: Path, written: dict[str, Any], overrides: Mapping[str, object] | None) -> Checked:
     if written.keys() >= {"base", "sweep_dir"}:
         raise UserError(f"{path} is a sweep, not one run's configuration: moshi-ttt sweep {path}")
     from_command_line = flatten(overrides or {})
@@ -146,11 +153,11 @@ def _check(
         if not key.startswith(emptied) and key not in IGNORED
     }
     args, problems = fill(TrainArgs, written | from_command_line)
+    left_out: list[str] = []
     if from_command_line.keys() & {"ttt.method", "ttt.write"}:
         # The file is for another method: its options for that one do not stand in the way.
         foreign = {f"ttt.{name}" for name, _ in args.ttt.misplaced()} - from_command_line.keys()
-        for key in sorted(foreign & written.keys()):
-            logger.warning("%s of %s is left out: it is not for this method", key, path)
+        left_out = list(_cautions(sorted(foreign & written.keys()), path))
         written = {key: text for key, text in written.items() if key not in foreign}
         args, problems = fill(TrainArgs, written | from_command_line)
 
@@ -160,7 +167,12 @@ def _check(
         sections = {key.split(".")[0] for key in keys.split(", ")}
         if not settled & (sections | set(keys.split(", "))):
             problems.append((keys, text))
-    return args, problems
+    return Checked(args, problems, left_out)
+
+
+def _cautions(left_out: Iterable[str], path: Path) -> Iterator[str]:
+    for key in left_out:
+        yield f"{key} of {path} is left out: it is not for this method"
 
 
 def list_problems(path: str | Path, problems: Iterable[str]) -> str:

@@ -93,6 +93,7 @@ def write_summary(
         "steps_per_epoch": train_data.num_segments / segments_per_step,
         "device": str(world.device.type),
         "processes": world.size,
+        "cautions": list(cautions_of_ttt(args, model, train_data.segment_frames)),
     }
     write_whole(Path(args.run_dir) / SUMMARY, json.dumps(content, indent=2) + "\n")
 

@@ -7,10 +7,12 @@ from finetune.monitoring import console
 from finetune.safety import is_secret
 from finetune.sweep.options import SweepOptions
 from finetune.sweep.plan import Sweep, load_sweep, option
+from finetune.sweep.record import require_nothing_lost
+from finetune.sweep.remarks import cautions, seed_remarks
 from finetune.sweep.report import plot_sweep, write_page
 from finetune.sweep.run import run_sweep
 from finetune.sweep.slurm import write_array
-from finetune.sweep.table import collect, print_table, write_tables
+from finetune.sweep.table import collect, only_in_file, print_table, write_tables
 from ttt.options import abbreviated
 
 
@@ -23,8 +25,9 @@ def run_command(options: SweepOptions, overrides: Mapping[str, object]) -> int:
     Raises:
         UserError: anything that can be known to be wrong before the first run.
     """
-    file, only = options.file, options.only or ()
-    sweep = load_sweep(file, overrides, options.sweep_dir)
+    file = options.file
+    sweep = load_sweep(file, overrides, options.sweep_dir, with_inputs=not options.table)
+    only = options.only or tuple(sweep.runs)
     unknown = set(only) - sweep.runs.keys()
     if unknown:
         raise UserError(
@@ -41,24 +44,46 @@ def run_command(options: SweepOptions, overrides: Mapping[str, object]) -> int:
         arguments = [f"--{option(key, value)}" for key, value in overrides.items()]
         if options.sweep_dir:
             arguments.append(f"--sweep_dir={options.sweep_dir}")
-        if options.force:
-            arguments.append("--force")
+        arguments += [
+            f"--{name}" for name in ("force", "overwrite_run_dir") if getattr(options, name)
+        ]
+        if not options.overwrite_run_dir:
+            require_nothing_lost(sweep, sweep.runs.values())
         console.print(f"wrote {write_array(sweep, arguments)}; submit it with sbatch")
         return 0
-    names = only or list(sweep.runs)
-    status = 0 if options.table else run_sweep(sweep, names, force=options.force)
-    show_results(sweep)
+    status = 0
+    if not options.table:
+        status = run_sweep(sweep, only, force=options.force, overwrite=options.overwrite_run_dir)
+    show_results(sweep, overwrite=options.overwrite_run_dir)
     return status
 
 
-def show_results(sweep: Sweep) -> None:
-    """Print the table, and write it, the curves and the page into the sweep's folder."""
+def show_results(sweep: Sweep, *, overwrite: bool = False) -> None:
+    """Print the table, and write it, the curves and the page into the sweep's folder.
+
+    Args:
+        overwrite: also where the table in the folder has numbers that this one has not.
+    """
     if not sweep.folder.is_dir():
         raise UserError(f"sweep_dir: {sweep.folder} does not exist; nothing has been run yet.")
     rows = collect(sweep)
     console.print()
     print_table(rows)
+    warned = [f"Warning: {names}: {text}" for names, text in cautions(rows)]
+    for line in [*warned, *seed_remarks(sweep, rows)]:
+        console.print(line, markup=False, soft_wrap=True)
+    if lost := [] if overwrite else only_in_file(rows, sweep.folder):
+        console.print(f"\n{_explain_not_replaced(sweep, lost)}", markup=False, soft_wrap=True)
+        return
     written = write_tables(rows, sweep.folder)
     picture = plot_sweep(sweep, sweep.folder / "loss.png")
     written += [picture, write_page(sweep, rows, picture, sweep.folder / "report.html")]
     console.print(f"\nwrote {', '.join(str(path) for path in written)}", soft_wrap=True)
+
+
+def _explain_not_replaced(sweep: Sweep, lost: list[str]) -> str:
+    return (
+        f"Not written: the table and the page in {sweep.folder} have numbers of "
+        f"{', '.join(lost)}, which {sweep.file} with these keys has not. --overwrite_run_dir "
+        "replaces them."
+    )

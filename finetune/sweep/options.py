@@ -23,5 +23,8 @@ class SweepOptions:
     slurm: bool = False
     """Run nothing, write a script for a SLURM job array."""
 
+    overwrite_run_dir: bool = False
+    """Replace the runs that `sweep_dir` holds where they are of other settings, and its table."""
+
     force: bool = False
     """Start runs although their estimated memory is more than there is."""

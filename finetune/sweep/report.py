@@ -23,6 +23,7 @@ from finetune.report import (
     tidy,
 )
 from finetune.sweep.plan import Sweep
+from finetune.sweep.remarks import cautions, seed_remarks
 from finetune.sweep.table import Row, logged, shown, shown_columns
 
 if TYPE_CHECKING:
@@ -105,10 +106,14 @@ def write_page(sweep: Sweep, rows: Sequence[Row], picture: Path, out: Path) -> P
                     Table(
                         list(columns),
                         [[shown(row, name) for name in columns.values()] for row in rows],
-                        alarming=[index for index, row in enumerate(rows) if row.message],
+                        alarming=[
+                            index for index, row in enumerate(rows) if row.message or row.caution
+                        ],
                     )
                 ],
+                entries=[Entry(names, "", text) for names, text in cautions(rows)],
             ),
+            *(Section("", note=text) for text in seed_remarks(sweep, rows)),
             Section("Losses", figure=png_element(picture.read_bytes(), alt="loss curves")),
             Section("What each run changes", entries=[_changes(row) for row in rows]),
         ],

@@ -3,7 +3,6 @@
 Beside the run folder NAME lie NAME.log, what the run has printed, and NAME.json, what became of it.
 """
 
-import dataclasses
 import fcntl
 import os
 import re
@@ -13,148 +12,59 @@ import sys
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, TextIO
 
 from rich.text import Text
 
-from finetune.checkpoint import list_checkpoints
-from finetune.config import HARMLESS, TrainArgs, changed_keys, keys_that
 from finetune.errors import UserError
 from finetune.interrupt import stop_signals
-from finetune.kept import Kept
 from finetune.monitoring import console, format_duration
-from finetune.plan import SUMMARY
 from finetune.safety import is_secret
 from finetune.sweep.plan import PlannedRun, Sweep, option
+from finetune.sweep.record import (
+    Record,
+    Status,
+    changes_since,
+    is_to_replace,
+    read_record,
+    replacing,
+    require_nothing_lost,
+    write_record,
+)
 
-Status = Literal["new", "running", "finished", "failed", "stopped", "skipped"]
 _POLL_SEC = 1.0
 # How torchrun begins what it has to add to the error of one of its processes: "E1122 14:50:08".
 _LAUNCHER_LINE = re.compile(r"[EW]\d{4} ")
-
-
-@dataclass
-class Record:
-    """Record of what is known of a run.
-
-    status: "running" if the process that ran it died without a word.
-    message: why it failed or was skipped.
-    ended_at: when it finished; what started from it knows it by that.
-    started_from: `ended_at` of the run that it started from.
-    replaces: the checkpoints, as `_checkpoints` names them, of the run in its folder that it was to
-        replace, and that comes back if this one ends before its first. None: there was none, or it
-        is gone.
-    replaces_from: `started_from` of that run.
-    total_sec: that its processes took, starting included.
-    """
-
-    status: Status = "new"
-    message: str = ""
-    ended_at: str = ""
-    started_from: str = ""
-    replaces: list[str] | None = None
-    replaces_from: str = ""
-    total_sec: float = 0.0
-
-
-def read_record(run: PlannedRun) -> Record:
-    """Return what is known of a run; one that finished, and whose folder was deleted, is new."""
-    kept = _kept(run)
-    try:
-        record = Record(**(kept.read() or {}))
-    except TypeError as error:
-        raise UserError(
-            f"{kept.path} is damaged ({error}): delete it to run this again."
-        ) from error
-    if record.status == "finished" and not (run.run_dir / "args.yaml").is_file():
-        # What started from it is none the older for it, until it is run again.
-        return Record(ended_at=record.ended_at)
-    return record
-
-
-def write_record(run: PlannedRun, record: Record) -> None:
-    _kept(run).write(dataclasses.asdict(record))
-
-
-def _kept(run: PlannedRun) -> Kept:
-    return Kept(run.run_dir.with_name(f"{run.name}.json"))
 
 
 def log_path(run: PlannedRun) -> Path:
     return run.run_dir.with_name(f"{run.name}.log")
 
 
-def changes_since(sweep: Sweep, run: PlannedRun) -> list[str]:
-    """Why what lies in the run's folder is another experiment than the file describes now."""
-    record = read_record(run)
-    if _lies_aside(run, record):
-        return ["it has not come to its first checkpoint, or was killed before it"]
-    config = run.run_dir / "args.yaml"
-    if not config.is_file():
-        return []
-    harmless = keys_that(TrainArgs, HARMLESS)
-    found = [
-        f"{key} was {old} and is {new} now"
-        for key, (old, new) in changed_keys(config, run.args).items()
-        if key not in harmless
-    ]
-    processes = _processes(run)
-    if processes not in (None, sweep.processes):
-        found.append(f"processes was {processes} and is {sweep.processes} now")
-    if run.after and _started_from(run, record) != read_record(sweep.runs[run.after]).ended_at:
-        found.append(f"{run.after}, which it starts from, was run again")
-    return found
-
-
-def _processes(run: PlannedRun) -> int | None:
-    """Return how many processes trained what is in the run's folder; None: it does not say."""
-    return (Kept(run.run_dir / SUMMARY).read() or {}).get("processes")
-
-
-def _started_from(run: PlannedRun, record: Record) -> str:
-    """Return `started_from` of the run that is in the folder."""
-    return record.replaces_from if _is_to_replace(run, record) else record.started_from
-
-
-def _is_to_replace(run: PlannedRun, record: Record) -> bool:
-    """Return whether the run that it was to replace is in the folder, or lies aside there."""
-    return record.replaces is not None and not _checkpoints(run) - {*record.replaces}
-
-
-def _lies_aside(run: PlannedRun, record: Record) -> bool:
-    """Return whether the run that it was to replace is not back yet: the process that moved it
-    aside was killed, and whatever trains in the folder next brings it back first."""
-    return _is_to_replace(run, record) and _checkpoints(run) != {*(record.replaces or ())}
-
-
-def _checkpoints(run: PlannedRun) -> set[str]:
-    """The checkpoints in the run's folder, each by its name and the time at which it was written;
-    one that is moved aside and back keeps both."""
-    files = [checkpoint / "args.yaml" for checkpoint in list_checkpoints(run.run_dir)]
-    return {f"{file.parent.name} {file.stat().st_mtime_ns}" for file in files if file.is_file()}
-
-
-def run_sweep(sweep: Sweep, only: Collection[str], *, force: bool = False) -> int:
+def run_sweep(
+    sweep: Sweep, only: Collection[str], *, force: bool = False, overwrite: bool = False
+) -> int:
     """Run what is not finished of `only`, in order.
 
     Args:
         force: runs start although their estimated memory is more than there is.
+        overwrite: runs of other settings are replaced.
 
     Returns:
         An exit status: 0, 1 if a run failed or was skipped, or 128 + the signal that ended it.
 
     Raises:
-        UserError: what a run starts from is missing, another process is at work here, or the
-            folder cannot be written.
+        UserError: what a run starts from is missing, a run would be replaced unasked, another
+            process is at work here, or the folder cannot be written.
     """
     chosen = [run for name, run in sweep.runs.items() if name in only]
     for run in chosen:
         if run.after and run.after not in only and _done(sweep, run.after) != "finished":
             raise UserError(f"{run.name} starts from {run.after}, which is not finished: run that.")
-        changes_since(sweep, run)  # a configuration that cannot be read shows now
+    if not overwrite:
+        require_nothing_lost(sweep, chosen)
     try:
         sweep.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -163,7 +73,7 @@ def run_sweep(sweep: Sweep, only: Collection[str], *, force: bool = False) -> in
     with Children() as children:
         for number, run in enumerate(chosen, start=1):
             label = f"[{number}/{len(chosen)}] {run.name}"
-            record = _run_one(sweep, run, label, children, force)
+            record = _run_one(sweep, run, label, children, force, overwrite)
             failed |= record.status != "finished"
             if record.status == "stopped" or children.signal_number:
                 _say("stopped; the same command goes on from here")
@@ -178,7 +88,12 @@ def _done(sweep: Sweep, name: str) -> Status:
 
 
 def _run_one(
-    sweep: Sweep, run: PlannedRun, label: str, children: "Children", force: bool
+    sweep: Sweep,
+    run: PlannedRun,
+    label: str,
+    children: "Children",
+    force: bool,
+    overwrite: bool,
 ) -> Record:
     record = read_record(run)
     changes = changes_since(sweep, run)
@@ -191,10 +106,11 @@ def _run_one(
         write_record(run, record)
         _say(f"{label}: {record.message}")
         return record
-    options = {"resume": "auto"}
+    options = {"resume": "auto", "overwrite_run_dir": "false"}
     if changes:
         _say(f"{label}: runs again from its beginning: {'; '.join(changes)}")
-        record, options = _replacing(run, record), {"overwrite_run_dir": "true"}
+        record = replacing(run, record)
+        options = {"resume": "false", "overwrite_run_dir": str(overwrite).lower()}
     else:
         record.replaces, record.replaces_from = None, ""
     if force:
@@ -211,7 +127,7 @@ def _run_one(
     record.total_sec += took_sec
     record.status = _status_of(code, children)
     record.ended_at = datetime.now(timezone.utc).isoformat() if code == 0 else ""
-    if code == 0 or not _is_to_replace(run, record):
+    if code == 0 or not is_to_replace(run, record):
         record.replaces, record.replaces_from = None, ""
     if record.status == "failed":
         record.message = _reason(log_path(run), log_start, code)
@@ -219,13 +135,6 @@ def _run_one(
     detail = f": {record.message}" if record.message else ""
     _say(f"{label}: {record.status} after {format_duration(took_sec)}{detail}")
     return record
-
-
-def _replacing(run: PlannedRun, record: Record) -> Record:
-    """The record of a run that begins anew in the place of what lies in its folder."""
-    if _lies_aside(run, record):
-        return Record(replaces=record.replaces, replaces_from=record.replaces_from)
-    return Record(replaces=sorted(_checkpoints(run)), replaces_from=_started_from(run, record))
 
 
 def _command(sweep: Sweep, run: PlannedRun, options: dict[str, str]) -> list[str]:

@@ -18,8 +18,9 @@ from finetune.errors import UserError
 from finetune.kept import write_whole
 from finetune.monitoring import Kind, console, metrics_path, read_metrics
 from finetune.plan import SUMMARY
-from finetune.sweep.plan import TABLE, PlannedRun, Sweep, option
-from finetune.sweep.run import changes_since, read_record
+from finetune.sweep.content import TABLE
+from finetune.sweep.plan import PlannedRun, Sweep, option
+from finetune.sweep.record import changes_since, read_record
 
 FINAL_SHARE = 0.1
 """Of a run's logged steps, at its end: single batches differ too much to be compared."""
@@ -30,6 +31,7 @@ class Row:
     """A row is one run; None where it has not got so far, or is not evaluated.
 
     status: of its record, or "outdated": it was run with other settings, which `message` names.
+    caution: why TTT could do nothing in it.
     eval_loss, eval_loss_first, eval_loss_best: after the last evaluation, before training, and the
         lowest; in nats, text plus audio. eval_loss_best_step: the step of the lowest.
     train_loss, train_loss_best: means over a tenth of the logged steps: the last, and the lowest.
@@ -44,6 +46,7 @@ class Row:
     run: str
     status: str
     message: str = ""
+    caution: str = ""
     changes: str = ""
     after: str | None = None
     steps: int = 0
@@ -103,8 +106,8 @@ def _row(sweep: Sweep, run: PlannedRun) -> Row:
         run.name,
         status,
         message,
-        " ".join(option(key, value) for key, value in run.own.items()),
-        run.after,
+        changes=" ".join(option(key, value) for key, value in run.own.items()),
+        after=run.after,
         max_steps=run.args.max_steps,
         total_sec=0.0 if status == "outdated" else record.total_sec,
     )
@@ -114,6 +117,7 @@ def _row(sweep: Sweep, run: PlannedRun) -> Row:
         summary = json.loads(summary_file.read_text(encoding="utf-8"))
         row.parameters = summary["parameters"]
         row.trainable_parameters = summary["trainable_parameters"]
+        row.caution = " ".join(summary.get("cautions", ()))
         if train:
             row.sec_per_step = float(np.median(_finite(train, "step_sec")))
             row.sec_per_epoch = row.sec_per_step * summary["steps_per_epoch"]
@@ -220,6 +224,19 @@ def print_table(rows: Sequence[Row]) -> None:
 
 
 # --- for programs ---------------------------------------------------------------------------------
+
+
+def only_in_file(rows: Sequence[Row], folder: Path) -> list[str]:
+    """Return the runs of which the table in a folder has losses, and these rows have none."""
+    path = folder / f"{TABLE}.csv"
+    if not path.is_file():
+        return []
+    has_loss = {row.run for row in rows if row.eval_loss is not None or row.train_loss is not None}
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
+        there = [
+            r["run"] for r in csv.DictReader(file) if r.get("eval_loss") or r.get("train_loss")
+        ]
+    return [name for name in there if name not in has_loss]
 
 
 def write_tables(rows: Sequence[Row], folder: Path) -> list[Path]:

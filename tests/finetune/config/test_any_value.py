@@ -11,9 +11,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.config import load_config, read_yaml, save_config
+from finetune.config import load_config, save_config
 from finetune.errors import UserError
-from finetune.sweep.plan import _read, _sections
+from finetune.sweep.plan import load_sweep
 
 ROOT = Path(__file__).parents[3]
 WORDS = "1e9 1e12 1e18 1e39 1e300 1e308 1e-300 0.01 -1 0 nan inf null true auto 1,2 ~no_such_user/x"
@@ -75,7 +75,7 @@ def read_with(tmp_path_factory: pytest.TempPathFactory, place: Any, value: Any) 
     changed.write_text(yaml.safe_dump(content))
     try:
         if "sweep_dir" in content or "runs" in content:
-            _read(changed, _sections(read_yaml(changed)))
+            load_sweep(changed, with_inputs=False)
         else:
             save_config(load_config(changed), changed)
     except UserError as error:

@@ -21,7 +21,8 @@ from finetune.config import load_config
 from finetune.errors import UserError
 from finetune.sweep import run as sweep_run
 from finetune.sweep.plan import load_sweep
-from finetune.sweep.run import Children, read_record
+from finetune.sweep.record import read_record
+from finetune.sweep.run import Children
 from finetune.sweep.table import logged
 
 # Fixtures: pytest finds them by their names in this module.
@@ -35,6 +36,12 @@ FAILING: dict[str, Any] = {"optim.lr": "1e38", "max_norm": "1e38", "max_nonfinit
 
 def table(path: Path) -> dict[str, Any]:
     return {row["run"]: row for row in json.loads((path.parent / "sweep/table.json").read_text())}
+
+
+def results(path: Path) -> dict[str, bytes]:
+    """The table, the picture and the page of a sweep."""
+    names = ("table.csv", "table.json", "loss.png", "report.html")
+    return {name: (path.parent / "sweep" / name).read_bytes() for name in names}
 
 
 def test_runs_are_compared_in_a_table_a_picture_and_a_page(
@@ -79,7 +86,16 @@ def test_what_is_finished_is_not_run_again_unless_it_was_changed(
     assert sweep(write({"one": {"log_freq": 2}, "two": {"optim": {"lr": "0.001"}}})) == 0
     assert len(commands) == 2
 
-    assert sweep(write(runs | {"two": {"optim.lr": 2e-3}})) == 0 and len(commands) == 3
+    path = write(runs | {"two": {"optim.lr": 2e-3}})
+    assert sweep(path) == sweep(path, "--slurm") == 1 and len(commands) == 2
+    refusal = capsys.readouterr().err
+    assert refusal.count("two (finished): optim.lr was 0.001 and is 0.002 now\n") == 2
+    assert "one" not in refusal.split("nothing was run:")[1].split("Choose")[0]
+    assert not (path.parent / "sweep/sweep.sbatch").exists()
+    assert load_config(path.parent / "sweep/two/args.yaml").optim.lr == 1e-3
+    assert checkpoint(path.parent / "sweep/two", 4).is_dir()
+
+    assert sweep(path, "--overwrite_run_dir") == 0 and len(commands) == 3
     assert "two: runs again from its beginning: optim.lr was 0.001 and is 0.002" in (
         capsys.readouterr().out
     )
@@ -98,23 +114,69 @@ def test_numbers_of_other_settings_are_not_shown_under_the_new_ones(
     assert sweep(write(runs)) == 0
     capsys.readouterr()
     path = write(runs | {"two": {"optim.lr": 2e-3}})
+    before = results(path)
     assert sweep(path, "--table") == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"two +│ outdated +│ +–", printed)
+    # The file's table has numbers that this one has not.
+    assert results(path) == before and table(path)["two"]["eval_loss"] is not None
+    assert "Not written: the table and the page" in printed and "numbers of two, which" in printed
+    assert sweep(path, "--table", "--overwrite_run_dir") == 0
     rows = table(path)
     assert [row["status"] for row in rows.values()] == ["finished", "outdated", "finished"]
     assert "optim.lr was 0.001 and is 0.002 now" in rows["two"]["message"]
     assert rows["two"]["eval_loss"] is rows["two"]["train_loss"] is None
     assert rows["two"]["total_sec"] == rows["two"]["steps"] == 0
-    assert re.search(r"two +│ outdated +│ +–", capsys.readouterr().out)
     plan = load_sweep(path)
     assert not logged(plan, plan.runs["two"], "train")
     assert logged(plan, plan.runs["one"], "train")
 
     # What started from it is, once it was run again; what is not chosen keeps its status.
-    assert sweep(path, "--only=two") == 0
+    assert sweep(path, "--only=two", "--overwrite_run_dir") == 0
     rows = table(path)
     assert [row["status"] for row in rows.values()] == ["finished", "finished", "outdated"]
     assert "two, which it starts from, was run again" in rows["after"]["message"]
     assert rows["two"]["eval_loss"] is not None
+
+
+def test_a_table_stays_where_another_file_or_key_would_lose_its_numbers(
+    write: Callable[..., Any],
+    commands: list[Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = write({"one": None, "two": {"optim.lr": 1e-3}})
+    assert sweep(path) == 0
+    before = results(path)
+    assert sweep(path, "--table", "--max_steps=2") == 0 and results(path) == before
+    assert "numbers of one, two, which" in capsys.readouterr().out
+    other = tmp_path / "other.yaml"
+    other.write_text(write({"two": {"optim.lr": 1e-3}, "three": {"seed": 1}}).read_text())
+    assert sweep(other, "--table") == 0 and results(path) == before
+    assert "numbers of one, which" in capsys.readouterr().out
+    # Also where something was run: its numbers are shown.
+    assert sweep(other) == 0 and results(path) == before and len(commands) == 3
+    printed = capsys.readouterr().out
+    assert re.search(r"three +│ finished +│ +\d", printed) and "Not written" in printed
+    # With all of the runs the table can be filled.
+    path = write({"one": None, "two": {"optim.lr": 1e-3}, "three": {"seed": 1}})
+    assert sweep(path, "--table") == 0 and table(path).keys() == {"one", "two", "three"}
+
+
+def test_the_table_is_shown_also_where_the_data_are_gone(
+    write: Callable[..., Any], commands: list[Any], config: Path
+) -> None:
+    original = Path(load_config(config).data.train_data)
+    listing = original.with_name("gone.jsonl")
+    listing.write_text(original.read_text())
+    path = write({"one": {"data.train_data": str(listing)}})
+    assert sweep(path) == 0
+    before = table(path)
+    listing.unlink()
+    (path.parent / "sweep/table.json").unlink()
+    assert sweep(path, "--table") == 0 and table(path) == before
+    assert before["one"]["eval_loss"] is not None and len(commands) == 1
+    assert sweep(path) == 1, "to run, they are needed"
 
 
 def test_a_run_that_fails_is_in_the_table_and_the_others_are_run(
@@ -130,7 +192,8 @@ def test_a_run_that_fails_is_in_the_table_and_the_others_are_run(
     assert "child: not run" in capsys.readouterr().out
 
     # Repaired, it and what hangs on it are run.
-    assert sweep(write({"bad": None, "child": {"after": "bad"}, "good": None})) == 0
+    repaired = write({"bad": None, "child": {"after": "bad"}, "good": None})
+    assert sweep(repaired, "--overwrite_run_dir") == 0
     assert {row["status"] for row in table(path).values()} == {"finished"}
     assert len(commands) == 4
 
@@ -154,8 +217,9 @@ def test_a_stage_starts_from_the_last_weights_of_the_one_before(
 
     # Whatever changes the first stage changes the second.
     stages["early"]["seed"] = 5
-    assert sweep(write(stages), "--only=early") == 0 and len(commands) == 3
-    assert sweep(path, "--only=late") == 0 and len(commands) == 4
+    again = [write(stages), "--overwrite_run_dir"]
+    assert sweep(*again, "--only=early") == 0 and len(commands) == 3
+    assert sweep(*again, "--only=late") == 0 and len(commands) == 4
     assert "--overwrite_run_dir=true" in commands[3]
     assert sweep(path) == 0 and len(commands) == 4
 

@@ -49,6 +49,54 @@ def test_all_problems_of_all_runs_are_reported_before_the_first(
     )
 
 
+def test_a_mistake_of_one_kind_hides_none_of_another(
+    write: Callable[..., Any], commands: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs: dict[str, Any] = {
+        "one": {"run_dir": "elsewhere", "optim.lrr": 1},
+        "two": {"after": "twoo", "batch_size": "many"},
+        "three": {"after": "four", "seeed": 1},
+        "four": {"after": "three"},
+        "a/b": {"max_stepps": 3},
+    }
+    path = write(runs, slrum={}, overrides=COMMON | {"overwrite_run_dir": True, "wandb.key": "x"})
+    assert sweep(path, "--run_dir=here", "--resume=true") == 1 and not commands
+    message = capsys.readouterr().err
+    assert "sweep.yaml has 13 problems" in message
+    for expected in (
+        "slrum: unknown key, did you mean slurm?",
+        "'a/b': a name is made of letters",
+        "two, after: there is no run 'twoo'. Did you mean two?",
+        "after: three after four after three: they would wait for each other for ever",
+        "overrides, overwrite_run_dir: remove it: --overwrite_run_dir on the command line",
+        "overrides, wandb.key: remove it: ",
+        "--run_dir: remove it: each run has its own folder in sweep_dir",
+        "--resume: remove it: a sweep always continues what was interrupted",
+        "one: run_dir: remove it: each run has its own folder in sweep_dir",
+        "one: optim.lrr: unknown key, did you mean optim.lr?",
+        "two: batch_size: expected a whole number, got 'many'",
+        "three: seeed: unknown key, did you mean seed?",
+        "a/b: max_stepps: unknown key, did you mean max_steps?",
+    ):
+        assert expected in message
+
+
+def test_what_is_left_out_of_the_base_is_said_once_with_its_runs(
+    write: Callable[..., Any], config: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    runs: dict[str, Any] = {
+        name: {"ttt.enabled": True, "ttt.method": method}
+        for name, method in (("inner", "in_place"), ("line", "linear"), ("two_layers", "mlp"))
+    }
+    load_sweep(write(runs))
+    said = [record.message for record in caplog.records if "left out" in record.message]
+    expected = (
+        f"line, two_layers: ttt.chunk_size of {config} is left out: it is not for this method"
+    )
+    assert said.count(expected) == 1 and len(said) == len(set(said))
+    assert all(line.startswith("line, two_layers: ttt.") for line in said)
+
+
 def test_what_only_models_and_data_show_is_reported_as_well(write: Callable[..., Any]) -> None:
     message = problems(
         write,
@@ -76,8 +124,8 @@ def test_what_only_models_and_data_show_is_reported_as_well(write: Callable[...,
         ({"first": None, "b": {"after": "frist"}}, "no run 'frist'. Did you mean first"),
         ({"a/b": None}, "'a/b': a name is made of letters"),
         ({"Table": None}, "runs, Table: choose another name; Table.json is the sweep's own table"),
-        ({"a": {"run_dir": "x"}}, "a, run_dir: remove it: each run has its own folder"),
-        ({"a": {"wandb": {"key": "x"}}}, "a, wandb.key: remove it: .* no place for secrets"),
+        ({"a": {"run_dir": "x"}}, "a: run_dir: remove it: each run has its own folder"),
+        ({"a": {"wandb": {"key": "x"}}}, "a: wandb.key: remove it: .* no place for secrets"),
         ({"a": "fast"}, "a: expected `key: value` lines below it, got 'fast'"),
         ({"a": {"do_ckpt": False}, "b": {"after": "a"}}, "b: after: a has do_ckpt: false"),
         ({"a": None, "b": {"after": "a", "moshi_paths.init_from": "x"}}, "says already"),

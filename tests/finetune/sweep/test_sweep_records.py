@@ -10,8 +10,11 @@ from typing import Any
 import pytest
 import sweep_tools
 
+from finetune.checkpoint.run_record import RunRecord
 from finetune.config import load_config, save_config
+from finetune.errors import UserError
 from finetune.sweep import plan
+from finetune.sweep.record import read_record, write_record
 from finetune.sweep.run import Children, run_sweep
 from finetune.sweep.table import collect
 
@@ -76,9 +79,9 @@ def processes(monkeypatch: pytest.MonkeyPatch) -> Processes:
     return fake
 
 
-def sweep(path: Path) -> int:
+def sweep(path: Path, *, overwrite: bool = False) -> int:
     found = plan.load_sweep(path)
-    return run_sweep(found, list(found.runs))
+    return run_sweep(found, list(found.runs), overwrite=overwrite)
 
 
 def statuses(path: Path) -> dict[str, str]:
@@ -97,11 +100,11 @@ def test_a_run_that_came_back_is_not_taken_for_the_one_that_was_to_replace_it(
     getattr(processes, way).add("late")
     path = write(runs)
     for _ in range(2):
-        assert sweep(path) == 1
+        assert sweep(path, overwrite=True) == 1
         assert processes.taken()[-1] == ("late", "overwrite")
         assert statuses(path) == {"early": "finished", "late": "outdated"}
     getattr(processes, way).clear()
-    assert sweep(path) == 0
+    assert sweep(path, overwrite=True) == 0
     assert processes.taken() == [("late", "overwrite")]
     assert sweep(path) == 0 and not processes.taken()
     assert statuses(path) == {"early": "finished", "late": "finished"}
@@ -113,10 +116,13 @@ def test_a_run_killed_in_the_place_of_another_leaves_that_ones_settings_unmixed(
     assert sweep(write({"one": None})) == 0
     path = write({"one": {"seed": 5}})
     processes.is_killed.add("one")
-    assert sweep(path) == 1
+    assert sweep(path, overwrite=True) == 1
     processes.is_killed.clear()
     processes.taken()
-    assert sweep(path) == 0
+    # What is to be replaced still lies there, aside.
+    with pytest.raises(UserError, match=r"one \(failed\): it has not come to its first checkpoint"):
+        sweep(path)
+    assert sweep(path, overwrite=True) == 0
     assert processes.taken() == [("one", "overwrite")]
     assert load_config(path.parent / "sweep/one/args.yaml").seed == 5
 
@@ -127,12 +133,69 @@ def test_a_change_that_failed_and_was_taken_back_costs_no_second_run(
     before = write({"one": None})
     assert sweep(before) == 0
     processes.fails.add("one")
-    assert sweep(write({"one": {"seed": 5}})) == 1
+    assert sweep(write({"one": {"seed": 5}}), overwrite=True) == 1
     processes.fails.clear()
     processes.taken()
     path = write({"one": None})
     assert sweep(path) == 0 and processes.taken() == [("one", "resume")]
     assert statuses(path) == {"one": "finished"}
+
+
+def test_nothing_that_a_run_has_left_is_replaced_unasked(
+    write: Callable[..., Any], processes: Processes
+) -> None:
+    runs: dict[str, Any] = {"done": None, "stopped": None, "never": {"max_steps": 3}}
+    processes.fails.add("never")
+    assert sweep(write(runs)) == 1
+    for name in ("done", "stopped"):
+        record = read_record(plan.load_sweep(write(runs)).runs[name])
+        record.status = "finished" if name == "done" else "stopped"
+        write_record(plan.load_sweep(write(runs)).runs[name], record)
+    processes.fails.clear()
+    processes.taken()
+
+    path = write(runs, overrides=sweep_tools.COMMON | {"max_steps": 2, "seed": 7})
+    files = sorted(path.parent.glob("sweep/**/*"))
+    with pytest.raises(UserError) as refusal:
+        sweep(path)
+    message = str(refusal.value)
+    assert "done (finished): max_steps was 4 and is 2 now; seed was 0 and is 7 now" in message
+    assert "stopped (stopped): max_steps was 4 and is 2 now; seed" in message
+    assert "never" not in message and "--sweep_dir" in message and "--overwrite_run_dir" in message
+    assert not processes.taken() and sorted(path.parent.glob("sweep/**/*")) == files
+    assert load_config(path.parent / "sweep/done/args.yaml").max_steps == 4
+
+    # What is new is run, where it alone is asked for.
+    found = plan.load_sweep(path)
+    assert run_sweep(found, ["never"]) == 0
+    assert processes.taken() == [("never", "resume")]
+    assert sweep(path, overwrite=True) == 0
+    assert processes.taken() == [("done", "overwrite"), ("stopped", "overwrite")]
+    assert load_config(path.parent / "sweep/done/args.yaml").max_steps == 2
+
+
+def test_a_base_that_overwrites_does_not_ask_for_it(
+    write: Callable[..., Any], processes: Processes, config: Path, tmp_path: Path
+) -> None:
+    base = tmp_path / "base.yaml"
+    base.write_text(config.read_text() + "\noverwrite_run_dir: true\n")
+    assert sweep(write({"one": None}, base=str(base))) == 0
+    with pytest.raises(UserError, match=r"one \(finished\): seed was 0 and is 5 now"):
+        sweep(write({"one": {"seed": 5}}, base=str(base)))
+    assert processes.taken() == [("one", "resume")]
+
+
+def test_a_start_that_failed_stands_in_nobodys_way(
+    write: Callable[..., Any], processes: Processes, tmp_path: Path
+) -> None:
+    """It has left its settings and its record, and nothing that took time."""
+    path = write({"one": {"seed": 5}})
+    run_dir = tmp_path / "sweep/one"
+    run_dir.mkdir(parents=True)
+    save_config(plan.load_sweep(write({"one": None})).runs["one"].args, run_dir / "args.yaml")
+    RunRecord(run_dir).create()
+    assert sweep(write({"one": {"seed": 5}})) == 0
+    assert load_config(path.parent / "sweep/one/args.yaml").seed == 5
 
 
 def test_another_number_of_processes_is_another_experiment(
@@ -143,7 +206,9 @@ def test_another_number_of_processes_is_another_experiment(
     assert [row.message for row in collect(plan.load_sweep(path))] == [
         "processes was 1 and is 2 now"
     ]
-    assert sweep(path) == 0 and sweep(path) == 0
+    with pytest.raises(UserError, match=r"one \(finished\): processes was 1 and is 2 now"):
+        sweep(path)
+    assert sweep(path, overwrite=True) == 0 and sweep(path) == 0
     assert processes.taken() == [("one", "resume"), ("one", "overwrite")]
 
 
@@ -155,7 +220,11 @@ def test_a_run_whose_folder_was_deleted_is_run_again(
     processes.taken()
     shutil.rmtree(path.parent / "sweep/early")
     assert statuses(path) == {"early": "new", "late": "finished"}
-    assert sweep(path) == 0
+    # The run that started from it would have to be made again as well.
+    with pytest.raises(UserError, match=r"late \(finished\): early, which it starts from, is to"):
+        sweep(path)
+    assert not processes.taken()
+    assert sweep(path, overwrite=True) == 0
     assert processes.taken() == [("early", "resume"), ("late", "overwrite")]
 
 

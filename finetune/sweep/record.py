@@ -1,0 +1,152 @@
+"""What is known of a sweep's runs: what became of each, in NAME.json beside its run folder NAME,
+and whether the folder has the run that the file describes now.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from finetune.checkpoint import holds_something, list_checkpoints
+from finetune.config import HARMLESS, TrainArgs, changed_keys, keys_that
+from finetune.errors import UserError
+from finetune.kept import Kept
+from finetune.plan import SUMMARY
+from finetune.sweep.plan import PlannedRun, Sweep
+
+Status = Literal["new", "running", "finished", "failed", "stopped", "skipped"]
+
+
+@dataclass
+class Record:
+    """Record of what is known of a run.
+
+    status: "running" if the process that ran it died without a word.
+    message: why it failed or was skipped.
+    ended_at: when it finished; what started from it knows it by that.
+    started_from: `ended_at` of the run that it started from.
+    replaces: the checkpoints, as `_checkpoints` names them, of the run in its folder that it was to
+        replace, and that comes back if this one ends before its first. None: there was none, or it
+        is gone.
+    replaces_from: `started_from` of that run.
+    total_sec: that its processes took, starting included.
+    """
+
+    status: Status = "new"
+    message: str = ""
+    ended_at: str = ""
+    started_from: str = ""
+    replaces: list[str] | None = None
+    replaces_from: str = ""
+    total_sec: float = 0.0
+
+
+def read_record(run: PlannedRun) -> Record:
+    """Return what is known of a run; one that finished, and whose folder was deleted, is new."""
+    kept = _kept(run)
+    try:
+        record = Record(**(kept.read() or {}))
+    except TypeError as error:
+        raise UserError(
+            f"{kept.path} is damaged ({error}): delete it to run this again."
+        ) from error
+    if record.status == "finished" and not (run.run_dir / "args.yaml").is_file():
+        # What started from it is none the older for it, until it is run again.
+        return Record(ended_at=record.ended_at)
+    return record
+
+
+def write_record(run: PlannedRun, record: Record) -> None:
+    _kept(run).write(dataclasses.asdict(record))
+
+
+def _kept(run: PlannedRun) -> Kept:
+    return Kept(run.run_dir.with_name(f"{run.name}.json"))
+
+
+def changes_since(sweep: Sweep, run: PlannedRun) -> list[str]:
+    """Why what lies in the run's folder is another experiment than the file describes now."""
+    record = read_record(run)
+    if _lies_aside(run, record):
+        return ["it has not come to its first checkpoint, or was killed before it"]
+    config = run.run_dir / "args.yaml"
+    if not config.is_file():
+        return []
+    harmless = keys_that(TrainArgs, HARMLESS)
+    found = [
+        f"{key} was {old} and is {new} now"
+        for key, (old, new) in changed_keys(config, run.args).items()
+        if key not in harmless
+    ]
+    processes = _processes(run)
+    if processes not in (None, sweep.processes):
+        found.append(f"processes was {processes} and is {sweep.processes} now")
+    if run.after and _started_from(run, record) != read_record(sweep.runs[run.after]).ended_at:
+        found.append(f"{run.after}, which it starts from, was run again")
+    return found
+
+
+def _processes(run: PlannedRun) -> int | None:
+    """Return how many processes trained what is in the run's folder; None: it does not say."""
+    return (Kept(run.run_dir / SUMMARY).read() or {}).get("processes")
+
+
+def _started_from(run: PlannedRun, record: Record) -> str:
+    """Return `started_from` of the run that is in the folder."""
+    return record.replaces_from if is_to_replace(run, record) else record.started_from
+
+
+def is_to_replace(run: PlannedRun, record: Record) -> bool:
+    """Return whether the run that it was to replace is in the folder, or lies aside there."""
+    return record.replaces is not None and not _checkpoints(run) - {*record.replaces}
+
+
+def _lies_aside(run: PlannedRun, record: Record) -> bool:
+    """Return whether the run that it was to replace is not back yet: the process that moved it
+    aside was killed, and whatever trains in the folder next brings it back first."""
+    return is_to_replace(run, record) and _checkpoints(run) != {*(record.replaces or ())}
+
+
+def _checkpoints(run: PlannedRun) -> set[str]:
+    """The checkpoints in the run's folder, each by its name and the time at which it was written;
+    one that is moved aside and back keeps both."""
+    files = [checkpoint / "args.yaml" for checkpoint in list_checkpoints(run.run_dir)]
+    return {f"{file.parent.name} {file.stat().st_mtime_ns}" for file in files if file.is_file()}
+
+
+def require_nothing_lost(sweep: Sweep, chosen: Iterable[PlannedRun]) -> None:
+    """
+    Args:
+        chosen: what is to be run, in order.
+
+    Raises:
+        UserError: some of it lies there already, of other settings, and would begin anew.
+    """
+    lines, again = [], set()
+    for run in chosen:
+        status, changes = read_record(run).status, changes_since(sweep, run)
+        if run.after in again and not changes:
+            changes = [f"{run.after}, which it starts from, is to be run again"]
+        if changes or status != "finished":
+            again.add(run.name)
+        if changes and _holds_something(run):
+            became = "" if status == "new" else f" ({status})"
+            lines.append(f"  - {run.name}{became}: {'; '.join(changes)}")
+    if lines:
+        listed = "\n".join(lines)
+        raise UserError(
+            f"sweep_dir: {sweep.folder} already holds runs of other settings, which would be "
+            f"replaced; nothing was run:\n{listed}\nChoose another folder with "
+            "--sweep_dir, leave these out with --only, or replace them with --overwrite_run_dir."
+        )
+
+
+def _holds_something(run: PlannedRun) -> bool:
+    return _lies_aside(run, read_record(run)) or holds_something(run.run_dir)
+
+
+def replacing(run: PlannedRun, record: Record) -> Record:
+    """The record of a run that begins anew in the place of what lies in its folder."""
+    if _lies_aside(run, record):
+        return Record(replaces=record.replaces, replaces_from=record.replaces_from)
+    return Record(replaces=sorted(_checkpoints(run)), replaces_from=_started_from(run, record))
