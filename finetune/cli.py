@@ -50,7 +50,7 @@ def train(options: TrainOptions, overrides: dict[str, Any]) -> None:
 
     Any of its keys may be given as well: --optim.lr=1e-4 --ttt.chunk_size=64 --resume
     """
-    args = load_config(options.config, overrides)
+    args = load_config(options.config, overrides, inputs_exist=True)
     from finetune.trainer import Trainer
 
     status = Trainer(args, config=options.config, force=options.force).train()
@@ -143,7 +143,7 @@ def data_encode(options: EncodeOptions, overrides: dict[str, Any]) -> None:
     It may be stopped at any time and started again. On several GPUs:
     torchrun --nproc-per-node 8 --no-python moshi-ttt data encode --config X.yaml
     """
-    args = load_config(options.config, overrides)
+    args = load_config(options.config, overrides, inputs_exist=True)
     from finetune.encode import encode_data
 
     encode_data(args)

@@ -54,7 +54,7 @@ from finetune.config.read import (
     read_yaml,
     save_config,
 )
-from finetune.config.sources import parse_sources, require_source
+from finetune.config.sources import parse_sources, require_sources
 from finetune.config.values import NULLS, FilePath, PathsText, PathText, parse
 
 __all__ = [
@@ -113,7 +113,7 @@ __all__ = [
     "read_options",
     "read_yaml",
     "require_file",
-    "require_source",
+    "require_sources",
     "require_there",
     "save_config",
 ]

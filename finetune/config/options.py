@@ -3,11 +3,12 @@
 import dataclasses
 import difflib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
-from finetune.config.fields import Field, all_fields, complete, fields_of, fill, marks_of
-from finetune.config.marks import MustExist, Positional
+from finetune.config.fields import Field, all_fields, complete, fill, marks_of
+from finetune.config.marks import Positional
+from finetune.config.must_exist import missing
 from finetune.config.values import parse
 from finetune.errors import UserError
 from finetune.safety import learn_from, redact
@@ -61,24 +62,7 @@ def require_there(options: Any) -> None:
     Raises:
         UserError: naming everything that is missing.
     """
-    _raise([*_missing(options)])
-
-
-def _missing(options: Any, prefix: str = "") -> Iterator[str]:
-    cls: type = type(options)
-    for field in fields_of(cls, prefix):
-        value = getattr(options, field.name)
-        if field.section:
-            yield from _missing(value, field.prefix)
-        for mark in marks_of(field.kind, MustExist):
-            try:
-                if value is not None:
-                    mark.require(value, f"--{field.key}")
-            except UserError as error:
-                yield str(error)
-            except OSError as error:
-                # In a folder that may not be read, nobody can say.
-                yield f"--{field.key}: {value} cannot be read: {error.strerror}."
+    _raise([text for _, text in missing(options, dashes="--")])
 
 
 def _raise(problems: Sequence[str]) -> None:
