@@ -4,6 +4,7 @@ from finetune.data.audio import AudioInfo, AudioReader, inspect_audio, read_audi
 from finetune.data.batches import Batch, open_store
 from finetune.data.codec import Codec
 from finetune.data.fill import CacheFill
+from finetune.data.folders import AUDIO_SUFFIXES, all_files, find_files
 from finetune.data.inspection import VERSION as INSPECTION_VERSION
 from finetune.data.inspection import Finding, Inspection, inspect_listing, inspect_recording
 from finetune.data.layouts import SOURCES, Entry, MonoPair, Source, StereoFile, open_source
@@ -34,6 +35,7 @@ from finetune.data.text import (
 from finetune.data.transcripts import OTHER_SPEAKER, Word, read_transcript
 
 __all__ = [
+    "AUDIO_SUFFIXES",
     "FRAME_RATE_HZ",
     "INSPECTION_VERSION",
     "OTHER_SPEAKER",
@@ -62,12 +64,14 @@ __all__ = [
     "TimedTokens",
     "TrainLoader",
     "Word",
+    "all_files",
     "build_eval_loader",
     "build_loaders",
     "build_train_loader",
     "check_recordings",
     "check_share",
     "count_frames",
+    "find_files",
     "inspect_audio",
     "inspect_listing",
     "inspect_recording",

@@ -4,7 +4,14 @@ from finetune.kept.checkpoint_folders import is_stock, require_checkpoint
 from finetune.kept.checkpoint_names import CHECKPOINT_NAME, checkpoints_in, step_of
 from finetune.kept.records import Records, read_records
 from finetune.kept.wav import WavWriter, write_wav
-from finetune.kept.whole import Kept, is_free_folder, whole_folder, write_whole, writing
+from finetune.kept.whole import (
+    Kept,
+    is_free_folder,
+    refuse_to_replace,
+    whole_folder,
+    write_whole,
+    writing,
+)
 
 __all__ = [
     "CHECKPOINT_NAME",
@@ -15,6 +22,7 @@ __all__ = [
     "is_free_folder",
     "is_stock",
     "read_records",
+    "refuse_to_replace",
     "require_checkpoint",
     "step_of",
     "whole_folder",

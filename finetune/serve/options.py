@@ -64,7 +64,8 @@ class GenerateOptions:
     """A folder run_dir/checkpoints/checkpoint_NNNNNN, or of a stock Moshi."""
 
     audio: Annotated[FilePath | None, FILE_OR_FOLDER] = None
-    """A recording of what the user says, mono or stereo, of any rate; or a folder of such."""
+    """A recording of what the user says, mono or stereo, of any rate; or a folder of such, at any
+    depth."""
 
     input_dir: Annotated[FilePath | None, FOLDER] = None
     """Instead of --audio: a tree, in which every file called --input_name is answered where it
@@ -78,6 +79,9 @@ class GenerateOptions:
 
     out: FilePath | None = None
     """The wav to write, or for a folder the folder to write to; null: output.wav, or output."""
+
+    overwrite: bool = False
+    """Replace answers that are there."""
 
     stereo: bool = False
     """Write both: left Moshi, right the user."""
