@@ -5,7 +5,16 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from finetune.config import CHECKPOINT, SOURCES, FilePath, PathsText, Seed, Size, WandbArgs
+from finetune.config import (
+    CHECKPOINT,
+    POSITIONAL,
+    SOURCES,
+    FilePath,
+    PathsText,
+    Seed,
+    Size,
+    WandbArgs,
+)
 from finetune.errors import UserError
 from finetune.evaluation.tasks import TASKS
 from finetune.evaluation.tasks.base import TaskOptions
@@ -19,7 +28,7 @@ class Options(TaskOptions):
     """The options that all tasks share; `Options.complete()` has those of the tasks as well, and is
     what is made of a command line."""
 
-    checkpoint: Annotated[FilePath, CHECKPOINT]
+    checkpoint: Annotated[FilePath, POSITIONAL, CHECKPOINT]
     """A folder run_dir/checkpoints/checkpoint_NNNNNN, or of a stock Moshi."""
 
     tasks: tuple[Annotated[str, OneOf(TASKS.keys)], ...] = ()

@@ -12,6 +12,7 @@ from finetune.config import (
     CHECKPOINT,
     FILE_OR_FOLDER,
     FOLDER,
+    POSITIONAL,
     FilePath,
     Precision,
     Seed,
@@ -60,7 +61,7 @@ def reset_every_frames(use: str) -> int | None:
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    checkpoint: Annotated[FilePath, CHECKPOINT]
+    checkpoint: Annotated[FilePath, POSITIONAL, CHECKPOINT]
     """A folder run_dir/checkpoints/checkpoint_NNNNNN, or of a stock Moshi."""
 
     audio: Annotated[FilePath | None, FILE_OR_FOLDER] = None
@@ -161,7 +162,7 @@ class GenerateOptions:
 
 @dataclass(frozen=True)
 class ServeOptions:
-    checkpoint: Annotated[FilePath, CHECKPOINT]
+    checkpoint: Annotated[FilePath, POSITIONAL, CHECKPOINT]
     """A folder run_dir/checkpoints/checkpoint_NNNNNN, or of a stock Moshi."""
 
     host: str = "127.0.0.1"
@@ -205,7 +206,7 @@ class ServeOptions:
 
 @dataclass(frozen=True)
 class ExportOptions:
-    checkpoint: Annotated[FilePath, CHECKPOINT]
+    checkpoint: Annotated[FilePath, POSITIONAL, CHECKPOINT]
     """A folder run_dir/checkpoints/checkpoint_NNNNNN."""
 
     out: FilePath
