@@ -315,13 +315,19 @@ def demo_data(options: DemoDataOptions) -> None:
     """Make synthetic stereo dialogues with transcripts, to train on without any download."""
     from finetune.demo import make_dialogues
 
-    make_dialogues(
-        options.out_dir,
+    out_dir = options.out_dir
+    is_new = make_dialogues(
+        out_dir,
         num_dialogues=options.num_dialogues,
         min_sec=options.min_sec,
         max_sec=options.max_sec,
         seed=options.seed,
     )
+    what = f"{options.num_dialogues} dialogues, listed in train.jsonl and eval.jsonl"
+    print(f"wrote {out_dir}: {what}" if is_new else f"{out_dir} holds them already: {what}")
+    print(f"next: moshi-ttt data check {out_dir / 'train.jsonl'}")
+    data = f"--data.train_data={out_dir / 'train.jsonl'} --data.eval_data={out_dir / 'eval.jsonl'}"
+    print(f"then: moshi-ttt train example/demo.yaml {data}")
 
 
 @command
