@@ -14,7 +14,6 @@ from recordings_tools import call
 from finetune.config import load_config
 from finetune.plan import plan, starter
 
-
 ROOT = Path(__file__).parents[3]
 
 
