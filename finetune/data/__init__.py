@@ -32,14 +32,22 @@ from finetune.data.text import (
     text_stream,
     tokenize_segment,
 )
-from finetune.data.transcripts import OTHER_SPEAKER, Word, read_transcript
+from finetune.data.transcripts import (
+    MAIN_SPEAKER,
+    OTHER_SPEAKER,
+    USER_SPEAKER,
+    Word,
+    read_transcript,
+)
 
 __all__ = [
     "AUDIO_SUFFIXES",
     "FRAME_RATE_HZ",
     "INSPECTION_VERSION",
+    "MAIN_SPEAKER",
     "OTHER_SPEAKER",
     "SOURCES",
+    "USER_SPEAKER",
     "AudioInfo",
     "AudioReader",
     "Batch",
