@@ -313,9 +313,10 @@ def require_same_parameters(args: TrainArgs, checkpoint: Path) -> None:
     Raises:
         UserError: naming the keys by which it does not.
     """
-    problems = [*_resuming_problems(load_run_config(checkpoint / "args.yaml"), args)]
+    made_with = checkpoint / "args.yaml"
+    problems = [*_resuming_problems(load_run_config(made_with), args)]
     if problems:
-        raise UserError(list_problems(f"resuming {checkpoint}", problems))
+        raise UserError(list_problems(f"resuming {checkpoint}, made with {made_with},", problems))
 
 
 def _resuming_problems(earlier: TrainArgs, now: TrainArgs) -> Iterator[str]:

@@ -18,7 +18,7 @@ _ON_DISK = ("", ".jsonl", ".gz", ".npz", ".parquet")
 """Suffixes of data that are files and folders of this machine."""
 
 
-def missing(options: Any, dashes: str = "", prefix: str = "") -> Iterator[tuple[str, str]]:
+def what_is_missing(options: Any, dashes: str = "", prefix: str = "") -> Iterator[tuple[str, str]]:
     """Yield the keys of options that name what is not there, each with its message.
 
     Args:
@@ -29,7 +29,7 @@ def missing(options: Any, dashes: str = "", prefix: str = "") -> Iterator[tuple[
     for field in fields_of(cls, prefix):
         value, name = getattr(options, field.name), f"{dashes}{field.key}"
         if field.section:
-            yield from missing(value, dashes, field.prefix)
+            yield from what_is_missing(value, dashes, field.prefix)
         for mark in marks_of(field.kind, MustExist):
             try:
                 if value is not None:

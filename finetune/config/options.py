@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from finetune.config.args import TrainArgs
 from finetune.config.fields import Field, all_fields, complete, fill, marks_of
 from finetune.config.marks import Positional
-from finetune.config.must_exist import missing
+from finetune.config.must_exist import what_is_missing
 from finetune.config.values import parse
 from finetune.errors import UserError
 from finetune.safety import learn_from, redact
@@ -82,7 +82,7 @@ def require_there(options: Any) -> None:
     Raises:
         UserError: naming everything that is missing.
     """
-    _raise([text for _, text in missing(options, dashes="--")])
+    _raise([text for _, text in what_is_missing(options, dashes="--")])
 
 
 def _raise(problems: Sequence[str]) -> None:

@@ -13,7 +13,7 @@ from finetune.config.checks import cross_checks
 from finetune.config.config_files import require_configuration
 from finetune.config.fields import Problem, fill, keys_that, suggestion
 from finetune.config.marks import START
-from finetune.config.must_exist import missing
+from finetune.config.must_exist import what_is_missing
 from finetune.config.values import NULLS
 from finetune.errors import UserError
 from finetune.safety import learn_from
@@ -45,7 +45,7 @@ def load_config(
         # Of a key that has a problem already, there is a default here.
         known = {key for keys, _ in problems for key in keys.split(", ")}
         unread = set() if args.do_eval else {"data.eval_data"}
-        for key, text in missing(args):
+        for key, text in what_is_missing(args):
             if key not in known | unread:
                 problems.append((key, text.removeprefix(f"{key}: ")))
     return _whole(path, (args, problems), overrides)

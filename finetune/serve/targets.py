@@ -47,8 +47,8 @@ def list_jobs(options: GenerateOptions) -> list[Job]:
         found, hidden = find_files(options.audio, RECORDINGS)
         if hidden:
             logger.warning("passed over %d hidden files, as %s", len(hidden), hidden[0])
-        # A folder of earlier answers may lie in that of the recordings.
-        found = [path for path in found if out.resolve() not in path.resolve().parents]
+        if options.audio.resolve() in out.resolve().parents:  # with earlier answers in it
+            found = [path for path in found if out.resolve() not in path.resolve().parents]
         if not found:
             raise UserError(
                 f"--audio: no recordings ({', '.join(sorted(RECORDINGS))}) in {options.audio}."

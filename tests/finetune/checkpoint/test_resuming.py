@@ -155,7 +155,8 @@ def test_a_run_is_not_resumed_with_other_parameters_and_the_key_is_named(
     with pytest.raises(UserError) as raised:
         trainer(config, tmp_path, {**LORA, **other, **off, "resume": True})
     heading, *lines = str(raised.value).splitlines()
-    assert heading.startswith(f"resuming {checkpoint(tmp_path, 4)} has ")
+    made = checkpoint(tmp_path, 4)
+    assert heading.startswith(f"resuming {made}, made with {made / 'args.yaml'}, has ")
     for line, start in zip(lines, changed, strict=True):
         assert line.startswith(f"  - {start} when the checkpoint was made, and is ")
         assert line.endswith(f"; set it to {start.split()[-1]}, or start a new run_dir")

@@ -94,3 +94,5 @@ def test_recordings_of_a_folder_are_found_at_any_depth(
     ]
     assert (out / "deep/er").is_dir() and not (out / "deep/er/a.wav").exists()
     assert "passed over 1 hidden files" in caplog.text
+    above = list_jobs(GenerateOptions(checkpoint=tmp_path, audio=audio / "deep", out=tmp_path))
+    assert [job.target for job in above] == [tmp_path / "b.wav", tmp_path / "er/a.wav"]
