@@ -50,7 +50,7 @@ def train(options: TrainOptions, overrides: dict[str, Any]) -> None:
 
     Any of its keys may be given as well: --optim.lr=1e-4 --ttt.chunk_size=64 --resume
     """
-    args = load_config(options.config, overrides)
+    args = load_config(options.config, overrides, inputs_exist=True)
     from finetune.trainer import Trainer
 
     status = Trainer(args, config=options.config, force=options.force).train()
@@ -143,7 +143,7 @@ def data_encode(options: EncodeOptions, overrides: dict[str, Any]) -> None:
     It may be stopped at any time and started again. On several GPUs:
     torchrun --nproc-per-node 8 --no-python moshi-ttt data encode --config X.yaml
     """
-    args = load_config(options.config, overrides)
+    args = load_config(options.config, overrides, inputs_exist=True)
     from finetune.encode import encode_data
 
     encode_data(args)
@@ -315,13 +315,19 @@ def demo_data(options: DemoDataOptions) -> None:
     """Make synthetic stereo dialogues with transcripts, to train on without any download."""
     from finetune.demo import make_dialogues
 
-    make_dialogues(
-        options.out_dir,
+    out_dir = options.out_dir
+    is_new = make_dialogues(
+        out_dir,
         num_dialogues=options.num_dialogues,
         min_sec=options.min_sec,
         max_sec=options.max_sec,
         seed=options.seed,
     )
+    what = f"{options.num_dialogues} dialogues, listed in train.jsonl and eval.jsonl"
+    print(f"wrote {out_dir}: {what}" if is_new else f"{out_dir} holds them already: {what}")
+    print(f"next: moshi-ttt data check {out_dir / 'train.jsonl'}")
+    data = f"--data.train_data={out_dir / 'train.jsonl'} --data.eval_data={out_dir / 'eval.jsonl'}"
+    print(f"then: moshi-ttt train example/demo.yaml {data}")
 
 
 @command

@@ -17,7 +17,7 @@ from finetune.checkpoint import (
     first_whole,
     get_random_state,
     load_resume_state,
-    require_same_rule,
+    require_same_parameters,
     set_random_state,
     snapshot_bytes,
     step_of,
@@ -82,6 +82,8 @@ class Trainer:
     def assemble(self, args: TrainArgs, *, force: bool) -> None:
         """Assemble all parts of the run, and its folder."""
         resume_from, damaged = first_whole(self.folder.open(), self.world)
+        if resume_from is not None:
+            require_same_parameters(args, resume_from)
         self.checkpoint_info = info = find_checkpoint(args.moshi_paths)
         self.sharding = build_sharding(args, self.world)
 
@@ -129,7 +131,7 @@ class Trainer:
         )
         self.folder.set_damaged_apart(damaged)
         # Only now, when nothing else can be wrong: it may take the place of an older run.
-        with self.folder.begun():
+        with self.folder.begun(is_complete=self.is_complete):
             self.metrics = MetricsLogger(
                 self.run_dir,
                 wandb_args=args.wandb,
@@ -137,7 +139,7 @@ class Trainer:
                 enabled=self.world.is_main,
                 resumed_step=None if resume_from is None else self.step,
             )
-            if self.world.is_main:
+            if self.world.is_main and not self.is_complete:
                 write_summary(args, self.model, self.train_data, self.world)
         self.progress = Progress(total=args.max_steps, start=self.step, enabled=self.world.is_main)
         self.interrupt = Interrupt()
@@ -166,7 +168,7 @@ class Trainer:
         if self.step == 0 or (self.is_due(self.args.eval_freq) and self.eval_loss is None):
             self.evaluate()  # after a resume: a signal has stopped this evaluation before
             self.writer.add_eval_loss(self.step, self.eval_loss)
-        while self.step < self.args.max_steps and not self.interrupted():
+        while not self.is_complete and not self.interrupted():
             self.profiler.before_step(self.step + 1)
             with explained(self.args, self.world.device, f"step {self.step + 1}", trains=True):
                 self.train_step()
@@ -346,7 +348,6 @@ class Trainer:
                 f"{checkpoint} does not belong to this configuration: {error}. Resume with the "
                 f"configuration in {checkpoint / 'args.yaml'}, or start a new run_dir."
             ) from error
-        require_same_rule(self.args, checkpoint)
         self.train_data.load_state_dict(state["data"])
         set_random_state(state["random"])
         self.effect.load_state_dict(state["effect"])
@@ -358,11 +359,16 @@ class Trainer:
         logger.info("resuming %s after step %d", checkpoint, self.step)
         for key, (old, new) in changed_keys(checkpoint / "args.yaml", self.args).items():
             logger.warning("%s was %s when the checkpoint was made, and is %s now", key, old, new)
-        if self.step >= self.args.max_steps:
+        if self.is_complete:
             logger.warning(
                 "all %d steps are done: nothing is left to train. Raise max_steps to go on.",
                 self.args.max_steps,
             )
+
+    @property
+    def is_complete(self) -> bool:
+        """Return whether all steps are done."""
+        return self.step >= self.args.max_steps
 
     def interrupted(self) -> bool:
         """Return whether a process has got a signal to stop; all of them agree."""
@@ -371,7 +377,7 @@ class Trainer:
 
     def leave(self) -> int:
         is_evaluated = self.eval_data is None or self.eval_loss is not None
-        if self.step >= self.args.max_steps and is_evaluated:
+        if self.is_complete and is_evaluated:
             self.writer.wait()
             self.folder.earn()
             return 0

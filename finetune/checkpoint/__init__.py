@@ -10,7 +10,11 @@ from finetune.checkpoint.run_dir import (
     load_resume_state,
     load_trained_weights,
 )
-from finetune.checkpoint.run_folder import RunFolder, holds_something, require_same_rule
+from finetune.checkpoint.run_folder import (
+    RunFolder,
+    holds_something,
+    require_same_parameters,
+)
 from finetune.checkpoint.run_record import run_wrote
 from finetune.checkpoint.writer import CheckpointWriter, snapshot_bytes
 from finetune.kept import step_of
@@ -27,7 +31,7 @@ __all__ = [
     "load_resume_state",
     "load_trained_weights",
     "merged_weights",
-    "require_same_rule",
+    "require_same_parameters",
     "run_wrote",
     "set_random_state",
     "snapshot_bytes",

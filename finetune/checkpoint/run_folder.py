@@ -20,9 +20,11 @@ from finetune.checkpoint.run_record import Found, RunRecord
 from finetune.config import (
     TrainArgs,
     changed_meaning,
+    flatten,
     list_problems,
     load_run_config,
     parse_sources,
+    public_dict,
     save_config,
 )
 from finetune.distributed import World
@@ -160,8 +162,11 @@ class RunFolder:
                 )
 
     @contextmanager
-    def begun(self) -> Iterator[None]:
+    def begun(self, *, is_complete: bool) -> Iterator[None]:
         """The run begins in here, on the first process: nothing else is wrong with it.
+
+        Args:
+            is_complete: there is nothing left to train.
 
         Raises:
             UserError: the folder cannot be written to.
@@ -180,7 +185,8 @@ class RunFolder:
                 if tree.endswith(".incomplete"):
                     self.record.delete(tree)
             self.record.add(_OWN_FILES, trees=self._own_trees())
-            save_config(self._args, self.run_dir / "args.yaml")
+            if not is_complete:  # else the file says how the weights were made
+                save_config(self._args, self.run_dir / "args.yaml")
             before = self._tensorboard_files()
             try:
                 yield
@@ -293,18 +299,33 @@ def _is_in_the_way(name: str) -> bool:
     return first in _OWN_FILES or name in ("tb", "profile", "wandb")
 
 
-def require_same_rule(args: TrainArgs, checkpoint: Path) -> None:
-    """Check that a checkpoint's TTT parameters mean in this run what they meant in theirs.
+def require_same_parameters(args: TrainArgs, checkpoint: Path) -> None:
+    """Check that a run trains the parameters that a checkpoint holds, and means by them the same.
 
     Raises:
-        UserError: by `args`, the checkpoint's TTT parameters would mean something else.
+        UserError: naming the keys by which it does not.
     """
-    earlier = load_run_config(checkpoint / "args.yaml").ttt
-    changed = list(changed_meaning(earlier, args.ttt)) if earlier.enabled else []
-    if changed and args.ttt.enabled:
-        lines = (
-            f"ttt.{name}: was {there} when the checkpoint was made, and is {here} now; set it to "
+    made_with = checkpoint / "args.yaml"
+    problems = [*_resuming_problems(load_run_config(made_with), args)]
+    if problems:
+        raise UserError(list_problems(f"resuming {checkpoint}, made with {made_with},", problems))
+
+
+def _resuming_problems(earlier: TrainArgs, now: TrainArgs) -> Iterator[str]:
+    for key, there, here in _changed_parameters(earlier, now):
+        yield (
+            f"{key}: was {there} when the checkpoint was made, and is {here} now; set it to "
             f"{there}, or start a new run_dir"
-            for name, there, here in changed
         )
-        raise UserError(list_problems(f"resuming {checkpoint}", lines))
+
+
+def _changed_parameters(earlier: TrainArgs, now: TrainArgs) -> Iterator[tuple[str, str, str]]:
+    """Yield keys with their earlier value and their present one."""
+    before, after = (flatten(public_dict(each)) for each in (earlier, now))
+    keys = ["full_finetuning", "lora.enable", "ttt.enabled"]
+    if earlier.lora.enable and now.lora.enable:
+        keys += ["lora.rank", "lora.ft_embed"]
+    yield from ((key, before[key], after[key]) for key in keys if before[key] != after[key])
+    if earlier.ttt.enabled and now.ttt.enabled:
+        for name, there, here in changed_meaning(earlier.ttt, now.ttt):
+            yield f"ttt.{name}", there, here

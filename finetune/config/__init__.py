@@ -56,7 +56,7 @@ from finetune.config.read import (
     require_configuration,
     save_config,
 )
-from finetune.config.sources import parse_sources, require_source
+from finetune.config.sources import parse_sources, require_sources
 from finetune.config.values import NULLS, FilePath, PathsText, PathText, parse
 
 __all__ = [
@@ -117,7 +117,7 @@ __all__ = [
     "read_yaml",
     "require_configuration",
     "require_file",
-    "require_source",
+    "require_sources",
     "require_there",
     "save_config",
 ]

@@ -12,6 +12,7 @@ from annotated_types import Ge, Gt, Le, Lt
 
 from finetune.config.data_args import DataArgs
 from finetune.config.marks import HARMLESS, START
+from finetune.config.must_exist import EARLIER_RUN, MODEL_FILE, REPOSITORY
 from finetune.config.values import PathText
 from ttt.config import TTTArgs
 from ttt.options import LARGEST, Count, Frames, NonNegative, Positive
@@ -26,30 +27,30 @@ Seed = Annotated[int, Ge(0), Lt(2**63)]
 class ModelPaths:
     """Sources of the base model's weights."""
 
-    hf_repo_id: PathText | None = "kyutai/moshiko-pytorch-bf16"
+    hf_repo_id: Annotated[PathText | None, REPOSITORY] = "kyutai/moshiko-pytorch-bf16"
     """A Hugging Face model repository, or a local folder of the same layout."""
 
-    mimi_path: PathText | None = None
+    mimi_path: Annotated[PathText | None, MODEL_FILE] = None
     """File of Mimi's weights; null: the one in `hf_repo_id`."""
 
-    moshi_path: PathText | None = None
+    moshi_path: Annotated[PathText | None, MODEL_FILE] = None
     """File of the language model's weights; null: the one in `hf_repo_id`."""
 
-    tokenizer_path: PathText | None = None
+    tokenizer_path: Annotated[PathText | None, MODEL_FILE] = None
     """File of the SentencePiece text tokenizer; null: the one in `hf_repo_id`."""
 
-    config_path: PathText | None = None
+    config_path: Annotated[PathText | None, MODEL_FILE] = None
     """JSON file with the language model's shape; null: the one in `hf_repo_id`, or Moshi 7B's
     where there is none."""
 
-    mimi_config_path: PathText | None = None
+    mimi_config_path: Annotated[PathText | None, MODEL_FILE] = None
     """JSON file with Mimi's shape; null: the one in `hf_repo_id`, or that of Moshi's own Mimi
     where there is none."""
 
     random_init: bool = False
     """Start the language model from random weights: for demonstrations and benchmarks."""
 
-    init_from: PathText | None = None
+    init_from: Annotated[PathText | None, EARLIER_RUN] = None
     """A checkpoint of an earlier run, `RUN/checkpoints/checkpoint_NNNNNN`, whose trained weights
     (base, LoRA, TTT) this run starts from, in place of `moshi_path` or random weights. Optimizer,
     schedule, step and data start anew; TTT that the earlier run had not is added untrained."""

@@ -128,11 +128,21 @@ def may_change(name: str) -> bool:
 
 def changed_meaning(earlier: TTTArgs, now: TTTArgs) -> Iterator[tuple[str, str, str]]:
     """Yield the options by which parameters trained under `earlier` would mean something else: each
-    as its name, its earlier value and its present one."""
+    as its name, its earlier value and its present one, as they are written in YAML.
+
+    Of two methods, options of one alone say nothing more than that.
+    """
     for field in dataclasses.fields(now):
         there, here = (getattr(each, field.name) for each in (earlier, now))
         if field.name == "chunk_edge":
             # null means one of the two.
             there, here = ("carry" if each.carries else "cut" for each in (earlier, now))
-        if not may_change(field.name) and there != here:
-            yield field.name, str(there), str(here)
+        is_read = earlier.reads(field.name) and now.reads(field.name)
+        if is_read and not may_change(field.name) and there != here:
+            yield field.name, _in_yaml(there), _in_yaml(here)
+
+
+def _in_yaml(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "null" if value is None else str(value)

@@ -29,7 +29,7 @@ class KeyOptions:
 
 @dataclass(frozen=True)
 class PlanOptions:
-    config: Annotated[FilePath, CONFIGURATION]
+    config: Annotated[FilePath, POSITIONAL, CONFIGURATION]
     """The YAML file of the run."""
 
     gpus: Size = 1
@@ -44,7 +44,7 @@ class PlanOptions:
 
 @dataclass(frozen=True)
 class EncodeOptions:
-    config: Annotated[FilePath, CONFIGURATION]
+    config: Annotated[FilePath, POSITIONAL, CONFIGURATION]
     """The YAML file of the run."""
 
 

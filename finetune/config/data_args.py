@@ -6,17 +6,18 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Le
 
 from finetune.config.marks import HARMLESS
+from finetune.config.must_exist import SOURCES
 from finetune.config.values import PathsText, PathText
 
 
 @dataclass
 class DataArgs:
-    train_data: PathsText = ""
+    train_data: Annotated[PathsText, SOURCES] = ""
     """Training data: `path[:weight],…`, each path a `.jsonl` file or a folder of them, or data of
     another layout, see [data.md](data.md#layouts). Batches mix the sources in proportion to the
     weights (default 1)."""
 
-    eval_data: PathsText = ""
+    eval_data: Annotated[PathsText, SOURCES] = ""
     """Evaluation data, written like `train_data`. Every evaluation reads all of it once; weights
     play no part."""
 

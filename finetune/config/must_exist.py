@@ -3,16 +3,42 @@
 A mark's function imports nothing heavy: it is called as soon as the command line has been read.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+from finetune.config.config_files import require_configuration
+from finetune.config.fields import fields_of, marks_of
 from finetune.config.marks import MustExist
-from finetune.config.read import require_configuration
-from finetune.config.sources import parse_sources, require_source
+from finetune.config.sources import parse_sources, require_sources
 from finetune.errors import UserError
 from finetune.kept import is_stock, require_checkpoint
 
 _ON_DISK = ("", ".jsonl", ".gz", ".npz", ".parquet")
 """Suffixes of data that are files and folders of this machine."""
+
+
+def what_is_missing(options: Any, dashes: str = "", prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the keys of options that name what is not there, each with its message.
+
+    Args:
+        dashes: what stands before a key where a message names it.
+        prefix: how the keys of these options begin.
+    """
+    cls: type = type(options)
+    for field in fields_of(cls, prefix):
+        value, name = getattr(options, field.name), f"{dashes}{field.key}"
+        if field.section:
+            yield from what_is_missing(value, dashes, field.prefix)
+        for mark in marks_of(field.kind, MustExist):
+            try:
+                if value is not None:
+                    mark.require(value, name)
+            except UserError as error:
+                yield field.key, str(error)
+            except OSError as error:
+                # In a folder that may not be read, nobody can say.
+                yield field.key, f"{name}: {value} cannot be read: {error.strerror}."
 
 
 def is_configuration(path: Path) -> bool:
@@ -55,16 +81,18 @@ def _require_checkpoint(path: Path, key: str) -> None:
         require_checkpoint(path, key)
 
 
-def _require_source(path: Path, key: str) -> None:
+def _is_on_disk(path: Path) -> bool:
     # Of any other suffix, or of `hf://…`, the layout alone knows whether something is there.
     is_remote = str(path).partition("/")[0].endswith(":")
-    if path.suffix in _ON_DISK and not is_remote:
-        require_source(path, key)
+    return path.suffix in _ON_DISK and not is_remote
+
+
+def _require_source(path: Path, key: str) -> None:
+    require_sources([path] if _is_on_disk(path) else [], key)
 
 
 def _require_sources(spec: str, key: str) -> None:
-    for path, _ in parse_sources(spec, key):
-        _require_source(path, key)
+    require_sources([path for path, _ in parse_sources(spec, key) if _is_on_disk(path)], key)
 
 
 def _require_data(path: Path, key: str) -> None:
@@ -72,6 +100,22 @@ def _require_data(path: Path, key: str) -> None:
         require_configuration(path)
     else:
         _require_sources(str(path), key)
+
+
+def _require_model_file(path: str, key: str) -> None:
+    # `moshi` downloads the one, and takes the other for a file however it looks.
+    if not path.startswith(("hf://", "file://")):
+        require_file(Path(path), key)
+
+
+def _require_repository(name: str, key: str) -> None:
+    # A name on the hub is OWNER/NAME, or NAME alone.
+    if Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1:
+        _require_folder(Path(name), key)
+
+
+def _require_earlier_run(path: str, key: str) -> None:
+    require_checkpoint(Path(path), key)
 
 
 FILE = MustExist(require_file)
@@ -87,3 +131,9 @@ SOURCES = MustExist(_require_sources)
 """`path[:weight],…`."""
 DATA = MustExist(_require_data)
 """`path[:weight],…`, or a run's YAML file."""
+MODEL_FILE = MustExist(_require_model_file)
+"""A file of a model, on this machine or on the hub."""
+REPOSITORY = MustExist(_require_repository)
+"""A repository of the hub, or a folder of the same layout."""
+EARLIER_RUN = MustExist(_require_earlier_run)
+"""A checkpoint of a run, and not a stock Moshi."""

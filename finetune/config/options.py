@@ -3,11 +3,14 @@
 import dataclasses
 import difflib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any, TypeVar
 
-from finetune.config.fields import Field, all_fields, complete, fields_of, fill, marks_of
-from finetune.config.marks import MustExist, Positional
+from finetune.config.args import TrainArgs
+from finetune.config.fields import Field, all_fields, complete, fill, marks_of
+from finetune.config.marks import Positional
+from finetune.config.must_exist import what_is_missing
 from finetune.config.values import parse
 from finetune.errors import UserError
 from finetune.safety import learn_from, redact
@@ -37,16 +40,16 @@ def read_options(
     places = [key for key, field in fields.items() if is_positional(field) and key not in own]
     own |= dict(zip(places, words, strict=False))
     for word in words[len(places) :]:
-        hint = f" Did you mean --{word}?" if "=" in word else ""
-        raise UserError(f"unexpected argument: {abbreviated(redact(word))}.{hint}")
+        hint = f"Did you mean --{word}?" if "=" in word else "Options are given as --NAME=VALUE."
+        raise UserError(f"unexpected argument: {abbreviated(redact(word))}. {hint}")
     missing = [key for key, field in fields.items() if field.is_required and not own.get(key)]
-    for name in () if with_overrides and not missing else others:
-        # With keys of a configuration among the options, one may be what is missing.
-        known = missing if with_overrides else list(fields)
-        similar = difflib.get_close_matches(name[:100], known, n=1)
-        similar += [key for key in known if key.startswith(name)]
-        if similar or not with_overrides:
-            hint = f"Did you mean --{similar[0]}?" if similar else "Ask for --help to see them all."
+    for name in others:
+        # Among the keys of a configuration, one may be what is missing.
+        known = missing if with_overrides and missing else list(fields)
+        is_key = with_overrides and name in _configuration_keys()
+        meant = None if is_key else _meant(name, known)
+        if meant or not with_overrides:
+            hint = f"Did you mean --{meant}?" if meant else "Ask for --help to see them all."
             raise UserError(f"unknown option: --{abbreviated(redact(name))}. {hint}")
     for name in missing:
         raise UserError(f"--{name} is missing. Ask for --help to see what it is.")
@@ -55,30 +58,31 @@ def read_options(
     return options, others
 
 
+def _meant(name: str, known: Sequence[str]) -> str | None:
+    """Return the option that was probably meant; of another section, none is."""
+    section, dot, _ = name.partition(".")
+    if dot:
+        sections = {key.partition(".")[0] for key in known if "." in key}
+        close = difflib.get_close_matches(section[:100], sections, n=1)
+        known = [key for key in known if close and key.startswith(f"{close[0]}.")]
+    similar = difflib.get_close_matches(name[:100], known, n=1)
+    similar += [key for key in known if key.startswith(name)]
+    return similar[0] if similar else None
+
+
+@cache
+def _configuration_keys() -> frozenset[str]:
+    """Return all keys of a configuration, also without their sections: so they are known again."""
+    return frozenset(name for field in all_fields(TrainArgs) for name in (field.key, field.name))
+
+
 def require_there(options: Any) -> None:
     """Check that all is there which options name and a command cannot do without.
 
     Raises:
         UserError: naming everything that is missing.
     """
-    _raise([*_missing(options)])
-
-
-def _missing(options: Any, prefix: str = "") -> Iterator[str]:
-    cls: type = type(options)
-    for field in fields_of(cls, prefix):
-        value = getattr(options, field.name)
-        if field.section:
-            yield from _missing(value, field.prefix)
-        for mark in marks_of(field.kind, MustExist):
-            try:
-                if value is not None:
-                    mark.require(value, f"--{field.key}")
-            except UserError as error:
-                yield str(error)
-            except OSError as error:
-                # In a folder that may not be read, nobody can say.
-                yield f"--{field.key}: {value} cannot be read: {error.strerror}."
+    _raise([text for _, text in what_is_missing(options, dashes="--")])
 
 
 def _raise(problems: Sequence[str]) -> None:

@@ -1,9 +1,7 @@
 """A YAML file and a command line become a `TrainArgs`; every problem is named at once."""
 
 import dataclasses
-import difflib
 import logging
-import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,9 +10,11 @@ import yaml
 
 from finetune.config.args import TrainArgs
 from finetune.config.checks import cross_checks
+from finetune.config.config_files import require_configuration
 from finetune.config.fields import Problem, fill, keys_that, suggestion
 from finetune.config.marks import START
-from finetune.config.values import NULLS, valid_path
+from finetune.config.must_exist import what_is_missing
+from finetune.config.values import NULLS
 from finetune.errors import UserError
 from finetune.kept import write_whole
 from finetune.safety import learn_from
@@ -24,17 +24,32 @@ from ttt.options import abbreviated
 logger = logging.getLogger(__name__)
 
 
-def load_config(path: str | Path, overrides: Mapping[str, object] | None = None) -> TrainArgs:
+def load_config(
+    path: str | Path,
+    overrides: Mapping[str, object] | None = None,
+    *,
+    inputs_exist: bool = False,
+) -> TrainArgs:
     """Read a run's configuration.
 
     Args:
         path: a YAML file.
         overrides: values by dotted key (`{"optim.lr": "1e-4"}`) that replace the file's.
+        inputs_exist: the data and model files that it names must be there already.
 
     Raises:
-        UserError: naming every unknown key, wrong type, bad value and contradiction.
+        UserError: naming every unknown key, wrong type, bad value and contradiction, and everything
+            that must be there and is not.
     """
-    return _whole(path, check_config(path, overrides), overrides)
+    checked = check_config(path, overrides)
+    if inputs_exist:
+        # Of a key that has a problem already, there is a default here.
+        known = {key for keys, _ in checked.problems for key in keys.split(", ")}
+        unread = set() if checked.args.do_eval else {"data.eval_data"}
+        for key, text in what_is_missing(checked.args):
+            if key not in known | unread:
+                checked.problems.append((key, text.removeprefix(f"{key}: ")))
+    return _whole(path, checked, overrides)
 
 
 def load_run_config(path: str | Path, overrides: Mapping[str, object] | None = None) -> TrainArgs:
@@ -266,22 +281,6 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-def require_configuration(path: Path) -> None:
-    """
-    Raises:
-        UserError: there is no such file; files of similar names are named.
-    """
-    try:
-        valid_path(path)
-        exists = path.exists()
-    except ValueError as error:
-        raise UserError(f"The configuration's path {error}.") from error
-    if not exists:
-        raise UserError(f"There is no configuration file {path}.{_files_nearby(path)}")
-    if path.is_dir():
-        raise UserError(f"{path} is a folder, and no YAML file.{_files_nearby(path / 'run.yaml')}")
-
-
 def _require_few_values(path: Path, content: Any, most: int = 10_000) -> None:
     """Refuse a file that aliases make endless."""
     count, left = 0, [content]
@@ -291,29 +290,6 @@ def _require_few_values(path: Path, content: Any, most: int = 10_000) -> None:
             raise UserError(f"{path} holds more than {most} values; it is no configuration.")
         if isinstance(value, dict | list):
             left += value.values() if isinstance(value, dict) else value
-
-
-def _files_nearby(path: Path) -> str:
-    shipped, nearby = (
-        [f for f in sorted(folder.glob("*.y*ml")) if f.is_file() and not f.name.startswith(".")]
-        for folder in (Path("example"), path.parent)
-    )
-    for files in (nearby, shipped):
-        known = {file.stem: str(file) for file in files}
-        if similar := difflib.get_close_matches(path.stem[:100], known):
-            return f" Did you mean {' or '.join(known[name] for name in similar)}?"
-    if runs := [file.name for file in nearby if _names_a_run(file)]:
-        return f" {path.parent} has {', '.join(runs[:8])}."
-    return " Give the path of a YAML file; there are some in example/ to start from."
-
-
-def _names_a_run(file: Path) -> bool:
-    """Return whether a file may be a run's or a sweep's: many other programs read YAML too."""
-    try:
-        with file.open(encoding="utf-8") as opened:
-            return re.search(r"^(run_dir|sweep_dir)\b", opened.read(100_000), re.M) is not None
-    except (OSError, UnicodeDecodeError):
-        return False
 
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from finetune.errors import UserError
@@ -32,13 +33,16 @@ def parse_sources(spec: str, key: str) -> list[tuple[Path, float]]:
     return pairs
 
 
-def require_source(path: Path, key: str) -> None:
+def require_sources(paths: Sequence[Path], key: str) -> None:
     """
     Args:
-        key: the configuration's key that names the path, for messages.
+        key: the configuration's key that names the paths, for messages.
 
     Raises:
-        UserError: nothing is there.
+        UserError: naming all where nothing is.
     """
-    if not path.exists():
-        raise UserError(f"{key}: {path} does not exist. Correct the path.")
+    missing = [str(path) for path in paths if not path.exists()]
+    if len(missing) == 1:
+        raise UserError(f"{key}: {missing[0]} does not exist. Correct the path.")
+    if missing:
+        raise UserError(f"{key}: {', '.join(missing)} do not exist. Correct the paths.")

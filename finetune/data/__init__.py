@@ -4,6 +4,7 @@ from finetune.data.audio import AudioInfo, AudioReader, inspect_audio, read_audi
 from finetune.data.batches import Batch, open_store
 from finetune.data.codec import Codec
 from finetune.data.fill import CacheFill
+from finetune.data.folders import AUDIO_SUFFIXES, all_files, find_files
 from finetune.data.inspection import VERSION as INSPECTION_VERSION
 from finetune.data.inspection import (
     Finding,
@@ -37,13 +38,22 @@ from finetune.data.text import (
     text_stream,
     tokenize_segment,
 )
-from finetune.data.transcripts import OTHER_SPEAKER, Word, read_transcript
+from finetune.data.transcripts import (
+    MAIN_SPEAKER,
+    OTHER_SPEAKER,
+    USER_SPEAKER,
+    Word,
+    read_transcript,
+)
 
 __all__ = [
+    "AUDIO_SUFFIXES",
     "FRAME_RATE_HZ",
     "INSPECTION_VERSION",
+    "MAIN_SPEAKER",
     "OTHER_SPEAKER",
     "SOURCES",
+    "USER_SPEAKER",
     "AudioInfo",
     "AudioReader",
     "Batch",
@@ -68,6 +78,7 @@ __all__ = [
     "TimedTokens",
     "TrainLoader",
     "Word",
+    "all_files",
     "build_eval_loader",
     "build_loaders",
     "build_train_loader",
@@ -75,6 +86,7 @@ __all__ = [
     "check_share",
     "count_frames",
     "damaged",
+    "find_files",
     "in_training",
     "inspect_audio",
     "inspect_listing",

@@ -10,6 +10,7 @@ from finetune.data.problems import FileProblem
 from finetune.safety import parse_json
 
 MAIN_SPEAKER = "SPEAKER_MAIN"
+USER_SPEAKER = "SPEAKER_USER"
 OTHER_SPEAKER = "SPEAKER_OTHER"
 """Moshi, where a recording is read from its other side."""
 
@@ -55,8 +56,8 @@ def load_transcript(path: Path) -> Transcript:
     except FileNotFoundError:
         raise FileProblem(
             f"transcript {path} is missing",
-            f"make one with the word times, in the form {_FORMAT}; an empty list means that Moshi "
-            "says nothing",
+            "make it with moshi-ttt data annotate, or write one with the word times, in the form "
+            f"{_FORMAT}; an empty list means that Moshi says nothing",
             code="transcript-missing",
         ) from None
     except OSError as error:

@@ -68,7 +68,7 @@ def make_dialogues(
     max_sec: float = 40.0,
     eval_fraction: float = 0.1,
     seed: int = 0,
-) -> None:
+) -> bool:
     """Writes `num_dialogues` dialogues to `out_dir`, byte for byte the same on every run.
 
     Each is a stereo 16-bit wav of 24 kHz (left Moshi, right the user) of `min_sec` to `max_sec`
@@ -76,9 +76,12 @@ def make_dialogues(
     `SPEAKER_USER`. `train.jsonl` and `eval.jsonl` list them with paths relative to themselves; of
     the sentences in `eval.jsonl`, none occurs in training. The folder appears only when complete.
 
+    Returns:
+        Whether they were made now: a folder made by the same call before is left as it is.
+
     Raises:
         UserError: parameters out of range, espeak-ng not installed, or `out_dir` holds something
-            else or cannot be written. A folder made by the same call before is left as it is.
+            else or cannot be written.
     """
     _check_parameters(num_dialogues, min_sec, max_sec, eval_fraction)
     parameters = {
@@ -92,7 +95,7 @@ def make_dialogues(
     out_dir = Path(out_dir).absolute()
     if _is_made_already(out_dir, parameters):
         logger.info("%s holds these dialogues already; nothing to do.", out_dir)
-        return
+        return False
     num_eval = max(1, round(num_dialogues * eval_fraction))
     total_sec = 0.0
     splits: tuple[tuple[texts.Split, int], ...] = (
@@ -117,6 +120,7 @@ def make_dialogues(
             json.dumps(parameters, indent=2) + "\n", encoding="utf-8"
         )
     logger.info("Wrote %d dialogues, %.1f min, to %s.", num_dialogues, total_sec / 60, out_dir)
+    return True
 
 
 def compose_dialogue(

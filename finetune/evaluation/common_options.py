@@ -4,7 +4,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from finetune.config import CHECKPOINT, SOURCES, FilePath, PathsText, Seed, Size, WandbArgs
+from finetune.config import (
+    CHECKPOINT,
+    POSITIONAL,
+    SOURCES,
+    FilePath,
+    PathsText,
+    Seed,
+    Size,
+    WandbArgs,
+)
 from ttt.options import Count, Frames
 
 DEFAULT_OUT = Path("evaluation/RUN/CHECKPOINT")
@@ -16,7 +25,7 @@ ALWAYS_READ = ("checkpoint", "tasks", "out", "device", "wandb")
 class CommonOptions:
     """The options that a bench and its tasks see; `Options` completes them for a command line."""
 
-    checkpoint: Annotated[FilePath, CHECKPOINT]
+    checkpoint: Annotated[FilePath, POSITIONAL, CHECKPOINT]
     """A folder run_dir/checkpoints/checkpoint_NNNNNN, or of a stock Moshi."""
 
     tasks: tuple[str, ...] = ()

@@ -4,7 +4,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -145,3 +145,23 @@ def decoded(text: str | bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError("it is no JSON object")
     return value
+
+
+def refuse_to_replace(
+    paths: Iterable[Path], *, overwrite: bool, alternative: str = "--out"
+) -> None:
+    """Check that files may be written.
+
+    Args:
+        alternative: the option by which they would be written elsewhere.
+
+    Raises:
+        UserError: one is there, and must not be replaced.
+    """
+    there = [] if overwrite else [str(path) for path in paths if path.exists()]
+    if there:
+        more = f" (and {len(there) - 1} more)" if len(there) > 1 else ""
+        raise UserError(
+            f"{there[0]}{more} is there already. Give another {alternative}, or --overwrite to "
+            "replace it."
+        )

@@ -10,14 +10,15 @@ from typing import Literal
 
 import numpy as np
 
-from finetune.config import Precision, TrainArgs, load_config, parse_sources
+from finetune.config import ModelPaths, Precision, TrainArgs, load_config, parse_sources
 from finetune.data import FRAME_RATE_HZ, count_frames, open_source
 from finetune.errors import UserError
 from finetune.kept import write_whole
-from finetune.model import plan_model
+from finetune.model import model_shape, plan_model
 from finetune.plan.memory import Memory, estimate, fits
 from finetune.plan.plan import GB, shape_of
 from ttt import TTTLMModel
+from ttt.config import TTTArgs
 
 Goal = Literal["remember", "adapt"]
 
@@ -26,6 +27,8 @@ WINDOW_SEC = 240
 _FRAMES_A_STEP = 20_000
 """16 segments of 100 s, what the shipped examples train on at once."""
 _CHUNK_FRAMES = 256
+_FEWEST_TTT_LAYERS = 2
+"""With fewer by default, every other layer of a model has TTT."""
 _MAX_STEPS, _MIN_STEPS, _EPOCHS = 2000, 100, 10
 
 
@@ -49,8 +52,9 @@ class Wanted:
 
 @dataclass(frozen=True)
 class _Size:
-    """Sizes that depend on memory and on data."""
+    """Sizes that depend on memory, on data and on the model."""
 
+    num_layers: int
     duration_sec: int
     batch_size: int
     num_microbatches: int
@@ -119,11 +123,12 @@ def _fitting_size(wanted: Wanted, lengths_sec: np.ndarray) -> tuple[_Size, Memor
     """Return the largest batch that fits, of segments as long as the goal wants."""
     models: dict[Precision, TTTLMModel] = {}
     peaks = []
-    for size in _sizes(wanted, lengths_sec):
+    info, _ = shape_of(ModelPaths(hf_repo_id=wanted.repo))
+    for size in _sizes(wanted, lengths_sec, model_shape(info)["num_layers"]):
         args = _load(_text(wanted, size, None, lengths_sec))
         # All else leaves its shape as it is.
         if size.base_precision not in models:
-            models[size.base_precision] = plan_model(args, shape_of(args.moshi_paths)[0])
+            models[size.base_precision] = plan_model(args, info)
         memory = estimate(args, models[size.base_precision], wanted.gpus)
         if fits(memory, wanted.gpu_memory_gb * GB):
             return size, memory
@@ -141,7 +146,7 @@ def _load(text: str) -> TrainArgs:
         return load_config(path)
 
 
-def _sizes(wanted: Wanted, lengths_sec: np.ndarray) -> Iterator[_Size]:
+def _sizes(wanted: Wanted, lengths_sec: np.ndarray, num_layers: int) -> Iterator[_Size]:
     """Yield sizes, those that are to be preferred first."""
     duration_sec, attention_context = _segment(wanted.goal, lengths_sec)
     num_frames = count_frames(duration_sec)
@@ -159,6 +164,7 @@ def _sizes(wanted: Wanted, lengths_sec: np.ndarray) -> Iterator[_Size]:
         while batch_size >= 1:
             microbatches = math.ceil(segments_a_step / batch_size)
             yield _Size(
+                num_layers,
                 duration_sec,
                 batch_size,
                 microbatches,
@@ -217,7 +223,7 @@ def _text(wanted: Wanted, size: _Size, memory: Memory | None, lengths_sec: np.nd
         "  scaling: 2.",
         "",
     ]
-    lines += _ttt_lines(wanted.goal, num_frames)
+    lines += _ttt_lines(wanted.goal, num_frames, size.num_layers)
     if size.attention_context is not None:
         lines += [
             f"# Recordings are shorter than what Moshi's attention sees ({WINDOW_SEC} s), so that "
@@ -265,7 +271,7 @@ def _base_lines(base_precision: Precision) -> list[str]:
     return [f"base_precision: {base_precision}   # 4.5 bits a frozen weight: all 16 do not fit"]
 
 
-def _ttt_lines(goal: Goal, num_frames: int) -> list[str]:
+def _ttt_lines(goal: Goal, num_frames: int, num_layers: int) -> list[str]:
     if goal == "adapt":
         return ["ttt:", "  enabled: false   # true: see moshi-ttt init --goal remember", ""]
     chunk = _chunk_frames(num_frames)
@@ -273,9 +279,22 @@ def _ttt_lines(goal: Goal, num_frames: int) -> list[str]:
         "ttt:",
         "  enabled: true",
         "  method: in_place",
+        *_layer_lines(num_layers),
         "  write: delta   # stays bounded on streams much longer than the segments",
         f"  chunk_size: {chunk}   # frames between two updates: {chunk / FRAME_RATE_HZ:.1f} s",
         "",
+    ]
+
+
+def _layer_lines(num_layers: int) -> list[str]:
+    """Return which layers have TTT, where the defaults, which are for Moshi 7B, have too few."""
+    default = TTTArgs()
+    if len(range(default.start_layer, num_layers, default.layer_frequency)) >= _FEWEST_TTT_LAYERS:
+        return []
+    start = min(1, num_layers - 1)
+    return [
+        f"  start_layer: {start}   # of {num_layers} layers, every other one",
+        "  layer_frequency: 2",
     ]
 
 

@@ -10,7 +10,14 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
-from finetune.data import FileProblem, MonoPair, Recording, StereoFile
+from finetune.data import (
+    MAIN_SPEAKER,
+    USER_SPEAKER,
+    FileProblem,
+    MonoPair,
+    Recording,
+    StereoFile,
+)
 from finetune.errors import UserError
 from finetune.kept import write_whole
 from finetune.recordings.align import SAMPLE_RATE_HZ, Aligner
@@ -20,7 +27,7 @@ from finetune.recordings.options import AnnotateOptions
 from finetune.recordings.texts import CHANNELS, Channel, Dialogue, read_texts, text_paths
 from finetune.recordings.work import RecordingError, do_all
 
-SPEAKERS = ("SPEAKER_MAIN", "SPEAKER_USER")
+SPEAKERS = (MAIN_SPEAKER, USER_SPEAKER)
 """Moshi and the user, who are on the left and the right unless it is the other way round."""
 
 _MANY_WORDS = 5

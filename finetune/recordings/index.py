@@ -3,17 +3,11 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from finetune.data import Sides, inspect_audio
+from finetune.data import AUDIO_SUFFIXES, Sides, find_files, inspect_audio
 from finetune.errors import UserError
-from finetune.kept import write_whole
+from finetune.kept import refuse_to_replace, write_whole
 from finetune.recordings.annotate import transcript_path
-from finetune.recordings.files import (
-    AUDIO_SUFFIXES,
-    find_files,
-    json_lines,
-    listed,
-    refuse_to_replace,
-)
+from finetune.recordings.files import json_lines, listed
 from finetune.recordings.options import IndexOptions
 from finetune.recordings.pairs import Pair, find_pairs, join
 from finetune.recordings.work import RecordingError, do_all
@@ -40,7 +34,7 @@ def index_folder(options: IndexOptions) -> Iterator[str]:
     ):
         if is_missing:
             raise UserError(f"{option} goes with {needs}. Add that, or leave {option} out.")
-    refuse_to_replace(out, overwrite=options.overwrite)
+    refuse_to_replace([out], overwrite=options.overwrite)
     problems: list[str] = []
     pairs: list[Pair] = []
     dialogues: Sequence[Files]

@@ -12,6 +12,7 @@ from finetune.config import (
     CHECKPOINT,
     FILE_OR_FOLDER,
     FOLDER,
+    POSITIONAL,
     FilePath,
     Precision,
     Seed,
@@ -60,11 +61,12 @@ def reset_every_frames(use: str) -> int | None:
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    checkpoint: Annotated[FilePath, CHECKPOINT]
+    checkpoint: Annotated[FilePath, POSITIONAL, CHECKPOINT]
     """A folder run_dir/checkpoints/checkpoint_NNNNNN, or of a stock Moshi."""
 
     audio: Annotated[FilePath | None, FILE_OR_FOLDER] = None
-    """A recording of what the user says, mono or stereo, of any rate; or a folder of such."""
+    """A recording of what the user says, mono or stereo, of any rate; or a folder of such, at any
+    depth."""
 
     input_dir: Annotated[FilePath | None, FOLDER] = None
     """Instead of --audio: a tree, in which every file called --input_name is answered where it
@@ -78,6 +80,9 @@ class GenerateOptions:
 
     out: FilePath | None = None
     """The wav to write, or for a folder the folder to write to; null: output.wav, or output."""
+
+    overwrite: bool = False
+    """Replace answers that are there."""
 
     stereo: bool = False
     """Write both: left Moshi, right the user."""
@@ -157,7 +162,7 @@ class GenerateOptions:
 
 @dataclass(frozen=True)
 class ServeOptions:
-    checkpoint: Annotated[FilePath, CHECKPOINT]
+    checkpoint: Annotated[FilePath, POSITIONAL, CHECKPOINT]
     """A folder run_dir/checkpoints/checkpoint_NNNNNN, or of a stock Moshi."""
 
     host: str = "127.0.0.1"
@@ -201,7 +206,7 @@ class ServeOptions:
 
 @dataclass(frozen=True)
 class ExportOptions:
-    checkpoint: Annotated[FilePath, CHECKPOINT]
+    checkpoint: Annotated[FilePath, POSITIONAL, CHECKPOINT]
     """A folder run_dir/checkpoints/checkpoint_NNNNNN."""
 
     out: FilePath

@@ -1,11 +1,16 @@
 """Recordings to answer, and where the answers go: nothing that is read is written over."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.config import require_file
+from finetune.data import find_files
 from finetune.errors import UserError
+from finetune.kept import refuse_to_replace
 from finetune.serve.options import GenerateOptions
+
+logger = logging.getLogger(__name__)
 
 RECORDINGS = {".wav", ".flac", ".mp3", ".ogg", ".opus"}
 
@@ -39,14 +44,20 @@ def list_jobs(options: GenerateOptions) -> list[Job]:
         out = options.out or Path("output")
         if out.resolve() == options.audio.resolve():
             raise UserError(f"--out: {out} holds the recordings themselves; choose another folder.")
-        found = sorted(p for p in options.audio.iterdir() if p.suffix.lower() in RECORDINGS)
+        found, hidden = find_files(options.audio, RECORDINGS)
+        if hidden:
+            logger.warning("passed over %d hidden files, as %s", len(hidden), hidden[0])
+        if options.audio.resolve() in out.resolve().parents:  # with earlier answers in it
+            found = [path for path in found if out.resolve() not in path.resolve().parents]
         if not found:
             raise UserError(
                 f"--audio: no recordings ({', '.join(sorted(RECORDINGS))}) in {options.audio}."
             )
-        jobs = _checked(options, [Job(path, out / f"{path.stem}.wav") for path in found])
+        places = [out / path.relative_to(options.audio).with_suffix(".wav") for path in found]
+        jobs = _checked(options, [Job(*each) for each in zip(found, places, strict=True)])
         try:
-            out.mkdir(parents=True, exist_ok=True)
+            for folder in {out, *(place.parent for place in places)}:
+                folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(
                 f"--out: {out} is to be a folder, for the answers to a folder, and cannot be made "
@@ -62,16 +73,18 @@ def list_jobs(options: GenerateOptions) -> list[Job]:
 
 def _checked(options: GenerateOptions, jobs: list[Job]) -> list[Job]:
     """Return the jobs if no file to write replaces one that is read, or another, also through
-    links."""
+    links, nor one of before."""
     recordings = {job.source.resolve() for job in jobs}
     # Of a link, the transcript may be beside the link or beside what it leads to.
     transcripts = {path.with_suffix(".json").resolve() for path in recordings} | {
         job.source.with_suffix(".json").resolve() for job in jobs
     }
     answered: dict[Path, Path] = {}
+    written = []
     for job in jobs:
         # What is continued has no words of its own beside it.
         for path in [job.target] if options.prompt_sec else [job.target, job.transcript]:
+            written.append(path)
             place = path.resolve()
             if place in recordings:
                 raise UserError(
@@ -100,4 +113,9 @@ def _checked(options: GenerateOptions, jobs: list[Job]) -> list[Job]:
                 f"--{option}: {other} is a recording, an answer or the words of one; choose "
                 "another name."
             )
+    refuse_to_replace(
+        written,
+        overwrite=options.overwrite,
+        alternative="--out" if options.input_dir is None else "--output_name",
+    )
     return jobs

@@ -132,6 +132,24 @@ def test_the_loss_curve_is_drawn(demo_run: tuple[Path, Any]) -> None:
         (["dat"], "unknown command: dat. Did you mean data?"),
         (["data", "xyz"], "There are index, annotate, check, show, stats, encode."),
         (["data", "index"], "--folder is missing"),
+        (["plan", "nowhere.yaml"], "There is no configuration file nowhere.yaml."),
+        (["data", "encode", "nowhere.yaml"], "There is no configuration file nowhere.yaml."),
+        *(([name, "nowhere"], "there is no folder nowhere") for name in ("evaluate", "serve")),
+        (["export", "nowhere", "--out=x"], "there is no folder nowhere"),
+        (["generate", "nowhere", "--audio={wav}"], "there is no folder nowhere"),
+        (["recall", "x"], "unexpected argument: x. Options are given as --NAME=VALUE."),
+        (
+            ["plan", "example/demo.yaml", "--gpu_mem", "24"],
+            "unknown option: --gpu_mem. Did you mean --gpu_memory?",
+        ),
+        (
+            ["evaluate", "{checkpoint}", "--ttt.chunk_size=10"],
+            "unknown option: --ttt.chunk_size. Ask for --help to see them all.",
+        ),
+        (
+            ["evaluate", "{checkpoint}", "--wandb.projct=x"],
+            "unknown option: --wandb.projct. Did you mean --wandb.project?",
+        ),
     ],
 )
 def test_a_mistake_is_one_message(
@@ -152,6 +170,16 @@ def test_a_mistake_is_one_message(
     said = capsys.readouterr().err
     assert message.format(**names) in said and said.startswith("\nerror: ")
     assert said.count("\n") == 2, "one paragraph"
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"), [("max_step", "max_steps"), ("cache_dir", "data.cache_dir")]
+)
+def test_a_misspelled_key_is_not_taken_for_an_option(
+    capsys: pytest.CaptureFixture[str], given: str, meant: str
+) -> None:
+    assert call(["data", "check", "example/demo.yaml", f"--{given}=2"]) == 1
+    assert f"{given}: unknown key, did you mean {meant}?" in capsys.readouterr().err
 
 
 def call(arguments: list[Any]) -> str | int | None:

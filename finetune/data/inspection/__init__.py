@@ -29,7 +29,7 @@ __all__ = [
     "inspect_subject",
 ]
 
-VERSION = 2
+VERSION = 3
 """Of the checks. What was found good by earlier ones is inspected again."""
 
 
@@ -93,7 +93,7 @@ def inspect_sides(
     has_words = True
     if load_words is not None:
         try:
-            subject.transcript = load_words()
+            subject.transcript, subject.is_transcribed = load_words(), True
         except FileProblem as problem:
             has_words = False
             inspection.findings.append(Finding.of_problem(problem, subject.leave_out))

@@ -17,6 +17,7 @@ _INTEGER_UNITS_PEAK = 4.0
 _MAX_CLIPPED_SHARE = 1e-3
 _SWAPPED_FACTOR = 10.0
 _MIN_SWAPPED_SHARE = 0.8
+_MIN_WORDLESS_SEC = 1.0
 
 
 def duration_tolerance_sec(is_exact: bool, sample_rate_hz: int) -> float:
@@ -163,6 +164,20 @@ def _fit_the_other_side(heard: Heard) -> bool:
     return bool(loud_right >= _MIN_SWAPPED_SHARE and loud_left >= 0.5)
 
 
+def wordless(subject: Subject, heard: Heard) -> Iterator[Finding]:
+    """Yield a finding if Moshi's channel is loud, and nobody has words."""
+    has_words = any(word.text.strip() for word in subject.transcript.words)
+    if subject.is_transcribed and not has_words and heard.main_loud_sec >= _MIN_WORDLESS_SEC:
+        yield Finding(
+            "no-words",
+            "warning",
+            f"the {subject.main_side} channel, Moshi's, is loud for {heard.main_loud_sec:.1f} s in "
+            f"{subject.name}, and {subject.text_name} holds no words",
+            "if that is speech, give it its words, with moshi-ttt data annotate --overwrite for "
+            "example: Moshi would learn to speak without text",
+        )
+
+
 def decoded_length(subject: Subject, heard: Heard) -> Iterator[Finding]:
     """Yield a finding if what is decoded is not as long as the header says."""
     if heard.is_complete and abs(heard.num_samples - subject.num_samples) > 1:
@@ -180,5 +195,6 @@ FILE_CHECKS: tuple[Callable[[Subject], Iterator[Finding]], ...] = (duration, fil
 HEARD_CHECKS: tuple[Callable[[Subject, Heard], Iterator[Finding]], ...] = (
     level,
     channels,
+    wordless,
     decoded_length,
 )

@@ -78,6 +78,7 @@ class Subject:
         read_audio: None if there is no audio to listen to.
         promised_sec: the length that a line promises.
         is_exact: see `AudioInfo`.
+        is_transcribed: there is a transcript, and it could be read.
         files: those that hold its audio, if files do.
         main_side: the channel that Moshi is on, for messages.
         leave_out: how to take it out of what lists it, for messages.
@@ -92,6 +93,7 @@ class Subject:
     num_samples: int = 0
     read_audio: ReadAudio | None = None
     transcript: Transcript = field(default_factory=lambda: Transcript([]))
+    is_transcribed: bool = False
     promised_sec: float | None = None
     is_exact: bool = True
     text: TextEncoder | None = None

@@ -12,6 +12,11 @@ from finetune.data.transcripts import Word
 SILENT = 1e-4
 """Peaks below this (−80 dB of full scale) are silence."""
 
+_LOUD = 1e-4
+"""Mean square from which a hop is loud: −40 dB of full scale, below speech and above most rooms."""
+_BLEED_FACTOR = 0.1
+"""What is this much quieter than the other channel may be its echo."""
+
 _MAX_MAIN_WORDS = 4
 _MAX_OTHER_WORDS = 2
 _MAX_WORD_SEC = 0.5
@@ -33,6 +38,8 @@ class Heard:
         clipped_share: of samples, in runs at full scale; complete listening alone.
         is_complete: all of it was heard, or only some words.
         digest: of all samples; complete listening alone.
+        main_loud_sec: how long Moshi's channel is loud, and not with the user's echo; complete
+            listening alone.
     """
 
     peak: np.ndarray
@@ -43,6 +50,7 @@ class Heard:
     clipped_share: float = 0.0
     is_complete: bool = False
     digest: str = ""
+    main_loud_sec: float = 0.0
 
 
 def listen(subject: Subject) -> Heard:
@@ -128,7 +136,12 @@ def _listen_to_all(subject: Subject) -> Heard:
         num_clipped / max(1, 2 * num_heard),
         is_complete=True,
         digest=digest.hexdigest(),
+        main_loud_sec=float(_is_main_loud(power).sum() * hop_sec),
     )
+
+
+def _is_main_loud(power: np.ndarray) -> np.ndarray:
+    return (power[:, 0] > _LOUD) & (power[:, 0] > _BLEED_FACTOR * power[:, 1])
 
 
 def _num_clipped(samples: np.ndarray) -> int:

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 from finetune.data.inspection.findings import Finding, Subject
 from finetune.data.text import FRAME_RATE_HZ
-from finetune.data.transcripts import MAIN_SPEAKER, Word
+from finetune.data.transcripts import MAIN_SPEAKER, OTHER_SPEAKER, USER_SPEAKER, Word
 
 _UNITS = {"milliseconds": 1e3, "samples at 24 kHz": 24e3, "samples at 16 kHz": 16e3}
 _TIMES_REMEDY = "check that times are in seconds, and that it is the transcript of this recording"
@@ -20,12 +20,19 @@ def main_speaker(subject: Subject) -> Iterator[Finding]:
     """Yield a finding if there are words, but none of Moshi's."""
     if subject.other_words and not subject.main_words:
         speakers = sorted({word.speaker for word in subject.other_words})[:3]
+        # By these names Moshi is meant to be someone else: words are missing, no name is wrong.
+        remedy = (
+            "if Moshi speaks there, add its words, with moshi-ttt data annotate --overwrite for "
+            "example"
+            if {*speakers} <= {USER_SPEAKER, OTHER_SPEAKER}
+            else "check the speaker names"
+        )
         yield Finding(
             "no-main-speaker",
             "warning",
             f"{subject.text_name} holds words, but none of {MAIN_SPEAKER}, so Moshi says nothing "
             f"there (speakers: {', '.join(speakers)})",
-            "check the speaker names",
+            remedy,
         )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from finetune.config import require_source
+from finetune.config import require_sources
 from finetune.data.audio_files import version_of
 from finetune.data.layouts.base import Entry, Source
 from finetune.data.problems import FileProblem
@@ -112,7 +112,7 @@ class CodesSource(Source):
         return path.suffix == ".npz"
 
     def entries(self) -> list[Entry]:
-        require_source(self.path, self.key)
+        require_sources([self.path], self.key)
         files = sorted(self.path.rglob("*.npz")) if self.path.is_dir() else [self.path]
         return [entry for file in files for entry in self._of_file(file)]
 

@@ -5,7 +5,7 @@ import logging
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from finetune.config import require_source
+from finetune.config import require_sources
 from finetune.data.audio_recording import AudioRecording
 from finetune.data.layouts.base import Entry, Source
 from finetune.data.problems import FileProblem
@@ -130,7 +130,7 @@ class JsonlSource(Source):
 
     def _files(self) -> list[Path]:
         path = self.path
-        require_source(path, self.key)
+        require_sources([path], self.key)
         if not path.is_dir():
             return [path]
         found = sorted(path.rglob("*.jsonl"))

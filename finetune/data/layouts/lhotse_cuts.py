@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune.config import require_source
+from finetune.config import require_sources
 from finetune.data.audio_recording import AudioRecording
 from finetune.data.layouts.base import Entry, Source
 from finetune.data.layouts.tables import WORDS, require_package
@@ -91,7 +91,7 @@ class LhotseSource(Source):
         return "cuts" in words
 
     def entries(self) -> list[Entry]:
-        require_source(self.path, self.key)
+        require_sources([self.path], self.key)
         require_package("lhotse", self.path, "lhotse")
         try:
             lines = read_text(self.path).split("\n")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from finetune.config import require_source
+from finetune.config import require_sources
 from finetune.data.audio_files import version_of
 from finetune.data.layouts.base import Entry, Source
 from finetune.data.layouts.codes import CodesRecording, shape_problem
@@ -80,7 +80,7 @@ class ParquetSource(Source):
         return path.suffix == ".parquet"
 
     def entries(self) -> list[Entry]:
-        require_source(self.path, self.key)
+        require_sources([self.path], self.key)
         require_package("pyarrow", self.path, "parquet")
         files = sorted(self.path.rglob("*.parquet")) if self.path.is_dir() else [self.path]
         return [entry for file in files for entry in self._of_file(file)]

@@ -32,6 +32,7 @@ from finetune.config import DataArgs, TrainArgs
 from finetune.distributed import World
 from finetune.errors import UserError
 from finetune.monitoring import metrics_path, read_metrics
+from finetune.plan import SUMMARY
 
 # --- resuming -------------------------------------------------------------------------------------
 
@@ -105,6 +106,18 @@ def test_a_resumed_run_that_is_complete_does_nothing(
     assert logged_steps(tmp_path) == list(range(1, 7))
 
 
+def test_a_complete_run_keeps_the_files_that_say_how_it_was_made(
+    config: Path, finished_run: Callable[..., Any], tmp_path: Path
+) -> None:
+    finished_run(tmp_path, SIX_STEPS)
+    files = [tmp_path / "args.yaml", tmp_path / SUMMARY]
+    before = [file.read_bytes() for file in files]
+    train(config, tmp_path, {**SIX_STEPS, "optim.lr": 1.0, "batch_size": 1, "resume": True})
+    assert [file.read_bytes() for file in files] == before
+    train(config, tmp_path, {**SIX_STEPS, "max_steps": 7, "batch_size": 1, "resume": True})
+    assert "batch_size: 1\n" in files[0].read_text()  # it has trained with it
+
+
 def test_a_run_resumed_with_fewer_steps_than_it_has_made_is_refused(
     config: Path, finished_run: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -113,22 +126,40 @@ def test_a_run_resumed_with_fewer_steps_than_it_has_made_is_refused(
         trainer(config, tmp_path, {**SIX_STEPS, "max_steps": 4, "resume": True})
 
 
-@pytest.mark.parametrize("other", [FULL, LORA, {"ttt.start_layer": 1}])
-def test_a_run_is_not_resumed_with_other_trainable_parameters(
-    config: Path, finished_run: Callable[..., Any], tmp_path: Path, other: dict[str, Any]
-) -> None:
-    finished_run(tmp_path)
-    with pytest.raises(UserError, match="does not belong to this configuration"):
-        trainer(config, tmp_path, {**other, "resume": True})
-
-
-@pytest.mark.parametrize("other", [{"lora.rank": 4}, {"ttt.conv_kernel_size": 3}])
-def test_a_run_is_not_resumed_with_parameters_of_another_shape(
-    config: Path, finished_run: Callable[..., Any], tmp_path: Path, other: dict[str, int]
+@pytest.mark.parametrize(
+    ("other", "changed"),
+    [
+        (FULL, ["full_finetuning: was false", "lora.enable: was true"]),
+        ({"lora.rank": 4}, ["lora.rank: was 2"]),
+        ({"lora.ft_embed": True}, ["lora.ft_embed: was false"]),
+        ({"ttt.enabled": False}, ["ttt.enabled: was true"]),
+        ({"ttt.start_layer": 1}, ["ttt.start_layer: was 0"]),
+        ({"ttt.conv_kernel_size": 3}, ["ttt.conv_kernel_size: was 2"]),
+        ({"ttt.write": "delta"}, ["ttt.write: was sum"]),
+        ({"ttt.chunk_edge": "cut"}, ["ttt.chunk_edge: was carry"]),
+        ({"ttt.method": "mlp", "ttt.mini_batch_size": 5}, ["ttt.method: was in_place"]),
+    ],
+)
+def test_a_run_is_not_resumed_with_other_parameters_and_the_key_is_named(
+    config: Path,
+    finished_run: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    other: dict[str, Any],
+    changed: list[str],
 ) -> None:
     finished_run(tmp_path, LORA)
-    with pytest.raises(UserError, match="does not belong to this configuration"):
-        trainer(config, tmp_path, {**LORA, **other, "resume": True})
+    # Before the base model is fetched: it may be large.
+    monkeypatch.setattr("finetune.trainer.find_checkpoint", lambda paths: pytest.fail("too late"))
+    off = {"lora.enable": False} if other is FULL else {}
+    with pytest.raises(UserError) as raised:
+        trainer(config, tmp_path, {**LORA, **other, **off, "resume": True})
+    heading, *lines = str(raised.value).splitlines()
+    made = checkpoint(tmp_path, 4)
+    assert heading.startswith(f"resuming {made}, made with {made / 'args.yaml'}, has ")
+    for line, start in zip(lines, changed, strict=True):
+        assert line.startswith(f"  - {start} when the checkpoint was made, and is ")
+        assert line.endswith(f"; set it to {start.split()[-1]}, or start a new run_dir")
 
 
 def test_resume_auto_starts_anew_where_there_is_nothing_and_goes_on_where_there_is(

@@ -9,7 +9,7 @@ import pytest
 from recordings_tools import call
 
 from finetune.cli import COMMANDS
-from finetune.config import require_there
+from finetune.config import load_config, require_there
 from finetune.config.fields import all_fields, complete, marks_of
 from finetune.config.marks import MustExist
 from finetune.config.values import members
@@ -141,3 +141,55 @@ def test_a_repository_in_the_place_of_a_checkpoint_is_told_from_a_folder(
 ) -> None:
     assert call("serve", f"--checkpoint={name}") == 1
     assert "hf download OWNER/NAME --local-dir FOLDER" in capsys.readouterr().err
+
+
+# --- what a configuration names -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", [["train"], ["data", "encode", "--config"]])
+def test_everything_that_a_configuration_names_and_that_is_missing_is_named_at_once(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, command: list[str]
+) -> None:
+    """And before anything is loaded or fetched: the repository is no folder of this machine."""
+    (tmp_path / "there.jsonl").touch()
+    config = tmp_path / "own.yaml"
+    config.write_text(
+        f"""
+        run_dir: {tmp_path / "run"}
+        data: {{train_data: "{tmp_path}/there.jsonl:2, {tmp_path}/no:0.5, ~/none.jsonl"}}
+        full_finetuning: true
+        moshi_paths: {{hf_repo_id: nobody/nothing, mimi_path: {tmp_path}/no.safetensors}}
+        """
+    )
+    words = [*command, config, "--do_eval", f"--data.eval_data={tmp_path}/neither.jsonl"]
+    assert call(*words) == 1
+    assert capsys.readouterr().err.splitlines()[1:] == [
+        f"error: {config} has 3 problems:",
+        f"  - data.train_data: {tmp_path}/no, {Path.home()}/none.jsonl do not exist. Correct the "
+        "paths.",
+        f"  - data.eval_data: {tmp_path}/neither.jsonl does not exist. Correct the path. (on the "
+        "command line)",
+        f"  - moshi_paths.mimi_path: there is no file {tmp_path}/no.safetensors; correct the path.",
+    ]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_file_of_a_run_may_name_what_that_run_does_not_read(tmp_path: Path) -> None:
+    """Evaluation data without evaluation, and what the hub or another layout has."""
+    config = tmp_path / "own.yaml"
+    config.write_text(
+        f"""
+        run_dir: {tmp_path / "run"}
+        data: {{train_data: "{tmp_path}, hf://me/talks, all.sines:2", eval_data: no.jsonl}}
+        moshi_paths: {{hf_repo_id: me/mine, mimi_path: "hf://me/mine/mimi.safetensors"}}
+        full_finetuning: true
+        """
+    )
+    load_config(config, inputs_exist=True)
+    with pytest.raises(UserError, match=r"no\.jsonl does not exist"):
+        load_config(config, {"do_eval": "true"}, inputs_exist=True)
+    for repository in (f"{tmp_path}/none", "./none", "a/b/c"):
+        with pytest.raises(UserError, match=r"moshi_paths\.hf_repo_id: there is no folder"):
+            load_config(config, {"moshi_paths.hf_repo_id": repository}, inputs_exist=True)
+    with pytest.raises(UserError, match=r"moshi_paths\.init_from: .* is no checkpoint"):
+        load_config(config, {"moshi_paths.init_from": str(tmp_path)}, inputs_exist=True)

@@ -139,7 +139,7 @@ BROKEN: dict[Callable[..., Any], str] = {
     four_channels: "bad.wav is made of 4 channels",
     wrong_duration: "wrong duration: it is listed with 2.2 s, but",
     no_audio: "shorter than one frame of 0.08 s: remove its line",
-    missing_transcript: "bad.json is missing: make one",
+    missing_transcript: "bad.json is missing: make it with moshi-ttt data annotate",
     transcript_without_alignments: 'bad.json has no list "alignments": it must have the form',
     transcript_with_malformed_alignment: 'alignments[1] is ["b", [0.5], "SPEAKER_MAIN"], expected',
     transcript_not_json: "bad.json is not valid JSON",

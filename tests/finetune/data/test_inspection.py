@@ -3,6 +3,7 @@
 import gzip
 import json
 import logging
+import re
 import shutil
 import unicodedata
 from collections.abc import Callable
@@ -190,6 +191,50 @@ def test_the_reverse_of_swapped_is_fine(case: Case) -> None:
     case.audio(lambda samples: only_while_speaking(samples, channel=0))
     for thorough in (False, True):
         assert case.found(thorough=thorough) == {}
+
+
+def test_speech_of_moshi_without_any_word_is_heard_when_all_of_it_is_listened_to(
+    case: Case,
+) -> None:
+    for words in ([], [[" ", [0.1, 0.4], "SPEAKER_MAIN"]]):
+        case.words(lambda _, words=words: words)
+        found = case.found(thorough=True)
+        assert [*found] == ["no-words"] and found["no-words"].severity == "warning"
+        said = re.search(r"left channel, Moshi's, is loud for (\S+) s", found["no-words"].message)
+        assert said is not None and 2.0 < float(said[1]) <= 4.0
+        assert "data annotate" in found["no-words"].remedy
+        assert case.found(thorough=False) == {}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda samples: samples * [0.01, 1],  # a quiet room
+        lambda samples: samples[:, [1, 1]] * [0.1, 1],  # an echo of the user
+        lambda samples: samples * (np.arange(len(samples)) < 0.9 * RATE_HZ)[:, None],  # a cough
+    ],
+    ids=["quiet", "echo", "short"],
+)
+def test_a_side_without_words_may_be_heard_a_little(case: Case, change: Any) -> None:
+    case.audio(change)
+    case.words(lambda _: [])
+    assert case.found(thorough=True) == {}
+
+
+def test_who_lacks_words_is_told_from_who_has_another_name(case: Case) -> None:
+    for speaker, remedy in (
+        ("SPEAKER_USER", "add its words, with moshi-ttt data annotate --overwrite"),
+        ("SPEAKER_00", "check the speaker names"),
+    ):
+        case.words(lambda words, who=speaker: [[text, times, who] for text, times, _ in words])
+        assert remedy in case.found(thorough=True)["no-main-speaker"].remedy
+
+
+def test_a_missing_transcript_names_the_command_that_makes_it(case: Case) -> None:
+    case.transcript.unlink()
+    found = case.found(thorough=True)
+    assert [*found] == ["transcript-missing"]
+    assert "moshi-ttt data annotate" in found["transcript-missing"].remedy
 
 
 def test_a_few_bad_words_are_a_warning(case: Case) -> None:

@@ -16,6 +16,7 @@ from moshi.models.compression import MimiModel
 from moshi.models.lm import LMModel
 from moshi.models.loaders import get_mimi, get_moshi_lm
 from moshi.utils.compile import no_compile
+from recordings_tools import call
 
 from finetune.demo import make_dialogues
 from finetune.demo.dialogues import compose_dialogue
@@ -247,3 +248,18 @@ def test_the_model_folder_builds_a_small_moshi() -> None:
 
 def test_committed_files_are_small() -> None:
     assert sum(path.stat().st_size for path in DEMO.rglob("*") if path.is_file()) <= 3_000_000
+
+
+def test_the_command_says_what_it_has_written_and_what_comes_next(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "talks"
+    words = ["demo-data", folder, "--num_dialogues=2", "--min_sec=8", "--max_sec=9"]
+    for first in (f"wrote {folder}: ", f"{folder} holds them already: "):
+        assert call(*words) == 0
+        assert capsys.readouterr().out.splitlines() == [
+            f"{first}2 dialogues, listed in train.jsonl and eval.jsonl",
+            f"next: moshi-ttt data check {folder}/train.jsonl",
+            "then: moshi-ttt train example/demo.yaml "
+            f"--data.train_data={folder}/train.jsonl --data.eval_data={folder}/eval.jsonl",
+        ]

@@ -14,6 +14,8 @@ from recordings_tools import call
 from finetune.config import load_config
 from finetune.plan import plan, starter
 
+ROOT = Path(__file__).parents[3]
+
 
 def data(folder: Path, length_sec: int, number: int = 40) -> Path:
     line = json.dumps({"path": "a.wav", "duration": length_sec})
@@ -68,6 +70,20 @@ def test_a_larger_gpu_takes_more_at_once(tmp_path: Path) -> None:
         sizes.append(args.batch_size)
         assert args.batch_size * args.num_microbatches == 16
     assert sizes[0] < sizes[1]
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "layers"), [(1, [0]), (4, [1, 3]), (6, [1, 3, 5]), (32, [5, 11, 17, 23, 29])]
+)
+def test_layers_learn_that_the_model_has(
+    tmp_path: Path, num_layers: int, layers: list[int]
+) -> None:
+    shape = json.loads((ROOT / "example/demo/model/config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(shape | {"num_layers": num_layers}))
+    out = tmp_path / "my.yaml"
+    words = ["--goal=remember", "--gpu_memory=24", f"--repo={tmp_path}"]
+    assert call("init", out, "--data", data(tmp_path, 30), *words) == 0
+    assert load_config(out).ttt.layers(num_layers) == layers
 
 
 def test_what_cannot_be_is_said_and_nothing_is_replaced(

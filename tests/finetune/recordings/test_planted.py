@@ -123,6 +123,7 @@ PLANTED: dict[str, Callable[[Path, str], None]] = {
     "sentences-as-words": words(*said(("how are you now", 0.0, 0.45)), seed=22),
     "other-time-units": words(*said(("hello", 100, 400), ("you", 600, 900)), seed=23),
     "no-main-speaker": words(["hello", [0.1, 0.4], "SPEAKER_00"], WORDS[1], seed=24),
+    "no-words": audio(lambda: np.tile(speech(27), (3, 1)), words=[]),
     "unknown-characters": words(*said(("日本", 0.1, 0.4)), seed=25),
     "tokens-without-frame": words(
         *said(*(("goodbyethankshello", 0.01 * i, 0.01 * i + 0.005) for i in range(9))), seed=26

@@ -182,7 +182,8 @@ def test_a_conversation_that_becomes_nan_writes_nothing(
     sound = [f"--out={tmp_path}/x.wav", f"--session={session}"]
     assert call(*words, f"--audio={tmp_path}/in/short.wav", *sound) == 0
     kept = session.read_bytes()
-    (tmp_path / "x.wav").unlink()
+    for name in ("x.wav", "x.json"):
+        (tmp_path / name).unlink()
     load = files.load_for_inference
     mine = identify(*load(trained, "cpu"), trained)
 

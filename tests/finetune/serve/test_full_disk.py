@@ -51,7 +51,7 @@ def test_one_answer_without_room_keeps_its_words_and_stops_no_other(
     kept = {path.name: path.read_bytes() for path in out.iterdir()}
     assert "alignments" in json.loads(kept["b_long.json"])
     # With room, the words are the same, and the sound is whole.
-    assert answer(trained, tmp_path / "in", out, *words) == 0
+    assert answer(trained, tmp_path / "in", out, *words, "--overwrite") == 0
     assert kept.items() <= {path.name: path.read_bytes() for path in out.iterdir()}.items()
     assert soundfile.info(out / "b_long.wav").frames == 60 * 1920
 

@@ -53,3 +53,46 @@ def test_answers_never_replace_what_belongs_to_a_recording(tmp_path: Path) -> No
             jobs(**single, out=tmp_path / "b.wav", session=tmp_path / session)
     with pytest.raises(UserError, match=r"--report: .*report\.json is a recording, an answer or"):
         jobs(audio=tmp_path / "in", out=tmp_path / "out", report=tmp_path / "out")
+
+
+def test_answers_that_are_there_are_replaced_only_when_asked(tmp_path: Path) -> None:
+    def jobs(**how: Any) -> list[Job]:
+        return list_jobs(GenerateOptions(checkpoint=tmp_path, **how))
+
+    for name in ("a.wav", "in/b.wav", "in/c.wav", "tree/x/input.wav", "tree/x/output.wav"):
+        record(tmp_path / name, 100)
+    (tmp_path / "out").mkdir()
+    for name in ("x.wav", "y.json", "out/b.wav", "out/c.wav"):
+        (tmp_path / name).touch()
+    one, several = {"audio": tmp_path / "a.wav"}, {"audio": tmp_path / "in"}
+    asks = r"is there already\. Give another --out, or --overwrite"
+    for how, named in (
+        ({**one, "out": tmp_path / "x.wav"}, rf"{tmp_path}/x\.wav {asks}"),
+        ({**one, "out": tmp_path / "y.wav"}, rf"{tmp_path}/y\.json {asks}"),
+        ({**several, "out": tmp_path / "out"}, rf"out/b\.wav \(and 1 more\) {asks}"),
+        ({"input_dir": tmp_path / "tree"}, r"output\.wav is there .* another --output_name, or"),
+    ):
+        with pytest.raises(UserError, match=named):
+            jobs(**how)
+        assert jobs(**how, overwrite=True)
+    # Where a dialogue goes on, no words are written.
+    assert jobs(**one, out=tmp_path / "y.wav", prompt_sec=1.0)
+
+
+def test_recordings_of_a_folder_are_found_at_any_depth(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    audio = tmp_path / "in"
+    for name in ("a.wav", "deep/er/a.wav", "deep/b.FLAC", "._a.wav", "answers/old.wav"):
+        record(audio / name, 100)
+    out = audio / "answers"
+    jobs = list_jobs(GenerateOptions(checkpoint=tmp_path, audio=audio, out=out))
+    assert jobs == [
+        Job(audio / "a.wav", out / "a.wav"),
+        Job(audio / "deep/b.FLAC", out / "deep/b.wav"),
+        Job(audio / "deep/er/a.wav", out / "deep/er/a.wav"),
+    ]
+    assert (out / "deep/er").is_dir() and not (out / "deep/er/a.wav").exists()
+    assert "passed over 1 hidden files" in caplog.text
+    above = list_jobs(GenerateOptions(checkpoint=tmp_path, audio=audio / "deep", out=tmp_path))
+    assert [job.target for job in above] == [tmp_path / "b.wav", tmp_path / "er/a.wav"]
