@@ -350,6 +350,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     options.compile, options.frees_base = options.device == "cuda", True
     options.varied_rows = False
     names = [arm.name for arm in arms(options)]
+    num_layers = lm_kwargs(Arm("ours"), options)["num_layers"]
+    numbers = options.selective_layers
+    if len(set(numbers)) < len(numbers) or not all(0 < n <= num_layers for n in numbers):
+        parser.error(f"--selective-layers: expected different numbers of 1 to {num_layers}")
     for option, chosen in (("--arms", options.arms), ("--profile", options.profile)):
         for name in chosen or []:
             if name not in names:

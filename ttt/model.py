@@ -131,14 +131,10 @@ class TTTLMModel(Shardable, LMModel):
     @property
     def order_of_keeping(self) -> list[int]:
         """Return the main transformer's layers in the order in which `selective_layers` takes them:
-        first those that gain most, and of equal ones the last, which keep it for the shortest
-        time."""
-
-        def rank(index: int) -> int:
-            module = self.transformer.layers[index].ttt_module
-            return 1 if module is None else 0 if module.gains_when_kept else 2
-
-        return sorted(reversed(range(len(self.transformer.layers))), key=rank)
+        those with TTT at last, as what they keep takes more memory for the time that it spares; and
+        of equal ones the last before the others, as they keep it for the shortest time."""
+        last_first = reversed(range(len(self.transformer.layers)))
+        return sorted(last_first, key=lambda index: index in self.ttt_layers)
 
     def _init_weights(self) -> None:
         # On `meta` there is nothing to draw, and drawing it takes seconds for a large model.
@@ -238,7 +234,7 @@ def build_model(
         dtype: of the parameters.
         gradient_checkpointing: what to keep for the backward pass; see `Checkpointing`.
         selective_layers: how many of the main transformer's layers keep what `selective` does where
-            the others keep their inputs alone; those with In-Place TTT first.
+            the others keep their inputs alone; those with TTT at last.
         compile: the layers in training. It changes nothing but time and rounding.
         attention_context: frames that attention sees, instead of the `context` in `lm_kwargs`; in
             the TTT layers `ttt_args.attention_context` replaces both.

@@ -222,11 +222,10 @@ class TrainArgs:
     the results of attention and of large matrix products, which take most of that time. `false`:
     everything."""
 
-    selective_layers: Annotated[int, Ge(0), Le(10_000)] = 0
+    selective_layers: Annotated[int, Ge(0), Le(10_000), HARMLESS] = 0
     """How many of the main transformer's layers keep what `selective` does, where
-    `gradient_checkpointing: true` leaves memory free: each makes the step shorter. Those with
-    In-Place TTT come first, those of `linear` and `mlp` last. `moshi-ttt plan` says how many fit.
-    """
+    `gradient_checkpointing: true` leaves memory free: each makes the step shorter. Those with TTT
+    come last. `moshi-ttt plan` says how many fit."""
 
     compile: bool | None = None
     """Whether to compile the layers with `torch.compile`: the first step takes a minute or so, all

@@ -30,26 +30,33 @@ class AppendedLines:
         # Unbuffered, so that what has been written is known.
         self._file = path.open("wb" if is_new else "ab", buffering=0)
         self._waiting = b""
-        self._has_warned = False
 
     def append(self, line: str) -> None:
         """
         Raises:
             OSError: it cannot be written, for another reason than a full disk.
         """
+        was_waiting = self.is_waiting
         self._waiting += line.encode() + b"\n"
         try:
             self._write()
         except OSError as error:
             if not is_full(error):
                 raise
-            if not self._has_warned:
+            if not was_waiting:
                 logger.warning(
                     "%s: %s. Its lines are kept until there is room, and training goes on.",
                     self.path,
                     error.strerror,
                 )
-            self._has_warned = True
+        else:
+            if was_waiting:
+                logger.info("%s: there is room again, and no line is missing", self.path)
+
+    @property
+    def is_waiting(self) -> bool:
+        """Return whether lines are kept for which there was no room."""
+        return bool(self._waiting)
 
     def close(self) -> None:
         try:

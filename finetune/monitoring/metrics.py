@@ -13,6 +13,7 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from datetime import datetime, timezone
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Protocol
@@ -80,7 +81,8 @@ class MetricsLogger:
                 kind: opened.enter_context(_open_jsonl(metrics_path(run_dir, kind), resumed_step))
                 for kind in KINDS
             }
-            self._tensorboard = opened.enter_context(_TensorBoard(run_dir / "tb", resumed_step))
+            self._tensorboard = _TensorBoard(run_dir / "tb", resumed_step)
+            opened.callback(self._tensorboard.close)
             self._wandb: Any = None
             if wandb_args.project:
                 self._wandb = open_wandb(run_dir, wandb_args, config, resumed_step is not None)
@@ -99,7 +101,7 @@ class MetricsLogger:
             file.append(json.dumps(line, allow_nan=False))
 
         tagged = {f"{kind}/{name}": value for name, value in values.items()}
-        self._tensorboard.log(tagged, step)
+        self._tensorboard.log(tagged, step, has_room=not file.is_waiting)
         if self._wandb is not None:
             self._wandb.log({"step": step, **tagged})
 
@@ -173,12 +175,18 @@ def _open_jsonl(path: Path, resumed_step: int | None) -> Iterator[AppendedLines]
         if resumed_step is not None and path.exists():
             _cut_after(path, resumed_step)
         file = AppendedLines(path, is_new=resumed_step is None)
-    # Not around the whole run: an error that passes through here may have nothing to do with it.
+    # Not around the whole run: an error that passes through here may have nothing to do with it,
+    # and is what the run has ended by.
     try:
         yield file
-    finally:
-        with _writing(path):
+    except BaseException:
+        try:
             file.close()
+        except OSError as error:
+            logger.error("%s cannot be written: %s.", path, error.strerror)
+        raise
+    with _writing(path):
+        file.close()
 
 
 def _cut_after(path: Path, step: int) -> None:
@@ -195,45 +203,56 @@ class _TensorBoard:
         self._folder = folder
         self._writer: Any = _open_tensorboard(folder, resumed_step)
 
-    def log(self, values: Mapping[str, float], step: int) -> None:
+    def log(self, values: Mapping[str, float], step: int, *, has_room: bool) -> None:
         """
+        Args:
+            has_room: whether the disk took other files of the same step; what has ended is begun
+                anew only then, as each try leaves a file.
+
         Raises:
             UserError: it cannot be written, for another reason than a full disk.
         """
-        with _writing(self._folder):
-            try:
-                if self._writer is None:
-                    self._writer = _new_writer(self._folder, step)
-                for tag, value in values.items():
-                    self._writer.add_scalar(tag, value, step)
-            except OSError as error:
-                if not is_full(error):
-                    raise
-                if self._writer is not None:
-                    logger.warning(
-                        "%s: %s. Some of it is missing until there is room; training goes on.",
-                        self._folder,
-                        error.strerror,
-                    )
-                # Its thread has ended, with what was in its queue.
-                self._writer = None
+        if self._writer is None and not has_room:
+            return
+        with _writing(self._folder), self._missing_if_full():
+            if self._writer is None:
+                self._writer = _new_writer(self._folder, step)
+            for tag, value in values.items():
+                self._writer.add_scalar(tag, value, step)
 
-    def __enter__(self) -> _TensorBoard:
-        self._excepthook = threading.excepthook
-        threading.excepthook = self._on_exception
-        return self
+    def close(self) -> None:
+        if self._writer is not None:
+            with _writing(self._folder), self._missing_if_full():
+                self._writer.close()
 
-    def _on_exception(self, args: threading.ExceptHookArgs) -> None:
-        """Let the writer's thread end without a traceback: its error is met at the next `log`."""
+    @contextmanager
+    def _missing_if_full(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not is_full(error):
+                raise
+            logger.warning(
+                "%s: %s. Some of it is missing until there is room; training goes on.",
+                self._folder,
+                error.strerror,
+            )
+            # Its thread has ended, with what was in its queue.
+            self._writer = None
+
+
+@cache
+def _let_writers_end_without_traceback() -> None:
+    """Have the threads of TensorBoard's writers, which hand their errors to the next call, say
+    nothing themselves; in this process, from now on."""
+    others = threading.excepthook
+
+    def hook(args: threading.ExceptHookArgs) -> None:
         is_writer = type(args.thread).__module__.startswith("tensorboard.")
         if not (is_writer and isinstance(args.exc_value, OSError)):
-            self._excepthook(args)
+            others(args)
 
-    def __exit__(self, *_: object) -> None:
-        threading.excepthook = self._excepthook
-        if self._writer is not None:
-            with _writing(self._folder):
-                self._writer.close()
+    threading.excepthook = hook
 
 
 def _open_tensorboard(folder: Path, resumed_step: int | None) -> Any:
@@ -252,6 +271,7 @@ def _open_tensorboard(folder: Path, resumed_step: int | None) -> Any:
 def _new_writer(folder: Path, first_step: int) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
+    _let_writers_end_without_traceback()
     return SummaryWriter(str(folder), purge_step=first_step, flush_secs=TENSORBOARD_FLUSH_SEC)
 
 

@@ -12,7 +12,9 @@ from finetune.distributed import shard_size
 from finetune.model import plan_model
 from finetune.plan.memory import Memory, estimate
 from finetune.plan.search import Search, largest, largest_batch
+from finetune.plan.speed import step_time
 from ttt import TTTLMModel
+from ttt.layers import layer_class
 
 SHORTEST_SEC = 1.0
 """No shorter sequences are proposed."""
@@ -95,18 +97,29 @@ class _Advice:
     def more_kept(self) -> tuple[str, TrainArgs] | None:
         """Return what makes the step shorter in the memory that is left, and the run with it; None
         where nothing does."""
-        if self.args.gradient_checkpointing is not True:
+        args = self.args
+        is_known = not args.ttt.enabled or layer_class(args.ttt.method).cost(args.ttt) is not None
+        if args.gradient_checkpointing is not True or not is_known:
             return None
-        all_layers = len(self.model.transformer.layers)
-        more = dict[str, Any](gradient_checkpointing="selective", selective_layers=0)
-        if not self.is_enough(self._with(**more)):
-            most = largest(
-                lambda number: self.is_enough(self._with(selective_layers=number)), all_layers
-            )
-            if most <= self.args.selective_layers:
-                return None
-            more = {"selective_layers": most}
-        return self._keeping(**more), dataclasses.replace(self.args, **more)
+        everywhere = dict[str, Any](gradient_checkpointing="selective", selective_layers=0)
+        if self.is_enough(self._with(**everywhere)):
+            return self._keeping(**everywhere), dataclasses.replace(args, **everywhere)
+        most = largest(
+            lambda number: self.is_enough(self._with(selective_layers=number)),
+            len(self.model.transformer.layers),
+        )
+        # Of equal times the one that takes the least memory: some layers spare nothing.
+        number = min(range(args.selective_layers, most + 1), key=self._sec_with, default=0)
+        if number <= args.selective_layers:
+            return None
+        return self._keeping(selective_layers=number), self._args_with(number)
+
+    def _args_with(self, selective_layers: int) -> TrainArgs:
+        return dataclasses.replace(self.args, selective_layers=selective_layers)
+
+    def _sec_with(self, selective_layers: int) -> float:
+        args = self._args_with(selective_layers)
+        return round(step_time(args, self.model, self.num_processes).high_sec, 4)
 
     def _keeping(self, **changes: Any) -> str:
         """Return what is to be set, without what is set already."""

@@ -141,7 +141,7 @@ def _stages(
     passed = _num_passed(model)
     kept_main = width * (passed + 3) * num_frames * model.dim
     keeping = keeping_layers(args, model)
-    kept_main += width * share * per_main * sum(i >= len(main) - passed for i in keeping)
+    kept_main += width * share * per_main * len(keeping)
     cost = layer_class(args.ttt.method).cost(args.ttt) if args.ttt.enabled else None
     ttt_frames = num_frames * model.dim / 4096
     if cost is not None:
@@ -161,10 +161,13 @@ def _stages(
 
 
 def keeping_layers(args: TrainArgs, model: TTTLMModel) -> set[int]:
-    """Return the main transformer's layers that keep the results of their products."""
-    if args.gradient_checkpointing is not True:
-        return set(range(len(model.transformer.layers)))
-    return set(model.order_of_keeping[: args.selective_layers])
+    """Return the main transformer's layers that keep the results of their products: of those that
+    a gradient passes through, as the others keep nothing."""
+    num_layers = len(model.transformer.layers)
+    chosen = model.order_of_keeping
+    if args.gradient_checkpointing is True:
+        chosen = chosen[: args.selective_layers]
+    return {index for index in chosen if index >= num_layers - _num_passed(model)}
 
 
 def _num_passed(model: TTTLMModel) -> int:

@@ -141,7 +141,7 @@ def _describe_time(args: TrainArgs, model: TTTLMModel, num_gpus: int) -> Iterato
 def _describe_faster(what: str, args: TrainArgs, model: TTTLMModel, num_gpus: int) -> str:
     peak_gb = estimate(args, model, num_gpus).peak / GB
     step = step_time(args, model, num_gpus)
-    sec = f", about {step.low_sec:.2f} s a step" if step.is_known else ""
+    sec = f", about {step.low_sec:.2f} s a step" if step.is_known else ", by how much is not known"
     return f"faster, in the memory that is left: {what} ({peak_gb:.1f} GB{sec})"
 
 

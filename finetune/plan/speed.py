@@ -59,10 +59,11 @@ def step_time(args: TrainArgs, model: TTTLMModel, num_gpus: int) -> StepTime:
     frames = args.batch_size * count_frames(args.duration_sec)
     counts = count_by_role(model)
     size = (counts["base"][0] + counts["embedding"][0]) / SEC_PER_FRAME_PARAMETERS
-    factor = (FLOAT8_FACTOR if args.base_precision == "float8" else 1.0) + _ttt_share(args, model)
+    factor = FLOAT8_FACTOR if args.base_precision == "float8" else 1.0
     keeping = len(keeping_layers(args, model)) / len(model.transformer.layers)
     is_checkpointed = args.gradient_checkpointing is True
     factor *= 1 - KEEPING_SHARE * keeping if is_checkpointed else SELECTIVE_FACTOR
+    factor += _ttt_share(args, model)
     factor *= FULL_FACTOR if args.full_finetuning else 1.0
     if num_gpus > 1:
         factor /= SHARDED_FACTOR if shard_size(args, num_gpus) > 1 else REPLICA_FACTOR

@@ -45,6 +45,8 @@ def _kind(args: TrainArgs, *, lora: bool, ttt: bool, full: bool) -> TrainArgs:
         full_finetuning=full,
         lora=dataclasses.replace(args.lora, enable=lora),
         ttt=dataclasses.replace(args.ttt, enabled=ttt),
+        gradient_checkpointing=True,
+        selective_layers=0,
         base_precision="bfloat16",
         optim=dataclasses.replace(args.optim, state="float32"),
         parallel=dataclasses.replace(args.parallel, shard_size=1),

@@ -78,7 +78,7 @@ class Cost:
     """Of memory at the peak, for a frame of the batch of a model 4096 wide, beside what the block
     takes anyway: so that the sum is what training steps took, at 16 x 1250 frames."""
     kept_time_factor: float
-    """`time_factor` where these layers are not made again."""
+    """`time_factor` where these layers are not made again, with what the others then take."""
     kept_bytes_per_frame: float
     """Of what each of these layers then keeps, beside the results of its products."""
 
@@ -117,10 +117,6 @@ class TTTLayer(Streamed, StreamingModule[StateT]):
         self.measured: dict[str, Tensor] = {}
         """Scalars by name, always with `effect`, ‖what TTT adds‖ / ‖what it is added to‖; none at
         all where no frame could read what was learned."""
-
-    gains_when_kept: ClassVar[bool] = False
-    """Whether what a layer with it keeps as one of the `selective_layers` spares more time than
-    that of other layers, for each byte: then it is the first to keep it, else the last."""
 
     @abstractmethod
     def reset_parameters(self) -> None:

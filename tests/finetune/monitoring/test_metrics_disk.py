@@ -1,5 +1,6 @@
 """A full disk leaves a run's metrics, and the name of its wandb run, as they were."""
 
+import errno
 import sys
 import time
 from pathlib import Path
@@ -39,9 +40,16 @@ def test_lines_wait_for_room_and_the_run_goes_on(
         assert 0 < len(lines) < 30 and (tmp_path / "metrics.train.jsonl").stat().st_size == 1000
         (warning,) = (r.getMessage() for r in caplog.records if "metrics.train" in r.getMessage())
         assert FULL in warning and "training goes on" in warning
+        caplog.set_level("INFO")
         metrics.log("train", 31, {"loss": 31})
         lines = read_metrics(tmp_path / "metrics.train.jsonl")
         assert [line["loss"] for line in lines] == [*range(1, 32)]
+        assert "there is room again, and no line is missing" in caplog.text
+        # A second time is said as well.
+        caplog.clear()
+        with room_for(0):
+            metrics.log("train", 32, {"loss": 32})
+            assert "training goes on" in caplog.text
 
 
 def test_a_run_that_ends_with_a_full_disk_says_so(tmp_path: Path) -> None:
@@ -49,6 +57,39 @@ def test_a_run_that_ends_with_a_full_disk_says_so(tmp_path: Path) -> None:
         with MetricsLogger(tmp_path, wandb_args=NO_WANDB, config={}) as metrics:
             for step in range(1, 31):
                 metrics.log("train", step, {"loss": step})
+
+
+@pytest.mark.parametrize("error", [UserError("the loss is NaN"), KeyboardInterrupt()])
+def test_why_a_run_has_ended_is_not_hidden_by_a_full_disk(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, error: BaseException
+) -> None:
+    with room_for(100), pytest.raises(type(error)) as ended:  # noqa: SIM117
+        with MetricsLogger(tmp_path, wandb_args=NO_WANDB, config={}) as metrics:
+            for step in range(1, 31):
+                metrics.log("train", step, {"loss": step})
+            raise error
+    assert ended.value is error
+    assert f"metrics.train.jsonl cannot be written: {FULL}" in caplog.text
+
+
+def test_tensorboard_leaves_no_file_for_every_step_of_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Full:
+        def __init__(self, folder: str, **_: object) -> None:
+            (Path(folder) / f"events.{time.monotonic_ns()}").touch()
+
+        def add_scalar(self, *_: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with MetricsLogger(tmp_path, wandb_args=NO_WANDB, config={}) as metrics:
+        monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", Full)
+        monkeypatch.setattr(metrics._tensorboard, "_writer", Full(str(tmp_path / "tb")))
+        before = len(list((tmp_path / "tb").iterdir()))
+        with room_for(0):
+            for step in range(1, 31):
+                metrics.log("train", step, {"loss": step})
+        assert len(list((tmp_path / "tb").iterdir())) == before
 
 
 @pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")

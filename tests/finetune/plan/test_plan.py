@@ -19,7 +19,7 @@ from finetune.config import (
     load_config,
 )
 from finetune.errors import UserError
-from finetune.plan import estimate, plan
+from finetune.plan import estimate, plan, table
 from ttt import TTTArgs
 
 MOSHI = TrainArgs(
@@ -70,8 +70,6 @@ ALONE: dict[str, Any] = {"lora": LoraArgs(enable=False), "batch_size": 8}
         ({**OFF, "gradient_checkpointing": "selective", "batch_size": 21}, 136.0),
         ({**OFF, "selective_layers": 5}, 43.5),
         ({**OFF, "selective_layers": 16}, 62.7),
-        ({**HIDDEN, "selective_layers": 5}, 50.4),
-        ({**HIDDEN, "selective_layers": 16}, 69.6),
         ({**HIDDEN, "selective_layers": 32}, 97.5),
         ({"batch_size": 8}, 31.91),
         ({**OFF, "batch_size": 4}, 25.92),
@@ -85,7 +83,7 @@ ALONE: dict[str, Any] = {"lora": LoraArgs(enable=False), "batch_size": 8}
     ],
     ids=[
         *("off", "sum", "delta", "linear", "mlp", "batch 4", "selective", "selective, 21"),
-        *("selective in 5", "in 16", "hidden, in 5", "hidden, in 16", "hidden, in 32"),
+        *("selective in 5", "in 16", "hidden, in 32"),
         *("batch 8", "off, batch 4", "nf4"),
         *("TTT alone", "TTT alone in float8", "TTT alone in nf4"),
         *("sharded", "sharded, off", "sharded, all weights"),
@@ -113,10 +111,10 @@ def test_layers_before_the_first_that_trains_keep_nothing() -> None:
 
 @pytest.mark.parametrize(
     ("gpu_memory_gb", "proposed"),
-    [(40, None), (48, "selective_layers: 3"), (141, "gradient_checkpointing: selective")],
+    [(40, None), (48, "selective_layers: 5"), (141, "gradient_checkpointing: selective")],
 )
 def test_what_is_faster_in_the_memory_that_is_left_is_proposed(
-    gpu_memory_gb: int, proposed: str | None
+    gpu_memory_gb: float, proposed: str | None
 ) -> None:
     run = dataclasses.replace(MOSHI, **HIDDEN)
     lines = planned(run, gpu_memory_gb=gpu_memory_gb)
@@ -133,15 +131,32 @@ def test_what_is_faster_in_the_memory_that_is_left_is_proposed(
     assert any(f"about {match[4]} s a step" in line for line in faster)
 
 
+def test_no_layers_are_proposed_that_spare_nothing() -> None:
+    mlp = dataclasses.replace(MOSHI, ttt=TTTArgs(enabled=True, method="mlp"))
+    # Room for 31, but the last five are those with TTT, whose scan is made again all the same.
+    (line,) = (each for each in planned(mlp, gpu_memory_gb=110) if each.startswith("faster"))
+    assert "selective_layers: 27 " in line
+    last = dataclasses.replace(MOSHI, **HIDDEN, lora=LoraArgs(enable=False))
+    alone = dataclasses.replace(last, ttt=dataclasses.replace(last.ttt, start_layer=29))
+    # A gradient passes three layers alone: the others keep nothing, and are not made again.
+    (line,) = (each for each in planned(alone, gpu_memory_gb=30) if each.startswith("faster"))
+    assert "selective_layers: 2 " in line
+
+
+def test_a_table_proposes_nothing_for_what_is_kept_for_speed() -> None:
+    kept = dataclasses.replace(MOSHI, selective_layers=16)
+    assert list(table(kept)) == list(table(MOSHI))
+
+
 def test_fewer_layers_keep_their_products_where_all_do_not_fit() -> None:
     run = dataclasses.replace(MOSHI, **HIDDEN, selective_layers=16)
-    assert "selective_layers: 3" in advised(run, 48)
-    assert "selective_layers: 0" in advised(run, 40)
+    assert "selective_layers: 5" in advised(run, 48)
+    assert "selective_layers: 0" in advised(run, 39.5)
     selective = dataclasses.replace(
         MOSHI, **HIDDEN, gradient_checkpointing="selective", selective_layers=0
     )
-    assert advised(selective, 48)[0] == "gradient_checkpointing: true, selective_layers: 3"
-    assert advised(selective, 40)[0] == "gradient_checkpointing: true"
+    assert advised(selective, 48)[0] == "gradient_checkpointing: true, selective_layers: 5"
+    assert advised(selective, 39.5)[0] == "gradient_checkpointing: true"
     # Together with fewer bits none of them does.
     first = advised(run, 24)[0]
     assert first.startswith("selective_layers: 0, base_precision: nf4, ")

@@ -31,8 +31,6 @@ FLOAT8: dict[str, Any] = {"base_precision": "float8"}
         ({**OFF, "gradient_checkpointing": "selective"}, 1.270),
         ({**OFF, "selective_layers": 5}, 1.584),
         ({**OFF, "selective_layers": 16}, 1.470),
-        ({**HIDDEN, "selective_layers": 5}, 1.657),
-        ({**HIDDEN, "selective_layers": 16}, 1.541),
         ({**HIDDEN, "selective_layers": 32}, 1.370),
         ({**OFF, **FLOAT8}, 1.241),
         (FLOAT8, 1.336),
@@ -42,7 +40,7 @@ FLOAT8: dict[str, Any] = {"base_precision": "float8"}
     ],
     ids=[
         *("off", "sum", "delta", "linear", "mlp", "selective"),
-        *("selective in 5", "in 16", "hidden, in 5", "hidden, in 16", "hidden, in 32"),
+        *("selective in 5", "in 16", "hidden, in 32"),
         *("float8, off", "float8, delta"),
         *("float8, selective", "sharded, all weights", "sharded"),
     ],
