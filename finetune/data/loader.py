@@ -270,6 +270,11 @@ class TrainLoader:
         return self._data.segment_frames
 
     @property
+    def segment_shares(self) -> list[float]:
+        """Return the share of all draws that falls to each segment."""
+        return self._data.segment_shares
+
+    @property
     def total_duration_sec(self) -> float:
         return self._data.total_duration_sec
 

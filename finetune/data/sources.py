@@ -47,6 +47,16 @@ class DataSet(NamedTuple):
         return sum(len(source.segments) for source in self.sources)
 
     @property
+    def segment_shares(self) -> list[float]:
+        """Return the share of all draws that falls to each segment, by the weight of its source."""
+        total = sum(source.weight for source in self.sources)
+        return [
+            source.weight / total / len(source.segments)
+            for source in self.sources
+            for _ in source.segments
+        ]
+
+    @property
     def recordings(self) -> list[Recording]:
         return [recording for source in self.sources for recording in source.recordings]
 

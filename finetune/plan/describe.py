@@ -53,7 +53,9 @@ def describe_run(
             f"{args.param_dtype} again (save_adapters: false)"
         )
     yield describe_ttt(args, model, train_data.segment_frames)
-    for caution in cautions_of_ttt(args, model, train_data.segment_frames):
+    for caution in cautions_of_ttt(
+        args, model, train_data.segment_frames, train_data.segment_shares
+    ):
         logger.warning(caution)
     if world.device.type == "cuda":
         warn_of_slow_layers(model)
@@ -93,7 +95,9 @@ def write_summary(
         "steps_per_epoch": train_data.num_segments / segments_per_step,
         "device": str(world.device.type),
         "processes": world.size,
-        "cautions": list(cautions_of_ttt(args, model, train_data.segment_frames)),
+        "cautions": list(
+            cautions_of_ttt(args, model, train_data.segment_frames, train_data.segment_shares)
+        ),
     }
     write_whole(Path(args.run_dir) / SUMMARY, json.dumps(content, indent=2) + "\n")
 

@@ -115,7 +115,7 @@ def _describe_time(args: TrainArgs, model: TTTLMModel, num_gpus: int) -> Iterato
         f"{format_count(tokens_per_step)} tokens; {args.max_steps} steps: "
         f"{format_count(args.max_steps * tokens_per_step)} tokens"
     )
-    segment_frames = None
+    segment_frames = segment_shares = None
     try:
         data = load_sources(
             args.data.train_data,
@@ -124,7 +124,7 @@ def _describe_time(args: TrainArgs, model: TTTLMModel, num_gpus: int) -> Iterato
             on_error=args.data.on_error,
             reading=Reading.of(args.data, training=True),
         )
-        segment_frames = data.segment_frames
+        segment_frames, segment_shares = data.segment_frames, data.segment_shares
         steps = data.num_segments / segments_per_step
         yield (
             f"data: {data.num_segments} segments, {steps:.1f} steps an epoch; the run is "
@@ -133,7 +133,7 @@ def _describe_time(args: TrainArgs, model: TTTLMModel, num_gpus: int) -> Iterato
     except UserError as error:
         yield f"data: steps of an epoch are not known: {error}"
     yield describe_ttt(args, model, segment_frames)
-    for caution in cautions_of_ttt(args, model, segment_frames):
+    for caution in cautions_of_ttt(args, model, segment_frames, segment_shares):
         yield f"warning: {caution}"
     yield _describe_step_time(args, step_time(args, model, num_gpus))
 

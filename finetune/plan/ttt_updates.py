@@ -19,20 +19,30 @@ def num_learning(ttt: TTTArgs, segment_frames: Sequence[int]) -> int:
     return sum(frames > ttt.update_frames for frames in segment_frames)
 
 
-def caution_of_updates(args: TrainArgs, segment_frames: Sequence[int] | None) -> str | None:
+def caution_of_updates(
+    args: TrainArgs,
+    segment_frames: Sequence[int] | None,
+    segment_shares: Sequence[float] | None = None,
+) -> str | None:
     """Return why TTT learns in no segment or in few, and what to change; None: in most it does,
     or there is no TTT.
 
     Args:
         segment_frames: of the recordings that train, as `TrainLoader` and `DataSet` have them;
             None: they are not known, and taken to be long enough.
+        segment_shares: of all draws, as these have them as well; None: all are drawn as often.
     """
     if not args.ttt.enabled:
         return None
     every, most = args.ttt.update_frames, count_frames(args.duration_sec)
     segment_frames = segment_frames or [most]
     longest, learning = max(segment_frames), num_learning(args.ttt, segment_frames)
-    if learning >= FEW * len(segment_frames):
+    count = len(segment_frames)
+    shares = segment_shares or [1 / count] * count
+    drawn = sum(
+        share for share, frames in zip(shares, segment_frames, strict=True) if frames > every
+    )
+    if drawn >= FEW:
         return None
     option = METHODS[args.ttt.method].update_option
     update = f"{f'ttt.{option}' if option else 'an update'} ({every} frames)"
@@ -54,20 +64,23 @@ def caution_of_updates(args: TrainArgs, segment_frames: Sequence[int] | None) ->
             f"({longest / FRAME_RATE_HZ:.1f} s): TTT {effect}. {remedy}."
         )
     return (
-        f"TTT {effect} in {len(segment_frames) - learning} of {len(segment_frames)} segments, as "
-        f"they are not longer than {update}. {remedy}."
+        f"TTT {effect} in {count - learning} of {count} segments, {1 - drawn:.0%} of what is drawn, "
+        f"as they are not longer than {update}. {remedy}."
     )
 
 
 def cautions_of_ttt(
-    args: TrainArgs, model: TTTLMModel, segment_frames: Sequence[int] | None
+    args: TrainArgs,
+    model: TTTLMModel,
+    segment_frames: Sequence[int] | None,
+    segment_shares: Sequence[float] | None,
 ) -> Iterator[str]:
     """Yield where TTT can have nothing to do. Arguments: see `caution_of_updates`."""
     if not model.ttt_layers:
         return
     most, window = count_frames(args.duration_sec), model.context
     longest = max(segment_frames or [most])
-    if caution := caution_of_updates(args, segment_frames):
+    if caution := caution_of_updates(args, segment_frames, segment_shares):
         yield caution
     elif window is None or window >= longest:
         way = "raise duration_sec" if longest == most else "train on longer recordings"

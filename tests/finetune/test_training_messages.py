@@ -124,7 +124,7 @@ def test_a_run_says_what_it_is_going_to_do(
         ),
         (
             {"duration_sec": 4, "ttt.chunk_size": 28},
-            "TTT never learns anything in 5 of 6 segments, as they are not longer than ttt.chunk_s",
+            "TTT never learns anything in 5 of 6 segments, 83% of what is drawn, as they are not ",
         ),
         ({"duration_sec": 0.96}, "attention sees the whole sequence (12 frames)"),
         (

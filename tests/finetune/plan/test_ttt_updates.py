@@ -29,7 +29,7 @@ def test_a_segment_as_long_as_a_chunk_learns_nothing() -> None:
         ([250, 50, 250, 50], None),
         (
             [250, 50, 50],
-            "TTT never learns anything in 2 of 3 segments, as they are not longer than",
+            "TTT never learns anything in 2 of 3 segments, 67% of what is drawn, as they are",
         ),
         ([200, 200], "no segment is longer than ttt.chunk_size (200 frames), the longest has 200"),
     ],
@@ -40,6 +40,15 @@ def test_few_segments_in_which_ttt_learns_are_warned_of(
     found = caution_of_updates(args_of(chunk_size=200), segment_frames)
     assert caution_of_updates(args_of(chunk_size=200, enabled=False), segment_frames) is None
     assert found is None if caution is None else found and found.startswith(caution)
+
+
+def test_segments_count_as_often_as_they_are_drawn() -> None:
+    args, frames = args_of(chunk_size=200), [250, *[50] * 9]
+    assert caution_of_updates(args, frames, [0.9, *[0.1 / 9] * 9]) is None
+    found = caution_of_updates(args, frames[::-1], [*[0.1] * 9, 0.1])
+    assert found and "in 9 of 10 segments, 90% of what is drawn" in found
+    rare = caution_of_updates(args, [*[250] * 9, 50], [*[0.01] * 9, 0.91])
+    assert rare and "in 1 of 10 segments, 91% of what is drawn" in rare
 
 
 @pytest.mark.parametrize(
