@@ -220,6 +220,17 @@ def test_weights_of_sources() -> None:
     ]  # fmt: skip
 
 
+def test_a_source_has_its_weight_in_what_is_drawn(tmp_path: Path) -> None:
+    a = write_dataset(tmp_path / "a", [3.2, 2.1])
+    b = write_dataset(tmp_path / "b", [2.2], seed=10)
+    loader = train_loader(DataArgs(train_data=f"{a}:2,{b}", num_workers=0), batch_size=4)
+    shares = loader.segment_shares
+    only_a = train_loader(DataArgs(train_data=str(a), num_workers=0), batch_size=4).num_segments
+    assert len(shares) == len(loader.segment_frames) == loader.num_segments > only_a
+    assert sum(shares[:only_a]) == pytest.approx(2 / 3)
+    assert sum(shares[only_a:]) == pytest.approx(1 / 3)
+
+
 def test_ranks_share_the_order(tmp_path: Path) -> None:
     a = write_dataset(tmp_path / "a", [3.2, 2.1])
     b = write_dataset(tmp_path / "b", [2.2], seed=10)
