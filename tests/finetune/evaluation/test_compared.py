@@ -1,5 +1,6 @@
 """What an evaluation says of where checkpoints come from, and of what it compares."""
 
+import pkgutil
 import shutil
 from html import unescape
 from pathlib import Path
@@ -16,6 +17,7 @@ from finetune.cli import evaluate, run
 from finetune.config import TrainArgs
 from finetune.config.fields import all_fields
 from finetune.evaluation import evaluate_checkpoint
+from finetune.evaluation.fingerprints import checkpoint_fingerprint
 from finetune.evaluation.origin import CHANGES_NO_WEIGHT
 
 # Fixtures: pytest finds them by their names in this module.
@@ -130,6 +132,31 @@ def test_an_evaluation_that_kept_no_configuration_is_compared_by_its_checkpoint(
     assert "is no longer there" in said("later")
     (base / "results.json").unlink()
     assert "has no results.json of it" in said("last")
+
+
+@pytest.mark.parametrize("meanwhile", ["bench.load_for_inference", "tasks.position.Position.run"])
+def test_a_checkpoint_that_goes_away_meanwhile_costs_no_results(
+    trained: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, meanwhile: str
+) -> None:
+    """A training deletes its old checkpoints, also while one is evaluated."""
+    place = tmp_path / "run/checkpoints/checkpoint_000004"
+    changed_copy(trained[0], place, {"seed": 7})
+    written, fingerprint = (place / "args.yaml").read_bytes(), checkpoint_fingerprint(place)
+    work = pkgutil.resolve_name(f"finetune.evaluation.{meanwhile}")
+
+    def work_while_it_goes(*given: Any) -> Any:
+        done = work(*given)
+        shutil.rmtree(place.parent.parent)
+        return done
+
+    monkeypatch.setattr(f"finetune.evaluation.{meanwhile}", work_while_it_goes)
+    given: dict[str, Any] = {"tasks": ("position", "health"), "arms": ("on",), "limit": 1}
+    out = tmp_path / "out"
+    model = evaluate_checkpoint(options((place, trained[1]), out, **given))["model"]
+    assert (model["seed"], model["step"], model["fingerprint"]) == (7, 4, fingerprint)
+    assert (out / model["configuration"]).read_bytes() == written
+    for name in ("results.json", "position.csv", "health.csv", "report.html"):
+        assert (out / name).is_file(), name
 
 
 def test_the_report_names_what_is_evaluated(trained: tuple[Path, Path], tmp_path: Path) -> None:
