@@ -23,6 +23,7 @@ from finetune.evaluation.dashboard import to_wandb
 from finetune.evaluation.options import Options
 from finetune.evaluation.origin import (
     CONFIGURATION,
+    KEPT_CONFIGURATION,
     describe_details,
     describe_origin,
     name_of,
@@ -152,7 +153,7 @@ def _described(
             "fingerprint": bench.identity["checkpoint"],
             "ttt": f"TTT: {method}{details} in layers {layers}" if layers else "no TTT",
             **origin,
-            "configuration": CONFIGURATION if is_kept else None,
+            "configuration": KEPT_CONFIGURATION if is_kept else None,
             "vocabulary": bench.vocabulary,
             "text_padding_weight": bench.weights.text_padding,
             "first_codebook_weight_multiplier": bench.weights.first_codebook,
@@ -180,7 +181,7 @@ def _write(options: Options, results: dict[str, Any], configuration: bytes | Non
     if configuration is not None:
         # Another evaluation compares with it when the checkpoint may be gone. results.json names it
         # and so comes later.
-        write_whole(out / CONFIGURATION, configuration)
+        write_whole(out / KEPT_CONFIGURATION, configuration)
     text = json.dumps(without_nan(results), indent=1, allow_nan=False)
     write_whole(out / "results.json", text + "\n")
     for name in options.tasks:

@@ -118,7 +118,7 @@ def test_an_evaluation_that_kept_no_configuration_is_compared_by_its_checkpoint(
     changed_copy(trained[0], place, {"seed": 1})
     base, given = tmp_path / "base", {"arms": ("on",), "limit": 1}
     evaluate_checkpoint(options((place, trained[1]), base, **given))
-    (base / "args.yaml").unlink()
+    (base / "checkpoint.yaml").unlink()
     results = (base / "results.json").read_text()
     (base / "results.json").write_text(results.replace('"configuration"', '"something"'))
 
@@ -157,6 +157,21 @@ def test_a_checkpoint_that_goes_away_meanwhile_costs_no_results(
     assert (out / model["configuration"]).read_bytes() == written
     for name in ("results.json", "position.csv", "health.csv", "report.html"):
         assert (out / name).is_file(), name
+
+
+def test_an_evaluation_in_its_runs_folder_changes_no_file_of_the_run(
+    trained: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """The run's configuration may be another one by now: resumed with more steps, for example."""
+    place = tmp_path / "run/checkpoints/checkpoint_000004"
+    changed_copy(trained[0], place, {"seed": 7})
+    (tmp_path / "run/args.yaml").write_text("seed: 8")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    given: dict[str, Any] = {"arms": ("on",), "limit": 1}
+    evaluate_checkpoint(options((place, trained[1]), tmp_path / "run", **given))
+    assert {path: path.read_bytes() for path in before} == before
+    kept = tmp_path / "run/checkpoint.yaml"
+    assert kept.read_bytes() == (place / "args.yaml").read_bytes()
 
 
 def test_the_report_names_what_is_evaluated(trained: tuple[Path, Path], tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def compare(folder: Path, fingerprint: str, checkpoint: Path) -> Json:
     if "configuration" in model:
         if model["configuration"] is None:
             return found | {"unknown": "it is a stock Moshi or an export"}
-        configuration = folder / CONFIGURATION
+        configuration = folder / model["configuration"]
     else:  # an evaluation of before, which has kept none
         place = Path(model["checkpoint"])
         configuration = place / CONFIGURATION
