@@ -110,17 +110,19 @@ def test_of_a_stock_moshi_it_is_not_known_how_it_was_trained(
     assert "need not be due to TTT" in sentence and "it is a stock Moshi" in sentence
 
 
-def test_an_evaluation_that_kept_no_configuration_is_compared_by_its_checkpoint(
-    trained: tuple[Path, Path], tmp_path: Path
+@pytest.mark.parametrize("key", ["configuration", "something"])
+def test_an_evaluation_without_a_configuration_is_compared_by_its_checkpoint(
+    trained: tuple[Path, Path], tmp_path: Path, key: str
 ) -> None:
-    """As those of earlier versions; if that is there no more, this is said."""
+    """Its copy is lost, or it is of an earlier version, whose results name none; if the checkpoint
+    is there no more either, this is said."""
     place = tmp_path / "runs/checkpoints/checkpoint_000004"
     changed_copy(trained[0], place, {"seed": 1})
     base, given = tmp_path / "base", {"arms": ("on",), "limit": 1}
     evaluate_checkpoint(options((place, trained[1]), base, **given))
     (base / "checkpoint.yaml").unlink()
     results = (base / "results.json").read_text()
-    (base / "results.json").write_text(results.replace('"configuration"', '"something"'))
+    (base / "results.json").write_text(results.replace('"configuration"', f'"{key}"'))
 
     def said(out: str) -> str:
         compared = options(trained, tmp_path / out, baseline=base, **given)
@@ -129,7 +131,9 @@ def test_an_evaluation_that_kept_no_configuration_is_compared_by_its_checkpoint(
 
     assert "in seed 0 (baseline: 1)" in said("out")
     shutil.rmtree(place)
-    assert "is no longer there" in said("later")
+    gone = said("later")
+    assert "need not be due to TTT" in gone
+    assert f"({base} has no checkpoint.yaml, and {place} is no longer there" in gone
     (base / "results.json").unlink()
     assert "has no results.json of it" in said("last")
 
