@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from finetune.config import TrainArgs
+from finetune.data import num_different
 from finetune.distributed import peak_memory_gb
 from finetune.errors import UserError
 from finetune.evaluation.bench import Bench, Inputs, load_bench, usable_recordings
@@ -126,9 +127,9 @@ def _look_for_training_data(inputs: Inputs) -> None:
         return
     if trained:
         inputs.warn(
-            f"{len(trained)} of the {len(inputs.recordings)} recordings are in the checkpoint's "
-            f"data.train_data, whole or in part ({trained[0].title}): their loss does not show how "
-            f"well other speech is modeled."
+            f"{len(trained)} of the {num_different(inputs.recordings)} recordings are in the "
+            f"checkpoint's data.train_data, whole or in part ({trained[0].title}): their loss does "
+            f"not show how well other speech is modeled."
         )
 
 

@@ -1,5 +1,6 @@
 """What an evaluation says of where checkpoints come from, and of what it compares."""
 
+import json
 import pkgutil
 import shutil
 from html import unescape
@@ -9,7 +10,7 @@ from typing import Any
 import evaluation_tools
 import pytest
 import yaml
-from data_tools import write_dataset
+from data_tools import write_dataset, write_jsonl
 from evaluation_tools import options
 from training_tools import LORA, checkpoint, train, write_model
 
@@ -208,6 +209,26 @@ def test_recordings_that_were_trained_on_are_named_before_all_results(
     given["out"] = str(tmp_path / "apart")
     assert run(lambda: evaluate(**given, data=str(trained[1]))) == 0
     assert "data.train_data" not in capsys.readouterr().out
+
+
+def test_recordings_listed_twice_do_not_hide_that_all_were_trained_on(
+    trained: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """A link gives a file a second name, under which it is evaluated again."""
+    written = yaml.safe_load((trained[0] / "args.yaml").read_text())
+    train_data = Path(written["data"]["train_data"])
+    listed = [json.loads(line) for line in train_data.read_text().splitlines()[:2]]
+    (tmp_path / "link").symlink_to(train_data.parent)
+    lines = [
+        {"path": str(folder / each["path"]), "duration": each["duration"]}
+        for folder in (train_data.parent, tmp_path / "link")
+        for each in listed
+    ]
+    data = str(write_jsonl(tmp_path / "twice.jsonl", lines))
+    given: dict[str, Any] = {"data": data, "arms": ("off",)}
+    results = evaluate_checkpoint(options(trained, tmp_path / "out", **given))
+    assert results["position"]["num_recordings"] == 4
+    assert results["conclusions"][0].startswith("Warning: 2 of the 2 recordings are in the check")
 
 
 def test_training_data_that_are_gone_are_not_taken_for_others(
