@@ -12,6 +12,7 @@ from finetune.data.inspection import (
     in_training,
     inspect_listing,
     inspect_recording,
+    num_different,
 )
 from finetune.data.layouts import SOURCES, Entry, MonoPair, Source, StereoFile, open_source
 from finetune.data.loader import (
@@ -93,6 +94,7 @@ __all__ = [
     "inspect_recording",
     "listed_recordings",
     "load_sources",
+    "num_different",
     "open_checked_store",
     "open_source",
     "open_store",

@@ -85,6 +85,8 @@ def load_bench(inputs: Inputs) -> Bench:
         UserError: see `load_for_inference`; or its attention has no window.
     """
     options = inputs.options
+    # Before the model, which takes a while: of files that are gone since, it would be another one.
+    fingerprint = checkpoint_fingerprint(Path(options.checkpoint))
     model, codec = load_for_inference(options.checkpoint, options.device)
     return Bench(
         **vars(inputs),
@@ -99,7 +101,7 @@ def load_bench(inputs: Inputs) -> Bench:
         },
         identity={
             "format": FORMAT,
-            "checkpoint": checkpoint_fingerprint(Path(options.checkpoint)),
+            "checkpoint": fingerprint,
             "dtype": str(model.dtype),
         },
     )

@@ -12,7 +12,10 @@ from ttt import TTTArgs
 from ttt.registry import METHODS
 
 CONFIGURATION = "args.yaml"
-"""In a checkpoint, and of it in the output folder of its evaluation."""
+"""In a checkpoint."""
+KEPT_CONFIGURATION = "checkpoint.yaml"
+"""Its copy in the output folder of an evaluation. That may be a run's folder, which has an
+`args.yaml` of its own."""
 CHANGES_NO_WEIGHT = {
     "compile",
     "ckpt_async",
@@ -102,7 +105,7 @@ def differences(own: Path, other: Path) -> Differences:
     without TTT.
 
     Args:
-        own, other: files that runs have written, `args.yaml`.
+        own, other: files that runs have written, `args.yaml`, or copies of them.
 
     Raises:
         UserError: one of them cannot be read.

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from finetune.config import TrainArgs
+from finetune.data import num_different
 from finetune.distributed import peak_memory_gb
 from finetune.errors import UserError
 from finetune.evaluation.bench import Bench, Inputs, load_bench, usable_recordings
@@ -23,6 +24,7 @@ from finetune.evaluation.dashboard import to_wandb
 from finetune.evaluation.options import Options
 from finetune.evaluation.origin import (
     CONFIGURATION,
+    KEPT_CONFIGURATION,
     describe_details,
     describe_origin,
     name_of,
@@ -63,6 +65,8 @@ def evaluate_checkpoint(options: Options) -> dict[str, Any]:
 def _evaluate(options: Options) -> dict[str, Any]:
     args = checkpoint_args(options.checkpoint, options.device)
     options = _with_data(options, args)
+    # Before anything is measured: a training may delete the checkpoint meanwhile.
+    configuration, origin = _configuration(options.checkpoint), describe_origin(options.checkpoint)
     inputs = _read_inputs(options, args)
     tasks = [TASKS[name] for name in options.tasks]
     prepared = {task.name: task.prepare(inputs, options) for task in tasks}
@@ -78,9 +82,9 @@ def _evaluate(options: Options) -> dict[str, Any]:
         raise
     warnings = [f"Warning: {warning}" for warning in bench.warnings]
     told = [sentence for task in tasks for sentence in task.sentences(found[task.name])]
-    described = _described(bench, options)
+    described = _described(bench, options, origin, is_kept=configuration is not None)
     results = {**described, "conclusions": [*bad_weights, *warnings, *told], **found}
-    _write(options, results)
+    _write(options, results, configuration)
     reasons = [reason for task in tasks if (reason := task.why_nothing(found[task.name]))]
     if reasons:
         raise UserError("\n".join([*reasons, f"What there is lies in {options.out}."]))
@@ -97,6 +101,11 @@ def _with_data(options: Options, args: TrainArgs) -> Options:
             "data.eval_data."
         )
     return dataclasses.replace(options, data=args.data.eval_data)
+
+
+def _configuration(checkpoint: Path) -> bytes | None:
+    """Return a checkpoint's configuration as it is written; a stock Moshi has none."""
+    return None if is_stock(checkpoint) else (checkpoint / CONFIGURATION).read_bytes()
 
 
 def _read_inputs(options: Options, args: TrainArgs) -> Inputs:
@@ -118,14 +127,21 @@ def _look_for_training_data(inputs: Inputs) -> None:
         return
     if trained:
         inputs.warn(
-            f"{len(trained)} of the {len(inputs.recordings)} recordings are in the checkpoint's "
-            f"data.train_data, whole or in part ({trained[0].title}): their loss does not show how "
-            f"well other speech is modeled."
+            f"{len(trained)} of the {num_different(inputs.recordings)} recordings are in the "
+            f"checkpoint's data.train_data, whole or in part ({trained[0].title}): their loss does "
+            f"not show how well other speech is modeled."
         )
 
 
-def _described(bench: Bench, options: Options) -> dict[str, Any]:
-    """Return all of the results but what the tasks have found."""
+def _described(
+    bench: Bench, options: Options, origin: Mapping[str, Any], *, is_kept: bool
+) -> dict[str, Any]:
+    """Return all of the results but what the tasks have found.
+
+    Args:
+        origin: of the checkpoint, see `describe_origin`.
+        is_kept: whether its configuration lies beside the results.
+    """
     checkpoint = options.checkpoint
     method = "".join({layer.describe() for layer in bench.model.ttt_layers.values()})
     layers = ", ".join(map(str, bench.model.ttt_layers))
@@ -137,8 +153,8 @@ def _described(bench: Bench, options: Options) -> dict[str, Any]:
             "checkpoint": str(checkpoint),
             "fingerprint": bench.identity["checkpoint"],
             "ttt": f"TTT: {method}{details} in layers {layers}" if layers else "no TTT",
-            **describe_origin(checkpoint),
-            "configuration": None if is_stock(checkpoint) else CONFIGURATION,
+            **origin,
+            "configuration": KEPT_CONFIGURATION if is_kept else None,
             "vocabulary": bench.vocabulary,
             "text_padding_weight": bench.weights.text_padding,
             "first_codebook_weight_multiplier": bench.weights.first_codebook,
@@ -160,14 +176,15 @@ def _told(options: Options) -> dict[str, Any]:
     return {name: _plain(value) for name, value in values.items()}
 
 
-def _write(options: Options, results: dict[str, Any]) -> None:
+def _write(options: Options, results: dict[str, Any], configuration: bytes | None) -> None:
     out = options.out
     out.mkdir(parents=True, exist_ok=True)
+    if configuration is not None:
+        # Another evaluation compares with it when the checkpoint may be gone. results.json names it
+        # and so comes later.
+        write_whole(out / KEPT_CONFIGURATION, configuration)
     text = json.dumps(without_nan(results), indent=1, allow_nan=False)
     write_whole(out / "results.json", text + "\n")
-    if results["model"]["configuration"]:
-        # Another evaluation compares with it when the checkpoint may be gone.
-        write_whole(out / CONFIGURATION, (options.checkpoint / CONFIGURATION).read_bytes())
     for name in options.tasks:
         table = TASKS[name].csv(results[name])
         write_csv(out / f"{name}.csv", table.columns, table.rows)

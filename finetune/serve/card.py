@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.config import DataArgs, TrainArgs, parse_sources
-from finetune.data import in_training, listed_recordings
+from finetune.data import in_training, listed_recordings, num_different
 from finetune.errors import UserError
 from finetune.serve.options import ExportOptions
 from ttt import TTTArgs
@@ -147,7 +147,7 @@ def _evaluated(data: DataArgs) -> str:
         trained = listed_recordings(data.train_data, key="data.train_data")
     except UserError:
         return "recordings of which this export cannot see whether it was trained on them"
-    num_shared, total = len(in_training(trained, evaluated)), len({r.location for r in evaluated})
+    num_shared, total = len(in_training(trained, evaluated)), num_different(evaluated)
     if not num_shared:
         return "held-out recordings"
     return trained_on if num_shared == total else f"{total} recordings, {num_shared} trained on"

@@ -11,7 +11,7 @@ from typing import Literal
 from finetune.data.inspection.audio_checks import FILE_CHECKS, HEARD_CHECKS
 from finetune.data.inspection.findings import Finding, Inspection, Subject
 from finetune.data.inspection.listening import listen
-from finetune.data.inspection.listing import in_training, inspect_listing
+from finetune.data.inspection.listing import in_training, inspect_listing, num_different
 from finetune.data.inspection.transcript_checks import CHECKS as TRANSCRIPT_CHECKS
 from finetune.data.problems import FileProblem
 from finetune.data.sides import Sides
@@ -27,6 +27,7 @@ __all__ = [
     "inspect_recording",
     "inspect_sides",
     "inspect_subject",
+    "num_different",
 ]
 
 VERSION = 3

@@ -46,13 +46,13 @@ def inspect_listing(
         digests: of their audio, where it was listened to; the same audio under two names is found
             by it.
     """
-    files = {r: os.path.realpath(r.location) for r in {*recordings, *evaluation}}
+    files = {r: os.path.realpath(r.location) for r in recordings}
     heard = {r: digest for r, digest in (digests or {}).items() if digest}
     return [
         *_listed_twice(recordings, files),
         *_same_audio(recordings, files, heard),
         *_other_unicode_forms(recordings),
-        *_evaluated_and_trained(recordings, evaluation, files, heard),
+        *_evaluated_and_trained(recordings, evaluation, heard),
     ]
 
 
@@ -109,12 +109,11 @@ def _other_unicode_forms(recordings: Sequence[Listed]) -> Iterator[Finding]:
 def _evaluated_and_trained(
     recordings: Sequence[Listed],
     evaluation: Sequence[Listed],
-    files: Mapping[Listed, str],
     heard: Mapping[Listed, str],
 ) -> Iterator[Finding]:
     both = in_training(recordings, evaluation, heard)
     if both:
-        total = len({files[r] for r in evaluation})
+        total = num_different(evaluation)
         yield Finding(
             "evaluation-in-training",
             "warning",
@@ -145,6 +144,11 @@ def in_training(
         if r in trained or (r in heard and heard[r] in trained_audio)
     }
     return list(both.values())
+
+
+def num_different(recordings: Iterable[Listed]) -> int:
+    """Return how many recordings there are, each counted once, as `in_training` does."""
+    return len({os.path.realpath(r.location) for r in recordings})
 
 
 class _Parts:

@@ -1,5 +1,7 @@
 """What an evaluation says of where checkpoints come from, and of what it compares."""
 
+import json
+import pkgutil
 import shutil
 from html import unescape
 from pathlib import Path
@@ -8,7 +10,7 @@ from typing import Any
 import evaluation_tools
 import pytest
 import yaml
-from data_tools import write_dataset
+from data_tools import write_dataset, write_jsonl
 from evaluation_tools import options
 from training_tools import LORA, checkpoint, train, write_model
 
@@ -16,6 +18,7 @@ from finetune.cli import evaluate, run
 from finetune.config import TrainArgs
 from finetune.config.fields import all_fields
 from finetune.evaluation import evaluate_checkpoint
+from finetune.evaluation.fingerprints import checkpoint_fingerprint
 from finetune.evaluation.origin import CHANGES_NO_WEIGHT
 
 # Fixtures: pytest finds them by their names in this module.
@@ -108,17 +111,19 @@ def test_of_a_stock_moshi_it_is_not_known_how_it_was_trained(
     assert "need not be due to TTT" in sentence and "it is a stock Moshi" in sentence
 
 
-def test_an_evaluation_that_kept_no_configuration_is_compared_by_its_checkpoint(
-    trained: tuple[Path, Path], tmp_path: Path
+@pytest.mark.parametrize("key", ["configuration", "something"])
+def test_an_evaluation_without_a_configuration_is_compared_by_its_checkpoint(
+    trained: tuple[Path, Path], tmp_path: Path, key: str
 ) -> None:
-    """As those of earlier versions; if that is there no more, this is said."""
+    """Its copy is lost, or it is of an earlier version, whose results name none; if the checkpoint
+    is there no more either, this is said."""
     place = tmp_path / "runs/checkpoints/checkpoint_000004"
     changed_copy(trained[0], place, {"seed": 1})
     base, given = tmp_path / "base", {"arms": ("on",), "limit": 1}
     evaluate_checkpoint(options((place, trained[1]), base, **given))
-    (base / "args.yaml").unlink()
+    (base / "checkpoint.yaml").unlink()
     results = (base / "results.json").read_text()
-    (base / "results.json").write_text(results.replace('"configuration"', '"something"'))
+    (base / "results.json").write_text(results.replace('"configuration"', f'"{key}"'))
 
     def said(out: str) -> str:
         compared = options(trained, tmp_path / out, baseline=base, **given)
@@ -127,9 +132,51 @@ def test_an_evaluation_that_kept_no_configuration_is_compared_by_its_checkpoint(
 
     assert "in seed 0 (baseline: 1)" in said("out")
     shutil.rmtree(place)
-    assert "is no longer there" in said("later")
+    gone = said("later")
+    assert "need not be due to TTT" in gone
+    assert f"({base} has no checkpoint.yaml, and {place} is no longer there" in gone
     (base / "results.json").unlink()
     assert "has no results.json of it" in said("last")
+
+
+@pytest.mark.parametrize("meanwhile", ["bench.load_for_inference", "tasks.position.Position.run"])
+def test_a_checkpoint_that_goes_away_meanwhile_costs_no_results(
+    trained: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, meanwhile: str
+) -> None:
+    """A training deletes its old checkpoints, also while one is evaluated."""
+    place = tmp_path / "run/checkpoints/checkpoint_000004"
+    changed_copy(trained[0], place, {"seed": 7})
+    written, fingerprint = (place / "args.yaml").read_bytes(), checkpoint_fingerprint(place)
+    work = pkgutil.resolve_name(f"finetune.evaluation.{meanwhile}")
+
+    def work_while_it_goes(*given: Any) -> Any:
+        done = work(*given)
+        shutil.rmtree(place.parent.parent)
+        return done
+
+    monkeypatch.setattr(f"finetune.evaluation.{meanwhile}", work_while_it_goes)
+    given: dict[str, Any] = {"tasks": ("position", "health"), "arms": ("on",), "limit": 1}
+    out = tmp_path / "out"
+    model = evaluate_checkpoint(options((place, trained[1]), out, **given))["model"]
+    assert (model["seed"], model["step"], model["fingerprint"]) == (7, 4, fingerprint)
+    assert (out / model["configuration"]).read_bytes() == written
+    for name in ("results.json", "position.csv", "health.csv", "report.html"):
+        assert (out / name).is_file(), name
+
+
+def test_an_evaluation_in_its_runs_folder_changes_no_file_of_the_run(
+    trained: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """The run's configuration may be another one by now: resumed with more steps, for example."""
+    place = tmp_path / "run/checkpoints/checkpoint_000004"
+    changed_copy(trained[0], place, {"seed": 7})
+    (tmp_path / "run/args.yaml").write_text("seed: 8")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    given: dict[str, Any] = {"arms": ("on",), "limit": 1}
+    evaluate_checkpoint(options((place, trained[1]), tmp_path / "run", **given))
+    assert {path: path.read_bytes() for path in before} == before
+    kept = tmp_path / "run/checkpoint.yaml"
+    assert kept.read_bytes() == (place / "args.yaml").read_bytes()
 
 
 def test_the_report_names_what_is_evaluated(trained: tuple[Path, Path], tmp_path: Path) -> None:
@@ -162,6 +209,26 @@ def test_recordings_that_were_trained_on_are_named_before_all_results(
     given["out"] = str(tmp_path / "apart")
     assert run(lambda: evaluate(**given, data=str(trained[1]))) == 0
     assert "data.train_data" not in capsys.readouterr().out
+
+
+def test_recordings_listed_twice_do_not_hide_that_all_were_trained_on(
+    trained: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """A link gives a file a second name, under which it is evaluated again."""
+    written = yaml.safe_load((trained[0] / "args.yaml").read_text())
+    train_data = Path(written["data"]["train_data"])
+    listed = [json.loads(line) for line in train_data.read_text().splitlines()[:2]]
+    (tmp_path / "link").symlink_to(train_data.parent)
+    lines = [
+        {"path": str(folder / each["path"]), "duration": each["duration"]}
+        for folder in (train_data.parent, tmp_path / "link")
+        for each in listed
+    ]
+    data = str(write_jsonl(tmp_path / "twice.jsonl", lines))
+    given: dict[str, Any] = {"data": data, "arms": ("off",)}
+    results = evaluate_checkpoint(options(trained, tmp_path / "out", **given))
+    assert results["position"]["num_recordings"] == 4
+    assert results["conclusions"][0].startswith("Warning: 2 of the 2 recordings are in the check")
 
 
 def test_training_data_that_are_gone_are_not_taken_for_others(

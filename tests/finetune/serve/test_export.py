@@ -116,6 +116,7 @@ def test_an_export_of_a_control_run_sees_as_little_as_the_run(config: Path, tmp_
     [
         ("eval", "loss on held-out recordings: 0.500 nats"),
         ("train", "loss on recordings that it was trained on: 0.500 nats"),
+        ("twice", "loss on recordings that it was trained on: 0.500 nats"),
         ("mixed", "loss on 2 recordings, 1 trained on: 0.500 nats"),
         ("moved", "loss on recordings of which this export cannot see whether it was trained on"),
     ],
@@ -125,8 +126,11 @@ def test_the_card_says_held_out_of_no_other_recordings(
 ) -> None:
     train = write_dataset(tmp_path / "train", [1.0, 1.0])
     mixed = [{"path": path, "duration": 1.0} for path in ("train/1.wav", "eval/0.wav")]
+    (tmp_path / "link").symlink_to(tmp_path / "train")
+    twice = [{"path": f"{folder}/0.wav", "duration": 1.0} for folder in ("train", "link")]
     paths = {
         "train": train,
+        "twice": write_jsonl(tmp_path / "twice.jsonl", twice),
         "eval": write_dataset(tmp_path / "eval", [1.0], seed=5),
         "mixed": write_jsonl(tmp_path / "mixed.jsonl", mixed),
         "moved": tmp_path / "moved.jsonl",

@@ -6,6 +6,7 @@ from pathlib import Path
 from finetune.evaluation.fingerprints import checkpoint_fingerprint
 from finetune.evaluation.origin import (
     CONFIGURATION,
+    KEPT_CONFIGURATION,
     Difference,
     describe_origin,
     differences,
@@ -37,16 +38,17 @@ def compare(folder: Path, fingerprint: str, checkpoint: Path) -> Json:
         return found | {"unknown": "this checkpoint is a stock Moshi or an export"}
     if not model:
         return found | {"unknown": f"{folder} has no results.json of it"}
-    if "configuration" in model:
-        if model["configuration"] is None:
-            return found | {"unknown": "it is a stock Moshi or an export"}
-        configuration = folder / CONFIGURATION
-    else:  # an evaluation of before, which has kept none
+    name = model.get("configuration", KEPT_CONFIGURATION)
+    if name is None:
+        return found | {"unknown": "it is a stock Moshi or an export"}
+    configuration = folder / name
+    if not configuration.is_file():  # lost, or never kept: by an evaluation of before
         place = Path(model["checkpoint"])
         configuration = place / CONFIGURATION
         if not configuration.is_file() or checkpoint_fingerprint(place) != fingerprint:
-            return found | {"unknown": f"{place} is no longer there, or another one"}
-        model |= describe_origin(place)
+            gone = f"{folder} has no {name}, and {place} is no longer there, or another one"
+            return found | {"unknown": gone}
+        model = describe_origin(place) | model
     found |= differences(checkpoint / CONFIGURATION, configuration)._asdict()
     own = describe_origin(checkpoint)
     found["beyond"] += [
