@@ -44,11 +44,14 @@ def list_jobs(options: GenerateOptions) -> list[Job]:
         out = options.out or Path("output")
         if out.resolve() == options.audio.resolve():
             raise UserError(f"--out: {out} holds the recordings themselves; choose another folder.")
+        if options.audio.resolve() in out.resolve().parents:
+            raise UserError(
+                f"--out: {out} lies in --audio: the next call would take these answers for "
+                "recordings; choose a folder outside."
+            )
         found, hidden = find_files(options.audio, RECORDINGS)
         if hidden:
             logger.warning("passed over %d hidden files, as %s", len(hidden), hidden[0])
-        if options.audio.resolve() in out.resolve().parents:  # with earlier answers in it
-            found = [path for path in found if out.resolve() not in path.resolve().parents]
         if not found:
             raise UserError(
                 f"--audio: no recordings ({', '.join(sorted(RECORDINGS))}) in {options.audio}."

@@ -283,7 +283,7 @@ def test_three_hours_take_no_more_memory_than_their_first_minutes(
         (["--audio={tmp}/empty.wav"], "is empty"),
         (["--audio={tmp}/none.wav"], "there is no file"),
         (["--audio={tmp}/folder"], "no recordings"),
-        (["--audio={tmp}", "--out={tmp}/ok.wav"], "cannot be made (File exists)"),
+        (["--audio={tmp}", "--out=/dev/null"], "cannot be made (File exists)"),
         (["--audio={tmp}/ok.wav", "--out={tmp}/d.wav"], "d.wav, where an answer would go, is a fo"),
         (["--audio={tmp}/ok.wav", "--out={tmp}/e.wav"], "e.json, where an answer would go, is a f"),
         (["--input_dir={tmp}/none"], "no folder"),

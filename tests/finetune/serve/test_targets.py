@@ -83,9 +83,9 @@ def test_recordings_of_a_folder_are_found_at_any_depth(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     audio = tmp_path / "in"
-    for name in ("a.wav", "deep/er/a.wav", "deep/b.FLAC", "._a.wav", "answers/old.wav"):
+    for name in ("a.wav", "deep/er/a.wav", "deep/b.FLAC", "._a.wav"):
         record(audio / name, 100)
-    out = audio / "answers"
+    out = tmp_path / "answers"
     jobs = list_jobs(GenerateOptions(checkpoint=tmp_path, audio=audio, out=out))
     assert jobs == [
         Job(audio / "a.wav", out / "a.wav"),
@@ -96,3 +96,18 @@ def test_recordings_of_a_folder_are_found_at_any_depth(
     assert "passed over 1 hidden files" in caplog.text
     above = list_jobs(GenerateOptions(checkpoint=tmp_path, audio=audio / "deep", out=tmp_path))
     assert [job.target for job in above] == [tmp_path / "b.wav", tmp_path / "er/a.wav"]
+
+
+def test_no_answer_is_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers among the recordings would be recordings of the next call."""
+    record(tmp_path / "in/a.wav", 100)
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+    monkeypatch.chdir(tmp_path / "in")
+    for audio, out, named in (
+        (tmp_path / "in", tmp_path / "in/one", f"{tmp_path}/in/one"),
+        (tmp_path / "in", tmp_path / "link/deep/er", f"{tmp_path}/link/deep/er"),
+        (Path("."), None, "output"),  # where answers go if nothing is said
+    ):
+        with pytest.raises(UserError, match=f"--out: {named} lies in --audio: .* outside"):
+            list_jobs(GenerateOptions(checkpoint=tmp_path, audio=audio, out=out))
+    assert [path.name for path in (tmp_path / "in").iterdir()] == ["a.wav"]
