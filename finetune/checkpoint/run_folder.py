@@ -19,6 +19,7 @@ from finetune.checkpoint.run_record import NAME as RECORD_NAME
 from finetune.checkpoint.run_record import Found, RunRecord
 from finetune.config import (
     TrainArgs,
+    changed_keys,
     changed_meaning,
     flatten,
     list_problems,
@@ -29,7 +30,7 @@ from finetune.config import (
 )
 from finetune.distributed import World
 from finetune.errors import UserError
-from finetune.kept import CHECKPOINT_NAME
+from finetune.kept import CHECKPOINT_NAME, step_of
 from finetune.monitoring import KINDS, metrics_path
 from finetune.plan import SUMMARY
 
@@ -297,6 +298,17 @@ def _is_in_the_way(name: str) -> bool:
             not rest or CHECKPOINT_NAME.fullmatch(rest[0].removesuffix(".incomplete")) is not None
         )
     return first in _OWN_FILES or name in ("tb", "profile", "wandb")
+
+
+def cautions_of_resuming(args: TrainArgs, checkpoint: Path) -> Iterator[str]:
+    """Yield what is not as it was when a checkpoint was made, and that nothing is left to do."""
+    for key, (old, new) in changed_keys(checkpoint / "args.yaml", args).items():
+        yield f"{key} was {old} when the checkpoint was made, and is {new} now"
+    if step_of(checkpoint) >= args.max_steps:
+        yield (
+            f"all {args.max_steps} steps are done: nothing is left to train. Raise max_steps to go "
+            "on."
+        )
 
 
 def require_same_parameters(args: TrainArgs, checkpoint: Path) -> None:
