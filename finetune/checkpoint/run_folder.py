@@ -312,7 +312,8 @@ def cautions_of_resuming(args: TrainArgs, checkpoint: Path) -> Iterator[str]:
 
 
 def require_same_parameters(args: TrainArgs, checkpoint: Path) -> None:
-    """Check that a run trains the parameters that a checkpoint holds, and means by them the same.
+    """Check that a run trains the parameters that a checkpoint holds, means by them the same, and
+    keeps their moments alike.
 
     Raises:
         UserError: naming the keys by which it does not.
@@ -334,7 +335,7 @@ def _resuming_problems(earlier: TrainArgs, now: TrainArgs) -> Iterator[str]:
 def _changed_parameters(earlier: TrainArgs, now: TrainArgs) -> Iterator[tuple[str, str, str]]:
     """Yield keys with their earlier value and their present one."""
     before, after = (flatten(public_dict(each)) for each in (earlier, now))
-    keys = ["full_finetuning", "lora.enable", "ttt.enabled"]
+    keys = ["full_finetuning", "lora.enable", "ttt.enabled", "optim.state"]
     if earlier.lora.enable and now.lora.enable:
         keys += ["lora.rank", "lora.ft_embed"]
     yield from ((key, before[key], after[key]) for key in keys if before[key] != after[key])
