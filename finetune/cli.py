@@ -143,7 +143,9 @@ def data_encode(options: EncodeOptions, overrides: dict[str, Any]) -> None:
     It may be stopped at any time and started again. On several GPUs:
     torchrun --nproc-per-node 8 --no-python moshi-ttt data encode --config X.yaml
     """
-    args = load_config(options.config, overrides, inputs_exist=True)
+    # Of the language model nothing but its shape is needed: an earlier stage may still train.
+    weights = {"moshi_paths.init_from", "moshi_paths.moshi_path"}
+    args = load_config(options.config, overrides, inputs_exist=True, unread=weights)
     from finetune.encode import encode_data
 
     encode_data(args)

@@ -29,8 +29,8 @@ def encode_data(args: TrainArgs) -> None:
     world = join_world(args.device, host_timeout=_WAIT_FOR_OTHERS)
     setup_logging(world.rank)
     try:
-        info = find_checkpoint(args.moshi_paths)
         # Of the language model nothing but its shape is needed.
+        info = find_checkpoint(args.moshi_paths, with_weights=False)
         codec = build_codec(
             info, plan_model(args, info), world.device, word_start=args.data.word_start
         )

@@ -12,6 +12,7 @@ import torch
 from finetune.checkpoint import (
     CheckpointWriter,
     RunFolder,
+    cautions_of_resuming,
     eval_loss_of,
     fill_shards,
     first_whole,
@@ -22,7 +23,7 @@ from finetune.checkpoint import (
     snapshot_bytes,
     step_of,
 )
-from finetune.config import TrainArgs, changed_keys, public_dict
+from finetune.config import TrainArgs, public_dict
 from finetune.data import Batch, build_loaders
 from finetune.distributed import (
     Watch,
@@ -357,13 +358,9 @@ class Trainer:
         assert self.step == step_of(checkpoint)
         self.writer.last_step = self.step
         logger.info("resuming %s after step %d", checkpoint, self.step)
-        for key, (old, new) in changed_keys(checkpoint / "args.yaml", self.args).items():
-            logger.warning("%s was %s when the checkpoint was made, and is %s now", key, old, new)
-        if self.is_complete:
-            logger.warning(
-                "all %d steps are done: nothing is left to train. Raise max_steps to go on.",
-                self.args.max_steps,
-            )
+        if self.world.is_main:
+            for caution in cautions_of_resuming(self.args, checkpoint):
+                logger.warning(caution)
 
     @property
     def is_complete(self) -> bool:

@@ -115,7 +115,9 @@ def check_command(words: list[str]) -> None:
     name = " ".join(words[:2]) if words[0] in GROUPS else words[0]
     assert name in COMMANDS, f"there is no command {name!r}"
     command = vars(COMMANDS[name])
-    places, given = given_by(words[len(name.split()) :])
+    # In its place any word may stand that is meant to be replaced, but for this one of two.
+    shown = ["bash" if word == "SHELL" else word for word in words[len(name.split()) :]]
+    places, given = given_by(shown)
     takes_keys = command["with_overrides"]
     try:
         _, keys = read_options(command["options"], places, given, with_overrides=takes_keys)

@@ -12,6 +12,7 @@ from finetune.checkpoint.run_dir import (
 )
 from finetune.checkpoint.run_folder import (
     RunFolder,
+    cautions_of_resuming,
     holds_something,
     require_same_parameters,
 )
@@ -22,6 +23,7 @@ from finetune.kept import step_of
 __all__ = [
     "CheckpointWriter",
     "RunFolder",
+    "cautions_of_resuming",
     "eval_loss_of",
     "fill_shards",
     "first_whole",

@@ -19,6 +19,7 @@ from finetune.checkpoint.run_record import NAME as RECORD_NAME
 from finetune.checkpoint.run_record import Found, RunRecord
 from finetune.config import (
     TrainArgs,
+    changed_keys,
     changed_meaning,
     flatten,
     list_problems,
@@ -29,7 +30,7 @@ from finetune.config import (
 )
 from finetune.distributed import World
 from finetune.errors import UserError
-from finetune.kept import CHECKPOINT_NAME
+from finetune.kept import CHECKPOINT_NAME, step_of
 from finetune.monitoring import KINDS, metrics_path
 from finetune.plan import SUMMARY
 
@@ -299,8 +300,20 @@ def _is_in_the_way(name: str) -> bool:
     return first in _OWN_FILES or name in ("tb", "profile", "wandb")
 
 
+def cautions_of_resuming(args: TrainArgs, checkpoint: Path) -> Iterator[str]:
+    """Yield what is not as it was when a checkpoint was made, and that nothing is left to do."""
+    for key, (old, new) in changed_keys(checkpoint / "args.yaml", args).items():
+        yield f"{key} was {old} when the checkpoint was made, and is {new} now"
+    if step_of(checkpoint) >= args.max_steps:
+        yield (
+            f"all {args.max_steps} steps are done: nothing is left to train. Raise max_steps to go "
+            "on."
+        )
+
+
 def require_same_parameters(args: TrainArgs, checkpoint: Path) -> None:
-    """Check that a run trains the parameters that a checkpoint holds, and means by them the same.
+    """Check that a run trains the parameters that a checkpoint holds, means by them the same, and
+    keeps their moments alike.
 
     Raises:
         UserError: naming the keys by which it does not.
@@ -322,7 +335,7 @@ def _resuming_problems(earlier: TrainArgs, now: TrainArgs) -> Iterator[str]:
 def _changed_parameters(earlier: TrainArgs, now: TrainArgs) -> Iterator[tuple[str, str, str]]:
     """Yield keys with their earlier value and their present one."""
     before, after = (flatten(public_dict(each)) for each in (earlier, now))
-    keys = ["full_finetuning", "lora.enable", "ttt.enabled"]
+    keys = ["full_finetuning", "lora.enable", "ttt.enabled", "optim.state"]
     if earlier.lora.enable and now.lora.enable:
         keys += ["lora.rank", "lora.ft_embed"]
     yield from ((key, before[key], after[key]) for key in keys if before[key] != after[key])

@@ -11,6 +11,7 @@ from pydantic import TypeAdapter
 
 from finetune.config.args import TrainArgs
 from finetune.config.fields import Field, all_fields, complete, field_docs, fields_of
+from finetune.config.options import is_positional
 from finetune.config.values import members
 
 COMMAND = "make docs"
@@ -117,8 +118,10 @@ then run `{COMMAND}` -->
 # Commands
 
 `moshi-ttt COMMAND --OPTION=VALUE ...`; `train.py` is `moshi-ttt train`. Options are read as a
-configuration's keys are, and every mistake in them is named before anything is loaded. Where
-"KEY" is written, all keys of [configuration.md](configuration.md) are options too, by their dotted
+configuration's keys are, and every mistake in them is named before anything is loaded. A word in
+capitals behind the command stands for a value that needs no name, and in brackets it may be left
+out: `moshi-ttt train run.yaml` is `moshi-ttt train --config=run.yaml`. Where "--KEY=VALUE" is
+written, all keys of [configuration.md](configuration.md) are options too, by their dotted
 names.
 """
 
@@ -130,7 +133,7 @@ def commands_page(commands: Mapping[str, Callable[..., Any]]) -> str:
         lines += [f"## {name}", "", _text(command), "", *_usage(name, command), ""]
         lines += ["| option | type | default | meaning |", "| --- | --- | --- | --- |"]
         lines += [
-            f"| `--{field.key}` | {type_name(field.kind)} | {default_text(field)} | {field.doc} |"
+            f"| {_names(field)} | {type_name(field.kind)} | {default_text(field)} | {field.doc} |"
             for field in _options(command)
         ]
         lines.append("")
@@ -141,7 +144,7 @@ def help_page(name: str, command: Callable[..., Any]) -> str:
     """Return what `moshi-ttt NAME --help` shows."""
     lines = [*_usage(name, command), "", _text(command), ""]
     for field in _options(command):
-        lines.append(f"  --{field.key}   ({default_text(field).strip('`')})")
+        lines.append(f"  {_names(field).replace('`', '')}   ({default_text(field).strip('`')})")
         lines += textwrap.wrap(
             f"{field.doc} [{type_name(field.kind)}]",
             96,
@@ -159,11 +162,23 @@ def _options(command: Any) -> list[Field]:
     return [field for field in all_fields(complete(command.options)) if not field.section]
 
 
+def _names(field: Field) -> str:
+    """Return how an option is given: by its name, or also by its place."""
+    place = f"`{field.key.upper()}`, " if is_positional(field) else ""
+    return f"{place}`--{field.key}`"
+
+
 def _usage(name: str, command: Any) -> list[str]:
-    required = "".join(f" --{f.key}=..." for f in _options(command) if f.is_required)
+    needed = ""
+    for field in _options(command):
+        if is_positional(field):
+            place = field.key.upper()
+            needed += f" {place}" if field.is_required else f" [{place}]"
+        elif field.is_required:
+            needed += f" --{field.key}=..."
     keys = " [--KEY=VALUE ...]" if command.with_overrides else ""
     program = name if name.endswith(".py") else f"moshi-ttt {name}"
-    return [f"    {program}{required} [--OPTION=VALUE ...]{keys}"]
+    return [f"    {program}{needed} [--OPTION=VALUE ...]{keys}"]
 
 
 def pages(commands: Mapping[str, Callable[..., Any]]) -> dict[str, str]:

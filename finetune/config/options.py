@@ -11,7 +11,7 @@ from finetune.config.args import TrainArgs
 from finetune.config.fields import Field, all_fields, complete, fill, marks_of
 from finetune.config.marks import Positional
 from finetune.config.must_exist import what_is_missing
-from finetune.config.values import parse
+from finetune.config.values import members, parse
 from finetune.errors import UserError
 from finetune.safety import learn_from, redact
 from ttt.options import abbreviated
@@ -43,6 +43,11 @@ def read_options(
         hint = f"Did you mean --{word}?" if "=" in word else "Options are given as --NAME=VALUE."
         raise UserError(f"unexpected argument: {abbreviated(redact(word))}. {hint}")
     missing = [key for key, field in fields.items() if field.is_required and not own.get(key)]
+    # `--table run.yaml`: the switch took the word behind it, of which it can make nothing.
+    took = [name for name in given if _took_a_word(name, given[name], fields, with_overrides)]
+    if missing and missing == places[len(words) :] and len(took) == 1:
+        own[missing.pop()] = given[took[0]]
+        (own if took[0] in own else others)[took[0]] = "true"
     for name in others:
         # Among the keys of a configuration, one may be what is missing.
         known = missing if with_overrides and missing else list(fields)
@@ -58,6 +63,18 @@ def read_options(
     return options, others
 
 
+def _took_a_word(name: str, value: Any, fields: Mapping[str, Field], with_overrides: bool) -> bool:
+    """Return whether an option is a switch, and has a text that is no value of it."""
+    known = {**_configuration_fields(), **fields} if with_overrides else fields
+    if name not in known or bool not in members(known[name].kind):
+        return False
+    try:
+        parse(_text(value), known[name].kind)
+    except ValueError:
+        return True
+    return False
+
+
 def _meant(name: str, known: Sequence[str]) -> str | None:
     """Return the option that was probably meant; of another section, none is."""
     section, dot, _ = name.partition(".")
@@ -71,9 +88,15 @@ def _meant(name: str, known: Sequence[str]) -> str | None:
 
 
 @cache
+def _configuration_fields() -> Mapping[str, Field]:
+    return {field.key: field for field in all_fields(TrainArgs)}
+
+
+@cache
 def _configuration_keys() -> frozenset[str]:
     """Return all keys of a configuration, also without their sections: so they are known again."""
-    return frozenset(name for field in all_fields(TrainArgs) for name in (field.key, field.name))
+    fields = _configuration_fields().values()
+    return frozenset(name for field in fields for name in (field.key, field.name))
 
 
 def require_there(options: Any) -> None:

@@ -29,6 +29,7 @@ def load_config(
     overrides: Mapping[str, object] | None = None,
     *,
     inputs_exist: bool = False,
+    unread: Collection[str] = (),
 ) -> TrainArgs:
     """Read a run's configuration.
 
@@ -36,6 +37,7 @@ def load_config(
         path: a YAML file.
         overrides: values by dotted key (`{"optim.lr": "1e-4"}`) that replace the file's.
         inputs_exist: the data and model files that it names must be there already.
+        unread: keys of such files that are not read, and may not be there yet.
 
     Raises:
         UserError: naming every unknown key, wrong type, bad value and contradiction, and everything
@@ -45,9 +47,11 @@ def load_config(
     if inputs_exist:
         # Of a key that has a problem already, there is a default here.
         known = {key for keys, _ in checked.problems for key in keys.split(", ")}
-        unread = set() if checked.args.do_eval else {"data.eval_data"}
+        passed_over = known.union(unread)
+        if not checked.args.do_eval:
+            passed_over.add("data.eval_data")
         for key, text in what_is_missing(checked.args):
-            if key not in known | unread:
+            if key not in passed_over:
                 checked.problems.append((key, text.removeprefix(f"{key}: ")))
     return _whole(path, checked, overrides)
 

@@ -153,7 +153,7 @@ def refuse_to_replace(
     """Check that files may be written.
 
     Args:
-        alternative: the option by which they would be written elsewhere.
+        alternative: what can be given instead, first the option that writes them elsewhere.
 
     Raises:
         UserError: one is there, and must not be replaced.

@@ -39,16 +39,21 @@ logger = logging.getLogger(__name__)
 _NOT_SHAPE = ("lora", "lora_rank", "lora_scaling", "depformer_causal")
 
 
-def find_checkpoint(paths: ModelPaths) -> loaders.CheckpointInfo:
+def find_checkpoint(paths: ModelPaths, *, with_weights: bool = True) -> loaders.CheckpointInfo:
     """Return where everything is that a run starts from: on the hub, in a local folder, or file by
     file.
+
+    Args:
+        with_weights: the language model's weights are needed as well, if the run starts from them;
+            else they are neither looked for nor downloaded.
 
     Raises:
         UserError: naming what is missing.
     """
     repo = paths.hf_repo_id
+    with_weights = with_weights and not paths.random_init and not paths.init_from
     if repo is not None and not Path(repo).is_dir():
-        return _from_hub(repo, paths)
+        return _from_hub(repo, paths, with_weights)
     folder = None if repo is None else Path(repo)
 
     config_path = (
@@ -86,9 +91,7 @@ def find_checkpoint(paths: ModelPaths) -> loaders.CheckpointInfo:
     moshi_name = names.pop("moshi_name", loaders.MOSHI_NAME)
     return loaders.CheckpointInfo(
         moshi_weights=(
-            Path(moshi_name)
-            if paths.random_init or paths.init_from
-            else locate("moshi_path", paths.moshi_path, moshi_name)
+            locate("moshi_path", paths.moshi_path, moshi_name) if with_weights else Path(moshi_name)
         ),
         mimi_weights=locate(
             "mimi_path", paths.mimi_path, names.pop("mimi_name", loaders.MIMI_NAME)
@@ -112,7 +115,7 @@ def find_checkpoint(paths: ModelPaths) -> loaders.CheckpointInfo:
     )
 
 
-def _from_hub(repo: str, paths: ModelPaths) -> loaders.CheckpointInfo:
+def _from_hub(repo: str, paths: ModelPaths, with_weights: bool) -> loaders.CheckpointInfo:
     if not is_reachable():
         constants.HF_HUB_OFFLINE = True  # what is in the cache still serves
     try:
@@ -122,9 +125,7 @@ def _from_hub(repo: str, paths: ModelPaths) -> loaders.CheckpointInfo:
             info = loaders.CheckpointInfo.from_hf_repo(
                 repo,
                 # Where they are not needed, the weights are not downloaded.
-                moshi_weights=(
-                    Path("none") if paths.random_init or paths.init_from else paths.moshi_path
-                ),
+                moshi_weights=paths.moshi_path if with_weights else Path("none"),
                 mimi_weights=paths.mimi_path,
                 tokenizer=paths.tokenizer_path,
                 config_path=paths.config_path,

@@ -30,7 +30,7 @@ def describe_run(
     """A few lines: data, parameters, TTT against attention, memory, and where it writes; and which
     keys of a moshi-finetune file mean something else here.
 
-    Logs a warning where TTT can have nothing to do.
+    The main process logs a warning where TTT can have nothing to do, or takes long.
     """
     num_frames = count_frames(args.duration_sec)
     global_batch = args.batch_size * args.num_microbatches * world.data_size
@@ -53,12 +53,13 @@ def describe_run(
             f"{args.param_dtype} again (save_adapters: false)"
         )
     yield describe_ttt(args, model, train_data.segment_frames)
-    for caution in cautions_of_ttt(
-        args, model, train_data.segment_frames, train_data.segment_shares
-    ):
-        logger.warning(caution)
+    if world.is_main:
+        lengths = train_data.segment_frames, train_data.segment_shares
+        for caution in cautions_of_ttt(args, model, *lengths):
+            logger.warning(caution)
+        if world.device.type == "cuda":
+            warn_of_slow_layers(model)
     if world.device.type == "cuda":
-        warn_of_slow_layers(model)
         free, total = torch.cuda.mem_get_info()
         yield f"memory: {(total - free) / 1e9:.1f} of {total / 1e9:.1f} GB taken before training"
     yield f"writes to {args.run_dir}"

@@ -83,6 +83,6 @@ def local_tokenizer(paths: ModelPaths) -> Path | None:
     if paths.tokenizer_path:
         return Path(paths.tokenizer_path)
     if not paths.hf_repo_id or Path(paths.hf_repo_id).is_dir():
-        return find_checkpoint(paths).tokenizer
+        return find_checkpoint(paths, with_weights=False).tokenizer
     known = try_to_load_from_cache(paths.hf_repo_id, TEXT_TOKENIZER_NAME)
     return Path(known) if isinstance(known, str) else None

@@ -95,7 +95,7 @@ def _streams(args: TrainArgs, segment: Segment, words: list[Word]) -> Streams | 
     repo = args.moshi_paths.hf_repo_id
     if repo and not Path(repo).is_dir():
         return None
-    info = find_checkpoint(args.moshi_paths)
+    info = find_checkpoint(args.moshi_paths, with_weights=False)
     model = plan_model(args, info)
     codec = build_codec(info, model, "cpu", word_start=args.data.word_start)
     frame_samples = codec.sample_rate_hz / FRAME_RATE_HZ

@@ -46,6 +46,8 @@ def answer_recordings(options: GenerateOptions) -> Outcome:
             the outcome.
     """
     jobs = list_jobs(options)
+    if not jobs:
+        return Outcome()
     if options.session is not None and len(jobs) > 1:
         raise UserError("--session: a session is one conversation; give one recording.")
     model, codec = load_for_inference(options.checkpoint, options.device, options.base_precision)

@@ -84,6 +84,9 @@ class GenerateOptions:
     overwrite: bool = False
     """Replace answers that are there."""
 
+    missing: bool = False
+    """Keep answers that are there, and answer the other recordings alone."""
+
     stereo: bool = False
     """Write both: left Moshi, right the user."""
 
@@ -138,6 +141,8 @@ class GenerateOptions:
             self._refuse_given("input_name", "output_name", why="without --input_dir")
         if self.session is None:
             self._refuse_given("session_part", why="without --session")
+        if self.missing and self.overwrite:
+            raise UserError("--missing: it keeps the answers that --overwrite replaces; drop one.")
         if self.input_name == self.output_name:
             raise UserError(f"--output_name: {self.output_name} is the input; choose another name.")
         if not self.output_name.endswith(".wav"):
@@ -146,7 +151,7 @@ class GenerateOptions:
             return
         # It takes one recording, hears the right channel, writes both, and uses TTT throughout.
         unread = "input_dir", "session", "report", "user_channel", "stereo", "batch_size", "ttt"
-        self._refuse_given(*unread, why="with --prompt_sec")
+        self._refuse_given(*unread, "missing", why="with --prompt_sec")
 
     def _refuse_given(self, *names: str, why: str) -> None:
         """Refuse options that nothing would read.

@@ -30,6 +30,8 @@ class Job:
 def list_jobs(options: GenerateOptions) -> list[Job]:
     """Return the recordings to answer, each with a file of its own for the answer.
 
+    With `--missing` these are those that have no answer yet, and may be none.
+
     Raises:
         UserError: no recording there, or files to write that would replace a recording, its
             transcript, or one another.
@@ -44,11 +46,14 @@ def list_jobs(options: GenerateOptions) -> list[Job]:
         out = options.out or Path("output")
         if out.resolve() == options.audio.resolve():
             raise UserError(f"--out: {out} holds the recordings themselves; choose another folder.")
+        if options.audio.resolve() in out.resolve().parents:
+            raise UserError(
+                f"--out: {out} lies in --audio: the next call would take these answers for "
+                "recordings; choose a folder outside."
+            )
         found, hidden = find_files(options.audio, RECORDINGS)
         if hidden:
             logger.warning("passed over %d hidden files, as %s", len(hidden), hidden[0])
-        if options.audio.resolve() in out.resolve().parents:  # with earlier answers in it
-            found = [path for path in found if out.resolve() not in path.resolve().parents]
         if not found:
             raise UserError(
                 f"--audio: no recordings ({', '.join(sorted(RECORDINGS))}) in {options.audio}."
@@ -72,7 +77,7 @@ def list_jobs(options: GenerateOptions) -> list[Job]:
 
 
 def _checked(options: GenerateOptions, jobs: list[Job]) -> list[Job]:
-    """Return the jobs if no file to write replaces one that is read, or another, also through
+    """Return the jobs to do if no file to write replaces one that is read, or another, also through
     links, nor one of before."""
     recordings = {job.source.resolve() for job in jobs}
     # Of a link, the transcript may be beside the link or beside what it leads to.
@@ -80,11 +85,8 @@ def _checked(options: GenerateOptions, jobs: list[Job]) -> list[Job]:
         job.source.with_suffix(".json").resolve() for job in jobs
     }
     answered: dict[Path, Path] = {}
-    written = []
     for job in jobs:
-        # What is continued has no words of its own beside it.
-        for path in [job.target] if options.prompt_sec else [job.target, job.transcript]:
-            written.append(path)
+        for path in _files_of(job, options):
             place = path.resolve()
             if place in recordings:
                 raise UserError(
@@ -113,9 +115,20 @@ def _checked(options: GenerateOptions, jobs: list[Job]) -> list[Job]:
                 f"--{option}: {other} is a recording, an answer or the words of one; choose "
                 "another name."
             )
+    if options.missing:
+        # Its words are written first: where the sound is, all is.
+        to_do = [job for job in jobs if not job.target.exists()]
+        logger.info("%d of %d recordings have an answer already", len(jobs) - len(to_do), len(jobs))
+        return to_do
+    rest = ", --missing to answer the others alone" if len(jobs) > 1 else ""
     refuse_to_replace(
-        written,
+        [path for job in jobs for path in _files_of(job, options)],
         overwrite=options.overwrite,
-        alternative="--out" if options.input_dir is None else "--output_name",
+        alternative=("--out" if options.input_dir is None else "--output_name") + rest,
     )
     return jobs
+
+
+def _files_of(job: Job, options: GenerateOptions) -> list[Path]:
+    # What is continued has no words of its own beside it.
+    return [job.target] if options.prompt_sec else [job.target, job.transcript]

@@ -237,7 +237,7 @@ def test_a_group_lists_its_commands_and_encode_answers_to_its_old_name(
     shown = capsys.readouterr().out
     assert "\n  data  " in shown and "annotate" not in shown
     assert call(["encode", "--help"]) == 0
-    assert "moshi-ttt data encode --config" in capsys.readouterr().out
+    assert "moshi-ttt data encode CONFIG [" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -254,6 +254,28 @@ def test_help_is_given_when_it_is_asked_for(
     assert not left.value.code
     shown = capsys.readouterr()
     assert f"moshi-ttt {command}" in shown.out + shown.err
+
+
+@pytest.mark.parametrize(
+    ("command", "usage"),
+    [
+        ("train", "CONFIG [--OPTION=VALUE ...] [--KEY=VALUE ...]"),
+        ("config", "[KEY] [--OPTION=VALUE ...]"),
+        ("export", "CHECKPOINT --out=... [--OPTION=VALUE ...]"),
+        ("recall", "[--OPTION=VALUE ...]"),
+    ],
+)
+def test_help_and_page_show_what_is_given_without_a_name(
+    command: str, usage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call([command, "--help"]) == 0
+    shown, page = capsys.readouterr().out, (ROOT / "docs/commands.md").read_text()
+    (section,) = [each for each in page.split("\n## ") if each.startswith(f"{command}\n")]
+    place = usage.split()[0].strip("[]")
+    for text in (shown, section):
+        assert f"    moshi-ttt {command} {usage}\n" in text
+        name = f"{place}, --{place.lower()} " if place.isalpha() else "--out "
+        assert f"\n{name}" in text.replace("`", "").replace("| ", "").replace("\n  ", "\n")
 
 
 @pytest.mark.parametrize("dashes", [[], ["--"]])

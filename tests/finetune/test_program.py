@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,22 @@ def test_two_processes_are_one_with_the_double_batch(config: Path, tmp_path: Pat
         config, tmp_path / "two", {**overrides, "batch_size": 4, "max_steps": 8, "resume": True}
     )
     assert resumed.step == 8
+
+
+def test_one_process_of_several_warns_at_the_start(
+    config: Path, finished_run: Callable[..., Any], tmp_path: Path
+) -> None:
+    finished_run(tmp_path)
+    # All is done: they say what they would do, and leave.
+    others: dict[str, Any] = {"duration_sec": 0.96, "batch_size": 1, "resume": True}
+    words = [f"--config={config}", f"--run_dir={tmp_path}", *options(others)]
+    output = run_ranks(2, THEN_RUN, *words)
+    for caution in (
+        "attention sees the whole sequence",
+        "batch_size was 2 when the checkpoint was made, and is 1 now",
+        "all 4 steps are done",
+    ):
+        assert output.count(caution) == 1, caution
 
 
 @pytest.mark.slow

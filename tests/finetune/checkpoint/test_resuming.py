@@ -122,8 +122,13 @@ def test_a_run_resumed_with_fewer_steps_than_it_has_made_is_refused(
     config: Path, finished_run: Callable[..., Any], tmp_path: Path
 ) -> None:
     finished_run(tmp_path, SIX_STEPS)
-    with pytest.raises(UserError, match="max_steps"):
+    with pytest.raises(UserError) as raised:
         trainer(config, tmp_path, {**SIX_STEPS, "max_steps": 4, "resume": True})
+    made = checkpoint(tmp_path, 6)
+    assert str(raised.value) == (
+        f"{made} does not belong to this configuration: it was saved after step 6, and max_steps "
+        f"is 4. Resume with the configuration in {made / 'args.yaml'}, or start a new run_dir."
+    )
 
 
 @pytest.mark.parametrize(
@@ -133,6 +138,7 @@ def test_a_run_resumed_with_fewer_steps_than_it_has_made_is_refused(
         ({"lora.rank": 4}, ["lora.rank: was 2"]),
         ({"lora.ft_embed": True}, ["lora.ft_embed: was false"]),
         ({"ttt.enabled": False}, ["ttt.enabled: was true"]),
+        ({"optim.state": "int8"}, ["optim.state: was float32"]),
         ({"ttt.start_layer": 1}, ["ttt.start_layer: was 0"]),
         ({"ttt.conv_kernel_size": 3}, ["ttt.conv_kernel_size: was 2"]),
         ({"ttt.write": "delta"}, ["ttt.write: was sum"]),

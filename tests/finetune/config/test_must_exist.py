@@ -109,6 +109,41 @@ def test_what_is_missing_or_another_thing_is_one_message(
     assert capsys.readouterr().err == f"\nerror: {message}\n"
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["plan", "--table", "no.yaml"], "no.yaml"),
+        (["train", "--resume", "no.yaml", "--max_steps=2"], "no.yaml"),
+        (["train", "--max_steps", "2", "--data.shuffle", "no.yaml"], "no.yaml"),
+        (
+            ["generate", "--stereo", "no/c", f"--audio={__file__}"],
+            "--checkpoint: there is no folder",
+        ),
+        (["data", "check", "--fast", "no.jsonl"], "--data: no.jsonl does not exist"),
+        # Such a word is what a switch may be, or nobody knows which of the two is meant.
+        (["train", "--resume", "auto"], "--config is missing"),
+        (["generate", "--stereo", "no/c", "--overwrite", "no/d"], "--checkpoint is missing"),
+        # The file is there: the switch has no other excuse.
+        (["plan", "no.yaml", "--table", "ture"], "--table: expected true or false, got 'ture'"),
+        (["plan", "--config=no.yaml", "--table=ture"], "--table: expected true or false"),
+    ],
+)
+def test_a_switch_takes_no_file_behind_it(
+    capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    assert call(*words) == 1
+    said = capsys.readouterr().err
+    assert message in said and ("is missing" in message or "is missing" not in said)
+
+
+def test_a_switch_before_the_file_counts(capsys: pytest.CaptureFixture[str]) -> None:
+    tables = []
+    for words in (["--table", ROOT / "example/demo.yaml"], [ROOT / "example/demo.yaml", "--table"]):
+        assert call("plan", *words) == 0
+        tables.append(capsys.readouterr().out)
+    assert tables[0] == tables[1] and "141" in tables[0]
+
+
 def test_a_checkpoint_may_lie_in_the_home_directory(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from recordings_tools import call
 from test_cache import flip_a_bit
 from training_tools import logged, run_ranks, train
 
@@ -159,6 +160,22 @@ def test_encoding_ahead_with_a_config_of_another_model(config: Path, tmp_path: P
     }
     with pytest.raises(UserError, match=r"config_path: the config\.json"):
         encode_data(load_config(config, overrides))
+
+
+@pytest.mark.parametrize("key", ["init_from", "moshi_path"])
+def test_encoding_ahead_needs_no_weights_of_the_language_model(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str
+) -> None:
+    """While an earlier stage still trains, or where the large file is on another machine."""
+    files = shutil.ignore_patterns("model.safetensors")
+    model = shutil.copytree(config.parent / "model", tmp_path / "model", ignore=files)
+    weights = f"--moshi_paths.{key}={tmp_path}/runs/one/checkpoints/checkpoint_000100"
+    repo = f"--moshi_paths.hf_repo_id={model}"
+    words = [config, repo, weights, f"--data.cache_dir={tmp_path / 'cache'}"]
+    assert call("data", "encode", *words) == 0
+    assert "encoded 7 segments" in capsys.readouterr().out
+    assert call("train", *words) == 1  # which reads them
+    assert f"moshi_paths.{key}: " in capsys.readouterr().err
 
 
 def test_a_run_opens_the_folder_once(

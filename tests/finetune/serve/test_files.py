@@ -283,7 +283,7 @@ def test_three_hours_take_no_more_memory_than_their_first_minutes(
         (["--audio={tmp}/empty.wav"], "is empty"),
         (["--audio={tmp}/none.wav"], "there is no file"),
         (["--audio={tmp}/folder"], "no recordings"),
-        (["--audio={tmp}", "--out={tmp}/ok.wav"], "cannot be made (File exists)"),
+        (["--audio={tmp}", "--out=/dev/null"], "cannot be made (File exists)"),
         (["--audio={tmp}/ok.wav", "--out={tmp}/d.wav"], "d.wav, where an answer would go, is a fo"),
         (["--audio={tmp}/ok.wav", "--out={tmp}/e.wav"], "e.json, where an answer would go, is a f"),
         (["--input_dir={tmp}/none"], "no folder"),
@@ -302,6 +302,8 @@ def test_three_hours_take_no_more_memory_than_their_first_minutes(
             (["--audio={tmp}/ok.wav", "--prompt_sec=1", option], "means nothing with --prompt_sec")
             for option in ("--session=x", "--stereo", "--user_channel=left", "--batch_size=2")
         ],
+        (["--audio={tmp}/ok.wav", "--missing", "--prompt_sec=1"], "means nothing with --prompt"),
+        (["--audio={tmp}/ok.wav", "--missing", "--overwrite"], "the answers that --overwrite repl"),
         (["--audio={tmp}/ok.wav", "--session_part=memory"], "means nothing without --session"),
         (["--audio={tmp}/ok.wav", "--input_name=a.wav"], "means nothing without --input_dir"),
     ],

@@ -50,8 +50,14 @@ def test_one_answer_without_room_keeps_its_words_and_stops_no_other(
     ]  # fmt: skip
     kept = {path.name: path.read_bytes() for path in out.iterdir()}
     assert "alignments" in json.loads(kept["b_long.json"])
-    # With room, the words are the same, and the sound is whole.
-    assert answer(trained, tmp_path / "in", out, *words, "--overwrite") == 0
+    # With room, the words are the same, and the sound is whole; of the others nothing is done.
+    written_at = (out / "a_short.wav").stat().st_mtime_ns
+    for num_answered in (2, 3):
+        assert answer(trained, tmp_path / "in", out, *words, "--missing") == 0
+        said = capsys.readouterr().out
+        assert f"{num_answered} of 3 recordings have an answer already" in said
+        assert ("wrote" in said) == (num_answered == 2)
+    assert (out / "a_short.wav").stat().st_mtime_ns == written_at
     assert kept.items() <= {path.name: path.read_bytes() for path in out.iterdir()}.items()
     assert soundfile.info(out / "b_long.wav").frames == 60 * 1920
 

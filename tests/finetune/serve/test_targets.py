@@ -1,5 +1,6 @@
 """Where `moshi-ttt generate` writes: over nothing that it reads."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +67,11 @@ def test_answers_that_are_there_are_replaced_only_when_asked(tmp_path: Path) -> 
         (tmp_path / name).touch()
     one, several = {"audio": tmp_path / "a.wav"}, {"audio": tmp_path / "in"}
     asks = r"is there already\. Give another --out, or --overwrite"
+    or_rest = asks.replace(", or", ", --missing to answer the others alone, or")
     for how, named in (
         ({**one, "out": tmp_path / "x.wav"}, rf"{tmp_path}/x\.wav {asks}"),
         ({**one, "out": tmp_path / "y.wav"}, rf"{tmp_path}/y\.json {asks}"),
-        ({**several, "out": tmp_path / "out"}, rf"out/b\.wav \(and 1 more\) {asks}"),
+        ({**several, "out": tmp_path / "out"}, rf"out/b\.wav \(and 1 more\) {or_rest}"),
         ({"input_dir": tmp_path / "tree"}, r"output\.wav is there .* another --output_name, or"),
     ):
         with pytest.raises(UserError, match=named):
@@ -83,9 +85,9 @@ def test_recordings_of_a_folder_are_found_at_any_depth(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     audio = tmp_path / "in"
-    for name in ("a.wav", "deep/er/a.wav", "deep/b.FLAC", "._a.wav", "answers/old.wav"):
+    for name in ("a.wav", "deep/er/a.wav", "deep/b.FLAC", "._a.wav"):
         record(audio / name, 100)
-    out = audio / "answers"
+    out = tmp_path / "answers"
     jobs = list_jobs(GenerateOptions(checkpoint=tmp_path, audio=audio, out=out))
     assert jobs == [
         Job(audio / "a.wav", out / "a.wav"),
@@ -96,3 +98,38 @@ def test_recordings_of_a_folder_are_found_at_any_depth(
     assert "passed over 1 hidden files" in caplog.text
     above = list_jobs(GenerateOptions(checkpoint=tmp_path, audio=audio / "deep", out=tmp_path))
     assert [job.target for job in above] == [tmp_path / "b.wav", tmp_path / "er/a.wav"]
+
+
+def test_no_answer_is_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers among the recordings would be recordings of the next call."""
+    record(tmp_path / "in/a.wav", 100)
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+    monkeypatch.chdir(tmp_path / "in")
+    for audio, out, named in (
+        (tmp_path / "in", tmp_path / "in/one", f"{tmp_path}/in/one"),
+        (tmp_path / "in", tmp_path / "link/deep/er", f"{tmp_path}/link/deep/er"),
+        (Path("."), None, "output"),  # where answers go if nothing is said
+    ):
+        with pytest.raises(UserError, match=f"--out: {named} lies in --audio: .* outside"):
+            list_jobs(GenerateOptions(checkpoint=tmp_path, audio=audio, out=out))
+    assert [path.name for path in (tmp_path / "in").iterdir()] == ["a.wav"]
+
+
+def test_what_is_missing_is_answered_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("in/a.wav", "in/deep/b.wav", "in/c.wav", "tree/x/input.wav", "tree/y/input.wav"):
+        record(tmp_path / name, 100)
+    (tmp_path / "out").mkdir()
+    # Of one whose sound found no room, there are the words.
+    for name in ("out/a.wav", "out/a.json", "out/c.json", "tree/y/output.wav"):
+        (tmp_path / name).touch()
+    folder = GenerateOptions(checkpoint=tmp_path, audio=tmp_path / "in", out=tmp_path / "out")
+    with pytest.raises(UserError, match="--missing to answer the others alone"):
+        list_jobs(folder)
+    caplog.set_level("INFO")
+    wanted = [tmp_path / "out/c.wav", tmp_path / "out/deep/b.wav"]
+    assert [job.target for job in list_jobs(replace(folder, missing=True))] == wanted
+    assert "1 of 3 recordings have an answer already" in caplog.text
+    tree = GenerateOptions(checkpoint=tmp_path, input_dir=tmp_path / "tree", missing=True)
+    assert [job.target for job in list_jobs(tree)] == [tmp_path / "tree/x/output.wav"]

@@ -81,9 +81,19 @@ def test_a_run_goes_on_to_the_bit(
     train(config, tmp_path / "float32", {**how, "optim.state": "float32"})
     assert logged(tmp_path / "whole")[-1] != logged(tmp_path / "float32")[-1]
     assert logged(tmp_path / "whole") == pytest.approx(logged(tmp_path / "float32"), abs=0.1)
-    with pytest.raises(UserError, match=f"it keeps moments in {kind}, and optim.state is float32"):
+    with pytest.raises(UserError, match=f"optim.state: was {kind} when the checkpoint was made"):
         trainer(config, tmp_path / "whole", {**how, "optim.state": "float32", "resume": True})
     assert checkpoint(tmp_path / "whole", 4).is_dir()
+
+
+def test_moments_of_another_kind_are_not_taken() -> None:
+    weight = torch.nn.Parameter(torch.ones(LEAST))
+    kept, other = (
+        Optimizer({"base": {"weight": weight}}, OptimArgs(state=kind), max_steps=5)
+        for kind in ("bfloat16", "float32")
+    )
+    with pytest.raises(ValueError, match="it keeps moments in bfloat16"):
+        other.restore(kept.summary(), fill=lambda tensors: pytest.fail("filled"))
 
 
 def test_moments_in_8_bits_are_not_sharded(config: Path) -> None:
