@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from finetune.checkpoint import holds_something, list_checkpoints
-from finetune.config import HARMLESS, TrainArgs, changed_keys, keys_that
+from finetune.config import TrainArgs, changed_keys, keys_that
 from finetune.errors import UserError
 from finetune.kept import Kept
 from finetune.plan import SUMMARY
 from finetune.sweep.plan import PlannedRun, Sweep
+from ttt.options import HARMLESS
 
 Status = Literal["new", "running", "finished", "failed", "stopped", "skipped"]
 
@@ -72,18 +73,27 @@ def changes_since(sweep: Sweep, run: PlannedRun) -> list[str]:
     config = run.run_dir / "args.yaml"
     if not config.is_file():
         return []
-    harmless = keys_that(TrainArgs, HARMLESS)
-    found = [
-        f"{key} was {old} and is {new} now"
-        for key, (old, new) in changed_keys(config, run.args).items()
-        if key not in harmless
-    ]
+    found = _changed(run, harmless=False)
     processes = _processes(run)
     if processes not in (None, sweep.processes):
         found.append(f"processes was {processes} and is {sweep.processes} now")
     if run.after and _started_from(run, record) != read_record(sweep.runs[run.after]).ended_at:
         found.append(f"{run.after}, which it starts from, was run again")
     return found
+
+
+def harmless_changes(run: PlannedRun) -> list[str]:
+    """What is not as it was when the run in the folder began, and changes no result of it."""
+    return _changed(run, harmless=True)
+
+
+def _changed(run: PlannedRun, *, harmless: bool) -> list[str]:
+    keys = keys_that(TrainArgs, HARMLESS)
+    return [
+        f"{key} was {old} and is {new} now"
+        for key, (old, new) in changed_keys(run.run_dir / "args.yaml", run.args).items()
+        if (key in keys) == harmless
+    ]
 
 
 def _processes(run: PlannedRun) -> int | None:

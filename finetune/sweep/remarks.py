@@ -4,10 +4,11 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from finetune.config import HARMLESS, TrainArgs, flatten, keys_that, public_dict
+from finetune.config import TrainArgs, flatten, keys_that, public_dict
 from finetune.sweep.content import OWN_KEYS
 from finetune.sweep.plan import PlannedRun, Sweep, by_text
 from finetune.sweep.table import Row
+from ttt.options import HARMLESS
 
 ONE_SEED = (
     "One seed says nothing about small differences: repeat these runs with another --seed, in "

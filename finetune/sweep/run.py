@@ -27,6 +27,7 @@ from finetune.sweep.record import (
     Record,
     Status,
     changes_since,
+    harmless_changes,
     is_to_replace,
     read_record,
     replacing,
@@ -98,7 +99,9 @@ def _run_one(
     record = read_record(run)
     changes = changes_since(sweep, run)
     if record.status == "finished" and not changes:
-        _say(f"{label}: finished before")
+        kept = harmless_changes(run)
+        taken = f", and taken as it is: {'; '.join(kept)}" if kept else ""
+        _say(f"{label}: finished before{taken}")
         return record
     if run.after and (earlier := read_record(sweep.runs[run.after])).status != "finished":
         record.status, record.total_sec = "skipped", 0.0
