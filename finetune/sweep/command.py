@@ -7,10 +7,9 @@ from finetune.monitoring import console
 from finetune.safety import is_secret
 from finetune.sweep.options import SweepOptions
 from finetune.sweep.plan import Sweep, load_sweep, option
-from finetune.sweep.record import require_nothing_lost
 from finetune.sweep.remarks import cautions, seed_remarks
 from finetune.sweep.report import plot_sweep, write_page
-from finetune.sweep.run import run_sweep
+from finetune.sweep.run import require_runnable, run_sweep
 from finetune.sweep.slurm import write_array
 from finetune.sweep.table import collect, only_in_file, print_table, write_tables
 from ttt.options import abbreviated
@@ -47,9 +46,8 @@ def run_command(options: SweepOptions, overrides: Mapping[str, object]) -> int:
         arguments += [
             f"--{name}" for name in ("force", "overwrite_run_dir") if getattr(options, name)
         ]
-        if not options.overwrite_run_dir:
-            require_nothing_lost(sweep, sweep.runs.values())
-        console.print(f"wrote {write_array(sweep, arguments)}; submit it with sbatch")
+        require_runnable(sweep, only, overwrite=options.overwrite_run_dir)
+        console.print(f"wrote {write_array(sweep, only, arguments)}; submit it with sbatch")
         return 0
     status = 0
     if not options.table:

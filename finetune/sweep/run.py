@@ -60,12 +60,7 @@ def run_sweep(
         UserError: what a run starts from is missing, a run would be replaced unasked, another
             process is at work here, or the folder cannot be written.
     """
-    chosen = [run for name, run in sweep.runs.items() if name in only]
-    for run in chosen:
-        if run.after and run.after not in only and _done(sweep, run.after) != "finished":
-            raise UserError(f"{run.name} starts from {run.after}, which is not finished: run that.")
-    if not overwrite:
-        require_nothing_lost(sweep, chosen)
+    chosen = require_runnable(sweep, only, overwrite=overwrite)
     try:
         sweep.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -80,6 +75,24 @@ def run_sweep(
                 _say("stopped; the same command goes on from here")
                 return 128 + (children.signal_number or signal.SIGTERM)
     return int(failed)
+
+
+def require_runnable(sweep: Sweep, only: Collection[str], *, overwrite: bool) -> list[PlannedRun]:
+    """Return the runs of `only`, in order.
+
+    Args:
+        overwrite: runs of other settings are replaced.
+
+    Raises:
+        UserError: what a run starts from is missing, or a run would be replaced unasked.
+    """
+    chosen = [run for name, run in sweep.runs.items() if name in only]
+    for run in chosen:
+        if run.after and run.after not in only and _done(sweep, run.after) != "finished":
+            raise UserError(f"{run.name} starts from {run.after}, which is not finished: run that.")
+    if not overwrite:
+        require_nothing_lost(sweep, chosen)
+    return chosen
 
 
 def _done(sweep: Sweep, name: str) -> Status:

@@ -303,3 +303,23 @@ def test_an_array_has_a_task_for_each_chain(
 
     command = sweep_run._command(load_sweep(path), load_sweep(path).runs["c"], {"resume": "auto"})
     assert "--nproc-per-node=2" in command and command[-1] == "--resume=auto"
+
+
+def test_an_array_of_some_runs_leaves_the_others_alone(
+    write: Callable[..., Any],
+    commands: list[Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert sweep(write({"a": None})) == 0 and len(commands) == 1
+    runs = {"a": {"seed": 1}, "b": {"after": "a"}, "c": None, "d": {"after": "c"}, "e": None}
+    path, script = write(runs), tmp_path / "sweep/sweep.sbatch"
+    assert sweep(path, "--slurm") == 1 and not script.exists()
+    # As the refusal advises.
+    assert sweep(path, "--slurm", "--only=e,d,c") == 0
+    assert "(\n  c,d\n  e\n)\n" in script.read_text()
+    assert "#SBATCH --array=0-1\n" in script.read_text()
+    assert "# 3 runs in 2 tasks" in script.read_text()
+    capsys.readouterr()
+    assert sweep(path, "--slurm", "--only=d") == 1
+    assert "d starts from c, which is not finished" in capsys.readouterr().err
