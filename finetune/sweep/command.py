@@ -82,6 +82,6 @@ def show_results(sweep: Sweep, *, overwrite: bool = False) -> None:
 def _explain_not_replaced(sweep: Sweep, lost: list[str]) -> str:
     return (
         f"Not written: the table and the page in {sweep.folder} have numbers of "
-        f"{', '.join(lost)}, which {sweep.file} with these keys has not. --overwrite_run_dir "
-        "replaces them."
+        f"{', '.join(lost)}, which {sweep.file} with these keys has not. The same "
+        "with --table --overwrite_run_dir, which runs nothing, replaces them."
     )

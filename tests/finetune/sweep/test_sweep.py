@@ -121,6 +121,7 @@ def test_numbers_of_other_settings_are_not_shown_under_the_new_ones(
     # The file's table has numbers that this one has not.
     assert results(path) == before and table(path)["two"]["eval_loss"] is not None
     assert "Not written: the table and the page" in printed and "numbers of two, which" in printed
+    assert "--table --overwrite_run_dir, which runs nothing" in printed
     assert sweep(path, "--table", "--overwrite_run_dir") == 0
     rows = table(path)
     assert [row["status"] for row in rows.values()] == ["finished", "outdated", "finished"]
