@@ -134,13 +134,13 @@ def require_nothing_lost(sweep: Sweep, chosen: Iterable[PlannedRun]) -> None:
     """
     lines, again = [], set()
     for run in chosen:
-        status, changes = read_record(run).status, changes_since(sweep, run)
+        record, changes = read_record(run), changes_since(sweep, run)
         if run.after in again and not changes:
             changes = [f"{run.after}, which it starts from, is to be run again"]
-        if changes or status != "finished":
+        if changes or record.status != "finished":
             again.add(run.name)
-        if changes and _holds_something(run):
-            became = "" if status == "new" else f" ({status})"
+        if changes and _holds_something(run, record):
+            became = "" if record.status == "new" else f" ({record.status})"
             lines.append(f"  - {run.name}{became}: {'; '.join(changes)}")
     if lines:
         listed = "\n".join(lines)
@@ -151,12 +151,22 @@ def require_nothing_lost(sweep: Sweep, chosen: Iterable[PlannedRun]) -> None:
         )
 
 
-def _holds_something(run: PlannedRun) -> bool:
-    return _lies_aside(run, read_record(run)) or holds_something(run.run_dir)
+def _holds_something(run: PlannedRun, record: Record) -> bool:
+    if came_to_nothing(run, record):
+        return False
+    return _lies_aside(run, record) or holds_something(run.run_dir)
+
+
+def came_to_nothing(run: PlannedRun, record: Record) -> bool:
+    """Return whether the run in the folder failed before its first checkpoint: nothing goes on
+    from it."""
+    return record.status == "failed" and record.replaces is None and not _checkpoints(run)
 
 
 def replacing(run: PlannedRun, record: Record) -> Record:
     """The record of a run that begins anew in the place of what lies in its folder."""
+    if came_to_nothing(run, record):
+        return Record()
     if _lies_aside(run, record):
         return Record(replaces=record.replaces, replaces_from=record.replaces_from)
     return Record(replaces=sorted(_checkpoints(run)), replaces_from=_started_from(run, record))

@@ -26,6 +26,7 @@ from finetune.sweep.plan import PlannedRun, Sweep, option
 from finetune.sweep.record import (
     Record,
     Status,
+    came_to_nothing,
     changes_since,
     harmless_changes,
     is_to_replace,
@@ -124,9 +125,12 @@ def _run_one(
         return record
     options = {"resume": "auto", "overwrite_run_dir": "false"}
     if changes:
-        _say(f"{label}: runs again from its beginning: {'; '.join(changes)}")
+        is_nothing = came_to_nothing(run, record)
+        what = ", as it failed before its first checkpoint" if is_nothing else ""
+        _say(f"{label}: runs again from its beginning{what}: {'; '.join(changes)}")
         record = replacing(run, record)
-        options = {"resume": "false", "overwrite_run_dir": str(overwrite).lower()}
+        replaces = str(overwrite or is_nothing).lower()
+        options = {"resume": "false", "overwrite_run_dir": replaces}
     else:
         record.replaces, record.replaces_from = None, ""
     if force:

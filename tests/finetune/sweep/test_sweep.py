@@ -194,9 +194,31 @@ def test_a_run_that_fails_is_in_the_table_and_the_others_are_run(
 
     # Repaired, it and what hangs on it are run.
     repaired = write({"bad": None, "child": {"after": "bad"}, "good": None})
-    assert sweep(repaired, "--overwrite_run_dir") == 0
+    capsys.readouterr()
+    assert sweep(repaired) == 0
+    assert "bad: runs again from its beginning, as it failed before its first checkpoint: " in (
+        capsys.readouterr().out
+    )
     assert {row["status"] for row in table(path).values()} == {"finished"}
-    assert len(commands) == 4
+    assert len(commands) == 4 and logged_steps(path.parent / "sweep/bad") == [1, 2, 3, 4]
+
+
+def test_a_run_that_failed_is_mended_in_several_goes(
+    write: Callable[..., Any], commands: list[Any]
+) -> None:
+    for seed in range(2):
+        assert sweep(write({"bad": FAILING | {"seed": seed}})) == 1 and len(commands) == seed + 1
+    # A checkpoint is something, and so is what came back when its replacement failed.
+    saving = FAILING | {"ckpt_freq": 1}
+    path = write({"bad": saving})
+    assert sweep(path) == 1 and len(commands) == 3
+    assert checkpoint(path.parent / "sweep/bad", 1).is_dir()
+    assert sweep(write({"bad": saving | {"seed": 1}})) == 1 and len(commands) == 3
+
+    assert sweep(write({"good": {"do_ckpt": False}})) == 0 and len(commands) == 4
+    assert sweep(write({"good": FAILING}), "--overwrite_run_dir") == 1 and len(commands) == 5
+    assert logged_steps(path.parent / "sweep/good") == [1, 2, 3, 4]
+    assert sweep(write({"good": {"seed": 1}})) == 1 and len(commands) == 5
 
 
 def test_a_stage_starts_from_the_last_weights_of_the_one_before(
