@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from finetune.checkpoint import holds_something, list_checkpoints
+from finetune.checkpoint import holds_something, list_checkpoints, replaced_run
 from finetune.config import TrainArgs, changed_keys, keys_that
 from finetune.errors import UserError
 from finetune.kept import Kept
@@ -69,7 +69,7 @@ def changes_since(sweep: Sweep, run: PlannedRun) -> list[str]:
     """Why what lies in the run's folder is another experiment than the file describes now."""
     record = read_record(run)
     if _lies_aside(run, record):
-        return ["it has not come to its first checkpoint, or was killed before it"]
+        return [f"it has not come to its first checkpoint, or was killed before it{_aside(run)}"]
     config = run.run_dir / "args.yaml"
     if not config.is_file():
         return []
@@ -115,6 +115,14 @@ def _lies_aside(run: PlannedRun, record: Record) -> bool:
     """Return whether the run that it was to replace is not back yet: the process that moved it
     aside was killed, and whatever trains in the folder next brings it back first."""
     return is_to_replace(run, record) and _checkpoints(run) != {*(record.replaces or ())}
+
+
+def _aside(run: PlannedRun) -> str:
+    """Say where the run that it was to replace lies, if that is there."""
+    folder = replaced_run(run.run_dir)
+    if folder is None or not folder.is_dir():
+        return ""
+    return f"; the run that it was to replace lies whole in {folder}: move that away to keep it"
 
 
 def _checkpoints(run: PlannedRun) -> set[str]:

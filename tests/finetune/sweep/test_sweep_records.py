@@ -42,7 +42,8 @@ class Processes:
         name, aside = run_dir.name, run_dir / ".replaced"
         self.given.append((name, "overwrite" if args.overwrite_run_dir else "resume"))
         if aside.is_dir():
-            (run_dir / "args.yaml").unlink()
+            for own in ("args.yaml", ".run.jsonl"):
+                (run_dir / own).unlink()
             shutil.copytree(aside, run_dir, dirs_exist_ok=True)
             shutil.rmtree(aside)
         if name in self.is_killed:
@@ -50,6 +51,7 @@ class Processes:
             for path in [path for path in run_dir.iterdir() if path != aside]:
                 path.rename(aside / path.name)
             save_config(args, run_dir / "args.yaml")
+            RunRecord(run_dir).create(replaces=aside.name)
             return -9
         if name in self.fails:
             return 1
@@ -120,8 +122,12 @@ def test_a_run_killed_in_the_place_of_another_leaves_that_ones_settings_unmixed(
     processes.is_killed.clear()
     processes.taken()
     # What is to be replaced still lies there, aside.
-    with pytest.raises(UserError, match=r"one \(failed\): it has not come to its first checkpoint"):
+    with pytest.raises(UserError) as refusal:
         sweep(path)
+    aside = path.parent / "sweep/one/.replaced"
+    assert load_config(aside / "args.yaml").seed == 0
+    assert "one (failed): it has not come to its first checkpoint" in str(refusal.value)
+    assert f"to replace lies whole in {aside}: move that away" in str(refusal.value)
     assert sweep(path, overwrite=True) == 0
     assert processes.taken() == [("one", "overwrite")]
     assert load_config(path.parent / "sweep/one/args.yaml").seed == 5
