@@ -14,6 +14,12 @@ from finetune.sweep.slurm import write_array
 from finetune.sweep.table import collect, only_in_file, print_table, write_tables
 from ttt.options import abbreviated
 
+OVERWRITES = (
+    "with --overwrite_run_dir in it, this script replaces finished runs without asking if it is "
+    "submitted again after a change of the sweep's file or its base. Write it anew without that "
+    "option once these runs have begun."
+)
+
 
 def run_command(options: SweepOptions, overrides: Mapping[str, object]) -> int:
     """Check everything, then do what the options say.
@@ -47,7 +53,11 @@ def run_command(options: SweepOptions, overrides: Mapping[str, object]) -> int:
             f"--{name}" for name in ("force", "overwrite_run_dir") if getattr(options, name)
         ]
         require_runnable(sweep, only, overwrite=options.overwrite_run_dir)
-        console.print(f"wrote {write_array(sweep, only, arguments)}; submit it with sbatch")
+        warning = OVERWRITES if options.overwrite_run_dir else ""
+        script = write_array(sweep, only, arguments, warning)
+        console.print(f"wrote {script}; submit it with sbatch", markup=False, soft_wrap=True)
+        if warning:
+            console.print(f"Warning: {OVERWRITES}", markup=False, soft_wrap=True)
         return 0
     status = 0
     if not options.table:

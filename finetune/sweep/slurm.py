@@ -14,12 +14,15 @@ from ttt.options import abbreviated
 DEFAULTS = {"signal": "B:TERM@120"}
 
 
-def write_array(sweep: Sweep, only: Collection[str], arguments: list[str]) -> Path:
+def write_array(
+    sweep: Sweep, only: Collection[str], arguments: list[str], warning: str = ""
+) -> Path:
     """Write `sweep.sbatch` into the sweep's folder, to be submitted with `sbatch`.
 
     Args:
         only: the names of the runs that it is for.
         arguments: of the command line, that each task gets as well.
+        warning: a line that stands in the script.
 
     Raises:
         UserError: an option that cannot stand in a script, or a folder that cannot be written.
@@ -46,6 +49,7 @@ def write_array(sweep: Sweep, only: Collection[str], arguments: list[str]) -> Pa
         *(f"#SBATCH --{key}={value}" for key, value in options.items()),
         "",
         f"# {number} runs in {len(chains)} tasks; what waits for a run is in its task.",
+        *([f"# Warning: {warning}"] if warning else []),
         "CHAINS=(",
         *(f"  {','.join(chain)}" for chain in chains),
         ")",

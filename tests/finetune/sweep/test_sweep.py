@@ -346,3 +346,19 @@ def test_an_array_of_some_runs_leaves_the_others_alone(
     capsys.readouterr()
     assert sweep(path, "--slurm", "--only=d") == 1
     assert "d starts from c, which is not finished" in capsys.readouterr().err
+
+
+def test_an_array_that_overwrites_says_what_it_does_when_submitted_again(
+    write: Callable[..., Any],
+    commands: list[Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path, script = write({"a": None}), tmp_path / "sweep/sweep.sbatch"
+    warning = "replaces finished runs without asking if it is submitted again after a change"
+    assert sweep(path, "--slurm", "--overwrite_run_dir") == 0
+    assert warning in capsys.readouterr().out
+    assert "--overwrite_run_dir --only" in script.read_text()
+    assert next(line for line in script.read_text().splitlines() if warning in line)[0] == "#"
+    assert sweep(path, "--slurm") == 0
+    assert "--overwrite_run_dir" not in script.read_text() + capsys.readouterr().out
