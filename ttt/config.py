@@ -7,6 +7,7 @@ from annotated_types import Ge, Gt, Le
 from pydantic import AfterValidator
 
 from ttt.options import (
+    HARMLESS,
     IN_PLACE,
     INNER_LOOP,
     LARGEST,
@@ -135,7 +136,7 @@ class TTTArgs:
     nothing yet, whatever it is, as their output projection starts at zero; the smaller it is, the
     slower that one gets to have an effect."""
 
-    scan_checkpoint_group_size: Annotated[Count | None, INNER_LOOP] = None
+    scan_checkpoint_group_size: Annotated[Count | None, INNER_LOOP, HARMLESS] = None
     """Mini-batches that `linear` and `mlp` keep together for the backward pass: less memory for
     small groups, as only the fast weights are kept between them, and one pass forwards more. null:
     all of them with `gradient_checkpointing: true`, where one layer at a time keeps anything, if a

@@ -1,7 +1,9 @@
-"""Facts that stand beside an option, in its type: its bounds, and the methods that read it."""
+"""Facts that stand beside an option, in its type: its bounds, the methods that read it, and what
+follows from another value."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
+from enum import Enum
 from functools import cache
 from typing import Annotated, Any, get_type_hints
 
@@ -31,6 +33,20 @@ class Methods:
 
 IN_PLACE = Methods(("in_place",))
 INNER_LOOP = Methods(("linear", "mlp"))
+
+
+class Change(Enum):
+    """Mark that says what follows if an option is not as it was when a run began.
+
+    The first two change no weight, but for rounding.
+    """
+
+    HARMLESS = "no result changes: it may be another one on resume"
+    MEASURED = "what is measured or saved changes, and no weight"
+    START = "how the run is started, not what it is"
+
+
+HARMLESS, MEASURED, START = Change.HARMLESS, Change.MEASURED, Change.START
 
 
 @dataclasses.dataclass(frozen=True)

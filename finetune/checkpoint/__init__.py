@@ -16,7 +16,7 @@ from finetune.checkpoint.run_folder import (
     holds_something,
     require_same_parameters,
 )
-from finetune.checkpoint.run_record import run_wrote
+from finetune.checkpoint.run_record import replaced_run, run_wrote
 from finetune.checkpoint.writer import CheckpointWriter, snapshot_bytes
 from finetune.kept import step_of
 
@@ -33,6 +33,7 @@ __all__ = [
     "load_resume_state",
     "load_trained_weights",
     "merged_weights",
+    "replaced_run",
     "require_same_parameters",
     "run_wrote",
     "set_random_state",

@@ -184,6 +184,13 @@ def run_wrote(run_dir: Path, name: str) -> bool:
     return content.replaces is None or run_wrote(run_dir / content.replaces, name)
 
 
+def replaced_run(run_dir: Path) -> Path | None:
+    """Return the folder in which an older run lies whole, while the one that replaces it has not
+    come to its first checkpoint."""
+    content = RunRecord(run_dir).read()
+    return None if content.replaces is None or content.earned else run_dir / content.replaces
+
+
 def delete_units(run_dir: Path, units: Iterable[str]) -> None:
     """Delete what `RunRecord.found` has found, and the folders that are empty then."""
     for unit in units:

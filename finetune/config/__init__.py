@@ -28,7 +28,7 @@ from finetune.config.data_args import DataArgs
 from finetune.config.docs_page import help_page, pages
 from finetune.config.explain import explain
 from finetune.config.fields import Problem, keys_that
-from finetune.config.marks import HARMLESS, POSITIONAL, Prefix
+from finetune.config.marks import POSITIONAL, Prefix
 from finetune.config.moshi_finetune import changed_since_moshi_finetune
 from finetune.config.must_exist import (
     CHECKPOINT,
@@ -66,7 +66,6 @@ __all__ = [
     "FILE",
     "FILE_OR_FOLDER",
     "FOLDER",
-    "HARMLESS",
     "NULLS",
     "POSITIONAL",
     "SOURCE",

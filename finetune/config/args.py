@@ -11,11 +11,19 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Le, Lt
 
 from finetune.config.data_args import DataArgs
-from finetune.config.marks import HARMLESS, START
 from finetune.config.must_exist import EARLIER_RUN, MODEL_FILE, REPOSITORY
 from finetune.config.values import PathText
 from ttt.config import TTTArgs
-from ttt.options import LARGEST, Count, Frames, NonNegative, Positive
+from ttt.options import (
+    HARMLESS,
+    LARGEST,
+    MEASURED,
+    START,
+    Count,
+    Frames,
+    NonNegative,
+    Positive,
+)
 from ttt.registry import METHODS
 
 Size = Annotated[int, Ge(1), Le(2**16)]
@@ -139,13 +147,13 @@ class LoraArgs:
 class ParallelArgs:
     """Several processes, on one host or many; see [distributed.md](distributed.md)."""
 
-    shard_size: Count | Literal["auto"] = "auto"
+    shard_size: Annotated[Count | Literal["auto"], HARMLESS] = "auto"
     """Processes that share one copy of the model: each holds a part of all weights, gradients and
     optimizer states (FSDP2). 1: every process holds all of it, and they exchange gradients alone.
     It must divide the number of processes: 8 on 16 makes two copies. `auto`: all processes if all
     weights train, else 1."""
 
-    hang_timeout_sec: Annotated[float, Gt(0), Le(1e7)] = 600.0
+    hang_timeout_sec: Annotated[float, Gt(0), Le(1e7), HARMLESS] = 600.0
     """Seconds after which a process that has not moved on ends the run, with a message that names
     it and the place where it stands."""
 
@@ -216,7 +224,7 @@ class TrainArgs:
     max_norm: Positive = 1.0
     """Upper bound on the norm of the gradient; a larger gradient is scaled down to it."""
 
-    gradient_checkpointing: bool | Literal["selective"] = True
+    gradient_checkpointing: Annotated[bool | Literal["selective"], HARMLESS] = True
     """What the forward pass keeps for the backward pass. `true`: the inputs of layers alone; all
     else is computed again, for the least memory and about a quarter more time. `selective`: also
     the results of attention and of large matrix products, which take most of that time. `false`:
@@ -227,7 +235,7 @@ class TrainArgs:
     `gradient_checkpointing: true` leaves memory free: each makes the step shorter. Those with TTT
     come last. `moshi-ttt plan` says how many fit."""
 
-    compile: bool | None = None
+    compile: Annotated[bool | None, HARMLESS] = None
     """Whether to compile the layers with `torch.compile`: the first step takes a minute or so, all
     others are faster. null: on a GPU. Needs gcc or clang: on a GPU in any case, for the kernels,
     and on a CPU (with `param_dtype: float32`) if true."""
@@ -244,7 +252,7 @@ class TrainArgs:
     Ada and Hopper GPUs do at twice the speed. `nf4`: 4.5 bits a weight, for the least memory. See
     [small-gpus.md](small-gpus.md)."""
 
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Annotated[Literal["auto", "cpu", "cuda"], HARMLESS] = "auto"
     """Where to train; `auto`: on the GPU if there is one."""
 
     seed: Seed = 0
@@ -253,37 +261,37 @@ class TrainArgs:
     log_freq: Annotated[Count, HARMLESS] = 1
     """Steps between two logged lines of training metrics."""
 
-    profile_steps: list[int] | None = None
+    profile_steps: Annotated[list[int] | None, HARMLESS] = None
     """First and last of the steps to profile, as `[10, 12]`: a trace for
     [Perfetto](https://ui.perfetto.dev) in `profile/` of the run folder, one a process. Profiled
     steps are slower."""
 
-    do_eval: bool = False
+    do_eval: Annotated[bool, MEASURED] = False
     """Whether to evaluate on `data.eval_data`."""
 
-    eval_freq: Annotated[int, Ge(-(10**9)), Le(10**9)] = 0
+    eval_freq: Annotated[int, Ge(-(10**9)), Le(10**9), MEASURED] = 0
     """Steps between two evaluations, if `do_eval`; below 1: only after the last step. There is one
     before the first step as well."""
 
-    health_sec: Annotated[float, Ge(0), Le(3600)] = 6.0
+    health_sec: Annotated[float, Ge(0), Le(3600), MEASURED] = 6.0
     """At every evaluation the model continues two of its segments for this long, and the log warns
     if what it says is no longer like speech; 0: do not. It takes a `duration_sec` of 3 s or more,
     and a model that is not sharded. See [evaluation.md](evaluation.md)."""
 
-    do_ckpt: bool = True
+    do_ckpt: Annotated[bool, MEASURED] = True
     """Whether to write checkpoints."""
 
     ckpt_freq: Annotated[int, Ge(-(10**9)), Le(10**9), HARMLESS] = 0
     """Steps between two checkpoints, if `do_ckpt`; below 1: only after the last step."""
 
-    ckpt_async: bool = True
+    ckpt_async: Annotated[bool, HARMLESS] = True
     """Whether training goes on while a checkpoint is written, from a copy of it in the host's
     memory. `false` needs no such copy."""
 
     num_ckpt_keep: Annotated[Count | None, HARMLESS] = 3
     """How many of the latest checkpoints to keep, besides the best; null: all."""
 
-    save_adapters: bool = True
+    save_adapters: Annotated[bool, MEASURED] = True
     """With LoRA: write the adapters alone. False: merge them into the weights and write those."""
 
     resume: Annotated[bool | Literal["auto"], START] = False
@@ -294,7 +302,7 @@ class TrainArgs:
     """Replace the run that `run_dir` holds. What that run wrote is deleted when the new one has
     written its first checkpoint, or has come to its end; files of your own stay."""
 
-    max_nonfinite_steps: Count = 10
+    max_nonfinite_steps: Annotated[Count, HARMLESS] = 10
     """Steps in a row with a loss or gradient that is not finite (each is skipped) after which the
     run stops with an explanation."""
 

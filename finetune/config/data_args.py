@@ -5,9 +5,9 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Le
 
-from finetune.config.marks import HARMLESS
 from finetune.config.must_exist import SOURCES
 from finetune.config.values import PathsText, PathText
+from ttt.options import HARMLESS, MEASURED
 
 
 @dataclass
@@ -17,7 +17,7 @@ class DataArgs:
     another layout, see [data.md](data.md#layouts). Batches mix the sources in proportion to the
     weights (default 1)."""
 
-    eval_data: Annotated[PathsText, SOURCES] = ""
+    eval_data: Annotated[PathsText, SOURCES, MEASURED] = ""
     """Evaluation data, written like `train_data`. Every evaluation reads all of it once; weights
     play no part."""
 
@@ -48,12 +48,12 @@ class DataArgs:
     num_workers: Annotated[int, Ge(0), Le(1024), HARMLESS] = 2
     """Background processes per rank that decode audio; 0 decodes in the training process."""
 
-    prefetch_steps: Annotated[int, Ge(0), Le(10_000)] | None = None
+    prefetch_steps: Annotated[Annotated[int, Ge(0), Le(10_000)] | None, HARMLESS] = None
     """Steps whose batches are made ahead, in a thread of their own; 0 makes each when it is needed.
     null: 2 on a GPU, and 0 on a CPU, where the thread would only take the step's cores. Changes no
     number."""
 
-    cache_dir: PathText | None = None
+    cache_dir: Annotated[PathText | None, HARMLESS] = None
     """Folder that keeps the codes of all segments for good, so that Mimi encodes each only once;
     null: they are kept in memory alone. Many runs and processes may share it, see
     [data.md](data.md)."""

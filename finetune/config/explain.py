@@ -11,10 +11,9 @@ from finetune.config.args import TrainArgs
 from finetune.config.checks import may_change
 from finetune.config.docs_page import default_text, type_name
 from finetune.config.fields import Field, all_fields, suggestion
-from finetune.config.marks import Change
 from finetune.errors import UserError
 from finetune.safety import redact
-from ttt.options import LARGEST, Methods, abbreviated
+from ttt.options import LARGEST, Change, Methods, abbreviated
 
 _WIDTH = 96
 _BOUNDS = {Ge: "{:g} or more", Gt: "more than {:g}", Le: "at most {:g}", Lt: "less than {:g}"}
@@ -97,6 +96,8 @@ def _on_resume(field: Field) -> str:
         return "may be another: it says how the run is started"
     if field.change is Change.HARMLESS:
         return "may be another: no result changes"
+    if field.change is Change.MEASURED:
+        return "may be another: no weight changes, but what is measured or saved"
     if field.key.startswith("ttt.") and not may_change(field.name):
         return "must be the same: what was learned depends on it"
     return "another value is named in the log; one of another shape of the model is refused"

@@ -10,9 +10,9 @@ from dataclasses import MISSING, dataclass
 from functools import cache
 from typing import Annotated, Any, TypeVar, get_origin, get_type_hints
 
-from finetune.config.marks import Change, Prefix
+from finetune.config.marks import Prefix
 from finetune.config.values import NULLS, members, parse
-from ttt.options import abbreviated
+from ttt.options import Change, abbreviated
 
 # What is wrong, by dotted key ("optim.lr", or "full_finetuning, lora.enable"), with its remedy.
 Problem = tuple[str, str]
@@ -202,6 +202,6 @@ def suggestion(cls: type, unknown: str) -> str | None:
     return by_last_part[close[0]] if close else None
 
 
-def keys_that(cls: type, change: Change) -> set[str]:
-    """Return the keys of a dataclass with this mark."""
-    return {field.key for field in all_fields(cls) if field.change is change}
+def keys_that(cls: type, *changes: Change) -> set[str]:
+    """Return the keys of a dataclass with one of these marks."""
+    return {field.key for field in all_fields(cls) if field.change in changes}

@@ -3,18 +3,7 @@ line."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any
-
-
-class Change(Enum):
-    """Mark that says what follows if an option is not as it was when a run began."""
-
-    START = "how the run is started, not what it is"
-    HARMLESS = "no result changes: it may be another one on resume"
-
-
-START, HARMLESS = Change.START, Change.HARMLESS
 
 
 @dataclass(frozen=True)

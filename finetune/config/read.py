@@ -12,14 +12,13 @@ from finetune.config.args import TrainArgs
 from finetune.config.checks import cross_checks
 from finetune.config.config_files import require_configuration
 from finetune.config.fields import Problem, fill, keys_that, suggestion
-from finetune.config.marks import START
 from finetune.config.must_exist import what_is_missing
 from finetune.config.values import NULLS
 from finetune.errors import UserError
 from finetune.kept import write_whole
 from finetune.safety import learn_from
 from ttt.config import TTTArgs
-from ttt.options import abbreviated
+from ttt.options import START, abbreviated
 
 logger = logging.getLogger(__name__)
 

@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from finetune.config import HARMLESS, TrainArgs, changed_keys, keys_that, load_run_config
+from finetune.config import TrainArgs, changed_keys, keys_that, load_run_config
 from finetune.data import FRAME_RATE_HZ, Recording, in_training, listed_recordings
 from finetune.kept import CHECKPOINT_NAME, Kept, is_stock, step_of
 from finetune.plan import SUMMARY
 from ttt import TTTArgs
+from ttt.options import HARMLESS, MEASURED
 from ttt.registry import METHODS
 
 CONFIGURATION = "args.yaml"
@@ -16,27 +17,6 @@ CONFIGURATION = "args.yaml"
 KEPT_CONFIGURATION = "checkpoint.yaml"
 """Its copy in the output folder of an evaluation. That may be a run's folder, which has an
 `args.yaml` of its own."""
-CHANGES_NO_WEIGHT = {
-    "compile",
-    "ckpt_async",
-    "data.cache_dir",
-    "data.eval_data",
-    "data.prefetch_steps",
-    "device",
-    "do_ckpt",
-    "do_eval",
-    "eval_freq",
-    "gradient_checkpointing",
-    "health_sec",
-    "max_nonfinite_steps",
-    "parallel.hang_timeout_sec",
-    "parallel.shard_size",
-    "profile_steps",
-    "save_adapters",
-    "selective_layers",
-    "ttt.scan_checkpoint_group_size",
-}
-"""Keys that leave what a run learns as it is, but for rounding."""
 _PLACES = ("start_layer", "layer_frequency")
 
 Json = dict[str, Any]
@@ -111,7 +91,7 @@ def differences(own: Path, other: Path) -> Differences:
         UserError: one of them cannot be read.
     """
     runs = [load_run_config(path) for path in (own, other)]
-    unimportant = keys_that(TrainArgs, HARMLESS) | CHANGES_NO_WEIGHT
+    unimportant = keys_that(TrainArgs, HARMLESS, MEASURED)
     found = Differences([], [])
     for key, (of_other, of_own) in changed_keys(other, runs[0]).items():
         if key not in unimportant and all(_reads(args, key) for args in runs):

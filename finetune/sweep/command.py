@@ -7,13 +7,18 @@ from finetune.monitoring import console
 from finetune.safety import is_secret
 from finetune.sweep.options import SweepOptions
 from finetune.sweep.plan import Sweep, load_sweep, option
-from finetune.sweep.record import require_nothing_lost
 from finetune.sweep.remarks import cautions, seed_remarks
 from finetune.sweep.report import plot_sweep, write_page
-from finetune.sweep.run import run_sweep
+from finetune.sweep.run import require_runnable, run_sweep
 from finetune.sweep.slurm import write_array
 from finetune.sweep.table import collect, only_in_file, print_table, write_tables
 from ttt.options import abbreviated
+
+OVERWRITES = (
+    "with --overwrite_run_dir in it, this script replaces finished runs without asking if it is "
+    "submitted again after a change of the sweep's file or its base. Write it anew without that "
+    "option once these runs have begun."
+)
 
 
 def run_command(options: SweepOptions, overrides: Mapping[str, object]) -> int:
@@ -47,9 +52,12 @@ def run_command(options: SweepOptions, overrides: Mapping[str, object]) -> int:
         arguments += [
             f"--{name}" for name in ("force", "overwrite_run_dir") if getattr(options, name)
         ]
-        if not options.overwrite_run_dir:
-            require_nothing_lost(sweep, sweep.runs.values())
-        console.print(f"wrote {write_array(sweep, arguments)}; submit it with sbatch")
+        require_runnable(sweep, only, overwrite=options.overwrite_run_dir)
+        warning = OVERWRITES if options.overwrite_run_dir else ""
+        script = write_array(sweep, only, arguments, warning)
+        console.print(f"wrote {script}; submit it with sbatch", markup=False, soft_wrap=True)
+        if warning:
+            console.print(f"Warning: {OVERWRITES}", markup=False, soft_wrap=True)
         return 0
     status = 0
     if not options.table:
@@ -84,6 +92,6 @@ def show_results(sweep: Sweep, *, overwrite: bool = False) -> None:
 def _explain_not_replaced(sweep: Sweep, lost: list[str]) -> str:
     return (
         f"Not written: the table and the page in {sweep.folder} have numbers of "
-        f"{', '.join(lost)}, which {sweep.file} with these keys has not. --overwrite_run_dir "
-        "replaces them."
+        f"{', '.join(lost)}, which {sweep.file} with these keys has not. The same "
+        "with --table --overwrite_run_dir, which runs nothing, replaces them."
     )

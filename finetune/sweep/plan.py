@@ -1,7 +1,7 @@
 """A sweep's file becomes the runs that it describes; every problem is named before the first."""
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -67,13 +67,16 @@ class Sweep:
     processes: int
     slurm: dict[str, str]
 
-    def chains(self) -> list[list[str]]:
-        """The names in groups that do not wait for each other, each in the order to run in."""
+    def chains(self, only: Collection[str]) -> list[list[str]]:
+        """The names of `only` in groups that do not wait for each other, each in the order to run
+        in."""
         chain_of: dict[str, list[str]] = {}
         for name, run in self.runs.items():
             chain_of[name] = chain_of[run.after] if run.after else []
             chain_of[name].append(name)
-        return list({id(chain): chain for chain in chain_of.values()}.values())
+        chains = {id(chain): chain for chain in chain_of.values()}.values()
+        chosen = [[name for name in chain if name in only] for chain in chains]
+        return [chain for chain in chosen if chain]
 
 
 def load_sweep(

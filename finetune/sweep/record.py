@@ -7,12 +7,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from finetune.checkpoint import holds_something, list_checkpoints
-from finetune.config import HARMLESS, TrainArgs, changed_keys, keys_that
+from finetune.checkpoint import holds_something, list_checkpoints, replaced_run
+from finetune.config import TrainArgs, changed_keys, keys_that
 from finetune.errors import UserError
 from finetune.kept import Kept
 from finetune.plan import SUMMARY
 from finetune.sweep.plan import PlannedRun, Sweep
+from ttt.options import HARMLESS
 
 Status = Literal["new", "running", "finished", "failed", "stopped", "skipped"]
 
@@ -68,22 +69,31 @@ def changes_since(sweep: Sweep, run: PlannedRun) -> list[str]:
     """Why what lies in the run's folder is another experiment than the file describes now."""
     record = read_record(run)
     if _lies_aside(run, record):
-        return ["it has not come to its first checkpoint, or was killed before it"]
+        return [f"it has not come to its first checkpoint, or was killed before it{_aside(run)}"]
     config = run.run_dir / "args.yaml"
     if not config.is_file():
         return []
-    harmless = keys_that(TrainArgs, HARMLESS)
-    found = [
-        f"{key} was {old} and is {new} now"
-        for key, (old, new) in changed_keys(config, run.args).items()
-        if key not in harmless
-    ]
+    found = _changed(run, harmless=False)
     processes = _processes(run)
     if processes not in (None, sweep.processes):
         found.append(f"processes was {processes} and is {sweep.processes} now")
     if run.after and _started_from(run, record) != read_record(sweep.runs[run.after]).ended_at:
         found.append(f"{run.after}, which it starts from, was run again")
     return found
+
+
+def harmless_changes(run: PlannedRun) -> list[str]:
+    """What is not as it was when the run in the folder began, and changes no result of it."""
+    return _changed(run, harmless=True)
+
+
+def _changed(run: PlannedRun, *, harmless: bool) -> list[str]:
+    keys = keys_that(TrainArgs, HARMLESS)
+    return [
+        f"{key} was {old} and is {new} now"
+        for key, (old, new) in changed_keys(run.run_dir / "args.yaml", run.args).items()
+        if (key in keys) == harmless
+    ]
 
 
 def _processes(run: PlannedRun) -> int | None:
@@ -107,6 +117,14 @@ def _lies_aside(run: PlannedRun, record: Record) -> bool:
     return is_to_replace(run, record) and _checkpoints(run) != {*(record.replaces or ())}
 
 
+def _aside(run: PlannedRun) -> str:
+    """Say where the run that it was to replace lies, if that is there."""
+    folder = replaced_run(run.run_dir)
+    if folder is None or not folder.is_dir():
+        return ""
+    return f"; the run that it was to replace lies whole in {folder}: move that away to keep it"
+
+
 def _checkpoints(run: PlannedRun) -> set[str]:
     """The checkpoints in the run's folder, each by its name and the time at which it was written;
     one that is moved aside and back keeps both."""
@@ -124,13 +142,13 @@ def require_nothing_lost(sweep: Sweep, chosen: Iterable[PlannedRun]) -> None:
     """
     lines, again = [], set()
     for run in chosen:
-        status, changes = read_record(run).status, changes_since(sweep, run)
+        record, changes = read_record(run), changes_since(sweep, run)
         if run.after in again and not changes:
             changes = [f"{run.after}, which it starts from, is to be run again"]
-        if changes or status != "finished":
+        if changes or record.status != "finished":
             again.add(run.name)
-        if changes and _holds_something(run):
-            became = "" if status == "new" else f" ({status})"
+        if changes and _holds_something(run, record):
+            became = "" if record.status == "new" else f" ({record.status})"
             lines.append(f"  - {run.name}{became}: {'; '.join(changes)}")
     if lines:
         listed = "\n".join(lines)
@@ -141,12 +159,22 @@ def require_nothing_lost(sweep: Sweep, chosen: Iterable[PlannedRun]) -> None:
         )
 
 
-def _holds_something(run: PlannedRun) -> bool:
-    return _lies_aside(run, read_record(run)) or holds_something(run.run_dir)
+def _holds_something(run: PlannedRun, record: Record) -> bool:
+    if came_to_nothing(run, record):
+        return False
+    return _lies_aside(run, record) or holds_something(run.run_dir)
+
+
+def came_to_nothing(run: PlannedRun, record: Record) -> bool:
+    """Return whether the run in the folder failed before its first checkpoint: nothing goes on
+    from it."""
+    return record.status == "failed" and record.replaces is None and not _checkpoints(run)
 
 
 def replacing(run: PlannedRun, record: Record) -> Record:
     """The record of a run that begins anew in the place of what lies in its folder."""
+    if came_to_nothing(run, record):
+        return Record()
     if _lies_aside(run, record):
         return Record(replaces=record.replaces, replaces_from=record.replaces_from)
     return Record(replaces=sorted(_checkpoints(run)), replaces_from=_started_from(run, record))

@@ -26,7 +26,9 @@ from finetune.sweep.plan import PlannedRun, Sweep, option
 from finetune.sweep.record import (
     Record,
     Status,
+    came_to_nothing,
     changes_since,
+    harmless_changes,
     is_to_replace,
     read_record,
     replacing,
@@ -59,12 +61,7 @@ def run_sweep(
         UserError: what a run starts from is missing, a run would be replaced unasked, another
             process is at work here, or the folder cannot be written.
     """
-    chosen = [run for name, run in sweep.runs.items() if name in only]
-    for run in chosen:
-        if run.after and run.after not in only and _done(sweep, run.after) != "finished":
-            raise UserError(f"{run.name} starts from {run.after}, which is not finished: run that.")
-    if not overwrite:
-        require_nothing_lost(sweep, chosen)
+    chosen = require_runnable(sweep, only, overwrite=overwrite)
     try:
         sweep.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -79,6 +76,24 @@ def run_sweep(
                 _say("stopped; the same command goes on from here")
                 return 128 + (children.signal_number or signal.SIGTERM)
     return int(failed)
+
+
+def require_runnable(sweep: Sweep, only: Collection[str], *, overwrite: bool) -> list[PlannedRun]:
+    """Return the runs of `only`, in order.
+
+    Args:
+        overwrite: runs of other settings are replaced.
+
+    Raises:
+        UserError: what a run starts from is missing, or a run would be replaced unasked.
+    """
+    chosen = [run for name, run in sweep.runs.items() if name in only]
+    for run in chosen:
+        if run.after and run.after not in only and _done(sweep, run.after) != "finished":
+            raise UserError(f"{run.name} starts from {run.after}, which is not finished: run that.")
+    if not overwrite:
+        require_nothing_lost(sweep, chosen)
+    return chosen
 
 
 def _done(sweep: Sweep, name: str) -> Status:
@@ -98,7 +113,9 @@ def _run_one(
     record = read_record(run)
     changes = changes_since(sweep, run)
     if record.status == "finished" and not changes:
-        _say(f"{label}: finished before")
+        kept = harmless_changes(run)
+        taken = f", and taken as it is: {'; '.join(kept)}" if kept else ""
+        _say(f"{label}: finished before{taken}")
         return record
     if run.after and (earlier := read_record(sweep.runs[run.after])).status != "finished":
         record.status, record.total_sec = "skipped", 0.0
@@ -108,9 +125,12 @@ def _run_one(
         return record
     options = {"resume": "auto", "overwrite_run_dir": "false"}
     if changes:
-        _say(f"{label}: runs again from its beginning: {'; '.join(changes)}")
+        is_nothing = came_to_nothing(run, record)
+        what = ", as it failed before its first checkpoint" if is_nothing else ""
+        _say(f"{label}: runs again from its beginning{what}: {'; '.join(changes)}")
         record = replacing(run, record)
-        options = {"resume": "false", "overwrite_run_dir": str(overwrite).lower()}
+        replaces = str(overwrite or is_nothing).lower()
+        options = {"resume": "false", "overwrite_run_dir": replaces}
     else:
         record.replaces, record.replaces_from = None, ""
     if force:

@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 from finetune.errors import UserError
@@ -13,16 +14,21 @@ from ttt.options import abbreviated
 DEFAULTS = {"signal": "B:TERM@120"}
 
 
-def write_array(sweep: Sweep, arguments: list[str]) -> Path:
+def write_array(
+    sweep: Sweep, only: Collection[str], arguments: list[str], warning: str = ""
+) -> Path:
     """Write `sweep.sbatch` into the sweep's folder, to be submitted with `sbatch`.
 
     Args:
+        only: the names of the runs that it is for.
         arguments: of the command line, that each task gets as well.
+        warning: a line that stands in the script.
 
     Raises:
         UserError: an option that cannot stand in a script, or a folder that cannot be written.
     """
-    chains = sweep.chains()
+    chains = sweep.chains(only)
+    number = sum(map(len, chains))
     folder = sweep.folder.resolve()
     options = {
         "job-name": folder.name,
@@ -42,7 +48,8 @@ def write_array(sweep: Sweep, arguments: list[str]) -> Path:
         "#!/bin/bash",
         *(f"#SBATCH --{key}={value}" for key, value in options.items()),
         "",
-        f"# {len(sweep.runs)} runs in {len(chains)} tasks; what waits for a run is in its task.",
+        f"# {number} runs in {len(chains)} tasks; what waits for a run is in its task.",
+        *([f"# Warning: {warning}"] if warning else []),
         "CHAINS=(",
         *(f"  {','.join(chain)}" for chain in chains),
         ")",

@@ -20,6 +20,8 @@ def test_a_key_is_explained_with_bounds_default_method_and_resume() -> None:
         assert part in text
     assert "the initial β" in text
     assert "may be another: no result changes" in explain("data.num_workers")
+    assert "may be another: no result changes" in explain("ttt.scan_checkpoint_group_size")
+    assert "may be another: no weight changes" in explain("do_eval")
     assert "may be another: it says how the run is started" in explain("resume")
     assert "must be the same" in explain("ttt.method")
     assert "bounds" not in explain("run_dir")

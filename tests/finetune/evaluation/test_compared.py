@@ -15,11 +15,8 @@ from evaluation_tools import options
 from training_tools import LORA, checkpoint, train, write_model
 
 from finetune.cli import evaluate, run
-from finetune.config import TrainArgs
-from finetune.config.fields import all_fields
 from finetune.evaluation import evaluate_checkpoint
 from finetune.evaluation.fingerprints import checkpoint_fingerprint
-from finetune.evaluation.origin import CHANGES_NO_WEIGHT
 
 # Fixtures: pytest finds them by their names in this module.
 _pictures = evaluation_tools._pictures
@@ -240,7 +237,3 @@ def test_training_data_that_are_gone_are_not_taken_for_others(
     given: dict[str, Any] = {"data": str(data), "arms": ("off",)}
     results = evaluate_checkpoint(options((place, trained[1]), tmp_path / "out", **given))
     assert any("is not known: data.train_data: " in note for note in results["notes"])
-
-
-def test_keys_that_change_no_weight_are_keys() -> None:
-    assert {field.key for field in all_fields(TrainArgs)} >= CHANGES_NO_WEIGHT

@@ -67,7 +67,7 @@ def test_the_documented_file_loads(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     path = tmp_path / "documented.yaml"
     path.write_text("".join(blocks))
     plan = load_sweep(path, ON_DIALOGUES)
-    assert plan.chains() == [["off"], ["chunk_10"], ["chunk_50", "longer"]]
+    assert plan.chains(plan.runs) == [["off"], ["chunk_10"], ["chunk_50", "longer"]]
     assert plan.runs["longer"].args.ttt.write == "delta" and plan.slurm["gres"] == "gpu:1"
 
 

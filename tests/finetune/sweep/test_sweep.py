@@ -121,6 +121,7 @@ def test_numbers_of_other_settings_are_not_shown_under_the_new_ones(
     # The file's table has numbers that this one has not.
     assert results(path) == before and table(path)["two"]["eval_loss"] is not None
     assert "Not written: the table and the page" in printed and "numbers of two, which" in printed
+    assert "--table --overwrite_run_dir, which runs nothing" in printed
     assert sweep(path, "--table", "--overwrite_run_dir") == 0
     rows = table(path)
     assert [row["status"] for row in rows.values()] == ["finished", "outdated", "finished"]
@@ -193,9 +194,31 @@ def test_a_run_that_fails_is_in_the_table_and_the_others_are_run(
 
     # Repaired, it and what hangs on it are run.
     repaired = write({"bad": None, "child": {"after": "bad"}, "good": None})
-    assert sweep(repaired, "--overwrite_run_dir") == 0
+    capsys.readouterr()
+    assert sweep(repaired) == 0
+    assert "bad: runs again from its beginning, as it failed before its first checkpoint: " in (
+        capsys.readouterr().out
+    )
     assert {row["status"] for row in table(path).values()} == {"finished"}
-    assert len(commands) == 4
+    assert len(commands) == 4 and logged_steps(path.parent / "sweep/bad") == [1, 2, 3, 4]
+
+
+def test_a_run_that_failed_is_mended_in_several_goes(
+    write: Callable[..., Any], commands: list[Any]
+) -> None:
+    for seed in range(2):
+        assert sweep(write({"bad": FAILING | {"seed": seed}})) == 1 and len(commands) == seed + 1
+    # A checkpoint is something, and so is what came back when its replacement failed.
+    saving = FAILING | {"ckpt_freq": 1}
+    path = write({"bad": saving})
+    assert sweep(path) == 1 and len(commands) == 3
+    assert checkpoint(path.parent / "sweep/bad", 1).is_dir()
+    assert sweep(write({"bad": saving | {"seed": 1}})) == 1 and len(commands) == 3
+
+    assert sweep(write({"good": {"do_ckpt": False}})) == 0 and len(commands) == 4
+    assert sweep(write({"good": FAILING}), "--overwrite_run_dir") == 1 and len(commands) == 5
+    assert logged_steps(path.parent / "sweep/good") == [1, 2, 3, 4]
+    assert sweep(write({"good": {"seed": 1}})) == 1 and len(commands) == 5
 
 
 def test_a_stage_starts_from_the_last_weights_of_the_one_before(
@@ -303,3 +326,39 @@ def test_an_array_has_a_task_for_each_chain(
 
     command = sweep_run._command(load_sweep(path), load_sweep(path).runs["c"], {"resume": "auto"})
     assert "--nproc-per-node=2" in command and command[-1] == "--resume=auto"
+
+
+def test_an_array_of_some_runs_leaves_the_others_alone(
+    write: Callable[..., Any],
+    commands: list[Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert sweep(write({"a": None})) == 0 and len(commands) == 1
+    runs = {"a": {"seed": 1}, "b": {"after": "a"}, "c": None, "d": {"after": "c"}, "e": None}
+    path, script = write(runs), tmp_path / "sweep/sweep.sbatch"
+    assert sweep(path, "--slurm") == 1 and not script.exists()
+    # As the refusal advises.
+    assert sweep(path, "--slurm", "--only=e,d,c") == 0
+    assert "(\n  c,d\n  e\n)\n" in script.read_text()
+    assert "#SBATCH --array=0-1\n" in script.read_text()
+    assert "# 3 runs in 2 tasks" in script.read_text()
+    capsys.readouterr()
+    assert sweep(path, "--slurm", "--only=d") == 1
+    assert "d starts from c, which is not finished" in capsys.readouterr().err
+
+
+def test_an_array_that_overwrites_says_what_it_does_when_submitted_again(
+    write: Callable[..., Any],
+    commands: list[Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path, script = write({"a": None}), tmp_path / "sweep/sweep.sbatch"
+    warning = "replaces finished runs without asking if it is submitted again after a change"
+    assert sweep(path, "--slurm", "--overwrite_run_dir") == 0
+    assert warning in capsys.readouterr().out
+    assert "--overwrite_run_dir --only" in script.read_text()
+    assert next(line for line in script.read_text().splitlines() if warning in line)[0] == "#"
+    assert sweep(path, "--slurm") == 0
+    assert "--overwrite_run_dir" not in script.read_text() + capsys.readouterr().out

@@ -42,7 +42,8 @@ class Processes:
         name, aside = run_dir.name, run_dir / ".replaced"
         self.given.append((name, "overwrite" if args.overwrite_run_dir else "resume"))
         if aside.is_dir():
-            (run_dir / "args.yaml").unlink()
+            for own in ("args.yaml", ".run.jsonl"):
+                (run_dir / own).unlink()
             shutil.copytree(aside, run_dir, dirs_exist_ok=True)
             shutil.rmtree(aside)
         if name in self.is_killed:
@@ -50,6 +51,7 @@ class Processes:
             for path in [path for path in run_dir.iterdir() if path != aside]:
                 path.rename(aside / path.name)
             save_config(args, run_dir / "args.yaml")
+            RunRecord(run_dir).create(replaces=aside.name)
             return -9
         if name in self.fails:
             return 1
@@ -120,8 +122,12 @@ def test_a_run_killed_in_the_place_of_another_leaves_that_ones_settings_unmixed(
     processes.is_killed.clear()
     processes.taken()
     # What is to be replaced still lies there, aside.
-    with pytest.raises(UserError, match=r"one \(failed\): it has not come to its first checkpoint"):
+    with pytest.raises(UserError) as refusal:
         sweep(path)
+    aside = path.parent / "sweep/one/.replaced"
+    assert load_config(aside / "args.yaml").seed == 0
+    assert "one (failed): it has not come to its first checkpoint" in str(refusal.value)
+    assert f"to replace lies whole in {aside}: move that away" in str(refusal.value)
     assert sweep(path, overwrite=True) == 0
     assert processes.taken() == [("one", "overwrite")]
     assert load_config(path.parent / "sweep/one/args.yaml").seed == 5
@@ -172,6 +178,65 @@ def test_nothing_that_a_run_has_left_is_replaced_unasked(
     assert sweep(path, overwrite=True) == 0
     assert processes.taken() == [("done", "overwrite"), ("stopped", "overwrite")]
     assert load_config(path.parent / "sweep/done/args.yaml").max_steps == 2
+
+
+HARMLESS_CHANGES: dict[str, Any] = {
+    "gradient_checkpointing": "selective",
+    "data.cache_dir": "cache",
+    "data.prefetch_steps": 1,
+    "compile": False,
+    "ckpt_async": False,
+    "device": "cpu",
+    "max_nonfinite_steps": 3,
+    "parallel.hang_timeout_sec": 60,
+    "parallel.shard_size": 1,
+    "profile_steps": [2, 3],
+    "ttt.scan_checkpoint_group_size": 4,
+    "num_ckpt_keep": 1,
+}
+
+
+def test_a_change_that_alters_no_result_costs_no_run(
+    write: Callable[..., Any], processes: Processes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ttt = {"ttt.enabled": True, "ttt.method": "linear"}
+    assert sweep(write({"done": ttt, "stopped": ttt})) == 0
+    record = read_record(plan.load_sweep(write({"stopped": ttt})).runs["stopped"])
+    record.status = "stopped"
+    write_record(plan.load_sweep(write({"stopped": ttt})).runs["stopped"], record)
+    processes.taken()
+
+    path = write({"done": ttt | HARMLESS_CHANGES, "stopped": ttt | HARMLESS_CHANGES})
+    capsys.readouterr()
+    assert sweep(path) == 0
+    assert processes.taken() == [("stopped", "resume")]
+    assert statuses(path) == {"done": "finished", "stopped": "finished"}
+    said = capsys.readouterr().out
+    assert "done: finished before, and taken as it is: " in said
+    for key in HARMLESS_CHANGES.keys() - {"compile", "device"}:
+        assert f"{key} was " in said
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("do_eval", False),
+        ("eval_freq", 1),
+        ("data.eval_data", "{train}"),
+        ("health_sec", 3),
+        ("do_ckpt", False),
+        ("save_adapters", False),
+    ],
+)
+def test_a_change_of_what_is_measured_or_saved_is_a_change(
+    write: Callable[..., Any], processes: Processes, config: Path, key: str, value: Any
+) -> None:
+    """The table is of what is measured, and the next stage starts from what is saved."""
+    if value == "{train}":
+        value = load_config(config).data.train_data
+    assert sweep(write({"one": {"lora.enable": True, "full_finetuning": False}})) == 0
+    with pytest.raises(UserError, match=rf"one \(finished\): {key} was "):
+        sweep(write({"one": {"lora.enable": True, "full_finetuning": False, key: value}}))
 
 
 def test_a_base_that_overwrites_does_not_ask_for_it(

@@ -89,3 +89,38 @@ def test_runs_that_differ_in_their_seed_alone_have_a_mean_and_a_spread(
     assert sweep(path) == 0
     for text in shown(path, capsys):
         assert said in text and ONE_SEED in text
+
+
+def test_stages_that_differ_in_seeds_alone_are_compared(
+    write: Callable[..., Any], commands: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What they start from has other names, and no other settings."""
+    first = {"max_steps": 2}
+    runs: dict[str, Any] = {
+        "early_0": first,
+        "early_1": first | {"seed": 1},
+        "early_x": first | {"seed": 1, "optim.lr": 1e-3},
+        "late_0": {"after": "early_0"},
+        "late_1": {"after": "early_1"},
+        "late_x": {"after": "early_x", "seed": 2},
+    }
+    path = write(runs)
+    assert sweep(path) == 0
+    for text in shown(path, capsys):
+        assert re.findall(r"(\w+, \w+.*) differ in seed alone", text) == [
+            "early_0, early_1",
+            "late_0, late_1",
+        ]
+
+
+def test_the_advice_on_seeds_can_be_followed(
+    write: Callable[..., Any], commands: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs: dict[str, Any] = {"one": None, "other": {"optim.lr": 1e-3}}
+    assert sweep(write(runs)) == 0
+    for text in shown(write(runs), capsys):
+        assert "add runs to the file that differ from these in" in text
+    path = write(runs | {"one_1": {"seed": 1}, "other_1": {"optim.lr": 1e-3, "seed": 1}})
+    assert sweep(path) == 0
+    for text in shown(path, capsys):
+        assert text.count("differ in seed alone") == 2 and ONE_SEED not in text
