@@ -2,11 +2,11 @@
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -22,8 +22,6 @@ from ttt.config import TTTArgs
 
 Goal = Literal["remember", "adapt"]
 
-WINDOW_SEC = 240
-"""What Moshi's attention sees: 3000 frames."""
 _FRAMES_A_STEP = 20_000
 """16 segments of 100 s, what the shipped examples train on at once."""
 _CHUNK_FRAMES = 256
@@ -55,6 +53,8 @@ class _Size:
     """Sizes that depend on memory, on data and on the model."""
 
     num_layers: int
+    window_sec: float
+    """What attention sees."""
     duration_sec: int
     batch_size: int
     num_microbatches: int
@@ -124,7 +124,7 @@ def _fitting_size(wanted: Wanted, lengths_sec: np.ndarray) -> tuple[_Size, Memor
     models: dict[Precision, TTTLMModel] = {}
     peaks = []
     info, _ = shape_of(ModelPaths(hf_repo_id=wanted.repo))
-    for size in _sizes(wanted, lengths_sec, model_shape(info)["num_layers"]):
+    for size in _sizes(wanted, lengths_sec, model_shape(info)):
         args = _load(_text(wanted, size, None, lengths_sec))
         # All else leaves its shape as it is.
         if size.base_precision not in models:
@@ -146,9 +146,10 @@ def _load(text: str) -> TrainArgs:
         return load_config(path)
 
 
-def _sizes(wanted: Wanted, lengths_sec: np.ndarray, num_layers: int) -> Iterator[_Size]:
-    """Yield sizes, those that are to be preferred first."""
-    duration_sec, attention_context = _segment(wanted.goal, lengths_sec)
+def _sizes(wanted: Wanted, lengths_sec: np.ndarray, shape: Mapping[str, Any]) -> Iterator[_Size]:
+    """Yield sizes, those that are to be preferred first, for a model of this shape."""
+    window_sec = shape["context"] / FRAME_RATE_HZ
+    duration_sec, attention_context = _segment(wanted.goal, lengths_sec, window_sec)
     num_frames = count_frames(duration_sec)
     num_segments = int(np.ceil(lengths_sec / duration_sec).sum())
     segments_a_step = min(max(1, round(_FRAMES_A_STEP / num_frames)), num_segments)
@@ -164,7 +165,8 @@ def _sizes(wanted: Wanted, lengths_sec: np.ndarray, num_layers: int) -> Iterator
         while batch_size >= 1:
             microbatches = math.ceil(segments_a_step / batch_size)
             yield _Size(
-                num_layers,
+                shape["num_layers"],
+                window_sec,
                 duration_sec,
                 batch_size,
                 microbatches,
@@ -176,12 +178,12 @@ def _sizes(wanted: Wanted, lengths_sec: np.ndarray, num_layers: int) -> Iterator
             batch_size //= 2
 
 
-def _segment(goal: Goal, lengths_sec: np.ndarray) -> tuple[int, int | None]:
+def _segment(goal: Goal, lengths_sec: np.ndarray, window_sec: float) -> tuple[int, int | None]:
     """Return how long segments are, in seconds, and what attention may see of them, in frames."""
     typical_sec = float(np.quantile(lengths_sec, 0.5))
     if goal == "adapt":
         return max(4, math.ceil(min(100.0, typical_sec))), None
-    if typical_sec > 1.2 * WINDOW_SEC:
+    if typical_sec > 1.2 * window_sec:
         return math.ceil(min(600.0, typical_sec)), None
     # Attention would see all of them, and TTT would have nothing to do.
     duration_sec = max(4, math.ceil(typical_sec))
@@ -226,12 +228,12 @@ def _text(wanted: Wanted, size: _Size, memory: Memory | None, lengths_sec: np.nd
     lines += _ttt_lines(wanted.goal, num_frames, size.num_layers)
     if size.attention_context is not None:
         lines += [
-            f"# Recordings are shorter than what Moshi's attention sees ({WINDOW_SEC} s), so that "
-            "TTT would have",
-            "# nothing to do. Attention is cut to a third of a segment: an experiment, no model to "
-            "ship. With",
-            f"# recordings of more than {1.2 * WINDOW_SEC:.0f} s, remove this and make segments "
-            "as long.",
+            "# Most recordings are hardly longer than what attention sees "
+            f"({size.window_sec:g} s), so that TTT would",
+            "# have nothing to do. Attention is cut to a third of a segment: an experiment, no "
+            "model to ship. With",
+            f"# recordings of more than {1.2 * size.window_sec:.0f} s, remove this and make "
+            "segments as long.",
             "model:",
             f"  attention_context: {size.attention_context}",
             "",

@@ -64,8 +64,8 @@ def caution_of_updates(
             f"({longest / FRAME_RATE_HZ:.1f} s): TTT {effect}. {remedy}."
         )
     return (
-        f"TTT {effect} in {count - learning} of {count} segments, {1 - drawn:.0%} of what is drawn, "
-        f"as they are not longer than {update}. {remedy}."
+        f"TTT {effect} in {count - learning} of {count} segments, {1 - drawn:.0%} of what is "
+        f"drawn, as they are not longer than {update}. {remedy}."
     )
 
 

@@ -86,6 +86,18 @@ def test_layers_learn_that_the_model_has(
     assert load_config(out).ttt.layers(num_layers) == layers
 
 
+@pytest.mark.parametrize(("length_sec", "context"), [(30, None), (6, 25)])
+def test_attention_is_cut_only_where_it_would_see_all(
+    tmp_path: Path, length_sec: int, context: int | None
+) -> None:
+    """The model of the demonstration sees 8 s."""
+    out = tmp_path / "my.yaml"
+    words = ["--goal=remember", "--gpu_memory=24", f"--repo={ROOT / 'example/demo/model'}"]
+    assert call("init", out, "--data", data(tmp_path, length_sec), *words) == 0
+    assert load_config(out).model.attention_context == context
+    assert ("what attention sees (8 s)" in out.read_text()) is (context is not None)
+
+
 def test_what_cannot_be_is_said_and_nothing_is_replaced(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
