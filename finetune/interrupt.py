@@ -15,6 +15,8 @@ logger = logging.getLogger(__name__)
 
 _ONE_CTRL_C_SEC = 1.0
 """Signals this close are one: a Ctrl-C can come from the terminal and once more from a launcher."""
+_LOOK_AGAIN_SEC = 0.05
+"""Between two looks whether an import has ended."""
 
 
 def stop_signals() -> list[signal.Signals]:
@@ -64,11 +66,16 @@ def end_workers() -> None:
 @contextmanager
 def ending_on_signals() -> Iterator[None]:
     """Signals that ask to stop end what runs in here as Ctrl-C does, so that it is cleared up;
-    where no step is under way that should be finished. See `Interrupt` for the others."""
+    where no step is under way that should be finished. See `Interrupt` for the others.
+
+    While a module is imported the first one waits until it is, as some of them, in C, lose an
+    exception or break by it, and the second ends the process.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     here = os.getpid()
+    waiting: list[int] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
         if os.getpid() != here:
@@ -76,14 +83,33 @@ def ending_on_signals() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
-        raise Stopped(number)
+        if not _is_importing(frame):
+            raise Stopped(number)
+        if waiting:
+            os.write(2, f"\nstopped by {signal.Signals(number).name}\n".encode())
+            os._exit(128 + number)
+        waiting.append(number)
+        signal.setitimer(signal.ITIMER_REAL, _LOOK_AGAIN_SEC)
+
+    def look_again(number: int, frame: FrameType | None) -> None:
+        if not _is_importing(frame):
+            raise Stopped(waiting[0])
+        signal.setitimer(signal.ITIMER_REAL, _LOOK_AGAIN_SEC)
 
     previous = {number: signal.signal(number, stop) for number in stop_signals()}
+    previous[signal.SIGALRM] = signal.signal(signal.SIGALRM, look_again)
     try:
         yield
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
+        frame = frame.f_back
+    return frame is not None
 
 
 class Interrupt:

@@ -102,9 +102,10 @@ class RunLock:
         if self._file is None:
             return
         self._released.set()
-        if self._beating is not None:
+        # A signal may have come before it was started.
+        if self._beating is not None and self._beating.is_alive():
             self._beating.join()  # its last beat must not come after the lock is let go
-            self._beating = None
+        self._beating = None
         # On a full disk the file keeps what it says; that it does not change any more is enough.
         with suppress(OSError):
             self._write({})

@@ -1,0 +1,63 @@
+"""Ctrl-C in the first seconds of a command, in which its modules are imported."""
+
+import importlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune.interrupt import Stopped, ending_on_signals
+
+LOSES_EXCEPTIONS = """
+import os, signal, time
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0.01)
+except BaseException:
+    pass  # as C code does that asks whether there is a module
+for _ in range({rounds}):
+    time.sleep(0.05)
+is_whole = True
+"""
+
+
+def module(folder: Path, name: str, rounds: int) -> None:
+    (folder / f"{name}.py").write_text(LOSES_EXCEPTIONS.format(rounds=rounds))
+
+
+@pytest.mark.parametrize("rounds", [0, 6])
+def test_it_waits_for_the_import_and_is_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rounds: int
+) -> None:
+    module(tmp_path, f"loses_{rounds}", rounds)
+    monkeypatch.syspath_prepend(tmp_path)
+    alarm = signal.getsignal(signal.SIGALRM)
+    imported = None
+    with pytest.raises(Stopped) as stopped, ending_on_signals():
+        imported = importlib.import_module(f"loses_{rounds}")
+        time.sleep(10)
+    assert imported is not None and imported.is_whole
+    assert stopped.value.signal_number == signal.SIGINT
+    assert signal.getsignal(signal.SIGALRM) is alarm
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_a_second_one_does_not_wait(tmp_path: Path) -> None:
+    module(tmp_path, "endless", 10**6)
+    program = "from finetune.interrupt import ending_on_signals\nwith ending_on_signals():\n"
+    program += "    print('ready', flush=True)\n    import endless"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    run = subprocess.Popen([sys.executable, "-c", program], env=environment, text=True, **pipes)
+    assert run.stdout is not None and run.stdout.readline() == "ready\n"
+    deadline = time.monotonic() + 60
+    while run.poll() is None and time.monotonic() < deadline:
+        time.sleep(1)
+        run.send_signal(signal.SIGINT)
+    assert run.wait() == 128 + signal.SIGINT
+    assert run.stderr is not None and run.stderr.read() == "\nstopped by SIGINT\n"
