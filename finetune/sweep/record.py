@@ -66,7 +66,7 @@ def _kept(run: PlannedRun) -> Kept:
 
 
 def changes_since(sweep: Sweep, run: PlannedRun) -> list[str]:
-    """Why what lies in the run's folder is another experiment than the file describes now."""
+    """Return why what lies in the run's folder is another experiment than the file describes."""
     record = read_record(run)
     if _lies_aside(run, record):
         return [f"it has not come to its first checkpoint, or was killed before it{_aside(run)}"]
@@ -83,7 +83,7 @@ def changes_since(sweep: Sweep, run: PlannedRun) -> list[str]:
 
 
 def harmless_changes(run: PlannedRun) -> list[str]:
-    """What is not as it was when the run in the folder began, and changes no result of it."""
+    """Return what is not as it was when the run in the folder began, and changes no result."""
     return _changed(run, harmless=True)
 
 
@@ -118,7 +118,7 @@ def _lies_aside(run: PlannedRun, record: Record) -> bool:
 
 
 def _aside(run: PlannedRun) -> str:
-    """Say where the run that it was to replace lies, if that is there."""
+    """Return where the run that it was to replace lies, if that is there."""
     folder = replaced_run(run.run_dir)
     if folder is None or not folder.is_dir():
         return ""
@@ -126,8 +126,8 @@ def _aside(run: PlannedRun) -> str:
 
 
 def _checkpoints(run: PlannedRun) -> set[str]:
-    """The checkpoints in the run's folder, each by its name and the time at which it was written;
-    one that is moved aside and back keeps both."""
+    """Return the checkpoints in the run's folder, each by its name and the time at which it was
+    written; one that is moved aside and back keeps both."""
     files = [checkpoint / "args.yaml" for checkpoint in list_checkpoints(run.run_dir)]
     return {f"{file.parent.name} {file.stat().st_mtime_ns}" for file in files if file.is_file()}
 
@@ -172,7 +172,7 @@ def came_to_nothing(run: PlannedRun, record: Record) -> bool:
 
 
 def replacing(run: PlannedRun, record: Record) -> Record:
-    """The record of a run that begins anew in the place of what lies in its folder."""
+    """Return the record of a run that begins anew in the place of what lies in its folder."""
     if came_to_nothing(run, record):
         return Record()
     if _lies_aside(run, record):

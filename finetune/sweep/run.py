@@ -97,7 +97,7 @@ def require_runnable(sweep: Sweep, only: Collection[str], *, overwrite: bool) ->
 
 
 def _done(sweep: Sweep, name: str) -> Status:
-    """The status of a run, "new" where its result is of another configuration."""
+    """Return the status of a run, "new" where its result is of another configuration."""
     run = sweep.runs[name]
     return "new" if changes_since(sweep, run) else read_record(run).status
 

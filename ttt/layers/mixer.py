@@ -330,14 +330,12 @@ class TTTMixer(TTTLayer[TTTMixerState]):
         state.num_pending.masked_fill_(complete, 0)
 
 
-MOST_KEPT_BYTES = 110e3
-"""What a layer that is not made again keeps of a frame: measured with TTT-MLP; TTT-Linear, whose
-fast weights are smaller, keeps less."""
-
-
+KEPT_BYTES_PER_FRAME = 110e3
+"""Of a layer that is not made again: measured with TTT-MLP. TTT-Linear, whose fast weights are
+smaller, keeps less."""
 NOT_SPARED = 0.032
-"""What five layers without TTT spare if they are not made again, and these do not: their scan is
-made again all the same, by groups. Measured with TTT-MLP."""
+"""Share of a step without TTT that five layers without it spare if they are not made again, and
+these do not: their scan is made again all the same, by groups. Measured with TTT-MLP."""
 
 
 class TTTLinear(TTTMixer):
@@ -348,7 +346,7 @@ class TTTLinear(TTTMixer):
     @classmethod
     def cost(cls, args: TTTArgs) -> Cost:
         # 8e3 of the bytes are reckoned and not measured: what the convolutions read.
-        return Cost(1.09, 208e3, 1.09 + NOT_SPARED, kept_bytes_per_frame=MOST_KEPT_BYTES)
+        return Cost(1.09, 208e3, 1.09 + NOT_SPARED, kept_bytes_per_frame=KEPT_BYTES_PER_FRAME)
 
 
 class TTTMLP(TTTMixer):
@@ -363,7 +361,7 @@ class TTTMLP(TTTMixer):
     @classmethod
     def cost(cls, args: TTTArgs) -> Cost:
         # 8e3 of the bytes are reckoned and not measured: what the convolutions read.
-        return Cost(1.33, 243e3, 1.33 + NOT_SPARED, kept_bytes_per_frame=MOST_KEPT_BYTES)
+        return Cost(1.33, 243e3, 1.33 + NOT_SPARED, kept_bytes_per_frame=KEPT_BYTES_PER_FRAME)
 
 
 def _either(numbers: Sequence[int]) -> str:

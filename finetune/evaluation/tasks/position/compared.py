@@ -64,7 +64,7 @@ def compared_sentence(baseline: Found) -> str:
     ttt = f" ({baseline['ttt']})" if baseline["ttt"] else ""
     what = f"this checkpoint and the baseline, {baseline['name']}{ttt}"
     if baseline["is_same"]:
-        return f"Warning: {what}, are the same: nothing is compared."
+        return f"Warning: {what}, are the same, so all their differences are zero."
     if reason := baseline.get("unknown"):
         return (
             f"Warning: how {what}, were trained cannot be compared ({reason}), so what follows "
