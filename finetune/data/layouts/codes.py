@@ -11,6 +11,7 @@ import torch
 from finetune.config import require_sources
 from finetune.data.audio_files import version_of
 from finetune.data.layouts.base import Entry, Source
+from finetune.data.npz import read_array, read_headers
 from finetune.data.problems import FileProblem
 from finetune.data.recording import Codes, Recording
 from finetune.data.text import FRAME_RATE_HZ
@@ -93,8 +94,7 @@ class CodesArray(CodesRecording):
 
     def load_array(self, start_frame: int, num_frames: int) -> np.ndarray:
         try:
-            with np.load(self.path, allow_pickle=False) as arrays:
-                array: np.ndarray = arrays[self.name]
+            array = read_array(self.path, self.name)
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise FileProblem(
                 f"codes {self.title} cannot be read ({error})", "copy or make them again"
@@ -118,11 +118,13 @@ class CodesSource(Source):
 
     def _of_file(self, path: Path) -> list[Entry]:
         try:
-            shapes = _shapes(path)
+            headers = read_headers(path)
         except (OSError, ValueError, zipfile.BadZipFile) as error:
             problem = f"{path} cannot be read as .npz ({error}): copy or make it again"
             return [Entry(str(path), None, problem)]
-        return [self._entry(path, name, *about) for name, about in shapes.items()]
+        return [
+            self._entry(path, name, header.shape, header.dtype) for name, header in headers.items()
+        ]
 
     def _entry(self, path: Path, name: str, shape: tuple[int, ...], dtype: np.dtype) -> Entry:
         origin = f"{path}/{name}"
@@ -135,22 +137,3 @@ class CodesSource(Source):
         written = f"{path.name}/{name}"
         recording = CodesArray(path, written, origin, duration_sec, name, has_text, is_turned)
         return Entry(origin, recording)
-
-
-def _shapes(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    """Return shape and type of each array, from the headers alone."""
-    found = {}
-    with zipfile.ZipFile(path) as archive:
-        for member in archive.namelist():
-            if not member.endswith(".npy"):
-                continue
-            with archive.open(member) as file:
-                major, _ = np.lib.format.read_magic(file)
-                read = (
-                    np.lib.format.read_array_header_1_0
-                    if major == 1
-                    else np.lib.format.read_array_header_2_0
-                )
-                shape, _, dtype = read(file)
-            found[member.removesuffix(".npy")] = (shape, dtype)
-    return found

@@ -62,6 +62,23 @@ def test_it_is_what_the_audio_is(
     assert torch.equal(turned, loaded(audio, main_channel="right"))
 
 
+def test_threads_read_side_by_side_without_pythons_parser(
+    tmp_path: Path, codes: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python 3.11's parser fails where threads use it at one time (CPython issue 106905)."""
+    path = save(tmp_path / "all.npz", [np.asfortranarray(codes[0]), codes[1]])
+
+    def parse(*_: Any, **__: Any) -> None:
+        raise AssertionError("Python's parser was used")
+
+    with monkeypatch.context() as patched:  # pytest parses too
+        patched.setattr("ast.parse", parse)
+        recordings, problems = check_recordings(str(path), key="data.train_data")
+        read = loaded(path)
+    assert len(recordings) == 2 and not problems
+    assert np.array_equal(read[0, :, : codes[0].shape[1]].numpy(), codes[0])
+
+
 def test_both_sides_need_a_transcript(tmp_path: Path, codes: list[Any]) -> None:
     path = save(tmp_path / "codes/all.npz", codes)
     with pytest.raises(UserError, match="hold the text of one side alone"):
