@@ -75,8 +75,8 @@ RULES = [
     ("ttt/config.py", ["torch", "moshi", "ttt.ops", "ttt.layers", "ttt.model", "ttt.state"]),
     ("ttt/registry.py", ["torch", "moshi", "ttt.ops", "ttt.layers", "ttt.model", "ttt.state"]),
     ("ttt/ops", ["ttt.layers", "ttt.model", "ttt.state", "ttt.streaming", "ttt.config", "moshi"]),
-    ("ttt/layers", ["ttt.model", "ttt.state", "ttt.streaming"]),
-    ("ttt/model.py", ["ttt.state"]),
+    ("ttt/layers", ["ttt.model", "ttt.build", "ttt.state", "ttt.streaming"]),
+    ("ttt/model.py", ["ttt.build", "ttt.state"]),
     *[(f"finetune/{name}", ["finetune.cli"]) for name in FOLDERS],
     *[(f"finetune/{name}", ["finetune.trainer"]) for name in FOLDERS if name != "demo"],
 ]

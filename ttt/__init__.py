@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 from ttt.config import TTTArgs
 
 if TYPE_CHECKING:
+    from ttt.build import build_model
     from ttt.model import (
         HiddenStates,
         TTTLMModel,
-        build_model,
         measuring,
         state_bytes,
         ttt_parameters,
@@ -55,7 +55,7 @@ def __getattr__(name: str) -> Any:
     """Everything but `TTTArgs` needs torch and moshi, which take seconds to import: a program that
     only reads a configuration does without them."""
     if name in __all__:
-        for module in ("ttt.model", "ttt.state", "ttt.streaming"):
+        for module in ("ttt.model", "ttt.build", "ttt.state", "ttt.streaming"):
             found = importlib.import_module(module)
             if hasattr(found, name):
                 globals()[name] = getattr(found, name)
