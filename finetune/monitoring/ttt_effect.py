@@ -1,7 +1,7 @@
 """Watches what TTT does to its layers' outputs, and says so early, and when it is out of bounds."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from finetune.config import TrainArgs
@@ -15,6 +15,11 @@ INERT_EFFECT = 4e-3
 lie 4e-3 to 8e-3 of their size apart. More is no proof of learning: docs/evidence.md."""
 EXPLOSIVE_EFFECT = 100.0
 """Above it, what TTT adds has drowned the layer that it is added to: docs/evidence.md."""
+GROWN_INNER_LOSS = 5.0
+SMALL_IMPROVEMENT = 0.05
+"""An inner loss that has grown so many times since the run began, and of which an update takes off
+less than this share. Models that learned stayed below 2.3 times and above 0.08; those whose
+learning rate was too high for their width were above 10 times and below 0.05: docs/evidence.md."""
 EARLY_STEP = 5
 FIRST_INERT_STEP = 20
 """Untrained, TTT changes nothing: before this step nothing is said about that."""
@@ -22,11 +27,12 @@ FIRST_INERT_STEP = 20
 
 class EffectWatch:
     """A line on the effect early in a run; a warning, once each, if TTT does nothing in a layer
-    after it has had time to, or if it drowns one."""
+    after it has had time to, if it drowns one, or if updates no longer lower what they are for."""
 
     def __init__(self, args: TrainArgs):
         self.args = args
         self.said: list[str] = []
+        self.first_inner_losses: dict[str, float] = {}
 
     def look(self, step: int, measured: Mapping[str, float]) -> None:
         """
@@ -34,11 +40,7 @@ class EffectWatch:
             step: that was taken; a logged one.
             measured: by `ttt.measuring`, `layer_05/effect` and so on.
         """
-        effects = {
-            key.split("/")[0].removeprefix("layer_"): value
-            for key, value in measured.items()
-            if key.endswith("/effect")
-        }
+        effects = _by_layer(measured, "effect")
         if not effects:
             return
         if step >= min(EARLY_STEP, self.args.max_steps):
@@ -68,13 +70,32 @@ class EffectWatch:
             )
 
         self._look_at_strengths(step, measured)
+        self._look_at_inner_losses(step, measured)
+
+    def _look_at_inner_losses(self, step: int, measured: Mapping[str, float]) -> None:
+        after = _by_layer(measured, "inner_loss_after")
+        now = {
+            layer: (self.first_inner_losses.setdefault(layer, before), before, after[layer])
+            for layer, before in _by_layer(measured, "inner_loss_before").items()
+        }
+        lost = {
+            layer: f"from {first:.3g} to {before:.3g} ({layer})"
+            for layer, (first, before, after) in now.items()
+            if before > GROWN_INNER_LOSS * first and before - after < SMALL_IMPROVEMENT * before
+        }
+        if lost:
+            self._say_once(
+                "inner_loss",
+                logging.WARNING,
+                f"at step {step} the inner loss of {_layers(lost)} has grown "
+                f"{', '.join(lost.values())}, and an update takes off less than "
+                f"{SMALL_IMPROVEMENT:.0%}: TTT learns next to nothing there. The learning rate is "
+                f"too high for this width: begin anew with a lower optim.ttt_lr (now "
+                f"{self.args.optim.ttt_lr:g}), and watch ttt/*/inner_loss_*.",
+            )
 
     def _look_at_strengths(self, step: int, measured: Mapping[str, float]) -> None:
-        strengths = {
-            key.split("/")[0].removeprefix("layer_"): value
-            for key, value in measured.items()
-            if key.endswith("/write_strength")
-        }
+        strengths = _by_layer(measured, "write_strength")
         bound = {k: v for k, v in strengths.items() if v >= 0.999 * MAX_WRITE_STRENGTH}
         if bound:
             self._say_once(
@@ -92,10 +113,12 @@ class EffectWatch:
         return max(FIRST_INERT_STEP, round(share * self.args.max_steps))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"said": self.said}
+        return {"said": self.said, "first_inner_losses": self.first_inner_losses}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.said = list(state["said"])
+        # Earlier checkpoints have none: what comes next is the first.
+        self.first_inner_losses = dict(state.get("first_inner_losses", {}))
 
     def _say_once(self, what: str, level: int, text: str) -> None:
         if what not in self.said:
@@ -111,6 +134,15 @@ class EffectWatch:
         return _either(way, f"lower optim.ttt_lr (now {self.args.optim.ttt_lr:g})")
 
 
+def _by_layer(measured: Mapping[str, float], name: str) -> dict[str, float]:
+    """Return a metric of all layers that have it, by their two digits."""
+    return {
+        key.split("/")[0].removeprefix("layer_"): value
+        for key, value in measured.items()
+        if key.endswith(f"/{name}")
+    }
+
+
 def _either(way: str, other: str) -> str:
     """Return the beginning of a sentence."""
     text = f"{way}, or {other}" if way else other
@@ -121,5 +153,5 @@ def _each(effects: Mapping[str, float]) -> str:
     return ", ".join(f"{value:.2g} ({layer})" for layer, value in effects.items())
 
 
-def _layers(effects: Mapping[str, float]) -> str:
-    return f"layer{'s' * (len(effects) > 1)} {', '.join(effects)}"
+def _layers(layers: Collection[str]) -> str:
+    return f"layer{'s' * (len(layers) > 1)} {', '.join(layers)}"

@@ -1,5 +1,6 @@
 """What a run says and logs about itself: at its start, and of TTT that does nothing or too much."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -14,6 +15,8 @@ from finetune.config import OptimArgs, TrainArgs
 from finetune.config.args import DataArgs
 from finetune.monitoring import EffectWatch, metrics_path, read_metrics
 from finetune.plan.describe import warn_of_slow_layers
+from finetune.recall.experiment import train_arm
+from finetune.recall.presets import preset
 from ttt import TTTArgs, build_model
 
 
@@ -57,6 +60,45 @@ def test_effects_are_judged_by_layer_and_as_they_are_now(
         watch.look(step, {f"layer_{layer}/effect": value for layer, value in effects.items()})
         assert step >= 80 or not caplog.messages  # the rates rise for 80 steps
     assert len(caplog.messages) == bool(warning) and warning in "".join(caplog.messages)
+
+
+@pytest.mark.parametrize(
+    "losses, warning",
+    [
+        ([(43, 29), (90, 68), (92, 70)], ""),  # it learns
+        ([(43, 29), (223, 213), (556, 539)], "of layer 05 has grown from 43 to 223 (05), and an"),
+        ([(43, 29), (556, 400)], ""),  # values grew, and updates follow them
+        ([(43, 42.5), (44, 43.5)], ""),  # a small step by choice
+    ],
+)
+def test_updates_that_no_longer_lower_the_inner_loss_are_warned_of_once(
+    caplog: pytest.LogCaptureFixture, losses: list[tuple[float, float]], warning: str
+) -> None:
+    watch = EffectWatch(TrainArgs(DataArgs(), "run", optim=OptimArgs(ttt_lr=6e-3)))
+    caplog.set_level("WARNING")
+    for step, (before, after) in enumerate(losses, 1):
+        names = {"effect": 1.0, "inner_loss_before": before, "inner_loss_after": after}
+        watch.look(step, {f"layer_05/{name}": value for name, value in names.items()})
+        resumed = EffectWatch(watch.args)
+        resumed.load_state_dict(watch.state_dict())
+        watch = resumed
+    assert len(caplog.messages) == bool(warning) and warning in "".join(caplog.messages)
+    assert not warning or "a lower optim.ttt_lr (now 0.006)" in caplog.messages[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ttt_lr, warnings", [(6e-2, 1), (6e-3, 0)])
+def test_a_learning_rate_that_is_too_high_for_ttt_linear_is_seen(
+    ttt_lr: float, warnings: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    small = dataclasses.replace(preset("cpu"), mixer_lr=ttt_lr, num_steps=100)
+    _, curve, _ = train_arm(small, "linear", seed=0, device=torch.device("cpu"))
+    watch = EffectWatch(TrainArgs(DataArgs(), "run"))
+    caplog.set_level("WARNING")
+    for record in curve:
+        watch.look(int(record["step"]), record)
+    grown = [message for message in caplog.messages if "the inner loss of layers 00, 01" in message]
+    assert len(grown) == warnings
 
 
 @pytest.mark.parametrize("learning_rate, warnings", [(1e6, 1), (1.0, 0)])
