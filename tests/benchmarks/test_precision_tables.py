@@ -32,17 +32,17 @@ def test_all_tables_are_made(
         **{"values": 4, "gradients": 21, "models": 14, "strength": 7},
     }
     for row in tables["values"]:
-        assert 1e-4 < max(row["bfloat16"]) < 1e-2 and max(row["float32"]) < 1e-3
+        assert 1e-4 < max(row["bfloat16"]) < 1e-2 and max(row["float32"]) < 1e-3, row
     for row in tables["gradients"]:
         if row["keys"].startswith("cosine"):
             # The gradient of β may be small beside what it is the sum of.
-            assert 1e-4 < max(row["bfloat16, lag 1"][:3]) < 1e-2
-            assert max(row["float32, lag 1"][:3]) < 1e-3
+            assert 1e-4 < max(row["bfloat16, lag 1"][:3]) < 1e-2, row
+            assert max(row["float32, lag 1"][:3]) < 1e-3, row
     for row in tables["models"]:
         for target in ("text", "hidden"):
             is_exact = row["compared"].startswith("float32")
             assert 0 < row[target]["distance"] < (1e-4 if is_exact else 0.1), row
-            assert row[target].get("same_best_token", 1) > 0.8
+            assert row[target].get("same_best_token", 1) > 0.8, row
     strongest = tables["strength"][-1]
     assert strongest["silence, float32"] > 10 * strongest["cosine 0.94, float32"]
 
