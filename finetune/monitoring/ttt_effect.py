@@ -17,9 +17,10 @@ EXPLOSIVE_EFFECT = 100.0
 """Above it, what TTT adds has drowned the layer that it is added to: docs/evidence.md."""
 GROWN_INNER_LOSS = 5.0
 SMALL_IMPROVEMENT = 0.05
-"""An inner loss that has grown so many times since the run began, and of which an update takes off
-less than this share. Models that learned stayed below 2.3 times and above 0.08; those whose
-learning rate was too high for their width were above 10 times and below 0.05: docs/evidence.md."""
+LONG_SHARE = 0.25
+"""An inner loss that has grown so many times since the run began, of which an update takes off less
+than this share, for a quarter of the run: so it was where the learning rate was too high for the
+width. Runs that learned went through it for a sixth at most: docs/evidence.md."""
 EARLY_STEP = 5
 FIRST_INERT_STEP = 20
 """Untrained, TTT changes nothing: before this step nothing is said about that."""
@@ -33,6 +34,7 @@ class EffectWatch:
         self.args = args
         self.said: list[str] = []
         self.first_inner_losses: dict[str, float] = {}
+        self.lost_since: dict[str, int] = {}
 
     def look(self, step: int, measured: Mapping[str, float]) -> None:
         """
@@ -74,24 +76,23 @@ class EffectWatch:
 
     def _look_at_inner_losses(self, step: int, measured: Mapping[str, float]) -> None:
         after = _by_layer(measured, "inner_loss_after")
-        now = {
-            layer: (self.first_inner_losses.setdefault(layer, before), before, after[layer])
-            for layer, before in _by_layer(measured, "inner_loss_before").items()
-        }
-        lost = {
-            layer: f"from {first:.3g} to {before:.3g} ({layer})"
-            for layer, (first, before, after) in now.items()
-            if before > GROWN_INNER_LOSS * first and before - after < SMALL_IMPROVEMENT * before
-        }
+        lost = {}
+        for layer, before in _by_layer(measured, "inner_loss_before").items():
+            first = self.first_inner_losses.setdefault(layer, before)
+            is_small = before - after[layer] < SMALL_IMPROVEMENT * before
+            if not (is_small and before > GROWN_INNER_LOSS * first):
+                self.lost_since.pop(layer, None)
+            elif step - self.lost_since.setdefault(layer, step) >= LONG_SHARE * self.args.max_steps:
+                lost[layer] = f"from {first:.3g} to {before:.3g} ({layer})"
         if lost:
             self._say_once(
                 "inner_loss",
                 logging.WARNING,
                 f"at step {step} the inner loss of {_layers(lost)} has grown "
-                f"{', '.join(lost.values())}, and an update takes off less than "
-                f"{SMALL_IMPROVEMENT:.0%}: TTT learns next to nothing there. The learning rate is "
-                f"too high for this width: begin anew with a lower optim.ttt_lr (now "
-                f"{self.args.optim.ttt_lr:g}), and watch ttt/*/inner_loss_*.",
+                f"{', '.join(lost.values())}, and for a quarter of the run an update has taken off "
+                f"less than {SMALL_IMPROVEMENT:.0%}: TTT learns next to nothing there. Most likely "
+                "the learning rate is too high for this width: begin anew with a lower "
+                f"optim.ttt_lr (now {self.args.optim.ttt_lr:g}), and watch ttt/*/inner_loss_*.",
             )
 
     def _look_at_strengths(self, step: int, measured: Mapping[str, float]) -> None:
@@ -113,12 +114,17 @@ class EffectWatch:
         return max(FIRST_INERT_STEP, round(share * self.args.max_steps))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"said": self.said, "first_inner_losses": self.first_inner_losses}
+        return {
+            "said": self.said,
+            "first_inner_losses": self.first_inner_losses,
+            "lost_since": self.lost_since,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.said = list(state["said"])
-        # Earlier checkpoints have none: what comes next is the first.
+        # Checkpoints of earlier versions have none: what comes next is the first.
         self.first_inner_losses = dict(state.get("first_inner_losses", {}))
+        self.lost_since = dict(state.get("lost_since", {}))
 
     def _say_once(self, what: str, level: int, text: str) -> None:
         if what not in self.said:

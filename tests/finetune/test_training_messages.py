@@ -65,21 +65,23 @@ def test_effects_are_judged_by_layer_and_as_they_are_now(
 @pytest.mark.parametrize(
     "losses, warning",
     [
-        ([(43, 29), (90, 68), (92, 70)], ""),  # it learns
-        ([(43, 29), (223, 213), (556, 539)], "of layer 05 has grown from 43 to 223 (05), and an"),
-        ([(43, 29), (556, 400)], ""),  # values grew, and updates follow them
-        ([(43, 42.5), (44, 43.5)], ""),  # a small step by choice
+        ([(43, 29), *[(92, 70)] * 6], ""),  # it learns
+        ([(43, 29), *[(223, 213)] * 4, (556, 539)], "layer 05 has grown from 43 to 556 (05), and"),
+        ([(43, 29), *[(223, 213)] * 3, (163, 152), *[(223, 213)] * 3], ""),  # not for long
+        ([(43, 29), *[(556, 400)] * 6], ""),  # values grew, and updates follow them
+        ([(43, 42.5), *[(44, 43.5)] * 6], ""),  # a small step by choice
     ],
 )
 def test_updates_that_no_longer_lower_the_inner_loss_are_warned_of_once(
     caplog: pytest.LogCaptureFixture, losses: list[tuple[float, float]], warning: str
 ) -> None:
-    watch = EffectWatch(TrainArgs(DataArgs(), "run", optim=OptimArgs(ttt_lr=6e-3)))
+    args = TrainArgs(DataArgs(), "run", max_steps=160, optim=OptimArgs(ttt_lr=6e-3))
+    watch = EffectWatch(args)
     caplog.set_level("WARNING")
-    for step, (before, after) in enumerate(losses, 1):
+    for step, (before, after) in enumerate([*losses, losses[-1]]):
         names = {"effect": 1.0, "inner_loss_before": before, "inner_loss_after": after}
-        watch.look(step, {f"layer_05/{name}": value for name, value in names.items()})
-        resumed = EffectWatch(watch.args)
+        watch.look(10 * step, {f"layer_05/{name}": value for name, value in names.items()})
+        resumed = EffectWatch(args)
         resumed.load_state_dict(watch.state_dict())
         watch = resumed
     assert len(caplog.messages) == bool(warning) and warning in "".join(caplog.messages)
@@ -93,7 +95,7 @@ def test_a_learning_rate_that_is_too_high_for_ttt_linear_is_seen(
 ) -> None:
     small = dataclasses.replace(preset("cpu"), mixer_lr=ttt_lr, num_steps=100)
     _, curve, _ = train_arm(small, "linear", seed=0, device=torch.device("cpu"))
-    watch = EffectWatch(TrainArgs(DataArgs(), "run"))
+    watch = EffectWatch(TrainArgs(DataArgs(), "run", max_steps=small.num_steps))
     caplog.set_level("WARNING")
     for record in curve:
         watch.look(int(record["step"]), record)
