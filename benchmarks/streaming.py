@@ -17,15 +17,14 @@ import gc
 import json
 import sys
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from moshi.models import loaders
 from moshi.models.lm import LMGen
-from moshi.utils.compile import no_cuda_graph
 
-from ttt import TTTArgs, TTTLMModel, build_model, state_bytes, ttt_parameters
+from ttt import TTTArgs, TTTLMModel, build_model, eager_streaming, state_bytes, ttt_parameters
 
 SMALL = {"dim": 64, "num_heads": 4, "num_layers": 8, "depformer_dim": 32, "depformer_num_heads": 2,
          "depformer_num_layers": 2, "depformer_dim_feedforward": 128, "context": 100}  # fmt: skip
@@ -83,7 +82,8 @@ def run_stream(
     generator = LMGen(model, use_sampling=False, on_text_hook=force_text)
     stream = Stream(torch.empty(0), [])
     frames = []
-    with nullcontext() if graphs else no_cuda_graph(), generator.streaming(codes.shape[0]):
+    streaming = generator.streaming if graphs else partial(eager_streaming, generator)
+    with streaming(codes.shape[0]):
         for t in range(codes.shape[2]):
             now[0] = t
             replacement = own[:, 1:, t : t + 1] if force else None

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -23,7 +24,7 @@ from finetune.distributed import join_world
 from finetune.errors import UserError
 from finetune.kept import is_stock, require_checkpoint
 from finetune.model import build_codec, find_checkpoint, load_model
-from ttt import TTTArgs, TTTLMModel, ttt_parameters, use_in_rows
+from ttt import TTTArgs, TTTLMModel, eager_streaming, ttt_parameters, use_in_rows
 from ttt.layers.frozen import frozen_linears
 
 _EXPORTED_TTT = "ttt.safetensors"
@@ -241,6 +242,7 @@ def generate_codes(
     text_temperature: float,
     ttt_rows: Tensor | None = None,
     after_step: Callable[[], None] = lambda: None,
+    use_cuda_graphs: bool = True,
 ) -> Tensor:
     """Moshi's text and audio codes, [B, 1 + dep_q, T], given the user's in `codes` [B, 17, T].
 
@@ -249,6 +251,8 @@ def generate_codes(
     Args:
         ttt_rows: a mask [B] of booleans, the rows that use TTT; None: all.
         after_step: is called after every frame, while the model is streaming.
+        use_cuda_graphs: on a GPU. In training one could not be recorded while another thread
+            encodes audio.
 
     Raises:
         UserError: what the model computed is not finite.
@@ -268,7 +272,8 @@ def generate_codes(
     num_steps = num_frames + max(model.delays)
     # Read once, at the end: a GPU would wait for every step.
     healthy_steps = torch.tensor(num_steps, device=codes.device)
-    with _caches_of(model, num_steps), generator.streaming(num_rows):
+    streaming = generator.streaming if use_cuda_graphs else partial(eager_streaming, generator)
+    with _caches_of(model, num_steps), streaming(num_rows):
         # Step s predicts text frame s and, of a delayed stream, frame s - delay. It reads the
         # user's frame s - 1; at step 0 the model hears its initial token, whatever it is given.
         for step in range(num_steps):

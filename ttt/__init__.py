@@ -26,7 +26,7 @@ if TYPE_CHECKING:
         set_state,
         use_in_rows,
     )
-    from ttt.streaming import block_streaming, lengthen_caches
+    from ttt.streaming import block_streaming, eager_streaming, lengthen_caches
 
 __all__ = [
     "HiddenStates",
@@ -35,6 +35,7 @@ __all__ = [
     "block_streaming",
     "build_model",
     "clear_rows",
+    "eager_streaming",
     "get_row",
     "get_state",
     "lengthen_caches",

@@ -5,7 +5,23 @@ from contextlib import contextmanager
 
 from moshi.modules.streaming import StreamingModule
 from moshi.modules.transformer import RingKVCache, StreamingMultiheadAttention
-from moshi.utils.compile import no_cuda_graph
+from moshi.utils.compile import CUDAGraphed
+
+
+@contextmanager
+def eager_streaming(module: StreamingModule, batch_size: int) -> Iterator[None]:
+    """Streaming mode without CUDA graphs.
+
+    Moshi's own switch, `no_cuda_graph`, is one for all threads: of two that enter and leave it, the
+    last decides what it is set to. This is of these streams alone.
+    """
+    with module.streaming(batch_size):
+        for child in module.modules():
+            state = child._streaming_state if isinstance(child, StreamingModule) else None
+            for graphed in vars(state).values() if state is not None else ():
+                if isinstance(graphed, CUDAGraphed):
+                    graphed.disable = True
+        yield
 
 
 @contextmanager
@@ -21,7 +37,7 @@ def block_streaming(module: StreamingModule, batch_size: int, block_steps: int) 
         block_steps: of the module's transformer; Mimi's has two a frame.
     """
     # A graph would be captured anew for every batch, and cannot take blocks of different lengths.
-    with no_cuda_graph(), module.streaming(batch_size):
+    with eager_streaming(module, batch_size):
         lengthen_caches(module, block_steps)
         yield
 

@@ -215,9 +215,17 @@ class Codec:
         """Codes `[rows, num_codebooks, n]` of blocks of audio `[rows, n · frame_size]` that follow
         one another: those of the whole in one call, to rounding.
 
+        Nobody else computes with Mimi until the last block was taken: it remembers the ones before.
+
         Args:
             max_frames: the longest block.
         """
+        with self.lock:
+            yield from self._encode_blocks(blocks, max_frames)
+
+    def _encode_blocks(
+        self, blocks: Iterable[torch.Tensor], max_frames: int
+    ) -> Iterator[torch.Tensor]:
         mimi = self._mimi_on_device()
         steps_per_frame = round(mimi.encoder_frame_rate / mimi.frame_rate)
         with ExitStack() as stack:
@@ -233,7 +241,7 @@ class Codec:
         piece_samples = _PIECE_FRAMES * mimi.frame_size
         if audio.shape[1] <= piece_samples:
             return mimi.encode(audio.unsqueeze(1))
-        pieces = self.encode_blocks(audio.split(piece_samples, dim=1), _PIECE_FRAMES)
+        pieces = self._encode_blocks(audio.split(piece_samples, dim=1), _PIECE_FRAMES)
         return torch.cat(list(pieces), dim=-1)
 
     def _own_stream(self) -> AbstractContextManager[Any]:

@@ -4,20 +4,26 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor, wait
+from copy import deepcopy
+from functools import partialmethod
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import torch
 from data_tools import tiny_codec, write_dataset
+from moshi.utils.compile import CUDAGraphed
 from training_tools import logged, train, trainer
 
 from finetune.config import DataArgs
-from finetune.data import build_eval_loader, build_train_loader
+from finetune.data import Codec, build_eval_loader, build_train_loader
 from finetune.data.loader import TrainLoader
 from finetune.data.prefetch import Prefetcher
 from finetune.errors import UserError
+from finetune.evaluation.codes import Silence
+from ttt import eager_streaming
 
 
 def counting(
@@ -33,23 +39,24 @@ def counting(
         log.append("closed")
 
 
-def settle(log: list[Any]) -> list[Any]:
-    """What was made when nothing more comes."""
-    length = -1
-    while length != len(log):
-        length = len(log)
-        time.sleep(0.05)
+def settled(log: list[Any], length: int) -> list[Any]:
+    """What was made when `length` items are there, and a moment later; a busy machine may need long
+    for the first."""
+    give_up_at = time.monotonic() + 60
+    while len(log) < length and time.monotonic() < give_up_at:
+        time.sleep(0.01)
+    time.sleep(0.05)
     return list(log)
 
 
 def test_it_works_so_far_ahead_and_no_further() -> None:
     log: list[Any] = []
     ahead = Prefetcher(counting(100, log), depth=3)
-    assert settle(log) == [0, 1, 2]
+    assert settled(log, 3) == [0, 1, 2]
     assert [next(ahead), next(ahead)] == [0, 1]
-    assert settle(log) == [0, 1, 2, 3, 4]
+    assert settled(log, 5) == [0, 1, 2, 3, 4]
     ahead.close()
-    assert settle(log)[-1] == "closed"
+    assert settled(log, 6)[-1] == "closed"
     with pytest.raises(StopIteration):
         next(ahead)
 
@@ -148,6 +155,66 @@ def test_working_ahead_changes_no_loss(config: Path, tmp_path: Path) -> None:
             expected = logged(tmp_path / "in turn", kind=kind)
             assert logged(tmp_path / str(num_workers), kind=kind) == expected
     assert not [thread for thread in threading.enumerate() if thread.name == "prefetch"]
+
+
+def test_speech_is_checked_while_audio_is_encoded(config: Path, tmp_path: Path) -> None:
+    """Both need Mimi, which remembers what it is in the middle of."""
+    options = {
+        "data.train_data": str(write_dataset(tmp_path / "long", [20.0] * 12)),
+        "data.eval_data": str(write_dataset(tmp_path / "eval", [20.0], seed=50)),
+        "data.cache_dir": None,
+        "data.prefetch_steps": 2,
+        "duration_sec": 20.0,
+        "do_eval": True,
+        "eval_freq": 1,
+        "health_sec": 1.0,
+        "max_steps": 6,
+    }
+    train(config, tmp_path / "run", options)
+    assert (
+        len(logged(tmp_path / "run", "health/entropy", kind="eval")) == 7
+    )  # before the first step too
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda codec: codec.decode(torch.zeros(1, codec.moshi_codebooks, 2, dtype=torch.int64)),
+        lambda codec: list(codec.encode_blocks([torch.zeros(1, codec.mimi.frame_size)], 1)),
+        lambda codec: Silence(codec).codes(2),
+    ],
+)
+def test_mimi_is_used_by_one_thread_at_a_time(use: Callable[[Codec], Any]) -> None:
+    codec = tiny_codec()
+    blocks = codec.encode_blocks(iter(torch.zeros(3, 1, codec.mimi.frame_size)), 1)
+    next(blocks)
+    with ThreadPoolExecutor(1) as pool:
+        used = pool.submit(use, codec)
+        assert not wait([used], timeout=0.3).done
+        list(blocks)
+        assert used.exception(timeout=60) is None
+
+
+def test_streams_without_cuda_graphs_leave_those_of_other_threads_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    first, second, other = (deepcopy(tiny_codec().mimi) for _ in range(3))
+    # As on a GPU, where streams record graphs at their second step.
+    monkeypatch.setattr(CUDAGraphed, "__init__", partialmethod(_graphed, CUDAGraphed.__init__))
+    audio = torch.zeros(1, 1, first.frame_size)
+    entered, left = eager_streaming(first, 1), eager_streaming(second, 1)
+    entered.__enter__(), left.__enter__()
+    entered.__exit__(None, None, None)  # as threads may: who came first goes first
+    for _ in range(3):
+        second.encode(audio)
+    left.__exit__(None, None, None)
+    with other.streaming(1), pytest.raises(RuntimeError, match=r"CUDA|cuda"):
+        for _ in range(3):
+            other.encode(audio)
+
+
+def _graphed(self: CUDAGraphed, make: Callable[..., None], func: Any, **_: Any) -> None:
+    make(self, func)
 
 
 def test_a_run_that_fails_leaves_no_thread_behind(

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from moshi.utils.compile import no_cuda_graph
 from torch import Tensor
 
 from finetune.data import Codec
@@ -76,7 +75,7 @@ def check_health(
         of the recording, `recorded`.
     """
     devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), no_cuda_graph():
+    with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         said = generate_codes(
             model,
@@ -84,6 +83,7 @@ def check_health(
             prompt_frames=prompt_frames,
             temperature=temperature,
             text_temperature=text_temperature,
+            use_cuda_graphs=False,
         )
     recorded = codes[:, : 1 + model.dep_q]
     silent_db = silent_below_db(codec)
