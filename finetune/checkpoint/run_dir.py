@@ -62,14 +62,18 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
 
 
 def delete_old(args: TrainArgs, newest: Path, record: RunRecord) -> None:
-    """Keep the last `num_ckpt_keep` checkpoints, and the best by eval loss."""
+    """Keep the last `num_ckpt_keep` checkpoints, and the best by eval loss.
+
+    One whose loss is not finite displaces no other.
+    """
     if args.num_ckpt_keep is None:
         return
     # What is not whole was put there by somebody else: it does not count, and is not deleted.
     checkpoints = [p for p in list_checkpoints(Path(args.run_dir)) if manifest.is_whole(p)]
     losses = {path: eval_loss_of(path) for path in checkpoints}
     rated = {path: loss for path, loss in losses.items() if loss is not None and loss < math.inf}
-    keep = {newest, *checkpoints[-args.num_ckpt_keep :]}
+    sound = [path for path in checkpoints if losses[path] is None or path in rated]
+    keep = {newest, *sound[-args.num_ckpt_keep :]}
     keep |= set(sorted(rated, key=rated.__getitem__)[:1])
     for path in checkpoints:
         if path not in keep:

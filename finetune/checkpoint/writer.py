@@ -169,6 +169,21 @@ class CheckpointWriter:
             logger.warning("could not note the loss of the evaluation in %s: %s", final, error)
         self._remove(partial)
 
+    def set_apart(self, step: int) -> None:
+        """Give the checkpoint of `step`, if this run has one, a name by which nothing goes on from
+        it: its model has diverged."""
+        final = self._final(step)
+        new = final.with_name(f"{final.name}.diverged")
+        if not self.world.is_main or not self.record.found_at(self._name(final)).units:
+            return
+        try:
+            self.record.delete(self._name(new))  # of an earlier try
+            self.record.add(trees=[self._name(new)])
+            os.replace(final, new)
+            logger.warning("%s is called %s now: nothing goes on from it", final, new.name)
+        except OSError as error:
+            logger.warning("could not rename %s: %s; delete it", final, error)
+
     def wait(self) -> None:
         """Until the latest checkpoint is complete.
 

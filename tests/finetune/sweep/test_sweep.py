@@ -203,6 +203,19 @@ def test_a_run_that_fails_is_in_the_table_and_the_others_are_run(
     assert len(commands) == 4 and logged_steps(path.parent / "sweep/bad") == [1, 2, 3, 4]
 
 
+def test_a_run_that_diverged_within_what_is_tolerated_has_failed(
+    write: Callable[..., Any], commands: list[Any]
+) -> None:
+    path = write({"bad": FAILING | {"max_nonfinite_steps": 10}, "child": {"after": "bad"}})
+    assert sweep(path) == 1 and len(commands) == 1
+    rows = table(path)
+    assert [rows[name]["status"] for name in rows] == ["failed", "skipped"]
+    assert "after step 4, the last, is nan: the run has diverged" in rows["bad"]["message"]
+    assert [each.name for each in (path.parent / "sweep/bad/checkpoints").iterdir()] == [
+        "checkpoint_000004.diverged"
+    ]
+
+
 def test_a_run_that_failed_is_mended_in_several_goes(
     write: Callable[..., Any], commands: list[Any]
 ) -> None:
