@@ -11,15 +11,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TextIO
 
+from rich.status import Status as Spinner
 from rich.text import Text
 
 from finetune.errors import UserError
-from finetune.interrupt import stop_signals
+from finetune.interrupt import explain_waiting, stop_signals
 from finetune.monitoring import console, format_duration
 from finetune.safety import is_secret
 from finetune.sweep.plan import PlannedRun, Sweep, option
@@ -36,7 +37,8 @@ from finetune.sweep.record import (
     write_record,
 )
 
-_POLL_SEC = 1.0
+_POLL_SEC = 0.2
+"""Between two looks at a run, in which a signal is answered."""
 # How torchrun begins what it has to add to the error of one of its processes: "E1122 14:50:08".
 _LAUNCHER_LINE = re.compile(r"[EW]\d{4} ")
 
@@ -242,17 +244,26 @@ class Children:
         try:
             if self.signal_number:  # it came while this one was being started
                 self._process.send_signal(self.signal_number)
-            if not console.is_terminal:
-                return self._process.wait()
-            with console.status(label) as shown:
-                while True:
-                    try:
-                        return self._process.wait(timeout=_POLL_SEC)
-                    except subprocess.TimeoutExpired:
-                        line = f"{label}  {_last_line(Path(log.name))}"
-                        shown.update(Text(line[: console.width - 4]))
+            with console.status(label) if console.is_terminal else nullcontext() as shown:
+                return self._wait(self._process, log, label, shown)
         finally:
             self._process = None
+
+    def _wait(
+        self, process: subprocess.Popen[bytes], log: TextIO, label: str, shown: Spinner | None
+    ) -> int:
+        """Wait for a run's end; say at once what a signal leads to, which stands in its log."""
+        is_told = False
+        while True:
+            try:
+                return process.wait(timeout=_POLL_SEC)
+            except subprocess.TimeoutExpired:
+                if self.signal_number and not is_told:
+                    is_told = True
+                    _say(f"{label}: {explain_waiting(self.signal_number)}")
+                if shown is not None:
+                    line = f"{label}  {_last_line(Path(log.name))}"
+                    shown.update(Text(line[: console.width - 4]))
 
     def _hand_on(self, number: int, frame: object) -> None:
         self.signal_number = number
