@@ -28,7 +28,7 @@ def stop_signals() -> list[signal.Signals]:
     return numbers
 
 
-def explain_waiting(number: int) -> str:
+def answer_to(number: int) -> str:
     """Return what a run does after the first signal, and how it is left at once."""
     name = signal.Signals(number).name
     return f"{name}: finishing this step, then saving. Ctrl-C (again) leaves at once."
@@ -157,6 +157,6 @@ class Interrupt:
         now = time.monotonic()
         if self.signal_number is None:
             self.signal_number, self._noted_at = number, now
-            logger.info(explain_waiting(number))
+            logger.info(answer_to(number))
         elif number == signal.SIGINT and now > self._noted_at + _ONE_CTRL_C_SEC:
             os._exit(128 + number)

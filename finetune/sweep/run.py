@@ -20,7 +20,7 @@ from rich.status import Status as Spinner
 from rich.text import Text
 
 from finetune.errors import UserError
-from finetune.interrupt import explain_waiting, stop_signals
+from finetune.interrupt import answer_to, stop_signals
 from finetune.monitoring import console, format_duration
 from finetune.safety import is_secret
 from finetune.sweep.plan import PlannedRun, Sweep, option
@@ -260,7 +260,7 @@ class Children:
             except subprocess.TimeoutExpired:
                 if self.signal_number and not is_told:
                     is_told = True
-                    _say(f"{label}: {explain_waiting(self.signal_number)}")
+                    _say(f"{label}: {answer_to(self.signal_number)}")
                 if shown is not None:
                     line = f"{label}  {_last_line(Path(log.name))}"
                     shown.update(Text(line[: console.width - 4]))
