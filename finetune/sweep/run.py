@@ -33,7 +33,7 @@ from finetune.sweep.record import (
     is_to_replace,
     read_record,
     replacing,
-    require_nothing_lost,
+    replacing_problems,
     write_record,
 )
 
@@ -63,7 +63,9 @@ def run_sweep(
         UserError: what a run starts from is missing, a run would be replaced unasked, another
             process is at work here, or the folder cannot be written.
     """
-    chosen = require_runnable(sweep, only, overwrite=overwrite)
+    for problem in runnable_problems(sweep, only, overwrite=overwrite):
+        raise UserError(problem)
+    chosen = [run for name, run in sweep.runs.items() if name in only]
     try:
         sweep.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -80,22 +82,30 @@ def run_sweep(
     return int(failed)
 
 
-def require_runnable(sweep: Sweep, only: Collection[str], *, overwrite: bool) -> list[PlannedRun]:
-    """Return the runs of `only`, in order.
+def runnable_problems(sweep: Sweep, only: Collection[str], *, overwrite: bool) -> Iterator[str]:
+    """Yield why runs cannot be run: what one starts from is missing, or one would be replaced
+    unasked.
 
     Args:
+        only: their names.
         overwrite: runs of other settings are replaced.
-
-    Raises:
-        UserError: what a run starts from is missing, or a run would be replaced unasked.
     """
-    chosen = [run for name, run in sweep.runs.items() if name in only]
-    for run in chosen:
-        if run.after and run.after not in only and _done(sweep, run.after) != "finished":
-            raise UserError(f"{run.name} starts from {run.after}, which is not finished: run that.")
+    chosen = []
+    for run in (run for name, run in sweep.runs.items() if name in only):
+        try:
+            is_waiting = bool(
+                run.after and run.after not in only and _done(sweep, run.after) != "finished"
+            )
+            changes_since(sweep, run)
+        except UserError as error:  # what is known of it is damaged
+            yield str(error)
+            continue
+        if is_waiting:
+            yield f"{run.name} starts from {run.after}, which is not finished: run that."
+        else:
+            chosen.append(run)
     if not overwrite:
-        require_nothing_lost(sweep, chosen)
-    return chosen
+        yield from replacing_problems(sweep, chosen)
 
 
 def _done(sweep: Sweep, name: str) -> Status:
