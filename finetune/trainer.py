@@ -18,6 +18,7 @@ from finetune.checkpoint import (
     first_whole,
     get_random_state,
     load_resume_state,
+    parts_before,
     require_same_parameters,
     set_random_state,
     snapshot_bytes,
@@ -346,6 +347,7 @@ class Trainer:
         self.eval_loss = eval_loss_of(checkpoint)
         assert self.step == step_of(checkpoint)
         self.writer.last_step = self.step
+        self.writer.earlier_parts = parts_before(self.args, checkpoint)
         logger.info("resuming %s after step %d", checkpoint, self.step)
         if self.world.is_main:
             for caution in cautions_of_resuming(self.args, checkpoint):

@@ -7,7 +7,8 @@
         resume/         the optimizer's tensors, in parts (torch.distributed.checkpoint), for any
                         number of processes
         resume.pt       what else training needs to continue as if it had not stopped
-        info.json       step and eval loss
+        info.json       step and eval loss, and parts of the training before that had another
+                        configuration
         manifest.json   all these files, with sizes and checksums
 
 A checkpoint is written under another name and renamed when it is complete;
@@ -29,6 +30,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from finetune.checkpoint import manifest
+from finetune.checkpoint.earlier_parts import INFO
 from finetune.checkpoint.run_record import RunRecord
 from finetune.checkpoint.tensor_reader import TensorReader
 from finetune.config import TrainArgs
@@ -45,8 +47,6 @@ logger = logging.getLogger(__name__)
 # What DCP says of every run of a single process, and of every tensor that is a piece of another.
 warnings.filterwarnings("ignore", message="TypedStorage is deprecated")
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninit")
-
-INFO = "info.json"
 
 RESUME_STATE = {"optimizer", "data", "random", "effect", "counts"}
 """What resume.pt holds."""

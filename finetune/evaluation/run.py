@@ -29,6 +29,7 @@ from finetune.evaluation.origin import (
     KEPT_CONFIGURATION,
     describe_details,
     describe_origin,
+    earlier_notes,
     name_of,
     trained_on,
 )
@@ -74,6 +75,8 @@ def _evaluate(options: Options) -> dict[str, Any]:
     # Before anything is measured: a training may delete the checkpoint meanwhile.
     configuration, origin = _configuration(options.checkpoint), describe_origin(options.checkpoint)
     inputs = _read_inputs(options, args)
+    for note in earlier_notes(origin["earlier_parts"]):
+        inputs.note(note)
     tasks = [TASKS[name] for name in options.tasks]
     prepared = {task.name: task.prepare(inputs, options) for task in tasks}
     bench = load_bench(inputs)
