@@ -28,6 +28,12 @@ def stop_signals() -> list[signal.Signals]:
     return numbers
 
 
+def answer_to(number: int) -> str:
+    """Return what a run does after the first signal, and how it is left at once."""
+    name = signal.Signals(number).name
+    return f"{name}: finishing this step, then saving. Ctrl-C (again) leaves at once."
+
+
 class Stopped(KeyboardInterrupt):
     """A signal has asked to stop, where nothing is to be finished first."""
 
@@ -151,9 +157,6 @@ class Interrupt:
         now = time.monotonic()
         if self.signal_number is None:
             self.signal_number, self._noted_at = number, now
-            logger.info(
-                "%s: finishing this step, then saving. Ctrl-C (again) leaves at once.",
-                signal.Signals(number).name,
-            )
+            logger.info(answer_to(number))
         elif number == signal.SIGINT and now > self._noted_at + _ONE_CTRL_C_SEC:
             os._exit(128 + number)

@@ -18,6 +18,7 @@ from finetune.checkpoint import (
     first_whole,
     get_random_state,
     load_resume_state,
+    parts_before,
     require_same_parameters,
     set_random_state,
     snapshot_bytes,
@@ -294,33 +295,22 @@ class Trainer:
         if self.interrupted():
             return
         self.eval_loss = metrics["loss"]
-        metrics |= self.check_health()
+        if self.speech_check is not None:
+            metrics |= self.speech_check(self.model, self.eval_data, step=self.step)
         self.metrics.log("eval", self.step, metrics)
         self.progress.message(
             f"eval at step {self.step}: {describe(metrics)}, perplexity text "
             f"{metrics['text_perplexity']:.1f} audio {metrics['audio_perplexity']:.1f}"
         )
 
-    def check_health(self) -> dict[str, float]:
-        """Measures of what the model says; warns if it is no longer like speech."""
-        if self.speech_check is None:
-            return {}
-        assert self.eval_data is not None
-        measures, alarms = self.speech_check(self.model, self.eval_data)
-        # Before the first step there may be random weights, which say nothing of the run.
-        for alarm in alarms if self.step else []:
-            logger.warning(
-                "generated speech at step %d: %s (%s %.2f); see docs/evaluation.md",
-                self.step,
-                alarm.text,
-                alarm.measure,
-                measures[f"health/{alarm.measure}"],
-            )
-        return measures
-
     def save(self, data_position: dict[str, Any] | None = None) -> None:
-        """Begin a checkpoint of this step; `data_position` is the loader's own if not given."""
+        """Begin a checkpoint of this step; `data_position` is the loader's own if not given.
+
+        Raises:
+            UserError: weights are not finite.
+        """
         self.watch.at(self.step, "checkpoint")
+        self.lost_steps.require_finite_weights(self.step, self.optimizer, self.world)
         self.writer.save(
             self.model,
             self.optimizer,
@@ -357,6 +347,7 @@ class Trainer:
         self.eval_loss = eval_loss_of(checkpoint)
         assert self.step == step_of(checkpoint)
         self.writer.last_step = self.step
+        self.writer.earlier_parts = parts_before(self.args, checkpoint)
         logger.info("resuming %s after step %d", checkpoint, self.step)
         if self.world.is_main:
             for caution in cautions_of_resuming(self.args, checkpoint):
@@ -376,6 +367,7 @@ class Trainer:
         is_evaluated = self.eval_data is None or self.eval_loss is not None
         if self.is_complete and is_evaluated:
             self.writer.wait()
+            self.require_finite_end()
             self.folder.earn()
             return 0
         number = self.interrupt.signal_number or 0
@@ -390,6 +382,15 @@ class Trainer:
             self.folder.earn()
             logger.info("stopped after step %d; nothing saved (do_ckpt: false)", self.step)
         return 128 + number
+
+    def require_finite_end(self) -> None:
+        """Check that the run has not diverged; its last checkpoint, if it has, is set apart."""
+        self.lost_steps.require_finite_weights(self.step, self.optimizer, self.world)
+        try:
+            self.lost_steps.require_finite_end(self.step, self.eval_loss)
+        except UserError:
+            self.writer.set_apart(self.step)
+            raise
 
     def is_due(self, every: int) -> bool:
         """Return whether something that is done every so many steps is due at this one."""

@@ -1,6 +1,7 @@
 """This package keeps what a run leaves on disk and continues from."""
 
 from finetune.checkpoint.consolidated import merged_weights
+from finetune.checkpoint.earlier_parts import Part, earlier_parts_of, parts_before
 from finetune.checkpoint.random_state import get_random_state, set_random_state
 from finetune.checkpoint.run_dir import (
     eval_loss_of,
@@ -22,8 +23,10 @@ from finetune.kept import step_of
 
 __all__ = [
     "CheckpointWriter",
+    "Part",
     "RunFolder",
     "cautions_of_resuming",
+    "earlier_parts_of",
     "eval_loss_of",
     "fill_shards",
     "first_whole",
@@ -33,6 +36,7 @@ __all__ = [
     "load_resume_state",
     "load_trained_weights",
     "merged_weights",
+    "parts_before",
     "replaced_run",
     "require_same_parameters",
     "run_wrote",

@@ -7,7 +7,8 @@
         resume/         the optimizer's tensors, in parts (torch.distributed.checkpoint), for any
                         number of processes
         resume.pt       what else training needs to continue as if it had not stopped
-        info.json       step and eval loss
+        info.json       step and eval loss, and parts of the training before that had another
+                        configuration
         manifest.json   all these files, with sizes and checksums
 
 A checkpoint is written under another name and renamed when it is complete;
@@ -29,6 +30,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from finetune.checkpoint import manifest
+from finetune.checkpoint.earlier_parts import INFO
 from finetune.checkpoint.run_record import RunRecord
 from finetune.checkpoint.tensor_reader import TensorReader
 from finetune.config import TrainArgs
@@ -46,8 +48,6 @@ logger = logging.getLogger(__name__)
 warnings.filterwarnings("ignore", message="TypedStorage is deprecated")
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninit")
 
-INFO = "info.json"
-
 RESUME_STATE = {"optimizer", "data", "random", "effect", "counts"}
 """What resume.pt holds."""
 _OF_ANOTHER_VERSION = (
@@ -62,14 +62,18 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
 
 
 def delete_old(args: TrainArgs, newest: Path, record: RunRecord) -> None:
-    """Keep the last `num_ckpt_keep` checkpoints, and the best by eval loss."""
+    """Keep the last `num_ckpt_keep` checkpoints, and the best by eval loss.
+
+    One whose loss is not finite displaces no other.
+    """
     if args.num_ckpt_keep is None:
         return
     # What is not whole was put there by somebody else: it does not count, and is not deleted.
     checkpoints = [p for p in list_checkpoints(Path(args.run_dir)) if manifest.is_whole(p)]
     losses = {path: eval_loss_of(path) for path in checkpoints}
     rated = {path: loss for path, loss in losses.items() if loss is not None and loss < math.inf}
-    keep = {newest, *checkpoints[-args.num_ckpt_keep :]}
+    sound = [path for path in checkpoints if losses[path] is None or path in rated]
+    keep = {newest, *sound[-args.num_ckpt_keep :]}
     keep |= set(sorted(rated, key=rated.__getitem__)[:1])
     for path in checkpoints:
         if path not in keep:

@@ -30,7 +30,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from finetune.checkpoint import manifest
 from finetune.checkpoint.consolidated import consolidated, consolidated_config
-from finetune.checkpoint.run_dir import INFO, delete_old
+from finetune.checkpoint.earlier_parts import EARLIER, INFO, Part, earlier_parts_of
+from finetune.checkpoint.run_dir import delete_old
 from finetune.checkpoint.run_record import RunRecord, fsync
 from finetune.config import TrainArgs, save_config
 from finetune.distributed import Sharding, World, like_parameter, shard_size
@@ -102,6 +103,8 @@ class CheckpointWriter:
         self.record = record
         self.last_step = 0
         """Of the latest checkpoint that was begun."""
+        self.earlier_parts: list[Part] = []
+        """Of this training, see `earlier_parts.py`."""
         # Asked once: what the run started from may be gone when it saves.
         self._adapter_roles = adapter_roles(args)
         self._folder = Path(args.run_dir) / "checkpoints"
@@ -157,7 +160,7 @@ class CheckpointWriter:
             self.record.delete(self._name(partial))
             self.record.add(trees=[self._name(partial)])
             partial.mkdir()
-            _write_info(partial, step, eval_loss)
+            _write_info(partial, step, eval_loss, earlier_parts_of(final))
             others = {name: e for name, e in manifest.read(final).items() if name != INFO}
             all_entries = others | manifest.describe(partial, [partial / INFO])
             manifest.write(partial, others)
@@ -168,6 +171,21 @@ class CheckpointWriter:
         except (OSError, ValueError) as error:
             logger.warning("could not note the loss of the evaluation in %s: %s", final, error)
         self._remove(partial)
+
+    def set_apart(self, step: int) -> None:
+        """Give the checkpoint of `step`, if this run has one, a name by which nothing goes on from
+        it: its model has diverged."""
+        final = self._final(step)
+        new = final.with_name(f"{final.name}.diverged")
+        if not self.world.is_main or not self.record.found_at(self._name(final)).units:
+            return
+        try:
+            self.record.delete(self._name(new))  # of an earlier try
+            self.record.add(trees=[self._name(new)])
+            os.replace(final, new)
+            logger.warning("%s is called %s now: nothing goes on from it", final, new.name)
+        except OSError as error:
+            logger.warning("could not rename %s: %s; delete it", final, error)
 
     def wait(self) -> None:
         """Until the latest checkpoint is complete.
@@ -280,7 +298,7 @@ class CheckpointWriter:
         )
         save_config(self.args, partial / "args.yaml")
         torch.save(snapshot.resume_state, partial / "resume.pt")
-        _write_info(partial, snapshot.step, snapshot.eval_loss)
+        _write_info(partial, snapshot.step, snapshot.eval_loss, self.earlier_parts)
 
     def _own_files(self, partial: Path) -> list[Path]:
         """Return the files that this process has written."""
@@ -343,8 +361,9 @@ class CheckpointWriter:
             logger.error("%s Training goes on; the next checkpoint tries again.", self._error)
 
 
-def _write_info(folder: Path, step: int, eval_loss: float | None) -> None:
-    info = {"step": step, "eval_loss": eval_loss}
+def _write_info(folder: Path, step: int, eval_loss: float | None, parts: list[Part]) -> None:
+    info: dict[str, Any] = {"step": step, "eval_loss": eval_loss}
+    info |= {EARLIER: parts} if parts else {}
     (folder / INFO).write_text(json.dumps(info), encoding="utf-8")
 
 

@@ -289,7 +289,8 @@ class TrainArgs:
     memory. `false` needs no such copy."""
 
     num_ckpt_keep: Annotated[Count | None, HARMLESS] = 3
-    """How many of the latest checkpoints to keep, besides the best; null: all."""
+    """How many of the latest checkpoints to keep, besides the best; null: all. Those whose
+    evaluation was not finite are not counted."""
 
     save_adapters: Annotated[bool, MEASURED] = True
     """With LoRA: write the adapters alone. False: merge them into the weights and write those."""
@@ -304,7 +305,8 @@ class TrainArgs:
 
     max_nonfinite_steps: Annotated[Count, HARMLESS] = 10
     """Steps in a row with a loss or gradient that is not finite (each is skipped) after which the
-    run stops with an explanation."""
+    run stops with an explanation. Whatever this is, a run whose last evaluation or weights are not
+    finite ends in an error."""
 
     parallel: ParallelArgs = field(default_factory=ParallelArgs)
     """Several processes: what they share, and how long they wait for each other."""

@@ -44,14 +44,7 @@ def load_config(
     """
     checked = check_config(path, overrides)
     if inputs_exist:
-        # Of a key that has a problem already, there is a default here.
-        known = {key for keys, _ in checked.problems for key in keys.split(", ")}
-        passed_over = known.union(unread)
-        if not checked.args.do_eval:
-            passed_over.add("data.eval_data")
-        for key, text in what_is_missing(checked.args):
-            if key not in passed_over:
-                checked.problems.append((key, text.removeprefix(f"{key}: ")))
+        checked.problems.extend(missing_inputs(checked, unread))
     return _whole(path, checked, overrides)
 
 
@@ -107,6 +100,23 @@ def check_config(path: str | Path, overrides: Mapping[str, object] | None = None
     return _check(
         Path(path), _of_its_time(written) if _is_of_a_run(written) else written, overrides
     )
+
+
+def missing_inputs(checked: Checked, unread: Collection[str] = ()) -> list[Problem]:
+    """Return the keys of data and model files that are not there.
+
+    Args:
+        unread: keys of such files that are not read, and may not be there yet.
+    """
+    # Of a key that has a problem already, there is a default here.
+    passed_over = {key for keys, _ in checked.problems for key in keys.split(", ")}.union(unread)
+    if not checked.args.do_eval:
+        passed_over.add("data.eval_data")
+    return [
+        (key, text.removeprefix(f"{key}: "))
+        for key, text in what_is_missing(checked.args)
+        if key not in passed_over
+    ]
 
 
 IGNORED = {"world_size"}

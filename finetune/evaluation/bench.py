@@ -73,9 +73,10 @@ class Bench(Inputs):
             settings: all options that a record depends on.
 
         Raises:
-            UserError: those that are there depend on something else.
+            UserError: those that are there depend on something else, and are not to be replaced.
         """
-        return Records(self.options.out / f"{name}.jsonl", {**self.identity, **settings})
+        path, overwrite = self.options.out / f"{name}.jsonl", self.options.overwrite
+        return Records(path, {**self.identity, **settings}, overwrite=overwrite)
 
 
 def load_bench(inputs: Inputs) -> Bench:

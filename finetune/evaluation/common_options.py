@@ -17,7 +17,7 @@ from finetune.config import (
 from ttt.options import Count, Frames
 
 DEFAULT_OUT = Path("evaluation/RUN/CHECKPOINT")
-ALWAYS_READ = ("checkpoint", "tasks", "out", "device", "wandb")
+ALWAYS_READ = ("checkpoint", "tasks", "out", "overwrite", "device", "wandb")
 """Options that every evaluation reads. Of the others, each task says which it reads."""
 
 
@@ -36,6 +36,9 @@ class CommonOptions:
 
     out: FilePath = DEFAULT_OUT
     """The folder to write to."""
+
+    overwrite: bool = False
+    """Replace a report, and results, of another checkpoint, other data or other settings."""
 
     limit: Count | None = None
     """Read no more than the first so many recordings."""

@@ -1,10 +1,18 @@
 """The origin of a checkpoint: how it was trained, on what, and how two of them differ."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from finetune.config import TrainArgs, changed_keys, keys_that, load_run_config
+from finetune.checkpoint import Part, earlier_parts_of
+from finetune.config import (
+    TrainArgs,
+    changed_keys,
+    flatten,
+    keys_that,
+    load_run_config,
+    public_dict,
+)
 from finetune.data import FRAME_RATE_HZ, Recording, in_training, listed_recordings
 from finetune.kept import CHECKPOINT_NAME, Kept, is_stock, step_of
 from finetune.plan import SUMMARY
@@ -38,16 +46,28 @@ class Differences(NamedTuple):
 
 
 def describe_origin(checkpoint: Path) -> Json:
-    """Return how far and from which seed a checkpoint was trained, and on how many segments a step;
-    None where nothing says so, as for a stock Moshi."""
+    """Return how far and from which seed a checkpoint was trained, and on how many segments a step,
+    None where nothing says so, as for a stock Moshi; and the parts of its training that had another
+    configuration."""
     if is_stock(checkpoint):
-        return {"step": None, "seed": None, "segments_per_step": None}
+        return {"step": None, "seed": None, "segments_per_step": None, "earlier_parts": []}
     summary = Kept(checkpoint.absolute().parent.parent / SUMMARY).read() or {}
     return {
         "step": step_of(checkpoint) if CHECKPOINT_NAME.fullmatch(checkpoint.name) else None,
         "seed": load_run_config(checkpoint / CONFIGURATION).seed,
         "segments_per_step": summary.get("segments_per_step"),
+        "earlier_parts": earlier_parts_of(checkpoint),
     }
+
+
+def earlier_notes(parts: Sequence[Part]) -> Iterator[str]:
+    """Yield what a reader of the configuration has to know of the parts of a training before."""
+    for part in parts:
+        keys = ", ".join(f"{key} was {value}" for key, value in part["before"].items())
+        yield (
+            f"Until step {part['until_step']} this checkpoint was trained with another "
+            f"configuration than after it ({keys}): it was resumed so."
+        )
 
 
 def name_of(checkpoint: Path) -> str:
@@ -78,26 +98,57 @@ def trained_on(args: TrainArgs, recordings: Sequence[Recording]) -> list[Recordi
     return in_training(listed, recordings)
 
 
-def differences(own: Path, other: Path) -> Differences:
-    """Return the configuration keys in which two runs differ that both of them read.
+def differences(
+    own: Path, other: Path, own_parts: Sequence[Part] = (), other_parts: Sequence[Part] = ()
+) -> Differences:
+    """Return the configuration keys in which two runs differ, or did in an earlier part of their
+    training, that both of them read.
 
     A key that one of them does not read has nothing to be compared with: the chunk size of a run
     without TTT.
 
     Args:
         own, other: files that runs have written, `args.yaml`, or copies of them.
+        own_parts, other_parts: earlier parts of their training.
 
     Raises:
         UserError: one of them cannot be read.
     """
     runs = [load_run_config(path) for path in (own, other)]
     unimportant = keys_that(TrainArgs, HARMLESS, MEASURED)
+    last = changed_keys(other, runs[0])
+    by_key = [(key, Difference(key, of_own, of_other)) for key, (of_other, of_own) in last.items()]
     found = Differences([], [])
-    for key, (of_other, of_own) in changed_keys(other, runs[0]).items():
+    for key, difference in [*by_key, *_earlier_differences(runs, (own_parts, other_parts))]:
         if key not in unimportant and all(_reads(args, key) for args in runs):
             part = found.of_ttt if _is_of_ttt(key, runs) else found.beyond
-            part.append(Difference(key, of_own, of_other))
+            part.append(difference)
     return found
+
+
+def _earlier_differences(
+    runs: Sequence[TrainArgs], parts: tuple[Sequence[Part], Sequence[Part]]
+) -> Iterator[tuple[str, Difference]]:
+    """Yield keys in which two trainings differed up to a step at which one of them was resumed."""
+    last = [flatten(public_dict(args)) for args in runs]
+    steps_of: dict[str, set[int]] = {}
+    for part in (*parts[0], *parts[1]):
+        for key in part["before"]:
+            steps_of.setdefault(key, set()).add(part["until_step"])
+    for key, steps in sorted(steps_of.items()):
+        # By their values, of which the last step counts.
+        values = {
+            tuple(_value_at(step, key, *each) for each in zip(parts, last, strict=True)): step
+            for step in sorted(steps)
+        }
+        for (own, other), step in values.items():
+            if own != other:
+                yield key, Difference(f"{key} until step {step}", own, other)
+
+
+def _value_at(step: int, key: str, parts: Sequence[Part], last: Mapping[str, Any]) -> str:
+    values = [p["before"][key] for p in parts if p["until_step"] >= step and key in p["before"]]
+    return values[0] if values else str(last.get(key))
 
 
 def _reads(args: TrainArgs, key: str) -> bool:

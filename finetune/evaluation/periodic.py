@@ -11,7 +11,7 @@ from torch import Tensor
 from finetune.config import TrainArgs
 from finetune.data import Batch, Codec, count_frames
 from finetune.distributed import World, let_go, shard_size
-from finetune.evaluation.tasks.health.measure import Alarm, alarms, check_health, means
+from finetune.evaluation.tasks.health.measure import alarms, check_health, means
 from finetune.step import LossWeights, stream_sums
 from ttt import TTTLMModel
 
@@ -116,14 +116,18 @@ class SpeechCheck:
         self._codes: Tensor | None = None
 
     def __call__(
-        self, model: TTTLMModel, batches: Iterable[Batch]
-    ) -> tuple[dict[str, float], list[Alarm]]:
-        """The measures by name, `health/entropy` and so on, and what is wrong with them; nothing if
-        no segment is complete or the device has no memory for it."""
+        self, model: TTTLMModel, batches: Iterable[Batch], *, step: int
+    ) -> dict[str, float]:
+        """Warn if what the model says is no longer like speech.
+
+        Returns:
+            The measures by name, `health/entropy` and so on; nothing if no segment is complete or
+            the device has no memory for it.
+        """
         if self._codes is None:
             self._codes = self._first_segments(batches)
         if not len(self._codes):
-            return {}, []
+            return {}
         was_training = model.training
         model.eval()
         try:
@@ -132,11 +136,20 @@ class SpeechCheck:
             )
         except torch.OutOfMemoryError:
             logger.warning("no memory to check the health of speech; health_sec: 0 turns it off")
-            return {}, []
+            return {}
         finally:
             model.train(was_training)
         own, usual = means(results, "generated"), means(results, "recorded")
-        return {f"health/{name}": value for name, value in own.items()}, alarms(own, usual)
+        # Before the first step there may be random weights, which say nothing of the run.
+        for alarm in alarms(own, usual) if step else []:
+            logger.warning(
+                "generated speech at step %d: %s (%s %.2f); see docs/evaluation.md",
+                step,
+                alarm.text,
+                alarm.measure,
+                own[alarm.measure],
+            )
+        return {f"health/{name}": value for name, value in own.items()}
 
     def _first_segments(self, batches: Iterable[Batch]) -> Tensor:
         """[B, 17, T] of `num_frames`, or as long as segments are."""

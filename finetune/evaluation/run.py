@@ -21,12 +21,15 @@ from finetune.errors import UserError
 from finetune.evaluation.bench import Bench, Inputs, load_bench, usable_recordings
 from finetune.evaluation.common_options import ALWAYS_READ, what_takes_less
 from finetune.evaluation.dashboard import to_wandb
+from finetune.evaluation.earlier import REPORT, RESULTS, require_nothing_replaced
+from finetune.evaluation.fingerprints import checkpoint_fingerprint
 from finetune.evaluation.options import Options
 from finetune.evaluation.origin import (
     CONFIGURATION,
     KEPT_CONFIGURATION,
     describe_details,
     describe_origin,
+    earlier_notes,
     name_of,
     trained_on,
 )
@@ -65,9 +68,15 @@ def evaluate_checkpoint(options: Options) -> dict[str, Any]:
 def _evaluate(options: Options) -> dict[str, Any]:
     args = checkpoint_args(options.checkpoint, options.device)
     options = _with_data(options, args)
+    if not options.overwrite:
+        fingerprint = checkpoint_fingerprint(options.checkpoint)
+        model = {"name": name_of(options.checkpoint), "fingerprint": fingerprint}
+        require_nothing_replaced(options.out, model, _told(options))
     # Before anything is measured: a training may delete the checkpoint meanwhile.
     configuration, origin = _configuration(options.checkpoint), describe_origin(options.checkpoint)
     inputs = _read_inputs(options, args)
+    for note in earlier_notes(origin["earlier_parts"]):
+        inputs.note(note)
     tasks = [TASKS[name] for name in options.tasks]
     prepared = {task.name: task.prepare(inputs, options) for task in tasks}
     bench = load_bench(inputs)
@@ -184,12 +193,12 @@ def _write(options: Options, results: dict[str, Any], configuration: bytes | Non
         # and so comes later.
         write_whole(out / KEPT_CONFIGURATION, configuration)
     text = json.dumps(without_nan(results), indent=1, allow_nan=False)
-    write_whole(out / "results.json", text + "\n")
+    write_whole(out / RESULTS, text + "\n")
     for name in options.tasks:
         table = TASKS[name].csv(results[name])
         write_csv(out / f"{name}.csv", table.columns, table.rows)
     page = html_page(report_page(results))
-    write_whole(out / "report.html", page)
+    write_whole(out / REPORT, page)
     if options.wandb.project:
         to_wandb(options, results, page)
 

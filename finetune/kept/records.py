@@ -20,12 +20,15 @@ class Records:
     Args:
         path: the file, which may hold earlier results.
         fingerprint: what the results depend on.
+        overwrite: results that depend on something else are replaced.
 
     Raises:
         UserError: the file's results depend on something else, or it cannot be read.
     """
 
-    def __init__(self, path: Path, fingerprint: Mapping[str, Any]) -> None:
+    def __init__(
+        self, path: Path, fingerprint: Mapping[str, Any], *, overwrite: bool = False
+    ) -> None:
         self.path = path
         self.records: list[dict[str, Any]] = []
         header = json.loads(json.dumps({"fingerprint": fingerprint}))
@@ -33,13 +36,13 @@ class Records:
         if lines:
             earlier = _parse(path, lines[0], "--out").get("fingerprint")
             if earlier != header["fingerprint"]:
-                if lines[1:] or not isinstance(earlier, dict):
+                if not overwrite and (lines[1:] or not isinstance(earlier, dict)):
                     raise UserError(
                         f"--out: {path} holds results of another evaluation "
-                        f"({_difference(earlier, header['fingerprint'])}). Choose another --out, "
-                        f"or delete that file."
+                        f"({_difference(earlier, header['fingerprint'])}). Give another --out, "
+                        f"or --overwrite to replace them."
                     )
-                lines = []  # it was stopped before its first result: there is nothing to mix
+                lines = []  # it is to be replaced, or was stopped before its first result
             self.records = [_parse(path, line, "--out") for line in lines[1:]]
         try:
             if lines:

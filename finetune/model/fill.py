@@ -91,6 +91,20 @@ class WeightFiles:
         self._places |= found
 
     def read(self, name: str, device: torch.device) -> Tensor:
+        """Return a weight as it is in its file.
+
+        Raises:
+            UserError: it is NaN or infinite somewhere, so nothing computed with it is a number.
+        """
+        weight = self._read(name, device)
+        if not weight.isfinite().all():
+            raise UserError(
+                f"{self._places[name].path}: its {name} holds NaN or infinity. Use another "
+                f"checkpoint: of a run that diverged, an earlier one."
+            )
+        return weight
+
+    def _read(self, name: str, device: torch.device) -> Tensor:
         path, key, part, num_parts, _ = self._places[name]
         if (path, str(device)) not in self._open:
             self._open[path, str(device)] = safe_open(path, "pt", device=str(device))

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from finetune.checkpoint import earlier_parts_of
 from finetune.config import DataArgs, TrainArgs, parse_sources
 from finetune.data import in_training, listed_recordings, num_different
 from finetune.errors import UserError
@@ -43,6 +44,7 @@ def model_card(args: TrainArgs, options: ExportOptions) -> str:
             "## Training",
             "",
             *_training(args),
+            *_earlier_parts(options.checkpoint),
             "",
             "## Evaluation",
             "",
@@ -112,6 +114,16 @@ def _training(args: TrainArgs) -> list[str]:
     data = ", ".join(f"`{name}`" for name in names if name) or "not known"
     return [f"Data: {data}. Describe here whose voices they are, and who agreed.", "", "```json",
             json.dumps(settings, indent=1, default=str), "```"]  # fmt: skip
+
+
+def _earlier_parts(checkpoint: Path) -> list[str]:
+    """Return which of the settings were others before the training was resumed; without values,
+    which may be paths."""
+    parts = [
+        f"until step {part['until_step']} {', '.join(f'`{key}`' for key in part['before'])}"
+        for part in earlier_parts_of(checkpoint)
+    ]
+    return ["", f"These settings are of the end. Others were {'; '.join(parts)}."] if parts else []
 
 
 def _ttt(args: TTTArgs) -> dict[str, Any]:

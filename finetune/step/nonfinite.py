@@ -1,19 +1,27 @@
-"""Steps that changed nothing, because a loss or gradient was not finite."""
+"""Losses, gradients and weights that are not finite: what a run tolerates of them, and what ends
+it."""
 
 import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
+
 from finetune.config import TrainArgs
+from finetune.distributed import World, local
 from finetune.errors import UserError
-from finetune.step.optim import StepResult
+from finetune.step.optim import Optimizer, StepResult
 
 logger = logging.getLogger(__name__)
 
+LOST_AT_THE_END = 2
+"""So many lost steps in a row are no accident where nothing follows them."""
+
 
 class LostSteps:
-    """Counts them, and ends a run that does not recover."""
+    """Counts steps that changed nothing, because a loss or gradient was not finite, and ends a run
+    that does not recover."""
 
     def __init__(self, args: TrainArgs) -> None:
         self.args = args
@@ -43,16 +51,69 @@ class LostSteps:
             UserError: too many steps in a row were not finite.
         """
         if self.nonfinite_in_a_row >= self.args.max_nonfinite_steps:
-            count = self.nonfinite_in_a_row
-            last = "last step" if count == 1 else f"last {count} steps"
-            inner = ", or ttt.learning_rate, or set ttt.max_delta_norm"
             raise UserError(
-                f"the {last} had a loss or gradient that is not "
-                f"finite (max_nonfinite_steps); the model does not recover from that. Lower "
-                f"optim.lr or optim.ttt_lr{inner if self.args.ttt.has_fixed_step else ''}, and "
-                f"continue from an earlier checkpoint, if there is one in "
-                f"{Path(self.args.run_dir) / 'checkpoints'}, or begin anew."
+                f"the {self._last_steps()} had a loss or gradient that is not "
+                f"finite (max_nonfinite_steps); the model does not recover from that. "
+                f"{self._remedy()}"
             )
+
+    def require_finite_weights(self, step: int, optimizer: Optimizer, world: World) -> None:
+        """Check the weights that train; every process calls this.
+
+        Raises:
+            UserError: some are NaN or infinite, in any process: no later step mends them.
+        """
+        named = [
+            (name, local(parameter))
+            for role, names in optimizer.names.items()
+            for name, parameter in zip(names, optimizer.parameters[role], strict=True)
+        ]
+        # One look at the device for all of them; a part of a sharded one may be empty.
+        are_bad = torch.stack([~weight.isfinite().all() for _, weight in named]).float()
+        bad = [
+            name
+            for (name, _), count in zip(named, world.sum(are_bad).tolist(), strict=True)
+            if count
+        ]
+        if bad:
+            more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+            raise UserError(
+                f"after step {step} weights that train are NaN or infinite "
+                f"({', '.join(bad[:3])}{more}): nothing of this step is saved. {self._remedy()}"
+            )
+
+    def require_finite_end(self, step: int, eval_loss: float | None) -> None:
+        """Check what is known of the last step.
+
+        Args:
+            eval_loss: of the evaluation after it; None: there is none.
+
+        Raises:
+            UserError: the run has diverged.
+        """
+        if eval_loss is not None and not math.isfinite(eval_loss):
+            raise UserError(
+                f"the loss of the evaluation after step {step}, the last, is {eval_loss}: the run "
+                f"has diverged. {self._remedy()}"
+            )
+        if eval_loss is None and self.nonfinite_in_a_row >= LOST_AT_THE_END:
+            raise UserError(
+                f"the {self._last_steps()} before the run's end, step {step}, had a loss or "
+                f"gradient that is not finite, and no evaluation shows that the model has "
+                f"recovered. {self._remedy()}"
+            )
+
+    def _last_steps(self) -> str:
+        count = self.nonfinite_in_a_row
+        return "last step" if count == 1 else f"last {count} steps"
+
+    def _remedy(self) -> str:
+        inner = ", or ttt.learning_rate, or set ttt.max_delta_norm"
+        return (
+            f"Lower optim.lr or optim.ttt_lr{inner if self.args.ttt.has_fixed_step else ''}, and "
+            f"continue from an earlier checkpoint, if there is one in "
+            f"{Path(self.args.run_dir) / 'checkpoints'}, or begin anew."
+        )
 
     def state_dict(self) -> dict[str, int]:
         return {

@@ -1,16 +1,16 @@
 """`moshi-ttt sweep`: check everything, run what is left to run, compare."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
+from finetune.config import list_problems
 from finetune.errors import UserError
 from finetune.monitoring import console
-from finetune.safety import is_secret
 from finetune.sweep.options import SweepOptions
-from finetune.sweep.plan import Sweep, load_sweep, option
+from finetune.sweep.plan import Sweep, option, read_sweep
 from finetune.sweep.remarks import cautions, seed_remarks
 from finetune.sweep.report import plot_sweep, write_page
-from finetune.sweep.run import require_runnable, run_sweep
-from finetune.sweep.slurm import write_array
+from finetune.sweep.run import run_sweep, runnable_problems
+from finetune.sweep.slurm import array_problems, write_array
 from finetune.sweep.table import collect, only_in_file, print_table, write_tables
 from ttt.options import abbreviated
 
@@ -30,29 +30,15 @@ def run_command(options: SweepOptions, overrides: Mapping[str, object]) -> int:
     Raises:
         UserError: anything that can be known to be wrong before the first run.
     """
-    file = options.file
-    sweep = load_sweep(file, overrides, options.sweep_dir, with_inputs=not options.table)
+    sweep = _checked(options, overrides)
     only = options.only or tuple(sweep.runs)
-    unknown = set(only) - sweep.runs.keys()
-    if unknown:
-        raise UserError(
-            f"--only: {file} has no run {abbreviated(', '.join(sorted(unknown)))}; it has "
-            f"{', '.join(sweep.runs)}."
-        )
     if options.slurm:
-        for key in overrides:
-            if is_secret(key):
-                raise UserError(
-                    f"{key}: a script that stays on the disk is no place for secrets. Leave it "
-                    f"out, and use `wandb login` once, or export WANDB_API_KEY before sbatch."
-                )
         arguments = [f"--{option(key, value)}" for key, value in overrides.items()]
         if options.sweep_dir:
             arguments.append(f"--sweep_dir={options.sweep_dir}")
         arguments += [
             f"--{name}" for name in ("force", "overwrite_run_dir") if getattr(options, name)
         ]
-        require_runnable(sweep, only, overwrite=options.overwrite_run_dir)
         warning = OVERWRITES if options.overwrite_run_dir else ""
         script = write_array(sweep, only, arguments, warning)
         console.print(f"wrote {script}; submit it with sbatch", markup=False, soft_wrap=True)
@@ -64,6 +50,39 @@ def run_command(options: SweepOptions, overrides: Mapping[str, object]) -> int:
         status = run_sweep(sweep, only, force=options.force, overwrite=options.overwrite_run_dir)
     show_results(sweep, overwrite=options.overwrite_run_dir)
     return status
+
+
+def _checked(options: SweepOptions, overrides: Mapping[str, object]) -> Sweep:
+    """Return the sweep, if nothing is wrong with its file, the command line or its folder.
+
+    Raises:
+        UserError: naming all that is.
+    """
+    file = options.file
+    sweep, of_file, unsound = read_sweep(
+        file, overrides, options.sweep_dir, with_inputs=not options.table
+    )
+    others = list(_only_problems(sweep, options.only or ()))
+    if options.slurm:
+        others += array_problems(sweep, overrides)
+    if not options.table:
+        # Of runs whose configuration is not known, nobody can say whether they lie there.
+        chosen = [name for name in options.only or sweep.runs if name not in unsound]
+        others += runnable_problems(sweep, chosen, overwrite=options.overwrite_run_dir)
+    if of_file or len(others) > 1:
+        raise UserError(list_problems(file, [*of_file, *others]))
+    if others:
+        raise UserError(others[0])
+    return sweep
+
+
+def _only_problems(sweep: Sweep, only: Iterable[str]) -> Iterator[str]:
+    unknown = set(only) - sweep.runs.keys()
+    if unknown:
+        yield (
+            f"--only: {sweep.file} has no run {abbreviated(', '.join(sorted(unknown)))}; it has "
+            f"{', '.join(sweep.runs)}."
+        )
 
 
 def show_results(sweep: Sweep, *, overwrite: bool = False) -> None:

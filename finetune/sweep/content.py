@@ -75,6 +75,20 @@ def common_keys(content: Mapping[str, Any]) -> dict[str, Any]:
     return flatten(overrides) if isinstance(overrides, dict) else {}
 
 
+def slurm_options(content: Mapping[str, Any]) -> dict[str, str]:
+    """Return what the file says of its job array, by the name of sbatch's option."""
+    options = content.get("slurm", {})
+    return {k: str(v) for k, v in options.items()} if isinstance(options, dict) else {}
+
+
+def num_processes(content: Mapping[str, Any]) -> int:
+    """Return how many processes each run has; 1 where the file says nothing that can be."""
+    try:
+        return parse(content.get("processes", "1"), Size)
+    except ValueError:
+        return 1
+
+
 def base_problem(content: Mapping[str, Any]) -> str:
     """Return why there is no configuration that the runs start from; nothing if there is one."""
     base = content.get("base")

@@ -4,9 +4,16 @@ import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from finetune.config import Checked, Size, TrainArgs, check_config, flatten, list_problems, parse
+from finetune.config import (
+    Checked,
+    TrainArgs,
+    check_config,
+    flatten,
+    list_problems,
+    missing_inputs,
+)
 from finetune.data import Reading, count_frames, load_sources
 from finetune.errors import UserError
 from finetune.model import changed_shape, find_checkpoint, misfits, model_shape, plan_model
@@ -15,9 +22,11 @@ from finetune.sweep.content import (
     base_problem,
     common_keys,
     form_problems,
+    num_processes,
     own_key_problems,
     read_content,
     run_entries,
+    slurm_options,
 )
 from ttt.options import abbreviated
 
@@ -79,6 +88,19 @@ class Sweep:
         return [chain for chain in chosen if chain]
 
 
+class Read(NamedTuple):
+    """A sweep with all that is wrong with its file.
+
+    problems: a line each, of the file or of runs.
+    unsound: the runs whose configuration is not known, as something is wrong with it or with that
+        of a run before it.
+    """
+
+    sweep: Sweep
+    problems: list[str]
+    unsound: set[str]
+
+
 def load_sweep(
     file: Path,
     overrides: Mapping[str, object] | None = None,
@@ -86,7 +108,25 @@ def load_sweep(
     *,
     with_inputs: bool = True,
 ) -> Sweep:
-    """Read a sweep's file and check all its runs.
+    """Read a sweep's file and check all its runs; see `read_sweep`.
+
+    Raises:
+        UserError: naming every problem of every run, as far as it can be known beforehand.
+    """
+    sweep, problems, _ = read_sweep(file, overrides, folder, with_inputs=with_inputs)
+    if problems:
+        raise UserError(list_problems(file, problems))
+    return sweep
+
+
+def read_sweep(
+    file: Path,
+    overrides: Mapping[str, object] | None = None,
+    folder: Path | None = None,
+    *,
+    with_inputs: bool = True,
+) -> Read:
+    """Read a sweep's file and look for all that is wrong with its runs.
 
     Args:
         overrides: values by dotted key, for all runs, that replace the file's.
@@ -94,7 +134,7 @@ def load_sweep(
         with_inputs: models and data are looked for and checked as well, as is needed to run.
 
     Raises:
-        UserError: naming every problem of every run, as far as it can be known beforehand.
+        UserError: there is nothing that runs could be read from.
     """
     content = read_content(file)
     from_command_line = flatten(overrides or {})
@@ -112,22 +152,27 @@ def load_sweep(
     common = common_keys(content)
     runs: dict[str, PlannedRun] = {}
     left_out: list[_Found] = []
+    unsound: set[str] = set()
+    missing: dict[str, set[str]] = {}
     for name, own in entries.items():
-        earlier = runs.get(own.pop("after", ""))
+        after = own.pop("after", "")
         given = {key: text for key, text in (common | own).items() if key not in OWN_KEYS}
         given |= from_command_line | {"run_dir": str(target / name)}
-        runs[name], checked = _configure(name, own, earlier, given, base)
-        found += [(name, f"{keys}: {text}") for keys, text in checked.problems]
+        runs[name], checked = _configure(name, own, runs.get(after), given, base)
+        if checked.problems or after in unsound:
+            unsound.add(name)
+        lacks = missing_inputs(checked, {"moshi_paths.init_from"} if after else ())
+        missing[name] = {key for key, _ in lacks}
+        shown = [*checked.problems, *(lacks if with_inputs else ())]
+        found += [(name, f"{keys}: {text}") for keys, text in shown]
         left_out += [(name, text) for text in checked.left_out]
-    if with_inputs and not (problems or found):
-        found = [problem for run in runs.values() for problem in _check_model(run, runs)]
-        found += _check_data(runs.values())
-    if problems or found:
-        raise UserError(list_problems(file, [*problems, *_grouped(found, len(runs))]))
-    for line in _grouped(left_out, len(runs)):
+    if with_inputs:
+        found += _check_inputs(runs, unsound, missing)
+    problems = [*problems, *_grouped(found, len(runs))]
+    for line in () if problems else _grouped(left_out, len(runs)):
         logger.warning(line)
-    slurm = {key: str(value) for key, value in content.get("slurm", {}).items()}
-    return Sweep(file, base, target, runs, parse(content.get("processes", "1"), Size), slurm)
+    sweep = Sweep(file, base, target, runs, num_processes(content), slurm_options(content))
+    return Read(sweep, problems, unsound)
 
 
 # --- the runs -------------------------------------------------------------------------------------
@@ -155,6 +200,27 @@ def _configure(
     return PlannedRun(name, own, after, overrides, checked.args, first_step), checked
 
 
+def _check_inputs(
+    runs: Mapping[str, PlannedRun], unsound: Collection[str], missing: Mapping[str, Collection[str]]
+) -> list[_Found]:
+    """Return what only shows in models and data, of the runs whose configuration is known.
+
+    Args:
+        missing: keys of each run whose files are not there, as is known already.
+    """
+    sound = [run for name, run in runs.items() if name not in unsound]
+    without_files = {name for name, keys in missing.items() if any(map(_is_of_model, keys))}
+    found = []
+    for run in sound:
+        if without_files.isdisjoint({run.name, run.after}):
+            found += _check_model(run, runs)
+    return found + _check_data(sound, missing)
+
+
+def _is_of_model(key: str) -> bool:
+    return key.startswith("moshi_paths.")
+
+
 def _check_model(run: PlannedRun, runs: Mapping[str, PlannedRun]) -> list[_Found]:
     """Return what only shows when the model is built, or its files are looked for."""
     found = []
@@ -177,7 +243,7 @@ def _check_model(run: PlannedRun, runs: Mapping[str, PlannedRun]) -> list[_Found
     return [(run.name, text) for text in found]
 
 
-def _check_data(runs: Iterable[PlannedRun]) -> list[_Found]:
+def _check_data(runs: Iterable[PlannedRun], missing: Mapping[str, Collection[str]]) -> list[_Found]:
     """Broken recordings and the like; data that several runs share are read once."""
     users: dict[tuple[str, str, int, Literal["raise", "skip"], Reading], list[str]] = {}
     for run in runs:
@@ -185,7 +251,8 @@ def _check_data(runs: Iterable[PlannedRun]) -> list[_Found]:
         used = {"data.train_data": data.train_data}
         if run.args.do_eval:
             used["data.eval_data"] = data.eval_data
-        for key, spec in used.items():
+        for key in used.keys() - missing[run.name]:
+            spec = used[key]
             reading = Reading.of(data, training=key == "data.train_data")
             place = (key, spec, num_frames, data.on_error, reading)
             users.setdefault(place, []).append(run.name)

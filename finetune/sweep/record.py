@@ -3,7 +3,7 @@ and whether the folder has the run that the file describes now.
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -132,13 +132,11 @@ def _checkpoints(run: PlannedRun) -> set[str]:
     return {f"{file.parent.name} {file.stat().st_mtime_ns}" for file in files if file.is_file()}
 
 
-def require_nothing_lost(sweep: Sweep, chosen: Iterable[PlannedRun]) -> None:
-    """
+def replacing_problems(sweep: Sweep, chosen: Iterable[PlannedRun]) -> Iterator[str]:
+    """Yield, in one message, which runs lie there already, of other settings, and would begin anew.
+
     Args:
         chosen: what is to be run, in order.
-
-    Raises:
-        UserError: some of it lies there already, of other settings, and would begin anew.
     """
     lines, again = [], set()
     for run in chosen:
@@ -152,7 +150,7 @@ def require_nothing_lost(sweep: Sweep, chosen: Iterable[PlannedRun]) -> None:
             lines.append(f"  - {run.name}{became}: {'; '.join(changes)}")
     if lines:
         listed = "\n".join(lines)
-        raise UserError(
+        yield (
             f"sweep_dir: {sweep.folder} already holds runs of other settings, which would be "
             f"replaced; nothing was run:\n{listed}\nChoose another folder with "
             "--sweep_dir, leave these out with --only, or replace them with --overwrite_run_dir."

@@ -11,15 +11,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TextIO
 
+from rich.status import Status as Spinner
 from rich.text import Text
 
 from finetune.errors import UserError
-from finetune.interrupt import stop_signals
+from finetune.interrupt import answer_to, stop_signals
 from finetune.monitoring import console, format_duration
 from finetune.safety import is_secret
 from finetune.sweep.plan import PlannedRun, Sweep, option
@@ -32,11 +33,12 @@ from finetune.sweep.record import (
     is_to_replace,
     read_record,
     replacing,
-    require_nothing_lost,
+    replacing_problems,
     write_record,
 )
 
-_POLL_SEC = 1.0
+_POLL_SEC = 0.2
+"""Between two looks at a run, in which a signal is answered."""
 # How torchrun begins what it has to add to the error of one of its processes: "E1122 14:50:08".
 _LAUNCHER_LINE = re.compile(r"[EW]\d{4} ")
 
@@ -61,7 +63,9 @@ def run_sweep(
         UserError: what a run starts from is missing, a run would be replaced unasked, another
             process is at work here, or the folder cannot be written.
     """
-    chosen = require_runnable(sweep, only, overwrite=overwrite)
+    for problem in runnable_problems(sweep, only, overwrite=overwrite):
+        raise UserError(problem)
+    chosen = [run for name, run in sweep.runs.items() if name in only]
     try:
         sweep.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -78,22 +82,30 @@ def run_sweep(
     return int(failed)
 
 
-def require_runnable(sweep: Sweep, only: Collection[str], *, overwrite: bool) -> list[PlannedRun]:
-    """Return the runs of `only`, in order.
+def runnable_problems(sweep: Sweep, only: Collection[str], *, overwrite: bool) -> Iterator[str]:
+    """Yield why runs cannot be run: what one starts from is missing, or one would be replaced
+    unasked.
 
     Args:
+        only: their names.
         overwrite: runs of other settings are replaced.
-
-    Raises:
-        UserError: what a run starts from is missing, or a run would be replaced unasked.
     """
-    chosen = [run for name, run in sweep.runs.items() if name in only]
-    for run in chosen:
-        if run.after and run.after not in only and _done(sweep, run.after) != "finished":
-            raise UserError(f"{run.name} starts from {run.after}, which is not finished: run that.")
+    chosen = []
+    for run in (run for name, run in sweep.runs.items() if name in only):
+        try:
+            is_waiting = bool(
+                run.after and run.after not in only and _done(sweep, run.after) != "finished"
+            )
+            changes_since(sweep, run)
+        except UserError as error:  # what is known of it is damaged
+            yield str(error)
+            continue
+        if is_waiting:
+            yield f"{run.name} starts from {run.after}, which is not finished: run that."
+        else:
+            chosen.append(run)
     if not overwrite:
-        require_nothing_lost(sweep, chosen)
-    return chosen
+        yield from replacing_problems(sweep, chosen)
 
 
 def _done(sweep: Sweep, name: str) -> Status:
@@ -242,17 +254,26 @@ class Children:
         try:
             if self.signal_number:  # it came while this one was being started
                 self._process.send_signal(self.signal_number)
-            if not console.is_terminal:
-                return self._process.wait()
-            with console.status(label) as shown:
-                while True:
-                    try:
-                        return self._process.wait(timeout=_POLL_SEC)
-                    except subprocess.TimeoutExpired:
-                        line = f"{label}  {_last_line(Path(log.name))}"
-                        shown.update(Text(line[: console.width - 4]))
+            with console.status(label) if console.is_terminal else nullcontext() as shown:
+                return self._wait(self._process, log, label, shown)
         finally:
             self._process = None
+
+    def _wait(
+        self, process: subprocess.Popen[bytes], log: TextIO, label: str, shown: Spinner | None
+    ) -> int:
+        """Wait for a run's end; say at once what a signal leads to, which stands in its log."""
+        is_told = False
+        while True:
+            try:
+                return process.wait(timeout=_POLL_SEC)
+            except subprocess.TimeoutExpired:
+                if self.signal_number and not is_told:
+                    is_told = True
+                    _say(f"{label}: {answer_to(self.signal_number)}")
+                if shown is not None:
+                    line = f"{label}  {_last_line(Path(log.name))}"
+                    shown.update(Text(line[: console.width - 4]))
 
     def _hand_on(self, number: int, frame: object) -> None:
         self.signal_number = number

@@ -2,11 +2,11 @@
 
 import shlex
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
-from finetune.errors import UserError
 from finetune.kept import write_whole
+from finetune.safety import is_secret
 from finetune.sweep.plan import Sweep
 from ttt.options import abbreviated
 
@@ -14,10 +14,42 @@ from ttt.options import abbreviated
 DEFAULTS = {"signal": "B:TERM@120"}
 
 
+def array_problems(sweep: Sweep, overrides: Iterable[str]) -> Iterator[str]:
+    """Yield what cannot stand in a script.
+
+    Args:
+        overrides: keys of the command line.
+    """
+    for key in overrides:
+        if is_secret(key):
+            yield (
+                f"{key}: a script that stays on the disk is no place for secrets. Leave it "
+                f"out, and use `wandb login` once, or export WANDB_API_KEY before sbatch."
+            )
+    for key, value in _options(sweep, num_chains=1).items():
+        if "\n" in value or not key.replace("-", "").isalnum():
+            yield (
+                f"slurm, {abbreviated(key)}: {abbreviated(repr(value))} is no option of sbatch in "
+                "one line."
+            )
+
+
+def _options(sweep: Sweep, *, num_chains: int) -> dict[str, str]:
+    folder = sweep.folder.resolve()
+    return {
+        "job-name": folder.name,
+        "array": f"0-{num_chains - 1}",
+        "output": f"{folder}/slurm-%A_%a.out",
+        **DEFAULTS,
+        **sweep.slurm,
+    }
+
+
 def write_array(
     sweep: Sweep, only: Collection[str], arguments: list[str], warning: str = ""
 ) -> Path:
-    """Write `sweep.sbatch` into the sweep's folder, to be submitted with `sbatch`.
+    """Write `sweep.sbatch` into the sweep's folder, to be submitted with `sbatch`; see
+    `array_problems` for what cannot be written.
 
     Args:
         only: the names of the runs that it is for.
@@ -25,24 +57,12 @@ def write_array(
         warning: a line that stands in the script.
 
     Raises:
-        UserError: an option that cannot stand in a script, or a folder that cannot be written.
+        UserError: a folder that cannot be written.
     """
     chains = sweep.chains(only)
     number = sum(map(len, chains))
     folder = sweep.folder.resolve()
-    options = {
-        "job-name": folder.name,
-        "array": f"0-{len(chains) - 1}",
-        "output": f"{folder}/slurm-%A_%a.out",
-        **DEFAULTS,
-        **sweep.slurm,
-    }
-    for key, value in options.items():
-        if "\n" in value or not key.replace("-", "").isalnum():
-            raise UserError(
-                f"slurm, {abbreviated(key)}: {abbreviated(repr(value))} is no option of sbatch in "
-                "one line."
-            )
+    options = _options(sweep, num_chains=len(chains))
     command = [sys.executable, "-m", "finetune", "sweep", str(sweep.file.resolve()), *arguments]
     lines = [
         "#!/bin/bash",

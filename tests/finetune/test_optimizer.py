@@ -7,9 +7,18 @@ from typing import Any
 import pytest
 import torch
 from test_training import ALONE
-from training_tools import FULL, assert_same_weights, logged, logged_steps, train, trainer
+from training_tools import (
+    FULL,
+    assert_same_weights,
+    checkpoint,
+    logged,
+    logged_steps,
+    train,
+    trainer,
+)
 
 import finetune.step.gradients
+from finetune.checkpoint import list_checkpoints
 from finetune.config import OptimArgs
 from finetune.errors import UserError
 from finetune.step import Optimizer, stream_sums
@@ -151,3 +160,69 @@ def test_the_count_in_a_row_survives_resuming(
     sabotage(monkeypatch, {1})
     with pytest.raises(UserError, match="last 3 steps"):
         train(config, tmp_path, {**overrides, "resume": True})
+
+
+DIVERGING: dict[str, Any] = {**FULL, "optim.lr": "1e38", "max_norm": "1e38", "health_sec": 0}
+"""Nothing is finite after the first step, within what `max_nonfinite_steps` tolerates."""
+
+
+@pytest.mark.parametrize("do_ckpt", [True, False])
+def test_a_run_that_has_diverged_at_its_last_evaluation_ends_in_an_error(
+    config: Path, tmp_path: Path, do_ckpt: bool
+) -> None:
+    """Its last checkpoint is none that anything goes on from."""
+    overrides = {**DIVERGING, "do_eval": True, "do_ckpt": do_ckpt, "ckpt_freq": 2}
+    with pytest.raises(UserError, match=r"evaluation after step 4, the last, is (nan|inf).*Lower"):
+        train(config, tmp_path, overrides)
+    assert logged(tmp_path, "nonfinite_steps")[-1] < 10
+    assert list_checkpoints(tmp_path) == ([checkpoint(tmp_path, 2)] if do_ckpt else [])
+    assert (tmp_path / "checkpoints/checkpoint_000004.diverged").is_dir() == do_ckpt
+    if do_ckpt:  # so again; what is set apart is replaced
+        with pytest.raises(UserError, match="evaluation after step 4"):
+            train(config, tmp_path, {**overrides, "resume": True})
+        assert list_checkpoints(tmp_path) == [checkpoint(tmp_path, 2)]
+
+
+@pytest.mark.parametrize("num_lost", [1, 2])
+def test_steps_that_are_lost_at_the_end_are_no_accident_if_nothing_follows_them(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_lost: int
+) -> None:
+    sabotage(monkeypatch, {4, 5 - num_lost})
+    if num_lost == 1:
+        train(config, tmp_path)
+        assert list_checkpoints(tmp_path) == [checkpoint(tmp_path, 4)]
+        return
+    with pytest.raises(UserError, match=r"last 2 steps before the run's end, step 4, had a loss"):
+        train(config, tmp_path)
+    assert list_checkpoints(tmp_path) == []
+
+
+def test_an_evaluation_shows_that_the_model_is_well_after_lost_steps(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sabotage(monkeypatch, {3, 4})
+    train(config, tmp_path, {"do_eval": True, "health_sec": 0})
+    assert logged(tmp_path, "nonfinite_steps")[-1] == 2
+    assert list_checkpoints(tmp_path) == [checkpoint(tmp_path, 4)]
+
+
+@pytest.mark.parametrize("do_ckpt", [True, False])
+def test_weights_that_are_not_finite_are_never_saved(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, do_ckpt: bool
+) -> None:
+    run = trainer(config, tmp_path, {"ckpt_freq": 2, "do_ckpt": do_ckpt})
+    step = run.optimizer.step
+    name = next(name for name, p in run.model.named_parameters() if p.requires_grad)
+
+    def step_into_nan(**given: Any) -> Any:
+        result = step(**given)
+        if run.step == 4:
+            run.model.get_parameter(name).data[-1] = float("inf")
+        return result
+
+    monkeypatch.setattr(run.optimizer, "step", step_into_nan)
+    with pytest.raises(UserError, match=rf"after step 4 weights that train .*\({name}\): nothing"):
+        run.train()
+    assert list_checkpoints(tmp_path) == ([checkpoint(tmp_path, 2)] if do_ckpt else [])
+    if do_ckpt:
+        train(config, tmp_path, {"resume": True})

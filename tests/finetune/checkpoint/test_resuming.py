@@ -26,7 +26,7 @@ from training_tools import (
 
 import finetune.evaluation
 import finetune.trainer
-from finetune.checkpoint import RunFolder, eval_loss_of, manifest
+from finetune.checkpoint import RunFolder, earlier_parts_of, eval_loss_of, manifest
 from finetune.checkpoint.run_record import RunRecord
 from finetune.config import DataArgs, TrainArgs
 from finetune.distributed import World
@@ -35,6 +35,25 @@ from finetune.monitoring import metrics_path, read_metrics
 from finetune.plan import SUMMARY
 
 # --- resuming -------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_tells_which_configurations_its_training_had_before(
+    config: Path, tmp_path: Path
+) -> None:
+    """What changes no weight is none of it, and an evaluation that comes later loses nothing."""
+    train(config, tmp_path, {"max_steps": 2})
+    assert earlier_parts_of(checkpoint(tmp_path, 2)) == []
+    train(config, tmp_path, {"max_steps": 4, "resume": True, "log_freq": 2, "optim.lr": 0.01})
+    first = {"until_step": 2, "before": {"max_steps": "2", "optim.lr": "0.003"}}
+    assert earlier_parts_of(checkpoint(tmp_path, 4)) == [first]
+    more = {"max_steps": 5, "resume": True, "optim.lr": 0.01}
+    train(config, tmp_path, more)
+    second = {"until_step": 4, "before": {"max_steps": "4"}}
+    assert earlier_parts_of(checkpoint(tmp_path, 5)) == [first, second]
+    train(config, tmp_path, more | {"do_eval": True, "health_sec": 0, "seed": 7})
+    assert eval_loss_of(checkpoint(tmp_path, 5)) is not None
+    assert earlier_parts_of(checkpoint(tmp_path, 5)) == [first, second]
+    assert manifest.first_problem(checkpoint(tmp_path, 5)) is None
 
 
 SIX_STEPS: dict[str, Any] = {"max_steps": 6, "ckpt_freq": 3}

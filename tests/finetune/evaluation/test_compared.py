@@ -101,6 +101,39 @@ def test_a_control_that_differs_in_ttt_alone_is_one(
     assert "<td>ttt.enabled</td>" in page
 
 
+def with_parts(checkpoint: Path, *parts: tuple[int, dict[str, str]]) -> Path:
+    """A checkpoint of a training that was resumed with other keys, after those steps."""
+    found = [{"until_step": step, "before": before} for step, before in parts]
+    info = {"step": 4, "eval_loss": None, "earlier_parts": found}
+    (checkpoint / "info.json").write_text(json.dumps(info))
+    return checkpoint
+
+
+def test_what_was_another_before_a_run_was_resumed_is_a_difference(
+    trained: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Though the last configurations are alike; what both had is none."""
+    both = {"optim.lr": "0.5"}
+    own, other = (
+        with_parts(
+            changed_copy(trained[0], tmp_path / place / "checkpoint_000004", {"run_dir": place}),
+            *parts,
+        )
+        for place, parts in (
+            ("own", [(2, both | {"duration_sec": "1.6"}), (3, {"ttt.chunk_size": "7"})]),
+            ("gone/checkpoints", [(2, both)]),
+        )
+    )
+    sentence, page = compared((own, trained[1]), tmp_path, other)
+    assert sentence.endswith(
+        "so their comparison is not of TTT alone: in duration_sec until step 2 1.6 (baseline: "
+        "3.2). In TTT they differ in ttt.chunk_size until step 3 7 (baseline: 5)."
+    )
+    assert "<td>duration_sec until step 2</td>" in page
+    told = "Until step 3 this checkpoint was trained with another configuration than after it"
+    assert f"{told} (ttt.chunk_size was 7)" in page
+
+
 def test_of_a_stock_moshi_it_is_not_known_how_it_was_trained(
     trained: tuple[Path, Path], tmp_path: Path
 ) -> None:

@@ -107,16 +107,24 @@ def test_an_interrupted_evaluation_continues_and_gives_the_same(
     assert passes == [2] * 5 and path.read_text().splitlines()[: len(kept)] == kept
     assert again["position"]["arms"] == whole["position"]["arms"]
     # All is there: nothing runs a third time. Fewer recordings: those of the others stay apart.
-    fewer = evaluate_checkpoint(options(trained, tmp_path / "out", limit=3, arms=("on",)))
+    given: dict[str, Any] = {"limit": 3, "arms": ("on",), "overwrite": True}
+    fewer = evaluate_checkpoint(options(trained, tmp_path / "out", **given))
     assert len(passes) == 5 and fewer["position"]["num_recordings"] == 3
 
 
 def test_results_of_other_options_are_never_mixed(
     trained: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    evaluate_checkpoint(options(trained, tmp_path / "out", arms=("off",), limit=1))
-    with pytest.raises(UserError, match=r"bin_frames was 10, is 5.*Choose another --out"):
-        evaluate_checkpoint(options(trained, tmp_path / "out", bin_sec=0.4))
+    """Also where the evaluation that they are of has not come to its report."""
+    out, given = tmp_path / "out", {"arms": ("off",), "limit": 1}
+    evaluate_checkpoint(options(trained, out, **given))
+    for name in ("results.json", "report.html"):
+        (out / name).unlink()
+    with pytest.raises(UserError, match=r"bin_frames was 10, is 5.*--out, or --overwrite to repl"):
+        evaluate_checkpoint(options(trained, out, **given, bin_sec=0.4))
+    evaluate_checkpoint(options(trained, out, **given, bin_sec=0.4, overwrite=True))
+    (header, _) = (json.loads(line) for line in (out / "position.jsonl").open())
+    assert header["fingerprint"]["bin_frames"] == 5
 
 
 def position_records(out: Path, arm: str) -> dict[str, Any]:

@@ -115,6 +115,7 @@ def test_the_command_says_what_came_out(
     assert run(lambda: evaluate(**given)) == 0
     printed = capsys.readouterr().out
     assert "- TTT on, compared with off" in printed and "report.html" in printed
+    assert "too few recordings to show any difference" in printed
 
 
 def test_results_that_never_came_stand_in_nobodys_way(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Loss by position, slopes, intervals and conclusions come out as they are known to be."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -243,7 +244,30 @@ def test_conclusions_say_no_more_than_the_intervals() -> None:
     assert "worse: text, with padding" in of_barely[-1]
     assert not any("another recording's state helps" in each for each in of_barely)
     alone = estimate(-0.5, None, None)
-    assert "better" not in sentences(["on", "off"], alone, alone, alone, alone)[0]
+    # Of too few, nothing is said that reads like a result.
+    (sentence,) = sentences(["on", "off"], alone, alone, alone, unsure)
+    few = "too few recordings to show any difference (at least 3 are needed): text, with padding"
+    assert f"{few} −0.5000, text, words" in sentence and "better" not in sentence
+    assert "no difference shown: other codebooks −0.0200" in sentence
+
+
+@pytest.mark.parametrize(
+    ("num_right", "num_pairs", "verdict"),
+    [
+        (2, 2, "too few pairs to tell that from chance"),
+        (3, 3, "too few pairs to tell that from chance"),
+        (4, 4, "better than chance"),
+        (0, 4, "worse than chance"),
+        (3, 4, "not shown to differ from chance"),
+    ],
+)
+def test_of_pairs_that_could_show_nothing_it_is_said(
+    num_right: int, num_pairs: int, verdict: str
+) -> None:
+    accuracy = dataclasses.asdict(proportion(num_right, num_pairs))
+    found = {"all": {"accuracy": accuracy, "num_scored": num_pairs}, "num_missing": 0}
+    (sentence,) = TASKS["pairs"].sentences(found)
+    assert sentence.endswith(f": {verdict}.")
 
 
 def test_what_another_recordings_state_does_as_well_is_not_about_the_recording() -> None:

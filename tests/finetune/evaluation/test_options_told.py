@@ -20,8 +20,8 @@ _pictures = evaluation_tools._pictures
 pair_folder = evaluation_tools.pair_folder
 trained = evaluation_tools.trained
 
-COMMON = {"checkpoint", "tasks", "out", "device", "wandb.project", "wandb.offline",
-          "wandb.run_name", "batch_size"}  # fmt: skip
+COMMON = {"checkpoint", "tasks", "out", "overwrite", "device", "wandb.project",
+          "wandb.offline", "wandb.run_name", "batch_size"}  # fmt: skip
 WITH_DATA = COMMON | {"data", "limit", "seed"}
 
 

@@ -65,6 +65,20 @@ def test_all_weights_are_kept_and_nothing_else(
     assert all(torch.equal(m, p) for m, p in zip(masters, own, strict=True))
 
 
+@pytest.mark.parametrize("name", ["consolidated", "ttt"])
+def test_weights_that_are_not_finite_are_nothing_to_start_from(
+    config: Path, tmp_path: Path, name: str
+) -> None:
+    earlier, _ = trained(config, tmp_path / "one", FULL)
+    file = earlier / f"consolidated/{name}.safetensors"
+    broken = load_file(file)
+    bad = sorted(broken)[-1]
+    broken[bad].view(-1)[-1] = float("nan")
+    save_file(broken, file)
+    with pytest.raises(UserError, match=rf"{name}.safetensors: its {bad} holds NaN or infinity"):
+        start(config, tmp_path / "two", earlier, FULL)
+
+
 def test_ttt_is_added_to_a_base_without_and_changes_nothing_at_first(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

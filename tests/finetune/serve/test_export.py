@@ -148,6 +148,23 @@ def test_the_card_of_a_run_without_an_evaluation_names_no_loss(tmp_path: Path) -
         ExportOptions(tmp_path, tmp_path / "out"),
     )
     assert "Step 2; its loss was not measured." in card
+    assert "Others were" not in card
+
+
+def test_the_card_names_the_settings_that_were_others_before(tmp_path: Path) -> None:
+    parts = [
+        {"until_step": 2, "before": {"optim.lr": "0.1", "data.train_data": "/home/me/a.jsonl"}},
+        {"until_step": 3, "before": {"seed": "5"}},
+    ]
+    info = {"step": 4, "eval_loss": None, "earlier_parts": parts}
+    (tmp_path / "info.json").write_text(json.dumps(info))
+    args = TrainArgs(data=DataArgs(train_data="a.jsonl"), run_dir="")
+    card = model_card(args, ExportOptions(tmp_path, tmp_path / "out"))
+    assert (
+        "These settings are of the end. Others were until step 2 `optim.lr`, `data.train_data`; "
+        "until step 3 `seed`."
+    ) in card
+    assert "/home/me" not in card
 
 
 @pytest.mark.parametrize(

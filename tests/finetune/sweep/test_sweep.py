@@ -2,9 +2,7 @@
 
 import csv
 import json
-import os
 import re
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,16 +11,12 @@ from typing import Any
 
 import pytest
 import sweep_tools
-from forked import COMMAND, Program
 from sweep_tools import sweep
 from training_tools import checkpoint, logged_steps, saved_weights
 
 from finetune.config import load_config
-from finetune.errors import UserError
 from finetune.sweep import run as sweep_run
 from finetune.sweep.plan import load_sweep
-from finetune.sweep.record import read_record
-from finetune.sweep.run import Children
 from finetune.sweep.table import logged
 
 # Fixtures: pytest finds them by their names in this module.
@@ -203,6 +197,19 @@ def test_a_run_that_fails_is_in_the_table_and_the_others_are_run(
     assert len(commands) == 4 and logged_steps(path.parent / "sweep/bad") == [1, 2, 3, 4]
 
 
+def test_a_run_that_diverged_within_what_is_tolerated_has_failed(
+    write: Callable[..., Any], commands: list[Any]
+) -> None:
+    path = write({"bad": FAILING | {"max_nonfinite_steps": 10}, "child": {"after": "bad"}})
+    assert sweep(path) == 1 and len(commands) == 1
+    rows = table(path)
+    assert [rows[name]["status"] for name in rows] == ["failed", "skipped"]
+    assert "after step 4, the last, is nan: the run has diverged" in rows["bad"]["message"]
+    assert [each.name for each in (path.parent / "sweep/bad/checkpoints").iterdir()] == [
+        "checkpoint_000004.diverged"
+    ]
+
+
 def test_a_run_that_failed_is_mended_in_several_goes(
     write: Callable[..., Any], commands: list[Any]
 ) -> None:
@@ -255,42 +262,6 @@ def test_a_stage_alone_needs_what_it_starts_from(
     assert "late starts from early, which is not finished" in capsys.readouterr().err
     assert sweep(path, "--only=lat") == 1
     assert "has no run lat; it has early, late" in capsys.readouterr().err
-
-
-def test_ctrl_c_saves_and_the_same_command_goes_on(
-    write: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = write({"one": {"max_steps": 1_000_000}, "two": None})
-    plan = load_sweep(path)
-    process = Program(COMMAND, "sweep", path)
-    log = tmp_path / "sweep/one.log"
-    assert process.stdout is not None
-    assert "tail -f" in next(line for line in process.stdout if "running" in line)
-    with subprocess.Popen(["tail", "-F", "-n+1", log], stdout=subprocess.PIPE, text=True) as tail:
-        assert tail.stdout is not None
-        next(line for line in tail.stdout if "step 3/" in line)
-        with pytest.raises(UserError, match="being run by another process"):
-            sweep_run.run_sweep(plan, ["one"])
-        os.killpg(process.pid, signal.SIGINT)  # as from a terminal: to both
-        output, _ = process.communicate(timeout=60)
-        tail.terminate()
-    assert process.returncode == 128 + signal.SIGINT
-    assert "one: stopped after" in output and "the same command goes on" in output
-    assert "Traceback" not in output + log.read_text()
-    assert not (tmp_path / "sweep/two").exists()
-    assert read_record(plan.runs["one"]).status == "stopped"
-    last = logged_steps(tmp_path / "sweep/one")[-1]
-    assert checkpoint(tmp_path / "sweep/one", last).is_dir()
-
-    given: list[Any] = []
-
-    def remembered(self: Children, command: list[str], *_: Any) -> int:
-        given.append(command)
-        return 0
-
-    monkeypatch.setattr(Children, "run", remembered)
-    assert sweep(path) == 0
-    assert [("--resume=auto" in command) for command in given] == [True, True]
 
 
 def test_an_array_has_a_task_for_each_chain(

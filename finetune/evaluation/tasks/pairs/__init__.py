@@ -68,10 +68,16 @@ class Pairs(Task):
         return summary
 
     def sentences(self, found: Found) -> Iterable[str]:
+        from finetune.statistics import proportion
+
         accuracy = found["all"]["accuracy"]
         if accuracy["value"] is None:
             return [f"None of the {found['num_pairs']} pairs could be scored."]
-        if accuracy["low"] > 0.5:
+        num_scored = found["all"]["num_scored"]
+        all_right = proportion(num_scored, num_scored)
+        if all_right.low is None or all_right.low <= 0.5:
+            verdict = "too few pairs to tell that from chance"
+        elif accuracy["low"] > 0.5:
             verdict = "better than chance"
         elif accuracy["high"] < 0.5:
             verdict = "worse than chance"
@@ -79,7 +85,7 @@ class Pairs(Task):
             verdict = "not shown to differ from chance"
         missing = f"; {found['num_missing']} more are missing" if found["num_missing"] else ""
         return [
-            f"Of {found['all']['num_scored']} pairs, the good one is found likelier in a share of "
+            f"Of {num_scored} pairs, the good one is found likelier in a share of "
             f"{plain(accuracy)}: {verdict}{missing}."
         ]
 

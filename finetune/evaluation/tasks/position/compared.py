@@ -49,8 +49,9 @@ def compare(folder: Path, fingerprint: str, checkpoint: Path) -> Json:
             gone = f"{folder} has no {name}, and {place} is no longer there, or another one"
             return found | {"unknown": gone}
         model = describe_origin(place) | model
-    found |= differences(checkpoint / CONFIGURATION, configuration)._asdict()
     own = describe_origin(checkpoint)
+    parts = (own["earlier_parts"], model.get("earlier_parts", []))
+    found |= differences(checkpoint / CONFIGURATION, configuration, *parts)._asdict()
     found["beyond"] += [
         Difference(name, str(own[key]), str(model[key]))
         for key, name in _NUMBERS.items()

@@ -6,7 +6,7 @@ from finetune.evaluation.streams import STREAM_TITLES, STREAMS
 from finetune.evaluation.tasks.base import Found
 from finetune.evaluation.tasks.position.compared import compared_sentence
 from finetune.report import signed
-from finetune.statistics import student_t
+from finetune.statistics import MIN_SEQUENCES, student_t
 
 _TITLES = {
     ("on", "off"): "TTT on, compared with off",
@@ -17,6 +17,7 @@ _TITLES = {
     ("off", "baseline"): "this checkpoint without TTT, compared with the baseline",
 }
 _BETTER, _WORSE, _SAME = "better", "worse", "no difference shown"
+_TOO_FEW = f"too few recordings to show any difference (at least {MIN_SEQUENCES} are needed)"
 NEGLIGIBLE_NATS = 0.001
 """A difference smaller than this is called none, however sure it is."""
 
@@ -46,10 +47,11 @@ def sentences(position: Found) -> Iterator[str]:
         if arms not in _TITLES or (of_ttt and not position["ttt_wrote"]):
             continue
         is_beyond, estimates = _estimates(difference)
-        by_sign: dict[str, list[str]] = {_BETTER: [], _WORSE: [], _SAME: []}
+        by_sign: dict[str, list[str]] = {_BETTER: [], _WORSE: [], _SAME: [], _TOO_FEW: []}
         for stream, estimate in estimates.items():
             if estimate["value"] is not None:
-                by_sign[_sign(estimate)].append(f"{STREAM_TITLES[stream]} {signed(estimate)}")
+                verdict = _TOO_FEW if estimate["low"] is None else _sign(estimate)
+                by_sign[verdict].append(f"{STREAM_TITLES[stream]} {signed(estimate)}")
         parts = "; ".join(f"{sign}: {', '.join(names)}" for sign, names in by_sign.items() if names)
         if not parts:
             continue

@@ -1,0 +1,65 @@
+"""An earlier evaluation's report lies in the output folder, and this one would replace it."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import UserError
+from finetune.kept import Kept
+from finetune.safety import without_nan
+
+RESULTS = "results.json"
+REPORT = "report.html"
+_OF_NO_RESULT = {
+    *("checkpoint", "out", "overwrite", "device", "batch_size", "block_frames"),
+    *("recall.max_minutes", "wandb.project", "wandb.offline", "wandb.run_name"),
+}
+"""Options in which two calls may differ that are the same evaluation. Of the checkpoint its
+fingerprint counts, and not its place; what was not heard in time the next call hears."""
+
+
+def require_nothing_replaced(out: Path, model: Mapping[str, Any], told: Mapping[str, Any]) -> None:
+    """Check that what lies in the folder is of the same evaluation, which goes on.
+
+    Args:
+        model: what `results.json` will say of the checkpoint: `name` and `fingerprint`.
+        told: the options by name, as `results.json` will have them.
+
+    Raises:
+        UserError: it is of another checkpoint, other data or other settings, or of no evaluation.
+    """
+    kept = Kept(out / RESULTS).read()
+    if kept is None:
+        changes = [f"{REPORT} is of something else"] if (out / REPORT).exists() else []
+    elif isinstance(kept.get("model"), dict) and isinstance(kept.get("options"), dict):
+        changes = list(_changes(kept, model, json.loads(json.dumps(without_nan(dict(told))))))
+    else:
+        changes = [f"{RESULTS} is of something else"]
+    if changes:
+        raise UserError(
+            f"--out: {out} holds another report, which would be replaced: {'; '.join(changes)}. "
+            f"Give another --out, or --overwrite to replace it."
+        )
+
+
+def _changes(
+    kept: Mapping[str, Any], model: Mapping[str, Any], told: Mapping[str, Any]
+) -> Iterator[str]:
+    """Yield in what an earlier evaluation was another one."""
+    name, earlier_name = model["name"], kept["model"].get("name")
+    if kept["model"].get("fingerprint") != model["fingerprint"]:
+        if name == earlier_name:
+            yield f"{name} is no longer the same checkpoint"
+        else:
+            yield f"checkpoint was {earlier_name}, is {name}"
+    earlier = kept["options"]
+    for key in sorted(told.keys() & earlier.keys()):
+        if key not in _OF_NO_RESULT and told[key] != earlier[key]:
+            yield f"{key} was {_shown(earlier[key])}, is {_shown(told[key])}"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    return "null" if value is None else str(value)

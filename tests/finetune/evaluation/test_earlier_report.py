@@ -1,0 +1,95 @@
+"""A report that lies in the output folder is not replaced by that of another evaluation unasked."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import evaluation_tools
+import pytest
+from evaluation_tools import options
+
+from finetune.cli import evaluate, run
+from finetune.errors import UserError
+from finetune.evaluation import evaluate_checkpoint
+
+# Fixtures: pytest finds them by their names in this module.
+_pictures = evaluation_tools._pictures
+trained = evaluation_tools.trained
+
+GIVEN: dict[str, Any] = {"arms": ("on",), "limit": 1}
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_the_same_evaluation_again_replaces_its_own_report(
+    trained: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Also with options that change no result."""
+    out = tmp_path / "out"
+    first = evaluate_checkpoint(options(trained, out, **GIVEN))
+    again = evaluate_checkpoint(options(trained, out, **GIVEN, batch_size=1, block_frames=9))
+    assert again["position"] == first["position"]
+    assert json.loads((out / "results.json").read_text())["options"]["batch_size"] == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"limit": 2}, "limit was 1, is 2"),
+        ({"tasks": ("health",)}, "tasks was position, is health"),
+        ({"arms": ("on", "off"), "limit": None}, "arms was on, is on,off; limit was 1, is null"),
+    ],
+)
+def test_a_report_of_other_settings_is_replaced_if_asked_for(
+    trained: tuple[Path, Path], tmp_path: Path, changes: dict[str, Any], told: str
+) -> None:
+    out = tmp_path / "out"
+    evaluate_checkpoint(options(trained, out, **GIVEN))
+    before = content(out)
+    with pytest.raises(UserError) as refused:
+        evaluate_checkpoint(options(trained, out, **GIVEN | changes))
+    assert f"holds another report, which would be replaced: {told}. Give" in str(refused.value)
+    assert content(out) == before
+    evaluate_checkpoint(options(trained, out, **GIVEN | changes, overwrite=True))
+    assert content(out)["report.html"] != before["report.html"]
+    # What is kept of the same settings is not measured again.
+    assert content(out)["position.jsonl"].startswith(before["position.jsonl"])
+
+
+def test_a_report_of_another_checkpoint_or_other_data_is_named(
+    trained: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, data = trained
+    out, other = tmp_path / "out", tmp_path / "run/checkpoints/checkpoint_000005"
+    shutil.copytree(path, other)
+    (other / "args.yaml").write_text((path / "args.yaml").read_text().replace("seed: 0", "seed: 1"))
+    listing = data.with_name("some.jsonl")
+    listing.write_text(data.read_text())
+    evaluate_checkpoint(options(trained, out, **GIVEN))
+    given = {"checkpoint": str(other), "data": str(listing), "out": str(out), "tasks": "position"}
+    given |= {"arms": "on", "limit": "1", "bin_sec": "0.8"}
+    assert run(lambda: evaluate(**given)) == 1
+    message = capsys.readouterr().err
+    assert "checkpoint was run/checkpoint_000004, is run/checkpoint_000005; data was " in message
+    assert run(lambda: evaluate(**given, overwrite="true")) == 0
+    results = json.loads((out / "results.json").read_text())
+    assert results["model"]["name"] == "run/checkpoint_000005"
+    assert results["position"]["num_recordings"] == 1
+    # The checkpoint that was written again under the same name is another one as well.
+    (other / "args.yaml").write_text((path / "args.yaml").read_text())
+    assert run(lambda: evaluate(**given)) == 1
+    assert "run/checkpoint_000005 is no longer the same checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["report.html", "results.json"])
+def test_what_is_of_no_evaluation_stays(
+    trained: tuple[Path, Path], tmp_path: Path, name: str
+) -> None:
+    """A sweep writes a report of the same name."""
+    (tmp_path / name).write_text('{"mine": 1}')
+    with pytest.raises(UserError, match=rf"replaced: {name} is of something else\. Give another"):
+        evaluate_checkpoint(options(trained, tmp_path, **GIVEN))
+    assert (tmp_path / name).read_text() == '{"mine": 1}'
