@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from finetune.checkpoint import manifest
 from finetune.checkpoint.consolidated import consolidated, consolidated_config
-from finetune.checkpoint.run_dir import INFO, delete_old
+from finetune.checkpoint.run_dir import INFO, delete_old, list_checkpoints
 from finetune.checkpoint.run_record import RunRecord, fsync
 from finetune.config import TrainArgs, save_config
 from finetune.distributed import Sharding, World, like_parameter, shard_size
@@ -330,8 +330,17 @@ class CheckpointWriter:
         reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
         return (
             f"the checkpoint of step {step} could not be written to {self._folder} ({free_gb:.2f} "
-            f"GB free): {reason}. Older checkpoints are untouched: make room, then continue from "
-            f"the latest with --resume."
+            f"GB free): {reason}. {self._explain_what_there_is()}"
+        )
+
+    def _explain_what_there_is(self) -> str:
+        if list_checkpoints(Path(self.args.run_dir)):
+            return (
+                "Older checkpoints are untouched: make room, then continue from the latest with "
+                "--resume."
+            )
+        return (
+            "No checkpoint was saved before: make room, then start anew with --overwrite_run_dir."
         )
 
     def _report(self) -> None:
@@ -339,8 +348,11 @@ class CheckpointWriter:
             return
         if self._error is None:
             logger.info("saved %s", self._final(self.last_step))
+        elif self.last_step < self.args.max_steps:
+            text = "%s Training goes on; the next checkpoint tries again, if there is room by then."
+            logger.error(text, self._error)
         else:
-            logger.error("%s Training goes on; the next checkpoint tries again.", self._error)
+            logger.error(self._error)
 
 
 def _write_info(folder: Path, step: int, eval_loss: float | None) -> None:
