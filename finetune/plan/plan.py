@@ -72,16 +72,26 @@ def plan(args: TrainArgs, *, num_gpus: int, gpu_memory_gb: float) -> Iterator[st
         yield f"  {said}; the smallest GPU that would do has {smallest_gpu_gb(then)} GB"
 
 
-def shape_of(paths: ModelPaths) -> tuple[loaders.CheckpointInfo, str]:
-    """Return a checkpoint without its weights, and where its shape is from."""
+def shape_of(
+    paths: ModelPaths, key: str = "moshi_paths.hf_repo_id"
+) -> tuple[loaders.CheckpointInfo, str]:
+    """Return a checkpoint without its weights, and where its shape is from.
+
+    Args:
+        key: what names the repository, for messages.
+
+    Raises:
+        UserError: there is no such repository, or its `config.json` is not valid.
+    """
     config_path = Path(paths.config_path) if paths.config_path else None
-    source = "shape of Moshi 7B"
-    repo = paths.hf_repo_id
+    why_none, repo = "", paths.hf_repo_id
     if config_path is None and repo is not None:
-        folder = Path(repo)
-        config_path = folder / "config.json" if folder.is_dir() else shape_from_hub(repo)
-        if config_path is None:
-            source = f"shape of Moshi 7B, as {repo} cannot be asked"
+        if Path(repo).is_dir():
+            config_path = Path(repo) / "config.json"
+            why_none = f"{repo} has no config.json"
+        else:
+            config_path, why_none = shape_from_hub(repo, key)
+    source = f"shape of Moshi 7B, as {why_none}" if why_none else "shape of Moshi 7B"
     config: dict[str, Any] | None = None
     if config_path is not None and config_path.is_file():
         try:
