@@ -203,6 +203,7 @@ def test_an_evaluation_that_a_signal_has_stopped_is_made_on_resuming(
         with monkeypatch.context() as patch:
             patch.setattr(finetune.trainer, "evaluate", evaluate)
             assert run.train() == 128 + signal.SIGTERM
+        assert run.metrics.exit_status == 128 + signal.SIGTERM  # what wandb is told
         assert run.step == step and eval_loss_of(checkpoint(tmp_path, step)) is None
     for _ in range(2):  # the second time there is nothing left to do
         train(config, tmp_path, overrides)
