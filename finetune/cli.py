@@ -21,6 +21,7 @@ from finetune.config import (
     ask_for_missing,
     completion_script,
     explain,
+    flatten,
     load_config,
     pages,
 )
@@ -71,10 +72,12 @@ def plan(options: PlanOptions, overrides: dict[str, Any]) -> None:
     from finetune.plan import plan as lines_of
     from finetune.plan import table
 
+    num_gpus, memory_gb = options.gpus, options.gpu_memory
     if options.table:
-        return print_all(table(args))
-    for line in lines_of(args, num_gpus=options.gpus, gpu_memory_gb=options.gpu_memory):
-        print(line)
+        given = flatten(overrides)
+        print_all(table(args, num_gpus=num_gpus, gpu_memory_gb=memory_gb, given=given))
+    else:
+        print_all(lines_of(args, num_gpus=num_gpus, gpu_memory_gb=memory_gb or 80.0))
 
 
 # --- data ----------------------------------------------------------------------------------------

@@ -159,7 +159,8 @@ class Trainer:
         with self.folder, self.interrupt, self.metrics, self.progress:
             try:
                 with self.watch:
-                    return self.loop()
+                    self.metrics.exit_status = self.loop()
+                return self.metrics.exit_status
             finally:
                 self.profiler.close()
                 self.writer.close()

@@ -1,5 +1,6 @@
 """The configuration of test-time training: the `ttt` section of a run's YAML."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, fields
 from typing import Annotated, Literal
 
@@ -205,9 +206,13 @@ class TTTArgs:
             )
         return layers
 
-    def problems(self) -> list[tuple[str, str]]:
+    def problems(self, given: Collection[str] = ()) -> list[tuple[str, str]]:
         """Return what is wrong with these values: pairs of field name and problem with its
-        remedy."""
+        remedy.
+
+        Args:
+            given: fields that somebody has set, be it to their defaults.
+        """
         found = [*out_of_bounds(self)]
         if self.method not in METHODS:
             return found
@@ -241,11 +246,13 @@ class TTTArgs:
                     f"{self.chunk_size} with chunk_edge: carry",
                 )
             )
-        return [*found, *self.misplaced()]
+        return [*found, *self.misplaced(given)]
 
-    def misplaced(self) -> list[tuple[str, str]]:
-        """Options that were changed and that nothing would read: as `problems`."""
+    def misplaced(self, given: Collection[str] = ()) -> list[tuple[str, str]]:
+        """Options that were set and that nothing would read: arguments and result as of
+        `problems`."""
         changed = {f.name for f in fields(self) if getattr(self, f.name) != f.default}
+        changed.update(given)
         found = [
             (name, f"is an option of method {owner}, and ttt.method is {self.method}; remove it")
             for name, owner in marks(type(self), Methods).items()

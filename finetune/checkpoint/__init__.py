@@ -18,7 +18,8 @@ from finetune.checkpoint.run_folder import (
     require_same_parameters,
 )
 from finetune.checkpoint.run_record import replaced_run, run_wrote
-from finetune.checkpoint.writer import CheckpointWriter, snapshot_bytes
+from finetune.checkpoint.snapshot import snapshot_bytes
+from finetune.checkpoint.writer import CheckpointWriter
 from finetune.kept import step_of
 
 __all__ = [

@@ -111,8 +111,7 @@ class RunFolder:
         if args.resume is True and not checkpoints:
             raise UserError(
                 f"resume: there is no complete checkpoint in {run_dir / 'checkpoints'}. Check "
-                f"run_dir, or start without resume (resume: auto starts anew where there is "
-                f"nothing)."
+                f"run_dir, or start anew with --resume=auto, which continues where there is one."
             )
         if args.resume:
             return checkpoints[:1] if args.resume is True else checkpoints
@@ -120,9 +119,12 @@ class RunFolder:
             return []
         if not args.overwrite_run_dir:
             what = "already holds a run" if self.record.exists() else "already holds files"
+            ways = "continue a run that is there with --resume, or replace it"
+            if not checkpoints:
+                ways = "or replace a run that is there, which has no complete checkpoint,"
             raise UserError(
-                f"run_dir: {run_dir} {what}. Choose another folder, continue a run that is there "
-                f"with --resume, or replace it with --overwrite_run_dir."
+                f"run_dir: {run_dir} {what}. Choose another folder, {ways} with "
+                f"--overwrite_run_dir."
             )
         self._check_replaceable()
         return []

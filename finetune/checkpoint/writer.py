@@ -16,7 +16,6 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +30,14 @@ from torch.distributed.checkpoint.api import CheckpointException
 from finetune.checkpoint import manifest
 from finetune.checkpoint.consolidated import consolidated, consolidated_config
 from finetune.checkpoint.earlier_parts import EARLIER, INFO, Part, earlier_parts_of
-from finetune.checkpoint.run_dir import delete_old
+from finetune.checkpoint.run_dir import delete_old, list_checkpoints
 from finetune.checkpoint.run_record import RunRecord, fsync
+from finetune.checkpoint.snapshot import Snapshot
 from finetune.config import TrainArgs, save_config
-from finetune.distributed import Sharding, World, like_parameter, shard_size
+from finetune.distributed import Sharding, World, like_parameter
 from finetune.errors import UserError
 from finetune.model import adapter_roles
-from finetune.step import Optimizer, moment_bytes
+from finetune.step import Optimizer
 from ttt import TTTLMModel
 
 logger = logging.getLogger(__name__)
@@ -50,28 +50,6 @@ LEAVING_SEC = 60.0
 
 # `finetune.kept`, torch.save, safetensors and DCP report a full disk as errors of their own.
 _WRITING_ERRORS = (OSError, UserError, RuntimeError, SafetensorError, CheckpointException)
-
-
-@dataclass
-class Snapshot:
-    """A step's checkpoint in memory."""
-
-    step: int
-    eval_loss: float | None
-    weights: dict[str, dict[str, Tensor]]
-    """What is for people: files of tensors; empty but on the first process."""
-    shards: dict[str, Tensor]
-    """The optimizer's tensors, this process's parts."""
-    resume_state: dict[str, Any]
-
-    @property
-    def num_bytes(self) -> int:
-        """Return the size of all processes' tensors together, in bytes."""
-        tensors = [
-            *self.shards.values(),
-            *(t for file in self.weights.values() for t in file.values()),
-        ]
-        return sum(t.numel() * t.element_size() for t in tensors)
 
 
 class CheckpointWriter:
@@ -348,8 +326,17 @@ class CheckpointWriter:
         reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
         return (
             f"the checkpoint of step {step} could not be written to {self._folder} ({free_gb:.2f} "
-            f"GB free): {reason}. Older checkpoints are untouched: make room, then continue from "
-            f"the latest with --resume."
+            f"GB free): {reason}. {self._explain_what_there_is()}"
+        )
+
+    def _explain_what_there_is(self) -> str:
+        if list_checkpoints(Path(self.args.run_dir)):
+            return (
+                "Older checkpoints are untouched: make room, then continue from the latest with "
+                "--resume."
+            )
+        return (
+            "No checkpoint was saved before: make room, then start anew with --overwrite_run_dir."
         )
 
     def _report(self) -> None:
@@ -357,8 +344,11 @@ class CheckpointWriter:
             return
         if self._error is None:
             logger.info("saved %s", self._final(self.last_step))
+        elif self.last_step < self.args.max_steps:
+            text = "%s Training goes on; the next checkpoint tries again, if there is room by then."
+            logger.error(text, self._error)
         else:
-            logger.error("%s Training goes on; the next checkpoint tries again.", self._error)
+            logger.error(self._error)
 
 
 def _write_info(folder: Path, step: int, eval_loss: float | None, parts: list[Part]) -> None:
@@ -372,21 +362,3 @@ def _replace(file: Path, folder: Path) -> None:
     fsync(file)
     os.replace(file, folder / file.name)
     fsync(folder)
-
-
-def snapshot_bytes(args: TrainArgs, model: TTTLMModel, world: World) -> float:
-    """Bytes of the host's memory that a checkpoint takes in this process until it is written.
-
-    Args:
-        model: may be on `meta`, and is not sharded yet.
-    """
-    if not args.do_ckpt or not (args.ckpt_async or world.device.type == "cuda"):
-        return 0.0
-    trained = [p.numel() for p in model.parameters() if p.requires_grad]
-    # Float32 weights and two moments.
-    kept = sum(4 * number + moment_bytes(number, args.optim.state) for number in trained)
-    found = kept / shard_size(args, world.size) if args.ckpt_async else 0.0
-    if world.is_main:
-        for tensors in consolidated(args, model, adapter_roles(args)).values():
-            found += sum(tensor.numel() * tensor.element_size() for _, tensor in tensors)
-    return found

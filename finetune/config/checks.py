@@ -2,22 +2,26 @@
 together."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from finetune.config.args import TrainArgs
 from finetune.config.fields import Problem
 from ttt.config import TTTArgs
 
 
-def cross_checks(args: TrainArgs) -> Iterator[Problem]:
-    """Yield values that contradict each other."""
+def cross_checks(args: TrainArgs, given: Collection[str] = ()) -> Iterator[Problem]:
+    """Yield values that contradict each other.
+
+    Args:
+        given: options of `ttt` that somebody has set, be it to their defaults.
+    """
     yield from _check_what_trains(args)
     yield from args.model.problems(args.moshi_paths.random_init, args.ttt)
     yield from _check_lora(args)
     yield from _check_profile(args)
     yield from _check_paths(args)
     yield from _check_run(args)
-    yield from ((f"ttt.{field}", text) for field, text in args.ttt.problems())
+    yield from ((f"ttt.{field}", text) for field, text in args.ttt.problems(given))
 
 
 def _check_what_trains(args: TrainArgs) -> Iterator[Problem]:

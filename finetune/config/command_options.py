@@ -35,11 +35,11 @@ class PlanOptions:
     gpus: Size = 1
     """How many GPUs, on all hosts together."""
 
-    gpu_memory: Annotated[float, Ge(1), Le(1e5)] = 80.0
-    """Memory of each GPU, in GB."""
+    gpu_memory: Annotated[float, Ge(1), Le(1e5)] | None = None
+    """Memory of each GPU, in GB; null: 80, and with `--table` each of 16 to 141."""
 
     table: bool = False
-    """Instead: the largest batches of LoRA, TTT and all weights on GPUs of 16 to 141 GB."""
+    """Instead: the largest batches of LoRA, TTT and all weights, on `--gpus` GPUs of each size."""
 
 
 @dataclass(frozen=True)

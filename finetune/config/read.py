@@ -52,7 +52,7 @@ def load_run_config(path: str | Path, overrides: Mapping[str, object] | None = N
     """Load an `args.yaml` that a run has written, also before options were added or their defaults
     changed: it means what it meant then."""
     written = _of_its_time(flatten(read_yaml(Path(path))))
-    return _whole(path, _check(Path(path), written, overrides), overrides)
+    return _whole(path, _check(Path(path), written, overrides, is_of_a_run=True), overrides)
 
 
 class Checked(NamedTuple):
@@ -97,9 +97,9 @@ def check_config(path: str | Path, overrides: Mapping[str, object] | None = None
         UserError: the file cannot be read at all.
     """
     written = flatten(read_yaml(Path(path)))
-    return _check(
-        Path(path), _of_its_time(written) if _is_of_a_run(written) else written, overrides
-    )
+    is_of_a_run = _is_of_a_run(written)
+    written = _of_its_time(written) if is_of_a_run else written
+    return _check(Path(path), written, overrides, is_of_a_run=is_of_a_run)
 
 
 def missing_inputs(checked: Checked, unread: Collection[str] = ()) -> list[Problem]:
@@ -168,7 +168,13 @@ def _is_of_a_run(written: dict[str, Any]) -> bool:
     return all(f"ttt.{name}" in written for name in names)
 
 
-def _check(path: Path, written: dict[str, Any], overrides: Mapping[str, object] | None) -> Checked:
+def _check(
+    path: Path,
+    written: dict[str, Any],
+    overrides: Mapping[str, object] | None,
+    *,
+    is_of_a_run: bool,
+) -> Checked:
     if written.keys() >= {"base", "sweep_dir"}:
         raise UserError(f"{path} is a sweep, not one run's configuration: moshi-ttt sweep {path}")
     from_command_line = flatten(overrides or {})
@@ -181,21 +187,36 @@ def _check(path: Path, written: dict[str, Any], overrides: Mapping[str, object] 
         if not key.startswith(emptied) and key not in IGNORED
     }
     args, problems = fill(TrainArgs, written | from_command_line)
+    # A run writes down all options, also those that its method does not read.
+    given = _set_in("ttt.", from_command_line if is_of_a_run else written | from_command_line)
     left_out: list[str] = []
     if from_command_line.keys() & {"ttt.method", "ttt.write"}:
         # The file is for another method: its options for that one do not stand in the way.
-        foreign = {f"ttt.{name}" for name, _ in args.ttt.misplaced()} - from_command_line.keys()
+        foreign = {
+            f"ttt.{name}" for name, _ in args.ttt.misplaced(given)
+        } - from_command_line.keys()
         left_out = list(_cautions(sorted(foreign & written.keys()), path))
         written = {key: text for key, text in written.items() if key not in foreign}
+        given -= {key.removeprefix("ttt.") for key in foreign}
         args, problems = fill(TrainArgs, written | from_command_line)
 
     # A default stands where a value was rejected: what follows from it alone is not the user's.
     settled = {key for key, _ in problems} | {suggestion(TrainArgs, key) for key, _ in problems}
-    for keys, text in cross_checks(args):
+    for keys, text in cross_checks(args, given):
         sections = {key.split(".")[0] for key in keys.split(", ")}
         if not settled & (sections | set(keys.split(", "))):
             problems.append((keys, text))
     return Checked(args, problems, left_out)
+
+
+def _set_in(section: str, written: Mapping[str, Any]) -> set[str]:
+    """Return the options of a section that are set, without its name: null sets nothing, but says
+    that an option is left out."""
+    return {
+        key.removeprefix(section)
+        for key, text in written.items()
+        if key.startswith(section) and text not in NULLS
+    }
 
 
 def _cautions(left_out: Iterable[str], path: Path) -> Iterator[str]:

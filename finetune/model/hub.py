@@ -8,8 +8,16 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from huggingface_hub.utils import disable_progress_bars
+
+from finetune.errors import UserError
 
 HUB_ERRORS = (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError)
 TIMEOUT_SEC = 4.0
@@ -40,13 +48,31 @@ def _ask(has_answered: threading.Event) -> None:
     has_answered.set()
 
 
-def shape_from_hub(repo: str) -> Path | None:
-    """Return the `config.json` of a repository; None if neither hub nor cache has it."""
+def shape_from_hub(repo: str, key: str) -> tuple[Path | None, str]:
+    """Return the `config.json` of a repository; where it cannot be had, why.
+
+    Args:
+        key: how the message calls what names the repository.
+
+    Raises:
+        UserError: the hub says that there is none of this name, or the name cannot be one.
+    """
     try:
         if is_reachable():
             disable_progress_bars()
-            return Path(hf_hub_download(repo, "config.json", etag_timeout=TIMEOUT_SEC))
+            return Path(hf_hub_download(repo, "config.json", etag_timeout=TIMEOUT_SEC)), ""
         cached = try_to_load_from_cache(repo, "config.json")
-    except HUB_ERRORS:
-        return None
-    return Path(cached) if isinstance(cached, str) else None
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise UserError(
+            f"{key}: {repo!r} is no local folder, and the Hugging Face hub has no repository of "
+            f"this name, or none that you may read ({type(error).__name__}). Correct the name; for "
+            f"a private one, log in with `hf auth login`. A downloaded copy works as well: name "
+            f"its folder."
+        ) from error
+    except HUB_ERRORS as error:
+        # Of what is missing here, and not on the hub, there is an error of the same kind.
+        is_there = isinstance(error, EntryNotFoundError)
+        if is_there and not isinstance(error, LocalEntryNotFoundError):
+            return None, f"{repo} has no config.json"
+        cached = None
+    return (Path(cached), "") if isinstance(cached, str) else (None, f"{repo} cannot be asked")

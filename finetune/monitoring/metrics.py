@@ -71,10 +71,15 @@ class MetricsLogger:
         resumed_step: int | None = None,
     ) -> None:
         self._enabled = enabled
+        self.exit_status = 0
+        """What the run ends with, if it ends by no error: wandb shows it."""
         self._outputs = ExitStack()
         if not enabled:
             return
+        self._wandb: Any = None
         with ExitStack() as opened:  # closes what is open already if a later output fails
+            # Ended last: a line that cannot be written at the end is an error of the run too.
+            opened.push(self._finish_wandb)
             with _writing(run_dir):
                 run_dir.mkdir(parents=True, exist_ok=True)
             self._files = {
@@ -83,10 +88,8 @@ class MetricsLogger:
             }
             self._tensorboard = _TensorBoard(run_dir / "tb", resumed_step)
             opened.callback(self._tensorboard.close)
-            self._wandb: Any = None
             if wandb_args.project:
                 self._wandb = open_wandb(run_dir, wandb_args, config, resumed_step is not None)
-                opened.push(self._finish_wandb)
             self._outputs = opened.pop_all()
 
     def log(self, kind: Kind, step: int, metrics: Mapping[str, float]) -> None:
@@ -121,7 +124,8 @@ class MetricsLogger:
         self._outputs.__exit__(exc_type, exc, traceback)
 
     def _finish_wandb(self, exc_type: type[BaseException] | None, *_: object) -> None:
-        self._wandb.finish(exit_code=0 if exc_type is None else 1)
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=self.exit_status if exc_type is None else 1)
 
 
 def metrics_path(run_dir: Path, kind: Kind) -> Path:

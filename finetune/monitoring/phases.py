@@ -127,10 +127,18 @@ class StepProfiler:
         names = [
             f"profile/steps_{first}-{last}.rank{rank}.json.gz" for rank in range(self._num_ranks)
         ]
-        if self._rank == 0:
-            self._announce(names)
         path = self._run_dir / names[self._rank]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._profile.export_chrome_trace(str(path))
-        self._profile = None
-        logger.info("profile of steps %d to %d: %s (open it in ui.perfetto.dev)", first, last, path)
+        ended, self._profile = self._profile, None
+        try:
+            if self._rank == 0:
+                self._announce(names)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            ended.export_chrome_trace(str(path))
+        except OSError as error:
+            # A run of hours does not end for a picture of its steps.
+            path.unlink(missing_ok=True)
+            reason = error.strerror or error
+            logger.error("%s could not be written: %s. Training goes on without it.", path, reason)
+        else:
+            what = "profile of steps %d to %d: %s (open it in ui.perfetto.dev)"
+            logger.info(what, first, last, path)

@@ -1,6 +1,7 @@
 """Advice names what to change of a run that takes too much memory, and what it takes then."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,7 +12,7 @@ from finetune.data import FRAME_RATE_HZ, count_frames
 from finetune.distributed import shard_size
 from finetune.model import plan_model
 from finetune.plan.memory import Memory, estimate
-from finetune.plan.search import Search, largest, largest_batch
+from finetune.plan.search import Search, Setting, largest, largest_batch
 from finetune.plan.speed import step_time
 from ttt import TTTLMModel
 from ttt.layers import layer_class
@@ -20,6 +21,11 @@ SHORTEST_SEC = 1.0
 """No shorter sequences are proposed."""
 FEWEST_UPDATES = 3
 """Nor such in which TTT makes fewer updates: with them it has hardly anything to do."""
+
+_RECOMPUTED: dict[str, Any] = {"gradient_checkpointing": True, "selective_layers": 0}
+_SHARED = Setting("bfloat16", "bfloat16")
+"""What takes the least where processes share a model: a base in fewer bits is not cut, and moments
+in int8 are not either."""
 
 Changes = Iterator[tuple[str, Memory]]
 """What could be changed, and the memory that the run takes then; small changes first."""
@@ -35,7 +41,7 @@ def ways_to_fit(
     on_gpu: bool = True,
 ) -> list[str]:
     """Return changes that make a run fit, each alone, the least of each kind; and where none does
-    without more GPUs, those that do together.
+    without more GPUs, those that do together. Nothing where no changes are enough.
 
     Args:
         model: the run's, on `meta`.
@@ -55,9 +61,32 @@ def ways_to_fit(
     found = [each for kind in kinds if (each := advice.first_enough(kind))]
     if not found:
         found = list(advice.combinations())
+    if not found:
+        found = list(advice.all_together())
     if on_gpu and (more := advice.first_enough(advice.more_gpus())):
         found.append(more)
+    if on_gpu and not found:
+        found = list(advice.all_together_on_more_gpus())
     return [f"{what}: {memory.peak / 1e9:.1f} GB" for what, memory in found]
+
+
+def no_way(
+    args: TrainArgs,
+    model: TTTLMModel,
+    info: loaders.CheckpointInfo,
+    num_processes: int,
+    *,
+    on_gpu: bool = True,
+) -> tuple[str, Memory]:
+    """Return the words for a run that no changes are enough for, and the least that it takes."""
+    advice = _Advice(args, model, info, num_processes, lambda _: True)
+    changes, memory = advice.least(shared=False)
+    if on_gpu and num_processes > 1:
+        shared = advice.least(shared=True)
+        changes, memory = min((changes, memory), shared, key=lambda each: each[1].peak)
+    what = f"with {', '.join(changes)}" if changes else "as it is"
+    least = f"{memory.peak / 1e9:.1f} GB"
+    return f"no change is enough, nor all together: at the least it takes {least}, {what}", memory
 
 
 def way_to_speed(
@@ -144,13 +173,19 @@ class _Advice:
         most = self.args.batch_size - 1
         batch_size = largest_batch(self.args, self.model, self.is_enough, most, self.num_processes)
         if batch_size > self._batch_of_same_step():
-            segments = batch_size * self.args.num_microbatches
-            what = f"batch_size: {batch_size} ({segments} segments a step, not {self._segments})"
+            segments = batch_size * self.args.num_microbatches * self.num_processes
+            said = f"{segments} segments a step, not {self._segments_of_step}"
+            what = f"batch_size: {batch_size} ({said})"
             yield what, self._with(batch_size=batch_size)
 
     @property
     def _segments(self) -> int:
+        """Return how many segments a process has of a step."""
         return self.args.batch_size * self.args.num_microbatches
+
+    @property
+    def _segments_of_step(self) -> int:
+        return self._segments * self.num_processes
 
     def _batch_of_same_step(self) -> int:
         """Return 0 where none fits."""
@@ -163,35 +198,29 @@ class _Advice:
 
     def shorter_sequences(self) -> Changes:
         """The longest sequences of whole seconds."""
-        frames = count_frames(self.args.duration_sec)
-        least = SHORTEST_SEC
-        if self.args.ttt.enabled:
-            least = max(least, (FEWEST_UPDATES * self.args.ttt.update_frames + 1) / FRAME_RATE_HZ)
-        most = int((frames - 1) / FRAME_RATE_HZ)
+        most = int((count_frames(self.args.duration_sec) - 1) / FRAME_RATE_HZ)
         duration_sec = largest(lambda sec: self.is_enough(self._with(duration_sec=sec)), most)
-        if duration_sec >= least:
+        if duration_sec >= self.shortest_sec:
             yield f"duration_sec: {duration_sec}", self._with(duration_sec=duration_sec)
+
+    @property
+    def shortest_sec(self) -> float:
+        """Return the length below which no sequences are proposed."""
+        if not self.args.ttt.enabled:
+            return SHORTEST_SEC
+        fewest_frames = FEWEST_UPDATES * self.args.ttt.update_frames + 1
+        return max(SHORTEST_SEC, fewest_frames / FRAME_RATE_HZ)
 
     def combinations(self) -> Changes:
         """Yield what `plan --table` has for a GPU, of no more sequences than the run has."""
-        kinds = {"": self.args}
-        if self.args.full_finetuning:
-            lora = dataclasses.replace(self.args.lora, enable=True)
-            adapted = dataclasses.replace(self.args, full_finetuning=False, lora=lora)
-            kinds["full_finetuning: false, lora.enable: true"] = adapted
-        for what, kind in kinds.items():
-            args = dataclasses.replace(kind, gradient_checkpointing=True, selective_layers=0)
+        for changes, kind in self._kinds():
+            args = dataclasses.replace(kind, **_RECOMPUTED)
             search = Search(args, self.info, self.num_processes)
             choice = search.best(self.is_enough, args.batch_size)
             if choice is None:
                 continue
-            changes = [what] if what else []
-            if self.args.gradient_checkpointing is not True:
-                changes.append("gradient_checkpointing: true")
-            if self.args.selective_layers:
-                changes.append("selective_layers: 0")
-            together = ", ".join(changes + choice.setting.changes(kind))
-            then = _Advice(choice.args, choice.model, self.info, self.num_processes, self.is_enough)
+            together = ", ".join([*changes, *choice.setting.changes(kind)])
+            then = self._of(choice.args, choice.model)
             if choice.batch_size == args.batch_size:
                 yield together, then._with()
                 return
@@ -200,7 +229,97 @@ class _Advice:
                     yield f"{together}, {each[0]}", each[1]
             return
 
+    def _kinds(self) -> list[tuple[list[str], TrainArgs]]:
+        """Return what may train, the run's own first: what is to be set for it, all of the main
+        transformer's results being computed again, and the run with what trains."""
+        recomputed = [text] if (text := self._keeping(**_RECOMPUTED)) else []
+        kinds = [(recomputed, self.args)]
+        if self.args.full_finetuning:
+            lora = dataclasses.replace(self.args.lora, enable=True)
+            adapted = dataclasses.replace(self.args, full_finetuning=False, lora=lora)
+            what = "full_finetuning: false, lora.enable: true"
+            kinds.append(([what, *recomputed], adapted))
+        return kinds
+
+    def _of(self, args: TrainArgs, model: TTTLMModel) -> "_Advice":
+        return _Advice(args, model, self.info, self.num_processes, self.is_enough)
+
+    def narrowest(self, own: Setting | None = None) -> tuple[list[str], "_Advice"]:
+        """Return all changes that leave sequences and adapters as they are, and advice on the run
+        with them.
+
+        Args:
+            own: bits of the base and of moments; None: those that take the least.
+        """
+        changes, kind = self._kinds()[-1]
+        args = dataclasses.replace(kind, **_RECOMPUTED)
+        if args.param_dtype == "float32":
+            changes.append("param_dtype: bfloat16")
+            args = dataclasses.replace(args, param_dtype="bfloat16")
+        choice = Search(args, self.info, self.num_processes).least(own)
+        changes += choice.setting.changes(kind)
+        if args.batch_size > 1:
+            changes.append(f"batch_size: 1 with num_microbatches: {self._segments}")
+        args = dataclasses.replace(choice.args, batch_size=1, num_microbatches=self._segments)
+        return changes, self._of(args, choice.model)
+
+    def all_together(self) -> Changes:
+        """Yield what is enough beside all other changes: shorter sequences, smaller adapters, or
+        both."""
+        changes, then = self.narrowest()
+        ways = [(changes, then.shorter_sequences()), (changes, then.smaller_adapters())]
+        found = [(before, each) for before, way in ways if (each := then.first_enough(way))]
+        if not found:
+            changes, then = then.shortest(changes)
+            each = then.first_enough(then.smaller_adapters())
+            found = [(changes, each)] if each else []
+        for before, (what, memory) in found:
+            yield ", ".join([*before, what]), memory
+
+    def all_together_on_more_gpus(self) -> Changes:
+        """Yield the number of GPUs that is enough beside all other changes, as few as there need
+        be."""
+        changes, then = self.narrowest(_SHARED)
+        shorter = then.shortest(changes)
+        for before, run in ((changes, then), shorter, shorter[1].least_adapters(shorter[0])):
+            if each := run.first_enough(run.more_gpus()):
+                yield ", ".join([*before, each[0]]), each[1]
+                return
+
+    def least(self, *, shared: bool) -> tuple[list[str], Memory]:
+        """Return all changes together, and what the run takes with them.
+
+        Args:
+            shared: all processes share one model.
+        """
+        changes, then = self.narrowest(_SHARED if shared else None)
+        changes, then = then.shortest(changes)
+        changes, then = then.least_adapters(changes)
+        if not shared:
+            return changes, then._with()
+        parallel = dataclasses.replace(then.args.parallel, shard_size=self.num_processes)
+        if parallel != then.args.parallel:
+            changes = [*changes, f"parallel.shard_size: {self.num_processes}"]
+        return changes, then._with(parallel=parallel)
+
+    def shortest(self, changes: list[str]) -> tuple[list[str], "_Advice"]:
+        """Return changes with the shortest sequences that are proposed beside them, and advice on
+        the run with these."""
+        duration_sec = math.ceil(self.shortest_sec)
+        if duration_sec >= self.args.duration_sec:
+            return changes, self
+        args = dataclasses.replace(self.args, duration_sec=duration_sec)
+        return [*changes, f"duration_sec: {duration_sec}"], self._of(args, self.model)
+
+    def least_adapters(self, changes: list[str]) -> tuple[list[str], "_Advice"]:
+        """Return the same with LoRA's smallest rank."""
+        if not self.args.lora.enable or self.args.lora.rank == 1:
+            return changes, self
+        args = dataclasses.replace(self.args, lora=dataclasses.replace(self.args.lora, rank=1))
+        return [*changes, "lora.rank: 1"], self._of(args, plan_model(args, self.info))
+
     def more_gpus(self) -> Changes:
+        """The fewest GPUs that share the model; each has batches of its own."""
         optim, also = self.args.optim, ""
         if optim.state == "int8":
             # Its blocks are those of whole parameters: a sharded model has none.
@@ -211,7 +330,22 @@ class _Advice:
                 parallel = dataclasses.replace(self.args.parallel, shard_size=number)
                 args = dataclasses.replace(self.args, parallel=parallel, optim=optim)
                 what = f"GPUs: {number} with parallel.shard_size: {number}{also}"
-                yield what, estimate(args, self.model, number)
+                yield f"{what}{self._on_more(number)}", estimate(args, self.model, number)
+
+    def _on_more(self, num_processes: int) -> str:
+        """Return how many segments a step has on more GPUs, and what to set to keep their number,
+        where it can be kept."""
+        if num_processes == self.num_processes:
+            return ""
+        said = f"{self._segments * num_processes} segments a step, not {self._segments_of_step}"
+        own, rest = divmod(self._segments_of_step, num_processes)
+        if rest:
+            return f" ({said}; nothing keeps {self._segments_of_step})"
+        # The largest batch keeps a step short; no larger than now, it fits.
+        sizes = range(min(self.args.batch_size, own), 0, -1)
+        batch_size = next(size for size in sizes if own % size == 0)
+        set_to = {"batch_size": batch_size, "num_microbatches": own // batch_size}
+        return f" ({said}; {self._keeping(**set_to)} keeps {self._segments_of_step})"
 
     def fewer_trained(self) -> Changes:
         if self.args.full_finetuning:

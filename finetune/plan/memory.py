@@ -22,6 +22,7 @@ Results of products are counted at their full width; what is done element by ele
 at a time. What was measured to check this is in docs/distributed.md and docs/benchmarks.md.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -73,6 +74,11 @@ class Memory:
 
 def fits(memory: Memory, gpu_bytes: float) -> bool:
     return memory.peak <= gpu_bytes * (1 - FRAGMENTATION) - RESERVED_BYTES
+
+
+def smallest_gpu_gb(memory: Memory) -> int:
+    """Return how many whole GB a GPU must have so that this fits."""
+    return math.ceil((memory.peak + RESERVED_BYTES) / (1 - FRAGMENTATION) / 1e9)
 
 
 def estimate(args: TrainArgs, model: TTTLMModel, num_gpus: int) -> Memory:

@@ -16,9 +16,9 @@ from finetune.distributed import shard_size
 from finetune.errors import UserError
 from finetune.model import plan_model, shape_from_hub
 from finetune.monitoring import format_count, format_duration
-from finetune.plan.advice import way_to_speed, ways_to_fit
+from finetune.plan.advice import no_way, way_to_speed, ways_to_fit
 from finetune.plan.describe import describe_roles
-from finetune.plan.memory import Memory, estimate, fits
+from finetune.plan.memory import Memory, estimate, fits, smallest_gpu_gb
 from finetune.plan.speed import StepTime, step_time
 from finetune.plan.ttt_updates import cautions_of_ttt, describe_ttt
 from finetune.safety import read_json
@@ -68,19 +68,30 @@ def plan(args: TrainArgs, *, num_gpus: int, gpu_memory_gb: float) -> Iterator[st
     for way in ways:
         yield f"  {way}"
     if not ways:
-        yield "no single change is enough: combine LoRA, more GPUs, a smaller batch_size"
+        said, then = no_way(args, model, info, num_gpus)
+        yield f"  {said}; the smallest GPU that would do has {smallest_gpu_gb(then)} GB"
 
 
-def shape_of(paths: ModelPaths) -> tuple[loaders.CheckpointInfo, str]:
-    """Return a checkpoint without its weights, and where its shape is from."""
+def shape_of(
+    paths: ModelPaths, key: str = "moshi_paths.hf_repo_id"
+) -> tuple[loaders.CheckpointInfo, str]:
+    """Return a checkpoint without its weights, and where its shape is from.
+
+    Args:
+        key: what names the repository, for messages.
+
+    Raises:
+        UserError: there is no such repository, or its `config.json` is not valid.
+    """
     config_path = Path(paths.config_path) if paths.config_path else None
-    source = "shape of Moshi 7B"
-    repo = paths.hf_repo_id
+    why_none, repo = "", paths.hf_repo_id
     if config_path is None and repo is not None:
-        folder = Path(repo)
-        config_path = folder / "config.json" if folder.is_dir() else shape_from_hub(repo)
-        if config_path is None:
-            source = f"shape of Moshi 7B, as {repo} cannot be asked"
+        if Path(repo).is_dir():
+            config_path = Path(repo) / "config.json"
+            why_none = f"{repo} has no config.json"
+        else:
+            config_path, why_none = shape_from_hub(repo, key)
+    source = f"shape of Moshi 7B, as {why_none}" if why_none else "shape of Moshi 7B"
     config: dict[str, Any] | None = None
     if config_path is not None and config_path.is_file():
         try:
@@ -141,8 +152,8 @@ def _describe_time(args: TrainArgs, model: TTTLMModel, num_gpus: int) -> Iterato
 def _describe_faster(what: str, args: TrainArgs, model: TTTLMModel, num_gpus: int) -> str:
     peak_gb = estimate(args, model, num_gpus).peak / GB
     step = step_time(args, model, num_gpus)
-    sec = f", about {step.low_sec:.2f} s a step" if step.is_known else ", by how much is not known"
-    return f"faster, in the memory that is left: {what} ({peak_gb:.1f} GB{sec})"
+    sec = f"about {step.low_sec:.2f} s a step" if step.is_known else "by how much was not measured"
+    return f"faster, in the memory that is left: {what} ({peak_gb:.1f} GB, {sec})"
 
 
 def _describe_step_time(args: TrainArgs, step: StepTime) -> str:
@@ -152,7 +163,7 @@ def _describe_step_time(args: TrainArgs, step: StepTime) -> str:
         said = f"about {seconds[0]} s a step, {durations[0]} for all"
     else:
         said = (
-            f"not known, {seconds[0]} to {seconds[1]} s a step, {durations[0]} to {durations[1]} "
-            f"for all: {step.why_not_known}"
+            f"{step.not_measured} was not measured; it should lie between {seconds[0]} and "
+            f"{seconds[1]} s a step, {durations[0]} and {durations[1]} for all, as {step.why}"
         )
-    return f"time on H100s or H200s: {said}"
+    return f"time on H100s or H200s (no other GPUs were measured): {said}"

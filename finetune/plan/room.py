@@ -7,14 +7,13 @@ the system kills it without a word.
 import dataclasses
 import logging
 from collections import defaultdict
-from collections.abc import Callable
 
 from moshi.models import loaders
 
 from finetune.config import TrainArgs
 from finetune.distributed import World
 from finetune.errors import UserError
-from finetune.plan.advice import ways_to_fit
+from finetune.plan.advice import no_way, ways_to_fit
 from finetune.plan.available import Place, device_place, host_places
 from finetune.plan.memory import Memory, estimate
 from ttt import TTTLMModel
@@ -117,7 +116,7 @@ def _explain(
     if checkpoint:
         takes.append(f"the copy of a checkpoint {checkpoint / GB:.1f} GB")
     who = f"{len(needs)} processes take" if len(needs) > 1 else "it takes"
-    ways = []
+    ways, on_gpu = [], world.device.type == "cuda"
     if training:
 
         def is_enough(then: Memory) -> bool:
@@ -125,27 +124,16 @@ def _explain(
             copied = checkpoint * then.optimizer / memory.optimizer
             return len(needs) * then.peak + copied <= place.free_bytes
 
-        ways += _ways(args, model, info, world, is_enough)
+        ways += ways_to_fit(args, model, info, world.size, is_enough, on_gpu=on_gpu)
     if checkpoint and training <= place.free_bytes:
         ways += ["ckpt_async: false (training waits)"] if args.ckpt_async else []
         ways += ["do_ckpt: false"]
+    if ways:
+        remedy = f"Change one of: {'; '.join(ways)}"
+    else:
+        said, _ = no_way(args, model, info, world.size, on_gpu=on_gpu)
+        remedy = f"Here {said}{', in each process' * (len(needs) > 1)}"
     return (
         f"this run cannot fit into {place.name}: {place.free_bytes / GB:.1f} GB are free, and "
-        f"{who} for {' and '.join(takes)}. Change one of: {'; '.join(ways)}."
+        f"{who} for {' and '.join(takes)}. {remedy}."
     )
-
-
-def _ways(
-    args: TrainArgs,
-    model: TTTLMModel,
-    info: loaders.CheckpointInfo,
-    world: World,
-    is_enough: Callable[[Memory], bool],
-) -> list[str]:
-    on_gpu = world.device.type == "cuda"
-    ways = ways_to_fit(args, model, info, world.size, is_enough, on_gpu=on_gpu)
-    if ways:
-        return ways
-    keys = ["batch_size", "duration_sec", "gradient_checkpointing", "lora.rank"]
-    keys += ["parallel.shard_size"] if on_gpu else []
-    return [f"{', '.join(keys)} (no single change is enough)"]

@@ -69,17 +69,29 @@ class Search:
         less); without such a one, that with the largest batch; None where not one sequence fits."""
         best = None
         for setting in self._settings():
-            optim = dataclasses.replace(self.args.optim, state=setting.state)
-            args = dataclasses.replace(
-                self.args, base_precision=setting.base_precision, optim=optim
-            )
-            model = self._model(args)
+            args, model = self._with(setting)
             batch_size = largest_batch(args, model, is_enough, most, self.num_gpus)
             if batch_size > (best.batch_size if best else 0):
                 best = Choice(setting, args, model, batch_size)
             if batch_size >= min(ENOUGH_BATCH, most):
                 break
         return best
+
+    def least(self, own: Setting | None = None) -> Choice:
+        """Return the setting with which one sequence takes the least; or `own`, where it is wanted,
+        in the same form."""
+        settings = [own] if own else self._settings()
+        choices = [Choice(each, *self._with(each), 1) for each in settings]
+        return min(choices, key=self._peak)
+
+    def _peak(self, choice: Choice) -> float:
+        args = dataclasses.replace(choice.args, batch_size=choice.batch_size)
+        return estimate(args, choice.model, self.num_gpus).peak
+
+    def _with(self, setting: Setting) -> tuple[TrainArgs, TTTLMModel]:
+        optim = dataclasses.replace(self.args.optim, state=setting.state)
+        args = dataclasses.replace(self.args, base_precision=setting.base_precision, optim=optim)
+        return args, self._model(args)
 
     def _settings(self) -> list[Setting]:
         own = Setting(self.args.base_precision, self.args.optim.state)

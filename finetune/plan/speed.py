@@ -43,15 +43,21 @@ it, for each micro-batch."""
 
 
 class StepTime(NamedTuple):
-    """Seconds between which a step lies; the same, where such steps were measured."""
+    """Seconds between which a step lies; the same, where such steps were measured.
+
+    Attributes:
+        not_measured: words for the time that was not measured; empty where it was.
+        why: what the bounds are from.
+    """
 
     low_sec: float
     high_sec: float
-    why_not_known: str = ""
+    not_measured: str = ""
+    why: str = ""
 
     @property
     def is_known(self) -> bool:
-        return not self.why_not_known
+        return not self.not_measured
 
 
 def step_time(args: TrainArgs, model: TTTLMModel, num_gpus: int) -> StepTime:
@@ -76,14 +82,17 @@ def step_time(args: TrainArgs, model: TTTLMModel, num_gpus: int) -> StepTime:
     low_sec = arithmetic_sec
     if is_nf4 and frames >= SMALLEST_FRAMES:
         low_sec = min(max(low_sec, SMALLEST_SEC * size), high_sec)
-    which = "in nf4 that was measured"
+    not_measured = "a step with base_precision: nf4 of this size"
+    which = "with nf4 that was measured"
     if not is_nf4:
-        which = f"of fewer than {FEW_FRAMES} frames that was measured, in nf4,"
+        few = f"fewer than {FEW_FRAMES} frames"
+        not_measured = f"a step of {few} with base_precision: {args.base_precision}"
+        which = f"of {few} that was measured, with nf4,"
     why = (
         f"the only step {which} took {SMALLEST_SEC:.2f} s for {SMALLEST_FRAMES} frames, "
         f"{SMALLEST_SEC - OVERHEAD_SEC:.2f} s of it arithmetic"
     )
-    return StepTime(low_sec, high_sec, why)
+    return StepTime(low_sec, high_sec, not_measured, why)
 
 
 def _ttt_share(args: TrainArgs, model: TTTLMModel) -> float:

@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import numpy as np
+from moshi.models import loaders
 
 from finetune.config import ModelPaths, Precision, TrainArgs, load_config, parse_sources
 from finetune.data import FRAME_RATE_HZ, count_frames, open_source
@@ -68,7 +69,7 @@ def write_config(wanted: Wanted, out: Path) -> Iterator[str]:
     """Write a commented YAML file that fits the memory. Yields lines to print.
 
     Raises:
-        UserError: `out` is there already, the data cannot be read, or nothing fits.
+        UserError: `out` is there already, the data or the model cannot be found, or nothing fits.
     """
     if out.exists():
         raise UserError(f"{out} is there already; give another --out.")
@@ -76,8 +77,10 @@ def write_config(wanted: Wanted, out: Path) -> Iterator[str]:
         if path is not None:
             _check_source_path(key, path)
     lengths_sec = _lengths_sec(wanted.data)
-    size, memory = _fitting_size(wanted, lengths_sec)
+    info, source = shape_of(ModelPaths(hf_repo_id=wanted.repo), key="--repo")
+    size, memory = _fitting_size(wanted, lengths_sec, info)
     write_whole(out, _text(wanted, size, memory, lengths_sec))
+    yield f"its sizes are for the {source}"
     yield (
         f"wrote {out}: it takes some {memory.peak / GB:.0f} of {wanted.gpu_memory_gb:g} GB of each "
         "GPU"
@@ -119,11 +122,12 @@ def _lengths_sec(data: Path) -> np.ndarray:
     return np.sort(lengths)
 
 
-def _fitting_size(wanted: Wanted, lengths_sec: np.ndarray) -> tuple[_Size, Memory]:
+def _fitting_size(
+    wanted: Wanted, lengths_sec: np.ndarray, info: loaders.CheckpointInfo
+) -> tuple[_Size, Memory]:
     """Return the largest batch that fits, of segments as long as the goal wants."""
     models: dict[Precision, TTTLMModel] = {}
     peaks = []
-    info, _ = shape_of(ModelPaths(hf_repo_id=wanted.repo))
     for size in _sizes(wanted, lengths_sec, model_shape(info)):
         args = _load(_text(wanted, size, None, lengths_sec))
         # All else leaves its shape as it is.

@@ -24,10 +24,6 @@ from ttt.layers import mixer
 LINEAR: dict[str, Any] = {
     "ttt.method": "linear",
     "ttt.mini_batch_size": 4,
-    # The configuration of the tests sets these, of another method; back to their defaults.
-    "ttt.chunk_size": 256,
-    "ttt.write": "delta",
-    "ttt.learning_rate": None,
     "param_dtype": "float32",
     "optim.ttt_lr": 3e-2,
 }

@@ -222,6 +222,7 @@ def test_an_evaluation_that_a_signal_has_stopped_is_made_on_resuming(
         with monkeypatch.context() as patch:
             patch.setattr(finetune.trainer, "evaluate", evaluate)
             assert run.train() == 128 + signal.SIGTERM
+        assert run.metrics.exit_status == 128 + signal.SIGTERM  # what wandb is told
         assert run.step == step and eval_loss_of(checkpoint(tmp_path, step)) is None
     for _ in range(2):  # the second time there is nothing left to do
         train(config, tmp_path, overrides)
@@ -349,3 +350,33 @@ def test_a_checkpoint_that_does_not_fit_on_the_disk_harms_nothing(
     assert [path.name for path in (tmp_path / "cut/checkpoints").iterdir()] == ["checkpoint_000003"]
     train(config, tmp_path / "cut", {**overrides, "resume": True})
     assert_same_weights(saved_weights(tmp_path / "cut", 6), saved_weights(tmp_path / "whole", 6))
+
+
+def test_where_no_checkpoint_was_saved_the_advice_leads_out(
+    config: Path, tmp_path: Path, largest_file: Callable[[int], None]
+) -> None:
+    """No message proposes what another refuses."""
+    overrides: dict[str, Any] = {**FULL, "max_steps": 2, "ckpt_freq": 1}
+    run = trainer(config, tmp_path / "cut", overrides)
+    save = run.save
+
+    def save_into_nothing(data_position: dict[str, Any] | None = None) -> None:
+        largest_file(5000)
+        save(data_position)
+
+    run.save = save_into_nothing  # type: ignore[method-assign]
+    with pytest.raises(UserError) as ended:
+        run.train()
+    largest_file(resource.RLIM_INFINITY)
+    assert "No checkpoint was saved before: make room" in str(ended.value)
+    assert "--overwrite_run_dir" in str(ended.value) and "--resume" not in str(ended.value)
+    with pytest.raises(UserError, match=r"no complete checkpoint .* --resume=auto"):
+        trainer(config, tmp_path / "cut", {**overrides, "resume": True})
+    with pytest.raises(UserError, match="already holds a run") as refused:
+        trainer(config, tmp_path / "cut", overrides)
+    assert "--resume" not in str(refused.value) and "--overwrite_run_dir" in str(refused.value)
+    shutil.copytree(tmp_path / "cut", tmp_path / "auto")
+    train(config, tmp_path / "cut", {**overrides, "overwrite_run_dir": True})
+    train(config, tmp_path / "auto", {**overrides, "resume": "auto"})
+    for name in ("cut", "auto"):
+        assert logged_steps(tmp_path / name) == [1, 2] and checkpoint(tmp_path / name, 2).is_dir()

@@ -9,7 +9,14 @@ import pytest
 from moshi_finetune_tools import MOSHI_FINETUNE
 
 from finetune.cli import COMMANDS
-from finetune.config import DataArgs, TrainArgs, load_config, pages, public_dict, save_config
+from finetune.config import (
+    DataArgs,
+    TrainArgs,
+    load_config,
+    pages,
+    public_dict,
+    save_config,
+)
 from finetune.config.docs_page import COMMAND
 from finetune.errors import UserError
 from ttt import TTTArgs

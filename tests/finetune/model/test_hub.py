@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import json
 import socket
 import threading
 import time
@@ -11,8 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 from huggingface_hub import constants
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from moshi.models import loaders
+from recordings_tools import call
 from training_tools import LM_CONFIG
 
 from finetune.config import DataArgs, LoraArgs, ModelPaths, TrainArgs
@@ -120,6 +131,75 @@ def test_plan_says_once_that_the_hub_is_not_there_and_goes_on(
     assert [line for line in lines if REPO in line] == [lines[0]]
     assert lines[0].endswith(f"shape of Moshi 7B, as {REPO} cannot be asked")
     assert lines[-1] == "it fits" and len(connections) <= 1
+
+
+def answer(error: Any) -> Callable[..., Any]:
+    def download(*_: Any, **__: Any) -> None:
+        if issubclass(error, HFValidationError | LocalEntryNotFoundError):
+            raise error("no such name")
+        raise error("404", response=requests.Response())
+
+    return download
+
+
+def words_of_init(tmp_path: Path, repo: str) -> list[Any]:
+    (tmp_path / "data.jsonl").write_text(json.dumps({"path": "a.wav", "duration": 60}) + "\n")
+    data = ["--data", tmp_path / "data.jsonl", "--goal=adapt", "--gpu_memory=80"]
+    return ["init", tmp_path / "my.yaml", *data, f"--repo={repo}"]
+
+
+@pytest.mark.parametrize("error", [RepositoryNotFoundError, GatedRepoError, HFValidationError])
+def test_a_repository_that_the_hub_does_not_have_is_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    error: type[Exception],
+) -> None:
+    monkeypatch.setattr(hub, "is_reachable", lambda: True)
+    monkeypatch.setattr(hub, "hf_hub_download", answer(error))
+    assert call(*words_of_init(tmp_path, REPO)) == 1
+    said = capsys.readouterr().err
+    assert f"--repo: '{REPO}' is no local folder, and the Hugging Face hub has no" in said
+    assert "hf auth login" in said and not (tmp_path / "my.yaml").exists()
+    with pytest.raises(UserError, match=f"moshi_paths.hf_repo_id: '{REPO}' is no local folder"):
+        list(plan(ARGS, num_gpus=1, gpu_memory_gb=80))
+
+
+def test_a_folder_that_is_not_there_is_no_repository(
+    asked: Callable[..., Any], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    asked(CLOSED)
+    assert call(*words_of_init(tmp_path, f"{tmp_path}/no/model")) == 1
+    assert "/no/model' is no local folder, and the" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (EntryNotFoundError, f"{REPO} has no config.json"),
+        (LocalEntryNotFoundError, f"{REPO} cannot be asked"),
+        (HfHubHTTPError, f"{REPO} cannot be asked"),
+    ],
+)
+def test_init_says_what_it_assumes_and_why(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    error: type[Exception],
+    why: str,
+) -> None:
+    monkeypatch.setattr(hub, "is_reachable", lambda: True)
+    monkeypatch.setattr(hub, "hf_hub_download", answer(error))
+    assert call(*words_of_init(tmp_path, REPO)) == 0
+    assert f"its sizes are for the shape of Moshi 7B, as {why}\n" in capsys.readouterr().out
+
+
+def test_a_folder_without_a_shape_is_said_to_have_none(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert call(*words_of_init(tmp_path, str(tmp_path))) == 0
+    said = capsys.readouterr().out
+    assert f"the shape of Moshi 7B, as {tmp_path} has no config.json\n" in said
 
 
 @pytest.mark.parametrize("endpoint", [CLOSED, SILENT])

@@ -128,3 +128,40 @@ def test_the_name_of_the_wandb_run(
     assert str(failing.value) == f"{id_file} cannot be written: {FULL}."
     found = [path.read_text() for path in tmp_path.glob("*wandb_run_id*")]
     assert found == (["1\n"] if resumed_step else [])
+
+
+@pytest.fixture
+def exit_codes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Those that wandb was told."""
+    codes: list[int] = []
+    run = SimpleNamespace(
+        id="2",
+        dir="wandb/offline-run/files",
+        define_metric=lambda *_, **__: None,
+        log=lambda _: None,
+        finish=lambda exit_code: codes.append(exit_code),
+    )
+    errors = SimpleNamespace(Error=KeyError)
+    wandb = SimpleNamespace(init=lambda **_: run, Settings=dict, errors=errors)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    return codes
+
+
+def test_wandb_is_told_of_lines_that_could_not_be_written(
+    tmp_path: Path, exit_codes: list[int]
+) -> None:
+    with room_for(1000), pytest.raises(UserError, match=FULL):  # noqa: SIM117
+        with MetricsLogger(tmp_path, wandb_args=WANDB, config={}) as metrics:
+            for step in range(1, 31):
+                metrics.log("train", step, {"loss": step})
+    assert exit_codes == [1]
+
+
+@pytest.mark.parametrize("status", [0, 143])
+def test_wandb_is_told_what_the_run_ends_with(
+    tmp_path: Path, exit_codes: list[int], status: int
+) -> None:
+    with MetricsLogger(tmp_path, wandb_args=WANDB, config={}) as metrics:
+        metrics.exit_status = status
+    metrics.close()
+    assert exit_codes == [status]

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from full_disk import FULL, room_for
 from training_tools import finish, lines_until, logged, logged_steps, start_program, train
 
 from finetune.checkpoint.run_record import RunRecord
 from finetune.config import load_config
 from finetune.errors import UserError
+from finetune.monitoring import StepProfiler
 from finetune.step import LostSteps
 
 
@@ -114,3 +116,15 @@ def test_an_error_in_mid_profile_keeps_what_there_is(
         train(config, tmp_path, {"max_steps": 9, "profile_steps": [3, 8], "do_ckpt": False})
     (path,) = (tmp_path / "profile").iterdir()
     assert path.name == "steps_3-3.rank0.json.gz"
+
+
+def test_a_full_disk_costs_the_profile_and_not_the_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    profiler = StepProfiler([1, 1], tmp_path, rank=0, num_done=0)
+    profiler.before_step(1)
+    with room_for(100):
+        profiler.after_step(1)
+    assert f"json.gz could not be written: {FULL}. Training goes on" in caplog.text
+    assert list((tmp_path / "profile").iterdir()) == []
+    profiler.close()  # nothing is left to write

@@ -19,7 +19,10 @@ from finetune.config import (
     load_config,
 )
 from finetune.errors import UserError
+from finetune.model import plan_model
 from finetune.plan import estimate, plan, table
+from finetune.plan.advice import ways_to_fit
+from finetune.plan.plan import shape_of
 from ttt import TTTArgs
 
 MOSHI = TrainArgs(
@@ -179,7 +182,9 @@ def test_what_does_not_fit_is_said_with_what_would() -> None:
     assert "GPUs: 2 with parallel.shard_size: 2" in advice
     # LoRA beside full fine-tuning would be refused.
     assert "full_finetuning: false with lora.enable: true" in advice
-    assert "batch_size" not in advice
+    # Two GPUs make a step of twice as many segments, unless they are told not to.
+    assert "shard_size: 2 (16 segments a step, not 8; batch_size: 4 keeps 8)" in advice
+    assert advice.count("batch_size") == 1
     peaks = [peak_gb(planned(full, num_gpus=n)) for n in (1, 2, 4, 8)]
     assert peaks == sorted(peaks, reverse=True)
     # Weights, gradients and two moments of 7.8 billion parameters, in float32 and bfloat16.
@@ -197,18 +202,19 @@ def test_a_smaller_batch_keeps_the_step_by_more_micro_batches() -> None:
         planned(args, num_gpus=8)
 
 
-def advised(args: TrainArgs, gpu_memory_gb: float) -> list[str]:
-    """What is said to change, without the memory that it takes then."""
+def advised(args: TrainArgs, gpu_memory_gb: float, *, whole: bool = False) -> list[str]:
+    """What is said to change, without the memory that it takes then; or whole lines."""
     lines = planned(args, gpu_memory_gb=gpu_memory_gb)
     start = next(i for i, line in enumerate(lines) if line.startswith("it does not fit"))
-    return [line.strip().rpartition(":")[0] for line in lines[start + 1 :]]
+    found = [line.strip() for line in lines[start + 1 :]]
+    return found if whole else [line.rpartition(":")[0] for line in found]
 
 
 def test_where_no_single_change_is_enough_on_one_gpu_some_are_together() -> None:
     assert advised(MOSHI, 24) == [
         "base_precision: nf4, optim.state: int8, batch_size: 8 with num_microbatches: 2",
         "base_precision: nf4, optim.state: int8, batch_size: 12 (12 segments a step, not 16)",
-        "GPUs: 4 with parallel.shard_size: 4",
+        "GPUs: 4 with parallel.shard_size: 4 (64 segments a step, not 16; batch_size: 4 keeps 16)",
     ]
     # These are no changes from one setting only: they do fit.
     optim = OptimArgs(state="int8")
@@ -227,6 +233,67 @@ def test_where_no_single_change_is_enough_on_one_gpu_some_are_together() -> None
     assert first.startswith("gradient_checkpointing: true, base_precision: nf4, batch_size: 8 ")
     full = dataclasses.replace(MOSHI, full_finetuning=True, lora=LoraArgs())
     assert advised(full, 24)[0].startswith("full_finetuning: false, lora.enable: true, base_prec")
+
+
+def test_a_smaller_step_is_said_of_all_gpus() -> None:
+    """Each has a batch of its own."""
+    narrow = dataclasses.replace(MOSHI, base_precision="nf4")
+    lines = planned(narrow, num_gpus=2, gpu_memory_gb=24)
+    assert any(line.startswith("a step: 32 segments") for line in lines)
+    assert any("batch_size: 7 (14 segments a step, not 32)" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "num_microbatches", "said"),
+    [
+        (16, 1, "64 segments a step, not 16; batch_size: 4 keeps 16"),
+        (2, 6, "48 segments a step, not 12; batch_size: 1, num_microbatches: 3 keeps 12"),
+        (2, 8, "64 segments a step, not 16; num_microbatches: 2 keeps 16"),
+        (3, 1, "12 segments a step, not 3; nothing keeps 3"),
+    ],
+)
+def test_more_gpus_say_how_a_step_stays_as_large(
+    batch_size: int, num_microbatches: int, said: str
+) -> None:
+    model = plan_model(MOSHI, shape_of(MOSHI.moshi_paths)[0])
+    args = dataclasses.replace(MOSHI, batch_size=batch_size, num_microbatches=num_microbatches)
+    four = dataclasses.replace(args, parallel=ParallelArgs(shard_size=4))
+    most = estimate(four, model, 4).peak
+    ways = ways_to_fit(args, model, shape_of(args.moshi_paths)[0], 1, lambda m: m.peak <= most)
+    assert any(way.startswith(f"GPUs: 4 with parallel.shard_size: 4 ({said})") for way in ways)
+
+
+def test_where_nothing_is_enough_the_smallest_gpu_is_named() -> None:
+    tiny = planned(MOSHI, gpu_memory_gb=4)[-1]
+    match = re.search(r"takes ([\d.]+) GB, with (.*); the smallest GPU .* has (\d+) GB", tiny)
+    assert match is not None and "no change is enough, nor all together" in tiny
+    wanted = "base_precision: nf4, optim.state: int8, batch_size: 1 with num_microbatches: 16"
+    assert match[2] == f"{wanted}, duration_sec: 62, lora.rank: 1"
+    changed = dataclasses.replace(
+        MOSHI,
+        base_precision="nf4",
+        optim=OptimArgs(state="int8"),
+        batch_size=1,
+        num_microbatches=16,
+        duration_sec=62,
+        lora=LoraArgs(enable=True, rank=1),
+    )
+    enough_gb = int(match[3])
+    lines = planned(changed, gpu_memory_gb=enough_gb)
+    assert lines[-1] == "it fits" and peak_gb(lines) == float(match[1])
+    # With all of it in force nothing is left to propose.
+    (said,) = advised(changed, 4, whole=True)
+    assert f"it takes {match[1]} GB, as it is; the smallest GPU" in said
+    # There, of sequences and adapters one alone need be smaller.
+    assert advised(MOSHI, enough_gb)[0] == f"{wanted}, lora.rank: 8"
+
+
+def test_changes_that_are_in_force_are_not_proposed_again() -> None:
+    """LoRA in few bits, a sequence at a time: what is left are shorter ones, smaller adapters."""
+    narrow = dataclasses.replace(MOSHI, **NF4, **OFF)
+    (said,) = advised(narrow, 2, whole=True)
+    named = re.findall(r"[\w.]+(?=: )", said.partition(", with ")[2])
+    assert named == ["duration_sec", "lora.rank"]
 
 
 def test_the_largest_batch_that_fits_is_proposed() -> None:
@@ -279,7 +346,7 @@ def test_the_command_plans_a_run_of_a_small_model(
 
 
 def test_parts_of_a_model_take_less(config: Path) -> None:
-    from finetune.model import find_checkpoint, plan_model
+    from finetune.model import find_checkpoint
 
     args = load_config(config, FULL)
     model = plan_model(args, find_checkpoint(args.moshi_paths))

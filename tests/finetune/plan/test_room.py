@@ -100,6 +100,21 @@ def test_a_run_that_just_does_not_fit_is_told_what_does(
     assert "shard_size" not in said, "there are no GPUs to spread over"
 
 
+def test_where_nothing_is_enough_the_least_is_said(
+    starts: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    memory_of: Callable[..., None],
+    makes_no_model: None,
+) -> None:
+    monkeypatch.setattr(room, "SMALL_BYTES", 0)
+    memory_of(host_gb=0.0)
+    status, said = starts("--gradient_checkpointing=true")
+    assert status == 1 and "Change one of" not in said
+    assert re.search(r"Here no change is enough, nor all together: at the least it takes", said)
+    # What is in force already is not proposed again.
+    assert "gradient_checkpointing" not in said.partition("Here")[2]
+
+
 def test_adapters_beyond_reason_are_told_to_be_smaller(
     starts: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,

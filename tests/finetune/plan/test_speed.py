@@ -71,7 +71,15 @@ def test_of_steps_of_few_frames_the_time_is_not_known() -> None:
     several = time_of(dataclasses.replace(few, num_microbatches=4))
     assert several.high_sec == pytest.approx(4 * step.high_sec)
     (said,) = (line for line in planned(few) if line.startswith("time on"))
-    assert f"not known, {step.low_sec:.2f} to {step.high_sec:.2f} s a step" in said
+    start = (
+        "time on H100s or H200s (no other GPUs were measured): a step of fewer than 10000 frames"
+    )
+    start += " with base_precision: bfloat16"
+    bounds = f"{step.low_sec:.2f} and {step.high_sec:.2f} s a step"
+    assert said.startswith(f"{start} was not measured; it should lie between {bounds}, ")
+    (said,) = (line for line in planned(dataclasses.replace(MOSHI, **NF4)) if "time on" in line)
+    assert "a step with base_precision: nf4 of this size was not measured; it should" in said
+    (said,) = (line for line in planned(few) if line.startswith("time on"))
     assert "took 0.54 s for 1250 frames" in said
     (said,) = (line for line in planned(MOSHI) if line.startswith("time on"))
     assert f"about {time_of(MOSHI).low_sec:.2f} s a step" in said

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from recordings_tools import call
 from training_tools import LORA
 
 from finetune.config import TrainArgs, load_config
@@ -16,6 +17,7 @@ from finetune.plan import memory as counted
 from finetune.plan import table as module
 from finetune.plan.plan import shape_of
 from finetune.plan.search import ENOUGH_BATCH, largest
+from finetune.plan.table import COMPARED
 
 ROOT = Path(__file__).parents[3]
 
@@ -23,9 +25,7 @@ ROOT = Path(__file__).parents[3]
 def needs(args: TrainArgs, batch_size: int, precision: Any, state: Any) -> float:
     """GB that a batch takes."""
     optim = dataclasses.replace(args.optim, state=state)
-    args = dataclasses.replace(
-        args, batch_size=batch_size, base_precision=precision, optim=optim, duration_sec=100.0
-    )
+    args = dataclasses.replace(args, batch_size=batch_size, base_precision=precision, optim=optim)
     model = plan_model(args, shape_of(args.moshi_paths)[0])
     return estimate(args, model, 1).peak / 1e9 / (1 - counted.FRAGMENTATION)
 
@@ -44,7 +44,8 @@ def test_each_cell_prefers_what_changes_least_and_lets_enough_fit(
     config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(counted, "RESERVED_BYTES", 0)
-    args = load_config(config, {**LORA, "gradient_checkpointing": True})
+    changes = {"gradient_checkpointing": True, "duration_sec": 100}
+    args = load_config(config, {**LORA, **changes})
     one = needs(args, 1, "nf4", "float32")
     few = needs(args, ENOUGH_BATCH - 1, "bfloat16", "float32")
     enough = needs(args, ENOUGH_BATCH, "bfloat16", "float32")
@@ -59,6 +60,48 @@ def test_each_cell_prefers_what_changes_least_and_lets_enough_fit(
         "**8**, `base_precision: nf4`",
         "**8**",
     ]
+
+
+MOSHI = ["plan", "example/moshi_ttt.yaml", "--table"]
+
+
+def rows_of(said: str) -> list[str]:
+    return [line for line in said.splitlines() if line.startswith("|")][2:]
+
+
+def test_the_table_is_of_the_gpus_that_are_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(*MOSHI, "--gpu_memory=141") == 0
+    (one,) = rows_of(capsys.readouterr().out)
+    assert one.startswith("| 141 GB |") and one in (ROOT / "README.md").read_text()
+    assert call(*MOSHI, "--gpu_memory=141", "--gpus=4") == 0
+    said = capsys.readouterr().out
+    (four,) = rows_of(said)
+    assert "sequences of 100 s on each of 4 GPUs" in said
+    # Four share all weights, where these train; LoRA's base each has for itself.
+    assert four.split("|")[:5] == one.split("|")[:5] and "optim.state" not in four
+    assert four.split("|")[5] != one.split("|")[5]
+
+
+def test_the_table_is_of_the_sequences_that_are_asked_for(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert call(*MOSHI, "--gpu_memory=80", "--duration_sec=200") == 0
+    said = capsys.readouterr().out
+    assert "sequences of 200 s" in said
+    (row,) = rows_of(said)
+    batches = [int(cell.strip(" *")) for cell in row.split("|")[2:4]]
+    # Half of the README's 81 and 73.
+    assert batches == [40, 36]
+
+
+@pytest.mark.parametrize("key", COMPARED)
+def test_what_the_table_compares_is_not_given(key: str, capsys: pytest.CaptureFixture[str]) -> None:
+    values = {"batch_size": 2, "selective_layers": 2, "base_precision": "nf4"}
+    values |= {"optim.state": "int8", "full_finetuning": "false"}
+    value = values.get(key, "true")
+    assert call(*MOSHI, f"--{key}={value}", "--lora.rank=8") == 1
+    found = capsys.readouterr()
+    assert f"would not read --{key}. Leave" in found.err and not found.out
 
 
 @pytest.mark.parametrize("most", [0, 1, 5, 6, 7, 8, 100])
