@@ -24,6 +24,7 @@ from finetune.distributed import join_world
 from finetune.errors import UserError
 from finetune.kept import is_stock, require_checkpoint
 from finetune.model import build_codec, find_checkpoint, load_model
+from finetune.safety import all_finite
 from ttt import TTTArgs, TTTLMModel, eager_streaming, ttt_parameters, use_in_rows
 from ttt.layers.frozen import frozen_linears
 
@@ -81,7 +82,7 @@ def nonfinite_weights(model: TTTLMModel) -> str | None:
     """Return which weights are NaN or infinite, in a sentence; None: all are numbers."""
     weights = [*model.named_parameters()]
     weights += [(f"{name}.weight", layer.scales) for name, layer in frozen_linears(model)]
-    bad = [name for name, weight in weights if not weight.isfinite().all()]
+    bad = [name for name, weight in weights if not all_finite(weight)]
     if not bad:
         return None
     more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from finetune.errors import UserError
+from finetune.safety import all_finite
 from ttt import TTTLMModel, ttt_parameters
 from ttt.layers import TTTLayer
 from ttt.layers.frozen import FrozenLinear, frozen_linears
@@ -97,7 +98,7 @@ class WeightFiles:
             UserError: it is NaN or infinite somewhere, so nothing computed with it is a number.
         """
         weight = self._read(name, device)
-        if not weight.isfinite().all():
+        if not all_finite(weight):
             raise UserError(
                 f"{self._places[name].path}: its {name} holds NaN or infinity. Use another "
                 f"checkpoint: of a run that diverged, an earlier one."

@@ -10,11 +10,13 @@ from finetune.safety.files import (
     with_nan,
     without_nan,
 )
+from finetune.safety.finite import all_finite
 from finetune.safety.outlet import outlets
 from finetune.safety.paths import not_too_long, path_problem, shown
 from finetune.safety.secrets import is_secret, learn_from, learn_from_words, redact
 
 __all__ = [
+    "all_finite",
     "is_recording_name",
     "is_secret",
     "learn_from",

@@ -14,6 +14,7 @@ from torch import Tensor
 import ttt
 from finetune.data import Codec
 from finetune.errors import UserError
+from finetune.safety import all_finite
 from finetune.serve.engine import Engine, Row
 from finetune.serve.options import Part
 from ttt import TTTLMModel
@@ -84,7 +85,7 @@ def encode(session: Session, identity: Identity) -> bytes:
         UserError: the conversation has become NaN or infinity; `decode` would refuse it.
     """
     for name, value in session.tensors.items():
-        if value.is_floating_point() and not bool(value.isfinite().all()):
+        if value.is_floating_point() and not all_finite(value):
             raise UserError(
                 f"the conversation's state has become NaN or infinity ({name}) and is not kept; "
                 "begin anew, with an earlier checkpoint if it comes again."
@@ -174,7 +175,7 @@ def _check_values(engine: Engine, tensors: dict[str, Tensor]) -> None:
     """
     model = engine.model
     for name, value in tensors.items():
-        if value.is_floating_point() and not bool(value.isfinite().all()):
+        if value.is_floating_point() and not all_finite(value):
             raise ValueError(f"{name} holds NaN or infinity")
         if value.is_floating_point() or value.dtype == torch.bool:
             continue

@@ -11,6 +11,7 @@ import torch
 from finetune.config import TrainArgs
 from finetune.distributed import World, local
 from finetune.errors import UserError
+from finetune.safety import all_finite
 from finetune.step.optim import Optimizer, StepResult
 
 logger = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ class LostSteps:
             for name, parameter in zip(names, optimizer.parameters[role], strict=True)
         ]
         # One look at the device for all of them; a part of a sharded one may be empty.
-        are_bad = torch.stack([~weight.isfinite().all() for _, weight in named]).float()
+        are_bad = torch.stack([~all_finite(weight) for _, weight in named]).float()
         bad = [
             name
             for (name, _), count in zip(named, world.sum(are_bad).tolist(), strict=True)
