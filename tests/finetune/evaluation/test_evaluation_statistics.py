@@ -233,7 +233,8 @@ def test_conclusions_say_no_more_than_the_intervals() -> None:
 
     better, worse = estimate(-0.02, -0.03, -0.01), estimate(0.02, 0.01, 0.03)
     unsure, tiny = estimate(-0.02, -0.05, 0.01), estimate(2e-5, 1e-5, 3e-5)
-    (sentence,) = sentences(["on", "off"], better, worse, unsure, tiny)
+    short, sentence = sentences(["on", "off"], better, worse, unsure, tiny)
+    assert "is better (text, with padding), and worse (text, words only), compared with" in short
     assert "better: text, with padding −0.0200 [−0.0300, −0.0100]; worse: text, words" in sentence
     assert "no difference shown: first codebook −0.0200" in sentence
     assert len(sentences(["on", "carried"], better, tiny, unsure, tiny)) == 1
@@ -245,10 +246,35 @@ def test_conclusions_say_no_more_than_the_intervals() -> None:
     assert not any("another recording's state helps" in each for each in of_barely)
     alone = estimate(-0.5, None, None)
     # Of too few, nothing is said that reads like a result.
-    (sentence,) = sentences(["on", "off"], alone, alone, alone, unsure)
+    (short, sentence) = sentences(["on", "off"], alone, alone, alone, unsure)
+    assert "is not shown to be better or worse than itself with TTT off" in short
     few = "too few recordings to show any difference (at least 3 are needed): text, with padding"
     assert f"{few} −0.5000, text, words" in sentence and "better" not in sentence
     assert "no difference shown: other codebooks −0.0200" in sentence
+
+
+@pytest.mark.parametrize(
+    ("of_each", "answer"),
+    [
+        ((-0.02, -0.03, -0.01), ": this checkpoint is better (text, with padding; text, words"),
+        ((0.02, 0.01, 0.03), ": this checkpoint is worse (text, with padding; text, words only"),
+        (
+            (-0.02, -0.05, 0.01),
+            ": this checkpoint is not shown to be better or worse than the base",
+        ),
+        # A hair's breadth in one of four streams is what chance shows.
+        ((-0.02, -0.039, -0.001), "is not shown to be better or worse than the baseline."),
+        ((-0.02, None, None), "too few recordings to show any difference"),
+    ],
+)
+def test_first_of_all_it_is_said_whether_ttt_helps(of_each: Any, answer: str) -> None:
+    """The control is asked, where there is one."""
+    estimates = [estimate(*of_each)] * 4
+    opposite = [estimate(0.5, 0.4, 0.6)] * 4
+    first, *_ = sentences_of((["on", "off"], opposite), (["on", "baseline"], estimates))
+    assert first.startswith("In short") and answer in first and "--baseline" not in first
+    first, *_ = sentences_of((["on", "off"], estimates))
+    assert ("a control can tell that was trained alike" in first) == (of_each[1] is not None)
 
 
 @pytest.mark.parametrize(
@@ -279,7 +305,7 @@ def test_what_another_recordings_state_does_as_well_is_not_about_the_recording()
     def said(on_off: Any, on_carried: Any) -> list[str]:
         return sentences_of((["on", "off"], on_off), (["on", "carried"], on_carried))
 
-    first, second, *_ = said([better] * 4, [unsure] * 4)
+    first, _, second, *_ = said([better] * 4, [unsure] * 4)
     assert first.startswith("Warning: TTT on is no better than with another") and text in first
     assert "TTT on, compared with off" in second
     assert text in said([better] * 4, [worse] * 4)[0]
@@ -298,7 +324,13 @@ def test_a_conclusion_is_of_what_was_measured() -> None:
     position: dict[str, Any] = {"longest_sec": 9.6, "attention_window_sec": 8.0}
     position |= {"num_recordings": 20, "ttt_wrote": True, "warnings": []}
     for mean, sentences in (
-        (better, ["(no bin is beyond the attention window), in nats: better: text"]),
+        (
+            better,
+            [
+                "In short (no bin is beyond the attention window): this checkpoint is better (text",
+                "(no bin is beyond the attention window), in nats: better: text",
+            ],
+        ),
         (nothing, []),
     ):
         places = {stream: {"mean": mean, "beyond_window": nothing} for stream in STREAMS}

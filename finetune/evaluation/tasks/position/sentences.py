@@ -18,19 +18,21 @@ _TITLES = {
 }
 _BETTER, _WORSE, _SAME = "better", "worse", "no difference shown"
 _TOO_FEW = f"too few recordings to show any difference (at least {MIN_SEQUENCES} are needed)"
+_NO_CONTROL = (
+    ". Whether training with TTT helps, a control can tell that was trained alike without it "
+    "(--baseline)."
+)
 NEGLIGIBLE_NATS = 0.001
 """A difference smaller than this is called none, however sure it is."""
 
 
 def sentences(position: Found) -> Iterator[str]:
-    """Yield warnings, and a sentence for every comparison."""
+    """Yield warnings, what it comes to, and a sentence for every comparison."""
     for warning in position["warnings"]:
         yield f"Warning: {warning}"
     if not position["num_recordings"]:
         yield "No recording was read to its end in every arm: there is no loss by position."
         return
-    if baseline := position.get("baseline"):
-        yield compared_sentence(baseline)
     # Bins are whole: one in which the window ends is not beyond it.
     is_long = position["longest_sec"] > position["attention_window_sec"]
     what = "bin is beyond the attention window" if is_long else "recording exceeds the window"
@@ -42,6 +44,10 @@ def sentences(position: Found) -> Iterator[str]:
             "what TTT learns here is not about the recording (docs/evaluation.md says what that "
             "means)."
         )
+    if position["ttt_wrote"] and (answer := _in_short(of_arms, elsewhere)):
+        yield answer
+    if baseline := position.get("baseline"):
+        yield compared_sentence(baseline)
     for arms, difference in of_arms.items():
         of_ttt = "baseline" not in arms
         if arms not in _TITLES or (of_ttt and not position["ttt_wrote"]):
@@ -64,6 +70,36 @@ def sentences(position: Found) -> Iterator[str]:
                 "Warning: starting from another recording's state helps. Then what TTT learns is "
                 "not about the recording alone, and part of its gain could be had by training."
             )
+
+
+def _in_short(of_arms: Mapping[tuple[str, ...], Found], elsewhere: str) -> str | None:
+    """Return whether TTT helps, as far as the arms can say: compared with the baseline, which is to
+    be the control, or else with the same weights; None: nothing of it was measured."""
+    is_controlled = ("on", "baseline") in of_arms
+    difference = of_arms.get(("on", "baseline" if is_controlled else "off"))
+    if difference is None:
+        return None
+    is_beyond, estimates = _estimates(difference)
+    measured = {stream: each for stream, each in estimates.items() if each["value"] is not None}
+    if not measured:
+        return None
+    where = ", beyond the attention window" if is_beyond else f" {elsewhere}"
+    other = "the baseline" if is_controlled else "itself with TTT off"
+    # Any of the streams may show something by chance, so each has a share of the 5 %.
+    signs = {stream: _sign(each, num_tests=len(STREAMS)) for stream, each in measured.items()}
+    found = [
+        f"{sign} ({'; '.join(STREAM_TITLES[stream] for stream in streams)})"
+        for sign in (_BETTER, _WORSE)
+        if (streams := [stream for stream, own in signs.items() if own == sign])
+    ]
+    if all(each["low"] is None for each in measured.values()):
+        return f"In short: {_TOO_FEW}."
+    if found:
+        text = f"is {', and '.join(found)}, compared with {other}"
+    else:
+        text = f"is not shown to be better or worse than {other}"
+    text += "." if is_controlled else _NO_CONTROL
+    return f"In short{where}: this checkpoint {text}"
 
 
 def _estimates(difference: Found) -> tuple[bool, dict[str, Found]]:
