@@ -215,7 +215,7 @@ def writes(call: ast.Call) -> bool:
     return name.split(".")[-1] in WRITING or name == "soundfile.write"
 
 
-def test_a_full_disk_spoils_no_file() -> None:
+def test_files_are_written_whole_or_it_is_said_why_not() -> None:
     found = set()
     for path in files("finetune"):
         if any(writes(node) for node in ast.walk(parsed(path)) if isinstance(node, ast.Call)):

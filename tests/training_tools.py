@@ -1,5 +1,6 @@
 """A tiny checkpoint in the layout of Moshi's repositories, data for it, and runs on them."""
 
+import itertools
 import json
 import os
 import signal
@@ -252,13 +253,24 @@ def run_cases(
     return run_ranks(num_processes, code, file)
 
 
+_PORTS = itertools.count(20_000 + os.getpid() % 1000 * 10)
+"""Below those that the system gives to whoever asks for any: nobody takes one before the first
+process does. Tests run in processes of their own, with numbers of their own."""
+
+
+def _free_port() -> int:
+    for port in _PORTS:
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise AssertionError("unreachable")
+
+
 def start_ranks(
     num_processes: int, code: str, *arguments: str | Path, **environment: str
 ) -> list[Program]:
     """Start `code` in processes that know of each other as those of `torchrun` do, which would have
     each import everything."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
+    port = _free_port()
     programs = []
     for rank in range(num_processes):
         variables: dict[str, Any] = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_processes}
