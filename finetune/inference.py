@@ -242,7 +242,7 @@ def generate_codes(
     temperature: float,
     text_temperature: float,
     ttt_rows: Tensor | None = None,
-    after_step: Callable[[], None] = lambda: None,
+    after_step: Callable[[], object] = lambda: None,
     use_cuda_graphs: bool = True,
 ) -> Tensor:
     """Moshi's text and audio codes, [B, 1 + dep_q, T], given the user's in `codes` [B, 17, T].

@@ -274,8 +274,7 @@ class Trainer:
         return self.train_data.num_encoded + (self.eval_data.num_encoded if self.eval_data else 0)
 
     def evaluate(self) -> None:
-        """Evaluate if the configuration asks for it; at step 0 too, to have something to compare
-        with."""
+        """Evaluate if the configuration asks for it; at step 0 too, for a comparison."""
         if self.eval_data is None:
             return
 
@@ -297,7 +296,9 @@ class Trainer:
             return
         self.eval_loss = metrics["loss"]
         if self.speech_check is not None:
-            metrics |= self.speech_check(self.model, self.eval_data, step=self.step)
+            metrics |= self.speech_check(
+                self.model, self.eval_data, step=self.step, after_frame=should_stop
+            )
         self.metrics.log("eval", self.step, metrics)
         self.progress.message(
             f"eval at step {self.step}: {describe(metrics)}, perplexity text "

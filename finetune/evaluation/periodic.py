@@ -116,9 +116,17 @@ class SpeechCheck:
         self._codes: Tensor | None = None
 
     def __call__(
-        self, model: TTTLMModel, batches: Iterable[Batch], *, step: int
+        self,
+        model: TTTLMModel,
+        batches: Iterable[Batch],
+        *,
+        step: int,
+        after_frame: Callable[[], object] = lambda: None,
     ) -> dict[str, float]:
         """Warn if what the model says is no longer like speech.
+
+        Args:
+            after_frame: is called after every frame, as there may be many.
 
         Returns:
             The measures by name, `health/entropy` and so on; nothing if no segment is complete or
@@ -132,7 +140,12 @@ class SpeechCheck:
         model.eval()
         try:
             results = check_health(
-                model, self.codec, self._codes, prompt_frames=self.prompt_frames, seed=self.seed
+                model,
+                self.codec,
+                self._codes,
+                prompt_frames=self.prompt_frames,
+                seed=self.seed,
+                after_frame=after_frame,
             )
         except torch.OutOfMemoryError:
             logger.warning("no memory to check the health of speech; health_sec: 0 turns it off")

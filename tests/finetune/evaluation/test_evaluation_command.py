@@ -7,10 +7,12 @@ from typing import Any
 import evaluation_tools
 import pytest
 import torch
+from data_tools import write_dataset
 from evaluation_tools import options
-from training_tools import trainer
+from training_tools import train, trainer
 
 from finetune.cli import evaluate, run
+from finetune.distributed import Watch
 from finetune.errors import UserError
 from finetune.evaluation import evaluate_checkpoint
 from finetune.kept import Records
@@ -34,6 +36,21 @@ def test_training_logs_the_health_of_speech(trained: tuple[Path, Path]) -> None:
     for record in read_metrics(metrics_path(trained[0].parent.parent, "eval")):
         for name in ("entropy", "modal_share", "padding_share", "silence_share", "repeat_rate"):
             assert math.isfinite(record[f"health/{name}"])
+
+
+def test_a_long_check_of_speech_is_not_taken_for_a_hanging_process(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signs: list[str] = []
+    monkeypatch.setattr(Watch, "at", lambda self, step, phase: signs.append(phase))
+    data = str(write_dataset(tmp_path / "eval", [4.0]))
+    given: dict[str, Any] = {"do_eval": True, "data.eval_data": data, "max_steps": 1}
+    train(config, tmp_path / "without", given | {"duration_sec": 4, "health_sec": 0})
+    num_without = len(signs)
+    signs.clear()
+    train(config, tmp_path / "with", given | {"duration_sec": 4, "health_sec": 2})
+    # Two evaluations, before and after the only step, of 2 s at 12.5 frames a second.
+    assert len(signs) >= num_without + 2 * 25
 
 
 @pytest.mark.parametrize(

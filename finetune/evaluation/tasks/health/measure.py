@@ -7,7 +7,7 @@ a limit need not know how much a good Moshi is silent or how often it repeats it
 import logging
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -61,6 +61,7 @@ def check_health(
     seed: int,
     temperature: float = 0.8,
     text_temperature: float = 0.7,
+    after_frame: Callable[[], object] = lambda: None,
 ) -> list[dict[str, dict[str, float]]]:
     """Let the model continue recordings, and measure what it says.
 
@@ -83,6 +84,7 @@ def check_health(
             prompt_frames=prompt_frames,
             temperature=temperature,
             text_temperature=text_temperature,
+            after_step=after_frame,
             use_cuda_graphs=False,
         )
     recorded = codes[:, : 1 + model.dep_q]
