@@ -31,13 +31,13 @@ from finetune.config import (
 from finetune.distributed import World
 from finetune.errors import UserError
 from finetune.kept import CHECKPOINT_NAME, step_of
-from finetune.monitoring import KINDS, metrics_path
+from finetune.monitoring import KINDS, RunLog, metrics_path
 from finetune.plan import SUMMARY
 
 logger = logging.getLogger(__name__)
 
 _METRICS = (metrics_path(Path(), kind).name for kind in KINDS)
-_OWN_FILES = ("args.yaml", "wandb_run_id", SUMMARY, *_METRICS)
+_OWN_FILES = ("args.yaml", "log.txt", "wandb_run_id", SUMMARY, *_METRICS)
 
 
 def holds_something(run_dir: Path) -> bool:
@@ -62,6 +62,7 @@ class RunFolder:
         self._world = world
         self._config = config
         self._lock = RunLock(self.run_dir, enabled=world.is_main)
+        self._log = RunLog(enabled=world.is_main)
         self._made: list[Path] = []
         self._had_lock_file = True
 
@@ -72,8 +73,8 @@ class RunFolder:
         """A start that fails in here leaves everything as it was."""
         try:
             yield
-        except BaseException:
-            self._leave()
+        except BaseException as error:
+            self._leave(error)
             raise
 
     def open(self) -> list[Path]:
@@ -190,6 +191,7 @@ class RunFolder:
             self.record.add(_OWN_FILES, trees=self._own_trees())
             if not is_complete:  # else the file says how the weights were made
                 save_config(self._args, self.run_dir / "args.yaml")
+            self._log.open(self.run_dir, is_new=not self._args.resume)
             before = self._tensorboard_files()
             try:
                 yield
@@ -241,11 +243,14 @@ class RunFolder:
     def __enter__(self) -> "RunFolder":
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        self._leave()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: object
+    ) -> None:
+        self._leave(error)
 
-    def _leave(self) -> None:
+    def _leave(self, error: BaseException | None) -> None:
         """Put back what has been replaced, unless the run has earned its place, and let go."""
+        self._log.end(error)
         if self._lock.is_held:
             try:
                 settle(self.run_dir)

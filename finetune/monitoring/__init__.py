@@ -18,6 +18,7 @@ from finetune.monitoring.metrics import (
 )
 from finetune.monitoring.phases import Phases, StepProfiler
 from finetune.monitoring.plots import plot_losses, running_mean, series
+from finetune.monitoring.run_log import RunLog
 from finetune.monitoring.ttt_effect import EffectWatch
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "MetricsLogger",
     "Phases",
     "Progress",
+    "RunLog",
     "StepProfiler",
     "console",
     "describe",

@@ -37,10 +37,10 @@ def setup_logging(rank: int = 0) -> None:
             omit_repeated_times=False,
             log_time_format="%H:%M:%S",
         )
-        handler.setFormatter(_Formatter(rank, "%(message)s"))
+        handler.setFormatter(LineFormatter("%(message)s", rank=rank))
     else:
         handler = logging.StreamHandler(sys.stdout)
-        handler.setFormatter(_Formatter(rank, "%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+        handler.setFormatter(LineFormatter("%(asctime)s %(message)s", "%H:%M:%S", rank=rank))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.captureWarnings(True)
     for package in ("finetune", "ttt", "__main__"):
@@ -164,10 +164,10 @@ class _Bar(RichProgress):
         yield self._metrics
 
 
-class _Formatter(logging.Formatter):
+class LineFormatter(logging.Formatter):
     """Puts the rank and the level before the message where they matter."""
 
-    def __init__(self, rank: int, fmt: str, datefmt: str | None = None) -> None:
+    def __init__(self, fmt: str, datefmt: str | None = None, *, rank: int = 0) -> None:
         super().__init__(fmt, datefmt)
         self._prefix = f"[rank {rank}] " if rank else ""
 
