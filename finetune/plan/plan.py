@@ -46,11 +46,10 @@ def plan(args: TrainArgs, *, num_gpus: int, gpu_memory_gb: float) -> Iterator[st
     yield _describe_sharing(args, num_gpus)
     yield "memory of each GPU at its peak, estimated:"
     for field in dataclasses.fields(memory):
-        yield f"  {field.name:<10} {getattr(memory, field.name) / GB:7.1f} GB"
-    yield f"  {'peak':<10} {memory.peak / GB:7.1f} GB of {gpu_memory_gb:g} GB"
+        yield f"  {field.name:<10} {_size(getattr(memory, field.name)):>10}"
+    yield f"  {'peak':<10} {_size(memory.peak):>10} of {gpu_memory_gb:g} GB"
     if args.ttt.enabled:
-        state_gb = state_bytes(model, 1) / GB
-        yield f"TTT state, when it streams: {state_gb:.2f} GB a stream"
+        yield f"TTT state, when it streams: {_size(state_bytes(model, 1))} a stream"
         if layer_class(args.ttt.method).cost(args.ttt) is None:
             yield f"what training with ttt.method {args.ttt.method} costs is not known, nor counted"
     yield from _describe_time(args, model, num_gpus)
@@ -156,11 +155,20 @@ def _describe_faster(what: str, args: TrainArgs, model: TTTLMModel, num_gpus: in
     return f"faster, in the memory that is left: {what} ({peak_gb:.1f} GB, {sec})"
 
 
+def _size(num_bytes: float) -> str:
+    """`1.2 GB`; what is small in MB."""
+    return f"{num_bytes / GB:.1f} GB" if num_bytes >= 0.1 * GB else f"{num_bytes / 1e6:.1f} MB"
+
+
 def _describe_step_time(args: TrainArgs, step: StepTime) -> str:
-    seconds = (f"{step.low_sec:.2f}", f"{step.high_sec:.2f}")
+    seconds = [
+        f"{sec:.2f}" if sec >= 0.1 else f"{sec:.1g}" for sec in (step.low_sec, step.high_sec)
+    ]
     durations = [format_duration(args.max_steps * sec) for sec in (step.low_sec, step.high_sec)]
     if step.is_known:
         said = f"about {seconds[0]} s a step, {durations[0]} for all"
+    elif not step.why:
+        said = f"{step.not_measured} was not measured; its arithmetic alone takes {seconds[0]} s"
     else:
         said = (
             f"{step.not_measured} was not measured; it should lie between {seconds[0]} and "

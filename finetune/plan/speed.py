@@ -42,12 +42,17 @@ moments and the starts of kernels does not grow with frames: so steps are taken 
 it, for each micro-batch."""
 
 
+SMALL_SHARE = 0.1
+"""Of Moshi 7B's parameters. With fewer, the starts of kernels may take most of a step, and these do
+not shrink with the parameters."""
+
+
 class StepTime(NamedTuple):
     """Seconds between which a step lies; the same, where such steps were measured.
 
     Attributes:
         not_measured: words for the time that was not measured; empty where it was.
-        why: what the bounds are from.
+        why: what the bounds are from; empty where the upper one is none.
     """
 
     low_sec: float
@@ -75,6 +80,9 @@ def step_time(args: TrainArgs, model: TTTLMModel, num_gpus: int) -> StepTime:
         factor /= SHARDED_FACTOR if shard_size(args, num_gpus) > 1 else REPLICA_FACTOR
     arithmetic_sec = frames * args.num_microbatches * SEC_PER_FRAME * size * factor
     is_nf4 = args.base_precision == "nf4"
+    if size < SMALL_SHARE:
+        few = f"{SMALL_SHARE * SEC_PER_FRAME_PARAMETERS / 1e9:.2g} billion parameters"
+        return StepTime(arithmetic_sec, arithmetic_sec, f"a step of a model of fewer than {few}")
     if frames >= FEW_FRAMES and not is_nf4:
         return StepTime(arithmetic_sec, arithmetic_sec)
     high_sec = arithmetic_sec + args.num_microbatches * OVERHEAD_SEC * size

@@ -1,12 +1,13 @@
 """The time of a step that `plan` says, against what was measured (docs/benchmarks.md)."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
 from test_plan import ALL_WEIGHTS, HIDDEN, MOSHI, NF4, OFF, SHARDED, planned
 
-from finetune.config import TrainArgs
+from finetune.config import TrainArgs, load_config
 from finetune.model import plan_model
 from finetune.plan.plan import shape_of
 from finetune.plan.speed import FEW_FRAMES, SMALLEST_SEC, StepTime, step_time
@@ -50,6 +51,13 @@ def test_the_time_is_near_the_measured_one(changes: dict[str, Any], measured_sec
     step = time_of(dataclasses.replace(MOSHI, **changes), num_gpus)
     assert step.is_known and step.low_sec == step.high_sec
     assert step.low_sec == pytest.approx(measured_sec, rel=0.03)
+
+
+def test_of_a_small_model_no_time_is_said(config: Path) -> None:
+    """What its kernels take to start was not measured, and is most of it."""
+    (line,) = (line for line in planned(load_config(config)) if line.startswith("time"))
+    assert "model of fewer than 0.77 billion parameters was not measured" in line
+    assert "its arithmetic alone takes" in line and "between" not in line
 
 
 def test_of_nf4_no_time_is_said_that_is_below_what_was_measured() -> None:
