@@ -89,8 +89,8 @@ def test_words_without_sound_on_their_side_are_red(
     (tmp_path / "data.jsonl").write_text('{"path": "a.wav", "duration": 5.0}\n')
     assert call("data", "show", tmp_path / "data.jsonl", "--out", tmp_path / "bad.png") == 0
     assert fault in capsys.readouterr().out
-    good = red_share(_draw(tmp_path / "good.png"))
-    assert good < 1e-4 < red_share(tmp_path / "bad.png")
+    # How many pixels of thin letters are wholly red, the version of matplotlib decides.
+    assert red_share(_draw(tmp_path / "good.png")) == 0 < red_share(tmp_path / "bad.png")
 
 
 @pytest.mark.parametrize(
