@@ -59,9 +59,10 @@ class ModelPaths:
     """Start the language model from random weights: for demonstrations and benchmarks."""
 
     init_from: Annotated[PathText | None, EARLIER_RUN] = None
-    """A checkpoint of an earlier run, `RUN/checkpoints/checkpoint_NNNNNN`, whose trained weights
-    (base, LoRA, TTT) this run starts from, in place of `moshi_path` or random weights. Optimizer,
-    schedule, step and data start anew; TTT that the earlier run had not is added untrained."""
+    """A checkpoint of an earlier run, `RUN/checkpoints/checkpoint_NNNNNN`, or the folder of an
+    exported model, whose trained weights (base, LoRA, TTT) this run starts from, in place of
+    `moshi_path` or random weights. Exported adapters need their base as `hf_repo_id`. Optimizer,
+    schedule, step and data start anew; TTT that was not there is added untrained."""
 
 
 @dataclass

@@ -115,7 +115,7 @@ def _published_base(args: TrainArgs, info: loaders.CheckpointInfo) -> Path:
                 "merged."
             )
         return info.moshi_weights
-    base = base_weights(open_earlier_run(args.moshi_paths.init_from))
+    base = base_weights(open_earlier_run(args.moshi_paths))
     if base.parent.name == "consolidated" and (base.parents[1] / "args.yaml").is_file():
         raise UserError(
             f"--form: these adapters are for the weights in {base.parents[1]}, which an earlier "
