@@ -1,7 +1,6 @@
 """This package keeps what a run leaves on disk and continues from."""
 
 from finetune.checkpoint.consolidated import merged_weights
-from finetune.checkpoint.random_state import get_random_state, set_random_state
 from finetune.checkpoint.run_dir import (
     eval_loss_of,
     fill_shards,
@@ -13,6 +12,7 @@ from finetune.checkpoint.run_dir import (
 from finetune.checkpoint.run_folder import (
     RunFolder,
     cautions_of_resuming,
+    frozen_base,
     holds_something,
     require_same_parameters,
 )
@@ -27,7 +27,7 @@ __all__ = [
     "eval_loss_of",
     "fill_shards",
     "first_whole",
-    "get_random_state",
+    "frozen_base",
     "holds_something",
     "list_checkpoints",
     "load_resume_state",
@@ -36,7 +36,6 @@ __all__ = [
     "replaced_run",
     "require_same_parameters",
     "run_wrote",
-    "set_random_state",
     "snapshot_bytes",
     "step_of",
 ]

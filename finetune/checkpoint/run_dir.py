@@ -48,8 +48,9 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavai
 
 INFO = "info.json"
 
-RESUME_STATE = {"optimizer", "data", "random", "effect", "counts"}
-"""What resume.pt holds."""
+RESUME_STATE = {"optimizer", "data", "base", "effect", "counts"}
+"""What resume.pt holds; that of an earlier version may lack `base`, and hold a state of random
+numbers, which nothing reads."""
 _OF_ANOTHER_VERSION = (
     "{0} was written by another version, and this one cannot continue it. Start a new run from its "
     "weights instead: moshi_paths.init_from: {0}"
@@ -144,7 +145,7 @@ def load_resume_state(checkpoint: Path) -> dict[str, Any]:
         raise UserError(f"cannot read {checkpoint / 'resume.pt'}: {error}") from error
     if (
         not isinstance(state, dict)
-        or state.keys() != RESUME_STATE
+        or {"base", *state} - {"random"} != RESUME_STATE
         or not all(isinstance(part, dict) for part in state.values())
         or state["counts"].get("step") != step_of(checkpoint)
     ):

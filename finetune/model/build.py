@@ -18,6 +18,7 @@ from finetune.model.base_precision import freeze_base, require_bitsandbytes, req
 from finetune.model.compilers import require_compiler
 from finetune.model.fill import Sharder, WeightFiles, fill
 from finetune.model.init_from import (
+    EarlierRun,
     base_weights,
     describe_start,
     open_earlier_run,
@@ -150,14 +151,9 @@ def load_model(
         require_bitsandbytes("optim.state: int8")
     if check is not None:
         check(model)
-    files = WeightFiles()
+    files = _weight_files(model, args, info, earlier)
     if earlier is not None:
-        files.add_base(base_weights(earlier), model)
-        for path, names in trained_files(model, args, earlier):
-            files.add_exactly(path, names, model)
         logger.info(describe_start(args, earlier))
-    elif not paths.random_init:
-        files.add_base(info.moshi_weights, model)
     scale = shape.get("layer_scale")
     fill(
         model,
@@ -171,6 +167,40 @@ def load_model(
         sharder=sharder,
     )
     return model
+
+
+def _weight_files(
+    model: TTTLMModel,
+    args: TrainArgs,
+    info: loaders.CheckpointInfo,
+    earlier: EarlierRun | None,
+) -> WeightFiles:
+    """Find the weights that a run starts from and that are not random."""
+    files = WeightFiles()
+    if earlier is not None:
+        files.add_base(base_weights(earlier), model)
+        for path, names in trained_files(model, args, earlier):
+            files.add_exactly(path, names, model)
+    elif not args.moshi_paths.random_init:
+        files.add_base(info.moshi_weights, model)
+    return files
+
+
+def frozen_fingerprint(
+    model: TTTLMModel, args: TrainArgs, info: loaders.CheckpointInfo
+) -> str | None:
+    """Return what tells the frozen weights that a run trains on from others: see
+    `WeightFiles.fingerprint`.
+
+    Args:
+        model: may be on `meta`.
+
+    Raises:
+        UserError: weights that do not fit the model, or are not there.
+    """
+    paths = args.moshi_paths
+    earlier = open_earlier_run(paths) if paths.init_from else None
+    return _weight_files(model, args, info, earlier).fingerprint(model, args.seed)
 
 
 def build_codec(
