@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from moshi.models import loaders
 from moshi.models.lm import LMGen
 from safetensors.torch import load_file
 from torch import Tensor
@@ -20,7 +21,14 @@ from finetune.data import FRAME_RATE_HZ, Codec, Segment, count_frames
 from finetune.distributed import join_world
 from finetune.errors import UserError
 from finetune.kept import is_stock, require_checkpoint
-from finetune.model import TTT_FILE, build_codec, exported_ttt_args, find_checkpoint, load_model
+from finetune.model import (
+    TTT_FILE,
+    build_codec,
+    exported_ttt_args,
+    find_checkpoint,
+    find_recorded,
+    load_model,
+)
 from ttt import TTTLMModel, ttt_parameters, use_in_rows
 from ttt.layers.frozen import frozen_linears
 
@@ -59,7 +67,7 @@ def load_for_inference(
         args.base_precision = base_precision
     # Nothing trains here, so nothing is compiled.
     args.compile = False
-    info = find_checkpoint(args.moshi_paths)
+    info = find_base(checkpoint, args)
     device_used = join_world(args.device).device
     if is_stock(checkpoint) and device_used.type == "cpu":
         args.param_dtype = "float32"
@@ -70,6 +78,17 @@ def load_for_inference(
         _load_exported_ttt(model, checkpoint / TTT_FILE)
     codec = build_codec(info, model, word_start=args.data.word_start)
     return model.eval().requires_grad_(False), codec
+
+
+def find_base(checkpoint: Path, args: TrainArgs) -> loaders.CheckpointInfo:
+    """Find the files of the model that a checkpoint was trained on, or of a stock Moshi its own.
+
+    Raises:
+        UserError: they are not where the checkpoint's configuration says.
+    """
+    if is_stock(checkpoint):
+        return find_checkpoint(args.moshi_paths)
+    return find_recorded(checkpoint / "args.yaml", args.moshi_paths)
 
 
 def nonfinite_weights(model: TTTLMModel) -> str | None:

@@ -34,7 +34,7 @@ from finetune.checkpoint.tensor_reader import TensorReader
 from finetune.config import TrainArgs
 from finetune.distributed import Sharding, World, like_parameter
 from finetune.errors import UserError
-from finetune.kept import checkpoints_in, step_of
+from finetune.kept import checkpoints_in, require_part, step_of
 from finetune.model import trainable_by_role
 from finetune.safety import read_json
 from ttt import TTTLMModel, ttt_parameters
@@ -205,10 +205,14 @@ def load_trained_weights(model: TTTLMModel, args: TrainArgs, checkpoint: Path) -
     if args.ttt.enabled:
         names.append("ttt.safetensors")
     for name in names:
+        require_part(folder / name)
         try:
             trained |= load_file(folder / name)
         except (OSError, SafetensorError) as error:
-            raise UserError(f"cannot read {folder / name}: {error}") from error
+            raise UserError(
+                f"cannot read {folder / name}: {error}. The checkpoint is damaged: copy it again, "
+                "or use another one."
+            ) from error
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     # What is kept in fewer bits takes a weight in full.
     expected |= {f"{name}.weight": each.frozen_weight.shape for name, each in frozen_linears(model)}

@@ -11,7 +11,7 @@ from finetune.model.build import (
     plan_model,
 )
 from finetune.model.exported import TTT_FILE, exported_ttt_args, unused_ttt
-from finetune.model.find import find_checkpoint
+from finetune.model.find import find_checkpoint, find_recorded
 from finetune.model.hub import HUB_ERRORS, shape_from_hub
 from finetune.model.init_from import (
     adapter_roles,
@@ -32,6 +32,7 @@ __all__ = [
     "count_by_role",
     "exported_ttt_args",
     "find_checkpoint",
+    "find_recorded",
     "freeze_base",
     "frozen_fingerprint",
     "load_model",

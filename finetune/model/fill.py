@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from finetune.errors import UserError
+from finetune.kept import require_part
 from ttt import TTTLMModel, ttt_parameters
 from ttt.layers import TTTLayer
 from ttt.layers.frozen import FrozenLinear, frozen_linears
@@ -78,6 +79,7 @@ class WeightFiles:
         Raises:
             UserError: the file is missing or damaged, or of another model.
         """
+        require_part(path)
         found = _places(path, "moshi_paths.init_from")
         expected = {name: parameter.shape for name, parameter in model.named_parameters()}
         wrong = sorted(set(names) - found.keys()) + [

@@ -7,7 +7,7 @@ from typing import Any
 from huggingface_hub import constants
 from moshi.models import loaders
 
-from finetune.config import ModelPaths
+from finetune.config import FOLDER, REPOSITORY, ModelPaths
 from finetune.errors import UserError
 from finetune.model.hub import HUB_ERRORS, is_reachable
 from finetune.safety import read_json, stays_inside
@@ -89,7 +89,32 @@ def find_checkpoint(paths: ModelPaths, *, with_weights: bool = True) -> loaders.
     )
 
 
+def find_recorded(made_with: Path, paths: ModelPaths) -> loaders.CheckpointInfo:
+    """Find what a checkpoint was trained on.
+
+    Args:
+        made_with: the checkpoint's `args.yaml`, which has `paths`.
+
+    Raises:
+        UserError: naming that file, and what is missing.
+    """
+    try:
+        if paths.init_from:
+            FOLDER.require(Path(paths.init_from), "moshi_paths.init_from")
+        return find_checkpoint(paths)
+    except UserError as error:
+        # Earlier versions wrote down paths as they were given.
+        names = [paths.hf_repo_id or "/", *dict(paths.on_this_machine()).values()]
+        is_absolute = all(Path(name).is_absolute() for name in names)
+        elsewhere = "" if is_absolute else ", or work in the folder in which its run was started"
+        raise UserError(
+            f"{made_with}: {error} The checkpoint needs this base: put it there, or a link to "
+            f"where it lies now{elsewhere}."
+        ) from error
+
+
 def _from_hub(repo: str, paths: ModelPaths, with_weights: bool) -> loaders.CheckpointInfo:
+    REPOSITORY.require(repo, "moshi_paths.hf_repo_id")
     if not is_reachable():
         constants.HF_HUB_OFFLINE = True  # what is in the cache still serves
     try:

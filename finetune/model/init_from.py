@@ -19,9 +19,9 @@ from finetune.config import (
     load_run_config,
 )
 from finetune.errors import UserError
-from finetune.kept import is_stock, require_checkpoint
+from finetune.kept import is_stock, require_checkpoint, require_part
 from finetune.model.exported import exported_args, exported_weights
-from finetune.model.find import find_checkpoint
+from finetune.model.find import find_checkpoint, find_recorded
 from finetune.safety import read_json
 from ttt import TTTLMModel, ttt_parameters
 
@@ -64,6 +64,7 @@ def open_earlier_run(paths: ModelPaths) -> EarlierRun:
     if not is_export:
         require_checkpoint(checkpoint, "moshi_paths.init_from")
     file = weights_folder(checkpoint) / "config.json"
+    require_part(file)
     try:
         config = read_json(file)
     except (OSError, ValueError) as error:
@@ -199,4 +200,6 @@ def base_weights(earlier: EarlierRun) -> Path:
             f"moshi_paths.init_from: {earlier.checkpoint} holds what was trained on top of random "
             "weights, and not these weights; start from a run with full_finetuning: true."
         )
-    return find_checkpoint(paths).moshi_weights
+    if is_stock(earlier.checkpoint):
+        return find_checkpoint(paths).moshi_weights
+    return find_recorded(earlier.checkpoint / "args.yaml", paths).moshi_weights
