@@ -38,7 +38,14 @@ def exported_args(folder: Path, config: Mapping[str, Any], paths: ModelPaths) ->
             )
             with safe_open(folder / _ADAPTERS, "pt") as file:
                 lora.ft_embed = any(".lora_" not in key for key in file.keys())  # noqa: SIM118
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        except (
+            OSError,
+            SafetensorError,
+            LookupError,
+            TypeError,
+            ValueError,
+            OverflowError,
+        ) as error:
             raise UserError(
                 f"moshi_paths.init_from: the config.json of {folder} speaks of adapters (lora: "
                 f"true), and they cannot be read: {error}. Copy or export the folder again."

@@ -95,7 +95,12 @@ def require_fit(
     ]
     if problems:
         what = f"starting from {earlier.checkpoint} (moshi_paths.init_from)"
-        raise UserError(list_problems(what, problems))
+        hint = ""
+        if is_stock(earlier.checkpoint) and any("config_path" in each for each in problems):
+            hint = (
+                f"\nIt brings its own shape: set moshi_paths.hf_repo_id: {earlier.checkpoint} too."
+            )
+        raise UserError(list_problems(what, problems) + hint)
 
 
 def misfits(

@@ -290,6 +290,9 @@ def test_the_shipped_model_trains_further_with_its_ttt(config: Path, tmp_path: P
     args = load_config(config, overrides)
     model = load_model(args, find_checkpoint(args.moshi_paths), "cpu")
     expected = load_file(memory / "ttt.safetensors")
+    del overrides["moshi_paths.hf_repo_id"]
+    with pytest.raises(UserError, match=f"own shape: set moshi_paths.hf_repo_id: {memory} too"):
+        start(config, tmp_path / "run", memory, overrides)
     assert_same_weights({name: weights(model)[name] for name in expected}, expected)
 
 
