@@ -3,17 +3,16 @@
 The model runs in stock `moshi`'s `LMGen`, one frame at a time, with its TTT state.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from moshi.models import loaders
 from moshi.models.lm import LMGen
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -23,12 +22,17 @@ from finetune.data import FRAME_RATE_HZ, Codec, Segment, count_frames
 from finetune.distributed import join_world
 from finetune.errors import UserError
 from finetune.kept import is_stock, require_checkpoint
-from finetune.model import build_codec, find_checkpoint, load_model
+from finetune.model import (
+    TTT_FILE,
+    build_codec,
+    exported_ttt_args,
+    find_checkpoint,
+    find_recorded,
+    load_model,
+)
 from finetune.safety import all_finite
-from ttt import TTTArgs, TTTLMModel, eager_streaming, ttt_parameters, use_in_rows
+from ttt import TTTLMModel, eager_streaming, ttt_parameters, use_in_rows
 from ttt.layers.frozen import frozen_linears
-
-_EXPORTED_TTT = "ttt.safetensors"
 
 
 @dataclass
@@ -65,7 +69,7 @@ def load_for_inference(
         args.base_precision = base_precision
     # Nothing trains here, so nothing is compiled.
     args.compile = False
-    info = find_checkpoint(args.moshi_paths)
+    info = find_base(checkpoint, args)
     device_used = join_world(args.device).device
     if is_stock(checkpoint) and device_used.type == "cpu":
         args.param_dtype = "float32"
@@ -73,9 +77,20 @@ def load_for_inference(
     if not is_stock(checkpoint):
         load_trained_weights(model, args, checkpoint)
     elif args.ttt.enabled:
-        _load_exported_ttt(model, checkpoint / _EXPORTED_TTT)
+        _load_exported_ttt(model, checkpoint / TTT_FILE)
     codec = build_codec(info, model, word_start=args.data.word_start)
     return model.eval().requires_grad_(False), codec
+
+
+def find_base(checkpoint: Path, args: TrainArgs) -> loaders.CheckpointInfo:
+    """Find the files of the model that a checkpoint was trained on, or of a stock Moshi its own.
+
+    Raises:
+        UserError: they are not where the checkpoint's configuration says.
+    """
+    if is_stock(checkpoint):
+        return find_checkpoint(args.moshi_paths)
+    return find_recorded(checkpoint / "args.yaml", args.moshi_paths)
 
 
 def nonfinite_weights(model: TTTLMModel) -> str | None:
@@ -116,7 +131,7 @@ def checkpoint_args(checkpoint: Path, device: str = "auto") -> TrainArgs:
         return TrainArgs(
             data=DataArgs(),
             run_dir="",
-            ttt=_exported_ttt_args(checkpoint / _EXPORTED_TTT),
+            ttt=exported_ttt_args(checkpoint / TTT_FILE),
             moshi_paths=ModelPaths(hf_repo_id=str(checkpoint)),
             device=cast(Literal["auto", "cpu", "cuda"], device),
         )
@@ -127,29 +142,6 @@ def checkpoint_args(checkpoint: Path, device: str = "auto") -> TrainArgs:
         args.moshi_paths.init_from = None
         # Merged, they are no longer the base that was kept in fewer bits.
         args.base_precision = "bfloat16"
-    return args
-
-
-def _exported_ttt_args(path: Path) -> TTTArgs:
-    """The TTT that stands beside stock weights; without a file, none.
-
-    Raises:
-        UserError: the file is damaged, or of a later version.
-    """
-    if not path.is_file():
-        return TTTArgs()
-    try:
-        with safe_open(path, "pt") as file:
-            args = TTTArgs(**json.loads(file.metadata()["ttt_args"]))
-        # The file has all options, at the defaults of its time; these say nothing of this method.
-        unread: dict[str, Any] = {
-            field.name: field.default for field in fields(args) if not args.reads(field.name)
-        }
-        args = replace(args, **unread)
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} does not say how TTT is made here: {error}") from None
-    if problems := args.problems():
-        raise UserError(f"{path}: ttt.{problems[0][0]}: {problems[0][1]}")
     return args
 
 

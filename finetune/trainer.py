@@ -16,11 +16,10 @@ from finetune.checkpoint import (
     eval_loss_of,
     fill_shards,
     first_whole,
-    get_random_state,
+    frozen_base,
     load_resume_state,
     parts_before,
     require_same_parameters,
-    set_random_state,
     snapshot_bytes,
     step_of,
 )
@@ -92,6 +91,7 @@ class Trainer:
         def check(planned: TTTLMModel) -> None:
             copied = snapshot_bytes(args, planned, self.world)
             require_room(args, info, planned, self.world, checkpoint_bytes=copied, force=force)
+            self.frozen_base = frozen_base(args, planned, info, resume_from)
 
         self.model = load_model(args, info, self.world.device, self.sharding, check=check)
         self.codec = build_codec(info, self.model, word_start=args.data.word_start)
@@ -320,7 +320,7 @@ class Trainer:
             eval_loss=self.eval_loss,
             resume_state={
                 "data": data_position or self.train_data.state_dict(),
-                "random": get_random_state(),
+                "base": self.frozen_base,
                 "effect": self.effect.state_dict(),
                 "counts": {"step": self.step, **self.lost_steps.state_dict()},
             },
@@ -342,7 +342,6 @@ class Trainer:
                 f"configuration in {checkpoint / 'args.yaml'}, or start a new run_dir."
             ) from error
         self.train_data.load_state_dict(state["data"])
-        set_random_state(state["random"])
         self.effect.load_state_dict(state["effect"])
         self.lost_steps.load_state_dict(state["counts"])
         self.step = state["counts"]["step"]

@@ -2,7 +2,6 @@
 
 from finetune.checkpoint.consolidated import merged_weights
 from finetune.checkpoint.earlier_parts import Part, earlier_parts_of, parts_before
-from finetune.checkpoint.random_state import get_random_state, set_random_state
 from finetune.checkpoint.run_dir import (
     eval_loss_of,
     fill_shards,
@@ -14,6 +13,7 @@ from finetune.checkpoint.run_dir import (
 from finetune.checkpoint.run_folder import (
     RunFolder,
     cautions_of_resuming,
+    frozen_base,
     holds_something,
     require_same_parameters,
 )
@@ -31,7 +31,7 @@ __all__ = [
     "eval_loss_of",
     "fill_shards",
     "first_whole",
-    "get_random_state",
+    "frozen_base",
     "holds_something",
     "list_checkpoints",
     "load_resume_state",
@@ -41,7 +41,6 @@ __all__ = [
     "replaced_run",
     "require_same_parameters",
     "run_wrote",
-    "set_random_state",
     "snapshot_bytes",
     "step_of",
 ]

@@ -36,7 +36,7 @@ from finetune.checkpoint.tensor_reader import TensorReader
 from finetune.config import TrainArgs
 from finetune.distributed import Sharding, World, like_parameter
 from finetune.errors import UserError
-from finetune.kept import checkpoints_in, step_of
+from finetune.kept import checkpoints_in, require_part, step_of
 from finetune.model import trainable_by_role
 from finetune.safety import read_json
 from ttt import TTTLMModel, ttt_parameters
@@ -48,8 +48,9 @@ logger = logging.getLogger(__name__)
 warnings.filterwarnings("ignore", message="TypedStorage is deprecated")
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninit")
 
-RESUME_STATE = {"optimizer", "data", "random", "effect", "counts"}
-"""What resume.pt holds."""
+RESUME_STATE = {"optimizer", "data", "base", "effect", "counts"}
+"""What resume.pt holds; that of an earlier version may lack `base`, and hold a state of random
+numbers, which nothing reads."""
 _OF_ANOTHER_VERSION = (
     "{0} was written by another version, and this one cannot continue it. Start a new run from its "
     "weights instead: moshi_paths.init_from: {0}"
@@ -148,7 +149,7 @@ def load_resume_state(checkpoint: Path) -> dict[str, Any]:
         raise UserError(f"cannot read {checkpoint / 'resume.pt'}: {error}") from error
     if (
         not isinstance(state, dict)
-        or state.keys() != RESUME_STATE
+        or {"base", *state} - {"random"} != RESUME_STATE
         or not all(isinstance(part, dict) for part in state.values())
         or state["counts"].get("step") != step_of(checkpoint)
     ):
@@ -208,10 +209,14 @@ def load_trained_weights(model: TTTLMModel, args: TrainArgs, checkpoint: Path) -
     if args.ttt.enabled:
         names.append("ttt.safetensors")
     for name in names:
+        require_part(folder / name)
         try:
             trained |= load_file(folder / name)
         except (OSError, SafetensorError) as error:
-            raise UserError(f"cannot read {folder / name}: {error}") from error
+            raise UserError(
+                f"cannot read {folder / name}: {error}. The checkpoint is damaged: copy it again, "
+                "or use another one."
+            ) from error
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     # What is kept in fewer bits takes a weight in full.
     expected |= {f"{name}.weight": each.frozen_weight.shape for name, each in frozen_linears(model)}

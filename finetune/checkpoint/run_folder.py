@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from moshi.models import loaders
+
 from finetune.checkpoint import manifest
 from finetune.checkpoint.replacing import delete_replaced, set_aside, settle
-from finetune.checkpoint.run_dir import list_checkpoints
+from finetune.checkpoint.run_dir import list_checkpoints, load_resume_state
 from finetune.checkpoint.run_lock import NAME as LOCK_NAME
 from finetune.checkpoint.run_lock import RunLock
 from finetune.checkpoint.run_record import NAME as RECORD_NAME
@@ -31,8 +33,10 @@ from finetune.config import (
 from finetune.distributed import World
 from finetune.errors import UserError
 from finetune.kept import CHECKPOINT_NAME, step_of
+from finetune.model import frozen_fingerprint
 from finetune.monitoring import KINDS, RunLog, metrics_path
 from finetune.plan import SUMMARY
+from ttt import TTTLMModel
 
 logger = logging.getLogger(__name__)
 
@@ -331,6 +335,34 @@ def require_same_parameters(args: TrainArgs, checkpoint: Path) -> None:
         raise UserError(list_problems(f"resuming {checkpoint}, made with {made_with},", problems))
 
 
+def frozen_base(
+    args: TrainArgs, model: TTTLMModel, info: loaders.CheckpointInfo, checkpoint: Path | None
+) -> dict[str, str | None]:
+    """Return what a checkpoint keeps of the frozen weights, which it does not hold.
+
+    Args:
+        model: the run's, on `meta`.
+        checkpoint: what the run continues from: it must have been trained on the same weights,
+            wherever they lie now.
+
+    Raises:
+        UserError: it was trained on others; the message names the keys that say so.
+    """
+    base = {"fingerprint": frozen_fingerprint(model, args, info)}
+    if checkpoint is None or load_resume_state(checkpoint).get("base", base) == base:
+        return base
+    changed = [
+        f"{key} was {old} when the checkpoint was made, and is {new} now"
+        for key, (old, new) in changed_keys(checkpoint / "args.yaml", args).items()
+        if key.startswith("moshi_paths.") or (key == "seed" and args.moshi_paths.random_init)
+    ]
+    raise UserError(
+        f"{checkpoint} was trained on other frozen weights than these: "
+        f"{'; '.join(changed) or 'the files that moshi_paths names were replaced'}. Name the same "
+        "weights again (they may have been moved, not changed), or start a new run_dir."
+    )
+
+
 def _resuming_problems(earlier: TrainArgs, now: TrainArgs) -> Iterator[str]:
     for key, there, here in _changed_parameters(earlier, now):
         yield (
@@ -343,8 +375,9 @@ def _changed_parameters(earlier: TrainArgs, now: TrainArgs) -> Iterator[tuple[st
     """Yield keys with their earlier value and their present one."""
     before, after = (flatten(public_dict(each)) for each in (earlier, now))
     keys = ["full_finetuning", "lora.enable", "ttt.enabled", "optim.state"]
+    keys += [f"model.{name}" for name in ("norm", "gating", "positional_embedding")]
     if earlier.lora.enable and now.lora.enable:
-        keys += ["lora.rank", "lora.ft_embed"]
+        keys += ["lora.rank", "lora.scaling", "lora.ft_embed"]
     yield from ((key, before[key], after[key]) for key in keys if before[key] != after[key])
     if earlier.ttt.enabled and now.ttt.enabled:
         for name, there, here in changed_meaning(earlier.ttt, now.ttt):

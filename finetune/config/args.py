@@ -6,6 +6,7 @@ The string below a field is its documentation: `docs/configuration.md` is made f
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
@@ -59,9 +60,18 @@ class ModelPaths:
     """Start the language model from random weights: for demonstrations and benchmarks."""
 
     init_from: Annotated[PathText | None, EARLIER_RUN] = None
-    """A checkpoint of an earlier run, `RUN/checkpoints/checkpoint_NNNNNN`, whose trained weights
-    (base, LoRA, TTT) this run starts from, in place of `moshi_path` or random weights. Optimizer,
-    schedule, step and data start anew; TTT that the earlier run had not is added untrained."""
+    """A checkpoint of an earlier run, `RUN/checkpoints/checkpoint_NNNNNN`, or the folder of an
+    exported model, whose trained weights (base, LoRA, TTT) this run starts from, in place of
+    `moshi_path` or random weights. Exported adapters need their base as `hf_repo_id`. Optimizer,
+    schedule, step and data start anew; TTT that was not there is added untrained."""
+
+    def on_this_machine(self) -> Iterator[tuple[str, str]]:
+        """Yield what is no name on the hub, by its key."""
+        for key, name in vars(self).items():
+            if not isinstance(name, str) or not name or name.startswith(("hf://", "file://")):
+                continue
+            if key != "hf_repo_id" or Path(name).is_dir():
+                yield key, name
 
 
 @dataclass

@@ -115,7 +115,7 @@ def _require_repository(name: str, key: str) -> None:
 
 
 def _require_earlier_run(path: str, key: str) -> None:
-    require_checkpoint(Path(path), key)
+    _require_checkpoint(Path(path), key)
 
 
 FILE = MustExist(require_file)
@@ -136,4 +136,4 @@ MODEL_FILE = MustExist(_require_model_file)
 REPOSITORY = MustExist(_require_repository)
 """A repository of the hub, or a folder of the same layout."""
 EARLIER_RUN = MustExist(_require_earlier_run)
-"""A checkpoint of a run, and not a stock Moshi."""
+"""The same, as text."""

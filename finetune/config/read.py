@@ -51,7 +51,7 @@ def load_config(
 def load_run_config(path: str | Path, overrides: Mapping[str, object] | None = None) -> TrainArgs:
     """Load an `args.yaml` that a run has written, also before options were added or their defaults
     changed: it means what it meant then."""
-    written = _of_its_time(flatten(read_yaml(Path(path))))
+    written = _of_its_time(flatten(_read_of_run(Path(path))))
     return _whole(path, _check(Path(path), written, overrides, is_of_a_run=True), overrides)
 
 
@@ -232,9 +232,14 @@ def list_problems(path: str | Path, problems: Iterable[str]) -> str:
 
 
 def public_dict(args: TrainArgs) -> dict[str, Any]:
-    """`args` as nested dictionaries without secrets, for files and loggers."""
+    """`args` as nested dictionaries without secrets, for files and loggers.
+
+    The paths of the base are absolute there: a checkpoint is used from any folder.
+    """
     public = dataclasses.asdict(args)
     del public["wandb"]["key"]
+    for key, path in args.moshi_paths.on_this_machine():
+        public["moshi_paths"][key] = str(Path(path).absolute())
     return public
 
 
@@ -288,11 +293,46 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         UserError: no such file, not YAML, a key twice, or no mapping.
     """
+    content = _parsed(path, _bytes_of(path))
+    if not isinstance(content, dict):
+        found = "is empty" if content is None else "holds no `key: value` lines"
+        raise UserError(
+            f"{path} {found}. A configuration names at least `run_dir` and `data.train_data`; "
+            "start from a file in example/."
+        )
+    return content
+
+
+def _read_of_run(path: Path) -> dict[str, Any]:
+    """Read what a run has written, whose reader cannot mend it.
+
+    Raises:
+        UserError: no such file, or it is damaged.
+    """
+    content = _bytes_of(path)
+    try:
+        found, problem = _parsed(path, content), f"{path} holds no configuration."
+    except UserError as error:
+        found, problem = None, str(error)
+    if not isinstance(found, dict):
+        raise UserError(
+            f"{problem} A run has written this file as a whole, so it is damaged: copy its folder "
+            "again, or use another checkpoint."
+        )
+    return found
+
+
+def _bytes_of(path: Path) -> bytes:
     require_configuration(path)
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        return path.read_bytes()
     except OSError as error:
         raise UserError(f"Cannot read the configuration {path}: {error.strerror}.") from error
+
+
+def _parsed(path: Path, content: bytes) -> Any:
+    try:
+        found = yaml.load(content.decode("utf-8"), Loader=_Loader)
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not a text file in UTF-8. Is it a YAML file?") from error
     except yaml.MarkedYAMLError as error:
@@ -305,14 +345,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not valid YAML: {error}") from error
     except RecursionError as error:
         raise UserError(f"{path}: its keys and lists are nested too deeply.") from error
-    if not isinstance(content, dict):
-        found = "is empty" if content is None else "holds no `key: value` lines"
-        raise UserError(
-            f"{path} {found}. A configuration names at least `run_dir` and `data.train_data`; "
-            "start from a file in example/."
-        )
-    _require_few_values(path, content)
-    return content
+    _require_few_values(path, found)
+    return found
 
 
 def _require_few_values(path: Path, content: Any, most: int = 10_000) -> None:

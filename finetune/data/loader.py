@@ -235,8 +235,13 @@ class TrainLoader:
                 yield self._data.sources[source].segments[segment]
 
     def state_dict(self) -> dict[str, Any]:
-        """Position in the data: global samples handed out, and a fingerprint of their order."""
-        return {"num_samples": self._num_samples, "fingerprint": self._fingerprint}
+        """Position in the data: global samples handed out, a fingerprint of their order, and how
+        many segments of this rank have failed so far."""
+        return {
+            "num_samples": self._num_samples,
+            "fingerprint": self._fingerprint,
+            "num_skipped_segments": self._num_skipped_segments,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state` was taken; warns if the data is no longer the same."""
@@ -249,6 +254,8 @@ class TrainLoader:
             )
         self.close()
         self._num_samples = state["num_samples"]
+        # Earlier versions did not keep it.
+        self._num_skipped_segments = state.get("num_skipped_segments", 0)
 
     def close(self) -> None:
         """Stop working ahead. Iterating again starts anew at the current position."""

@@ -1,6 +1,6 @@
 """This package keeps what is done already on the disk, so that no work is done twice."""
 
-from finetune.kept.checkpoint_folders import is_stock, require_checkpoint
+from finetune.kept.checkpoint_folders import is_stock, require_checkpoint, require_part
 from finetune.kept.checkpoint_names import CHECKPOINT_NAME, checkpoints_in, step_of
 from finetune.kept.records import Records, read_records
 from finetune.kept.wav import WavWriter, write_wav
@@ -26,6 +26,7 @@ __all__ = [
     "read_records",
     "refuse_to_replace",
     "require_checkpoint",
+    "require_part",
     "step_of",
     "whole_folder",
     "write_wav",

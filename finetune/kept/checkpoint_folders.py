@@ -51,6 +51,18 @@ def require_checkpoint(checkpoint: Path, key: str) -> None:
     )
 
 
+def require_part(file: Path) -> None:
+    """Check that a checkpoint has one of its files.
+
+    Raises:
+        UserError: it has not.
+    """
+    if not file.is_file():
+        raise UserError(
+            f"{file} is missing, so the checkpoint is damaged: copy it again, or use another one."
+        )
+
+
 def _for_a_repository(checkpoint: Path) -> str:
     is_repository = len(checkpoint.parts) == 2 and not checkpoint.parent.exists()
     if is_repository or checkpoint.parts[:1] == ("hf:",):

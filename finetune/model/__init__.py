@@ -3,17 +3,19 @@
 from finetune.model.base_precision import freeze_base
 from finetune.model.build import (
     add_lora,
-    base_weights,
     build_codec,
     changed_shape,
-    find_checkpoint,
+    frozen_fingerprint,
     load_model,
     model_shape,
     plan_model,
 )
+from finetune.model.exported import TTT_FILE, exported_ttt_args, unused_ttt
+from finetune.model.find import find_checkpoint, find_recorded
 from finetune.model.hub import HUB_ERRORS, shape_from_hub
 from finetune.model.init_from import (
     adapter_roles,
+    base_weights,
     misfits,
     open_earlier_run,
 )
@@ -21,14 +23,18 @@ from finetune.model.roles import count_by_role, parameters_by_role, trainable_by
 
 __all__ = [
     "HUB_ERRORS",
+    "TTT_FILE",
     "adapter_roles",
     "add_lora",
     "base_weights",
     "build_codec",
     "changed_shape",
     "count_by_role",
+    "exported_ttt_args",
     "find_checkpoint",
+    "find_recorded",
     "freeze_base",
+    "frozen_fingerprint",
     "load_model",
     "misfits",
     "model_shape",
@@ -37,4 +43,5 @@ __all__ = [
     "plan_model",
     "shape_from_hub",
     "trainable_by_role",
+    "unused_ttt",
 ]

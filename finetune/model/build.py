@@ -1,28 +1,25 @@
-"""A configuration becomes a model: find the files, build, load, add LoRA, mark what trains."""
+"""A configuration becomes a model: build, load, add LoRA, mark what trains."""
 
 import logging
 import textwrap
-import warnings
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub import constants
 from moshi.models import loaders
 from moshi.modules.lora import LoRALinear, replace_all_linear_with_lora
 from safetensors import SafetensorError
 from torch import nn
 
-from finetune.config import LoraArgs, ModelArgs, ModelPaths, TrainArgs
+from finetune.config import LoraArgs, ModelArgs, TrainArgs
 from finetune.data import Codec
 from finetune.errors import UserError
 from finetune.model.base_precision import freeze_base, require_bitsandbytes, require_precision
 from finetune.model.compilers import require_compiler
 from finetune.model.fill import Sharder, WeightFiles, fill
-from finetune.model.hub import HUB_ERRORS, is_reachable
 from finetune.model.init_from import (
     EarlierRun,
+    base_weights,
     describe_start,
     open_earlier_run,
     require_fit,
@@ -30,133 +27,13 @@ from finetune.model.init_from import (
 )
 from finetune.model.roles import parameters_by_role, training_roles
 from finetune.model.trainable_shape import require_trainable
-from finetune.safety import read_json, safetensors_problem, stays_inside
+from finetune.safety import safetensors_problem
 from ttt import TTTLMModel, build_model
 
 logger = logging.getLogger(__name__)
 
 # Keys of a checkpoint's config.json that are about LoRA, or outdated: not the model's shape.
 _NOT_SHAPE = ("lora", "lora_rank", "lora_scaling", "depformer_causal")
-
-
-def find_checkpoint(paths: ModelPaths, *, with_weights: bool = True) -> loaders.CheckpointInfo:
-    """Return where everything is that a run starts from: on the hub, in a local folder, or file by
-    file.
-
-    Args:
-        with_weights: the language model's weights are needed as well, if the run starts from them;
-            else they are neither looked for nor downloaded.
-
-    Raises:
-        UserError: naming what is missing.
-    """
-    repo = paths.hf_repo_id
-    with_weights = with_weights and not paths.random_init and not paths.init_from
-    if repo is not None and not Path(repo).is_dir():
-        return _from_hub(repo, paths, with_weights)
-    folder = None if repo is None else Path(repo)
-
-    config_path = (
-        Path(paths.config_path) if paths.config_path else folder and folder / "config.json"
-    )
-    config: dict[str, Any] | None = None
-    names = {}
-    if config_path is not None:
-        config = _read_json(config_path, "moshi_paths.config_path")
-        names = dict(config)
-
-    def locate(key: str, given: str | None, name: str) -> Path:
-        if given is None and folder is None:
-            raise UserError(
-                f"moshi_paths.{key}: needed, because moshi_paths.hf_repo_id is null. Name the "
-                f"file, or set hf_repo_id to a repository or folder that has it."
-            )
-        if given is None and not (isinstance(name, str) and stays_inside(name)):
-            raise UserError(
-                f"moshi_paths.{key}: {config_path} names {name!r}, which is not in its folder. "
-                f"Name the file yourself, if you trust it."
-            )
-        path = Path(given) if given is not None else folder / name  # type: ignore[operator]
-        if not path.is_file():
-            raise UserError(f"moshi_paths.{key}: there is no file {path}.")
-        return path
-
-    mimi_config_name = names.pop("mimi_config_name", None)
-    mimi_config = None
-    if paths.mimi_config_path or mimi_config_name:
-        mimi_config_file = locate(
-            "mimi_config_path", paths.mimi_config_path, mimi_config_name or ""
-        )
-        mimi_config = _read_json(mimi_config_file, "moshi_paths.mimi_config_path")
-    moshi_name = names.pop("moshi_name", loaders.MOSHI_NAME)
-    return loaders.CheckpointInfo(
-        moshi_weights=(
-            locate("moshi_path", paths.moshi_path, moshi_name) if with_weights else Path(moshi_name)
-        ),
-        mimi_weights=locate(
-            "mimi_path", paths.mimi_path, names.pop("mimi_name", loaders.MIMI_NAME)
-        ),
-        tokenizer=locate(
-            "tokenizer_path",
-            paths.tokenizer_path,
-            names.pop("tokenizer_name", loaders.TEXT_TOKENIZER_NAME),
-        ),
-        model_type=names.pop("model_type", "moshi"),
-        lora_weights=names.pop("lora_name", None),
-        lm_config=None
-        if config is None
-        else {
-            key: value
-            for key, value in names.items()
-            if key not in ("lm_gen_config", "tts_config", "stt_config", "model_id")
-        },
-        raw_config=config,
-        mimi_config=mimi_config,
-    )
-
-
-def _from_hub(repo: str, paths: ModelPaths, with_weights: bool) -> loaders.CheckpointInfo:
-    if not is_reachable():
-        constants.HF_HUB_OFFLINE = True  # what is in the cache still serves
-    try:
-        with warnings.catch_warnings():
-            # `moshi` says this of every repository that it cannot reach as well.
-            warnings.filterwarnings("ignore", "Repository .* contains no config.json")
-            info = loaders.CheckpointInfo.from_hf_repo(
-                repo,
-                # Where they are not needed, the weights are not downloaded.
-                moshi_weights=paths.moshi_path if with_weights else Path("none"),
-                mimi_weights=paths.mimi_path,
-                tokenizer=paths.tokenizer_path,
-                config_path=paths.config_path,
-                mimi_config_path=Path(paths.mimi_config_path) if paths.mimi_config_path else None,
-            )
-    except HUB_ERRORS as error:
-        raise UserError(
-            f"moshi_paths.hf_repo_id: {repo!r} is no local folder, and cannot be had from the "
-            f"Hugging Face hub ({type(error).__name__}). Check its name and the network; for a "
-            f"private repository, log in with `hf auth login`. A downloaded copy works as well: "
-            f"set hf_repo_id to its folder."
-        ) from error
-    for key, name in (info.raw_config or {}).items():
-        if key.endswith("_name") and isinstance(name, str) and not stays_inside(name):
-            raise UserError(
-                f"moshi_paths.hf_repo_id: {key} in the config.json of {repo} is {name!r}, which is "
-                f"not in the repository. Name the file yourself, if you trust it."
-            )
-    return info
-
-
-def _read_json(path: Path, key: str) -> dict[str, Any]:
-    try:
-        found = read_json(path)
-    except OSError as error:
-        raise UserError(f"{key}: cannot read {path}: {error.strerror}.") from error
-    except ValueError as error:
-        raise UserError(f"{key}: {path} is not valid JSON: {error}.") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{key}: {path} is not valid: expected an object {{…}} of keys and values.")
-    return found
 
 
 def model_shape(info: loaders.CheckpointInfo) -> dict[str, Any]:
@@ -173,8 +50,8 @@ def model_shape(info: loaders.CheckpointInfo) -> dict[str, Any]:
         )
     if info.lora_weights is not None or config.get("lora"):
         raise UserError(
-            "moshi_paths: this is a LoRA checkpoint. Train from its base, or from a checkpoint "
-            "that was saved with save_adapters: false, which has LoRA merged (TTT starts anew)."
+            "moshi_paths: this is a LoRA checkpoint. Name its base here, and the folder of the "
+            "adapters as moshi_paths.init_from, which takes their TTT as well."
         )
     require_trainable(config)
     return _with_known_names(config)
@@ -264,7 +141,7 @@ def load_model(
     compile = device.type == "cuda" if args.compile is None else args.compile
     require_compiler(device, compile=compile, dtype=getattr(torch, args.param_dtype))
     shape = changed_shape(model_shape(info), args.model)
-    earlier = open_earlier_run(paths.init_from) if paths.init_from else None
+    earlier = open_earlier_run(paths) if paths.init_from else None
     if earlier is not None:
         there = _with_known_names(earlier.config)
         require_fit(earlier, args, shape, {key: there.get(key) for key in shape})
@@ -274,14 +151,9 @@ def load_model(
         require_bitsandbytes("optim.state: int8")
     if check is not None:
         check(model)
-    files = WeightFiles()
+    files = _weight_files(model, args, info, earlier)
     if earlier is not None:
-        files.add_base(base_weights(earlier), model)
-        for path, names in trained_files(model, args, earlier):
-            files.add_exactly(path, names, model)
         logger.info(describe_start(args, earlier))
-    elif not paths.random_init:
-        files.add_base(info.moshi_weights, model)
     scale = shape.get("layer_scale")
     fill(
         model,
@@ -295,6 +167,40 @@ def load_model(
         sharder=sharder,
     )
     return model
+
+
+def _weight_files(
+    model: TTTLMModel,
+    args: TrainArgs,
+    info: loaders.CheckpointInfo,
+    earlier: EarlierRun | None,
+) -> WeightFiles:
+    """Find the weights that a run starts from and that are not random."""
+    files = WeightFiles()
+    if earlier is not None:
+        files.add_base(base_weights(earlier), model)
+        for path, names in trained_files(model, args, earlier):
+            files.add_exactly(path, names, model)
+    elif not args.moshi_paths.random_init:
+        files.add_base(info.moshi_weights, model)
+    return files
+
+
+def frozen_fingerprint(
+    model: TTTLMModel, args: TrainArgs, info: loaders.CheckpointInfo
+) -> str | None:
+    """Return what tells the frozen weights that a run trains on from others: see
+    `WeightFiles.fingerprint`.
+
+    Args:
+        model: may be on `meta`.
+
+    Raises:
+        UserError: weights that do not fit the model, or are not there.
+    """
+    paths = args.moshi_paths
+    earlier = open_earlier_run(paths) if paths.init_from else None
+    return _weight_files(model, args, info, earlier).fingerprint(model, args.seed)
 
 
 def build_codec(
@@ -363,25 +269,6 @@ def _brief(error: Exception) -> str:
     """Return an error's kind and the beginning of its message, which may list every weight there
     is."""
     return textwrap.shorten(f"{type(error).__name__}: {error}", 300, placeholder=" …")
-
-
-def base_weights(earlier: EarlierRun) -> Path:
-    """Return the file that a run's base is in: its own, or the one that it started from.
-
-    Raises:
-        UserError: an earlier run, or the file, is not there; or the base was random.
-    """
-    if earlier.base_weights is not None:
-        return earlier.base_weights
-    paths = earlier.args.moshi_paths
-    if paths.init_from:
-        return base_weights(open_earlier_run(paths.init_from))
-    if paths.random_init:
-        raise UserError(
-            f"moshi_paths.init_from: {earlier.checkpoint} holds what was trained on top of random "
-            "weights, and not these weights; start from a run with full_finetuning: true."
-        )
-    return find_checkpoint(paths).moshi_weights
 
 
 def add_lora(model: TTTLMModel, args: LoraArgs, *, seed: int) -> None:

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from finetune.errors import UserError
+from finetune.kept import require_part
 from finetune.safety import all_finite
 from ttt import TTTLMModel, ttt_parameters
 from ttt.layers import TTTLayer
@@ -79,6 +80,7 @@ class WeightFiles:
         Raises:
             UserError: the file is missing or damaged, or of another model.
         """
+        require_part(path)
         found = _places(path, "moshi_paths.init_from")
         expected = {name: parameter.shape for name, parameter in model.named_parameters()}
         wrong = sorted(set(names) - found.keys()) + [
@@ -107,13 +109,42 @@ class WeightFiles:
 
     def _read(self, name: str, device: torch.device) -> Tensor:
         path, key, part, num_parts, _ = self._places[name]
-        if (path, str(device)) not in self._open:
-            self._open[path, str(device)] = safe_open(path, "pt", device=str(device))
-        file = self._open[path, str(device)]
+        file = self._opened(path, device)
         if num_parts == 1:
             return file.get_tensor(key)
         rows = file.get_slice(key).get_shape()[0] // num_parts
         return file.get_slice(key)[part * rows : (part + 1) * rows]
+
+    def _opened(self, path: Path, device: torch.device) -> Any:
+        if (path, str(device)) not in self._open:
+            self._open[path, str(device)] = safe_open(path, "pt", device=str(device))
+        return self._open[path, str(device)]
+
+    def fingerprint(self, model: TTTLMModel, seed: int) -> str | None:
+        """Return what tells a model's frozen weights from others, wherever their files lie and
+        however few bits they are kept in; None: all weights train.
+
+        Of each weight three rows are read: weights that were trained further differ in all.
+
+        Args:
+            seed: of those that no file has.
+        """
+        frozen = [name for name, each in model.named_parameters() if not each.requires_grad]
+        frozen += [f"{name}.weight" for name, _ in frozen_linears(model)]
+        digest = hashlib.sha256()
+        for name in sorted(frozen):
+            digest.update(f"{name.replace('.frozen_W.', '.')} ".encode())
+            digest.update(self._some_rows(name) if name in self else f"random {seed}".encode())
+        return digest.hexdigest()[:16] if frozen else None
+
+    def _some_rows(self, name: str) -> bytes:
+        path, key, part, num_parts, shape = self._places[name]
+        rows = self._opened(path, torch.device("cpu")).get_slice(key)
+        count = shape[0]
+        assert rows.get_shape()[0] == count * num_parts
+        chosen = [part * count + row for row in sorted({0, count // 2, count - 1})]
+        content = torch.cat([rows[row : row + 1].flatten() for row in chosen])
+        return content.view(torch.uint8).numpy().tobytes()
 
 
 def require_shapes(

@@ -1,7 +1,8 @@
-"""The weights that a run starts from: Moshi's, or those of an earlier run.
+"""The weights that a run starts from: Moshi's, or those of an earlier run or exported model.
 
 An earlier run has them in up to three parts: the base (its own, if all weights trained or LoRA was
-merged; else the one that it started from), LoRA adapters, and TTT's parameters.
+merged; else the one that it started from), LoRA adapters, and TTT's parameters. So has an exported
+model; the base of adapters alone is the one of the run that starts from them.
 """
 
 from collections.abc import Iterator, Mapping
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.config import (
+    ModelPaths,
     Problem,
     TrainArgs,
     changed_meaning,
@@ -17,24 +19,27 @@ from finetune.config import (
     load_run_config,
 )
 from finetune.errors import UserError
-from finetune.kept import require_checkpoint
+from finetune.kept import is_stock, require_checkpoint, require_part
+from finetune.model.exported import exported_args, exported_weights
+from finetune.model.find import find_checkpoint, find_recorded
 from finetune.safety import read_json
 from ttt import TTTLMModel, ttt_parameters
 
 
 @dataclass(frozen=True)
 class EarlierRun:
-    """A checkpoint to start from, with the configuration that made it and its config.json."""
+    """A checkpoint or exported model to start from, with the configuration that made it, its
+    config.json, and the file with all weights, if it has one."""
 
     checkpoint: Path
     args: TrainArgs
     config: dict[str, Any]
+    base_weights: Path | None
 
     @property
-    def base_weights(self) -> Path | None:
-        """The file with all weights, if this run has written one."""
-        file = self.checkpoint / "consolidated" / "consolidated.safetensors"
-        return file if file.is_file() else None
+    def folder(self) -> Path:
+        """Return where its files of weights are."""
+        return weights_folder(self.checkpoint)
 
     @property
     def has_adapters(self) -> bool:
@@ -42,21 +47,37 @@ class EarlierRun:
         return self.args.lora.enable and self.args.save_adapters
 
 
-def open_earlier_run(init_from: str) -> EarlierRun:
-    """
+def weights_folder(checkpoint: Path) -> Path:
+    """Return where the weights of a checkpoint, or of an exported model, are."""
+    return checkpoint if is_stock(checkpoint) else checkpoint / "consolidated"
+
+
+def open_earlier_run(paths: ModelPaths) -> EarlierRun:
+    """Open what `init_from` names.
+
     Raises:
-        UserError: there is no checkpoint, or it is damaged.
+        UserError: there is no checkpoint and no exported model, or it is damaged.
     """
-    checkpoint = Path(init_from)
-    require_checkpoint(checkpoint, "moshi_paths.init_from")
-    file = checkpoint / "consolidated" / "config.json"
+    assert paths.init_from
+    checkpoint = Path(paths.init_from)
+    is_export = is_stock(checkpoint)
+    if not is_export:
+        require_checkpoint(checkpoint, "moshi_paths.init_from")
+    file = weights_folder(checkpoint) / "config.json"
+    require_part(file)
     try:
         config = read_json(file)
     except (OSError, ValueError) as error:
         raise UserError(f"moshi_paths.init_from: cannot read {file}: {error}") from error
     if not isinstance(config, dict):
         raise UserError(f"moshi_paths.init_from: {file} holds no `key: value` pairs.")
-    return EarlierRun(checkpoint, load_run_config(checkpoint / "args.yaml"), config)
+    if is_export:
+        args, base = exported_args(checkpoint, config, paths), exported_weights(checkpoint, config)
+    else:
+        args = load_run_config(checkpoint / "args.yaml")
+        all_weights = file.with_name("consolidated.safetensors")
+        base = all_weights if all_weights.is_file() else None
+    return EarlierRun(checkpoint, args, config, base)
 
 
 def require_fit(
@@ -74,7 +95,12 @@ def require_fit(
     ]
     if problems:
         what = f"starting from {earlier.checkpoint} (moshi_paths.init_from)"
-        raise UserError(list_problems(what, problems))
+        hint = ""
+        if is_stock(earlier.checkpoint) and any("config_path" in each for each in problems):
+            hint = (
+                f"\nIt brings its own shape: set moshi_paths.hf_repo_id: {earlier.checkpoint} too."
+            )
+        raise UserError(list_problems(what, problems) + hint)
 
 
 def misfits(
@@ -106,7 +132,8 @@ def misfits(
                 f"the earlier run's adapters have rank {there[1]} and scaling {there[2]:g}, and "
                 "this run has "
                 + (f"rank {here[1]} and scaling {here[2]:g}" if here[0] else "no LoRA")
-                + "; set the same, or have the earlier run merge them (save_adapters: false)",
+                + "; set the same, or have the earlier run merge them (save_adapters: false; of an "
+                "exported model: export --form merged)",
             )
 
 
@@ -117,7 +144,7 @@ def trained_files(
     them, and the weights that they must hold."""
     yield from _adapter_files(model, earlier)
     if earlier.args.ttt.enabled and args.ttt.enabled:
-        yield earlier.checkpoint / "consolidated/ttt.safetensors", set(ttt_parameters(model))
+        yield earlier.folder / "ttt.safetensors", set(ttt_parameters(model))
 
 
 def _adapter_files(model: TTTLMModel, earlier: EarlierRun) -> Iterator[tuple[Path, set[str]]]:
@@ -126,9 +153,9 @@ def _adapter_files(model: TTTLMModel, earlier: EarlierRun) -> Iterator[tuple[Pat
     if not earlier.has_adapters:
         return
     if earlier.args.moshi_paths.init_from:
-        yield from _adapter_files(model, open_earlier_run(earlier.args.moshi_paths.init_from))
+        yield from _adapter_files(model, open_earlier_run(earlier.args.moshi_paths))
     lora = {name for name, _ in model.named_parameters() if ".lora_" in name}
-    yield earlier.checkpoint / "consolidated/lora.safetensors", lora
+    yield earlier.folder / "lora.safetensors", lora
 
 
 def adapter_roles(args: TrainArgs) -> set[str]:
@@ -146,7 +173,7 @@ def adapter_roles(args: TrainArgs) -> set[str]:
     if args.lora.ft_embed:
         return {"lora", "embedding"}
     if args.moshi_paths.init_from:
-        earlier = open_earlier_run(args.moshi_paths.init_from)
+        earlier = open_earlier_run(args.moshi_paths)
         return {"lora"} | adapter_roles(earlier.args)
     return {"lora"}
 
@@ -160,3 +187,24 @@ def describe_start(args: TrainArgs, earlier: EarlierRun) -> str:
         (False, False): "",
     }[earlier.args.ttt.enabled, args.ttt.enabled]
     return f"starting from the weights of {earlier.checkpoint}{ttt}"
+
+
+def base_weights(earlier: EarlierRun) -> Path:
+    """Return the file that a run's base is in: its own, or the one that it started from.
+
+    Raises:
+        UserError: an earlier run, or the file, is not there; or the base was random.
+    """
+    if earlier.base_weights is not None:
+        return earlier.base_weights
+    paths = earlier.args.moshi_paths
+    if paths.init_from:
+        return base_weights(open_earlier_run(paths))
+    if paths.random_init:
+        raise UserError(
+            f"moshi_paths.init_from: {earlier.checkpoint} holds what was trained on top of random "
+            "weights, and not these weights; start from a run with full_finetuning: true."
+        )
+    if is_stock(earlier.checkpoint):
+        return find_checkpoint(paths).moshi_weights
+    return find_recorded(earlier.checkpoint / "args.yaml", paths).moshi_weights

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 
 from finetune.config import TrainArgs
 from finetune.data import FRAME_RATE_HZ, count_frames
+from finetune.model import unused_ttt
 from ttt import TTTArgs, TTTLMModel
 from ttt.layers import layer_class
 from ttt.registry import METHODS
@@ -75,7 +76,10 @@ def cautions_of_ttt(
     segment_frames: Sequence[int] | None,
     segment_shares: Sequence[float] | None,
 ) -> Iterator[str]:
-    """Yield where TTT can have nothing to do. Arguments: see `caution_of_updates`."""
+    """Yield where TTT is left behind or can have nothing to do. Arguments: see
+    `caution_of_updates`."""
+    if caution := caution_of_unused_ttt(args):
+        yield caution
     if not model.ttt_layers:
         return
     most, window = count_frames(args.duration_sec), model.context
@@ -88,6 +92,23 @@ def cautions_of_ttt(
             f"attention sees the whole sequence ({longest} frames), so there is little "
             f"for TTT to remember. Sequences should be longer than the window: {way}."
         )
+
+
+def caution_of_unused_ttt(args: TrainArgs) -> str | None:
+    """Return that the TTT which the base's weights were trained with is left behind, and what takes
+    it along; None: there is none beside them."""
+    file = unused_ttt(args.moshi_paths)
+    if file is None:
+        return None
+    trained_with = file.parent
+    if trained_with.name == "consolidated":
+        trained_with = trained_with.parent
+    here = "new and untrained" if args.ttt.enabled else "off"
+    return (
+        f"{file} holds the TTT that these weights were trained with, and this run leaves it out: "
+        f"its own is {here}. To train that TTT further, set moshi_paths.init_from: {trained_with}"
+        + (" in place of moshi_paths.moshi_path." if args.moshi_paths.moshi_path else ".")
+    )
 
 
 def describe_ttt(args: TrainArgs, model: TTTLMModel, segment_frames: Sequence[int] | None) -> str:

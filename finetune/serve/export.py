@@ -18,13 +18,12 @@ from torch import Tensor
 from finetune.checkpoint import merged_weights
 from finetune.config import Precision, TrainArgs
 from finetune.errors import UserError
-from finetune.inference import checkpoint_args, load_for_inference, nonfinite_weights
+from finetune.inference import checkpoint_args, find_base, load_for_inference, nonfinite_weights
 from finetune.kept import is_free_folder, whole_folder
 from finetune.model import (
     adapter_roles,
     base_weights,
     changed_shape,
-    find_checkpoint,
     open_earlier_run,
     parameters_by_role,
 )
@@ -68,7 +67,7 @@ def export_checkpoint(options: ExportOptions) -> Exported:
             f"--form: {options.checkpoint} holds no adapters; use --form merged, or train with "
             "lora.enable and save_adapters."
         )
-    info = find_checkpoint(args.moshi_paths)
+    info = find_base(options.checkpoint, args)
     base = _published_base(args, info) if options.form == "adapters" else None
     # Adapters are for the base as it is published; merged, for the one that they were trained on.
     precision: Precision | None = "bfloat16" if options.form == "adapters" else None
@@ -115,7 +114,7 @@ def _published_base(args: TrainArgs, info: loaders.CheckpointInfo) -> Path:
                 "merged."
             )
         return info.moshi_weights
-    base = base_weights(open_earlier_run(args.moshi_paths.init_from))
+    base = base_weights(open_earlier_run(args.moshi_paths))
     if base.parent.name == "consolidated" and (base.parents[1] / "args.yaml").is_file():
         raise UserError(
             f"--form: these adapters are for the weights in {base.parents[1]}, which an earlier "

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from data_tools import write_dataset
 from moshi.models.lm import LMModel
 from moshi.modules.lora import replace_all_linear_with_lora
 from moshi.utils.compile import no_compile
@@ -276,3 +277,15 @@ def test_training_does_not_depend_on_what_random_numbers_others_draw(
     torch.rand(5)
     train(config, tmp_path / "other", LORA)
     assert_same_weights(saved_weights(tmp_path / "one", 4), saved_weights(tmp_path / "other", 4))
+
+
+def test_training_draws_no_random_numbers(config: Path, tmp_path: Path) -> None:
+    """So a checkpoint keeps no state of them, and a run that goes on from one is the same."""
+    longer = write_dataset(tmp_path / "longer", [4.0, 4.0])  # the health of speech is checked
+    overrides: dict[str, Any] = {"do_eval": True, "eval_freq": 2, "data.eval_data": str(longer)}
+    overrides |= {"duration_sec": 3, "data.num_workers": 2, "data.room_tone": -70.0}
+    run = trainer(config, tmp_path / "run", LORA | overrides)
+    before = torch.get_rng_state()
+    assert run.train() == 0
+    assert torch.equal(torch.get_rng_state(), before)
+    assert any("health/" in line for line in (tmp_path / "run/metrics.eval.jsonl").open())

@@ -155,6 +155,7 @@ def test_a_run_resumed_with_fewer_steps_than_it_has_made_is_refused(
     [
         (FULL, ["full_finetuning: was false", "lora.enable: was true"]),
         ({"lora.rank": 4}, ["lora.rank: was 2"]),
+        ({"lora.scaling": 20}, ["lora.scaling: was 2.0"]),
         ({"lora.ft_embed": True}, ["lora.ft_embed: was false"]),
         ({"ttt.enabled": False}, ["ttt.enabled: was true"]),
         ({"optim.state": "int8"}, ["optim.state: was float32"]),

@@ -139,7 +139,16 @@ def test_a_broken_file_is_met_at_its_own_batch(
     else:
         with caplog.at_level(logging.WARNING):
             assert next(batches).num_skipped == 1 and batches.num_skipped == 1
+    state = batches.state_dict()
     batches.close()
+    if on_error == "skip":
+        resumed = build_train_loader(
+            args, tiny_codec(), duration_sec=1.0, batch_size=2, seed=0, device="cpu", store=None
+        )
+        lines_left_out = resumed.num_skipped
+        resumed.load_state_dict(state)
+        assert lines_left_out == 1 and resumed.num_skipped == 2
+        resumed.close()
 
 
 # --- whole runs -----------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from finetune.config.args import TrainArgs
 from finetune.errors import UserError
 from finetune.inference import load_for_inference
 from finetune.model import find_checkpoint, load_model, plan_model, trainable_by_role
+from finetune.plan.ttt_updates import cautions_of_ttt
 from finetune.serve import ExportOptions, export_checkpoint
 from finetune.trainer import Trainer
 from ttt import TTTLMModel
@@ -210,6 +211,103 @@ def test_a_run_folder_given_for_a_checkpoint_says_so(
         start(config, tmp_path, with_lora_and_ttt.parent.parent, LORA)
     with pytest.raises(UserError, match=r"init_from, moshi_paths\.moshi_path: both"):
         start(config, tmp_path, "somewhere", {"moshi_paths.moshi_path": "else"})
+
+
+# --- exported models ------------------------------------------------------------------------------
+
+
+def exported(run_dir: Path, out: Path, form: Any = "merged") -> Path:
+    export_checkpoint(ExportOptions(checkpoint(run_dir, 2), out, form=form, device="cpu"))
+    return out
+
+
+@pytest.mark.parametrize("ft_embed", [True, False])
+def test_exported_adapters_train_further_with_their_ttt(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], ft_embed: bool
+) -> None:
+    _, expected = trained(config, tmp_path / "one", LORA | {"lora.ft_embed": ft_embed})
+    out = exported(tmp_path / "one", tmp_path / "out", "adapters")
+    shutil.rmtree(tmp_path / "one")
+    run = start(config, tmp_path / "two", out, LORA)
+    assert f"starting from the weights of {out}; its TTT goes on" in capsys.readouterr().out
+    assert_same_weights(weights(run.model), expected)
+    assert run.train() == 0
+    again, _ = load_for_inference(checkpoint(tmp_path / "two", 4), "cpu")
+    assert_same_weights(weights(again), weights(run.model))
+    assert any(not torch.equal(expected[name], weight) for name, weight in weights(again).items())
+
+
+@pytest.mark.parametrize("options", [FULL, LORA, {}], ids=str)
+def test_a_merged_export_trains_further_with_its_ttt(
+    config: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    trained(config, tmp_path / "one", LORA)
+    out = exported(tmp_path / "one", tmp_path / "out")
+    expected = load_file(out / "model.safetensors") | load_file(out / "ttt.safetensors")
+    run = start(config, tmp_path / "two", out, options)
+    found = {name.replace("frozen_W.", ""): w for name, w in run.model.named_parameters()}
+    assert_same_weights({name: found[name].detach() for name in expected}, expected)
+    assert run.train() == 0
+    again, _ = load_for_inference(checkpoint(tmp_path / "two", 4), "cpu")
+    assert_same_weights(weights(again), weights(run.model))
+
+
+def test_what_does_not_fit_an_export_is_named(
+    config: Path, tmp_path: Path, with_lora_and_ttt: Path
+) -> None:
+    run_dir = with_lora_and_ttt.parent.parent
+    out = exported(run_dir, tmp_path / "out", "adapters")
+    for overrides, named in (
+        (LORA | {"ttt.write": "delta"}, r"ttt\.write: is sum in the earlier run, and delta here"),
+        (FULL, "rank 2 and scaling 2, and this run has no LoRA.*--form merged"),
+        (LORA | {"moshi_paths.hf_repo_id": str(out)}, "LoRA checkpoint.*moshi_paths.init_from"),
+    ):
+        with pytest.raises(UserError, match=f"(?s){named}"):
+            start(config, tmp_path / "run", out, overrides)
+    (out / "lora.safetensors").write_bytes(b"cut")
+    with pytest.raises(UserError, match=r"init_from: the config\.json of .* speaks of adapters"):
+        start(config, tmp_path / "run", out, LORA)
+    merged = exported(run_dir, tmp_path / "merged")
+    (merged / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"names 'model\.safetensors' as the file of its weights"):
+        start(config, tmp_path / "run", merged, FULL)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_base_whose_ttt_is_left_out_is_named(
+    config: Path, tmp_path: Path, with_lora_and_ttt: Path, enabled: bool
+) -> None:
+    out = exported(with_lora_and_ttt.parent.parent, tmp_path / "out")
+    merged, _ = trained(config, tmp_path / "merged", LORA | {"save_adapters": False})
+    file = merged / "consolidated/consolidated.safetensors"
+    for overrides, place in (
+        ({"moshi_paths.hf_repo_id": out}, out),
+        ({"moshi_paths.moshi_path": str(file)}, merged),
+        ({"moshi_paths.hf_repo_id": out, "moshi_paths.init_from": out}, None),
+        ({}, None),
+    ):
+        args = load_config(config, {**FULL, "ttt.enabled": enabled, **overrides})
+        model = plan_model(args, find_checkpoint(args.moshi_paths))
+        text = " ".join(cautions_of_ttt(args, model, None, None))
+        assert ("holds the TTT that these weights were trained with" in text) == bool(place)
+        assert place is None or f"set moshi_paths.init_from: {place}" in text
+        assert place is None or ("its own is off" in text) != enabled
+
+
+def test_the_shipped_model_trains_further_with_its_ttt(config: Path, tmp_path: Path) -> None:
+    memory = ROOT / "example/memory"
+    overrides: dict[str, Any] = {
+        "moshi_paths.hf_repo_id": str(memory), "moshi_paths.init_from": str(memory),
+        "ttt.write": "delta", "ttt.learning_rate": None, "ttt.target": "hidden",
+        "ttt.start_layer": 1, "ttt.layer_frequency": 2, "ttt.chunk_size": 32,
+    }  # fmt: skip
+    args = load_config(config, overrides)
+    model = load_model(args, find_checkpoint(args.moshi_paths), "cpu")
+    expected = load_file(memory / "ttt.safetensors")
+    del overrides["moshi_paths.hf_repo_id"]
+    with pytest.raises(UserError, match=f"own shape: set moshi_paths.hf_repo_id: {memory} too"):
+        start(config, tmp_path / "run", memory, overrides)
+    assert_same_weights({name: weights(model)[name] for name in expected}, expected)
 
 
 # --- norm, gating, positions ----------------------------------------------------------------------

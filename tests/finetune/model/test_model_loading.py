@@ -21,7 +21,14 @@ from training_tools import (
 )
 
 from finetune.config import ModelPaths, load_config
-from finetune.model import find_checkpoint, load_model, parameters_by_role, trainable_by_role
+from finetune.model import (
+    find_checkpoint,
+    frozen_fingerprint,
+    load_model,
+    parameters_by_role,
+    plan_model,
+    trainable_by_role,
+)
 from ttt import TTTLMModel
 
 MODES: dict[str, Any] = {
@@ -223,8 +230,16 @@ def test_weights_under_their_older_names_are_read(config: Path, tmp_path: Path) 
     assert "depformer.layers.0.self_attn.in_proj_weight" in old
     save_file(old, folder / "model.safetensors")
     for overrides in ({}, LORA):
-        found = weights(load(config, {**overrides, "moshi_paths.hf_repo_id": str(folder)}))
-        assert_same_weights(found, weights(load(config, overrides)))
+        there = {**overrides, "moshi_paths.hf_repo_id": str(folder)}
+        assert_same_weights(weights(load(config, there)), weights(load(config, overrides)))
+        # So a run may go on with them in place of the others.
+        assert fingerprint(config, there) == fingerprint(config, overrides)
+
+
+def fingerprint(config: Path, overrides: dict[str, Any]) -> str | None:
+    args = load_config(config, overrides)
+    info = find_checkpoint(args.moshi_paths)
+    return frozen_fingerprint(plan_model(args, info), args, info)
 
 
 def test_random_weights_below_lora_are_those_without_it(config: Path) -> None:
