@@ -13,10 +13,8 @@ from pathlib import Path
 from finetune.checkpoint import manifest
 from finetune.checkpoint.replacing import delete_replaced, set_aside, settle
 from finetune.checkpoint.run_dir import list_checkpoints
-from finetune.checkpoint.run_lock import NAME as LOCK_NAME
-from finetune.checkpoint.run_lock import RunLock
+from finetune.checkpoint.run_record import LOCK_NAME, Found, RunRecord
 from finetune.checkpoint.run_record import NAME as RECORD_NAME
-from finetune.checkpoint.run_record import Found, RunRecord
 from finetune.config import (
     TrainArgs,
     changed_keys,
@@ -30,7 +28,7 @@ from finetune.config import (
 )
 from finetune.distributed import World
 from finetune.errors import UserError
-from finetune.kept import CHECKPOINT_NAME, step_of
+from finetune.kept import CHECKPOINT_NAME, FileLock, step_of
 from finetune.monitoring import KINDS, metrics_path
 from finetune.plan import SUMMARY
 
@@ -61,7 +59,12 @@ class RunFolder:
         self._args = args
         self._world = world
         self._config = config
-        self._lock = RunLock(self.run_dir, enabled=world.is_main)
+        self._lock = FileLock(
+            self.run_dir / LOCK_NAME,
+            f"run_dir: {self.run_dir}",
+            "Stop that run first, or choose another folder.",
+            enabled=world.is_main,
+        )
         self._made: list[Path] = []
         self._had_lock_file = True
 

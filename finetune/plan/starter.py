@@ -13,7 +13,7 @@ import numpy as np
 from finetune.config import ModelPaths, Precision, TrainArgs, load_config, parse_sources
 from finetune.data import FRAME_RATE_HZ, count_frames, open_source
 from finetune.errors import UserError
-from finetune.kept import write_whole
+from finetune.kept import require_new_file, write_whole
 from finetune.model import model_shape, plan_model
 from finetune.plan.memory import Memory, estimate, fits
 from finetune.plan.plan import GB, shape_of
@@ -70,8 +70,7 @@ def write_config(wanted: Wanted, out: Path) -> Iterator[str]:
     Raises:
         UserError: `out` is there already, the data cannot be read, or nothing fits.
     """
-    if out.exists():
-        raise UserError(f"{out} is there already; give another --out.")
+    require_new_file(out)
     for key, path in (("--data", wanted.data), ("--eval_data", wanted.eval_data)):
         if path is not None:
             _check_source_path(key, path)

@@ -2,12 +2,14 @@
 
 import hmac
 import ipaddress
+import os
 import socket
 from urllib.parse import urlsplit
 
 from aiohttp import web
 
 from finetune.errors import UserError
+from finetune.serve.options import ServeOptions
 
 MIN_TOKEN_LENGTH = 8
 
@@ -68,6 +70,21 @@ def _hostname(host: str) -> str | None:
         return urlsplit(f"//{host}").hostname
     except ValueError:
         return None
+
+
+def token_of(options: ServeOptions) -> str | None:
+    """Return what callers must know; None: nothing."""
+    return options.token or os.environ.get("MOSHI_TTT_TOKEN") or None
+
+
+def listen(options: ServeOptions) -> socket.socket:
+    """Return a socket that listens where the server is to be; callers wait until it answers.
+
+    Raises:
+        UserError: see `check_access` and `bind`.
+    """
+    check_access(options.host, token_of(options))
+    return bind(options.host, options.port)
 
 
 def check_access(host: str, token: str | None) -> None:

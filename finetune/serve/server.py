@@ -1,7 +1,6 @@
 """The server answers calls, keeps their sessions, and gives out the page and metrics."""
 
 import asyncio
-import os
 import signal
 import socket
 import traceback
@@ -18,7 +17,7 @@ from finetune.errors import UserError
 from finetune.inference import load_for_inference, nonfinite_weights
 from finetune.monitoring import setup_logging
 from finetune.serve import wire
-from finetune.serve.access import Gate, bind, check_access, url_of
+from finetune.serve.access import Gate, token_of, url_of
 from finetune.serve.calls import Call, Switchboard, log_event
 from finetune.serve.chat import say_goodbye, talk
 from finetune.serve.engine import Engine, open_engine
@@ -150,7 +149,9 @@ class Server:
             session = await self.board.use_engine(copied)
             content = await asyncio.to_thread(encode, session, self.identity)
         log_event("session_saved", call=call.number, part=part, bytes=len(content))
-        headers = {"Content-Disposition": 'attachment; filename="moshi.session"'}
+        # A memory must not take the place of all in a folder of downloads.
+        name = "moshi-memory.session" if part == "memory" else "moshi.session"
+        headers = {"Content-Disposition": f'attachment; filename="{name}"'}
         return web.Response(body=content, content_type="application/octet-stream", headers=headers)
 
     async def load_session(self, request: web.Request) -> web.Response:
@@ -281,50 +282,43 @@ async def running(server: Server, listening: socket.socket) -> AsyncIterator["as
         await asyncio.gather(hearing, return_exceptions=True)
 
 
-def serve(options: ServeOptions) -> None:
+def serve(options: ServeOptions, listening: socket.socket) -> None:
     """Answer calls until a signal asks to stop: see `finetune.cli.serve`.
 
+    Args:
+        listening: as `listen` gives it.
+
     Raises:
-        UserError: an option, the checkpoint or the address is wrong.
+        UserError: an option or the checkpoint is wrong.
     """
     setup_logging()
-    token = options.token or os.environ.get("MOSHI_TTT_TOKEN") or None
-    check_access(options.host, token)
-    listening = bind(options.host, options.port)
-    with listening:
-        model, codec = load_for_inference(
-            options.checkpoint, options.device, options.base_precision
-        )
-        if problem := nonfinite_weights(model):
-            raise UserError(f"--checkpoint: {options.checkpoint}: {problem}: nobody could hear it.")
-        identity = identify(model, codec, options.checkpoint)
-        torch.manual_seed(options.seed)
-        try:
-            with open_engine(
-                model,
-                codec,
-                max_users=options.max_users,
-                temperature=options.temperature,
-                text_temperature=options.text_temperature,
-            ) as engine:
-                warm_up(engine)
-                asyncio.run(_serve(engine, identity, token, options, listening))
-        except torch.OutOfMemoryError:
-            raise UserError(
-                f"--max_users: {options.max_users} calls at once need more memory than the GPU "
-                "has; give fewer (docs/talk.md has what a call takes)."
-            ) from None
+    model, codec = load_for_inference(options.checkpoint, options.device, options.base_precision)
+    if problem := nonfinite_weights(model):
+        raise UserError(f"--checkpoint: {options.checkpoint}: {problem}: nobody could hear it.")
+    identity = identify(model, codec, options.checkpoint)
+    torch.manual_seed(options.seed)
+    try:
+        with open_engine(
+            model,
+            codec,
+            max_users=options.max_users,
+            temperature=options.temperature,
+            text_temperature=options.text_temperature,
+        ) as engine:
+            warm_up(engine)
+            asyncio.run(_serve(engine, identity, options, listening))
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"--max_users: {options.max_users} calls at once need more memory than the GPU "
+            "has; give fewer (docs/talk.md has what a call takes)."
+        ) from None
 
 
 async def _serve(
-    engine: Engine,
-    identity: Identity,
-    token: str | None,
-    options: ServeOptions,
-    listening: socket.socket,
+    engine: Engine, identity: Identity, options: ServeOptions, listening: socket.socket
 ) -> None:
     board = Switchboard(engine, on_late=options.on_late, ttt=options.ttt)
-    server = Server(board, identity, Gate(options.host, token))
+    server = Server(board, identity, Gate(options.host, token_of(options)))
     stop, hurry = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
 

@@ -351,12 +351,14 @@ function offer(blob, name) {
 
 const session = () => `api/calls/${call.about.call}/session`;
 $("save").onclick = saying(async () => {
-  const answer = await request(session(), { part: $("part").value });
+  const part = $("part").value;
+  const answer = await request(session(), { part });
   const content = await answer.blob().catch(() => {
     throw new Error("The session did not come whole: the connection was lost.");
   });
-  offer(content, "moshi.session");
-  say("The session is saved.");
+  // A memory must not take the place of all in the folder of downloads.
+  offer(content, part === "memory" ? "moshi-memory.session" : "moshi.session");
+  say(`The session is saved (${part}).`);
 });
 $("load").onclick = () => $("session").click();
 $("session").onchange = saying(async () => {

@@ -111,6 +111,7 @@ def test_what_cannot_be_is_said_and_nothing_is_replaced(
     out.write_text("mine")
     assert call(*words, "--gpu_memory=80") == 1
     assert "is there already" in capsys.readouterr().err and out.read_text() == "mine"
+    out.unlink()
     assert call(*words) == 1
     assert "--gpu_memory is missing" in capsys.readouterr().err
 

@@ -196,7 +196,7 @@ def test_if_the_model_fails_callers_hear_so_and_the_server_ends(
         with open_engine(model, codec, max_users=2) as engine, bind("127.0.0.1", 0) as listening:
             monkeypatch.setattr(engine, "step", fail)
             options = ServeOptions(checkpoint=tmp_path)
-            ending = asyncio.ensure_future(_serve(engine, ME, None, options, listening))
+            ending = asyncio.ensure_future(_serve(engine, ME, options, listening))
             url = f"http://127.0.0.1:{listening.getsockname()[1]}"
             async with aiohttp.ClientSession() as http:
                 async with http.ws_connect(f"{url}/api/chat?format=pcm") as ws:

@@ -326,8 +326,9 @@ def test_memory_and_sessions_of_a_call() -> None:
                 answer = await http.put(session, data=saved)
                 assert (answer.status, await answer.text()) == (200, "all\n")
                 assert await said(ws, pcm[9:]) == rest
-                memory = await (await http.get(f"{session}?part=memory")).read()
-                assert len(memory) < len(saved)
+                answer = await http.get(f"{session}?part=memory")
+                assert "moshi-memory.session" in answer.headers["Content-Disposition"]
+                assert len(await answer.read()) < len(saved)
                 (call,) = server.board.calls.values()
                 await ws.send_bytes(b'\x04{"do": "forget"}')
                 await said(ws, pcm[:1])
