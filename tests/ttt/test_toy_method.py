@@ -87,7 +87,7 @@ class GatedDelta(TTTLayer[GatedDeltaState]):
             )
         update = F.linear(torch.stack(outputs, dim=1).flatten(2).to(x.dtype), self.out_proj)
         self.measure_once(lambda: {"effect": update.float().norm() / x.float().norm()})
-        return update
+        return self.streamed(update, x)
 
     def _start(self, batch_size: int) -> Any:
         width = self.width // self.num_heads
