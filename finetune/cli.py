@@ -162,17 +162,21 @@ def init(options: InitOptions) -> None:
     """
     require_new_file(options.out)
     answers = ask_for_missing(options, ["data", "goal", "gpu_memory"])
+    from finetune.checkpoint import free_run_dir
     from finetune.plan import Wanted, write_config
 
+    run_dir = free_run_dir(answers.run_dir)
     wanted = Wanted(
         answers.data,
         answers.eval_data,
         answers.goal,
         answers.gpus,
         answers.gpu_memory,
-        answers.run_dir,
+        run_dir,
         answers.repo,
     )
+    if run_dir != answers.run_dir:
+        print(f"{answers.run_dir} holds something already: the run's folder is to be {run_dir}")
     print_all(write_config(wanted, answers.out))
 
 

@@ -13,6 +13,7 @@ from finetune.checkpoint.run_dir import (
 from finetune.checkpoint.run_folder import (
     RunFolder,
     cautions_of_resuming,
+    free_run_dir,
     holds_something,
     require_same_parameters,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "eval_loss_of",
     "fill_shards",
     "first_whole",
+    "free_run_dir",
     "get_random_state",
     "holds_something",
     "list_checkpoints",

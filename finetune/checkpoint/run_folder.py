@@ -8,6 +8,7 @@ without a checkpoint.
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain, count
 from pathlib import Path
 
 from finetune.checkpoint import manifest
@@ -44,6 +45,12 @@ def holds_something(run_dir: Path) -> bool:
         return run_dir.is_dir() and any(path.name != LOCK_NAME for path in run_dir.iterdir())
     metrics = metrics_path(run_dir, "train")
     return (run_dir / "checkpoints").exists() or (metrics.exists() and metrics.stat().st_size > 0)
+
+
+def free_run_dir(run_dir: Path) -> Path:
+    """Return the folder, or if it holds something, one of a similar name that does not."""
+    names = (run_dir.with_name(f"{run_dir.name}-{number}") for number in count(2))
+    return next(each for each in chain([run_dir], names) if not holds_something(each))
 
 
 class RunFolder:

@@ -34,6 +34,7 @@ from finetune.safety import read_json, safetensors_problem, stays_inside
 from ttt import TTTLMModel, build_model
 
 logger = logging.getLogger(__name__)
+_AT_RANDOM = ", or set moshi_paths.random_init: true to begin with random weights"
 
 # Keys of a checkpoint's config.json that are about LoRA, or outdated: not the model's shape.
 _NOT_SHAPE = ("lora", "lora_rank", "lora_scaling", "depformer_causal")
@@ -78,7 +79,10 @@ def find_checkpoint(paths: ModelPaths, *, with_weights: bool = True) -> loaders.
             )
         path = Path(given) if given is not None else folder / name  # type: ignore[operator]
         if not path.is_file():
-            raise UserError(f"moshi_paths.{key}: there is no file {path}.")
+            others = _AT_RANDOM if key == "moshi_path" else ""
+            raise UserError(
+                f"moshi_paths.{key}: there is no file {path}; correct the path{others}."
+            )
         return path
 
     mimi_config_name = names.pop("mimi_config_name", None)

@@ -14,7 +14,7 @@ from finetune.config import ModelPaths, Precision, TrainArgs, load_config, parse
 from finetune.data import FRAME_RATE_HZ, count_frames, open_source
 from finetune.errors import UserError
 from finetune.kept import require_new_file, write_whole
-from finetune.model import model_shape, plan_model
+from finetune.model import find_checkpoint, model_shape, plan_model
 from finetune.plan.memory import Memory, estimate, fits
 from finetune.plan.plan import GB, shape_of
 from ttt import TTTLMModel
@@ -28,6 +28,9 @@ _CHUNK_FRAMES = 256
 _FEWEST_TTT_LAYERS = 2
 """With fewer by default, every other layer of a model has TTT."""
 _MAX_STEPS, _MIN_STEPS, _EPOCHS = 2000, 100, 10
+_SMALL_WIDTH = 2048
+"""Models that are narrower learn with far larger rates than Moshi 7B, which is 4096 wide."""
+_SMALL_EXAMPLE = "Such models learn with some 2e-3, and on a CPU in float32 (example/demo.yaml)"
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ class _Size:
     """Sizes that depend on memory, on data and on the model."""
 
     num_layers: int
+    width: int
     window_sec: float
     """What attention sees."""
     duration_sec: int
@@ -81,9 +85,26 @@ def write_config(wanted: Wanted, out: Path) -> Iterator[str]:
         f"wrote {out}: it takes some {memory.peak / GB:.0f} of {wanted.gpu_memory_gb:g} GB of each "
         "GPU"
     )
+    yield from (f"but: {caution}" for caution in _cautions(wanted, size))
     options = f"--config {out} --gpus {wanted.gpus} --gpu_memory {wanted.gpu_memory_gb:g}"
     yield f"next: moshi-ttt plan {options}"
-    yield f"then: torchrun --nproc-per-node {wanted.gpus} train.py --config {out}"
+    # In any folder: train.py lies in the checkout alone.
+    launcher = f"torchrun --nproc-per-node {wanted.gpus} -m finetune"
+    yield f"then: {'moshi-ttt' if wanted.gpus == 1 else launcher} train {out}"
+
+
+def _cautions(wanted: Wanted, size: _Size) -> Iterator[str]:
+    """Yield what is to be known of the file before a run is started with it."""
+    if Path(wanted.repo).is_dir():
+        try:
+            find_checkpoint(ModelPaths(hf_repo_id=wanted.repo))
+        except UserError as error:
+            yield f"train will end with this error: {error}"
+    if size.width < _SMALL_WIDTH:
+        yield (
+            f"optim.lr, optim.ttt_lr and param_dtype are those of Moshi 7B, and {wanted.repo} is "
+            f"far smaller ({size.width} wide). {_SMALL_EXAMPLE}."
+        )
 
 
 def _check_source_path(key: str, path: Path) -> None:
@@ -165,6 +186,7 @@ def _sizes(wanted: Wanted, lengths_sec: np.ndarray, shape: Mapping[str, Any]) ->
             microbatches = math.ceil(segments_a_step / batch_size)
             yield _Size(
                 shape["num_layers"],
+                shape["dim"],
                 window_sec,
                 duration_sec,
                 batch_size,
@@ -245,6 +267,7 @@ def _text(wanted: Wanted, size: _Size, memory: Memory | None, lengths_sec: np.nd
         "",
         "gradient_checkpointing: true",
         "selective_layers: 0   # more is faster, where memory allows it: plan says how many",
+        *([f"# {_SMALL_EXAMPLE}:"] if size.width < _SMALL_WIDTH else []),
         "param_dtype: bfloat16",
         *_base_lines(size.base_precision),
         "first_codebook_weight_multiplier: 100.",
