@@ -267,9 +267,7 @@ def _text(wanted: Wanted, size: _Size, memory: Memory | None, lengths_sec: np.nd
         "",
         "gradient_checkpointing: true",
         "selective_layers: 0   # more is faster, where memory allows it: plan says how many",
-        *([f"# {_SMALL_EXAMPLE}:"] if size.width < _SMALL_WIDTH else []),
-        "param_dtype: bfloat16",
-        *_base_lines(size.base_precision),
+        *_precision_lines(size),
         "first_codebook_weight_multiplier: 100.",
         "text_padding_weight: .5",
         "optim:",
@@ -289,10 +287,11 @@ def _text(wanted: Wanted, size: _Size, memory: Memory | None, lengths_sec: np.nd
     return "\n".join(lines) + "\n"
 
 
-def _base_lines(base_precision: Precision) -> list[str]:
-    if base_precision == "bfloat16":
-        return []
-    return [f"base_precision: {base_precision}   # 4.5 bits a frozen weight: all 16 do not fit"]
+def _precision_lines(size: _Size) -> list[str]:
+    small = [f"# {_SMALL_EXAMPLE}:"] if size.width < _SMALL_WIDTH else []
+    base = f"base_precision: {size.base_precision}   # 4.5 bits a frozen weight: all 16 do not fit"
+    lines = [*small, "param_dtype: bfloat16", base]
+    return lines[:-1] if size.base_precision == "bfloat16" else lines
 
 
 def _ttt_lines(goal: Goal, num_frames: int, num_layers: int) -> list[str]:
