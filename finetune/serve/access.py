@@ -37,6 +37,13 @@ class Gate:
                 text="the token is missing or wrong: Authorization: Bearer TOKEN or ?token=TOKEN\n",
                 headers={"WWW-Authenticate": "Bearer"},
             )
+        return self.name_refusal(request)
+
+    def name_refusal(self, request: web.Request) -> tuple[str, web.HTTPException] | None:
+        """Return the refusal of a request for a name that is not this machine's: of the page, which
+        asks for the token itself, nothing else is refused."""
+        if self.token is not None:
+            return None
         # A site may give its name this machine's address (DNS rebinding): its page in a user's
         # browser then comes from the same origin.
         name = _hostname(request.host)

@@ -51,7 +51,7 @@ class Server:
     """The web application around a switchboard.
 
     Args:
-        gate: what all but the page and `/health` are behind.
+        gate: what all but `/health` is behind; of the page it asks for no token.
     """
 
     def __init__(self, board: Switchboard, identity: Identity, gate: Gate) -> None:
@@ -60,6 +60,8 @@ class Server:
         self._transferring = asyncio.Semaphore(1)
         self._speaking = asyncio.Lock()
         self.sockets: dict[web.WebSocketResponse, asyncio.Transport | None] = {}
+        self._goodbyes: dict[web.WebSocketResponse, str] = {}
+        """Calls that the server has ended, and why."""
         # A session is at most all of a row, and its header.
         max_upload = board.engine.row_bytes() + 2**20
         self.app = web.Application(client_max_size=max_upload, middlewares=[self._guard])
@@ -83,10 +85,13 @@ class Server:
     async def _guard(
         self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
-        """Let nobody past the gate, but to the page and `/health`."""
-        if request.path in _PAGE or request.path == "/health":
+        """Let nobody past the gate, but to `/health`, and with a token to the page, which asks for
+        it."""
+        if request.path == "/health":
             return await handler(request)
-        if (refusal := self.gate.refusal(request)) is not None:
+        is_page = request.path in _PAGE
+        refusal = self.gate.name_refusal(request) if is_page else self.gate.refusal(request)
+        if refusal is not None:
             reason, answer = refusal
             self.board.metrics.refused.labels(reason).inc()
             log_event("refused", reason=reason)
@@ -118,7 +123,8 @@ class Server:
             why = await talk(ws, transport, call, self.board, form)
         finally:
             self.sockets.pop(ws, None)
-            await self.board.hang_up(call, why)
+            # To the call it looks as if the caller had closed it.
+            await self.board.hang_up(call, self._goodbyes.pop(ws, why))
         return ws
 
     async def _refuse(
@@ -243,8 +249,10 @@ class Server:
         code, why = WSCloseCode.GOING_AWAY, "the server is shutting down"
         if self.board.is_over:
             code, why = WSCloseCode.INTERNAL_ERROR, _FAILED
+        open_ones = {ws: socket for ws, socket in self.sockets.items() if not ws.closed}
+        self._goodbyes |= dict.fromkeys(open_ones, why)
         await asyncio.gather(
-            *[say_goodbye(ws, transport, code, why) for ws, transport in self.sockets.items()],
+            *[say_goodbye(ws, transport, code, why) for ws, transport in open_ones.items()],
             return_exceptions=True,
         )
 

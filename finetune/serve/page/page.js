@@ -2,7 +2,7 @@
 
 import { Plot } from "./plot.js";
 
-const [HANDSHAKE, AUDIO, , , METADATA] = [0, 1, 2, 3, 4];
+const [HANDSHAKE, AUDIO, , , METADATA, ERROR] = [0, 1, 2, 3, 4, 5];
 const $ = (id) => document.getElementById(id);
 const plot = new Plot($("plot"), $("legend"));
 const address = new URL(location.href);
@@ -80,6 +80,7 @@ class Call {
   receive(bytes) {
     const payload = bytes.slice(1);
     if (bytes[0] === AUDIO) this.play(payload);
+    if (bytes[0] === ERROR) say(`The server: ${new TextDecoder().decode(payload)}`, true);
     if (bytes[0] === METADATA) this.note(JSON.parse(new TextDecoder().decode(payload)));
   }
 
