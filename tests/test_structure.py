@@ -310,6 +310,7 @@ LIGHT: list[list[str]] = [
         ["export", "--checkpoint=example/memory", "--out=example"],
         ["init", "README.md", "--data=README.md", "--goal=adapt", "--gpu_memory=80"],
         ["data", "index", "example", "--out=x.json"],
+        ["data", "show", LISTED, "--out=x.wav"],
         ["data", "index", "example", f"--out={LISTED}"],
         ["serve", "--checkpoint=example/memory", "--host=0.0.0.0"],
         ["serve", "--checkpoint=example/memory", "--host=203.0.113.1", "--token=long-enough"],

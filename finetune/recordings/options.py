@@ -134,6 +134,15 @@ class ShowOptions:
     out: FilePath = Path("segment.png")
     """The picture to write; the sound goes beside it, as a stereo wav."""
 
+    def check(self) -> None:
+        """Check where the picture goes.
+
+        Raises:
+            UserError: its name is not that of a picture.
+        """
+        if self.out.suffix.lower() != ".png":
+            raise UserError(f"--out {self.out}: the picture is a PNG; give a name with .png.")
+
 
 @dataclass(frozen=True)
 class StatsOptions:
