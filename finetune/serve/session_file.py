@@ -54,7 +54,8 @@ class SessionFile:
         try:
             write_whole(self.path, content)
         except UserError as error:
-            return self._explain_unsaved(f"--session: {error}", content, answer)
+            there = f" The answer is in {answer}." if answer.exists() else ""
+            return self._explain_unsaved(f"--session: {error}{there}", content, answer)
         age_sec = num_frames / FRAMES_PER_SEC
         logger.info("saved %s: %s, %.1f s old", self.path, _WHAT[self.part], age_sec)
         return ""

@@ -137,7 +137,8 @@ def test_a_session_without_room_is_kept_elsewhere_or_said_to_be_lost(
     said = capsys.readouterr()
     (elsewhere,) = tmp_path.glob("call-*.session")
     assert f"wrote {tmp_path}/out.wav" in said.out
-    assert f"error: --session: {path} cannot be written: {FULL}." in said.err
+    reason = f"error: --session: {path} cannot be written: {FULL}."
+    assert f"{reason} The answer is in {tmp_path}/out.wav." in said.err
     assert f"The conversation is kept in {elsewhere} instead" in said.err
     assert (path.read_bytes() if is_begun else b"") == before
     monkeypatch.setattr(session_file, "write_whole", write)
