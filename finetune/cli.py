@@ -1,7 +1,8 @@
 """The commands: `moshi-ttt SUBCOMMAND`, and `train.py`, which is `moshi-ttt train`.
 
 The program's parts are imported where a command needs them, so that help and mistakes come at once.
-A command is a function of a dataclass, its options.
+A command is a function of a dataclass, its options. What it would write over, or could not
+write or listen on, it finds before it imports what is slow.
 """
 
 import sys
@@ -28,6 +29,7 @@ from finetune.config import (
 from finetune.demo import DemoDataOptions, DemoOptions
 from finetune.errors import UserError
 from finetune.evaluation import Options as EvaluateOptions
+from finetune.kept import refuse_to_replace, require_free_folder, require_new_file
 from finetune.recall import RecallOptions
 from finetune.recordings import (
     AnnotateOptions,
@@ -90,6 +92,7 @@ def data_index(options: IndexOptions) -> None:
     Hidden files are passed over. With --pair, two mono files for each dialogue are listed:
     moshi-ttt data index FOLDER --pair '{id}_left.wav,{id}_right.wav'
     """
+    refuse_to_replace([options.jsonl], overwrite=options.overwrite)
     from finetune.recordings import index_folder
 
     print_all(index_folder(options))
@@ -160,18 +163,23 @@ def init(options: InitOptions) -> None:
 
     moshi-ttt init my.yaml --data talks/data.jsonl --goal remember --gpu_memory 80
     """
+    require_new_file(options.out)
     answers = ask_for_missing(options, ["data", "goal", "gpu_memory"])
+    from finetune.checkpoint import free_run_dir
     from finetune.plan import Wanted, write_config
 
+    run_dir = free_run_dir(answers.run_dir)
     wanted = Wanted(
         answers.data,
         answers.eval_data,
         answers.goal,
         answers.gpus,
         answers.gpu_memory,
-        answers.run_dir,
+        run_dir,
         answers.repo,
     )
+    if run_dir != answers.run_dir:
+        print(f"{answers.run_dir} holds something already: the run's folder is to be {run_dir}")
     print_all(write_config(wanted, answers.out))
 
 
@@ -182,28 +190,32 @@ def generate(options: GenerateOptions) -> None:
     The answer to a recording is as long as the recording; its words are beside it, as .json. A
     recording that cannot be read is named, and the others are answered. docs/talk.md has more.
     """
-    if options.prompt_sec:
-        return _continue(options)
     from finetune.monitoring import setup_logging
-    from finetune.serve import answer_recordings
+    from finetune.serve import held_session, list_jobs
 
     setup_logging()
-    outcome = answer_recordings(options)
+    jobs = list_jobs(options)
+    if options.prompt_sec:
+        from finetune.serve import continue_recording
+
+        text, out = continue_recording(options, jobs[0])
+        print(f"Moshi: {text}\nwrote {out}")
+        return
+    with held_session(options) as session:
+        from finetune.serve import answer_recordings
+
+        outcome = answer_recordings(options, jobs, session)
     if len(outcome.texts) == 1:
         print(f"Moshi: {next(iter(outcome.texts.values()))}")
     if outcome.written:
         more = f" and {len(outcome.written) - 1} more" if len(outcome.written) > 1 else ""
         print(f"wrote {outcome.written[0]}{more}")
+    wrong = [outcome.unsaved] if outcome.unsaved else []
     if problems := outcome.problems.values():
         heading = f"{len(problems)} recordings were not answered:"
-        raise UserError("\n  - ".join([heading, *problems]))
-
-
-def _continue(options: GenerateOptions) -> None:
-    from finetune.serve import continue_recording
-
-    text, out = continue_recording(options)
-    print(f"Moshi: {text}\nwrote {out}")
+        wrong.append("\n  - ".join([heading, *problems]))
+    if wrong:
+        raise UserError("\n".join(wrong))
 
 
 @command
@@ -212,9 +224,12 @@ def serve(options: ServeOptions) -> None:
 
     On SIGTERM no new calls are taken, and those that there are may end. docs/talk.md has more.
     """
-    from finetune.serve import serve as answer_calls
+    from finetune.serve import listen
 
-    answer_calls(options)
+    with listen(options) as listening:
+        from finetune.serve import serve as answer_calls
+
+        answer_calls(options, listening)
 
 
 @command
@@ -223,6 +238,7 @@ def export(options: ExportOptions) -> None:
 
     It is loaded into stock moshi and compared before it is called done. docs/talk.md has more.
     """
+    require_free_folder(options.out)
     from finetune.serve import export_checkpoint
 
     done = export_checkpoint(options)

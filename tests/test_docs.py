@@ -87,7 +87,7 @@ def commands(page: Path) -> Iterator[list[str]]:
     """Yield the words of every command of ours that a page shows, without its first."""
     text = page.read_text(encoding="utf-8").replace("\\\n", " ")
     for line in LINE.findall(text):
-        if match := re.search(r"\b(?:moshi-ttt|(train\.py)) ([^|\[]*)", line):
+        if match := re.search(r"(?:\bmoshi-ttt|-m finetune|\b(train\.py)) ([^|\[]*)", line):
             words = shlex.split(match[2], comments=True)
             yield ["train", *words] if match[1] else words
 

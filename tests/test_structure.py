@@ -257,6 +257,8 @@ def test_a_configuration_is_read_without_what_is_heavy() -> None:
     assert imported("finetune.config, finetune.cli", of=["torch", "moshi", "numpy", "triton"]) == []
 
 
+HEARD = "example/demo/dialogues/eval_000.wav"
+LISTED = "example/demo/dialogues/train.jsonl"
 LIGHT: list[list[str]] = [
     ["--help"],
     ["train", "--config", "example/demo.yaml", "--batch_sise=3"],
@@ -298,6 +300,21 @@ LIGHT: list[list[str]] = [
     ["data", "show", "README.md", "--config=no.yaml"],
     *[[name, "--config=no.yaml"] for name in ("plan", "encode")],
     ["init", "--data=no.jsonl", "--goal=adapt", "--gpu_memory=80"],
+    # What would be written is there already, or cannot be.
+    *[
+        ["generate", "--checkpoint=example/memory", "--audio=example", "--out=README.md"],
+        ["generate", "--checkpoint=example/memory", f"--audio={HEARD}", "--out=x.mp3"],
+        ["generate", "--checkpoint=example/memory", f"--audio={HEARD}", f"--out={HEARD}"],
+        ["generate", "--checkpoint=example/memory", f"--audio={HEARD}", "--session=README.md"],
+        ["generate", "--checkpoint=example/memory", f"--audio={HEARD}", "--session=README.md/x"],
+        ["export", "--checkpoint=example/memory", "--out=example"],
+        ["init", "README.md", "--data=README.md", "--goal=adapt", "--gpu_memory=80"],
+        ["data", "index", "example", "--out=x.json"],
+        ["data", "show", LISTED, "--out=x.wav"],
+        ["data", "index", "example", f"--out={LISTED}"],
+        ["serve", "--checkpoint=example/memory", "--host=0.0.0.0"],
+        ["serve", "--checkpoint=example/memory", "--host=203.0.113.1", "--token=long-enough"],
+    ],
     ["plot", "nowhere"],
     ["sweep", "no.yaml"],
     ["recall-score", "nowhere"],

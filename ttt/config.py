@@ -21,7 +21,7 @@ from ttt.options import (
     marks,
     out_of_bounds,
 )
-from ttt.registry import METHODS
+from ttt.registry import METHODS, method_texts
 
 MAX_WRITE_STRENGTH = 1e3
 """Upper bound of β. Above it, float32 no longer solves for a chunk's writes where keys are much
@@ -49,9 +49,8 @@ class TTTArgs:
     enabled: bool = False
     """Whether the model has TTT layers."""
 
-    method: Annotated[str, OneOf(METHODS.keys)] = "in_place"
-    """`in_place`: the output projection of the gated MLP is the fast weight. `linear`, `mlp`: new
-    layers between attention and MLP, whose heads hold a linear map or a small MLP that learns."""
+    method: Annotated[str, OneOf(METHODS.keys, method_texts)] = "in_place"
+    """What learns, and where."""
 
     start_layer: Annotated[int, Ge(0), Le(10**4)] = 5
     """The first layer with TTT, counted from 0."""

@@ -2,7 +2,7 @@
 follows from another value."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from enum import Enum
 from functools import cache
 from typing import Annotated, Any, get_type_hints
@@ -51,9 +51,13 @@ HARMLESS, MEASURED, START = Change.HARMLESS, Change.MEASURED, Change.START
 
 @dataclasses.dataclass(frozen=True)
 class OneOf:
-    """Mark of text that must be one of the words that there are when it is read."""
+    """Mark of text that must be one of the words that there are when it is read.
+
+    texts: returns what each word means, where it is said where the words are listed.
+    """
 
     words: Callable[[], Iterable[str]]
+    texts: Callable[[], Mapping[str, str]] = dict
 
     def __get_pydantic_core_schema__(
         self, source: Any, handler: GetCoreSchemaHandler

@@ -13,6 +13,9 @@ class Method:
 
     layer: str
     """`module:Class`, a `ttt.layers.TTTLayer`; imported where a model is built."""
+    text: str
+    """What learns, as `moshi-ttt config ttt.method` and docs/configuration.md say it: whole
+    sentences."""
     replaces_mlp: bool = False
     """Whether the layer takes the place of a gated MLP, and not one between attention and MLP."""
     update_option: str | None = None
@@ -25,9 +28,25 @@ class Method:
 
 METHODS: dict[str, Method] = {
     "in_place": Method(
-        "ttt.layers.in_place:InPlaceGating", replaces_mlp=True, update_option="chunk_size"
+        "ttt.layers.in_place:InPlaceGating",
+        "the output projection of the gated MLP is the fast weight.",
+        replaces_mlp=True,
+        update_option="chunk_size",
     ),
-    "linear": Method("ttt.layers.mixer:TTTLinear", update_option="mini_batch_size"),
-    "mlp": Method("ttt.layers.mixer:TTTMLP", update_option="mini_batch_size"),
+    "linear": Method(
+        "ttt.layers.mixer:TTTLinear",
+        "new layers between attention and MLP, whose heads hold a linear map that learns.",
+        update_option="mini_batch_size",
+    ),
+    "mlp": Method(
+        "ttt.layers.mixer:TTTMLP",
+        "such layers, whose heads hold a small MLP that learns.",
+        update_option="mini_batch_size",
+    ),
 }
 """The only list of methods."""
+
+
+def method_texts() -> dict[str, str]:
+    """Return what each method is, by name."""
+    return {name: method.text for name, method in METHODS.items()}

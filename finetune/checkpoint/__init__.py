@@ -13,6 +13,7 @@ from finetune.checkpoint.run_dir import (
 from finetune.checkpoint.run_folder import (
     RunFolder,
     cautions_of_resuming,
+    free_run_dir,
     frozen_base,
     holds_something,
     require_same_parameters,
@@ -31,6 +32,7 @@ __all__ = [
     "eval_loss_of",
     "fill_shards",
     "first_whole",
+    "free_run_dir",
     "frozen_base",
     "holds_something",
     "list_checkpoints",

@@ -8,6 +8,7 @@ without a checkpoint.
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain, count
 from pathlib import Path
 
 from moshi.models import loaders
@@ -15,10 +16,8 @@ from moshi.models import loaders
 from finetune.checkpoint import manifest
 from finetune.checkpoint.replacing import delete_replaced, set_aside, settle
 from finetune.checkpoint.run_dir import list_checkpoints, load_resume_state
-from finetune.checkpoint.run_lock import NAME as LOCK_NAME
-from finetune.checkpoint.run_lock import RunLock
+from finetune.checkpoint.run_record import LOCK_NAME, Found, RunRecord
 from finetune.checkpoint.run_record import NAME as RECORD_NAME
-from finetune.checkpoint.run_record import Found, RunRecord
 from finetune.config import (
     TrainArgs,
     changed_keys,
@@ -32,7 +31,7 @@ from finetune.config import (
 )
 from finetune.distributed import World
 from finetune.errors import UserError
-from finetune.kept import CHECKPOINT_NAME, step_of
+from finetune.kept import CHECKPOINT_NAME, FileLock, step_of
 from finetune.model import frozen_fingerprint
 from finetune.monitoring import KINDS, RunLog, metrics_path
 from finetune.plan import SUMMARY
@@ -52,6 +51,12 @@ def holds_something(run_dir: Path) -> bool:
     return (run_dir / "checkpoints").exists() or (metrics.exists() and metrics.stat().st_size > 0)
 
 
+def free_run_dir(run_dir: Path) -> Path:
+    """Return the folder, or if it holds something, one of a similar name that does not."""
+    names = (run_dir.with_name(f"{run_dir.name}-{number}") for number in count(2))
+    return next(each for each in chain([run_dir], names) if not holds_something(each))
+
+
 class RunFolder:
     """Entered around training; `starting` around what comes before.
 
@@ -65,7 +70,12 @@ class RunFolder:
         self._args = args
         self._world = world
         self._config = config
-        self._lock = RunLock(self.run_dir, enabled=world.is_main)
+        self._lock = FileLock(
+            self.run_dir / LOCK_NAME,
+            f"run_dir: {self.run_dir}",
+            "Stop that run first, or choose another folder.",
+            enabled=world.is_main,
+        )
         self._log = RunLog(enabled=world.is_main)
         self._made: list[Path] = []
         self._had_lock_file = True

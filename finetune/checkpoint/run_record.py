@@ -21,11 +21,12 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from finetune.checkpoint.run_lock import NAME as LOCK_NAME
 from finetune.kept import name_when_whole
 
 NAME = ".run.jsonl"
 _NEW_NAME = f"{NAME}.new"
+LOCK_NAME = ".lock"
+"""The file whose lock the process holds that has the folder."""
 
 _FIRST = {"moshi-ttt": "run"}
 

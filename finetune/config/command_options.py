@@ -73,7 +73,7 @@ class InitOptions:
     """Moshi's weights: a Hugging Face repository, or a local folder of the same layout."""
 
     run_dir: FilePath = Path("runs/first")
-    """The run folder that the file names."""
+    """The run folder that the file names; if that holds something, one of a similar name."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any, get_args, get_origin
 from pydantic import TypeAdapter
 
 from finetune.config.args import TrainArgs
-from finetune.config.fields import Field, all_fields, complete, field_docs, fields_of
+from finetune.config.fields import Field, all_fields, complete, fields_of
 from finetune.config.options import is_positional
 from finetune.config.values import members
 
@@ -99,7 +99,7 @@ def configuration_schema() -> str:
         each.section.__name__: each.section for each in all_fields(TrainArgs) if each.section
     }
     for name, part in [("TrainArgs", schema), *schema["$defs"].items()]:
-        docs = field_docs(sections.get(name, TrainArgs))
+        docs = {field.name: field.doc for field in fields_of(sections.get(name, TrainArgs))}
         part["additionalProperties"] = False
         part["patternProperties"] = {r"\.": {}}  # dotted names, in which any key may be given
         for key, value in part["properties"].items():

@@ -12,7 +12,7 @@ from typing import Annotated, Any, TypeVar, get_origin, get_type_hints
 
 from finetune.config.marks import Prefix
 from finetune.config.values import NULLS, members, parse
-from ttt.options import Change, abbreviated
+from ttt.options import Change, OneOf, abbreviated
 
 # What is wrong, by dotted key ("optim.lr", or "full_finetuning, lora.enable"), with its remedy.
 Problem = tuple[str, str]
@@ -33,8 +33,14 @@ class Field:
     kind: Any
     section: type | None
     default: Any
-    doc: str
+    text: str
     change: Change | None
+
+    @property
+    def doc(self) -> str:
+        """Return what it means; of words that are listed elsewhere, what each of them means."""
+        words = [word for mark in marks_of(self.kind, OneOf) for word in mark.texts().items()]
+        return " ".join([self.text, *(f"`{name}`: {text}" for name, text in words)])
 
     @property
     def is_required(self) -> bool:

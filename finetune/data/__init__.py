@@ -4,7 +4,6 @@ from finetune.data.audio import AudioInfo, AudioReader, inspect_audio, read_audi
 from finetune.data.batches import Batch, open_store
 from finetune.data.codec import Codec
 from finetune.data.fill import CacheFill
-from finetune.data.folders import AUDIO_SUFFIXES, all_files, find_files
 from finetune.data.inspection import VERSION as INSPECTION_VERSION
 from finetune.data.inspection import (
     Finding,
@@ -48,7 +47,6 @@ from finetune.data.transcripts import (
 )
 
 __all__ = [
-    "AUDIO_SUFFIXES",
     "FRAME_RATE_HZ",
     "INSPECTION_VERSION",
     "MAIN_SPEAKER",
@@ -79,7 +77,6 @@ __all__ = [
     "TimedTokens",
     "TrainLoader",
     "Word",
-    "all_files",
     "build_eval_loader",
     "build_loaders",
     "build_train_loader",
@@ -87,7 +84,6 @@ __all__ = [
     "check_share",
     "count_frames",
     "damaged",
-    "find_files",
     "in_training",
     "inspect_audio",
     "inspect_listing",

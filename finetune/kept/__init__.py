@@ -2,6 +2,7 @@
 
 from finetune.kept.checkpoint_folders import is_stock, require_checkpoint, require_part
 from finetune.kept.checkpoint_names import CHECKPOINT_NAME, checkpoints_in, step_of
+from finetune.kept.lock import FileLock
 from finetune.kept.records import Records, read_records
 from finetune.kept.wav import WavWriter, write_wav
 from finetune.kept.whole import (
@@ -9,6 +10,8 @@ from finetune.kept.whole import (
     is_free_folder,
     name_when_whole,
     refuse_to_replace,
+    require_free_folder,
+    require_new_file,
     whole_folder,
     write_whole,
     writing,
@@ -16,6 +19,7 @@ from finetune.kept.whole import (
 
 __all__ = [
     "CHECKPOINT_NAME",
+    "FileLock",
     "Kept",
     "Records",
     "WavWriter",
@@ -26,6 +30,8 @@ __all__ = [
     "read_records",
     "refuse_to_replace",
     "require_checkpoint",
+    "require_free_folder",
+    "require_new_file",
     "require_part",
     "step_of",
     "whole_folder",

@@ -85,6 +85,32 @@ def is_free_folder(path: Path) -> bool:
     return path.is_dir() and all(each.name == _PARTIAL for each in path.iterdir())
 
 
+def require_new_file(path: Path, option: str = "--out") -> None:
+    """Check that a file can be written that never replaces another.
+
+    Args:
+        option: what has named the file, for messages.
+
+    Raises:
+        UserError: something is there.
+    """
+    if path.exists():
+        raise UserError(f"{path} is there already; give another {option}.")
+
+
+def require_free_folder(path: Path, option: str = "--out") -> None:
+    """Check that `whole_folder` can be used.
+
+    Args:
+        option: what has named the folder, for messages.
+
+    Raises:
+        UserError: something is there.
+    """
+    if path.exists() and not is_free_folder(path):
+        raise UserError(f"{option}: {path} is there already; name a folder that is new or empty.")
+
+
 class Kept:
     """A JSON object on the disk, beside which a crash leaves nothing half done.
 

@@ -12,6 +12,8 @@ from finetune.errors import UserError
 from finetune.model.hub import HUB_ERRORS, is_reachable
 from finetune.safety import read_json, stays_inside
 
+_AT_RANDOM = ", or set moshi_paths.random_init: true to begin with random weights"
+
 
 def find_checkpoint(paths: ModelPaths, *, with_weights: bool = True) -> loaders.CheckpointInfo:
     """Return where everything is that a run starts from: on the hub, in a local folder, or file by
@@ -52,7 +54,10 @@ def find_checkpoint(paths: ModelPaths, *, with_weights: bool = True) -> loaders.
             )
         path = Path(given) if given is not None else folder / name  # type: ignore[operator]
         if not path.is_file():
-            raise UserError(f"moshi_paths.{key}: there is no file {path}.")
+            others = _AT_RANDOM if key == "moshi_path" else ""
+            raise UserError(
+                f"moshi_paths.{key}: there is no file {path}; correct the path{others}."
+            )
         return path
 
     mimi_config_name = names.pop("mimi_config_name", None)

@@ -1,5 +1,8 @@
 """This package shows a person a run: log, metrics, curves, times, and what TTT does."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from finetune.monitoring.console import (
     Progress,
     console,
@@ -8,18 +11,20 @@ from finetune.monitoring.console import (
     format_duration,
     setup_logging,
 )
-from finetune.monitoring.metrics import (
-    KINDS,
-    Kind,
-    MetricsLogger,
-    metrics_path,
-    open_wandb,
-    read_metrics,
-)
-from finetune.monitoring.phases import Phases, StepProfiler
-from finetune.monitoring.plots import plot_losses, running_mean, series
-from finetune.monitoring.run_log import RunLog
-from finetune.monitoring.ttt_effect import EffectWatch
+
+if TYPE_CHECKING:
+    from finetune.monitoring.metrics import (
+        KINDS,
+        Kind,
+        MetricsLogger,
+        metrics_path,
+        open_wandb,
+        read_metrics,
+    )
+    from finetune.monitoring.phases import Phases, StepProfiler
+    from finetune.monitoring.plots import plot_losses, running_mean, series
+    from finetune.monitoring.run_log import RunLog
+    from finetune.monitoring.ttt_effect import EffectWatch
 
 __all__ = [
     "KINDS",
@@ -42,3 +47,19 @@ __all__ = [
     "series",
     "setup_logging",
 ]
+
+_MODULES = {
+    **dict.fromkeys(("KINDS", "Kind", "MetricsLogger"), "metrics"),
+    **dict.fromkeys(("metrics_path", "open_wandb", "read_metrics"), "metrics"),
+    **dict.fromkeys(("Phases", "StepProfiler"), "phases"),
+    **dict.fromkeys(("plot_losses", "running_mean", "series"), "plots"),
+    "RunLog": "run_log",
+    "EffectWatch": "ttt_effect",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is slow to import only when it is asked for."""
+    if name not in _MODULES:
+        raise AttributeError(name)
+    return getattr(import_module(f"finetune.monitoring.{_MODULES[name]}"), name)

@@ -14,8 +14,8 @@ from moshi.models import loaders
 from finetune.config import ModelPaths, Precision, TrainArgs, load_config, parse_sources
 from finetune.data import FRAME_RATE_HZ, count_frames, open_source
 from finetune.errors import UserError
-from finetune.kept import write_whole
-from finetune.model import model_shape, plan_model
+from finetune.kept import require_new_file, write_whole
+from finetune.model import find_checkpoint, model_shape, plan_model
 from finetune.plan.memory import Memory, estimate, fits
 from finetune.plan.plan import GB, shape_of
 from ttt import TTTLMModel
@@ -29,6 +29,9 @@ _CHUNK_FRAMES = 256
 _FEWEST_TTT_LAYERS = 2
 """With fewer by default, every other layer of a model has TTT."""
 _MAX_STEPS, _MIN_STEPS, _EPOCHS = 2000, 100, 10
+_SMALL_WIDTH = 2048
+"""Models that are narrower learn with far larger rates than Moshi 7B, which is 4096 wide."""
+_SMALL_EXAMPLE = "Such models learn with some 2e-3, and on a CPU in float32 (example/demo.yaml)"
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class _Size:
     """Sizes that depend on memory, on data and on the model."""
 
     num_layers: int
+    width: int
     window_sec: float
     """What attention sees."""
     duration_sec: int
@@ -71,8 +75,7 @@ def write_config(wanted: Wanted, out: Path) -> Iterator[str]:
     Raises:
         UserError: `out` is there already, the data or the model cannot be found, or nothing fits.
     """
-    if out.exists():
-        raise UserError(f"{out} is there already; give another --out.")
+    require_new_file(out)
     for key, path in (("--data", wanted.data), ("--eval_data", wanted.eval_data)):
         if path is not None:
             _check_source_path(key, path)
@@ -85,9 +88,26 @@ def write_config(wanted: Wanted, out: Path) -> Iterator[str]:
         f"wrote {out}: it takes some {memory.peak / GB:.0f} of {wanted.gpu_memory_gb:g} GB of each "
         "GPU"
     )
+    yield from (f"but: {caution}" for caution in _cautions(wanted, size))
     options = f"--config {out} --gpus {wanted.gpus} --gpu_memory {wanted.gpu_memory_gb:g}"
     yield f"next: moshi-ttt plan {options}"
-    yield f"then: torchrun --nproc-per-node {wanted.gpus} train.py --config {out}"
+    # In any folder: train.py lies in the checkout alone.
+    launcher = f"torchrun --nproc-per-node {wanted.gpus} -m finetune"
+    yield f"then: {'moshi-ttt' if wanted.gpus == 1 else launcher} train {out}"
+
+
+def _cautions(wanted: Wanted, size: _Size) -> Iterator[str]:
+    """Yield what is to be known of the file before a run is started with it."""
+    if Path(wanted.repo).is_dir():
+        try:
+            find_checkpoint(ModelPaths(hf_repo_id=wanted.repo))
+        except UserError as error:
+            yield f"train will end with this error: {error}"
+    if size.width < _SMALL_WIDTH:
+        yield (
+            f"optim.lr, optim.ttt_lr and param_dtype are those of Moshi 7B, and {wanted.repo} is "
+            f"far smaller ({size.width} wide). {_SMALL_EXAMPLE}."
+        )
 
 
 def _check_source_path(key: str, path: Path) -> None:
@@ -170,6 +190,7 @@ def _sizes(wanted: Wanted, lengths_sec: np.ndarray, shape: Mapping[str, Any]) ->
             microbatches = math.ceil(segments_a_step / batch_size)
             yield _Size(
                 shape["num_layers"],
+                shape["dim"],
                 window_sec,
                 duration_sec,
                 batch_size,
@@ -250,8 +271,7 @@ def _text(wanted: Wanted, size: _Size, memory: Memory | None, lengths_sec: np.nd
         "",
         "gradient_checkpointing: true",
         "selective_layers: 0   # more is faster, where memory allows it: plan says how many",
-        "param_dtype: bfloat16",
-        *_base_lines(size.base_precision),
+        *_precision_lines(size),
         "first_codebook_weight_multiplier: 100.",
         "text_padding_weight: .5",
         "optim:",
@@ -271,10 +291,11 @@ def _text(wanted: Wanted, size: _Size, memory: Memory | None, lengths_sec: np.nd
     return "\n".join(lines) + "\n"
 
 
-def _base_lines(base_precision: Precision) -> list[str]:
-    if base_precision == "bfloat16":
-        return []
-    return [f"base_precision: {base_precision}   # 4.5 bits a frozen weight: all 16 do not fit"]
+def _precision_lines(size: _Size) -> list[str]:
+    small = [f"# {_SMALL_EXAMPLE}:"] if size.width < _SMALL_WIDTH else []
+    base = f"base_precision: {size.base_precision}   # 4.5 bits a frozen weight: all 16 do not fit"
+    lines = [*small, "param_dtype: bfloat16", base]
+    return lines[:-1] if size.base_precision == "bfloat16" else lines
 
 
 def _ttt_lines(goal: Goal, num_frames: int, num_layers: int) -> list[str]:

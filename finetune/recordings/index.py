@@ -3,15 +3,15 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from finetune.data import AUDIO_SUFFIXES, Sides, find_files, inspect_audio
+from finetune.data import Sides, inspect_audio
 from finetune.errors import UserError
-from finetune.kept import refuse_to_replace, write_whole
+from finetune.kept import write_whole
 from finetune.recordings.annotate import transcript_path
 from finetune.recordings.files import json_lines, listed
 from finetune.recordings.options import IndexOptions
 from finetune.recordings.pairs import Pair, find_pairs, join
 from finetune.recordings.work import RecordingError, do_all
-from finetune.safety import is_recording_name, path_problem, shown
+from finetune.safety import AUDIO_SUFFIXES, find_files, is_recording_name, path_problem, shown
 
 Files = tuple[Path, ...]
 """A stereo file, or two mono files, Moshi's first."""
@@ -23,18 +23,9 @@ def index_folder(options: IndexOptions) -> Iterator[str]:
     What cannot be read is named and left out. With `options.join`, pairs are joined first.
 
     Raises:
-        UserError: nothing in the folder can be used, or the JSONL is there already.
+        UserError: nothing in the folder can be used.
     """
-    folder, out = options.folder, options.out or options.folder / "data.jsonl"
-    if out.suffix != ".jsonl":
-        raise UserError(f"--out {out}: its name must end in .jsonl, as training asks for.")
-    for option, needs, is_missing in (
-        ("--join", "--pair", options.join and options.pair is None),
-        ("--joined_dir", "--join", options.joined_dir is not None and not options.join),
-    ):
-        if is_missing:
-            raise UserError(f"{option} goes with {needs}. Add that, or leave {option} out.")
-    refuse_to_replace([out], overwrite=options.overwrite)
+    folder, out = options.folder, options.jsonl
     problems: list[str] = []
     pairs: list[Pair] = []
     dialogues: Sequence[Files]

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Le
 
 from finetune.config import CONFIGURATION, DATA, FILE, FOLDER, POSITIONAL, SOURCE, FilePath
+from finetune.errors import UserError
 
 Workers = Annotated[int, Ge(1), Le(1024)]
 
@@ -32,6 +33,28 @@ class IndexOptions:
 
     overwrite: bool = False
     """Replace a JSONL and joined recordings that are there already."""
+
+    @property
+    def jsonl(self) -> Path:
+        """The JSONL that is written."""
+        return self.out or self.folder / "data.jsonl"
+
+    def check(self) -> None:
+        """Check the options against one another.
+
+        Raises:
+            UserError: one of them means nothing without another, or training reads no such list.
+        """
+        if self.jsonl.suffix != ".jsonl":
+            raise UserError(
+                f"--out {self.jsonl}: its name must end in .jsonl, as training asks for."
+            )
+        for option, needs, is_missing in (
+            ("--join", "--pair", self.join and self.pair is None),
+            ("--joined_dir", "--join", self.joined_dir is not None and not self.join),
+        ):
+            if is_missing:
+                raise UserError(f"{option} goes with {needs}. Add that, or leave {option} out.")
 
 
 @dataclass(frozen=True)
@@ -110,6 +133,15 @@ class ShowOptions:
 
     out: FilePath = Path("segment.png")
     """The picture to write; the sound goes beside it, as a stereo wav."""
+
+    def check(self) -> None:
+        """Check where the picture goes.
+
+        Raises:
+            UserError: its name is not that of a picture.
+        """
+        if self.out.suffix.lower() != ".png":
+            raise UserError(f"--out {self.out}: the picture is a PNG; give a name with .png.")
 
 
 @dataclass(frozen=True)

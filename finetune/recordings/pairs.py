@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from finetune.data import OTHER_SPEAKER, MonoPair, Sides, all_files, inspect_audio
+from finetune.data import OTHER_SPEAKER, MonoPair, Sides, inspect_audio
 from finetune.errors import UserError
 from finetune.kept import write_wav, write_whole
 from finetune.recordings.annotate import SPEAKERS
 from finetune.recordings.work import RecordingError
+from finetune.safety import all_files
 
 _MAX_WAV_BYTES = 2**32 - 2**16
 _ID = "{id}"

@@ -33,8 +33,6 @@ def show_segment(options: ShowOptions, overrides: Mapping[str, Any]) -> list[str
     Raises:
         UserError: there is no such line, or it cannot be read, or nothing can be written.
     """
-    if options.out.suffix.lower() != ".png":
-        raise UserError(f"--out {options.out}: the picture is a PNG; give a name with .png.")
     args = load_config(options.config, overrides) if options.config is not None else None
     if args is None and overrides:
         raise UserError(f"--{next(iter(overrides))} goes with --config, a run's YAML file.")

@@ -1,5 +1,5 @@
-"""This package guards what comes in from somebody else and what goes out: files, paths, secrets,
-streams."""
+"""This package guards what comes in from somebody else and what goes out: files, folders, paths,
+secrets, streams."""
 
 from finetune.safety.files import (
     is_recording_name,
@@ -11,12 +11,16 @@ from finetune.safety.files import (
     without_nan,
 )
 from finetune.safety.finite import all_finite
+from finetune.safety.folders import AUDIO_SUFFIXES, all_files, find_files
 from finetune.safety.outlet import outlets
 from finetune.safety.paths import not_too_long, path_problem, shown
 from finetune.safety.secrets import is_secret, learn_from, learn_from_words, redact
 
 __all__ = [
+    "AUDIO_SUFFIXES",
+    "all_files",
     "all_finite",
+    "find_files",
     "is_recording_name",
     "is_secret",
     "learn_from",

@@ -6,11 +6,14 @@ from typing import TYPE_CHECKING, Any
 from finetune.serve.options import ExportOptions, GenerateOptions, ServeOptions
 
 if TYPE_CHECKING:
+    from finetune.serve.access import listen
     from finetune.serve.continuation import continue_recording
     from finetune.serve.engine import Engine, Row, Spoken, open_engine
     from finetune.serve.export import export_checkpoint
     from finetune.serve.files import answer_recordings
     from finetune.serve.server import serve
+    from finetune.serve.session_file import held_session
+    from finetune.serve.targets import list_jobs
     from finetune.serve.words import Words
 
 __all__ = [
@@ -24,6 +27,9 @@ __all__ = [
     "answer_recordings",
     "continue_recording",
     "export_checkpoint",
+    "held_session",
+    "list_jobs",
+    "listen",
     "open_engine",
     "serve",
 ]
@@ -37,6 +43,9 @@ _MODULES = {
     "answer_recordings": "files",
     "continue_recording": "continuation",
     "export_checkpoint": "export",
+    "held_session": "session_file",
+    "list_jobs": "targets",
+    "listen": "access",
     "open_engine": "engine",
     "serve": "server",
 }

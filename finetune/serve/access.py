@@ -2,12 +2,14 @@
 
 import hmac
 import ipaddress
+import os
 import socket
 from urllib.parse import urlsplit
 
 from aiohttp import web
 
 from finetune.errors import UserError
+from finetune.serve.options import ServeOptions
 
 MIN_TOKEN_LENGTH = 8
 
@@ -35,6 +37,13 @@ class Gate:
                 text="the token is missing or wrong: Authorization: Bearer TOKEN or ?token=TOKEN\n",
                 headers={"WWW-Authenticate": "Bearer"},
             )
+        return self.name_refusal(request)
+
+    def name_refusal(self, request: web.Request) -> tuple[str, web.HTTPException] | None:
+        """Return the refusal of a request for a name that is not this machine's: of the page, which
+        asks for the token itself, nothing else is refused."""
+        if self.token is not None:
+            return None
         # A site may give its name this machine's address (DNS rebinding): its page in a user's
         # browser then comes from the same origin.
         name = _hostname(request.host)
@@ -68,6 +77,21 @@ def _hostname(host: str) -> str | None:
         return urlsplit(f"//{host}").hostname
     except ValueError:
         return None
+
+
+def token_of(options: ServeOptions) -> str | None:
+    """Return what callers must know; None: nothing."""
+    return options.token or os.environ.get("MOSHI_TTT_TOKEN") or None
+
+
+def listen(options: ServeOptions) -> socket.socket:
+    """Return a socket that listens where the server is to be; callers wait until it answers.
+
+    Raises:
+        UserError: see `check_access` and `bind`.
+    """
+    check_access(options.host, token_of(options))
+    return bind(options.host, options.port)
 
 
 def check_access(host: str, token: str | None) -> None:

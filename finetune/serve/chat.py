@@ -78,7 +78,7 @@ async def talk(
     try:
         tasks = [
             asyncio.ensure_future(_receive(ws, messages)),
-            asyncio.ensure_future(_listen(messages, call, board, sound, welcomed)),
+            asyncio.ensure_future(_listen(ws, messages, call, board, sound, welcomed)),
             asyncio.ensure_future(_answer(ws, call, board, sound, form, welcomed)),
             asyncio.ensure_future(_watch(call)),
         ]
@@ -125,6 +125,7 @@ async def _receive(ws: web.WebSocketResponse, messages: asyncio.Queue[WSMessage]
 
 
 async def _listen(
+    ws: web.WebSocketResponse,
     messages: asyncio.Queue[WSMessage],
     call: Call,
     board: Switchboard,
@@ -150,6 +151,7 @@ async def _listen(
             if num_malformed > MAX_MALFORMED:
                 why = f"too many messages of no meaning ({str(problem)[:60]})"
                 raise CutOff(WSCloseCode.POLICY_VIOLATION, why) from None
+            await _send(ws, wire.message(wire.ERROR, str(problem).encode()))
 
 
 async def _hear(
@@ -189,11 +191,15 @@ async def _answer(
         elif text:
             messages.append(wire.message(wire.TEXT, text.encode()))
         for message in messages:
-            try:
-                await asyncio.wait_for(ws.send_bytes(message), MAX_SEND_SEC)
-            except asyncio.TimeoutError:
-                why = "nothing was read for too long"
-                raise CutOff(WSCloseCode.TRY_AGAIN_LATER, why) from None
+            await _send(ws, message)
+
+
+async def _send(ws: web.WebSocketResponse, message: bytes) -> None:
+    try:
+        await asyncio.wait_for(ws.send_bytes(message), MAX_SEND_SEC)
+    except asyncio.TimeoutError:
+        why = "nothing was read for too long"
+        raise CutOff(WSCloseCode.TRY_AGAIN_LATER, why) from None
 
 
 def _about(answer: Answer, start_sec: float, text: str) -> bytes:

@@ -6,16 +6,15 @@ from finetune.errors import UserError
 from finetune.inference import continue_dialogue, load_for_inference, nonfinite_weights
 from finetune.kept import write_wav
 from finetune.serve.options import GenerateOptions
-from finetune.serve.targets import list_jobs
+from finetune.serve.targets import Job
 
 
-def continue_recording(options: GenerateOptions) -> tuple[str, Path]:
+def continue_recording(options: GenerateOptions, job: Job) -> tuple[str, Path]:
     """See `finetune.cli.generate`; returns what Moshi says, and the wav that was written.
 
     Raises:
         UserError: a wrong path, option or checkpoint; see `continue_dialogue`.
     """
-    (job,) = list_jobs(options)
     model, codec = load_for_inference(options.checkpoint, options.device, options.base_precision)
     problem = nonfinite_weights(model)
     if problem is not None:

@@ -19,7 +19,7 @@ from finetune.checkpoint import merged_weights
 from finetune.config import Precision, TrainArgs
 from finetune.errors import UserError
 from finetune.inference import checkpoint_args, find_base, load_for_inference, nonfinite_weights
-from finetune.kept import is_free_folder, whole_folder
+from finetune.kept import require_free_folder, whole_folder
 from finetune.model import (
     adapter_roles,
     base_weights,
@@ -59,8 +59,7 @@ def export_checkpoint(options: ExportOptions) -> Exported:
             There is no folder then.
     """
     out = options.out
-    if out.exists() and not is_free_folder(out):
-        raise UserError(f"--out: {out} is there already; name a folder that is new or empty.")
+    require_free_folder(out)
     args = checkpoint_args(options.checkpoint, options.device)
     if options.form == "adapters" and not (args.lora.enable and args.save_adapters):
         raise UserError(

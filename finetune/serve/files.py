@@ -18,7 +18,8 @@ from finetune.serve.options import GenerateOptions, reset_every_frames
 from finetune.serve.progress import Progress
 from finetune.serve.report import Report
 from finetune.serve.session import Identity, identify, load_session, pack
-from finetune.serve.targets import Job, list_jobs
+from finetune.serve.session_file import SessionFile
+from finetune.serve.targets import Job
 from finetune.serve.words import Words
 
 logger = logging.getLogger(__name__)
@@ -36,20 +37,27 @@ class Outcome:
     """Reasons, by recording."""
     texts: dict[Path, str] = field(default_factory=dict)
     """Words that Moshi says, by recording."""
+    unsaved: str = ""
+    """What is to be said of a session that could not be kept where it was to be."""
 
 
-def answer_recordings(options: GenerateOptions) -> Outcome:
+def answer_recordings(
+    options: GenerateOptions, jobs: list[Job], session: SessionFile | None = None
+) -> Outcome:
     """Let Moshi listen to recordings and speak: see `finetune.cli.generate`.
+
+    Args:
+        jobs: as `list_jobs` finds them.
+        session: the conversation that goes on, of one job.
 
     Raises:
         UserError: a wrong option or checkpoint. What is wrong with one of several recordings is in
             the outcome.
     """
-    jobs = list_jobs(options)
     if not jobs:
         return Outcome()
-    if options.session is not None and len(jobs) > 1:
-        raise UserError("--session: a session is one conversation; give one recording.")
+    if session is not None:
+        session.announce()
     model, codec = load_for_inference(options.checkpoint, options.device, options.base_precision)
     problem = nonfinite_weights(model)
     if problem is not None:
@@ -64,7 +72,7 @@ def answer_recordings(options: GenerateOptions) -> Outcome:
             temperature=options.temperature,
             text_temperature=options.text_temperature,
         ) as engine:
-            return _Desk(engine, options).answer(jobs)
+            return _Desk(engine, options, session).answer(jobs)
     except torch.OutOfMemoryError:
         raise UserError(
             f"--batch_size: {max_users} recordings at once need more memory than the GPU has; "
@@ -75,9 +83,12 @@ def answer_recordings(options: GenerateOptions) -> Outcome:
 class _Desk:
     """Gives recordings rows as rows become free."""
 
-    def __init__(self, engine: Engine, options: GenerateOptions):
+    def __init__(
+        self, engine: Engine, options: GenerateOptions, session: SessionFile | None
+    ) -> None:
         self.engine = engine
         self.options = options
+        self.session = session
         self.outcome = Outcome()
         self.report = Report(engine, options.report) if options.report is not None else None
         folder = options.input_dir or options.audio
@@ -100,6 +111,9 @@ class _Desk:
                         break
                     open_jobs = self._advance(open_jobs)
                     progress.advance(len(open_jobs), len(self.outcome.written))
+            except KeyboardInterrupt:
+                logger.info("%s", self._what_is_kept(len(jobs)))
+                raise
             finally:
                 for each in open_jobs:
                     each.discard()
@@ -107,13 +121,24 @@ class _Desk:
             self.report.write()
         return self.outcome
 
+    def _what_is_kept(self, num_jobs: int) -> str:
+        """Return what is to be said when somebody stops it."""
+        num_written = len(self.outcome.written)
+        said = f"interrupted; {num_written} of {num_jobs} answers are kept"
+        if num_jobs == 1:
+            session = ", and the session is as it was" if self.session is not None else ""
+            return f"interrupted; nothing of the answer is kept{session}"
+        if self.options.overwrite:
+            return f"{said}, and where others were before, these still are"
+        how = "the same command" if self.options.missing else "with --missing the same command"
+        return f"{said}: {how} goes on with the others"
+
     def _begin(self, job: Job) -> "_Conversation | None":
         use = self.options.ttt
         row = self.engine.join(ttt_on=use != "off", reset_every_frames=reset_every_frames(use))
         assert row is not None
-        session = self.options.session
-        if session is not None and session.exists():
-            load_session(session, self.engine, row, self._identity())
+        if self.session is not None and self.session.is_begun:
+            load_session(self.session.path, self.engine, row, self._identity())
         if self.options.session_part == "memory" and not self.engine.model.ttt_layers:
             raise UserError(
                 "--session_part: this checkpoint has no TTT, so there is no memory to keep; "
@@ -177,20 +202,19 @@ class _Desk:
         self._give_up(each.job, each.row, problem)
 
     def _finish(self, each: "_Conversation") -> None:
-        session = self.options.session
         content = b""
-        if session is not None:
+        if self.session is not None:
             try:
-                part = self.options.session_part
-                content = pack(self.engine, each.row, self._identity(), part)
+                content = pack(self.engine, each.row, self._identity(), self.session.part)
             except UserError as error:
                 each.discard()
                 return self._give_up(each.job, each.row, error)
         unwritten = each.keep()
         if self.report is not None:
             self.report.end(each.row, each.words)
-        if session is not None:
-            write_whole(session, content)
+        if self.session is not None:
+            job, num_frames = each.job, each.row.num_frames
+            self.outcome.unsaved = self.session.keep(content, num_frames, job.target)
         if unwritten is not None:
             self._give_up(each.job, each.row, unwritten)
         else:

@@ -1,7 +1,6 @@
 """The server answers calls, keeps their sessions, and gives out the page and metrics."""
 
 import asyncio
-import os
 import signal
 import socket
 import traceback
@@ -18,7 +17,7 @@ from finetune.errors import UserError
 from finetune.inference import load_for_inference, nonfinite_weights
 from finetune.monitoring import setup_logging
 from finetune.serve import wire
-from finetune.serve.access import Gate, bind, check_access, url_of
+from finetune.serve.access import Gate, token_of, url_of
 from finetune.serve.calls import Call, Switchboard, log_event
 from finetune.serve.chat import say_goodbye, talk
 from finetune.serve.engine import Engine, open_engine
@@ -52,7 +51,7 @@ class Server:
     """The web application around a switchboard.
 
     Args:
-        gate: what all but the page and `/health` are behind.
+        gate: what all but `/health` is behind; of the page it asks for no token.
     """
 
     def __init__(self, board: Switchboard, identity: Identity, gate: Gate) -> None:
@@ -61,6 +60,8 @@ class Server:
         self._transferring = asyncio.Semaphore(1)
         self._speaking = asyncio.Lock()
         self.sockets: dict[web.WebSocketResponse, asyncio.Transport | None] = {}
+        self._goodbyes: dict[web.WebSocketResponse, str] = {}
+        """Calls that the server has ended, and why."""
         # A session is at most all of a row, and its header.
         max_upload = board.engine.row_bytes() + 2**20
         self.app = web.Application(client_max_size=max_upload, middlewares=[self._guard])
@@ -84,10 +85,13 @@ class Server:
     async def _guard(
         self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
-        """Let nobody past the gate, but to the page and `/health`."""
-        if request.path in _PAGE or request.path == "/health":
+        """Let nobody past the gate, but to `/health`, and with a token to the page, which asks for
+        it."""
+        if request.path == "/health":
             return await handler(request)
-        if (refusal := self.gate.refusal(request)) is not None:
+        is_page = request.path in _PAGE
+        refusal = self.gate.name_refusal(request) if is_page else self.gate.refusal(request)
+        if refusal is not None:
             reason, answer = refusal
             self.board.metrics.refused.labels(reason).inc()
             log_event("refused", reason=reason)
@@ -119,7 +123,8 @@ class Server:
             why = await talk(ws, transport, call, self.board, form)
         finally:
             self.sockets.pop(ws, None)
-            await self.board.hang_up(call, why)
+            # To the call it looks as if the caller had closed it.
+            await self.board.hang_up(call, self._goodbyes.pop(ws, why))
         return ws
 
     async def _refuse(
@@ -150,7 +155,9 @@ class Server:
             session = await self.board.use_engine(copied)
             content = await asyncio.to_thread(encode, session, self.identity)
         log_event("session_saved", call=call.number, part=part, bytes=len(content))
-        headers = {"Content-Disposition": 'attachment; filename="moshi.session"'}
+        # A memory must not take the place of all in a folder of downloads.
+        name = "moshi-memory.session" if part == "memory" else "moshi.session"
+        headers = {"Content-Disposition": f'attachment; filename="{name}"'}
         return web.Response(body=content, content_type="application/octet-stream", headers=headers)
 
     async def load_session(self, request: web.Request) -> web.Response:
@@ -242,8 +249,10 @@ class Server:
         code, why = WSCloseCode.GOING_AWAY, "the server is shutting down"
         if self.board.is_over:
             code, why = WSCloseCode.INTERNAL_ERROR, _FAILED
+        open_ones = {ws: socket for ws, socket in self.sockets.items() if not ws.closed}
+        self._goodbyes |= dict.fromkeys(open_ones, why)
         await asyncio.gather(
-            *[say_goodbye(ws, transport, code, why) for ws, transport in self.sockets.items()],
+            *[say_goodbye(ws, transport, code, why) for ws, transport in open_ones.items()],
             return_exceptions=True,
         )
 
@@ -281,50 +290,43 @@ async def running(server: Server, listening: socket.socket) -> AsyncIterator["as
         await asyncio.gather(hearing, return_exceptions=True)
 
 
-def serve(options: ServeOptions) -> None:
+def serve(options: ServeOptions, listening: socket.socket) -> None:
     """Answer calls until a signal asks to stop: see `finetune.cli.serve`.
 
+    Args:
+        listening: as `listen` gives it.
+
     Raises:
-        UserError: an option, the checkpoint or the address is wrong.
+        UserError: an option or the checkpoint is wrong.
     """
     setup_logging()
-    token = options.token or os.environ.get("MOSHI_TTT_TOKEN") or None
-    check_access(options.host, token)
-    listening = bind(options.host, options.port)
-    with listening:
-        model, codec = load_for_inference(
-            options.checkpoint, options.device, options.base_precision
-        )
-        if problem := nonfinite_weights(model):
-            raise UserError(f"--checkpoint: {options.checkpoint}: {problem}: nobody could hear it.")
-        identity = identify(model, codec, options.checkpoint)
-        torch.manual_seed(options.seed)
-        try:
-            with open_engine(
-                model,
-                codec,
-                max_users=options.max_users,
-                temperature=options.temperature,
-                text_temperature=options.text_temperature,
-            ) as engine:
-                warm_up(engine)
-                asyncio.run(_serve(engine, identity, token, options, listening))
-        except torch.OutOfMemoryError:
-            raise UserError(
-                f"--max_users: {options.max_users} calls at once need more memory than the GPU "
-                "has; give fewer (docs/talk.md has what a call takes)."
-            ) from None
+    model, codec = load_for_inference(options.checkpoint, options.device, options.base_precision)
+    if problem := nonfinite_weights(model):
+        raise UserError(f"--checkpoint: {options.checkpoint}: {problem}: nobody could hear it.")
+    identity = identify(model, codec, options.checkpoint)
+    torch.manual_seed(options.seed)
+    try:
+        with open_engine(
+            model,
+            codec,
+            max_users=options.max_users,
+            temperature=options.temperature,
+            text_temperature=options.text_temperature,
+        ) as engine:
+            warm_up(engine)
+            asyncio.run(_serve(engine, identity, options, listening))
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"--max_users: {options.max_users} calls at once need more memory than the GPU "
+            "has; give fewer (docs/talk.md has what a call takes)."
+        ) from None
 
 
 async def _serve(
-    engine: Engine,
-    identity: Identity,
-    token: str | None,
-    options: ServeOptions,
-    listening: socket.socket,
+    engine: Engine, identity: Identity, options: ServeOptions, listening: socket.socket
 ) -> None:
     board = Switchboard(engine, on_late=options.on_late, ttt=options.ttt)
-    server = Server(board, identity, Gate(options.host, token))
+    server = Server(board, identity, Gate(options.host, token_of(options)))
     stop, hurry = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
 

@@ -1,7 +1,6 @@
 """A conversation's state is kept as one file, to go on with it another day."""
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,10 +16,9 @@ from finetune.errors import UserError
 from finetune.safety import all_finite
 from finetune.serve.engine import Engine, Row
 from finetune.serve.options import Part
+from finetune.serve.session_file import FORMAT, metadata_of, num_frames_of, part_of
 from ttt import TTTLMModel
 
-FORMAT = "moshi-ttt session 1"
-_MAX_HEADER_BYTES = 2**24
 _SAMPLED = 4096
 _MAX_POSITION = 2**40
 
@@ -110,19 +108,19 @@ def decode(engine: Engine, identity: Identity, content: bytes, source: str) -> S
     Raises:
         UserError: it is no session, or one of another checkpoint.
     """
-    metadata = _metadata(content, source)
+    metadata = metadata_of(content, source)
     if metadata.get("fingerprint") != identity.fingerprint:
         raise UserError(
             f"{source} is a session of the checkpoint {str(metadata.get('checkpoint'))[:200]!r} "
             f"(fingerprint {str(metadata.get('fingerprint'))[:8]}), and this is "
             f"{identity.name!r} ({identity.fingerprint[:8]}); load the checkpoint it was made with."
         )
-    part: Part = "memory" if metadata.get("part") == "memory" else "all"
+    part = part_of(metadata)
     try:
         tensors = load_safetensors(content)
         _check_shapes(engine, tensors, part)
         _check_values(engine, tensors)
-        return Session(part, max(int(metadata["num_frames"]), 0), tensors)
+        return Session(part, num_frames_of(metadata), tensors)
     except (SafetensorError, ValueError, KeyError) as error:
         raise UserError(f"{source} is a damaged session ({error}); use another copy.") from None
 
@@ -215,19 +213,3 @@ def _modules(engine: Engine, part: Part) -> list[tuple[str, torch.nn.Module]]:
 def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     start = f"{prefix}."
     return {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
-
-
-def _metadata(content: bytes, source: str) -> dict[str, str]:
-    size = int.from_bytes(content[:8], "little")
-    try:
-        if not 0 < size <= min(_MAX_HEADER_BYTES, len(content) - 8):
-            raise ValueError
-        header = json.loads(content[8 : 8 + size])
-        metadata = header["__metadata__"]
-        if metadata["format"] != FORMAT:
-            raise ValueError
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise UserError(
-            f"{source} is no session; `moshi-ttt generate` and the page save such."
-        ) from None
-    return dict(metadata)

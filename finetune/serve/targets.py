@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.config import require_file
-from finetune.data import find_files
 from finetune.errors import UserError
 from finetune.kept import refuse_to_replace
+from finetune.safety import find_files
 from finetune.serve.options import GenerateOptions
 
 logger = logging.getLogger(__name__)
@@ -33,9 +33,16 @@ def list_jobs(options: GenerateOptions) -> list[Job]:
     With `--missing` these are those that have no answer yet, and may be none.
 
     Raises:
-        UserError: no recording there, or files to write that would replace a recording, its
-            transcript, or one another.
+        UserError: no recording there, several for one session, or files to write that would
+            replace a recording, its transcript, or one another.
     """
+    jobs = _found(options)
+    if options.session is not None and len(jobs) > 1:
+        raise UserError("--session: a session is one conversation; give one recording.")
+    return jobs
+
+
+def _found(options: GenerateOptions) -> list[Job]:
     if options.input_dir is not None:
         found = sorted(options.input_dir.rglob(options.input_name))
         if not found:

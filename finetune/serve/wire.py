@@ -1,7 +1,8 @@
 """The messages of a call's websocket are those of stock `moshi.server`, and some for our page.
 
 A message is a byte, its kind, and what that kind holds. Kinds and numbers are those of Kyutai's
-servers; stock `moshi.client` sends audio alone, and is sent handshake, audio and text.
+servers; stock `moshi.client` sends audio alone, and is sent handshake, audio and text. A message of
+no meaning is answered with what is wrong with it, as text of the kind `ERROR`.
 """
 
 import json
@@ -86,6 +87,7 @@ def metadata(**fields: Any) -> bytes:
     return message(METADATA, json.dumps(fields, ensure_ascii=False).encode())
 
 
+_REQUESTS = '{"do": "restart"}, {"do": "forget"} and {"do": "ttt", "on": true or false}'
 _ACTIONS: dict[str, Action] = {"restart": "restart", "forget": "forget"}
 
 
@@ -100,7 +102,7 @@ def action_of(kind: int, payload: bytes) -> Action | None:
     if kind == CONTROL and len(payload) == 1 and payload[0] <= RESTART:
         return "restart" if payload[0] == RESTART else None
     if kind != METADATA or len(payload) > MAX_METADATA_BYTES:
-        raise Malformed("unknown kind")
+        raise Malformed("unknown kind of message")
     try:
         asked = json.loads(payload)
         wanted = asked["do"]
@@ -108,4 +110,4 @@ def action_of(kind: int, payload: bytes) -> Action | None:
             return "ttt_on" if asked["on"] else "ttt_off"
         return _ACTIONS[wanted]
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise Malformed("unknown metadata") from None
+        raise Malformed(f"unknown request; there are {_REQUESTS}") from None

@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from moshi.models.lm import LMGen, LMModel
 
+import ttt
 from ttt import TTTArgs, TTTLMModel, build_model, state_bytes, ttt_parameters
 from ttt.registry import METHODS
 
@@ -262,6 +263,24 @@ def test_rows_at_different_frames_take_many_frames_a_call(args: TTTArgs) -> None
         both = model.forward_text(shifted)[1][:, 0]
     assert_same(torch.cat([first[0], both[0]]), text_logits(model, codes[:1, :, :20])[0])
     assert_same(both[1], text_logits(model, codes[1:, :, :17])[0])
+
+
+@every_method
+def test_a_row_that_is_switched_off_is_the_model_without_ttt(args: TTTArgs) -> None:
+    """Nothing is learned in it, and the row beside it has its TTT."""
+    model, codes, spoken = tiny_model(args), random_codes(), []
+    on = text_logits(model, codes)
+    with ttt.without_ttt(model):
+        off = text_logits(model, codes)
+    with torch.no_grad(), model.streaming(2):
+        fast = [w for m in model.ttt_layers.values() for w in m._streaming_state.fast_weights()]
+        start = [weight[0].clone() for weight in fast]
+        for frame in codes.split(1, dim=2):
+            ttt.use_in_rows(model, torch.tensor([False, True]))
+            spoken.append(model.forward_text(frame)[1][:, 0])
+        assert all(torch.equal(now[0], was) for now, was in zip(fast, start, strict=True))
+    assert_same(torch.cat(spoken, dim=1), torch.stack([off[0], on[1]]))
+    assert (on[0] - off[0]).abs().max() > 1e-3
 
 
 @every_method

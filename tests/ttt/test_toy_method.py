@@ -2,6 +2,7 @@
 one, and the whole program runs with it."""
 
 import inspect
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from recordings_tools import call
 from safetensors.torch import load_file
 from test_model import INVARIANTS
 from torch import Tensor, nn
@@ -24,13 +26,13 @@ from training_tools import (
     trainer,
 )
 
-from finetune.config import load_config
+from finetune.config import explain, load_config
 from finetune.errors import UserError
 from finetune.evaluation import Options, evaluate_checkpoint
 from finetune.plan import plan
 from finetune.trainer import Trainer
 from ttt import TTTArgs, without_ttt
-from ttt.layers import TTTLayer, TTTState
+from ttt.layers import TTTLayer, TTTState, layer_class
 from ttt.registry import METHODS, Method
 
 
@@ -87,7 +89,7 @@ class GatedDelta(TTTLayer[GatedDeltaState]):
             )
         update = F.linear(torch.stack(outputs, dim=1).flatten(2).to(x.dtype), self.out_proj)
         self.measure_once(lambda: {"effect": update.float().norm() / x.float().norm()})
-        return update
+        return self.streamed(update, x)
 
     def _start(self, batch_size: int) -> Any:
         width = self.width // self.num_heads
@@ -101,7 +103,8 @@ class GatedDelta(TTTLayer[GatedDeltaState]):
 @pytest.fixture(scope="module", autouse=True)
 def registered() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        method = Method(f"{__name__}:GatedDelta", also_reads=("num_heads",))
+        text = "heads between attention and MLP, whose matrix learns by a gated delta rule."
+        method = Method(f"{__name__}:GatedDelta", text, also_reads=("num_heads",))
         patch.setitem(METHODS, "gated_delta", method)
         yield
 
@@ -165,6 +168,50 @@ def test_a_run_says_what_it_does_and_what_options_are_not_for_it(
         load_config(config, {**OVERRIDES, "ttt.mini_batch_size": 4})
     with pytest.raises(UserError, match="in_place or linear or mlp or gated_delta, got 'gated'"):
         load_config(config, {**OVERRIDES, "ttt.method": "gated"})
+
+
+def test_its_text_stands_where_methods_are_explained() -> None:
+    text = " ".join(explain("ttt.method").split())
+    assert "`gated_delta`: heads between attention and MLP, whose matrix learns by" in text
+    assert all(f"`{name}`: {method.text}" in text for name, method in METHODS.items())
+    assert all(re.fullmatch(r"\w.{20,}\.", method.text) for method in METHODS.values())
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        (f"{__name__}:GatedDeltaa", f"{__name__} has no TTTLayer called 'GatedDeltaa'"),
+        (f"{__name__}:OVERRIDES", f"{__name__} has no TTTLayer called 'OVERRIDES'"),
+        (__name__, f"{__name__} has no TTTLayer called ''"),
+        ("ttt.layers.gated:GatedDelta", "there is no module ttt.layers.gated"),
+        ("tttt.layers.gated:GatedDelta", "there is no module tttt"),
+    ],
+)
+@pytest.mark.parametrize("command", ["train", "plan"])
+def test_a_mistake_in_its_line_of_the_registry_is_one_message(
+    config: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    line: str,
+    why: str,
+    command: str,
+) -> None:
+    monkeypatch.setitem(METHODS, "gated_delta", Method(line, "It learns."))
+    keys = [f"--run_dir={tmp_path}/run", "--ttt.method=gated_delta"]
+    assert call(command, config, *keys) == 1
+    said = f"gated_delta cannot be built: its line in ttt/registry.py says {line!r}, and {why};"
+    assert f"error: ttt.method: {said}" in capsys.readouterr().err
+
+
+def test_what_its_module_lacks_is_no_mistake_of_the_registry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_layer.py").write_text("import flash_gated_delta\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(METHODS, "gated_delta", Method("my_layer:Layer", "It learns."))
+    with pytest.raises(ModuleNotFoundError, match="flash_gated_delta"):
+        layer_class("gated_delta")
 
 
 def test_it_is_planned(config: Path) -> None:

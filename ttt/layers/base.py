@@ -201,7 +201,27 @@ class TTTLayer(Streamed, StreamingModule[StateT]):
 
 
 def layer_class(method: str) -> type[TTTLayer]:
-    """Return the class of a registered method's layers."""
-    module, _, name = METHODS[method].layer.partition(":")
-    found: type[TTTLayer] = getattr(importlib.import_module(module), name)
+    """Return the class of a registered method's layers.
+
+    Raises:
+        ValueError: the registry's line of the method leads to no such class.
+    """
+    place, _, name = METHODS[method].layer.partition(":")
+    try:
+        module = importlib.import_module(place)
+    except ModuleNotFoundError as error:
+        # What the module itself imports is not the registry's mistake.
+        if error.name is None or not f"{place}.".startswith(f"{error.name}."):
+            raise
+        raise ValueError(_explain_line(method, f"there is no module {error.name}")) from error
+    found = getattr(module, name, None)
+    if not (isinstance(found, type) and issubclass(found, TTTLayer)):
+        raise ValueError(_explain_line(method, f"{place} has no TTTLayer called {name!r}"))
     return found
+
+
+def _explain_line(method: str, why: str) -> str:
+    return (
+        f"ttt.method: {method} cannot be built: its line in ttt/registry.py says "
+        f"{METHODS[method].layer!r}, and {why}; correct that line (module:Class)."
+    )

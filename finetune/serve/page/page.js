@@ -2,7 +2,7 @@
 
 import { Plot } from "./plot.js";
 
-const [HANDSHAKE, AUDIO, , , METADATA] = [0, 1, 2, 3, 4];
+const [HANDSHAKE, AUDIO, , , METADATA, ERROR] = [0, 1, 2, 3, 4, 5];
 const $ = (id) => document.getElementById(id);
 const plot = new Plot($("plot"), $("legend"));
 const address = new URL(location.href);
@@ -80,6 +80,7 @@ class Call {
   receive(bytes) {
     const payload = bytes.slice(1);
     if (bytes[0] === AUDIO) this.play(payload);
+    if (bytes[0] === ERROR) say(`The server: ${new TextDecoder().decode(payload)}`, true);
     if (bytes[0] === METADATA) this.note(JSON.parse(new TextDecoder().decode(payload)));
   }
 
@@ -351,12 +352,14 @@ function offer(blob, name) {
 
 const session = () => `api/calls/${call.about.call}/session`;
 $("save").onclick = saying(async () => {
-  const answer = await request(session(), { part: $("part").value });
+  const part = $("part").value;
+  const answer = await request(session(), { part });
   const content = await answer.blob().catch(() => {
     throw new Error("The session did not come whole: the connection was lost.");
   });
-  offer(content, "moshi.session");
-  say("The session is saved.");
+  // A memory must not take the place of all in the folder of downloads.
+  offer(content, part === "memory" ? "moshi-memory.session" : "moshi.session");
+  say(`The session is saved (${part}).`);
 });
 $("load").onclick = () => $("session").click();
 $("session").onchange = saying(async () => {

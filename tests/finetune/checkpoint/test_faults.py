@@ -33,10 +33,12 @@ from training_tools import (
     trainer,
 )
 
-from finetune.checkpoint import list_checkpoints, manifest, run_lock, step_of
-from finetune.checkpoint.run_lock import RunLock
+from finetune.checkpoint import list_checkpoints, manifest, step_of
+from finetune.checkpoint.run_record import LOCK_NAME
 from finetune.distributed.watchdog import EXIT_STATUS
 from finetune.errors import UserError
+from finetune.kept import FileLock
+from finetune.kept import lock as lock_module
 from finetune.monitoring import setup_logging
 
 FLOAT32: dict[str, Any] = {**FULL, "param_dtype": "float32"}
@@ -212,6 +214,10 @@ def test_retention_does_not_count_what_is_not_whole(config: Path, tmp_path: Path
 # --- two runs, one folder -------------------------------------------------------------------------
 
 
+def run_lock(run_dir: Path) -> FileLock:
+    return FileLock(run_dir / LOCK_NAME, f"run_dir: {run_dir}", "Stop it.")
+
+
 @pytest.mark.slow
 def test_a_second_run_in_the_same_folder_is_refused_until_the_first_is_gone(
     config: Path, tmp_path: Path
@@ -235,18 +241,18 @@ def test_a_second_run_in_the_same_folder_is_refused_until_the_first_is_gone(
 def test_a_run_on_another_host_is_noticed_by_its_signs_of_life(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_lock, "BEAT_SEC", 0.2)
-    monkeypatch.setattr(run_lock, "WATCH_SEC", 2.0)
+    monkeypatch.setattr(lock_module, "BEAT_SEC", 0.2)
+    monkeypatch.setattr(lock_module, "WATCH_SEC", 2.0)
     # A file system whose locks do not reach other hosts.
-    monkeypatch.setattr(run_lock.fcntl, "lockf", lambda *args: None)
-    there = RunLock(tmp_path)
+    monkeypatch.setattr(lock_module.fcntl, "lockf", lambda *args: None)
+    there = run_lock(tmp_path)
     there.take()
-    monkeypatch.setattr(run_lock.socket, "gethostname", lambda: "elsewhere")
+    monkeypatch.setattr(lock_module.socket, "gethostname", lambda: "elsewhere")
     with pytest.raises(UserError, match=rf"in use by process {os.getpid()} on "):
-        RunLock(tmp_path).take()
+        run_lock(tmp_path).take()
     there._released.set()  # killed: it says nothing any more
     time.sleep(0.5)
-    here = RunLock(tmp_path)
+    here = run_lock(tmp_path)
     here.take()
     here.release()
 
@@ -255,12 +261,12 @@ def test_signs_of_life_go_on_after_the_disk_was_full(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Or a run on another host would take the folder, long after there is room again."""
-    monkeypatch.setattr(run_lock, "BEAT_SEC", 0.01)
+    monkeypatch.setattr(lock_module, "BEAT_SEC", 0.01)
     setup_logging(0)
     asked = threading.Semaphore(0)
     write = os.pwrite
 
-    with RunLock(tmp_path) as lock:
+    with run_lock(tmp_path) as lock:
         lock.take()
         own = lock._file
 
@@ -273,14 +279,14 @@ def test_signs_of_life_go_on_after_the_disk_was_full(
             raise OSError(errno.ENOSPC, "disk full")
 
         with monkeypatch.context() as patch:
-            patch.setattr(run_lock.os, "pwrite", full)
+            patch.setattr(lock_module.os, "pwrite", full)
             assert asked.acquire(timeout=10) and asked.acquire(timeout=10), "it has given up"
-        before = (tmp_path / run_lock.NAME).read_text()
+        before = (tmp_path / LOCK_NAME).read_text()
         deadline = time.monotonic() + 10
-        while (tmp_path / run_lock.NAME).read_text() == before:
+        while (tmp_path / LOCK_NAME).read_text() == before:
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        monkeypatch.setattr(run_lock.os, "pwrite", full)
+        monkeypatch.setattr(lock_module.os, "pwrite", full)
     assert capsys.readouterr().out.count("disk full") <= 2, "once a time"
     assert not lock.is_held
 

@@ -15,7 +15,13 @@ from training_tools import LORA, assert_same_weights, checkpoint, train
 from finetune.config import changed_keys, load_config, public_dict
 from finetune.errors import UserError
 from finetune.inference import load_for_inference
-from finetune.serve import ExportOptions, GenerateOptions, answer_recordings, export_checkpoint
+from finetune.serve import (
+    ExportOptions,
+    GenerateOptions,
+    answer_recordings,
+    export_checkpoint,
+    list_jobs,
+)
 
 
 @pytest.fixture
@@ -39,9 +45,8 @@ def uses(saved: Path, tmp_path: Path) -> Iterator[Callable[[], object]]:
     yield lambda: export_checkpoint(ExportOptions(saved, tmp_path / "out", device="cpu"))
     audio = tmp_path / "user.wav"
     audio.touch()
-    yield lambda: answer_recordings(
-        GenerateOptions(saved, audio=audio, out=tmp_path / "answer.wav", device="cpu")
-    )
+    options = GenerateOptions(saved, audio=audio, out=tmp_path / "answer.wav", device="cpu")
+    yield lambda: answer_recordings(options, list_jobs(options))
 
 
 def test_a_checkpoint_is_used_from_everywhere(here: Path, tmp_path: Path) -> None:

@@ -51,6 +51,10 @@ def test_the_file_is_valid_and_plan_says_that_it_fits(
     said = capsys.readouterr().out
     assert re.search(rf"some {float(peak.split()[1]):.0f} of {gpu_memory} GB", said)
     assert f"moshi-ttt plan --config {out} --gpus {gpus}" in said
+    # Where there is no train.py.
+    several = f"torchrun --nproc-per-node {gpus} -m finetune train {out}\n"
+    assert f"then: {f'moshi-ttt train {out}' if gpus == 1 else several}" in said
+    assert "but: " not in said
     assert args.ttt.enabled == (goal == "remember")
     # Only where nothing else fits.
     assert args.base_precision == ("nf4" if (gpus, gpu_memory) == (1, 24) else "bfloat16")
@@ -98,6 +102,40 @@ def test_attention_is_cut_only_where_it_would_see_all(
     assert ("what attention sees (8 s)" in out.read_text()) is (context is not None)
 
 
+def test_a_small_model_without_weights_is_warned_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, model = tmp_path / "my.yaml", ROOT / "example/demo/model"
+    words = ["--goal=adapt", "--gpu_memory=8", f"--repo={model}", f"--run_dir={tmp_path}/run"]
+    assert call("init", out, "--data", data(tmp_path, 30), *words) == 0
+    said = capsys.readouterr().out
+    missing = f"moshi_paths.moshi_path: there is no file {model}/model.safetensors; correct the"
+    assert f"but: train will end with this error: {missing}" in said
+    assert "moshi_paths.random_init: true" in said
+    assert "param_dtype are those of Moshi 7B, and" in said and "far smaller (128 wide)" in said
+    assert "with some 2e-3, and on a CPU in float32" in out.read_text()
+    assert call("train", out, "--device=cpu") == 1
+    assert missing in capsys.readouterr().err
+    words[2] = f"--repo={ROOT / 'example/memory'}"
+    assert call("init", tmp_path / "other.yaml", "--data", data(tmp_path, 30), *words) == 0
+    assert "but: train will end" not in capsys.readouterr().out
+
+
+def test_a_folder_that_holds_a_run_is_not_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    for name in ("run", "run-2"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "args.yaml").touch()
+    words = ["--data", data(tmp_path, 100), "--goal=adapt", "--gpu_memory=80"]
+    for name, chosen in (("run", "run-3"), ("empty", "empty"), ("new", "new")):
+        assert call("init", tmp_path / f"{name}.yaml", *words, f"--run_dir={tmp_path / name}") == 0
+        assert load_config(tmp_path / f"{name}.yaml").run_dir == str(tmp_path / chosen)
+        said = f"{tmp_path / name} holds something already: the run's folder is to be"
+        assert (said in capsys.readouterr().out) is (name != chosen)
+
+
 def test_what_cannot_be_is_said_and_nothing_is_replaced(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -111,6 +149,7 @@ def test_what_cannot_be_is_said_and_nothing_is_replaced(
     out.write_text("mine")
     assert call(*words, "--gpu_memory=80") == 1
     assert "is there already" in capsys.readouterr().err and out.read_text() == "mine"
+    out.unlink()
     assert call(*words) == 1
     assert "--gpu_memory is missing" in capsys.readouterr().err
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import soundfile
 from test_engine import parts, speech
-from test_server import ME, Addressed, Caller, calling, hang_up, next_bytes, serving
+from test_server import ME, Addressed, Caller, calling, hang_up, next_bytes, say_pcm, serving
 from yarl import URL
 
 from finetune.errors import UserError
@@ -100,11 +100,11 @@ def test_who_may_listen_where() -> None:
             bind(host, 1)
 
 
-async def status_of(server: Addressed, *headers: bytes) -> int:
-    """The status of a request for the metrics, byte by byte as strangers send them."""
+async def status_of(server: Addressed, *headers: bytes, path: bytes = b"/metrics") -> int:
+    """The status of a request, byte by byte as strangers send them."""
     host, port = server.url.removeprefix("http://").split(":")
     reader, writer = await asyncio.open_connection(host, int(port))
-    writer.write(b"\r\n".join([b"GET /metrics HTTP/1.1", *headers, b"", b""]))
+    writer.write(b"\r\n".join([b"GET " + path + b" HTTP/1.1", *headers, b"", b""]))
     line = await asyncio.wait_for(reader.readline(), 10)
     writer.close()
     return int(line.split()[1])
@@ -127,11 +127,62 @@ def test_what_strangers_send_is_refused_without_a_traceback(
             for name in (b"evil.example", b"evil.example:8998", b"127.0.0.1.evil.example", b"["):
                 origin = b"Origin: http://" + name
                 assert await status_of(server, b"Host: " + name, origin) == 403, name
+                for path, status in ((b"/", 403), (b"/page.js", 403), (b"/health", 200)):
+                    assert await status_of(server, b"Host: " + name, path=path) == status, path
             for name in (b"localhost:8998", b"127.0.0.1", b"[::1]:8998"):
-                assert await status_of(server, b"Host: " + name) == 200, name
+                for path in (b"/metrics", b"/", b"/page.js"):
+                    assert await status_of(server, b"Host: " + name, path=path) == 200, name
 
     asyncio.run(scenario())
     assert [record for record in caplog.records if record.exc_info] == []
+
+
+def test_who_asks_for_what_there_is_not_is_told_so() -> None:
+    model, codec = parts("sum")
+
+    async def scenario() -> None:
+        async with serving(model, codec, 1) as server, calling(server, "?format=pcm") as ws:
+            await next_bytes(ws, 4)
+            requests = 'unknown request; there are {"do": "restart"}, {"do": "forget"} and {"do": '
+            for message, said in (
+                (b'\x04{"do": "fly"}', requests),
+                (b'\x04{"do": "ttt", "on": "maybe"}', requests),
+                (b"\x09what", "unknown kind of message"),
+                (b"\x01abc", "half a sample"),
+            ):
+                await ws.send_bytes(message)
+                assert (await next_bytes(ws, 5)).decode().startswith(said), message
+            # The call goes on.
+            await say_pcm(ws, speech(2, 7))
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("is_drained", "why"), [(True, "the server is shutting down"), (False, "left")]
+)
+def test_the_log_says_who_ended_a_call(
+    caplog: pytest.LogCaptureFixture, is_drained: bool, why: str
+) -> None:
+    model, codec = parts("sum")
+    caplog.set_level(logging.INFO, "finetune.serve")
+
+    async def scenario() -> None:
+        async with serving(model, codec, 1) as server, calling(server, "?format=pcm") as ws:
+            await next_bytes(ws, 4)
+            if is_drained:
+                draining = asyncio.ensure_future(server.drain(0, asyncio.Event()))
+                while (await asyncio.wait_for(ws.receive(), 5)).type == aiohttp.WSMsgType.BINARY:
+                    pass
+                await draining
+            else:
+                await ws.close()
+            while server.board.calls:
+                await asyncio.sleep(0.01)
+
+    asyncio.run(scenario())
+    events = [json.loads(record.getMessage()) for record in caplog.records]
+    assert [event["why"] for event in events if event["event"] == "call_ended"] == [why]
 
 
 def test_draining_lets_calls_end() -> None:
@@ -196,7 +247,7 @@ def test_if_the_model_fails_callers_hear_so_and_the_server_ends(
         with open_engine(model, codec, max_users=2) as engine, bind("127.0.0.1", 0) as listening:
             monkeypatch.setattr(engine, "step", fail)
             options = ServeOptions(checkpoint=tmp_path)
-            ending = asyncio.ensure_future(_serve(engine, ME, None, options, listening))
+            ending = asyncio.ensure_future(_serve(engine, ME, options, listening))
             url = f"http://127.0.0.1:{listening.getsockname()[1]}"
             async with aiohttp.ClientSession() as http:
                 async with http.ws_connect(f"{url}/api/chat?format=pcm") as ws:

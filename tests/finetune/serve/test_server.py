@@ -168,7 +168,8 @@ def test_three_callers_and_all_that_can_go_wrong() -> None:
                     await garbage.send_str("text")
                     for _ in range(60):
                         await garbage.send_bytes(b"\x01" + os.urandom(50))
-                    cut = await asyncio.wait_for(garbage.receive(), 20)
+                    while (cut := await asyncio.wait_for(garbage.receive(), 20)).data != 1008:
+                        assert cut.data[0] in (1, 5)
                     assert cut.data == 1008 and "no meaning" in (cut.extra or "")
                 found, again = await good_call, await again_call
             assert np.array_equal(found[0], expected[0])
@@ -326,8 +327,9 @@ def test_memory_and_sessions_of_a_call() -> None:
                 answer = await http.put(session, data=saved)
                 assert (answer.status, await answer.text()) == (200, "all\n")
                 assert await said(ws, pcm[9:]) == rest
-                memory = await (await http.get(f"{session}?part=memory")).read()
-                assert len(memory) < len(saved)
+                answer = await http.get(f"{session}?part=memory")
+                assert "moshi-memory.session" in answer.headers["Content-Disposition"]
+                assert len(await answer.read()) < len(saved)
                 (call,) = server.board.calls.values()
                 await ws.send_bytes(b'\x04{"do": "forget"}')
                 await said(ws, pcm[:1])

@@ -1,4 +1,4 @@
-"""A run folder is locked, so that one run at a time writes to it."""
+"""What one process at a time may change is locked: a run folder, the file of a conversation."""
 
 import errno
 import fcntl
@@ -17,8 +17,6 @@ from finetune.safety import parse_json
 
 logger = logging.getLogger(__name__)
 
-NAME = ".lock"
-
 _TEXT_BYTES = 300
 BEAT_SEC = 10.0
 """Between two signs of life in the file."""
@@ -27,18 +25,33 @@ WATCH_SEC = 25.0
 """How long the file of a process on another host must not change for it to count as dead."""
 
 
-class RunLock:
-    """Held by the first process of a run, as long as it lives.
+class FileLock:
+    """Held by one process, as long as it lives.
 
     The operating system holds it (a POSIX record lock) and lets go of it when the process ends,
     also by `kill -9`; child processes do not inherit it. Network file systems pass such locks on to
     their server (NFS, and Lustre mounted with `flock`), or keep them to one host, or have none. So
     the file also says who holds it, and changes every 10 seconds.
+
+    Args:
+        path: the file that is locked, which is there for nothing else.
+        held: what the lock is for, for messages: an option and what it names.
+        remedy: what to do where another process holds it.
+        is_removed: the file goes when it is released.
     """
 
-    def __init__(self, run_dir: Path, *, enabled: bool = True) -> None:
+    def __init__(
+        self,
+        path: Path,
+        held: str,
+        remedy: str,
+        *,
+        enabled: bool = True,
+        is_removed: bool = False,
+    ) -> None:
         self._enabled = enabled
-        self._path = run_dir / NAME
+        self._path, self._held, self._remedy = path, held, remedy
+        self._is_removed = is_removed
         self._file: BinaryIO | None = None
         self._released = threading.Event()
         self._beating: threading.Thread | None = None
@@ -48,7 +61,7 @@ class RunLock:
         """Take the lock, if this is not done; the folder exists.
 
         Raises:
-            UserError: another process works in this folder.
+            UserError: another process holds it.
             OSError: the file cannot be written; if it is on a full disk, the lock is held.
         """
         if self._file is not None or not self._enabled:
@@ -57,7 +70,7 @@ class RunLock:
             pass  # whoever had it has removed the file meanwhile
         self._released.clear()
         self._beat()
-        self._beating = threading.Thread(target=self._keep_beating, name="run lock", daemon=True)
+        self._beating = threading.Thread(target=self._keep_beating, name="lock", daemon=True)
         self._beating.start()
 
     @property
@@ -92,7 +105,7 @@ class RunLock:
         self._file = file
         return True
 
-    def __enter__(self) -> "RunLock":
+    def __enter__(self) -> "FileLock":
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -108,7 +121,7 @@ class RunLock:
         self._beating = None
         # On a full disk the file keeps what it says; that it does not change any more is enough.
         with suppress(OSError):
-            self._write({})
+            self._path.unlink() if self._is_removed else self._write({})
         self._file.close()
         self._file = None
 
@@ -127,11 +140,11 @@ class RunLock:
             try:
                 self._beat()
             except OSError as error:
-                # It may work again, when there is room: to end would leave the run without a lock.
+                # It may work again, when there is room: to end would leave nothing locked.
                 if not failed:
                     logger.warning(
-                        "cannot write to %s (%s): a run on another host may take this one for "
-                        "dead, and its folder, until that is possible again",
+                        "cannot write to %s (%s): a process on another host may take this one for "
+                        "dead, and what it locks, until that is possible again",
                         self._path,
                         error.strerror or error,
                     )
@@ -154,10 +167,7 @@ class RunLock:
 
     def _refusal(self, holder: dict[str, Any]) -> UserError:
         who = f"process {holder['pid']} on {holder['host']}" if holder else "another process"
-        return UserError(
-            f"run_dir: {self._path.parent} is in use by {who}. Stop that run first, or choose "
-            f"another folder."
-        )
+        return UserError(f"{self._held} is in use by {who}. {self._remedy}")
 
 
 def _read(file: BinaryIO) -> dict[str, Any]:
