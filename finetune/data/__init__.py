@@ -5,15 +5,18 @@ from finetune.data.batches import Batch, open_store
 from finetune.data.codec import Codec
 from finetune.data.fill import CacheFill
 from finetune.data.folders import AUDIO_SUFFIXES, all_files, find_files
-from finetune.data.inspection import VERSION as INSPECTION_VERSION
 from finetune.data.inspection import (
+    HOP_SEC,
     Finding,
     Inspection,
     in_training,
     inspect_listing,
     inspect_recording,
     num_different,
+    power_of,
+    wordless_speech,
 )
+from finetune.data.inspection import VERSION as INSPECTION_VERSION
 from finetune.data.layouts import SOURCES, Entry, MonoPair, Source, StereoFile, open_source
 from finetune.data.loader import (
     EvalLoader,
@@ -50,6 +53,7 @@ from finetune.data.transcripts import (
 __all__ = [
     "AUDIO_SUFFIXES",
     "FRAME_RATE_HZ",
+    "HOP_SEC",
     "INSPECTION_VERSION",
     "MAIN_SPEAKER",
     "OTHER_SPEAKER",
@@ -98,9 +102,11 @@ __all__ = [
     "open_checked_store",
     "open_source",
     "open_store",
+    "power_of",
     "read_audio",
     "read_transcript",
     "text_stream",
     "tokenize_segment",
     "warn_if_shared",
+    "wordless_speech",
 ]
