@@ -25,7 +25,7 @@ from finetune.config import (
     pages,
 )
 from finetune.demo import DemoDataOptions, DemoOptions
-from finetune.errors import UserError
+from finetune.errors import UserError, counted
 from finetune.evaluation import Options as EvaluateOptions
 from finetune.recall import RecallOptions
 from finetune.recordings import (
@@ -192,7 +192,7 @@ def generate(options: GenerateOptions) -> None:
         more = f" and {len(outcome.written) - 1} more" if len(outcome.written) > 1 else ""
         print(f"wrote {outcome.written[0]}{more}")
     if problems := outcome.problems.values():
-        heading = f"{len(problems)} recordings were not answered:"
+        heading = f"{counted(len(problems), 'recording was', 'recordings were')} not answered:"
         raise UserError("\n  - ".join([heading, *problems]))
 
 

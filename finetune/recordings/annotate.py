@@ -21,7 +21,7 @@ from finetune.data import (
     power_of,
     wordless_speech,
 )
-from finetune.errors import UserError
+from finetune.errors import UserError, counted
 from finetune.kept import write_whole
 from finetune.recordings.align import SAMPLE_RATE_HZ, Aligner
 from finetune.recordings.files import listed
@@ -34,6 +34,7 @@ SPEAKERS = (MAIN_SPEAKER, USER_SPEAKER)
 """Moshi and the user, who are on the left and the right unless it is the other way round."""
 
 _MANY_WORDS = 5
+_OLDER = "transcript is older than its text", "transcripts are older than their texts"
 
 Entry = tuple[str, tuple[float, float], str]
 Transcriber = Callable[[np.ndarray], list[tuple[str, float, float]]]
@@ -77,10 +78,9 @@ def annotate_data(options: AnnotateOptions) -> Iterator[str]:
         each for each in dialogues if options.overwrite or not transcript_path(each.path).exists()
     ]
     if len(missing) < len(dialogues):
-        yield (
-            f"{len(dialogues) - len(missing)} of {len(dialogues)} recordings have a transcript "
-            "already"
-        )
+        some = f"of {len(dialogues)} recordings"
+        already = counted(len(dialogues) - len(missing), f"{some} has", f"{some} have")
+        yield f"{already} a transcript already"
     if options.engine == "align":
         yield from _warn_of_older(set(dialogues) - set(missing), main_channel)
         Aligner.require()
@@ -101,7 +101,8 @@ def annotate_data(options: AnnotateOptions) -> Iterator[str]:
             written.append(done.result)
         elif done.problem is not None:
             problems.append(done.problem)
-    yield f"wrote {len(written)} transcripts with {sum(each.num_words for each in written)} words"
+    num_words = sum(each.num_words for each in written)
+    yield f"wrote {counted(len(written), 'transcript')} with {counted(num_words, 'word')}"
     yield from _cautions_of_few_words([each.wordless for each in written if each.wordless])
     if problems:
         raise UserError(
@@ -141,8 +142,8 @@ def _warn_of_older(annotated: set[Dialogue], main_channel: Channel) -> Iterator[
             older.append(dialogue.path)
     if older:
         yield (
-            f"warning: {len(older)} transcripts are older than their texts ({older[0].name}, for "
-            "example); --overwrite makes all again"
+            f"warning: {counted(len(older), *_OLDER)} ({older[0].name}, for example); --overwrite "
+            "makes all again"
         )
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from finetune.config import require_file
 from finetune.data import find_files
-from finetune.errors import UserError
+from finetune.errors import UserError, counted
 from finetune.kept import refuse_to_replace
 from finetune.serve.options import GenerateOptions
 
@@ -53,7 +53,7 @@ def list_jobs(options: GenerateOptions) -> list[Job]:
             )
         found, hidden = find_files(options.audio, RECORDINGS)
         if hidden:
-            logger.warning("passed over %d hidden files, as %s", len(hidden), hidden[0])
+            logger.warning("passed over %s, as %s", counted(len(hidden), "hidden file"), hidden[0])
         if not found:
             raise UserError(
                 f"--audio: no recordings ({', '.join(sorted(RECORDINGS))}) in {options.audio}."
@@ -118,7 +118,9 @@ def _checked(options: GenerateOptions, jobs: list[Job]) -> list[Job]:
     if options.missing:
         # Its words are written first: where the sound is, all is.
         to_do = [job for job in jobs if not job.target.exists()]
-        logger.info("%d of %d recordings have an answer already", len(jobs) - len(to_do), len(jobs))
+        some = f"of {len(jobs)} recordings"
+        done = counted(len(jobs) - len(to_do), f"{some} has", f"{some} have")
+        logger.info("%s an answer already", done)
         return to_do
     rest = ", --missing to answer the others alone" if len(jobs) > 1 else ""
     refuse_to_replace(

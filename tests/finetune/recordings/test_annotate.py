@@ -209,7 +209,7 @@ def test_mistakes_are_named_at_the_end_and_all_others_are_done(
     capsys.readouterr()
     assert call("data", "annotate", jsonl) == 1
     said = capsys.readouterr()
-    assert "wrote 1 transcripts" in said.out
+    assert "wrote 1 transcript with" in said.out
     for message in (
         "train_001.wav has a text of the user, train_001.right.txt, but none of Moshi",
         "x_train_000.txt, line 1, does not say who speaks",
@@ -269,7 +269,7 @@ def test_what_is_done_is_not_done_again_and_texts_that_changed_are_named(
     os.utime(tmp_path / "eval_000.left.txt", ns=(later, later))
     capsys.readouterr()
     assert call("data", "annotate", jsonl) == 0
-    assert "1 transcripts are older than their texts (eval_000.wav" in capsys.readouterr().out
+    assert "1 transcript is older than its text (eval_000.wav" in capsys.readouterr().out
     assert call("data", "annotate", jsonl, "--overwrite") == 0
     assert transcript(tmp_path / "train_000.json")
 
