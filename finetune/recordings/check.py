@@ -24,7 +24,7 @@ from finetune.recordings.listing import list_data
 from finetune.recordings.options import CheckOptions
 from finetune.recordings.work import do_all
 
-_LINE_REMEDY = "correct the line, or what it names, as is said below"
+_LINE_REMEDY = "correct the line, or what it names, as the message says"
 
 _FAST_AT_ONCE = 16
 """Recordings that a worker looks at before it hands back what it found: some 50 ms."""
