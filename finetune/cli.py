@@ -27,7 +27,7 @@ from finetune.config import (
     pages,
 )
 from finetune.demo import DemoDataOptions, DemoOptions
-from finetune.errors import UserError
+from finetune.errors import UserError, counted
 from finetune.evaluation import Options as EvaluateOptions
 from finetune.kept import refuse_to_replace, require_free_folder, require_new_file
 from finetune.recall import RecallOptions
@@ -212,7 +212,7 @@ def generate(options: GenerateOptions) -> None:
         print(f"wrote {outcome.written[0]}{more}")
     wrong = [outcome.unsaved] if outcome.unsaved else []
     if problems := outcome.problems.values():
-        heading = f"{len(problems)} recordings were not answered:"
+        heading = f"{counted(len(problems), 'recording was', 'recordings were')} not answered:"
         wrong.append("\n  - ".join([heading, *problems]))
     if wrong:
         raise UserError("\n".join(wrong))

@@ -7,6 +7,7 @@ from datetime import timedelta
 from finetune.config import TrainArgs
 from finetune.data import CacheFill, open_checked_store
 from finetune.distributed import join_world
+from finetune.errors import counted
 from finetune.model import build_codec, find_checkpoint, plan_model
 from finetune.monitoring import format_duration, setup_logging
 
@@ -68,9 +69,9 @@ def _run(fill: CacheFill, duration_sec: float) -> None:
                 format_duration((len(fill) - num_done) / pace),
             )
     logger.info(
-        "encoded %d segments in %s; %d were there before%s",
-        fill.num_encoded,
+        "encoded %s in %s; %s there before%s",
+        counted(fill.num_encoded, "segment"),
         format_duration(time.monotonic() - started_at),
-        num_at_start,
+        counted(num_at_start, "was", "were"),
         f", {fill.num_skipped} could not be read" if fill.num_skipped else "",
     )

@@ -33,7 +33,7 @@ from finetune.distributed import (
     peak_memory_gb,
     shard_size,
 )
-from finetune.errors import UserError
+from finetune.errors import UserError, counted
 from finetune.evaluation import build_speech_check, evaluate
 from finetune.interrupt import Interrupt
 from finetune.model import build_codec, find_checkpoint, load_model, trainable_by_role
@@ -283,7 +283,7 @@ class Trainer:
             return self.interrupt.signal_number is not None
 
         started_at = time.monotonic()
-        what = f"the evaluation after {self.step} steps"
+        what = f"the evaluation after {counted(self.step, 'step')}"
         with (
             self.phases.phase("evaluate"),
             explained(self.args, self.world.device, what, trains=False),

@@ -11,7 +11,7 @@ SHOWING = {
     **dict.fromkeys(["UserError", "FileProblem", "RecordingError", "Finding", "ValueError"], 0),
     **dict.fromkeys(["warn", "warning", "error", "critical", "Malformed"], 0),
     **dict.fromkeys(["OSError", "FileExistsError"], 0),
-    "damaged": 0,
+    **dict.fromkeys(["damaged", "damage_of"], 0),
     "CutOff": 1,
     "_say_once": 2,
     "Alarm": 1,

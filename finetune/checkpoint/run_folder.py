@@ -30,7 +30,7 @@ from finetune.config import (
     save_config,
 )
 from finetune.distributed import World
-from finetune.errors import UserError
+from finetune.errors import UserError, counted
 from finetune.kept import CHECKPOINT_NAME, FileLock, step_of
 from finetune.model import frozen_fingerprint
 from finetune.monitoring import KINDS, RunLog, metrics_path
@@ -327,8 +327,8 @@ def cautions_of_resuming(args: TrainArgs, checkpoint: Path) -> Iterator[str]:
         yield f"{key} was {old} when the checkpoint was made, and is {new} now"
     if step_of(checkpoint) >= args.max_steps:
         yield (
-            f"all {args.max_steps} steps are done: nothing is left to train. Raise max_steps to go "
-            "on."
+            f"nothing is left to train after {counted(args.max_steps, 'step')}: raise max_steps to "
+            "go on"
         )
 
 

@@ -42,7 +42,8 @@ def require_sources(paths: Sequence[Path], key: str) -> None:
         UserError: naming all where nothing is.
     """
     missing = [str(path) for path in paths if not path.exists()]
+    commas = " (commas separate paths, so that none may be in a name)" if len(paths) > 1 else ""
     if len(missing) == 1:
-        raise UserError(f"{key}: {missing[0]} does not exist. Correct the path.")
+        raise UserError(f"{key}: {missing[0]} does not exist. Correct the path{commas}.")
     if missing:
-        raise UserError(f"{key}: {', '.join(missing)} do not exist. Correct the paths.")
+        raise UserError(f"{key}: {', '.join(missing)} do not exist. Correct the paths{commas}.")

@@ -4,15 +4,18 @@ from finetune.data.audio import AudioInfo, AudioReader, inspect_audio, read_audi
 from finetune.data.batches import Batch, open_store
 from finetune.data.codec import Codec
 from finetune.data.fill import CacheFill
-from finetune.data.inspection import VERSION as INSPECTION_VERSION
 from finetune.data.inspection import (
+    HOP_SEC,
     Finding,
     Inspection,
     in_training,
     inspect_listing,
     inspect_recording,
     num_different,
+    power_of,
+    wordless_speech,
 )
+from finetune.data.inspection import VERSION as INSPECTION_VERSION
 from finetune.data.layouts import SOURCES, Entry, MonoPair, Source, StereoFile, open_source
 from finetune.data.loader import (
     EvalLoader,
@@ -48,6 +51,7 @@ from finetune.data.transcripts import (
 
 __all__ = [
     "FRAME_RATE_HZ",
+    "HOP_SEC",
     "INSPECTION_VERSION",
     "MAIN_SPEAKER",
     "OTHER_SPEAKER",
@@ -94,9 +98,11 @@ __all__ = [
     "open_checked_store",
     "open_source",
     "open_store",
+    "power_of",
     "read_audio",
     "read_transcript",
     "text_stream",
     "tokenize_segment",
     "warn_if_shared",
+    "wordless_speech",
 ]

@@ -203,10 +203,14 @@ def _av_stream(
     try:
         # A name as "file:…" leads to a file, whatever protocol it looks like.
         source = f"file:{path}" if isinstance(path, Path) else opened(path)
-        with av.open(source, options=_AV_OPTIONS) as container:
+        # Tags may be in any encoding, as those of old mp3 are; nothing is made of them.
+        with av.open(source, options=_AV_OPTIONS, metadata_errors="replace") as container:
             if not container.streams.audio:
                 raise damaged(f"recording {path} holds no audio")
-            yield container, container.streams.audio[0]
+            stream = container.streams.audio[0]
+            if stream.codec_context is None:
+                raise damaged(f"recording {path} cannot be read (no decoder knows its codec)")
+            yield container, stream
     except (av.FFmpegError, OSError) as error:
         reason = getattr(error, "strerror", None) or error
         raise damaged(f"recording {path} cannot be read ({reason})") from None

@@ -13,7 +13,7 @@ from finetune.data.reading import Reading
 from finetune.data.sources import load_sources
 from finetune.data.store import Store
 from finetune.data.text import count_frames
-from finetune.errors import UserError
+from finetune.errors import UserError, counted
 
 _PER_TURN = 8
 """Segments encoded between two looks at what other processes have done meanwhile."""
@@ -104,8 +104,9 @@ class CacheFill:
     def _stop_if_not_kept(self) -> None:
         if (error := self._store.write_error) is not None:
             num_kept = self._store.num_appended - self._num_appended_before
+            kept = counted(num_kept, "segment was", "segments were")
             raise UserError(
                 f"data.cache_dir: {self._store.folder} cannot be written ({error.strerror}); "
-                f"{num_kept} segments were kept. Make room, or name a folder that "
-                "can be written, and start again: what was kept stays."
+                f"{kept} kept. Make room, or name a folder that can be written, and "
+                " start again: what was kept stays."
             )

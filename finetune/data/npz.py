@@ -7,6 +7,9 @@ parses too, on the main thread, while another reads the next batch.
 
 import re
 import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -33,7 +36,7 @@ def read_headers(path: Path) -> dict[str, Header]:
         OSError, ValueError, zipfile.BadZipFile: the file cannot be read, or is no `.npz`.
     """
     found = {}
-    with zipfile.ZipFile(path) as archive:
+    with _opened(path) as archive:
         for member in archive.namelist():
             if member.endswith(_SUFFIX):
                 with archive.open(member) as file:
@@ -48,10 +51,23 @@ def read_array(path: Path, name: str) -> np.ndarray:
         KeyError: there is none of this name.
         OSError, ValueError, zipfile.BadZipFile: the file cannot be read, or is no `.npz`.
     """
-    with zipfile.ZipFile(path) as archive, archive.open(name + _SUFFIX) as file:
+    with _opened(path) as archive, archive.open(name + _SUFFIX) as file:
         header = _read_header(file)
         values = np.frombuffer(file.read(), header.dtype)
-    return values.reshape(header.shape, order="F" if header.is_fortran_order else "C")
+        return values.reshape(header.shape, order="F" if header.is_fortran_order else "C")
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
+    """Open an archive, in which every fault is one of those that are promised: `zipfile` lets
+    through what comes from under it."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            yield archive
+    except (zlib.error, EOFError) as error:
+        raise ValueError(f"it is damaged: {error or 'it was cut off'}") from None
+    except RuntimeError as error:  # `NotImplementedError` is one
+        raise ValueError(f"it is damaged, or was not written by numpy: {error}") from None
 
 
 def _read_header(file: IO[bytes]) -> Header:

@@ -15,7 +15,7 @@ from finetune.data.reading import Reading
 from finetune.data.recording import OtherSide, Recording, SegmentRef, cut
 from finetune.data.store import Store
 from finetune.data.text import TextEncoder
-from finetune.errors import UserError
+from finetune.errors import UserError, counted
 
 logger = logging.getLogger(__name__)
 
@@ -206,7 +206,7 @@ def _check_source(
 ) -> list[_Checked]:
     """Check all entries of a source, or part of them."""
     entries = open_source(path, key, reading).entries()[part]
-    logger.info("checking %d recordings of %s", len(entries), path)
+    logger.info("checking %s of %s", counted(len(entries), "recording"), path)
     with ThreadPoolExecutor(_NUM_CHECK_THREADS) as pool:
         checked = list(pool.map(lambda entry: _check(entry, checks), entries))
         if reading is None or not reading.swap_channels:
@@ -229,12 +229,12 @@ def _listing(problems: Sequence[str]) -> str:
     shown = "\n".join(f"  {problem}" for problem in problems[:_MAX_PROBLEMS_SHOWN])
     rest = len(problems) - _MAX_PROBLEMS_SHOWN
     more = f"\n  … and {rest} more" if rest > 0 else ""
-    number = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-    return f"{number} in the data:\n{shown}{more}"
+    return f"{counted(len(problems), 'problem')} in the data:\n{shown}{more}"
 
 
 def _warn(problems: Sequence[str], num_skipped: int) -> None:
     for problem in problems[:_MAX_WARNINGS]:
         logger.warning("skipped %s", problem)
     if num_skipped:
-        logger.warning("skipped %d recordings because of data.on_error=skip", num_skipped)
+        skipped = counted(num_skipped, "recording")
+        logger.warning("skipped %s because of data.on_error=skip", skipped)

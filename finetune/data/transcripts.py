@@ -1,7 +1,6 @@
 """Transcripts: the words of a recording with their times."""
 
 import json
-import math
 import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +16,8 @@ OTHER_SPEAKER = "SPEAKER_OTHER"
 _FORMAT = '{"alignments": [["word", [start_sec, end_sec], "SPEAKER_MAIN"], ...]}'
 _AGAIN = f"make it again, in the form {_FORMAT}"
 _MAX_BYTES = 2**28
+_MAX_TIME_SEC = 1e12
+"""Far beyond any time, in any unit; with what is far beyond this, arithmetic overflows."""
 
 
 class Word(NamedTuple):
@@ -149,7 +150,7 @@ def _is_alignment(entry: Any) -> bool:
 
 
 def _is_time(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and -_MAX_TIME_SEC <= value <= _MAX_TIME_SEC
 
 
 def _short(value: Any) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from finetune.config import TrainArgs
+from finetune.errors import counted
 from ttt.config import MAX_WRITE_STRENGTH
 from ttt.layers import layer_class
 
@@ -49,16 +50,16 @@ class EffectWatch:
             self._say_once(
                 "early",
                 logging.INFO,
-                f"after {step} steps TTT changes its layers' outputs by {_each(effects)} of their "
-                "size; untrained it changes nothing",
+                f"after {counted(step, 'step')} TTT changes its layers' outputs by {_each(effects)}"
+                " of their size; untrained it changes nothing",
             )
         inert = {layer: value for layer, value in effects.items() if value < INERT_EFFECT}
         if inert and step >= self._first_inert_step:
             self._say_once(
                 "inert",
                 logging.WARNING,
-                f"after {step} steps TTT changes the outputs of {_layers(inert)} by {_each(inert)} "
-                f"of their size, less than {INERT_EFFECT:g}: there it does nothing. "
+                f"after {counted(step, 'step')} TTT changes the outputs of {_layers(inert)} by "
+                f"{_each(inert)} of their size, less than {INERT_EFFECT:g}: there it does nothing. "
                 f"{self._advice_if_inert()}, and watch ttt/*/effect.",
             )
         # What is not a number is not below either.

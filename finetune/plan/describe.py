@@ -10,6 +10,7 @@ import torch
 from finetune.config import TrainArgs, changed_since_moshi_finetune
 from finetune.data import EvalLoader, TrainLoader, count_frames
 from finetune.distributed import World, shard_size
+from finetune.errors import counted
 from finetune.kept import write_whole
 from finetune.model import count_by_role
 from finetune.monitoring import format_count
@@ -35,7 +36,7 @@ def describe_run(
     num_frames = count_frames(args.duration_sec)
     global_batch = args.batch_size * args.num_microbatches * world.data_size
     yield (
-        f"data: {train_data.num_segments} segments of up to {num_frames} frames from "
+        f"data: {counted(train_data.num_segments, 'segment')} of up to {num_frames} frames from "
         f"{train_data.total_duration_sec / 3600:.2f} h of audio"
         + (f", {eval_data.num_segments} to evaluate" if eval_data else "")
         + f"; {global_batch} a step on {world.size} x {world.device.type}"

@@ -13,7 +13,7 @@ from moshi.models import loaders
 from finetune.config import ModelPaths, TrainArgs
 from finetune.data import Reading, count_frames, load_sources
 from finetune.distributed import shard_size
-from finetune.errors import UserError
+from finetune.errors import UserError, counted
 from finetune.model import plan_model, shape_from_hub
 from finetune.monitoring import format_count, format_duration
 from finetune.plan.advice import no_way, way_to_speed, ways_to_fit
@@ -121,8 +121,8 @@ def _describe_time(args: TrainArgs, model: TTTLMModel, num_gpus: int) -> Iterato
     segments_per_step = args.batch_size * args.num_microbatches * num_gpus
     tokens_per_step = segments_per_step * num_frames * (1 + model.dep_q)
     yield (
-        f"a step: {segments_per_step} segments of {num_frames} frames, "
-        f"{format_count(tokens_per_step)} tokens; {args.max_steps} steps: "
+        f"a step: {counted(segments_per_step, 'segment')} of {num_frames} frames, "
+        f"{format_count(tokens_per_step)} tokens; {counted(args.max_steps, 'step')}: "
         f"{format_count(args.max_steps * tokens_per_step)} tokens"
     )
     segment_frames = segment_shares = None
@@ -137,8 +137,8 @@ def _describe_time(args: TrainArgs, model: TTTLMModel, num_gpus: int) -> Iterato
         segment_frames, segment_shares = data.segment_frames, data.segment_shares
         steps = data.num_segments / segments_per_step
         yield (
-            f"data: {data.num_segments} segments, {steps:.1f} steps an epoch; the run is "
-            f"{args.max_steps / steps:.2f} epochs"
+            f"data: {counted(data.num_segments, 'segment')}, {steps:.1f} steps an epoch; the run "
+            f"is {args.max_steps / steps:.2f} epochs"
         )
     except UserError as error:
         yield f"data: steps of an epoch are not known: {error}"

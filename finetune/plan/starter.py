@@ -13,7 +13,7 @@ from moshi.models import loaders
 
 from finetune.config import ModelPaths, Precision, TrainArgs, load_config, parse_sources
 from finetune.data import FRAME_RATE_HZ, count_frames, open_source
-from finetune.errors import UserError
+from finetune.errors import UserError, counted
 from finetune.kept import require_new_file, write_whole
 from finetune.model import find_checkpoint, model_shape, plan_model
 from finetune.plan.memory import Memory, estimate, fits
@@ -223,7 +223,7 @@ def _chunk_frames(num_frames: int) -> int:
 def _text(wanted: Wanted, size: _Size, memory: Memory | None, lengths_sec: np.ndarray) -> str:
     """Return the YAML, with comments."""
     num_frames = count_frames(size.duration_sec)
-    hours = lengths_sec.sum() / 3600
+    size_of_data = f"{counted(len(lengths_sec), 'recording')}, {lengths_sec.sum() / 3600:.2f} h"
     peak = f", some {memory.peak / GB:.0f} GB at the peak" if memory else ""
     lines = [
         f"# Made by moshi-ttt init: to {wanted.goal}, on {wanted.gpus} x {wanted.gpu_memory_gb:g} "
@@ -231,7 +231,7 @@ def _text(wanted: Wanted, size: _Size, memory: Memory | None, lengths_sec: np.nd
         "# moshi-ttt config KEY explains a key; docs/configuration.md has all of them.",
         "",
         "data:",
-        f"  train_data: {_quoted(wanted.data)}   # {len(lengths_sec)} recordings, {hours:.2f} h",
+        f"  train_data: {_quoted(wanted.data)}   # {size_of_data}",
     ]
     if wanted.eval_data is not None:
         lines.append(f"  eval_data: {_quoted(wanted.eval_data)}")

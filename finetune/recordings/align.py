@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from finetune.errors import UserError
+from finetune.errors import UserError, counted
 from finetune.recordings.spoken import sounds_of, spoken_form
 from finetune.recordings.work import RecordingError
 
@@ -69,7 +69,7 @@ class Aligner:
         hops = heard_hops(samples)
         if len(hops) < _MIN_SEC_PER_WORD * _HOPS_PER_SEC * len(words):
             raise RecordingError(
-                f"the text has {len(words)} words, but there is sound for "
+                f"the text has {counted(len(words), 'word')}, but there is sound for "
                 f"{len(hops) / _HOPS_PER_SEC:.1f} s only"
             )
         blocks = samples[: len(samples) // _HOP_SAMPLES * _HOP_SAMPLES].reshape(-1, _HOP_SAMPLES)

@@ -6,19 +6,22 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 
 from finetune.data import (
+    HOP_SEC,
     MAIN_SPEAKER,
     USER_SPEAKER,
     FileProblem,
     MonoPair,
     Recording,
     StereoFile,
+    power_of,
+    wordless_speech,
 )
-from finetune.errors import UserError
+from finetune.errors import UserError, counted
 from finetune.kept import write_whole
 from finetune.recordings.align import SAMPLE_RATE_HZ, Aligner
 from finetune.recordings.files import listed
@@ -31,10 +34,22 @@ SPEAKERS = (MAIN_SPEAKER, USER_SPEAKER)
 """Moshi and the user, who are on the left and the right unless it is the other way round."""
 
 _MANY_WORDS = 5
+_OLDER = "transcript is older than its text", "transcripts are older than their texts"
 
 Entry = tuple[str, tuple[float, float], str]
 Transcriber = Callable[[np.ndarray], list[tuple[str, float, float]]]
 """From a channel at 16 kHz to its words with their times."""
+
+
+class _Written(NamedTuple):
+    """What was written for a recording.
+
+    Args:
+        wordless: the side of which much is said without words, and how much, if there is one.
+    """
+
+    num_words: int
+    wordless: str = ""
 
 
 def annotate_data(options: AnnotateOptions) -> Iterator[str]:
@@ -63,10 +78,9 @@ def annotate_data(options: AnnotateOptions) -> Iterator[str]:
         each for each in dialogues if options.overwrite or not transcript_path(each.path).exists()
     ]
     if len(missing) < len(dialogues):
-        yield (
-            f"{len(dialogues) - len(missing)} of {len(dialogues)} recordings have a transcript "
-            "already"
-        )
+        some = f"of {len(dialogues)} recordings"
+        already = counted(len(dialogues) - len(missing), f"{some} has", f"{some} have")
+        yield f"{already} a transcript already"
     if options.engine == "align":
         yield from _warn_of_older(set(dialogues) - set(missing), main_channel)
         Aligner.require()
@@ -81,13 +95,15 @@ def annotate_data(options: AnnotateOptions) -> Iterator[str]:
             title="recognizing",
             workers=1,
         )
-    num_words = num_done = 0
+    written: list[_Written] = []
     for done in jobs:
-        if done.problem is None:
-            num_done, num_words = num_done + 1, num_words + (done.result or 0)
-        else:
+        if done.result is not None:
+            written.append(done.result)
+        elif done.problem is not None:
             problems.append(done.problem)
-    yield f"wrote {num_done} transcripts with {num_words} words"
+    num_words = sum(each.num_words for each in written)
+    yield f"wrote {counted(len(written), 'transcript')} with {counted(num_words, 'word')}"
+    yield from _cautions_of_few_words([each.wordless for each in written if each.wordless])
     if problems:
         raise UserError(
             f"recordings that have no transcript; all others are done: {listed(sorted(problems))}"
@@ -126,8 +142,17 @@ def _warn_of_older(annotated: set[Dialogue], main_channel: Channel) -> Iterator[
             older.append(dialogue.path)
     if older:
         yield (
-            f"warning: {len(older)} transcripts are older than their texts ({older[0].name}, for "
-            "example); --overwrite makes all again"
+            f"warning: {counted(len(older), *_OLDER)} ({older[0].name}, for example); --overwrite "
+            "makes all again"
+        )
+
+
+def _cautions_of_few_words(sides: Sequence[str]) -> Iterator[str]:
+    """Yield a warning if texts leave over much of what is said: most fit speech, also of others."""
+    if sides:
+        yield (
+            f"warning: much of what is said has no words, in {listed(sorted(sides))}\ncheck that "
+            "the texts are of these recordings and channels, and complete"
         )
 
 
@@ -149,11 +174,13 @@ def _name(dialogue: Dialogue, channel: int) -> str:
     return f"{dialogue.path}, {CHANNELS[channel]} channel"
 
 
-def _align(dialogue: Dialogue, main_channel: Channel) -> int:
-    """Write the transcript of a recording whose words are known. Returns the number of words."""
+def _align(dialogue: Dialogue, main_channel: Channel) -> _Written:
+    """Write the transcript of a recording whose words are known."""
     texts = read_texts(dialogue, main_channel)
     samples = read_channels(dialogue)
+    power = power_of(samples, round(HOP_SEC * SAMPLE_RATE_HZ))
     found: list[Entry] = []
+    wordless = []
     speakers = _speakers(dialogue, main_channel)
     for channel, (words, speaker) in enumerate(zip(texts, speakers, strict=True)):
         try:
@@ -170,7 +197,10 @@ def _align(dialogue: Dialogue, main_channel: Channel) -> int:
                 )
             ) from None
         found += [(word, time, speaker) for word, time in zip(words, times, strict=True)]
-    return _write(dialogue, found)
+        left_over = wordless_speech(power[:, [channel, 1 - channel]], times, HOP_SEC)
+        if left_over.is_much:
+            wordless.append(f"{_name(dialogue, channel)}: {left_over.share:.0%} of it")
+    return _write(dialogue, found)._replace(wordless=", ".join(wordless))
 
 
 def _fits(samples: np.ndarray, words: Sequence[str]) -> bool:
@@ -197,8 +227,8 @@ def read_channels(dialogue: Dialogue) -> np.ndarray:
         raise problem.found_in_list(dialogue.leave_out) from None
 
 
-def _annotate(dialogue: Dialogue, transcribe: Transcriber, main_channel: Channel) -> int:
-    """Write the transcript of a recording whose words are not known. Returns their number."""
+def _annotate(dialogue: Dialogue, transcribe: Transcriber, main_channel: Channel) -> _Written:
+    """Write the transcript of a recording whose words are not known."""
     found: list[Entry] = []
     speakers = _speakers(dialogue, main_channel)
     for samples, speaker in zip(read_channels(dialogue), speakers, strict=True):
@@ -206,7 +236,7 @@ def _annotate(dialogue: Dialogue, transcribe: Transcriber, main_channel: Channel
     return _write(dialogue, found)
 
 
-def _write(dialogue: Dialogue, found: list[Entry]) -> int:
+def _write(dialogue: Dialogue, found: list[Entry]) -> _Written:
     """Write the words of both beside the stereo file, or beside Moshi's."""
     if isinstance(dialogue, MonoPair) and (other := dialogue.transcript_paths[1]).exists():
         raise RecordingError(
@@ -219,7 +249,7 @@ def _write(dialogue: Dialogue, found: list[Entry]) -> int:
     ]
     text = json.dumps({"alignments": alignments}, ensure_ascii=False)
     write_whole(transcript_path(dialogue.path), text + "\n")
-    return len(found)
+    return _Written(len(found))
 
 
 def _whisper(options: AnnotateOptions) -> Transcriber:

@@ -24,6 +24,8 @@ from finetune.recordings.listing import list_data
 from finetune.recordings.options import CheckOptions
 from finetune.recordings.work import do_all
 
+_LINE_REMEDY = "correct the line, or what it names, as the message says"
+
 _FAST_AT_ONCE = 16
 """Recordings that a worker looks at before it hands back what it found: some 50 ms."""
 
@@ -66,7 +68,7 @@ def inspect_data(options: CheckOptions, overrides: Mapping[str, Any]) -> Report:
     )
     found = _inspect_all(options, listing.all, work, text)
     checked = [
-        Checked(origin, "", 0.0, 0, 0, [Finding("malformed-line", "error", *_in_two(problem))])
+        Checked(origin, "", 0.0, 0, 0, [Finding("malformed-line", "error", problem, _LINE_REMEDY)])
         for origin, problem in listing.problems
     ]
     checked += [Checked(each.origin, str(each.path), *_facts(found[each])) for each in listing.all]
@@ -76,11 +78,6 @@ def inspect_data(options: CheckOptions, overrides: Mapping[str, Any]) -> Report:
         {recording: each.digest for recording, each in found.items()},
     )
     return Report(options.data, checked, together, _notes(options, tokenizer))
-
-
-def _in_two(problem: str) -> tuple[str, str]:
-    what, _, remedy = problem.partition(": ")
-    return what, remedy or "correct the line"
 
 
 def _facts(found: Inspection) -> tuple[float, int, int, list[Finding]]:

@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from finetune.data import Finding
+from finetune.errors import counted
 from finetune.recordings.files import listed
 
 
@@ -85,7 +86,7 @@ def sentences(report: Report) -> Iterator[str]:
         yield f"a warning of each kind, {listed(warnings.values())}"
     num_warned = sum(bool(each.findings) and not each.has_errors for each in report.checked)
     yield (
-        f"{len(report.checked)} recordings, {report.duration_sec / 3600:.2f} h: "
+        f"{counted(len(report.checked), 'recording')}, {report.duration_sec / 3600:.2f} h: "
         f"{report.num_errors} with errors, {num_warned} with warnings alone"
     )
     yield from (f"note: {note}" for note in report.notes)

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from finetune.data import Sides, inspect_audio
-from finetune.errors import UserError
+from finetune.errors import UserError, counted
 from finetune.kept import write_whole
 from finetune.recordings.annotate import transcript_path
 from finetune.recordings.files import json_lines, listed
@@ -57,10 +57,11 @@ def index_folder(options: IndexOptions) -> Iterator[str]:
         raise UserError(f"{folder} holds no recording that can be used; {out} is not written.")
     write_whole(out, json_lines(_lines(durations_sec, out)))
     total_sec = sum(durations_sec.values())
-    yield f"wrote {out}: {len(durations_sec)} recordings, {total_sec / 3600:.2f} h"
+    yield f"wrote {out}: {counted(len(durations_sec), 'recording')}, {total_sec / 3600:.2f} h"
     num_bare = sum(not transcript_path(files[0]).exists() for files in durations_sec)
     if num_bare:
-        yield f"next: {num_bare} have no transcript (.json); moshi-ttt data annotate {out}"
+        bare = counted(num_bare, "has", "have")
+        yield f"next: {bare} no transcript (.json); moshi-ttt data annotate {out}"
     else:
         yield f"next: moshi-ttt data check {out}"
 

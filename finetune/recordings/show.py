@@ -18,7 +18,7 @@ from finetune.data import (
     count_frames,
     open_source,
 )
-from finetune.errors import UserError
+from finetune.errors import UserError, counted
 from finetune.kept import write_wav
 from finetune.model import build_codec, find_checkpoint, plan_model
 from finetune.recordings.options import ShowOptions
@@ -44,7 +44,10 @@ def show_segment(options: ShowOptions, overrides: Mapping[str, Any]) -> list[str
     write_wav(sound, shown.samples.T, SAMPLE_RATE_HZ)
     lines = [f"{each.severity}: {each} [{each.code}]" for each in shown.findings]
     if args is not None and shown.streams is None:
-        lines.append("tokens and codes are not shown: the run's files are not on this machine")
+        lines.append(
+            f"tokens and codes are not shown: moshi_paths.hf_repo_id {args.moshi_paths.hf_repo_id} "
+            f"is no folder on this machine (a path starts from the current folder, {Path.cwd()})"
+        )
     return [*lines, f"wrote {options.out}", f"wrote {sound}   left Moshi, right the user"]
 
 
@@ -52,7 +55,7 @@ def _entry(path: Path, index: int, reading: Reading) -> Recording:
     entries = open_source(path, "--file", reading).entries()
     if index >= len(entries):
         raise UserError(
-            f"--index {index}: {path} has {len(entries)} recordings, 0 to {len(entries) - 1}."
+            f"--index {index}: {path} has {counted(len(entries), 'recording')}, numbered from 0."
         )
     entry = entries[index]
     if entry.recording is None:

@@ -12,7 +12,7 @@ import numpy as np
 from rich.table import Table
 
 from finetune.data import FRAME_RATE_HZ, FileProblem, Recording, Word
-from finetune.errors import UserError
+from finetune.errors import UserError, counted
 from finetune.monitoring import console
 from finetune.recordings.annotate import SPEAKERS
 from finetune.recordings.encoder import WordStart, text_encoder
@@ -164,7 +164,7 @@ def table_of(statistics: Statistics) -> Table:
     rows.append(("both speak", f"{statistics.total('overlap_sec') / duration_sec:.1%} of the time"))
     silent = sum(not each.num_words[0] for each in statistics.each)
     if silent:
-        rows.append(("Moshi silent", f"in {silent} recordings"))
+        rows.append(("Moshi silent", f"in {counted(silent, 'recording')}"))
     if statistics.has_tokens:
         tokens, lost = int(statistics.total("num_tokens")), int(statistics.total("num_lost"))
         pace = tokens / speech_sec[0] if speech_sec[0] else 0.0

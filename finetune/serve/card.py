@@ -8,7 +8,7 @@ from typing import Any
 from finetune.checkpoint import earlier_parts_of
 from finetune.config import DataArgs, TrainArgs, parse_sources
 from finetune.data import in_training, listed_recordings, num_different
-from finetune.errors import UserError
+from finetune.errors import UserError, counted
 from finetune.serve.options import ExportOptions
 from ttt import TTTArgs
 
@@ -162,4 +162,6 @@ def _evaluated(data: DataArgs) -> str:
     num_shared, total = len(in_training(trained, evaluated)), num_different(evaluated)
     if not num_shared:
         return "held-out recordings"
-    return trained_on if num_shared == total else f"{total} recordings, {num_shared} trained on"
+    if num_shared == total:
+        return trained_on
+    return f"{counted(total, 'recording')}, {num_shared} trained on"

@@ -65,8 +65,8 @@ class GenerateOptions:
     """A folder run_dir/checkpoints/checkpoint_NNNNNN, or of a stock Moshi."""
 
     audio: Annotated[FilePath | None, FILE_OR_FOLDER] = None
-    """A recording of what the user says, mono or stereo, of any rate; or a folder of such, at any
-    depth."""
+    """A recording of what the user says, mono or stereo, of any usual rate; or a folder of such, at
+    any depth."""
 
     input_dir: Annotated[FilePath | None, FOLDER] = None
     """Instead of --audio: a tree, in which every file called --input_name is answered where it

@@ -115,7 +115,7 @@ class Server:
         call = await self.board.join(wants_changes=form == "pcm")
         if call is None:
             places = len(self.board.engine.rows)
-            why = f"all {places} places are taken; try again later"
+            why = f"every place is taken ({places} in all); try again later"
             return await self._refuse(ws, transport, "full", WSCloseCode.TRY_AGAIN_LATER, why)
         self.sockets[ws] = transport
         why = "vanished"

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.config import require_file
-from finetune.errors import UserError
+from finetune.errors import UserError, counted
 from finetune.kept import refuse_to_replace
 from finetune.safety import find_files
 from finetune.serve.options import GenerateOptions
@@ -60,7 +60,7 @@ def _found(options: GenerateOptions) -> list[Job]:
             )
         found, hidden = find_files(options.audio, RECORDINGS)
         if hidden:
-            logger.warning("passed over %d hidden files, as %s", len(hidden), hidden[0])
+            logger.warning("passed over %s, as %s", counted(len(hidden), "hidden file"), hidden[0])
         if not found:
             raise UserError(
                 f"--audio: no recordings ({', '.join(sorted(RECORDINGS))}) in {options.audio}."
@@ -125,7 +125,9 @@ def _checked(options: GenerateOptions, jobs: list[Job]) -> list[Job]:
     if options.missing:
         # Its words are written first: where the sound is, all is.
         to_do = [job for job in jobs if not job.target.exists()]
-        logger.info("%d of %d recordings have an answer already", len(jobs) - len(to_do), len(jobs))
+        some = f"of {len(jobs)} recordings"
+        done = counted(len(jobs) - len(to_do), f"{some} has", f"{some} have")
+        logger.info("%s an answer already", done)
         return to_do
     rest = ", --missing to answer the others alone" if len(jobs) > 1 else ""
     refuse_to_replace(

@@ -16,6 +16,7 @@ from finetune.checkpoint import manifest
 from finetune.cli import run
 from finetune.cli import train as train_command
 from finetune.config import load_config
+from finetune.errors import counted
 
 
 @pytest.fixture
@@ -306,3 +307,12 @@ def test_a_recording_that_breaks_in_the_middle_of_the_run(
     assert "2.json" in message and "on_error" in message
     overrides |= {"data.on_error": "skip", "max_steps": 8, "overwrite_run_dir": True}
     assert run(lambda: train_command(str(config), **overrides)) == 0
+
+
+def test_what_is_counted_agrees_with_its_number() -> None:
+    assert [counted(number, "file") for number in (0, 1, 2)] == ["0 files", "1 file", "2 files"]
+    verbs = "recording was", "recordings were"
+    assert [counted(number, *verbs) for number in (1, 3)] == [
+        "1 recording was",
+        "3 recordings were",
+    ]

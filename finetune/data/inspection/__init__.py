@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from finetune.data.inspection.audio_checks import FILE_CHECKS, HEARD_CHECKS
+from finetune.data.inspection.coverage import HOP_SEC, power_of, wordless_speech
 from finetune.data.inspection.findings import Finding, Inspection, Subject
 from finetune.data.inspection.listening import listen
 from finetune.data.inspection.listing import in_training, inspect_listing, num_different
@@ -19,6 +20,7 @@ from finetune.data.text import TextEncoder
 from finetune.data.transcripts import Transcript, load_transcript
 
 __all__ = [
+    "HOP_SEC",
     "Finding",
     "Inspection",
     "Subject",
@@ -28,9 +30,11 @@ __all__ = [
     "inspect_sides",
     "inspect_subject",
     "num_different",
+    "power_of",
+    "wordless_speech",
 ]
 
-VERSION = 3
+VERSION = 4
 """Of the checks. What was found good by earlier ones is inspected again."""
 
 

@@ -17,7 +17,7 @@ _INTEGER_UNITS_PEAK = 4.0
 _MAX_CLIPPED_SHARE = 1e-3
 _SWAPPED_FACTOR = 10.0
 _MIN_SWAPPED_SHARE = 0.8
-_MIN_WORDLESS_SEC = 1.0
+_MIN_LOUD_SEC = 1.0
 
 
 def duration_tolerance_sec(is_exact: bool, sample_rate_hz: int) -> float:
@@ -165,9 +165,9 @@ def _fit_the_other_side(heard: Heard) -> bool:
 
 
 def wordless(subject: Subject, heard: Heard) -> Iterator[Finding]:
-    """Yield a finding if Moshi's channel is loud, and nobody has words."""
+    """Yield a finding if Moshi's channel is loud where there are no words."""
     has_words = any(word.text.strip() for word in subject.transcript.words)
-    if subject.is_transcribed and not has_words and heard.main_loud_sec >= _MIN_WORDLESS_SEC:
+    if subject.is_transcribed and not has_words and heard.main_loud_sec >= _MIN_LOUD_SEC:
         yield Finding(
             "no-words",
             "warning",
@@ -175,6 +175,22 @@ def wordless(subject: Subject, heard: Heard) -> Iterator[Finding]:
             f"{subject.name}, and {subject.text_name} holds no words",
             "if that is speech, give it its words, with moshi-ttt data annotate --overwrite for "
             "example: Moshi would learn to speak without text",
+        )
+
+
+def few_words(subject: Subject, heard: Heard) -> Iterator[Finding]:
+    """Yield a finding if much of what Moshi says has no words, as with those of another recording.
+
+    Where channels are swapped, they stand where the other one speaks, which is said already.
+    """
+    if heard.main_wordless.is_much and not _fit_the_other_side(heard):
+        yield Finding(
+            "few-words",
+            "warning",
+            f"{heard.main_wordless.share:.0%} of what is as loud on the {subject.main_side} "
+            f"channel, Moshi's, of {subject.name} as its words lies outside all words of "
+            f"{subject.text_name}",
+            "check that these are the words of this recording and channel, and all of them",
         )
 
 
@@ -196,5 +212,6 @@ HEARD_CHECKS: tuple[Callable[[Subject, Heard], Iterator[Finding]], ...] = (
     level,
     channels,
     wordless,
+    few_words,
     decoded_length,
 )

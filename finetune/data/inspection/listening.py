@@ -6,22 +6,24 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from finetune.data.inspection.coverage import (
+    HOP_SEC,
+    NONE,
+    Wordless,
+    is_loud,
+    power_of,
+    wordless_speech,
+)
 from finetune.data.inspection.findings import Subject
 from finetune.data.transcripts import Word
 
 SILENT = 1e-4
 """Peaks below this (−80 dB of full scale) are silence."""
 
-_LOUD = 1e-4
-"""Mean square from which a hop is loud: −40 dB of full scale, below speech and above most rooms."""
-_BLEED_FACTOR = 0.1
-"""What is this much quieter than the other channel may be its echo."""
-
 _MAX_MAIN_WORDS = 4
 _MAX_OTHER_WORDS = 2
 _MAX_WORD_SEC = 0.5
 _BLOCK_SEC = 10
-_HOP_SEC = 0.02
 _CLIPPED_RUN = 3
 
 
@@ -40,6 +42,7 @@ class Heard:
         digest: of all samples; complete listening alone.
         main_loud_sec: how long Moshi's channel is loud, and not with the user's echo; complete
             listening alone.
+        main_wordless: what is as loud on it as Moshi's words, and is none; likewise.
     """
 
     peak: np.ndarray
@@ -51,6 +54,7 @@ class Heard:
     is_complete: bool = False
     digest: str = ""
     main_loud_sec: float = 0.0
+    main_wordless: Wordless = NONE
 
 
 def listen(subject: Subject) -> Heard:
@@ -108,8 +112,8 @@ def _stack(powers: Sequence[np.ndarray]) -> np.ndarray:
 
 def _listen_to_all(subject: Subject) -> Heard:
     rate = subject.sample_rate_hz
-    hop = max(1, round(_HOP_SEC * rate))
-    block_samples = hop * max(1, round(_BLOCK_SEC / _HOP_SEC))
+    hop = max(1, round(HOP_SEC * rate))
+    block_samples = hop * max(1, round(_BLOCK_SEC / HOP_SEC))
     assert subject.read_audio is not None
     peaks, hops, num_clipped, equal, num_heard = np.zeros(2), [], 0, True, 0
     digest = hashlib.blake2b(str(rate).encode(), digest_size=16)
@@ -121,8 +125,7 @@ def _listen_to_all(subject: Subject) -> Heard:
             equal = equal and bool((samples[0] == samples[1]).all())
             num_clipped += _num_clipped(samples)
             digest.update(np.ascontiguousarray(samples).data)
-            padded = np.pad(np.square(samples, dtype=np.float64), ((0, 0), (0, -num % hop)))
-            hops.append(padded.reshape(2, -1, hop).mean(2).T)
+            hops.append(power_of(samples, hop))
         num_heard += num
         if num < block_samples:
             break
@@ -136,12 +139,11 @@ def _listen_to_all(subject: Subject) -> Heard:
         num_clipped / max(1, 2 * num_heard),
         is_complete=True,
         digest=digest.hexdigest(),
-        main_loud_sec=float(_is_main_loud(power).sum() * hop_sec),
+        main_loud_sec=float(is_loud(power).sum() * hop_sec),
+        main_wordless=wordless_speech(
+            power, [(word.start_sec, word.end_sec) for word in subject.spoken_words], hop_sec
+        ),
     )
-
-
-def _is_main_loud(power: np.ndarray) -> np.ndarray:
-    return (power[:, 0] > _LOUD) & (power[:, 0] > _BLEED_FACTOR * power[:, 1])
 
 
 def _num_clipped(samples: np.ndarray) -> int:

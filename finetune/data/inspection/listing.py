@@ -9,6 +9,7 @@ from itertools import accumulate
 from typing import Protocol, TypeVar
 
 from finetune.data.inspection.findings import Finding
+from finetune.errors import counted
 
 _TOUCHING_SEC = 0.01
 """Parts that overlap by no more than this only meet: their times may be rounded."""
@@ -175,7 +176,7 @@ class _Parts:
 
 
 def _number(some: Sized) -> str:
-    return "1 recording is" if len(some) == 1 else f"{len(some)} recordings are"
+    return counted(len(some), "recording is", "recordings are")
 
 
 def _count(some: Sized) -> str:

@@ -19,7 +19,7 @@ from finetune.data.transcripts import (
     load_transcript,
     read_text,
 )
-from finetune.errors import UserError
+from finetune.errors import UserError, counted
 from finetune.safety import is_recording_name, parse_json, path_problem, shown
 
 logger = logging.getLogger(__name__)
@@ -137,7 +137,8 @@ class JsonlSource(Source):
         # What macOS and editors leave in a folder is no data: ._a.jsonl, .ipynb_checkpoints/.
         files = [f for f in found if not any(p[0] == "." for p in f.relative_to(path).parts)]
         if len(files) < len(found):
-            logger.info("%s: %d hidden files are passed over", path, len(found) - len(files))
+            hidden = counted(len(found) - len(files), "hidden file is", "hidden files are")
+            logger.info("%s: %s passed over", path, hidden)
         if not files:
             hidden = " that is not hidden" if found else ""
             raise UserError(f"{self.key}: the folder {path} holds no .jsonl file{hidden}.")

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -13,7 +14,14 @@ from finetune.config import require_sources
 from finetune.data.audio_files import version_of
 from finetune.data.layouts.base import Entry, Source
 from finetune.data.layouts.codes import CodesRecording, shape_problem
-from finetune.data.layouts.tables import WORDS, names_of, require_package, transcript_in
+from finetune.data.layouts.tables import (
+    NAME,
+    WORDS,
+    damage_of,
+    names_of,
+    require_package,
+    transcript_in,
+)
 from finetune.data.problems import FileProblem
 from finetune.data.text import FRAME_RATE_HZ
 from finetune.data.transcripts import Word
@@ -53,21 +61,21 @@ class CodesRow(CodesRecording):
     def read_words(self) -> list[Word]:
         if self.has_text:
             return []
-        column = self._column(WORDS)
-        return transcript_in(column[self.row].as_py(), f"the column {WORDS} of {self.origin}").words
+        with self._readable():
+            cell = self._column(WORDS)[self.row].as_py()
+        return transcript_in(cell, f"the column {WORDS} of {self.origin}").words
 
     def load_array(self, start_frame: int, num_frames: int) -> np.ndarray:
-        streams = self._column(_CODES)[self.row].values
-        array = streams.flatten().to_numpy(zero_copy_only=False).reshape(len(streams), -1)
+        with self._readable():
+            streams = self._column(_CODES)[self.row].values
+            array = streams.flatten().to_numpy(zero_copy_only=False).reshape(len(streams), -1)
         return array[:, start_frame : start_frame + num_frames]
 
+    def _readable(self) -> AbstractContextManager[None]:
+        return damage_of(f"codes {self.title} cannot be read", "copy or make them again")
+
     def _column(self, name: str) -> Any:
-        try:
-            return _column(self.path, version_of(self.path), self.group, name)
-        except (OSError, ValueError, KeyError) as error:
-            raise FileProblem(
-                f"codes {self.title} cannot be read ({error})", "copy or make them again"
-            ) from None
+        return _column(self.path, version_of(self.path), self.group, name)
 
 
 class ParquetSource(Source):
@@ -86,32 +94,36 @@ class ParquetSource(Source):
         return [entry for file in files for entry in self._of_file(file)]
 
     def _of_file(self, path: Path) -> Iterator[Entry]:
-        import pyarrow
         from pyarrow.parquet import ParquetFile
 
         try:
-            with ParquetFile(path) as file:
+            with (
+                damage_of(f"{path} cannot be read as Parquet", "make it again"),
+                ParquetFile(path) as file,
+            ):
                 columns = file.schema_arrow.names
-                if _CODES not in columns:
-                    found = ", ".join(columns)
-                    raise UserError(
-                        f"{self.key}: {path} has no column {_CODES}, which is to hold whole "
-                        f"numbers [streams, frames] in each row; its columns are {found}."
-                    )
-                self._warn_of_large_groups(path, file)
-                row = 0
-                for group in range(file.num_row_groups):
-                    wanted = [each for each in columns if each in (_CODES, "id")]
-                    table = file.read_row_group(group, columns=wanted)
-                    names = names_of(table) if "id" in columns else None
-                    for index, shape in enumerate(_shapes(table.column(_CODES))):
-                        name = names[index] if names else str(row)
-                        yield self._entry(path, row, name, shape, group, index, WORDS in columns)
-                        row += 1
-        except (OSError, pyarrow.ArrowException) as error:
-            yield Entry(
-                str(path), None, f"{path} cannot be read as Parquet ({error}): make it again"
-            )
+                if _CODES in columns:
+                    self._warn_of_large_groups(path, file)
+                    yield from self._rows(path, file, columns)
+                    return
+        except FileProblem as problem:
+            yield Entry(str(path), None, str(problem))
+            return
+        raise UserError(
+            f"{self.key}: {path} has no column {_CODES}, which is to hold whole numbers [streams, "
+            f"frames] in each row; its columns are {', '.join(columns)}."
+        )
+
+    def _rows(self, path: Path, file: "ParquetFile", columns: list[str]) -> Iterator[Entry]:
+        row = 0
+        for group in range(file.num_row_groups):
+            wanted = [each for each in columns if each in (_CODES, NAME)]
+            table = file.read_row_group(group, columns=wanted)
+            names = names_of(table) if NAME in columns else None
+            for index, shape in enumerate(_shapes(table.column(_CODES))):
+                name = names[index] if names else str(row)
+                yield self._entry(path, row, name, shape, group, index, WORDS in columns)
+                row += 1
 
     def _warn_of_large_groups(self, path: Path, file: "ParquetFile") -> None:
         """Warn if much has to be read for a row, and kept in memory for the next ones."""

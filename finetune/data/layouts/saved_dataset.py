@@ -1,6 +1,7 @@
 """A data set of Hugging Face's `datasets` as `save_to_disk` writes it: Arrow files with audio."""
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -9,7 +10,13 @@ from typing import TYPE_CHECKING, Any
 from finetune.data.audio_files import AudioFile, Embedded, version_of
 from finetune.data.audio_recording import AudioRecording
 from finetune.data.layouts.base import Entry, Source
-from finetune.data.layouts.tables import WORDS, names_of, require_package, transcript_in
+from finetune.data.layouts.tables import (
+    WORDS,
+    damage_of,
+    names_of,
+    require_package,
+    transcript_in,
+)
 from finetune.data.problems import FileProblem
 from finetune.data.sides import Sides
 from finetune.data.transcripts import Transcript
@@ -59,29 +66,31 @@ class SavedRow(AudioRecording):
         return (self.row,)
 
     def load_transcript(self) -> Transcript:
-        return transcript_in(self._cell(WORDS).as_py(), f"the column {WORDS} of {self.location}")
+        with self._readable():
+            cell = self._cell(WORDS).as_py()
+        return transcript_in(cell, f"the column {WORDS} of {self.location}")
 
     def _cell(self, column: str) -> Any:
-        try:
-            return _open_arrow(self.path, version_of(self.path)).column(column)[self.row]
-        except (OSError, ValueError, KeyError, IndexError) as error:
-            raise FileProblem(
-                f"{self.location} cannot be read ({error})", "save the data set again"
-            ) from None
+        return _open_arrow(self.path, version_of(self.path)).column(column)[self.row]
+
+    def _readable(self) -> AbstractContextManager[None]:
+        return damage_of(f"row {self.row} of {self.path} cannot be read", "save the data set again")
 
     def _audio(self, column: str) -> AudioFile:
-        cell = self._cell(column)
-        # datasets writes audio into the table; older releases left the name of a file alone.
-        if not cell.is_valid or (not cell["bytes"].is_valid and not cell["path"].is_valid):
-            return Embedded(f"{self.location}, column {column} (empty)", self.path, bytes)
-        if not cell["bytes"].is_valid:
-            return Path(cell["path"].as_py())
         name = f"{self.location}, column {column}"
+        with self._readable():
+            cell = self._cell(column)
+            # datasets writes audio into the table; older releases left the name of a file alone.
+            if not cell.is_valid or (not cell["bytes"].is_valid and not cell["path"].is_valid):
+                return Embedded(f"{name} (empty)", self.path, bytes)
+            if not cell["bytes"].is_valid:
+                return Path(cell["path"].as_py())
         return Embedded(name, self.path, partial(_read_bytes, self, column))
 
 
 def _read_bytes(recording: SavedRow, column: str) -> bytes:
-    content: bytes = recording._cell(column)["bytes"].as_py()
+    with recording._readable():
+        content: bytes = recording._cell(column)["bytes"].as_py()
     return content
 
 
@@ -155,20 +164,19 @@ class SavedDatasetSource(Source):
         )
 
     def _of_file(self, path: Path, columns: tuple[str, ...]) -> Iterator[Entry]:
-        import pyarrow
-
         try:
-            table = _open_arrow(path, version_of(path))
-        except (OSError, pyarrow.ArrowException) as error:
-            problem = f"{path} cannot be read as Arrow ({error}): save the data set again"
-            yield Entry(str(path), None, problem)
+            with damage_of(f"{path} cannot be read as Arrow", "save the data set again"):
+                table = _open_arrow(path, version_of(path))
+                names = names_of(table)
+                promised = [None] * table.num_rows
+                if _DURATION in table.column_names:
+                    promised = table.column(_DURATION).to_pylist()
+        except FileProblem as problem:
+            yield Entry(str(path), None, str(problem))
             return
         # Columns say who is who; there is no channel to be told apart.
         reading = self.reading if len(columns) == 1 else replace(self.reading, main_channel="left")
-        promised = [None] * table.num_rows
-        if _DURATION in table.column_names:
-            promised = table.column(_DURATION).to_pylist()
-        for row, (name, duration_sec) in enumerate(zip(names_of(table), promised, strict=True)):
+        for row, (name, duration_sec) in enumerate(zip(names, promised, strict=True)):
             is_promised = type(duration_sec) in (int, float)
             recording = SavedRow(
                 path,
@@ -185,11 +193,15 @@ class SavedDatasetSource(Source):
 
 @lru_cache(maxsize=64)
 def _open_arrow(path: Path, version: object) -> "pyarrow.Table":
-    """Open an Arrow file; its content is read from the disk when it is used."""
+    """Open an Arrow file; audio in it is read from the disk when it is used."""
     import pyarrow
 
     source = pyarrow.memory_map(str(path))
     try:
-        return pyarrow.ipc.open_stream(source).read_all()
+        table = pyarrow.ipc.open_stream(source).read_all()
     except pyarrow.ArrowInvalid:
-        return pyarrow.ipc.open_file(source).read_all()
+        table = pyarrow.ipc.open_file(source).read_all()
+    # Where values begin and end is in the file, and pyarrow believes it: what is damaged there
+    # would end the process. This reads all of that, and text, but no audio.
+    table.validate(full=True)
+    return table

@@ -1,6 +1,8 @@
 """Tables of Arrow and Parquet: opened, and the words in a column of them."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +35,21 @@ def require_package(package: str, path: Path, extra: str) -> None:
             f"{path} needs {package}, which is not installed. Install it with: "
             f"pip install 'moshi-ttt[{extra}]'"
         )
+
+
+@contextmanager
+def damage_of(what: str, remedy: str) -> Iterator[None]:
+    """Turn all that pyarrow may say of a damaged table, and of text in it, into a `FileProblem`.
+
+    Args:
+        what: a clause, as "a.parquet cannot be read", to which the reason is added.
+    """
+    import pyarrow
+
+    try:
+        yield
+    except (OSError, ValueError, LookupError, pyarrow.ArrowException) as error:
+        raise FileProblem(f"{what} ({error})", remedy) from None
 
 
 def names_of(table: "pyarrow.Table") -> list[str]:

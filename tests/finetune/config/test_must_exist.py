@@ -201,7 +201,7 @@ def test_everything_that_a_configuration_names_and_that_is_missing_is_named_at_o
     assert capsys.readouterr().err.splitlines()[1:] == [
         f"error: {config} has 3 problems:",
         f"  - data.train_data: {tmp_path}/no, {Path.home()}/none.jsonl do not exist. Correct the "
-        "paths.",
+        "paths (commas separate paths, so that none may be in a name).",
         f"  - data.eval_data: {tmp_path}/neither.jsonl does not exist. Correct the path. (on the "
         "command line)",
         f"  - moshi_paths.mimi_path: there is no file {tmp_path}/no.safetensors; correct the path.",

@@ -1,6 +1,7 @@
 """Codes instead of audio: an `.npz` trains as the recordings that it was made from."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -135,3 +136,52 @@ def test_nothing_in_it_is_run(tmp_path: Path) -> None:
     np.savez(path, a=np.array([{"x": 1}], dtype=object))
     with pytest.raises(UserError, match=r"codes have shape \[1\] of object"):
         loaded(path)
+
+
+def changed_entry(path: Path, place: int, value: int) -> None:
+    """Change a field of two bytes of the first entry in the archive's directory."""
+    content = bytearray(path.read_bytes())
+    at = content.index(b"PK\x01\x02") + place
+    content[at : at + 2] = value.to_bytes(2, "little")
+    path.write_bytes(content)
+
+
+def changed_values(path: Path) -> None:
+    """Damage what is packed: after the name and the first block, or as its first byte."""
+    content = bytearray(path.read_bytes())
+    at = content.index(b"0.npy") + len(b"0.npy") + 20  # behind the field for large files
+    content[at] = 0xFF  # no kind of block
+    path.write_bytes(content)
+
+
+DAMAGES: dict[str, Callable[[Path], None]] = {
+    "it is damaged: Error -3": changed_values,
+    "was not written by numpy: That compression method": lambda p: changed_entry(p, 10, 99),
+    "'0.npy' is encrypted": lambda path: changed_entry(path, 8, 1),
+}
+
+
+@pytest.mark.parametrize("message", DAMAGES)
+def test_a_damaged_archive_is_skipped(
+    tmp_path: Path, codes: list[Any], message: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(tmp_path / "codes/good.npz", codes[1:2])
+    bad = tmp_path / "codes/bad.npz"
+    arrays: dict[str, Any] = {"0": codes[0].astype(np.int16)}
+    np.savez_compressed(bad, **arrays)
+    DAMAGES[message](bad)
+    assert loaded(bad.parent, on_error="skip").shape[0] == 1
+    assert f"{bad} cannot be read as .npz" in caplog.text and message in caplog.text
+
+
+def test_an_archive_that_is_damaged_in_the_middle_is_named(tmp_path: Path) -> None:
+    values: Any = np.random.default_rng(0).integers(1, 30, (17, 2000)).astype(np.int16)
+    path = tmp_path / "a.npz"
+    np.savez_compressed(path, **{"0": values})
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 5000] = np.random.default_rng(1).bytes(5000)
+    path.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        loaded(path)
+    assert f"codes {path}/0 cannot be read (it is damaged: " in str(error.value)

@@ -108,6 +108,12 @@ def transcript_with_malformed_alignment(folder: Path, line: dict[str, Any]) -> d
     return line
 
 
+def transcript_with_an_endless_time(folder: Path, line: dict[str, Any]) -> dict[str, Any]:
+    content = '{"alignments": [["a", [0, 1e308], "SPEAKER_MAIN"]]}'
+    (folder / "bad.json").write_text(content)
+    return line
+
+
 def transcript_not_json(folder: Path, line: dict[str, Any]) -> dict[str, Any]:
     (folder / "bad.json").write_text('{"alignments": [')
     return line
@@ -142,6 +148,7 @@ BROKEN: dict[Callable[..., Any], str] = {
     missing_transcript: "bad.json is missing: make it with moshi-ttt data annotate",
     transcript_without_alignments: 'bad.json has no list "alignments": it must have the form',
     transcript_with_malformed_alignment: 'alignments[1] is ["b", [0.5], "SPEAKER_MAIN"], expected',
+    transcript_with_an_endless_time: 'alignments[0] is ["a", [0, 1e+308], "SPEAKER_MAIN"]',
     transcript_not_json: "bad.json is not valid JSON",
     malformed_line: 'malformed line: expected {"path": "a.wav", "duration": 12.3}',
     line_without_duration: "malformed line",

@@ -31,11 +31,13 @@ def write_av(
     *,
     options: dict[str, Any] | None = None,
     num_channels: int = 2,
+    tags: dict[str, str] | None = None,
 ) -> Path:
     """Encode with FFmpeg, as people's tools do."""
     samples = speech_like(DURATION_SEC, rate_hz)[:, :num_channels]
     layout = "stereo" if num_channels == 2 else "mono"
     with av.open(str(path), "w", options=options or {}) as container:
+        container.metadata.update(tags or {})
         stream = container.add_stream(codec, rate=rate_hz)
         stream.layout = layout
         frame = av.AudioFrame.from_ndarray(
@@ -211,3 +213,33 @@ def test_a_mono_video_is_refused_as_a_mono_wav_is(tmp_path: Path) -> None:
     with pytest.raises(FileProblem, match="is mono"):
         inspect_audio(path)
     assert inspect_audio(path, channels=(1, 2)).num_channels == 1
+
+
+def m4a_with_latin_1_title(folder: Path) -> Path:
+    path = write_av(folder / "a.m4a", "aac", 24000, tags={"title": "CafXXX"})
+    content = path.read_bytes()
+    assert b"CafXXX" in content
+    path.write_bytes(content.replace(b"CafXXX", b"Caf\xe9 1"))
+    return path
+
+
+def mp3_with_latin_1_title(folder: Path) -> Path:
+    path = FORMATS["no length.mp3"](folder / "a.mp3")
+    tag = b"TAG" + b"Gespr\xe4ch".ljust(30, b"\0") + bytes(94) + b"\xff"
+    path.write_bytes(path.read_bytes() + tag)
+    return path
+
+
+@pytest.mark.parametrize("write", [m4a_with_latin_1_title, mp3_with_latin_1_title])
+def test_tags_may_be_in_any_encoding(tmp_path: Path, write: Callable[[Path], Path]) -> None:
+    path = write(tmp_path)
+    assert inspect_audio(path).duration_sec == pytest.approx(DURATION_SEC, abs=0.2)
+    assert float(read_audio(path, 24000, 24000, 24000).std()) > 0.01
+
+
+def test_a_codec_that_nobody_knows_is_damage(tmp_path: Path) -> None:
+    path = write_soundfile(tmp_path / "a.wav", 24000)
+    content = path.read_bytes()
+    path.write_bytes(content[:20] + b"\x34\x12" + content[22:])  # the wav's format tag
+    with pytest.raises(FileProblem, match=r"no decoder knows its codec.*convert it again"):
+        inspect_audio(path)

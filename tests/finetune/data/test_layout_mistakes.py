@@ -20,6 +20,7 @@ from layout_tools import (
     loaded,
     mono_pairs,
     parquet_codes,
+    parquet_without_text,
     save_columns,
     saved_dataset,
     words_of,
@@ -201,6 +202,46 @@ MISTAKES: dict[str, Callable[[Path, Path], Path]] = {
     "copy or convert it again, or remove its line": sound_of(mono_pairs),
     "cannot be read as Arrow": damaged(saved_dataset, "*.arrow"),
 }
+
+
+def replaced(write: Callable[[Path, Path], Path], old: bytes, new: bytes) -> Any:
+    """Data with other bytes at a place, as a bad disk leaves them."""
+
+    def write_and_replace(folder: Path, stereo: Path) -> Path:
+        path = write(folder, stereo)
+        for file in path.glob("*.arrow") if path.is_dir() else [path]:
+            file.write_bytes(file.read_bytes().replace(old, new))
+        return path
+
+    return write_and_replace
+
+
+def with_wrong_end(folder: Path, stereo: Path) -> Path:
+    """Text that would go on beyond the file: pyarrow ends the process on it, if it is not asked."""
+    path = saved_dataset(folder, stereo)
+    file = min(path.glob("*.arrow"))
+    end = len(json.dumps({"alignments": words_of(0)}))
+    old = b"".join(each.to_bytes(4, "little") for each in (0, end))
+    assert old in file.read_bytes()
+    replaced_end = old[:4] + (2**31 - 8).to_bytes(4, "little")
+    file.write_bytes(file.read_bytes().replace(old, replaced_end))
+    return path
+
+
+DAMAGES = {
+    "text in Parquet": replaced(parquet_without_text, b"SPEAKER_MAIN", b"SPEAKER\xffMAIN"),
+    "a name in Parquet": replaced(parquet_codes, b"codes", b"code\xff"),
+    "text in Arrow": replaced(saved_dataset, b"SPEAKER_MAIN", b"SPEAKER\xffMAIN"),
+    "where text in Arrow ends": with_wrong_end,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_table_is_named(tmp_path: Path, stereo: Path, damage: str) -> None:
+    path = DAMAGES[damage](tmp_path, stereo)
+    with pytest.raises(UserError, match="cannot be read") as error:
+        loaded(path)
+    assert str(path) in str(error.value)
 
 
 @pytest.mark.parametrize("message", MISTAKES)

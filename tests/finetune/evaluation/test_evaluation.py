@@ -185,7 +185,7 @@ def test_a_loss_that_is_not_finite_is_named_and_counted_nowhere(
     assert math.isfinite(results["position"]["arms"]["on"]["first_codebook"]["mean"]["value"])
     (missing,) = results["missing"]["position"]
     assert "loss is not finite at 1.6 s" in missing
-    assert results["conclusions"][0].startswith("Warning: The loss of 1 recordings is not finite")
+    assert results["conclusions"][0].startswith("Warning: The loss of 1 recording is not finite")
     # Not a single one left: that is said, too.
     chosen: dict[str, Any] = {
         "data": str(write_dataset(tmp_path / "data", [3.1])),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -12,8 +13,17 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
-from recordings_tools import DIALOGUES, NAMES, call, mono_folder, plain_folder, true_words
+from recordings_tools import (
+    DIALOGUES,
+    NAMES,
+    call,
+    findings_of,
+    mono_folder,
+    plain_folder,
+    true_words,
+)
 
+from finetune.data import HOP_SEC, power_of, wordless_speech
 from finetune.recordings.align import SAMPLE_RATE_HZ, Aligner, heard_hops
 from finetune.recordings.spoken import sounds_of, spoken_form
 from finetune.recordings.work import RecordingError
@@ -151,6 +161,38 @@ def test_a_text_of_another_recording_is_refused() -> None:
         Aligner().align(samples, ["word"] * 80)
 
 
+def test_a_short_text_of_another_recording_is_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An aligner finds places for few words in nearly any speech."""
+    jsonl = listed(tmp_path, NAMES[:2])
+    (tmp_path / "train_000.left.txt").write_text("Frozen lakes")
+    assert call("data", "annotate", jsonl) == 0
+    said = capsys.readouterr().out
+    assert "warning: much of what is said has no words, in 1:" in said
+    assert re.search(r"train_000\.wav, left channel: [4-9]\d% of it", said)
+    assert "train_001.wav, " not in said and "right channel" not in said
+    assert findings_of(jsonl) == (
+        0,
+        {"train_000": {"few-words"}, "train_001": set(), "together": set()},
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("below_db", [np.inf, 10])
+def test_what_is_quieter_than_speech_needs_no_words(name: str, below_db: float) -> None:
+    """Also where it goes on for long before and after, and there is silence or noise alone."""
+    samples, rate = soundfile.read(DIALOGUES / f"{name}.wav")
+    hop = round(HOP_SEC * rate)
+    for channel, speaker in enumerate(["SPEAKER_MAIN", "SPEAKER_USER"]):
+        spans = [(start + 40, end + 40) for _, start, end in true_words(name, speaker)]
+        padded = np.pad(samples, ((40 * rate, 40 * rate), (0, 0))).T[[channel, 1 - channel]]
+        voice = np.concatenate([padded[0, int(a * rate) : int(b * rate)] for a, b in spans])
+        noise = np.random.default_rng(0).normal(0, voice.std(), padded.shape[1])
+        padded[0] += noise * 10 ** (-below_db / 20)
+        assert not wordless_speech(power_of(padded, hop), spans, HOP_SEC).is_much
+
+
 def test_mistakes_are_named_at_the_end_and_all_others_are_done(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -167,7 +209,7 @@ def test_mistakes_are_named_at_the_end_and_all_others_are_done(
     capsys.readouterr()
     assert call("data", "annotate", jsonl) == 1
     said = capsys.readouterr()
-    assert "wrote 1 transcripts" in said.out
+    assert "wrote 1 transcript with" in said.out
     for message in (
         "train_001.wav has a text of the user, train_001.right.txt, but none of Moshi",
         "x_train_000.txt, line 1, does not say who speaks",
@@ -227,7 +269,7 @@ def test_what_is_done_is_not_done_again_and_texts_that_changed_are_named(
     os.utime(tmp_path / "eval_000.left.txt", ns=(later, later))
     capsys.readouterr()
     assert call("data", "annotate", jsonl) == 0
-    assert "1 transcripts are older than their texts (eval_000.wav" in capsys.readouterr().out
+    assert "1 transcript is older than its text (eval_000.wav" in capsys.readouterr().out
     assert call("data", "annotate", jsonl, "--overwrite") == 0
     assert transcript(tmp_path / "train_000.json")
 

@@ -104,6 +104,7 @@ def _num_results(path: Path) -> int:
     ("words", "message"),
     [
         (["{tmp}/no.jsonl"], "does not exist"),
+        (["{tmp}/a,b:1.jsonl"], "(commas separate paths, so that none may be in a name)"),
         (["{tmp}/data.jsonl", "--batch_size=2"], "--batch_size is no option"),
         (["{tmp}/data.jsonl", "--tokenizer={tmp}/data.jsonl"], "is no sentencepiece model"),
         (["{tmp}/no.yaml"], "There is no configuration file"),
@@ -116,3 +117,14 @@ def test_a_mistake_is_one_message(
     assert call("data", "check", *[word.format(tmp=tmp_path) for word in words]) == 1
     said = capsys.readouterr().err
     assert message in said and said.startswith("\nerror: ")
+
+
+def test_a_line_without_its_length_is_told_what_is_expected(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    add(tmp_path, "a")
+    (tmp_path / "data.jsonl").write_text('{"path": "a.wav"}\n')
+    assert call("data", "check", tmp_path / "data.jsonl", "--workers=1") == 1
+    said = capsys.readouterr().out
+    assert 'data.jsonl:1: malformed line: expected {"path": "a.wav", "duration": 12.3}' in said
+    assert "1 recording, 0.00 h: 1 with errors" in said

@@ -124,6 +124,7 @@ PLANTED: dict[str, Callable[[Path, str], None]] = {
     "other-time-units": words(*said(("hello", 100, 400), ("you", 600, 900)), seed=23),
     "no-main-speaker": words(["hello", [0.1, 0.4], "SPEAKER_00"], WORDS[1], seed=24),
     "no-words": audio(lambda: np.tile(speech(27), (3, 1)), words=[]),
+    "few-words": audio(lambda: np.tile(speech(28), (6, 1))),
     "unknown-characters": words(*said(("日本", 0.1, 0.4)), seed=25),
     "tokens-without-frame": words(
         *said(*(("goodbyethankshello", 0.01 * i, 0.01 * i + 0.005) for i in range(9))), seed=26

@@ -96,7 +96,7 @@ def test_words_without_sound_on_their_side_are_red(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--index=7"], "has 2 recordings, 0 to 1"),
+        (["--index=7"], "has 2 recordings, numbered from 0"),
         (["--start_sec=5.5"], "lasts 5.00 s"),
         (["--out=a.jpg"], ".png"),
         (["--text_padding_weight=1"], "--config"),
@@ -107,6 +107,18 @@ def test_a_mistake_of_show_is_one_message(
 ) -> None:
     assert call("data", "show", DIALOGUES / "train.jsonl", *words) == 1
     assert message in capsys.readouterr().err
+
+
+def test_a_run_from_another_folder_is_told_what_is_not_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = ROOT / "example/demo.yaml"
+    words = [DIALOGUES / "train.jsonl", "--config", config, "--out", tmp_path / "a.png"]
+    assert call("data", "show", *words) == 0
+    said = capsys.readouterr().out
+    assert "not shown: moshi_paths.hf_repo_id example/demo/model is no folder" in said
+    assert f"a path starts from the current folder, {tmp_path})" in said
 
 
 def test_what_is_there_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -295,7 +295,7 @@ def test_what_fails_is_said(browser: Any, tmp_path: Path) -> None:
         status(page, "speak")
         crowd = opened(browser, server.url)
         crowd.locator("#call").click()
-        status(crowd, "all 1 places are taken")
+        status(crowd, "every place is taken (1 in all)")
         assert crowd.locator("#download").is_disabled()
 
         page.route("**/session?*", lambda route: route.abort())
@@ -321,7 +321,7 @@ def test_what_fails_is_said(browser: Any, tmp_path: Path) -> None:
         crowd.locator("#call").click()
         status(crowd, "speak")
         page.locator("#call").click()
-        status(page, "all 1 places are taken")
+        status(page, "every place is taken (1 in all)")
         with page.expect_download() as saving:
             page.locator("#download").click()
         saving.value.save_as(tmp_path / "call.wav")

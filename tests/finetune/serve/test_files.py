@@ -93,7 +93,7 @@ def test_a_tree_of_ten_with_one_broken_is_nine_and_a_list(
     words = [f"--checkpoint={trained}", f"--input_dir={tmp_path}/tree", "--stereo", *GREEDY]
     assert call(*words, "--batch_size=4") == 1
     shown = capsys.readouterr()
-    assert "1 recordings were not answered" in shown.err and str(broken) in shown.err
+    assert "1 recording was not answered:" in shown.err and str(broken) in shown.err
     assert "9 of 10 recordings" in shown.out and "x real time" in shown.out
     written = sorted((tmp_path / "tree").rglob("output.wav"))
     assert len(written) == 9 and not list((tmp_path / "tree").rglob("*.part"))

@@ -44,7 +44,7 @@ def test_one_answer_without_room_keeps_its_words_and_stops_no_other(
         assert answer(trained, tmp_path / "in", out, *words) == 1
     said = capsys.readouterr().err
     reason = f"{out}/b_long.wav cannot be written: {FULL}. The words are in {out}/b_long.json."
-    assert f"1 recordings were not answered:\n  - {reason}" in said and "Traceback" not in said
+    assert f"1 recording was not answered:\n  - {reason}" in said and "Traceback" not in said
     assert sorted(path.name for path in out.iterdir()) == [
         "a_short.json", "a_short.wav", "b_long.json", "c_short.json", "c_short.wav"
     ]  # fmt: skip
@@ -55,7 +55,8 @@ def test_one_answer_without_room_keeps_its_words_and_stops_no_other(
     for num_answered in (2, 3):
         assert answer(trained, tmp_path / "in", out, *words, "--missing") == 0
         said = capsys.readouterr().out
-        assert f"{num_answered} of 3 recordings have an answer already" in said
+        have = "has" if num_answered == 1 else "have"
+        assert f"{num_answered} of 3 recordings {have} an answer already" in said
         assert ("wrote" in said) == (num_answered == 2)
     assert (out / "a_short.wav").stat().st_mtime_ns == written_at
     assert kept.items() <= {path.name: path.read_bytes() for path in out.iterdir()}.items()

@@ -147,7 +147,7 @@ def test_three_callers_and_all_that_can_go_wrong() -> None:
                 async with calling(server) as flood, calling(server) as too_many:
                     refused = await asyncio.wait_for(too_many.receive(), 20)
                     assert refused.type == aiohttp.WSMsgType.CLOSE and refused.data == 1013
-                    assert refused.extra == "all 3 places are taken; try again later"
+                    assert refused.extra == "every place is taken (3 in all); try again later"
                     # More than a row may wait for, at once, and then gone without goodbye.
                     flooding = Caller(flood)
                     flooded = asyncio.ensure_future(flooding.send(np.repeat(voice, 8, axis=0)))

@@ -95,7 +95,7 @@ def test_recordings_of_a_folder_are_found_at_any_depth(
         Job(audio / "deep/er/a.wav", out / "deep/er/a.wav"),
     ]
     assert (out / "deep/er").is_dir() and not (out / "deep/er/a.wav").exists()
-    assert "passed over 1 hidden files" in caplog.text
+    assert "passed over 1 hidden file, as" in caplog.text
     above = list_jobs(GenerateOptions(checkpoint=tmp_path, audio=audio / "deep", out=tmp_path))
     assert [job.target for job in above] == [tmp_path / "b.wav", tmp_path / "er/a.wav"]
 
@@ -130,6 +130,6 @@ def test_what_is_missing_is_answered_alone(
     caplog.set_level("INFO")
     wanted = [tmp_path / "out/c.wav", tmp_path / "out/deep/b.wav"]
     assert [job.target for job in list_jobs(replace(folder, missing=True))] == wanted
-    assert "1 of 3 recordings have an answer already" in caplog.text
+    assert "1 of 3 recordings has an answer already" in caplog.text
     tree = GenerateOptions(checkpoint=tmp_path, input_dir=tmp_path / "tree", missing=True)
     assert [job.target for job in list_jobs(tree)] == [tmp_path / "tree/x/output.wav"]

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.errors import UserError
+from finetune.errors import UserError, counted
 from finetune.evaluation.streams import STREAM_TITLES, STREAMS
 from finetune.evaluation.tasks.base import Found, Json, Task
 from finetune.evaluation.tasks.position.options import PositionOptions
@@ -86,9 +86,10 @@ class Position(Task):
             work.run()
         bench.missing.setdefault(self.name, []).extend(work.missing.values())
         if work.not_finite:
+            some = counted(len(work.not_finite), "recording")
             warnings.append(
-                f"The loss of {len(work.not_finite)} recordings is not finite in some arm; they "
-                f"are counted nowhere and listed as missing data."
+                f"The loss of {some} is not finite in some arm: counted nowhere, and listed as "
+                "missing data."
             )
         found = work.results()
         baseline, compared = prepared or (None, None)
@@ -123,7 +124,7 @@ class Position(Task):
             f" With less than {MIN_SEQUENCES} recordings there are no intervals." if few else ""
         )
         return (
-            f"{found['num_recordings']} recordings, "
+            f"{counted(found['num_recordings'], 'recording')}, "
             f"{format_duration(found['duration_sec'])} together, the longest "
             f"{format_duration(found['longest_sec'])}. Cross-entropy in nats per token, weighted "
             f"as in training, read in streaming mode from the start of each recording. In "
