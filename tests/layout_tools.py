@@ -37,6 +37,7 @@ def stereo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines: list[Any] = []
     for index, duration_sec in enumerate(DURATIONS_SEC):
         samples = speech_like(duration_sec, 24000, seed=index)
+        samples[round(0.7 * 24000) :, 0] *= 0.1  # Moshi has said its words
         soundfile.write(folder / f"{index}.wav", samples, 24000)
         (folder / f"{index}.json").write_text(json.dumps({"alignments": words_of(index)}))
         lines.append({"path": f"{index}.wav", "duration": duration_sec})

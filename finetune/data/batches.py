@@ -14,6 +14,7 @@ import multiprocessing.queues
 import os
 import signal
 import sys
+import threading
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -197,8 +198,11 @@ class Batcher:
                 "open files."
             ) from None
         # Workers ignore signals, so they must be told to end before Python waits for them at exit.
+        # In a thread `Prefetcher` closes this, once what is being read is there: a thread that
+        # waits for workers which are ended meanwhile waits for ever.
         end_workers = functools.partial(_end_workers, workers)
-        atexit.register(end_workers)
+        if threading.current_thread() is threading.main_thread():
+            atexit.register(end_workers)
         try:
             yield from workers
         except RuntimeError as error:

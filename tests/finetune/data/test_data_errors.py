@@ -300,6 +300,34 @@ def test_a_worker_that_does_not_end_is_ended(tmp_path: Path) -> None:
         process.kill()
 
 
+def test_a_program_ends_while_its_loader_waits_for_a_worker(tmp_path: Path) -> None:
+    """Workers that were ended before the thread that reads from them left it waiting for ever."""
+    line = write_recording(tmp_path, "a.wav", 2.0)
+    jsonl = write_jsonl(tmp_path / "a.jsonl", [line])
+    program = textwrap.dedent(
+        f"""
+        import time
+        from test_data_errors import train_loader
+        from finetune.data.segments import SegmentReader
+        read = SegmentReader.__getitem__
+        def slowly(self, ref):
+            time.sleep(1.0)
+            return read(self, ref)
+        SegmentReader.__getitem__ = slowly
+        loader = train_loader({str(jsonl)!r}, num_workers=1, prefetch_steps=2)
+        next(loader)
+        raise SystemExit("the end, without close()")
+        """
+    )
+    here = Path(__file__).parent
+    places = [str(here.parents[1]), str(here)]
+    process = Program(f"import sys; sys.path[:0] = {places}\n{program}", stderr_apart=True)
+    try:
+        assert process.communicate(timeout=60) == ("", "the end, without close()\n")
+    finally:
+        process.kill()
+
+
 def test_workers_leave_signals_to_the_trainer_and_end_with_it(tmp_path: Path) -> None:
     """Those of a loader that reads ahead, and of one that does not."""
     line = write_recording(tmp_path, "a.wav", 2.0)
