@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import pytest
 from forked import Program
+from tensorboard.summary.writer import event_file_writer
 
 from finetune.errors import UserError
 from finetune.monitoring import (
@@ -35,6 +36,13 @@ class Wandb:
     offline: bool = True
     key: str | None = None
     run_name: str | None = None
+
+
+@pytest.fixture(autouse=True)
+def files_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorBoard reads its files by name, which of files of one second and process is that of a
+    counter, and its tenth comes before its ninth. No run resumes in the second it began in."""
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
 
 
 def open_logger(run_dir: Path, resumed_step: int | None = None, **wandb: Any) -> MetricsLogger:

@@ -8,10 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 from full_disk import FULL, room_for
-from test_metrics import scalars
+from test_metrics import files_in_order, scalars
 
 from finetune.errors import UserError
 from finetune.monitoring import MetricsLogger, read_metrics
+
+__all__ = ["files_in_order"]  # a fixture, for all tests here
 
 NO_WANDB = SimpleNamespace(project=None, offline=True, key=None, run_name=None)
 WANDB = SimpleNamespace(project="p", offline=True, key=None, run_name=None)
