@@ -36,7 +36,7 @@ from finetune.evaluation.origin import (
 from finetune.evaluation.report import report_page
 from finetune.evaluation.tasks import TASKS
 from finetune.inference import checkpoint_args, nonfinite_weights
-from finetune.kept import is_stock, write_whole
+from finetune.kept import held_folder, is_stock, write_whole
 from finetune.monitoring import setup_logging
 from finetune.report import html_page, write_csv
 from finetune.safety import without_nan
@@ -79,21 +79,22 @@ def _evaluate(options: Options) -> dict[str, Any]:
         inputs.note(note)
     tasks = [TASKS[name] for name in options.tasks]
     prepared = {task.name: task.prepare(inputs, options) for task in tasks}
-    bench = load_bench(inputs)
-    problem = nonfinite_weights(bench.model)
-    bad_weights = [] if problem is None else [f"{problem}: nothing here means anything."]
-    found: dict[str, Any] = {}
-    try:
-        for task in tasks:
-            found[task.name] = task.run(bench, options, prepared[task.name])
-    except KeyboardInterrupt:
-        logger.info("interrupted; what is done is kept: the same command continues")
-        raise
-    warnings = [f"Warning: {warning}" for warning in bench.warnings]
-    told = [sentence for task in tasks for sentence in task.sentences(found[task.name])]
-    described = _described(bench, options, origin, is_kept=configuration is not None)
-    results = {**described, "conclusions": [*bad_weights, *warnings, *told], **found}
-    _write(options, results, configuration)
+    with held_folder(options.out, "--out"):
+        bench = load_bench(inputs)
+        problem = nonfinite_weights(bench.model)
+        bad_weights = [] if problem is None else [f"{problem}: nothing here means anything."]
+        found: dict[str, Any] = {}
+        try:
+            for task in tasks:
+                found[task.name] = task.run(bench, options, prepared[task.name])
+        except KeyboardInterrupt:
+            logger.info("interrupted; what is done is kept: the same command continues")
+            raise
+        warnings = [f"Warning: {warning}" for warning in bench.warnings]
+        told = [sentence for task in tasks for sentence in task.sentences(found[task.name])]
+        described = _described(bench, options, origin, is_kept=configuration is not None)
+        results = {**described, "conclusions": [*bad_weights, *warnings, *told], **found}
+        _write(options, results, configuration)
     reasons = [reason for task in tasks if (reason := task.why_nothing(found[task.name]))]
     if reasons:
         raise UserError("\n".join([*reasons, f"What there is lies in {options.out}."]))
@@ -187,7 +188,6 @@ def _told(options: Options) -> dict[str, Any]:
 
 def _write(options: Options, results: dict[str, Any], configuration: bytes | None) -> None:
     out = options.out
-    out.mkdir(parents=True, exist_ok=True)
     if configuration is not None:
         # Another evaluation compares with it when the checkpoint may be gone. results.json names it
         # and so comes later.

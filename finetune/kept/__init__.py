@@ -2,7 +2,7 @@
 
 from finetune.kept.checkpoint_folders import is_stock, require_checkpoint, require_part
 from finetune.kept.checkpoint_names import CHECKPOINT_NAME, checkpoints_in, step_of
-from finetune.kept.lock import FileLock
+from finetune.kept.lock import FileLock, held_folder
 from finetune.kept.records import Records, read_records
 from finetune.kept.wav import WavWriter, write_wav
 from finetune.kept.whole import (
@@ -24,6 +24,7 @@ __all__ = [
     "Records",
     "WavWriter",
     "checkpoints_in",
+    "held_folder",
     "is_free_folder",
     "is_stock",
     "name_when_whole",

@@ -8,7 +8,8 @@ import os
 import socket
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -168,6 +169,29 @@ class FileLock:
     def _refusal(self, holder: dict[str, Any]) -> UserError:
         who = f"process {holder['pid']} on {holder['host']}" if holder else "another process"
         return UserError(f"{self._held} is in use by {who}. {self._remedy}")
+
+
+@contextmanager
+def held_folder(folder: Path, key: str) -> Iterator[None]:
+    """Hold a folder that one process at a time may fill; it is made if there is none.
+
+    Args:
+        key: the option that names it, for messages.
+
+    Raises:
+        UserError: another process fills it, or it cannot be written to.
+    """
+    remedy = "Wait until that has ended, or name another folder."
+    lock = FileLock(folder / ".lock", f"{key}: {folder}", remedy, is_removed=True)
+    with lock:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock.take()
+        except OSError as error:
+            raise UserError(
+                f"{key}: cannot write to {folder}: {error.strerror or error}."
+            ) from error
+        yield
 
 
 def _read(file: BinaryIO) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 import evaluation_tools
 import pytest
 from evaluation_tools import options
+from forked import Program
 
 from finetune.cli import evaluate, run
 from finetune.errors import UserError
@@ -20,8 +21,34 @@ trained = evaluation_tools.trained
 GIVEN: dict[str, Any] = {"arms": ("on",), "limit": 1}
 
 
+HOLDS_FOLDER = """
+import sys, time
+from pathlib import Path
+from finetune.kept import held_folder
+
+with held_folder(Path(sys.argv[1]), "--out"):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
 def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_folder_that_is_being_filled_is_refused(
+    trained: tuple[Path, Path], tmp_path: Path
+) -> None:
+    other = Program(HOLDS_FOLDER, tmp_path / "out")
+    try:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match=rf"--out: .*out is in use by process {other.pid} on"):
+            evaluate_checkpoint(options(trained, tmp_path / "out", **GIVEN))
+    finally:
+        other.kill()
+        other.wait(timeout=60)
+    evaluate_checkpoint(options(trained, tmp_path / "out", **GIVEN))
+    assert not (tmp_path / "out/.lock").exists()
 
 
 def test_the_same_evaluation_again_replaces_its_own_report(
