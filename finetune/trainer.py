@@ -385,12 +385,13 @@ class Trainer:
         return 128 + number
 
     def require_finite_end(self) -> None:
-        """Check that the run has not diverged; its last checkpoint, if it has, is set apart."""
+        """Check that the run has not diverged; if it is sure, its last checkpoint is set apart."""
         self.lost_steps.require_finite_weights(self.step, self.optimizer, self.world)
         try:
             self.lost_steps.require_finite_end(self.step, self.eval_loss)
         except UserError:
-            self.writer.set_apart(self.step)
+            if self.eval_loss is not None:  # else steps are lost, which have changed nothing
+                self.writer.set_apart(self.step)
             raise
 
     def is_due(self, every: int) -> bool:

@@ -40,7 +40,7 @@ from ttt import TTTLMModel
 logger = logging.getLogger(__name__)
 
 _METRICS = (metrics_path(Path(), kind).name for kind in KINDS)
-_OWN_FILES = ("args.yaml", "log.txt", "wandb_run_id", SUMMARY, *_METRICS)
+_OWN_FILES = ("args.yaml", "log.train.txt", "wandb_run_id", SUMMARY, *_METRICS)
 
 
 def holds_something(run_dir: Path) -> bool:

@@ -16,7 +16,7 @@ from typing import IO, NamedTuple
 import numpy as np
 
 _SUFFIX = ".npy"
-_TYPE = re.compile(r"'descr': '([^']+)'")
+_TYPE = re.compile(r"'descr': '([<>|=]?[a-zA-Z]\d*)'")
 _ORDER = re.compile(r"'fortran_order': (True|False)")
 _SHAPE = re.compile(r"'shape': \(((?:\d+, ?)*\d*)\)")
 
@@ -75,9 +75,14 @@ def _read_header(file: IO[bytes]) -> Header:
     major, _ = np.lib.format.read_magic(file)
     num_bytes = int.from_bytes(file.read(2 if major == 1 else 4), "little")
     text = file.read(num_bytes).decode("latin1")
-    matches = [pattern.search(text) for pattern in (_TYPE, _ORDER, _SHAPE)]
+    matches = [pattern.search(text) for pattern in (_ORDER, _SHAPE)]
     if not all(matches):
         raise ValueError(f"{text.strip()!r} is not the header of an array")
-    dtype, order, shape = (match[1] for match in matches if match)
+    order, shape = (match[1] for match in matches if match)
     sizes = tuple(int(size) for size in shape.split(",") if size.strip())
-    return Header(sizes, np.dtype(dtype), order == "True")
+    dtype = _TYPE.search(text)
+    try:
+        # Without one, each value has several parts: it is a number of no type.
+        return Header(sizes, np.dtype(dtype[1] if dtype else "V"), order == "True")
+    except TypeError as error:
+        raise ValueError(f"{text.strip()!r} is not the header of an array: {error}") from None

@@ -129,6 +129,12 @@ class FileLock:
     def _changes(self, file: BinaryIO) -> bool:
         """Return whether somebody still writes into the file."""
         before, started_at = _read(file), time.monotonic()
+        logger.info(
+            "%s was in use on host %s: looking for %d s whether it still is",
+            self._path,
+            before.get("host"),
+            WATCH_SEC,
+        )
         while time.monotonic() < started_at + WATCH_SEC:
             time.sleep(1.0)
             if _read(file) != before:

@@ -37,7 +37,7 @@ class AppendedLines:
             OSError: it cannot be written, for another reason than a full disk.
         """
         was_waiting = self.is_waiting
-        self._waiting += line.encode() + b"\n"
+        self._waiting += line.encode(errors="backslashreplace") + b"\n"
         try:
             self._write()
         except OSError as error:

@@ -13,11 +13,11 @@ from finetune.safety import redact
 
 logger = logging.getLogger(__name__)
 
-NAME = "log.txt"
+NAME = "log.train.txt"
 
 
 class RunLog(logging.Handler):
-    """Writes log lines to `log.txt` of a run's folder: the terminal's are gone with it.
+    """Writes log lines to `log.train.txt` of a run's folder: the terminal's are gone with it.
 
     Lines that come before the folder is the run's are kept until `open`. A full disk ends nothing.
 
@@ -50,7 +50,11 @@ class RunLog(logging.Handler):
             self._early.clear()
 
     def emit(self, record: logging.LogRecord) -> None:
-        line = redact(self.format(record))
+        try:
+            line = redact(self.format(record))
+        except Exception:  # a library's mistake in its message; logging says so, and goes on
+            self.handleError(record)
+            return
         if self._file is None:
             self._early.append(line)
             return

@@ -14,5 +14,7 @@ def all_finite(values: "Tensor") -> "Tensor":
     """
     if not values.is_floating_point() or not values.numel():
         return values.isfinite().all()
+    if values.element_size() == 1:  # of 8 bits, which have no order of their own here
+        values = values.float()
     least, largest = values.aminmax()
     return least.isfinite() & largest.isfinite()

@@ -100,8 +100,9 @@ class LostSteps:
         if eval_loss is None and self.nonfinite_in_a_row >= LOST_AT_THE_END:
             raise UserError(
                 f"the {self._last_steps()} before the run's end, step {step}, had a loss or "
-                f"gradient that is not finite, and no evaluation shows that the model has "
-                f"recovered. {self._remedy()}"
+                f"gradient that is not finite, and no evaluation shows that the model is well. "
+                f"They changed no weights. Look at their data, or evaluate the checkpoint. If the "
+                f"run has diverged: {self._remedy()}"
             )
 
     def _last_steps(self) -> str:

@@ -56,7 +56,7 @@ def test_what_no_run_wrote_stays_and_the_rest_is_replaced(
     foreign = {*mine, "data", "empty", "link"}
     assert not {n for n in before if n.startswith("tb/events")} & after.keys()
     assert [n for n in after if n not in foreign and n.split("/")[0] not in
-            ("args.yaml", "log.txt", "metrics.train.jsonl", "metrics.eval.jsonl", "tb",
+            ("args.yaml", "log.train.txt", "metrics.train.jsonl", "metrics.eval.jsonl", "tb",
              "checkpoints", "summary.json")] == []  # fmt: skip
     assert "left where it is" in capsys.readouterr().out
 

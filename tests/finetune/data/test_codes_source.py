@@ -185,3 +185,23 @@ def test_an_archive_that_is_damaged_in_the_middle_is_named(tmp_path: Path) -> No
     with pytest.raises(UserError) as error:
         loaded(path)
     assert f"codes {path}/0 cannot be read (it is damaged: " in str(error.value)
+
+
+def test_what_is_beside_codes_in_a_file_is_named_alone(tmp_path: Path, codes: list[Any]) -> None:
+    """An array whose values have several parts, which numpy writes as well."""
+    times = np.zeros(3, dtype=[("start", "f8"), ("end", "f8")])
+    np.savez(tmp_path / "all.npz", codes=codes[0].astype(np.int16), times=times)
+    recordings, problems = check_recordings(str(tmp_path / "all.npz"), key="data.train_data")
+    assert [recording.title[-5:] for recording in recordings] == ["codes"]
+    (problem,) = problems
+    assert "all.npz/times: codes have shape [3]" in problem and "expected whole numbers" in problem
+
+
+@pytest.mark.parametrize("descr", [b"'<q8'", b"'(1,2"])
+def test_a_type_that_is_none_is_damage(tmp_path: Path, codes: list[Any], descr: bytes) -> None:
+    path = save(tmp_path / "all.npz", codes[:1])
+    damaged = path.read_bytes().replace(b"'<i2'", descr.ljust(5))
+    path.write_bytes(damaged)
+    assert b"<i2" not in damaged
+    recordings, problems = check_recordings(str(path), key="data.train_data")
+    assert not recordings and "all.npz" in problems[0]

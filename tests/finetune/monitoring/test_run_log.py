@@ -12,7 +12,7 @@ from finetune.monitoring.run_log import RunLog
 
 
 def lines_of(run_dir: Path) -> list[str]:
-    return (run_dir / "log.txt").read_text(encoding="utf-8").splitlines()
+    return (run_dir / "log.train.txt").read_text(encoding="utf-8").splitlines()
 
 
 def test_a_run_keeps_all_that_it_says_and_a_resumed_one_goes_on(
@@ -70,9 +70,27 @@ def test_lines_wait_while_the_disk_is_full(tmp_path: Path) -> None:
     with room_for(100):
         for number in range(20):
             speaker.info("line %d", number)
-        assert "line 19" not in (tmp_path / "log.txt").read_text()
+        assert "line 19" not in (tmp_path / "log.train.txt").read_text()
     speaker.info("after")
     log.end(None)
     said = [line[20:] for line in lines_of(tmp_path) if line.split()[-1].isdigit()]
     assert said == [f"line {number}" for number in range(20)]
     assert lines_of(tmp_path)[0].endswith("early") and "after" in lines_of(tmp_path)[-2]
+
+
+def test_no_line_ends_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A name that is not UTF-8, and a message that does not fit its arguments."""
+    log = RunLog(enabled=True)
+
+    def say(text: str, *args: object) -> None:  # to this handler alone: pytest's are less robust
+        log.handle(logging.LogRecord("a library", logging.INFO, "", 0, text, args, None))
+
+    say("gone%s.wav", "\udce9")
+    log.open(tmp_path, is_new=True)
+    say("again%s.wav", "\udce9")
+    say("%d", "a library's mistake")
+    say("goes on")
+    log.end(None)
+    said = [line[20:] for line in lines_of(tmp_path)]
+    assert said == [r"gone\udce9.wav", r"again\udce9.wav", "goes on"]
+    assert "Logging error" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """Whether all of a tensor is numbers."""
 
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -8,8 +9,14 @@ import torch
 from finetune.safety import all_finite
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    ("dtype", "bad"),
+    [
+        *product([torch.bfloat16, torch.float16, torch.float32], [math.nan, math.inf, -math.inf]),
+        (torch.float8_e5m2, math.inf),
+        (torch.float8_e4m3fn, math.nan),
+    ],
+)
 def test_one_value_that_is_no_number_is_found_wherever_it_stands(
     dtype: torch.dtype, bad: float
 ) -> None:
