@@ -102,13 +102,13 @@ class RunFolder:
             UserError: the folder is in use, or cannot be written to; it holds something else, or
                 nothing to resume from; or it would be overwritten and must not be.
         """
-        candidates = None
-        if self._world.is_main:
-            with self._errors_named():
-                self._take()
-                settle(self.run_dir)
-                candidates = self._check()
-        return self._world.first(candidates) or []
+        return self._world.done_by_first(self._open)
+
+    def _open(self) -> list[Path]:
+        with self._errors_named():
+            self._take()
+            settle(self.run_dir)
+            return self._check()
 
     def _take(self) -> None:
         if self.run_dir.exists() and not self.run_dir.is_dir():

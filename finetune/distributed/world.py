@@ -118,6 +118,25 @@ class World:
         """Return what the first process has that has something."""
         return next((each for each in self.gather(thing) if each is not None), None)
 
+    def done_by_first(self, do: Callable[[], T]) -> T:
+        """Return what the first process gets of doing something that it alone does.
+
+        Raises:
+            UserError: it was refused there; on all processes, which then end as it does.
+        """
+        done, problem = None, None
+        if self.is_main:
+            try:
+                done = do()
+            except UserError as error:
+                problem = str(error)
+        problem = self.first(problem)
+        if problem is not None:
+            raise UserError(problem)
+        found = self.first(done)
+        assert found is not None
+        return found
+
     def in_step(
         self, items: Iterable[T], should_stop: Callable[[], bool] = lambda: False
     ) -> Iterator[T | None]:

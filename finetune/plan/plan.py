@@ -108,7 +108,7 @@ def shape_of(
 def _describe_sharing(args: TrainArgs, num_gpus: int) -> str:
     size = shard_size(args, num_gpus)
     if num_gpus == 1:
-        return "one GPU holds everything"
+        return "one GPU is to hold everything"
     if size == 1:
         return f"{num_gpus} GPUs: each holds everything (parallel.shard_size: 1)"
     copies = num_gpus // size

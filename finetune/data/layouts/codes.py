@@ -22,6 +22,9 @@ _FORM = (
     "Moshi's, then the user's), or 16 without text"
 )
 
+_MAX_STREAMS = 1 + 2 * 32
+"""Text, and all of Mimi's codebooks on both sides; more are frames in the place of streams."""
+
 
 @dataclass(frozen=True)
 class CodesRecording(Recording):
@@ -72,7 +75,7 @@ class CodesRecording(Recording):
 
 def shape_problem(shape: tuple[int, ...], dtype: object, *, is_whole: bool) -> str | None:
     """Return why an array cannot be the codes of a dialogue; None: it can."""
-    if len(shape) == 2 and shape[0] >= 2 and is_whole:
+    if len(shape) == 2 and 2 <= shape[0] <= _MAX_STREAMS and shape[1] and is_whole:
         return None
     return f"codes have shape {list(shape)} of {dtype}: {_FORM}"
 
@@ -122,6 +125,8 @@ class CodesSource(Source):
         except (OSError, ValueError, zipfile.BadZipFile) as error:
             problem = f"{path} cannot be read as .npz ({error}): copy or make it again"
             return [Entry(str(path), None, problem)]
+        if not headers:
+            return [Entry(str(path), None, f"{path} holds no arrays: {_FORM}")]
         return [
             self._entry(path, name, header.shape, header.dtype) for name, header in headers.items()
         ]

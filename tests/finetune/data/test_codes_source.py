@@ -205,3 +205,19 @@ def test_a_type_that_is_none_is_damage(tmp_path: Path, codes: list[Any], descr: 
     assert b"<i2" not in damaged
     recordings, problems = check_recordings(str(path), key="data.train_data")
     assert not recordings and "all.npz" in problems[0]
+
+
+@pytest.mark.parametrize("shape", [(17, 0), (200, 17)])
+def test_codes_without_frames_or_turned_round_are_named(
+    tmp_path: Path, codes: list[Any], shape: tuple[int, int]
+) -> None:
+    path = save(tmp_path / "all.npz", [codes[0], np.zeros(shape, int)])
+    recordings, problems = check_recordings(str(path), key="data.train_data")
+    assert len(recordings) == 1
+    assert "all.npz/1: codes have shape" in problems[0] and "[streams, frames]" in problems[0]
+
+
+def test_a_file_without_arrays_is_named(tmp_path: Path) -> None:
+    np.savez(tmp_path / "all.npz")
+    _, problems = check_recordings(str(tmp_path / "all.npz"), key="data.train_data")
+    assert problems == [problems[0]] and "all.npz holds no arrays: expected" in problems[0]

@@ -327,7 +327,7 @@ def test_a_conclusion_is_of_what_was_measured() -> None:
         (
             better,
             [
-                "In short (no bin is beyond the attention window): this checkpoint is better (text",
+                "In short (no bin is beyond the attention window), of all four streams together",
                 "(no bin is beyond the attention window), in nats: better: text",
             ],
         ),

@@ -99,7 +99,7 @@ def _in_short(of_arms: Mapping[tuple[str, ...], Found], elsewhere: str) -> str |
     else:
         text = f"is not shown to be better or worse than {other}"
     text += "." if is_controlled else _NO_CONTROL
-    return f"In short{where}: this checkpoint {text}"
+    return f"In short{where}, of all four streams together: this checkpoint {text}"
 
 
 def _estimates(difference: Found) -> tuple[bool, dict[str, Found]]:
