@@ -275,7 +275,7 @@ def test_a_table_is_looked_through_once_a_version(
     entries = open_source(path, "data.train_data").entries()
     for entry in entries:
         _open_arrow.cache_clear()  # as others that are opened do
-        assert entry.recording is not None and entry.recording.load_transcript().words
+        assert entry.recording is not None and entry.recording.read_words()
     assert looked_through == [True, True], "one for each file"
     # What is damaged meanwhile is another version.
     first = entries[0].recording
@@ -284,7 +284,7 @@ def test_a_table_is_looked_through_once_a_version(
     damaged_file = min((tmp_path / "damaged/saved").glob("*.arrow"))
     shutil.copyfile(damaged_file, path / damaged_file.name)
     with pytest.raises(FileProblem, match="cannot be read"):
-        first.load_transcript()
+        first.read_words()
 
 
 @pytest.mark.parametrize("message", MISTAKES)
