@@ -108,5 +108,5 @@ class CacheFill:
             raise UserError(
                 f"data.cache_dir: {self._store.folder} cannot be written ({error.strerror}); "
                 f"{kept} kept. Make room, or name a folder that can be written, and "
-                " start again: what was kept stays."
+                "start again: what was kept stays."
             )

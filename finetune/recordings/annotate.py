@@ -151,8 +151,9 @@ def _cautions_of_few_words(sides: Sequence[str]) -> Iterator[str]:
     """Yield a warning if texts leave over much of what is said: most fit speech, also of others."""
     if sides:
         yield (
-            f"warning: much of what is said has no words, in {listed(sorted(sides))}\ncheck that "
-            "the texts are of these recordings and channels, and complete"
+            f"warning: much of what is said has no words, in {listed(sorted(sides))}\nlisten to "
+            "it: if that is speech of this side, check that its text is of this recording and "
+            "channel, and complete; laughter, music and the other side's echo need none"
         )
 
 

@@ -251,8 +251,9 @@ def _check_data(runs: Iterable[PlannedRun], missing: Mapping[str, Collection[str
         used = {"data.train_data": data.train_data}
         if run.args.do_eval:
             used["data.eval_data"] = data.eval_data
-        for key in used.keys() - missing[run.name]:
-            spec = used[key]
+        for key, spec in used.items():
+            if key in missing[run.name]:
+                continue
             reading = Reading.of(data, training=key == "data.train_data")
             place = (key, spec, num_frames, data.on_error, reading)
             users.setdefault(place, []).append(run.name)

@@ -190,7 +190,9 @@ def few_words(subject: Subject, heard: Heard) -> Iterator[Finding]:
             f"{heard.main_wordless.share:.0%} of what is as loud on the {subject.main_side} "
             f"channel, Moshi's, of {subject.name} as its words lies outside all words of "
             f"{subject.text_name}",
-            "check that these are the words of this recording and channel, and all of them",
+            "listen to it: if that is speech of this side, check that these are the words of this "
+            "recording and channel, and all of them; laughter, music and the other side's echo "
+            "need none",
         )
 
 

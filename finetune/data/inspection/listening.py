@@ -139,7 +139,7 @@ def _listen_to_all(subject: Subject) -> Heard:
         num_clipped / max(1, 2 * num_heard),
         is_complete=True,
         digest=digest.hexdigest(),
-        main_loud_sec=float(is_loud(power).sum() * hop_sec),
+        main_loud_sec=float(is_loud(power, hop_sec).sum() * hop_sec),
         main_wordless=wordless_speech(
             power, [(word.start_sec, word.end_sec) for word in subject.spoken_words], hop_sec
         ),

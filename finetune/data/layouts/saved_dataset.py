@@ -191,6 +191,11 @@ class SavedDatasetSource(Source):
             yield Entry(recording.origin, recording)
 
 
+_sound: set[tuple[Path, object]] = set()
+"""Files, in their versions, of which this process has read all where values begin and end. Shuffled
+segments of more files than stay open open one nearly each time, which need not read it again."""
+
+
 @lru_cache(maxsize=64)
 def _open_arrow(path: Path, version: object) -> "pyarrow.Table":
     """Open an Arrow file; audio in it is read from the disk when it is used."""
@@ -201,7 +206,9 @@ def _open_arrow(path: Path, version: object) -> "pyarrow.Table":
         table = pyarrow.ipc.open_stream(source).read_all()
     except pyarrow.ArrowInvalid:
         table = pyarrow.ipc.open_file(source).read_all()
-    # Where values begin and end is in the file, and pyarrow believes it: what is damaged there
-    # would end the process. This reads all of that, and text, but no audio.
-    table.validate(full=True)
+    if (path, version) not in _sound:
+        # Where values begin and end is in the file, and pyarrow believes it: what is damaged there
+        # would end the process. This reads all of that, and text, but no audio.
+        table.validate(full=True)
+        _sound.add((path, version))
     return table

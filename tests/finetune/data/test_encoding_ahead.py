@@ -131,9 +131,13 @@ def test_encoding_ahead_onto_a_disk_that_runs_full(
     WRITE = store._write
     monkeypatch.setattr(store, "_write", write_while_there_is_room)
     options = load_config(config, {"data.cache_dir": tmp_path / "cache"})
-    message = r"cannot be written \(No space left on device\); 2 segments were kept"
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError) as caught:
         encode_data(options)
+    assert str(caught.value) == (
+        f"data.cache_dir: {tmp_path / 'cache'} cannot be written (No space left on device); "
+        "2 segments were kept. Make room, or name a folder that can be written, and start again: "
+        "what was kept stays."
+    )
     assert len(list((tmp_path / "cache").iterdir())) == 2
     monkeypatch.undo()
     encode_data(options)

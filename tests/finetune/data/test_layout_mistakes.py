@@ -27,6 +27,9 @@ from layout_tools import (
 )
 from recordings_tools import call
 
+from finetune.data.layouts import open_source
+from finetune.data.layouts.saved_dataset import _open_arrow
+from finetune.data.problems import FileProblem
 from finetune.errors import UserError
 
 # Fixtures: pytest finds them by their names in this module.
@@ -242,6 +245,46 @@ def test_a_damaged_table_is_named(tmp_path: Path, stereo: Path, damage: str) -> 
     with pytest.raises(UserError, match="cannot be read") as error:
         loaded(path)
     assert str(path) in str(error.value)
+
+
+def test_a_table_is_looked_through_once_a_version(
+    tmp_path: Path, stereo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is opened for nearly every segment where more of them are used than stay open."""
+    looked_through: list[bool] = []
+    open_stream = pyarrow.ipc.open_stream
+
+    class Told:
+        """A table, and what reads it, that tells when it is looked through."""
+
+        def __init__(self, source: Any) -> None:
+            self.table = open_stream(source).read_all()
+
+        def read_all(self) -> "Told":
+            return self
+
+        def validate(self, *, full: bool) -> None:
+            looked_through.append(full)
+            self.table.validate(full=full)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.table, name)
+
+    monkeypatch.setattr(pyarrow.ipc, "open_stream", Told)
+    path = saved_dataset(tmp_path, stereo)
+    entries = open_source(path, "data.train_data").entries()
+    for entry in entries:
+        _open_arrow.cache_clear()  # as others that are opened do
+        assert entry.recording is not None and entry.recording.read_words()
+    assert looked_through == [True, True], "one for each file"
+    # What is damaged meanwhile is another version.
+    first = entries[0].recording
+    assert first is not None
+    with_wrong_end(tmp_path / "damaged", stereo)
+    damaged_file = min((tmp_path / "damaged/saved").glob("*.arrow"))
+    shutil.copyfile(damaged_file, path / damaged_file.name)
+    with pytest.raises(FileProblem, match="cannot be read"):
+        first.read_words()
 
 
 @pytest.mark.parametrize("message", MISTAKES)

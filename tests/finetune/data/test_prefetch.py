@@ -5,7 +5,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Generator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from functools import partialmethod
 from pathlib import Path
@@ -185,6 +185,22 @@ def test_speech_is_checked_while_audio_is_encoded(config: Path, tmp_path: Path) 
     )  # before the first step too
 
 
+class ToldLock:
+    """A lock that tells when somebody waits for it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.is_waited_for = threading.Event()
+
+    def __enter__(self) -> None:
+        if not self._lock.acquire(blocking=False):
+            self.is_waited_for.set()
+            self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
 @pytest.mark.parametrize(
     "use",
     [
@@ -193,13 +209,18 @@ def test_speech_is_checked_while_audio_is_encoded(config: Path, tmp_path: Path) 
         lambda codec: Silence(codec).codes(2),
     ],
 )
-def test_mimi_is_used_by_one_thread_at_a_time(use: Callable[[Codec], Any]) -> None:
-    codec = tiny_codec()
+def test_mimi_is_used_by_one_thread_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, use: Callable[[Codec], Any]
+) -> None:
+    codec, lock = tiny_codec(), ToldLock()
+    monkeypatch.setattr(codec, "lock", lock)
     blocks = codec.encode_blocks(iter(torch.zeros(3, 1, codec.mimi.frame_size)), 1)
     next(blocks)
     with ThreadPoolExecutor(1) as pool:
         used = pool.submit(use, codec)
-        assert not wait([used], timeout=0.3).done
+        while not used.done() and not lock.is_waited_for.wait(timeout=0.01):
+            pass
+        assert lock.is_waited_for.is_set() and not used.done()
         list(blocks)
         assert used.exception(timeout=60) is None
 

@@ -170,6 +170,7 @@ def test_a_short_text_of_another_recording_is_a_warning(
     assert call("data", "annotate", jsonl) == 0
     said = capsys.readouterr().out
     assert "warning: much of what is said has no words, in 1:" in said
+    assert "laughter, music and the other side's echo need none" in said
     assert re.search(r"train_000\.wav, left channel: [4-9]\d% of it", said)
     assert "train_001.wav, " not in said and "right channel" not in said
     assert findings_of(jsonl) == (
@@ -191,6 +192,32 @@ def test_what_is_quieter_than_speech_needs_no_words(name: str, below_db: float) 
         noise = np.random.default_rng(0).normal(0, voice.std(), padded.shape[1])
         padded[0] += noise * 10 ** (-below_db / 20)
         assert not wordless_speech(power_of(padded, hop), spans, HOP_SEC).is_much
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("below_db", [5, 8])
+@pytest.mark.parametrize("delay_sec", [0.0, 0.12])
+def test_the_echo_of_the_other_side_needs_no_words(
+    name: str, below_db: float, delay_sec: float
+) -> None:
+    """Beside a few words of a quiet speaker. What the other channel does not have is none."""
+    samples, rate = soundfile.read(DIALOGUES / f"{name}.wav")
+    hop, delay_samples = round(HOP_SEC * rate), round(delay_sec * rate)
+    for channel, speaker in enumerate(["SPEAKER_MAIN", "SPEAKER_USER"]):
+        own, other = np.tile(samples.T[[channel, 1 - channel]], 3)
+        words = true_words(name, speaker)
+        spans = [(start, end) for _, start, end in words[len(words) // 2 :][:3]]
+        quiet = np.zeros_like(own)
+        for start, end in spans:
+            said = slice(int(start * rate), int(end * rate))
+            quiet[said] = own[said] / 4
+        echo = np.pad(other, (delay_samples, 0))[: len(other)] * 10 ** (-below_db / 20)
+        heard = quiet + echo
+        assert not wordless_speech(power_of(np.stack([heard, other]), hop), spans, HOP_SEC).is_much
+        # The same below what is as loud as the other voice, and no source of it.
+        noise = np.random.default_rng(0).normal(0, other[np.abs(other) > 0.01].std(), len(other))
+        beside = np.stack([heard, noise])
+        assert wordless_speech(power_of(beside, hop), spans, HOP_SEC).is_much
 
 
 def test_mistakes_are_named_at_the_end_and_all_others_are_done(

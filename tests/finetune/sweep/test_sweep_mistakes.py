@@ -1,6 +1,9 @@
 """Mistakes in a sweep's file and in its runs, all reported before the first run."""
 
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -154,6 +157,35 @@ def test_one_message_has_what_each_stage_of_checking_finds(
     ):
         assert expected in message, expected
     assert len(commands) == 1
+
+
+READS_A_SWEEP = """
+import sys
+from pathlib import Path
+from finetune.sweep.plan import load_sweep
+try:
+    load_sweep(Path(sys.argv[1]))
+except ValueError as problems:
+    print(problems)
+"""
+
+
+def test_broken_data_come_in_one_order(write: Callable[..., Any], tmp_path: Path) -> None:
+    """However a process hashes names: with these two seeds a set of the keys has two orders."""
+    keys = ["data.train_data", "data.eval_data"]
+    for key in keys:
+        (tmp_path / f"{key}.jsonl").write_text("not json\n")
+    path = write({"one": {key: str(tmp_path / f"{key}.jsonl") for key in keys}})
+    command = [sys.executable, "-c", READS_A_SWEEP, path]
+    processes = [
+        subprocess.Popen(
+            command, env=os.environ | {"PYTHONHASHSEED": seed}, stdout=subprocess.PIPE, text=True
+        )
+        for seed in "01"
+    ]
+    for process in processes:
+        message, _ = process.communicate(timeout=120)
+        assert re.findall(r"(data\.\w+)\.jsonl:1: malformed", message) == keys
 
 
 @pytest.mark.parametrize(
