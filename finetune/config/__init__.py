@@ -58,7 +58,7 @@ from finetune.config.read import (
     require_configuration,
     save_config,
 )
-from finetune.config.sources import parse_sources, require_sources
+from finetune.config.sources import parse_sources, require_sources, resolved_sources
 from finetune.config.values import NULLS, FilePath, PathsText, PathText, parse
 
 __all__ = [
@@ -121,6 +121,7 @@ __all__ = [
     "require_configuration",
     "require_file",
     "require_sources",
+    "resolved_sources",
     "require_there",
     "save_config",
 ]
