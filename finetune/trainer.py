@@ -85,7 +85,8 @@ class Trainer:
         resume_from, damaged = first_whole(self.folder.open(), self.world)
         if resume_from is not None:
             require_same_parameters(args, resume_from)
-        self.checkpoint_info = info = find_checkpoint(args.moshi_paths)
+        is_new = resume_from is None
+        self.checkpoint_info = info = find_checkpoint(args.moshi_paths, is_new_run=is_new)
         self.sharding = build_sharding(args, self.world)
 
         def check(planned: TTTLMModel) -> None:
