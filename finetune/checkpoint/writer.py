@@ -36,6 +36,7 @@ from finetune.checkpoint.snapshot import Snapshot
 from finetune.config import TrainArgs, save_config
 from finetune.distributed import Sharding, World, like_parameter
 from finetune.errors import UserError
+from finetune.kept import DIVERGED
 from finetune.model import adapter_roles
 from finetune.step import Optimizer
 from ttt import TTTLMModel
@@ -154,7 +155,7 @@ class CheckpointWriter:
         """Give the checkpoint of `step`, if this run has one, a name by which nothing goes on from
         it: its model has diverged."""
         final = self._final(step)
-        new = final.with_name(f"{final.name}.diverged")
+        new = final.with_name(f"{final.name}{DIVERGED}")
         if not self.world.is_main or not self.record.found_at(self._name(final)).units:
             return
         try:
