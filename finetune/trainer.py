@@ -349,7 +349,7 @@ class Trainer:
         self.eval_loss = eval_loss_of(checkpoint)
         assert self.step == step_of(checkpoint)
         self.writer.last_step = self.step
-        self.writer.earlier_parts = parts_before(self.args, checkpoint)
+        self.writer.earlier_parts = parts_before(self.args, checkpoint, self.frozen_base)
         logger.info("resuming %s after step %d", checkpoint, self.step)
         if self.world.is_main:
             for caution in cautions_of_resuming(self.args, checkpoint):

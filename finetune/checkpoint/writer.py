@@ -29,8 +29,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from finetune.checkpoint import manifest
 from finetune.checkpoint.consolidated import consolidated, consolidated_config
-from finetune.checkpoint.earlier_parts import EARLIER, INFO, Part, earlier_parts_of
-from finetune.checkpoint.run_dir import delete_old, list_checkpoints
+from finetune.checkpoint.earlier_parts import EARLIER, Part, earlier_parts_of
+from finetune.checkpoint.run_dir import INFO, delete_old, list_checkpoints
 from finetune.checkpoint.run_record import RunRecord, fsync
 from finetune.checkpoint.snapshot import Snapshot
 from finetune.config import TrainArgs, save_config

@@ -121,7 +121,7 @@ __all__ = [
     "require_configuration",
     "require_file",
     "require_sources",
-    "resolved_sources",
     "require_there",
+    "resolved_sources",
     "save_config",
 ]
