@@ -85,7 +85,8 @@ class Trainer:
         resume_from, damaged = first_whole(self.folder.open(), self.world)
         if resume_from is not None:
             require_same_parameters(args, resume_from)
-        self.checkpoint_info = info = find_checkpoint(args.moshi_paths)
+        is_new = resume_from is None
+        self.checkpoint_info = info = find_checkpoint(args.moshi_paths, is_new_run=is_new)
         self.sharding = build_sharding(args, self.world)
 
         def check(planned: TTTLMModel) -> None:
@@ -152,9 +153,8 @@ class Trainer:
         Returns:
             An exit status: 0, or 128 + the signal that ended the run.
         """
-        for line in describe_run(
-            self.args, self.model, self.train_data, self.eval_data, self.world, self.config
-        ):
+        data = self.train_data, self.eval_data
+        for line in describe_run(self.args, self.model, *data, self.world, self.config):
             logger.info(line)
         with self.folder, self.interrupt, self.metrics, self.progress:
             try:
@@ -348,7 +348,7 @@ class Trainer:
         self.eval_loss = eval_loss_of(checkpoint)
         assert self.step == step_of(checkpoint)
         self.writer.last_step = self.step
-        self.writer.earlier_parts = parts_before(self.args, checkpoint)
+        self.writer.earlier_parts = parts_before(self.args, checkpoint, self.frozen_base)
         logger.info("resuming %s after step %d", checkpoint, self.step)
         if self.world.is_main:
             for caution in cautions_of_resuming(self.args, checkpoint):

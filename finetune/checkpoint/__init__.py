@@ -1,11 +1,17 @@
 """This package keeps what a run leaves on disk and continues from."""
 
 from finetune.checkpoint.consolidated import merged_weights
-from finetune.checkpoint.earlier_parts import Part, earlier_parts_of, parts_before
+from finetune.checkpoint.earlier_parts import (
+    OF_FROZEN_WEIGHTS,
+    Part,
+    earlier_parts_of,
+    parts_before,
+)
 from finetune.checkpoint.run_dir import (
     eval_loss_of,
     fill_shards,
     first_whole,
+    frozen_fingerprint_of,
     list_checkpoints,
     load_resume_state,
     load_trained_weights,
@@ -24,6 +30,7 @@ from finetune.checkpoint.writer import CheckpointWriter
 from finetune.kept import step_of
 
 __all__ = [
+    "OF_FROZEN_WEIGHTS",
     "CheckpointWriter",
     "Part",
     "RunFolder",
@@ -34,6 +41,7 @@ __all__ = [
     "first_whole",
     "free_run_dir",
     "frozen_base",
+    "frozen_fingerprint_of",
     "holds_something",
     "list_checkpoints",
     "load_resume_state",

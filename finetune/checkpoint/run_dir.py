@@ -30,7 +30,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from finetune.checkpoint import manifest
-from finetune.checkpoint.earlier_parts import INFO
 from finetune.checkpoint.run_record import RunRecord
 from finetune.checkpoint.tensor_reader import TensorReader
 from finetune.config import TrainArgs
@@ -48,6 +47,7 @@ logger = logging.getLogger(__name__)
 warnings.filterwarnings("ignore", message="TypedStorage is deprecated")
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninit")
 
+INFO = "info.json"
 RESUME_STATE = {"optimizer", "data", "base", "effect", "counts"}
 """What resume.pt holds; that of an earlier version may lack `base`, and hold a state of random
 numbers, which nothing reads."""
@@ -143,10 +143,7 @@ def load_resume_state(checkpoint: Path) -> dict[str, Any]:
     Raises:
         UserError: it cannot be read, or another version has written it.
     """
-    try:
-        state = torch.load(checkpoint / "resume.pt", map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-        raise UserError(f"cannot read {checkpoint / 'resume.pt'}: {error}") from error
+    state = _resume_file(checkpoint)
     if (
         not isinstance(state, dict)
         or {"base", *state} - {"random"} != RESUME_STATE
@@ -155,6 +152,24 @@ def load_resume_state(checkpoint: Path) -> dict[str, Any]:
     ):
         raise UserError(_OF_ANOTHER_VERSION.format(checkpoint))
     return state
+
+
+def frozen_fingerprint_of(checkpoint: Path) -> str | None:
+    """Return what tells the frozen weights that a checkpoint was trained on from others; None where
+    all its weights train, and where nothing says it: resume.pt is of an earlier version, lost or
+    damaged."""
+    try:
+        found = _resume_file(checkpoint)["base"]["fingerprint"]
+    except (UserError, LookupError, TypeError):
+        return None
+    return found if isinstance(found, str) else None
+
+
+def _resume_file(checkpoint: Path) -> Any:
+    try:
+        return torch.load(checkpoint / "resume.pt", map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        raise UserError(f"cannot read {checkpoint / 'resume.pt'}: {error}") from error
 
 
 def fill_shards(

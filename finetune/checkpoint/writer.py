@@ -29,13 +29,14 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from finetune.checkpoint import manifest
 from finetune.checkpoint.consolidated import consolidated, consolidated_config
-from finetune.checkpoint.earlier_parts import EARLIER, INFO, Part, earlier_parts_of
-from finetune.checkpoint.run_dir import delete_old, list_checkpoints
+from finetune.checkpoint.earlier_parts import EARLIER, Part, earlier_parts_of
+from finetune.checkpoint.run_dir import INFO, delete_old, list_checkpoints
 from finetune.checkpoint.run_record import RunRecord, fsync
 from finetune.checkpoint.snapshot import Snapshot
 from finetune.config import TrainArgs, save_config
 from finetune.distributed import Sharding, World, like_parameter
 from finetune.errors import UserError
+from finetune.kept import DIVERGED
 from finetune.model import adapter_roles
 from finetune.step import Optimizer
 from ttt import TTTLMModel
@@ -154,7 +155,7 @@ class CheckpointWriter:
         """Give the checkpoint of `step`, if this run has one, a name by which nothing goes on from
         it: its model has diverged."""
         final = self._final(step)
-        new = final.with_name(f"{final.name}.diverged")
+        new = final.with_name(f"{final.name}{DIVERGED}")
         if not self.world.is_main or not self.record.found_at(self._name(final)).units:
             return
         try:

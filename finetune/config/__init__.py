@@ -58,7 +58,7 @@ from finetune.config.read import (
     require_configuration,
     save_config,
 )
-from finetune.config.sources import parse_sources, require_sources
+from finetune.config.sources import parse_sources, require_sources, resolved_sources
 from finetune.config.values import NULLS, FilePath, PathsText, PathText, parse
 
 __all__ = [
@@ -122,5 +122,6 @@ __all__ = [
     "require_file",
     "require_sources",
     "require_there",
+    "resolved_sources",
     "save_config",
 ]

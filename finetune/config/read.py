@@ -13,6 +13,7 @@ from finetune.config.checks import cross_checks
 from finetune.config.config_files import require_configuration
 from finetune.config.fields import Problem, fill, keys_that, suggestion
 from finetune.config.must_exist import what_is_missing
+from finetune.config.sources import resolved_sources
 from finetune.config.values import NULLS
 from finetune.errors import UserError
 from finetune.kept import write_whole
@@ -247,14 +248,21 @@ def changed_keys(path: Path, args: TrainArgs) -> dict[str, tuple[str, str]]:
     """Return what differs in `args` from the configuration in `path`: old and new value by dotted
     key.
 
-    Keys that say how a run is started, not what it is, are left out.
+    Keys that say how a run is started, not what it is, are left out, and data that are named by
+    another path to the same place.
     """
     old, new = (flatten(public_dict(each)) for each in (load_run_config(path), args))
     return {
         key: (str(old.get(key)), str(new.get(key)))
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and key not in keys_that(TrainArgs, START)
+        if _meant(key, old.get(key)) != _meant(key, new.get(key))
+        and key not in keys_that(TrainArgs, START)
     }
+
+
+def _meant(key: str, value: Any) -> Any:
+    is_data = value is not None and key in ("data.train_data", "data.eval_data")
+    return resolved_sources(value, key) if is_data else value
 
 
 def save_config(args: TrainArgs, path: str | Path) -> None:

@@ -33,6 +33,25 @@ def parse_sources(spec: str, key: str) -> list[tuple[Path, float]]:
     return pairs
 
 
+def resolved_sources(spec: str, key: str) -> str:
+    """Return `path[:weight],…` as it is named from any folder; what is no file or folder of this
+    machine stays as it is.
+
+    Raises:
+        UserError: see `parse_sources`.
+    """
+    if not spec:
+        return spec
+    found = []
+    for path, weight in parse_sources(spec, key):
+        place = path
+        if path.exists():
+            # A list that is a link speaks of files beside the link.
+            place = path.resolve() if path.is_dir() else path.parent.resolve() / path.name
+        found.append(str(place) if weight == 1 else f"{place}:{weight:g}")
+    return ",".join(found)
+
+
 def require_sources(paths: Sequence[Path], key: str) -> None:
     """
     Args:

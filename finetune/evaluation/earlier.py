@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from finetune.config import resolved_sources
 from finetune.errors import UserError
 from finetune.kept import Kept
 from finetune.safety import without_nan
@@ -55,8 +56,16 @@ def _changes(
             yield f"checkpoint was {earlier_name}, is {name}"
     earlier = kept["options"]
     for key in sorted(told.keys() & earlier.keys()):
-        if key not in _OF_NO_RESULT and told[key] != earlier[key]:
+        if key not in _OF_NO_RESULT and _is_other(earlier[key], told[key], key):
             yield f"{key} was {_shown(earlier[key])}, is {_shown(told[key])}"
+
+
+def _is_other(earlier: Any, told: Any, key: str) -> bool:
+    """Return whether two values of an option differ, and not only in how a path was typed, as
+    earlier versions kept it."""
+    if isinstance(earlier, str) and isinstance(told, str):
+        return resolved_sources(earlier, f"--{key}") != resolved_sources(told, f"--{key}")
+    return bool(earlier != told)
 
 
 def _shown(value: Any) -> str:

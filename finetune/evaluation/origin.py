@@ -4,7 +4,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from finetune.checkpoint import Part, earlier_parts_of
+from finetune.checkpoint import (
+    OF_FROZEN_WEIGHTS,
+    Part,
+    earlier_parts_of,
+    frozen_fingerprint_of,
+)
 from finetune.config import (
     TrainArgs,
     changed_keys,
@@ -47,15 +52,17 @@ class Differences(NamedTuple):
 
 def describe_origin(checkpoint: Path) -> Json:
     """Return how far and from which seed a checkpoint was trained, and on how many segments a step,
-    None where nothing says so, as for a stock Moshi; and the parts of its training that had another
-    configuration."""
+    None where nothing says so, as for a stock Moshi; the fingerprint of the frozen weights that it
+    was trained on; and the parts of its training that had another configuration."""
     if is_stock(checkpoint):
-        return {"step": None, "seed": None, "segments_per_step": None, "earlier_parts": []}
+        unknown = dict.fromkeys(("step", "seed", "segments_per_step", "frozen_weights"))
+        return unknown | {"earlier_parts": []}
     summary = Kept(checkpoint.absolute().parent.parent / SUMMARY).read() or {}
     return {
         "step": step_of(checkpoint) if CHECKPOINT_NAME.fullmatch(checkpoint.name) else None,
         "seed": load_run_config(checkpoint / CONFIGURATION).seed,
         "segments_per_step": summary.get("segments_per_step"),
+        "frozen_weights": frozen_fingerprint_of(checkpoint),
         "earlier_parts": earlier_parts_of(checkpoint),
     }
 
@@ -99,7 +106,12 @@ def trained_on(args: TrainArgs, recordings: Sequence[Recording]) -> list[Recordi
 
 
 def differences(
-    own: Path, other: Path, own_parts: Sequence[Part] = (), other_parts: Sequence[Part] = ()
+    own: Path,
+    other: Path,
+    own_parts: Sequence[Part] = (),
+    other_parts: Sequence[Part] = (),
+    *,
+    is_same_base: bool = False,
 ) -> Differences:
     """Return the configuration keys in which two runs differ, or did in an earlier part of their
     training, that both of them read.
@@ -110,12 +122,14 @@ def differences(
     Args:
         own, other: files that runs have written, `args.yaml`, or copies of them.
         own_parts, other_parts: earlier parts of their training.
+        is_same_base: their frozen weights are known to be the same, wherever they lay.
 
     Raises:
         UserError: one of them cannot be read.
     """
     runs = [load_run_config(path) for path in (own, other)]
     unimportant = keys_that(TrainArgs, HARMLESS, MEASURED)
+    unimportant |= OF_FROZEN_WEIGHTS if is_same_base else set()
     last = changed_keys(other, runs[0])
     by_key = [(key, Difference(key, of_own, of_other)) for key, (of_other, of_own) in last.items()]
     found = Differences([], [])

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from finetune.config import TrainArgs
+from finetune.config import TrainArgs, resolved_sources
 from finetune.data import num_different
 from finetune.distributed import peak_memory_gb
 from finetune.errors import UserError
@@ -160,7 +160,7 @@ def _described(
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "model": {
             "name": name_of(checkpoint),
-            "checkpoint": str(checkpoint),
+            "checkpoint": str(checkpoint.absolute()),
             "fingerprint": bench.identity["checkpoint"],
             "ttt": f"TTT: {method}{details} in layers {layers}" if layers else "no TTT",
             **origin,
@@ -183,7 +183,10 @@ def _told(options: Options) -> dict[str, Any]:
     del values["wandb"]["key"]
     for section in [name for name, value in values.items() if isinstance(value, Mapping)]:
         values |= {f"{section}.{name}": value for name, value in values.pop(section).items()}
-    return {name: _plain(value) for name, value in values.items()}
+    plain = {name: _plain(value) for name, value in values.items()}
+    if plain.get("data"):
+        plain["data"] = resolved_sources(plain["data"], "--data")
+    return plain
 
 
 def _write(options: Options, results: dict[str, Any], configuration: bytes | None) -> None:
@@ -204,4 +207,5 @@ def _write(options: Options, results: dict[str, Any], configuration: bytes | Non
 
 
 def _plain(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else value
+    # A later evaluation compares it from another folder.
+    return str(value.resolve()) if isinstance(value, Path) else value

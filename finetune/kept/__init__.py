@@ -1,7 +1,7 @@
 """This package keeps what is done already on the disk, so that no work is done twice."""
 
 from finetune.kept.checkpoint_folders import is_stock, require_checkpoint, require_part
-from finetune.kept.checkpoint_names import CHECKPOINT_NAME, checkpoints_in, step_of
+from finetune.kept.checkpoint_names import CHECKPOINT_NAME, DIVERGED, checkpoints_in, step_of
 from finetune.kept.lock import FileLock, held_folder
 from finetune.kept.records import Records, read_records
 from finetune.kept.wav import WavWriter, write_wav
@@ -19,6 +19,7 @@ from finetune.kept.whole import (
 
 __all__ = [
     "CHECKPOINT_NAME",
+    "DIVERGED",
     "FileLock",
     "Kept",
     "Records",

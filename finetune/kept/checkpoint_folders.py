@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from finetune.errors import UserError
-from finetune.kept.checkpoint_names import checkpoints_in
+from finetune.kept.checkpoint_names import DIVERGED, checkpoints_in
 
 
 def is_stock(checkpoint: Path) -> bool:
@@ -14,7 +14,7 @@ def is_stock(checkpoint: Path) -> bool:
 
 
 def require_checkpoint(checkpoint: Path, key: str) -> None:
-    """Check that a folder is a checkpoint of a run.
+    """Check that a folder is a checkpoint of a run that has not diverged.
 
     Args:
         key: what has named it, for messages.
@@ -23,6 +23,7 @@ def require_checkpoint(checkpoint: Path, key: str) -> None:
         UserError: it is none; where it is a level too high or too low, the right one is named.
     """
     if (checkpoint / "consolidated").is_dir():
+        _require_not_diverged(checkpoint, key)
         if (checkpoint / "args.yaml").is_file():
             return
         raise UserError(
@@ -61,6 +62,18 @@ def require_part(file: Path) -> None:
         raise UserError(
             f"{file} is missing, so the checkpoint is damaged: copy it again, or use another one."
         )
+
+
+def _require_not_diverged(checkpoint: Path, key: str) -> None:
+    if not checkpoint.absolute().name.endswith(DIVERGED):
+        return
+    earlier = checkpoints_in(checkpoint.absolute().parent)
+    other = f"name an earlier one, {earlier[-1]}, or" if earlier else "there is no earlier one;"
+    raise UserError(
+        f"{key}: {checkpoint} is of a run that has diverged at its end, and nothing goes on from "
+        f"it: {other} train again with a lower optim.lr or optim.ttt_lr. To look at it all the "
+        f"same, name a copy without {DIVERGED} in its name, outside that run's folder."
+    )
 
 
 def _for_a_repository(checkpoint: Path) -> str:

@@ -4,6 +4,8 @@ import re
 from pathlib import Path
 
 CHECKPOINT_NAME = re.compile(r"checkpoint_(\d{6,})")
+DIVERGED = ".diverged"
+"""What ends the name of a checkpoint from which nothing goes on: its model has diverged."""
 
 
 def checkpoints_in(folder: Path) -> list[Path]:

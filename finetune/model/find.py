@@ -15,13 +15,16 @@ from finetune.safety import read_json, stays_inside
 _AT_RANDOM = ", or set moshi_paths.random_init: true to begin with random weights"
 
 
-def find_checkpoint(paths: ModelPaths, *, with_weights: bool = True) -> loaders.CheckpointInfo:
+def find_checkpoint(
+    paths: ModelPaths, *, with_weights: bool = True, is_new_run: bool = False
+) -> loaders.CheckpointInfo:
     """Return where everything is that a run starts from: on the hub, in a local folder, or file by
     file.
 
     Args:
         with_weights: the language model's weights are needed as well, if the run starts from them;
             else they are neither looked for nor downloaded.
+        is_new_run: nothing was trained on these weights yet, so that random ones would do as well.
 
     Raises:
         UserError: naming what is missing.
@@ -54,7 +57,7 @@ def find_checkpoint(paths: ModelPaths, *, with_weights: bool = True) -> loaders.
             )
         path = Path(given) if given is not None else folder / name  # type: ignore[operator]
         if not path.is_file():
-            others = _AT_RANDOM if key == "moshi_path" else ""
+            others = _AT_RANDOM if is_new_run and key == "moshi_path" else ""
             raise UserError(
                 f"moshi_paths.{key}: there is no file {path}; correct the path{others}."
             )

@@ -100,7 +100,7 @@ def _cautions(wanted: Wanted, size: _Size) -> Iterator[str]:
     """Yield what is to be known of the file before a run is started with it."""
     if Path(wanted.repo).is_dir():
         try:
-            find_checkpoint(ModelPaths(hf_repo_id=wanted.repo))
+            find_checkpoint(ModelPaths(hf_repo_id=wanted.repo), is_new_run=True)
         except UserError as error:
             yield f"train will end with this error: {error}"
     if size.width < _SMALL_WIDTH:

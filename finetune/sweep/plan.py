@@ -225,7 +225,7 @@ def _check_model(run: PlannedRun, runs: Mapping[str, PlannedRun]) -> list[_Found
     """Return what only shows when the model is built, or its files are looked for."""
     found = []
     try:
-        info = find_checkpoint(run.args.moshi_paths)
+        info = find_checkpoint(run.args.moshi_paths, is_new_run=True)
         plan_model(run.args, info)
         if run.after:
             earlier = runs[run.after].args

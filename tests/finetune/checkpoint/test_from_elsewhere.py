@@ -101,6 +101,39 @@ def test_an_old_checkpoint_with_a_relative_base_says_where_it_works(
     load_for_inference(here, "cpu")
 
 
+def test_random_weights_are_no_base_of_what_is_trained(config: Path, tmp_path: Path) -> None:
+    """Only a new run may begin with them in place of weights that are not there."""
+    base = shutil.copytree(config.parent / "model", tmp_path / "base")
+    named = LORA | {"moshi_paths.hf_repo_id": str(base)}
+    train(config, tmp_path / "run", named | {"max_steps": 2})
+    (base / "model.safetensors").unlink()
+    longer = named | {"max_steps": 3, "resume": True}
+    missing = rf"there is no file {base}/model\.safetensors; correct the path"
+    for use in (
+        *uses(checkpoint(tmp_path / "run", 2), tmp_path),
+        lambda: train(config, tmp_path / "run", longer),
+    ):
+        with pytest.raises(UserError, match=rf"{missing}\."):
+            use()
+    with pytest.raises(UserError, match=rf"{missing}, or set moshi_paths\.random_init: true"):
+        train(config, tmp_path / "new", named)
+
+
+def test_nothing_goes_on_from_what_has_diverged(config: Path, tmp_path: Path) -> None:
+    train(config, tmp_path / "run", LORA | {"ckpt_freq": 2})
+    last = checkpoint(tmp_path / "run", 4)
+    diverged = last.rename(last.with_name(f"{last.name}.diverged"))
+    again = {"moshi_paths.init_from": str(diverged)}
+    for use in (*uses(diverged, tmp_path), lambda: train(config, tmp_path / "two", LORA | again)):
+        with pytest.raises(UserError) as raised:
+            use()
+        assert f": {diverged} is of a run that has diverged at its end, and" in str(raised.value)
+        assert f"name an earlier one, {checkpoint(tmp_path / 'run', 2)}, or train again with a" in (
+            str(raised.value)
+        )
+    load_for_inference(shutil.copytree(diverged, tmp_path / "to_look_at"), "cpu")
+
+
 # --- damaged --------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,6 @@
 """A run goes on with the frozen weights that it was trained on, and with no others."""
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from training_tools import FULL, LORA, checkpoint, logged, train, trainer
 
-from finetune.checkpoint import load_resume_state, manifest
+from finetune.checkpoint import earlier_parts_of, load_resume_state, manifest
+from finetune.config import load_config
 from finetune.errors import UserError
 
 LONGER: dict[str, Any] = {"max_steps": 5, "resume": True}
@@ -62,6 +64,31 @@ def test_a_base_may_move_but_not_change(
     # In their place, under the same name.
     with pytest.raises(UserError, match="the files that moshi_paths names were replaced"):
         resume(config, tmp_path / "same", **options, **there, max_steps=6)
+
+
+def test_the_same_base_and_data_elsewhere_are_no_other_configuration(
+    config: Path, tmp_path: Path, moved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though the data are named from another folder; a base that trains is another one."""
+    monkeypatch.chdir(tmp_path)
+    data = Path(load_config(config).data.train_data)
+    first, then = (
+        {"moshi_paths.hf_repo_id": str(base), "data.train_data": named, "data.eval_data": ""}
+        for base, named in ((config.parent / "model", str(data)), (moved, os.path.relpath(data)))
+    )
+    last = {"until_step": 4, "before": {"max_steps": "4"}}
+    for name, options, more in (
+        ("lora", LORA, {}),
+        ("full", FULL, {"moshi_paths.hf_repo_id": str(config.parent / "model")}),
+    ):
+        train(config, tmp_path / name, options | first)
+        resume(config, tmp_path / name, **options, **then)
+        expected = last | {"before": last["before"] | more}  # type: ignore[operator]
+        assert earlier_parts_of(checkpoint(tmp_path / name, 5)) == [expected]
+    other = {"data.train_data": os.path.relpath(data) + ":2"}
+    resume(config, tmp_path / "lora", **LORA | then | other, max_steps=6)
+    before = earlier_parts_of(checkpoint(tmp_path / "lora", 6))[-1]["before"]
+    assert before == {"data.train_data": os.path.relpath(data), "max_steps": "5"}
 
 
 def test_a_base_that_trains_whole_may_be_another(

@@ -101,6 +101,36 @@ def test_a_control_that_differs_in_ttt_alone_is_one(
     assert "<td>ttt.enabled</td>" in page
 
 
+@pytest.mark.parametrize("noted_in", ["results", "checkpoint", "nothing"])
+def test_the_same_base_in_another_folder_is_no_difference(
+    trained: tuple[Path, Path], config: Path, tmp_path: Path, noted_in: str
+) -> None:
+    """By the fingerprint of the frozen weights; without one, the paths are all that there is."""
+    moved = shutil.copytree(config.parent / "model", tmp_path / "moved")
+    written = yaml.safe_load((trained[0] / "args.yaml").read_text())
+    alike = {"do_eval": False, "data.eval_data": written["data"]["eval_data"], "max_steps": 1}
+    alike |= {"duration_sec": 3.2, "model.attention_context": 10, "param_dtype": "float32", **LORA}
+    train(config, tmp_path / "control", alike | {"ttt.enabled": False})
+    train(config, tmp_path / "ttt", alike | {"moshi_paths.hf_repo_id": str(moved)})
+    own, control = (checkpoint(tmp_path / name, 1) for name in ("ttt", "control"))
+    base, out = tmp_path / "base", tmp_path / "out"
+    evaluate_checkpoint(options((control, trained[1]), base, arms=("on",), limit=1))
+    if noted_in != "results":  # of an earlier version
+        results = json.loads((base / "results.json").read_text())
+        del results["model"]["frozen_weights"]
+        (base / "results.json").write_text(json.dumps(results))
+    if noted_in == "nothing":
+        (control / "resume.pt").write_bytes(b"cut")
+    given: dict[str, Any] = {"arms": ("on",), "limit": 1, "baseline": base}
+    said = evaluate_checkpoint(options((own, trained[1]), out, **given))["conclusions"]
+    (sentence,) = [each for each in said if "and the baseline, " in each]
+    if noted_in == "nothing":
+        paths = f"{moved} (baseline: {config.parent / 'model'})"
+        assert f"not of TTT alone: in moshi_paths.hf_repo_id {paths}. In TTT" in sentence
+    else:
+        assert sentence.endswith("differ in TTT alone: in ttt.enabled true (baseline: false).")
+
+
 def with_parts(checkpoint: Path, *parts: tuple[int, dict[str, str]]) -> Path:
     """A checkpoint of a training that was resumed with other keys, after those steps."""
     found = [{"until_step": step, "before": before} for step, before in parts]

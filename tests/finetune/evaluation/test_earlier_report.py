@@ -1,6 +1,7 @@
 """A report that lies in the output folder is not replaced by that of another evaluation unasked."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,36 @@ def test_a_report_of_another_checkpoint_or_other_data_is_named(
     (other / "args.yaml").write_text((path / "args.yaml").read_text())
     assert run(lambda: evaluate(**given)) == 1
     assert "run/checkpoint_000005 is no longer the same checkpoint" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_typed_otherwise_is_no_other(
+    trained: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From another folder, or as an earlier version kept it."""
+    (path, data), out = trained, tmp_path / "w/out"
+    evaluate_checkpoint(options(trained, tmp_path / "w/ev", **GIVEN))
+    (tmp_path / "w/ev2").mkdir()
+    (tmp_path / "w/data").symlink_to(data.parent)
+
+    def evaluate_in(folder: str, changes: dict[str, Any]) -> dict[str, Any]:
+        monkeypatch.chdir(tmp_path / folder)
+        here = Path(os.path.relpath(path)), os.path.relpath(data)
+        return evaluate_checkpoint(options(here, out, **GIVEN | changes))
+
+    first = evaluate_in(".", {"baseline": Path("w/ev")})
+    assert first["options"]["baseline"] == str(tmp_path / "w/ev")
+    again = evaluate_in("w", {"baseline": Path("ev")})
+    assert again["position"] == first["position"]
+    evaluate_in("w", {"baseline": Path("../w/ev"), "data": "data/all.jsonl:1"})
+    for changes, told in (
+        ({"baseline": Path("ev2")}, rf"baseline was {tmp_path}/w/ev, is {tmp_path}/w/ev2\."),
+        ({"baseline": Path("ev"), "data": "data/all.jsonl:2"}, rf"data was {data}, is {data}:2\."),
+    ):
+        with pytest.raises(UserError, match=told):
+            evaluate_in("w", changes)
+    results = out / "results.json"
+    results.write_text(results.read_text().replace(f'"{tmp_path}/w/ev"', '"w/ev"'))
+    evaluate_in(".", {"baseline": tmp_path / "w/ev"})
 
 
 @pytest.mark.parametrize("name", ["report.html", "results.json"])

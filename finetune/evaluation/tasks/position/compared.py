@@ -41,17 +41,21 @@ def compare(folder: Path, fingerprint: str, checkpoint: Path) -> Json:
     name = model.get("configuration", KEPT_CONFIGURATION)
     if name is None:
         return found | {"unknown": "it is a stock Moshi or an export"}
-    configuration = folder / name
+    configuration, place = folder / name, Path(model["checkpoint"])
+    is_there = (place / CONFIGURATION).is_file() and checkpoint_fingerprint(place) == fingerprint
     if not configuration.is_file():  # lost, or never kept: by an evaluation of before
-        place = Path(model["checkpoint"])
-        configuration = place / CONFIGURATION
-        if not configuration.is_file() or checkpoint_fingerprint(place) != fingerprint:
+        if not is_there:
             gone = f"{folder} has no {name}, and {place} is no longer there, or another one"
             return found | {"unknown": gone}
+        configuration = place / CONFIGURATION
+    if is_there:  # an evaluation of before has not noted all of it
         model = describe_origin(place) | model
     own = describe_origin(checkpoint)
     parts = (own["earlier_parts"], model.get("earlier_parts", []))
-    found |= differences(checkpoint / CONFIGURATION, configuration, *parts)._asdict()
+    base = own["frozen_weights"]
+    is_same = base is not None and base == model.get("frozen_weights")
+    told = differences(checkpoint / CONFIGURATION, configuration, *parts, is_same_base=is_same)
+    found |= told._asdict()
     found["beyond"] += [
         Difference(name, str(own[key]), str(model[key]))
         for key, name in _NUMBERS.items()
