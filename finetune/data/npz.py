@@ -22,7 +22,7 @@ _SHAPE = re.compile(r"'shape': \(((?:\d+, ?)*\d*)\)")
 
 
 class Header(NamedTuple):
-    """What an array's header says of it."""
+    """An array is described by the header before its values."""
 
     shape: tuple[int, ...]
     dtype: np.dtype

@@ -42,7 +42,7 @@ Transcriber = Callable[[np.ndarray], list[tuple[str, float, float]]]
 
 
 class _Written(NamedTuple):
-    """What was written for a recording.
+    """A transcript was written for a recording.
 
     Args:
         wordless: the side of which much is said without words, and how much, if there is one.

@@ -26,6 +26,7 @@ from training_tools import (
     run_ranks,
     saved_weights,
     start_program,
+    start_ranks,
     torchrun,
     train,
 )
@@ -146,6 +147,22 @@ def test_two_processes_are_one_with_the_double_batch(config: Path, tmp_path: Pat
         config, tmp_path / "two", {**overrides, "batch_size": 4, "max_steps": 8, "resume": True}
     )
     assert resumed.step == 8
+
+
+@pytest.mark.parametrize(
+    ("given", "message"), [({}, "already holds a run"), ({"resume": True}, "no complete check")]
+)
+def test_what_the_first_process_refuses_all_say_and_nothing_else(
+    config: Path, tmp_path: Path, given: dict[str, Any], message: str
+) -> None:
+    """The others were in the middle of an exchange with it, and ended in tracebacks."""
+    train(config, tmp_path, {"max_steps": 1, "do_ckpt": False})
+    words = [f"--config={config}", f"--run_dir={tmp_path}", *options(given)]
+    for program in start_ranks(2, THEN_RUN, *words):
+        status, output = finish(program)
+        assert status == 1 and "Traceback" not in output, output
+        last = output.strip().splitlines()[-1]
+        assert last.startswith("error: ") and message in last
 
 
 def test_one_process_of_several_warns_at_the_start(

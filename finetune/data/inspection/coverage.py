@@ -35,7 +35,7 @@ _CONSTANT = 1e-12
 
 
 class Wordless(NamedTuple):
-    """What is as loud as the words of a channel, and is none of them.
+    """Sound is as loud as the words of a channel, and is none of them.
 
     Args:
         sec: for how long.

@@ -276,6 +276,13 @@ def test_file_that_breaks_after_the_start(
     assert torch.isfinite(torch.tensor(batch.audio_sec)) and batch.audio_sec == pytest.approx(1.04)
 
 
+def beside_these_tests(program: str) -> Program:
+    """A program of its own that may import from here."""
+    here = Path(__file__).parent
+    places = [str(here.parents[1]), str(here)]
+    return Program(f"import sys; sys.path[:0] = {places}\n{program}", stderr_apart=True)
+
+
 def test_a_worker_that_does_not_end_is_ended(tmp_path: Path) -> None:
     """Else the program waits for it, at its end, for ever."""
     line = write_recording(tmp_path, "a.wav", 2.0)
@@ -291,9 +298,7 @@ def test_a_worker_that_does_not_end_is_ended(tmp_path: Path) -> None:
         raise SystemExit("the end")
         """
     )
-    here = Path(__file__).parent
-    places = [str(here.parents[1]), str(here)]
-    process = Program(f"import sys; sys.path[:0] = {places}\n{program}", stderr_apart=True)
+    process = beside_these_tests(program)
     try:
         assert process.communicate(timeout=60) == ("", "the end\n")
     finally:
@@ -319,9 +324,7 @@ def test_a_program_ends_while_its_loader_waits_for_a_worker(tmp_path: Path) -> N
         raise SystemExit("the end, without close()")
         """
     )
-    here = Path(__file__).parent
-    places = [str(here.parents[1]), str(here)]
-    process = Program(f"import sys; sys.path[:0] = {places}\n{program}", stderr_apart=True)
+    process = beside_these_tests(program)
     try:
         assert process.communicate(timeout=60) == ("", "the end, without close()\n")
     finally:
@@ -354,9 +357,7 @@ def test_workers_leave_signals_to_the_trainer_and_end_with_it(tmp_path: Path) ->
         raise SystemExit("the end, without close()")
         """
     )
-    here = Path(__file__).parent
-    places = [str(here.parents[1]), str(here)]
-    process = Program(f"import sys; sys.path[:0] = {places}\n{program}", stderr_apart=True)
+    process = beside_these_tests(program)
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     os.killpg(process.pid, signal.SIGINT)
