@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ttt import ops
 from ttt.config import MAX_WRITE_STRENGTH, TTTArgs
 from ttt.layers.base import Cost, Place, TTTLayer
-from ttt.layers.frames import delayed, inverse_square, normalized, only
+from ttt.layers.frames import complete, delayed, inverse_square, normalized, only
 from ttt.layers.in_place_measure import measure
 from ttt.layers.in_place_state import InPlaceState
 from ttt.ops.in_place.terms import accumulating_dtype
@@ -146,15 +146,17 @@ class InPlaceGating(TTTLayer[InPlaceState]):
             learned = self._stream(z, source, is_frame, self._streaming_state)
             plain = self.linear_out(z)
             return plain + self.streamed(learned, plain)
-        z, v = self.execution.piece(InPlaceGating._prepare, self, x, source)
-        written = self._is_written(is_frame)
-        learned = self._learn(z, v, written)
+        z, source = self.execution.piece(InPlaceGating._prepare, self, x, source)
+        written = complete(is_frame, self.lag) if self.args.carries else None
+        learned = self._learn(z, source, written)
         # At last: activation checkpointing then need not compute it again.
         plain = self.linear_out(z)
         if x.shape[1] > self.args.chunk_size:
-            seen = z, v, written, is_frame, plain, learned
+            seen = z, source, written, is_frame, plain, learned
+            beta, base = self.write_strength, self.base_weight
+            projection = None if beta is None else self.target_proj
             self.measure_once(
-                lambda: measure(self.args, *seen, beta=self.write_strength, base=self.base_weight)
+                lambda: measure(self.args, *seen, beta=beta, projection=projection, base=base)
             )
         return plain + learned
 
@@ -168,33 +170,34 @@ class InPlaceGating(TTTLayer[InPlaceState]):
         return source if self.target_gate is None else normalized(source)
 
     def _prepare(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
-        """z and the targets v of whole sequences."""
-        z, v = self._activations(x), self._targets(self._scaled(source))
+        """z and the targets v of whole sequences; with `delta`, which projects them itself, what
+        they are a projection of."""
+        z, source = self._activations(x), self._scaled(source)
+        if self.log_write_strength is not None:
+            return z, self._mixed(source)
+        v = self._targets(source)
         if self.divides_by_keys:
             v = v * delayed(inverse_square(z), self.lag).to(v.dtype)
         return z, v
 
-    def _is_written(self, is_frame: Tensor | None) -> Tensor | None:
-        """[B, T], whether the pair that is complete at a frame is written; None: all are. A pair
-        needs all frames from its key's to its target's last."""
-        if is_frame is None or not self.args.carries:
-            return None
-        written = is_frame
-        for shift in range(1, self.lag + 1):
-            written = written & F.pad(is_frame, (shift, 0), value=True)[:, : is_frame.shape[1]]
-        return written
-
-    def _learn(self, z: Tensor, v: Tensor, written: Tensor | None) -> Tensor:
-        """S z of whole sequences, [B, T, d]."""
+    def _learn(self, z: Tensor, source: Tensor, written: Tensor | None) -> Tensor:
+        """S z of whole sequences, [B, T, d], of what `_prepare` returns."""
         chunk_size, decay = self.args.chunk_size, self.args.state_decay
         beta = self.write_strength
         if beta is not None:
             return ops.in_place_delta(
-                z, v, beta=beta, chunk_size=chunk_size, decay=decay, lag=self.lag, written=written
+                z,
+                source,
+                beta=beta,
+                chunk_size=chunk_size,
+                decay=decay,
+                lag=self.lag,
+                written=written,
+                projection=self.target_proj,
             )
         return ops.in_place_ttt(
             z,
-            only(v, written),
+            only(source, written),
             lr=self.args.inner_learning_rate,
             chunk_size=chunk_size,
             max_delta_norm=self.args.max_delta_norm,
@@ -208,15 +211,14 @@ class InPlaceGating(TTTLayer[InPlaceState]):
 
     def _targets(self, source: Tensor) -> Tensor:
         """v = W_target · conv(source), [B, T, d]: the target that is complete at each frame."""
+        return F.linear(self._mixed(source), self.target_proj)
+
+    def _mixed(self, source: Tensor) -> Tensor:
+        """conv(source), [B, T, d]."""
         if self.args.carries:
-            return F.linear(ops.causal_conv(source, self.gated_conv), self.target_proj)
-        mixed = ops.chunk_conv(
-            source,
-            self.gated_conv,
-            chunk_size=self.args.chunk_size,
-            lookahead=self.args.lookahead_frames,
-        )
-        return F.linear(mixed, self.target_proj)
+            return ops.causal_conv(source, self.gated_conv)
+        size, lookahead = self.args.chunk_size, self.args.lookahead_frames
+        return ops.chunk_conv(source, self.gated_conv, chunk_size=size, lookahead=lookahead)
 
     # What is asked of it ---------------------------------------------------------------------
 

@@ -1,6 +1,7 @@
 """The metrics measure an In-Place TTT layer."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ttt import ops
@@ -20,6 +21,7 @@ def measure(
     learned: Tensor,
     *,
     beta: Tensor | None,
+    projection: Tensor | None,
     base: Tensor,
 ) -> dict[str, Tensor]:
     """Return scalars that tell whether TTT does anything in a layer; see docs/mathematics.md.
@@ -36,6 +38,7 @@ def measure(
         is_frame: [B, T], false past the end of a recording; None: all are frames.
         plain, learned: [B, T, d], what the projection gives, and what TTT adds to it.
         beta: β; None with `write: sum`.
+        projection: [d, d], what makes targets of v, as the operator takes it.
         base: [d, h], W0.
     """
     chunk_size = args.chunk_size
@@ -45,6 +48,7 @@ def measure(
     effect = relative_norm(learned[:, chunk_size:], plain[:, chunk_size:], readable)
     found = {"effect": effect}
     rate = args.inner_learning_rate
+    v = v if projection is None else F.linear(v, projection)
     keys, v = delayed(z, args.lag_frames), only(v, written)
     if beta is not None:
         rate, found["write_strength"] = 1.0, beta.squeeze()
