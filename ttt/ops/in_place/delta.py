@@ -174,12 +174,13 @@ class _Delta(torch.autograd.Function):
                 x, is_empty = e.new_empty(shape, dtype=beta.dtype), later.value is None
                 if not is_empty:
                     later.read(_keys(frames[0], window, cut)[: x.shape[1]], x.zero_()[0])
-                y = delta_window.write_backward(
-                    kept, window.own(d_out), x, window, cut, is_empty=is_empty
+                own_d_out, own_d_v = window.own(d_out), window.own(d_v)
+                y, left_of_x = delta_window.write_backward(
+                    kept, own_d_out, x, own_d_v, window, cut, is_empty=is_empty
                 )
-                window.own(d_v)[:, : x.shape[1]] = x
-                window.own(d_v)[:, x.shape[1] :] = 0
-                d_products, d_strengths = _gradient_of_products(kept, x, y, e, beta, window, cut)
+                d_products, d_strengths = _gradient_of_products(
+                    kept, left_of_x, y, e, beta, window, cut
+                )
                 d_beta -= (d_strengths * kept.strengths).sum() / beta
                 num_read = window.lead + x.shape[1]
                 _add_weighted(
@@ -281,7 +282,7 @@ def _add_keys(
 
 def _gradient_of_products(
     kept: delta_window.Kept,
-    x: Tensor,
+    left_of_x: Tensor,
     y: Tensor,
     e: Tensor,
     beta: Tensor,
@@ -309,12 +310,9 @@ def _gradient_of_products(
     total = chunks.gradient_of_products(d_scores, window, cut)
     count = kept.strengths.shape[1]
     if count == 0:
-        return total, x.new_zeros(batch, 0)
-    left_of_x = torch.empty_like(e)
-    for i in range(count):
-        terms.of_values(x[:, i * size : (i + 1) * size], size, left_of_x[:, i], swap=True)
+        return total, beta.new_zeros(batch, 0)
     d_matrices = terms.product(
-        left_of_x.flatten(0, 1)[:, :size].flatten(2), e.flatten(0, 1)[:, :size].flatten(2).mT
+        left_of_x.flatten(0, 1).flatten(2), e.flatten(0, 1)[:, :size].flatten(2).mT
     )
     d_matrices = d_matrices.neg_().view(batch, count, size, size)
     diagonals = d_matrices.diagonal(dim1=2, dim2=3)
