@@ -41,7 +41,7 @@ from torch import Tensor
 
 from ttt.ops import recompute
 from ttt.ops.compiler_marks import uncompiled
-from ttt.ops.in_place import chunks, delta_window, terms
+from ttt.ops.in_place import chunks, delta_gradient, delta_window, terms
 
 
 @uncompiled
@@ -178,12 +178,12 @@ class _Delta(torch.autograd.Function):
                 y, left_of_x = delta_window.write_backward(
                     kept, own_d_out, x, own_d_v, window, cut, is_empty=is_empty
                 )
-                d_products, d_strengths = _gradient_of_products(
+                d_products, d_strengths = delta_gradient.of_products(
                     kept, left_of_x, y, e, beta, window, cut
                 )
                 d_beta -= (d_strengths * kept.strengths).sum() / beta
                 num_read = window.lead + x.shape[1]
-                _add_weighted(
+                delta_gradient.add_weighted(
                     d_products, frames, window.frames(d_z), num_read, replace=cut.is_whole
                 )
                 adjoints.append((x, y))
@@ -278,79 +278,6 @@ def _add_keys(
     """The pairs of a full window into the state: e [L, d], frames [F, h]."""
     first = max(0, -cut.offset(window))
     state.add(e, frames[: window.length - first], first=first)
-
-
-def _gradient_of_products(
-    kept: delta_window.Kept,
-    left_of_x: Tensor,
-    y: Tensor,
-    e: Tensor,
-    beta: Tensor,
-    window: chunks.Window,
-    cut: chunks.Cut,
-) -> tuple[Tensor, Tensor]:
-    """D + Dᵀ [N, F, F] for dZ = (D + Dᵀ) Z, and dλ [N, n], both in the accumulating type."""
-    size = cut.chunk_size
-    length, batch = window.length, len(y)
-    d_scores = chunks.aligned(y, batch, length, length, dtype=beta.dtype)
-    for a, end, b in cut.blocks(length):
-        d_scores[:, a:b, end:b] = 0
-        if end == 0:
-            continue
-        left, right = y[:, a // size : -(-b // size)], e[:, : end // size]
-        # A single chunk without what is added to it, which would take another tile of a product.
-        left = left[:, :, :size] if left.shape[1] == 1 else left
-        part = terms.product(left.flatten(3).flatten(1, 2), right.flatten(3).flatten(1, 2).mT)
-        part = part.view(batch, *left.shape[1:3], *right.shape[1:3])[:, :, :size, :, :size]
-        for i, rows in enumerate(d_scores[:, a:b, :end].split(size, dim=1)):
-            rows.unflatten(2, part.shape[3:]).copy_(part[:, i, : rows.shape[1]])
-        start = 0 if cut.decay != 1 else a
-        if start < end:
-            d_scores[:, a:b, start:end] *= chunks.weights_by_age(a, b, start, end, cut, y)
-    total = chunks.gradient_of_products(d_scores, window, cut)
-    count = kept.strengths.shape[1]
-    if count == 0:
-        return total, beta.new_zeros(batch, 0)
-    d_matrices = terms.product(
-        left_of_x.flatten(0, 1).flatten(2), e.flatten(0, 1)[:, :size].flatten(2).mT
-    )
-    d_matrices = d_matrices.neg_().view(batch, count, size, size)
-    diagonals = d_matrices.diagonal(dim1=2, dim2=3)
-    d_strengths = diagonals.sum(2)
-    is_counted = kept.inverses.diagonal(dim1=2, dim2=3) != 0
-    diagonals += is_counted * (d_strengths / (kept.counts * beta)).unsqueeze(2)
-    d_matrices = d_matrices + d_matrices.mT
-    for i in range(count):
-        keys, skip = delta_window.places(i, window, cut)
-        if i > 0 and cut.lag:
-            read = terms.product(
-                left_of_x[:, i, : cut.lag].flatten(2), e[:, i - 1, :size].flatten(2).mT
-            )
-            before, skipped = delta_window.places(i - 1, window, cut)
-            rows = slice(before.stop, before.stop + cut.lag)
-            total[:, rows, before] -= read[:, :, skipped:]
-            total[:, before, rows] -= read[:, :, skipped:].mT
-        total[:, keys, keys] += d_matrices[:, i, skip:, skip:]
-    return total, d_strengths
-
-
-def _add_weighted(
-    weights: Tensor, frames: Tensor, d_frames: Tensor, num_read: int, *, replace: bool
-) -> None:
-    """dZ += weights Z, or dZ = weights Z. Frames from `num_read` on, whose chunk is open, have no
-    weights among each other."""
-    parts = [weights]
-    if weights.dtype != frames.dtype:
-        # The smaller first: what it adds to is then rounded once.
-        parts = list(reversed(terms.split(weights, frames.dtype)))
-    beta = 0.0 if replace else 1.0
-    if not 0 < num_read < frames.shape[1]:
-        chunks.weighted_frames(parts, frames, d_frames, beta=beta)
-        return
-    closed, still_open = slice(num_read), slice(num_read, None)
-    chunks.weighted_frames([x[:, closed] for x in parts], frames, d_frames[:, closed], beta=beta)
-    parts = [x[:, still_open, :num_read] for x in parts]
-    chunks.weighted_frames(parts, frames[:, :num_read], d_frames[:, still_open], beta=beta)
 
 
 def _add_gradient_of_reads(
