@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ttt.ops.in_place import chunks, delta_window, terms
 
-TILE = 64
+TILE = 32
 """Rows and columns that one program makes."""
 
 

@@ -15,10 +15,14 @@ from ttt.ops.in_place import terms
 
 MAX_SIZE = 256
 """The most frames of a chunk that the kernel takes: their results lie in its registers."""
+MAX_LAG = 8
+"""The longest lag that it takes: it has code of its own for each frame."""
 COLUMNS = 64
 """Columns that one program makes."""
 SLICE = 32
 """Products that are added up at a time."""
+WARPS, STAGES = 8, 3
+"""How one program of large chunks is run; measured on an H200."""
 ROWS = 32
 """Rows of an inverse that one program makes halves of."""
 
@@ -36,8 +40,8 @@ class Solver:
         self.inverses, self.lag, self.decay = inverses, lag, decay
         self.size = inverses.shape[3]
         self.halves: tuple[Tensor, Tensor, Tensor] | None = None
-        is_low = terms.num_terms(dtype) > 1 and terms.has_kernels(inverses)
-        if is_low and inverses.numel() > 0 and self.size <= MAX_SIZE:
+        is_taken = terms.num_terms(dtype) > 1 and self.size <= MAX_SIZE and lag <= MAX_LAG
+        if is_taken and inverses.numel() > 0 and terms.has_kernels(inverses):
             self.halves = _halves(inverses)
 
     def errors(
@@ -141,7 +145,6 @@ class Solver:
                 out_or_any,
                 rounded_or_any,
                 self.size,
-                self.lag,
                 width,
                 self.decay,
                 high.stride(0),
@@ -153,6 +156,7 @@ class Solver:
                 made.stride(0),
                 *out_or_any.stride()[:2],
                 *rounded_or_any.stride()[:2],
+                LAG=self.lag,
                 IS_ADJOINT=read is None,
                 HAS_EDGE=edge is not None and self.lag > 0,
                 HAS_NEXT=again is not None and self.lag > 0,
@@ -160,8 +164,8 @@ class Solver:
                 COLUMNS=COLUMNS,
                 SLICE=min(SLICE, high.shape[-1]),
                 PADDING=terms.PADDING,
-                num_warps=8 if high.shape[-1] > 64 else 4,
-                num_stages=3,
+                num_warps=WARPS if high.shape[-1] > 64 else 4,
+                num_stages=STAGES,
             )
 
 

@@ -33,12 +33,12 @@ def _side(
     row,
     column,
     size,
-    lag,
     width,
     x_row,
     minus_row,
     edge_row,
     again_row,
+    LAG: tl.constexpr,
     IS_ADJOINT: tl.constexpr,
     HAS_EDGE: tl.constexpr,
 ):
@@ -49,17 +49,17 @@ def _side(
     value = value.to(tl.float32)
     if IS_ADJOINT:
         if HAS_EDGE:
-            for u in range(0, lag):
+            for u in tl.static_range(0, LAG):
                 weight = tl.load(again + u * again_row + row, mask=row < size, other=0.0)
                 later = tl.load(edge + u * edge_row + column, mask=column < width, other=0.0)
                 value -= weight[:, None] * later[None, :]
     else:
-        has_read = inside & (row >= lag)[:, None]
-        place = minus + (row - lag)[:, None] * minus_row + column[None, :]
+        has_read = inside & (row >= LAG)[:, None]
+        place = minus + (row - LAG)[:, None] * minus_row + column[None, :]
         value -= tl.load(place, mask=has_read, other=0.0)
         if HAS_EDGE:
             place = edge + row[:, None] * edge_row + column[None, :]
-            value -= tl.load(place, mask=(row < lag)[:, None] & here, other=0.0)
+            value -= tl.load(place, mask=(row < LAG)[:, None] & here, other=0.0)
     return value
 
 
@@ -76,7 +76,6 @@ def solve_kernel(
     out,
     rounded,
     size,
-    lag,
     width,
     decay,
     half_batch,
@@ -94,6 +93,7 @@ def solve_kernel(
     out_row,
     rounded_batch,
     rounded_row,
+    LAG: tl.constexpr,
     IS_ADJOINT: tl.constexpr,
     HAS_EDGE: tl.constexpr,
     HAS_NEXT: tl.constexpr,
@@ -113,8 +113,8 @@ def solve_kernel(
     largest = tl.zeros((COLUMNS,), tl.float32)
     for start in range(0, SIZE, SLICE):
         value = _side(
-            x, minus, edge, again, start + u, column, size, lag, width,
-            x_row, minus_row, edge_row, again_row, IS_ADJOINT, HAS_EDGE,
+            x, minus, edge, again, start + u, column, size, width,
+            x_row, minus_row, edge_row, again_row, LAG, IS_ADJOINT, HAS_EDGE,
         )  # fmt: skip
         largest = tl.maximum(largest, tl.max(tl.abs(value), 0))
     # The power of two below it, so that the largest number comes to lie between 2^13 and 2^14.
@@ -127,8 +127,8 @@ def solve_kernel(
     half = batch * half_batch + row[:, None] * SIZE + u[None, :]
     for start in range(0, SIZE, SLICE):
         value = _side(
-            x, minus, edge, again, start + u, column, size, lag, width,
-            x_row, minus_row, edge_row, again_row, IS_ADJOINT, HAS_EDGE,
+            x, minus, edge, again, start + u, column, size, width,
+            x_row, minus_row, edge_row, again_row, LAG, IS_ADJOINT, HAS_EDGE,
         )  # fmt: skip
         value = value * inverse_unit[None, :]
         right = value.to(tl.float16)
@@ -161,9 +161,9 @@ def solve_kernel(
         place = made + batch * made_batch + (size + end)[:, None] * 3 * width + column[None, :]
         _store(place, width, ends, (end < PADDING)[:, None] & here, False)
         if HAS_NEXT:
-            for k in range(0, lag):
+            for k in tl.static_range(0, LAG):
                 weight = tl.load(again + k * again_row + row, mask=row < size, other=0.0)
-                place = minus + (size - lag + k) * minus_row + column
-                value = decay * tl.load(place, mask=column < width, other=0.0)
-                value += tl.sum(weight[:, None] * total, 0)
-                tl.store(out + k * out_row + column, value, mask=column < width)
+                last = minus + (size - LAG + k) * minus_row + column
+                own = decay * tl.load(last, mask=column < width, other=0.0)
+                own += tl.sum(weight[:, None] * total, 0)
+                tl.store(out + k * out_row + column, own, mask=column < width)

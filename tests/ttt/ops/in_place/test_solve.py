@@ -155,10 +155,12 @@ def test_products_are_as_precise_as_those_in_float32(
     assert distances[1] < max(2 * distances[0], 1e-5)
 
 
-@pytest.mark.parametrize("size, dtype", [(257, torch.bfloat16), (40, torch.float32)])
+@pytest.mark.parametrize(
+    "size, lag, dtype", [(257, 0, torch.bfloat16), (40, 9, torch.bfloat16), (40, 0, torch.float32)]
+)
 def test_what_the_kernel_does_not_take(
-    size: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    size: int, lag: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(terms, "has_kernels", lambda x: True)
     inverses = torch.eye(size).expand(1, 1, -1, -1)
-    assert Solver(inverses, lag=0, decay=1.0, dtype=dtype).halves is None
+    assert Solver(inverses, lag=lag, decay=1.0, dtype=dtype).halves is None
