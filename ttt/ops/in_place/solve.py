@@ -2,7 +2,7 @@
 
 H⁻¹ enlarges what is rounded, so 24 bits are needed. On a GPU a kernel makes these products on
 tensor cores, each float32 number as a sum of two of float16, which have 22 bits: scaled so that the
-largest of a matrix, or of a column, lies near the end of float16's range. It adds up 32 products at
+largest of a matrix, or of a column, lies near the end of float16's range. It adds up 64 products at
 a time, which rounds less than a sum over a whole chunk does: the result is no further from
 float64's than that of a product in float32 (docs/numerics.md). What it multiplies with it makes
 itself, and so what the operator needs of the result: that takes no other pass over memory.
@@ -19,9 +19,9 @@ MAX_LAG = 8
 """The longest lag that it takes: it has code of its own for each frame."""
 COLUMNS = 64
 """Columns that one program makes."""
-SLICE = 32
+SLICE = 64
 """Products that are added up at a time."""
-WARPS, STAGES = 8, 3
+WARPS, STAGES = 8, 2
 """How one program of large chunks is run; measured on an H200."""
 ROWS = 32
 """Rows of an inverse that one program makes halves of."""

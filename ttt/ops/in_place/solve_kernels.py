@@ -110,18 +110,6 @@ def solve_kernel(
     edge += batch * edge_batch
     again += batch * again_batch
     u = tl.arange(0, SLICE)
-    largest = tl.zeros((COLUMNS,), tl.float32)
-    for start in range(0, SIZE, SLICE):
-        value = _side(
-            x, minus, edge, again, start + u, column, size, width,
-            x_row, minus_row, edge_row, again_row, LAG, IS_ADJOINT, HAS_EDGE,
-        )  # fmt: skip
-        largest = tl.maximum(largest, tl.max(tl.abs(value), 0))
-    # The power of two below it, so that the largest number comes to lie between 2^13 and 2^14.
-    unit = (largest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True) / 8192
-    unit = tl.where(unit > 0, unit, 1.0)
-    inverse_unit = 1 / unit
-
     row = tl.arange(0, SIZE)
     total = tl.zeros((SIZE, COLUMNS), tl.float32)
     half = batch * half_batch + row[:, None] * SIZE + u[None, :]
@@ -130,7 +118,12 @@ def solve_kernel(
             x, minus, edge, again, start + u, column, size, width,
             x_row, minus_row, edge_row, again_row, LAG, IS_ADJOINT, HAS_EDGE,
         )  # fmt: skip
-        value = value * inverse_unit[None, :]
+        # In units of the power of two below each column's largest number, over 2^13.
+        largest = tl.max(tl.abs(value), 0)
+        unit = (largest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+        # Smaller ones than these count as zeros.
+        unit = tl.where(unit > 1e-33, unit / 8192, 1.0)
+        value = value * (1 / unit)[None, :]
         right = value.to(tl.float16)
         right_low = (value - right.to(tl.float32)).to(tl.float16)
         left = tl.load(high + half + start)
@@ -138,8 +131,8 @@ def solve_kernel(
         part = tl.dot(left, right_low, part)
         # Not into the total: a tensor core rounds more than an addition in float32.
         part = tl.dot(left, right, part)
-        total += part
-    total = total * tl.load(units + batch * unit_batch) * unit[None, :]
+        total += part * unit[None, :]
+    total = total * tl.load(units + batch * unit_batch)
 
     here = (column < width)[None, :]
     inside = (row < size)[:, None] & here
