@@ -21,8 +21,9 @@ COLUMNS = 64
 """Columns that one program makes."""
 SLICE = 64
 """Products that are added up at a time."""
-WARPS, STAGES = 8, 2
-"""How one program of large chunks is run; measured on an H200."""
+SHARED_BYTES = 200_000
+"""With so much shared memory a program loads the next numbers while it multiplies (on an H100, not
+on GPUs of 24 GB). Measured on an H200, like the sizes above."""
 ROWS = 32
 """Rows of an inverse that one program makes halves of."""
 
@@ -164,9 +165,16 @@ class Solver:
                 COLUMNS=COLUMNS,
                 SLICE=min(SLICE, high.shape[-1]),
                 PADDING=terms.PADDING,
-                num_warps=WARPS if high.shape[-1] > 64 else 4,
-                num_stages=STAGES,
+                num_warps=8 if high.shape[-1] > 64 else 4,
+                num_stages=2 if _shared_bytes(x) >= SHARED_BYTES else 1,
             )
+
+
+def _shared_bytes(x: Tensor) -> int:
+    if not x.is_cuda:
+        return 0
+    properties = torch.cuda.get_device_properties(x.device)
+    return int(properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]
 
 
 def _halves(inverses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
