@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ttt import ops
 from ttt.config import MAX_WRITE_STRENGTH, TTTArgs
 from ttt.layers.base import Cost, Place, TTTLayer
+from ttt.layers.blocks import linear_of, project
 from ttt.layers.frames import complete, delayed, inverse_square, normalized, only
 from ttt.layers.in_place_measure import measure
 from ttt.layers.in_place_state import InPlaceState
@@ -149,14 +150,14 @@ class InPlaceGating(TTTLayer[InPlaceState]):
         z, source = self.execution.piece(InPlaceGating._prepare, self, x, source)
         written = complete(is_frame, self.lag) if self.args.carries else None
         learned = self._learn(z, source, written)
-        # At last: activation checkpointing then need not compute it again.
-        plain = self.linear_out(z)
+        # At last: activation checkpointing then does not make it again.
+        plain = project(z, linear_of(self.linear_out))
         if x.shape[1] > self.args.chunk_size:
-            seen = z, source, written, is_frame, plain, learned
-            beta, base = self.write_strength, self.base_weight
-            projection = None if beta is None else self.target_proj
+            projection = None if self.log_write_strength is None else self.target_proj
+            seen = z, source, projection, written, is_frame, plain, learned
+            # β is made within: as a part of the graph it would come after what comes last.
             self.measure_once(
-                lambda: measure(self.args, *seen, beta=beta, projection=projection, base=base)
+                lambda: measure(self.args, *seen, beta=self.write_strength, base=self.base_weight)
             )
         return plain + learned
 

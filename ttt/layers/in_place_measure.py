@@ -15,13 +15,13 @@ def measure(
     args: TTTArgs,
     z: Tensor,
     v: Tensor,
+    projection: Tensor | None,
     written: Tensor | None,
     is_frame: Tensor | None,
     plain: Tensor,
     learned: Tensor,
     *,
     beta: Tensor | None,
-    projection: Tensor | None,
     base: Tensor,
 ) -> dict[str, Tensor]:
     """Return scalars that tell whether TTT does anything in a layer; see docs/mathematics.md.
@@ -34,11 +34,11 @@ def measure(
     write_strength: β, with `write: delta` alone.
 
     Args:
-        z, v, written: [B, T, h], [B, T, d] and [B, T], as the operators take them.
+        z, v, projection, written: [B, T, h], [B, T, d], [d, d] and [B, T], as the operators take
+            them.
         is_frame: [B, T], false past the end of a recording; None: all are frames.
         plain, learned: [B, T, d], what the projection gives, and what TTT adds to it.
         beta: β; None with `write: sum`.
-        projection: [d, d], what makes targets of v, as the operator takes it.
         base: [d, h], W0.
     """
     chunk_size = args.chunk_size

@@ -97,10 +97,15 @@ def test_compiled_layers_compute_the_same_and_share_what_is_compiled(
 class Products(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
-        self.count = 0
+        self.shapes: list[tuple[tuple[int, ...], ...]] = []
+
+    @property
+    def count(self) -> int:
+        return len(self.shapes)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default)
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default):
+            self.shapes.append(tuple(tuple(factor.shape) for factor in args[:2]))
         return func(*args, **(kwargs or {}))
 
 
@@ -141,6 +146,20 @@ def test_a_layer_that_is_made_again_learns_once(
     assert_same(results[1], results[0], rtol=1e-13)
     assert counts[0] == len(model.ttt_layers)
     assert counts[1] == counts[0] * (2 if scaled else 1)
+
+
+def test_the_last_product_of_a_layer_that_is_made_again_is_made_once() -> None:
+    """No gradient needs its result, with TTT in the layer as without."""
+    counts: dict[Any, int] = {}
+    for args in (PLAIN, tiny_delta_args()):
+        model = prepared(args, lora=True, checkpointing=True)
+        hidden = model.transformer.layers[0].gating.linear_out.in_features
+        frames, width = 2 * 30, model.dim
+        with Products() as products:
+            loss_and_gradients(model, random_codes(num_frames=30), with_heads=False)
+        shapes = ((frames, hidden), (hidden, width))
+        counts[args.enabled] = products.shapes.count(shapes)
+        assert counts[args.enabled] == len(model.transformer.layers)
 
 
 def test_the_backward_pass_of_layers_that_are_made_again_can_run_twice() -> None:
