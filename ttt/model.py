@@ -63,7 +63,7 @@ class TTTTransformerLayer(Shardable, StreamingTransformerLayer):
             rope,
             is_frame,
             # A scale's gradient is made of what it scales.
-            is_only_added=self.ttt is None and weights.scale2 is None,
+            may_keep=self.ttt_module.may_keep and weights.scale2 is None,
         )
         if isinstance(self.gating, TTTLayer):
             return x

@@ -82,17 +82,17 @@ class Execution:
         """`block(*args)`, a whole layer that can be compiled."""
         return self._run(block, self.checkpointing, *args)
 
-    def split_layer(self, function: Callable[..., Any], *args: Any, is_only_added: bool) -> Any:
+    def split_layer(self, function: Callable[..., Any], *args: Any, may_keep: bool) -> Any:
         """`function(*args)`, a layer with something in it that cannot be compiled; all else in it
         runs through `piece`.
 
         Args:
-            is_only_added: the results of what cannot be compiled are added to others, and used for
-                nothing else; then it may keep what it has made for the backward pass.
+            may_keep: what cannot be compiled may keep what it has made for the backward pass; see
+                `recompute.forward_passes`.
         """
         if self.checkpointing is not True or not torch.is_grad_enabled():
             return function(*args)
-        contexts = partial(forward_passes, may_keep=is_only_added)
+        contexts = partial(forward_passes, may_keep=may_keep)
         return checkpoint(function, *args, context_fn=contexts, **_CHECKPOINT_OPTIONS)
 
     def stock(self, function: Callable[..., Any], *args: Any) -> Any:

@@ -43,7 +43,7 @@ def measure(
     """
     chunk_size = args.chunk_size
     readable = None if is_frame is None else is_frame[:, chunk_size:]
-    if readable is not None and not readable.any():
+    if z.shape[1] <= chunk_size or (readable is not None and not readable.any()):
         return {}
     effect = relative_norm(learned[:, chunk_size:], plain[:, chunk_size:], readable)
     found = {"effect": effect}

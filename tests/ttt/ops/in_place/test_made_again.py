@@ -43,7 +43,7 @@ def test_gradients_are_the_same_to_the_bit(
     for checkpointing in (False, True):
         with sizes(super_chunk, 8):
             execution = Execution(checkpointing=checkpointing)
-            out = execution.split_layer(learn, z, v, is_only_added=True)
+            out = execution.split_layer(learn, z, v, may_keep=True)
             results.append([out, *torch.autograd.grad(out, leaves, d_out)])
     for one, other in zip(*results, strict=True):
         assert one.norm() > 0 and torch.equal(one, other)

@@ -335,7 +335,7 @@ def test_a_layer_that_is_made_again_keeps_nothing_before(
 
     def in_a_layer(*args: Any, **options: Any) -> Any:
         return execution.split_layer(
-            lambda *tensors: op(*tensors, **options), *args, is_only_added=False
+            lambda *tensors: op(*tensors, **options), *args, may_keep=False
         )
 
     inputs = moderate_inputs(method, 40, 16, 16, False)
