@@ -174,12 +174,13 @@ class _Delta(torch.autograd.Function):
                 x, is_empty = e.new_empty(shape, dtype=beta.dtype), later.value is None
                 if not is_empty:
                     later.read(_keys(frames[0], window, cut)[: x.shape[1]], x.zero_()[0])
-                own_d_out, own_d_v = window.own(d_out), window.own(d_v)
-                y, left_of_x = delta_window.write_backward(
-                    kept, own_d_out, x, own_d_v, window, cut, is_empty=is_empty
+                y = delta_window.write_backward(
+                    kept, window.own(d_out), x, window, cut, is_empty=is_empty
                 )
+                window.own(d_v)[:, : x.shape[1]] = x
+                window.own(d_v)[:, x.shape[1] :] = 0
                 d_products, d_strengths = delta_gradient.of_products(
-                    kept, left_of_x, y, e, beta, window, cut
+                    kept, x, y, e, beta, window, cut
                 )
                 d_beta -= (d_strengths * kept.strengths).sum() / beta
                 num_read = window.lead + x.shape[1]

@@ -16,7 +16,7 @@ TILE = 32
 
 def of_products(
     kept: delta_window.Kept,
-    left_of_x: Tensor,
+    x: Tensor,
     y: Tensor,
     e: Tensor,
     beta: Tensor,
@@ -27,9 +27,13 @@ def of_products(
     [N, n].
 
     Args:
-        left_of_x: [N, n, C, m, d], the left terms of X.
+        x: [N, n C, d], X in the accumulating type.
         y, e: [N, ⌈L / C⌉, C', m, d] and [N, n, C', m, d], Y as left terms and E as right ones.
     """
+    left_of_x, size = torch.empty_like(e), cut.chunk_size
+    for i in range(e.shape[1]):
+        terms.of_values(x[:, i * size : (i + 1) * size], size, left_of_x[:, i], swap=True)
+    left_of_x = left_of_x[:, :, :size]
     if kept.strengths.shape[1] > 0 and y.dtype != beta.dtype and terms.has_kernels(y):
         return _by_kernel(kept, left_of_x, y, e, beta, window, cut)
     total, d_strengths = _plain(kept, left_of_x, y, e, beta, window, cut)

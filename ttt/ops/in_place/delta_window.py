@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ttt.ops.in_place import chunks, terms
-from ttt.ops.in_place.solve import Solver
 
 FACTOR_SIZE = 64
 """Rows of a matrix that one program factors: at 64, in its registers."""
@@ -141,11 +140,9 @@ def write(
         e: [N, n, C', m, d], as from `terms.of_values`.
         edge: [N, lag, d], what the first pairs' keys read of earlier windows; None: nothing.
     """
-    size, length = cut.chunk_size, v.shape[1]
+    lag, size, length = cut.lag, cut.chunk_size, v.shape[1]
     lead, offset = window.lead, cut.offset(window)
-    solver = Solver(kept.inverses, lag=cut.lag, decay=cut.decay, dtype=v.dtype)
-    # What the keys read that have waited for this chunk.
-    waited, keep = edge, 0.0 if edge is None else 1.0
+    errors, keep = None, 0.0 if edge is None else 1.0
     for i, first, last in _steps(length, cut):
         start, stop = i * size, min((i + 1) * size, length)
         if i == first:
@@ -169,40 +166,42 @@ def write(
             )
         if stop - start < size:
             continue
-        again = kept.again[:, i + 1] if stop + size <= length else None
-        here = slice(start, stop)
-        waited = solver.errors(i, v[:, here], out[:, here], waited, again, e[:, i])
+        residual = torch.empty_like(out[:, start:stop])
+        torch.sub(v[:, start + lag : stop], out[:, start : stop - lag], out=residual[:, lag:])
+        residual[:, :lag] = v[:, start : start + lag]
+        if lag and errors is not None:
+            residual[:, :lag] -= cut.decay * out[:, start - lag : start]
+            residual[:, :lag] -= torch.bmm(kept.again[:, i], errors)
+        elif edge is not None:
+            residual[:, :lag] -= edge
+        errors = torch.bmm(kept.inverses[:, i], residual)
+        terms.of_values(errors, size, e[:, i])
 
 
 def write_backward(
     kept: Kept,
     d_out: Tensor,
     x: Tensor,
-    d_v: Tensor,
     window: chunks.Window,
     cut: chunks.Cut,
     *,
     is_empty: bool,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """The adjoint of `write`, last chunk first.
 
     Args:
         d_out: [N, L, d].
         x: [N, n C, d] in the accumulating type, what E receives from later windows; becomes X.
-        d_v: [N, L, d], becomes the gradient of V.
         is_empty: nothing has been received of later windows, and X need not hold anything.
 
     Returns:
         Y, [N, ⌈L / C⌉, C', m, d], as from `terms.of_values` with swapped terms; 0 for frames
-        past the end. And the left terms of X, [N, n, C, m, d].
+        past the end.
     """
     lag, size, dtype = cut.lag, cut.chunk_size, d_out.dtype
     batch, length, width = d_out.shape
     num_chunks = -(-length // size)
     y = d_out.new_empty(batch, num_chunks, *terms.shape(size, dtype), width)
-    left = d_out.new_empty(batch, length // size, size, terms.num_terms(dtype), width)
-    solver = Solver(kept.inverses, lag=lag, decay=cut.decay, dtype=dtype)
-    d_v[:, x.shape[1] :] = 0
     for i, first, last in reversed(list(_steps(length, cut))):
         start, stop = i * size, (i + 1) * size
         less = None
@@ -219,15 +218,17 @@ def write_backward(
                 later = _transposed(kept, slice(start, stop), i + 1, last, window, dtype, cut)
                 _times(later, y[:, i + 1 : last], own_x, 1.0)
             following = x[:, stop : stop + lag]
-            is_last = stop == x.shape[1]
-            again = None if is_last else kept.again[:, i + 1]
-            waiting = None if is_last else following
-            solver.adjoints(i, own_x, waiting, again, left[:, i], d_v[:, start:stop])
+            if following.shape[1]:
+                again = kept.again[:, i + 1].mT
+                received = torch.baddbmm(own_x, again, following, alpha=-1)
+            else:
+                received = own_x.clone()
+            torch.bmm(kept.inverses[:, i], received, out=own_x)
             less = x[:, start + lag : stop + lag]
             if cut.decay != 1:
                 less = torch.cat([less[:, : size - lag], cut.decay * following], 1)
         terms.of_values(d_out[:, start:stop], size, y[:, i], less=less, swap=True)
-    return y, left
+    return y
 
 
 def _transposed(

@@ -39,8 +39,7 @@ def test_terms_of_the_gradient(
         kept = delta_window.prepare(window.frames(z), rows, beta, window, cut)
         count, num_chunks = window.length // SIZE, -(-window.length // SIZE)
         batch, shape = len(rows), terms.shape(SIZE, torch.bfloat16)
-        x = torch.randn(batch, count, SIZE, WIDTH)
-        left_of_x = terms.left(x, torch.bfloat16, dim=3)
+        x = torch.randn(batch, count * SIZE, WIDTH)
         e, y = (
             torch.empty(batch, n, *shape, WIDTH, dtype=torch.bfloat16) for n in (count, num_chunks)
         )
@@ -54,12 +53,13 @@ def test_terms_of_the_gradient(
         for place, has_kernels in (("cpu", False), (DEVICE, True)):
             monkeypatch.setattr(terms, "has_kernels", lambda x, found=has_kernels: found)
             own_kept = delta_window.Kept(*(t.to(place) for t in kept))
-            left, own_y, own_e, own_beta = (t.to(place) for t in (left_of_x, y, e, beta))
+            own_x, own_y, own_e, own_beta = (t.to(place) for t in (x, y, e, beta))
             results.append(
-                delta_gradient.of_products(own_kept, left, own_y, own_e, own_beta, window, cut)
+                delta_gradient.of_products(own_kept, own_x, own_y, own_e, own_beta, window, cut)
             )
         (plain, plain_strengths), (made, made_strengths) = results
-        torch.testing.assert_close(made_strengths.cpu(), plain_strengths, rtol=1e-4, atol=1e-4)
+        # Sums of 288 products of about 1, of terms that the interpreter cuts rather than rounds.
+        torch.testing.assert_close(made_strengths.cpu(), plain_strengths, rtol=1e-3, atol=2e-3)
         assert [part.shape for part in made] == [part.shape for part in plain]
         assert made[0].float().norm() < 2**-7 * made[1].float().norm()
         total, exact = (sum(part.cpu().double() for part in parts) for parts in (made, plain))
