@@ -56,7 +56,14 @@ class TTTTransformerLayer(Shardable, StreamingTransformerLayer):
         if self.ttt_module is None or (self.ttt is not None and not self.ttt.active):
             return self.execution.layer(blocks.layer_block, x, weights, rope)
         x = self.execution.split_layer(
-            self._ttt_forward, x, weights, token_embeddings, rope, is_frame
+            self._ttt_forward,
+            x,
+            weights,
+            token_embeddings,
+            rope,
+            is_frame,
+            # A scale's gradient is made of what it scales.
+            may_keep=self.ttt_module.may_keep and weights.scale2 is None,
         )
         if isinstance(self.gating, TTTLayer):
             return x

@@ -117,6 +117,7 @@ _TTT_MAY_CHANGE = {
     "write_strength",
     "state_decay",
     "max_delta_norm",
+    "keep_writes",
     "base_lr",
     "gate_init",
     "scan_checkpoint_group_size",

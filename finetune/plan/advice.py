@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from moshi.models import loaders
@@ -12,7 +13,15 @@ from finetune.data import FRAME_RATE_HZ, count_frames
 from finetune.distributed import shard_size
 from finetune.model import plan_model
 from finetune.plan.memory import Memory, estimate
-from finetune.plan.search import Search, Setting, largest, largest_batch
+from finetune.plan.search import (
+    Search,
+    Setting,
+    keeping_writes,
+    largest,
+    largest_batch,
+    least_kept,
+    to_set,
+)
 from finetune.plan.speed import step_time
 from ttt import TTTLMModel
 from ttt.layers import layer_class
@@ -22,7 +31,6 @@ SHORTEST_SEC = 1.0
 FEWEST_UPDATES = 3
 """Nor such in which TTT makes fewer updates: with them it has hardly anything to do."""
 
-_RECOMPUTED: dict[str, Any] = {"gradient_checkpointing": True, "selective_layers": 0}
 _SHARED = Setting("bfloat16", "bfloat16")
 """What takes the least where processes share a model: a base in fewer bits is not cut, and moments
 in int8 are not either."""
@@ -109,39 +117,40 @@ class _Advice:
     is_enough: Callable[[Memory], bool]
 
     def less_kept(self) -> Changes:
-        mode = self.args.gradient_checkpointing
+        args, mode = self.args, self.args.gradient_checkpointing
         if mode is False:
-            less = {"gradient_checkpointing": "selective"}
-            yield self._keeping(**less), self._with(**less)
-        most = len(self.model.transformer.layers)
-        if mode is True:
-            most = self.args.selective_layers - 1
-        changes: dict[str, Any] = {"gradient_checkpointing": True}
-        changes["selective_layers"] = largest(
-            lambda number: self.is_enough(self._with(**changes, selective_layers=number)), most
-        )
-        if mode is not True or self.args.selective_layers:
-            yield self._keeping(**changes), self._with(**changes)
+            yield self._change(dataclasses.replace(args, gradient_checkpointing="selective"))
+        most = args.selective_layers - 1 if mode is True else len(self.model.transformer.layers)
+        keeping = partial(dataclasses.replace, args, gradient_checkpointing=True)
+        most = largest(lambda number: self._is_enough(keeping(selective_layers=number)), most)
+        if mode is not True or args.selective_layers:
+            yield self._change(keeping(selective_layers=most))
+        if least_kept(args) != keeping(selective_layers=0):
+            yield self._change(least_kept(args))
 
     def more_kept(self) -> tuple[str, TrainArgs] | None:
         """Return what makes the step shorter in the memory that is left, and the run with it; None
         where nothing does."""
-        args = self.args
-        is_known = not args.ttt.enabled or layer_class(args.ttt.method).cost(args.ttt) is not None
+        args, ttt = self.args, self.args.ttt
+        is_known = not ttt.enabled or layer_class(ttt.method).cost(ttt) is not None
         if args.gradient_checkpointing is not True or not is_known:
             return None
-        everywhere = dict[str, Any](gradient_checkpointing="selective", selective_layers=0)
-        if self.is_enough(self._with(**everywhere)):
-            return self._keeping(**everywhere), dataclasses.replace(args, **everywhere)
+        selective: dict[str, Any] = {"gradient_checkpointing": "selective", "selective_layers": 0}
+        everywhere = dataclasses.replace(args, **selective)
+        if self._is_enough(everywhere):
+            return to_set(args, everywhere), everywhere
+        # Of equal memory what layers with TTT write spares the most time.
+        if self._is_enough(writing := keeping_writes(args)) and writing != args:
+            return to_set(args, writing), writing
         most = largest(
-            lambda number: self.is_enough(self._with(selective_layers=number)),
+            lambda number: self._is_enough(self._args_with(number)),
             len(self.model.transformer.layers),
         )
         # Of equal times the one that takes the least memory: some layers spare nothing.
         number = min(range(args.selective_layers, most + 1), key=self._sec_with, default=0)
         if number <= args.selective_layers:
             return None
-        return self._keeping(selective_layers=number), self._args_with(number)
+        return to_set(args, self._args_with(number)), self._args_with(number)
 
     def _args_with(self, selective_layers: int) -> TrainArgs:
         return dataclasses.replace(self.args, selective_layers=selective_layers)
@@ -150,14 +159,11 @@ class _Advice:
         args = self._args_with(selective_layers)
         return round(step_time(args, self.model, self.num_processes).high_sec, 4)
 
-    def _keeping(self, **changes: Any) -> str:
-        """Return what is to be set, without what is set already."""
-        said = [
-            f"{key}: {str(value).lower()}"
-            for key, value in changes.items()
-            if value != getattr(self.args, key)
-        ]
-        return ", ".join(said)
+    def _change(self, then: TrainArgs) -> tuple[str, Memory]:
+        return to_set(self.args, then), estimate(then, self.model, self.num_processes)
+
+    def _is_enough(self, then: TrainArgs) -> bool:
+        return self.is_enough(self._change(then)[1])
 
     def first_enough(self, changes: Changes) -> tuple[str, Memory] | None:
         return next((each for each in changes if self.is_enough(each[1])), None)
@@ -214,7 +220,7 @@ class _Advice:
     def combinations(self) -> Changes:
         """Yield what `plan --table` has for a GPU, of no more sequences than the run has."""
         for changes, kind in self._kinds():
-            args = dataclasses.replace(kind, **_RECOMPUTED)
+            args = least_kept(kind)
             search = Search(args, self.info, self.num_processes)
             choice = search.best(self.is_enough, args.batch_size)
             if choice is None:
@@ -232,7 +238,7 @@ class _Advice:
     def _kinds(self) -> list[tuple[list[str], TrainArgs]]:
         """Return what may train, the run's own first: what is to be set for it, all of the main
         transformer's results being computed again, and the run with what trains."""
-        recomputed = [text] if (text := self._keeping(**_RECOMPUTED)) else []
+        recomputed = [text] if (text := to_set(self.args, least_kept(self.args))) else []
         kinds = [(recomputed, self.args)]
         if self.args.full_finetuning:
             lora = dataclasses.replace(self.args.lora, enable=True)
@@ -252,7 +258,7 @@ class _Advice:
             own: bits of the base and of moments; None: those that take the least.
         """
         changes, kind = self._kinds()[-1]
-        args = dataclasses.replace(kind, **_RECOMPUTED)
+        args = least_kept(kind)
         if args.param_dtype == "float32":
             changes.append("param_dtype: bfloat16")
             args = dataclasses.replace(args, param_dtype="bfloat16")
@@ -344,8 +350,9 @@ class _Advice:
         # The largest batch keeps a step short; no larger than now, it fits.
         sizes = range(min(self.args.batch_size, own), 0, -1)
         batch_size = next(size for size in sizes if own % size == 0)
-        set_to = {"batch_size": batch_size, "num_microbatches": own // batch_size}
-        return f" ({said}; {self._keeping(**set_to)} keeps {self._segments_of_step})"
+        parts = own // batch_size
+        then = dataclasses.replace(self.args, batch_size=batch_size, num_microbatches=parts)
+        return f" ({said}; {to_set(self.args, then)} keeps {self._segments_of_step})"
 
     def fewer_trained(self) -> Changes:
         if self.args.full_finetuning:

@@ -151,7 +151,10 @@ def _stages(
     cost = layer_class(args.ttt.method).cost(args.ttt) if args.ttt.enabled else None
     ttt_frames = num_frames * model.dim / 4096
     if cost is not None:
-        kept_main += cost.kept_bytes_per_frame * ttt_frames * len(keeping & set(model.ttt_layers))
+        own_layers = set(model.ttt_layers)
+        kept_main += cost.kept_bytes_per_frame * ttt_frames * len(keeping & own_layers)
+        if args.gradient_checkpointing is True:
+            kept_main += cost.again_bytes_per_frame * ttt_frames * len(own_layers - keeping)
     share = 0.0 if args.gradient_checkpointing is True else share
     kept_depth = width * (
         (len(depth) + 3) * depth_rows * depth_dim + share * len(depth) * num_frames * depth_products

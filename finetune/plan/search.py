@@ -47,6 +47,28 @@ SMALLER = (Setting("nf4", "float32"), Setting("nf4", "int8"))
 SMALLER_FULL = (Setting("bfloat16", "bfloat16"), Setting("bfloat16", "int8"))
 
 
+def least_kept(args: TrainArgs) -> TrainArgs:
+    """Return a run that keeps the least for the backward pass."""
+    recomputed = dataclasses.replace(args, gradient_checkpointing=True, selective_layers=0)
+    return keeping_writes(recomputed, keep=False)
+
+
+def keeping_writes(args: TrainArgs, *, keep: bool = True) -> TrainArgs:
+    """Return the run with `ttt.keep_writes` as said, where it is read; else the run itself."""
+    ttt = args.ttt
+    if not (ttt.enabled and ttt.reads("keep_writes") and ttt.write == "delta"):
+        return args
+    return dataclasses.replace(args, ttt=dataclasses.replace(ttt, keep_writes=keep))
+
+
+def to_set(now: TrainArgs, then: TrainArgs) -> str:
+    """Return what is to be set for a run that keeps other results or has another batch."""
+    keys = "gradient_checkpointing", "selective_layers", "batch_size", "num_microbatches"
+    found = [(key, getattr(now, key), getattr(then, key)) for key in keys]
+    found.append(("ttt.keep_writes", now.ttt.keep_writes, then.ttt.keep_writes))
+    return ", ".join(f"{key}: {str(other).lower()}" for key, own, other in found if own != other)
+
+
 class Choice(NamedTuple):
     """A setting, and the largest batch that fits with it."""
 

@@ -41,7 +41,10 @@ def test_all_tables_are_made(
     for row in tables["models"]:
         for target in ("text", "hidden"):
             is_exact = row["compared"].startswith("float32")
-            assert 0 < row[target]["distance"] < (1e-4 if is_exact else 0.1), row
+            distance = row[target]["distance"]
+            # Streams whose calls differ in length alone may be equal to the bit.
+            assert distance > 0 or row["compared"].count(" in calls of ") == 2, row
+            assert distance < (1e-4 if is_exact else 0.1), row
             assert row[target].get("same_best_token", 1) > 0.8, row
     strongest = tables["strength"][-1]
     assert strongest["silence, float32"] > 10 * strongest["cosine 0.94, float32"]

@@ -81,6 +81,8 @@ class Cost:
     """`time_factor` where these layers are not made again, with what the others then take."""
     kept_bytes_per_frame: float
     """Of what each of these layers then keeps, beside the results of its products."""
+    again_bytes_per_frame: float = 0.0
+    """Of what each of these layers keeps for itself where it is made again."""
 
 
 StateT = TypeVar("StateT", bound=TTTState)
@@ -103,6 +105,10 @@ class TTTLayer(Streamed, StreamingModule[StateT]):
     reads_open_chunk: ClassVar[bool] = True
     """Whether a frame reads what the frames before it in its own chunk are to write: whether there
     is any learning in a sequence without a single update."""
+
+    may_keep: bool = False
+    """Whether its operator may keep what it has made where the layer is made again: what the layer
+    returns must then be nothing but a sum with the operator's result."""
 
     def __init__(self, place: Place, args: TTTArgs):
         super().__init__()

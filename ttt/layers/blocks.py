@@ -172,12 +172,18 @@ def _stack(tensors: Sequence[Tensor | None]) -> Tensor | None:
 
 
 def project(x: Tensor, linear: Linear) -> Tensor:
-    """[..., in] to [..., out]; with K layers [K, N, in] to [K, N, out]."""
-    out = _product(x, linear.weight)
+    """[..., in] to [..., out]; with K layers [K, N, in] to [K, N, out].
+
+    The largest product comes last. Where it is the last of a layer, activation checkpointing then
+    does not make it again: no gradient needs its result.
+    """
+    lora = None
     if linear.lora_a is not None and linear.lora_b is not None:
         # Scaled where it is small: at the output it would be another pass, and one backwards.
-        inner = _product(x, linear.lora_a) * linear.scaling
-        out = out + _product(inner, linear.lora_b)
+        lora = _product(_product(x, linear.lora_a) * linear.scaling, linear.lora_b)
+    out = _product(x, linear.weight)
+    if lora is not None:
+        out = out + lora
     if linear.bias is not None:
         bias = linear.bias if linear.bias.dim() == 1 else linear.bias.unsqueeze(1)
         out = out + bias

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import (
 # The operators that are kept are registered there.
 from ttt.ops import frozen as _frozen  # noqa: F401
 from ttt.ops.moshi import depth_attention as _depth_attention  # noqa: F401
-from ttt.ops.recompute import first_forward_pass
+from ttt.ops.recompute import forward_passes
 
 Checkpointing = bool | Literal["selective"]
 """What is kept for the backward pass: everything (false), the inputs of layers alone (true), or
@@ -58,6 +58,9 @@ _PRODUCTS = {
 }
 
 
+_CHECKPOINT_OPTIONS: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+
+
 @dataclass
 class Execution:
     """Execution of a model's blocks, functions of tensors, modules and tuples of these.
@@ -79,10 +82,18 @@ class Execution:
         """`block(*args)`, a whole layer that can be compiled."""
         return self._run(block, self.checkpointing, *args)
 
-    def split_layer(self, function: Callable[..., Any], *args: Any) -> Any:
+    def split_layer(self, function: Callable[..., Any], *args: Any, may_keep: bool) -> Any:
         """`function(*args)`, a layer with something in it that cannot be compiled; all else in it
-        runs through `piece`."""
-        return _checkpointed(function, self.checkpointing is True and "split", *args)
+        runs through `piece`.
+
+        Args:
+            may_keep: what cannot be compiled may keep what it has made for the backward pass; see
+                `recompute.forward_passes`.
+        """
+        if self.checkpointing is not True or not torch.is_grad_enabled():
+            return function(*args)
+        contexts = partial(forward_passes, may_keep=may_keep)
+        return checkpoint(function, *args, context_fn=contexts, **_CHECKPOINT_OPTIONS)
 
     def stock(self, function: Callable[..., Any], *args: Any) -> Any:
         """`function(*args)`, with layers that `blocks` does not know in it: not compiled, and where
@@ -140,16 +151,12 @@ def eager_on_cpu(device: torch.device) -> AbstractContextManager[None]:
     return nullcontext() if device.type == "cuda" else no_compile()
 
 
-def _checkpointed(
-    function: Callable[..., Any], mode: Checkpointing | Literal["split"], *args: Any
-) -> Any:
+def _checkpointed(function: Callable[..., Any], mode: Checkpointing, *args: Any) -> Any:
     if mode is False or not torch.is_grad_enabled():
         return function(*args)
-    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    options = dict(_CHECKPOINT_OPTIONS)
     if mode == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
-    elif mode == "split":
-        options["context_fn"] = lambda: (first_forward_pass(), nullcontext())
     return checkpoint(function, *args, **options)
 
 

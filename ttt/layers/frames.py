@@ -33,3 +33,14 @@ def inverse_square(z: Tensor) -> Tensor:
     """Return 1 / ‖z_t‖², [B, T, 1], at least in float32; 0 for frames of zeros."""
     square = z.to(accumulating_dtype(z.dtype)).square().sum(-1, keepdim=True)
     return torch.where(square > 0, 1 / torch.where(square > 0, square, 1.0), 0.0)
+
+
+def complete(is_frame: Tensor | None, lag: int) -> Tensor | None:
+    """Return whether the pair that is complete at a frame is one of frames alone, from its key's to
+    its target's last, `lag` later: [B, T]; None: all are."""
+    if is_frame is None:
+        return None
+    found = is_frame
+    for shift in range(1, lag + 1):
+        found = found & F.pad(is_frame, (shift, 0), value=True)[:, : is_frame.shape[1]]
+    return found

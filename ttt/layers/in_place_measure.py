@@ -1,6 +1,7 @@
 """The metrics measure an In-Place TTT layer."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ttt import ops
@@ -14,6 +15,7 @@ def measure(
     args: TTTArgs,
     z: Tensor,
     v: Tensor,
+    projection: Tensor | None,
     written: Tensor | None,
     is_frame: Tensor | None,
     plain: Tensor,
@@ -32,7 +34,8 @@ def measure(
     write_strength: β, with `write: delta` alone.
 
     Args:
-        z, v, written: [B, T, h], [B, T, d] and [B, T], as the operators take them.
+        z, v, projection, written: [B, T, h], [B, T, d], [d, d] and [B, T], as the operators take
+            them.
         is_frame: [B, T], false past the end of a recording; None: all are frames.
         plain, learned: [B, T, d], what the projection gives, and what TTT adds to it.
         beta: β; None with `write: sum`.
@@ -40,11 +43,12 @@ def measure(
     """
     chunk_size = args.chunk_size
     readable = None if is_frame is None else is_frame[:, chunk_size:]
-    if readable is not None and not readable.any():
+    if z.shape[1] <= chunk_size or (readable is not None and not readable.any()):
         return {}
     effect = relative_norm(learned[:, chunk_size:], plain[:, chunk_size:], readable)
     found = {"effect": effect}
     rate = args.inner_learning_rate
+    v = v if projection is None else F.linear(v, projection)
     keys, v = delayed(z, args.lag_frames), only(v, written)
     if beta is not None:
         rate, found["write_strength"] = 1.0, beta.squeeze()

@@ -65,7 +65,8 @@ ALONE: dict[str, Any] = {"lora": LoraArgs(enable=False), "batch_size": 8}
     [
         (OFF, 34.7),
         ({"ttt": TTTArgs(enabled=True, write="sum", target="text")}, 36.1),
-        ({"ttt": TTTArgs(enabled=True, write="delta", target="text")}, 36.1),
+        ({"ttt": TTTArgs(enabled=True, write="delta", target="text")}, 37.6),
+        (HIDDEN, 37.6),
         ({"ttt": TTTArgs(enabled=True, method="linear")}, 39.4),
         ({"ttt": TTTArgs(enabled=True, method="mlp")}, 40.3),
         ({"batch_size": 4}, 27.0),
@@ -85,7 +86,17 @@ ALONE: dict[str, Any] = {"lora": LoraArgs(enable=False), "batch_size": 8}
         ({**SHARDED, **ALL_WEIGHTS}, 68.0),
     ],
     ids=[
-        *("off", "sum", "delta", "linear", "mlp", "batch 4", "selective", "selective, 21"),
+        *(
+            "off",
+            "sum",
+            "delta",
+            "hidden",
+            "linear",
+            "mlp",
+            "batch 4",
+            "selective",
+            "selective, 21",
+        ),
         *("selective in 5", "in 16", "hidden, in 32"),
         *("batch 8", "off, batch 4", "nf4"),
         *("TTT alone", "TTT alone in float8", "TTT alone in nf4"),
@@ -114,7 +125,7 @@ def test_layers_before_the_first_that_trains_keep_nothing() -> None:
 
 @pytest.mark.parametrize(
     ("gpu_memory_gb", "proposed"),
-    [(40, None), (48, "selective_layers: 5"), (141, "gradient_checkpointing: selective")],
+    [(42, None), (48, "selective_layers: 4"), (141, "gradient_checkpointing: selective")],
 )
 def test_what_is_faster_in_the_memory_that_is_left_is_proposed(
     gpu_memory_gb: float, proposed: str | None
@@ -153,16 +164,19 @@ def test_a_table_proposes_nothing_for_what_is_kept_for_speed() -> None:
 
 def test_fewer_layers_keep_their_products_where_all_do_not_fit() -> None:
     run = dataclasses.replace(MOSHI, **HIDDEN, selective_layers=16)
-    assert "selective_layers: 5" in advised(run, 48)
-    assert "selective_layers: 0" in advised(run, 39.5)
+    assert "selective_layers: 4" in advised(run, 48)
+    assert "selective_layers: 0" in advised(run, 42)
+    assert "selective_layers: 0, ttt.keep_writes: false" in advised(run, 39.5)
     selective = dataclasses.replace(
         MOSHI, **HIDDEN, gradient_checkpointing="selective", selective_layers=0
     )
-    assert advised(selective, 48)[0] == "gradient_checkpointing: true, selective_layers: 5"
-    assert advised(selective, 39.5)[0] == "gradient_checkpointing: true"
+    assert advised(selective, 48)[0] == "gradient_checkpointing: true, selective_layers: 4"
+    assert advised(selective, 42)[0] == "gradient_checkpointing: true"
+    least = "ttt.keep_writes: false"
+    assert advised(selective, 39.5)[0] == f"gradient_checkpointing: true, {least}"
     # Together with fewer bits none of them does.
     first = advised(run, 24)[0]
-    assert first.startswith("selective_layers: 0, base_precision: nf4, ")
+    assert first.startswith(f"selective_layers: 0, {least}, base_precision: nf4, ")
 
 
 def test_what_is_not_to_be_kept_twice_is_refused(config: Path) -> None:
@@ -211,14 +225,16 @@ def advised(args: TrainArgs, gpu_memory_gb: float, *, whole: bool = False) -> li
 
 
 def test_where_no_single_change_is_enough_on_one_gpu_some_are_together() -> None:
+    narrow = "ttt.keep_writes: false, base_precision: nf4, optim.state: int8"
     assert advised(MOSHI, 24) == [
-        "base_precision: nf4, optim.state: int8, batch_size: 8 with num_microbatches: 2",
-        "base_precision: nf4, optim.state: int8, batch_size: 12 (12 segments a step, not 16)",
-        "GPUs: 4 with parallel.shard_size: 4 (64 segments a step, not 16; batch_size: 4 keeps 16)",
+        f"{narrow}, batch_size: 8 with num_microbatches: 2",
+        f"{narrow}, batch_size: 12 (12 segments a step, not 16)",
+        "GPUs: 8 with parallel.shard_size: 8 (128 segments a step, not 16; batch_size: 2 keeps 16)",
     ]
     # These are no changes from one setting only: they do fit.
     optim = OptimArgs(state="int8")
-    together = dataclasses.replace(MOSHI, base_precision="nf4", optim=optim)
+    ttt = dataclasses.replace(MOSHI.ttt, keep_writes=False)
+    together = dataclasses.replace(MOSHI, base_precision="nf4", optim=optim, ttt=ttt)
     for batch_size, num_microbatches in ((8, 2), (12, 1)):
         changed = dataclasses.replace(
             together, batch_size=batch_size, num_microbatches=num_microbatches
@@ -232,7 +248,8 @@ def test_where_no_single_change_is_enough_on_one_gpu_some_are_together() -> None
     first = advised(plain, 24)[0]
     assert first.startswith("gradient_checkpointing: true, base_precision: nf4, batch_size: 8 ")
     full = dataclasses.replace(MOSHI, full_finetuning=True, lora=LoraArgs())
-    assert advised(full, 24)[0].startswith("full_finetuning: false, lora.enable: true, base_prec")
+    wanted = f"full_finetuning: false, lora.enable: true, {narrow.split(', ')[0]}, base_prec"
+    assert advised(full, 24)[0].startswith(wanted)
 
 
 def test_a_smaller_step_is_said_of_all_gpus() -> None:
@@ -267,7 +284,10 @@ def test_where_nothing_is_enough_the_smallest_gpu_is_named() -> None:
     tiny = planned(MOSHI, gpu_memory_gb=4)[-1]
     match = re.search(r"takes ([\d.]+) GB, with (.*); the smallest GPU .* has (\d+) GB", tiny)
     assert match is not None and "no change is enough, nor all together" in tiny
-    wanted = "base_precision: nf4, optim.state: int8, batch_size: 1 with num_microbatches: 16"
+    wanted = (
+        "ttt.keep_writes: false, base_precision: nf4, optim.state: int8, "
+        "batch_size: 1 with num_microbatches: 16"
+    )
     assert match[2] == f"{wanted}, duration_sec: 62, lora.rank: 1"
     changed = dataclasses.replace(
         MOSHI,
@@ -276,6 +296,7 @@ def test_where_nothing_is_enough_the_smallest_gpu_is_named() -> None:
         batch_size=1,
         num_microbatches=16,
         duration_sec=62,
+        ttt=dataclasses.replace(MOSHI.ttt, keep_writes=False),
         lora=LoraArgs(enable=True, rank=1),
     )
     enough_gb = int(match[3])
@@ -354,3 +375,17 @@ def test_parts_of_a_model_take_less(config: Path) -> None:
     assert two.optimizer == one.optimizer / 2
     assert two.gathered > 0 == one.gathered
     assert two.kept == one.kept
+
+
+def test_what_chunks_write_is_kept_where_there_is_room() -> None:
+    """It spares more time for its memory than whole layers do; where it is not read, nothing is
+    said of it."""
+    ttt = dataclasses.replace(TTTArgs(enabled=True), keep_writes=False)
+    run = dataclasses.replace(MOSHI, ttt=ttt)
+    (line,) = (each for each in planned(run, gpu_memory_gb=42) if each.startswith("faster"))
+    assert "left: ttt.keep_writes: true (37.9 GB" in line
+    assert advised(dataclasses.replace(MOSHI, **HIDDEN), 40)[0] == "ttt.keep_writes: false"
+    for changes in (OFF, {"ttt": TTTArgs(enabled=True, write="sum", target="text")}):
+        assert not any(
+            "keep_writes" in each for each in advised(dataclasses.replace(MOSHI, **changes), 30)
+        )

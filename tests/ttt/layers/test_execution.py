@@ -5,7 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import as_if_trained, random_codes, tiny_args, tiny_lm_kwargs, tiny_model
+from helpers import (
+    as_if_trained,
+    random_codes,
+    tiny_args,
+    tiny_delta_args,
+    tiny_lm_kwargs,
+    tiny_model,
+)
 from moshi.modules.lora import replace_all_linear_with_lora
 from test_training_path import METHODS, PLAIN, WEIGHTS, assert_same, loss_and_gradients
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -14,6 +21,7 @@ from finetune.step import stream_sums
 from ttt import TTTArgs, build_model
 from ttt.layers import blocks, execution
 from ttt.layers.execution import Execution
+from ttt.ops.in_place import delta_window
 
 
 def prepared(args: TTTArgs, *, lora: bool, **options: Any) -> Any:
@@ -89,10 +97,15 @@ def test_compiled_layers_compute_the_same_and_share_what_is_compiled(
 class Products(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
-        self.count = 0
+        self.shapes: list[tuple[tuple[int, ...], ...]] = []
+
+    @property
+    def count(self) -> int:
+        return len(self.shapes)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default)
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default):
+            self.shapes.append(tuple(tuple(factor.shape) for factor in args[:2]))
         return func(*args, **(kwargs or {}))
 
 
@@ -107,6 +120,58 @@ def test_selective_checkpointing_makes_no_large_product_twice(
             loss_and_gradients(model, random_codes(num_frames=12), with_heads=False)
         counts[mode] = products.count
     assert counts[False] == counts["selective"] < counts[True]
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_layer_that_is_made_again_learns_once(
+    scaled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But if its results are more than added to, all of it has to be made again."""
+    solved: list[torch.Tensor] = []
+
+    def counted(gram: torch.Tensor, beta: Any) -> Any:
+        solved.append(gram)
+        return inverse(gram, beta)
+
+    inverse = delta_window.inverse
+    monkeypatch.setattr(delta_window, "inverse", counted)
+    options: dict[str, Any] = {"layer_scale": 0.3} if scaled else {}
+    codes, results, counts = random_codes(num_frames=30), [], []
+    for checkpointing in (False, True):
+        model = tiny_model(tiny_delta_args(), **options).train()
+        model.execution.checkpointing = checkpointing
+        solved.clear()
+        results.append(loss_and_gradients(model, codes, with_heads=False))
+        counts.append(len(solved))
+    assert_same(results[1], results[0], rtol=1e-13)
+    assert counts[0] == len(model.ttt_layers)
+    assert counts[1] == counts[0] * (2 if scaled else 1)
+
+
+def test_the_last_product_of_a_layer_that_is_made_again_is_made_once() -> None:
+    """No gradient needs its result, with TTT in the layer as without."""
+    counts: dict[Any, int] = {}
+    for args in (PLAIN, tiny_delta_args()):
+        model = prepared(args, lora=True, checkpointing=True)
+        hidden = model.transformer.layers[0].gating.linear_out.in_features
+        frames, width = 2 * 30, model.dim
+        with Products() as products:
+            loss_and_gradients(model, random_codes(num_frames=30), with_heads=False)
+        shapes = ((frames, hidden), (hidden, width))
+        counts[args.enabled] = products.shapes.count(shapes)
+        assert counts[args.enabled] == len(model.transformer.layers)
+
+
+def test_the_backward_pass_of_layers_that_are_made_again_can_run_twice() -> None:
+    codes, results = random_codes(num_frames=30), []
+    for checkpointing in (False, True):
+        model = tiny_model(tiny_delta_args()).train()
+        model.execution.checkpointing = checkpointing
+        text, _ = stream_sums(model, model(codes, with_heads=False), codes, WEIGHTS)
+        text.loss.backward(retain_graph=True)
+        text.loss.backward()
+        results.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert_same((0.0, results[1]), (0.0, results[0]), rtol=1e-13)
 
 
 def partly_selective(args: TTTArgs, number: int, **more: Any) -> Any:

@@ -39,8 +39,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ttt.ops import recompute
 from ttt.ops.compiler_marks import uncompiled
-from ttt.ops.in_place import chunks, delta_window, terms
+from ttt.ops.in_place import chunks, delta_gradient, delta_window, terms
 
 
 @uncompiled
@@ -54,6 +55,7 @@ def in_place_delta(
     documents: Tensor | None = None,
     lag: int = 0,
     written: Tensor | None = None,
+    projection: Tensor | None = None,
 ) -> Tensor:
     """Return what the fast weights add to the output of the projection that they change.
 
@@ -62,7 +64,8 @@ def in_place_delta(
 
     Args:
         z: [B, T, h], the projection's inputs: keys when written, queries when read.
-        v: [B, T, d], the targets that are complete at each frame.
+        v: [B, T, d], the targets that are complete at each frame; with a projection, what it makes
+            them of.
         beta: β > 0, a number or a tensor of one element: how nearly a chunk's targets are met.
         chunk_size: frames per chunk, counted from the start of each document.
         decay: γ, how much of the state outlives each later chunk, 0 to 1.
@@ -72,6 +75,8 @@ def in_place_delta(
             `lag` frames of a document complete nothing.
         written: [B, T], false where the pair that is complete at a frame is not written. None: all
             are.
+        projection: [d, d], the matrix P of targets P v_u; None: v are the targets. Activation
+            checkpointing then makes them once.
 
     Returns:
         [B, T, d]. Zero within the first chunk of each document.
@@ -89,13 +94,14 @@ def in_place_delta(
                 decay=decay,
                 lag=lag,
                 written=part[2].unsqueeze(0) if written is not None else None,
+                projection=projection,
             )
             for part in zip(*flat, strict=True)
         ]
         return torch.cat(parts, dim=1).view(v.shape)
     beta = torch.as_tensor(beta, dtype=terms.accumulating_dtype(z.dtype), device=z.device)
     cut = chunks.cut(z.shape[1], chunk_size, v.shape[2], z.shape[2], decay, lag, batch=len(z))
-    return _Delta.apply(z.contiguous(), v.contiguous(), beta.reshape(()), written, cut)
+    return _Delta.apply(z.contiguous(), v.contiguous(), beta.reshape(()), written, projection, cut)
 
 
 @terms.all_digits()
@@ -115,39 +121,34 @@ def chunk_errors(keys: Tensor, residual: Tensor, beta: Tensor | float) -> Tensor
 
 
 class _Delta(torch.autograd.Function):
-    """Keeps z, E, the scores and the inverses for the backward pass; v is not needed."""
+    """Keeps z, E, the scores and the inverses for the backward pass; v is needed only for the
+    projection's gradient. In a layer that is made again E and the inverses are kept from the first
+    time on, a twentieth of what the layer would keep otherwise: then neither targets nor outputs
+    are made twice."""
 
     @staticmethod
     @terms.all_digits()
     def forward(
-        ctx: Any, z: Tensor, v: Tensor, beta: Tensor, written: Tensor | None, cut: chunks.Cut
+        ctx: Any,
+        z: Tensor,
+        source: Tensor,
+        beta: Tensor,
+        written: Tensor | None,
+        projection: Tensor | None,
+        cut: chunks.Cut,
     ) -> Tensor:
-        out = torch.empty_like(v)
-        saved: list[Tensor] = []
-        for group in cut.windows(len(z)):
-            state = chunks.State(cut, precise=True)
-            for window in group:
-                frames, own_v = window.frames(z), window.own(v)
-                rows = None if written is None else window.own(written)
-                kept = delta_window.prepare(frames, rows, beta, window, cut)
-                read, edge = torch.empty_like(own_v, dtype=beta.dtype), None
-                if state.value is not None:
-                    read.zero_()
-                    state.read(window.own(z)[0], read[0])
-                    edge = read.new_zeros(1, window.lead, v.shape[2])
-                    state.read(frames[0, : window.lead], edge[0], weighted=False)
-                size = cut.chunk_size
-                e = v.new_empty(
-                    len(own_v), window.length // size, *terms.shape(size, v.dtype), v.shape[2]
-                )
-                delta_window.write(kept, own_v, read, e, window, cut, edge)
-                window.own(out).copy_(read)
-                if window.stop < cut.num_frames:
-                    _add_keys(
-                        state, delta_window.value(e, cut.chunk_size)[0], frames[0], window, cut
-                    )
-                saved += [*kept, e]
-        ctx.save_for_backward(z, beta, *saved)
+        solved = recompute.kept()
+        if solved is None:
+            v = source if projection is None else F.linear(source, projection)
+            out, saved = _forward(z, v, beta, written, cut)
+            if recompute.may_keep():
+                recompute.keep(_solved(saved))
+        else:
+            saved = _forward_again(z, solved, cut)
+            # See `recompute.forward_passes`.
+            out = source.new_full((), torch.nan).expand_as(source)
+        ctx.is_projected = projection is not None
+        ctx.save_for_backward(z, beta, *((source, projection) if ctx.is_projected else ()), *saved)
         ctx.cut = cut
         return out
 
@@ -155,13 +156,13 @@ class _Delta(torch.autograd.Function):
     @terms.all_digits()
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         z, beta, *saved = ctx.saved_tensors
+        projected, saved = (saved[:2], saved[2:]) if ctx.is_projected else ((), saved)
         cut: chunks.Cut = ctx.cut
         d_out = grads[0].contiguous()
         d_z = torch.empty_like(z) if cut.is_whole else torch.zeros_like(z)
         d_v = torch.empty_like(d_out)
         d_beta = torch.zeros_like(beta)
-        size = len(delta_window.Kept._fields) + 1
-        per_window = (saved[i : i + size] for i in range(0, len(saved), size))
+        per_window = (saved[i : i + _NUM_SAVED] for i in range(0, len(saved), _NUM_SAVED))
         for group in cut.windows(len(z)):
             parts = [(window, *next(per_window)) for window in group]
             later = chunks.State(cut, reverse=True, precise=True)
@@ -178,10 +179,12 @@ class _Delta(torch.autograd.Function):
                 )
                 window.own(d_v)[:, : x.shape[1]] = x
                 window.own(d_v)[:, x.shape[1] :] = 0
-                d_products, d_strengths = _gradient_of_products(kept, x, y, e, beta, window, cut)
+                d_products, d_strengths = delta_gradient.of_products(
+                    kept, x, y, e, beta, window, cut
+                )
                 d_beta -= (d_strengths * kept.strengths).sum() / beta
                 num_read = window.lead + x.shape[1]
-                _add_weighted(
+                delta_gradient.add_weighted(
                     d_products, frames, window.frames(d_z), num_read, replace=cut.is_whole
                 )
                 adjoints.append((x, y))
@@ -200,7 +203,68 @@ class _Delta(torch.autograd.Function):
                     later.add_halo(edge, frames[0, : len(edge)])
             if len(group) > 1:
                 _add_gradient_of_reads(parts, adjoints[::-1], z, d_z, cut)
-        return d_z, d_v, d_beta, None, None
+        d_source, d_projection = d_v, None
+        if projected:
+            source, projection = projected
+            d_source = d_v @ projection
+            if ctx.needs_input_grad[4]:
+                d_projection = d_v.flatten(0, 1).mT @ source.flatten(0, 1)
+        return d_z, d_source, d_beta, None, d_projection, None
+
+
+def _forward(
+    z: Tensor, v: Tensor, beta: Tensor, written: Tensor | None, cut: chunks.Cut
+) -> tuple[Tensor, list[Tensor]]:
+    """Return the output, and for each window what `Kept` has and E."""
+    out = torch.empty_like(v)
+    saved: list[Tensor] = []
+    for group in cut.windows(len(z)):
+        state = chunks.State(cut, precise=True)
+        for window in group:
+            frames, own_v = window.frames(z), window.own(v)
+            rows = None if written is None else window.own(written)
+            kept = delta_window.prepare(frames, rows, beta, window, cut)
+            read, edge = torch.empty_like(own_v, dtype=beta.dtype), None
+            if state.value is not None:
+                read.zero_()
+                state.read(window.own(z)[0], read[0])
+                edge = read.new_zeros(1, window.lead, v.shape[2])
+                state.read(frames[0, : window.lead], edge[0], weighted=False)
+            size = cut.chunk_size
+            e = v.new_empty(
+                len(own_v), window.length // size, *terms.shape(size, v.dtype), v.shape[2]
+            )
+            delta_window.write(kept, own_v, read, e, window, cut, edge)
+            window.own(out).copy_(read)
+            if window.stop < cut.num_frames:
+                _add_keys(state, delta_window.value(e, cut.chunk_size)[0], frames[0], window, cut)
+            saved += [*kept, e]
+    return out, saved
+
+
+_NUM_SAVED = len(delta_window.Kept._fields) + 1
+"""Tensors that are saved for a window: those of `Kept`, products first, and E."""
+
+
+def _solved(saved: list[Tensor]) -> tuple[Tensor, ...]:
+    """Return what `_forward` has saved, but for the products and in less memory."""
+    solved: list[Tensor] = []
+    for i in range(0, len(saved), _NUM_SAVED):
+        _, *tensors, e = saved[i : i + _NUM_SAVED]
+        solved += [*tensors, terms.compact(e)]
+    return tuple(solved)
+
+
+def _forward_again(z: Tensor, solved: tuple[Tensor, ...], cut: chunks.Cut) -> list[Tensor]:
+    """Return what `_forward` has saved."""
+    saved: list[Tensor] = []
+    windows = (window for group in cut.windows(len(z)) for window in group)
+    for i, window in enumerate(windows):
+        start = i * (_NUM_SAVED - 1)
+        *tensors, e = solved[start : start + _NUM_SAVED - 1]
+        kept = delta_window.prepare_again(window.frames(z), tuple(tensors), window, cut)
+        saved += [*kept, terms.expanded(e)]
+    return saved
 
 
 def _keys(frames: Tensor, window: chunks.Window, cut: chunks.Cut) -> Tensor:
@@ -215,82 +279,6 @@ def _add_keys(
     """The pairs of a full window into the state: e [L, d], frames [F, h]."""
     first = max(0, -cut.offset(window))
     state.add(e, frames[: window.length - first], first=first)
-
-
-def _gradient_of_products(
-    kept: delta_window.Kept,
-    x: Tensor,
-    y: Tensor,
-    e: Tensor,
-    beta: Tensor,
-    window: chunks.Window,
-    cut: chunks.Cut,
-) -> tuple[Tensor, Tensor]:
-    """D + Dᵀ [N, F, F] for dZ = (D + Dᵀ) Z, and dλ [N, n], both in the accumulating type."""
-    size = cut.chunk_size
-    length, batch = window.length, len(y)
-    d_scores = chunks.aligned(y, batch, length, length, dtype=beta.dtype)
-    for a, end, b in cut.blocks(length):
-        d_scores[:, a:b, end:b] = 0
-        if end == 0:
-            continue
-        left, right = y[:, a // size : -(-b // size)], e[:, : end // size]
-        # A single chunk without what is added to it, which would take another tile of a product.
-        left = left[:, :, :size] if left.shape[1] == 1 else left
-        part = terms.product(left.flatten(3).flatten(1, 2), right.flatten(3).flatten(1, 2).mT)
-        part = part.view(batch, *left.shape[1:3], *right.shape[1:3])[:, :, :size, :, :size]
-        for i, rows in enumerate(d_scores[:, a:b, :end].split(size, dim=1)):
-            rows.unflatten(2, part.shape[3:]).copy_(part[:, i, : rows.shape[1]])
-        start = 0 if cut.decay != 1 else a
-        if start < end:
-            d_scores[:, a:b, start:end] *= chunks.weights_by_age(a, b, start, end, cut, y)
-    total = chunks.gradient_of_products(d_scores, window, cut)
-    count = kept.strengths.shape[1]
-    if count == 0:
-        return total, x.new_zeros(batch, 0)
-    left_of_x = torch.empty_like(e)
-    for i in range(count):
-        terms.of_values(x[:, i * size : (i + 1) * size], size, left_of_x[:, i], swap=True)
-    d_matrices = terms.product(
-        left_of_x.flatten(0, 1)[:, :size].flatten(2), e.flatten(0, 1)[:, :size].flatten(2).mT
-    )
-    d_matrices = d_matrices.neg_().view(batch, count, size, size)
-    diagonals = d_matrices.diagonal(dim1=2, dim2=3)
-    d_strengths = diagonals.sum(2)
-    is_counted = kept.inverses.diagonal(dim1=2, dim2=3) != 0
-    diagonals += is_counted * (d_strengths / (kept.counts * beta)).unsqueeze(2)
-    d_matrices = d_matrices + d_matrices.mT
-    for i in range(count):
-        keys, skip = delta_window.places(i, window, cut)
-        if i > 0 and cut.lag:
-            read = terms.product(
-                left_of_x[:, i, : cut.lag].flatten(2), e[:, i - 1, :size].flatten(2).mT
-            )
-            before, skipped = delta_window.places(i - 1, window, cut)
-            rows = slice(before.stop, before.stop + cut.lag)
-            total[:, rows, before] -= read[:, :, skipped:]
-            total[:, before, rows] -= read[:, :, skipped:].mT
-        total[:, keys, keys] += d_matrices[:, i, skip:, skip:]
-    return total, d_strengths
-
-
-def _add_weighted(
-    weights: Tensor, frames: Tensor, d_frames: Tensor, num_read: int, *, replace: bool
-) -> None:
-    """dZ += weights Z, or dZ = weights Z. Frames from `num_read` on, whose chunk is open, have no
-    weights among each other."""
-    parts = [weights]
-    if weights.dtype != frames.dtype:
-        # The smaller first: what it adds to is then rounded once.
-        parts = list(reversed(terms.split(weights, frames.dtype)))
-    beta = 0.0 if replace else 1.0
-    if not 0 < num_read < frames.shape[1]:
-        chunks.weighted_frames(parts, frames, d_frames, beta=beta)
-        return
-    closed, still_open = slice(num_read), slice(num_read, None)
-    chunks.weighted_frames([x[:, closed] for x in parts], frames, d_frames[:, closed], beta=beta)
-    parts = [x[:, still_open, :num_read] for x in parts]
-    chunks.weighted_frames(parts, frames[:, :num_read], d_frames[:, still_open], beta=beta)
 
 
 def _add_gradient_of_reads(

@@ -48,18 +48,9 @@ def prepare(
     z: Tensor, written: Tensor | None, beta: Tensor, window: chunks.Window, cut: chunks.Cut
 ) -> Kept:
     """Args: z [N, F, h], the window's frames; written [N, L]."""
-    batch, length, size = len(z), window.length, cut.chunk_size
-    count, lead = length // size, window.lead
-    frames = lead + length
-    wide = terms.accumulating_dtype(z.dtype)
-    products = chunks.aligned(z, batch, frames, frames, dtype=wide)
-    if lead:
-        terms.product(z[:, :lead], z[:, :lead].mT, out=products[:, :lead, :lead])
-    for a, _, b in cut.blocks(length):
-        # An open chunk writes nothing, so nobody needs its columns.
-        rows, end = slice(lead + a, lead + b), lead + min(b, count * size)
-        if end > lead:
-            terms.product(z[:, rows], z[:, :end].mT, out=products[:, rows, :end])
+    products = _products(z, window, cut)
+    batch, size = len(z), cut.chunk_size
+    count = window.length // size
     grams = products.new_zeros(batch, count, size, size)
     again = products.new_zeros(batch, count, cut.lag, size)
     for i in range(count):
@@ -73,14 +64,45 @@ def prepare(
     inverses, strengths, counts = inverse(grams, beta)
     has_key = grams.diagonal(dim1=-2, dim2=-1) > 0
     inverses = torch.where(has_key[..., None] & has_key[..., None, :], inverses, 0.0)
-    if cut.decay != 1:
-        offset = cut.offset(window)
-        for a, e, b in cut.blocks(length):
-            first = max(0, -offset)
-            if first < e:
-                part = products[:, lead + a : lead + b, first + offset : e + offset]
-                part *= chunks.weights_by_age(a, b, first, e, cut, z)
+    _decay(products, window, cut)
     return Kept(products, inverses, again, strengths, counts)
+
+
+def prepare_again(
+    z: Tensor, solved: tuple[Tensor, ...], window: chunks.Window, cut: chunks.Cut
+) -> Kept:
+    """Return what `prepare` does, of all that it has made but the products."""
+    products = _products(z, window, cut)
+    _decay(products, window, cut)
+    return Kept(products, *solved)
+
+
+def _products(z: Tensor, window: chunks.Window, cut: chunks.Cut) -> Tensor:
+    """z_t · z_s of `Kept.products`, without decay."""
+    batch, length, lead = len(z), window.length, window.lead
+    frames, count, size = lead + length, length // cut.chunk_size, cut.chunk_size
+    wide = terms.accumulating_dtype(z.dtype)
+    products = chunks.aligned(z, batch, frames, frames, dtype=wide)
+    if lead:
+        terms.product(z[:, :lead], z[:, :lead].mT, out=products[:, :lead, :lead])
+    for a, _, b in cut.blocks(length):
+        # An open chunk writes nothing, so nobody needs its columns.
+        rows, end = slice(lead + a, lead + b), lead + min(b, count * size)
+        if end > lead:
+            terms.product(z[:, rows], z[:, :end].mT, out=products[:, rows, :end])
+    return products
+
+
+def _decay(products: Tensor, window: chunks.Window, cut: chunks.Cut) -> None:
+    """Weigh the products by the decay between their frames' chunks."""
+    if cut.decay == 1:
+        return
+    lead, offset = window.lead, cut.offset(window)
+    for a, e, b in cut.blocks(window.length):
+        first = max(0, -offset)
+        if first < e:
+            part = products[:, lead + a : lead + b, first + offset : e + offset]
+            part *= chunks.weights_by_age(a, b, first, e, cut, products)
 
 
 def places(i: int, window: chunks.Window, cut: chunks.Cut) -> tuple[slice, int]:

@@ -175,6 +175,19 @@ def of_values(
         )
 
 
+def compact(values: Tensor) -> Tensor:
+    """Return what `of_values` has made of frames, [N, C', m, d], without the term that is there
+    twice; `expanded` is its inverse."""
+    return values if values.shape[-2] == 1 else values[..., :2, :].contiguous()
+
+
+def expanded(values: Tensor) -> Tensor:
+    """Return the right terms, [N, C', m, d], that `compact` has made smaller."""
+    if values.shape[-2] == 1:
+        return values
+    return torch.cat([values, values[..., :1, :]], -2)
+
+
 def _rest(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Return what two terms leave of means and sums, for which they are not enough: x ≈ x₁ + x₂
     + rest, and (x₁ + x₂) (y₁ + y₂) + rest (y₁ + y₂) + (x₁ + x₂) rest are three products of two
