@@ -12,7 +12,7 @@ import pytest
 import yaml
 from data_tools import write_dataset, write_jsonl
 from evaluation_tools import options
-from training_tools import LORA, checkpoint, train, write_model
+from training_tools import LORA, checkpoint, sign, train, write_model
 
 from finetune.cli import evaluate, run
 from finetune.evaluation import evaluate_checkpoint
@@ -34,6 +34,7 @@ def changed_copy(of: Path, to: Path, changes: dict[str, Any]) -> Path:
             place = place[section]
         place[name] = value
     (to / "args.yaml").write_text(yaml.safe_dump(written))
+    sign(to)
     return to
 
 
