@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 
 from finetune.config.args import TrainArgs
 from finetune.config.fields import Field, all_fields, complete, fill, marks_of
-from finetune.config.marks import Positional
+from finetune.config.marks import MustExist, Positional
 from finetune.config.must_exist import what_is_missing
-from finetune.config.values import members, parse
+from finetune.config.values import members, parse, without_null
 from finetune.errors import UserError
 from finetune.safety import learn_from, redact
 from ttt.options import abbreviated
@@ -115,7 +115,8 @@ def _raise(problems: Sequence[str]) -> None:
 
 
 def ask_for_missing(options: Any, names: Sequence[str]) -> Any:
-    """Return options with answers in the place of those that are null, asked on the terminal.
+    """Return options with answers in the place of those that are null, asked on the terminal; an
+    answer that is no value, or names what is not there, is asked for again.
 
     Raises:
         UserError: one is null, and there is no terminal, or no answer.
@@ -127,18 +128,30 @@ def ask_for_missing(options: Any, names: Sequence[str]) -> Any:
         if not sys.stdin.isatty():
             raise UserError(f"--{name} is missing. Ask for --help to see what it is.")
         field, answer = fields[name], None
+        question = field.doc.split(" null:")[0].removesuffix(";").removesuffix(".")
         while answer is None:
             try:
-                text = input(f"{field.doc.split(' null:')[0]}\n{name}: ")
+                text = input(f"{question}.\n{name}: ").strip()
             except EOFError:
                 sys.stderr.write("\n")
                 raise UserError(f"--{name} is missing. Ask for --help to see what it is.") from None
             try:
-                answer = parse(text, field.kind)
-            except ValueError as error:
+                answer = _answer(text, field) if text else None
+            except (ValueError, UserError) as error:
                 sys.stderr.write(f"{error}\n")
         options = dataclasses.replace(options, **{name: answer})
     return options
+
+
+def _answer(text: str, field: Field) -> Any:
+    """
+    Raises:
+        ValueError, UserError: it is no value of the option, or names what is not there.
+    """
+    answer = parse(text, without_null(field.kind))
+    for mark in marks_of(field.kind, MustExist):
+        mark.require(answer, f"--{field.key}")
+    return answer
 
 
 def is_positional(field: Field) -> bool:
