@@ -71,9 +71,51 @@ def test_a_folder_that_is_no_run_is_never_deleted(
 ) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run/thesis.tex").write_text("years of work")
-    assert "already holds" in fails()
+    message = fails()
+    assert message.endswith(
+        "/run already holds files. Choose another folder, or move away what is there.\n"
+    )
     assert "no run folder, so it is not deleted" in fails(overwrite_run_dir=True)
     assert (tmp_path / "run/thesis.tex").read_text() == "years of work"
+
+
+@pytest.mark.parametrize(
+    ("given", "ways"),
+    [
+        ("a run", "continue a run that is there with --resume, or replace it with --overw"),
+        ("no checkpoint", "or replace a run that is there, which has no complete checkpoint, with"),
+        ("no record", "or continue a run that is there with --resume."),
+        ("a link", "or continue a run that is there with --resume."),
+        ("a file in the way", "or continue a run that is there with --resume."),
+        ("a link, no checkpoint", "or move away what is there."),
+    ],
+)
+def test_no_way_out_is_offered_that_is_refused(
+    fails: Callable[..., Any],
+    config: Path,
+    finished_run: Callable[..., Any],
+    tmp_path: Path,
+    given: str,
+    ways: str,
+) -> None:
+    made = finished_run(tmp_path / "made")
+    if "no checkpoint" in given:
+        shutil.rmtree(made / "checkpoints")
+    elif given == "no record":  # of an earlier version
+        (made / ".run.jsonl").unlink()
+    elif given == "a file in the way":
+        (made / "checkpoints/checkpoint_000009/consolidated").mkdir(parents=True)
+        (made / "checkpoints/checkpoint_000009/consolidated/mine").touch()
+    if given.startswith("a link"):
+        (tmp_path / "run").symlink_to(made)
+    else:
+        made.rename(tmp_path / "run")
+    message = fails()
+    assert f"Choose another folder, {ways}" in message
+    if "--overwrite_run_dir" in message:
+        train(config, tmp_path / "run", {"max_steps": 1, "overwrite_run_dir": True})
+    else:
+        fails(overwrite_run_dir=True)
 
 
 @pytest.mark.parametrize("resume", [False, "auto"])
