@@ -72,8 +72,8 @@ def load_for_inference(
     info = find_base(checkpoint, args)
     world = join_world(args.device)
     device_used = world.device
+    require_sound(checkpoint)
     if not is_stock(checkpoint):
-        require_sound(checkpoint)
         require_sound_start(args.moshi_paths, world)
     if is_stock(checkpoint) and device_used.type == "cpu":
         args.param_dtype = "float32"

@@ -26,7 +26,7 @@ from finetune.checkpoint.run_folder import (
 )
 from finetune.checkpoint.run_record import replaced_run, run_wrote
 from finetune.checkpoint.snapshot import snapshot_bytes
-from finetune.checkpoint.soundness import require_sound, require_sound_start
+from finetune.checkpoint.soundness import require_sound, require_sound_start, seal
 from finetune.checkpoint.writer import CheckpointWriter
 from finetune.kept import step_of
 
@@ -54,6 +54,7 @@ __all__ = [
     "require_sound",
     "require_sound_start",
     "run_wrote",
+    "seal",
     "snapshot_bytes",
     "step_of",
 ]

@@ -19,11 +19,10 @@ from finetune.serve import ExportOptions, export_checkpoint
 REMEDY = "copy it again, or use another one."
 
 
-def zero(file: Path, num_bytes: int = 600) -> None:
-    """Zero bytes in the middle of a file, as a copy that went wrong does."""
+def zero(file: Path) -> None:
+    """Zero bytes among the weights of a file, as a copy that went wrong does."""
     content = bytearray(file.read_bytes())
-    middle = len(content) // 2
-    content[middle : middle + num_bytes] = bytes(num_bytes)
+    content[-400:-100] = bytes(300)
     assert content != file.read_bytes()
     file.write_bytes(content)
 
@@ -120,6 +119,33 @@ def test_a_base_that_is_a_damaged_checkpoint_is_not_used(
         assert str(raised.value) == altered(file)
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "ttt.safetensors"])
+def test_a_damaged_export_is_not_used(
+    config: Path, finished_run: Callable[..., Any], tmp_path: Path, name: str
+) -> None:
+    saved, out = checkpoint(finished_run(tmp_path / "run", LORA), 4), tmp_path / "out"
+    export_checkpoint(ExportOptions(saved, out, device="cpu"))
+    # Its owner completes the card, and may cut the window of attention.
+    for text in ("README.md", "config.json"):
+        (out / text).write_text((out / text).read_text() + "\n")
+    uses: list[Callable[[], object]] = [lambda: load_for_inference(out, "cpu")]
+    for number, key in enumerate(("init_from", "hf_repo_id")):
+        given = FULL | {"max_steps": 1, f"moshi_paths.{key}": str(out)}
+        uses.append(partial(train, config, tmp_path / f"{number}", given))
+    for use in uses:
+        use()
+        shutil.rmtree(tmp_path / "0", ignore_errors=True)
+        shutil.rmtree(tmp_path / "1", ignore_errors=True)
+    zero(out / name)
+    for use in uses:
+        with pytest.raises(UserError) as raised:
+            use()
+        assert str(raised.value) == altered(out / name)
+    # Of an earlier version, or of somebody else, nothing is known.
+    (out / manifest.NAME).unlink()
+    load_for_inference(out, "cpu")
+
+
 def test_the_first_of_several_processes_compares_and_all_refuse(
     config: Path, finished_run: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -167,7 +193,11 @@ def test_each_file_is_read_once_in_a_command(
     monkeypatch.setattr(manifest, "_checksum", noted)
     export_checkpoint(ExportOptions(saved, tmp_path / "out", device="cpu"))
     names = ["args.yaml", "config.json", "consolidated.safetensors", "ttt.safetensors"]
-    assert sorted(read) == names
+    assert sorted(read) == sorted([*names, *manifest.read(tmp_path / "out")])
+    read.clear()
+    load_for_inference(tmp_path / "out", "cpu")
+    assert sorted(read) == sorted(manifest.read(tmp_path / "out"))
+    assert {"model.safetensors", "ttt.safetensors"} <= {*read} and "README.md" not in read
 
 
 def test_without_a_list_of_its_files_a_checkpoint_is_used_with_a_warning(
