@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any, TypeVar
 
@@ -114,9 +114,14 @@ def _raise(problems: Sequence[str]) -> None:
         raise UserError(problems[0] if len(problems) == 1 else "\n  - ".join(several))
 
 
-def ask_for_missing(options: Any, names: Sequence[str]) -> Any:
+def ask_for_missing(
+    options: Any, names: Sequence[str], checks: Mapping[str, Callable[[Any], object]] | None = None
+) -> Any:
     """Return options with answers in the place of those that are null, asked on the terminal; an
     answer that is no value, or names what is not there, is asked for again.
+
+    Args:
+        checks: by name, what raises `UserError` for an answer that is of no use.
 
     Raises:
         UserError: one is null, and there is no terminal, or no answer.
@@ -136,7 +141,10 @@ def ask_for_missing(options: Any, names: Sequence[str]) -> Any:
                 sys.stderr.write("\n")
                 raise UserError(f"--{name} is missing. Ask for --help to see what it is.") from None
             try:
-                answer = _answer(text, field) if text else None
+                found = _answer(text, field) if text else None
+                if found is not None and checks is not None and name in checks:
+                    checks[name](found)
+                answer = found
             except (ValueError, UserError) as error:
                 sys.stderr.write(f"{error}\n")
         options = dataclasses.replace(options, **{name: answer})

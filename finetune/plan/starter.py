@@ -76,10 +76,9 @@ def write_config(wanted: Wanted, out: Path) -> Iterator[str]:
         UserError: `out` is there already, the data or the model cannot be found, or nothing fits.
     """
     require_new_file(out)
-    for key, path in (("--data", wanted.data), ("--eval_data", wanted.eval_data)):
-        if path is not None:
-            _check_source_path(key, path)
-    lengths_sec = _lengths_sec(wanted.data)
+    lengths_sec = recording_lengths("--data", wanted.data)
+    if wanted.eval_data is not None:
+        _check_source_path("--eval_data", wanted.eval_data)
     info, source = shape_of(ModelPaths(hf_repo_id=wanted.repo), key="--repo")
     size, memory = _fitting_size(wanted, lengths_sec, info)
     write_whole(out, _text(wanted, size, memory, lengths_sec))
@@ -152,9 +151,17 @@ def _check_source_path(key: str, path: Path) -> None:
         )
 
 
-def _lengths_sec(data: Path) -> np.ndarray:
-    """Return how long the recordings are, as the lines of the data promise, sorted."""
-    entries = open_source(data, "--data").entries()
+def recording_lengths(key: str, data: Path) -> np.ndarray:
+    """Return how many seconds the recordings have, as the lines of the data promise, sorted.
+
+    Args:
+        key: what has named the data, for messages.
+
+    Raises:
+        UserError: a configuration would read another path, or nothing is there that has a length.
+    """
+    _check_source_path(key, data)
+    entries = open_source(data, key).entries()
     # Where the listing does not say how long a recording is, its header does.
     lengths = [
         entry.recording.duration_sec or entry.recording.inspect().duration_sec

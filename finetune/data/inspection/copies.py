@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from pathlib import Path
 
-_NUM_PIECES = 16
+_NUM_PIECES = 8
 _PIECE_BYTES = 2**12
 _AT_ONCE_BYTES = 2**20
 
