@@ -164,7 +164,13 @@ def init(options: InitOptions) -> None:
     moshi-ttt init my.yaml --data talks/data.jsonl --goal remember --gpu_memory 80
     """
     require_new_file(options.out)
-    answers = ask_for_missing(options, ["data", "goal", "gpu_memory"])
+
+    def check_data(data: Path) -> None:
+        from finetune.plan import recording_lengths
+
+        recording_lengths("--data", data)
+
+    answers = ask_for_missing(options, ["data", "goal", "gpu_memory"], {"data": check_data})
     from finetune.checkpoint import free_run_dir
     from finetune.plan import Wanted, write_config
 

@@ -16,7 +16,7 @@ from moshi.models.lm import LMGen
 from safetensors.torch import load_file
 from torch import Tensor
 
-from finetune.checkpoint import load_trained_weights
+from finetune.checkpoint import load_trained_weights, require_sound, require_sound_start
 from finetune.config import DataArgs, ModelPaths, Precision, TrainArgs, load_run_config
 from finetune.data import FRAME_RATE_HZ, Codec, Segment, count_frames
 from finetune.distributed import join_world
@@ -62,7 +62,7 @@ def load_for_inference(
             folder as they are.
 
     Raises:
-        UserError: no checkpoint there, or its base model cannot be found any more.
+        UserError: no checkpoint there, a damaged one, or its base model cannot be found any more.
     """
     args = checkpoint_args(checkpoint, device)
     if base_precision is not None:
@@ -70,7 +70,11 @@ def load_for_inference(
     # Nothing trains here, so nothing is compiled.
     args.compile = False
     info = find_base(checkpoint, args)
-    device_used = join_world(args.device).device
+    world = join_world(args.device)
+    device_used = world.device
+    require_sound(checkpoint)
+    if not is_stock(checkpoint):
+        require_sound_start(args.moshi_paths, world)
     if is_stock(checkpoint) and device_used.type == "cpu":
         args.param_dtype = "float32"
     model = load_model(args, info, device_used)

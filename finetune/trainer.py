@@ -20,6 +20,7 @@ from finetune.checkpoint import (
     load_resume_state,
     parts_before,
     require_same_parameters,
+    require_sound_start,
     snapshot_bytes,
     step_of,
 )
@@ -85,8 +86,8 @@ class Trainer:
         resume_from, damaged = first_whole(self.folder.open(), self.world)
         if resume_from is not None:
             require_same_parameters(args, resume_from)
-        is_new = resume_from is None
-        self.checkpoint_info = info = find_checkpoint(args.moshi_paths, is_new_run=is_new)
+        self.checkpoint_info = info = find_checkpoint(args.moshi_paths, is_new_run=not resume_from)
+        require_sound_start(args.moshi_paths, self.world)
         self.sharding = build_sharding(args, self.world)
 
         def check(planned: TTTLMModel) -> None:
@@ -365,8 +366,7 @@ class Trainer:
         return bool(self.world.sum(flag.to(self.world.device)).item())
 
     def leave(self) -> int:
-        is_evaluated = self.eval_data is None or self.eval_loss is not None
-        if self.is_complete and is_evaluated:
+        if self.is_complete and (self.eval_data is None or self.eval_loss is not None):
             self.writer.wait()
             self.require_finite_end()
             self.folder.earn()

@@ -24,6 +24,7 @@ from moshi.models.lm import LMModel
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from finetune.checkpoint import manifest
 from finetune.config import load_config
 from finetune.monitoring import Kind, metrics_path, read_metrics
 from finetune.trainer import Trainer
@@ -161,6 +162,13 @@ def saved_weights(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
     }
     dcp.load(masters, storage_reader=reader, no_dist=True)
     return weights | masters
+
+
+def sign(saved: Path) -> None:
+    """Give a checkpoint a manifest that fits, as whoever made the folder would make it."""
+    (saved / manifest.NAME).unlink(missing_ok=True)
+    files = [path for path in saved.rglob("*") if path.is_file()]
+    manifest.write(saved, manifest.describe(saved, files))
 
 
 def assert_same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:

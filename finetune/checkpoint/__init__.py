@@ -26,6 +26,7 @@ from finetune.checkpoint.run_folder import (
 )
 from finetune.checkpoint.run_record import replaced_run, run_wrote
 from finetune.checkpoint.snapshot import snapshot_bytes
+from finetune.checkpoint.soundness import require_sound, require_sound_start, seal
 from finetune.checkpoint.writer import CheckpointWriter
 from finetune.kept import step_of
 
@@ -50,7 +51,10 @@ __all__ = [
     "parts_before",
     "replaced_run",
     "require_same_parameters",
+    "require_sound",
+    "require_sound_start",
     "run_wrote",
+    "seal",
     "snapshot_bytes",
     "step_of",
 ]

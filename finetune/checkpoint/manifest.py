@@ -3,7 +3,7 @@ altered without being noticed."""
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from finetune.safety import read_json, stays_inside
 
 NAME = "manifest.json"
 
-_PIECE_BYTES = 2**24
+_PIECE_BYTES = 2**20
 
 Entries = dict[str, dict[str, Any]]
 """By path in the folder: `bytes` and `sha256`."""
@@ -56,15 +56,17 @@ def is_whole(folder: Path) -> bool:
         return False
 
 
-def first_problem(folder: Path, *, names: Iterable[str] | None = None) -> str | None:
+def first_problem(
+    folder: Path, *, chosen: Callable[[list[str]], Iterable[str]] = iter
+) -> str | None:
     """Return what is wrong with the folder, in words that begin with the file; None: nothing.
 
     Args:
-        names: the files to read; all if None.
+        chosen: returns, of the names of all files in order, those to read.
     """
     try:
         entries = read(folder)
-        for name in sorted(entries) if names is None else names:
+        for name in chosen(sorted(entries)):
             file = folder / name
             if not file.is_file():
                 return f"{file} is missing, so the checkpoint is damaged"

@@ -130,11 +130,10 @@ def _problem(checkpoint: Path, world: World) -> str | None:
     parts = [checkpoint / name for name in ("resume.pt", manifest.NAME, "resume")]
     if [part.exists() for part in parts] == [True, False, False]:
         raise UserError(_OF_ANOTHER_VERSION.format(checkpoint))
-    try:
-        names = sorted(manifest.read(checkpoint))[world.rank :: world.size]
-    except (OSError, ValueError):
-        names = []
-    return world.first(manifest.first_problem(checkpoint, names=names))
+    problem = manifest.first_problem(
+        checkpoint, chosen=lambda names: names[world.rank :: world.size]
+    )
+    return world.first(problem)
 
 
 def load_resume_state(checkpoint: Path) -> dict[str, Any]:

@@ -14,10 +14,10 @@ from pathlib import Path
 from moshi.models import loaders
 
 from finetune.checkpoint import manifest
+from finetune.checkpoint.replaceable import OWN_FILES, require_replaceable
 from finetune.checkpoint.replacing import delete_replaced, set_aside, settle
 from finetune.checkpoint.run_dir import list_checkpoints, load_resume_state
 from finetune.checkpoint.run_record import LOCK_NAME, Found, RunRecord
-from finetune.checkpoint.run_record import NAME as RECORD_NAME
 from finetune.config import (
     TrainArgs,
     changed_keys,
@@ -25,22 +25,17 @@ from finetune.config import (
     flatten,
     list_problems,
     load_run_config,
-    parse_sources,
     public_dict,
     save_config,
 )
 from finetune.distributed import World
 from finetune.errors import UserError, counted
-from finetune.kept import CHECKPOINT_NAME, FileLock, step_of
+from finetune.kept import FileLock, step_of
 from finetune.model import frozen_fingerprint
-from finetune.monitoring import KINDS, RunLog, metrics_path
-from finetune.plan import SUMMARY
+from finetune.monitoring import RunLog, metrics_path
 from ttt import TTTLMModel
 
 logger = logging.getLogger(__name__)
-
-_METRICS = (metrics_path(Path(), kind).name for kind in KINDS)
-_OWN_FILES = ("args.yaml", "log.train.txt", "wandb_run_id", SUMMARY, *_METRICS)
 
 
 def holds_something(run_dir: Path) -> bool:
@@ -134,50 +129,21 @@ class RunFolder:
             return []
         if not args.overwrite_run_dir:
             what = "already holds a run" if self.record.exists() else "already holds files"
-            ways = "continue a run that is there with --resume, or replace it"
-            if not checkpoints:
-                ways = "or replace a run that is there, which has no complete checkpoint,"
-            raise UserError(
-                f"run_dir: {run_dir} {what}. Choose another folder, {ways} with "
-                f"--overwrite_run_dir."
-            )
-        self._check_replaceable()
+            ways = self._ways_out(checkpoints)
+            raise UserError(f"run_dir: {run_dir} {what}. Choose another folder, {ways}.")
+        require_replaceable(self.record, args, self._config)
         return []
 
-    def _check_replaceable(self) -> None:
-        """
-        Raises:
-            UserError: overwriting would delete, or mix with, what is no earlier run's.
-        """
-        run_dir, where = self.run_dir, self.run_dir.resolve()
-        if run_dir.is_symlink():
-            raise UserError(
-                f"run_dir: {run_dir} is a symbolic link to {where}, and nothing is overwritten "
-                f"through a link. Name that folder itself."
-            )
-        if not self.record.exists():
-            raise UserError(
-                f"run_dir: {run_dir} holds files, but no record of a run ({RECORD_NAME}): it is no "
-                f"run folder, so it is not deleted. Choose another folder, or empty it yourself."
-            )
-        here = Path.cwd().resolve()
-        if where == here or where in here.parents:
-            raise UserError(
-                f"run_dir: {run_dir} is the folder that this was started in, or holds it, so it is "
-                f"not overwritten. Start from elsewhere, or choose another folder."
-            )
-        for key, path in _inputs(self._args, self._config):
-            if where in (path.resolve(), *path.resolve().parents, *path.absolute().parents):
-                raise UserError(
-                    f"run_dir, {key}: {path} is inside {run_dir}, which would be overwritten. "
-                    f"Choose another run_dir, or move that out of it."
-                )
-        for name in self.record.found().foreign:
-            if _is_in_the_way(name):
-                raise UserError(
-                    f"run_dir: {run_dir / name} was not written by the run in {run_dir}, so it is "
-                    f"not deleted, and the new run would write there. Move it away."
-                )
+    def _ways_out(self, checkpoints: list[Path]) -> str:
+        """Return what is not refused where the folder holds something."""
+        ways = ["continue a run that is there with --resume"] if checkpoints else []
+        try:
+            require_replaceable(self.record, self._args, self._config)
+            which = "it" if ways else "a run that is there, which has no complete checkpoint,"
+            ways.append(f"replace {which} with --overwrite_run_dir")
+        except UserError:
+            ways = ways or ["move away what is there"]
+        return ", ".join([*ways[:-1], f"or {ways[-1]}"])
 
     @contextmanager
     def begun(self, *, is_complete: bool) -> Iterator[None]:
@@ -202,7 +168,7 @@ class RunFolder:
             for tree in self.record.read().trees:
                 if tree.endswith(".incomplete"):
                     self.record.delete(tree)
-            self.record.add(_OWN_FILES, trees=self._own_trees())
+            self.record.add(OWN_FILES, trees=self._own_trees())
             if not is_complete:  # else the file says how the weights were made
                 save_config(self._args, self.run_dir / "args.yaml")
             self._log.open(self.run_dir, is_new=not self._args.resume)
@@ -291,34 +257,6 @@ class RunFolder:
             raise UserError(
                 f"run_dir: cannot write to {self.run_dir}: {error.strerror or error}."
             ) from error
-
-
-def _inputs(args: TrainArgs, config: Path | None) -> Iterator[tuple[str, Path]]:
-    """Yield what the run reads, by the key that names it."""
-    if config is not None:
-        yield "config", config
-    for key, spec in (
-        ("data.train_data", args.data.train_data),
-        ("data.eval_data", args.data.eval_data if args.do_eval else ""),
-    ):
-        for path, _ in parse_sources(spec, key) if spec else []:
-            yield key, path
-    if args.data.cache_dir:
-        yield "data.cache_dir", Path(args.data.cache_dir)
-    for key, value in vars(args.moshi_paths).items():
-        if isinstance(value, str) and Path(value).exists():
-            yield f"moshi_paths.{key}", Path(value)
-
-
-def _is_in_the_way(name: str) -> bool:
-    """Return whether a run would write to, or read, what somebody else has put there."""
-    first, *rest = name.split("/")
-    if first == "checkpoints":
-        # A link in place of the folder, or what would count as a checkpoint.
-        return (
-            not rest or CHECKPOINT_NAME.fullmatch(rest[0].removesuffix(".incomplete")) is not None
-        )
-    return first in _OWN_FILES or name in ("tb", "profile", "wandb")
 
 
 def cautions_of_resuming(args: TrainArgs, checkpoint: Path) -> Iterator[str]:

@@ -3,15 +3,15 @@
 import dataclasses
 import difflib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any, TypeVar
 
 from finetune.config.args import TrainArgs
 from finetune.config.fields import Field, all_fields, complete, fill, marks_of
-from finetune.config.marks import Positional
+from finetune.config.marks import MustExist, Positional
 from finetune.config.must_exist import what_is_missing
-from finetune.config.values import members, parse
+from finetune.config.values import members, parse, without_null
 from finetune.errors import UserError
 from finetune.safety import learn_from, redact
 from ttt.options import abbreviated
@@ -114,8 +114,14 @@ def _raise(problems: Sequence[str]) -> None:
         raise UserError(problems[0] if len(problems) == 1 else "\n  - ".join(several))
 
 
-def ask_for_missing(options: Any, names: Sequence[str]) -> Any:
-    """Return options with answers in the place of those that are null, asked on the terminal.
+def ask_for_missing(
+    options: Any, names: Sequence[str], checks: Mapping[str, Callable[[Any], object]] | None = None
+) -> Any:
+    """Return options with answers in the place of those that are null, asked on the terminal; an
+    answer that is no value, or names what is not there, is asked for again.
+
+    Args:
+        checks: by name, what raises `UserError` for an answer that is of no use.
 
     Raises:
         UserError: one is null, and there is no terminal, or no answer.
@@ -127,18 +133,33 @@ def ask_for_missing(options: Any, names: Sequence[str]) -> Any:
         if not sys.stdin.isatty():
             raise UserError(f"--{name} is missing. Ask for --help to see what it is.")
         field, answer = fields[name], None
+        question = field.doc.split(" null:")[0].removesuffix(";").removesuffix(".")
         while answer is None:
             try:
-                text = input(f"{field.doc.split(' null:')[0]}\n{name}: ")
+                text = input(f"{question}.\n{name}: ").strip()
             except EOFError:
                 sys.stderr.write("\n")
                 raise UserError(f"--{name} is missing. Ask for --help to see what it is.") from None
             try:
-                answer = parse(text, field.kind)
-            except ValueError as error:
+                found = _answer(text, field) if text else None
+                if found is not None and checks is not None and name in checks:
+                    checks[name](found)
+                answer = found
+            except (ValueError, UserError) as error:
                 sys.stderr.write(f"{error}\n")
         options = dataclasses.replace(options, **{name: answer})
     return options
+
+
+def _answer(text: str, field: Field) -> Any:
+    """
+    Raises:
+        ValueError, UserError: it is no value of the option, or names what is not there.
+    """
+    answer = parse(text, without_null(field.kind))
+    for mark in marks_of(field.kind, MustExist):
+        mark.require(answer, f"--{field.key}")
+    return answer
 
 
 def is_positional(field: Field) -> bool:

@@ -56,6 +56,14 @@ def members(kind: Any) -> tuple[Any, ...]:
     return (kind,)
 
 
+def without_null(kind: Any) -> Any:
+    """Return a type that takes all that `kind` takes, but not null."""
+    inner = get_args(kind)[0] if get_origin(kind) is Annotated else kind
+    if get_origin(inner) not in (Union, UnionType):
+        return kind
+    return Union.__getitem__(tuple(each for each in get_args(inner) if each is not NoneType))
+
+
 def parse(raw: Any, kind: Any) -> Any:
     """Return the value of type `kind` that `raw` means.
 

@@ -169,12 +169,13 @@ def build_loaders(
     if not args.do_eval:
         return train, None
     evaluation = build_eval_loader(args.data, codec, **places)
-    warn_if_shared(train, evaluation)
+    if world.is_main:
+        warn_if_shared(train, evaluation)
     return train, evaluation
 
 
 def warn_if_shared(train: "TrainLoader", evaluation: "EvalLoader") -> None:
-    """Warn if recordings that are evaluated are trained on as well."""
+    """Warn if recordings that are evaluated are trained on as well, or are copies of such."""
     found = inspect_listing(train.recordings, evaluation.recordings)
     shared = [each for each in found if each.code == "evaluation-in-training"]
     warn_of([("data.train_data", each) for each in shared], "data.eval_data")

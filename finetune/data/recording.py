@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, NamedTuple
@@ -68,6 +69,19 @@ class Recording(ABC):
     def files(self) -> tuple[Path, ...]:
         """Everything on disk whose change changes it: audio and words."""
         return (self.path,)
+
+    @property
+    def audio_files(self) -> tuple[Path, ...]:
+        """Return the files on disk that its audio, or its codes, lie in."""
+        return (self.path,)
+
+    def moved(self, places: Mapping[Path, Path]) -> "Recording":
+        """Return it as it would be in other files.
+
+        Args:
+            places: by those of `audio_files` that are others.
+        """
+        return dataclasses.replace(self, path=places.get(self.path, self.path))
 
     @property
     def words_version(self) -> tuple[object, ...]:
@@ -182,6 +196,13 @@ class OtherSide(Recording):
     @property
     def files(self) -> tuple[Path, ...]:
         return self.inner.files
+
+    @property
+    def audio_files(self) -> tuple[Path, ...]:
+        return self.inner.audio_files
+
+    def moved(self, places: Mapping[Path, Path]) -> Recording:
+        return OtherSide.of(self.inner.moved(places))
 
     @property
     def words_version(self) -> tuple[object, ...]:

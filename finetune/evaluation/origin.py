@@ -94,7 +94,8 @@ def describe_details(args: TTTArgs) -> list[str]:
 
 
 def trained_on(args: TrainArgs, recordings: Sequence[Recording]) -> list[Recording]:
-    """Return those of `recordings` that a run of `args` has trained on, whole or in part.
+    """Return those of `recordings` that a run of `args` has trained on, whole, in part or in copies
+    of their files.
 
     Raises:
         UserError: a list of its training data is no longer there, or cannot be read.

@@ -138,8 +138,8 @@ def _look_for_training_data(inputs: Inputs) -> None:
     if trained:
         inputs.warn(
             f"{len(trained)} of the {num_different(inputs.recordings)} recordings are in the "
-            f"checkpoint's data.train_data, whole or in part ({trained[0].title}): their loss does "
-            f"not show how well other speech is modeled."
+            f"checkpoint's data.train_data, whole, in part or as a copy ({trained[0].title}): "
+            "their loss does not show how well other speech is modeled."
         )
 
 

@@ -178,11 +178,11 @@ def _weight_files(
     """Find the weights that a run starts from and that are not random."""
     files = WeightFiles()
     if earlier is not None:
-        files.add_base(base_weights(earlier), model)
+        files.add_base(base_weights(earlier), model, "moshi_paths.init_from")
         for path, names in trained_files(model, args, earlier):
             files.add_exactly(path, names, model)
     elif not args.moshi_paths.random_init:
-        files.add_base(info.moshi_weights, model)
+        files.add_base(info.moshi_weights, model, "moshi_paths.moshi_path")
     return files
 
 

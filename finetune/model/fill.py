@@ -54,8 +54,11 @@ class WeightFiles:
     def __contains__(self, name: str) -> bool:
         return name in self._places
 
-    def add_base(self, path: Path, model: TTTLMModel) -> None:
+    def add_base(self, path: Path, model: TTTLMModel, key: str) -> None:
         """Stock weights, for a model with or without LoRA.
+
+        Args:
+            key: what has named the file, for messages.
 
         Raises:
             UserError: the file cannot be read, or does not fit.
@@ -70,8 +73,8 @@ class WeightFiles:
             if name not in own and ".lora_" not in name
         }
         frozen = {name.replace(".frozen_W.", "."): name for name in shapes}
-        found = _unstacked(_places(path, "moshi_paths.moshi_path"), expected)
-        require_shapes(path, expected, found)
+        found = _unstacked(_places(path, key), expected)
+        require_shapes(path, expected, found, key)
         self._places |= {frozen[name]: place for name, place in found.items()}
 
     def add_exactly(self, path: Path, names: Iterable[str], model: TTTLMModel) -> None:
@@ -148,9 +151,12 @@ class WeightFiles:
 
 
 def require_shapes(
-    path: Path, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, _Place]
+    path: Path, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, _Place], key: str
 ) -> None:
     """
+    Args:
+        key: what has named the file, for messages.
+
     Raises:
         UserError: the file's weights are not those of the model.
     """
@@ -166,20 +172,23 @@ def require_shapes(
             f"{len(keys)} {what} ({', '.join(keys[:3])})" for what, keys in wrong.items() if keys
         ]
         raise UserError(
-            f"moshi_paths.moshi_path: {path} does not fit the model that its config.json (or "
+            f"{key}: {path} does not fit the model that its config.json (or "
             f"moshi_paths.config_path) describes. Of its weights are {', '.join(parts)}."
         )
 
 
-def _places(path: Path, option: str) -> dict[str, _Place]:
+def _places(path: Path, key: str) -> dict[str, _Place]:
     try:
         with safe_open(path, "pt") as file:
             return {
-                key: _Place(path, key, 0, 1, tuple(file.get_slice(key).get_shape()))
-                for key in file.keys()  # noqa: SIM118
+                name: _Place(path, name, 0, 1, tuple(file.get_slice(name).get_shape()))
+                for name in file.keys()  # noqa: SIM118
             }
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{option}: cannot read {path}: {error}") from error
+        raise UserError(
+            f"{key}: cannot read {path}: {error}. The checkpoint is damaged: copy it again, or use "
+            "another one."
+        ) from error
 
 
 def _unstacked(

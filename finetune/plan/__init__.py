@@ -4,7 +4,7 @@ from finetune.plan.describe import SUMMARY, describe_run, write_summary
 from finetune.plan.memory import estimate, explained
 from finetune.plan.plan import plan
 from finetune.plan.room import require_room
-from finetune.plan.starter import Wanted, write_config
+from finetune.plan.starter import Wanted, recording_lengths, write_config
 from finetune.plan.table import table
 from finetune.plan.ttt_updates import caution_of_updates, num_learning
 
@@ -17,6 +17,7 @@ __all__ = [
     "explained",
     "num_learning",
     "plan",
+    "recording_lengths",
     "require_room",
     "table",
     "write_config",

@@ -31,7 +31,8 @@ def describe_run(
     """A few lines: data, parameters, TTT against attention, memory, and where it writes; and which
     keys of a moshi-finetune file mean something else here.
 
-    The main process logs a warning where TTT can have nothing to do, or takes long.
+    The main process logs a warning where TTT can have nothing to do, or takes long, and where a
+    step takes more than there is.
     """
     num_frames = count_frames(args.duration_sec)
     global_batch = args.batch_size * args.num_microbatches * world.data_size
@@ -55,8 +56,7 @@ def describe_run(
         )
     yield describe_ttt(args, model, train_data.segment_frames)
     if world.is_main:
-        lengths = train_data.segment_frames, train_data.segment_shares
-        for caution in cautions_of_ttt(args, model, *lengths):
+        for caution in _cautions(args, model, train_data, world):
             logger.warning(caution)
         if world.device.type == "cuda":
             warn_of_slow_layers(model)
@@ -97,11 +97,32 @@ def write_summary(
         "steps_per_epoch": train_data.num_segments / segments_per_step,
         "device": str(world.device.type),
         "processes": world.size,
-        "cautions": list(
-            cautions_of_ttt(args, model, train_data.segment_frames, train_data.segment_shares)
-        ),
+        "cautions": list(_cautions(args, model, train_data, world)),
     }
     write_whole(Path(args.run_dir) / SUMMARY, json.dumps(content, indent=2) + "\n")
+
+
+def _cautions(
+    args: TrainArgs, model: TTTLMModel, train_data: TrainLoader, world: World
+) -> Iterator[str]:
+    yield from cautions_of_ttt(args, model, train_data.segment_frames, train_data.segment_shares)
+    yield from cautions_of_steps(args, train_data.num_segments, world.data_size)
+
+
+def cautions_of_steps(args: TrainArgs, num_segments: int, num_processes: int) -> Iterator[str]:
+    """Yield that a step takes more segments than there are, if so.
+
+    Args:
+        num_processes: that take batches of their own.
+    """
+    segments_a_step = args.batch_size * args.num_microbatches * num_processes
+    if segments_a_step > num_segments:
+        epochs = args.max_steps * segments_a_step / num_segments
+        yield (
+            f"a step takes {segments_a_step} segments, and the training data have {num_segments}: "
+            f"some come more than once in it, and the run is {epochs:.1f} epochs. Lower batch_size "
+            "or num_microbatches, or train on more."
+        )
 
 
 def warn_of_slow_layers(model: TTTLMModel) -> None:

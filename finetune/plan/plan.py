@@ -17,7 +17,7 @@ from finetune.errors import UserError, counted
 from finetune.model import plan_model, shape_from_hub
 from finetune.monitoring import format_count, format_duration
 from finetune.plan.advice import no_way, way_to_speed, ways_to_fit
-from finetune.plan.describe import describe_roles
+from finetune.plan.describe import cautions_of_steps, describe_roles
 from finetune.plan.memory import Memory, estimate, fits, smallest_gpu_gb
 from finetune.plan.speed import StepTime, step_time
 from finetune.plan.ttt_updates import cautions_of_ttt, describe_ttt
@@ -126,6 +126,7 @@ def _describe_time(args: TrainArgs, model: TTTLMModel, num_gpus: int) -> Iterato
         f"{format_count(args.max_steps * tokens_per_step)} tokens"
     )
     segment_frames = segment_shares = None
+    cautions: list[str] = []
     try:
         data = load_sources(
             args.data.train_data,
@@ -140,10 +141,11 @@ def _describe_time(args: TrainArgs, model: TTTLMModel, num_gpus: int) -> Iterato
             f"data: {counted(data.num_segments, 'segment')}, {steps:.1f} steps an epoch; the run "
             f"is {args.max_steps / steps:.2f} epochs"
         )
+        cautions += cautions_of_steps(args, data.num_segments, num_gpus)
     except UserError as error:
         yield f"data: steps of an epoch are not known: {error}"
     yield describe_ttt(args, model, segment_frames)
-    for caution in cautions_of_ttt(args, model, segment_frames, segment_shares):
+    for caution in (*cautions_of_ttt(args, model, segment_frames, segment_shares), *cautions):
         yield f"warning: {caution}"
     yield _describe_step_time(args, step_time(args, model, num_gpus))
 

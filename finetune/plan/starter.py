@@ -12,7 +12,7 @@ import numpy as np
 from moshi.models import loaders
 
 from finetune.config import ModelPaths, Precision, TrainArgs, load_config, parse_sources
-from finetune.data import FRAME_RATE_HZ, count_frames, open_source
+from finetune.data import FRAME_RATE_HZ, FileProblem, count_frames, open_source
 from finetune.errors import UserError, counted
 from finetune.kept import require_new_file, write_whole
 from finetune.model import find_checkpoint, model_shape, plan_model
@@ -76,10 +76,9 @@ def write_config(wanted: Wanted, out: Path) -> Iterator[str]:
         UserError: `out` is there already, the data or the model cannot be found, or nothing fits.
     """
     require_new_file(out)
-    for key, path in (("--data", wanted.data), ("--eval_data", wanted.eval_data)):
-        if path is not None:
-            _check_source_path(key, path)
-    lengths_sec = _lengths_sec(wanted.data)
+    lengths_sec = recording_lengths("--data", wanted.data)
+    if wanted.eval_data is not None:
+        _check_source_path("--eval_data", wanted.eval_data)
     info, source = shape_of(ModelPaths(hf_repo_id=wanted.repo), key="--repo")
     size, memory = _fitting_size(wanted, lengths_sec, info)
     write_whole(out, _text(wanted, size, memory, lengths_sec))
@@ -89,11 +88,38 @@ def write_config(wanted: Wanted, out: Path) -> Iterator[str]:
         "GPU"
     )
     yield from (f"but: {caution}" for caution in _cautions(wanted, size))
+    problem = _first_problem(wanted)
+    if problem is not None:
+        yield f"but: train will stop at these data: {problem}"
+    yield from _next_steps(wanted, out, are_data_good=problem is None)
+
+
+def _next_steps(wanted: Wanted, out: Path, *, are_data_good: bool) -> Iterator[str]:
     options = f"--config {out} --gpus {wanted.gpus} --gpu_memory {wanted.gpu_memory_gb:g}"
-    yield f"next: moshi-ttt plan {options}"
     # In any folder: train.py lies in the checkout alone.
     launcher = f"torchrun --nproc-per-node {wanted.gpus} -m finetune"
-    yield f"then: {'moshi-ttt' if wanted.gpus == 1 else launcher} train {out}"
+    steps = [] if are_data_good else [f"moshi-ttt data check {out}"]
+    steps += [f"moshi-ttt plan {options}"]
+    steps += [f"{'moshi-ttt' if wanted.gpus == 1 else launcher} train {out}"]
+    for number, step in enumerate(steps):
+        yield f"{'then' if number else 'next'}: {step}"
+
+
+def _first_problem(wanted: Wanted) -> str | None:
+    """Return what stands in the way of training and can be seen without listening: a line that
+    names no recording, files that are not there, or words that cannot be read."""
+    for key, path in (("--data", wanted.data), ("--eval_data", wanted.eval_data)):
+        for entry in open_source(path, key).entries() if path is not None else []:
+            if entry.recording is None:
+                return f"{entry.origin}: {entry.problem}"
+            try:
+                gone = [each for each in entry.recording.audio_files if not each.exists()]
+                entry.recording.read_words()
+            except FileProblem as problem:
+                return f"{entry.origin}: {problem}"
+            if gone:
+                return f"{entry.origin}: there is no file {gone[0]}; correct the path."
+    return None
 
 
 def _cautions(wanted: Wanted, size: _Size) -> Iterator[str]:
@@ -125,9 +151,17 @@ def _check_source_path(key: str, path: Path) -> None:
         )
 
 
-def _lengths_sec(data: Path) -> np.ndarray:
-    """Return how long the recordings are, as the lines of the data promise, sorted."""
-    entries = open_source(data, "--data").entries()
+def recording_lengths(key: str, data: Path) -> np.ndarray:
+    """Return how many seconds the recordings have, as the lines of the data promise, sorted.
+
+    Args:
+        key: what has named the data, for messages.
+
+    Raises:
+        UserError: a configuration would read another path, or nothing is there that has a length.
+    """
+    _check_source_path(key, data)
+    entries = open_source(data, key).entries()
     # Where the listing does not say how long a recording is, its header does.
     lengths = [
         entry.recording.duration_sec or entry.recording.inspect().duration_sec
@@ -175,8 +209,10 @@ def _sizes(wanted: Wanted, lengths_sec: np.ndarray, shape: Mapping[str, Any]) ->
     window_sec = shape["context"] / FRAME_RATE_HZ
     duration_sec, attention_context = _segment(wanted.goal, lengths_sec, window_sec)
     num_frames = count_frames(duration_sec)
-    num_segments = int(np.ceil(lengths_sec / duration_sec).sum())
-    segments_a_step = min(max(1, round(_FRAMES_A_STEP / num_frames)), num_segments)
+    # A rest of less than half a segment, which is mostly padding, is none.
+    num_segments = int(np.maximum(1, np.round(lengths_sec / duration_sec)).sum())
+    most = max(1, num_segments // wanted.gpus)
+    segments_a_step = min(max(1, round(_FRAMES_A_STEP / num_frames)), most)
     segments_a_step = 2 ** int(math.log2(segments_a_step))
     steps = math.ceil(_EPOCHS * num_segments / (segments_a_step * wanted.gpus))
     max_steps = min(max(steps, _MIN_STEPS), _MAX_STEPS)

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from finetune.checkpoint import merged_weights
+from finetune.checkpoint import merged_weights, seal
 from finetune.config import Precision, TrainArgs
 from finetune.errors import UserError
 from finetune.inference import checkpoint_args, find_base, load_for_inference, nonfinite_weights
@@ -99,6 +99,7 @@ def export_checkpoint(options: ExportOptions) -> Exported:
                 f"{out}: stock moshi's logits are {difference:.1e} of their norm away from the "
                 "checkpoint's without TTT, so it was not written; report this."
             )
+        seal(partial)
     if options.push is not None:
         _push(out, options.push)
     return Exported(sorted(path for path in out.iterdir() if path.is_file()), difference)

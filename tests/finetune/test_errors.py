@@ -10,9 +10,8 @@ import pytest
 import torch
 from data_tools import MIMI_CONFIG
 from safetensors.torch import load_file, save_file
-from training_tools import FULL, LORA, train
+from training_tools import FULL, LORA, sign, train
 
-from finetune.checkpoint import manifest
 from finetune.cli import run
 from finetune.cli import train as train_command
 from finetune.config import load_config
@@ -72,9 +71,51 @@ def test_a_folder_that_is_no_run_is_never_deleted(
 ) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run/thesis.tex").write_text("years of work")
-    assert "already holds" in fails()
+    message = fails()
+    assert message.endswith(
+        "/run already holds files. Choose another folder, or move away what is there.\n"
+    )
     assert "no run folder, so it is not deleted" in fails(overwrite_run_dir=True)
     assert (tmp_path / "run/thesis.tex").read_text() == "years of work"
+
+
+@pytest.mark.parametrize(
+    ("given", "ways"),
+    [
+        ("a run", "continue a run that is there with --resume, or replace it with --overw"),
+        ("no checkpoint", "or replace a run that is there, which has no complete checkpoint, with"),
+        ("no record", "or continue a run that is there with --resume."),
+        ("a link", "or continue a run that is there with --resume."),
+        ("a file in the way", "or continue a run that is there with --resume."),
+        ("a link, no checkpoint", "or move away what is there."),
+    ],
+)
+def test_no_way_out_is_offered_that_is_refused(
+    fails: Callable[..., Any],
+    config: Path,
+    finished_run: Callable[..., Any],
+    tmp_path: Path,
+    given: str,
+    ways: str,
+) -> None:
+    made = finished_run(tmp_path / "made")
+    if "no checkpoint" in given:
+        shutil.rmtree(made / "checkpoints")
+    elif given == "no record":  # of an earlier version
+        (made / ".run.jsonl").unlink()
+    elif given == "a file in the way":
+        (made / "checkpoints/checkpoint_000009/consolidated").mkdir(parents=True)
+        (made / "checkpoints/checkpoint_000009/consolidated/mine").touch()
+    if given.startswith("a link"):
+        (tmp_path / "run").symlink_to(made)
+    else:
+        made.rename(tmp_path / "run")
+    message = fails()
+    assert f"Choose another folder, {ways}" in message
+    if "--overwrite_run_dir" in message:
+        train(config, tmp_path / "run", {"max_steps": 1, "overwrite_run_dir": True})
+    else:
+        fails(overwrite_run_dir=True)
 
 
 @pytest.mark.parametrize("resume", [False, "auto"])
@@ -276,9 +317,7 @@ def test_resuming_a_state_that_holds_something_else(
             torch.save(content, saved / "resume.pt")
         else:
             (saved / "resume.pt").write_bytes(content)
-        files = [file for file in saved.rglob("*") if file.is_file()]
-        (saved / "manifest.json").unlink()
-        manifest.write(saved, manifest.describe(saved, [f for f in files if f.name[:3] != "man"]))
+        sign(saved)
         message = fails(resume=True)
         expected = "another version" if isinstance(content, dict) else "cannot read"
         assert expected in message and str(saved) in message

@@ -11,9 +11,10 @@ import torch
 from helpers import tiny_lm_kwargs
 from training_tools import logged, train
 
-from finetune.config import OptimArgs, TrainArgs
+from finetune.config import OptimArgs, TrainArgs, load_config
 from finetune.config.args import DataArgs
 from finetune.monitoring import EffectWatch, metrics_path, read_metrics
+from finetune.plan import plan
 from finetune.plan.describe import warn_of_slow_layers
 from finetune.recall.experiment import train_arm
 from finetune.recall.presets import preset
@@ -34,6 +35,30 @@ def test_ttt_without_effect_is_warned_of_once(
     assert out.count("it does nothing. Set ttt.lr_scale: relative, or raise ttt.l") == warnings
     assert out.count("steps TTT changes the outputs of layers 00, 01 by ") == warnings
     assert out.count("after 5 steps TTT changes its layers' outputs by ") == 1
+
+
+@pytest.mark.parametrize(("batch_size", "is_said"), [(2, False), (7, False), (8, True)])
+def test_a_step_of_more_segments_than_there_are_is_warned_of(
+    config: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    batch_size: int,
+    is_said: bool,
+) -> None:
+    overrides = {"max_steps": 1, "batch_size": batch_size, "do_ckpt": False}
+    train(config, tmp_path / "run", overrides)
+    warning = (
+        "a step takes 8 segments, and the training data have 7: some come more than once in it, "
+        "and the run is 1.1 epochs. Lower batch_size or num_microbatches, or train on more."
+    )
+    assert (warning in capsys.readouterr().out) == is_said
+    kept = json.loads((tmp_path / "run/summary.json").read_text())["cautions"]
+    assert (warning in kept) == is_said
+    args = load_config(config, overrides)
+    planned = list(plan(args, num_gpus=1, gpu_memory_gb=80))
+    assert (f"warning: {warning}" in planned) == is_said
+    doubled = list(plan(args, num_gpus=4, gpu_memory_gb=80))
+    assert any("warning: a step takes" in line for line in doubled)
 
 
 @pytest.mark.parametrize(

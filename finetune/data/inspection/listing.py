@@ -6,8 +6,10 @@ from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from itertools import accumulate
+from pathlib import Path
 from typing import Protocol, TypeVar
 
+from finetune.data.inspection.copies import copies
 from finetune.data.inspection.findings import Finding
 from finetune.errors import counted
 
@@ -29,6 +31,11 @@ class Listed(Protocol):
 
     @property
     def title(self) -> str: ...
+
+    @property
+    def audio_files(self) -> tuple[Path, ...]: ...
+
+    def moved(self, places: Mapping[Path, Path]) -> "Listed": ...
 
 
 _Listed = TypeVar("_Listed", bound=Listed)
@@ -119,8 +126,8 @@ def _evaluated_and_trained(
             "evaluation-in-training",
             "warning",
             f"{len(both)} of {total} recordings of data.eval_data are in data.train_data as well, "
-            f"whole or in part ({both[0].title}, by {both[0].origin}), so the evaluation does not "
-            "show how well other speech is modeled",
+            f"whole, in part or as a copy ({both[0].title}, by {both[0].origin}), so the "
+            "evaluation does not show how well other speech is modeled",
             "take them out of data.train_data (a folder stands for all .jsonl files in it)",
         )
 
@@ -130,7 +137,8 @@ def in_training(
     evaluation: Sequence[_Listed],
     heard: Mapping[Listed, str] | None = None,
 ) -> list[_Listed]:
-    """Return the recordings of `evaluation`, each once, that are in what trains, whole or in part.
+    """Return the recordings of `evaluation`, each once, that are in what trains, whole or in part,
+    also where that lies in other files of the same bytes.
 
     Args:
         recordings: what trains.
@@ -139,10 +147,16 @@ def in_training(
     heard = heard or {}
     trained = _Parts(recordings)
     trained_audio = {heard[r] for r in recordings if r in heard}
+    originals = copies(
+        (file for r in evaluation for file in r.audio_files),
+        (file for r in recordings for file in r.audio_files),
+    )
     both = {
         os.path.realpath(r.location): r
         for r in evaluation
-        if r in trained or (r in heard and heard[r] in trained_audio)
+        if r in trained
+        or r.moved(originals) in trained
+        or (r in heard and heard[r] in trained_audio)
     }
     return list(both.values())
 

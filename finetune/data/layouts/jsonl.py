@@ -2,6 +2,7 @@
 transcripts beside them."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -87,6 +88,14 @@ class MonoPair(AudioRecording):
         moshi, user = self.transcript_paths
         there = (user,) if user.exists() else ()
         return (self.path, self.user_path, moshi, *there)
+
+    @property
+    def audio_files(self) -> tuple[Path, ...]:
+        return (self.path, self.user_path)
+
+    def moved(self, places: Mapping[Path, Path]) -> "MonoPair":
+        moshi, user = (places.get(path, path) for path in self.audio_files)
+        return replace(self, path=moshi, user_path=user)
 
     def load_transcript(self) -> Transcript:
         moshi, user = (

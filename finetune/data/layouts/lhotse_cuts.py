@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -62,8 +62,20 @@ class CutOfTwo(AudioRecording):
 
     @property
     def files(self) -> tuple[Path, ...]:
-        audio = (file for file in self.where.files if isinstance(file, Path))
-        return (self.manifest, *audio)
+        return (self.manifest, *self.audio_files)
+
+    @property
+    def audio_files(self) -> tuple[Path, ...]:
+        return tuple(file for file in self.where.files if isinstance(file, Path))
+
+    def moved(self, places: Mapping[Path, Path]) -> "CutOfTwo":
+        moshi, user = (
+            side._replace(file=places.get(side.file, side.file))
+            if isinstance(side.file, Path)
+            else side
+            for side in (self.where.moshi, self.where.user)
+        )
+        return replace(self, where=replace(self.where, moshi=moshi, user=user))
 
     def audio_version(self) -> tuple[object, ...] | None:
         version = super().audio_version()

@@ -1,9 +1,9 @@
 """Codes instead of audio: Parquet files with a dialogue in each row."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,6 +53,10 @@ class CodesRow(CodesRecording):
     @property
     def location(self) -> str:
         return self.origin
+
+    def moved(self, places: Mapping[Path, Path]) -> "CodesRow":
+        path = places.get(self.path, self.path)
+        return replace(self, path=path, origin=f"{path}{self.origin.removeprefix(str(self.path))}")
 
     def audio_version(self) -> tuple[object, ...] | None:
         version = super().audio_version()

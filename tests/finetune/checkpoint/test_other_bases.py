@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from training_tools import FULL, LORA, checkpoint, logged, train, trainer
+from training_tools import FULL, LORA, checkpoint, logged, sign, train, trainer
 
-from finetune.checkpoint import earlier_parts_of, load_resume_state, manifest
+from finetune.checkpoint import earlier_parts_of, load_resume_state
 from finetune.config import load_config
 from finetune.errors import UserError
 
@@ -139,9 +139,7 @@ def test_a_checkpoint_of_before_there_were_fingerprints_is_resumed(
     state = load_resume_state(saved)
     del state["base"], state["data"]["num_skipped_segments"]
     torch.save(state | {"random": {"cpu": torch.get_rng_state()}}, saved / "resume.pt")
-    (saved / manifest.NAME).unlink()
-    files = [file for file in saved.rglob("*") if file.is_file()]
-    manifest.write(saved, manifest.describe(saved, files))
+    sign(saved)
     run = trainer(config, tmp_path, LORA | LONGER)
     assert run.step == 4 and run.train() == 0
     assert load_resume_state(checkpoint(tmp_path, 5))["base"]["fingerprint"]

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from data_tools import write_dataset, write_jsonl
 from evaluation_tools import options
-from training_tools import LORA, checkpoint, train, write_model
+from training_tools import LORA, checkpoint, sign, train, write_model
 
 from finetune.cli import evaluate, run
 from finetune.evaluation import evaluate_checkpoint
@@ -34,6 +34,7 @@ def changed_copy(of: Path, to: Path, changes: dict[str, Any]) -> Path:
             place = place[section]
         place[name] = value
     (to / "args.yaml").write_text(yaml.safe_dump(written))
+    sign(to)
     return to
 
 
@@ -261,7 +262,9 @@ def test_recordings_that_were_trained_on_are_named_before_all_results(
     train_data = yaml.safe_load((trained[0] / "args.yaml").read_text())["data"]["train_data"]
     given = {"checkpoint": str(trained[0]), "out": str(tmp_path / "out"), "device": "cpu"}
     given |= {"tasks": "position", "arms": "off", "bin_sec": "0.8", "limit": "2"}
-    warning = "2 of the 2 recordings are in the checkpoint's data.train_data, whole or in part"
+    warning = (
+        "2 of the 2 recordings are in the checkpoint's data.train_data, whole, in part or as a copy"
+    )
     assert run(lambda: evaluate(**given, data=train_data)) == 0
     said = capsys.readouterr().out.split("- ")
     assert said[1].startswith(f"Warning: {warning}")
@@ -269,6 +272,25 @@ def test_recordings_that_were_trained_on_are_named_before_all_results(
     given["out"] = str(tmp_path / "apart")
     assert run(lambda: evaluate(**given, data=str(trained[1]))) == 0
     assert "data.train_data" not in capsys.readouterr().out
+
+
+def test_copies_of_recordings_that_were_trained_on_are_named(
+    trained: tuple[Path, Path], tmp_path: Path
+) -> None:
+    written = yaml.safe_load((trained[0] / "args.yaml").read_text())
+    train_data = Path(written["data"]["train_data"])
+    for name in ("0.wav", "0.json"):
+        shutil.copy(train_data.parent / name, tmp_path / f"copy{name[1:]}")
+    duration_sec = json.loads(train_data.read_text().splitlines()[0])["duration"]
+    line = {"path": "copy.wav", "duration": duration_sec}
+    data = str(write_jsonl(tmp_path / "all.jsonl", [line]))
+    given: dict[str, Any] = {"data": data, "arms": ("off",)}
+    results = evaluate_checkpoint(options(trained, tmp_path / "out", **given))
+    assert results["conclusions"][0] == (
+        "Warning: 1 of the 1 recordings are in the checkpoint's data.train_data, whole, in part or "
+        f"as a copy ({tmp_path}/copy.wav): their loss does not show how well other speech is "
+        "modeled."
+    )
 
 
 def test_recordings_listed_twice_do_not_hide_that_all_were_trained_on(

@@ -10,6 +10,7 @@ import evaluation_tools
 import pytest
 from evaluation_tools import options
 from forked import Program
+from training_tools import sign
 
 from finetune.cli import evaluate, run
 from finetune.errors import UserError
@@ -94,6 +95,7 @@ def test_a_report_of_another_checkpoint_or_other_data_is_named(
     out, other = tmp_path / "out", tmp_path / "run/checkpoints/checkpoint_000005"
     shutil.copytree(path, other)
     (other / "args.yaml").write_text((path / "args.yaml").read_text().replace("seed: 0", "seed: 1"))
+    sign(other)
     listing = data.with_name("some.jsonl")
     listing.write_text(data.read_text())
     evaluate_checkpoint(options(trained, out, **GIVEN))
@@ -108,6 +110,7 @@ def test_a_report_of_another_checkpoint_or_other_data_is_named(
     assert results["position"]["num_recordings"] == 1
     # The checkpoint that was written again under the same name is another one as well.
     (other / "args.yaml").write_text((path / "args.yaml").read_text())
+    sign(other)
     assert run(lambda: evaluate(**given)) == 1
     assert "run/checkpoint_000005 is no longer the same checkpoint" in capsys.readouterr().err
 

@@ -216,7 +216,7 @@ def estimate(value: float | None, low: float | None, high: float | None) -> dict
     return {"value": value, "low": low, "high": high, "count": 20}
 
 
-def sentences_of(*compared: tuple[list[str], Any]) -> list[str]:
+def sentences_of(*compared: tuple[list[str], Any], baseline: Any = None) -> list[str]:
     """What is concluded of pairs of arms, each with an estimate of every stream."""
     differences = [
         {"arms": arms} | {s: {"beyond_window": e} for s, e in zip(STREAMS, estimates, strict=True)}
@@ -224,6 +224,7 @@ def sentences_of(*compared: tuple[list[str], Any]) -> list[str]:
     ]
     place: dict[str, Any] = {"longest_sec": 600, "attention_window_sec": 240}
     place |= {"num_recordings": 20, "ttt_wrote": True, "warnings": [], "differences": differences}
+    place |= {"baseline": baseline}
     return list(TASKS["position"].sentences(place))
 
 
@@ -275,6 +276,38 @@ def test_first_of_all_it_is_said_whether_ttt_helps(of_each: Any, answer: str) ->
     assert first.startswith("In short") and answer in first and "--baseline" not in first
     first, *_ = sentences_of((["on", "off"], estimates))
     assert ("a control can tell that was trained alike" in first) == (of_each[1] is not None)
+
+
+@pytest.mark.parametrize(
+    ("found", "reservation"),
+    [
+        ({"of_ttt": [("ttt.enabled", "true", "false")], "beyond": []}, ""),
+        (
+            {
+                "of_ttt": [],
+                "beyond": [("optim.lr", "1", "2"), ("step of the checkpoint", "4", "3")],
+            },
+            "; they differ in more than TTT, so this need not be due to TTT (optim.lr, step of the "
+            "checkpoint)",
+        ),
+        (
+            {"unknown": "it is a stock Moshi"},
+            "; how the two were trained cannot be compared, so this need not be due to TTT",
+        ),
+        ({"is_same": True}, ", which is this checkpoint itself"),
+    ],
+)
+@pytest.mark.parametrize(("high", "verdict"), [(-0.01, "is better ("), (0.01, "is not shown to")])
+def test_what_is_not_of_ttt_alone_is_said_with_the_answer(
+    found: Any, reservation: str, high: float, verdict: str
+) -> None:
+    """The answer stands first, and may be all that is read."""
+    baseline = {"name": "control", "ttt": "no TTT", "is_same": False} | found
+    estimates = [estimate(-0.02, -0.03, high)] * 4
+    first, second, *_ = sentences_of((["on", "baseline"], estimates), baseline=baseline)
+    assert first.startswith("In short") and verdict in first
+    assert first.endswith(f" the baseline{reservation}.")
+    assert second.startswith("Warning") == bool(reservation)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from training_tools import (
     checkpoint,
     logged,
     random_batch,
+    sign,
     train,
     trainer,
 )
@@ -76,6 +77,7 @@ def test_weights_that_are_not_finite_are_nothing_to_start_from(
     bad = sorted(broken)[-1]
     broken[bad].view(-1)[-1] = float("nan")
     save_file(broken, file)
+    sign(earlier)
     with pytest.raises(UserError, match=rf"{name}.safetensors: its {bad} holds NaN or infinity"):
         start(config, tmp_path / "two", earlier, FULL)
 
@@ -144,6 +146,7 @@ def test_embeddings_that_trained_beside_lora_stay_in_a_chain(config: Path, tmp_p
 
     # As it was once saved.
     save_file({name: weight for name, weight in saved.items() if ".lora_" in name}, file)
+    sign(second)
     assert_same_weights(weights(start(config, tmp_path / "four", second, options).model), expected)
 
 

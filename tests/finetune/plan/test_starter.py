@@ -17,7 +17,9 @@ from finetune.plan import plan, starter
 ROOT = Path(__file__).parents[3]
 
 
-def data(folder: Path, length_sec: int, number: int = 40) -> Path:
+def data(folder: Path, length_sec: float, number: int = 40) -> Path:
+    (folder / "a.wav").touch()
+    (folder / "a.json").write_text('{"alignments": []}')
     line = json.dumps({"path": "a.wav", "duration": length_sec})
     (folder / "data.jsonl").write_text(f"{line}\n" * number)
     return folder / "data.jsonl"
@@ -74,6 +76,20 @@ def test_a_larger_gpu_takes_more_at_once(tmp_path: Path) -> None:
         sizes.append(args.batch_size)
         assert args.batch_size * args.num_microbatches == 16
     assert sizes[0] < sizes[1]
+
+
+@pytest.mark.parametrize(("gpus", "most"), [(1, 27), (4, 27), (64, 64)])
+def test_a_step_takes_no_more_than_there_is(tmp_path: Path, gpus: int, most: int) -> None:
+    """Of recordings that are a little longer than a segment the rest is no second one; each GPU
+    takes one at least."""
+    out, listed = tmp_path / "my.yaml", data(tmp_path, 11.9, 14)
+    text = listed.read_text()
+    listed.write_text(text + data(tmp_path, 12.3, 13).read_text())
+    words = ["--goal=adapt", "--gpu_memory=80", f"--gpus={gpus}"]
+    assert call("init", out, "--data", listed, *words) == 0
+    args = load_config(out)
+    assert args.duration_sec == 12
+    assert most // 2 < args.batch_size * args.num_microbatches * gpus <= most
 
 
 @pytest.mark.parametrize(
@@ -158,6 +174,7 @@ def test_a_full_disk_leaves_no_half_of_a_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["--data", data(tmp_path, 60), "--goal=adapt", "--gpus=1", "--gpu_memory=80"]
+    before = sorted(path.name for path in tmp_path.iterdir())
     write = starter.write_whole
 
     def without_room(*what: Any) -> None:
@@ -168,7 +185,7 @@ def test_a_full_disk_leaves_no_half_of_a_file(
         patch.setattr(starter, "write_whole", without_room)
         assert call("init", tmp_path / "my.yaml", *words) == 1
     assert f"my.yaml cannot be written: {FULL}." in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
 @pytest.mark.parametrize(("lengths", "status"), [((0, -3, 100), 0), ((0, -3), 1)])
@@ -208,14 +225,56 @@ def test_on_a_terminal_what_is_missing_is_asked_for(
         def isatty(self) -> bool:
             return True
 
-    answers = f"{data(tmp_path, 100)}\nlearn\nadapt\nmuch\n80\n"
+    listed, wrong = data(tmp_path, 100), tmp_path / "wrong.jsonl"
+    empty, other = tmp_path / "empty", tmp_path / "wrong.txt"
+    empty.mkdir()
+    answers = f"\n{wrong}\n{other}\n{empty}\n{listed}\nlearn\nnull\nadapt\nmuch\n80\n"
     monkeypatch.setattr(sys, "stdin", Terminal(answers))
     assert call("init", tmp_path / "my.yaml") == 0
     said = capsys.readouterr()
-    assert "The JSONL to train on;" in said.out
-    assert "expected remember or adapt" in said.err and "expected a number" in said.err
+    for question in (
+        "The JSONL to train on.\ndata: ",
+        "manner or subject, without TTT.\ngoal: ",
+        "Memory of each GPU, in GB.\ngpu_memory: ",
+    ):
+        assert question in said.out
+    of_data, rest = said.err.splitlines()[:3], said.err.splitlines()[3:]
+    assert all(str(path) in line for path, line in zip((wrong, other, empty), of_data, strict=True))
+    assert rest == [
+        "expected remember or adapt, got 'learn'",
+        "expected remember or adapt, got nothing",
+        "expected a number, got 'much'",
+    ]
     assert not load_config(tmp_path / "my.yaml").ttt.enabled
 
     monkeypatch.setattr(sys, "stdin", Terminal(f"{tmp_path / 'data.jsonl'}\n"))  # and Ctrl-D
     assert call("init", tmp_path / "other.yaml") == 1
     assert "--goal is missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wrong", ["untranscribed", "no audio", "a damaged line", "in eval_data"])
+def test_data_that_stop_training_are_to_be_checked_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], wrong: str
+) -> None:
+    listed, out = data(tmp_path, 60), tmp_path / "my.yaml"
+    words = ["--goal=adapt", "--gpu_memory=80"]
+    if wrong == "untranscribed":
+        (tmp_path / "a.json").unlink()
+    elif wrong == "no audio":
+        (tmp_path / "a.wav").unlink()
+    elif wrong == "a damaged line":
+        listed.write_text(listed.read_text() + "{\n")
+    else:
+        other = tmp_path / "eval.jsonl"
+        other.write_text('{"path": "b.wav", "duration": 60}\n')
+        words += ["--eval_data", str(other)]
+    assert call("init", out, "--data", listed, *words) == 0
+    but, *steps = capsys.readouterr().out.splitlines()[-4:]
+    place = {"a damaged line": "data.jsonl:41", "in eval_data": "eval.jsonl:1"}
+    start = f"but: train will stop at these data: {tmp_path / place.get(wrong, 'data.jsonl:1')}: "
+    assert but.startswith(start)
+    assert steps[0] == f"next: moshi-ttt data check {out}"
+    assert [each.split(" --")[0] for each in steps[1:]] == [
+        "then: moshi-ttt plan",
+        f"then: moshi-ttt train {out}",
+    ]

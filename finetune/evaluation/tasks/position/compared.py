@@ -86,6 +86,19 @@ def compared_sentence(baseline: Found) -> str:
     return f"Warning: {what}, were trained alike: no key of their configurations differs."
 
 
+def reservation(baseline: Found) -> str:
+    """Return what is to be added where the two are compared, if it is no comparison of TTT alone;
+    else nothing. `compared_sentence` has the particulars."""
+    if baseline.get("is_same"):
+        return ", which is this checkpoint itself"
+    if baseline.get("unknown"):
+        return "; how the two were trained cannot be compared, so this need not be due to TTT"
+    if beyond := baseline.get("beyond"):
+        names = ", ".join(name for name, *_ in beyond)
+        return f"; they differ in more than TTT, so this need not be due to TTT ({names})"
+    return ""
+
+
 def _listed(found: Iterable[Sequence[str]]) -> str:
     return ", ".join(f"{name} {own} (baseline: {other})" for name, own, other in found)
 

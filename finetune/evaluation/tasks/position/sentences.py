@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 
 from finetune.evaluation.streams import STREAM_TITLES, STREAMS
 from finetune.evaluation.tasks.base import Found
-from finetune.evaluation.tasks.position.compared import compared_sentence
+from finetune.evaluation.tasks.position.compared import compared_sentence, reservation
 from finetune.report import signed
 from finetune.statistics import MIN_SEQUENCES, student_t
 
@@ -44,7 +44,9 @@ def sentences(position: Found) -> Iterator[str]:
             "what TTT learns here is not about the recording (docs/evaluation.md says what that "
             "means)."
         )
-    if position["ttt_wrote"] and (answer := _in_short(of_arms, elsewhere)):
+    if position["ttt_wrote"] and (
+        answer := _in_short(of_arms, elsewhere, position.get("baseline"))
+    ):
         yield answer
     if baseline := position.get("baseline"):
         yield compared_sentence(baseline)
@@ -72,7 +74,9 @@ def sentences(position: Found) -> Iterator[str]:
             )
 
 
-def _in_short(of_arms: Mapping[tuple[str, ...], Found], elsewhere: str) -> str | None:
+def _in_short(
+    of_arms: Mapping[tuple[str, ...], Found], elsewhere: str, baseline: Found | None
+) -> str | None:
     """Return whether TTT helps, as far as the arms can say: compared with the baseline, which is to
     be the control, or else with the same weights; None: nothing of it was measured."""
     is_controlled = ("on", "baseline") in of_arms
@@ -98,7 +102,7 @@ def _in_short(of_arms: Mapping[tuple[str, ...], Found], elsewhere: str) -> str |
         text = f"is {', and '.join(found)}, compared with {other}"
     else:
         text = f"is not shown to be better or worse than {other}"
-    text += "." if is_controlled else _NO_CONTROL
+    text += reservation(baseline or {}) + "." if is_controlled else _NO_CONTROL
     return f"In short{where}, of all four streams together: this checkpoint {text}"
 
 

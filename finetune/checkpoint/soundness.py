@@ -1,0 +1,89 @@
+"""Whether the weights that are loaded are those that were written: the checksums of their
+checkpoint, or of the exported model, say so, before a result is made of others."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+from finetune.checkpoint import manifest
+from finetune.config import ModelPaths
+from finetune.distributed import World
+from finetune.errors import UserError
+from finetune.kept import is_stock
+from finetune.model import open_earlier_run
+
+logger = logging.getLogger(__name__)
+
+_WEIGHTS = "consolidated"
+_CONFIGURATION = "args.yaml"
+_EDITED = (".json", ".md")
+"""Suffixes of files of an exported model that its owner may complete."""
+
+
+def seal(folder: Path) -> None:
+    """Write the list of the files of an exported model that nobody is to edit."""
+    files = [file for file in folder.iterdir() if file.suffix not in _EDITED]
+    manifest.write(folder, manifest.describe(folder, files))
+
+
+def require_sound(checkpoint: Path) -> None:
+    """Compare the weights and the configuration of a checkpoint, or of an exported model, with its
+    list of files. What training alone continues from is not read, and may be missing.
+
+    Each byte is read once; loading finds the file in memory afterwards.
+
+    Raises:
+        UserError: one of them is missing or damaged.
+    """
+    is_of_run = not is_stock(checkpoint)
+    if not (checkpoint / manifest.NAME).is_file():
+        if is_of_run:
+            logger.warning(
+                "%s has no %s: whether its files are damaged is not known",
+                checkpoint,
+                manifest.NAME,
+            )
+        return
+    problem = manifest.first_problem(
+        checkpoint, chosen=(lambda names: filter(_is_loaded, names)) if is_of_run else iter
+    )
+    if problem is not None:
+        raise UserError(f"{problem}: copy it again, or use another one.")
+
+
+def require_sound_start(paths: ModelPaths, world: World) -> list[Path]:
+    """Do the same with all checkpoints and exported models that a run's weights are read from, on
+    the first of its processes; return them.
+
+    Raises:
+        UserError: one is damaged, or is none; on all processes.
+    """
+
+    def compare() -> list[Path]:
+        found = list(_checkpoints_below(paths))
+        for checkpoint in found:
+            require_sound(checkpoint)
+        return found
+
+    return world.done_by_first(compare)
+
+
+def _is_loaded(name: str) -> bool:
+    return name == _CONFIGURATION or name.startswith(f"{_WEIGHTS}/")
+
+
+def _checkpoints_below(paths: ModelPaths) -> Iterator[Path]:
+    """Yield the earlier runs' checkpoints, the last one's first, as far down as weights are read
+    from them, and the folder of the base, if something here has written it."""
+    while paths.init_from:
+        earlier = open_earlier_run(paths)
+        yield earlier.checkpoint
+        if earlier.base_weights is not None:
+            return
+        paths = earlier.args.moshi_paths
+    if not paths.random_init and (paths.moshi_path or paths.hf_repo_id):
+        folder = Path(paths.moshi_path or f"{paths.hf_repo_id}/config.json").resolve().parent
+        if folder.name == _WEIGHTS and (folder.parent / _CONFIGURATION).is_file():
+            yield folder.parent
+        elif is_stock(folder):
+            yield folder
