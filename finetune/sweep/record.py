@@ -77,8 +77,12 @@ def changes_since(sweep: Sweep, run: PlannedRun) -> list[str]:
     processes = _processes(run)
     if processes not in (None, sweep.processes):
         found.append(f"processes was {processes} and is {sweep.processes} now")
-    if run.after and _started_from(run, record) != read_record(sweep.runs[run.after]).ended_at:
-        found.append(f"{run.after}, which it starts from, was run again")
+    if run.after:
+        earlier = sweep.runs[run.after]
+        if _started_from(run, record) != read_record(earlier).ended_at:
+            found.append(f"{run.after}, which it starts from, was run again")
+        elif changes_since(sweep, earlier):
+            found.append(f"{run.after}, which it starts from, is outdated")
     return found
 
 

@@ -104,6 +104,7 @@ def test_numbers_of_other_settings_are_not_shown_under_the_new_ones(
         "one": None,
         "two": {"optim.lr": 1e-3},
         "after": {"after": "two", "max_steps": 2},
+        "last": {"after": "after", "max_steps": 1},
     }
     assert sweep(write(runs)) == 0
     capsys.readouterr()
@@ -114,11 +115,15 @@ def test_numbers_of_other_settings_are_not_shown_under_the_new_ones(
     assert re.search(r"two +│ outdated +│ +–", printed)
     # The file's table has numbers that this one has not.
     assert results(path) == before and table(path)["two"]["eval_loss"] is not None
-    assert "Not written: the table and the page" in printed and "numbers of two, which" in printed
+    assert "Not written: the table and the page" in printed and "numbers of two, after, last, which" in printed
     assert "--table --overwrite_run_dir, which runs nothing" in printed
     assert sweep(path, "--table", "--overwrite_run_dir") == 0
     rows = table(path)
-    assert [row["status"] for row in rows.values()] == ["finished", "outdated", "finished"]
+    statuses = ["finished", "outdated", "outdated", "outdated"]
+    assert [row["status"] for row in rows.values()] == statuses
+    for stage, earlier in (("after", "two"), ("last", "after")):
+        assert rows[stage]["message"] == f"{earlier}, which it starts from, is outdated"
+        assert rows[stage]["eval_loss"] is rows[stage]["train_loss"] is None
     assert "optim.lr was 0.001 and is 0.002 now" in rows["two"]["message"]
     assert rows["two"]["eval_loss"] is rows["two"]["train_loss"] is None
     assert rows["two"]["total_sec"] == rows["two"]["steps"] == 0
@@ -126,10 +131,11 @@ def test_numbers_of_other_settings_are_not_shown_under_the_new_ones(
     assert not logged(plan, plan.runs["two"], "train")
     assert logged(plan, plan.runs["one"], "train")
 
-    # What started from it is, once it was run again; what is not chosen keeps its status.
+    # What started from it stays so when it was run again.
     assert sweep(path, "--only=two", "--overwrite_run_dir") == 0
     rows = table(path)
-    assert [row["status"] for row in rows.values()] == ["finished", "finished", "outdated"]
+    statuses = ["finished", "finished", "outdated", "outdated"]
+    assert [row["status"] for row in rows.values()] == statuses
     assert "two, which it starts from, was run again" in rows["after"]["message"]
     assert rows["two"]["eval_loss"] is not None
 
