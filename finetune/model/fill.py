@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from finetune.errors import UserError
 from finetune.kept import require_part
+from finetune.model.adapters import no_base
 from finetune.safety import all_finite
 from ttt import TTTLMModel, ttt_parameters
 from ttt.layers import TTTLayer
@@ -71,6 +72,8 @@ class WeightFiles:
         }
         frozen = {name.replace(".frozen_W.", "."): name for name in shapes}
         found = _unstacked(_places(path, "moshi_paths.moshi_path"), expected)
+        if any(".lora_" in name for name in found):
+            raise no_base(f"moshi_paths.moshi_path: {path} holds LoRA adapters", path.parent)
         require_shapes(path, expected, found)
         self._places |= {frozen[name]: place for name, place in found.items()}
 

@@ -9,6 +9,7 @@ from moshi.models import loaders
 
 from finetune.config import FOLDER, REPOSITORY, ModelPaths
 from finetune.errors import UserError
+from finetune.model.adapters import require_base
 from finetune.model.hub import HUB_ERRORS, is_reachable
 from finetune.safety import read_json, stays_inside
 
@@ -43,6 +44,8 @@ def find_checkpoint(
     if config_path is not None:
         config = read_object(config_path, "moshi_paths.config_path")
         names = dict(config)
+        if folder is not None and paths.config_path is None and paths.moshi_path is None:
+            require_base(folder, config)
 
     def locate(key: str, given: str | None, name: str) -> Path:
         if given is None and folder is None:
