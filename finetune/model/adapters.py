@@ -25,8 +25,8 @@ def no_base(what: str, adapters: Path | None = None) -> UserError:
     return UserError(
         f"{what}, which are no model without the one that they were trained on. To train them "
         f"further, name that one as moshi_paths.hf_repo_id, and {start} as moshi_paths.init_from, "
-        "which takes their TTT as well. For all else name the checkpoint of their run, or have them merged: `moshi-ttt export "
-        "--form merged`, or save_adapters: false."
+        "which takes their TTT as well. For all else name the checkpoint of their run, or have "
+        "them merged: `moshi-ttt export --form merged`, or save_adapters: false."
     )
 
 
