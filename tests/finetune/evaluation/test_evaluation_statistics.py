@@ -334,7 +334,10 @@ def test_of_ttt_that_makes_nothing_better_no_gain_is_spoken_of() -> None:
         assert not warned((on_off, nothing), (carried_off, nothing), (on_carried, worse))
         # The other recording's state alone brings something.
         assert warned((on_off, nothing), (carried_off, better), (on_carried, worse)) == [helps]
-    assert warned((on_off, better), (carried_off, better), (on_carried, worse)) == [no_memory, helps]
+    assert warned((on_off, better), (carried_off, better), (on_carried, worse)) == [
+        no_memory,
+        helps,
+    ]
     assert warned((on_off, better), (on_carried, unsure)) == [no_memory]
     # The one stream that is better is not the one of the gain.
     first, second = [better[0], *unsure[1:]], [unsure[0], worse[0], *unsure[2:]]
