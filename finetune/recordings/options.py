@@ -132,7 +132,7 @@ class ShowOptions:
     are shown as well."""
 
     out: PngPath = Path("segment.png")
-    """The PNG to write; the sound goes beside it, as a stereo wav."""
+    """The picture to write, a PNG; the sound goes beside it, as a stereo wav."""
 
 
 @dataclass(frozen=True)
