@@ -11,6 +11,7 @@ from torch import Tensor
 from finetune.config import TrainArgs
 from finetune.distributed import whole
 from finetune.model import changed_shape, parameters_by_role
+from finetune.safety import stays_inside
 from ttt import TTTLMModel, ttt_parameters
 from ttt.layers.frozen import frozen_linears
 
@@ -71,8 +72,22 @@ def _full_weights(model: TTTLMModel, dtype: torch.dtype) -> Iterator[tuple[str, 
         yield f"{prefix}.weight", layer.thawed(dtype)
 
 
-def consolidated_config(args: TrainArgs, info: loaders.CheckpointInfo) -> dict[str, Any]:
-    """The config.json beside them."""
+def consolidated_texts(args: TrainArgs, info: loaders.CheckpointInfo) -> dict[str, dict[str, Any]]:
+    """The JSON files beside them: config.json, and Mimi's shape under the name that it has there.
+
+    The large files that config.json names, Mimi's weights and the tokenizer, are with the base.
+    """
+    config = _config(args, info)
+    texts = {}
+    name = config.get("mimi_config_name")
+    # Of a base whose files were named one by one, nobody has looked at this name.
+    if isinstance(name, str) and name.endswith(".json") and stays_inside(name):
+        assert info.mimi_config is not None
+        texts[name] = info.mimi_config
+    return texts | {"config.json": config}
+
+
+def _config(args: TrainArgs, info: loaders.CheckpointInfo) -> dict[str, Any]:
     adapters_only = args.lora.enable and args.save_adapters
     config = changed_shape(
         loaders._lm_kwargs if info.raw_config is None else info.raw_config, args.model

@@ -18,6 +18,7 @@ import shutil
 from pathlib import Path, PurePosixPath
 
 from finetune.checkpoint import manifest
+from finetune.checkpoint.run_dir import list_checkpoints
 from finetune.checkpoint.run_record import (
     NAME,
     Content,
@@ -27,6 +28,8 @@ from finetune.checkpoint.run_record import (
     fsync,
     remove_empty,
 )
+from finetune.errors import counted
+from finetune.kept import step_of
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +45,11 @@ def set_aside(run_dir: Path, found: Found) -> None:
     Raises:
         OSError: something cannot be moved; `settle` undoes what was done.
     """
+    logger.info(
+        "replaces the run in %s (%s), which is deleted once this one has a checkpoint or has ended",
+        run_dir,
+        _described(run_dir),
+    )
     record = RunRecord(run_dir)
     aside = _free_name(run_dir)
     record.note(aside=aside)
@@ -90,6 +98,14 @@ def delete_replaced(run_dir: Path) -> None:
         if not any((run_dir / aside).iterdir()):
             os.rmdir(run_dir / aside)
     record.note(replaces=None)
+
+
+def _described(run_dir: Path) -> str:
+    """Return what there is of a run."""
+    checkpoints = list_checkpoints(run_dir)
+    if not checkpoints:
+        return "without a checkpoint"
+    return f"{counted(len(checkpoints), 'checkpoint')}, the last of step {step_of(checkpoints[-1])}"
 
 
 def _put_back(run_dir: Path, aside: str) -> None:

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from finetune.checkpoint import manifest
-from finetune.checkpoint.consolidated import consolidated, consolidated_config
+from finetune.checkpoint.consolidated import consolidated, consolidated_texts
 from finetune.checkpoint.earlier_parts import EARLIER, Part, earlier_parts_of
 from finetune.checkpoint.run_dir import INFO, delete_old, list_checkpoints
 from finetune.checkpoint.run_record import RunRecord, fsync
@@ -271,10 +271,10 @@ class CheckpointWriter:
             if name == "ttt.safetensors":
                 metadata = {"ttt_args": json.dumps(dataclasses.asdict(self.args.ttt))}
             save_file(tensors, path, metadata=metadata)
-        config = consolidated_config(self.args, self.info)
-        (partial / "consolidated/config.json").write_text(
-            json.dumps(config, indent=2), encoding="utf-8"
-        )
+        for name, content in consolidated_texts(self.args, self.info).items():
+            path = partial / "consolidated" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(content, indent=2), encoding="utf-8")
         save_config(self.args, partial / "args.yaml")
         torch.save(snapshot.resume_state, partial / "resume.pt")
         _write_info(partial, snapshot.step, snapshot.eval_loss, self.earlier_parts)

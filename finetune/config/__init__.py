@@ -59,7 +59,7 @@ from finetune.config.read import (
     save_config,
 )
 from finetune.config.sources import parse_sources, require_sources, resolved_sources
-from finetune.config.values import NULLS, FilePath, PathsText, PathText, parse
+from finetune.config.values import NULLS, FilePath, PathsText, PathText, PngPath, parse
 
 __all__ = [
     "CHECKPOINT",
@@ -89,6 +89,7 @@ __all__ = [
     "PathsText",
     "PlanOptions",
     "PlotOptions",
+    "PngPath",
     "Precision",
     "Prefix",
     "Problem",

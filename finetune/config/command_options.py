@@ -9,7 +9,7 @@ from annotated_types import Ge, Le
 from finetune.config.args import Size
 from finetune.config.marks import POSITIONAL
 from finetune.config.must_exist import CONFIGURATION, FOLDER, SOURCE
-from finetune.config.values import FilePath, PathText
+from finetune.config.values import FilePath, PathText, PngPath
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class PlotOptions:
     run_dir: Annotated[FilePath, POSITIONAL, FOLDER]
     """The run's folder."""
 
-    out: FilePath | None = None
+    out: PngPath | None = None
     """The PNG to write; null: RUN_DIR/loss.png."""
 
 

@@ -10,7 +10,7 @@ from dataclasses import MISSING, dataclass
 from functools import cache
 from typing import Annotated, Any, TypeVar, get_origin, get_type_hints
 
-from finetune.config.marks import Prefix
+from finetune.config.marks import AlsoCalled, Prefix
 from finetune.config.values import NULLS, members, parse
 from ttt.options import Change, OneOf, abbreviated
 
@@ -148,7 +148,7 @@ def fill(cls: type, flat: Mapping[str, Any]) -> tuple[Any, list[Problem]]:
         if key in foreign:
             continue
         if key not in fields:
-            similar = suggestion(cls, key)
+            similar = " or ".join(suggestions(cls, key))
             hint = f", did you mean {similar}?" if similar else "; remove it"
             problems.append((abbreviated(key), f"unknown key{hint}"))
         elif fields[key].section:
@@ -193,19 +193,30 @@ def _first_words(cls: type) -> frozenset[str]:
     return frozenset(field.key.split(".")[0] for field in all_fields(cls))
 
 
-def suggestion(cls: type, unknown: str) -> str | None:
-    """Return the existing key that was probably meant."""
-    known = [field.key for field in all_fields(cls)]
+def suggestions(cls: type, unknown: str) -> list[str]:
+    """Return the existing keys that were probably meant, the likeliest first; mostly one."""
+    fields = list(all_fields(cls))
+    known = [field.key for field in fields]
     last_part = unknown.split(".")[-1]
     by_last_part = {key.split(".")[-1]: key for key in reversed(known)}
     if unknown in known:
-        return None
+        return []
+    also_called = {
+        name: field.key
+        for field in fields
+        for mark in marks_of(field.kind, AlsoCalled)
+        for name in mark.names
+    }
+    if unknown in also_called:
+        # Without a section it may be the key that has this very name in one.
+        of_this_name = [by_last_part[unknown]] if unknown in by_last_part else []
+        return [also_called[unknown], *of_this_name]
     if last_part in by_last_part:
-        return by_last_part[last_part]
+        return [by_last_part[last_part]]
     if close := difflib.get_close_matches(unknown[:100], known, n=1, cutoff=0.75):
-        return close[0]
+        return close
     close = difflib.get_close_matches(last_part[:100], by_last_part, n=1, cutoff=0.75)
-    return by_last_part[close[0]] if close else None
+    return [by_last_part[name] for name in close]
 
 
 def keys_that(cls: type, *changes: Change) -> set[str]:

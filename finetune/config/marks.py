@@ -15,6 +15,13 @@ class Prefix:
 
 
 @dataclass(frozen=True)
+class AlsoCalled:
+    """Mark of a key that is looked for under these whole names, though it has none of them."""
+
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Positional:
     """An option that may stand on a command line without its name."""
 

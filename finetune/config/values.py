@@ -38,9 +38,17 @@ def _valid_paths(paths: str) -> str:
     return paths
 
 
+def _valid_picture(path: Path) -> Path:
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"the picture is a PNG; give a name with .png, and not {path.name}")
+    return path
+
+
 PathText = Annotated[str, AfterValidator(valid_path)]
 PathsText = Annotated[str, AfterValidator(_valid_paths)]
 FilePath = Annotated[Path, AfterValidator(valid_path)]
+PngPath = Annotated[FilePath, AfterValidator(_valid_picture)]
+"""The file of a picture that is written."""
 
 
 def members(kind: Any) -> tuple[Any, ...]:

@@ -3,6 +3,7 @@
 from finetune.data.audio import AudioInfo, AudioReader, inspect_audio, read_audio
 from finetune.data.batches import Batch, open_store
 from finetune.data.codec import Codec
+from finetune.data.codes import Codes, ReadCodes
 from finetune.data.fill import CacheFill
 from finetune.data.inspection import (
     HOP_SEC,
@@ -29,7 +30,7 @@ from finetune.data.loader import (
 )
 from finetune.data.problems import FileProblem, damaged
 from finetune.data.reading import Reading
-from finetune.data.recording import Codes, Recording, SegmentRef
+from finetune.data.recording import Recording, SegmentRef
 from finetune.data.segments import Segment, SegmentReader
 from finetune.data.sides import Sides
 from finetune.data.sources import check_recordings, listed_recordings, load_sources
@@ -69,6 +70,7 @@ __all__ = [
     "Finding",
     "Inspection",
     "MonoPair",
+    "ReadCodes",
     "Reading",
     "Recording",
     "Segment",

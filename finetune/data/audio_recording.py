@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 
 from finetune.data.audio_files import version_of
+from finetune.data.codes import ReadCodes
 from finetune.data.inspection import Finding, Inspection, Subject, inspect_sides
 from finetune.data.problems import FileProblem
 from finetune.data.reading import Reading
@@ -60,7 +61,13 @@ class AudioRecording(Recording):
             version += found
         return (*version, *self.reading.changes)
 
-    def inspect(self, *, thorough: bool = False, text: TextEncoder | None = None) -> Inspection:
+    def inspect(
+        self,
+        *,
+        thorough: bool = False,
+        text: TextEncoder | None = None,
+        reads: ReadCodes | None = None,
+    ) -> Inspection:
         subject = Subject(
             self.title,
             self.text_name,

@@ -243,7 +243,7 @@ class Batcher:
         """A segment's row, and whether Mimi was needed."""
         if isinstance(result, BrokenSegment):
             blank = self._blank(result)
-            empty = torch.zeros(2, self._reader.num_codebooks, 0)
+            empty = torch.zeros(2, self._reader.reads.num_codebooks, 0)
             return _Row(self._codec.streams(blank, empty).int(), 0, True), False
         codes, was_encoded = result.audio_codes, False
         if codes is None:

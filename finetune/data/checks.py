@@ -6,6 +6,7 @@ import os
 import struct
 from pathlib import Path
 
+from finetune.data.codes import ReadCodes
 from finetune.data.inspection import VERSION, Finding, Inspection
 from finetune.data.recording import Recording
 from finetune.data.store import DamagedBlob, Store, make_key
@@ -17,16 +18,22 @@ _CLEAN = struct.Struct("<dII")  # duration, rate, channels
 class Checks:
     """Inspects recordings; those without an error are not opened again until they change."""
 
-    def __init__(self, store: Store | None, text: TextEncoder | None = None) -> None:
+    def __init__(
+        self,
+        store: Store | None,
+        text: TextEncoder | None = None,
+        reads: ReadCodes | None = None,
+    ) -> None:
         self._store = store
         self._text = text
+        self._reads = reads
         self._fingerprint = text.fingerprint if store is not None and text is not None else None
 
     def inspect(self, recording: Recording) -> Inspection:
         """Inspect a recording as `Recording.inspect` does, the fast part."""
         key = self._key(recording) if self._store is not None else None
         if self._store is None or key is None:
-            return recording.inspect(text=self._text)
+            return recording.inspect(text=self._text, reads=self._reads)
         # Most have no finding: a value of 16 bytes says all.
         if (known := self._store.get(key)) is not None:
             return Inspection(recording.path, *_CLEAN.unpack(known))
@@ -36,7 +43,7 @@ class Checks:
                 return _unpacked(blob.read())
             except DamagedBlob as damage:
                 self._store.report_damage(blob, str(damage))
-        inspection = recording.inspect(text=self._text)
+        inspection = recording.inspect(text=self._text, reads=self._reads)
         if not inspection.findings:
             found = inspection.duration_sec, inspection.sample_rate_hz, inspection.num_channels
             self._store.put(key, _CLEAN.pack(*found))
@@ -59,8 +66,10 @@ class Checks:
             return None
         files = [(each.st_size, each.st_mtime_ns) for each in status]
         promised = recording.duration_sec
-        words = recording.words_version
-        return make_key("inspected", VERSION, audio, files, promised, self._fingerprint, *words)
+        others = recording.words_version
+        if recording.has_codes and self._reads is not None:
+            others += (self._reads.num_codebooks, self._reads.num_codes)
+        return make_key("inspected", VERSION, audio, files, promised, self._fingerprint, *others)
 
 
 def _packed(inspection: Inspection) -> bytes:

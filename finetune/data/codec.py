@@ -18,6 +18,7 @@ from moshi.utils.compile import no_compile
 from torch.nn import functional as F
 
 from finetune.data.audio import inspect_audio
+from finetune.data.codes import ReadCodes
 from finetune.data.layouts import StereoFile
 from finetune.data.problems import FileProblem
 from finetune.data.recording import SegmentRef
@@ -101,6 +102,11 @@ class Codec:
         return 1 + self.moshi_codebooks + self.user_codebooks
 
     @property
+    def reads(self) -> ReadCodes:
+        """What codes the model reads, of those that were made before."""
+        return ReadCodes(self.mimi.num_codebooks, self.mimi.cardinality)
+
+    @property
     def tokenizer(self) -> sentencepiece.SentencePieceProcessor:
         return self.text.tokenizer
 
@@ -122,8 +128,7 @@ class Codec:
             self.text,
             num_frames=num_frames,
             sample_rate_hz=self.sample_rate_hz,
-            num_codebooks=self.mimi.num_codebooks,
-            num_codes=self.mimi.cardinality,
+            reads=self.reads,
         )
 
     def read_recording(self, path: Path) -> Segment:

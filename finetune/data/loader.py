@@ -48,6 +48,7 @@ def check_share(
             key=key,
             store=store,
             text=codec.text,
+            reads=codec.reads,
             reading=Reading.of(args, training=key == "data.train_data"),
             rank=rank,
             world_size=world_size,
@@ -120,6 +121,7 @@ def _load(
         on_error=args.on_error,
         store=store,
         text=codec.text,
+        reads=codec.reads,
         reading=Reading.of(args, training=training),
     )
 

@@ -11,19 +11,11 @@ from typing import ClassVar, NamedTuple
 import torch
 
 from finetune.data.audio import MIMI_RATE_HZ
+from finetune.data.codes import Codes, ReadCodes
 from finetune.data.inspection import Finding, Inspection, Subject, inspect_subject
 from finetune.data.problems import FileProblem
 from finetune.data.text import FRAME_RATE_HZ, TextEncoder, count_frames
 from finetune.data.transcripts import MAIN_SPEAKER, OTHER_SPEAKER, Transcript, Word
-
-
-class Codes(NamedTuple):
-    """Part of a recording that was encoded before."""
-
-    audio: torch.Tensor
-    """Int64 `[2, num_codebooks, T]`: Moshi, the user."""
-    text: torch.Tensor | None = None
-    """Int64 `[T]`; None: it is made of the words."""
 
 
 @dataclass(frozen=True)
@@ -94,10 +86,19 @@ class Recording(ABC):
         """Return what changes whenever the audio does, a fingerprint for codes that are kept; None:
         it cannot be found. No file is read for it."""
 
-    def inspect(self, *, thorough: bool = False, text: TextEncoder | None = None) -> Inspection:
+    def inspect(
+        self,
+        *,
+        thorough: bool = False,
+        text: TextEncoder | None = None,
+        reads: ReadCodes | None = None,
+    ) -> Inspection:
         """Inspect it, see `inspect_recording`; never raises for what is wrong with it.
 
         A layout that knows its files better may look at them first.
+
+        Args:
+            reads: what codes the model reads; None: whether it reads these is not looked at.
         """
         subject = Subject(
             self.title,
@@ -115,7 +116,9 @@ class Recording(ABC):
         inspection = Inspection(self.path)
         try:
             if self.has_codes:
-                self.read_codes(0, count_frames(self.duration_sec))
+                codes = self.read_codes(0, count_frames(self.duration_sec))
+                if reads is not None:
+                    reads.require(codes, self.title, text)
             subject.transcript = Transcript(self.read_words())
         except FileProblem as problem:
             inspection.findings.append(Finding.of_problem(problem, self.leave_out))

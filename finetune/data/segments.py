@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from finetune.data.codes import ReadCodes
 from finetune.data.problems import FileProblem
 from finetune.data.recording import SegmentRef
 from finetune.data.store import Blob, DamagedBlob, make_key
@@ -89,19 +90,16 @@ class SegmentReader(Dataset):
         *,
         num_frames: int,
         sample_rate_hz: int,
-        num_codebooks: int,
-        num_codes: int,
+        reads: ReadCodes,
     ) -> None:
         """
         Args:
-            num_codebooks: of each channel, in codes that were kept.
-            num_codes: entries of a codebook.
+            reads: what codes the model reads; those that were kept are of as many codebooks.
         """
         self.text = text
         self.num_frames = num_frames
         self.sample_rate_hz = sample_rate_hz
-        self.num_codebooks = num_codebooks
-        self.num_codes = num_codes
+        self.reads = reads
         self.identify = False
         """Whether segments that are read get an `identity`."""
 
@@ -138,7 +136,7 @@ class SegmentReader(Dataset):
     def decode_kept(self, kept: bytes) -> torch.Tensor:
         """Return what `CodeCache` keeps, as `Segment.audio_codes`."""
         codes = np.frombuffer(kept, dtype="<u2").astype(np.int64)
-        return torch.from_numpy(codes).view(2, self.num_codebooks, -1)
+        return torch.from_numpy(codes).view(2, self.reads.num_codebooks, -1)
 
     def _from_audio(self, ref: SegmentRef, words: list[Word]) -> Segment:
         frame_samples = round(self.sample_rate_hz / FRAME_RATE_HZ)
@@ -157,29 +155,12 @@ class SegmentReader(Dataset):
         return segment
 
     def _from_encoded(self, ref: SegmentRef, words: list[Word]) -> Segment:
-        audio, text = ref.recording.read_codes(ref.start_frame, self.num_frames)
-        name = ref.recording.title
-        if audio.shape[1] < self.num_codebooks:
-            raise FileProblem(
-                f"codes {name} are of {audio.shape[1]} codebooks a channel, and the model reads "
-                f"{self.num_codebooks}",
-                "encode with as many codebooks, or name the audio instead",
-            )
-        highest = max(int(audio.max()), 0) if audio.numel() else 0
-        if highest >= self.num_codes:
-            raise FileProblem(
-                f"codes {name} go up to {highest}, and Mimi has {self.num_codes} a codebook",
-                "check that they are Mimi's, and that rows are streams",
-            )
+        codes = ref.recording.read_codes(ref.start_frame, self.num_frames)
+        self.reads.require(codes, ref.recording.title, self.text)
+        audio, text = codes
         segment = self._segment(ref, words, audio.shape[2])
         segment.audio_codes = audio
         if text is not None:
-            if text.numel() and int(text.max()) >= self.text.tokenizer.vocab_size():
-                raise FileProblem(
-                    f"the text of codes {name} holds tokens up to {int(text.max())}, and the "
-                    f"tokenizer has {self.text.tokenizer.vocab_size()}",
-                    "make it with the model's own tokenizer",
-                )
             segment.text_tokens = text
         return segment
 

@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 
 from finetune.config import parse_sources
 from finetune.data.checks import Checks
+from finetune.data.codes import ReadCodes
 from finetune.data.inspection import Finding, inspect_listing
 from finetune.data.layouts import Entry, open_source
 from finetune.data.reading import Reading
@@ -82,6 +83,7 @@ def load_sources(
     on_error: Literal["raise", "skip"],
     store: Store | None = None,
     text: TextEncoder | None = None,
+    reads: ReadCodes | None = None,
     reading: Reading | None = None,
 ) -> DataSet:
     """Read and check everything that a configuration key names.
@@ -92,6 +94,7 @@ def load_sources(
         num_frames: length of a segment.
         store: remembers what was found, so that unchanged files are not opened again.
         text: makes tokens of the words; None: what tokens show is not looked at.
+        reads: what codes the model reads; None: whether it reads these is not looked at.
         reading: what is done with the audio; None: nothing.
 
     Raises:
@@ -104,7 +107,7 @@ def load_sources(
     num_skipped = 0
     if store is not None:
         store.refresh(at_once=True)  # the other ranks have just checked their shares
-    checks = Checks(store, text)
+    checks = Checks(store, text, reads)
     for path, weight in parse_sources(spec, key):
         checked = _check_source(path, key, checks, reading)
         recordings = [each.recording for each in checked if each.recording is not None]
@@ -137,6 +140,7 @@ def check_share_of_sources(
     key: str,
     store: Store,
     text: TextEncoder | None = None,
+    reads: ReadCodes | None = None,
     reading: Reading | None = None,
     rank: int,
     world_size: int,
@@ -145,7 +149,7 @@ def check_share_of_sources(
 
     Problems are left to `load_sources`.
     """
-    checks = Checks(store, text)
+    checks = Checks(store, text, reads)
     for path, _ in parse_sources(spec, key):
         _check_source(path, key, checks, reading, slice(rank, None, world_size))
     checks.flush()

@@ -1,14 +1,18 @@
 """An earlier evaluation's report lies in the output folder, and this one would replace it."""
 
 import json
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from finetune.config import resolved_sources
 from finetune.errors import UserError
-from finetune.kept import Kept
+from finetune.evaluation.tasks import TASKS
+from finetune.kept import Kept, fingerprint_of
 from finetune.safety import without_nan
+
+logger = logging.getLogger(__name__)
 
 RESULTS = "results.json"
 REPORT = "report.html"
@@ -42,6 +46,50 @@ def require_nothing_replaced(out: Path, model: Mapping[str, Any], told: Mapping[
             f"--out: {out} holds another report, which would be replaced: {'; '.join(changes)}. "
             f"Give another --out, or --overwrite to replace it."
         )
+
+
+def remove_others(out: Path, fingerprint: str, tasks: Collection[str]) -> None:
+    """Remove what an earlier evaluation, whose report was replaced, has left of other tasks.
+
+    Results of the same checkpoint stay: an evaluation with that task goes on with them.
+
+    Args:
+        fingerprint: of the checkpoint of this one.
+        tasks: of this one.
+
+    Raises:
+        UserError: something cannot be removed.
+    """
+    removed, kept = [], []
+    for name in TASKS.keys() - set(tasks):
+        results = out / f"{name}.jsonl"
+        depends_on = fingerprint_of(results)
+        if depends_on is None:
+            continue  # what else is called so is somebody else's
+        left = [out / f"{name}.csv", *(out / more for more in TASKS[name].more_files)]
+        if depends_on.get("checkpoint") == fingerprint:
+            kept.append(results.name)
+        else:
+            left.append(results)
+        for path in left:
+            if path.is_file():
+                _remove(path)
+                removed.append(path.name)
+    if removed:
+        logger.info("removed from %s, as of the report that was replaced: %s", out, _list(removed))
+    if kept:
+        logger.info("kept in %s, as results of this checkpoint: %s", out, _list(kept))
+
+
+def _list(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names))
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink()
+    except OSError as error:
+        raise UserError(f"--out: {path} cannot be removed: {error.strerror}.") from error
 
 
 def _changes(

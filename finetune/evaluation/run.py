@@ -21,7 +21,7 @@ from finetune.errors import UserError
 from finetune.evaluation.bench import Bench, Inputs, load_bench, usable_recordings
 from finetune.evaluation.common_options import ALWAYS_READ, what_takes_less
 from finetune.evaluation.dashboard import to_wandb
-from finetune.evaluation.earlier import REPORT, RESULTS, require_nothing_replaced
+from finetune.evaluation.earlier import REPORT, RESULTS, remove_others, require_nothing_replaced
 from finetune.evaluation.fingerprints import checkpoint_fingerprint
 from finetune.evaluation.options import Options
 from finetune.evaluation.origin import (
@@ -95,6 +95,8 @@ def _evaluate(options: Options) -> dict[str, Any]:
         described = _described(bench, options, origin, is_kept=configuration is not None)
         results = {**described, "conclusions": [*bad_weights, *warnings, *told], **found}
         _write(options, results, configuration)
+        if options.overwrite:
+            remove_others(options.out, bench.identity["checkpoint"], options.tasks)
     reasons = [reason for task in tasks if (reason := task.why_nothing(found[task.name]))]
     if reasons:
         raise UserError("\n".join([*reasons, f"What there is lies in {options.out}."]))

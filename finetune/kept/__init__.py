@@ -3,7 +3,7 @@
 from finetune.kept.checkpoint_folders import is_stock, require_checkpoint, require_part
 from finetune.kept.checkpoint_names import CHECKPOINT_NAME, DIVERGED, checkpoints_in, step_of
 from finetune.kept.lock import FileLock, held_folder
-from finetune.kept.records import Records, read_records
+from finetune.kept.records import Records, fingerprint_of, read_records
 from finetune.kept.wav import WavWriter, write_wav
 from finetune.kept.whole import (
     Kept,
@@ -25,6 +25,7 @@ __all__ = [
     "Records",
     "WavWriter",
     "checkpoints_in",
+    "fingerprint_of",
     "held_folder",
     "is_free_folder",
     "is_stock",

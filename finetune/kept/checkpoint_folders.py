@@ -26,10 +26,16 @@ def require_checkpoint(checkpoint: Path, key: str) -> None:
         _require_not_diverged(checkpoint, key)
         if (checkpoint / "args.yaml").is_file():
             return
+        weights = checkpoint / "consolidated"
+        way = (
+            f"a run starts from its adapters with moshi_paths.init_from: {weights}"
+            if (weights / "lora.safetensors").is_file()
+            else f"a run starts from its weights with moshi_paths.moshi_path: "
+            f"{weights / 'consolidated.safetensors'}"
+        )
         raise UserError(
-            f"{key}: {checkpoint} has no args.yaml, as checkpoints of this project have. Of "
-            f"moshi-finetune's, which have none, {checkpoint / 'consolidated'} holds the weights: "
-            f"name all weights (consolidated.safetensors) as moshi_paths.moshi_path instead."
+            f"{key}: {checkpoint} has no args.yaml, as checkpoints of this project have. If it is "
+            f"moshi-finetune's, which have none, {way}."
         )
     inside = [*checkpoints_in(checkpoint / "checkpoints"), *checkpoints_in(checkpoint)]
     above = next((p for p in checkpoint.absolute().parents if (p / "consolidated").is_dir()), None)

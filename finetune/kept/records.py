@@ -91,6 +91,18 @@ def read_records(path: Path, option: str) -> tuple[dict[str, Any], list[dict[str
     return header.get("fingerprint") or {}, records
 
 
+def fingerprint_of(path: Path) -> dict[str, Any] | None:
+    """Return what the results in a file depend on; None: there are none, or it holds something
+    else, which is nobody's to judge here."""
+    try:
+        with path.open("rb") as file:
+            header = decoded(file.readline().decode())
+    except (OSError, ValueError):
+        return None
+    found = header.get("fingerprint")
+    return found if isinstance(found, dict) else None
+
+
 def _complete_lines(path: Path, option: str) -> list[str]:
     try:
         return path.read_bytes().decode().split("\n")[:-1] if path.exists() else []

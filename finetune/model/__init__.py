@@ -19,6 +19,7 @@ from finetune.model.init_from import (
     misfits,
     open_earlier_run,
 )
+from finetune.model.read_codes import read_codes_of
 from finetune.model.roles import count_by_role, parameters_by_role, trainable_by_role
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "open_earlier_run",
     "parameters_by_role",
     "plan_model",
+    "read_codes_of",
     "shape_from_hub",
     "trainable_by_role",
     "unused_ttt",

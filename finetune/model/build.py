@@ -14,6 +14,7 @@ from torch import nn
 from finetune.config import LoraArgs, ModelArgs, TrainArgs
 from finetune.data import Codec
 from finetune.errors import UserError
+from finetune.model.adapters import no_base
 from finetune.model.base_precision import freeze_base, require_bitsandbytes, require_precision
 from finetune.model.compilers import require_compiler
 from finetune.model.fill import Sharder, WeightFiles, fill
@@ -49,10 +50,7 @@ def model_shape(info: loaders.CheckpointInfo) -> dict[str, Any]:
             "Use the bf16 repository."
         )
     if info.lora_weights is not None or config.get("lora"):
-        raise UserError(
-            "moshi_paths: this is a LoRA checkpoint. Name its base here, and the folder of the "
-            "adapters as moshi_paths.init_from, which takes their TTT as well."
-        )
+        raise no_base("moshi_paths: by their config.json (lora) these are LoRA adapters")
     require_trainable(config)
     return _with_known_names(config)
 

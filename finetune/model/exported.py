@@ -12,12 +12,12 @@ from safetensors import SafetensorError, safe_open
 
 from finetune.config import DataArgs, LoraArgs, ModelPaths, TrainArgs
 from finetune.errors import UserError
+from finetune.model.adapters import ADAPTERS, require_base
 from finetune.safety import stays_inside
 from ttt import TTTArgs
 from ttt.registry import METHODS
 
 TTT_FILE = "ttt.safetensors"
-_ADAPTERS = "lora.safetensors"
 
 
 def exported_args(folder: Path, config: Mapping[str, Any], paths: ModelPaths) -> TrainArgs:
@@ -36,7 +36,7 @@ def exported_args(folder: Path, config: Mapping[str, Any], paths: ModelPaths) ->
             lora = LoraArgs(
                 enable=True, rank=int(config["lora_rank"]), scaling=float(config["lora_scaling"])
             )
-            with safe_open(folder / _ADAPTERS, "pt") as file:
+            with safe_open(folder / ADAPTERS, "pt") as file:
                 lora.ft_embed = any(".lora_" not in key for key in file.keys())  # noqa: SIM118
         except (
             OSError,
@@ -46,6 +46,8 @@ def exported_args(folder: Path, config: Mapping[str, Any], paths: ModelPaths) ->
             ValueError,
             OverflowError,
         ) as error:
+            if not (folder / ADAPTERS).is_file():
+                require_base(folder, config)
             raise UserError(
                 f"moshi_paths.init_from: the config.json of {folder} speaks of adapters (lora: "
                 f"true), and they cannot be read: {error}. Copy or export the folder again."

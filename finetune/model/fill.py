@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from finetune.errors import UserError
 from finetune.kept import require_part
+from finetune.model.adapters import no_base
 from finetune.safety import all_finite
 from ttt import TTTLMModel, ttt_parameters
 from ttt.layers import TTTLayer
@@ -74,6 +75,8 @@ class WeightFiles:
         }
         frozen = {name.replace(".frozen_W.", "."): name for name in shapes}
         found = _unstacked(_places(path, key), expected)
+        if any(".lora_" in name for name in found):
+            raise no_base(f"{key}: {path} holds LoRA adapters", path.parent)
         require_shapes(path, expected, found, key)
         self._places |= {frozen[name]: place for name, place in found.items()}
 

@@ -9,6 +9,7 @@ from moshi.models import loaders
 
 from finetune.config import FOLDER, REPOSITORY, ModelPaths
 from finetune.errors import UserError
+from finetune.model.adapters import require_base
 from finetune.model.hub import HUB_ERRORS, is_reachable
 from finetune.safety import read_json, stays_inside
 
@@ -41,8 +42,10 @@ def find_checkpoint(
     config: dict[str, Any] | None = None
     names = {}
     if config_path is not None:
-        config = _read_json(config_path, "moshi_paths.config_path")
+        config = read_object(config_path, "moshi_paths.config_path")
         names = dict(config)
+        if folder is not None and paths.config_path is None and paths.moshi_path is None:
+            require_base(folder, config)
 
     def locate(key: str, given: str | None, name: str) -> Path:
         if given is None and folder is None:
@@ -69,7 +72,7 @@ def find_checkpoint(
         mimi_config_file = locate(
             "mimi_config_path", paths.mimi_config_path, mimi_config_name or ""
         )
-        mimi_config = _read_json(mimi_config_file, "moshi_paths.mimi_config_path")
+        mimi_config = read_object(mimi_config_file, "moshi_paths.mimi_config_path")
     moshi_name = names.pop("moshi_name", loaders.MOSHI_NAME)
     return loaders.CheckpointInfo(
         moshi_weights=(
@@ -154,7 +157,15 @@ def _from_hub(repo: str, paths: ModelPaths, with_weights: bool) -> loaders.Check
     return info
 
 
-def _read_json(path: Path, key: str) -> dict[str, Any]:
+def read_object(path: Path, key: str) -> dict[str, Any]:
+    """Return the object that a model's JSON file holds.
+
+    Args:
+        key: what names the file, for messages.
+
+    Raises:
+        UserError: it cannot be read, or holds none.
+    """
     try:
         found = read_json(path)
     except OSError as error:

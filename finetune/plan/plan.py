@@ -14,7 +14,7 @@ from finetune.config import ModelPaths, TrainArgs
 from finetune.data import Reading, count_frames, load_sources
 from finetune.distributed import shard_size
 from finetune.errors import UserError, counted
-from finetune.model import plan_model, shape_from_hub
+from finetune.model import plan_model, read_codes_of, shape_from_hub
 from finetune.monitoring import format_count, format_duration
 from finetune.plan.advice import no_way, way_to_speed, ways_to_fit
 from finetune.plan.describe import cautions_of_steps, describe_roles
@@ -133,6 +133,7 @@ def _describe_time(args: TrainArgs, model: TTTLMModel, num_gpus: int) -> Iterato
             key="data.train_data",
             num_frames=num_frames,
             on_error=args.data.on_error,
+            reads=read_codes_of(args.moshi_paths),
             reading=Reading.of(args.data, training=True),
         )
         segment_frames, segment_shares = data.segment_frames, data.segment_shares

@@ -6,6 +6,7 @@ from functools import partial
 
 from finetune.config import TrainArgs
 from finetune.errors import UserError
+from finetune.model import plan_model
 from finetune.plan.memory import fits
 from finetune.plan.plan import GB, shape_of
 from finetune.plan.search import ENOUGH_BATCH, Choice, Search
@@ -34,7 +35,8 @@ def table(
         given: keys that stand on the command line.
 
     Raises:
-        UserError: an impossible configuration, or a key is given that the table sets itself.
+        UserError: an impossible configuration, but for TTT that is off, of which a line says so; or
+            a key is given that the table sets itself.
     """
     if refused := [f"--{key}" for key in COMPARED if key in given]:
         raise UserError(
@@ -47,6 +49,9 @@ def table(
         "TTT alone": _kind(args, lora=False, ttt=True, full=False),
         "all weights": _kind(args, lora=False, ttt=args.ttt.enabled, full=True),
     }
+    without_ttt = "" if args.ttt.enabled else _why_no_ttt(columns["TTT alone"])
+    if without_ttt:
+        columns = {name: kind for name, kind in columns.items() if not kind.ttt.enabled}
     gpus_gb = GPUS_GB if gpu_memory_gb is None else (gpu_memory_gb,)
     cells = {name: list(_cells(kind, num_gpus, gpus_gb)) for name, kind in columns.items()}
     rank = f"rank {args.lora.rank}"
@@ -60,6 +65,18 @@ def table(
     yield f"| ---: {'| --- ' * len(cells)}|"
     for row, gpu_gb in enumerate(gpus_gb):
         yield f"| {gpu_gb:g} GB | {' | '.join(column[row] for column in cells.values())} |"
+    if without_ttt:
+        yield ""
+        yield f"no columns with TTT, which this run has not: as it is set, {without_ttt}"
+
+
+def _why_no_ttt(with_ttt: TrainArgs) -> str:
+    """Return why a model cannot have the TTT of a configuration; nothing if it can."""
+    try:
+        plan_model(with_ttt, shape_of(with_ttt.moshi_paths)[0])
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def _kind(args: TrainArgs, *, lora: bool, ttt: bool, full: bool) -> TrainArgs:

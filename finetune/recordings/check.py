@@ -10,6 +10,7 @@ from finetune.data import (
     INSPECTION_VERSION,
     Finding,
     Inspection,
+    ReadCodes,
     Recording,
     TextEncoder,
     inspect_listing,
@@ -20,7 +21,7 @@ from finetune.recordings.check_page import page_of
 from finetune.recordings.check_report import Checked, Report, as_json, sentences, summary_table
 from finetune.recordings.encoder import WordStart, text_encoder
 from finetune.recordings.ledger import Ledger, file_key
-from finetune.recordings.listing import list_data
+from finetune.recordings.listing import Listing, list_data
 from finetune.recordings.options import CheckOptions
 from finetune.recordings.work import do_all
 
@@ -64,9 +65,13 @@ def inspect_data(options: CheckOptions, overrides: Mapping[str, Any]) -> Report:
     # What is wrong with it is said once, and here.
     text = text_encoder(tokenizer, listing.word_start) if tokenizer is not None else None
     work = partial(
-        _inspect, thorough=not options.fast, tokenizer=tokenizer, word_start=listing.word_start
+        _inspect,
+        thorough=not options.fast,
+        tokenizer=tokenizer,
+        word_start=listing.word_start,
+        reads=listing.reads,
     )
-    found = _inspect_all(options, listing.all, work, text)
+    found = _inspect_all(options, listing, work, text)
     checked = [
         Checked(origin, "", 0.0, 0, 0, [Finding("malformed-line", "error", problem, _LINE_REMEDY)])
         for origin, problem in listing.problems
@@ -77,25 +82,30 @@ def inspect_data(options: CheckOptions, overrides: Mapping[str, Any]) -> Report:
         listing.evaluation,
         {recording: each.digest for recording, each in found.items()},
     )
-    return Report(options.data, checked, together, _notes(options, tokenizer))
+    return Report(options.data, checked, together, _notes(options, tokenizer, listing))
 
 
 def _facts(found: Inspection) -> tuple[float, int, int, list[Finding]]:
     return found.duration_sec, found.sample_rate_hz, found.num_channels, found.findings
 
 
-def _notes(options: CheckOptions, tokenizer: Path | None) -> list[str]:
+def _notes(options: CheckOptions, tokenizer: Path | None, listing: Listing) -> list[str]:
     notes = []
     if options.fast:
         notes.append("of the audio, a few words of each recording were heard (--fast)")
     if tokenizer is None:
         notes.append("text tokens were not looked at: no tokenizer is here, name one: --tokenizer")
+    if listing.has_codes and listing.reads is None:
+        notes.append(
+            "codes were not compared with a model: give, in place of a list, a run's YAML file "
+            "whose config.json is on this machine"
+        )
     return notes
 
 
 def _inspect_all(
     options: CheckOptions,
-    recordings: list[Recording],
+    listing: Listing,
     work: Callable[[Recording], Inspection],
     text: TextEncoder | None,
 ) -> dict[Recording, Inspection]:
@@ -106,10 +116,10 @@ def _inspect_all(
     found: dict[Recording, Inspection] = {}
     keys = {}
     with Ledger(path) as ledger:
-        for recording in recordings:
-            key = file_key(
-                recording, INSPECTION_VERSION, options.fast, tokens, recording.duration_sec
-            )
+        for recording in listing.all:
+            known_by = (INSPECTION_VERSION, options.fast, tokens, recording.duration_sec)
+            reads = (listing.reads,) if recording.has_codes else ()
+            key = file_key(recording, *known_by, *reads)
             keys[recording] = key
             if key is not None and (kept := ledger.get(key)) is not None:
                 duration_sec, rate_hz, num_channels, findings, digest = kept
@@ -117,7 +127,7 @@ def _inspect_all(
                 found[recording] = Inspection(
                     recording.path, duration_sec, rate_hz, num_channels, all_findings, digest
                 )
-        missing = [recording for recording in recordings if recording not in found]
+        missing = [recording for recording in listing.all if recording not in found]
         at_once = _FAST_AT_ONCE if options.fast else 1
         for done in do_all(
             work, missing, title="checking", workers=options.workers, at_once=at_once
@@ -130,7 +140,12 @@ def _inspect_all(
 
 
 def _inspect(
-    recording: Recording, *, thorough: bool, tokenizer: Path | None, word_start: WordStart
+    recording: Recording,
+    *,
+    thorough: bool,
+    tokenizer: Path | None,
+    word_start: WordStart,
+    reads: ReadCodes | None,
 ) -> Inspection:
     text = text_encoder(tokenizer, word_start) if tokenizer is not None else None
-    return recording.inspect(thorough=thorough, text=text)
+    return recording.inspect(thorough=thorough, text=text, reads=reads)

@@ -9,9 +9,9 @@ from huggingface_hub import try_to_load_from_cache
 from moshi.models.loaders import TEXT_TOKENIZER_NAME
 
 from finetune.config import ModelPaths, is_configuration, load_config, parse_sources
-from finetune.data import Reading, Recording, open_source
+from finetune.data import ReadCodes, Reading, Recording, open_source
 from finetune.errors import UserError
-from finetune.model import find_checkpoint
+from finetune.model import find_checkpoint, read_codes_of
 from finetune.recordings.encoder import WordStart
 
 
@@ -29,11 +29,18 @@ class Listing:
     """The run's `data.main_channel`; a JSONL alone does not say."""
     word_start: WordStart = "auto"
     """See `data.word_start`."""
+    reads: ReadCodes | None = None
+    """What codes the run's model reads, where that is known and any recording is kept so."""
 
     @property
     def all(self) -> list[Recording]:
         """Each recording once."""
         return list(dict.fromkeys([*self.recordings, *self.evaluation]))
+
+    @property
+    def has_codes(self) -> bool:
+        """Return whether any recording is kept as codes."""
+        return any(recording.has_codes for recording in self.all)
 
 
 def list_data(data: Path, overrides: Mapping[str, Any] | None = None) -> Listing:
@@ -55,6 +62,8 @@ def list_data(data: Path, overrides: Mapping[str, Any] | None = None) -> Listing
         listing.main_channel = args.data.main_channel
         listing.word_start = args.data.word_start
         listing.tokenizer = local_tokenizer(args.moshi_paths)
+        if listing.has_codes:
+            listing.reads = read_codes_of(args.moshi_paths)
     elif overrides:
         raise UserError(
             f"--{next(iter(overrides))} is no option. Keys of a configuration go with a run's "

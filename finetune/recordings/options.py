@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Le
 
-from finetune.config import CONFIGURATION, DATA, FILE, FOLDER, POSITIONAL, SOURCE, FilePath
+from finetune.config import CONFIGURATION, DATA, FILE, FOLDER, POSITIONAL, SOURCE, FilePath, PngPath
 from finetune.errors import UserError
 
 Workers = Annotated[int, Ge(1), Le(1024)]
@@ -131,17 +131,8 @@ class ShowOptions:
     """A run's YAML file whose files are on this machine: its text tokens, codes and loss weights
     are shown as well."""
 
-    out: FilePath = Path("segment.png")
-    """The picture to write; the sound goes beside it, as a stereo wav."""
-
-    def check(self) -> None:
-        """Check where the picture goes.
-
-        Raises:
-            UserError: its name is not that of a picture.
-        """
-        if self.out.suffix.lower() != ".png":
-            raise UserError(f"--out {self.out}: the picture is a PNG; give a name with .png.")
+    out: PngPath = Path("segment.png")
+    """The picture to write, a PNG; the sound goes beside it, as a stereo wav."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +144,7 @@ class StatsOptions:
     """A sentencepiece model, to count text tokens; null: that of the run, if DATA is a YAML file
     and the tokenizer is on this machine."""
 
-    out: FilePath | None = None
+    out: PngPath | None = None
     """A PNG to draw the distributions into."""
 
     workers: Workers | None = None

@@ -16,8 +16,18 @@ from finetune.step.optim import Optimizer, StepResult
 
 logger = logging.getLogger(__name__)
 
+HAS_DIVERGED = "the run has diverged."
+"""What a message ends with before its remedy, where a run has diverged for sure."""
 LOST_AT_THE_END = 2
 """So many lost steps in a row are no accident where nothing follows them."""
+
+
+def lower_rates(args: TrainArgs) -> str:
+    """Return what to do, of a run that diverged, before it is run again."""
+    if not args.ttt.enabled:
+        return "Lower optim.lr"
+    inner = ", or ttt.learning_rate, or set ttt.max_delta_norm" if args.ttt.has_fixed_step else ""
+    return f"Lower optim.lr or optim.ttt_lr{inner}"
 
 
 class LostSteps:
@@ -53,8 +63,8 @@ class LostSteps:
         """
         if self.nonfinite_in_a_row >= self.args.max_nonfinite_steps:
             raise UserError(
-                f"the {self._last_steps()} had a loss or gradient that is not "
-                f"finite (max_nonfinite_steps); the model does not recover from that. "
+                f"the {self._last_steps()} had a loss or gradient that is not finite "
+                f"(max_nonfinite_steps), and the model did not recover: {HAS_DIVERGED} "
                 f"{self._remedy()}"
             )
 
@@ -80,7 +90,8 @@ class LostSteps:
             more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
             raise UserError(
                 f"after step {step} weights that train are NaN or infinite "
-                f"({', '.join(bad[:3])}{more}): nothing of this step is saved. {self._remedy()}"
+                f"({', '.join(bad[:3])}{more}), and nothing of this step is saved: {HAS_DIVERGED} "
+                f"{self._remedy()}"
             )
 
     def require_finite_end(self, step: int, eval_loss: float | None) -> None:
@@ -94,8 +105,8 @@ class LostSteps:
         """
         if eval_loss is not None and not math.isfinite(eval_loss):
             raise UserError(
-                f"the loss of the evaluation after step {step}, the last, is {eval_loss}: the run "
-                f"has diverged. {self._remedy()}"
+                f"the loss of the evaluation after step {step}, the last, is {eval_loss}: "
+                f"{HAS_DIVERGED} {self._remedy()}"
             )
         if eval_loss is None and self.nonfinite_in_a_row >= LOST_AT_THE_END:
             raise UserError(
@@ -110,11 +121,9 @@ class LostSteps:
         return "last step" if count == 1 else f"last {count} steps"
 
     def _remedy(self) -> str:
-        inner = ", or ttt.learning_rate, or set ttt.max_delta_norm"
         return (
-            f"Lower optim.lr or optim.ttt_lr{inner if self.args.ttt.has_fixed_step else ''}, and "
-            f"continue from an earlier checkpoint, if there is one in "
-            f"{Path(self.args.run_dir) / 'checkpoints'}, or begin anew."
+            f"{lower_rates(self.args)}, and continue from an earlier checkpoint, if there is one "
+            f"in {Path(self.args.run_dir) / 'checkpoints'}, or begin anew."
         )
 
     def state_dict(self) -> dict[str, int]:

@@ -15,14 +15,15 @@ from finetune.plan import SUMMARY
 from finetune.sweep.plan import PlannedRun, Sweep
 from ttt.options import HARMLESS
 
-Status = Literal["new", "running", "finished", "failed", "stopped", "skipped"]
+Status = Literal["new", "running", "finished", "failed", "diverged", "stopped", "skipped"]
 
 
 @dataclass
 class Record:
     """Record of what is known of a run.
 
-    status: "running" if the process that ran it died without a word.
+    status: "running" if the process that ran it died without a word; "diverged" if it failed
+        because its loss or its weights were no longer finite.
     message: why it failed or was skipped.
     ended_at: when it finished; what started from it knows it by that.
     started_from: `ended_at` of the run that it started from.
@@ -77,8 +78,12 @@ def changes_since(sweep: Sweep, run: PlannedRun) -> list[str]:
     processes = _processes(run)
     if processes not in (None, sweep.processes):
         found.append(f"processes was {processes} and is {sweep.processes} now")
-    if run.after and _started_from(run, record) != read_record(sweep.runs[run.after]).ended_at:
-        found.append(f"{run.after}, which it starts from, was run again")
+    if run.after:
+        earlier = sweep.runs[run.after]
+        if _started_from(run, record) != read_record(earlier).ended_at:
+            found.append(f"{run.after}, which it starts from, was run again")
+        elif changes_since(sweep, earlier):
+            found.append(f"{run.after}, which it starts from, is outdated")
     return found
 
 
@@ -166,7 +171,8 @@ def _holds_something(run: PlannedRun, record: Record) -> bool:
 def came_to_nothing(run: PlannedRun, record: Record) -> bool:
     """Return whether the run in the folder failed before its first checkpoint: nothing goes on
     from it."""
-    return record.status == "failed" and record.replaces is None and not _checkpoints(run)
+    has_failed = record.status in ("failed", "diverged")
+    return has_failed and record.replaces is None and not _checkpoints(run)
 
 
 def replacing(run: PlannedRun, record: Record) -> Record:

@@ -23,6 +23,7 @@ from finetune.errors import UserError
 from finetune.interrupt import answer_to, stop_signals
 from finetune.monitoring import console, format_duration
 from finetune.safety import is_secret
+from finetune.step import HAS_DIVERGED, lower_rates
 from finetune.sweep.plan import PlannedRun, Sweep, option
 from finetune.sweep.record import (
     Record,
@@ -163,6 +164,10 @@ def _run_one(
         record.replaces, record.replaces_from = None, ""
     if record.status == "failed":
         record.message = _reason(log_path(run), log_start, code)
+        said, has_diverged, _ = record.message.partition(HAS_DIVERGED)
+        if has_diverged:  # what follows is for those who run it alone
+            record.status = "diverged"
+            record.message = f"{said}{HAS_DIVERGED} {_remedy(sweep, run, record)}"
     write_record(run, record)
     detail = f": {record.message}" if record.message else ""
     _say(f"{label}: {record.status} after {format_duration(took_sec)}{detail}")
@@ -192,6 +197,12 @@ def _status_of(code: int, children: "Children") -> Status:
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     was_signaled = code in [128 + s for s in signals] + [-s for s in signals]
     return "stopped" if children.signal_number or was_signaled else "failed"
+
+
+def _remedy(sweep: Sweep, run: PlannedRun, record: Record) -> str:
+    """Return what to do about a run that diverged."""
+    option = "" if came_to_nothing(run, record) else " with --overwrite_run_dir"
+    return f"{lower_rates(run.args)} in {sweep.file}, and run that again{option}."
 
 
 def _reason(log: Path, start: int, code: int) -> str:

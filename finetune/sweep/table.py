@@ -32,6 +32,7 @@ class Row:
 
     status: of its record, or "outdated": it was run with other settings, which `message` names.
     caution: why TTT could do nothing in it.
+    Of a run that diverged there are no losses but the first: what it had before says nothing of it.
     eval_loss, eval_loss_first, eval_loss_best: after the last evaluation, before training, and the
         lowest; in nats, text plus audio. eval_loss_best_step: the step of the lowest.
     train_loss, train_loss_best: means over a tenth of the logged steps: the last, and the lowest.
@@ -69,6 +70,13 @@ class Row:
     clipped_share: float | None = None
     nonfinite_steps: int | None = None
     peak_memory_gb: float | None = None
+
+
+_LOSSES = (
+    *("eval_loss", "eval_text_loss", "eval_audio_loss", "eval_loss_best", "eval_loss_best_step"),
+    *("train_loss", "train_loss_best"),
+)
+"""Of a row: what runs are compared by."""
 
 
 def collect(sweep: Sweep) -> list[Row]:
@@ -125,6 +133,9 @@ def _row(sweep: Sweep, run: PlannedRun) -> Row:
         _add_evaluation(row, evaluation)
     if train:
         _add_training(row, train, run.args.max_norm)
+    if status == "diverged":
+        for name in _LOSSES:
+            setattr(row, name, None)
     return row
 
 
@@ -227,16 +238,21 @@ def print_table(rows: Sequence[Row]) -> None:
 
 
 def only_in_file(rows: Sequence[Row], folder: Path) -> list[str]:
-    """Return the runs of which the table in a folder has losses, and these rows have none."""
+    """Return the runs of which the table in a folder has losses, and these rows have none; those of
+    a run that has diverged since are of no use."""
     path = folder / f"{TABLE}.csv"
     if not path.is_file():
         return []
-    has_loss = {row.run for row in rows if row.eval_loss is not None or row.train_loss is not None}
+    known = {
+        row.run
+        for row in rows
+        if row.status == "diverged" or row.eval_loss is not None or row.train_loss is not None
+    }
     with path.open(newline="", encoding="utf-8", errors="replace") as file:
         there = [
             r["run"] for r in csv.DictReader(file) if r.get("eval_loss") or r.get("train_loss")
         ]
-    return [name for name in there if name not in has_loss]
+    return [name for name in there if name not in known]
 
 
 def write_tables(rows: Sequence[Row], folder: Path) -> list[Path]:

@@ -113,6 +113,14 @@ def test_the_loss_curve_is_drawn(demo_run: tuple[Path, Any]) -> None:
             "--prompt_sec",
         ),
         (["plot", "nowhere"], "nowhere"),
+        *(
+            (
+                [*words, f"--out={{tmp}}/{name}"],
+                f"--out: the picture is a PNG; give a name with .png, and not {name}",
+            )
+            for words in (["plot", "{run}"], ["data", "stats", "{run}/x.jsonl"])
+            for name in ("loss.jpg", "loss")
+        ),
         (["train", "nowhere.yaml"], "nowhere.yaml"),
         (["demo-data", "{run}"], "{run}"),
         (["train", "--confg", "x.yaml"], "unknown option: --confg. Did you mean --config?"),

@@ -210,8 +210,8 @@ def test_weights_that_do_not_fit_the_configuration(
     "changes, expected",
     [
         ({"quantize": True}, "quantized"),
-        ({"lora_name": "lora.safetensors"}, "LoRA checkpoint"),
-        ({"lora": True}, "LoRA checkpoint"),
+        ({"lora_name": "lora.safetensors"}, "LoRA adapters, which are no model"),
+        ({"lora": True}, "LoRA adapters, which are no model"),
         ({"gating": "none"}, "needs gated MLPs"),
         ({"fuser": {"sum": []}}, "conditioning"),
     ],

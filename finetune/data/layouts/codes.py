@@ -10,10 +10,11 @@ import torch
 
 from finetune.config import require_sources
 from finetune.data.audio_files import version_of
+from finetune.data.codes import Codes
 from finetune.data.layouts.base import Entry, Source
 from finetune.data.npz import read_array, read_headers
 from finetune.data.problems import FileProblem
-from finetune.data.recording import Codes, Recording
+from finetune.data.recording import Recording
 from finetune.data.text import FRAME_RATE_HZ
 from finetune.data.transcripts import Word, read_transcript
 

@@ -49,6 +49,8 @@ class Task(ABC):
     """Whether it reads the recordings of `--data`."""
     common_options: ClassVar[tuple[str, ...]] = ("batch_size", "block_frames", "seed")
     """Which of these it reads. An evaluation tells what its tasks read, and no other option."""
+    more_files: ClassVar[tuple[str, ...]] = ()
+    """What it writes beside its results and its table."""
 
     def options_read(self) -> set[str]:
         """Return the names of the options that it reads: its own, and common ones."""

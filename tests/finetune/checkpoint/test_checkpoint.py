@@ -1,12 +1,14 @@
 """What is in checkpoints, what stock `moshi` and this program read in them, and which are kept."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from data_tools import MIMI_CONFIG
 from moshi.models.loaders import CheckpointInfo
 from safetensors.torch import load_file, save_file
 from training_tools import FULL, LORA, PLAIN, checkpoint, random_batch, train, trainer
@@ -146,11 +148,58 @@ def test_files_say_what_they_are(finished_run: Callable[..., Any], tmp_path: Pat
         finished_run(run_dir, overrides)
         return {file.name for file in (checkpoint(run_dir, 4) / "consolidated").iterdir()}
 
+    described = {"config.json", "mimi_config.json"}
     full, lora, ttt = "consolidated.safetensors", "lora.safetensors", "ttt.safetensors"
-    assert files(tmp_path / "full", FULL) == {"config.json", full, ttt}
-    assert files(tmp_path / "lora", LORA) == {"config.json", lora, ttt}
-    assert files(tmp_path / "ttt", {}) == {"config.json", ttt}
-    assert files(tmp_path / "plain", PLAIN) == {"config.json", full}
+    assert files(tmp_path / "full", FULL) == {*described, full, ttt}
+    assert files(tmp_path / "lora", LORA) == {*described, lora, ttt}
+    assert files(tmp_path / "ttt", {}) == {*described, ttt}
+    assert files(tmp_path / "plain", PLAIN) == {*described, full}
+
+
+def test_mimis_shape_is_there_under_the_name_that_the_checkpoint_has_for_it(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a repository, with Mimi and the tokenizer added, stock `moshi` loads it by its names."""
+    run = train(config, tmp_path / "run", PLAIN)
+    folder = checkpoint(tmp_path / "run", 4) / "consolidated"
+    base = config.parent / "model"
+    assert json.loads((folder / "mimi_config.json").read_text()) == MIMI_CONFIG
+    repository = shutil.copytree(folder, tmp_path / "repository")
+    for name in ("mimi.safetensors", "tokenizer.model"):
+        shutil.copy(base / name, repository)
+
+    def download(repo: str, name: str, revision: str | None = None) -> str:
+        assert repo == "me/mine" and (repository / name).is_file(), name
+        return str(repository / name)
+
+    monkeypatch.setattr("moshi.models.loaders.hf_hub_download", download)
+    info = CheckpointInfo.from_hf_repo("me/mine")
+    assert info.get_mimi().cardinality == 32
+    assert_same_logits(info.get_moshi("cpu", torch.float32), run.model, rtol=0, atol=1e-5)
+    # And a run that starts from it needs no more named than is missing.
+    paths = {"mimi_path": base / "mimi.safetensors", "tokenizer_path": base / "tokenizer.model"}
+    again = {f"moshi_paths.{key}": path for key, path in paths.items()}
+    trainer(config, tmp_path / "again", PLAIN | again | {"moshi_paths.hf_repo_id": folder})
+
+
+@pytest.mark.parametrize("name", ["../mimi_config.json", "consolidated.safetensors", "config.json"])
+def test_no_name_in_a_base_writes_over_anything(config: Path, tmp_path: Path, name: str) -> None:
+    """Of a base whose Mimi is named by hand, nothing follows the name in its config.json."""
+    content = json.loads((config.parent / "model/config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(content | {"mimi_config_name": name}))
+    paths = {
+        "moshi_paths.config_path": tmp_path / "config.json",
+        "moshi_paths.mimi_config_path": config.parent / "model/mimi_config.json",
+    }
+    train(config, tmp_path / "run", PLAIN | paths)
+    saved = checkpoint(tmp_path / "run", 4)
+    assert {file.name for file in (saved / "consolidated").iterdir()} == {
+        "config.json",
+        "consolidated.safetensors",
+    }
+    assert not (saved / "mimi_config.json").exists()
+    assert json.loads((saved / "consolidated/config.json").read_text())["dim"] == content["dim"]
+    load_file(saved / "consolidated/consolidated.safetensors")
 
 
 def test_a_run_can_start_from_the_weights_of_another(config: Path, tmp_path: Path) -> None:

@@ -123,6 +123,19 @@ def test_every_problem_is_reported_at_once(problems: Callable[..., list[str]]) -
     ("line", "problem"),
     [
         ("lr: 1e-4", "lr: unknown key, did you mean optim.lr?"),
+        (
+            "learning_rate: 1e-4",
+            "learning_rate: unknown key, did you mean optim.lr or ttt.learning_rate?",
+        ),
+        (
+            "optim: {learning_rate: 1e-4}",
+            "optim.learning_rate: unknown key, did you mean optim.lr?",
+        ),
+        (
+            "tt: {learning_rate: 1}",
+            "tt.learning_rate: unknown key, did you mean ttt.learning_rate?",
+        ),
+        ("ttt: {lr: 1e-4}", "ttt.lr: unknown key, did you mean optim.ttt_lr?"),
         ("tt: {enabled: true}", "tt.enabled: unknown key, did you mean ttt.enabled?"),
         ("xyz: 1", "xyz: unknown key; remove it"),
         (

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 from data_tools import tiny_codec, write_dataset
+from recordings_tools import call
 from training_tools import logged, train
 
 from finetune.config import DataArgs, load_config
-from finetune.data import build_train_loader, check_recordings
+from finetune.data import build_train_loader, check_recordings, open_store
 from finetune.encode import encode_data
 from finetune.errors import UserError
 from finetune.evaluation.codes import encode_to_file
@@ -129,6 +130,73 @@ def test_what_is_wrong_is_named(tmp_path: Path, codes: list[Any], message: str) 
     with pytest.raises(UserError) as error:
         loaded(path)
     assert message in str(error.value) and str(path) in str(error.value)
+
+
+OTHERS = [
+    "go up to 99, and Mimi has 32",
+    "are of 4 codebooks a channel, and the model reads 8",
+    "tokens up to 5000, and the tokenizer has",
+]
+"""Codes that are sound, and not those of this model."""
+
+
+def of_model(config: Path, folder: Path, **shape: int) -> str:
+    """Return the option that gives a run's model another shape."""
+    changed = json.loads((config.parent / "model/config.json").read_text()) | shape
+    (folder / "config.json").write_text(json.dumps(changed))
+    return f"--moshi_paths.config_path={folder}/config.json"
+
+
+@pytest.mark.parametrize("message", OTHERS)
+def test_codes_of_another_model_are_found_ahead_of_the_run(
+    config: Path,
+    tmp_path: Path,
+    codes: list[Any],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """By `data check` and as the data are loaded, not when a run comes to them."""
+    path = save(tmp_path / "codes/all.npz", codes)
+    shape = of_model(config, tmp_path, n_q=16, dep_q=8)
+    check = ("data", "check", config, shape, f"--data.train_data={path}", "--data.eval_data=")
+    kept = ("--fast", "--cache", tmp_path / "kept", "--workers=1")
+    assert call(*check, *kept) == 0
+    assert "note: codes" not in capsys.readouterr().out
+    next(BROKEN[begun] for begun in BROKEN if message.startswith(begun))(path, codes)
+    assert call(*check, *kept) == 1
+    said = capsys.readouterr().out
+    assert f"all.npz/0: {'the text of ' if 'tokens' in message else ''}codes {path}/0 " in said
+    assert message in said and "[other-codes]" in said
+    args = DataArgs(train_data=str(path), num_workers=0, cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(UserError, match=message):
+        build_train_loader(
+            args,
+            tiny_codec(),
+            duration_sec=2.0,
+            batch_size=1,
+            seed=0,
+            device="cpu",
+            store=open_store(args),
+        )
+
+
+def test_codes_that_were_good_for_one_model_are_looked_at_again_for_another(
+    config: Path, tmp_path: Path, codes: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = save(tmp_path / "codes/all.npz", codes)
+    check = ("data", "check", config, f"--data.train_data={path}", "--data.eval_data=")
+    options = ("--cache", tmp_path / "kept", "--workers=1")
+    assert call(*check, *options) == 0, "of more codebooks than this model reads"
+    assert call(*check, of_model(config, tmp_path, n_q=18, dep_q=8), *options) == 1
+    assert "of 8 codebooks a channel, and the model reads 10" in capsys.readouterr().out
+
+
+def test_without_a_model_nothing_is_said_of_its_codebooks(
+    tmp_path: Path, codes: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = save(tmp_path / "codes/all.npz", [codes[0][:9]])
+    assert call("data", "check", path, "--workers=1") == 0
+    assert "note: codes were not compared with a model: give" in capsys.readouterr().out
 
 
 def test_nothing_in_it_is_run(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from finetune.evaluation import evaluate_checkpoint
 # Fixtures: pytest finds them by their names in this module.
 _pictures = evaluation_tools._pictures
 trained = evaluation_tools.trained
+pair_folder = evaluation_tools.pair_folder
 
 GIVEN: dict[str, Any] = {"arms": ("on",), "limit": 1}
 
@@ -86,6 +87,43 @@ def test_a_report_of_other_settings_is_replaced_if_asked_for(
     assert content(out)["report.html"] != before["report.html"]
     # What is kept of the same settings is not measured again.
     assert content(out)["position.jsonl"].startswith(before["position.jsonl"])
+
+
+def test_what_other_tasks_have_left_goes_with_the_report_that_was_replaced(
+    trained: tuple[Path, Path],
+    tmp_path: Path,
+    pair_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A folder would else hold tables of two evaluations, perhaps of two checkpoints."""
+    path, data = trained
+    out, other = tmp_path / "out", tmp_path / "run/checkpoints/checkpoint_000005"
+    pairs = {"pairs": pair_folder / "pairs.jsonl"}
+    first = options(trained, out, **GIVEN | pairs | {"tasks": ("position", "pairs")})
+    evaluate_checkpoint(first)
+    mine = {"health.csv": b"a,b\n", "health.jsonl": b'{"id": "mine"}\n', "notes.txt": b"mine"}
+    for name, text in mine.items():
+        (out / name).write_bytes(text)
+    before = content(out)
+    assert {"position.csv", "position.jsonl", "pairs.csv", "zerospeech.txt"} <= before.keys()
+
+    # Of the same checkpoint, what was measured is gone on with when it is asked for again.
+    evaluate_checkpoint(options(trained, out, **GIVEN, overwrite=True))
+    assert before.keys() - content(out).keys() == {"pairs.csv", "zerospeech.txt"}
+    assert content(out)["pairs.jsonl"] == before["pairs.jsonl"]
+    said = capsys.readouterr().out
+    assert "as of the report that was replaced: pairs.csv, zerospeech.txt" in said
+    assert "as results of this checkpoint: pairs.jsonl" in said
+
+    shutil.copytree(path, other)
+    (other / "args.yaml").write_text((path / "args.yaml").read_text().replace("seed: 0", "seed: 1"))
+    second = {"tasks": ("pairs",), "overwrite": True, **pairs}
+    evaluate_checkpoint(options((other, data), out, **second))
+    assert "that was replaced: position.csv, position.jsonl" in capsys.readouterr().out
+    assert before.keys() - content(out).keys() == {"position.csv", "position.jsonl"}
+    assert content(out)["pairs.jsonl"] != before["pairs.jsonl"]
+    assert mine.items() <= content(out).items()
+    assert (pair_folder / "pairs.jsonl").is_file()
 
 
 def test_a_report_of_another_checkpoint_or_other_data_is_named(

@@ -323,12 +323,41 @@ def test_a_wrong_baseline_is_told_before_anything_is_computed(
         with pytest.raises(UserError, match=message):
             evaluate_checkpoint(options(trained, tmp_path / "out", arms=("on",), **changes))
 
-    refused("no evaluation of loss by position", baseline=tmp_path / "none")
-    refused("bin_frames 10, and this is 5", baseline=tmp_path / "base", bin_sec=0.4)
+    refused(
+        "no evaluation of loss by position in .*none. Name the folder", baseline=tmp_path / "none"
+    )
+    refused(
+        "evaluated with --bin_sec=0.8, and this is with --bin_sec=0.4, so.*: give the same",
+        baseline=tmp_path / "base",
+        bin_sec=0.4,
+    )
+    refused(
+        "with no --max_sec, and this is with --max_sec=2", baseline=tmp_path / "base", max_sec=2.0
+    )
+    refused("is where this evaluation is written", baseline=tmp_path / "out")
+    # A run, its checkpoint, and the folder that the evaluation is in, are what it is taken for.
+    for folder in (trained[0], trained[0].parent.parent):
+        refused(rf"evaluate that first \(`moshi-ttt evaluate {trained[0]}`\)", baseline=folder)
+    refused(f"Did you mean {tmp_path}/base?", baseline=tmp_path)
     data = write_dataset(tmp_path / "data", [2.0])
     refused("is of other recordings", baseline=tmp_path / "base", data=str(data))
-    (tmp_path / "base/position.jsonl").write_text("no json\n")
-    refused(r"--baseline: .*is damaged", baseline=tmp_path / "base")
+    results = tmp_path / "base/position.jsonl"
+    whole = results.read_text()
+    header, *records = whole.splitlines(keepends=True)
+    weights = header.replace('"text_padding": 0.5', '"text_padding": 0.25')
+    for content, message in (
+        ("no json\n", r"--baseline: .*is damaged"),
+        (header, "has no results yet, as it was stopped before the first"),
+        (whole.replace('"arm": "on"', '"arm": "reset"'), "has the arms reset alone, which are"),
+        (
+            weights + "".join(records),
+            "text_padding_weight 0.25, and .*_weight 0.5, so .* no option",
+        ),
+        (whole.replace('"bin_frames"', '"bins"'), "does not say with what settings it was made"),
+    ):
+        assert content != whole
+        results.write_text(content)
+        refused(message, baseline=tmp_path / "base")
 
 
 def test_a_baseline_is_compared_by_what_was_read(

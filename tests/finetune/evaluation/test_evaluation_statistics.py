@@ -350,6 +350,35 @@ def test_what_another_recordings_state_does_as_well_is_not_about_the_recording()
     assert not any(text in each for each in said([alone] * 4, [alone] * 4))
 
 
+def test_of_ttt_that_makes_nothing_better_no_gain_is_spoken_of() -> None:
+    """What it learns need not be of the recording to be of no use, and there is no gain to have."""
+    better, unsure = [estimate(-0.02, -0.03, -0.01)] * 4, [estimate(-0.005, -0.02, 0.01)] * 4
+    worse = [estimate(0.02, 0.01, 0.03)] * 4
+    on_off, carried_off, on_carried = ["on", "off"], ["carried", "off"], ["on", "carried"]
+    no_memory, helps = "is not about the recording (", "starting from another recording's state"
+
+    def warned(*compared: tuple[list[str], Any]) -> list[str]:
+        text = " ".join(each for each in sentences_of(*compared) if each.startswith("Warning"))
+        return [each for each in (no_memory, helps) if each in text]
+
+    for nothing in (unsure, worse):
+        assert not warned((on_off, nothing), (on_carried, unsure))
+        # It harms less with the other state, and still does not help.
+        assert not warned((on_off, nothing), (carried_off, nothing), (on_carried, worse))
+        # The other recording's state alone brings something.
+        assert warned((on_off, nothing), (carried_off, better), (on_carried, worse)) == [helps]
+    assert warned((on_off, better), (carried_off, better), (on_carried, worse)) == [
+        no_memory,
+        helps,
+    ]
+    assert warned((on_off, better), (on_carried, unsure)) == [no_memory]
+    # The one stream that is better is not the one of the gain.
+    first, second = [better[0], *unsure[1:]], [unsure[0], worse[0], *unsure[2:]]
+    assert warned((on_off, first), (on_carried, second)) == [no_memory]
+    # What was not measured is not ruled out.
+    assert warned((on_carried, worse)) == [no_memory, helps]
+
+
 def test_a_conclusion_is_of_what_was_measured() -> None:
     """A window of 100 frames, recordings of 120 and bins of 125: no bin is beyond the window."""
     nothing: dict[str, Any] = {"value": None, "low": None, "high": None, "count": 0}

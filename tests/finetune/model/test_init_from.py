@@ -263,7 +263,7 @@ def test_what_does_not_fit_an_export_is_named(
     for overrides, named in (
         (LORA | {"ttt.write": "delta"}, r"ttt\.write: is sum in the earlier run, and delta here"),
         (FULL, "rank 2 and scaling 2, and this run has no LoRA.*--form merged"),
-        (LORA | {"moshi_paths.hf_repo_id": str(out)}, "LoRA checkpoint.*moshi_paths.init_from"),
+        (LORA | {"moshi_paths.hf_repo_id": str(out)}, "LoRA adapters alone.*moshi_paths.init_from"),
     ):
         with pytest.raises(UserError, match=f"(?s){named}"):
             start(config, tmp_path / "run", out, overrides)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from recordings_tools import call
 from training_tools import LORA
 
@@ -92,6 +93,25 @@ def test_the_table_is_of_the_sequences_that_are_asked_for(
     batches = [int(cell.strip(" *")) for cell in row.split("|")[2:4]]
     # Half of the README's 81 and 64.
     assert batches == [40, 32]
+
+
+def test_without_ttt_in_the_run_the_table_needs_none_that_fits(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The default layers of TTT are Moshi 7B's; this model has two."""
+    content = yaml.safe_load(config.read_text())
+    del content["ttt"]
+    content["lora"] = {"enable": True}
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(content))
+    words = ("plan", path, "--table", "--gpu_memory=24")
+    assert call(*words) == 0
+    said = capsys.readouterr().out
+    assert "\n| GPU | LoRA | all weights |\n" in said
+    assert "no columns with TTT, which this run has not: as it is set, ttt.start_layer: 5" in said
+    assert call(*words, "--ttt.start_layer=1") == 0
+    assert "\n| GPU | LoRA | LoRA and TTT | TTT alone | all" in capsys.readouterr().out
+    assert call(*words, "--ttt.enabled=true") == 1, "a run that would not start"
 
 
 @pytest.mark.parametrize("key", COMPARED)

@@ -104,6 +104,7 @@ def test_numbers_of_other_settings_are_not_shown_under_the_new_ones(
         "one": None,
         "two": {"optim.lr": 1e-3},
         "after": {"after": "two", "max_steps": 2},
+        "last": {"after": "after", "max_steps": 1},
     }
     assert sweep(write(runs)) == 0
     capsys.readouterr()
@@ -114,11 +115,18 @@ def test_numbers_of_other_settings_are_not_shown_under_the_new_ones(
     assert re.search(r"two +│ outdated +│ +–", printed)
     # The file's table has numbers that this one has not.
     assert results(path) == before and table(path)["two"]["eval_loss"] is not None
-    assert "Not written: the table and the page" in printed and "numbers of two, which" in printed
+    assert (
+        "Not written: the table and the page" in printed
+        and "numbers of two, after, last, which" in printed
+    )
     assert "--table --overwrite_run_dir, which runs nothing" in printed
     assert sweep(path, "--table", "--overwrite_run_dir") == 0
     rows = table(path)
-    assert [row["status"] for row in rows.values()] == ["finished", "outdated", "finished"]
+    statuses = ["finished", "outdated", "outdated", "outdated"]
+    assert [row["status"] for row in rows.values()] == statuses
+    for stage, earlier in (("after", "two"), ("last", "after")):
+        assert rows[stage]["message"] == f"{earlier}, which it starts from, is outdated"
+        assert rows[stage]["eval_loss"] is rows[stage]["train_loss"] is None
     assert "optim.lr was 0.001 and is 0.002 now" in rows["two"]["message"]
     assert rows["two"]["eval_loss"] is rows["two"]["train_loss"] is None
     assert rows["two"]["total_sec"] == rows["two"]["steps"] == 0
@@ -126,10 +134,11 @@ def test_numbers_of_other_settings_are_not_shown_under_the_new_ones(
     assert not logged(plan, plan.runs["two"], "train")
     assert logged(plan, plan.runs["one"], "train")
 
-    # What started from it is, once it was run again; what is not chosen keeps its status.
+    # What started from it stays so when it was run again.
     assert sweep(path, "--only=two", "--overwrite_run_dir") == 0
     rows = table(path)
-    assert [row["status"] for row in rows.values()] == ["finished", "finished", "outdated"]
+    statuses = ["finished", "finished", "outdated", "outdated"]
+    assert [row["status"] for row in rows.values()] == statuses
     assert "two, which it starts from, was run again" in rows["after"]["message"]
     assert rows["two"]["eval_loss"] is not None
 
@@ -180,9 +189,9 @@ def test_a_run_that_fails_is_in_the_table_and_the_others_are_run(
     path = write({"bad": FAILING, "child": {"after": "bad"}, "good": None})
     assert sweep(path) == 1
     rows = table(path)
-    assert [rows[name]["status"] for name in rows] == ["failed", "skipped", "finished"]
+    assert [rows[name]["status"] for name in rows] == ["diverged", "skipped", "finished"]
     assert "not finite" in rows["bad"]["message"] and rows["bad"]["steps"] < 4
-    assert rows["child"]["message"] == "not run: bad, which it starts from, failed"
+    assert rows["child"]["message"] == "not run: bad, which it starts from, diverged"
     assert "not finite" in (path.parent / "sweep/report.html").read_text()
     assert "child: not run" in capsys.readouterr().out
 
@@ -197,14 +206,50 @@ def test_a_run_that_fails_is_in_the_table_and_the_others_are_run(
     assert len(commands) == 4 and logged_steps(path.parent / "sweep/bad") == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("is_saved", [False, True])
+def test_a_run_that_diverged_is_called_so_and_compared_with_none(
+    write: Callable[..., Any],
+    commands: list[Any],
+    capsys: pytest.CaptureFixture[str],
+    is_saved: bool,
+) -> None:
+    """The loss before training was its best, and stood beside those of the others."""
+    saved = {"ckpt_freq": 1, "do_eval": False} if is_saved else {}
+    runs = {"bad": FAILING | saved, "seed_1": {"seed": 1}, "seed_2": {"seed": 2}}
+    path = write(runs)
+    assert sweep(path) == 1
+    rows = table(path)
+    bad = rows["bad"]
+    assert bad["status"] == "diverged" and bad["steps"] == 2 and bad["grad_norm"] > 0
+    losses = ("eval_loss", "eval_loss_best", "eval_loss_best_step", "train_loss", "train_loss_best")
+    assert {bad[name] for name in losses} == {None}
+    assert all(rows["seed_1"][name] is not None for name in losses)
+    way = "with --overwrite_run_dir." if is_saved else "again."
+    remedy = f"the run has diverged. Lower optim.lr in {path}, and run that again"
+    assert remedy in bad["message"] and bad["message"].endswith(way)
+    printed = capsys.readouterr().out
+    assert re.search(r"bad +│ diverged at 2/4 │ +– │ +– │ +– │", printed)
+    assert "seed_1, seed_2 differ in seed alone" in printed
+    assert "One seed says nothing" not in printed, "nothing is left that has one"
+
+    # The way out is one.
+    mended = write(runs | {"bad": {"optim.lr": 1e-3}})
+    assert sweep(mended, *(["--overwrite_run_dir"] if is_saved else [])) == 0
+    assert {row["status"] for row in table(path).values()} == {"finished"}
+    # And if it diverges in the place of one with numbers, those are no longer true.
+    assert sweep(write(runs), "--overwrite_run_dir") == 1 and sweep(path, "--table") == 0
+    assert table(path)["bad"]["status"] == ("diverged" if is_saved else "outdated")
+
+
 def test_a_run_that_diverged_within_what_is_tolerated_has_failed(
     write: Callable[..., Any], commands: list[Any]
 ) -> None:
     path = write({"bad": FAILING | {"max_nonfinite_steps": 10}, "child": {"after": "bad"}})
     assert sweep(path) == 1 and len(commands) == 1
     rows = table(path)
-    assert [rows[name]["status"] for name in rows] == ["failed", "skipped"]
-    assert "after step 4, the last, is nan: the run has diverged" in rows["bad"]["message"]
+    assert [rows[name]["status"] for name in rows] == ["diverged", "skipped"]
+    assert rows["child"]["message"] == "not run: bad, which it starts from, diverged"
+    assert "after step 4, the last, is nan: the run has diverged." in rows["bad"]["message"]
     assert [each.name for each in (path.parent / "sweep/bad/checkpoints").iterdir()] == [
         "checkpoint_000004.diverged"
     ]

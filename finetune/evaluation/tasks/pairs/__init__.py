@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from finetune.evaluation.tasks.pairs.score import Pair
 
 
+_SCORES = "zerospeech.txt"
+"""Of the good recordings and the bad ones, in the form of the challenge."""
+
+
 class Pairs(Task):
     """Accuracy of preferring the good recording of each pair, over all pairs and by group."""
 
@@ -29,6 +33,7 @@ class Pairs(Task):
     options = PairsOptions
     uses_recordings = False
     common_options = ("batch_size", "block_frames")
+    more_files = (_SCORES,)
 
     def runs_unasked(self, options: PairsOptions) -> bool:
         return options.pairs is not None
@@ -64,7 +69,7 @@ class Pairs(Task):
         summary = summarize_pairs(prepared, found, work.missing, options.pair)
         bench.missing[self.name] = [f"{id}: {why}" for id, why in summary["missing"].items()]
         lines = zerospeech_lines(prepared, found, options.pair)
-        write_whole(bench.options.out / "zerospeech.txt", "".join(f"{line}\n" for line in lines))
+        write_whole(bench.options.out / _SCORES, "".join(f"{line}\n" for line in lines))
         return summary
 
     def sentences(self, found: Found) -> Iterable[str]:

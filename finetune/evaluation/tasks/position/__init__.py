@@ -36,9 +36,14 @@ class Position(Task):
     def runs_unasked(self, options: Any) -> bool:
         return True
 
-    def check(self, options: PositionOptions, *, is_chosen: bool) -> None:
+    def check(self, options: Any, *, is_chosen: bool) -> None:
         if not is_chosen and options.baseline is not None:
             raise UserError("--baseline: counts for the task position alone; add it to --tasks.")
+        if options.baseline is not None and options.baseline.resolve() == options.out.resolve():
+            raise UserError(
+                f"--baseline: {options.baseline} is where this evaluation is written itself. Give "
+                "another --out, or name the evaluation of another checkpoint."
+            )
 
     def prepare(self, inputs: Inputs, options: PositionOptions) -> tuple[Baseline, Json] | None:
         from finetune.evaluation.tasks.position.baseline import Baseline

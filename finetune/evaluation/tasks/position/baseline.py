@@ -7,11 +7,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune.data import Recording
+from finetune.data import FRAME_RATE_HZ, Recording
 from finetune.errors import UserError
-from finetune.kept import read_records
+from finetune.kept import checkpoints_in, is_stock, read_records
 
 logger = logging.getLogger(__name__)
+
+_RECORDS = "position.jsonl"
+_MAX_SHOWN = 3
+_OPTIONS = {"bin_frames": "--bin_sec", "max_frames": "--max_sec"}
+_KEYS = {
+    "text_padding": "text_padding_weight",
+    "first_codebook": "first_codebook_weight_multiplier",
+}
+"""What settings are called where they are given: for the evaluation, or for the training."""
 
 
 class Baseline:
@@ -31,19 +40,28 @@ class Baseline:
     ) -> None:
         self.missing: list[str] = []
         """Of which recordings it has read something else."""
-        earlier = read_records(folder / "position.jsonl", "--baseline")
+        earlier = read_records(folder / _RECORDS, "--baseline")
         if earlier is None:
-            raise UserError(f"--baseline: there is no evaluation of loss by position in {folder}.")
+            raise UserError(
+                f"--baseline: there is no evaluation of loss by position in {folder}. "
+                f"{_what_to_name(folder)}"
+            )
         header, records = earlier
         self.fingerprint = str(header.get("checkpoint"))
         """Of its checkpoint."""
-        for name, value in settings.items():
-            if header.get(name) != value:
-                raise UserError(
-                    f"--baseline: {folder} was evaluated with {name} {header.get(name)}, and this "
-                    f"is {value}: they cannot be compared."
-                )
-        wanted = "on" if any(record["arm"] == "on" for record in records) else "off"
+        _require_same_settings(folder, header, settings)
+        arms = {record["arm"] for record in records}
+        if not arms:
+            raise UserError(
+                f"--baseline: {folder} has no results yet, as it was stopped before the first. "
+                "Finish that evaluation: the same command goes on."
+            )
+        if not arms & {"on", "off"}:
+            raise UserError(
+                f"--baseline: {folder} has the arms {', '.join(sorted(arms))} alone, which are "
+                "controls. Evaluate its checkpoint with the arm on, or off if it has no TTT."
+            )
+        wanted = "on" if "on" in arms else "off"
         # By its file as well, where that holds no other: so it is called in earlier evaluations.
         by_file = Counter(os.path.realpath(recording.path) for recording in recordings)
         files = {os.path.realpath(recording.path): recording for recording in recordings}
@@ -63,7 +81,8 @@ class Baseline:
         if not self._records:
             raise UserError(
                 f"--baseline: {folder} is of other recordings than these"
-                f"{', or of what their files once were' if found else ''}."
+                f"{', or of what their files once were' if found else ''}. Evaluate its checkpoint "
+                "on these, and name what that writes."
             )
 
     def comparable(self, records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -83,3 +102,52 @@ class Baseline:
         self.missing.append(text)
         logger.warning("missing: %s", text)
         return False
+
+
+def _require_same_settings(
+    folder: Path, header: Mapping[str, Any], settings: Mapping[str, Any]
+) -> None:
+    for name, value in settings.items():
+        if name not in header:
+            raise UserError(
+                f"--baseline: {folder / _RECORDS} does not say with what settings it was made. "
+                "Evaluate its checkpoint again, with --overwrite."
+            )
+        if header[name] == value:
+            continue
+        there, here = (_shown(name, each) for each in (header[name], value))
+        remedy = (
+            "give the same here, or evaluate the baseline's checkpoint again with these"
+            if name in _OPTIONS
+            else "the trainings weigh their losses otherwise, and no option changes that"
+        )
+        raise UserError(
+            f"--baseline: {folder} was evaluated with {there}, and this is with {here}, so that "
+            f"they cannot be compared: {remedy}."
+        )
+
+
+def _shown(name: str, value: Any) -> str:
+    if name not in _OPTIONS:
+        return f"{_KEYS.get(name, name)} {value}"
+    option = _OPTIONS[name]
+    return f"no {option}" if value is None else f"{option}={value / FRAME_RATE_HZ:g}"
+
+
+def _what_to_name(folder: Path) -> str:
+    """Return what to do where a folder has no evaluation of loss by position."""
+    found = [file.parent for depth in ("*", "*/*") for file in folder.glob(f"{depth}/{_RECORDS}")]
+    if found:
+        return f"Did you mean {' or '.join(map(str, sorted(found)[:_MAX_SHOWN]))}?"
+    checkpoints = [*checkpoints_in(folder / "checkpoints"), *checkpoints_in(folder)]
+    if (folder / "consolidated").is_dir() or is_stock(folder):
+        checkpoints = [folder]
+    if checkpoints:
+        return (
+            "It holds a model, and no results: evaluate that first (`moshi-ttt evaluate "
+            f"{checkpoints[-1]}`), and name the folder that this writes."
+        )
+    return (
+        "Name the folder that `moshi-ttt evaluate` has written (its --out), with position among "
+        "its --tasks."
+    )
