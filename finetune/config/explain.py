@@ -10,7 +10,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from finetune.config.args import TrainArgs
 from finetune.config.checks import may_change
 from finetune.config.docs_page import default_text, type_name
-from finetune.config.fields import Field, all_fields, suggestion
+from finetune.config.fields import Field, all_fields, suggestions
 from finetune.errors import UserError
 from finetune.safety import redact
 from ttt.options import LARGEST, Change, Methods, abbreviated
@@ -39,7 +39,7 @@ def explain(key: str | None) -> str:
 
 
 def _hint(key: str, fields: dict[str, Field]) -> str:
-    similar = suggestion(TrainArgs, key)
+    similar = " or ".join(suggestions(TrainArgs, key))
     # A part of a name, or of what it means: `config rate` finds learning rates.
     holds = [k for k, field in fields.items() if key.lower() in k] or [
         k for k, field in fields.items() if key.lower() in field.doc.lower()

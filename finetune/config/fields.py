@@ -11,6 +11,7 @@ from functools import cache
 from typing import Annotated, Any, TypeVar, get_origin, get_type_hints
 
 from finetune.config.marks import Prefix
+from finetune.config.similar import similar_keys
 from finetune.config.values import NULLS, members, parse
 from ttt.options import Change, OneOf, abbreviated
 
@@ -148,7 +149,7 @@ def fill(cls: type, flat: Mapping[str, Any]) -> tuple[Any, list[Problem]]:
         if key in foreign:
             continue
         if key not in fields:
-            similar = suggestion(cls, key)
+            similar = " or ".join(suggestions(cls, key))
             hint = f", did you mean {similar}?" if similar else "; remove it"
             problems.append((abbreviated(key), f"unknown key{hint}"))
         elif fields[key].section:
@@ -193,19 +194,9 @@ def _first_words(cls: type) -> frozenset[str]:
     return frozenset(field.key.split(".")[0] for field in all_fields(cls))
 
 
-def suggestion(cls: type, unknown: str) -> str | None:
-    """Return the existing key that was probably meant."""
-    known = [field.key for field in all_fields(cls)]
-    last_part = unknown.split(".")[-1]
-    by_last_part = {key.split(".")[-1]: key for key in reversed(known)}
-    if unknown in known:
-        return None
-    if last_part in by_last_part:
-        return by_last_part[last_part]
-    if close := difflib.get_close_matches(unknown[:100], known, n=1, cutoff=0.75):
-        return close[0]
-    close = difflib.get_close_matches(last_part[:100], by_last_part, n=1, cutoff=0.75)
-    return by_last_part[close[0]] if close else None
+def suggestions(cls: type, unknown: str) -> list[str]:
+    """Return the existing keys that were probably meant, as `similar_keys` does."""
+    return similar_keys(unknown, [field.key for field in all_fields(cls)])
 
 
 def keys_that(cls: type, *changes: Change) -> set[str]:

@@ -11,7 +11,7 @@ import yaml
 from finetune.config.args import TrainArgs
 from finetune.config.checks import cross_checks
 from finetune.config.config_files import require_configuration
-from finetune.config.fields import Problem, fill, keys_that, suggestion
+from finetune.config.fields import Problem, fill, keys_that, suggestions
 from finetune.config.must_exist import what_is_missing
 from finetune.config.sources import resolved_sources
 from finetune.config.values import NULLS
@@ -202,7 +202,7 @@ def _check(
         args, problems = fill(TrainArgs, written | from_command_line)
 
     # A default stands where a value was rejected: what follows from it alone is not the user's.
-    settled = {key for key, _ in problems} | {suggestion(TrainArgs, key) for key, _ in problems}
+    settled = {each for key, _ in problems for each in (key, *suggestions(TrainArgs, key))}
     for keys, text in cross_checks(args, given):
         sections = {key.split(".")[0] for key in keys.split(", ")}
         if not settled & (sections | set(keys.split(", "))):
