@@ -2,9 +2,11 @@
 secrets, streams."""
 
 from finetune.safety.files import (
+    decode_text,
     is_recording_name,
     parse_json,
     read_json,
+    read_text,
     safetensors_problem,
     stays_inside,
     with_nan,
@@ -20,6 +22,7 @@ __all__ = [
     "AUDIO_SUFFIXES",
     "all_files",
     "all_finite",
+    "decode_text",
     "find_files",
     "is_recording_name",
     "is_secret",
@@ -30,6 +33,7 @@ __all__ = [
     "parse_json",
     "path_problem",
     "read_json",
+    "read_text",
     "redact",
     "safetensors_problem",
     "shown",

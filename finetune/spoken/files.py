@@ -19,6 +19,7 @@ from finetune.config import FOLDER, POSITIONAL, FilePath, Prefix, Seed
 from finetune.errors import UserError
 from finetune.kept import Kept, WavWriter
 from finetune.report import markdown_lines
+from finetune.safety import read_text
 from finetune.spoken.answers import (
     BASELINES,
     Json,
@@ -257,8 +258,8 @@ def _read_answers(place: Path, name: str, questions: list[Json]) -> list[Json] |
     if not plain.exists():
         return None
     try:
-        lines = plain.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_text(plain).splitlines()
+    except (OSError, ValueError) as error:
         raise UserError(f"{plain} cannot be read: {error}.") from None
     if len(lines) != len(questions):
         raise UserError(

@@ -17,10 +17,9 @@ from finetune.data.transcripts import (
     Transcript,
     Word,
     load_transcript,
-    read_text,
 )
 from finetune.errors import UserError, counted
-from finetune.safety import is_recording_name, parse_json, path_problem, shown
+from finetune.safety import is_recording_name, parse_json, path_problem, read_text, shown
 
 logger = logging.getLogger(__name__)
 
@@ -149,7 +148,7 @@ def _entries_of(jsonl: Path, reading: Reading) -> list[Entry]:
     try:
         texts = read_text(jsonl).split("\n")
     except (OSError, ValueError) as error:
-        raise UserError(f"{jsonl} cannot be read as text in UTF-8: {error}") from None
+        raise UserError(f"{jsonl} cannot be read as text: {error}") from None
     numbered = [(number, text) for number, text in enumerate(texts, 1) if text.strip()]
     if not numbered:
         raise UserError(f"{jsonl} is empty: it needs one line {_LINE} for each recording.")

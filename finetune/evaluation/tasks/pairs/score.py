@@ -32,7 +32,7 @@ from finetune.evaluation.progress import Progress
 from finetune.evaluation.streaming import Scorer
 from finetune.evaluation.tasks.pairs.options import PairOptions
 from finetune.kept import Records
-from finetune.safety import is_recording_name, parse_json, path_problem
+from finetune.safety import is_recording_name, parse_json, path_problem, read_text
 from finetune.step import LossWeights
 from ttt import TTTLMModel, block_streaming
 from ttt.options import abbreviated
@@ -75,8 +75,8 @@ def read_pairs(path: Path) -> list[Pair]:
         UserError: the file cannot be read or is empty, a line is malformed, or an id comes twice.
     """
     try:
-        texts = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        texts = read_text(path).split("\n")
+    except (OSError, ValueError) as error:
         raise UserError(f"--pairs: cannot read {path}: {error}.") from None
     pairs: dict[str, Pair] = {}
     for number, text in enumerate(texts, 1):
