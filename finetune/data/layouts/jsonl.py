@@ -8,6 +8,7 @@ from pathlib import Path
 from finetune.config import require_sources
 from finetune.data.audio_recording import AudioRecording
 from finetune.data.layouts.base import Entry, Source
+from finetune.data.lines import parse_line
 from finetune.data.problems import FileProblem
 from finetune.data.reading import Reading
 from finetune.data.sides import Sides
@@ -19,7 +20,7 @@ from finetune.data.transcripts import (
     load_transcript,
 )
 from finetune.errors import UserError, counted
-from finetune.safety import is_recording_name, parse_json, path_problem, read_text, shown
+from finetune.safety import is_recording_name, path_problem, read_text, shown
 
 logger = logging.getLogger(__name__)
 
@@ -164,16 +165,13 @@ def _hint(line: str) -> str:
 def _entry(jsonl: Path, number: int, text: str, reading: Reading) -> Entry:
     origin = f"{jsonl}:{number}"
     try:
-        fields = parse_json(text)
-        names, promised_sec = [fields["path"]], fields["duration"]
-        if fields.get("user_path") is not None:
-            names.append(fields["user_path"])
-        well_formed = type(promised_sec) in (int, float)
-        well_formed = well_formed and all(isinstance(name, str) for name in names)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        well_formed = False
-    if not well_formed:
-        return Entry(origin, None, f"malformed line: expected {_LINE} (seconds){_hint(text)}")
+        fields = parse_line(text, {"path": "text", "duration": "a number"}, {"user_path": "text"})
+    except ValueError as error:
+        expected = f"expected {_LINE} (seconds){_hint(text)}"
+        return Entry(origin, None, f"malformed line: {error}: {expected}")
+    names, promised_sec = [fields["path"]], fields["duration"]
+    if fields.get("user_path") is not None:
+        names.append(fields["user_path"])
     for name in names:
         if (wrong := path_problem(name)) is not None:
             return Entry(origin, None, f"the path {wrong}")
