@@ -115,7 +115,8 @@ def data_check(options: CheckOptions, overrides: dict[str, Any]) -> None:
     """Inspect recordings and transcripts before a run is trained on them.
 
     It may be stopped at any time and started again. The exit status is 1 if there are errors: what
-    training on would be wrong.
+    training on would be wrong. Of a JSONL, the keys data.main_channel, data.room_tone and
+    data.word_start may be given; of a run's YAML file, all.
     """
     from finetune.recordings import check_data
 

@@ -300,6 +300,10 @@ LIGHT: list[list[str]] = [
     ["data", "show", "README.md", "--config=no.yaml"],
     *[[name, "--config=no.yaml"] for name in ("plan", "encode")],
     ["init", "--data=no.jsonl", "--goal=adapt", "--gpu_memory=80"],
+    # What is named is something else.
+    *[["data", name, HEARD] for name in ("annotate", "check", "show", "stats")],
+    *[[name, "--config", LISTED] for name in ("train", "plan", "encode")],
+    ["train", "--config"],
     # What would be written is there already, or cannot be.
     *[
         ["generate", "--checkpoint=example/memory", "--audio=example", "--out=README.md"],

@@ -27,7 +27,7 @@ from finetune.config.completion import completion_script
 from finetune.config.data_args import DataArgs
 from finetune.config.docs_page import help_page, pages
 from finetune.config.explain import explain
-from finetune.config.fields import Problem, keys_that
+from finetune.config.fields import Problem, fill, keys_that
 from finetune.config.marks import POSITIONAL, Prefix
 from finetune.config.moshi_finetune import changed_since_moshi_finetune
 from finetune.config.must_exist import (
@@ -43,7 +43,7 @@ from finetune.config.must_exist import (
     is_configuration,
     require_file,
 )
-from finetune.config.options import ask_for_missing, read_options, require_there
+from finetune.config.options import BARE, ask_for_missing, read_options, require_there
 from finetune.config.read import (
     Checked,
     changed_keys,
@@ -62,6 +62,7 @@ from finetune.config.sources import parse_sources, require_sources, resolved_sou
 from finetune.config.values import NULLS, FilePath, PathsText, PathText, parse
 
 __all__ = [
+    "BARE",
     "CHECKPOINT",
     "CONFIGURATION",
     "DATA",
@@ -104,6 +105,7 @@ __all__ = [
     "check_config",
     "completion_script",
     "explain",
+    "fill",
     "flatten",
     "help_page",
     "is_configuration",

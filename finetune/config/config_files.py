@@ -6,12 +6,13 @@ from pathlib import Path
 
 from finetune.config.values import valid_path
 from finetune.errors import UserError
+from finetune.safety import is_recording
 
 
 def require_configuration(path: Path) -> None:
     """
     Raises:
-        UserError: there is no such file; files of similar names are named.
+        UserError: there is no such file, or it is data; files of similar names are named.
     """
     try:
         valid_path(path)
@@ -22,6 +23,9 @@ def require_configuration(path: Path) -> None:
         raise UserError(f"There is no configuration file {path}.{_files_nearby(path)}")
     if path.is_dir():
         raise UserError(f"{path} is a folder, and no YAML file.{_files_nearby(path / 'run.yaml')}")
+    if is_recording(path) or path.name.endswith((".jsonl", ".jsonl.gz")):
+        what = "recording" if is_recording(path) else "list of recordings"
+        raise UserError(f"{path} is a {what}, and no configuration.{_files_nearby(path)}")
 
 
 def _files_nearby(path: Path) -> str:

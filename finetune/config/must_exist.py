@@ -13,6 +13,7 @@ from finetune.config.marks import MustExist
 from finetune.config.sources import parse_sources, require_sources
 from finetune.errors import UserError
 from finetune.kept import is_stock, require_checkpoint
+from finetune.safety import is_recording
 
 _ON_DISK = ("", ".jsonl", ".gz", ".npz", ".parquet")
 """Suffixes of data that are files and folders of this machine."""
@@ -84,7 +85,7 @@ def _require_checkpoint(path: Path, key: str) -> None:
 def _is_on_disk(path: Path) -> bool:
     # Of any other suffix, or of `hf://…`, the layout alone knows whether something is there.
     is_remote = str(path).partition("/")[0].endswith(":")
-    return path.suffix in _ON_DISK and not is_remote
+    return (path.suffix in _ON_DISK or is_recording(path)) and not is_remote
 
 
 def _require_source(path: Path, key: str) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from finetune.errors import UserError
+from finetune.safety import is_recording
 
 _WEIGHT = re.compile(r"(?P<path>.+):(?P<weight>[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?)", re.IGNORECASE)
 
@@ -58,7 +59,7 @@ def require_sources(paths: Sequence[Path], key: str) -> None:
         key: the configuration's key that names the paths, for messages.
 
     Raises:
-        UserError: naming all where nothing is.
+        UserError: naming all where nothing is, or one that is no list but a recording.
     """
     missing = [str(path) for path in paths if not path.exists()]
     commas = " (commas separate paths, so that none may be in a name)" if len(paths) > 1 else ""
@@ -66,3 +67,9 @@ def require_sources(paths: Sequence[Path], key: str) -> None:
         raise UserError(f"{key}: {missing[0]} does not exist. Correct the path{commas}.")
     if missing:
         raise UserError(f"{key}: {', '.join(missing)} do not exist. Correct the paths{commas}.")
+    for path in paths:
+        if is_recording(path):
+            raise UserError(
+                f"{key}: {path} is a recording; name a list of recordings, which "
+                "`moshi-ttt data index FOLDER` writes."
+            )

@@ -21,6 +21,7 @@ from finetune.data import (
 from finetune.errors import UserError, counted
 from finetune.kept import write_wav
 from finetune.model import build_codec, find_checkpoint, plan_model
+from finetune.recordings.listing import options_of_list
 from finetune.recordings.options import ShowOptions
 from finetune.recordings.picture import draw
 from finetune.recordings.shown import SAMPLE_RATE_HZ, Shown, Streams
@@ -34,9 +35,8 @@ def show_segment(options: ShowOptions, overrides: Mapping[str, Any]) -> list[str
         UserError: there is no such line, or it cannot be read, or nothing can be written.
     """
     args = load_config(options.config, overrides) if options.config is not None else None
-    if args is None and overrides:
-        raise UserError(f"--{next(iter(overrides))} goes with --config, a run's YAML file.")
-    reading = Reading.of(args.data, training=True) if args is not None else Reading()
+    of_data = args.data if args is not None else options_of_list(overrides, options.file)
+    reading = Reading.of(of_data, training=True)
     recording = _entry(options.file, options.index, reading)
     shown = _read(recording, options, args)
     draw(shown, options.out)

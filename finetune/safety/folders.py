@@ -26,6 +26,11 @@ def find_files(folder: Path, suffixes: Iterable[str]) -> tuple[list[Path], list[
     return sorted(found), hidden
 
 
+def is_recording(path: Path) -> bool:
+    """Return whether a file is a recording, by its name."""
+    return path.suffix.lower() in AUDIO_SUFFIXES and path.is_file()
+
+
 def all_files(folder: Path) -> Iterator[Path]:
     """Yield the files of a folder at any depth, also in folders that links lead to, but not in
     hidden ones. A link to a folder that it lies in leads round for ever, and is not followed."""
