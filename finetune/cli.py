@@ -128,11 +128,15 @@ def data_check(options: CheckOptions, overrides: dict[str, Any]) -> None:
 def data_show(options: ShowOptions, overrides: dict[str, Any]) -> None:
     """Draw a segment, and cut it out to listen to: waveforms, words and, with --config, tokens.
 
-    Words in red have nothing, or far less than the other side, on the side of their speaker.
+    Words in red have nothing, or far less than the other side, on the side of their speaker. The
+    exit status is 1 if the recording or its transcript has an error, as data check says it.
     """
     from finetune.recordings import show_segment
 
-    print_all(show_segment(options, overrides))
+    lines, is_sound = show_segment(options, overrides)
+    print_all(lines)
+    if not is_sound:
+        sys.exit(1)
 
 
 @data_command

@@ -67,16 +67,20 @@ def list_data(data: Path, overrides: Mapping[str, Any] | None = None) -> Listing
         listing.word_start = args.data.word_start
         listing.tokenizer = local_tokenizer(args.moshi_paths)
     else:
-        of_list = options_of_list(overrides or {}, data)
+        needs = f"a run's YAML file, and {data} is none"
+        of_list = options_of_list(overrides or {}, needs)
         listing.word_start = of_list.word_start
         reading = Reading.of(of_list, training=False)
         _list(str(data), "--data", reading, listing.recordings, listing)
     return listing
 
 
-def options_of_list(overrides: Mapping[str, Any], data: Path) -> DataArgs:
+def options_of_list(overrides: Mapping[str, Any], needs: str) -> DataArgs:
     """Return how a list is read that no run's YAML file names: with defaults, but for keys that
     the command line has.
+
+    Args:
+        needs: what other keys go with, for the message.
 
     Raises:
         UserError: a key of something else, or a wrong value.
@@ -84,8 +88,8 @@ def options_of_list(overrides: Mapping[str, Any], data: Path) -> DataArgs:
     for key in overrides:
         if key not in _KEYS_OF_LIST:
             raise UserError(
-                f"--{key} is no option. Keys of a configuration go with a run's YAML file, and "
-                f"{data} is none; a list alone is read with --{', --'.join(_KEYS_OF_LIST)}."
+                f"--{key} is no option. Keys of a configuration go with {needs}; a list alone is "
+                f"read with --{', --'.join(_KEYS_OF_LIST)}."
             )
     given = {key.removeprefix("data."): text for key, text in overrides.items()}
     found: DataArgs
