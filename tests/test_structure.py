@@ -316,11 +316,34 @@ LIGHT: list[list[str]] = [
         ["data", "index", "example", "--out=x.json"],
         ["data", "show", LISTED, "--out=x.wav"],
         ["data", "index", "example", f"--out={LISTED}"],
+        *[
+            [*words, "README.md/x"]
+            for words in (
+                ["evaluate", "example/memory", "--data", LISTED, "--out"],
+                ["export", "example/memory", "--out"],
+                ["generate", "example/memory", "--audio", HEARD, "--report"],
+                ["init", "--data", LISTED, "--goal=adapt", "--gpu_memory=80", "--out"],
+                ["data", "check", LISTED, "--json"],
+                ["data", "check", LISTED, "--html"],
+                ["data", "stats", LISTED, "--out"],
+                ["plot", "example", "--out"],
+                ["recall", "--out"],
+                ["recall-audio"],
+                ["recall-score", "example", "--out"],
+                ["demo", "--out"],
+                ["demo-data"],
+                ["sweep", "example/curriculum.yaml", "--sweep_dir"],
+            )
+        ],
+        ["data", "index", "example", "--out=README.md/x.jsonl"],
+        ["data", "show", LISTED, "--out=README.md/x.png"],
         ["serve", "--checkpoint=example/memory", "--host=0.0.0.0"],
         ["serve", "--checkpoint=example/memory", "--host=203.0.113.1", "--token=long-enough"],
     ],
     ["plot", "nowhere"],
     ["sweep", "no.yaml"],
+    ["sweep", "example/curriculum.yaml", "--only=c11", "--table"],
+    ["sweep", "example/curriculum.yaml", "--optim.lrr=1", "--table"],
     ["recall-score", "nowhere"],
 ]
 """Commands that end before anything heavy is imported."""

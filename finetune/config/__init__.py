@@ -40,6 +40,7 @@ from finetune.config.must_exist import (
     REPOSITORY,
     SOURCE,
     SOURCES,
+    WRITABLE,
     is_configuration,
     require_file,
 )
@@ -74,6 +75,7 @@ __all__ = [
     "REPOSITORY",
     "SOURCE",
     "SOURCES",
+    "WRITABLE",
     "Checked",
     "CompletionOptions",
     "DataArgs",

@@ -24,7 +24,7 @@ POSITIONAL = Positional()
 
 @dataclass(frozen=True)
 class MustExist:
-    """Mark of an option that names what must be there already.
+    """Mark of an option that names what must be there already: a file, or room to write one.
 
     require: takes the option's value and its name, and raises `UserError` if it is not there.
     """

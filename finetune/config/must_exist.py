@@ -12,7 +12,7 @@ from finetune.config.fields import fields_of, marks_of
 from finetune.config.marks import MustExist
 from finetune.config.sources import parse_sources, require_sources
 from finetune.errors import UserError
-from finetune.kept import is_stock, require_checkpoint
+from finetune.kept import is_stock, require_checkpoint, require_writable
 from finetune.safety import is_recording
 
 _ON_DISK = ("", ".jsonl", ".gz", ".npz", ".parquet")
@@ -138,3 +138,5 @@ REPOSITORY = MustExist(_require_repository)
 """A repository of the hub, or a folder of the same layout."""
 EARLIER_RUN = MustExist(_require_earlier_run)
 """The same, as text."""
+WRITABLE = MustExist(require_writable)
+"""A file or folder to write: something can be made where it is to lie."""

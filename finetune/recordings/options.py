@@ -6,8 +6,18 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Le
 
-from finetune.config import CONFIGURATION, DATA, FILE, FOLDER, POSITIONAL, SOURCE, FilePath
+from finetune.config import (
+    CONFIGURATION,
+    DATA,
+    FILE,
+    FOLDER,
+    POSITIONAL,
+    SOURCE,
+    WRITABLE,
+    FilePath,
+)
 from finetune.errors import UserError
+from finetune.kept import require_writable
 
 Workers = Annotated[int, Ge(1), Le(1024)]
 
@@ -28,7 +38,7 @@ class IndexOptions:
     join: bool = False
     """With --pair: write a stereo file for each two mono files, and list that."""
 
-    joined_dir: FilePath | None = None
+    joined_dir: Annotated[FilePath | None, WRITABLE] = None
     """With --join: where joined recordings go; null: FOLDER/stereo."""
 
     overwrite: bool = False
@@ -43,7 +53,8 @@ class IndexOptions:
         """Check the options against one another.
 
         Raises:
-            UserError: one of them means nothing without another, or training reads no such list.
+            UserError: one of them means nothing without another, training reads no such list, or
+                it cannot be written.
         """
         if self.jsonl.suffix != ".jsonl":
             raise UserError(
@@ -55,6 +66,7 @@ class IndexOptions:
         ):
             if is_missing:
                 raise UserError(f"{option} goes with {needs}. Add that, or leave {option} out.")
+        require_writable(self.jsonl, "--out")
 
 
 @dataclass(frozen=True)
@@ -99,10 +111,10 @@ class CheckOptions:
     """A sentencepiece model, to check the text tokens; null: that of the run, if DATA is a YAML
     file and the tokenizer is on this machine."""
 
-    json: FilePath | None = None
+    json: Annotated[FilePath | None, WRITABLE] = None
     """A JSON file to write with all that was found."""
 
-    html: FilePath | None = None
+    html: Annotated[FilePath | None, WRITABLE] = None
     """An HTML page to write with all that was found."""
 
     cache: FilePath | None = None
@@ -131,7 +143,7 @@ class ShowOptions:
     """A run's YAML file whose files are on this machine: its text tokens, codes and loss weights
     are shown as well."""
 
-    out: FilePath = Path("segment.png")
+    out: Annotated[FilePath, WRITABLE] = Path("segment.png")
     """The picture to write; the sound goes beside it, as a stereo wav."""
 
     def check(self) -> None:
@@ -153,7 +165,7 @@ class StatsOptions:
     """A sentencepiece model, to count text tokens; null: that of the run, if DATA is a YAML file
     and the tokenizer is on this machine."""
 
-    out: FilePath | None = None
+    out: Annotated[FilePath | None, WRITABLE] = None
     """A PNG to draw the distributions into."""
 
     workers: Workers | None = None

@@ -13,6 +13,7 @@ from finetune.config import (
     FILE_OR_FOLDER,
     FOLDER,
     POSITIONAL,
+    WRITABLE,
     FilePath,
     Precision,
     Seed,
@@ -78,7 +79,7 @@ class GenerateOptions:
     output_name: FileName = "output.wav"
     """What the answers in --input_dir are called."""
 
-    out: FilePath | None = None
+    out: Annotated[FilePath | None, WRITABLE] = None
     """The wav to write, or for a folder the folder to write to; null: output.wav, or output."""
 
     overwrite: bool = False
@@ -106,7 +107,7 @@ class GenerateOptions:
     session_part: Part = "all"
     """What is kept: all, so that the conversation goes on exactly; or only what TTT has learned."""
 
-    report: FilePath | None = None
+    report: Annotated[FilePath | None, WRITABLE] = None
     """The folder to write a report to: what TTT does, per layer and chunk, beside the words."""
 
     batch_size: Size = 8
@@ -214,7 +215,7 @@ class ExportOptions:
     checkpoint: Annotated[FilePath, POSITIONAL, CHECKPOINT]
     """A folder run_dir/checkpoints/checkpoint_NNNNNN."""
 
-    out: FilePath
+    out: Annotated[FilePath, WRITABLE]
     """The folder to write to; new or empty."""
 
     form: Literal["merged", "adapters"] = "merged"

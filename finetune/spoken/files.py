@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from finetune.config import FOLDER, POSITIONAL, FilePath, Prefix, Seed
+from finetune.config import FOLDER, POSITIONAL, WRITABLE, FilePath, Prefix, Seed
 from finetune.errors import UserError
 from finetune.kept import Kept, WavWriter
 from finetune.report import markdown_lines
@@ -54,7 +54,7 @@ _BLOCK_SAMPLES = 10 * SAMPLE_RATE_HZ
 
 @dataclass(frozen=True)
 class RecallAudioOptions:
-    out_dir: Annotated[FilePath, POSITIONAL]
+    out_dir: Annotated[FilePath, POSITIONAL, WRITABLE]
     """The folder to write to; new, or one that the same call has begun."""
 
     talk: Annotated[TalkOptions, Prefix("")] = field(default_factory=TalkOptions)
@@ -72,7 +72,7 @@ class RecallScoreOptions:
     """The answers' name: output.json, words with their times as generate writes them, or else
     output.txt, a line for each question."""
 
-    out: FilePath | None = None
+    out: Annotated[FilePath | None, WRITABLE] = None
     """A JSON file for all numbers and answers; null: none."""
 
     seed: Seed = 0
