@@ -29,7 +29,12 @@ from finetune.config import (
 from finetune.demo import DemoDataOptions, DemoOptions
 from finetune.errors import UserError, counted
 from finetune.evaluation import Options as EvaluateOptions
-from finetune.kept import refuse_to_replace, require_free_folder, require_new_file
+from finetune.kept import (
+    refuse_to_replace,
+    require_free_folder,
+    require_new_file,
+    require_writable,
+)
 from finetune.recall import RecallOptions
 from finetune.recordings import (
     AnnotateOptions,
@@ -93,6 +98,7 @@ def data_index(options: IndexOptions) -> None:
     moshi-ttt data index FOLDER --pair '{id}_left.wav,{id}_right.wav'
     """
     refuse_to_replace([options.jsonl], overwrite=options.overwrite)
+    require_writable(options.jsonl, "--out")
     from finetune.recordings import index_folder
 
     print_all(index_folder(options))
@@ -340,7 +346,7 @@ def demo(options: DemoOptions, overrides: dict[str, Any]) -> None:
 @command
 def demo_data(options: DemoDataOptions) -> None:
     """Make synthetic stereo dialogues with transcripts, to train on without any download."""
-    from finetune.demo import make_dialogues
+    from finetune.demo import make_dialogues, training_command
 
     out_dir = options.out_dir
     is_new = make_dialogues(
@@ -353,8 +359,7 @@ def demo_data(options: DemoDataOptions) -> None:
     what = f"{options.num_dialogues} dialogues, listed in train.jsonl and eval.jsonl"
     print(f"wrote {out_dir}: {what}" if is_new else f"{out_dir} holds them already: {what}")
     print(f"next: moshi-ttt data check {out_dir / 'train.jsonl'}")
-    data = f"--data.train_data={out_dir / 'train.jsonl'} --data.eval_data={out_dir / 'eval.jsonl'}"
-    print(f"then: moshi-ttt train example/demo.yaml {data}")
+    print(f"then: {training_command(out_dir)}")
 
 
 @command

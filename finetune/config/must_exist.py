@@ -13,7 +13,7 @@ from finetune.config.marks import MustExist
 from finetune.config.sources import parse_sources, require_sources
 from finetune.errors import UserError
 from finetune.kept import is_stock, require_checkpoint, require_writable
-from finetune.safety import is_recording
+from finetune.safety import is_recording, start_of
 
 _ON_DISK = ("", ".jsonl", ".gz", ".npz", ".parquet")
 """Suffixes of data that are files and folders of this machine."""
@@ -62,7 +62,7 @@ def require_file(path: Path, key: str) -> None:
 
 def _require_path(path: Path, key: str) -> None:
     if not path.exists():
-        raise UserError(f"{key}: there is no file {path}; correct the path.")
+        raise UserError(f"{key}: there is no file {path}; correct the path.{start_of(path, key)}")
 
 
 def _require_folder(path: Path, key: str) -> None:
@@ -70,7 +70,7 @@ def _require_folder(path: Path, key: str) -> None:
         return
     if path.exists():
         raise UserError(f"{key}: {path} is a file; name a folder.")
-    raise UserError(f"{key}: there is no folder {path}; correct the path.")
+    raise UserError(f"{key}: there is no folder {path}; correct the path.{start_of(path, key)}")
 
 
 def _require_configuration(path: Path, key: str) -> None:

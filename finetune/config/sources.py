@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from finetune.errors import UserError
-from finetune.safety import is_recording
+from finetune.safety import is_recording, start_of
 
 _WEIGHT = re.compile(r"(?P<path>.+):(?P<weight>[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?)", re.IGNORECASE)
 
@@ -63,10 +63,13 @@ def require_sources(paths: Sequence[Path], key: str) -> None:
     """
     missing = [str(path) for path in paths if not path.exists()]
     commas = " (commas separate paths, so that none may be in a name)" if len(paths) > 1 else ""
+    start = next(filter(None, (start_of(Path(path), key) for path in missing)), "")
     if len(missing) == 1:
-        raise UserError(f"{key}: {missing[0]} does not exist. Correct the path{commas}.")
+        raise UserError(f"{key}: {missing[0]} does not exist. Correct the path{commas}.{start}")
     if missing:
-        raise UserError(f"{key}: {', '.join(missing)} do not exist. Correct the paths{commas}.")
+        raise UserError(
+            f"{key}: {', '.join(missing)} do not exist. Correct the paths{commas}.{start}"
+        )
     for path in paths:
         if is_recording(path):
             raise UserError(

@@ -10,7 +10,7 @@ from moshi.models import loaders
 from finetune.config import FOLDER, REPOSITORY, ModelPaths
 from finetune.errors import UserError
 from finetune.model.hub import HUB_ERRORS, is_reachable
-from finetune.safety import read_json, stays_inside
+from finetune.safety import read_json, start_of, stays_inside
 
 _AT_RANDOM = ", or set moshi_paths.random_init: true to begin with random weights"
 
@@ -60,6 +60,7 @@ def find_checkpoint(
             others = _AT_RANDOM if is_new_run and key == "moshi_path" else ""
             raise UserError(
                 f"moshi_paths.{key}: there is no file {path}; correct the path{others}."
+                f"{start_of(path, key)}"
             )
         return path
 

@@ -17,7 +17,6 @@ from finetune.config import (
     FilePath,
 )
 from finetune.errors import UserError
-from finetune.kept import require_writable
 
 Workers = Annotated[int, Ge(1), Le(1024)]
 
@@ -27,7 +26,7 @@ class IndexOptions:
     folder: Annotated[FilePath, POSITIONAL, FOLDER]
     """The folder with the recordings, at any depth."""
 
-    out: FilePath | None = None
+    out: Annotated[FilePath | None, WRITABLE] = None
     """The JSONL to write; null: FOLDER/data.jsonl."""
 
     pair: str | None = None
@@ -53,8 +52,7 @@ class IndexOptions:
         """Check the options against one another.
 
         Raises:
-            UserError: one of them means nothing without another, training reads no such list, or
-                it cannot be written.
+            UserError: one of them means nothing without another, or training reads no such list.
         """
         if self.jsonl.suffix != ".jsonl":
             raise UserError(
@@ -66,7 +64,6 @@ class IndexOptions:
         ):
             if is_missing:
                 raise UserError(f"{option} goes with {needs}. Add that, or leave {option} out.")
-        require_writable(self.jsonl, "--out")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from finetune.safety.files import (
 from finetune.safety.finite import all_finite
 from finetune.safety.folders import AUDIO_SUFFIXES, all_files, find_files, is_recording
 from finetune.safety.outlet import outlets
-from finetune.safety.paths import not_too_long, path_problem, shown
+from finetune.safety.paths import not_too_long, path_problem, shown, start_of
 from finetune.safety.secrets import is_secret, learn_from, learn_from_words, redact
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "redact",
     "safetensors_problem",
     "shown",
+    "start_of",
     "stays_inside",
     "with_nan",
     "without_nan",
