@@ -59,11 +59,14 @@ def train(options: TrainOptions, overrides: dict[str, Any]) -> None:
     Any of its keys may be given as well: --optim.lr=1e-4 --ttt.chunk_size=64 --resume
     """
     args = load_config(options.config, overrides, inputs_exist=True)
+    from finetune.checkpoint import next_commands
     from finetune.trainer import Trainer
 
-    status = Trainer(args, config=options.config, force=options.force).train()
-    if status:
+    trainer = Trainer(args, config=options.config, force=options.force)
+    if status := trainer.train():
         sys.exit(status)
+    if trainer.world.is_main:
+        print_all(next_commands(args))
 
 
 @command
@@ -376,3 +379,7 @@ def write_docs() -> None:
     """Write what is generated of `docs/`; the current folder is the project's."""
     for name, text in pages(COMMANDS).items():
         Path("docs", name).write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

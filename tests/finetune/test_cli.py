@@ -53,6 +53,12 @@ def test_training_says_what_it_does_and_learns(demo_run: tuple[Path, Any]) -> No
     assert after["loss"] < 0.8 * before["loss"]
     last = read_metrics(metrics_path(run_dir, "train"))[-1]
     assert last["step"] == 12 and last["ttt/layer_03/effect"] > 1e-4
+    checkpoint = run_dir / "checkpoints/checkpoint_000012"
+    assert output.splitlines()[-3:] == [
+        f"next: moshi-ttt evaluate {checkpoint}",
+        f"to hear it: moshi-ttt generate {checkpoint} --audio=CALL.wav",
+        f"to talk to it: moshi-ttt serve {checkpoint}",
+    ]
 
 
 def test_a_dialogue_is_continued_to_a_wav_one_can_listen_to(
