@@ -31,11 +31,11 @@ from finetune.config.fields import Problem, fill, keys_that
 from finetune.config.marks import POSITIONAL, Prefix
 from finetune.config.moshi_finetune import changed_since_moshi_finetune
 from finetune.config.must_exist import (
+    AUDIO,
     CHECKPOINT,
     CONFIGURATION,
     DATA,
     FILE,
-    FILE_OR_FOLDER,
     FOLDER,
     REPOSITORY,
     SOURCE,
@@ -63,12 +63,12 @@ from finetune.config.sources import parse_sources, require_sources, resolved_sou
 from finetune.config.values import NULLS, FilePath, PathsText, PathText, parse
 
 __all__ = [
+    "AUDIO",
     "BARE",
     "CHECKPOINT",
     "CONFIGURATION",
     "DATA",
     "FILE",
-    "FILE_OR_FOLDER",
     "FOLDER",
     "NULLS",
     "POSITIONAL",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from finetune.config.values import valid_path
 from finetune.errors import UserError
-from finetune.safety import is_recording
+from finetune.safety import kind_of
 
 
 def require_configuration(path: Path) -> None:
@@ -23,9 +23,8 @@ def require_configuration(path: Path) -> None:
         raise UserError(f"There is no configuration file {path}.{_files_nearby(path)}")
     if path.is_dir():
         raise UserError(f"{path} is a folder, and no YAML file.{_files_nearby(path / 'run.yaml')}")
-    if is_recording(path) or path.name.endswith((".jsonl", ".jsonl.gz")):
-        what = "recording" if is_recording(path) else "list of recordings"
-        raise UserError(f"{path} is a {what}, and no configuration.{_files_nearby(path)}")
+    if (kind := kind_of(path)) in ("recording", "list of recordings"):
+        raise UserError(f"{path} is a {kind}, and no configuration.{_files_nearby(path)}")
 
 
 def _files_nearby(path: Path) -> str:

@@ -13,7 +13,7 @@ from finetune.config.marks import MustExist
 from finetune.config.sources import parse_sources, require_sources
 from finetune.errors import UserError
 from finetune.kept import is_stock, require_checkpoint, require_writable
-from finetune.safety import is_recording, start_of
+from finetune.safety import kind_of, start_of
 
 _ON_DISK = ("", ".jsonl", ".gz", ".npz", ".parquet")
 """Suffixes of data that are files and folders of this machine."""
@@ -65,6 +65,18 @@ def _require_path(path: Path, key: str) -> None:
         raise UserError(f"{key}: there is no file {path}; correct the path.{start_of(path, key)}")
 
 
+def _require_audio(path: Path, key: str) -> None:
+    _require_path(path, key)
+    if (kind := kind_of(path)) not in ("", "recording"):
+        raise UserError(f"{key}: {path} is a {kind}; name a recording, or a folder of some.")
+
+
+def _require_text_file(path: Path, key: str) -> None:
+    require_file(path, key)
+    if kind_of(path) == "recording":
+        raise UserError(f"{key}: {path} is a recording, which it cannot be; correct the path.")
+
+
 def _require_folder(path: Path, key: str) -> None:
     if path.is_dir():
         return
@@ -85,7 +97,7 @@ def _require_checkpoint(path: Path, key: str) -> None:
 def _is_on_disk(path: Path) -> bool:
     # Of any other suffix, or of `hf://…`, the layout alone knows whether something is there.
     is_remote = str(path).partition("/")[0].endswith(":")
-    return (path.suffix in _ON_DISK or is_recording(path)) and not is_remote
+    return (path.suffix in _ON_DISK or bool(kind_of(path))) and not is_remote
 
 
 def _require_source(path: Path, key: str) -> None:
@@ -119,8 +131,10 @@ def _require_earlier_run(path: str, key: str) -> None:
     _require_checkpoint(Path(path), key)
 
 
-FILE = MustExist(require_file)
-FILE_OR_FOLDER = MustExist(_require_path)
+FILE = MustExist(_require_text_file)
+"""A file that is no recording."""
+AUDIO = MustExist(_require_audio)
+"""A recording, or a folder of such."""
 FOLDER = MustExist(_require_folder)
 CONFIGURATION = MustExist(_require_configuration)
 """A run's YAML file, or a sweep's."""

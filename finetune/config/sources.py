@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from finetune.errors import UserError
-from finetune.safety import is_recording, start_of
+from finetune.safety import kind_of, start_of
 
 _WEIGHT = re.compile(r"(?P<path>.+):(?P<weight>[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?)", re.IGNORECASE)
 
@@ -59,7 +59,7 @@ def require_sources(paths: Sequence[Path], key: str) -> None:
         key: the configuration's key that names the paths, for messages.
 
     Raises:
-        UserError: naming all where nothing is, or one that is no list but a recording.
+        UserError: naming all where nothing is, or one that is no list.
     """
     missing = [str(path) for path in paths if not path.exists()]
     commas = " (commas separate paths, so that none may be in a name)" if len(paths) > 1 else ""
@@ -71,8 +71,8 @@ def require_sources(paths: Sequence[Path], key: str) -> None:
             f"{key}: {', '.join(missing)} do not exist. Correct the paths{commas}.{start}"
         )
     for path in paths:
-        if is_recording(path):
+        if (kind := kind_of(path)) in ("recording", "configuration"):
             raise UserError(
-                f"{key}: {path} is a recording; name a list of recordings, which "
+                f"{key}: {path} is a {kind}; name a list of recordings, which "
                 "`moshi-ttt data index FOLDER` writes."
             )

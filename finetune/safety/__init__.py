@@ -13,7 +13,7 @@ from finetune.safety.files import (
     without_nan,
 )
 from finetune.safety.finite import all_finite
-from finetune.safety.folders import AUDIO_SUFFIXES, all_files, find_files, is_recording
+from finetune.safety.folders import AUDIO_SUFFIXES, all_files, find_files, kind_of
 from finetune.safety.outlet import outlets
 from finetune.safety.paths import not_too_long, path_problem, shown, start_of
 from finetune.safety.secrets import is_secret, learn_from, learn_from_words, redact
@@ -24,9 +24,9 @@ __all__ = [
     "all_finite",
     "decode_text",
     "find_files",
-    "is_recording",
     "is_recording_name",
     "is_secret",
+    "kind_of",
     "learn_from",
     "learn_from_words",
     "not_too_long",

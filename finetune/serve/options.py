@@ -9,8 +9,8 @@ from annotated_types import Ge, Le
 from pydantic import AfterValidator
 
 from finetune.config import (
+    AUDIO,
     CHECKPOINT,
-    FILE_OR_FOLDER,
     FOLDER,
     POSITIONAL,
     WRITABLE,
@@ -65,7 +65,7 @@ class GenerateOptions:
     checkpoint: Annotated[FilePath, POSITIONAL, CHECKPOINT]
     """A folder run_dir/checkpoints/checkpoint_NNNNNN, or of a stock Moshi."""
 
-    audio: Annotated[FilePath | None, FILE_OR_FOLDER] = None
+    audio: Annotated[FilePath | None, AUDIO] = None
     """A recording of what the user says, mono or stereo, of any usual rate; or a folder of such, at
     any depth."""
 

@@ -161,6 +161,9 @@ def test_the_loss_curve_is_drawn(demo_run: tuple[Path, Any]) -> None:
             for name in ("check", "show", "stats", "annotate")
         ),
         (["init", "{tmp}/a.yaml", "--data={wav}"], "--data: {wav} is a recording; name a list"),
+        (["data", "show", "example/demo.yaml"], "demo.yaml is a configuration; name a list"),
+        (["generate", "{checkpoint}", "--audio=example/demo.yaml"], "configuration; name a rec"),
+        (["evaluate", "{checkpoint}", "--pairs={wav}"], "--pairs: {wav} is a recording, which it"),
         (
             ["plan", "example/demo.yaml", "--gpu_mem", "24"],
             "unknown option: --gpu_mem. Did you mean --gpu_memory?",
