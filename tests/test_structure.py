@@ -294,6 +294,7 @@ LIGHT: list[list[str]] = [
         ["evaluate", "--checkpoint=example/memory", option]
         for option in ("--data=README.md,no.jsonl:2", "--pairs=no.jsonl", "--baseline=nowhere")
     ],
+    ["evaluate", "--checkpoint=example/memory", "--data", LISTED, "--baseline=example"],
     *[["data", name, "nowhere"] for name in ("index", "annotate", "check", "show", "stats")],
     *[["data", name, "no.yaml"] for name in ("annotate", "check", "stats")],
     *[["data", name, "README.md", "--tokenizer=no.model"] for name in ("check", "stats")],

@@ -224,7 +224,9 @@ def test_a_file_of_a_run_may_name_what_that_run_does_not_read(tmp_path: Path) ->
     with pytest.raises(UserError, match=r"no\.jsonl does not exist"):
         load_config(config, {"do_eval": "true"}, inputs_exist=True)
     for repository in (f"{tmp_path}/none", "./none", "a/b/c"):
-        with pytest.raises(UserError, match=r"moshi_paths\.hf_repo_id: there is no folder"):
+        with pytest.raises(UserError, match=r"moshi_paths\.hf_repo_id: there is no fold") as raised:
             load_config(config, {"moshi_paths.hf_repo_id": repository}, inputs_exist=True)
+        start = f"correct the path. Relative paths start from the current folder, {Path.cwd()}."
+        assert (start in str(raised.value)) == (not Path(repository).is_absolute())
     with pytest.raises(UserError, match=r"moshi_paths\.init_from: .* is no checkpoint"):
         load_config(config, {"moshi_paths.init_from": str(tmp_path)}, inputs_exist=True)

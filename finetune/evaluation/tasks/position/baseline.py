@@ -9,6 +9,7 @@ from typing import Any
 
 from finetune.data import Recording
 from finetune.errors import UserError
+from finetune.evaluation.tasks.position.options import RESULTS, require_evaluation
 from finetune.kept import read_records
 
 logger = logging.getLogger(__name__)
@@ -31,9 +32,9 @@ class Baseline:
     ) -> None:
         self.missing: list[str] = []
         """Of which recordings it has read something else."""
-        earlier = read_records(folder / "position.jsonl", "--baseline")
-        if earlier is None:
-            raise UserError(f"--baseline: there is no evaluation of loss by position in {folder}.")
+        require_evaluation(folder)
+        earlier = read_records(folder / RESULTS, "--baseline")
+        assert earlier is not None
         header, records = earlier
         self.fingerprint = str(header.get("checkpoint"))
         """Of its checkpoint."""

@@ -1,17 +1,31 @@
 """Options of the task `position`."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Le
 
 from finetune.config import FOLDER, FilePath
+from finetune.errors import UserError
 from finetune.evaluation.tasks.base import TaskOptions
 from ttt.options import Frames
 
 Arm = Literal["on", "off", "reset", "carried"]
 ARMS: tuple[Arm, ...] = ("on", "off", "reset", "carried")
 Duration = Annotated[float, Ge(0.08), Le(86_400)]
+RESULTS = "position.jsonl"
+"""The file of an evaluation's folder in which the loss of each recording is kept."""
+
+
+def require_evaluation(folder: Path) -> None:
+    """Check that a folder can be a baseline, before anything is read.
+
+    Raises:
+        UserError: no loss by position was measured there.
+    """
+    if not (folder / RESULTS).exists():
+        raise UserError(f"--baseline: there is no evaluation of loss by position in {folder}.")
 
 
 @dataclass(frozen=True)
