@@ -1,8 +1,6 @@
 """Train: `torchrun --nproc-per-node N train.py --config run.yaml [--optim.lr=1e-4 ...]`."""
 
-import sys
-
-from finetune.cli import call, train
+from finetune.__main__ import begin
 
 if __name__ == "__main__":
-    sys.exit(call(train, name="train.py"))
+    begin("train.py")

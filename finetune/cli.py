@@ -29,7 +29,12 @@ from finetune.config import (
 from finetune.demo import DemoDataOptions, DemoOptions
 from finetune.errors import UserError, counted
 from finetune.evaluation import Options as EvaluateOptions
-from finetune.kept import refuse_to_replace, require_free_folder, require_new_file
+from finetune.kept import (
+    refuse_to_replace,
+    require_free_folder,
+    require_new_file,
+    require_writable,
+)
 from finetune.recall import RecallOptions
 from finetune.recordings import (
     AnnotateOptions,
@@ -40,7 +45,7 @@ from finetune.recordings import (
 )
 from finetune.serve import ExportOptions, GenerateOptions, ServeOptions
 from finetune.spoken import RecallAudioOptions, RecallScoreOptions
-from finetune.sweep import SweepOptions
+from finetune.sweep import SweepOptions, require_sound
 
 
 def main() -> None:
@@ -54,11 +59,14 @@ def train(options: TrainOptions, overrides: dict[str, Any]) -> None:
     Any of its keys may be given as well: --optim.lr=1e-4 --ttt.chunk_size=64 --resume
     """
     args = load_config(options.config, overrides, inputs_exist=True)
+    from finetune.checkpoint import next_commands
     from finetune.trainer import Trainer
 
-    status = Trainer(args, config=options.config, force=options.force).train()
-    if status:
+    trainer = Trainer(args, config=options.config, force=options.force)
+    if status := trainer.train():
         sys.exit(status)
+    if trainer.world.is_main:
+        print_all(next_commands(args))
 
 
 @command
@@ -93,6 +101,7 @@ def data_index(options: IndexOptions) -> None:
     moshi-ttt data index FOLDER --pair '{id}_left.wav,{id}_right.wav'
     """
     refuse_to_replace([options.jsonl], overwrite=options.overwrite)
+    require_writable(options.jsonl, "--out")
     from finetune.recordings import index_folder
 
     print_all(index_folder(options))
@@ -115,7 +124,8 @@ def data_check(options: CheckOptions, overrides: dict[str, Any]) -> None:
     """Inspect recordings and transcripts before a run is trained on them.
 
     It may be stopped at any time and started again. The exit status is 1 if there are errors: what
-    training on would be wrong.
+    training on would be wrong. Of a JSONL, the keys data.main_channel, data.room_tone and
+    data.word_start may be given; of a run's YAML file, all.
     """
     from finetune.recordings import check_data
 
@@ -127,11 +137,15 @@ def data_check(options: CheckOptions, overrides: dict[str, Any]) -> None:
 def data_show(options: ShowOptions, overrides: dict[str, Any]) -> None:
     """Draw a segment, and cut it out to listen to: waveforms, words and, with --config, tokens.
 
-    Words in red have nothing, or far less than the other side, on the side of their speaker.
+    Words in red have nothing, or far less than the other side, on the side of their speaker. The
+    exit status is 1 if the recording or its transcript has an error, as data check says it.
     """
     from finetune.recordings import show_segment
 
-    print_all(show_segment(options, overrides))
+    lines, is_sound = show_segment(options, overrides)
+    print_all(lines)
+    if not is_sound:
+        sys.exit(1)
 
 
 @data_command
@@ -281,6 +295,7 @@ def sweep(options: SweepOptions, overrides: dict[str, Any]) -> None:
     What is finished is not run again; what was interrupted goes on. See docs/sweeps.md. Keys of a
     run's configuration count for all runs: --max_steps=20 --sweep_dir=runs/try
     """
+    require_sound(options, overrides)
     from finetune.sweep import run_command
 
     status = run_command(options, overrides)
@@ -340,7 +355,7 @@ def demo(options: DemoOptions, overrides: dict[str, Any]) -> None:
 @command
 def demo_data(options: DemoDataOptions) -> None:
     """Make synthetic stereo dialogues with transcripts, to train on without any download."""
-    from finetune.demo import make_dialogues
+    from finetune.demo import make_dialogues, training_command
 
     out_dir = options.out_dir
     is_new = make_dialogues(
@@ -353,8 +368,7 @@ def demo_data(options: DemoDataOptions) -> None:
     what = f"{options.num_dialogues} dialogues, listed in train.jsonl and eval.jsonl"
     print(f"wrote {out_dir}: {what}" if is_new else f"{out_dir} holds them already: {what}")
     print(f"next: moshi-ttt data check {out_dir / 'train.jsonl'}")
-    data = f"--data.train_data={out_dir / 'train.jsonl'} --data.eval_data={out_dir / 'eval.jsonl'}"
-    print(f"then: moshi-ttt train example/demo.yaml {data}")
+    print(f"then: {training_command(out_dir)}")
 
 
 @command
@@ -371,3 +385,7 @@ def write_docs() -> None:
     """Write what is generated of `docs/`; the current folder is the project's."""
     for name, text in pages(COMMANDS).items():
         Path("docs", name).write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

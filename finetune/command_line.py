@@ -6,14 +6,16 @@ group is commands whose names begin with the same word: `moshi-ttt data index`.
 
 import difflib
 import inspect
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NoReturn, get_type_hints
 
 import fire
 
-from finetune.config import help_page, read_options, require_there
+from finetune.config import BARE, help_page, read_options, require_there
 from finetune.errors import UserError
 from finetune.interrupt import ending_on_signals, signal_of
 from finetune.safety import learn_from_words, not_too_long, outlets, redact
@@ -66,6 +68,11 @@ def call(component: Mapping[str, Words] | Words, *, name: str) -> int:
 
 
 def _follow(typed: list[str], component: Mapping[str, Words] | Words, name: str) -> None:
+    if typed == ["--version"]:
+        print(f"{name} {_version()}")
+        return
+    if typed[:1] == ["help"]:
+        typed = [*typed[1:], "--help"]
     wants_help = not {"--help", "-h"}.isdisjoint(typed)
     if not isinstance(component, Mapping):
         chosen = component
@@ -78,7 +85,29 @@ def _follow(typed: list[str], component: Mapping[str, Words] | Words, name: str)
     if wants_help:
         print(help_page(name, chosen))
     else:
-        fire.Fire(chosen, command=typed, name=name)
+        fire.Fire(chosen, command=_with_bare(typed), name=name)
+
+
+def _version() -> str:
+    try:
+        return version("moshi-ttt")
+    except PackageNotFoundError:
+        return "(not installed: of a bare checkout)"
+
+
+def _with_bare(typed: list[str]) -> list[str]:
+    """Return the words with `BARE` where an option has no value, for which fire puts `True`, which
+    may be a value as well."""
+    following = [*typed, "--"][1:]
+    return [
+        f"{word}={BARE}" if _is_option(word) and "=" not in word and _is_option(after) else word
+        for word, after in zip(typed, following, strict=True)
+    ]
+
+
+def _is_option(word: str) -> bool:
+    """Return whether fire takes a word for an option, or for the end of all of them."""
+    return word.startswith("--") or re.match("-[a-zA-Z]", word) is not None
 
 
 def _find_command(
@@ -93,7 +122,7 @@ def _find_command(
     rest = words[1:] if group else words
     if rest and (full := f"{group} {rest[0]}".strip()) in known:
         return full, rest[1:]
-    if not wants_help and rest:
+    if rest and not (wants_help and rest[0].startswith("-")):
         _refuse_command(group, rest[0], known)
     return group, []
 

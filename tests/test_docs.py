@@ -110,7 +110,8 @@ def given_by(words: list[str]) -> tuple[list[str], dict[str, str]]:
 def check_command(words: list[str]) -> None:
     """Fail where a command would not be understood; options may be missing, as in a sentence."""
     is_open = any("…" in word or "..." in word for word in words)
-    if not words or words[0] == "COMMAND" or "--help" in words or is_open:
+    is_help = bool(words) and words[0] in ("COMMAND", "help", "--version")
+    if not words or is_help or "--help" in words or is_open:
         return
     name = " ".join(words[:2]) if words[0] in GROUPS else words[0]
     assert name in COMMANDS, f"there is no command {name!r}"

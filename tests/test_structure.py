@@ -294,12 +294,17 @@ LIGHT: list[list[str]] = [
         ["evaluate", "--checkpoint=example/memory", option]
         for option in ("--data=README.md,no.jsonl:2", "--pairs=no.jsonl", "--baseline=nowhere")
     ],
+    ["evaluate", "--checkpoint=example/memory", "--data", LISTED, "--baseline=example"],
     *[["data", name, "nowhere"] for name in ("index", "annotate", "check", "show", "stats")],
     *[["data", name, "no.yaml"] for name in ("annotate", "check", "stats")],
     *[["data", name, "README.md", "--tokenizer=no.model"] for name in ("check", "stats")],
     ["data", "show", "README.md", "--config=no.yaml"],
     *[[name, "--config=no.yaml"] for name in ("plan", "encode")],
     ["init", "--data=no.jsonl", "--goal=adapt", "--gpu_memory=80"],
+    # What is named is something else.
+    *[["data", name, HEARD] for name in ("annotate", "check", "show", "stats")],
+    *[[name, "--config", LISTED] for name in ("train", "plan", "encode")],
+    ["train", "--config"],
     # What would be written is there already, or cannot be.
     *[
         ["generate", "--checkpoint=example/memory", "--audio=example", "--out=README.md"],
@@ -312,11 +317,34 @@ LIGHT: list[list[str]] = [
         ["data", "index", "example", "--out=x.json"],
         ["data", "show", LISTED, "--out=x.wav"],
         ["data", "index", "example", f"--out={LISTED}"],
+        *[
+            [*words, "README.md/x"]
+            for words in (
+                ["evaluate", "example/memory", "--data", LISTED, "--out"],
+                ["export", "example/memory", "--out"],
+                ["generate", "example/memory", "--audio", HEARD, "--report"],
+                ["init", "--data", LISTED, "--goal=adapt", "--gpu_memory=80", "--out"],
+                ["data", "check", LISTED, "--json"],
+                ["data", "check", LISTED, "--html"],
+                ["data", "stats", LISTED, "--out"],
+                ["plot", "example", "--out"],
+                ["recall", "--out"],
+                ["recall-audio"],
+                ["recall-score", "example", "--out"],
+                ["demo", "--out"],
+                ["demo-data"],
+                ["sweep", "example/curriculum.yaml", "--sweep_dir"],
+            )
+        ],
+        ["data", "index", "example", "--out=README.md/x.jsonl"],
+        ["data", "show", LISTED, "--out=README.md/x.png"],
         ["serve", "--checkpoint=example/memory", "--host=0.0.0.0"],
         ["serve", "--checkpoint=example/memory", "--host=203.0.113.1", "--token=long-enough"],
     ],
     ["plot", "nowhere"],
     ["sweep", "no.yaml"],
+    ["sweep", "example/curriculum.yaml", "--only=c11", "--table"],
+    ["sweep", "example/curriculum.yaml", "--optim.lrr=1", "--table"],
     ["recall-score", "nowhere"],
 ]
 """Commands that end before anything heavy is imported."""

@@ -7,6 +7,7 @@ from finetune.checkpoint.earlier_parts import (
     earlier_parts_of,
     parts_before,
 )
+from finetune.checkpoint.next_commands import next_commands
 from finetune.checkpoint.run_dir import (
     eval_loss_of,
     fill_shards,
@@ -48,6 +49,7 @@ __all__ = [
     "load_resume_state",
     "load_trained_weights",
     "merged_weights",
+    "next_commands",
     "parts_before",
     "replaced_run",
     "require_same_parameters",

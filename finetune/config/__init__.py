@@ -27,23 +27,24 @@ from finetune.config.completion import completion_script
 from finetune.config.data_args import DataArgs
 from finetune.config.docs_page import help_page, pages
 from finetune.config.explain import explain
-from finetune.config.fields import Problem, keys_that
+from finetune.config.fields import Problem, fill, keys_that
 from finetune.config.marks import POSITIONAL, Prefix
 from finetune.config.moshi_finetune import changed_since_moshi_finetune
 from finetune.config.must_exist import (
+    AUDIO,
     CHECKPOINT,
     CONFIGURATION,
     DATA,
     FILE,
-    FILE_OR_FOLDER,
     FOLDER,
     REPOSITORY,
     SOURCE,
     SOURCES,
+    WRITABLE,
     is_configuration,
     require_file,
 )
-from finetune.config.options import ask_for_missing, read_options, require_there
+from finetune.config.options import BARE, ask_for_missing, read_options, require_there
 from finetune.config.read import (
     Checked,
     changed_keys,
@@ -62,17 +63,19 @@ from finetune.config.sources import parse_sources, require_sources, resolved_sou
 from finetune.config.values import NULLS, FilePath, PathsText, PathText, PngPath, parse
 
 __all__ = [
+    "AUDIO",
+    "BARE",
     "CHECKPOINT",
     "CONFIGURATION",
     "DATA",
     "FILE",
-    "FILE_OR_FOLDER",
     "FOLDER",
     "NULLS",
     "POSITIONAL",
     "REPOSITORY",
     "SOURCE",
     "SOURCES",
+    "WRITABLE",
     "Checked",
     "CompletionOptions",
     "DataArgs",
@@ -105,6 +108,7 @@ __all__ = [
     "check_config",
     "completion_script",
     "explain",
+    "fill",
     "flatten",
     "help_page",
     "is_configuration",

@@ -12,7 +12,6 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Le, Lt
 
 from finetune.config.data_args import DataArgs
-from finetune.config.marks import AlsoCalled
 from finetune.config.must_exist import EARLIER_RUN, MODEL_FILE, REPOSITORY
 from finetune.config.values import PathText
 from ttt.config import TTTArgs
@@ -118,10 +117,10 @@ class ModelArgs:
 class OptimArgs:
     """AdamW and its one-cycle schedule."""
 
-    lr: Annotated[NonNegative, AlsoCalled(("learning_rate", "optim.learning_rate"))] = 1e-4
+    lr: NonNegative = 1e-4
     """Highest learning rate of everything that trains except the TTT parameters."""
 
-    ttt_lr: Annotated[NonNegative, AlsoCalled(("ttt.lr", "optim.ttt_learning_rate"))] = 3e-4
+    ttt_lr: NonNegative = 3e-4
     """Highest learning rate of the TTT parameters. Not `ttt.learning_rate`, the step size of the
     fast weights."""
 

@@ -8,7 +8,7 @@ from annotated_types import Ge, Le
 
 from finetune.config.args import Size
 from finetune.config.marks import POSITIONAL
-from finetune.config.must_exist import CONFIGURATION, FOLDER, SOURCE
+from finetune.config.must_exist import CONFIGURATION, FOLDER, SOURCE, WRITABLE
 from finetune.config.values import FilePath, PathText, PngPath
 
 
@@ -50,7 +50,7 @@ class EncodeOptions:
 
 @dataclass(frozen=True)
 class InitOptions:
-    out: Annotated[FilePath, POSITIONAL] = Path("my.yaml")
+    out: Annotated[FilePath, POSITIONAL, WRITABLE] = Path("my.yaml")
     """The YAML file to write; one that is there is never replaced."""
 
     data: Annotated[FilePath | None, SOURCE] = None
@@ -81,7 +81,7 @@ class PlotOptions:
     run_dir: Annotated[FilePath, POSITIONAL, FOLDER]
     """The run's folder."""
 
-    out: PngPath | None = None
+    out: Annotated[PngPath | None, WRITABLE] = None
     """The PNG to write; null: RUN_DIR/loss.png."""
 
 

@@ -6,12 +6,13 @@ from pathlib import Path
 
 from finetune.config.values import valid_path
 from finetune.errors import UserError
+from finetune.safety import kind_of
 
 
 def require_configuration(path: Path) -> None:
     """
     Raises:
-        UserError: there is no such file; files of similar names are named.
+        UserError: there is no such file, or it is data; files of similar names are named.
     """
     try:
         valid_path(path)
@@ -22,6 +23,8 @@ def require_configuration(path: Path) -> None:
         raise UserError(f"There is no configuration file {path}.{_files_nearby(path)}")
     if path.is_dir():
         raise UserError(f"{path} is a folder, and no YAML file.{_files_nearby(path / 'run.yaml')}")
+    if (kind := kind_of(path)) in ("recording", "list of recordings"):
+        raise UserError(f"{path} is a {kind}, and no configuration.{_files_nearby(path)}")
 
 
 def _files_nearby(path: Path) -> str:

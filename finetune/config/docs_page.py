@@ -122,7 +122,8 @@ configuration's keys are, and every mistake in them is named before anything is 
 capitals behind the command stands for a value that needs no name, and in brackets it may be left
 out: `moshi-ttt train run.yaml` is `moshi-ttt train --config=run.yaml`. Where "--KEY=VALUE" is
 written, all keys of [configuration.md](configuration.md) are options too, by their dotted
-names.
+names. `moshi-ttt help COMMAND` is `moshi-ttt COMMAND --help`, and `moshi-ttt --version` says which
+version this is.
 """
 
 

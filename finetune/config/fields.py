@@ -10,7 +10,8 @@ from dataclasses import MISSING, dataclass
 from functools import cache
 from typing import Annotated, Any, TypeVar, get_origin, get_type_hints
 
-from finetune.config.marks import AlsoCalled, Prefix
+from finetune.config.marks import Prefix
+from finetune.config.similar import similar_keys
 from finetune.config.values import NULLS, members, parse
 from ttt.options import Change, OneOf, abbreviated
 
@@ -194,29 +195,8 @@ def _first_words(cls: type) -> frozenset[str]:
 
 
 def suggestions(cls: type, unknown: str) -> list[str]:
-    """Return the existing keys that were probably meant, the likeliest first; mostly one."""
-    fields = list(all_fields(cls))
-    known = [field.key for field in fields]
-    last_part = unknown.split(".")[-1]
-    by_last_part = {key.split(".")[-1]: key for key in reversed(known)}
-    if unknown in known:
-        return []
-    also_called = {
-        name: field.key
-        for field in fields
-        for mark in marks_of(field.kind, AlsoCalled)
-        for name in mark.names
-    }
-    if unknown in also_called:
-        # Without a section it may be the key that has this very name in one.
-        of_this_name = [by_last_part[unknown]] if unknown in by_last_part else []
-        return [also_called[unknown], *of_this_name]
-    if last_part in by_last_part:
-        return [by_last_part[last_part]]
-    if close := difflib.get_close_matches(unknown[:100], known, n=1, cutoff=0.75):
-        return close
-    close = difflib.get_close_matches(last_part[:100], by_last_part, n=1, cutoff=0.75)
-    return [by_last_part[name] for name in close]
+    """Return the existing keys that were probably meant, as `similar_keys` does."""
+    return similar_keys(unknown, [field.key for field in all_fields(cls)])
 
 
 def keys_that(cls: type, *changes: Change) -> set[str]:

@@ -15,13 +15,6 @@ class Prefix:
 
 
 @dataclass(frozen=True)
-class AlsoCalled:
-    """Mark of a key that is looked for under these whole names, though it has none of them."""
-
-    names: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class Positional:
     """An option that may stand on a command line without its name."""
 
@@ -31,7 +24,7 @@ POSITIONAL = Positional()
 
 @dataclass(frozen=True)
 class MustExist:
-    """Mark of an option that names what must be there already.
+    """Mark of an option that names what must be there already: a file, or room to write one.
 
     require: takes the option's value and its name, and raises `UserError` if it is not there.
     """

@@ -12,7 +12,8 @@ from finetune.config.fields import fields_of, marks_of
 from finetune.config.marks import MustExist
 from finetune.config.sources import parse_sources, require_sources
 from finetune.errors import UserError
-from finetune.kept import is_stock, require_checkpoint
+from finetune.kept import is_stock, require_checkpoint, require_writable
+from finetune.safety import kind_of, start_of
 
 _ON_DISK = ("", ".jsonl", ".gz", ".npz", ".parquet")
 """Suffixes of data that are files and folders of this machine."""
@@ -61,7 +62,19 @@ def require_file(path: Path, key: str) -> None:
 
 def _require_path(path: Path, key: str) -> None:
     if not path.exists():
-        raise UserError(f"{key}: there is no file {path}; correct the path.")
+        raise UserError(f"{key}: there is no file {path}; correct the path.{start_of(path, key)}")
+
+
+def _require_audio(path: Path, key: str) -> None:
+    _require_path(path, key)
+    if (kind := kind_of(path)) not in ("", "recording"):
+        raise UserError(f"{key}: {path} is a {kind}; name a recording, or a folder of some.")
+
+
+def _require_text_file(path: Path, key: str) -> None:
+    require_file(path, key)
+    if kind_of(path) == "recording":
+        raise UserError(f"{key}: {path} is a recording, which it cannot be; correct the path.")
 
 
 def _require_folder(path: Path, key: str) -> None:
@@ -69,7 +82,7 @@ def _require_folder(path: Path, key: str) -> None:
         return
     if path.exists():
         raise UserError(f"{key}: {path} is a file; name a folder.")
-    raise UserError(f"{key}: there is no folder {path}; correct the path.")
+    raise UserError(f"{key}: there is no folder {path}; correct the path.{start_of(path, key)}")
 
 
 def _require_configuration(path: Path, key: str) -> None:
@@ -84,7 +97,7 @@ def _require_checkpoint(path: Path, key: str) -> None:
 def _is_on_disk(path: Path) -> bool:
     # Of any other suffix, or of `hf://…`, the layout alone knows whether something is there.
     is_remote = str(path).partition("/")[0].endswith(":")
-    return path.suffix in _ON_DISK and not is_remote
+    return (path.suffix in _ON_DISK or bool(kind_of(path))) and not is_remote
 
 
 def _require_source(path: Path, key: str) -> None:
@@ -118,8 +131,10 @@ def _require_earlier_run(path: str, key: str) -> None:
     _require_checkpoint(Path(path), key)
 
 
-FILE = MustExist(require_file)
-FILE_OR_FOLDER = MustExist(_require_path)
+FILE = MustExist(_require_text_file)
+"""A file that is no recording."""
+AUDIO = MustExist(_require_audio)
+"""A recording, or a folder of such."""
 FOLDER = MustExist(_require_folder)
 CONFIGURATION = MustExist(_require_configuration)
 """A run's YAML file, or a sweep's."""
@@ -137,3 +152,5 @@ REPOSITORY = MustExist(_require_repository)
 """A repository of the hub, or a folder of the same layout."""
 EARLIER_RUN = MustExist(_require_earlier_run)
 """The same, as text."""
+WRITABLE = MustExist(require_writable)
+"""A file or folder to write: something can be made where it is to lie."""

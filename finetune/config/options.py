@@ -3,9 +3,9 @@
 import dataclasses
 import difflib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from finetune.config.args import TrainArgs
 from finetune.config.fields import Field, all_fields, complete, fill, marks_of
@@ -18,6 +18,9 @@ from ttt.options import abbreviated
 
 Options = TypeVar("Options")
 
+BARE = "\0"
+"""The value of an option behind which stands none: no word of a command line can be this."""
+
 
 def read_options(
     cls: type[Options], words: Sequence[str], given: Mapping[str, Any], *, with_overrides: bool
@@ -26,7 +29,7 @@ def read_options(
 
     Args:
         words: what was given without a name.
-        given: texts by name.
+        given: texts by name, or `BARE`.
         with_overrides: names that are no option are keys of a configuration.
 
     Raises:
@@ -35,24 +38,27 @@ def read_options(
     learn_from(given)
     cls = complete(cls)
     fields = {field.key: field for field in all_fields(cls) if not field.section}
+    known = {**fields, **_configuration_fields(), **fields} if with_overrides else fields
+    given = {name: _text_of(name, text, known) for name, text in given.items()}
     own = {name: value for name, value in given.items() if name in fields}
     others = {name: value for name, value in given.items() if name not in fields}
     places = [key for key, field in fields.items() if is_positional(field) and key not in own]
     own |= dict(zip(places, words, strict=False))
     for word in words[len(places) :]:
-        hint = f"Did you mean --{word}?" if "=" in word else "Options are given as --NAME=VALUE."
-        raise UserError(f"unexpected argument: {abbreviated(redact(word))}. {hint}")
+        raise UserError(
+            f"unexpected argument: {abbreviated(redact(word))}. {_place_of(word, known, given)}"
+        )
     missing = [key for key, field in fields.items() if field.is_required and not own.get(key)]
     # `--table run.yaml`: the switch took the word behind it, of which it can make nothing.
-    took = [name for name in given if _took_a_word(name, given[name], fields, with_overrides)]
+    took = [name for name in given if _took_a_word(name, given[name], known)]
     if missing and missing == places[len(words) :] and len(took) == 1:
         own[missing.pop()] = given[took[0]]
         (own if took[0] in own else others)[took[0]] = "true"
     for name in others:
         # Among the keys of a configuration, one may be what is missing.
-        known = missing if with_overrides and missing else list(fields)
+        wanted = missing if with_overrides and missing else list(fields)
         is_key = with_overrides and name in _configuration_keys()
-        meant = None if is_key else _meant(name, known)
+        meant = None if is_key else _meant(name, wanted)
         if meant or not with_overrides:
             hint = f"Did you mean --{meant}?" if meant else "Ask for --help to see them all."
             raise UserError(f"unknown option: --{abbreviated(redact(name))}. {hint}")
@@ -63,9 +69,49 @@ def read_options(
     return options, others
 
 
-def _took_a_word(name: str, value: Any, fields: Mapping[str, Field], with_overrides: bool) -> bool:
+def _text_of(name: str, text: Any, known: Mapping[str, Field]) -> Any:
+    """Return the text of an option, also where none was given behind a switch.
+
+    Raises:
+        UserError: none was given, and it is no switch.
+    """
+    if text != BARE:
+        return text
+    if name in known and bool not in members(known[name].kind):
+        raise UserError(f"--{name} needs a value: --{name}=VALUE.")
+    return "true"
+
+
+def _place_of(word: str, known: Mapping[str, Field], given: Collection[str]) -> str:
+    """Return a sentence on where a word belongs that was given without a name."""
+    options = [field for key, field in known.items() if not is_positional(field)]
+    if "=" in word or word in known:
+        return f"Did you mean --{abbreviated(redact(word))}?"
+    of_choice = [field for field in options if word in _choices(field)]
+    # The first option is what is most often given.
+    first = [field for field in options[:1] if _may_be(word, field) and field.key not in given]
+    for field in of_choice or first:
+        return f"Did you mean --{field.key}={abbreviated(redact(word))}?"
+    return "Options are given as --NAME=VALUE."
+
+
+def _choices(field: Field) -> list[Any]:
+    return [each for kind in members(field.kind) for each in get_args(kind)]
+
+
+def _may_be(word: str, field: Field) -> bool:
+    """Return whether a word may be the value of an option that takes a path or a number."""
+    if {bool, str}.intersection(members(field.kind)):
+        return False
+    try:
+        parse(word, field.kind)
+    except ValueError:
+        return False
+    return True
+
+
+def _took_a_word(name: str, value: Any, known: Mapping[str, Field]) -> bool:
     """Return whether an option is a switch, and has a text that is no value of it."""
-    known = {**_configuration_fields(), **fields} if with_overrides else fields
     if name not in known or bool not in members(known[name].kind):
         return False
     try:

@@ -17,7 +17,7 @@ from finetune.config.sources import resolved_sources
 from finetune.config.values import NULLS
 from finetune.errors import UserError
 from finetune.kept import write_whole
-from finetune.safety import learn_from
+from finetune.safety import decode_text, learn_from
 from ttt.config import TTTArgs
 from ttt.options import START, abbreviated
 
@@ -202,8 +202,7 @@ def _check(
         args, problems = fill(TrainArgs, written | from_command_line)
 
     # A default stands where a value was rejected: what follows from it alone is not the user's.
-    settled = {key for key, _ in problems}
-    settled |= {meant for key, _ in problems for meant in suggestions(TrainArgs, key)}
+    settled = {each for key, _ in problems for each in (key, *suggestions(TrainArgs, key))}
     for keys, text in cross_checks(args, given):
         sections = {key.split(".")[0] for key in keys.split(", ")}
         if not settled & (sections | set(keys.split(", "))):
@@ -341,9 +340,11 @@ def _bytes_of(path: Path) -> bytes:
 
 def _parsed(path: Path, content: bytes) -> Any:
     try:
-        found = yaml.load(content.decode("utf-8"), Loader=_Loader)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not a text file in UTF-8. Is it a YAML file?") from error
+        text = decode_text(content)
+    except ValueError as error:
+        raise UserError(f"{path} is no text: {error}. Is it a YAML file?") from error
+    try:
+        found = yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         # The offending line itself is not shown: it may hold a secret.
         mark = error.problem_mark or error.context_mark

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from finetune.errors import UserError
+from finetune.safety import kind_of, start_of
 
 _WEIGHT = re.compile(r"(?P<path>.+):(?P<weight>[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?)", re.IGNORECASE)
 
@@ -58,11 +59,20 @@ def require_sources(paths: Sequence[Path], key: str) -> None:
         key: the configuration's key that names the paths, for messages.
 
     Raises:
-        UserError: naming all where nothing is.
+        UserError: naming all where nothing is, or one that is no list.
     """
     missing = [str(path) for path in paths if not path.exists()]
     commas = " (commas separate paths, so that none may be in a name)" if len(paths) > 1 else ""
+    start = next(filter(None, (start_of(Path(path), key) for path in missing)), "")
     if len(missing) == 1:
-        raise UserError(f"{key}: {missing[0]} does not exist. Correct the path{commas}.")
+        raise UserError(f"{key}: {missing[0]} does not exist. Correct the path{commas}.{start}")
     if missing:
-        raise UserError(f"{key}: {', '.join(missing)} do not exist. Correct the paths{commas}.")
+        raise UserError(
+            f"{key}: {', '.join(missing)} do not exist. Correct the paths{commas}.{start}"
+        )
+    for path in paths:
+        if (kind := kind_of(path)) in ("recording", "configuration"):
+            raise UserError(
+                f"{key}: {path} is a {kind}; name a list of recordings, which "
+                "`moshi-ttt data index FOLDER` writes."
+            )

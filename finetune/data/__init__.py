@@ -18,6 +18,7 @@ from finetune.data.inspection import (
 )
 from finetune.data.inspection import VERSION as INSPECTION_VERSION
 from finetune.data.layouts import SOURCES, Entry, MonoPair, Source, StereoFile, open_source
+from finetune.data.lines import parse_line
 from finetune.data.loader import (
     EvalLoader,
     TrainLoader,
@@ -100,6 +101,7 @@ __all__ = [
     "open_checked_store",
     "open_source",
     "open_store",
+    "parse_line",
     "power_of",
     "read_audio",
     "read_transcript",

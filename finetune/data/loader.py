@@ -180,7 +180,7 @@ def warn_if_shared(train: "TrainLoader", evaluation: "EvalLoader") -> None:
     """Warn if recordings that are evaluated are trained on as well, or are copies of such."""
     found = inspect_listing(train.recordings, evaluation.recordings)
     shared = [each for each in found if each.code == "evaluation-in-training"]
-    warn_of([("data.train_data", each) for each in shared], "data.eval_data")
+    warn_of([("", each) for each in shared], "data.eval_data")
 
 
 class TrainLoader:

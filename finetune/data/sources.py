@@ -189,7 +189,7 @@ def warn_of(found: Sequence[tuple[str, Finding]], key: str) -> None:
     """Say what may be wrong with the data, each kind once with an example and a count.
 
     Args:
-        found: findings, and where each of them is.
+        found: findings, and where each of them is; nothing: in the data as a whole.
         key: the configuration's key that names the data.
     """
     of_code: dict[str, list[tuple[str, Finding]]] = {}
@@ -198,7 +198,8 @@ def warn_of(found: Sequence[tuple[str, Finding]], key: str) -> None:
     for code, all_ in of_code.items():
         origin, first = all_[0]
         more = f" The same of {len(all_) - 1} more." if len(all_) > 1 else ""
-        logger.warning("%s: %s: %s: %s. [%s]%s", key, origin, *first[2:], code, more)
+        where = f"{key}: {origin}" if origin else key
+        logger.warning("%s: %s: %s. [%s]%s", where, *first[2:], code, more)
 
 
 def _check_source(

@@ -1,12 +1,11 @@
 """Transcripts: the words of a recording with their times."""
 
 import json
-import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from finetune.data.problems import FileProblem
-from finetune.safety import parse_json
+from finetune.safety import parse_json, read_text
 
 MAIN_SPEAKER = "SPEAKER_MAIN"
 USER_SPEAKER = "SPEAKER_USER"
@@ -15,7 +14,6 @@ OTHER_SPEAKER = "SPEAKER_OTHER"
 
 _FORMAT = '{"alignments": [["word", [start_sec, end_sec], "SPEAKER_MAIN"], ...]}'
 _AGAIN = f"make it again, in the form {_FORMAT}"
-_MAX_BYTES = 2**28
 _MAX_TIME_SEC = 1e12
 """Far beyond any time, in any unit; with what is far beyond this, arithmetic overflows."""
 
@@ -104,34 +102,6 @@ def transcript_of(content: Any, name: str) -> Transcript:
         if len(entry) > 3:
             unused.add("alignments[…][3]")
     return Transcript(words, frozenset(unused))
-
-
-def read_text(path: Path) -> str:
-    """Return the text of a file in UTF-8 or UTF-16, with a byte order mark or without; gzipped or
-    not.
-
-    Raises:
-        OSError, ValueError: it cannot be read, is larger than any such file, or is no text.
-    """
-    if path.stat().st_size > _MAX_BYTES:
-        raise ValueError(f"it is larger than {_MAX_BYTES / 2**20:.0f} MiB")
-    content = path.read_bytes()
-    if content[:2] == b"\x1f\x8b":
-        content = _gunzip(content)
-    return content.decode(json.detect_encoding(content))
-
-
-def _gunzip(content: bytes) -> bytes:
-    unpacking = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)
-    try:
-        text = unpacking.decompress(content, _MAX_BYTES)
-    except zlib.error as error:
-        raise ValueError(f"it is a damaged gzip file: {error}") from None
-    if unpacking.unconsumed_tail:
-        raise ValueError(f"it unpacks to more than {_MAX_BYTES / 2**20:.0f} MiB")
-    if not unpacking.eof:
-        raise ValueError("it is a gzip file that was cut off")
-    return text
 
 
 def _is_alignment(entry: Any) -> bool:

@@ -9,6 +9,7 @@ __all__ = [
     "DemoOptions",
     "make_dialogues",
     "run_demo",
+    "training_command",
 ]
 
 
@@ -18,6 +19,10 @@ def __getattr__(name: str) -> Any:
         from finetune.demo.dialogues import make_dialogues
 
         return make_dialogues
+    if name == "training_command":
+        from finetune.demo.next_step import training_command
+
+        return training_command
     if name == "run_demo":
         from finetune.demo.run import run_demo
 

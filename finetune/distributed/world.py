@@ -206,6 +206,8 @@ def join_world(
     available = torch.cuda.device_count()
     if device == "cpu" or (device == "auto" and not available):
         place = torch.device("cpu")
+    elif not available:
+        raise UserError("device: cuda, and PyTorch sees no GPU here. Set device: cpu, or auto.")
     elif local_rank >= available:
         raise UserError(
             f"device: this host has {available} CUDA devices, and process {local_rank} of it needs "

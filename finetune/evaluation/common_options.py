@@ -8,6 +8,7 @@ from finetune.config import (
     CHECKPOINT,
     POSITIONAL,
     SOURCES,
+    WRITABLE,
     FilePath,
     PathsText,
     Seed,
@@ -34,7 +35,7 @@ class CommonOptions:
     data: Annotated[PathsText | None, SOURCES] = None
     """A JSONL of recordings as for training; null: the run's data.eval_data."""
 
-    out: FilePath = DEFAULT_OUT
+    out: Annotated[FilePath, WRITABLE] = DEFAULT_OUT
     """The folder to write to."""
 
     overwrite: bool = False

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from finetune.errors import UserError
 from finetune.kept.checkpoint_names import DIVERGED, checkpoints_in
+from finetune.safety import start_of
 
 
 def is_stock(checkpoint: Path) -> bool:
@@ -40,7 +41,7 @@ def require_checkpoint(checkpoint: Path, key: str) -> None:
     inside = [*checkpoints_in(checkpoint / "checkpoints"), *checkpoints_in(checkpoint)]
     above = next((p for p in checkpoint.absolute().parents if (p / "consolidated").is_dir()), None)
     if above is None and not checkpoint.exists():
-        hint = _for_a_repository(checkpoint)
+        hint = _for_a_repository(checkpoint) or start_of(checkpoint, key)
         raise UserError(f"{key}: there is no folder {checkpoint}; correct the path.{hint}")
     if checkpoint.is_dir() and inside:
         hint = f" Did you mean {inside[-1]}?"

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -83,6 +84,26 @@ def whole_folder(path: Path) -> Iterator[Path]:
 def is_free_folder(path: Path) -> bool:
     """Return whether a folder is empty, but for what `whole_folder` left when it was killed."""
     return path.is_dir() and all(each.name == _PARTIAL for each in path.iterdir())
+
+
+def require_writable(path: Path, option: str) -> None:
+    """Check that a file or a folder can be written, before hours are spent on what goes there.
+
+    Args:
+        option: what has named it, for messages.
+
+    Raises:
+        UserError: nothing can be made where it lies, or in the first folder above that is there.
+    """
+    folders = [path] if path.is_dir() else []
+    folders += [folder for folder in path.absolute().parents if folder.exists()]
+    try:
+        # Asked for its rights, the system does not tell of a disk that is read-only or full.
+        with tempfile.TemporaryFile(dir=folders[0]):
+            pass
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{option}: cannot write to {path}: {reason}.") from error
 
 
 def require_new_file(path: Path, option: str = "--out") -> None:

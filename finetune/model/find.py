@@ -11,7 +11,7 @@ from finetune.config import FOLDER, REPOSITORY, ModelPaths
 from finetune.errors import UserError
 from finetune.model.adapters import require_base
 from finetune.model.hub import HUB_ERRORS, is_reachable
-from finetune.safety import read_json, stays_inside
+from finetune.safety import read_json, start_of, stays_inside
 
 _AT_RANDOM = ", or set moshi_paths.random_init: true to begin with random weights"
 
@@ -63,6 +63,7 @@ def find_checkpoint(
             others = _AT_RANDOM if is_new_run and key == "moshi_path" else ""
             raise UserError(
                 f"moshi_paths.{key}: there is no file {path}; correct the path{others}."
+                f"{start_of(path, key)}"
             )
         return path
 

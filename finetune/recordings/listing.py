@@ -8,11 +8,22 @@ from typing import Any, Literal
 from huggingface_hub import try_to_load_from_cache
 from moshi.models.loaders import TEXT_TOKENIZER_NAME
 
-from finetune.config import ModelPaths, is_configuration, load_config, parse_sources
+from finetune.config import (
+    DataArgs,
+    ModelPaths,
+    fill,
+    is_configuration,
+    list_problems,
+    load_config,
+    parse_sources,
+)
 from finetune.data import ReadCodes, Reading, Recording, open_source
 from finetune.errors import UserError
 from finetune.model import find_checkpoint, read_codes_of
 from finetune.recordings.encoder import WordStart
+
+_KEYS_OF_LIST = ("data.main_channel", "data.room_tone", "data.word_start")
+"""What says how recordings are read, whatever is done with them."""
 
 
 @dataclass
@@ -47,7 +58,7 @@ def list_data(data: Path, overrides: Mapping[str, Any] | None = None) -> Listing
     """Return what a JSONL (or another source) lists, or what a run's YAML file names.
 
     Args:
-        overrides: keys of the run's configuration.
+        overrides: keys of the run's configuration; of a list, those that say how it is read.
 
     Raises:
         UserError: nothing is there, or it cannot be read.
@@ -64,14 +75,38 @@ def list_data(data: Path, overrides: Mapping[str, Any] | None = None) -> Listing
         listing.tokenizer = local_tokenizer(args.moshi_paths)
         if listing.has_codes:
             listing.reads = read_codes_of(args.moshi_paths)
-    elif overrides:
-        raise UserError(
-            f"--{next(iter(overrides))} is no option. Keys of a configuration go with a run's "
-            f"YAML file; {data} is none."
-        )
     else:
-        _list(str(data), "--data", Reading(), listing.recordings, listing)
+        needs = f"a run's YAML file, and {data} is none"
+        of_list = options_of_list(overrides or {}, needs)
+        listing.word_start = of_list.word_start
+        reading = Reading.of(of_list, training=False)
+        _list(str(data), "--data", reading, listing.recordings, listing)
     return listing
+
+
+def options_of_list(overrides: Mapping[str, Any], needs: str) -> DataArgs:
+    """Return how a list is read that no run's YAML file names: with defaults, but for keys that
+    the command line has.
+
+    Args:
+        needs: what other keys go with, for the message.
+
+    Raises:
+        UserError: a key of something else, or a wrong value.
+    """
+    for key in overrides:
+        if key not in _KEYS_OF_LIST:
+            raise UserError(
+                f"--{key} is no option. Keys of a configuration go with {needs}; a list alone is "
+                f"read with --{', --'.join(_KEYS_OF_LIST)}."
+            )
+    given = {key.removeprefix("data."): text for key, text in overrides.items()}
+    found: DataArgs
+    found, problems = fill(DataArgs, given)
+    if problems:
+        wrong = [f"data.{key}: {text}" for key, text in problems]
+        raise UserError(list_problems("the command line", wrong))
+    return found
 
 
 def _list(spec: str, key: str, reading: Reading, found: list[Recording], listing: Listing) -> None:

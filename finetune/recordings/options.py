@@ -6,7 +6,17 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Le
 
-from finetune.config import CONFIGURATION, DATA, FILE, FOLDER, POSITIONAL, SOURCE, FilePath, PngPath
+from finetune.config import (
+    CONFIGURATION,
+    DATA,
+    FILE,
+    FOLDER,
+    POSITIONAL,
+    SOURCE,
+    WRITABLE,
+    FilePath,
+    PngPath,
+)
 from finetune.errors import UserError
 
 Workers = Annotated[int, Ge(1), Le(1024)]
@@ -17,7 +27,7 @@ class IndexOptions:
     folder: Annotated[FilePath, POSITIONAL, FOLDER]
     """The folder with the recordings, at any depth."""
 
-    out: FilePath | None = None
+    out: Annotated[FilePath | None, WRITABLE] = None
     """The JSONL to write; null: FOLDER/data.jsonl."""
 
     pair: str | None = None
@@ -28,7 +38,7 @@ class IndexOptions:
     join: bool = False
     """With --pair: write a stereo file for each two mono files, and list that."""
 
-    joined_dir: FilePath | None = None
+    joined_dir: Annotated[FilePath | None, WRITABLE] = None
     """With --join: where joined recordings go; null: FOLDER/stereo."""
 
     overwrite: bool = False
@@ -99,10 +109,10 @@ class CheckOptions:
     """A sentencepiece model, to check the text tokens; null: that of the run, if DATA is a YAML
     file and the tokenizer is on this machine."""
 
-    json: FilePath | None = None
+    json: Annotated[FilePath | None, WRITABLE] = None
     """A JSON file to write with all that was found."""
 
-    html: FilePath | None = None
+    html: Annotated[FilePath | None, WRITABLE] = None
     """An HTML page to write with all that was found."""
 
     cache: FilePath | None = None
@@ -131,7 +141,7 @@ class ShowOptions:
     """A run's YAML file whose files are on this machine: its text tokens, codes and loss weights
     are shown as well."""
 
-    out: PngPath = Path("segment.png")
+    out: Annotated[PngPath, WRITABLE] = Path("segment.png")
     """The picture to write, a PNG; the sound goes beside it, as a stereo wav."""
 
 
@@ -144,7 +154,7 @@ class StatsOptions:
     """A sentencepiece model, to count text tokens; null: that of the run, if DATA is a YAML file
     and the tokenizer is on this machine."""
 
-    out: PngPath | None = None
+    out: Annotated[PngPath | None, WRITABLE] = None
     """A PNG to draw the distributions into."""
 
     workers: Workers | None = None

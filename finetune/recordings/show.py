@@ -21,22 +21,25 @@ from finetune.data import (
 from finetune.errors import UserError, counted
 from finetune.kept import write_wav
 from finetune.model import build_codec, find_checkpoint, plan_model
+from finetune.recordings.listing import options_of_list
 from finetune.recordings.options import ShowOptions
 from finetune.recordings.picture import draw
 from finetune.recordings.shown import SAMPLE_RATE_HZ, Shown, Streams
 from finetune.step import LossWeights, target_weights
 
 
-def show_segment(options: ShowOptions, overrides: Mapping[str, Any]) -> list[str]:
-    """Draw a segment, and write its sound beside the picture. Returns lines to print.
+def show_segment(options: ShowOptions, overrides: Mapping[str, Any]) -> tuple[list[str], bool]:
+    """Draw a segment, and write its sound beside the picture.
+
+    Returns:
+        Lines to print, and whether the recording has no error.
 
     Raises:
         UserError: there is no such line, or it cannot be read, or nothing can be written.
     """
     args = load_config(options.config, overrides) if options.config is not None else None
-    if args is None and overrides:
-        raise UserError(f"--{next(iter(overrides))} goes with --config, a run's YAML file.")
-    reading = Reading.of(args.data, training=True) if args is not None else Reading()
+    of_data = args.data if args else options_of_list(overrides, "--config, a run's YAML file")
+    reading = Reading.of(of_data, training=True)
     recording = _entry(options.file, options.index, reading)
     shown = _read(recording, options, args)
     draw(shown, options.out)
@@ -48,7 +51,8 @@ def show_segment(options: ShowOptions, overrides: Mapping[str, Any]) -> list[str
             f"tokens and codes are not shown: moshi_paths.hf_repo_id {args.moshi_paths.hf_repo_id} "
             f"is no folder on this machine (a path starts from the current folder, {Path.cwd()})"
         )
-    return [*lines, f"wrote {options.out}", f"wrote {sound}   left Moshi, right the user"]
+    lines += [f"wrote {options.out}", f"wrote {sound}   left Moshi, right the user"]
+    return lines, all(each.severity != "error" for each in shown.findings)
 
 
 def _entry(path: Path, index: int, reading: Reading) -> Recording:

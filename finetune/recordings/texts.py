@@ -7,6 +7,7 @@ from typing import Literal
 from finetune.data import MonoPair, StereoFile
 from finetune.recordings.spoken import spoken_form
 from finetune.recordings.work import RecordingError
+from finetune.safety import read_text
 
 Channel = Literal["left", "right"]
 CHANNELS: tuple[Channel, Channel] = ("left", "right")
@@ -78,9 +79,9 @@ def read_texts(dialogue: Dialogue, main_channel: Channel = "left") -> tuple[list
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecordingError(f"{path} cannot be read as text in UTF-8: {error}") from None
+        return read_text(path)
+    except (OSError, ValueError) as error:
+        raise RecordingError(f"{path} cannot be read as text: {error}") from None
 
 
 def _by_speaker(path: Path, names_of_left: set[str]) -> tuple[str, str]:

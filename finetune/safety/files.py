@@ -3,12 +3,13 @@ folder that they belong to. docs/security.md says what is trusted."""
 
 import json
 import math
+import zlib
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-MAX_JSON_BYTES = 2**28
+MAX_TEXT_BYTES = 2**28
 
 
 def stays_inside(name: str) -> bool:
@@ -71,9 +72,51 @@ def read_json(path: Path) -> Any:
     Raises:
         OSError, ValueError: it cannot be read, is larger than any such file, or is no JSON.
     """
-    if path.stat().st_size > MAX_JSON_BYTES:
-        raise ValueError(f"it is larger than {MAX_JSON_BYTES / 2**20:.0f} MiB")
-    return parse_json(path.read_bytes())
+    return parse_json(_bytes_of(path))
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a user's file in UTF-8 or UTF-16, with a byte order mark or without;
+    gzipped or not.
+
+    Raises:
+        OSError, ValueError: it cannot be read, is larger than any such file, or is no text.
+    """
+    content = _bytes_of(path)
+    return decode_text(_gunzip(content) if content[:2] == b"\x1f\x8b" else content)
+
+
+def decode_text(content: bytes) -> str:
+    """Return the text that bytes are, in UTF-8 or UTF-16, with a byte order mark or without.
+
+    Raises:
+        ValueError: they are no such text.
+    """
+    try:
+        return content.decode(json.detect_encoding(content))
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"byte {error.start} is neither UTF-8 nor UTF-16; save it as UTF-8"
+        ) from None
+
+
+def _bytes_of(path: Path) -> bytes:
+    if path.stat().st_size > MAX_TEXT_BYTES:
+        raise ValueError(f"it is larger than {MAX_TEXT_BYTES / 2**20:.0f} MiB")
+    return path.read_bytes()
+
+
+def _gunzip(content: bytes) -> bytes:
+    unpacking = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)
+    try:
+        text = unpacking.decompress(content, MAX_TEXT_BYTES)
+    except zlib.error as error:
+        raise ValueError(f"it is a damaged gzip file: {error}") from None
+    if unpacking.unconsumed_tail:
+        raise ValueError(f"it unpacks to more than {MAX_TEXT_BYTES / 2**20:.0f} MiB")
+    if not unpacking.eof:
+        raise ValueError("it is a gzip file that was cut off")
+    return text
 
 
 def safetensors_problem(path: Path) -> str | None:

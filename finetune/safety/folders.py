@@ -26,6 +26,18 @@ def find_files(folder: Path, suffixes: Iterable[str]) -> tuple[list[Path], list[
     return sorted(found), hidden
 
 
+def kind_of(path: Path) -> str:
+    """Return what a file is by its name, `recording`, `list of recordings` or `configuration`;
+    nothing for all others, for folders, and where nothing is."""
+    if not path.is_file():
+        return ""
+    if path.suffix.lower() in AUDIO_SUFFIXES:
+        return "recording"
+    if path.name.lower().endswith((".jsonl", ".jsonl.gz")):
+        return "list of recordings"
+    return "configuration" if path.suffix.lower() in (".yaml", ".yml") else ""
+
+
 def all_files(folder: Path) -> Iterator[Path]:
     """Yield the files of a folder at any depth, also in folders that links lead to, but not in
     hidden ones. A link to a folder that it lies in leads round for ever, and is not followed."""

@@ -1,6 +1,7 @@
 """Some texts can be no path, whatever is on the disk."""
 
 import os
+from pathlib import Path
 
 from finetune.errors import UserError
 from finetune.safety.secrets import redact
@@ -34,6 +35,14 @@ def is_too_long(text: str) -> bool:
     encoded = text.encode(errors="surrogatepass")
     longest = max(len(name) for name in encoded.split(b"/"))
     return len(encoded) > MAX_PATH_BYTES or longest > MAX_NAME_BYTES
+
+
+def start_of(path: Path, key: str) -> str:
+    """Return a sentence on where a path starts that a configuration names, which may have been
+    written for another folder; nothing for whole paths, and for options of a command line."""
+    if path.is_absolute() or key.startswith("--"):
+        return ""
+    return f" Relative paths start from the current folder, {Path.cwd()}."
 
 
 def shown(text: str) -> str:

@@ -9,10 +9,11 @@ from annotated_types import Ge, Le
 from pydantic import AfterValidator
 
 from finetune.config import (
+    AUDIO,
     CHECKPOINT,
-    FILE_OR_FOLDER,
     FOLDER,
     POSITIONAL,
+    WRITABLE,
     FilePath,
     Precision,
     Seed,
@@ -64,7 +65,7 @@ class GenerateOptions:
     checkpoint: Annotated[FilePath, POSITIONAL, CHECKPOINT]
     """A folder run_dir/checkpoints/checkpoint_NNNNNN, or of a stock Moshi."""
 
-    audio: Annotated[FilePath | None, FILE_OR_FOLDER] = None
+    audio: Annotated[FilePath | None, AUDIO] = None
     """A recording of what the user says, mono or stereo, of any usual rate; or a folder of such, at
     any depth."""
 
@@ -78,7 +79,7 @@ class GenerateOptions:
     output_name: FileName = "output.wav"
     """What the answers in --input_dir are called."""
 
-    out: FilePath | None = None
+    out: Annotated[FilePath | None, WRITABLE] = None
     """The wav to write, or for a folder the folder to write to; null: output.wav, or output."""
 
     overwrite: bool = False
@@ -106,7 +107,7 @@ class GenerateOptions:
     session_part: Part = "all"
     """What is kept: all, so that the conversation goes on exactly; or only what TTT has learned."""
 
-    report: FilePath | None = None
+    report: Annotated[FilePath | None, WRITABLE] = None
     """The folder to write a report to: what TTT does, per layer and chunk, beside the words."""
 
     batch_size: Size = 8
@@ -214,7 +215,7 @@ class ExportOptions:
     checkpoint: Annotated[FilePath, POSITIONAL, CHECKPOINT]
     """A folder run_dir/checkpoints/checkpoint_NNNNNN."""
 
-    out: FilePath
+    out: Annotated[FilePath, WRITABLE]
     """The folder to write to; new or empty."""
 
     form: Literal["merged", "adapters"] = "merged"

@@ -15,10 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from finetune.config import FOLDER, POSITIONAL, FilePath, Prefix, Seed
+from finetune.config import FOLDER, POSITIONAL, WRITABLE, FilePath, Prefix, Seed
 from finetune.errors import UserError
 from finetune.kept import Kept, WavWriter
 from finetune.report import markdown_lines
+from finetune.safety import read_text
 from finetune.spoken.answers import (
     BASELINES,
     Json,
@@ -53,7 +54,7 @@ _BLOCK_SAMPLES = 10 * SAMPLE_RATE_HZ
 
 @dataclass(frozen=True)
 class RecallAudioOptions:
-    out_dir: Annotated[FilePath, POSITIONAL]
+    out_dir: Annotated[FilePath, POSITIONAL, WRITABLE]
     """The folder to write to; new, or one that the same call has begun."""
 
     talk: Annotated[TalkOptions, Prefix("")] = field(default_factory=TalkOptions)
@@ -71,7 +72,7 @@ class RecallScoreOptions:
     """The answers' name: output.json, words with their times as generate writes them, or else
     output.txt, a line for each question."""
 
-    out: FilePath | None = None
+    out: Annotated[FilePath | None, WRITABLE] = None
     """A JSON file for all numbers and answers; null: none."""
 
     seed: Seed = 0
@@ -257,8 +258,8 @@ def _read_answers(place: Path, name: str, questions: list[Json]) -> list[Json] |
     if not plain.exists():
         return None
     try:
-        lines = plain.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_text(plain).splitlines()
+    except (OSError, ValueError) as error:
         raise UserError(f"{plain} cannot be read: {error}.") from None
     if len(lines) != len(questions):
         raise UserError(

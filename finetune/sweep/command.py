@@ -1,18 +1,17 @@
 """`moshi-ttt sweep`: check everything, run what is left to run, compare."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 
-from finetune.config import list_problems
 from finetune.errors import UserError
 from finetune.monitoring import console
+from finetune.sweep.at_once import refuse
 from finetune.sweep.options import SweepOptions
 from finetune.sweep.plan import Sweep, option, read_sweep
 from finetune.sweep.remarks import cautions, seed_remarks
 from finetune.sweep.report import plot_sweep, write_page
 from finetune.sweep.run import run_sweep, runnable_problems
-from finetune.sweep.slurm import array_problems, write_array
+from finetune.sweep.slurm import write_array
 from finetune.sweep.table import collect, only_in_file, print_table, write_tables
-from ttt.options import abbreviated
 
 OVERWRITES = (
     "with --overwrite_run_dir in it, this script replaces finished runs without asking if it is "
@@ -22,7 +21,7 @@ OVERWRITES = (
 
 
 def run_command(options: SweepOptions, overrides: Mapping[str, object]) -> int:
-    """Check everything, then do what the options say.
+    """Check what is slow to check, then do what the options say; first is `require_sound`.
 
     Returns:
         An exit status: 0 if all that was to be run is finished.
@@ -53,36 +52,20 @@ def run_command(options: SweepOptions, overrides: Mapping[str, object]) -> int:
 
 
 def _checked(options: SweepOptions, overrides: Mapping[str, object]) -> Sweep:
-    """Return the sweep, if nothing is wrong with its file, the command line or its folder.
+    """Return the sweep, if nothing is wrong with its models, its data or its folder, where
+    `require_sound` has found nothing.
 
     Raises:
         UserError: naming all that is.
     """
-    file = options.file
-    sweep, of_file, unsound = read_sweep(
-        file, overrides, options.sweep_dir, with_inputs=not options.table
+    sweep, of_file, _ = read_sweep(
+        options.file, overrides, options.sweep_dir, with_inputs=not options.table
     )
-    others = list(_only_problems(sweep, options.only or ()))
-    if options.slurm:
-        others += array_problems(sweep, overrides)
-    if not options.table:
-        # Of runs whose configuration is not known, nobody can say whether they lie there.
-        chosen = [name for name in options.only or sweep.runs if name not in unsound]
-        others += runnable_problems(sweep, chosen, overwrite=options.overwrite_run_dir)
-    if of_file or len(others) > 1:
-        raise UserError(list_problems(file, [*of_file, *others]))
-    if others:
-        raise UserError(others[0])
+    chosen = options.only or tuple(sweep.runs)
+    overwrite = options.overwrite_run_dir
+    others = [] if options.table else list(runnable_problems(sweep, chosen, overwrite=overwrite))
+    refuse(options.file, of_file, others)
     return sweep
-
-
-def _only_problems(sweep: Sweep, only: Iterable[str]) -> Iterator[str]:
-    unknown = set(only) - sweep.runs.keys()
-    if unknown:
-        yield (
-            f"--only: {sweep.file} has no run {abbreviated(', '.join(sorted(unknown)))}; it has "
-            f"{', '.join(sweep.runs)}."
-        )
 
 
 def show_results(sweep: Sweep, *, overwrite: bool = False) -> None:

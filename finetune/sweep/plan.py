@@ -1,4 +1,7 @@
-"""A sweep's file becomes the runs that it describes; every problem is named before the first."""
+"""A sweep's file becomes the runs that it describes; every problem is named before the first.
+
+What models and data are checked with is slow to import, and imported where they are.
+"""
 
 import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -14,9 +17,7 @@ from finetune.config import (
     list_problems,
     missing_inputs,
 )
-from finetune.data import Reading, count_frames, load_sources
 from finetune.errors import UserError
-from finetune.model import changed_shape, find_checkpoint, misfits, model_shape, plan_model
 from finetune.sweep.content import (
     OWN_KEYS,
     base_problem,
@@ -125,6 +126,7 @@ def read_sweep(
     folder: Path | None = None,
     *,
     with_inputs: bool = True,
+    only_at_once: bool = False,
 ) -> Read:
     """Read a sweep's file and look for all that is wrong with its runs.
 
@@ -132,6 +134,7 @@ def read_sweep(
         overrides: values by dotted key, for all runs, that replace the file's.
         folder: instead of the file's `sweep_dir`.
         with_inputs: models and data are looked for and checked as well, as is needed to run.
+        only_at_once: they are looked for alone, and nothing is warned of.
 
     Raises:
         UserError: there is nothing that runs could be read from.
@@ -166,10 +169,10 @@ def read_sweep(
         shown = [*checked.problems, *(lacks if with_inputs else ())]
         found += [(name, f"{keys}: {text}") for keys, text in shown]
         left_out += [(name, text) for text in checked.left_out]
-    if with_inputs:
+    if with_inputs and not only_at_once:
         found += _check_inputs(runs, unsound, missing)
     problems = [*problems, *_grouped(found, len(runs))]
-    for line in () if problems else _grouped(left_out, len(runs)):
+    for line in () if problems or only_at_once else _grouped(left_out, len(runs)):
         logger.warning(line)
     sweep = Sweep(file, base, target, runs, num_processes(content), slurm_options(content))
     return Read(sweep, problems, unsound)
@@ -223,6 +226,8 @@ def _is_of_model(key: str) -> bool:
 
 def _check_model(run: PlannedRun, runs: Mapping[str, PlannedRun]) -> list[_Found]:
     """Return what only shows when the model is built, or its files are looked for."""
+    from finetune.model import changed_shape, find_checkpoint, misfits, model_shape, plan_model
+
     found = []
     try:
         info = find_checkpoint(run.args.moshi_paths, is_new_run=True)
@@ -245,6 +250,8 @@ def _check_model(run: PlannedRun, runs: Mapping[str, PlannedRun]) -> list[_Found
 
 def _check_data(runs: Iterable[PlannedRun], missing: Mapping[str, Collection[str]]) -> list[_Found]:
     """Broken recordings and the like; data that several runs share are read once."""
+    from finetune.data import Reading, count_frames, load_sources
+
     users: dict[tuple[str, str, int, Literal["raise", "skip"], Reading], list[str]] = {}
     for run in runs:
         data, num_frames = run.args.data, count_frames(run.args.duration_sec)

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,12 @@ def test_training_says_what_it_does_and_learns(demo_run: tuple[Path, Any]) -> No
     assert after["loss"] < 0.8 * before["loss"]
     last = read_metrics(metrics_path(run_dir, "train"))[-1]
     assert last["step"] == 12 and last["ttt/layer_03/effect"] > 1e-4
+    checkpoint = run_dir / "checkpoints/checkpoint_000012"
+    assert output.splitlines()[-3:] == [
+        f"next: moshi-ttt evaluate {checkpoint}",
+        f"to hear it: moshi-ttt generate {checkpoint} --audio=CALL.wav",
+        f"to talk to it: moshi-ttt serve {checkpoint}",
+    ]
 
 
 def test_a_dialogue_is_continued_to_a_wav_one_can_listen_to(
@@ -145,7 +152,26 @@ def test_the_loss_curve_is_drawn(demo_run: tuple[Path, Any]) -> None:
         *(([name, "nowhere"], "there is no folder nowhere") for name in ("evaluate", "serve")),
         (["export", "nowhere", "--out=x"], "there is no folder nowhere"),
         (["generate", "nowhere", "--audio={wav}"], "there is no folder nowhere"),
-        (["recall", "x"], "unexpected argument: x. Options are given as --NAME=VALUE."),
+        (["recall", "x"], "unexpected argument: x. Did you mean --out=x?"),
+        (["recall", "spoken"], "Did you mean --variant=spoken?"),
+        (["generate", "{checkpoint}", "{wav}"], "Did you mean --audio={wav}?"),
+        (["export", "{checkpoint}", "x"], "unexpected argument: x. Did you mean --out=x?"),
+        (["train", "example/demo.yaml", "resume"], "Did you mean --resume?"),
+        (["completion", "bash", "x"], "unexpected argument: x. Options are given as --NAME=VALUE."),
+        (["train", "--config"], "--config needs a value: --config=VALUE."),
+        (["train", "--config", "--resume"], "--config needs a value: --config=VALUE."),
+        (["train", "example/demo.yaml", "--max_steps"], "--max_steps needs a value"),
+        (["help", "nope"], "unknown command: nope. There are train,"),
+        (["nope", "--help"], "unknown command: nope. There are train,"),
+        (["train", "{wav}"], "{wav} is a recording, and no configuration."),
+        *(
+            (["data", name, "{wav}"], "{wav} is a recording; name a list of recordings")
+            for name in ("check", "show", "stats", "annotate")
+        ),
+        (["init", "{tmp}/a.yaml", "--data={wav}"], "--data: {wav} is a recording; name a list"),
+        (["data", "show", "example/demo.yaml"], "demo.yaml is a configuration; name a list"),
+        (["generate", "{checkpoint}", "--audio=example/demo.yaml"], "configuration; name a rec"),
+        (["evaluate", "{checkpoint}", "--pairs={wav}"], "--pairs: {wav} is a recording, which it"),
         (
             ["plan", "example/demo.yaml", "--gpu_mem", "24"],
             "unknown option: --gpu_mem. Did you mean --gpu_memory?",
@@ -188,6 +214,31 @@ def test_a_misspelled_key_is_not_taken_for_an_option(
 ) -> None:
     assert call(["data", "check", "example/demo.yaml", f"--{given}=2"]) == 1
     assert f"{given}: unknown key, did you mean {meant}?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "beginning"),
+    [
+        (["--version"], f"moshi-ttt {version('moshi-ttt')}\n"),
+        (["help"], "moshi-ttt COMMAND [--OPTION=VALUE ...]"),
+        (["help", "train"], "    moshi-ttt train CONFIG"),
+        (["help", "data", "check"], "    moshi-ttt data check DATA"),
+        (["help", "data"], "moshi-ttt data COMMAND"),
+    ],
+)
+def test_help_and_the_version_are_commands_too(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], beginning: str
+) -> None:
+    assert call(arguments) == 0
+    assert capsys.readouterr().out.startswith(beginning)
+
+
+def test_a_list_is_no_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text("{}")
+    for name in ("train", "plan", "encode", "sweep"):
+        assert call([name, str(path)]) == 1
+        assert f"{path} is a list of recordings, and no conf" in capsys.readouterr().err
 
 
 def call(arguments: list[Any]) -> str | int | None:

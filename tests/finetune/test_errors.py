@@ -276,7 +276,7 @@ def test_a_first_layer_beyond_the_last(fails: Callable[..., Any]) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
 def test_a_gpu_where_there_is_none(fails: Callable[..., Any]) -> None:
     message = fails(device="cuda")
-    assert "0 CUDA devices" in message and "device: cpu" in message
+    assert "device: cuda, and PyTorch sees no GPU here. Set device: cpu" in message
 
 
 # --- resuming -------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import pytest
 
 from finetune.interrupt import Stopped, ending_on_signals
 
+ROOT = Path(__file__).parents[2]
 LOSES_EXCEPTIONS = """
 import os, signal, time
 try:
@@ -45,6 +46,33 @@ def test_it_waits_for_the_import_and_is_not_lost(
     assert stopped.value.signal_number == signal.SIGINT
     assert signal.getsignal(signal.SIGALRM) is alarm
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+STOPPED_AT = """
+import signal, sys
+class Stop:
+    def find_spec(self, name, *_):
+        if name == sys.argv[1]:
+            signal.raise_signal(signal.SIGINT)
+sys.meta_path.insert(0, Stop())
+from finetune.__main__ import begin
+begin(sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize("program", ["moshi-ttt", "train.py"])
+@pytest.mark.parametrize("module", ["finetune.cli", "finetune.config.args"])
+def test_the_first_imports_end_by_a_message(program: str, module: str) -> None:
+    words = [sys.executable, "-c", STOPPED_AT, module, program]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGINT, "\nstopped by SIGINT\n")
+
+
+@pytest.mark.parametrize("name", ["finetune", "finetune.cli"])
+def test_a_module_is_the_program(name: str) -> None:
+    words = [sys.executable, "-m", name, "config", "optim.lrr"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "Did you mean optim.lr?" in done.stderr
 
 
 def test_a_second_one_does_not_wait(tmp_path: Path) -> None:

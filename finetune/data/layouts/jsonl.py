@@ -9,6 +9,7 @@ from pathlib import Path
 from finetune.config import require_sources
 from finetune.data.audio_recording import AudioRecording
 from finetune.data.layouts.base import Entry, Source
+from finetune.data.lines import parse_line
 from finetune.data.problems import FileProblem
 from finetune.data.reading import Reading
 from finetune.data.sides import Sides
@@ -18,10 +19,9 @@ from finetune.data.transcripts import (
     Transcript,
     Word,
     load_transcript,
-    read_text,
 )
 from finetune.errors import UserError, counted
-from finetune.safety import is_recording_name, parse_json, path_problem, shown
+from finetune.safety import is_recording_name, path_problem, read_text, shown
 
 logger = logging.getLogger(__name__)
 
@@ -158,7 +158,7 @@ def _entries_of(jsonl: Path, reading: Reading) -> list[Entry]:
     try:
         texts = read_text(jsonl).split("\n")
     except (OSError, ValueError) as error:
-        raise UserError(f"{jsonl} cannot be read as text in UTF-8: {error}") from None
+        raise UserError(f"{jsonl} cannot be read as text: {error}") from None
     numbered = [(number, text) for number, text in enumerate(texts, 1) if text.strip()]
     if not numbered:
         raise UserError(f"{jsonl} is empty: it needs one line {_LINE} for each recording.")
@@ -174,16 +174,13 @@ def _hint(line: str) -> str:
 def _entry(jsonl: Path, number: int, text: str, reading: Reading) -> Entry:
     origin = f"{jsonl}:{number}"
     try:
-        fields = parse_json(text)
-        names, promised_sec = [fields["path"]], fields["duration"]
-        if fields.get("user_path") is not None:
-            names.append(fields["user_path"])
-        well_formed = type(promised_sec) in (int, float)
-        well_formed = well_formed and all(isinstance(name, str) for name in names)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        well_formed = False
-    if not well_formed:
-        return Entry(origin, None, f"malformed line: expected {_LINE} (seconds){_hint(text)}")
+        fields = parse_line(text, {"path": "text", "duration": "a number"}, {"user_path": "text"})
+    except ValueError as error:
+        expected = f"expected {_LINE} (seconds){_hint(text)}"
+        return Entry(origin, None, f"malformed line: {error}: {expected}")
+    names, promised_sec = [fields["path"]], fields["duration"]
+    if fields.get("user_path") is not None:
+        names.append(fields["user_path"])
     for name in names:
         if (wrong := path_problem(name)) is not None:
             return Entry(origin, None, f"the path {wrong}")

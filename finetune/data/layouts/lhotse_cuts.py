@@ -16,11 +16,10 @@ from finetune.data.transcripts import (
     MAIN_SPEAKER,
     OTHER_SPEAKER,
     Transcript,
-    read_text,
     transcript_of,
 )
 from finetune.errors import UserError
-from finetune.safety import parse_json
+from finetune.safety import parse_json, read_text
 
 if TYPE_CHECKING:
     from lhotse.cut import MultiCut

@@ -43,6 +43,7 @@ def test_all_keys_are_listed_by_section() -> None:
     [
         ("chunk_sise", "Did you mean ttt.chunk_size?"),
         ("chunk_size", "Did you mean ttt.chunk_size?"),
+        ("lora.enabled", "Did you mean lora.enable?"),
         ("perfetto", "These have to do with it: profile_steps."),
         ("qqqqq", "moshi-ttt config lists all keys."),
     ],

@@ -9,7 +9,7 @@ import pytest
 from recordings_tools import call
 
 from finetune.cli import COMMANDS
-from finetune.config import load_config, require_there
+from finetune.config import WRITABLE, load_config, require_there
 from finetune.config.fields import all_fields, complete, marks_of
 from finetune.config.marks import MustExist
 from finetune.config.values import members
@@ -20,11 +20,10 @@ from finetune.serve import GenerateOptions, ServeOptions
 
 ROOT = Path(__file__).parents[3]
 MEMORY = ROOT / "example/memory"
-MADE = {
-    *("out", "out_dir", "joined_dir", "sweep_dir", "session", "report", "json", "html", "cache"),
-    "init run_dir",
-}
-"""Options that name what a command makes, or makes if it is not there."""
+MADE = {"out", "out_dir", "joined_dir", "sweep_dir", "report", "json", "html"}
+"""Options that name what a command makes: there must be room for it."""
+LATER = {"session", "cache", "init run_dir"}
+"""Options that name what may be there, or is made by somebody else: looked at where it is used."""
 
 
 def options_of(name: str) -> Any:
@@ -35,11 +34,12 @@ def options_of(name: str) -> Any:
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_option_with_a_path_says_whether_it_must_be_there(name: str) -> None:
     for field in all_fields(options_of(name)):
-        must_exist = bool(marks_of(field.kind, MustExist))
-        is_made = bool({field.key, f"{name} {field.key}"} & MADE)
+        marks = marks_of(field.kind, MustExist)
+        is_later = bool({field.key, f"{name} {field.key}"} & LATER)
         if Path in members(field.kind):
-            assert must_exist != is_made, f"--{field.key} has no mark, and is not in MADE"
-        if must_exist:
+            assert bool(marks) != is_later, f"--{field.key} has no mark, and is not in LATER"
+        if marks:
+            assert (marks == [WRITABLE]) == (field.key in MADE)
             assert {Path, str} & {*members(field.kind)}
 
 
@@ -224,7 +224,9 @@ def test_a_file_of_a_run_may_name_what_that_run_does_not_read(tmp_path: Path) ->
     with pytest.raises(UserError, match=r"no\.jsonl does not exist"):
         load_config(config, {"do_eval": "true"}, inputs_exist=True)
     for repository in (f"{tmp_path}/none", "./none", "a/b/c"):
-        with pytest.raises(UserError, match=r"moshi_paths\.hf_repo_id: there is no folder"):
+        with pytest.raises(UserError, match=r"moshi_paths\.hf_repo_id: there is no fold") as raised:
             load_config(config, {"moshi_paths.hf_repo_id": repository}, inputs_exist=True)
+        start = f"correct the path. Relative paths start from the current folder, {Path.cwd()}."
+        assert (start in str(raised.value)) == (not Path(repository).is_absolute())
     with pytest.raises(UserError, match=r"moshi_paths\.init_from: .* is no checkpoint"):
         load_config(config, {"moshi_paths.init_from": str(tmp_path)}, inputs_exist=True)

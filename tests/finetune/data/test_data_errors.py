@@ -150,10 +150,10 @@ BROKEN: dict[Callable[..., Any], str] = {
     transcript_with_malformed_alignment: 'alignments[1] is ["b", [0.5], "SPEAKER_MAIN"], expected',
     transcript_with_an_endless_time: 'alignments[0] is ["a", [0, 1e+308], "SPEAKER_MAIN"]',
     transcript_not_json: "bad.json is not valid JSON",
-    malformed_line: 'malformed line: expected {"path": "a.wav", "duration": 12.3}',
-    line_without_duration: "malformed line",
-    line_with_text_as_duration: "malformed line",
-    line_that_is_a_list: "malformed line",
+    malformed_line: "malformed line: not JSON, column 21",
+    line_without_duration: "malformed line: `duration` is missing",
+    line_with_text_as_duration: 'malformed line: `duration` is "2.0", and must be a number',
+    line_that_is_a_list: 'malformed line: ["bad.wav", 2.0] is no object',
 }
 
 

@@ -1,20 +1,30 @@
 """Recordings that share files are told apart; one that is listed in two places is one."""
 
 import json
+import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import layout_tools
 import numpy as np
 import pyarrow
 import pyarrow.parquet
+import pytest
 import torch
 from data_tools import tiny_codec
 from layout_tools import loaded
 from recordings_tools import call
 
 from finetune.config import DataArgs
-from finetune.data import Recording, build_train_loader, inspect_listing, open_source, open_store
+from finetune.data import (
+    Recording,
+    build_train_loader,
+    inspect_listing,
+    open_source,
+    open_store,
+    warn_if_shared,
+)
 
 # Fixtures: pytest finds them by their names in this module.
 stereo = layout_tools.stereo
@@ -102,6 +112,12 @@ def test_the_same_part_in_two_manifests_is_trained_on_and_evaluated(
     by_link.write_text(pairs.read_text().replace('_path": "', '_path": "here/'))
     found = inspect_listing(recordings_of(pairs), recordings_of(by_link))
     assert "3 of 3 recordings" in found[0].message, "two files of which one is named by a link"
+
+
+def test_one_key_stands_before_the_message(stereo: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trained: Any = SimpleNamespace(recordings=recordings_of(stereo))
+    warn_if_shared(trained, trained)
+    assert re.match(r"data\.eval_data: 3 of 3 recordings of ", caplog.messages[-1])
 
 
 def test_rows_of_one_id_are_not_one_recording(tmp_path: Path) -> None:

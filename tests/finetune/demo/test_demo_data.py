@@ -18,7 +18,8 @@ from moshi.models.loaders import get_mimi, get_moshi_lm
 from moshi.utils.compile import no_compile
 from recordings_tools import call
 
-from finetune.demo import make_dialogues
+from finetune.config import check_config, missing_inputs
+from finetune.demo import make_dialogues, next_step, training_command
 from finetune.demo.dialogues import compose_dialogue
 from finetune.errors import UserError
 from finetune.spoken import texts
@@ -263,3 +264,24 @@ def test_the_command_says_what_it_has_written_and_what_comes_next(
             "then: moshi-ttt train example/demo.yaml "
             f"--data.train_data={folder}/train.jsonl --data.eval_data={folder}/eval.jsonl",
         ]
+
+
+def test_the_command_for_training_names_what_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = "--data.train_data={0}/train.jsonl --data.eval_data={0}/eval.jsonl"
+    monkeypatch.chdir(tmp_path)
+    from_elsewhere = training_command(Path("dd"))
+    assert from_elsewhere == (
+        f"moshi-ttt train {ROOT}/example/demo.yaml {data.format('dd')} "
+        f"--moshi_paths.hf_repo_id={ROOT}/example/demo/model"
+    )
+    _, _, config, *options = from_elsewhere.split()
+    overrides = dict(option.removeprefix("--").split("=") for option in options)
+    args = check_config(config, overrides)
+    assert [key for key, _ in missing_inputs(args)] == ["data.train_data", "data.eval_data"]
+    monkeypatch.setattr(next_step, "_PROJECT", tmp_path)
+    assert training_command(Path("dd")) == (
+        "in the project's folder, where README.md is: moshi-ttt train example/demo.yaml "
+        f"{data.format(tmp_path / 'dd')}"
+    )

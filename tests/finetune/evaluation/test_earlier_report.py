@@ -160,6 +160,7 @@ def test_a_folder_that_is_typed_otherwise_is_no_other(
     (path, data), out = trained, tmp_path / "w/out"
     evaluate_checkpoint(options(trained, tmp_path / "w/ev", **GIVEN))
     (tmp_path / "w/ev2").mkdir()
+    (tmp_path / "w/ev2/position.jsonl").touch()
     (tmp_path / "w/data").symlink_to(data.parent)
 
     def evaluate_in(folder: str, changes: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,14 @@ from matplotlib.figure import Figure
 
 from finetune.config import DataArgs, TrainArgs, save_config
 from finetune.errors import UserError
-from finetune.kept import WavWriter, is_free_folder, whole_folder, write_wav, write_whole
+from finetune.kept import (
+    WavWriter,
+    is_free_folder,
+    require_writable,
+    whole_folder,
+    write_wav,
+    write_whole,
+)
 from finetune.recall.report import write_csv as write_recall
 from finetune.report import save_png, write_csv
 
@@ -97,3 +104,13 @@ def test_a_folder_appears_when_all_of_it_is_there(tmp_path: Path, is_there: bool
         assert not (out / "large").exists()
     assert [*tmp_path.rglob("*")] == [out, out / "large"] and not is_free_folder(out)
     assert not is_there or out.stat().st_ino == number  # a mount stays one
+
+
+def test_what_cannot_be_written_is_known_before(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("kept")
+    for path in ("new.json", "file", "new/folder/deeper", "."):
+        require_writable(tmp_path / path, "--out")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"], "nothing is left there"
+    for wrong in (tmp_path / "file/x", tmp_path / "file/x/y", Path("/proc/x/y")):
+        with pytest.raises(UserError, match=f"--out: cannot write to {wrong}: "):
+            require_writable(wrong, "--out")

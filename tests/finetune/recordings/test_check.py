@@ -106,6 +106,10 @@ def _num_results(path: Path) -> int:
         (["{tmp}/no.jsonl"], "does not exist"),
         (["{tmp}/a,b:1.jsonl"], "(commas separate paths, so that none may be in a name)"),
         (["{tmp}/data.jsonl", "--batch_size=2"], "--batch_size is no option"),
+        (
+            ["{tmp}/data.jsonl", "--data.main_channel=up"],
+            "data.main_channel: expected left or right, got 'up'",
+        ),
         (["{tmp}/data.jsonl", "--tokenizer={tmp}/data.jsonl"], "is no sentencepiece model"),
         (["{tmp}/no.yaml"], "There is no configuration file"),
     ],
@@ -119,6 +123,19 @@ def test_a_mistake_is_one_message(
     assert message in said and said.startswith("\nerror: ")
 
 
+def test_a_list_with_moshi_on_the_right_is_checked_without_a_configuration(tmp_path: Path) -> None:
+    swapped = speech()[:, ::-1]
+    swapped[:, 0] *= 0.01
+    add(tmp_path, "a", swapped)
+    data, right = tmp_path / "data.jsonl", "--data.main_channel=right"
+    assert call("data", "stats", data, right, "--workers=1") == 0
+    found = [findings_of(data, *option) for option in ([], [right], [])]
+    assert found[0] == found[2], "what was found of one side is not taken for the other's"
+    assert "swapped-channels" in str(found[0]) and "swapped-channels" not in str(found[1])
+    picture = tmp_path / "a.png"
+    assert call("data", "show", data, right, "--out", picture) == 0 and picture.exists()
+
+
 def test_a_line_without_its_length_is_told_what_is_expected(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -126,5 +143,5 @@ def test_a_line_without_its_length_is_told_what_is_expected(
     (tmp_path / "data.jsonl").write_text('{"path": "a.wav"}\n')
     assert call("data", "check", tmp_path / "data.jsonl", "--workers=1") == 1
     said = capsys.readouterr().out
-    assert 'data.jsonl:1: malformed line: expected {"path": "a.wav", "duration": 12.3}' in said
+    assert "data.jsonl:1: malformed line: `duration` is missing: expected {" in said
     assert "1 recording, 0.00 h: 1 with errors" in said

@@ -87,7 +87,8 @@ def test_words_without_sound_on_their_side_are_red(
     soundfile.write(tmp_path / "a.wav", samples, rate)
     shutil.copy(DIALOGUES / "train_000.json", tmp_path / "a.json")
     (tmp_path / "data.jsonl").write_text('{"path": "a.wav", "duration": 5.0}\n')
-    assert call("data", "show", tmp_path / "data.jsonl", "--out", tmp_path / "bad.png") == 0
+    status = call("data", "show", tmp_path / "data.jsonl", "--out", tmp_path / "bad.png")
+    assert status == (1 if fault == "silent" else 0), "as of data check, an error or a warning"
     assert fault in capsys.readouterr().out
     # How many pixels of thin letters are wholly red, the version of matplotlib decides.
     assert red_share(_draw(tmp_path / "good.png")) == 0 < red_share(tmp_path / "bad.png")
@@ -107,6 +108,18 @@ def test_a_mistake_of_show_is_one_message(
 ) -> None:
     assert call("data", "show", DIALOGUES / "train.jsonl", *words) == 1
     assert message in capsys.readouterr().err
+
+
+def test_a_transcript_that_cannot_be_read_is_said_by_the_status_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(DIALOGUES / "train_000.wav", tmp_path / "a.wav")
+    (tmp_path / "a.json").write_text('{"alignments": [')
+    (tmp_path / "data.jsonl").write_text('{"path": "a.wav", "duration": 5.0}\n')
+    out = tmp_path / "a.png"
+    assert call("data", "show", tmp_path / "data.jsonl", "--out", out) == 1
+    said = capsys.readouterr().out
+    assert "[transcript-malformed]" in said and f"wrote {out}" in said and out.exists()
 
 
 def test_a_run_from_another_folder_is_told_what_is_not_there(

@@ -122,7 +122,8 @@ def test_what_only_models_and_data_show_is_reported_as_well(write: Callable[...,
 def test_one_message_has_what_each_stage_of_checking_finds(
     write: Callable[..., Any], commands: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Configurations, files, models, the command line, and what lies in the folder."""
+    """At once configurations, files and the command line; then models, and what lies in the
+    folder."""
     assert sweep(write({"done": {"max_steps": 1}})) == 0 and len(commands) == 1
     capsys.readouterr()
     nowhere: dict[str, Any] = {"data.train_data": "nowhere.jsonl", "moshi_paths.mimi_path": "no.st"}
@@ -140,17 +141,25 @@ def test_one_message_has_what_each_stage_of_checking_finds(
     assert sweep(path, f"--only={only}", "--slurm", "--wandb.key=deadbeefcafe") == 1
     message = capsys.readouterr().err
     for expected in (
-        "sweep.yaml has 11 problems",
+        "sweep.yaml has 8 problems",
         "misspelled: optim.lrr: unknown key",
         "follows: data.eval_data: gone.jsonl does not exist",
         "nowhere: data.train_data: nowhere.jsonl does not exist",
         "nowhere: moshi_paths.mimi_path: there is no file no.st",
         "nowhere: moshi_paths.moshi_path: there is no file none.st",
-        "deep: ttt.start_layer: 7 is beyond the model's last layer",
         "--only: ",
         "has no run lost; it has done, ",
         "wandb.key: a script that stays on the disk is no place for secrets",
         "slurm, time: ",
+    ):
+        assert expected in message, expected
+    for name in ("misspelled", "follows", "nowhere"):
+        del runs[name]
+    assert sweep(write(runs), "--only=done,deep,waits") == 1
+    message = capsys.readouterr().err
+    for expected in (
+        "sweep.yaml has 3 problems",
+        "deep: ttt.start_layer: 7 is beyond the model's last layer",
         "waits starts from early, which is not finished: run that.",
         "already holds runs of other settings",
         "- done (finished): seed was 0 and is 3 now",

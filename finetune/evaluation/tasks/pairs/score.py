@@ -21,6 +21,7 @@ from finetune.data import (
     FileProblem,
     damaged,
     inspect_audio,
+    parse_line,
     read_audio,
     read_transcript,
 )
@@ -32,7 +33,7 @@ from finetune.evaluation.progress import Progress
 from finetune.evaluation.streaming import Scorer
 from finetune.evaluation.tasks.pairs.options import PairOptions
 from finetune.kept import Records
-from finetune.safety import is_recording_name, parse_json, path_problem
+from finetune.safety import is_recording_name, path_problem, read_text
 from finetune.step import LossWeights
 from ttt import TTTLMModel, block_streaming
 from ttt.options import abbreviated
@@ -75,8 +76,8 @@ def read_pairs(path: Path) -> list[Pair]:
         UserError: the file cannot be read or is empty, a line is malformed, or an id comes twice.
     """
     try:
-        texts = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        texts = read_text(path).split("\n")
+    except (OSError, ValueError) as error:
         raise UserError(f"--pairs: cannot read {path}: {error}.") from None
     pairs: dict[str, Pair] = {}
     for number, text in enumerate(texts, 1):
@@ -95,13 +96,10 @@ def read_pairs(path: Path) -> list[Pair]:
 
 def _parse(path: Path, number: int, text: str) -> Pair:
     try:
-        fields = parse_json(text)
-        good, bad = fields["good"], fields["bad"]
-        well_formed = isinstance(good, str) and isinstance(bad, str)
-    except (ValueError, KeyError, TypeError):
-        well_formed = False
-    if not well_formed:
-        raise UserError(f"{path}:{number}: malformed line: expected {_FORMAT}.")
+        fields = parse_line(text, {"good": "text", "bad": "text"})
+    except ValueError as error:
+        raise UserError(f"{path}:{number}: malformed line: {error}: expected {_FORMAT}.") from None
+    good, bad = fields["good"], fields["bad"]
     for name in (good, bad):
         if (problem := path_problem(name)) is not None:
             raise UserError(f"{path}:{number}: the path {problem}.")

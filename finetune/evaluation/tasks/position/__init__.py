@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from finetune.errors import UserError, counted
 from finetune.evaluation.streams import STREAM_TITLES, STREAMS
 from finetune.evaluation.tasks.base import Found, Json, Task
-from finetune.evaluation.tasks.position.options import PositionOptions
+from finetune.evaluation.tasks.position.options import PositionOptions, require_evaluation
 from finetune.report import Table, plain, signed
 
 if TYPE_CHECKING:
@@ -44,6 +44,8 @@ class Position(Task):
                 f"--baseline: {options.baseline} is where this evaluation is written itself. Give "
                 "another --out, or name the evaluation of another checkpoint."
             )
+        if options.baseline is not None and options.baseline.is_dir():
+            require_evaluation(options.baseline)
 
     def prepare(self, inputs: Inputs, options: PositionOptions) -> tuple[Baseline, Json] | None:
         from finetune.evaluation.tasks.position.baseline import Baseline

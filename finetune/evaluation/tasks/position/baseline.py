@@ -9,12 +9,11 @@ from typing import Any
 
 from finetune.data import FRAME_RATE_HZ, Recording
 from finetune.errors import UserError
-from finetune.kept import checkpoints_in, is_stock, read_records
+from finetune.evaluation.tasks.position.options import RESULTS, require_evaluation
+from finetune.kept import read_records
 
 logger = logging.getLogger(__name__)
 
-_RECORDS = "position.jsonl"
-_MAX_SHOWN = 3
 _OPTIONS = {"bin_frames": "--bin_sec", "max_frames": "--max_sec"}
 _KEYS = {
     "text_padding": "text_padding_weight",
@@ -40,12 +39,9 @@ class Baseline:
     ) -> None:
         self.missing: list[str] = []
         """Of which recordings it has read something else."""
-        earlier = read_records(folder / _RECORDS, "--baseline")
-        if earlier is None:
-            raise UserError(
-                f"--baseline: there is no evaluation of loss by position in {folder}. "
-                f"{_what_to_name(folder)}"
-            )
+        require_evaluation(folder)
+        earlier = read_records(folder / RESULTS, "--baseline")
+        assert earlier is not None
         header, records = earlier
         self.fingerprint = str(header.get("checkpoint"))
         """Of its checkpoint."""
@@ -110,7 +106,7 @@ def _require_same_settings(
     for name, value in settings.items():
         if name not in header:
             raise UserError(
-                f"--baseline: {folder / _RECORDS} does not say with what settings it was made. "
+                f"--baseline: {folder / RESULTS} does not say with what settings it was made. "
                 "Evaluate its checkpoint again, with --overwrite."
             )
         if header[name] == value:
@@ -132,22 +128,3 @@ def _shown(name: str, value: Any) -> str:
         return f"{_KEYS.get(name, name)} {value}"
     option = _OPTIONS[name]
     return f"no {option}" if value is None else f"{option}={value / FRAME_RATE_HZ:g}"
-
-
-def _what_to_name(folder: Path) -> str:
-    """Return what to do where a folder has no evaluation of loss by position."""
-    found = [file.parent for depth in ("*", "*/*") for file in folder.glob(f"{depth}/{_RECORDS}")]
-    if found:
-        return f"Did you mean {' or '.join(map(str, sorted(found)[:_MAX_SHOWN]))}?"
-    checkpoints = [*checkpoints_in(folder / "checkpoints"), *checkpoints_in(folder)]
-    if (folder / "consolidated").is_dir() or is_stock(folder):
-        checkpoints = [folder]
-    if checkpoints:
-        return (
-            "It holds a model, and no results: evaluate that first (`moshi-ttt evaluate "
-            f"{checkpoints[-1]}`), and name the folder that this writes."
-        )
-    return (
-        "Name the folder that `moshi-ttt evaluate` has written (its --out), with position among "
-        "its --tasks."
-    )
