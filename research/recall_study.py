@@ -170,8 +170,10 @@ def key_match(embedding_std: float, width: int) -> dict[int, tuple[float, float,
         )  # fmt: skip
 
     for index, layer in model.ttt_layers.items():
-        layer.linear_out.register_forward_pre_hook(
-            lambda _, inputs, index=index: found.update({index: compare(inputs[0])})
+        layer.register_forward_pre_hook(
+            lambda layer, inputs, index=index: found.update(
+                {index: compare(layer._activations(inputs[0]))}
+            )
         )
     model.forward_text(read_codes(model, streams.codes)[:, :, :-1])
     return found

@@ -123,7 +123,7 @@ def missing_inputs(checked: Checked, unread: Collection[str] = ()) -> list[Probl
 IGNORED = {"world_size"}
 """Keys that `moshi-finetune` writes into the args.yaml of a run, and that mean nothing here."""
 
-ADDED_SINCE = {"chunk_edge", "qk_conv_kernel_size", "num_heads", "target"}
+ADDED_SINCE = {"chunk_edge", "keep_writes", "qk_conv_kernel_size", "num_heads", "target"}
 """Options of `ttt` that a run's own file may lack: it was written before there were such, or before
 their defaults were today's."""
 

@@ -43,6 +43,8 @@ def similar_keys(unknown: str, known: Sequence[str]) -> list[str]:
             return [key]
     if close := _close(name, inside):
         return [inside[close[0]]]
+    if section and meant and meant[0] == _SYNONYMS.get(f"{section}.{name}"):
+        return meant[:1]
     by_name = {_last(key): key for key in reversed(known)}
     if meant or name in by_name:
         return list(dict.fromkeys([*meant[:1], *filter(None, [by_name.get(name)])]))

@@ -70,10 +70,8 @@ def find_checkpoint(
     mimi_config_name = names.pop("mimi_config_name", None)
     mimi_config = None
     if paths.mimi_config_path or mimi_config_name:
-        mimi_config_file = locate(
-            "mimi_config_path", paths.mimi_config_path, mimi_config_name or ""
-        )
-        mimi_config = read_object(mimi_config_file, "moshi_paths.mimi_config_path")
+        file = locate("mimi_config_path", paths.mimi_config_path, mimi_config_name or "")
+        mimi_config = read_object(file, "moshi_paths.mimi_config_path")
     moshi_name = names.pop("moshi_name", loaders.MOSHI_NAME)
     return loaders.CheckpointInfo(
         moshi_weights=(

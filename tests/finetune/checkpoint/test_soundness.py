@@ -18,6 +18,10 @@ from finetune.serve import ExportOptions, export_checkpoint
 
 REMEDY = "copy it again, or use another one."
 
+NAMES = ["args.yaml", "config.json", "consolidated.safetensors", "mimi_config.json"]
+NAMES += ["ttt.safetensors"]
+"""Files of a checkpoint that are compared."""
+
 
 def zero(file: Path) -> None:
     """Zero bytes among the weights of a file, as a copy that went wrong does."""
@@ -172,7 +176,7 @@ world.close()
         lines = run_ranks(2, code, saved).splitlines()
         return sorted(line for line in lines if not line.startswith("[Gloo]"))
 
-    names = ["args.yaml", "config.json", "consolidated.safetensors", "ttt.safetensors"]
+    names = [*NAMES]
     assert told() == [f"0 sound {names}", "1 sound []"]
     file = saved / "consolidated/consolidated.safetensors"
     zero(file)
@@ -192,8 +196,7 @@ def test_each_file_is_read_once_in_a_command(
 
     monkeypatch.setattr(manifest, "_checksum", noted)
     export_checkpoint(ExportOptions(saved, tmp_path / "out", device="cpu"))
-    names = ["args.yaml", "config.json", "consolidated.safetensors", "ttt.safetensors"]
-    assert sorted(read) == sorted([*names, *manifest.read(tmp_path / "out")])
+    assert sorted(read) == sorted([*NAMES, *manifest.read(tmp_path / "out")])
     read.clear()
     load_for_inference(tmp_path / "out", "cpu")
     assert sorted(read) == sorted(manifest.read(tmp_path / "out"))

@@ -117,6 +117,7 @@ def test_what_other_tasks_have_left_goes_with_the_report_that_was_replaced(
 
     shutil.copytree(path, other)
     (other / "args.yaml").write_text((path / "args.yaml").read_text().replace("seed: 0", "seed: 1"))
+    sign(other)
     second = {"tasks": ("pairs",), "overwrite": True, **pairs}
     evaluate_checkpoint(options((other, data), out, **second))
     assert "that was replaced: position.csv, position.jsonl" in capsys.readouterr().out

@@ -385,16 +385,11 @@ def test_a_conclusion_is_of_what_was_measured() -> None:
     better: dict[str, Any] = {"value": -0.02, "low": -0.03, "high": -0.01, "count": 20}
     position: dict[str, Any] = {"longest_sec": 9.6, "attention_window_sec": 8.0}
     position |= {"num_recordings": 20, "ttt_wrote": True, "warnings": []}
-    for mean, sentences in (
-        (
-            better,
-            [
-                "In short (no bin is beyond the attention window), of all four streams together",
-                "(no bin is beyond the attention window), in nats: better: text",
-            ],
-        ),
-        (nothing, []),
-    ):
+    of_all = [
+        "In short (no bin is beyond the attention window), of all four streams together",
+        "(no bin is beyond the attention window), in nats: better: text",
+    ]
+    for mean, sentences in ((better, of_all), (nothing, [])):
         places = {stream: {"mean": mean, "beyond_window": nothing} for stream in STREAMS}
         position["differences"] = [{"arms": ["on", "off"], **places}]
         found = list(TASKS["position"].sentences(position))
