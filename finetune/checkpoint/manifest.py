@@ -47,6 +47,15 @@ def read(folder: Path) -> Entries:
     return entries
 
 
+def is_own(folder: Path) -> bool:
+    """Return whether the file of this name is a list as `describe` makes it; others may have it."""
+    try:
+        entries = read(folder).values()
+    except (OSError, ValueError):
+        return False
+    return all(isinstance(each, dict) and {"bytes", "sha256"} <= each.keys() for each in entries)
+
+
 def is_whole(folder: Path) -> bool:
     """Return whether all files are there, in their sizes; their contents are not read."""
     try:

@@ -44,6 +44,13 @@ def require_sound(checkpoint: Path) -> None:
                 manifest.NAME,
             )
         return
+    if not is_of_run and not manifest.is_own(checkpoint):
+        logger.warning(
+            "%s is no list of files as exported models have it: whether they are damaged is not "
+            "known",
+            checkpoint / manifest.NAME,
+        )
+        return
     problem = manifest.first_problem(
         checkpoint, chosen=(lambda names: filter(_is_loaded, names)) if is_of_run else iter
     )

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 _SYNONYMS = {
     "batch": "batch_size",
     "checkpoint_freq": "ckpt_freq",
-    "epochs": "max_steps",
     "learning_rate": "optim.lr",
     "num_steps": "max_steps",
     "out": "run_dir",
@@ -15,6 +14,8 @@ _SYNONYMS = {
     "save_freq": "ckpt_freq",
     "steps": "max_steps",
     "train_steps": "max_steps",
+    "lr_ttt": "optim.ttt_lr",
+    "optim.ttt.lr": "optim.ttt_lr",
     "ttt.lr": "optim.ttt_lr",
     "ttt_learning_rate": "optim.ttt_lr",
 }
@@ -35,7 +36,7 @@ def similar_keys(unknown: str, known: Sequence[str]) -> list[str]:
     section, dot, name = alike.rpartition(".")
     sections = {_section(key) for key in known} - {""}
     section = next(iter(_close(section, sections, cutoff=0.6)), section)
-    meant = [_SYNONYMS.get(word, "") for word in (f"{section}{dot}{name}", name)]
+    meant = [_SYNONYMS.get(word, "") for word in (alike, f"{section}{dot}{name}", name)]
     meant = [key for key in meant if key in known]
     inside = {_last(key): key for key in known if section and _section(key) == section}
     for key in meant:

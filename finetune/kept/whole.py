@@ -98,7 +98,7 @@ def require_writable(path: Path, option: str) -> None:
     folders = [path] if path.is_dir() else []
     folders += [folder for folder in path.absolute().parents if folder.exists()]
     try:
-        # Asked for its rights, the system does not tell of a disk that is read-only or full.
+        # Asked for its rights, the system does not tell of a disk that is read-only.
         with tempfile.TemporaryFile(dir=folders[0]):
             pass
     except OSError as error:

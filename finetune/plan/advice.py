@@ -218,7 +218,8 @@ class _Advice:
         return max(SHORTEST_SEC, fewest_frames / FRAME_RATE_HZ)
 
     def combinations(self) -> Changes:
-        """Yield what `plan --table` has for a GPU, of no more sequences than the run has."""
+        """Yield what `plan --table` has for a GPU, of no more sequences than the run has, and with
+        nothing kept for speed."""
         for changes, kind in self._kinds():
             args = least_kept(kind)
             search = Search(args, self.info, self.num_processes)

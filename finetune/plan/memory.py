@@ -154,7 +154,9 @@ def _stages(
         own_layers = set(model.ttt_layers)
         kept_main += cost.kept_bytes_per_frame * ttt_frames * len(keeping & own_layers)
         if args.gradient_checkpointing is True:
-            kept_main += cost.again_bytes_per_frame * ttt_frames * len(own_layers - keeping)
+            length, size = count_frames(args.duration_sec), args.ttt.update_frames
+            written = ttt_frames * (length // size * size) / length
+            kept_main += cost.again_bytes_per_frame * written * len(own_layers - keeping)
     share = 0.0 if args.gradient_checkpointing is True else share
     kept_depth = width * (
         (len(depth) + 3) * depth_rows * depth_dim + share * len(depth) * num_frames * depth_products
@@ -249,6 +251,8 @@ def _explain_out_of_memory(args: TrainArgs, device: torch.device, what: str, tra
         ways += [f"gradient_checkpointing: {value}" for value in less[args.gradient_checkpointing]]
         if args.selective_layers:
             ways.append(f"fewer selective_layers (now {args.selective_layers})")
+        if args.gradient_checkpointing is True and args.ttt.keeps_writes:
+            ways.append("ttt.keep_writes: false")
     ways.append("a shorter duration_sec")
     if not trains:
         ways.append("do_eval: false, which leaves evaluations out")

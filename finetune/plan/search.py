@@ -55,10 +55,10 @@ def least_kept(args: TrainArgs) -> TrainArgs:
 
 def keeping_writes(args: TrainArgs, *, keep: bool = True) -> TrainArgs:
     """Return the run with `ttt.keep_writes` as said, where it is read; else the run itself."""
-    ttt = args.ttt
-    if not (ttt.enabled and ttt.reads("keep_writes") and ttt.write == "delta"):
+    kept = dataclasses.replace(args.ttt, keep_writes=True)
+    if not kept.keeps_writes:
         return args
-    return dataclasses.replace(args, ttt=dataclasses.replace(ttt, keep_writes=keep))
+    return dataclasses.replace(args, ttt=dataclasses.replace(kept, keep_writes=keep))
 
 
 def to_set(now: TrainArgs, then: TrainArgs) -> str:

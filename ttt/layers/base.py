@@ -82,7 +82,8 @@ class Cost:
     kept_bytes_per_frame: float
     """Of what each of these layers then keeps, beside the results of its products."""
     again_bytes_per_frame: float = 0.0
-    """Of what each of these layers keeps for itself where it is made again."""
+    """Of what each of these layers keeps for itself where it is made again, for a frame of a
+    complete chunk."""
 
 
 StateT = TypeVar("StateT", bound=TTTState)

@@ -15,7 +15,7 @@ from ttt.layers.blocks import linear_of, project
 from ttt.layers.frames import complete, delayed, inverse_square, normalized, only
 from ttt.layers.in_place_measure import measure
 from ttt.layers.in_place_state import InPlaceState
-from ttt.ops.in_place.terms import accumulating_dtype
+from ttt.ops.in_place.terms import PADDING, accumulating_dtype
 
 GATE_SPEED = 10.0
 """How much faster than other parameters the gate learns: Adam's steps have a size of their own."""
@@ -170,8 +170,7 @@ class InPlaceGating(TTTLayer[InPlaceState]):
         return source if self.target_gate is None else normalized(source)
 
     def _prepare(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
-        """z and the targets v of whole sequences; with `delta`, which projects them itself, what
-        they are a projection of."""
+        """z and the targets v of whole sequences; with `delta`, what these are a projection of."""
         z, source = self._activations(x), self._scaled(source)
         if self.log_write_strength is not None:
             return z, self._mixed(source)
@@ -223,13 +222,14 @@ class InPlaceGating(TTTLayer[InPlaceState]):
 
     @classmethod
     def cost(cls, args: TTTArgs) -> Cost:
-        # This one keeps the input of the MLP and its scale, beside what all targets keep.
+        # Beside what all targets keep: the input of the MLP and its scale.
         own = 17e3 if args.target == "hidden" else 0.0
         # 56 kB by `delta` with target `hidden`; others keep no more, and were not measured.
         if args.write == "sum":
             return Cost(1.03, 30e3 + own, 1.03, 56e3)
-        # The times of `delta` are reckoned from profiles of such steps.
-        time_factor, again = (1.05, 15e3) if args.keep_writes else (1.06, 0.0)
+        # Times are reckoned from profiles. E is kept in two terms of 16 bits, and the inverses.
+        again = 4 * (4096 * (1 + PADDING / args.chunk_size) + args.chunk_size)
+        time_factor, again = (1.05, again) if args.keep_writes else (1.06, 0.0)
         return Cost(time_factor, 30e3 + own, 1.043, 56e3, again)
 
     @classmethod

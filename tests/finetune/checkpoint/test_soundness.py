@@ -219,6 +219,17 @@ def test_without_a_list_of_its_files_a_checkpoint_is_used_with_a_warning(
     assert caplog.messages == []
 
 
+@pytest.mark.parametrize("text", ['{"name": "x"}', "[]", "no JSON"])
+def test_another_programs_list_in_the_folder_of_a_model_is_passed_over(
+    finished_run: Callable[..., Any], tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str
+) -> None:
+    saved, out = checkpoint(finished_run(tmp_path / "run", LORA), 4), tmp_path / "out"
+    export_checkpoint(ExportOptions(saved, out, device="cpu"))
+    (out / manifest.NAME).write_text(text)
+    load_for_inference(out, "cpu")
+    assert any("is no list of files as exported models have it" in each for each in caplog.messages)
+
+
 @pytest.mark.parametrize(
     ("key", "file"),
     [

@@ -383,7 +383,7 @@ def test_what_chunks_write_is_kept_where_there_is_room() -> None:
     ttt = dataclasses.replace(TTTArgs(enabled=True), keep_writes=False)
     run = dataclasses.replace(MOSHI, ttt=ttt)
     (line,) = (each for each in planned(run, gpu_memory_gb=42) if each.startswith("faster"))
-    assert "left: ttt.keep_writes: true (37.9 GB" in line
+    assert "left: ttt.keep_writes: true (37.8 GB" in line
     assert advised(dataclasses.replace(MOSHI, **HIDDEN), 40)[0] == "ttt.keep_writes: false"
     for changes in (OFF, {"ttt": TTTArgs(enabled=True, write="sum", target="text")}):
         assert not any(

@@ -91,7 +91,7 @@ def test_the_table_is_of_the_sequences_that_are_asked_for(
     assert "sequences of 200 s" in said
     (row,) = rows_of(said)
     batches = [int(cell.strip(" *")) for cell in row.split("|")[2:4]]
-    # Half of the README's 81 and 64.
+    # Half of the README's 81 and 65.
     assert batches == [40, 32]
 
 
