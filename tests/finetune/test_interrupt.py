@@ -54,6 +54,8 @@ class Stop:
     def find_spec(self, name, *_):
         if name == sys.argv[1]:
             signal.raise_signal(signal.SIGINT)
+# A shell that runs the tests in the background has the signal ignored, and so its children.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.meta_path.insert(0, Stop())
 from finetune.__main__ import begin
 begin(sys.argv[2])
