@@ -51,7 +51,7 @@ def _plain(
     window: chunks.Window,
     cut: chunks.Cut,
 ) -> tuple[Tensor, Tensor]:
-    """D + Dᵀ [N, F, F] and dλ [N, n], both in the accumulating type."""
+    """Return D + Dᵀ [N, F, F] and dλ [N, n], both in the accumulating type."""
     size = cut.chunk_size
     length, batch = window.length, len(y)
     d_scores = chunks.aligned(y, batch, length, length, dtype=beta.dtype)
@@ -59,10 +59,8 @@ def _plain(
         d_scores[:, a:b, end:b] = 0
         if end == 0:
             continue
-        left, right = y[:, a // size : -(-b // size)], e[:, : end // size]
-        # A single chunk without what is added to it, which would take another tile of a product.
-        left = left[:, :, :size] if left.shape[1] == 1 else left
-        part = terms.product(left.flatten(3).flatten(1, 2), right.flatten(3).flatten(1, 2).mT)
+        left, right = _factors(y, e, a, end, b, size)
+        part = terms.product(left.flatten(1, 2), right.flatten(1, 2).mT)
         part = part.view(batch, *left.shape[1:3], *right.shape[1:3])[:, :, :size, :, :size]
         for i, rows in enumerate(d_scores[:, a:b, :end].split(size, dim=1)):
             rows.unflatten(2, part.shape[3:]).copy_(part[:, i, : rows.shape[1]])
@@ -90,20 +88,29 @@ def _plain(
     return total, d_strengths
 
 
+def _factors(y: Tensor, e: Tensor, a: int, end: int, b: int, size: int) -> tuple[Tensor, Tensor]:
+    """Return Y of a block of rows from a to b and E of the pairs that they read, up to `end`, each
+    [N, chunks, C' or C, m d]."""
+    left, right = y[:, a // size : -(-b // size)], e[:, : end // size]
+    # A single chunk without what is added to it, which would take another tile of a product.
+    left = left[:, :, :size] if left.shape[1] == 1 else left
+    return left.flatten(3), right.flatten(3)
+
+
 def _gradient_of_matrices(left_of_x: Tensor, e: Tensor, size: int) -> Tensor:
-    """X Eᵀ of each chunk, [N, n, C, C], −dH."""
+    """Return X Eᵀ of each chunk, [N, n, C, C], which is −dH."""
     left, right = left_of_x.flatten(0, 1).flatten(2), e.flatten(0, 1)[:, :size].flatten(2)
     return terms.product(left, right.mT).unflatten(0, e.shape[:2])
 
 
 def _by_strength(d_strengths: Tensor, kept: delta_window.Kept, beta: Tensor) -> Tensor:
-    """What the squares of keys receive through λ, which is a mean of them: [N, n, C]."""
+    """Return what the squares of keys receive through λ, which is a mean of them: [N, n, C]."""
     is_counted = kept.inverses.diagonal(dim1=2, dim2=3) != 0
     return is_counted * (d_strengths / (kept.counts * beta)).unsqueeze(2)
 
 
 def _gradient_of_waiting(i: int, left_of_x: Tensor, e: Tensor, cut: chunks.Cut) -> Tensor:
-    """X Eᵀ of chunk i's first pairs and chunk i − 1, [N, lag, C]."""
+    """Return X Eᵀ of chunk i's first pairs and chunk i − 1, [N, lag, C]."""
     left, right = left_of_x[:, i, : cut.lag], e[:, i - 1, : cut.chunk_size]
     return terms.product(left.flatten(2), right.flatten(2).mT)
 
@@ -117,7 +124,7 @@ def _by_kernel(
     window: chunks.Window,
     cut: chunks.Cut,
 ) -> tuple[list[Tensor], Tensor]:
-    """The same, put together of its products in one pass over memory."""
+    """Return the terms and dλ, put together of their products in one pass over memory."""
     from ttt.ops.in_place import gradient_kernels as kernels
 
     size, lag, length = cut.chunk_size, cut.lag, window.length
@@ -127,10 +134,7 @@ def _by_kernel(
     for a, end, b in cut.blocks(length):
         if end == 0:
             continue
-        left, right = y[:, a // size : -(-b // size)], e[:, : end // size]
-        # A single chunk without what is added to it, which would take another tile of a product.
-        left = left[:, :, :size] if left.shape[1] == 1 else left
-        left, right = (x.flatten(3).flatten(1, 2) for x in (left, right))
+        left, right = (x.flatten(1, 2) for x in _factors(y, e, a, end, b, size))
         first = a // size * padded
         out = products[:, first : first + left.shape[1], : right.shape[1]]
         terms.product(left, right.mT, out=out)
