@@ -1,6 +1,7 @@
 """Where the files of a base model are: on the hub, in a local folder, or one by one."""
 
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,26 +48,7 @@ def find_checkpoint(
         if folder is not None and paths.config_path is None and paths.moshi_path is None:
             require_base(folder, config)
 
-    def locate(key: str, given: str | None, name: str) -> Path:
-        if given is None and folder is None:
-            raise UserError(
-                f"moshi_paths.{key}: needed, because moshi_paths.hf_repo_id is null. Name the "
-                f"file, or set hf_repo_id to a repository or folder that has it."
-            )
-        if given is None and not (isinstance(name, str) and stays_inside(name)):
-            raise UserError(
-                f"moshi_paths.{key}: {config_path} names {name!r}, which is not in its folder. "
-                f"Name the file yourself, if you trust it."
-            )
-        path = Path(given) if given is not None else folder / name  # type: ignore[operator]
-        if not path.is_file():
-            others = _AT_RANDOM if is_new_run and key == "moshi_path" else ""
-            raise UserError(
-                f"moshi_paths.{key}: there is no file {path}; correct the path{others}."
-                f"{start_of(path, key)}"
-            )
-        return path
-
+    locate = partial(_located, folder=folder, config_path=config_path, is_new_run=is_new_run)
     mimi_config_name = names.pop("mimi_config_name", None)
     mimi_config = None
     if paths.mimi_config_path or mimi_config_name:
@@ -97,6 +79,47 @@ def find_checkpoint(
         raw_config=config,
         mimi_config=mimi_config,
     )
+
+
+def _located(
+    key: str,
+    given: str | None,
+    name: str,
+    *,
+    folder: Path | None,
+    config_path: Path | None,
+    is_new_run: bool,
+) -> Path:
+    """Return where one of a base's files is.
+
+    Args:
+        given: what the key says; None: the file of this name in the base's folder.
+        config_path: what has said the name.
+
+    Raises:
+        UserError: it is not there, or would not be in the folder.
+    """
+    if given is not None:
+        path = Path(given)
+    elif folder is None:
+        raise UserError(
+            f"moshi_paths.{key}: needed, because moshi_paths.hf_repo_id is null. Name the "
+            f"file, or set hf_repo_id to a repository or folder that has it."
+        )
+    elif isinstance(name, str) and stays_inside(name):
+        path = folder / name
+    else:
+        raise UserError(
+            f"moshi_paths.{key}: {config_path} names {name!r}, which is not in its folder. "
+            f"Name the file yourself, if you trust it."
+        )
+    if not path.is_file():
+        others = _AT_RANDOM if is_new_run and key == "moshi_path" else ""
+        raise UserError(
+            f"moshi_paths.{key}: there is no file {path}; correct the path{others}."
+            f"{start_of(path, key)}"
+        )
+    return path
 
 
 def find_recorded(made_with: Path, paths: ModelPaths) -> loaders.CheckpointInfo:
