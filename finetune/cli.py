@@ -45,7 +45,7 @@ from finetune.recordings import (
 )
 from finetune.serve import ExportOptions, GenerateOptions, ServeOptions
 from finetune.spoken import RecallAudioOptions, RecallScoreOptions
-from finetune.sweep import SweepOptions, require_sound
+from finetune.sweep import SweepOptions, require_sound_sweep
 
 
 def main() -> None:
@@ -295,7 +295,7 @@ def sweep(options: SweepOptions, overrides: dict[str, Any]) -> None:
     What is finished is not run again; what was interrupted goes on. See docs/sweeps.md. Keys of a
     run's configuration count for all runs: --max_steps=20 --sweep_dir=runs/try
     """
-    require_sound(options, overrides)
+    require_sound_sweep(options, overrides)
     from finetune.sweep import run_command
 
     status = run_command(options, overrides)

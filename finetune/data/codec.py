@@ -103,7 +103,7 @@ class Codec:
 
     @property
     def reads(self) -> ReadCodes:
-        """What codes the model reads, of those that were made before."""
+        """Return what the model reads of codes that were made before."""
         return ReadCodes(self.mimi.num_codebooks, self.mimi.cardinality)
 
     @property

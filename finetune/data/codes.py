@@ -20,7 +20,7 @@ class Codes(NamedTuple):
 
 @dataclass(frozen=True)
 class ReadCodes:
-    """What codes a model reads.
+    """It says which codes a model reads.
 
     Args:
         num_codebooks: of each channel; more are no mistake, as Mimi's first ones mean the same.

@@ -66,7 +66,8 @@ def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
             yield archive
     except (zlib.error, EOFError) as error:
         raise ValueError(f"it is damaged: {error or 'it was cut off'}") from None
-    except RuntimeError as error:  # `NotImplementedError` is one
+    except RuntimeError as error:
+        # So `zipfile` answers archives that are locked, or packed in a way that it does not know.
         raise ValueError(f"it is damaged, or was not written by numpy: {error}") from None
 
 

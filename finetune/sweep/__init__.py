@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from finetune.sweep.at_once import require_sound
+from finetune.sweep.at_once import require_sound_sweep
 from finetune.sweep.options import SweepOptions
 
 __all__ = [
     "SweepOptions",
-    "require_sound",
+    "require_sound_sweep",
     "run_command",
 ]
 

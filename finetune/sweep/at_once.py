@@ -11,14 +11,14 @@ from finetune.sweep.slurm import array_problems
 from ttt.options import abbreviated
 
 
-def require_sound(options: SweepOptions, overrides: Mapping[str, object]) -> None:
+def require_sound_sweep(options: SweepOptions, overrides: Mapping[str, object]) -> None:
     """Check the sweep's file, the configurations of its runs, the command line, and that the files
     that they name are there.
 
     Raises:
         UserError: naming all that is wrong.
     """
-    sweep, of_file, _ = read_sweep(
+    sweep, of_file = read_sweep(
         options.file,
         overrides,
         options.sweep_dir,

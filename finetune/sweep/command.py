@@ -21,7 +21,7 @@ OVERWRITES = (
 
 
 def run_command(options: SweepOptions, overrides: Mapping[str, object]) -> int:
-    """Check what is slow to check, then do what the options say; first is `require_sound`.
+    """Check what is slow to check, then do what the options say; first is `require_sound_sweep`.
 
     Returns:
         An exit status: 0 if all that was to be run is finished.
@@ -53,12 +53,12 @@ def run_command(options: SweepOptions, overrides: Mapping[str, object]) -> int:
 
 def _checked(options: SweepOptions, overrides: Mapping[str, object]) -> Sweep:
     """Return the sweep, if nothing is wrong with its models, its data or its folder, where
-    `require_sound` has found nothing.
+    `require_sound_sweep` has found nothing.
 
     Raises:
         UserError: naming all that is.
     """
-    sweep, of_file, _ = read_sweep(
+    sweep, of_file = read_sweep(
         options.file, overrides, options.sweep_dir, with_inputs=not options.table
     )
     chosen = options.only or tuple(sweep.runs)

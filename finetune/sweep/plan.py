@@ -93,13 +93,10 @@ class Read(NamedTuple):
     """A sweep with all that is wrong with its file.
 
     problems: a line each, of the file or of runs.
-    unsound: the runs whose configuration is not known, as something is wrong with it or with that
-        of a run before it.
     """
 
     sweep: Sweep
     problems: list[str]
-    unsound: set[str]
 
 
 def load_sweep(
@@ -114,7 +111,7 @@ def load_sweep(
     Raises:
         UserError: naming every problem of every run, as far as it can be known beforehand.
     """
-    sweep, problems, _ = read_sweep(file, overrides, folder, with_inputs=with_inputs)
+    sweep, problems = read_sweep(file, overrides, folder, with_inputs=with_inputs)
     if problems:
         raise UserError(list_problems(file, problems))
     return sweep
@@ -155,6 +152,7 @@ def read_sweep(
     common = common_keys(content)
     runs: dict[str, PlannedRun] = {}
     left_out: list[_Found] = []
+    # Whose configuration is not known, as something is wrong with it or with that of a run before.
     unsound: set[str] = set()
     missing: dict[str, set[str]] = {}
     for name, own in entries.items():
@@ -175,7 +173,7 @@ def read_sweep(
     for line in () if problems or only_at_once else _grouped(left_out, len(runs)):
         logger.warning(line)
     sweep = Sweep(file, base, target, runs, num_processes(content), slurm_options(content))
-    return Read(sweep, problems, unsound)
+    return Read(sweep, problems)
 
 
 # --- the runs -------------------------------------------------------------------------------------
