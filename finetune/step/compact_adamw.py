@@ -1,16 +1,18 @@
 """AdamW whose moments take fewer bits between two steps: `optim.state`.
 
-The step itself is PyTorch's, in float32, one parameter after the other: so the moments of one
-parameter alone are there in full. `int8` is the format of bitsandbytes' 8-bit Adam (Dettmers et al.
-2022): 256 numbers of very different size, times the largest absolute value of each 256 moments. Its
-own optimizer computes on a GPU alone; its functions of the format do on a CPU as well.
+The step itself is PyTorch's, in float32, of some parameters at a time: so their moments alone are
+there in full, and few kernels are started. `int8` is the format of bitsandbytes' 8-bit Adam
+(Dettmers et al. 2022): 256 numbers of very different size, times the largest absolute value of each
+256 moments. Its own optimizer computes on a GPU alone; its functions of the format do on a CPU as
+well.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.adamw import adamw
 
@@ -21,6 +23,8 @@ BLOCK = 256
 LEAST = 4096
 """Parameters of fewer numbers keep their moments in float32, as bitsandbytes has it: norms, gates
 and the like, which are sensitive and cost nothing."""
+AT_ONCE = 2**24
+"""Numbers that are stepped together: 128 MB of moments."""
 
 
 def new_moments(master: Tensor, kind: str) -> dict[str, Tensor]:
@@ -59,24 +63,20 @@ class CompactAdamW(torch.optim.AdamW):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         assert closure is None
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._step(parameter, group)
+            ready = [p for p in group["params"] if p.grad is not None]
+            for parameters in _batches(ready):
+                self._step(parameters, group)
 
-    def _step(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        state = self.state[parameter]
-        if not state:
-            on_device = parameter.device if group["fused"] else "cpu"
-            state["step"] = torch.zeros((), device=on_device)
-            state.update(new_moments(parameter, self.kind))
-        moments = [_in_full(state, name) for name in MOMENTS]
+    def _step(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        states = [self._state(p, on_device=group["fused"]) for p in parameters]
+        moments = [_in_full(states, name) for name in MOMENTS]
         adamw(
-            [parameter],
-            [parameter.grad],  # type: ignore[list-item]
-            [moments[0]],
-            [moments[1]],
+            parameters,
+            [p.grad for p in parameters],  # type: ignore[misc]
+            moments[0].of_parameters,
+            moments[1].of_parameters,
             [],
-            [state["step"]],
+            [state["step"] for state in states],
             foreach=False,
             fused=group["fused"],
             amsgrad=False,
@@ -88,26 +88,83 @@ class CompactAdamW(torch.optim.AdamW):
             maximize=False,
         )
         for name, moment in zip(MOMENTS, moments, strict=True):
-            _keep(state, name, moment)
+            _keep(states, name, moment)
+
+    def _state(self, parameter: Tensor, *, on_device: bool) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = self.state[parameter]
+        if not state:
+            device = parameter.device if on_device else "cpu"
+            state["step"] = torch.zeros((), device=device)
+            state.update(new_moments(parameter, self.kind))
+        return state
 
 
-def _in_full(state: dict[str, Tensor], name: str) -> Tensor:
-    kept = state[name]
-    if f"{name}_scales" not in state:
-        return kept.float()
-    found: Tensor = _operators().dequantize_blockwise(
-        kept, state[f"{name}_scales"], _numbers(name, kept.device), BLOCK, torch.float32
-    )
-    return found
+class _Full(NamedTuple):
+    """A moment of parameters that are stepped together, in float32."""
+
+    flat: Tensor
+    """One parameter after the other, each up to the end of its last block, with zeros."""
+    of_parameters: list[Tensor]
+    """Its parts, in the parameters' shapes."""
 
 
-def _keep(state: dict[str, Tensor], name: str, moment: Tensor) -> None:
-    if f"{name}_scales" not in state:
-        state[name].copy_(moment)
+def _batches(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield the parameters that are stepped together: all with at least LEAST numbers or all with
+    fewer, and of no more than AT_ONCE numbers where it is not one alone."""
+    for is_small in (True, False):
+        batch: list[Tensor] = []
+        count = 0
+        for parameter in parameters:
+            number = parameter.numel()
+            if (number < LEAST) != is_small:
+                continue
+            if batch and count + number > AT_ONCE:
+                yield batch
+                batch, count = [], 0
+            batch.append(parameter)
+            count += number
+        if batch:
+            yield batch
+
+
+def _in_full(states: list[dict[str, Tensor]], name: str) -> _Full:
+    kept = [state[name] for state in states]
+    if kept[0].dtype == torch.float32:
+        return _Full(kept[0], kept)
+    lengths = [-(-moment.numel() // BLOCK) * BLOCK for moment in kept]
+    has_scales = f"{name}_scales" in states[0]
+    if has_scales:
+        codes = [F.pad(x.flatten(), (0, n - x.numel())) for x, n in zip(kept, lengths, strict=True)]
+        scales = torch.cat([state[f"{name}_scales"] for state in states])
+        flat: Tensor = _operators().dequantize_blockwise(
+            torch.cat(codes), scales, _numbers(name, scales.device), BLOCK, torch.float32
+        )
+    else:
+        flat = torch.empty(sum(lengths), device=kept[0].device)
+    full = []
+    for part, moment in zip(flat.split(lengths), kept, strict=True):
+        number = moment.numel()
+        if number < len(part):
+            part[number:] = 0
+        full.append(part[:number].view(moment.shape))
+    if not has_scales:
+        torch._foreach_copy_(full, kept)
+    return _Full(flat, full)
+
+
+def _keep(states: list[dict[str, Tensor]], name: str, moment: _Full) -> None:
+    kept = [state[name] for state in states]
+    if f"{name}_scales" not in states[0]:
+        if kept[0].dtype != torch.float32:
+            torch._foreach_copy_(kept, moment.of_parameters)
         return
-    codes, scales = _quantize(moment, name)
-    state[name].copy_(codes)
-    state[f"{name}_scales"].copy_(scales)
+    codes, scales = _quantize(moment.flat, name)
+    all_scales = [state[f"{name}_scales"] for state in states]
+    parts = codes.split([BLOCK * len(each) for each in all_scales])
+    torch._foreach_copy_(
+        kept, [part[: x.numel()].view(x.shape) for part, x in zip(parts, kept, strict=True)]
+    )
+    torch._foreach_copy_(all_scales, list(scales.split([len(each) for each in all_scales])))
 
 
 def _quantize(moment: Tensor, name: str) -> tuple[Tensor, Tensor]:

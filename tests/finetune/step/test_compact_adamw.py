@@ -68,6 +68,34 @@ def test_small_parameters_are_stepped_exactly(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_parameter_is_stepped_as_if_it_were_alone(
+    kind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sizes are no multiples of a block, one parameter is small, and one has gradients at times."""
+    monkeypatch.setattr("finetune.step.compact_adamw.AT_ONCE", 20_000)
+    generator = torch.Generator().manual_seed(0)
+    starts = [torch.randn(*s, generator=generator) for s in ((64, 80), (4097,), (7, 7), (90, 101))]
+    steps = [[torch.randn(w.shape, generator=generator) for w in starts] for _ in range(4)]
+
+    def stepped(numbers: list[int]) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+        weights = {str(i): torch.nn.Parameter(starts[i].clone()) for i in numbers}
+        optimizer = Optimizer({"lora": weights}, OptimArgs(lr=0.05, state=kind), max_steps=4)
+        for step, gradients in enumerate(steps):
+            for i in numbers:
+                weights[str(i)].grad = None if i == step == 1 else gradients[i].clone()
+            optimizer.step(max_norm=1e9, world=WORLD, is_loss_finite=True)
+        kept = {name: tensor for name, (tensor, _) in optimizer.tensors().items()}
+        return [w.detach() for w in weights.values()], kept
+
+    together, kept = stepped([0, 1, 2, 3])
+    for i, weight in enumerate(together):
+        (alone,), own = stepped([i])
+        torch.testing.assert_close(weight, alone, rtol=0, atol=0)
+        for name, tensor in own.items():
+            torch.testing.assert_close(kept[name], tensor, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_run_goes_on_to_the_bit(
     config: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
