@@ -135,7 +135,7 @@ class Trainer:
         )
         self.folder.set_damaged_apart(damaged)
         # Only now, when nothing else can be wrong: it may take the place of an older run.
-        with self.folder.begun(is_complete=self.is_complete):
+        with self.folder.begun(is_complete=self.is_complete) as opened:
             self.metrics = MetricsLogger(
                 self.run_dir,
                 wandb_args=args.wandb,
@@ -143,6 +143,7 @@ class Trainer:
                 enabled=self.world.is_main,
                 resumed_step=None if resume_from is None else self.step,
             )
+            opened.push(self.metrics)
             if self.world.is_main and not self.is_complete:
                 write_summary(args, self.model, self.train_data, self.world)
         self.progress = Progress(total=args.max_steps, start=self.step, enabled=self.world.is_main)
@@ -362,8 +363,7 @@ class Trainer:
 
     def interrupted(self) -> bool:
         """Return whether a process has got a signal to stop; all of them agree."""
-        flag = torch.tensor(float(self.interrupt.signal_number is not None))
-        return bool(self.world.sum(flag.to(self.world.device)).item())
+        return self.world.any(self.interrupt.signal_number is not None)
 
     def leave(self) -> int:
         if self.is_complete and (self.eval_data is None or self.eval_loss is not None):

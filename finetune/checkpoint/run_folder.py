@@ -7,7 +7,7 @@ without a checkpoint.
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import chain, count
 from pathlib import Path
 
@@ -146,8 +146,11 @@ class RunFolder:
         return ", ".join([*ways[:-1], f"or {ways[-1]}"])
 
     @contextmanager
-    def begun(self, *, is_complete: bool) -> Iterator[None]:
+    def begun(self, *, is_complete: bool) -> Iterator[ExitStack]:
         """The run begins in here, on the first process: nothing else is wrong with it.
+
+        What writes into the folder from then on is put on the stack: if the start fails after all
+        it is closed, before another run's files are back.
 
         Args:
             is_complete: there is nothing left to train.
@@ -156,9 +159,9 @@ class RunFolder:
             UserError: the folder cannot be written to.
         """
         if not self._world.is_main:
-            yield
+            yield ExitStack()
             return
-        with self._errors_named():
+        with self._errors_named(), ExitStack() as started:
             if self._args.overwrite_run_dir and self.record.exists():
                 self._set_aside(self.record.found())
             if not self.record.exists():
@@ -174,9 +177,12 @@ class RunFolder:
             self._log.open(self.run_dir, is_new=not self._args.resume)
             before = self._tensorboard_files()
             try:
-                yield
+                with ExitStack() as opened:
+                    yield opened
+                    started.push(opened.pop_all())
             finally:
                 self.record.add(self._tensorboard_files() - before)
+            started.pop_all()
 
     def _set_aside(self, found: Found) -> None:
         kept = [name for name in found.foreign if "/" not in name] or found.foreign

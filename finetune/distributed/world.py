@@ -83,6 +83,10 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
+    def any(self, flag: bool) -> bool:
+        """Return whether the flag is set in one of the processes."""
+        return bool(self.sum(torch.tensor(float(flag), device=self.device)).item())
+
     def sum_over_data(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the sum of `tensor` over all shares of the data, each counted once; also stored in
         `tensor` itself."""

@@ -4,7 +4,7 @@ import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -295,6 +295,39 @@ def test_a_start_that_fails_late_puts_the_older_run_back_and_says_so(
     assert "the earlier run is back in" in capsys.readouterr().out
     monkeypatch.undo()
     assert train(config, run_dir, {"resume": True, "max_steps": 3}).step == 3
+
+
+@pytest.mark.parametrize("is_disk_full", [False, True])
+def test_what_a_failed_start_has_opened_is_closed_before_the_older_run_is_back(
+    config: Path, run_dir: Path, monkeypatch: pytest.MonkeyPatch, is_disk_full: bool
+) -> None:
+    """TensorBoard's writer has a thread that may write seconds later."""
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+    was_older_aside: list[bool] = []
+    close, add = EventFileWriter.close, RunRecord.add
+
+    def watched(writer: EventFileWriter) -> None:
+        was_older_aside.append((run_dir / ".replaced").exists())
+        close(writer)
+
+    def add_but_events(record: RunRecord, files: Iterable[str] = (), **trees: Any) -> None:
+        files = list(files)
+        if any(name.startswith("tb/") for name in files):
+            raise OSError(28, "disk full")
+        add(record, files, **trees)
+
+    def fail(*args: Any) -> None:
+        raise UserError("the disk is full")
+
+    monkeypatch.setattr(EventFileWriter, "close", watched)
+    if is_disk_full:
+        monkeypatch.setattr(RunRecord, "add", add_but_events)
+    else:
+        monkeypatch.setattr("finetune.trainer.write_summary", fail)
+    with pytest.raises(UserError, match=r"disk (is )?full"):
+        trainer(config, run_dir, OVERWRITE)
+    assert was_older_aside == [True]
 
 
 @pytest.mark.parametrize("do_ckpt", [True, False])
