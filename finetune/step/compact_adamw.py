@@ -27,9 +27,14 @@ AT_ONCE = 2**24
 """Numbers that are stepped together: 128 MB of moments."""
 
 
-def new_moments(master: Tensor, kind: str) -> dict[str, Tensor]:
-    """Moments of zero, as they are kept between two steps, by name."""
-    if kind == "float32" or master.numel() < LEAST:
+def new_moments(master: Tensor, kind: str, *, numel: int) -> dict[str, Tensor]:
+    """Return moments of zero, as they are kept between two steps, by name.
+
+    Args:
+        master: what is stepped; of a sharded parameter, this process's part.
+        numel: the whole parameter's numbers, by which all processes keep the same type.
+    """
+    if kind == "float32" or numel < LEAST:
         return {name: torch.zeros_like(master) for name in MOMENTS}
     if kind == "bfloat16":
         return {name: torch.zeros_like(master, dtype=torch.bfloat16) for name in MOMENTS}
@@ -50,7 +55,7 @@ def moment_bytes(numel: int, kind: str) -> float:
 class CompactAdamW(torch.optim.AdamW):
     """
     Args:
-        groups: as for AdamW.
+        groups: as for AdamW; "numels" are the numbers of whole parameters, as for `new_moments`.
         kind: "bfloat16" or "int8".
         options: of AdamW.
     """
@@ -63,12 +68,22 @@ class CompactAdamW(torch.optim.AdamW):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         assert closure is None
         for group in self.param_groups:
-            ready = [p for p in group["params"] if p.grad is not None]
+            ready = [
+                (parameter, numel)
+                for parameter, numel in zip(group["params"], group["numels"], strict=True)
+                if parameter.grad is not None
+            ]
+            for parameter, numel in ready:
+                if not self.state[parameter]:
+                    device = parameter.device if group["fused"] else "cpu"
+                    step = torch.zeros((), device=device)
+                    moments = new_moments(parameter, self.kind, numel=numel)
+                    self.state[parameter] = {"step": step, **moments}
             for parameters in _batches(ready):
                 self._step(parameters, group)
 
     def _step(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        states = [self._state(p, on_device=group["fused"]) for p in parameters]
+        states = [self.state[parameter] for parameter in parameters]
         moments = [_in_full(states, name) for name in MOMENTS]
         adamw(
             parameters,
@@ -90,14 +105,6 @@ class CompactAdamW(torch.optim.AdamW):
         for name, moment in zip(MOMENTS, moments, strict=True):
             _keep(states, name, moment)
 
-    def _state(self, parameter: Tensor, *, on_device: bool) -> dict[str, Tensor]:
-        state: dict[str, Tensor] = self.state[parameter]
-        if not state:
-            device = parameter.device if on_device else "cpu"
-            state["step"] = torch.zeros((), device=device)
-            state.update(new_moments(parameter, self.kind))
-        return state
-
 
 class _Full(NamedTuple):
     """A moment of parameters that are stepped together, in float32."""
@@ -108,15 +115,19 @@ class _Full(NamedTuple):
     """Its parts, in the parameters' shapes."""
 
 
-def _batches(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+def _batches(parameters: Sequence[tuple[Tensor, int]]) -> Iterator[list[Tensor]]:
     """Yield the parameters that are stepped together: all with at least LEAST numbers or all with
-    fewer, and of no more than AT_ONCE numbers where it is not one alone."""
+    fewer, and of no more than AT_ONCE numbers where it is not one alone.
+
+    Args:
+        parameters: with the numbers of each whole parameter.
+    """
     for is_small in (True, False):
         batch: list[Tensor] = []
         count = 0
-        for parameter in parameters:
+        for parameter, numel in parameters:
             number = parameter.numel()
-            if (number < LEAST) != is_small:
+            if (numel < LEAST) != is_small:
                 continue
             if batch and count + number > AT_ONCE:
                 yield batch

@@ -62,6 +62,7 @@ class Optimizer:
         groups: list[dict[str, Any]] = [
             {
                 "params": masters,
+                "numels": [p.numel() for p in self.parameters[role]],
                 "lr": args.ttt_lr if role == "ttt" else args.lr,
                 "weight_decay": 0.0 if role == "ttt" else args.weight_decay,
                 "role": role,
@@ -190,11 +191,11 @@ class Optimizer:
                 f"it was saved after step {step}, and max_steps is {self.schedule.total_steps}"
             )
         fused = self.adamw.defaults["fused"]
-        for name, (_, master) in self._named().items():
+        for name, (parameter, master) in self._named().items():
             if count := saved[name]["steps"]:
                 self.adamw.state[master] = {
                     "step": torch.tensor(count, device=master.device if fused else "cpu"),
-                    **new_moments(master, self.kind),
+                    **new_moments(master, self.kind, numel=parameter.numel()),
                 }
         fill(self.tensors())
         self.schedule.load_state_dict({"last_epoch": step - 1, "_step_count": step})

@@ -1,6 +1,6 @@
 """Linear layers whose weights do not train, kept in fewer bits."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from moshi.modules.transformer import StreamingMultiheadAttention
@@ -78,7 +78,22 @@ class FrozenLinear(nn.Module):
             device = weight.device if self.values.is_meta else self.values.device
             self.set_weight(weight.to(device, self.dtype))
             state_dict |= {f"{prefix}values": self.values, f"{prefix}scales": self.scales}
+        elif not self.is_filled and {f"{prefix}values", f"{prefix}scales"} <= state_dict.keys():
+            # What is copied onto `meta` is lost.
+            for name in ("values", "scales"):
+                given = state_dict[f"{prefix}{name}"]
+                setattr(self, name, torch.empty_like(getattr(self, name), device=given.device))
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FrozenLinear":
+        """Move the weight; `to(dtype)` changes the type that it stands for, and never its own,
+        which is part of its format."""
+        for name in ("values", "scales"):
+            kept = getattr(self, name)
+            made = fn(kept)
+            setattr(self, name, made if made.dtype == kept.dtype else kept.to(made.device))
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.values.device)).dtype
+        return self
 
 
 class FrozenAttention(StreamingMultiheadAttention):

@@ -56,7 +56,12 @@ CASES: dict[str, Any] = {
     "lora, delta": {**LORA, "ttt.write": "delta", "save_adapters": False, **CHECKPOINTED},
     "lora, nf4": {**LORA, "base_precision": "nf4"},
     "full, linear": {**FULL, **LINEAR, "gradient_checkpointing": "selective"},
-    "full, random": {**FULL, "moshi_paths.random_init": True, "num_microbatches": 2},
+    "full, random": {
+        **FULL,
+        "moshi_paths.random_init": True,
+        "num_microbatches": 2,
+        "optim.state": "bfloat16",
+    },
 }
 MORE_CASES: dict[str, Any] = {
     "lora, replicas": {**LORA, "parallel.shard_size": 1},

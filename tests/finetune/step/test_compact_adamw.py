@@ -20,7 +20,7 @@ from finetune.config import OptimArgs, load_config
 from finetune.distributed import World, shard_size
 from finetune.errors import UserError
 from finetune.step import Optimizer, moment_bytes
-from finetune.step.compact_adamw import LEAST
+from finetune.step.compact_adamw import LEAST, CompactAdamW
 
 WORLD = World(0, 1, torch.device("cpu"))
 KINDS = ["bfloat16", "int8"]
@@ -112,6 +112,16 @@ def test_a_run_goes_on_to_the_bit(
     with pytest.raises(UserError, match=f"optim.state: was {kind} when the checkpoint was made"):
         trainer(config, tmp_path / "whole", {**how, "optim.state": "float32", "resume": True})
     assert checkpoint(tmp_path / "whole", 4).is_dir()
+
+
+def test_a_part_of_a_parameter_keeps_moments_as_the_whole_does() -> None:
+    """However many processes share it, and however it is cut."""
+    part = torch.nn.Parameter(torch.ones(LEAST // 2))
+    part.grad = torch.ones(LEAST // 2)
+    groups = [{"params": [part], "numels": [LEAST]}]
+    adamw = CompactAdamW(groups, kind="bfloat16", fused=False)
+    adamw.step()
+    assert adamw.state[part]["exp_avg"].dtype == torch.bfloat16
 
 
 def test_moments_of_another_kind_are_not_taken() -> None:
