@@ -227,7 +227,7 @@ class InPlaceGating(TTTLayer[InPlaceState]):
         # 56 kB by `delta` with target `hidden`; others keep no more, and were not measured.
         if args.write == "sum":
             return Cost(1.03, 30e3 + own, 1.03, 56e3)
-        # Times are reckoned from profiles. E is kept in two terms of 16 bits, and the inverses.
+        # E is kept in two terms of 16 bits, and the inverses.
         again = 4 * (4096 * (1 + PADDING / args.chunk_size) + args.chunk_size)
         time_factor, again = (1.05, again) if args.keep_writes else (1.06, 0.0)
         return Cost(time_factor, 30e3 + own, 1.043, 56e3, again)
