@@ -25,7 +25,8 @@ from ttt.layers.frozen import FrozenLinear
 from ttt.ops.frozen import FrozenWeight, frozen_product, frozen_products
 from ttt.ops.moshi.attention import causal_attention
 from ttt.ops.moshi.depth_attention import depth_attention
-from ttt.ops.rope import RopeTable, rotate
+from ttt.ops.moshi.turned import turned
+from ttt.ops.rope import RopeTable
 
 
 class FrozenWeights(NamedTuple):
@@ -226,10 +227,11 @@ def attention_block(x: Tensor, layer: Layer, rope: RopeTable | None) -> Tensor:
     """x + attention(norm1(x)), [B, T, d]."""
     attention = layer.attention
     qkv = project(normalize(x, layer.norm1), attention.inward)
-    q, k, v = qkv.unflatten(-1, (3, attention.num_heads, -1)).unbind(2)
-    if attention.interleave is not None:
+    if attention.interleave is None:
+        q, k, v = qkv.unflatten(-1, (3, attention.num_heads, -1)).unbind(2)
+    else:
         assert rope is not None
-        q, k = (rotate(y, rope, interleave=attention.interleave) for y in (q, k))
+        q, k, v = turned(qkv, attention.num_heads, rope, interleave=attention.interleave)
     mixed = causal_attention(q, k, v, attention.context).flatten(2)
     return add(x, project(mixed, attention.outward), layer.scale1)
 
