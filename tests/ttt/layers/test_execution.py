@@ -94,6 +94,30 @@ def test_compiled_layers_compute_the_same_and_share_what_is_compiled(
         assert graphs["unique_graphs"] - before <= len(blocks_of_a_model) + len(losses)
 
 
+def test_a_compiled_layer_that_is_made_again_keeps_its_input_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What a compiler divides into two passes it may keep, whatever is to be made again."""
+    monkeypatch.setattr(execution, "BACKEND", "aot_eager_decomp_partition")
+    torch._dynamo.reset()
+    execution._compiled.cache_clear()
+    model = prepared(PLAIN, lora=True, checkpointing=True, compile=True)
+    weights = blocks.layer_of(model.transformer.layers[1])
+    rope = model._rope_table(random_codes(num_frames=300))
+    x = torch.randn(2, 300, model.dim, dtype=torch.float64, requires_grad=True)
+    kept: set[int] = set()
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().nbytes() >= x.nbytes:
+            kept.add(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    model.execution.layer(blocks.layer_block, x, weights, rope)  # compiles
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.execution.layer(blocks.layer_block, x, weights, rope).sum().backward()
+    assert kept == {x.untyped_storage().data_ptr()}
+
+
 class Products(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
