@@ -223,6 +223,12 @@ def add(x: Tensor, update: Tensor, scale: Tensor | None) -> Tensor:
     return x + (update if scale is None else scale * update)
 
 
+def _turned_in_compiled_code() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    from ttt.ops.moshi.compiled_turned import compiled_turned
+
+    return compiled_turned
+
+
 def attention_block(x: Tensor, layer: Layer, rope: RopeTable | None) -> Tensor:
     """x + attention(norm1(x)), [B, T, d]."""
     attention = layer.attention
@@ -231,7 +237,8 @@ def attention_block(x: Tensor, layer: Layer, rope: RopeTable | None) -> Tensor:
         q, k, v = qkv.unflatten(-1, (3, attention.num_heads, -1)).unbind(2)
     else:
         assert rope is not None
-        q, k, v = turned(qkv, attention.num_heads, rope, interleave=attention.interleave)
+        turn = _turned_in_compiled_code() if torch.compiler.is_compiling() else turned
+        q, k, v = turn(qkv, attention.num_heads, rope, interleave=attention.interleave)
     mixed = causal_attention(q, k, v, attention.context).flatten(2)
     return add(x, project(mixed, attention.outward), layer.scale1)
 

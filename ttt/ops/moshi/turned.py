@@ -13,44 +13,42 @@ from ttt.ops.rope import RopeTable, rotate
 
 
 def turned(
-    qkv: Tensor, num_heads: int, rope: RopeTable, *, interleave: bool
+    qkv: Tensor, num_heads: int, table: RopeTable, *, interleave: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return q, k and v [B, T, H, D], of which q and k are turned by RoPE.
+    """Return q, k and v [B, T, H, D], of which q and k are turned.
 
     Args:
         qkv: [B, T, 3 H D].
-        rope: cos and ±sin, [T, 1, D].
+        table: of [T, 1, D].
         interleave: see `rotate`.
     """
-    parts: tuple[Tensor, Tensor, Tensor] = _turned(qkv, *rope, num_heads, interleave)
-    return parts
+    q, k, v = _Turned.apply(qkv, *table, num_heads, interleave)
+    return q, k, v
 
 
-@torch.library.triton_op("moshi_ttt::turned", mutates_args={})
-def _turned(
+class _Turned(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, interleave: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(cos, sin)
+        ctx.interleave = interleave
+        return parts(qkv, cos, sin, num_heads, interleave)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        d_q, d_k, d_v = grads
+        cos, sin = ctx.saved_tensors
+        return gradient(d_q, d_k, d_v, cos, sin, ctx.interleave), None, None, None, None
+
+
+def parts(
     qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, interleave: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compiled code sees what is in here, and its gradient as a whole: of an autograd function in
-    a layer that is made again it would keep everything."""
+    """Return what `turned` does."""
     q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).unbind(2)
     q, k = (rotate(x, (cos, sin), interleave=interleave) for x in (q, k))
-    # What an operator returns may be no view of what it was given.
-    return q, k, v.clone()
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    _, cos, sin, _, ctx.interleave = inputs
-    ctx.save_for_backward(cos, sin)
-
-
-def _backward(
-    ctx: Any, d_q: Tensor, d_k: Tensor, d_v: Tensor
-) -> tuple[Tensor, None, None, None, None]:
-    cos, sin = ctx.saved_tensors
-    return gradient(d_q, d_k, d_v, cos, sin, ctx.interleave), None, None, None, None
-
-
-_turned.register_autograd(_backward, setup_context=_setup_context)
+    return q, k, v
 
 
 def gradient(

@@ -4,8 +4,9 @@ import pytest
 import torch
 from interpreted import DEVICE, calls_the_interpreter, on_a_device, run_interpreted
 
-from ttt.ops.moshi.turned import gradient, turned
-from ttt.ops.rope import RopeTable, rope_table, rotate
+from ttt.ops.moshi.compiled_turned import compiled_turned
+from ttt.ops.moshi.turned import gradient, parts, turned
+from ttt.ops.rope import RopeTable, rope_table
 
 BATCH, FRAMES = 2, 5
 INTERLEAVE = pytest.mark.parametrize("interleave", [True, False])
@@ -21,20 +22,20 @@ def table(width: int, interleave: bool) -> RopeTable:
 
 
 @INTERLEAVE
-def test_gradients_are_those_of_its_parts(interleave: bool) -> None:
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_gradients_are_those_of_its_parts(interleave: bool, is_compiled: bool) -> None:
     """In float64 nothing rounds."""
     torch.manual_seed(0)
     cos, sin = (x.double() for x in table(8, interleave))
     qkv = torch.randn(BATCH, FRAMES, 3 * 3 * 8, dtype=torch.float64, requires_grad=True)
     weights = torch.randn(3, BATCH, FRAMES, 3, 8, dtype=torch.float64)
-    parts = qkv.unflatten(-1, (3, 3, 8)).unbind(2)
-    expected = [rotate(x, (cos, sin), interleave=interleave) for x in parts[:2]] + [parts[2]]
-    found = turned(qkv, 3, (cos, sin), interleave=interleave)
+    expected = parts(qkv, cos, sin, 3, interleave)
+    made = compiled_turned if is_compiled else turned
+    found = made(qkv, 3, (cos, sin), interleave=interleave)
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one, other)
     (own,), (exact,) = (
-        torch.autograd.grad(sum((w * x).sum() for w, x in zip(weights, outs, strict=True)), qkv)
-        for outs in (found, expected)
+        torch.autograd.grad((weights * torch.stack(outs)).sum(), qkv) for outs in (found, expected)
     )
     torch.testing.assert_close(own, exact, rtol=1e-12, atol=1e-12)
 
