@@ -114,23 +114,20 @@ def use_in_rows(model: nn.Module, rows: Tensor) -> None:
 
     Args:
         model: a streaming model of `build_model`, or an `LMGen` with one.
-        rows: a mask [B] of booleans. It holds for one step: `set_exec_mask` and a reset undo half
-            of it, so call this after them, before every step.
+        rows: a mask [B] of booleans. It holds until the next call or the end of the stream.
+            Neither `set_exec_mask` nor a reset changes it, and `get_state` does not contain it.
 
     Raises:
         ValueError: the model is not streaming.
     """
-    # Every step comes here. To look through all modules of a Moshi 7B takes milliseconds.
+    # A step may come here. To look through all modules of a Moshi 7B takes milliseconds.
     owner: Any = getattr(model, "lm_model", model)
     for module in owner.ttt_layers.values():
         state = module._streaming_state
         if state is None:
             raise ValueError(_NOT_STREAMING)
-        if state.rows_on is None:
-            state.rows_on = torch.ones_like(state.exec_mask)
         # In place: a CUDA graph reads them where they are.
         state.rows_on.copy_(rows)
-        state.exec_mask &= state.rows_on
 
 
 def get_row(module: nn.Module, row: int, *, whole: bool) -> dict[str, Tensor]:
