@@ -95,3 +95,56 @@ def test_switching_a_row_off_neither_pauses_it_nor_ends_its_pause() -> None:
         model.forward_text(random_codes(num_frames=13))
         change = module.stream_change()
         assert change[0] == 0 and change[1] > 1e-3
+
+
+NO_MASKS: list[Any] = [
+    (torch.tensor([True]), r"bool \[1\]"),
+    (torch.tensor([True, False, True]), r"bool \[3\]"),
+    (torch.tensor([[True, False]]), r"bool \[1, 2\]"),
+    (torch.tensor(True), r"bool \[\]"),
+    (torch.tensor([1, 0]), r"int64 \[2\]"),
+    (torch.tensor([1.0, 0.0]), r"float32 \[2\]"),
+    ([True], r"bool \[1\]"),
+]
+
+
+@pytest.mark.parametrize("take_rows", [ttt.reset, ttt.use_in_rows, ttt.clear_rows])
+@pytest.mark.parametrize(("rows", "what"), NO_MASKS)
+def test_a_mask_that_is_none_of_the_rows_is_refused_and_changes_nothing(
+    take_rows: Any, rows: Any, what: str
+) -> None:
+    model = tiny_model(ARGS["delta"])
+    message = f"rows must be a mask of booleans with 2 entries, .*, and is {what}"
+    with torch.no_grad(), model.streaming(2):
+        model.forward_text(random_codes(num_frames=13))
+        before = ttt.get_state(model, whole=True)
+        with pytest.raises(ValueError, match=message):
+            take_rows(model, rows)
+        after = ttt.get_state(model, whole=True)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("row", [2, -1])
+def test_a_row_that_there_is_not_is_refused(row: int) -> None:
+    model = tiny_model(ARGS["delta"])
+    with model.streaming(2):
+        kept = ttt.get_row(model, 0, whole=True)
+        for take_row in (
+            lambda: ttt.reset(model, [0, row]),
+            lambda: ttt.get_row(model, row, whole=True),
+            lambda: ttt.set_row(model, row, kept, whole=True),
+            lambda: ttt.row_problem(model, row, kept, whole=True),
+        ):
+            with pytest.raises(ValueError, match=f"no row {row}: the stream has 2, from 0 on"):
+                take_row()
+
+
+def test_rows_are_of_a_model_that_streams_and_has_ttt() -> None:
+    with pytest.raises(ValueError, match=r"Linear has no TTT to use: give a model of `build_model"):
+        ttt.use_in_rows(torch.nn.Linear(2, 2), torch.tensor([True]))
+    model = tiny_model(ARGS["delta"])
+    for take_rows in (ttt.reset, ttt.use_in_rows, ttt.clear_rows):
+        with pytest.raises(ValueError, match="not streaming"):
+            take_rows(model, torch.tensor([True]))
+    with pytest.raises(ValueError, match="not streaming"):
+        ttt.clear_rows(torch.nn.Linear(2, 2), torch.tensor([True]))

@@ -105,7 +105,7 @@ def test_what_was_learned_is_carried_into_a_new_stream_alone() -> None:
         assert state["transformer.layers.0.self_attn.kv_cache.end_offset"].tolist() == [0, 0]
 
 
-@pytest.mark.parametrize("rows", [[1], torch.tensor([False, True])])
+@pytest.mark.parametrize("rows", [[1], [False, True], torch.tensor([False, True])])
 def test_rows_forget_alone(rows: list[int] | torch.Tensor) -> None:
     model = build("sum")
     with torch.no_grad(), model.streaming(2):
