@@ -13,7 +13,7 @@ the model, the delayed tokens.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from types import SimpleNamespace
 
 import torch
@@ -56,27 +56,14 @@ def set_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             what TTT has learned alone.
 
     Raises:
-        ValueError: the model is not streaming, or the state is of another model or batch size;
-            nothing is changed then.
+        ValueError: the model is not streaming, or the state is of another model, type or batch
+            size; nothing is changed then.
     """
     fast = {name for name, _, _ in _fields(model, whole=False)}
     fields = list(_fields(model, whole=not state.keys() <= fast))
-    expected = {name for name, _, _ in fields}
-    if state.keys() != expected:
-        missing, unknown = expected - state.keys(), state.keys() - expected
-        raise ValueError(
-            f"the state is not of this model: it has {len(unknown)} unknown entries "
-            f"({', '.join(sorted(unknown)[:3])}) and lacks {len(missing)} "
-            f"({', '.join(sorted(missing)[:3])})."
-        )
-    for name, owner, field in fields:
-        value = getattr(owner, field)
-        shape = () if isinstance(value, int) else tuple(value.shape)
-        if tuple(state[name].shape) != shape:
-            raise ValueError(
-                f"the state is of another configuration or batch size: {name} has shape "
-                f"{tuple(state[name].shape)}, and this stream's has {shape}."
-            )
+    own = {name: torch.as_tensor(getattr(owner, field)) for name, owner, field in fields}
+    if problem := _explain_difference(state, own):
+        raise ValueError(problem)
     for name, owner, field in fields:
         value = getattr(owner, field)
         if isinstance(value, int):
@@ -177,16 +164,7 @@ def row_problem(
     Raises:
         ValueError: the module is not streaming, or has no such row.
     """
-    fields = dict(_row_fields(module, row, whole=whole))
-    if differ := sorted(fields.keys() ^ state.keys()):
-        return f"the state is not of this model: {len(differ)} entries differ ({differ[0]})."
-    for name, value in fields.items():
-        if state[name].shape != value.shape or state[name].dtype != value.dtype:
-            return (
-                f"the state is of another configuration: {name} is {_kind(state[name])}, and this "
-                f"stream's is {_kind(value)}."
-            )
-    return None
+    return _explain_difference(state, dict(_row_fields(module, row, whole=whole)))
 
 
 def row_bytes(module: nn.Module) -> int:
@@ -250,6 +228,28 @@ def _row_fields(module: nn.Module, row: int, *, whole: bool) -> Iterator[tuple[s
         dim = 1 if name.endswith("kv_cache.cache") else 0
         _require_row(row, value.shape[dim])
         yield name, value.select(dim, row)
+
+
+def _explain_difference(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str | None:
+    """Return why a state cannot take the place of a stream's own; None: it can."""
+    missing, unknown = own.keys() - state.keys(), state.keys() - own.keys()
+    if missing or unknown:
+        named = [("it lacks", missing), ("it has unknown", unknown)]
+        parts = [f"{what} {_listed(names)}" for what, names in named if names]
+        return f"the state is not of this model: {'; '.join(parts)}."
+    for name, value in own.items():
+        if (theirs := _kind(state[name])) != _kind(value):
+            return (
+                f"the state does not fit this stream: {name} is {theirs}, and the stream's is "
+                f"{_kind(value)}."
+            )
+    return None
+
+
+def _listed(names: Set[str]) -> str:
+    first = sorted(names)[:3]
+    more = len(names) - len(first)
+    return ", ".join(first) + (f" and {more} more" if more else "")
 
 
 def _kind(value: Tensor) -> str:
