@@ -366,10 +366,10 @@ class InPlaceGating(TTTLayer[InPlaceState]):
             if buffer is not None:
                 index = (offset + positions)[:, :, None].expand(-1, -1, buffer.shape[-1])
                 buffer.scatter_(1, index, new.to(buffer.dtype))
-        for row, frame in (learns[:, None] & ~is_frame).nonzero().tolist():
-            # Its own key, and those that it would be part of the targets of.
-            first = int(state.num_pending[row]) + frame
-            state.pending_z[row, first : first + self.lag + 1] = 0
+        rows, frames = (learns[:, None] & ~is_frame).nonzero(as_tuple=True)
+        # Their own keys, and those that they would be part of the targets of.
+        absent = positions[rows, frames, None] + torch.arange(self.lag + 1, device=z.device)
+        state.pending_z[rows[:, None], absent] = 0
         state.num_pending += num_frames * learns
 
     def _write_complete_chunks(self, state: InPlaceState) -> None:
