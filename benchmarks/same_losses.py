@@ -185,11 +185,12 @@ def kept_digits() -> Iterator[None]:
 @contextmanager
 def full_sums() -> Iterator[None]:
     """Sums of products in 8 bits as they are without `use_fast_accum`; on a CPU they always are."""
+    usual = float8.FAST_SUMS
     float8.FAST_SUMS = False
     try:
         yield
     finally:
-        float8.FAST_SUMS = True
+        float8.FAST_SUMS = usual
 
 
 # Running and judging ------------------------------------------------------------------------------

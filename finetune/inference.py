@@ -271,6 +271,8 @@ def generate_codes(
     healthy_steps = torch.tensor(num_steps, device=codes.device)
     streaming = generator.streaming if use_cuda_graphs else partial(eager_streaming, generator)
     with _caches_of(model, num_steps), streaming(num_rows):
+        if ttt_rows is not None:
+            use_in_rows(generator, ttt_rows)
         # Step s predicts text frame s and, of a delayed stream, frame s - delay. It reads the
         # user's frame s - 1; at step 0 the model hears its initial token, whatever it is given.
         for step in range(num_steps):
@@ -283,8 +285,6 @@ def generate_codes(
                 at = step - delays
                 forced = own[:, streams, at.clamp(min=0)][:, :, None]
                 forced = torch.where((at < 0)[None, :, None], model.initial_token_id, forced)
-            if ttt_rows is not None:
-                use_in_rows(generator, ttt_rows)
             frame = generator.step(heard, depformer_replace_tokens=forced)
             after_step()
             assert generator.healthy is not None

@@ -371,7 +371,6 @@ class Trainer:
             self.require_finite_end()
             self.folder.earn()
             return 0
-        number = self.interrupt.signal_number or 0
         if self.step == 0:
             logger.info("stopped before the first step; there is nothing to save")
         elif self.args.do_ckpt:
@@ -382,7 +381,8 @@ class Trainer:
         else:
             self.folder.earn()
             logger.info("stopped after step %d; nothing saved (do_ckpt: false)", self.step)
-        return 128 + number
+        # Only now: until a checkpoint is written, its thread exchanges what it must the same way.
+        return 128 + (self.world.first(self.interrupt.signal_number) or 0)
 
     def require_finite_end(self) -> None:
         """Check that the run has not diverged; if it is sure, its last checkpoint is set apart."""

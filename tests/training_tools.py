@@ -195,6 +195,16 @@ def log_and_die(self, *args, **kwargs):
         os.kill(os.getpid(), signal.SIGKILL)
 Trainer.log = log_and_die
 """
+STOPPED_AFTER_STEP = """
+import os, runpy, signal, sys
+from finetune.trainer import Trainer
+log = Trainer.log
+def log_and_stop(self, *args, **kwargs):
+    log(self, *args, **kwargs)
+    if self.world.rank == {rank} and self.step == {step}:
+        os.kill(os.getpid(), signal.SIGTERM)
+Trainer.log = log_and_stop
+"""
 HANGS_WHILE_SAVING = """
 import runpy, sys, time
 from finetune.trainer import Trainer

@@ -236,17 +236,16 @@ def measuring(model: TTTLMModel, *, enabled: bool = True) -> Iterator[dict[str, 
     The dictionary that it gives is filled when the block ends: `layer_05/effect` and so on, scalar
     tensors of the first forward pass in which a frame could read what was learned; of none, where
     there is no such frame. Every method has `effect`, ‖what TTT adds‖ / ‖what it is added to‖; what
-    else there is, `ttt.layers.in_place_measure` and `ttt.layers.mixer_measure` say.
+    else there is, `ttt.layers.in_place_measure` and `ttt.layers.mixer_measure` say. A block within
+    a block measures for itself alone.
     """
     collected: dict[str, Tensor] = {}
-    for module in model.ttt_layers.values():
-        module.measure, module.measured = enabled, {}
-    try:
-        yield collected
-    finally:
-        for index, module in model.ttt_layers.items():
-            module.measure = False
-            collected.update({f"layer_{index:02d}/{k}": v for k, v in module.measured.items()})
+    with _layers_set(model, measure=enabled, measured={}):
+        try:
+            yield collected
+        finally:
+            for index, module in model.ttt_layers.items():
+                collected.update({f"layer_{index:02d}/{k}": v for k, v in module.measured.items()})
 
 
 @contextmanager
@@ -256,10 +255,22 @@ def without_ttt(model: TTTLMModel) -> Iterator[None]:
 
     A CUDA graph keeps what held when it was captured: enter this before `.streaming()`.
     """
-    for module in model.ttt_layers.values():
-        module.active = False
+    with _layers_set(model, active=False):
+        yield
+
+
+@contextmanager
+def _layers_set(model: TTTLMModel, **values: Any) -> Iterator[None]:
+    """Within the block these attributes of all TTT layers have these values; then those that they
+    had before, which need not be the usual ones."""
+    before = [
+        (module, {name: getattr(module, name) for name in values})
+        for module in model.ttt_layers.values()
+    ]
     try:
+        for module, _ in before:
+            vars(module).update(values)
         yield
     finally:
-        for module in model.ttt_layers.values():
-            module.active = True
+        for module, own in before:
+            vars(module).update(own)

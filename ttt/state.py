@@ -13,9 +13,8 @@ the model, the delayed tokens.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 from moshi.models.lm import LMGen
@@ -57,27 +56,14 @@ def set_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             what TTT has learned alone.
 
     Raises:
-        ValueError: the model is not streaming, or the state is of another model or batch size;
-            nothing is changed then.
+        ValueError: the model is not streaming, or the state is of another model, type or batch
+            size; nothing is changed then.
     """
     fast = {name for name, _, _ in _fields(model, whole=False)}
     fields = list(_fields(model, whole=not state.keys() <= fast))
-    expected = {name for name, _, _ in fields}
-    if state.keys() != expected:
-        missing, unknown = expected - state.keys(), state.keys() - expected
-        raise ValueError(
-            f"the state is not of this model: it has {len(unknown)} unknown entries "
-            f"({', '.join(sorted(unknown)[:3])}) and lacks {len(missing)} "
-            f"({', '.join(sorted(missing)[:3])})."
-        )
-    for name, owner, field in fields:
-        value = getattr(owner, field)
-        shape = () if isinstance(value, int) else tuple(value.shape)
-        if tuple(state[name].shape) != shape:
-            raise ValueError(
-                f"the state is of another configuration or batch size: {name} has shape "
-                f"{tuple(state[name].shape)}, and this stream's has {shape}."
-            )
+    own = {name: torch.as_tensor(getattr(owner, field)) for name, owner, field in fields}
+    if problem := _explain_difference(state, own):
+        raise ValueError(problem)
     for name, owner, field in fields:
         value = getattr(owner, field)
         if isinstance(value, int):
@@ -91,17 +77,22 @@ def reset(model: nn.Module, rows: Tensor | Sequence[int] | None = None) -> None:
 
     Args:
         model: a streaming model of `build_model`, or an `LMGen` with one.
-        rows: a mask [B] of booleans, or row numbers; None: all rows.
+        rows: a mask [B] of booleans, or a list of row numbers; None: all rows.
 
     Raises:
-        ValueError: the model is not streaming.
+        ValueError: the model is not streaming, or has no such rows.
     """
     for _, state in _states(model, whole=False):
-        if isinstance(rows, Tensor) and rows.dtype == torch.bool:
-            mask = rows.to(state.device)
+        if rows is None:
+            mask = torch.ones_like(state.exec_mask)
+        elif isinstance(rows, Tensor) or any(isinstance(row, bool) for row in rows):
+            # Numbers in a tensor are none of rows: they may be meant as a mask.
+            mask = _mask(rows, state)
         else:
-            mask = torch.zeros(state.batch_size, dtype=torch.bool, device=state.device)
-            mask[slice(None) if rows is None else torch.as_tensor(rows, device=state.device)] = True
+            mask = torch.zeros_like(state.exec_mask)
+            for row in rows:
+                _require_row(row, state.batch_size)
+                mask[row] = True
         # A reset also ends a pause, and forgetting does not.
         exec_mask = state.exec_mask.clone()
         state.reset(mask)
@@ -114,23 +105,25 @@ def use_in_rows(model: nn.Module, rows: Tensor) -> None:
 
     Args:
         model: a streaming model of `build_model`, or an `LMGen` with one.
-        rows: a mask [B] of booleans. It holds for one step: `set_exec_mask` and a reset undo half
-            of it, so call this after them, before every step.
+        rows: a mask [B] of booleans. It holds until the next call or the end of the stream.
+            Neither `set_exec_mask` nor a reset changes it, and `get_state` does not contain it.
 
     Raises:
-        ValueError: the model is not streaming.
+        ValueError: the model is not streaming or not one of `build_model`, or has other rows.
     """
-    # Every step comes here. To look through all modules of a Moshi 7B takes milliseconds.
-    owner: Any = getattr(model, "lm_model", model)
-    for module in owner.ttt_layers.values():
+    # A step may come here. To look through all modules of a Moshi 7B takes milliseconds.
+    layers = getattr(getattr(model, "lm_model", model), "ttt_layers", None)
+    if layers is None:
+        raise ValueError(
+            f"{type(model).__name__} has no TTT to use: give a model of `build_model`, or an "
+            "`LMGen` with one."
+        )
+    for module in layers.values():
         state = module._streaming_state
         if state is None:
             raise ValueError(_NOT_STREAMING)
-        if state.rows_on is None:
-            state.rows_on = torch.ones_like(state.exec_mask)
         # In place: a CUDA graph reads them where they are.
-        state.rows_on.copy_(rows)
-        state.exec_mask &= state.rows_on
+        state.rows_on.copy_(_mask(rows, state))
 
 
 def get_row(module: nn.Module, row: int, *, whole: bool) -> dict[str, Tensor]:
@@ -144,7 +137,7 @@ def get_row(module: nn.Module, row: int, *, whole: bool) -> dict[str, Tensor]:
         Contiguous tensors. They fit any row of any batch of the same model.
 
     Raises:
-        ValueError: the module is not streaming.
+        ValueError: the module is not streaming, or has no such row.
     """
     rows = _row_fields(module, row, whole=whole)
     return {name: value.detach().clone().contiguous() for name, value in rows}
@@ -154,8 +147,8 @@ def set_row(module: nn.Module, row: int, state: Mapping[str, Tensor], *, whole: 
     """Restores in one row what `get_row` returned, in place; the other rows are not touched.
 
     Raises:
-        ValueError: the module is not streaming, or the state is not one of this model; nothing is
-            changed then.
+        ValueError: the module is not streaming or has no such row, or the state is not one of this
+            model; nothing is changed then.
     """
     if problem := row_problem(module, row, state, whole=whole):
         raise ValueError(problem)
@@ -166,17 +159,12 @@ def set_row(module: nn.Module, row: int, state: Mapping[str, Tensor], *, whole: 
 def row_problem(
     module: nn.Module, row: int, state: Mapping[str, Tensor], *, whole: bool
 ) -> str | None:
-    """Return why `set_row` would refuse a state; None: it would not."""
-    fields = dict(_row_fields(module, row, whole=whole))
-    if differ := sorted(fields.keys() ^ state.keys()):
-        return f"the state is not of this model: {len(differ)} entries differ ({differ[0]})."
-    for name, value in fields.items():
-        if state[name].shape != value.shape or state[name].dtype != value.dtype:
-            return (
-                f"the state is of another configuration: {name} is {_kind(state[name])}, and this "
-                f"stream's is {_kind(value)}."
-            )
-    return None
+    """Return why `set_row` would refuse a state; None: it would not.
+
+    Raises:
+        ValueError: the module is not streaming, or has no such row.
+    """
+    return _explain_difference(state, dict(_row_fields(module, row, whole=whole)))
 
 
 def row_bytes(module: nn.Module) -> int:
@@ -195,16 +183,39 @@ def clear_rows(module: nn.Module, rows: Tensor) -> None:
     Args:
         module: streams; an `LMGen` or a Mimi.
         rows: a mask [B] of booleans.
+
+    Raises:
+        ValueError: the module is not streaming, or has other rows.
     """
-    module.reset_streaming(rows)  # type: ignore[operator]
+    own = module._streaming_state if isinstance(module, StreamingModule) else None
+    if own is None:
+        raise ValueError(_NOT_STREAMING)
+    mask = _mask(rows, own)
+    module.reset_streaming(mask)  # type: ignore[operator]
     for _, state in _states(module, whole=True):
         cache = getattr(state, "kv_cache", None)
         if isinstance(cache, RingKVCache) and cache.respect_exec_mask:
-            cache.cache.masked_fill_(rows.to(state.device).view(1, -1, 1, 1, 1), 0.0)
-    if isinstance(module, LMGen) and (own := module._streaming_state) is not None:
+            cache.cache.masked_fill_(mask.view(1, -1, 1, 1, 1), 0.0)
+    if isinstance(module, LMGen):
         # Nothing reads codes before they are written again, but `get_row` copies them.
-        here = rows.to(own.cache.device).view(-1, 1, 1)
-        own.cache.masked_fill_(here, module.lm_model.ungenerated_token_id)
+        own.cache.masked_fill_(mask.view(-1, 1, 1), module.lm_model.ungenerated_token_id)
+
+
+def _mask(rows: Tensor | Sequence[int], state: State) -> Tensor:
+    """Return a caller's mask of rows on the state's device. One of another length would be
+    broadcast: one boolean would mean all rows."""
+    rows = torch.as_tensor(rows)
+    if rows.dtype != torch.bool or rows.shape != (state.batch_size,):
+        raise ValueError(
+            f"rows must be a mask of booleans with {state.batch_size} entries, as many as the "
+            f"stream has rows, and is {_kind(rows)}."
+        )
+    return rows.to(state.device)
+
+
+def _require_row(row: int, num_rows: int) -> None:
+    if not 0 <= row < num_rows:
+        raise ValueError(f"there is no row {row}: the stream has {num_rows}, from 0 on.")
 
 
 def _row_fields(module: nn.Module, row: int, *, whole: bool) -> Iterator[tuple[str, Tensor]]:
@@ -214,7 +225,31 @@ def _row_fields(module: nn.Module, row: int, *, whole: bool) -> Iterator[tuple[s
         if isinstance(value, int) or name.split(".")[-1] in ("exec_mask", "initial"):
             # Counters that only the depth transformer reads, a pause, and what all rows share.
             continue
-        yield name, value.select(1 if name.endswith("kv_cache.cache") else 0, row)
+        dim = 1 if name.endswith("kv_cache.cache") else 0
+        _require_row(row, value.shape[dim])
+        yield name, value.select(dim, row)
+
+
+def _explain_difference(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str | None:
+    """Return why a state cannot take the place of a stream's own; None: it can."""
+    missing, unknown = own.keys() - state.keys(), state.keys() - own.keys()
+    if missing or unknown:
+        named = [("it lacks", missing), ("it has unknown", unknown)]
+        parts = [f"{what} {_listed(names)}" for what, names in named if names]
+        return f"the state is not of this model: {'; '.join(parts)}."
+    for name, value in own.items():
+        if (theirs := _kind(state[name])) != _kind(value):
+            return (
+                f"the state does not fit this stream: {name} is {theirs}, and the stream's is "
+                f"{_kind(value)}."
+            )
+    return None
+
+
+def _listed(names: Set[str]) -> str:
+    first = sorted(names)[:3]
+    more = len(names) - len(first)
+    return ", ".join(first) + (f" and {more} more" if more else "")
 
 
 def _kind(value: Tensor) -> str:

@@ -16,6 +16,7 @@ from training_tools import (
     KILLED_AFTER_STEP,
     PLAIN,
     REPOSITORY,
+    STOPPED_AFTER_STEP,
     THEN_RUN,
     assert_same_weights,
     checkpoint,
@@ -179,6 +180,17 @@ def test_one_process_of_several_warns_at_the_start(
         "nothing is left to train after 4 steps",
     ):
         assert output.count(caution) == 1, caution
+
+
+def test_a_signal_to_one_process_of_several_is_the_exit_status_of_all(
+    config: Path, tmp_path: Path
+) -> None:
+    """As a scheduler stops one machine of a run: the others said 128, which is no signal's."""
+    words = [f"--config={config}", f"--run_dir={tmp_path}", *ENDLESS, "--ckpt_freq=2"]
+    for program in start_ranks(2, STOPPED_AFTER_STEP.format(rank=1, step=3) + THEN_RUN, *words):
+        status, output = finish(program)
+        assert status == 128 + signal.SIGTERM, output
+    assert checkpoint(tmp_path, logged_steps(tmp_path)[-1]).is_dir()
 
 
 @pytest.mark.slow

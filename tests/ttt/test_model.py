@@ -267,11 +267,13 @@ def test_rows_at_different_frames_take_many_frames_a_call(args: TTTArgs) -> None
 
 @every_method
 def test_a_row_that_is_switched_off_is_the_model_without_ttt(args: TTTArgs) -> None:
-    """Nothing is learned in it, and the row beside it has its TTT."""
-    model, codes, spoken = tiny_model(args), random_codes(), []
+    """Nothing is learned in it, and the row beside it has its TTT. Switched on, it learns."""
+    model, codes, spoken = tiny_model(args, context=60), random_codes(), []
     on = text_logits(model, codes)
-    with ttt.without_ttt(model):
-        off = text_logits(model, codes)
+    with torch.no_grad(), model.streaming(2):
+        with ttt.without_ttt(model):
+            off = model.forward_text(codes)[1][:, 0]
+        switched_on = model.forward_text(codes)[1][:, 0]
     with torch.no_grad(), model.streaming(2):
         fast = [w for m in model.ttt_layers.values() for w in m._streaming_state.fast_weights()]
         start = [weight[0].clone() for weight in fast]
@@ -279,6 +281,8 @@ def test_a_row_that_is_switched_off_is_the_model_without_ttt(args: TTTArgs) -> N
             ttt.use_in_rows(model, torch.tensor([False, True]))
             spoken.append(model.forward_text(frame)[1][:, 0])
         assert all(torch.equal(now[0], was) for now, was in zip(fast, start, strict=True))
+        ttt.use_in_rows(model, torch.tensor([True, True]))
+        assert_same(model.forward_text(codes)[1][0], switched_on[:1])
     assert_same(torch.cat(spoken, dim=1), torch.stack([off[0], on[1]]))
     assert (on[0] - off[0]).abs().max() > 1e-3
 

@@ -17,7 +17,7 @@ from helpers import (
 from test_model import ARGS, IN_PLACE, LINEAR, assert_same, each_of, stock_copy, stream, text_logits
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ttt import TTTArgs, TTTLMModel, build_model, measuring, ops
+from ttt import TTTArgs, TTTLMModel, build_model, measuring, ops, without_ttt
 
 
 def test_on_meta_nothing_is_drawn() -> None:
@@ -182,6 +182,35 @@ def test_what_cannot_be_built_is_one_clear_error(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         build_model(tiny_lm_kwargs(**lm_overrides), args, device="meta")
+
+
+two_methods = pytest.mark.parametrize("args", [ARGS["delta"], ARGS["mlp"]], ids=["delta", "mlp"])
+
+
+@two_methods
+def test_ttt_stays_off_after_a_block_within_a_block(args: TTTArgs) -> None:
+    model, codes = tiny_model(args), random_codes()
+    on = text_logits(model, codes)
+    with without_ttt(model):
+        off = text_logits(model, codes)
+        with pytest.raises(RuntimeError), without_ttt(model):
+            raise RuntimeError
+        assert torch.equal(text_logits(model, codes), off)
+    assert torch.equal(text_logits(model, codes), on) and not torch.equal(on, off)
+
+
+@two_methods
+def test_a_block_measures_on_after_one_within_it(args: TTTArgs) -> None:
+    model = tiny_model(args)
+    with measuring(model) as outer:
+        with measuring(model) as inner:
+            text_logits(model, random_codes(seed=2))
+        with measuring(model, enabled=False) as nothing:
+            text_logits(model, random_codes(seed=3))
+        text_logits(model, random_codes())
+    with measuring(model) as expected:
+        text_logits(model, random_codes())
+    assert outer == expected and outer != inner and not nothing
 
 
 def test_layers_are_where_they_are_configured() -> None:

@@ -105,7 +105,7 @@ def test_what_was_learned_is_carried_into_a_new_stream_alone() -> None:
         assert state["transformer.layers.0.self_attn.kv_cache.end_offset"].tolist() == [0, 0]
 
 
-@pytest.mark.parametrize("rows", [[1], torch.tensor([False, True])])
+@pytest.mark.parametrize("rows", [[1], [False, True], torch.tensor([False, True])])
 def test_rows_forget_alone(rows: list[int] | torch.Tensor) -> None:
     model = build("sum")
     with torch.no_grad(), model.streaming(2):
@@ -145,10 +145,37 @@ def test_what_cannot_be_restored_is_one_clear_error() -> None:
         ttt.get_state(model)
     with model.streaming(2):
         state = ttt.get_state(model)
-    with model.streaming(3), pytest.raises(ValueError, match="batch size: transformer"):
+    with model.streaming(3), pytest.raises(ValueError, match=r"does not fit .*\[2\], .*\[3\]"):
         ttt.set_state(model, state)
     with pytest.raises(ValueError, match="not streaming"):
         ttt.set_state(model, state)
     other = build("delta")
-    with other.streaming(2), pytest.raises(ValueError, match="lacks"):
+    message = r"it lacks transformer\S*pending_read, transformer\S*pending_read\."
+    with other.streaming(2), pytest.raises(ValueError, match=message):
         ttt.set_state(other, state)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("transformer.layers.0.gating.change", torch.bfloat16),
+        ("transformer.layers.0.gating.change", torch.int8),
+        ("transformer.layers.0.gating.num_pending", torch.float32),
+        ("transformer.layers.0.gating.exec_mask", torch.int64),
+        ("transformer.layers.1.self_attn.kv_cache.cache", torch.float64),
+        ("transformer.layers.1.offset_cpu", torch.float32),
+    ],
+)
+def test_a_state_of_another_type_is_refused_and_changes_nothing(
+    name: str, dtype: torch.dtype
+) -> None:
+    model = build("sum")
+    with torch.no_grad(), model.streaming(2):
+        model.forward_text(random_codes(num_frames=13))
+        before = ttt.get_state(model, whole=True)
+        other = {key: torch.zeros_like(value) for key, value in before.items()}
+        other[name] = other[name].to(dtype)
+        kinds = f"is {dtype} .*, and the stream's is {before[name].dtype} ".replace("torch.", "")
+        with pytest.raises(ValueError, match=f"does not fit this stream: {name} {kinds}"):
+            ttt.set_state(model, other)
+        assert_equal_states(ttt.get_state(model, whole=True), before)

@@ -84,9 +84,7 @@ class GatedDelta(TTTLayer[GatedDeltaState]):
             memory = memory + (strength[:, t] * error)[..., None] * k[:, t, :, None]
             outputs.append((memory @ q[:, t, :, :, None])[..., 0])
         if state is not None:
-            state.memory.copy_(
-                torch.where(state.exec_mask[:, None, None, None], memory, state.memory)
-            )
+            state.memory.copy_(torch.where(state.learns[:, None, None, None], memory, state.memory))
         update = F.linear(torch.stack(outputs, dim=1).flatten(2).to(x.dtype), self.out_proj)
         self.measure_once(lambda: {"effect": update.float().norm() / x.float().norm()})
         return self.streamed(update, x)

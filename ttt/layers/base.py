@@ -25,14 +25,20 @@ class TTTState(State):
 
     A subclass is a dataclass of tensors [B, …]; where a stream does not begin with zeros, it also
     has a `reset`. Each tensor keeps its address and is changed in place: stock `LMGen` captures the
-    step in a CUDA graph. What is learned is float32 at least. In rows where `exec_mask` [B] is
-    false nothing may change.
+    step in a CUDA graph. What is learned is float32 at least. In rows where `learns` [B] is false
+    nothing may change.
     """
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.rows_on: Tensor | None = None
-        """[B], rows that use TTT; None: all. See `ttt.use_in_rows`."""
+        # There from the start: a CUDA graph that was captured without it would never look at it.
+        self.rows_on = torch.ones_like(self.exec_mask)
+        """[B], rows that use TTT; see `ttt.use_in_rows`."""
+
+    @property
+    def learns(self) -> Tensor:
+        """[B], rows that keep what they hear: those that are neither paused nor without TTT."""
+        return self.exec_mask & self.rows_on
 
     @abstractmethod
     def fast_weights(self) -> tuple[Tensor, ...]:

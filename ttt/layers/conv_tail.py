@@ -25,14 +25,14 @@ class ConvTail:
         )
 
     @torch.no_grad()
-    def pass_by(self, x: Tensor, exec_mask: Tensor) -> Tensor:
-        """Take the next frames x [B, T, d] in, in the rows of `exec_mask` [B].
+    def pass_by(self, x: Tensor, learns: Tensor) -> Tensor:
+        """Take the next frames x [B, T, d] in, in the rows of `learns` [B].
 
         Returns:
             [B, kernel - 1, d], the frames before x: the first of x again where there are none.
         """
         before = torch.where(self.has_begun[:, None, None], self.frames, x[:, :1])
         last = torch.cat([before, x], dim=1)[:, -self.frames.shape[1] :]
-        self.frames.copy_(torch.where(exec_mask[:, None, None], last, self.frames))
-        self.has_begun.logical_or_(exec_mask)
+        self.frames.copy_(torch.where(learns[:, None, None], last, self.frames))
+        self.has_begun.logical_or_(learns)
         return before

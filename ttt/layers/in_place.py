@@ -315,7 +315,7 @@ class InPlaceGating(TTTLayer[InPlaceState]):
                 self._keys(z[:, piece]),
                 source[:, piece],
                 outputs[-1],
-                is_frame[:, piece] | ~state.exec_mask[:, None],
+                is_frame[:, piece],
                 state,
             )
             self._write_complete_chunks(state)
@@ -341,7 +341,7 @@ class InPlaceGating(TTTLayer[InPlaceState]):
                 pending_source=state.pending_source,
                 pending_read=state.pending_read,
                 num_pending=state.num_pending,
-                exec_mask=state.exec_mask,
+                learns=state.learns,
                 conv=self.gated_conv,
                 projection=self.target_proj,
                 num_behind=0 if self.args.carries else self.num_behind,
@@ -356,8 +356,7 @@ class InPlaceGating(TTTLayer[InPlaceState]):
         self, z: Tensor, source: Tensor, read: Tensor, is_frame: Tensor, state: InPlaceState
     ) -> None:
         """Keep frames of the open chunk. A paused row's land where its next ones will."""
-        num_frames = z.shape[1]
-        positions = state.num_pending[:, None] + torch.arange(num_frames, device=z.device)
+        positions = state.num_pending[:, None] + torch.arange(z.shape[1], device=z.device)
         for buffer, offset, new in (
             (state.pending_z, self.lag, z),
             (state.pending_source, self.tail, source),
@@ -366,11 +365,12 @@ class InPlaceGating(TTTLayer[InPlaceState]):
             if buffer is not None:
                 index = (offset + positions)[:, :, None].expand(-1, -1, buffer.shape[-1])
                 buffer.scatter_(1, index, new.to(buffer.dtype))
-        for row, frame in (~is_frame).nonzero().tolist():
-            # Its own key, and those that it would be part of the targets of.
-            first = int(state.num_pending[row]) + frame
-            state.pending_z[row, first : first + self.lag + 1] = 0
-        state.num_pending += num_frames * state.exec_mask
+        rows, frames = (state.learns[:, None] & ~is_frame).nonzero(as_tuple=True)
+        if len(rows):
+            # Their own keys, and those that they would be part of the targets of.
+            absent = positions[rows, frames, None] + torch.arange(self.lag + 1, device=z.device)
+            state.pending_z[rows[:, None], absent] = 0
+        state.num_pending += z.shape[1] * state.learns
 
     def _write_complete_chunks(self, state: InPlaceState) -> None:
         beta, size = self.write_strength, self.args.chunk_size

@@ -190,7 +190,7 @@ class TTTMixer(TTTLayer[TTTMixerState]):
         state = self._streaming_state
         before = None
         if state is not None and state.tail is not None:
-            before = state.tail.pass_by(shared, state.exec_mask)
+            before = state.tail.pass_by(shared, state.learns)
         q, k = (ops.short_conv(shared, w, before=before) for w in (self.conv_q, self.conv_k))
         return q, k, v
 
@@ -290,7 +290,7 @@ class TTTMixer(TTTLayer[TTTMixerState]):
         norm = self.inner_norm_weight.to(dtype), self.inner_norm_bias.to(dtype)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         slots = torch.arange(self.args.mini_batch_size, device=q.device)
-        num_frames = q.shape[2]
+        num_frames, learns = q.shape[2], state.learns
         outputs = []
         start = 0
         while start < num_frames:
@@ -306,7 +306,7 @@ class TTTMixer(TTTLayer[TTTMixerState]):
             scale = token_scale[here][:, None, :, None] * (slots <= here[:, None, :, None])
             z = inner_read(state.layers, state.written, query, scale)
             outputs.append(query + layer_norm(z, *norm))
-            state.num_pending += length * state.exec_mask
+            state.num_pending += length * learns
             self._write_complete_mini_batches(token_scale[-1], state)
             start += length
         return torch.cat(outputs, dim=2)

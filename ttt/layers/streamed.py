@@ -25,7 +25,7 @@ class Streamed:
         """Return what a step of a stream adds to `to`: `added` [B, T, d], and zero in rows that are
         switched off."""
         state = self._streaming_state
-        if state is not None and state.rows_on is not None:
+        if state is not None:
             added = torch.where(state.rows_on.view(-1, 1, 1), added, 0.0)
         if self.measures_stream:
             part, whole = (x.detach().float().flatten(1).norm(dim=1) for x in (added, to))

@@ -36,7 +36,7 @@ def stream_frame(
     pending_source: Tensor,
     pending_read: Tensor | None,
     num_pending: Tensor,
-    exec_mask: Tensor,
+    learns: Tensor,
     conv: Tensor,
     projection: Tensor,
     num_behind: int,
@@ -60,7 +60,7 @@ def stream_frame(
         pending_z, pending_source, pending_read: [B, lag + C, h], [B, tail + C, d] and
             [B, lag + C, d]; the last for `delta` alone.
         num_pending: [B], frames in the open chunk.
-        exec_mask: [B], the rows that this frame is for; the others' is not kept.
+        learns: [B], the rows that this frame is for; the others' is not kept.
         conv, projection: [d, K] and [d, d], which make targets of sources.
         num_behind: how far to the left of its place in `pending_source` a target's conv begins.
         lag: frames that a key waits for its target.
@@ -73,12 +73,12 @@ def stream_frame(
     """
     size, tail = pending_z.shape[1] - lag, pending_source.shape[1] - pending_z.shape[1] + lag
     read = _read(change, z)
-    absent = exec_mask & ~is_frame[:, 0]
+    absent = learns & ~is_frame[:, 0]
     _append(key, pending_z, num_pending, lag, absent)
     _append(source, pending_source, num_pending, tail)
     if pending_read is not None:
         _append(read, pending_read, num_pending, lag)
-    num_pending += exec_mask
+    num_pending += learns
     write = _Write(num_pending, chunk_size=size, dtype=change.dtype)
     keys = pending_z[:, :size]
     mixed = write.conv(pending_source, conv, num_behind)
