@@ -29,6 +29,9 @@ GROUPS = {"data": "From a folder of recordings to data that a run can train on."
 RENAMED = {"encode": "data encode"}
 """Commands by the name that they once had, under which they may still be called."""
 
+_HELP = {"--help", "-h"}
+_VERSION = {"--version", "-V"}
+
 
 def command(function: Callable[..., None], group: str = "") -> Words:
     """Make a command of a function of options and, if it takes them, of a configuration's keys.
@@ -68,12 +71,10 @@ def call(component: Mapping[str, Words] | Words, *, name: str) -> int:
 
 
 def _follow(typed: list[str], component: Mapping[str, Words] | Words, name: str) -> None:
-    if typed == ["--version"]:
+    typed, wants_help = _without_help(typed)
+    if not wants_help and (typed[:1] == ["version"] or not _VERSION.isdisjoint(typed)):
         print(f"{name} {_version()}")
         return
-    if typed[:1] == ["help"]:
-        typed = [*typed[1:], "--help"]
-    wants_help = not {"--help", "-h"}.isdisjoint(typed)
     if not isinstance(component, Mapping):
         chosen = component
     else:
@@ -82,10 +83,19 @@ def _follow(typed: list[str], component: Mapping[str, Words] | Words, name: str)
             print(_overview(f"{name} {found}".strip(), component, found))
             return
         name, chosen = found, component[found]
-    if wants_help:
+    if wants_help or typed == ["help"]:
         print(help_page(name, chosen))
     else:
         fire.Fire(chosen, command=_with_bare(typed), name=name)
+
+
+def _without_help(typed: list[str]) -> tuple[list[str], bool]:
+    """Return the words without those that ask for help, and whether there are any: an option
+    anywhere, or `help` where a command is named."""
+    rest = [word for word in typed if word not in _HELP]
+    while "help" in rest[: 2 if rest[:1] and rest[0] in GROUPS else 1]:
+        rest.remove("help")
+    return rest, len(rest) < len(typed)
 
 
 def _version() -> str:
@@ -149,13 +159,14 @@ def _refuse_command(group: str, word: str, known: Mapping[str, Words]) -> NoRetu
     names = list(dict.fromkeys(n.removeprefix(prefix) for n in known if n.startswith(prefix)))
     # `moshi-ttt index` means `moshi-ttt data index`.
     by_word = {name.split()[-1]: name for name in reversed(names)} | {n: n for n in names}
-    close = difflib.get_close_matches(word[:100], [*GROUPS, *by_word] if not group else by_word, 1)
+    possible = [*by_word] if group else [*GROUPS, *by_word]
+    close = difflib.get_close_matches(word[:100].lower(), possible, 1)
     shown = names if group else [*dict.fromkeys(name.split()[0] for name in names)]
-    hint = (
-        f"Did you mean {prefix}{by_word.get(close[0], close[0])}?"
-        if close
-        else f"There are {', '.join(shown)}."
-    )
+    hint = f"There are {', '.join(shown)}."
+    if word.startswith("-"):
+        hint = f"Options come behind the command. {hint}"
+    elif close:
+        hint = f"Did you mean {prefix}{by_word.get(close[0], close[0])}?"
     raise UserError(f"unknown command: {prefix}{abbreviated(redact(word))}. {hint}")
 
 

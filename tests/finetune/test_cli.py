@@ -163,6 +163,8 @@ def test_the_loss_curve_is_drawn(demo_run: tuple[Path, Any]) -> None:
         (["train", "example/demo.yaml", "--max_steps"], "--max_steps needs a value"),
         (["help", "nope"], "unknown command: nope. There are train,"),
         (["nope", "--help"], "unknown command: nope. There are train,"),
+        (["TRAIN"], "unknown command: TRAIN. Did you mean train?"),
+        (["--config=x", "train"], "unknown command: --config=x. Options come behind the command."),
         (["train", "{wav}"], "{wav} is a recording, and no configuration."),
         *(
             (["data", name, "{wav}"], "{wav} is a recording; name a list of recordings")
@@ -220,10 +222,23 @@ def test_a_misspelled_key_is_not_taken_for_an_option(
     ("arguments", "beginning"),
     [
         (["--version"], f"moshi-ttt {version('moshi-ttt')}\n"),
-        (["help"], "moshi-ttt COMMAND [--OPTION=VALUE ...]"),
-        (["help", "train"], "    moshi-ttt train CONFIG"),
-        (["help", "data", "check"], "    moshi-ttt data check DATA"),
-        (["help", "data"], "moshi-ttt data COMMAND"),
+        *(
+            (words.split(), f"moshi-ttt {version('moshi-ttt')}\n")
+            for words in ("version", "-V", "train --version", "data check -V", "--version train")
+        ),
+        *(
+            (words.split(), "moshi-ttt COMMAND [--OPTION=VALUE ...]")
+            for words in ("help", "help help", "help --help", "-h")
+        ),
+        *(
+            (words.split(), "    moshi-ttt train CONFIG")
+            for words in ("help train", "--help train", "train help", "train --help --version")
+        ),
+        *(
+            (words.split(), "    moshi-ttt data check DATA")
+            for words in ("help data check", "data help check", "data check help", "-h data check")
+        ),
+        *((words.split(), "moshi-ttt data COMMAND") for words in ("help data", "data help")),
     ],
 )
 def test_help_and_the_version_are_commands_too(
