@@ -20,7 +20,7 @@ from typing import IO
 
 REPOSITORY = Path(__file__).parent.parent
 SERVER = Path(__file__).parent / "programs/fork_server.py"
-COMMAND = "from finetune.cli import main; main()"
+COMMAND = "from finetune.__main__ import main; main()"
 """`moshi-ttt ...`."""
 
 

@@ -14,8 +14,9 @@ import pytest
 import soundfile
 from training_tools import finish, start_program
 
-from finetune import cli, generate, inference
-from finetune.cli import main, run
+from finetune import cli, command_line, generate, inference
+from finetune.__main__ import main
+from finetune.cli import run
 from finetune.monitoring import metrics_path, read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -281,7 +282,7 @@ def test_the_demonstration(tmp_path: Path) -> None:
     """`make demo`, in an empty folder with the configuration and the model."""
     shutil.copytree(ROOT / "example", tmp_path / "example")
     done = subprocess.run(
-        [sys.executable, "-c", "from finetune.cli import main; main()", "demo"],
+        [sys.executable, "-c", "from finetune.__main__ import main; main()", "demo"],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -367,6 +368,6 @@ def test_help_runs_nothing_whatever_else_is_given(
     monkeypatch.setattr(sys, "argv", [*given, *dashes, "--help"])
     monkeypatch.setenv("PAGER", "cat")
     program = cli.COMMANDS if words[0] == "moshi-ttt" else cli.demo_data
-    assert cli.call(program, name=words[0]) == 0
+    assert command_line.call(program, name=words[0]) == 0
     assert "num_dialogues" in "".join(capsys.readouterr())
     assert not (tmp_path / "made").exists()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from training_tools import FULL, LORA
 
-from finetune.cli import main
+from finetune.__main__ import main
 from finetune.config import (
     DataArgs,
     LoraArgs,

@@ -14,7 +14,8 @@ from test_plan import ALL_WEIGHTS, MOSHI
 from training_tools import FULL, LORA, logged_steps
 
 from finetune.checkpoint import snapshot_bytes
-from finetune.cli import COMMANDS, call
+from finetune.cli import COMMANDS
+from finetune.command_line import call
 from finetune.config import load_config
 from finetune.config.args import TrainArgs
 from finetune.distributed import World
