@@ -21,7 +21,7 @@ from finetune.config.args import TrainArgs
 from finetune.distributed import World
 from finetune.errors import UserError
 from finetune.model import find_checkpoint, plan_model
-from finetune.plan import estimate, room
+from finetune.plan import estimate, explained, room
 from finetune.plan.available import Place, host_places
 from ttt import TTTArgs
 
@@ -246,6 +246,31 @@ def test_what_is_certain_is_below_the_estimate(config: Path, kind: dict[str, Any
         memory = estimate(args, plan_model(args, find_checkpoint(args.moshi_paths)), 1)
         known = memory.weights + 1.5 * memory.optimizer
         assert known <= room.at_least(memory) <= max(known, memory.peak)
+
+
+@pytest.mark.parametrize(
+    ("changes", "trains", "is_named"),
+    [
+        ({}, True, True),
+        ({}, False, False),
+        ({"gradient_checkpointing": "selective"}, True, False),
+        ({"ttt": dataclasses.replace(MOSHI.ttt, keep_writes=False)}, True, False),
+        ({"ttt": dataclasses.replace(MOSHI.ttt, write="sum")}, True, False),
+        ({"ttt": TTTArgs()}, True, False),
+    ],
+    ids=["delta", "evaluation", "selective", "not kept", "sum", "off"],
+)
+def test_a_gpu_that_is_full_is_told_of_what_chunks_write(
+    changes: dict[str, Any], trains: bool, is_named: bool
+) -> None:
+    """Where it is kept, and there alone; beside what comes before it."""
+    args = dataclasses.replace(MOSHI, **changes)
+    with pytest.raises(UserError) as caught, explained(args, CPU.device, "step 3", trains=trains):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    said = str(caught.value)
+    assert "a smaller batch_size (now 16)" in said
+    assert ("; ttt.keep_writes: false; a shorter" in said) is is_named
+    assert ("keep_writes" in said) is is_named
 
 
 # --- what is there --------------------------------------------------------------------------------
