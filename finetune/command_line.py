@@ -18,6 +18,7 @@ import fire
 from finetune.config import BARE, help_page, read_options, require_there
 from finetune.errors import UserError
 from finetune.interrupt import ending_on_signals, signal_of
+from finetune.kept import without_empty_folders
 from finetune.safety import learn_from_words, not_too_long, outlets, redact
 from ttt.options import abbreviated
 
@@ -173,7 +174,8 @@ def _refuse_command(group: str, word: str, known: Mapping[str, Words]) -> NoRetu
 def run(command: Callable[[], Any]) -> int:
     """Run `command`; a user's mistake is a message, not a traceback. Returns the exit status."""
     try:
-        command()
+        with without_empty_folders():
+            command()
         return 0
     except UserError as error:
         print(f"\nerror: {error}", file=sys.stderr)

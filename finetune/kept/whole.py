@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError
+from finetune.kept.folders import make_folder
 from finetune.safety import parse_json, with_nan, without_nan
 
 _PARTIAL = ".partial"
@@ -27,7 +28,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}{_PARTIAL}")
     with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         try:
             partial.write_bytes(content.encode() if isinstance(content, str) else content)
             partial.replace(path)
@@ -70,7 +71,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     with writing(path):
         try:
             shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
+            make_folder(partial)
             yield partial
             if is_there:
                 for each in sorted(partial.iterdir()):
