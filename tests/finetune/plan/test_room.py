@@ -13,7 +13,7 @@ import torch
 from test_plan import ALL_WEIGHTS, MOSHI
 from training_tools import FULL, LORA, logged_steps
 
-from finetune.checkpoint import snapshot_bytes
+from finetune.checkpoint import checkpoint_bytes
 from finetune.cli import COMMANDS
 from finetune.command_line import call
 from finetune.config import load_config
@@ -168,8 +168,7 @@ def test_a_small_run_is_never_refused(
 def checked(args: TrainArgs, world: World = CPU) -> None:
     info = find_checkpoint(args.moshi_paths) if args.moshi_paths.hf_repo_id else room_info()
     model = plan_model(args, info)
-    copied = snapshot_bytes(args, model, world)
-    room.require_room(args, info, model, world, checkpoint_bytes=copied)
+    room.require_room(args, info, model, world, *checkpoint_bytes(args, model, world))
 
 
 def room_info() -> Any:
