@@ -93,6 +93,7 @@ def _follow(typed: list[str], component: Mapping[str, Words] | Words, name: str)
 def _without_help(typed: list[str]) -> tuple[list[str], bool]:
     """Return the words without those that ask for help, and whether there are any: an option
     anywhere, or `help` where a command is named."""
+    typed = [word for word in typed if word != "--"]  # behind it fire looks for options of its own
     rest = [word for word in typed if word not in _HELP]
     while "help" in rest[: 2 if rest[:1] and rest[0] in GROUPS else 1]:
         rest.remove("help")

@@ -45,9 +45,9 @@ def read_options(
     places = [key for key, field in fields.items() if is_positional(field) and key not in own]
     own |= dict(zip(places, words, strict=False))
     for word in words[len(places) :]:
-        raise UserError(
-            f"unexpected argument: {abbreviated(redact(word))}. {_place_of(word, known, given)}"
-        )
+        named = [key for key, field in fields.items() if is_positional(field) and key in given]
+        hint = f"--{named[0]} is given already." if named else _place_of(word, known, given)
+        raise UserError(f"unexpected argument: {abbreviated(redact(word))}. {hint}")
     missing = [key for key, field in fields.items() if field.is_required and not own.get(key)]
     # `--table run.yaml`: the switch took the word behind it, of which it can make nothing.
     took = [name for name in given if _took_a_word(name, given[name], known)]

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from finetune.config import FOLDER, POSITIONAL, WRITABLE, FilePath, Prefix, Seed
+from finetune.config import FOLDER, POSITIONAL, WRITABLE, WRITABLE_FOLDER, FilePath, Prefix, Seed
 from finetune.errors import UserError
 from finetune.kept import Kept, WavWriter, require_room
 from finetune.report import markdown_lines
@@ -55,7 +55,7 @@ _BLOCK_SAMPLES = 10 * SAMPLE_RATE_HZ
 
 @dataclass(frozen=True)
 class RecallAudioOptions:
-    out_dir: Annotated[FilePath, POSITIONAL, WRITABLE]
+    out_dir: Annotated[FilePath, POSITIONAL, WRITABLE_FOLDER]
     """The folder to write to; new, or one that the same call has begun."""
 
     talk: Annotated[TalkOptions, Prefix("")] = field(default_factory=TalkOptions)

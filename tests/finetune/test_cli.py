@@ -162,6 +162,22 @@ def test_the_loss_curve_is_drawn(demo_run: tuple[Path, Any]) -> None:
         (["train", "--config"], "--config needs a value: --config=VALUE."),
         (["train", "--config", "--resume"], "--config needs a value: --config=VALUE."),
         (["train", "example/demo.yaml", "--max_steps"], "--max_steps needs a value"),
+        (["train", "example/demo.yaml", "--config=x.yaml"], "example/demo.yaml. --config is given"),
+        (["plan", "example/demo.yaml", "--", "max_steps=x"], "unexpected argument: max_steps=x."),
+        (["config", "--key=optim.tt_lr"], "unknown key: optim.tt_lr. Did you mean optim.ttt_lr?"),
+        *(
+            (words.split(), f"--{option}: {{wav}} is a file; name a folder.")
+            for words, option in (
+                ("evaluate {checkpoint} --out={wav}", "out"),
+                ("generate {checkpoint} --audio={wav} --report={wav}", "report"),
+                ("recall --out={wav}", "out"),
+                ("demo --out={wav}", "out"),
+                ("demo-data {wav}", "out_dir"),
+                ("recall-audio {wav}", "out_dir"),
+                ("export {checkpoint} --out={wav}", "out"),
+            )
+        ),
+        (["evaluate", "{checkpoint}", "--out="], "--out: expected a path, got nothing"),
         (["help", "nope"], "unknown command: nope. There are train,"),
         (["nope", "--help"], "unknown command: nope. There are train,"),
         (["TRAIN"], "unknown command: TRAIN. Did you mean train?"),
