@@ -66,7 +66,10 @@ data_command = partial(command, group="data")
 
 def call(component: Mapping[str, Words] | Words, *, name: str) -> int:
     """Have fire call what the command line names. Returns the exit status."""
-    learn_from_words(typed := sys.argv[1:])
+    typed = sys.argv[1:]
+    # Of `config`, a key is the name of an option, and no secret.
+    is_config = typed[:1] == ["config"]
+    learn_from_words(w for w in typed if not (is_config and w.partition("=")[0] == "--key"))
     with outlets(), ending_on_signals():
         return run(lambda: _follow(not_too_long(typed), component, name))
 

@@ -35,9 +35,10 @@ def read_options(
     Raises:
         UserError: naming every mistake.
     """
-    learn_from(given)
     cls = complete(cls)
     fields = {field.key: field for field in all_fields(cls) if not field.section}
+    # A key that is this command's own option is the name of another one, and no secret.
+    learn_from({name: text for name, text in given.items() if name != "key" or name not in fields})
     known = {**fields, **_configuration_fields(), **fields} if with_overrides else fields
     given = {name: _text_of(name, text, known) for name, text in given.items()}
     own = {name: value for name, value in given.items() if name in fields}

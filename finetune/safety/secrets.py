@@ -7,8 +7,7 @@ from collections.abc import Iterable, Mapping
 HIDDEN = "***"
 
 _ENVIRONMENT = ("WANDB_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "MOSHI_TTT_TOKEN")
-_NAME = re.compile(r"((^|[._-])(api_?key|token|password|secret)|[._-]key)$", re.IGNORECASE)
-"""A key without anything before it is one of a configuration: `moshi-ttt config --key optim.lr`."""
+_NAME = re.compile(r"(^|[._-])(key|api_?key|token|password|secret)$", re.IGNORECASE)
 _MIN_LENGTH = 6
 """Of shorter ones no service has any, and they would be found in ordinary words."""
 

@@ -164,7 +164,11 @@ def test_the_loss_curve_is_drawn(demo_run: tuple[Path, Any]) -> None:
         (["train", "example/demo.yaml", "--max_steps"], "--max_steps needs a value"),
         (["train", "example/demo.yaml", "--config=x.yaml"], "example/demo.yaml. --config is given"),
         (["plan", "example/demo.yaml", "--", "max_steps=x"], "unexpected argument: max_steps=x."),
-        (["config", "--key=optim.tt_lr"], "unknown key: optim.tt_lr. Did you mean optim.ttt_lr?"),
+        *(
+            (["config", *words], "unknown key: optim.tt_lr. Did you mean optim.ttt_lr?")
+            for words in (["optim.tt_lr"], ["--key=optim.tt_lr"], ["--key", "optim.tt_lr"])
+        ),
+        (["plan", "example/demo.yaml", "key=deadbeefcafe"], "Did you mean --key=***?"),
         *(
             (words.split(), f"--{option}: {{wav}} is a file; name a folder.")
             for words, option in (
