@@ -36,13 +36,14 @@ def calls(tmp_path: Path) -> Path:
     return tmp_path / "calls"
 
 
-DATA = f"--data.eval_data={DIALOGUES / 'eval.jsonl'}"
+EVAL = DIALOGUES / "eval.jsonl"
+DATA = f"--data.eval_data={EVAL}"
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (f"evaluate {{damaged}} --data={DIALOGUES / 'eval.jsonl'} --out=new/out", "model.safet"),
+        (f"evaluate {{damaged}} --data={EVAL} --tasks=position --out=new/out", "model.safet"),
         ("generate {damaged} --audio=calls --out=new/out", "model.safet"),
         ("generate {damaged} --audio=eval_000.wav --session=new/part/it.session", "model.safet"),
         ("generate {damaged} --audio=eval_000.wav --report=new/report", "model.safet"),
