@@ -11,7 +11,8 @@ import sys
 def begin(program: str) -> None:
     """Do what the command line says, of `moshi-ttt` or `train.py`, and leave with its status."""
     try:
-        from finetune.cli import COMMANDS, call, train
+        from finetune.cli import COMMANDS, train
+        from finetune.command_line import call
 
         sys.exit(call(train if program == "train.py" else COMMANDS, name=program))
     except KeyboardInterrupt:

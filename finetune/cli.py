@@ -5,11 +5,17 @@ A command is a function of a dataclass, its options. What it would write over, o
 write or listen on, it finds before it imports what is slow.
 """
 
+if __name__ == "__main__":
+    import runpy
+
+    # All programs begin there, before these imports.
+    runpy.run_module("finetune", run_name="__main__")
+
 import sys
 from pathlib import Path
 from typing import Any
 
-from finetune.command_line import COMMANDS, call, command, data_command, print_all
+from finetune.command_line import COMMANDS, command, data_command, print_all
 from finetune.command_line import run as run  # who calls a command from Python looks for it here
 from finetune.config import (
     CompletionOptions,
@@ -46,10 +52,6 @@ from finetune.recordings import (
 from finetune.serve import ExportOptions, GenerateOptions, ServeOptions
 from finetune.spoken import RecallAudioOptions, RecallScoreOptions
 from finetune.sweep import SweepOptions, require_sound_sweep
-
-
-def main() -> None:
-    sys.exit(call(COMMANDS, name="moshi-ttt"))
 
 
 @command
@@ -385,7 +387,3 @@ def write_docs() -> None:
     """Write what is generated of `docs/`; the current folder is the project's."""
     for name, text in pages(COMMANDS).items():
         Path("docs", name).write_text(text, encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()

@@ -18,6 +18,7 @@ import fire
 from finetune.config import BARE, help_page, read_options, require_there
 from finetune.errors import UserError
 from finetune.interrupt import ending_on_signals, signal_of
+from finetune.kept import without_empty_folders
 from finetune.safety import learn_from_words, not_too_long, outlets, redact
 from ttt.options import abbreviated
 
@@ -28,6 +29,9 @@ COMMANDS: dict[str, Words] = {}
 GROUPS = {"data": "From a folder of recordings to data that a run can train on."}
 RENAMED = {"encode": "data encode"}
 """Commands by the name that they once had, under which they may still be called."""
+
+_HELP = {"--help", "-h"}
+_VERSION = {"--version", "-V"}
 
 
 def command(function: Callable[..., None], group: str = "") -> Words:
@@ -62,18 +66,19 @@ data_command = partial(command, group="data")
 
 def call(component: Mapping[str, Words] | Words, *, name: str) -> int:
     """Have fire call what the command line names. Returns the exit status."""
-    learn_from_words(typed := sys.argv[1:])
+    typed = sys.argv[1:]
+    # Of `config`, a key is the name of an option, and no secret.
+    is_config = typed[:1] == ["config"]
+    learn_from_words(w for w in typed if not (is_config and w.partition("=")[0] == "--key"))
     with outlets(), ending_on_signals():
         return run(lambda: _follow(not_too_long(typed), component, name))
 
 
 def _follow(typed: list[str], component: Mapping[str, Words] | Words, name: str) -> None:
-    if typed == ["--version"]:
+    typed, wants_help = _without_help(typed)
+    if not wants_help and (typed[:1] == ["version"] or not _VERSION.isdisjoint(typed)):
         print(f"{name} {_version()}")
         return
-    if typed[:1] == ["help"]:
-        typed = [*typed[1:], "--help"]
-    wants_help = not {"--help", "-h"}.isdisjoint(typed)
     if not isinstance(component, Mapping):
         chosen = component
     else:
@@ -82,10 +87,20 @@ def _follow(typed: list[str], component: Mapping[str, Words] | Words, name: str)
             print(_overview(f"{name} {found}".strip(), component, found))
             return
         name, chosen = found, component[found]
-    if wants_help:
+    if wants_help or typed == ["help"]:
         print(help_page(name, chosen))
     else:
         fire.Fire(chosen, command=_with_bare(typed), name=name)
+
+
+def _without_help(typed: list[str]) -> tuple[list[str], bool]:
+    """Return the words without those that ask for help, and whether there are any: an option
+    anywhere, or `help` where a command is named."""
+    typed = [word for word in typed if word != "--"]  # behind it fire looks for options of its own
+    rest = [word for word in typed if word not in _HELP]
+    while "help" in rest[: 2 if rest[:1] and rest[0] in GROUPS else 1]:
+        rest.remove("help")
+    return rest, len(rest) < len(typed)
 
 
 def _version() -> str:
@@ -149,20 +164,22 @@ def _refuse_command(group: str, word: str, known: Mapping[str, Words]) -> NoRetu
     names = list(dict.fromkeys(n.removeprefix(prefix) for n in known if n.startswith(prefix)))
     # `moshi-ttt index` means `moshi-ttt data index`.
     by_word = {name.split()[-1]: name for name in reversed(names)} | {n: n for n in names}
-    close = difflib.get_close_matches(word[:100], [*GROUPS, *by_word] if not group else by_word, 1)
+    possible = [*by_word] if group else [*GROUPS, *by_word]
+    close = difflib.get_close_matches(word[:100].lower(), possible, 1)
     shown = names if group else [*dict.fromkeys(name.split()[0] for name in names)]
-    hint = (
-        f"Did you mean {prefix}{by_word.get(close[0], close[0])}?"
-        if close
-        else f"There are {', '.join(shown)}."
-    )
+    hint = f"There are {', '.join(shown)}."
+    if word.startswith("-"):
+        hint = f"Options come behind the command. {hint}"
+    elif close:
+        hint = f"Did you mean {prefix}{by_word.get(close[0], close[0])}?"
     raise UserError(f"unknown command: {prefix}{abbreviated(redact(word))}. {hint}")
 
 
 def run(command: Callable[[], Any]) -> int:
     """Run `command`; a user's mistake is a message, not a traceback. Returns the exit status."""
     try:
-        command()
+        with without_empty_folders():
+            command()
         return 0
     except UserError as error:
         print(f"\nerror: {error}", file=sys.stderr)

@@ -13,6 +13,7 @@ from finetune.checkpoint import (
     CheckpointWriter,
     RunFolder,
     cautions_of_resuming,
+    checkpoint_bytes,
     eval_loss_of,
     fill_shards,
     first_whole,
@@ -21,7 +22,6 @@ from finetune.checkpoint import (
     parts_before,
     require_same_parameters,
     require_sound_start,
-    snapshot_bytes,
     step_of,
 )
 from finetune.config import TrainArgs, public_dict
@@ -91,8 +91,8 @@ class Trainer:
         self.sharding = build_sharding(args, self.world)
 
         def check(planned: TTTLMModel) -> None:
-            copied = snapshot_bytes(args, planned, self.world)
-            require_room(args, info, planned, self.world, checkpoint_bytes=copied, force=force)
+            sizes = checkpoint_bytes(args, planned, self.world)
+            require_room(args, info, planned, self.world, *sizes, force=force)
             self.frozen_base = frozen_base(args, planned, info, resume_from)
 
         self.model = load_model(args, info, self.world.device, self.sharding, check=check)

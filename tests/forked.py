@@ -5,22 +5,25 @@ what is read from the environment at import, or of streams that are closed start
 """
 
 import atexit
+import errno
 import functools
 import json
 import os
+import pty
 import select
 import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 REPOSITORY = Path(__file__).parent.parent
 SERVER = Path(__file__).parent / "programs/fork_server.py"
-COMMAND = "from finetune.cli import main; main()"
+COMMAND = "from finetune.__main__ import main; main()"
 """`moshi-ttt ...`."""
 
 
@@ -144,3 +147,29 @@ class Program:
                 raise subprocess.TimeoutExpired(self.args, timeout)
         self.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
         return read.get("stdout", ""), read.get("stderr", "")
+
+
+FINDS_TERMINAL = """
+import importlib, sys, finetune.monitoring
+importlib.reload(sys.modules["finetune.monitoring.console"])  # rich looks when a console is made
+"""
+
+
+def run_on_terminal(code: str, *arguments: Any, **environment: Any) -> tuple[int, str]:
+    """Run `code` on a pseudo-terminal: exit status and all that it wrote."""
+    main_end, terminal = pty.openpty()
+    process = Program(
+        FINDS_TERMINAL + textwrap.dedent(code),
+        *map(str, arguments),
+        environment={"TERM": "xterm", "COLUMNS": "100"} | environment,
+        terminal=terminal,
+    )
+    os.close(terminal)
+    written = b""
+    try:
+        while data := os.read(main_end, 65536):
+            written += data
+    except OSError as error:  # how Linux says that the other end is closed
+        assert error.errno == errno.EIO
+    os.close(main_end)
+    return process.wait(timeout=60), written.decode()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from finetune.cli import main
+from finetune.__main__ import main
 
 ROOT = Path(__file__).parents[1]
 DIALOGUES = ROOT / "example/demo/dialogues"

@@ -10,7 +10,7 @@ import yaml
 from matplotlib.figure import Figure
 from training_tools import PLAIN
 
-from finetune.cli import main
+from finetune.__main__ import main
 from finetune.config import load_config
 from finetune.errors import UserError
 from finetune.sweep.run import Children

@@ -358,7 +358,7 @@ def ended() -> dict[str, tuple[list[str], int]]:
     """
     heavy = ["torch", "moshi", "triton", "numpy", "matplotlib", "huggingface_hub", "soundfile"]
     code = (
-        f"import sys\nfrom finetune.cli import main\nfor words in {LIGHT!r}:\n"
+        f"import sys\nfrom finetune.__main__ import main\nfor words in {LIGHT!r}:\n"
         "    before, sys.argv = {*sys.modules}, ['moshi-ttt', *words]\n"
         "    try: main()\n    except SystemExit as left: status = left.code\n"
         f"    new = [m for m in {heavy!r} if m in {{*sys.modules}} - before]\n"

@@ -26,17 +26,19 @@ from finetune.checkpoint.run_folder import (
     require_same_parameters,
 )
 from finetune.checkpoint.run_record import replaced_run, run_wrote
-from finetune.checkpoint.snapshot import snapshot_bytes
+from finetune.checkpoint.snapshot import CheckpointBytes, checkpoint_bytes
 from finetune.checkpoint.soundness import require_sound, require_sound_start, seal
 from finetune.checkpoint.writer import CheckpointWriter
 from finetune.kept import step_of
 
 __all__ = [
     "OF_FROZEN_WEIGHTS",
+    "CheckpointBytes",
     "CheckpointWriter",
     "Part",
     "RunFolder",
     "cautions_of_resuming",
+    "checkpoint_bytes",
     "earlier_parts_of",
     "eval_loss_of",
     "fill_shards",
@@ -57,6 +59,5 @@ __all__ = [
     "require_sound_start",
     "run_wrote",
     "seal",
-    "snapshot_bytes",
     "step_of",
 ]

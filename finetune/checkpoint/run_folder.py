@@ -30,7 +30,7 @@ from finetune.config import (
 )
 from finetune.distributed import World
 from finetune.errors import UserError, counted
-from finetune.kept import FileLock, step_of
+from finetune.kept import FileLock, make_folder, step_of
 from finetune.model import frozen_fingerprint
 from finetune.monitoring import RunLog, metrics_path
 from ttt import TTTLMModel
@@ -109,9 +109,8 @@ class RunFolder:
         if self.run_dir.exists() and not self.run_dir.is_dir():
             raise UserError(f"run_dir: {self.run_dir} is a file. Choose another name.")
         missing = [p for p in (self.run_dir, *self.run_dir.parents) if not p.exists()]
-        for folder in reversed(missing):
-            folder.mkdir(exist_ok=True)
-            self._made.append(folder)
+        self._made.extend(reversed(missing))
+        make_folder(self.run_dir)
         self._had_lock_file = (self.run_dir / LOCK_NAME).exists()
         self._lock.take()
 

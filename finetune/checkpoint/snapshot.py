@@ -1,7 +1,7 @@
 """What a checkpoint holds, in memory, until it is written."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -35,19 +35,31 @@ class Snapshot:
         return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def snapshot_bytes(args: TrainArgs, model: TTTLMModel, world: World) -> float:
-    """Bytes of the host's memory that a checkpoint takes in this process until it is written.
+class CheckpointBytes(NamedTuple):
+    """The size of a checkpoint, in bytes."""
 
+    copied: float = 0.0
+    """In the host's memory, until it is written, by this process."""
+    written: float = 0.0
+    """On the disk, by all processes."""
+
+
+def checkpoint_bytes(args: TrainArgs, model: TTTLMModel, world: World) -> CheckpointBytes:
+    """
     Args:
         model: may be on `meta`, and is not sharded yet.
     """
-    if not args.do_ckpt or not (args.ckpt_async or world.device.type == "cuda"):
-        return 0.0
+    if not args.do_ckpt:
+        return CheckpointBytes()
     trained = [p.numel() for p in model.parameters() if p.requires_grad]
     # Float32 weights and two moments.
     kept = sum(4 * number + moment_bytes(number, args.optim.state) for number in trained)
-    found = kept / shard_size(args, world.size) if args.ckpt_async else 0.0
-    if world.is_main:
-        for tensors in consolidated(args, model, adapter_roles(args)).values():
-            found += sum(tensor.numel() * tensor.element_size() for _, tensor in tensors)
-    return found
+    weights = sum(
+        tensor.numel() * tensor.element_size()
+        for tensors in consolidated(args, model, adapter_roles(args)).values()
+        for _, tensor in tensors
+    )
+    copied = kept / shard_size(args, world.size) if args.ckpt_async else 0.0
+    if world.is_main and (args.ckpt_async or world.device.type == "cuda"):
+        copied += weights
+    return CheckpointBytes(copied, kept + weights)

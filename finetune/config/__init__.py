@@ -41,6 +41,7 @@ from finetune.config.must_exist import (
     SOURCE,
     SOURCES,
     WRITABLE,
+    WRITABLE_FOLDER,
     is_configuration,
     require_file,
 )
@@ -76,6 +77,7 @@ __all__ = [
     "SOURCE",
     "SOURCES",
     "WRITABLE",
+    "WRITABLE_FOLDER",
     "Checked",
     "CompletionOptions",
     "DataArgs",

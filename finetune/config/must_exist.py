@@ -85,6 +85,12 @@ def _require_folder(path: Path, key: str) -> None:
     raise UserError(f"{key}: there is no folder {path}; correct the path.{start_of(path, key)}")
 
 
+def _require_writable_folder(path: Path, key: str) -> None:
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{key}: {path} is a file; name a folder.")
+    require_writable(path, key)
+
+
 def _require_configuration(path: Path, key: str) -> None:
     require_configuration(path)
 
@@ -154,3 +160,5 @@ EARLIER_RUN = MustExist(_require_earlier_run)
 """The same, as text."""
 WRITABLE = MustExist(require_writable)
 """A file or folder to write: something can be made where it is to lie."""
+WRITABLE_FOLDER = MustExist(_require_writable_folder)
+"""A folder to write to: no file has its name."""

@@ -35,9 +35,10 @@ def read_options(
     Raises:
         UserError: naming every mistake.
     """
-    learn_from(given)
     cls = complete(cls)
     fields = {field.key: field for field in all_fields(cls) if not field.section}
+    # A key that is this command's own option is the name of another one, and no secret.
+    learn_from({name: text for name, text in given.items() if name != "key" or name not in fields})
     known = {**fields, **_configuration_fields(), **fields} if with_overrides else fields
     given = {name: _text_of(name, text, known) for name, text in given.items()}
     own = {name: value for name, value in given.items() if name in fields}
@@ -45,9 +46,9 @@ def read_options(
     places = [key for key, field in fields.items() if is_positional(field) and key not in own]
     own |= dict(zip(places, words, strict=False))
     for word in words[len(places) :]:
-        raise UserError(
-            f"unexpected argument: {abbreviated(redact(word))}. {_place_of(word, known, given)}"
-        )
+        named = [key for key, field in fields.items() if is_positional(field) and key in given]
+        hint = f"--{named[0]} is given already." if named else _place_of(word, known, given)
+        raise UserError(f"unexpected argument: {abbreviated(redact(word))}. {hint}")
     missing = [key for key, field in fields.items() if field.is_required and not own.get(key)]
     # `--table run.yaml`: the switch took the word behind it, of which it can make nothing.
     took = [name for name in given if _took_a_word(name, given[name], known)]

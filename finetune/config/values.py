@@ -125,7 +125,8 @@ def _candidates(text: str) -> Iterator[Any]:
     if number.is_integer():
         yield int(text) if text.strip().lstrip("+-").isdecimal() else int(number)
     yield text
-    yield Path(text)
+    if text:
+        yield Path(text)
 
 
 def _parse_several(raw: Any, kind: Any) -> Any:

@@ -14,7 +14,9 @@ from finetune.data.sources import load_sources
 from finetune.data.store import Store
 from finetune.data.text import count_frames
 from finetune.errors import UserError, counted
+from finetune.kept import require_room
 
+_CODE_BYTES = 2
 _PER_TURN = 8
 """Segments encoded between two looks at what other processes have done meanwhile."""
 
@@ -41,7 +43,8 @@ class CacheFill:
             store: `data.cache_dir`, see `open_store`.
 
         Raises:
-            UserError: there is no `data.cache_dir`, or see `load_sources`.
+            UserError: there is no `data.cache_dir`, or no room for all codes; or see
+                `load_sources`.
         """
         if store is None:
             raise UserError(
@@ -72,6 +75,8 @@ class CacheFill:
         # Codes stay on the CPU, where nothing is made ahead; workers read ahead as always.
         self._batcher = Batcher(args, codec, num_frames, _PER_TURN, torch.device("cpu"), store)
         self._missing = [ref for ref in self._refs if not self._batcher.has(ref)]
+        frames = [ref.num_valid_frames(num_frames) for ref in self._missing]
+        require_room(store.folder, sum(frames) * 2 * codec.mimi.num_codebooks * _CODE_BYTES)
         self.num_encoded = 0
         self.num_skipped = 0
 

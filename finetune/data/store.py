@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from finetune.errors import UserError
+from finetune.kept import make_folder
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ class Store:
         """
         self.folder = folder
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             os.listdir(folder)
         except OSError as error:
             raise UserError(

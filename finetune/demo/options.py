@@ -6,14 +6,14 @@ from typing import Annotated
 
 from annotated_types import Ge, Le
 
-from finetune.config import POSITIONAL, WRITABLE, FilePath, Seed
+from finetune.config import POSITIONAL, WRITABLE_FOLDER, FilePath, Seed
 
 DialogueSec = Annotated[float, Ge(4), Le(3600)]
 
 
 @dataclass(frozen=True)
 class DemoOptions:
-    out: Annotated[FilePath, WRITABLE] = Path("runs/demo")
+    out: Annotated[FilePath, WRITABLE_FOLDER] = Path("runs/demo")
     """The run folder; what an earlier demonstration left there is replaced, and no other run."""
 
     force: bool = False
@@ -22,7 +22,7 @@ class DemoOptions:
 
 @dataclass(frozen=True)
 class DemoDataOptions:
-    out_dir: Annotated[FilePath, POSITIONAL, WRITABLE]
+    out_dir: Annotated[FilePath, POSITIONAL, WRITABLE_FOLDER]
     """Where to write train.jsonl, eval.jsonl, and the .wav and .json files."""
 
     num_dialogues: Annotated[int, Ge(2), Le(100_000)] = 60

@@ -21,6 +21,7 @@ from finetune.demo.memory_report import (
     transcripts,
     write_memory,
 )
+from finetune.distributed import join_world
 from finetune.errors import UserError
 from finetune.inference import continue_dialogue, load_for_inference
 from finetune.kept import write_wav, write_whole
@@ -93,6 +94,7 @@ def _read_config(run_dir: Path, overrides: Mapping[str, object]) -> TrainArgs:
 def _prepare(args: TrainArgs, *, force: bool) -> Trainer:
     """Make the data, and what trains on them: what is wrong with the run or its folder is said
     now, and the demonstration's files may lie there from now on."""
+    join_world(args.device)  # a device that is not there is said before anything is made
     data_dir = Path(args.data.train_data).parent
     console.print(f"[1/5] making dialogues in {data_dir}, to train on")
     make_dialogues(data_dir)

@@ -8,7 +8,7 @@ from finetune.config import (
     CHECKPOINT,
     POSITIONAL,
     SOURCES,
-    WRITABLE,
+    WRITABLE_FOLDER,
     FilePath,
     PathsText,
     Seed,
@@ -35,7 +35,7 @@ class CommonOptions:
     data: Annotated[PathsText | None, SOURCES] = None
     """A JSONL of recordings as for training; null: the run's data.eval_data."""
 
-    out: Annotated[FilePath, WRITABLE] = DEFAULT_OUT
+    out: Annotated[FilePath, WRITABLE_FOLDER] = DEFAULT_OUT
     """The folder to write to."""
 
     overwrite: bool = False

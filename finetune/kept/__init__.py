@@ -2,6 +2,7 @@
 
 from finetune.kept.checkpoint_folders import is_stock, require_checkpoint, require_part
 from finetune.kept.checkpoint_names import CHECKPOINT_NAME, DIVERGED, checkpoints_in, step_of
+from finetune.kept.folders import make_folder, without_empty_folders
 from finetune.kept.lock import FileLock, held_folder
 from finetune.kept.records import Records, fingerprint_of, read_records
 from finetune.kept.wav import WavWriter, write_wav
@@ -12,6 +13,7 @@ from finetune.kept.whole import (
     refuse_to_replace,
     require_free_folder,
     require_new_file,
+    require_room,
     require_writable,
     whole_folder,
     write_whole,
@@ -30,6 +32,7 @@ __all__ = [
     "held_folder",
     "is_free_folder",
     "is_stock",
+    "make_folder",
     "name_when_whole",
     "read_records",
     "refuse_to_replace",
@@ -37,9 +40,11 @@ __all__ = [
     "require_free_folder",
     "require_new_file",
     "require_part",
+    "require_room",
     "require_writable",
     "step_of",
     "whole_folder",
+    "without_empty_folders",
     "write_wav",
     "write_whole",
     "writing",

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from finetune.errors import UserError
+from finetune.kept.folders import make_folder
 from finetune.safety import parse_json
 
 logger = logging.getLogger(__name__)
@@ -191,7 +192,7 @@ def held_folder(folder: Path, key: str) -> Iterator[None]:
     lock = FileLock(folder / ".lock", f"{key}: {folder}", remedy, is_removed=True)
     with lock:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             lock.take()
         except OSError as error:
             raise UserError(

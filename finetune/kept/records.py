@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError
+from finetune.kept.folders import make_folder
 from finetune.kept.whole import decoded, encoded
 
 
@@ -49,7 +50,7 @@ class Records:
                 # An interrupted write leaves an incomplete line, which must not join the next one.
                 os.truncate(path, sum(len(line.encode()) + 1 for line in lines))
             else:
-                path.parent.mkdir(parents=True, exist_ok=True)
+                make_folder(path.parent)
                 path.write_text(json.dumps(header) + "\n", encoding="utf-8")
         except OSError as error:
             raise self._refusal(error) from error

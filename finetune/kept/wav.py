@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune.errors import UserError
+from finetune.kept.folders import make_folder
 from finetune.kept.whole import writing
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ class WavWriter:
         self.path = path
         self._partial = path.with_name(f".{path.name}.{os.getpid()}.part")
         with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             self._disk = _Disk(self._partial)
         try:
             self._file = soundfile.SoundFile(

@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError
+from finetune.kept.folders import make_folder
 from finetune.safety import parse_json, with_nan, without_nan
 
+_BLOCK_BYTES = 4096
+"""What a disk that is not full has room for."""
 _PARTIAL = ".partial"
 _PARTIAL_FILE = re.compile(rf"\.(.+)\.\d+{re.escape(_PARTIAL)}")
 
@@ -27,7 +30,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}{_PARTIAL}")
     with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         try:
             partial.write_bytes(content.encode() if isinstance(content, str) else content)
             partial.replace(path)
@@ -70,7 +73,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     with writing(path):
         try:
             shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
+            make_folder(partial)
             yield partial
             if is_there:
                 for each in sorted(partial.iterdir()):
@@ -93,17 +96,41 @@ def require_writable(path: Path, option: str) -> None:
         option: what has named it, for messages.
 
     Raises:
-        UserError: nothing can be made where it lies, or in the first folder above that is there.
+        UserError: nothing can be made where it lies, or in the first folder above that is there; or
+            the disk is full.
     """
-    folders = [path] if path.is_dir() else []
-    folders += [folder for folder in path.absolute().parents if folder.exists()]
     try:
-        # Asked for its rights, the system does not tell of a disk that is read-only.
-        with tempfile.TemporaryFile(dir=folders[0]):
-            pass
+        # Asked for its rights, the system does not tell of a disk that is read-only; and on a full
+        # one there may be room for a file, but not for what is in it.
+        with tempfile.TemporaryFile(dir=_first_folder(path), buffering=0) as file:
+            file.write(bytes(_BLOCK_BYTES))
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"{option}: cannot write to {path}: {reason}.") from error
+
+
+def require_room(path: Path, num_bytes: float) -> None:
+    """Check that a file or a folder of that size finds room on its disk, before the work is done.
+
+    Raises:
+        UserError: it does not.
+    """
+    free_bytes = shutil.disk_usage(_first_folder(path)).free
+    if num_bytes > free_bytes:
+        raise UserError(
+            f"{path} takes {_size(num_bytes)}, and {_size(free_bytes)} are free on its disk: free "
+            "some space, or name another place."
+        )
+
+
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.2f} MB"
+
+
+def _first_folder(path: Path) -> Path:
+    """Return a folder, or the first one above that is there."""
+    above = (folder for folder in path.absolute().parents if folder.exists())
+    return path if path.is_dir() else next(above)
 
 
 def require_new_file(path: Path, option: str = "--out") -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from finetune.monitoring.console import (
     Progress,
     console,
+    counting,
     describe,
     format_count,
     format_duration,
@@ -36,6 +37,7 @@ __all__ = [
     "RunLog",
     "StepProfiler",
     "console",
+    "counting",
     "describe",
     "format_count",
     "format_duration",

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,9 @@ from finetune.data import FRAME_RATE_HZ, count_frames
 from finetune.distributed import shard_size
 from finetune.model import plan_model
 from finetune.plan.memory import Memory, estimate
+from finetune.plan.more_gpus import on_more_gpus
 from finetune.plan.search import (
+    Changes,
     Search,
     Setting,
     keeping_writes,
@@ -34,9 +36,6 @@ FEWEST_UPDATES = 3
 _SHARED = Setting("bfloat16", "bfloat16")
 """What takes the least where processes share a model: a base in fewer bits is not cut, and moments
 in int8 are not either."""
-
-Changes = Iterator[tuple[str, Memory]]
-"""What could be changed, and the memory that the run takes then; small changes first."""
 
 
 def ways_to_fit(
@@ -326,34 +325,11 @@ class _Advice:
         return [*changes, "lora.rank: 1"], self._of(args, plan_model(args, self.info))
 
     def more_gpus(self) -> Changes:
-        """The fewest GPUs that share the model; each has batches of its own."""
-        optim, also = self.args.optim, ""
-        if optim.state == "int8":
-            # Its blocks are those of whole parameters: a sharded model has none.
-            optim = dataclasses.replace(optim, state="bfloat16")
-            also = ", optim.state: bfloat16"
-        for number in (self.num_processes, 2, 4, 8, 16, 32, 64):
-            if 1 < number >= self.num_processes:
-                parallel = dataclasses.replace(self.args.parallel, shard_size=number)
-                args = dataclasses.replace(self.args, parallel=parallel, optim=optim)
-                what = f"GPUs: {number} with parallel.shard_size: {number}{also}"
-                yield f"{what}{self._on_more(number)}", estimate(args, self.model, number)
-
-    def _on_more(self, num_processes: int) -> str:
-        """Return how many segments a step has on more GPUs, and what to set to keep their number,
-        where it can be kept."""
-        if num_processes == self.num_processes:
-            return ""
-        said = f"{self._segments * num_processes} segments a step, not {self._segments_of_step}"
-        own, rest = divmod(self._segments_of_step, num_processes)
-        if rest:
-            return f" ({said}; nothing keeps {self._segments_of_step})"
-        # The largest batch keeps a step short; no larger than now, it fits.
-        sizes = range(min(self.args.batch_size, own), 0, -1)
-        batch_size = next(size for size in sizes if own % size == 0)
-        parts = own // batch_size
-        then = dataclasses.replace(self.args, batch_size=batch_size, num_microbatches=parts)
-        return f" ({said}; {to_set(self.args, then)} keeps {self._segments_of_step})"
+        """The fewest GPUs that share the model; what is kept for speed is given up where fewer are
+        enough without it, but not where that alone is enough."""
+        least = least_kept(self.args)
+        runs = [self.args] if self._is_enough(least) else [self.args, least]
+        return on_more_gpus(runs, self.model, self.num_processes)
 
     def fewer_trained(self) -> Changes:
         if self.args.full_finetuning:

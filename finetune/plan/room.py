@@ -6,7 +6,9 @@ the system kills it without a word.
 
 import dataclasses
 import logging
+import shutil
 from collections import defaultdict
+from pathlib import Path
 
 from moshi.models import loaders
 
@@ -54,24 +56,29 @@ def require_room(
     info: loaders.CheckpointInfo,
     model: TTTLMModel,
     world: World,
+    copied_bytes: float = 0.0,
+    written_bytes: float = 0.0,
     *,
-    checkpoint_bytes: float = 0.0,
     force: bool = False,
 ) -> None:
     """Compare what a run takes at least with what there is. All processes come to the same result.
 
     Args:
         model: as `plan_model` makes it, on `meta`.
-        checkpoint_bytes: that this process copies into the host's memory for a checkpoint.
+        copied_bytes: that this process copies into the host's memory for a checkpoint.
+        written_bytes: that a checkpoint has on the disk. It may be cleaned up meanwhile: where they
+            find no room now, there is a warning.
         force: a run that cannot fit gets a warning, and goes on.
 
     Raises:
         UserError: it cannot fit; names what to change.
     """
+    if world.is_main:
+        _warn_of_disk(args, written_bytes)
     memory = estimate(args, model, world.size)
     on_gpu = world.device.type == "cuda"
     training = at_least(memory)
-    on_host = Need(0.0 if on_gpu else training, checkpoint_bytes)
+    on_host = Need(0.0 if on_gpu else training, copied_bytes)
     places = [(place, on_host) for place in host_places()]
     if on_gpu:
         places.insert(0, (device_place(world.device), Need(training)))
@@ -90,6 +97,21 @@ def require_room(
             if world.is_main:
                 logger.warning("%s It is tried all the same (--force).", problem)
             return
+
+
+def _warn_of_disk(args: TrainArgs, num_bytes: float) -> None:
+    run_dir = Path(args.run_dir)
+    folder = next((each for each in (run_dir, *run_dir.parents) if each.is_dir()), run_dir)
+    free_bytes = shutil.disk_usage(folder).free
+    if num_bytes > free_bytes:
+        logger.warning(
+            "run_dir: a checkpoint takes %.2f GB, and %.2f GB are free on the disk of %s: free "
+            "some space before the first one is saved (ckpt_freq: %d), or name another folder.",
+            num_bytes / GB,
+            free_bytes / GB,
+            run_dir,
+            args.ckpt_freq,
+        )
 
 
 def _explain(

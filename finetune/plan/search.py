@@ -2,7 +2,7 @@
 changes."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
 
 from moshi.models import loaders
@@ -18,6 +18,9 @@ ENOUGH_BATCH = 8
 
 _BASE_BITS = {"bfloat16": 16, "float8": 8, "nf4": 4}
 _STATE_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
+
+Changes = Iterator[tuple[str, Memory]]
+"""What could be changed, and the memory that the run takes then; small changes first."""
 
 
 class Setting(NamedTuple):

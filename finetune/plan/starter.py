@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,10 +12,11 @@ import numpy as np
 from moshi.models import loaders
 
 from finetune.config import ModelPaths, Precision, TrainArgs, load_config, parse_sources
-from finetune.data import FRAME_RATE_HZ, FileProblem, count_frames, open_source
+from finetune.data import FRAME_RATE_HZ, Entry, FileProblem, count_frames, open_source
 from finetune.errors import UserError, counted
 from finetune.kept import require_new_file, write_whole
 from finetune.model import find_checkpoint, model_shape, plan_model
+from finetune.monitoring import counting
 from finetune.plan.memory import Memory, estimate, fits
 from finetune.plan.plan import GB, shape_of
 from ttt import TTTLMModel
@@ -77,8 +78,9 @@ def write_config(wanted: Wanted, out: Path) -> Iterator[str]:
     """
     require_new_file(out)
     lengths_sec = recording_lengths("--data", wanted.data)
+    entries = _entries("--data", wanted.data)
     if wanted.eval_data is not None:
-        _check_source_path("--eval_data", wanted.eval_data)
+        entries += _entries("--eval_data", wanted.eval_data)
     info, source = shape_of(ModelPaths(hf_repo_id=wanted.repo), key="--repo")
     size, memory = _fitting_size(wanted, lengths_sec, info)
     write_whole(out, _text(wanted, size, memory, lengths_sec))
@@ -88,7 +90,7 @@ def write_config(wanted: Wanted, out: Path) -> Iterator[str]:
         "GPU"
     )
     yield from (f"but: {caution}" for caution in _cautions(wanted, size))
-    problem = _first_problem(wanted)
+    problem = _first_problem(entries)
     if problem is not None:
         yield f"but: train will stop at these data: {problem}"
     yield from _next_steps(wanted, out, are_data_good=problem is None)
@@ -105,11 +107,11 @@ def _next_steps(wanted: Wanted, out: Path, *, are_data_good: bool) -> Iterator[s
         yield f"{'then' if number else 'next'}: {step}"
 
 
-def _first_problem(wanted: Wanted) -> str | None:
+def _first_problem(entries: Sequence[Entry]) -> str | None:
     """Return what stands in the way of training and can be seen without listening: a line that
     names no recording, files that are not there, or words that cannot be read."""
-    for key, path in (("--data", wanted.data), ("--eval_data", wanted.eval_data)):
-        for entry in open_source(path, key).entries() if path is not None else []:
+    with counting("reading transcripts", len(entries)) as advance:
+        for entry in entries:
             if entry.recording is None:
                 return f"{entry.origin}: {entry.problem}"
             try:
@@ -119,6 +121,7 @@ def _first_problem(wanted: Wanted) -> str | None:
                 return f"{entry.origin}: {problem}"
             if gone:
                 return f"{entry.origin}: there is no file {gone[0]}; correct the path."
+            advance()
     return None
 
 
@@ -136,11 +139,11 @@ def _cautions(wanted: Wanted, size: _Size) -> Iterator[str]:
         )
 
 
-def _check_source_path(key: str, path: Path) -> None:
-    """Check that a configuration that names a path as its data reads that path.
+def _entries(key: str, path: Path) -> list[Entry]:
+    """Return what a configuration reads that names a path as its data.
 
     Raises:
-        UserError: it would read several, or another.
+        UserError: it would read several paths, or another; or nothing is there to read.
     """
     text = os.fspath(path)
     if parse_sources(text, key) != [(path, 1.0)]:
@@ -149,6 +152,7 @@ def _check_source_path(key: str, path: Path) -> None:
             "number after a colon is a weight, and ~ is a home folder. Give it another name, or a "
             "link."
         )
+    return open_source(path, key).entries()
 
 
 def recording_lengths(key: str, data: Path) -> np.ndarray:
@@ -160,14 +164,15 @@ def recording_lengths(key: str, data: Path) -> np.ndarray:
     Raises:
         UserError: a configuration would read another path, or nothing is there that has a length.
     """
-    _check_source_path(key, data)
-    entries = open_source(data, key).entries()
-    # Where the listing does not say how long a recording is, its header does.
-    lengths = [
-        entry.recording.duration_sec or entry.recording.inspect().duration_sec
-        for entry in entries
-        if entry.recording is not None
-    ]
+    entries = _entries(key, data)
+    lengths = []
+    with counting("measuring", len(entries)) as advance:
+        for entry in entries:
+            if entry.recording is not None:
+                # Where the listing does not say how long a recording is, its header does.
+                length = entry.recording.duration_sec or entry.recording.inspect().duration_sec
+                lengths.append(length)
+            advance()
     lengths = [length for length in lengths if length > 0]
     if not lengths:
         raise UserError(

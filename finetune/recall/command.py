@@ -63,13 +63,14 @@ def run_recall(
         chosen = dataclasses.replace(chosen, lengths=_counts(lengths, chosen.lengths))
     if num_steps is not None:
         chosen = dataclasses.replace(chosen, num_steps=num_steps)
+    place = join_world(device).device  # type: ignore[arg-type]
     prepare_folder(out, f"--preset {size} --variant {variant}")
     results = run(
         chosen,
         out / "runs",
         arms=arms or chosen.arms,
         seeds=seeds,
-        device=join_world(device).device,  # type: ignore[arg-type]
+        device=place,
         workers=workers,
     )
     report.write_csv(results, out / "recall.csv")

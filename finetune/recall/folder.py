@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from finetune.errors import UserError
-from finetune.kept import write_whole
+from finetune.kept import make_folder, write_whole
 
 
 def prepare_folder(out: Path, experiment: str) -> None:
@@ -15,7 +15,7 @@ def prepare_folder(out: Path, experiment: str) -> None:
     """
     for folder in (out, out / "runs"):
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             trial = folder / ".trial"
             trial.touch()
             trial.unlink()

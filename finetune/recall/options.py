@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Le
 
-from finetune.config import WRITABLE, FilePath, Seed, Size
+from finetune.config import WRITABLE_FOLDER, FilePath, Seed, Size
 from finetune.errors import UserError
 from finetune.recall.arms import check_arms
 from ttt.options import abbreviated
@@ -16,7 +16,7 @@ Variant = Literal["text", "audio", "joint", "segments", "spoken"]
 
 @dataclass(frozen=True)
 class RecallOptions:
-    out: Annotated[FilePath | None, WRITABLE] = None
+    out: Annotated[FilePath | None, WRITABLE_FOLDER] = None
     """The folder for results, table (report.md, recall.csv) and picture (recall.png); null:
     runs/recall/VARIANT or runs/recall/gpu_VARIANT."""
 

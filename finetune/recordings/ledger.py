@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.data import Recording
+from finetune.kept import make_folder
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ class Ledger:
 
     def __enter__(self) -> "Ledger":
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path.parent)
             self._file = self.path.open("a", encoding="utf-8")
             self._file.write("\n")  # behind a line that was cut off
         except OSError as error:

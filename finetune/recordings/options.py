@@ -14,6 +14,7 @@ from finetune.config import (
     POSITIONAL,
     SOURCE,
     WRITABLE,
+    WRITABLE_FOLDER,
     FilePath,
     PngPath,
 )
@@ -38,7 +39,7 @@ class IndexOptions:
     join: bool = False
     """With --pair: write a stereo file for each two mono files, and list that."""
 
-    joined_dir: Annotated[FilePath | None, WRITABLE] = None
+    joined_dir: Annotated[FilePath | None, WRITABLE_FOLDER] = None
     """With --join: where joined recordings go; null: FOLDER/stereo."""
 
     overwrite: bool = False

@@ -6,16 +6,14 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from finetune.data import FileProblem
 from finetune.interrupt import end_with_parent
-from finetune.monitoring import console
+from finetune.monitoring import counting
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -55,7 +53,7 @@ def do_all(
             no longer than the way to the worker.
     """
     workers = min(workers or num_cores(), len(jobs))
-    with _bar(title, len(jobs)) as advance:
+    with counting(title, len(jobs)) as advance:
         if workers <= 1:
             for job in jobs:
                 yield _attempt(work, job)
@@ -117,13 +115,3 @@ def _start_worker() -> None:
 def num_cores() -> int:
     """Return how many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@contextmanager
-def _bar(title: str, total: int) -> Iterator[Callable[[], None]]:
-    """Show a bar on a terminal, and nothing elsewhere. Yields what moves it on by one."""
-    columns = (TextColumn(title), BarColumn(None), MofNCompleteColumn(), TimeRemainingColumn())
-    shown = console.is_interactive and total > 1
-    with Progress(*columns, console=console, transient=True, disable=not shown) as progress:
-        task = progress.add_task("", total=total)
-        yield lambda: progress.advance(task)

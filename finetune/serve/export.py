@@ -19,13 +19,14 @@ from finetune.checkpoint import merged_weights, seal
 from finetune.config import Precision, TrainArgs
 from finetune.errors import UserError
 from finetune.inference import checkpoint_args, find_base, load_for_inference, nonfinite_weights
-from finetune.kept import require_free_folder, whole_folder
+from finetune.kept import require_free_folder, require_room, whole_folder
 from finetune.model import (
     adapter_roles,
     base_weights,
     changed_shape,
     open_earlier_run,
     parameters_by_role,
+    plan_model,
 )
 from finetune.serve.card import model_card
 from finetune.serve.options import ExportOptions
@@ -68,6 +69,7 @@ def export_checkpoint(options: ExportOptions) -> Exported:
         )
     info = find_base(options.checkpoint, args)
     base = _published_base(args, info) if options.form == "adapters" else None
+    require_room(out, _num_bytes(args, info, options))
     # Adapters are for the base as it is published; merged, for the one that they were trained on.
     precision: Precision | None = "bfloat16" if options.form == "adapters" else None
     model, _ = load_for_inference(options.checkpoint, options.device, precision)
@@ -105,6 +107,15 @@ def export_checkpoint(options: ExportOptions) -> Exported:
     return Exported(sorted(path for path in out.iterdir() if path.is_file()), difference)
 
 
+def _num_bytes(args: TrainArgs, info: loaders.CheckpointInfo, options: ExportOptions) -> int:
+    """Return the size of an export, but for small files."""
+    model = plan_model(dataclasses.replace(args, base_precision="bfloat16"), info)
+    weights = _weights_of(model, args, options, next(model.parameters()).dtype).values()
+    tensors = [*weights, *ttt_parameters(model).values()]
+    files = (info.mimi_weights, info.tokenizer)
+    return sum(t.numel() * t.element_size() for t in tensors) + sum(p.stat().st_size for p in files)
+
+
 def _published_base(args: TrainArgs, info: loaders.CheckpointInfo) -> Path:
     """Return the file of the weights that a checkpoint's adapters are for."""
     if not args.moshi_paths.init_from:
@@ -126,20 +137,24 @@ def _published_base(args: TrainArgs, info: loaders.CheckpointInfo) -> Path:
 def _write_weights(
     model: TTTLMModel, args: TrainArgs, options: ExportOptions, out: Path, dtype: torch.dtype
 ) -> None:
-    if options.form == "merged":
-        weights = dict(merged_weights(model, dtype))
-        name = "model.safetensors"
-    else:
-        by_role = parameters_by_role(model)
-        roles = adapter_roles(args)
-        weights = {k: v.detach() for role in roles for k, v in by_role[role].items()}
-        name = "lora.safetensors"
+    weights = _weights_of(model, args, options, dtype)
+    name = "model.safetensors" if options.form == "merged" else "lora.safetensors"
     _save({k: v.cpu().contiguous() for k, v in weights.items()}, out / name)
     # Without layers of TTT, `attention_context` counts none the less.
     if model.ttt_layers or model.ttt_args.attention_context is not None:
         own = {k: v.detach().cpu().contiguous() for k, v in ttt_parameters(model).items()}
         metadata = {"ttt_args": json.dumps(dataclasses.asdict(model.ttt_args))}
         _save(own, out / "ttt.safetensors", metadata)
+
+
+def _weights_of(
+    model: TTTLMModel, args: TrainArgs, options: ExportOptions, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Return all weights but TTT's own, or the adapters alone; the model may be on `meta`."""
+    if options.form == "merged":
+        return dict(merged_weights(model, dtype))
+    by_role = parameters_by_role(model)
+    return {k: v.detach() for role in adapter_roles(args) for k, v in by_role[role].items()}
 
 
 def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:

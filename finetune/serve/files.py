@@ -12,7 +12,7 @@ import torch
 from finetune.data import AudioReader, FileProblem, inspect_audio
 from finetune.errors import UserError
 from finetune.inference import load_for_inference, nonfinite_weights
-from finetune.kept import WavWriter, write_whole
+from finetune.kept import WavWriter, require_room, write_whole
 from finetune.serve.engine import Engine, Row, Samples, open_engine
 from finetune.serve.options import GenerateOptions, reset_every_frames
 from finetune.serve.progress import Progress
@@ -24,6 +24,7 @@ from finetune.serve.words import Words
 
 logger = logging.getLogger(__name__)
 
+_SAMPLE_BYTES = 2
 _BLOCK_FRAMES = 125
 """Frames of a recording that are read at once: 10 s. Its length takes no memory."""
 
@@ -247,7 +248,9 @@ class _Conversation:
         # Before there is a file to write: a recording that cannot be read leaves none behind.
         try:
             next(self._blocks())
-            self._file = WavWriter(job.target, self.rate_hz, 2 if options.stereo else 1)
+            channels = 2 if options.stereo else 1
+            require_room(job.target, _SAMPLE_BYTES * channels * self.num_samples)
+            self._file = WavWriter(job.target, self.rate_hz, channels)
         except (FileProblem, UserError):
             self._reader.close()
             raise

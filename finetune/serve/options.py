@@ -14,6 +14,7 @@ from finetune.config import (
     FOLDER,
     POSITIONAL,
     WRITABLE,
+    WRITABLE_FOLDER,
     FilePath,
     Precision,
     Seed,
@@ -107,7 +108,7 @@ class GenerateOptions:
     session_part: Part = "all"
     """What is kept: all, so that the conversation goes on exactly; or only what TTT has learned."""
 
-    report: Annotated[FilePath | None, WRITABLE] = None
+    report: Annotated[FilePath | None, WRITABLE_FOLDER] = None
     """The folder to write a report to: what TTT does, per layer and chunk, beside the words."""
 
     batch_size: Size = 8
@@ -215,7 +216,7 @@ class ExportOptions:
     checkpoint: Annotated[FilePath, POSITIONAL, CHECKPOINT]
     """A folder run_dir/checkpoints/checkpoint_NNNNNN."""
 
-    out: Annotated[FilePath, WRITABLE]
+    out: Annotated[FilePath, WRITABLE_FOLDER]
     """The folder to write to; new or empty."""
 
     form: Literal["merged", "adapters"] = "merged"

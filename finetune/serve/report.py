@@ -10,7 +10,7 @@ from torch import Tensor
 
 from finetune.data import FRAME_RATE_HZ
 from finetune.errors import UserError
-from finetune.kept import write_whole
+from finetune.kept import make_folder, write_whole
 from finetune.report import Entry, Page, Section, Table, html_page, line_style, svg_element, tidy
 from finetune.serve.engine import Engine, Row
 from finetune.serve.words import Words
@@ -51,7 +51,7 @@ class Report:
         if not engine.model.ttt_layers:
             raise UserError("--report: this checkpoint has no TTT, so there is nothing to report.")
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
         except OSError as error:
             raise UserError(f"--report: {folder} cannot be made ({error.strerror}).") from None
         self.engine, self.folder = engine, folder

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from finetune.errors import UserError
-from finetune.kept import FileLock, write_whole
+from finetune.kept import FileLock, make_folder, write_whole
 from finetune.serve.options import FRAMES_PER_SEC, GenerateOptions, Part
 
 logger = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ def held_session(options: GenerateOptions) -> Iterator[SessionFile | None]:
     )
     with lock:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             lock.take()
         except OSError as error:
             raise UserError(

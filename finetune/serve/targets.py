@@ -6,7 +6,7 @@ from pathlib import Path
 
 from finetune.config import require_file
 from finetune.errors import UserError, counted
-from finetune.kept import refuse_to_replace
+from finetune.kept import make_folder, refuse_to_replace
 from finetune.safety import find_files
 from finetune.serve.options import GenerateOptions
 
@@ -69,7 +69,7 @@ def _found(options: GenerateOptions) -> list[Job]:
         jobs = _checked(options, [Job(*each) for each in zip(found, places, strict=True)])
         try:
             for folder in {out, *(place.parent for place in places)}:
-                folder.mkdir(parents=True, exist_ok=True)
+                make_folder(folder)
         except OSError as error:
             raise UserError(
                 f"--out: {out} is to be a folder, for the answers to a folder, and cannot be made "

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from finetune.config import FOLDER, POSITIONAL, WRITABLE, FilePath, Prefix, Seed
+from finetune.config import FOLDER, POSITIONAL, WRITABLE, WRITABLE_FOLDER, FilePath, Prefix, Seed
 from finetune.errors import UserError
-from finetune.kept import Kept, WavWriter
+from finetune.kept import Kept, WavWriter, require_room
 from finetune.report import markdown_lines
 from finetune.safety import read_text
 from finetune.spoken.answers import (
@@ -49,12 +49,13 @@ _NEEDED = {"distance_sec", "kind", "fact", "question", "answer", "window_sec", "
     *BASELINES
 }
 """What a score needs of a question."""
+_SAMPLE_BYTES = 2
 _BLOCK_SAMPLES = 10 * SAMPLE_RATE_HZ
 
 
 @dataclass(frozen=True)
 class RecallAudioOptions:
-    out_dir: Annotated[FilePath, POSITIONAL, WRITABLE]
+    out_dir: Annotated[FilePath, POSITIONAL, WRITABLE_FOLDER]
     """The folder to write to; new, or one that the same call has begun."""
 
     talk: Annotated[TalkOptions, Prefix("")] = field(default_factory=TalkOptions)
@@ -89,10 +90,12 @@ def write_recall_audio(options: RecallAudioOptions) -> Iterator[str]:
     folder, wanted = options.out_dir, options.talk
     num_talks, width = wanted.num_talks, max(3, len(str(wanted.num_talks - 1)))
     talks = [make_talk(wanted, index, options.seed) for index in range(num_talks)]
+    to_make = [talk for talk in talks if not (_place_of(folder, talk, width) / META).exists()]
+    require_room(folder, sum(_SAMPLE_BYTES * talk.num_samples for talk in to_make))
     _claim(folder, {"format": FORMAT, "seed": options.seed, **dataclasses.asdict(wanted)})
     num_there = 0
     for talk in talks:
-        place = folder / f"{talk.index:0{width}d}"
+        place = _place_of(folder, talk, width)
         if _is_whole(place):
             num_there += 1
             continue
@@ -103,6 +106,10 @@ def write_recall_audio(options: RecallAudioOptions) -> Iterator[str]:
     yield f"{folder} holds {num_talks} talks{there}: {minutes:.0f} minutes of audio"
     yield f"next: moshi-ttt generate --checkpoint CHECKPOINT --input_dir {folder}"
     yield f"then: moshi-ttt recall-score {folder}"
+
+
+def _place_of(folder: Path, talk: Talk, width: int) -> Path:
+    return folder / f"{talk.index:0{width}d}"
 
 
 def _claim(folder: Path, parameters: Json) -> None:

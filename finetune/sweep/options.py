@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-from finetune.config import CONFIGURATION, POSITIONAL, WRITABLE, FilePath
+from finetune.config import CONFIGURATION, POSITIONAL, WRITABLE_FOLDER, FilePath
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,7 @@ class SweepOptions:
     only: tuple[str, ...] | None = None
     """Names of runs, with commas between them; null: all."""
 
-    sweep_dir: Annotated[FilePath | None, WRITABLE] = None
+    sweep_dir: Annotated[FilePath | None, WRITABLE_FOLDER] = None
     """The folder to write to, instead of the file's."""
 
     table: bool = False

@@ -21,6 +21,7 @@ from rich.text import Text
 
 from finetune.errors import UserError
 from finetune.interrupt import answer_to, stop_signals
+from finetune.kept import make_folder, require_writable
 from finetune.monitoring import console, format_duration
 from finetune.safety import is_secret
 from finetune.step import HAS_DIVERGED, lower_rates
@@ -67,8 +68,9 @@ def run_sweep(
     for problem in runnable_problems(sweep, only, overwrite=overwrite):
         raise UserError(problem)
     chosen = [run for name, run in sweep.runs.items() if name in only]
+    require_writable(sweep.folder, "sweep_dir")
     try:
-        sweep.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(sweep.folder)
     except OSError as error:
         raise UserError(f"sweep_dir: cannot make {sweep.folder}: {error.strerror}.") from error
     failed = False

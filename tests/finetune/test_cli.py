@@ -14,8 +14,9 @@ import pytest
 import soundfile
 from training_tools import finish, start_program
 
-from finetune import cli, generate, inference
-from finetune.cli import main, run
+from finetune import cli, command_line, generate, inference
+from finetune.__main__ import main
+from finetune.cli import run
 from finetune.monitoring import metrics_path, read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -161,8 +162,30 @@ def test_the_loss_curve_is_drawn(demo_run: tuple[Path, Any]) -> None:
         (["train", "--config"], "--config needs a value: --config=VALUE."),
         (["train", "--config", "--resume"], "--config needs a value: --config=VALUE."),
         (["train", "example/demo.yaml", "--max_steps"], "--max_steps needs a value"),
+        (["train", "example/demo.yaml", "--config=x.yaml"], "example/demo.yaml. --config is given"),
+        (["plan", "example/demo.yaml", "--", "max_steps=x"], "unexpected argument: max_steps=x."),
+        *(
+            (["config", *words], "unknown key: optim.tt_lr. Did you mean optim.ttt_lr?")
+            for words in (["optim.tt_lr"], ["--key=optim.tt_lr"], ["--key", "optim.tt_lr"])
+        ),
+        (["plan", "example/demo.yaml", "key=deadbeefcafe"], "Did you mean --key=***?"),
+        *(
+            (words.split(), f"--{option}: {{wav}} is a file; name a folder.")
+            for words, option in (
+                ("evaluate {checkpoint} --out={wav}", "out"),
+                ("generate {checkpoint} --audio={wav} --report={wav}", "report"),
+                ("recall --out={wav}", "out"),
+                ("demo --out={wav}", "out"),
+                ("demo-data {wav}", "out_dir"),
+                ("recall-audio {wav}", "out_dir"),
+                ("export {checkpoint} --out={wav}", "out"),
+            )
+        ),
+        (["evaluate", "{checkpoint}", "--out="], "--out: expected a path, got nothing"),
         (["help", "nope"], "unknown command: nope. There are train,"),
         (["nope", "--help"], "unknown command: nope. There are train,"),
+        (["TRAIN"], "unknown command: TRAIN. Did you mean train?"),
+        (["--config=x", "train"], "unknown command: --config=x. Options come behind the command."),
         (["train", "{wav}"], "{wav} is a recording, and no configuration."),
         *(
             (["data", name, "{wav}"], "{wav} is a recording; name a list of recordings")
@@ -220,10 +243,23 @@ def test_a_misspelled_key_is_not_taken_for_an_option(
     ("arguments", "beginning"),
     [
         (["--version"], f"moshi-ttt {version('moshi-ttt')}\n"),
-        (["help"], "moshi-ttt COMMAND [--OPTION=VALUE ...]"),
-        (["help", "train"], "    moshi-ttt train CONFIG"),
-        (["help", "data", "check"], "    moshi-ttt data check DATA"),
-        (["help", "data"], "moshi-ttt data COMMAND"),
+        *(
+            (words.split(), f"moshi-ttt {version('moshi-ttt')}\n")
+            for words in ("version", "-V", "train --version", "data check -V", "--version train")
+        ),
+        *(
+            (words.split(), "moshi-ttt COMMAND [--OPTION=VALUE ...]")
+            for words in ("help", "help help", "help --help", "-h")
+        ),
+        *(
+            (words.split(), "    moshi-ttt train CONFIG")
+            for words in ("help train", "--help train", "train help", "train --help --version")
+        ),
+        *(
+            (words.split(), "    moshi-ttt data check DATA")
+            for words in ("help data check", "data help check", "data check help", "-h data check")
+        ),
+        *((words.split(), "moshi-ttt data COMMAND") for words in ("help data", "data help")),
     ],
 )
 def test_help_and_the_version_are_commands_too(
@@ -266,7 +302,7 @@ def test_the_demonstration(tmp_path: Path) -> None:
     """`make demo`, in an empty folder with the configuration and the model."""
     shutil.copytree(ROOT / "example", tmp_path / "example")
     done = subprocess.run(
-        [sys.executable, "-c", "from finetune.cli import main; main()", "demo"],
+        [sys.executable, "-c", "from finetune.__main__ import main; main()", "demo"],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -352,6 +388,6 @@ def test_help_runs_nothing_whatever_else_is_given(
     monkeypatch.setattr(sys, "argv", [*given, *dashes, "--help"])
     monkeypatch.setenv("PAGER", "cat")
     program = cli.COMMANDS if words[0] == "moshi-ttt" else cli.demo_data
-    assert cli.call(program, name=words[0]) == 0
+    assert command_line.call(program, name=words[0]) == 0
     assert "num_dialogues" in "".join(capsys.readouterr())
     assert not (tmp_path / "made").exists()

@@ -49,7 +49,7 @@ def test_it_waits_for_the_import_and_is_not_lost(
 
 
 STOPPED_AT = """
-import signal, sys
+import runpy, signal, sys
 class Stop:
     def find_spec(self, name, *_):
         if name == sys.argv[1]:
@@ -57,13 +57,13 @@ class Stop:
 # A shell that runs the tests in the background has the signal ignored, and so its children.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.meta_path.insert(0, Stop())
-from finetune.__main__ import begin
-begin(sys.argv[2])
+sys.path.insert(0, "")
+runpy.run_path(sys.argv[2], run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("program", ["moshi-ttt", "train.py"])
-@pytest.mark.parametrize("module", ["finetune.cli", "finetune.config.args"])
+@pytest.mark.parametrize("program", ["finetune/__main__.py", "finetune/cli.py", "train.py"])
+@pytest.mark.parametrize("module", ["finetune.command_line", "finetune.config.args"])
 def test_the_first_imports_end_by_a_message(program: str, module: str) -> None:
     words = [sys.executable, "-c", STOPPED_AT, module, program]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)

@@ -27,13 +27,14 @@ def run_spoken(options: RecallOptions) -> str:
     check_arms(options.arms or ())
     chosen = _chosen(options)
     out = options.folder
+    device = join_world(options.device).device
     prepare_folder(out, f"--preset {options.preset} --variant {options.variant}")
     results = run(
         chosen,
         out / "runs",
         arms=options.arms or chosen.arms,
         seeds=options.seeds,
-        device=join_world(options.device).device,
+        device=device,
         workers=options.workers,
         data_workers=os.cpu_count() or 1,
     )

@@ -16,6 +16,11 @@ from finetune.config.similar import _SYNONYMS
         ("ttt.chunk-size", ["ttt.chunk_size"]),
         ("optim.learning_rate", ["optim.lr"]),
         ("learning_rate", ["optim.lr", "ttt.learning_rate"]),
+        *(
+            (unknown, ["optim.ttt_lr"])
+            for unknown in ("optim.ttt.lr", "ttt.lr", "optim.ttt_learning_rate", "optim.lr_ttt")
+        ),
+        *((unknown, ["optim.ttt_lr"]) for unknown in ("ttt_lr", "lr_ttt", "ttt_learning_rate")),
         ("steps", ["max_steps"]),
         ("optim.steps", ["max_steps"]),
         ("overwrite", ["overwrite_run_dir"]),

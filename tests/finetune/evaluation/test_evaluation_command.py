@@ -15,6 +15,7 @@ from finetune.cli import evaluate, run
 from finetune.distributed import Watch
 from finetune.errors import UserError
 from finetune.evaluation import evaluate_checkpoint
+from finetune.evaluation.tasks.health.options import ContinuationOptions
 from finetune.kept import Records
 from finetune.monitoring import metrics_path, read_metrics
 
@@ -173,3 +174,19 @@ def test_memory_that_is_too_small_is_one_message(
     assert "error: The GPU ran out of memory" in message
     expected = [f"a smaller --{way}" for way in [*ways, "block_frames (now 7)"]]
     assert f"Less memory takes: {'; '.join(expected)}; --device cpu" in message
+
+
+def test_recordings_too_short_for_health_are_said_before_the_model_is_loaded(
+    trained: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It came when the loss of all of them had been measured."""
+
+    def load(*_: Any) -> None:
+        raise AssertionError("the model was being loaded")
+
+    monkeypatch.setattr("finetune.evaluation.bench.load_for_inference", load)
+    health = ContinuationOptions(num_continuations=2, prompt_sec=500, health_sec=1.0)
+    given = options(trained, tmp_path / "out", tasks=("position", "health"), health=health)
+    with pytest.raises(UserError, match=r"--prompt_sec: no recording is longer than 500 s, behind"):
+        evaluate_checkpoint(given)
+    assert not (tmp_path / "out").exists()

@@ -18,7 +18,7 @@ import pytest
 import torch
 from training_tools import checkpoint, train, write_model
 
-from finetune.cli import main
+from finetune.__main__ import main
 from finetune.evaluation.tasks.spoken_recall import measure
 from finetune.serve import Row, Spoken
 from finetune.spoken import Talk, TalkOptions, make_talk, speech

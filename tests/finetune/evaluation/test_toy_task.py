@@ -15,7 +15,7 @@ from data_tools import write_dataset, write_recording
 from matplotlib.figure import Figure
 from training_tools import write_model
 
-from finetune.cli import main
+from finetune.__main__ import main
 from finetune.evaluation.tasks import TASKS
 from finetune.evaluation.tasks.base import Task, TaskOptions
 from finetune.report import Table

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from finetune.errors import UserError
 from finetune.kept import (
     WavWriter,
     is_free_folder,
+    require_room,
     require_writable,
     whole_folder,
     write_wav,
@@ -114,3 +116,25 @@ def test_what_cannot_be_written_is_known_before(tmp_path: Path) -> None:
     for wrong in (tmp_path / "file/x", tmp_path / "file/x/y", Path("/proc/x/y")):
         with pytest.raises(UserError, match=f"--out: cannot write to {wrong}: "):
             require_writable(wrong, "--out")
+    # A full disk may have room for an empty file.
+    with room_for(0), pytest.raises(UserError, match=f"--out: cannot write to .*: {FULL}"):
+        require_writable(tmp_path / "new/folder", "--out")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_what_finds_no_room_is_known_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Path] = []
+
+    def disk_usage(path: Path) -> Any:
+        asked.append(path)
+        return SimpleNamespace(free=2_500_000_000)
+
+    monkeypatch.setattr("shutil.disk_usage", disk_usage)
+    require_room(tmp_path / "new/folder", 2.5e9)
+    with pytest.raises(UserError) as caught:
+        require_room(tmp_path / "new/folder", 2.51e9)
+    said = f"{tmp_path / 'new/folder'} takes 2.51 GB, and 2.50 GB are free on its disk: free some"
+    assert str(caught.value).startswith(said)
+    assert asked == [tmp_path, tmp_path] and not (tmp_path / "new").exists()

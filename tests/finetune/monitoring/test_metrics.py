@@ -1,7 +1,5 @@
-import errno
 import json
 import os
-import pty
 import re
 import socket
 import sys
@@ -12,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
-from forked import Program
+from forked import Program, run_on_terminal
 from tensorboard.summary.writer import event_file_writer
 
 from finetune.errors import UserError
@@ -159,32 +157,6 @@ def run_python(code: str, *arguments: Any, **environment: Any) -> tuple[int, str
     process = Program(textwrap.dedent(code), *words, environment=environment, stderr_apart=True)
     output, errors = process.communicate(timeout=120)
     return process.wait(), output, errors
-
-
-FINDS_TERMINAL = """
-import importlib, sys, finetune.monitoring
-importlib.reload(sys.modules["finetune.monitoring.console"])  # rich looks when a console is made
-"""
-
-
-def run_on_terminal(code: str, *arguments: Any, **environment: Any) -> tuple[int, str]:
-    """Run `code` on a pseudo-terminal: exit status and all that it wrote."""
-    main_end, terminal = pty.openpty()
-    process = Program(
-        FINDS_TERMINAL + textwrap.dedent(code),
-        *map(str, arguments),
-        environment={"TERM": "xterm", "COLUMNS": "100"} | environment,
-        terminal=terminal,
-    )
-    os.close(terminal)
-    written = b""
-    try:
-        while data := os.read(main_end, 65536):
-            written += data
-    except OSError as error:  # how Linux says that the other end is closed
-        assert error.errno == errno.EIO
-    os.close(main_end)
-    return process.wait(timeout=60), written.decode()
 
 
 WANDB_RUN = """

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from training_tools import FULL, LORA
 
-from finetune.cli import main
+from finetune.__main__ import main
 from finetune.config import (
     DataArgs,
     LoraArgs,
@@ -23,6 +23,7 @@ from finetune.model import plan_model
 from finetune.plan import estimate, plan, table
 from finetune.plan.advice import ways_to_fit
 from finetune.plan.plan import shape_of
+from finetune.plan.search import keeping_writes
 from ttt import TTTArgs
 
 MOSHI = TrainArgs(
@@ -229,8 +230,12 @@ def test_where_no_single_change_is_enough_on_one_gpu_some_are_together() -> None
     assert advised(MOSHI, 24) == [
         f"{narrow}, batch_size: 8 with num_microbatches: 2",
         f"{narrow}, batch_size: 12 (12 segments a step, not 16)",
-        "GPUs: 8 with parallel.shard_size: 8 (128 segments a step, not 16; batch_size: 2 keeps 16)",
+        "GPUs: 4 with parallel.shard_size: 4, ttt.keep_writes: false "
+        "(64 segments a step, not 16; batch_size: 4 keeps 16)",
     ]
+    shared = dataclasses.replace(MOSHI, parallel=ParallelArgs(shard_size=4))
+    for run, last in ((shared, "GPUs: 8"), (keeping_writes(shared, keep=False), "it fits")):
+        assert last in planned(run, num_gpus=4, gpu_memory_gb=24)[-1]
     # These are no changes from one setting only: they do fit.
     optim = OptimArgs(state="int8")
     ttt = dataclasses.replace(MOSHI.ttt, keep_writes=False)
@@ -385,6 +390,9 @@ def test_what_chunks_write_is_kept_where_there_is_room() -> None:
     (line,) = (each for each in planned(run, gpu_memory_gb=42) if each.startswith("faster"))
     assert "left: ttt.keep_writes: true (37.8 GB" in line
     assert advised(dataclasses.replace(MOSHI, **HIDDEN), 40)[0] == "ttt.keep_writes: false"
+    # Where it is enough to keep less, no more GPUs are named for that.
+    ways = advised(dataclasses.replace(MOSHI, gradient_checkpointing=False), 80)
+    assert ways[0].startswith("gradient_checkpointing: true") and "GPUs" not in " ".join(ways)
     for changes in (OFF, {"ttt": TTTArgs(enabled=True, write="sum", target="text")}):
         assert not any(
             "keep_writes" in each for each in advised(dataclasses.replace(MOSHI, **changes), 30)

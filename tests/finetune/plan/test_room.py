@@ -13,14 +13,15 @@ import torch
 from test_plan import ALL_WEIGHTS, MOSHI
 from training_tools import FULL, LORA, logged_steps
 
-from finetune.checkpoint import snapshot_bytes
-from finetune.cli import COMMANDS, call
+from finetune.checkpoint import checkpoint_bytes
+from finetune.cli import COMMANDS
+from finetune.command_line import call
 from finetune.config import load_config
 from finetune.config.args import TrainArgs
 from finetune.distributed import World
 from finetune.errors import UserError
 from finetune.model import find_checkpoint, plan_model
-from finetune.plan import estimate, room
+from finetune.plan import estimate, explained, room
 from finetune.plan.available import Place, host_places
 from ttt import TTTArgs
 
@@ -167,8 +168,7 @@ def test_a_small_run_is_never_refused(
 def checked(args: TrainArgs, world: World = CPU) -> None:
     info = find_checkpoint(args.moshi_paths) if args.moshi_paths.hf_repo_id else room_info()
     model = plan_model(args, info)
-    copied = snapshot_bytes(args, model, world)
-    room.require_room(args, info, model, world, checkpoint_bytes=copied)
+    room.require_room(args, info, model, world, *checkpoint_bytes(args, model, world))
 
 
 def room_info() -> Any:
@@ -245,6 +245,31 @@ def test_what_is_certain_is_below_the_estimate(config: Path, kind: dict[str, Any
         memory = estimate(args, plan_model(args, find_checkpoint(args.moshi_paths)), 1)
         known = memory.weights + 1.5 * memory.optimizer
         assert known <= room.at_least(memory) <= max(known, memory.peak)
+
+
+@pytest.mark.parametrize(
+    ("changes", "trains", "is_named"),
+    [
+        ({}, True, True),
+        ({}, False, False),
+        ({"gradient_checkpointing": "selective"}, True, False),
+        ({"ttt": dataclasses.replace(MOSHI.ttt, keep_writes=False)}, True, False),
+        ({"ttt": dataclasses.replace(MOSHI.ttt, write="sum")}, True, False),
+        ({"ttt": TTTArgs()}, True, False),
+    ],
+    ids=["delta", "evaluation", "selective", "not kept", "sum", "off"],
+)
+def test_a_gpu_that_is_full_is_told_of_what_chunks_write(
+    changes: dict[str, Any], trains: bool, is_named: bool
+) -> None:
+    """Where it is kept, and there alone; beside what comes before it."""
+    args = dataclasses.replace(MOSHI, **changes)
+    with pytest.raises(UserError) as caught, explained(args, CPU.device, "step 3", trains=trains):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    said = str(caught.value)
+    assert "a smaller batch_size (now 16)" in said
+    assert ("; ttt.keep_writes: false; a shorter" in said) is is_named
+    assert ("keep_writes" in said) is is_named
 
 
 # --- what is there --------------------------------------------------------------------------------

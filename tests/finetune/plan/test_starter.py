@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import COMMAND, run_on_terminal
 from full_disk import FULL, room_for
 from recordings_tools import call
 
@@ -250,6 +251,25 @@ def test_on_a_terminal_what_is_missing_is_asked_for(
     monkeypatch.setattr(sys, "stdin", Terminal(f"{tmp_path / 'data.jsonl'}\n"))  # and Ctrl-D
     assert call("init", tmp_path / "other.yaml") == 1
     assert "--goal is missing" in capsys.readouterr().err
+
+
+def test_a_terminal_shows_how_many_recordings_are_read(tmp_path: Path) -> None:
+    words = ["--data", data(tmp_path, 60), "--goal=adapt", "--gpu_memory=80"]
+    status, said = run_on_terminal(COMMAND, "init", tmp_path / "my.yaml", *words)
+    assert status == 0, said
+    measured, read = re.sub(r"\x1b\[[?\d;]*[a-zA-Z]", "", said).split("wrote")
+    assert re.search(r"measuring \S+ 40/40 ", measured)
+    assert re.search(r"reading transcripts \S+ 40/40 ", read)
+
+
+def test_evaluation_data_that_hold_nothing_leave_no_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "eval.jsonl").touch()
+    words = ["--data", data(tmp_path, 60), "--goal=adapt", "--gpu_memory=80"]
+    out = tmp_path / "my.yaml"
+    assert call("init", out, *words, "--eval_data", tmp_path / "eval.jsonl") == 1
+    assert "eval.jsonl is empty" in capsys.readouterr().err and not out.exists()
 
 
 @pytest.mark.parametrize("wrong", ["untranscribed", "no audio", "a damaged line", "in eval_data"])

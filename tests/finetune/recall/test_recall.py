@@ -248,7 +248,8 @@ def test_a_folder_that_cannot_be_written_is_told_before_training(
         place.mkdir()
     (place / blocked).write_text("a file, not a folder")
     assert run(lambda: recall(out=str(place))) == 1
-    assert "--out: cannot write to" in capsys.readouterr().err
+    said = f"cannot write to {place / blocked}" if blocked else f"{place} is a file; name a folder"
+    assert f"--out: {said}" in capsys.readouterr().err
 
 
 def test_experiments_do_not_share_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

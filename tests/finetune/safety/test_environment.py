@@ -16,8 +16,9 @@ import yaml
 from forked import COMMAND, Program
 from training_tools import REPOSITORY, checkpoint, logged_steps, train
 
-from finetune.cli import COMMANDS, call
+from finetune.cli import COMMANDS
 from finetune.cli import train as train_command
+from finetune.command_line import call
 from finetune.config import check_config, load_config
 from finetune.monitoring import metrics_path
 from finetune.safety import learn_from, learn_from_words, path_problem, redact, secrets
@@ -32,7 +33,7 @@ def program(
     """`moshi-ttt` as a user starts it; with `shell`, as the `$0` of that line of bash."""
     command = [sys.executable, "-m", "finetune", *map(str, arguments)]
     if code:
-        start = "import sys; sys.argv[0] = 'moshi-ttt'; from finetune.cli import main; main()"
+        start = "import sys; sys.argv[0] = 'moshi-ttt'; from finetune.__main__ import main; main()"
         command[1:3] = ["-u", "-c", f"{code}\n{start}"]
     if shell:
         command = ["bash", "-c", shell.replace("$0", shlex.join(command))]

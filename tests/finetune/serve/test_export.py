@@ -1,9 +1,11 @@
 """What others load: stock `moshi`, and `moshi-ttt` with the TTT beside it."""
 
+import dataclasses
 import json
 import shutil
 import types
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -185,7 +187,9 @@ def test_the_card_has_the_options_of_its_method_alone(
     assert settings.keys() >= read and not settings.keys() & foreign
 
 
-def test_adapters_alone(trained: Path, config: Path, tmp_path: Path) -> None:
+def test_adapters_alone(
+    trained: Path, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "adapters"
     options = ExportOptions(trained, out, form="adapters", device="cpu")
     if not (trained / "consolidated/lora.safetensors").is_file():
@@ -199,6 +203,10 @@ def test_adapters_alone(trained: Path, config: Path, tmp_path: Path) -> None:
     theirs = stock(out, moshi_weights=base, lora_weights=out / "lora.safetensors")
     with without_ttt(ours):
         torch.testing.assert_close(text_logits(theirs), text_logits(ours), atol=1e-5, rtol=0)
+    size = sum(path.stat().st_size for path in out.iterdir())
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0.95 * size))
+    with pytest.raises(UserError, match=r"again takes .* are free on its disk"):
+        export_checkpoint(dataclasses.replace(options, out=tmp_path / "again"))
 
 
 def test_adapters_on_random_weights_are_refused_before_a_folder_is_made(

@@ -19,7 +19,7 @@ from forked import COMMAND, Program
 from moshi.modules.transformer import StreamingMultiheadAttention
 from training_tools import checkpoint, train, write_model
 
-from finetune.cli import main
+from finetune.__main__ import main
 from finetune.data import count_frames, decoders
 from finetune.serve import continuation, files
 from finetune.serve.engine import Engine, Spoken

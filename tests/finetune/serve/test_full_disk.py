@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from recordings_tools import call
 from training_tools import checkpoint, train
 
 from finetune.errors import UserError
-from finetune.serve import ExportOptions, export_checkpoint
+from finetune.serve import ExportOptions, export, export_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -82,3 +84,19 @@ def test_an_export_without_room_leaves_nothing(trained: Path, tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == []
     assert export_checkpoint(options).difference < 1e-6
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_an_export_that_finds_no_room_is_refused_before_anything_is_loaded(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its size is known, but for small files."""
+    out = tmp_path / "out"
+    options = ExportOptions(trained, out, device="cpu")
+    export_checkpoint(options)
+    size = sum(path.stat().st_size for path in out.iterdir())
+    shutil.rmtree(out)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0.95 * size))
+    monkeypatch.setattr(export, "load_for_inference", None)
+    with pytest.raises(UserError, match=f"{out} takes .* and .* are free on its disk"):
+        export_checkpoint(options)
+    assert not out.exists()

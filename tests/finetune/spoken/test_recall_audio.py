@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from finetune.cli import main
+from finetune.__main__ import main
 
 Said = Callable[..., tuple[Any, str]]
 WORDS = ["--num_talks=2", "--distances_sec=10", "--num_facts=2", "--answer_sec=2", "--seed=3"]

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import sweep_tools
+from full_disk import FULL, room_for
 from sweep_tools import COMMON, sweep
 
 from finetune.config import load_config
@@ -216,6 +217,17 @@ def test_broken_data_come_in_one_order(write: Callable[..., Any], tmp_path: Path
 )
 def test_mistakes_in_the_runs(write: Callable[..., Any], runs: Any, message: Any) -> None:
     assert re.search(message, problems(write, runs))
+
+
+def test_a_full_disk_is_said_before_the_first_run(
+    write: Callable[..., Any], commands: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write({"a": None})
+    with room_for(0):
+        assert sweep(path) == 1
+    said = f"sweep_dir: cannot write to {path.parent / 'sweep'}: {FULL}."
+    assert said in capsys.readouterr().err
+    assert not commands and not (path.parent / "sweep").exists()
 
 
 def test_mistakes_in_the_file(

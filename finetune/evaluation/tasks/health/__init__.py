@@ -19,7 +19,7 @@ from finetune.report import Table, plain
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from finetune.evaluation.bench import Bench
+    from finetune.evaluation.bench import Bench, Inputs
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +34,11 @@ class Health(Task):
 
     def runs_unasked(self, options: Any) -> bool:
         return True
+
+    def prepare(self, inputs: Inputs, options: HealthOptions) -> None:
+        from finetune.evaluation.tasks.health.prompts import require_long_enough
+
+        require_long_enough(inputs.recordings, options.health)
 
     def run(self, bench: Bench, options: HealthOptions, prepared: None) -> Json:
         import torch

@@ -3,6 +3,7 @@
 import logging
 import math
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -12,6 +13,7 @@ from finetune.data import (
     Codec,
     FileProblem,
     Recording,
+    count_frames,
 )
 from finetune.errors import UserError
 from finetune.evaluation.bench import Bench
@@ -21,6 +23,23 @@ from finetune.evaluation.tasks.health.options import ContinuationOptions
 logger = logging.getLogger(__name__)
 
 
+def require_long_enough(recordings: Sequence[Recording], wanted: ContinuationOptions) -> None:
+    """
+    Raises:
+        UserError: no recording has anything behind the prompt.
+    """
+    prompt_frames = max(1, count_frames(wanted.prompt_sec))
+    if max(map(_whole_frames, recordings)) <= prompt_frames:
+        raise UserError(
+            f"--prompt_sec: no recording is longer than {wanted.prompt_sec:g} s, behind which the "
+            "model is to speak: give a lower one, or --tasks without health."
+        )
+
+
+def _whole_frames(recording: Recording) -> int:
+    return math.floor(recording.duration_sec * FRAME_RATE_HZ)
+
+
 def choose_prompts(
     bench: Bench, wanted: ContinuationOptions, prompt_frames: int, num_frames: int
 ) -> tuple[dict[Recording, Tensor], int]:
@@ -28,15 +47,9 @@ def choose_prompts(
     most one for each continuation; and T, which is `num_frames` or as long as recordings are.
 
     Raises:
-        UserError: there is no such recording.
+        UserError: none can be read.
     """
-
-    def whole_frames(recording: Recording) -> int:
-        return math.floor(recording.duration_sec * FRAME_RATE_HZ)
-
-    longest = max(whole_frames(recording) for recording in bench.recordings)
-    if longest <= prompt_frames:
-        raise UserError(f"--prompt_sec: no recording is longer than {wanted.prompt_sec:g} s.")
+    longest = max(map(_whole_frames, bench.recordings))
     if longest < num_frames:
         num_frames = longest
         bench.note(
@@ -47,7 +60,7 @@ def choose_prompts(
     for recording in bench.recordings:
         if len(found) == wanted.num_continuations:
             break
-        if whole_frames(recording) >= num_frames:
+        if _whole_frames(recording) >= num_frames:
             try:
                 found[recording] = _first_codes(bench.codec, recording, num_frames)
             except FileProblem as problem:
