@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ttt.ops.autocast import without_autocast
 from ttt.ops.in_place import terms
 from ttt.ops.in_place.terms import accumulating_dtype
 
@@ -255,6 +256,7 @@ class _Gram(torch.autograd.Function):
         return terms.product(x, x.transpose(1, 2))
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         (grad,) = grads

@@ -40,11 +40,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ttt.ops import recompute
+from ttt.ops.autocast import without_autocast
 from ttt.ops.compiler_marks import uncompiled
 from ttt.ops.in_place import chunks, delta_gradient, delta_window, terms
 
 
 @uncompiled
+@without_autocast
 def in_place_delta(
     z: Tensor,
     v: Tensor,
@@ -60,7 +62,8 @@ def in_place_delta(
     """Return what the fast weights add to the output of the projection that they change.
 
     The inverses are made in float32 whatever the inputs, in float64 for float64: accurate while β
-    stays below some 1e3 (docs/numerics.md).
+    stays below some 1e3 (docs/numerics.md). Inputs of several types are taken in the type that all
+    fit in; `torch.autocast` changes nothing.
 
     Args:
         z: [B, T, h], the projection's inputs: keys when written, queries when read.
@@ -79,8 +82,12 @@ def in_place_delta(
             checkpointing then makes them once.
 
     Returns:
-        [B, T, d]. Zero within the first chunk of each document.
+        [B, T, d], in the type that the inputs fit in. Zero within the first chunk of each document.
     """
+    if projection is None:
+        z, v = terms.promoted(z, v)
+    else:
+        z, v, projection = terms.promoted(z, v, projection)
     if documents is not None:
         lengths = chunks.split_documents(documents)
         flat = [z.flatten(0, 1).split(lengths), v.flatten(0, 1).split(lengths)]
@@ -104,6 +111,7 @@ def in_place_delta(
     return _Delta.apply(z.contiguous(), v.contiguous(), beta.reshape(()), written, projection, cut)
 
 
+@without_autocast
 @terms.all_digits()
 def chunk_errors(keys: Tensor, residual: Tensor, beta: Tensor | float) -> Tensor:
     """Return E of one chunk, as streaming writes it.
@@ -153,6 +161,7 @@ class _Delta(torch.autograd.Function):
         return out
 
     @staticmethod
+    @without_autocast
     @terms.all_digits()
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         z, beta, *saved = ctx.saved_tensors

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ttt.ops.autocast import without_autocast
 from ttt.ops.in_place import kernels
 
 PROGRAMS = 264
@@ -25,6 +26,7 @@ _DTYPES: dict[torch.dtype, Any] = {
 }
 
 
+@without_autocast
 def stream_frame(
     z: Tensor,
     key: Tensor,

@@ -21,11 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ttt.ops.autocast import without_autocast
 from ttt.ops.compiler_marks import uncompiled
 from ttt.ops.in_place import chunks, terms
 
 
 @uncompiled
+@without_autocast
 def in_place_ttt(
     z: Tensor,
     v: Tensor,
@@ -38,6 +40,8 @@ def in_place_ttt(
     lag: int = 0,
 ) -> Tensor:
     """Return what the fast weights add to the output of the projection that they change.
+
+    Inputs of two types are taken in the type that both fit in; `torch.autocast` changes nothing.
 
     Args:
         z: [B, T, h], the projection's inputs: keys when written, queries when read.
@@ -52,8 +56,9 @@ def in_place_ttt(
             `lag` frames of a document complete nothing.
 
     Returns:
-        [B, T, d]. Zero within the first chunk of each document.
+        [B, T, d], in the type that the inputs fit in. Zero within the first chunk of each document.
     """
+    z, v = terms.promoted(z, v)
     if documents is not None:
         lengths = chunks.split_documents(documents)
         parts = [
@@ -143,6 +148,7 @@ def chunk_conv(
     return total
 
 
+@without_autocast
 def chunk_delta(z: Tensor, v: Tensor, *, max_delta_norm: float | None = None) -> Tensor:
     """Return Δ of one chunk, as streaming writes it.
 
@@ -161,6 +167,7 @@ def chunk_delta(z: Tensor, v: Tensor, *, max_delta_norm: float | None = None) ->
     return delta
 
 
+@without_autocast
 def delta_norm_square(z: Tensor, v: Tensor, chunk_size: int, lag: int = 0) -> Tensor:
     """Return ‖Δ_i‖²_F of the complete chunks, [B, T // C], at least in float32; no Δ is built.
 
@@ -283,6 +290,7 @@ class _Sum(torch.autograd.Function):
         return out
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         z, v, *kept = ctx.saved_tensors
         lr, cut = ctx.lr, ctx.cut

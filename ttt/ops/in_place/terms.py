@@ -13,6 +13,7 @@ inner dimension stays in one piece. Numbers of 32 or 64 bits are their own singl
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +40,12 @@ def all_digits() -> Iterator[None]:
 def accumulating_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the type that sums of `dtype` are made in: float32, or float64 for float64."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def promoted(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return the tensors in the type that they all fit in."""
+    dtype = reduce(torch.promote_types, (x.dtype for x in tensors))
+    return tuple(x.to(dtype) for x in tensors)
 
 
 def num_terms(dtype: torch.dtype) -> int:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ttt.ops.autocast import without_autocast
 from ttt.ops.inner_loop import kernels, linear_kernels
 from ttt.ops.inner_loop.mlp_backward import mlp_backward
 from ttt.ops.inner_loop.pieces import EPSILON, InnerLayers, flatten
@@ -126,6 +127,7 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable  # else the gradients' own gradients would be zero, and nothing say so
+    @without_autocast
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         # Once: under activation checkpointing they can be asked for once.
         saved = list(ctx.saved_tensors)

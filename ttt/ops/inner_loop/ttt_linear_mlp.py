@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ttt.ops.autocast import without_autocast
 from ttt.ops.compiler_marks import uncompiled
 from ttt.ops.inner_loop.layout import lay_out
 from ttt.ops.inner_loop.pieces import (
@@ -130,6 +131,7 @@ def ttt_mlp(
 
 
 @torch.no_grad()
+@without_autocast
 def inner_losses(
     k: Tensor,
     v: Tensor,
@@ -177,6 +179,7 @@ def inner_losses(
 
 
 @uncompiled
+@without_autocast
 def inner_scan(
     q: Tensor,
     k: Tensor,
