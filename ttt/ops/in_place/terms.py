@@ -19,22 +19,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ttt.ops.process_setting import ProcessSetting
+
 PADDING = 8
 """Frames that are added to a chunk for its sum: as many as 16 bytes have 16-bit numbers, so that
 products stay fast."""
+
+
+_PRODUCTS = torch.backends.cuda.matmul
+_FLOAT32_PRODUCTS: ProcessSetting[str] = ProcessSetting(
+    "ieee",
+    read=lambda: str(_PRODUCTS.fp32_precision),
+    write=lambda value: setattr(_PRODUCTS, "fp32_precision", value),
+)
 
 
 @contextmanager
 def all_digits() -> Iterator[None]:
     """Have products of float32 numbers on a GPU no TF32, which has 10 bits of mantissa: of
     inverses it makes noise, and of what is positive definite something that is not."""
-    products = torch.backends.cuda.matmul
-    allowed = products.fp32_precision
-    products.fp32_precision = "ieee"
-    try:
+    with _FLOAT32_PRODUCTS.holding():
         yield
-    finally:
-        products.fp32_precision = allowed
 
 
 def accumulating_dtype(dtype: torch.dtype) -> torch.dtype:
