@@ -4,8 +4,10 @@
     S_{i+1} = γ S_i + E_iᵀ K_i,    o_t = S_{chunk(t)} z_t
 
 Regularized least squares on the residual: what a chunk has in common with those before it is not
-written again, so the state stays bounded however long the stream. Only complete chunks write. The
-mean is over the pairs that are written and whose keys are not zero; without any, nothing is.
+written again, so the state stays bounded however long the stream. Only complete chunks write. K, V
+and the mean are of the pairs that are written and whose keys are not zero; without any, nothing is.
+A key of zeros has no gradient by what it would write: the rule jumps there, by one pair more in the
+mean.
 
 Reading is as for `sum`, with E in place of V (`in_place.chunks`), so no state is kept per chunk
 either. With H_i = K_i K_iᵀ + λ_i I, whose inverses depend on no state and are all made at once, and
