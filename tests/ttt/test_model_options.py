@@ -1,6 +1,7 @@
 """Single options of a model with TTT: where and when it learns, what is measured, and mistakes."""
 
 import dataclasses
+import re
 from typing import Any, ClassVar
 
 import pytest
@@ -182,6 +183,13 @@ def test_what_cannot_be_built_is_one_clear_error(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         build_model(tiny_lm_kwargs(**lm_overrides), args, device="meta")
+
+
+@pytest.mark.parametrize("mode", ["wrong", "", "true", None, 1])
+def test_what_is_kept_for_the_backward_pass_is_one_of_three(mode: Any) -> None:
+    message = f"gradient_checkpointing: must be false, true or selective, got {mode!r}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        build_model(tiny_lm_kwargs(), tiny_args(), device="meta", gradient_checkpointing=mode)
 
 
 def test_layers_are_where_they_are_configured() -> None:

@@ -40,11 +40,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ttt.ops import recompute
 from ttt.ops.autocast import without_autocast
 from ttt.ops.compiler_marks import uncompiled
 from ttt.ops.in_place import chunks, delta_gradient, delta_window, terms
+from ttt.ops.in_place.checks import check_beta, check_sequence
 
 
 @uncompiled
@@ -85,12 +87,27 @@ def in_place_delta(
 
     Returns:
         [B, T, d], in the type that the inputs fit in. Zero within the first chunk of each document.
+
+    Raises:
+        ValueError: an argument out of range or shape. Of tensors only shapes are looked at, as to
+            see a value is to wait for the device: a β ≤ 0 in a tensor gives what means nothing.
     """
+    check_beta(beta)
+    check_sequence(
+        z,
+        v,
+        chunk_size=chunk_size,
+        decay=decay,
+        lag=lag,
+        documents=documents,
+        written=written,
+        projection=projection,
+    )
     if projection is None:
         z, v = terms.promoted(z, v)
     else:
         z, v, projection = terms.promoted(z, v, projection)
-    if documents is not None:
+    if documents is not None and documents.numel() > 0:
         lengths = chunks.split_documents(documents)
         flat = [z.flatten(0, 1).split(lengths), v.flatten(0, 1).split(lengths)]
         if written is not None:
@@ -125,7 +142,11 @@ def chunk_errors(keys: Tensor, residual: Tensor, beta: Tensor | float) -> Tensor
 
     Returns:
         [B, C, d], at least in float32.
+
+    Raises:
+        ValueError: β out of range or shape; see `in_place_delta`.
     """
+    check_beta(beta)
     inverse, _, _ = delta_window.inverse(chunks.gram(keys), beta)
     return inverse @ residual.to(inverse.dtype)
 
@@ -163,6 +184,7 @@ class _Delta(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable  # it writes into memory of its own, which no gradient can pass
     @without_autocast
     @terms.all_digits()
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

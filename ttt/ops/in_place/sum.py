@@ -20,10 +20,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ttt.ops.autocast import without_autocast
 from ttt.ops.compiler_marks import uncompiled
 from ttt.ops.in_place import chunks, terms
+from ttt.ops.in_place.checks import (
+    check_chunk_size,
+    check_lookahead,
+    check_norm,
+    check_sequence,
+)
 
 
 @uncompiled
@@ -57,9 +64,14 @@ def in_place_ttt(
 
     Returns:
         [B, T, d], in the type that the inputs fit in. Zero within the first chunk of each document.
+
+    Raises:
+        ValueError: an argument out of range or shape.
     """
+    check_norm(max_delta_norm)
+    check_sequence(z, v, chunk_size=chunk_size, decay=decay, lag=lag, documents=documents)
     z, v = terms.promoted(z, v)
-    if documents is not None:
+    if documents is not None and documents.numel() > 0:
         lengths = chunks.split_documents(documents)
         parts = [
             in_place_ttt(
@@ -131,8 +143,13 @@ def chunk_conv(
 
     Returns:
         [B, T, d].
+
+    Raises:
+        ValueError: a `chunk_size` or a `lookahead` out of range.
     """
     num_frames, kernel_size = x.shape[1], weight.shape[-1]
+    check_chunk_size(chunk_size)
+    check_lookahead(lookahead, kernel_size)
     numbers = chunks.number_chunks(num_frames, chunk_size, documents, device=x.device)
     total = torch.zeros_like(x)
     for k in range(kernel_size):
@@ -159,7 +176,11 @@ def chunk_delta(z: Tensor, v: Tensor, *, max_delta_norm: float | None = None) ->
 
     Returns:
         [B, d, h], at least in float32.
+
+    Raises:
+        ValueError: a `max_delta_norm` out of range.
     """
+    check_norm(max_delta_norm)
     delta = terms.product(v.transpose(1, 2), z)
     if max_delta_norm is not None:
         norm = torch.linalg.vector_norm(delta, dim=(1, 2), keepdim=True)
@@ -290,6 +311,7 @@ class _Sum(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable  # it writes into memory of its own, which no gradient can pass
     @without_autocast
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         z, v, *kept = ctx.saved_tensors
