@@ -51,7 +51,7 @@ def stream_frame(
     """Read the state with one frame, keep the frame, and write the chunks that it completes.
 
     Changes what is given from `change` to `num_pending` in place and asks nothing of the device.
-    Shapes and meanings are those of `ttt.layers.in_place.InPlaceState`.
+    Shapes and meanings are those of `ttt.layers.in_place_state.InPlaceState`.
 
     Args:
         z: [B, 1, h], to read with.

@@ -274,7 +274,7 @@ def _backward_parts(size: int, width: int) -> int:
 def in_lines(w1: Tensor, w2: Tensor, parts: int) -> tuple[Tensor, Tensor]:
     """Views of w1 [B, H, f, h] and w2 [B, H, h, f] in the order in which the threads of
     `mlp_forward` hold them: of 16 hidden units and 8 columns of each part in turn, see
-    `scan_kernels._line`. Of these units, four in sequence are one thread's as columns."""
+    `kernels._line`. Of these units, four in sequence are one thread's as columns."""
     columns, units = (parts, -1, 4, 2), (-1, 4, 2, 2)
     w1 = w1.unflatten(-1, units).unflatten(2, columns)
     w2 = w2.unflatten(-1, columns).unflatten(2, units)
