@@ -15,10 +15,27 @@ from helpers import (
     tiny_model,
     tiny_relative_args,
 )
-from test_model import ARGS, IN_PLACE, LINEAR, assert_same, each_of, stock_copy, stream, text_logits
+from test_model import (
+    ARGS,
+    BY_DEFAULT,
+    IN_PLACE,
+    LINEAR,
+    assert_same,
+    each_of,
+    stock_copy,
+    stream,
+    text_logits,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ttt import TTTArgs, TTTLMModel, build_model, measuring, ops
+
+
+def test_the_invariants_are_tested_by_default_for_what_is_shipped() -> None:
+    """For all of it in one: each option may be right with others, and wrong with these."""
+    sizes = {"enabled", "start_layer", "layer_frequency", "chunk_size"}
+    options: Any = {f.name: f.default for f in dataclasses.fields(TTTArgs) if f.name not in sizes}
+    assert dataclasses.replace(tiny_args(), **options) in [ARGS[name] for name in BY_DEFAULT]
 
 
 def test_on_meta_nothing_is_drawn() -> None:
