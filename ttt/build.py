@@ -56,6 +56,11 @@ def build_model(
         if attention_context < 1:
             raise ValueError(f"attention_context: must be at least 1, got {attention_context}")
         lm_kwargs["context"] = attention_context
+    if not isinstance(gradient_checkpointing, bool) and gradient_checkpointing != "selective":
+        raise ValueError(
+            "gradient_checkpointing: must be false, true or selective, got "
+            f"{gradient_checkpointing!r}"
+        )
     _refuse(lm_kwargs, ttt_args, selective_layers)
     without_values = device is not None and torch.device(device).type == "meta"
     with _NothingDrawn() if without_values else nullcontext():

@@ -14,7 +14,6 @@ import sentencepiece
 import torch
 from moshi.models.compression import MimiModel
 from moshi.modules.rope import RotaryEmbedding, apply_rope
-from moshi.utils.compile import no_compile
 from torch.nn import functional as F
 
 from finetune.data.audio import inspect_audio
@@ -26,6 +25,7 @@ from finetune.data.segments import Segment, SegmentReader
 from finetune.data.text import FRAME_RATE_HZ, TextEncoder, count_frames
 from finetune.errors import UserError
 from ttt import block_streaming
+from ttt.layers.execution import eager_on_cpu
 
 _PIECE_FRAMES = 1250
 """Longer segments are encoded in pieces of this length. Mimi's first layers hold 64 floats a
@@ -268,15 +268,15 @@ class Codec:
         """Keep Mimi from compiling parts of itself: it may compute in the background, and
         PyTorch cannot compile in one thread and run compiled functions in another.
 
-        On a CPU this is for good, and for all of `moshi`: its own switch is one for all threads,
-        and who leaves last would decide what it is set to.
+        On a CPU this is for good, and for all of `moshi`: its switch is one for all threads, and
+        Mimi itself sets and restores it as it encodes.
         """
         global _eager_on_cpu
         for module in self.mimi.modules():
             if isinstance(module, RotaryEmbedding):
                 module.forward = partial(_rotate, module)
         if self.device.type != "cuda" and _eager_on_cpu is None:
-            _eager_on_cpu = no_compile()
+            _eager_on_cpu = eager_on_cpu(self.device)
             _eager_on_cpu.__enter__()
 
     @cached_property

@@ -59,6 +59,7 @@ LINEAR: dict[str, Any] = {
 }
 ARGS = IN_PLACE | LINEAR
 BY_DEFAULT = {
+    "relative delta",
     "text",
     "relative, hidden, no lookahead",
     "carried sum",

@@ -1,6 +1,7 @@
 """Single options of a model with TTT: where and when it learns, what is measured, and mistakes."""
 
 import dataclasses
+import re
 from typing import Any, ClassVar
 
 import pytest
@@ -14,10 +15,27 @@ from helpers import (
     tiny_model,
     tiny_relative_args,
 )
-from test_model import ARGS, IN_PLACE, LINEAR, assert_same, each_of, stock_copy, stream, text_logits
+from test_model import (
+    ARGS,
+    BY_DEFAULT,
+    IN_PLACE,
+    LINEAR,
+    assert_same,
+    each_of,
+    stock_copy,
+    stream,
+    text_logits,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ttt import TTTArgs, TTTLMModel, build_model, measuring, ops, without_ttt
+
+
+def test_the_invariants_are_tested_by_default_for_what_is_shipped() -> None:
+    """For all of it in one: each option may be right with others, and wrong with these."""
+    sizes = {"enabled", "start_layer", "layer_frequency", "chunk_size"}
+    options: Any = {f.name: f.default for f in dataclasses.fields(TTTArgs) if f.name not in sizes}
+    assert dataclasses.replace(tiny_args(), **options) in [ARGS[name] for name in BY_DEFAULT]
 
 
 def test_on_meta_nothing_is_drawn() -> None:
@@ -211,6 +229,13 @@ def test_a_block_measures_on_after_one_within_it(args: TTTArgs) -> None:
     with measuring(model) as expected:
         text_logits(model, random_codes())
     assert outer == expected and outer != inner and not nothing
+
+
+@pytest.mark.parametrize("mode", ["wrong", "", "true", None, 1])
+def test_what_is_kept_for_the_backward_pass_is_one_of_three(mode: Any) -> None:
+    message = f"gradient_checkpointing: must be false, true or selective, got {mode!r}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        build_model(tiny_lm_kwargs(), tiny_args(), device="meta", gradient_checkpointing=mode)
 
 
 def test_layers_are_where_they_are_configured() -> None:

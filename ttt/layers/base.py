@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ttt.config import TTTArgs
 from ttt.layers.execution import Execution
 from ttt.layers.streamed import Streamed
+from ttt.ops.autocast import without_autocast
 from ttt.registry import METHODS
 
 
@@ -156,6 +157,7 @@ class TTTLayer(Streamed, StreamingModule[StateT]):
         """Return what the method has added to the model's parameters, by name in this module."""
         return dict(self.named_parameters())
 
+    @without_autocast
     def measure_once(self, find: Callable[[], dict[str, Tensor]]) -> None:
         """Fill `measured` with what `find` returns, if it is asked for and was not found yet."""
         if not self.measure:

@@ -10,7 +10,7 @@ from functools import cache, partial
 from typing import Any, Literal
 
 import torch
-from moshi.utils.compile import no_compile
+from moshi.utils import compile as moshi_compile
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -20,6 +20,7 @@ from torch.utils.checkpoint import (
 # The operators that are kept are registered there.
 from ttt.ops import frozen as _frozen  # noqa: F401
 from ttt.ops.moshi import depth_attention as _depth_attention  # noqa: F401
+from ttt.ops.process_setting import ProcessSetting
 from ttt.ops.recompute import forward_passes
 
 Checkpointing = bool | Literal["selective"]
@@ -145,10 +146,18 @@ def _is_news(record: logging.LogRecord) -> bool:
     return "context_fn" not in str(record.msg)
 
 
+_MOSHI_IS_EAGER = ProcessSetting(
+    True,
+    read=lambda: bool(moshi_compile._compile_disabled),
+    write=lambda value: setattr(moshi_compile, "_compile_disabled", value),
+)
+"""What `moshi.utils.compile.no_compile` sets, which only one thread may enter at a time."""
+
+
 def eager_on_cpu(device: torch.device) -> AbstractContextManager[None]:
     """Keeps `moshi` from compiling small functions where it costs more than it brings, and needs
     a C++ compiler: on the CPU."""
-    return nullcontext() if device.type == "cuda" else no_compile()
+    return nullcontext() if device.type == "cuda" else _MOSHI_IS_EAGER.holding()
 
 
 def _checkpointed(function: Callable[..., Any], mode: Checkpointing, *args: Any) -> Any:

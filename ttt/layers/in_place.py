@@ -15,6 +15,7 @@ from ttt.layers.blocks import linear_of, project
 from ttt.layers.frames import complete, delayed, inverse_square, normalized, only
 from ttt.layers.in_place_measure import measure
 from ttt.layers.in_place_state import InPlaceState
+from ttt.ops.autocast import without_autocast
 from ttt.ops.in_place.terms import PADDING, accumulating_dtype
 
 GATE_SPEED = 10.0
@@ -207,6 +208,7 @@ class InPlaceGating(TTTLayer[InPlaceState]):
         """Return what z is written with, as z itself."""
         return z * inverse_square(z).to(z.dtype) if self.divides_by_keys else z
 
+    @without_autocast
     def _targets(self, source: Tensor) -> Tensor:
         """v = W_target · conv(source), [B, T, d]: the target that is complete at each frame."""
         return F.linear(self._mixed(source), self.target_proj)
@@ -289,22 +291,20 @@ class InPlaceGating(TTTLayer[InPlaceState]):
         return state.num_pending
 
     @torch.no_grad()
+    @without_autocast
     def _stream(
         self, z: Tensor, source: Tensor, is_frame: Tensor | None, state: InPlaceState
     ) -> Tensor:
         """S z of T more frames, [B, T, d]; rows may differ in position."""
         if is_frame is None or not self.args.carries:
             is_frame = torch.ones(z.shape[:2], dtype=torch.bool, device=z.device)
-        on_device = z.is_cuda and z.shape[1] == 1
-        stream = self._stream_frame if on_device else self._stream_frames
+        stream = self._stream_frame if z.is_cuda and z.shape[1] == 1 else self._stream_frames
         return stream(z, source, is_frame, state).to(z.dtype)
 
     def _stream_frames(
         self, z: Tensor, source: Tensor, is_frame: Tensor, state: InPlaceState
     ) -> Tensor:
-        num_frames = z.shape[1]
-        outputs = []
-        start = 0
+        outputs, start, num_frames = [], 0, z.shape[1]
         while start < num_frames:
             # As many frames as no row's chunk ends before.
             length = min(num_frames - start, self.args.chunk_size - int(state.num_pending.max()))

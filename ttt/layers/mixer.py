@@ -16,6 +16,7 @@ from ttt.layers.blocks import norm_of, normalize
 from ttt.layers.conv_tail import ConvTail
 from ttt.layers.mixer_measure import measure
 from ttt.layers.mixer_state import TTTMixerState
+from ttt.ops.autocast import without_autocast
 from ttt.ops.inner_loop.pieces import (
     InnerLayers,
     Written,
@@ -276,6 +277,7 @@ class TTTMixer(TTTLayer[TTTMixerState]):
         )
 
     @torch.no_grad()
+    @without_autocast
     def _stream(
         self,
         q: Tensor,

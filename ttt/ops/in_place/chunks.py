@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ttt.ops.autocast import without_autocast
 from ttt.ops.in_place import terms
 from ttt.ops.in_place.terms import accumulating_dtype
 
@@ -137,15 +138,7 @@ def cut(
     *,
     batch: int,
 ) -> Cut:
-    """Return the fastest cut of `batch` rows that keeps memory in bounds; see this module's text.
-
-    Raises:
-        ValueError: a lag of a chunk or more.
-    """
-    if not 0 <= lag < chunk_size:
-        raise ValueError(
-            f"lag: must lie between 0 and chunk_size - 1 = {chunk_size - 1}, got {lag}"
-        )
+    """Return the fastest cut of `batch` rows that keeps memory in bounds: see the module's text."""
     # A chunk that the sequence does not fill writes nothing, and is as good as one a frame longer.
     chunk_size = min(chunk_size, max(num_frames, lag) + 1)
     limit = max(SUPER_CHUNK_FRAMES, 3 * width * hidden // (width + hidden))
@@ -255,6 +248,7 @@ class _Gram(torch.autograd.Function):
         return terms.product(x, x.transpose(1, 2))
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         (grad,) = grads

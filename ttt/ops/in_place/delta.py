@@ -4,8 +4,10 @@
     S_{i+1} = γ S_i + E_iᵀ K_i,    o_t = S_{chunk(t)} z_t
 
 Regularized least squares on the residual: what a chunk has in common with those before it is not
-written again, so the state stays bounded however long the stream. Only complete chunks write. The
-mean is over the pairs that are written and whose keys are not zero; without any, nothing is.
+written again, so the state stays bounded however long the stream. Only complete chunks write. K, V
+and the mean are of the pairs that are written and whose keys are not zero; without any, nothing is.
+A key of zeros has no gradient by what it would write: the rule jumps there, by one pair more in the
+mean.
 
 Reading is as for `sum`, with E in place of V (`in_place.chunks`), so no state is kept per chunk
 either. With H_i = K_i K_iᵀ + λ_i I, whose inverses depend on no state and are all made at once, and
@@ -38,13 +40,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ttt.ops import recompute
+from ttt.ops.autocast import without_autocast
 from ttt.ops.compiler_marks import uncompiled
 from ttt.ops.in_place import chunks, delta_gradient, delta_window, terms
+from ttt.ops.in_place.checks import check_beta, check_sequence
 
 
 @uncompiled
+@without_autocast
 def in_place_delta(
     z: Tensor,
     v: Tensor,
@@ -60,7 +66,8 @@ def in_place_delta(
     """Return what the fast weights add to the output of the projection that they change.
 
     The inverses are made in float32 whatever the inputs, in float64 for float64: accurate while β
-    stays below some 1e3 (docs/numerics.md).
+    stays below some 1e3 (docs/numerics.md). Inputs of several types are taken in the type that all
+    fit in; `torch.autocast` changes nothing.
 
     Args:
         z: [B, T, h], the projection's inputs: keys when written, queries when read.
@@ -79,9 +86,28 @@ def in_place_delta(
             checkpointing then makes them once.
 
     Returns:
-        [B, T, d]. Zero within the first chunk of each document.
+        [B, T, d], in the type that the inputs fit in. Zero within the first chunk of each document.
+
+    Raises:
+        ValueError: an argument out of range or shape. Of tensors only shapes are looked at, as to
+            see a value is to wait for the device: a β ≤ 0 in a tensor gives what means nothing.
     """
-    if documents is not None:
+    check_beta(beta)
+    check_sequence(
+        z,
+        v,
+        chunk_size=chunk_size,
+        decay=decay,
+        lag=lag,
+        documents=documents,
+        written=written,
+        projection=projection,
+    )
+    if projection is None:
+        z, v = terms.promoted(z, v)
+    else:
+        z, v, projection = terms.promoted(z, v, projection)
+    if documents is not None and documents.numel() > 0:
         lengths = chunks.split_documents(documents)
         flat = [z.flatten(0, 1).split(lengths), v.flatten(0, 1).split(lengths)]
         if written is not None:
@@ -104,6 +130,7 @@ def in_place_delta(
     return _Delta.apply(z.contiguous(), v.contiguous(), beta.reshape(()), written, projection, cut)
 
 
+@without_autocast
 @terms.all_digits()
 def chunk_errors(keys: Tensor, residual: Tensor, beta: Tensor | float) -> Tensor:
     """Return E of one chunk, as streaming writes it.
@@ -115,7 +142,11 @@ def chunk_errors(keys: Tensor, residual: Tensor, beta: Tensor | float) -> Tensor
 
     Returns:
         [B, C, d], at least in float32.
+
+    Raises:
+        ValueError: β out of range or shape; see `in_place_delta`.
     """
+    check_beta(beta)
     inverse, _, _ = delta_window.inverse(chunks.gram(keys), beta)
     return inverse @ residual.to(inverse.dtype)
 
@@ -153,6 +184,8 @@ class _Delta(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable  # it writes into memory of its own, which no gradient can pass
+    @without_autocast
     @terms.all_digits()
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         z, beta, *saved = ctx.saved_tensors

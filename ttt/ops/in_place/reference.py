@@ -50,18 +50,22 @@ def in_place_delta(
 ) -> Tensor:
     """Return what the fast weights add, with `write: delta`, by its definition.
 
-    For each chunk, with its written keys K and targets V,
+    For each chunk, with the keys K and targets V of the pairs that are written and whose keys are
+    not zero,
 
-        E = (K Kᵀ + λ I)⁻¹ (V − K Sᵀ),   λ = mean ‖k‖² / β,   S ← γ S + Eᵀ K.
+        E = (K Kᵀ + λ I)⁻¹ (V − K Sᵀ),   λ = mean ‖k‖² / β,   S ← γ S + Eᵀ K,
 
+    and S ← γ S without any such pair. A key of zeros has no gradient by what it would write: it is
+    not the limit of small keys, which count in the mean, so that the rule jumps there.
     Arguments as for `ttt.ops.in_place_delta`.
     """
 
     def write(change: Tensor, keys: Tensor, targets: Tensor) -> Tensor:
-        num_keys = int((keys != 0).any(1).sum())
-        if num_keys == 0:
+        is_key = (keys != 0).any(1)
+        keys, targets = keys[is_key], targets[is_key]
+        if len(keys) == 0:
             return decay * change
-        strength = keys.square().sum() / num_keys / beta
+        strength = keys.square().sum(1).mean() / beta
         matrix = keys @ keys.T + strength * torch.eye(len(keys), dtype=z.dtype)
         errors = torch.linalg.solve(matrix, targets - keys @ change.T)
         return decay * change + errors.T @ keys

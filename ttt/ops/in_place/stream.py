@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ttt.ops.autocast import without_autocast
 from ttt.ops.in_place import kernels
 
 PROGRAMS = 264
@@ -25,6 +26,7 @@ _DTYPES: dict[torch.dtype, Any] = {
 }
 
 
+@without_autocast
 def stream_frame(
     z: Tensor,
     key: Tensor,
@@ -49,7 +51,7 @@ def stream_frame(
     """Read the state with one frame, keep the frame, and write the chunks that it completes.
 
     Changes what is given from `change` to `num_pending` in place and asks nothing of the device.
-    Shapes and meanings are those of `ttt.layers.in_place.InPlaceState`.
+    Shapes and meanings are those of `ttt.layers.in_place_state.InPlaceState`.
 
     Args:
         z: [B, 1, h], to read with.

@@ -20,12 +20,21 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from ttt.ops.autocast import without_autocast
 from ttt.ops.compiler_marks import uncompiled
 from ttt.ops.in_place import chunks, terms
+from ttt.ops.in_place.checks import (
+    check_chunk_size,
+    check_lookahead,
+    check_norm,
+    check_sequence,
+)
 
 
 @uncompiled
+@without_autocast
 def in_place_ttt(
     z: Tensor,
     v: Tensor,
@@ -38,6 +47,8 @@ def in_place_ttt(
     lag: int = 0,
 ) -> Tensor:
     """Return what the fast weights add to the output of the projection that they change.
+
+    Inputs of two types are taken in the type that both fit in; `torch.autocast` changes nothing.
 
     Args:
         z: [B, T, h], the projection's inputs: keys when written, queries when read.
@@ -52,9 +63,15 @@ def in_place_ttt(
             `lag` frames of a document complete nothing.
 
     Returns:
-        [B, T, d]. Zero within the first chunk of each document.
+        [B, T, d], in the type that the inputs fit in. Zero within the first chunk of each document.
+
+    Raises:
+        ValueError: an argument out of range or shape.
     """
-    if documents is not None:
+    check_norm(max_delta_norm)
+    check_sequence(z, v, chunk_size=chunk_size, decay=decay, lag=lag, documents=documents)
+    z, v = terms.promoted(z, v)
+    if documents is not None and documents.numel() > 0:
         lengths = chunks.split_documents(documents)
         parts = [
             in_place_ttt(
@@ -126,8 +143,13 @@ def chunk_conv(
 
     Returns:
         [B, T, d].
+
+    Raises:
+        ValueError: a `chunk_size` or a `lookahead` out of range.
     """
     num_frames, kernel_size = x.shape[1], weight.shape[-1]
+    check_chunk_size(chunk_size)
+    check_lookahead(lookahead, kernel_size)
     numbers = chunks.number_chunks(num_frames, chunk_size, documents, device=x.device)
     total = torch.zeros_like(x)
     for k in range(kernel_size):
@@ -143,6 +165,7 @@ def chunk_conv(
     return total
 
 
+@without_autocast
 def chunk_delta(z: Tensor, v: Tensor, *, max_delta_norm: float | None = None) -> Tensor:
     """Return Δ of one chunk, as streaming writes it.
 
@@ -153,7 +176,11 @@ def chunk_delta(z: Tensor, v: Tensor, *, max_delta_norm: float | None = None) ->
 
     Returns:
         [B, d, h], at least in float32.
+
+    Raises:
+        ValueError: a `max_delta_norm` out of range.
     """
+    check_norm(max_delta_norm)
     delta = terms.product(v.transpose(1, 2), z)
     if max_delta_norm is not None:
         norm = torch.linalg.vector_norm(delta, dim=(1, 2), keepdim=True)
@@ -161,6 +188,7 @@ def chunk_delta(z: Tensor, v: Tensor, *, max_delta_norm: float | None = None) ->
     return delta
 
 
+@without_autocast
 def delta_norm_square(z: Tensor, v: Tensor, chunk_size: int, lag: int = 0) -> Tensor:
     """Return ‖Δ_i‖²_F of the complete chunks, [B, T // C], at least in float32; no Δ is built.
 
@@ -283,6 +311,8 @@ class _Sum(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable  # it writes into memory of its own, which no gradient can pass
+    @without_autocast
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         z, v, *kept = ctx.saved_tensors
         lr, cut = ctx.lr, ctx.cut

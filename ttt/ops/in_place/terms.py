@@ -13,32 +13,44 @@ inner dimension stays in one piece. Numbers of 32 or 64 bits are their own singl
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ttt.ops.process_setting import ProcessSetting
 
 PADDING = 8
 """Frames that are added to a chunk for its sum: as many as 16 bytes have 16-bit numbers, so that
 products stay fast."""
 
 
+_PRODUCTS = torch.backends.cuda.matmul
+_FLOAT32_PRODUCTS: ProcessSetting[str] = ProcessSetting(
+    "ieee",
+    read=lambda: str(_PRODUCTS.fp32_precision),
+    write=lambda value: setattr(_PRODUCTS, "fp32_precision", value),
+)
+
+
 @contextmanager
 def all_digits() -> Iterator[None]:
     """Have products of float32 numbers on a GPU no TF32, which has 10 bits of mantissa: of
     inverses it makes noise, and of what is positive definite something that is not."""
-    products = torch.backends.cuda.matmul
-    allowed = products.fp32_precision
-    products.fp32_precision = "ieee"
-    try:
+    with _FLOAT32_PRODUCTS.holding():
         yield
-    finally:
-        products.fp32_precision = allowed
 
 
 def accumulating_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the type that sums of `dtype` are made in: float32, or float64 for float64."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def promoted(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return the tensors in the type that they all fit in."""
+    dtype = reduce(torch.promote_types, (x.dtype for x in tensors))
+    return tuple(x.to(dtype) for x in tensors)
 
 
 def num_terms(dtype: torch.dtype) -> int:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ttt.ops.autocast import without_autocast
 from ttt.ops.inner_loop import kernels, linear_kernels
 from ttt.ops.inner_loop.mlp_backward import mlp_backward
 from ttt.ops.inner_loop.pieces import EPSILON, InnerLayers, flatten
@@ -126,6 +127,7 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable  # else the gradients' own gradients would be zero, and nothing say so
+    @without_autocast
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         # Once: under activation checkpointing they can be asked for once.
         saved = list(ctx.saved_tensors)
@@ -272,7 +274,7 @@ def _backward_parts(size: int, width: int) -> int:
 def in_lines(w1: Tensor, w2: Tensor, parts: int) -> tuple[Tensor, Tensor]:
     """Views of w1 [B, H, f, h] and w2 [B, H, h, f] in the order in which the threads of
     `mlp_forward` hold them: of 16 hidden units and 8 columns of each part in turn, see
-    `scan_kernels._line`. Of these units, four in sequence are one thread's as columns."""
+    `kernels._line`. Of these units, four in sequence are one thread's as columns."""
     columns, units = (parts, -1, 4, 2), (-1, 4, 2, 2)
     w1 = w1.unflatten(-1, units).unflatten(2, columns)
     w2 = w2.unflatten(-1, columns).unflatten(2, units)

@@ -27,6 +27,8 @@ def short_conv(
     Returns:
         [B, T, d] in the dtype of x; summed at least in float32.
     """
+    if x.shape[1] == 0:
+        return x
     dtype = torch.promote_types(x.dtype, torch.float32)
     weight = weight.to(dtype)
     terms = (

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ttt.ops.autocast import without_autocast
 from ttt.ops.compiler_marks import uncompiled
 from ttt.ops.inner_loop.layout import lay_out
 from ttt.ops.inner_loop.pieces import (
@@ -74,6 +75,9 @@ def ttt_linear(
         The output [B, H, T, f] in the dtype of q, and the fast weights after the last complete
         mini-batch of each row, at least in float32: an incomplete one gives outputs but does not
         write.
+
+    Raises:
+        ValueError: a `scan_checkpoint_group_size` or a `token_scale` out of range.
     """
     out, ((w, b),) = inner_scan(
         q,
@@ -113,6 +117,9 @@ def ttt_mlp(
 
     Returns:
         The output [B, H, T, f], and (w1, b1, w2, b2).
+
+    Raises:
+        ValueError: see `ttt_linear`.
     """
     out, ((w1, b1), (w2, b2)) = inner_scan(
         q,
@@ -130,6 +137,7 @@ def ttt_mlp(
 
 
 @torch.no_grad()
+@without_autocast
 def inner_losses(
     k: Tensor,
     v: Tensor,
@@ -177,6 +185,7 @@ def inner_losses(
 
 
 @uncompiled
+@without_autocast
 def inner_scan(
     q: Tensor,
     k: Tensor,
@@ -191,7 +200,15 @@ def inner_scan(
     documents: Tensor | None = None,
 ) -> tuple[Tensor, InnerLayers]:
     """`ttt_linear` or `ttt_mlp`, by the number of layers."""
-    size, num_frames = token_scale.shape[0], q.shape[2]
+    size, num_frames = token_scale.numel(), q.shape[2]
+    if token_scale.dim() != 1 or size == 0:
+        shape = list(token_scale.shape)
+        raise ValueError(f"token_scale: must be [K], of at least one frame, got {shape}")
+    if scan_checkpoint_group_size is not None and scan_checkpoint_group_size < 1:
+        raise ValueError(
+            "scan_checkpoint_group_size: must be at least 1, or None, got "
+            f"{scan_checkpoint_group_size}"
+        )
     least = max(num_frames, SMALL_SIZE)
     if size > least:
         # A mini-batch that the sequence does not fill writes nothing, so a shorter one does as well
@@ -199,14 +216,16 @@ def inner_scan(
         size = least + 1
         token_scale = token_scale[:size]
     dtype = torch.promote_types(q.dtype, torch.float32)
-    layout = lay_out(num_frames, size, documents, like=q.new_empty(0, dtype=dtype))
-    q, k, v, eta = (layout.spread(x, size) for x in (q, k, v, eta))
-    ln_weight, ln_bias, token_scale = (x.to(dtype) for x in (ln_weight, ln_bias, token_scale))
     batch = q.shape[0]
     layers = initial = tuple(
         (w.to(dtype).expand(batch, *w.shape[-3:]), b.to(dtype).expand(batch, *b.shape[-2:]))
         for w, b in layers
     )
+    if num_frames == 0:
+        return q, layers
+    layout = lay_out(num_frames, size, documents, like=q.new_empty(0, dtype=dtype))
+    q, k, v, eta = (layout.spread(x, size) for x in (q, k, v, eta))
+    ln_weight, ln_bias, token_scale = (x.to(dtype) for x in (ln_weight, ln_bias, token_scale))
     if documents is None and has_kernel(q, size, len(layers)):
         # Triton is imported where there is a use for it.
         from ttt.ops.inner_loop.scan_triton import scan

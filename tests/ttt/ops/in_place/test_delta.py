@@ -24,6 +24,7 @@ from ttt.ops.in_place import reference
     block=st.sampled_from([1, 6, 256]),
     lag=st.integers(0, 3),
     some_written=st.booleans(),
+    silent=st.sampled_from([0.0, 0.5, 2.0]),
 )
 def test_delta_equals_its_definition(
     seed: int,
@@ -36,8 +37,10 @@ def test_delta_equals_its_definition(
     block: Any,
     lag: int,
     some_written: bool,
+    silent: float,
 ) -> None:
     z, v, documents, weights = random_inputs(seed, num_frames=num_frames)
+    z.data[weights[..., 1].abs() < silent] = 0
     beta = torch.tensor(strength, dtype=torch.float64, requires_grad=True)
     options: dict[str, Any] = {
         "beta": beta,
@@ -73,6 +76,28 @@ def test_a_chunk_that_no_sequence_fills_costs_nothing(lag: int, packed: bool) ->
     ):
         grads = torch.autograd.grad((out * weights).sum(), (z, v, beta), materialize_grads=True)
         assert not out.any() and not any(grad.any() for grad in grads)
+
+
+def test_a_key_of_zeros_is_no_pair() -> None:
+    """Neither for what its chunk writes nor for any gradient: it is as if it were not written."""
+    z, v, _, weights = random_inputs(0, num_frames=8)
+    z.data[:, 1] = 0
+    is_key = torch.ones(2, 8, dtype=torch.bool)
+    is_key[:, 1] = False
+    options: dict[str, Any] = {"beta": 10.0, "chunk_size": 4}
+    results: list[Any] = []
+    for op, written in (
+        (reference.in_place_delta, None),
+        (ops.in_place_delta, is_key),
+        (ops.in_place_delta, None),
+    ):
+        out = op(z, v, written=written, **options)
+        results.append((out, *torch.autograd.grad((out * weights).sum(), (z, v))))
+    definition, skipped, found = results
+    assert definition[0].any() and not definition[1][:, 1].any()
+    for made in (skipped, found):
+        for a, b in zip(made, definition, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
 def test_backward_pass_gradchecks() -> None:

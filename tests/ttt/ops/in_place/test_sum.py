@@ -202,9 +202,3 @@ def test_causal_conv_equals_its_definition(
     options: dict[str, Any] = {"documents": documents if packed else None}
     slow, fast = (op.causal_conv(x, weight, **options) for op in (reference, ops))
     torch.testing.assert_close(fast, slow, rtol=1e-9, atol=1e-9)
-
-
-def test_a_lag_is_shorter_than_a_chunk() -> None:
-    z, v, _, _ = random_inputs(0)
-    with pytest.raises(ValueError, match="lag: must lie between 0 and chunk_size - 1 = 3, got 4"):
-        ops.in_place_ttt(z, v, lr=1.0, chunk_size=4, lag=4)

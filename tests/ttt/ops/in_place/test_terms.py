@@ -1,5 +1,6 @@
 """The kernels of terms and inverses against the plain form, on a CUDA device or interpreted."""
 
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,8 @@ from ttt import ops
 from ttt.ops.in_place import delta_window, terms
 
 pytest.importorskip("triton")
+
+PRODUCTS = torch.backends.cuda.matmul
 
 
 @calls_the_interpreter
@@ -161,18 +164,55 @@ def test_the_operator_by_its_kernels(
         assert (low - high).norm() < 0.02 * high.norm()
 
 
+@pytest.fixture
+def _with_tf32() -> Iterator[None]:
+    """A program that allows it."""
+    before, PRODUCTS.fp32_precision = PRODUCTS.fp32_precision, "tf32"
+    yield
+    PRODUCTS.fp32_precision = before
+
+
+def watched(monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> list[str]:
+    """What products of float32 may be at each call of a function from now on."""
+    seen: list[str] = []
+    function = getattr(module, name)
+
+    def look(*args: Any, **kwargs: Any) -> Any:
+        seen.append(PRODUCTS.fp32_precision)
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, look)
+    return seen
+
+
+@pytest.mark.usefixtures("_with_tf32")
 def test_products_of_float32_have_all_digits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever a program allows elsewhere; what it allows is as before afterwards."""
-    products, seen = torch.backends.cuda.matmul, []
-    before, products.fp32_precision = products.fp32_precision, "tf32"
-    inverse = delta_window.inverse
+    """Forwards and backwards, whatever a program allows elsewhere; what it allows is as before
+    afterwards."""
+    forwards = watched(monkeypatch, delta_window, "inverse")
+    backwards = watched(monkeypatch, delta_window, "write_backward")
+    z = torch.randn(1, 8, 4, requires_grad=True)
+    out = ops.in_place_delta(z, torch.randn(1, 8, 4), beta=1.0, chunk_size=4)
+    assert PRODUCTS.fp32_precision == "tf32"
+    out.sum().backward()
+    ops.chunk_errors(z.detach(), z.detach(), 1.0)
+    assert PRODUCTS.fp32_precision == "tf32"
+    assert (forwards, backwards) == (["ieee"] * 2, ["ieee"])
 
-    def look(*args: Any) -> Any:
-        seen.append(products.fp32_precision)
-        return inverse(*args)
 
-    monkeypatch.setattr(delta_window, "inverse", look)
-    ops.in_place_delta(torch.randn(1, 8, 4), torch.randn(1, 8, 4), beta=1.0, chunk_size=4)
-    seen.append(products.fp32_precision)
-    products.fp32_precision = before
-    assert seen == ["ieee", "tf32"]
+@pytest.mark.usefixtures("_with_tf32")
+def test_all_threads_have_all_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where another one leaves while they compute; and the last one restores what was."""
+    seen = watched(monkeypatch, delta_window, "inverse")
+    z, v = torch.randn(1, 64, 16), torch.randn(1, 64, 8)
+
+    def learn() -> None:
+        for _ in range(100):
+            ops.in_place_delta(z, v, beta=1.0, chunk_size=8)
+
+    threads = [threading.Thread(target=learn) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (len(seen), {*seen}, PRODUCTS.fp32_precision) == (400, {"ieee"}, "tf32")
