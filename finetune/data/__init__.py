@@ -9,12 +9,14 @@ from finetune.data.inspection import (
     HOP_SEC,
     Finding,
     Inspection,
+    as_errors,
     in_training,
     inspect_listing,
     inspect_recording,
     num_different,
     power_of,
     wordless_speech,
+    wrong_in_all,
 )
 from finetune.data.inspection import VERSION as INSPECTION_VERSION
 from finetune.data.layouts import SOURCES, Entry, MonoPair, Source, StereoFile, open_source
@@ -84,6 +86,7 @@ __all__ = [
     "TimedTokens",
     "TrainLoader",
     "Word",
+    "as_errors",
     "build_eval_loader",
     "build_loaders",
     "build_train_loader",
@@ -109,4 +112,5 @@ __all__ = [
     "tokenize_segment",
     "warn_if_shared",
     "wordless_speech",
+    "wrong_in_all",
 ]

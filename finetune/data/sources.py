@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 from finetune.config import parse_sources
 from finetune.data.checks import Checks
 from finetune.data.codes import ReadCodes
-from finetune.data.inspection import Finding, inspect_listing
+from finetune.data.inspection import Finding, inspect_listing, wrong_in_all
 from finetune.data.layouts import Entry, open_source
 from finetune.data.reading import Reading
 from finetune.data.recording import OtherSide, Recording, SegmentRef, cut
@@ -98,10 +98,12 @@ def load_sources(
         reading: what is done with the audio; None: nothing.
 
     Raises:
-        UserError: a path or weight is wrong, nothing usable is left, or (`on_error="raise"`)
-            anything at all is broken; the message lists the problems.
+        UserError: a path or weight is wrong, nothing usable is left, all of a source is wrong in
+            the same way, or (`on_error="raise"`) anything at all is broken; the message lists the
+            problems.
     """
     problems: list[str] = []
+    wrong_lists: list[str] = []
     warnings: list[tuple[str, Finding]] = []
     sources: list[WeightedSource] = []
     num_skipped = 0
@@ -112,6 +114,7 @@ def load_sources(
         checked = _check_source(path, key, checks, reading)
         recordings = [each.recording for each in checked if each.recording is not None]
         problems += [problem for each in checked for problem in each.problems]
+        wrong_lists += _wrong_as_a_whole(path, checked)
         warnings += [(each.origin, found) for each in checked for found in each.warnings]
         warnings += [(str(path), found) for found in inspect_listing(recordings)]
         num_skipped += len(checked) - len(recordings)
@@ -121,8 +124,11 @@ def load_sources(
 
     if problems and on_error == "raise":
         raise UserError(
-            f"{_listing(problems)}\nOr set data.on_error=skip to train without what is broken."
+            f"{_listing([*wrong_lists, *problems])}\n"
+            "Or set data.on_error=skip to train without what is broken."
         )
+    if wrong_lists:
+        raise UserError(f"{key}: {_listing(wrong_lists)}")
     _warn(problems, num_skipped)
     for source in sources:
         if not source.segments:
@@ -161,17 +167,28 @@ def check_recordings(
     """Return all usable recordings that `spec` names, and what is wrong with each of the others.
 
     Raises:
-        UserError: a path is wrong, or a file cannot be read or is empty.
+        UserError: a path is wrong, a file cannot be read or is empty, or all of a source is wrong.
     """
     checks = Checks(None, text)
-    checked = [
-        each
-        for path, _ in parse_sources(spec, key)
-        for each in _check_source(path, key, checks, reading)
-    ]
+    checked: list[_Checked] = []
+    wrong_lists: list[str] = []
+    for path, _ in parse_sources(spec, key):
+        of_source = _check_source(path, key, checks, reading)
+        wrong_lists += _wrong_as_a_whole(path, of_source)
+        checked += of_source
+    if wrong_lists:
+        raise UserError(f"{key}: {_listing(wrong_lists)}")
     recordings = [each.recording for each in checked if each.recording is not None]
     warn_of([(each.origin, found) for each in checked for found in each.warnings], key)
     return recordings, [problem for each in checked for problem in each.problems]
+
+
+def _wrong_as_a_whole(path: Path, checked: Sequence[_Checked]) -> list[str]:
+    """Return what is wrong with all that can be used of a source."""
+    usable = [each for each in checked if each.recording is not None]
+    # What is read from its other side as well is judged by the side that it was made for.
+    own = [each.warnings for each in usable if not isinstance(each.recording, OtherSide)]
+    return [f"{path}: {found}" for found in wrong_in_all(own)]
 
 
 def listed_recordings(spec: str, *, key: str) -> list[Recording]:

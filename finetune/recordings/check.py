@@ -13,7 +13,9 @@ from finetune.data import (
     ReadCodes,
     Recording,
     TextEncoder,
+    as_errors,
     inspect_listing,
+    wrong_in_all,
 )
 from finetune.kept import write_whole
 from finetune.monitoring import console
@@ -72,17 +74,36 @@ def inspect_data(options: CheckOptions, overrides: Mapping[str, Any]) -> Report:
         reads=listing.reads,
     )
     found = _inspect_all(options, listing, work, text)
+    together = _wrong_lists(options.data, listing, found)
     checked = [
         Checked(origin, "", 0.0, 0, 0, [Finding("malformed-line", "error", problem, _LINE_REMEDY)])
         for origin, problem in listing.problems
     ]
     checked += [Checked(each.origin, str(each.path), *_facts(found[each])) for each in listing.all]
-    together = inspect_listing(
+    together += inspect_listing(
         listing.recordings,
         listing.evaluation,
         {recording: each.digest for recording, each in found.items()},
     )
     return Report(options.data, checked, together, _notes(options, tokenizer, listing))
+
+
+def _wrong_lists(
+    data: Path, listing: Listing, found: Mapping[Recording, Inspection]
+) -> list[Finding]:
+    """Return what is wrong with lists as a whole, and make it an error of each of their
+    recordings."""
+    errors = []
+    are_wrong: list[Inspection] = []
+    for path, recordings in listing.sources:
+        usable = [found[each] for each in recordings if not found[each].errors]
+        wrong = wrong_in_all([each.findings for each in usable])
+        of_run = "" if path == data else f"{path}: "
+        errors += [each._replace(message=f"{of_run}{each.message}") for each in wrong]
+        are_wrong += usable if wrong else []
+    for inspection in are_wrong:
+        inspection.findings = as_errors(inspection.findings)
+    return errors
 
 
 def _facts(found: Inspection) -> tuple[float, int, int, list[Finding]]:

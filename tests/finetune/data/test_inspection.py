@@ -224,7 +224,9 @@ def test_a_side_without_words_may_be_heard_a_little(case: Case, change: Any) -> 
 def test_who_lacks_words_is_told_from_who_has_another_name(case: Case) -> None:
     for speaker, remedy in (
         ("SPEAKER_USER", "add its words, with moshi-ttt data annotate --overwrite"),
-        ("SPEAKER_00", "check the speaker names"),
+        ("SPEAKER_00", "if 'SPEAKER_00' is Moshi, write 'SPEAKER_MAIN' in place of it"),
+        ("Speaker_Main", "write 'SPEAKER_MAIN' in place of 'Speaker_Main': names count with"),
+        ("SPEAKER_MAIN ", "write 'SPEAKER_MAIN' in place of 'SPEAKER_MAIN ': names count with"),
     ):
         case.words(lambda words, who=speaker: [[text, times, who] for text, times, _ in words])
         assert remedy in case.found(thorough=True)["no-main-speaker"].remedy
