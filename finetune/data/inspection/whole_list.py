@@ -7,8 +7,6 @@ from finetune.data.inspection.findings import Finding
 from finetune.data.transcripts import MAIN_SPEAKER
 from finetune.errors import counted
 
-CODE = "in-every-recording"
-
 KINDS = ("swapped-channels", "no-main-speaker", "no-words")
 """Warnings of one recording that mean, where all have them, that nothing is learned right."""
 
@@ -30,7 +28,7 @@ def wrong_in_all(found: Sequence[Sequence[Finding]]) -> list[Finding]:
         has_other_names = code == "no-main-speaker" and len({each.remedy for each in same}) > 1
         errors.append(
             Finding(
-                CODE,
+                "in-every-recording",
                 "error",
                 f"{code} in {len(same)} of {counted(len(found), 'recording')}, and none is right, "
                 f"so that training on this list would be wrong. First: {same[0].message}",
