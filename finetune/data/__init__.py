@@ -36,7 +36,7 @@ from finetune.data.reading import Reading
 from finetune.data.recording import Recording, SegmentRef
 from finetune.data.segments import Segment, SegmentReader
 from finetune.data.sides import Sides
-from finetune.data.sources import check_recordings, listed_recordings, load_sources
+from finetune.data.sources import DataSet, check_recordings, listed_recordings, load_sources
 from finetune.data.text import (
     FRAME_RATE_HZ,
     TextEncoder,
@@ -67,6 +67,7 @@ __all__ = [
     "CacheFill",
     "Codec",
     "Codes",
+    "DataSet",
     "Entry",
     "EvalLoader",
     "FileProblem",

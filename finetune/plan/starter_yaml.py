@@ -1,6 +1,7 @@
 """The text of a first configuration, with its comments."""
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -66,6 +67,17 @@ class Size:
 def _chunk_frames(num_frames: int) -> int:
     """Return how many frames a chunk has, so that some eight are in a segment."""
     return min(_CHUNK_FRAMES, max(5, num_frames // 8))
+
+
+_MADE_FOR = re.compile(r"# Made by moshi-ttt init: to \w+, on (\d+) x ([\d.e+]+) GB")
+
+
+def made_for(config: Path) -> tuple[int, float] | None:
+    """Return how many GPUs `init` has made a file for, and how many GB each has; None: the file is
+    not of `init`, or no longer says so."""
+    with config.open(encoding="utf-8", errors="replace") as file:
+        found = _MADE_FOR.match(file.readline())
+    return (int(found[1]), float(found[2])) if found else None
 
 
 def yaml_of(wanted: Wanted, size: Size, peak_bytes: float | None, lengths_sec: np.ndarray) -> str:
