@@ -193,8 +193,10 @@ def _sizes(wanted: Wanted, lengths_sec: np.ndarray, shape: Mapping[str, Any]) ->
     random_init = _begins_at_random(wanted.repo, shape["dim"])
     # In fewer bits the base is not cut, and does not train.
     ways: dict[tuple[Precision, int], None] = dict.fromkeys(
-        [("bfloat16", 1), ("bfloat16", wanted.gpus), ("nf4", 1)][: 2 if random_init else 3]
+        [("bfloat16", 1), ("bfloat16", wanted.gpus)]
     )
+    if not random_init:
+        ways["nf4", 1] = None
     for base_precision, shard_size in ways:
         batch_size = segments_a_step
         while batch_size >= 1:
