@@ -8,6 +8,7 @@ from finetune.data.text import FRAME_RATE_HZ
 from finetune.data.transcripts import MAIN_SPEAKER, OTHER_SPEAKER, USER_SPEAKER, Word
 
 _UNITS = {"milliseconds": 1e3, "samples at 24 kHz": 24e3, "samples at 16 kHz": 16e3}
+_SHORTEST_WORD_SEC = 0.02
 _TIMES_REMEDY = "check that times are in seconds, and that it is the transcript of this recording"
 _OVERLAP_SEC = 0.1
 _MAX_OVERLAPPING_SHARE = 0.2
@@ -102,8 +103,14 @@ def _other_unit(subject: Subject) -> str | None:
     late = sum(w.start_sec >= duration_sec for w in subject.main_words)
     if not duration_sec or last < 10 * duration_sec or 2 * late < len(subject.main_words):
         return None
-    # The unit in which the last word is nearest to the end.
-    fitting = {name: last / each for name, each in _UNITS.items() if last / each <= duration_sec}
+    lengths = sorted(w.end_sec - w.start_sec for w in subject.main_words)
+    typical = lengths[len(lengths) // 2]
+    # The unit in which the last word is nearest to the end, and in which words take some time.
+    fitting = {
+        name: last / each
+        for name, each in _UNITS.items()
+        if last / each <= duration_sec and typical / each >= _SHORTEST_WORD_SEC
+    }
     return max(fitting, key=lambda name: fitting[name]) if fitting else None
 
 
