@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 from finetune.config import parse_sources
 from finetune.data.checks import Checks
@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 _MAX_PROBLEMS_SHOWN = 20
 _MAX_WARNINGS = 5
 _NUM_CHECK_THREADS = 16
+
+_Found = TypeVar("_Found")
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ def load_sources(
     text: TextEncoder | None = None,
     reads: ReadCodes | None = None,
     reading: Reading | None = None,
+    said: set[str] | None = None,
 ) -> DataSet:
     """Read and check everything that a configuration key names.
 
@@ -96,6 +99,8 @@ def load_sources(
         text: makes tokens of the words; None: what tokens show is not looked at.
         reads: what codes the model reads; None: whether it reads these is not looked at.
         reading: what is done with the audio; None: nothing.
+        said: what was warned of before, in other data of the run; it is not said again, and what
+            is said here is added.
 
     Raises:
         UserError: a path or weight is wrong, nothing usable is left, all of a source is wrong in
@@ -129,13 +134,14 @@ def load_sources(
         )
     if wrong_lists:
         raise UserError(f"{key}: {_listing(wrong_lists)}")
-    _warn(problems, num_skipped)
+    said = set() if said is None else said
+    _warn(_news(problems, problems, said), num_skipped, key)
     for source in sources:
         if not source.segments:
             raise UserError(
                 f"{key}: no usable recording is left in {source.path}. {_listing(problems)}"
             )
-    warn_of(warnings, key)
+    warn_of(_news(warnings, [f"{origin}: {each}" for origin, each in warnings], said), key)
     refs = (ref for source in sources for ref in source.segments)
     return DataSet(sources, num_skipped, [ref.num_valid_frames(num_frames) for ref in refs])
 
@@ -254,9 +260,16 @@ def _listing(problems: Sequence[str]) -> str:
     return f"{counted(len(problems), 'problem')} in the data:\n{shown}{more}"
 
 
-def _warn(problems: Sequence[str], num_skipped: int) -> None:
+def _warn(problems: Sequence[str], num_skipped: int, key: str) -> None:
     for problem in problems[:_MAX_WARNINGS]:
         logger.warning("skipped %s", problem)
     if num_skipped:
         skipped = counted(num_skipped, "recording")
-        logger.warning("skipped %s because of data.on_error=skip", skipped)
+        logger.warning("%s: skipped %s because of data.on_error=skip", key, skipped)
+
+
+def _news(found: Sequence[_Found], texts: Sequence[str], said: set[str]) -> list[_Found]:
+    """Return what is not in `said` yet by its text, and add it there."""
+    news = [each for each, text in zip(found, texts, strict=True) if text not in said]
+    said.update(texts)
+    return news

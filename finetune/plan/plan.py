@@ -174,8 +174,9 @@ def _describe_time(args: TrainArgs, model: TTTLMModel, num_gpus: int) -> _Lines:
     segment_frames = segment_shares = None
     cautions: list[str] = []
     problems: list[str] = []
+    said: set[str] = set()
     try:
-        data = _load(args, training=True)
+        data = _load(args, said, training=True)
         segment_frames, segment_shares = data.segment_frames, data.segment_shares
         steps = data.num_segments / segments_per_step
         yield (
@@ -188,7 +189,7 @@ def _describe_time(args: TrainArgs, model: TTTLMModel, num_gpus: int) -> _Lines:
         yield "data: steps of an epoch are not known, for what is said at the end"
     try:
         if args.do_eval:
-            _load(args, training=False)
+            _load(args, said, training=False)
     except UserError as error:
         problems.append(str(error))
     yield describe_ttt(args, model, segment_frames)
@@ -199,7 +200,7 @@ def _describe_time(args: TrainArgs, model: TTTLMModel, num_gpus: int) -> _Lines:
     return problems
 
 
-def _load(args: TrainArgs, *, training: bool) -> DataSet:
+def _load(args: TrainArgs, said: set[str], *, training: bool) -> DataSet:
     """Inspect the data as a run does at its start.
 
     Raises:
@@ -212,6 +213,7 @@ def _load(args: TrainArgs, *, training: bool) -> DataSet:
         on_error=args.data.on_error,
         reads=read_codes_of(args.moshi_paths),
         reading=Reading.of(args.data, training=training),
+        said=said,
     )
 
 

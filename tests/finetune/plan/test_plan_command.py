@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from data_tools import write_recording
+from data_tools import some_words, write_jsonl, write_recording
+from forked import COMMAND, Program
 from recordings_tools import call
 
 ROOT = Path(__file__).parents[3]
@@ -113,3 +114,15 @@ def test_on_a_cpu_nothing_is_said_of_gpus(config: Path, capsys: pytest.CaptureFi
     assert call("plan", config, "--device=auto") == 0
     said = capsys.readouterr().out
     assert "H100" in said and " of 80 GB" in said and said.endswith("it fits\n")
+
+
+def test_a_warning_about_data_is_called_one(config: Path, tmp_path: Path) -> None:
+    """Of a command that keeps no log."""
+    lines = [write_recording(tmp_path, f"{number}.wav", 2.0) for number in range(2)]
+    words = {"alignments": some_words(2.0), "mood": "calm"}
+    (tmp_path / "1.json").write_text(json.dumps(words))
+    listed = write_jsonl(tmp_path / "all.jsonl", lines)
+    process = Program(COMMAND, "plan", config, f"--data.train_data={listed}", stderr_apart=True)
+    _, said = process.communicate(timeout=100)
+    assert process.returncode == 0
+    assert said.startswith(f"warning: data.train_data: {listed}:2: transcript ")
