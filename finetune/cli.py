@@ -360,18 +360,18 @@ def demo_data(options: DemoDataOptions) -> None:
     """Make synthetic stereo dialogues with transcripts, to train on without any download."""
     from finetune.demo import make_dialogues, training_command
 
-    out_dir = options.out_dir
+    out = options.out
     is_new = make_dialogues(
-        out_dir,
+        out,
         num_dialogues=options.num_dialogues,
         min_sec=options.min_sec,
         max_sec=options.max_sec,
         seed=options.seed,
     )
     what = f"{options.num_dialogues} dialogues, listed in train.jsonl and eval.jsonl"
-    print(f"wrote {out_dir}: {what}" if is_new else f"{out_dir} holds them already: {what}")
-    print(f"next: moshi-ttt data check {out_dir / 'train.jsonl'}")
-    print(f"then: {training_command(out_dir)}")
+    print(f"wrote {out}: {what}" if is_new else f"{out} holds them already: {what}")
+    print(f"next: moshi-ttt data check {out / 'train.jsonl'}")
+    print(f"then: {training_command(out)}")
 
 
 @command
