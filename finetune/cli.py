@@ -79,17 +79,20 @@ def config(options: KeyOptions) -> None:
 
 @command
 def plan(options: PlanOptions, overrides: dict[str, Any]) -> None:
-    """Say what a run would take, without a GPU: memory, steps, tokens, hours."""
-    args = load_config(options.config, overrides)
-    from finetune.plan import plan as lines_of
-    from finetune.plan import table
+    """Say what a run would take, without a GPU: memory, steps, tokens, hours.
 
-    num_gpus, memory_gb = options.gpus, options.gpu_memory
+    The exit status is 0 if `train` can be expected to start: where the run does not fit, or names
+    data or files with which `train` would end, as seen from this machine, it is 1.
+    """
+    args = load_config(options.config, overrides)
+    from finetune.plan import planned, table
+
     if options.table:
-        given = flatten(overrides)
-        print_all(table(args, num_gpus=num_gpus, gpu_memory_gb=memory_gb, given=given))
+        given, num_gpus = flatten(overrides), options.gpus or 1
+        lines = table(args, num_gpus=num_gpus, gpu_memory_gb=options.gpu_memory, given=given)
     else:
-        print_all(lines_of(args, num_gpus=num_gpus, gpu_memory_gb=memory_gb or 80.0))
+        lines = planned(options, args, overrides)
+    print_all(lines)
 
 
 # --- data ----------------------------------------------------------------------------------------
@@ -359,18 +362,18 @@ def demo_data(options: DemoDataOptions) -> None:
     """Make synthetic stereo dialogues with transcripts, to train on without any download."""
     from finetune.demo import make_dialogues, training_command
 
-    out_dir = options.out_dir
+    out = options.out
     is_new = make_dialogues(
-        out_dir,
+        out,
         num_dialogues=options.num_dialogues,
         min_sec=options.min_sec,
         max_sec=options.max_sec,
         seed=options.seed,
     )
     what = f"{options.num_dialogues} dialogues, listed in train.jsonl and eval.jsonl"
-    print(f"wrote {out_dir}: {what}" if is_new else f"{out_dir} holds them already: {what}")
-    print(f"next: moshi-ttt data check {out_dir / 'train.jsonl'}")
-    print(f"then: {training_command(out_dir)}")
+    print(f"wrote {out}: {what}" if is_new else f"{out} holds them already: {what}")
+    print(f"next: moshi-ttt data check {out / 'train.jsonl'}")
+    print(f"then: {training_command(out)}")
 
 
 @command

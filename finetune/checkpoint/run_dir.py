@@ -31,6 +31,7 @@ from safetensors.torch import load_file
 
 from finetune.checkpoint import manifest
 from finetune.checkpoint.run_record import RunRecord
+from finetune.checkpoint.soundness import problem_of_weights
 from finetune.checkpoint.tensor_reader import TensorReader
 from finetune.config import TrainArgs
 from finetune.distributed import Sharding, World, like_parameter
@@ -122,8 +123,27 @@ def first_whole(candidates: Sequence[Path], world: World) -> tuple[Path | None, 
         if following and world.is_main:
             logger.warning("%s; trying the one before, %s", problem, following[0])
     if damaged:
-        raise UserError(f"{problem}. Delete {damaged[-1]} to resume from the one before.")
+        raise UserError(f"{problem}. {world.done_by_first(lambda: _ways_on(damaged))}")
     return None, []
+
+
+def _ways_on(damaged: Sequence[Path]) -> str:
+    """Return what to do about damaged checkpoints, the newest first.
+
+    Those that are older than the last one were not looked at.
+    """
+    last = damaged[-1]
+    older = [each for each in checkpoints_in(last.parent) if step_of(each) < step_of(last)]
+    ways = [f"Delete {last} to resume from the one before"] if older else []
+    usable = next((each for each in damaged if problem_of_weights(each) is None), None)
+    if usable is not None:
+        ways.append(
+            "Start a new run, in another run_dir, from its weights, which are whole: "
+            f"moshi_paths.init_from: {usable}"
+        )
+    if not ways:
+        ways.append("No checkpoint of this run is whole: start anew with --overwrite_run_dir")
+    return f"{'. Or: '.join(ways)}."
 
 
 def _problem(checkpoint: Path, world: World) -> str | None:
@@ -191,9 +211,7 @@ def fill_shards(
     except (OSError, ValueError) as error:
         raise UserError(
             f"{checkpoint / 'resume/.metadata'} does not say where the optimizer's tensors are, "
-            f"and nothing of it was run: {error}. Delete {checkpoint} to resume from the one "
-            f"before; or start a new run from its weights, which are safe to read: "
-            f"moshi_paths.init_from: {checkpoint}"
+            f"and nothing of it was run: {error}. {_ways_on([checkpoint])}"
         ) from error
     dcp.load(
         {

@@ -51,11 +51,14 @@ def require_sound(checkpoint: Path) -> None:
             checkpoint / manifest.NAME,
         )
         return
-    problem = manifest.first_problem(
-        checkpoint, chosen=(lambda names: filter(_is_loaded, names)) if is_of_run else iter
-    )
+    problem = problem_of_weights(checkpoint) if is_of_run else manifest.first_problem(checkpoint)
     if problem is not None:
         raise UserError(f"{problem}: copy it again, or use another one.")
+
+
+def problem_of_weights(checkpoint: Path) -> str | None:
+    """Return what is wrong with what is loaded of a run's checkpoint where nothing is resumed."""
+    return manifest.first_problem(checkpoint, chosen=lambda names: filter(_is_loaded, names))
 
 
 def require_sound_start(paths: ModelPaths, world: World) -> list[Path]:

@@ -58,6 +58,7 @@ from finetune.config.read import (
     public_dict,
     read_yaml,
     require_configuration,
+    require_inputs,
     save_config,
 )
 from finetune.config.sources import parse_sources, require_sources, resolved_sources
@@ -127,6 +128,7 @@ __all__ = [
     "read_yaml",
     "require_configuration",
     "require_file",
+    "require_inputs",
     "require_sources",
     "require_there",
     "resolved_sources",

@@ -32,11 +32,13 @@ class PlanOptions:
     config: Annotated[FilePath, POSITIONAL, CONFIGURATION]
     """The YAML file of the run."""
 
-    gpus: Size = 1
-    """How many GPUs, on all hosts together."""
+    gpus: Size | None = None
+    """How many GPUs, on all hosts together; null: those that `init` has made the file for, as its
+    first line says, else 1."""
 
     gpu_memory: Annotated[float, Ge(1), Le(1e5)] | None = None
-    """Memory of each GPU, in GB; null: 80, and with `--table` each of 16 to 141."""
+    """Memory of each GPU, in GB; null: as `init` was told, else 80; with `--table` each of 16 to
+    141, and with `device: cpu` none."""
 
     table: bool = False
     """Instead: the largest batches of LoRA, TTT and all weights, on `--gpus` GPUs of each size."""

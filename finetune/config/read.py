@@ -49,6 +49,17 @@ def load_config(
     return _whole(path, checked, overrides)
 
 
+def require_inputs(
+    path: str | Path, args: TrainArgs, overrides: Mapping[str, object] | None = None
+) -> None:
+    """
+    Raises:
+        UserError: as `load_config` does of data and model files that are not there.
+    """
+    missing = missing_inputs(Checked(args, [], []))
+    _whole(path, Checked(args, missing, []), overrides)
+
+
 def load_run_config(path: str | Path, overrides: Mapping[str, object] | None = None) -> TrainArgs:
     """Load an `args.yaml` that a run has written, also before options were added or their defaults
     changed: it means what it meant then."""

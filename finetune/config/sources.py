@@ -64,6 +64,13 @@ def require_sources(paths: Sequence[Path], key: str) -> None:
     missing = [str(path) for path in paths if not path.exists()]
     commas = " (commas separate paths, so that none may be in a name)" if len(paths) > 1 else ""
     start = next(filter(None, (start_of(Path(path), key) for path in missing)), "")
+    for name in missing:
+        named, _, weight = name.rpartition(":")
+        if named and Path(named).exists():
+            raise UserError(
+                f"{key}: {name} does not exist. If {weight!r} is to be the weight of {named}, it "
+                "must be a number, as 2 or 0.5."
+            )
     if len(missing) == 1:
         raise UserError(f"{key}: {missing[0]} does not exist. Correct the path{commas}.{start}")
     if missing:

@@ -9,12 +9,14 @@ from finetune.data.inspection import (
     HOP_SEC,
     Finding,
     Inspection,
+    as_errors,
     in_training,
     inspect_listing,
     inspect_recording,
     num_different,
     power_of,
     wordless_speech,
+    wrong_in_all,
 )
 from finetune.data.inspection import VERSION as INSPECTION_VERSION
 from finetune.data.layouts import SOURCES, Entry, MonoPair, Source, StereoFile, open_source
@@ -34,7 +36,7 @@ from finetune.data.reading import Reading
 from finetune.data.recording import Recording, SegmentRef
 from finetune.data.segments import Segment, SegmentReader
 from finetune.data.sides import Sides
-from finetune.data.sources import check_recordings, listed_recordings, load_sources
+from finetune.data.sources import DataSet, check_recordings, listed_recordings, load_sources
 from finetune.data.text import (
     FRAME_RATE_HZ,
     TextEncoder,
@@ -65,6 +67,7 @@ __all__ = [
     "CacheFill",
     "Codec",
     "Codes",
+    "DataSet",
     "Entry",
     "EvalLoader",
     "FileProblem",
@@ -84,6 +87,7 @@ __all__ = [
     "TimedTokens",
     "TrainLoader",
     "Word",
+    "as_errors",
     "build_eval_loader",
     "build_loaders",
     "build_train_loader",
@@ -109,4 +113,5 @@ __all__ = [
     "tokenize_segment",
     "warn_if_shared",
     "wordless_speech",
+    "wrong_in_all",
 ]

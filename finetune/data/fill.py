@@ -54,7 +54,7 @@ class CacheFill:
         num_frames = count_frames(duration_sec)
         options: dict[str, Any] = {
             "num_frames": num_frames, "on_error": args.on_error, "store": store, "text": codec.text,
-            "reads": codec.reads,
+            "reads": codec.reads, "said": set(),
         }  # fmt: skip
         specs = {"data.train_data": args.train_data}
         if with_eval:

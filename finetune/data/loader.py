@@ -67,6 +67,7 @@ def build_train_loader(
     device: torch.device | str,
     store: Store | None,
     num_microbatches: int = 1,
+    said: set[str] | None = None,
 ) -> "TrainLoader":
     """Check all training data and make the endless loader of one rank.
 
@@ -75,12 +76,13 @@ def build_train_loader(
         batch_size: segments per batch of this rank.
         store: what `open_store` gives for `args`, one for all loaders of the process.
         num_microbatches: batches of a step.
+        said: see `load_sources`.
 
     Raises:
         UserError: see `load_sources`.
     """
     num_frames = count_frames(duration_sec)
-    data = _load(args, codec, num_frames, store, training=True)
+    data = _load(args, codec, num_frames, store, said, training=True)
     batcher = Batcher(
         args,
         codec,
@@ -103,16 +105,23 @@ def build_eval_loader(
     world_size: int = 1,
     device: torch.device | str,
     store: Store | None,
+    said: set[str] | None = None,
 ) -> "EvalLoader":
     """Check all evaluation data and make the loader of one rank. Arguments as for training."""
     num_frames = count_frames(duration_sec)
-    data = _load(args, codec, num_frames, store, training=False)
+    data = _load(args, codec, num_frames, store, said, training=False)
     batcher = Batcher(args, codec, num_frames, batch_size, torch.device(device), store)
     return EvalLoader(batcher, data, rank, world_size)
 
 
 def _load(
-    args: DataArgs, codec: Codec, num_frames: int, store: Store | None, *, training: bool
+    args: DataArgs,
+    codec: Codec,
+    num_frames: int,
+    store: Store | None,
+    said: set[str] | None,
+    *,
+    training: bool,
 ) -> DataSet:
     return load_sources(
         args.train_data if training else args.eval_data,
@@ -123,6 +132,7 @@ def _load(
         text=codec.text,
         reads=codec.reads,
         reading=Reading.of(args, training=training),
+        said=said,
     )
 
 
@@ -164,6 +174,7 @@ def build_loaders(
         "world_size": world.data_size,
         "device": world.device,
         "store": store,
+        "said": set(),
     }
     train = build_train_loader(
         args.data, codec, seed=args.seed, num_microbatches=args.num_microbatches, **places

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 from finetune.config import parse_sources
 from finetune.data.checks import Checks
 from finetune.data.codes import ReadCodes
-from finetune.data.inspection import Finding, inspect_listing
+from finetune.data.inspection import Finding, inspect_listing, wrong_in_all
 from finetune.data.layouts import Entry, open_source
 from finetune.data.reading import Reading
 from finetune.data.recording import OtherSide, Recording, SegmentRef, cut
@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 _MAX_PROBLEMS_SHOWN = 20
 _MAX_WARNINGS = 5
 _NUM_CHECK_THREADS = 16
+
+_Found = TypeVar("_Found")
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ def load_sources(
     text: TextEncoder | None = None,
     reads: ReadCodes | None = None,
     reading: Reading | None = None,
+    said: set[str] | None = None,
 ) -> DataSet:
     """Read and check everything that a configuration key names.
 
@@ -96,12 +99,16 @@ def load_sources(
         text: makes tokens of the words; None: what tokens show is not looked at.
         reads: what codes the model reads; None: whether it reads these is not looked at.
         reading: what is done with the audio; None: nothing.
+        said: what was warned of before, in other data of the run; it is not said again, and what
+            is said here is added.
 
     Raises:
-        UserError: a path or weight is wrong, nothing usable is left, or (`on_error="raise"`)
-            anything at all is broken; the message lists the problems.
+        UserError: a path or weight is wrong, nothing usable is left, all of a source is wrong in
+            the same way, or (`on_error="raise"`) anything at all is broken; the message lists the
+            problems.
     """
     problems: list[str] = []
+    wrong_lists: list[str] = []
     warnings: list[tuple[str, Finding]] = []
     sources: list[WeightedSource] = []
     num_skipped = 0
@@ -112,6 +119,7 @@ def load_sources(
         checked = _check_source(path, key, checks, reading)
         recordings = [each.recording for each in checked if each.recording is not None]
         problems += [problem for each in checked for problem in each.problems]
+        wrong_lists += _wrong_as_a_whole(path, checked)
         warnings += [(each.origin, found) for each in checked for found in each.warnings]
         warnings += [(str(path), found) for found in inspect_listing(recordings)]
         num_skipped += len(checked) - len(recordings)
@@ -121,15 +129,19 @@ def load_sources(
 
     if problems and on_error == "raise":
         raise UserError(
-            f"{_listing(problems)}\nOr set data.on_error=skip to train without what is broken."
+            f"{_listing([*wrong_lists, *problems])}\n"
+            "Or set data.on_error=skip to train without what is broken."
         )
-    _warn(problems, num_skipped)
+    if wrong_lists:
+        raise UserError(f"{key}: {_listing(wrong_lists)}")
+    said = set() if said is None else said
+    _warn(_news(problems, problems, said), num_skipped, key)
     for source in sources:
         if not source.segments:
             raise UserError(
                 f"{key}: no usable recording is left in {source.path}. {_listing(problems)}"
             )
-    warn_of(warnings, key)
+    warn_of(_news(warnings, [f"{origin}: {each}" for origin, each in warnings], said), key)
     refs = (ref for source in sources for ref in source.segments)
     return DataSet(sources, num_skipped, [ref.num_valid_frames(num_frames) for ref in refs])
 
@@ -161,17 +173,28 @@ def check_recordings(
     """Return all usable recordings that `spec` names, and what is wrong with each of the others.
 
     Raises:
-        UserError: a path is wrong, or a file cannot be read or is empty.
+        UserError: a path is wrong, a file cannot be read or is empty, or all of a source is wrong.
     """
     checks = Checks(None, text)
-    checked = [
-        each
-        for path, _ in parse_sources(spec, key)
-        for each in _check_source(path, key, checks, reading)
-    ]
+    checked: list[_Checked] = []
+    wrong_lists: list[str] = []
+    for path, _ in parse_sources(spec, key):
+        of_source = _check_source(path, key, checks, reading)
+        wrong_lists += _wrong_as_a_whole(path, of_source)
+        checked += of_source
+    if wrong_lists:
+        raise UserError(f"{key}: {_listing(wrong_lists)}")
     recordings = [each.recording for each in checked if each.recording is not None]
     warn_of([(each.origin, found) for each in checked for found in each.warnings], key)
     return recordings, [problem for each in checked for problem in each.problems]
+
+
+def _wrong_as_a_whole(path: Path, checked: Sequence[_Checked]) -> list[str]:
+    """Return what is wrong with all that can be used of a source."""
+    usable = [each for each in checked if each.recording is not None]
+    # What is read from its other side as well is judged by the side that it was made for.
+    own = [each.warnings for each in usable if not isinstance(each.recording, OtherSide)]
+    return [f"{path}: {found}" for found in wrong_in_all(own)]
 
 
 def listed_recordings(spec: str, *, key: str) -> list[Recording]:
@@ -237,9 +260,16 @@ def _listing(problems: Sequence[str]) -> str:
     return f"{counted(len(problems), 'problem')} in the data:\n{shown}{more}"
 
 
-def _warn(problems: Sequence[str], num_skipped: int) -> None:
+def _warn(problems: Sequence[str], num_skipped: int, key: str) -> None:
     for problem in problems[:_MAX_WARNINGS]:
         logger.warning("skipped %s", problem)
     if num_skipped:
         skipped = counted(num_skipped, "recording")
-        logger.warning("skipped %s because of data.on_error=skip", skipped)
+        logger.warning("%s: skipped %s because of data.on_error=skip", key, skipped)
+
+
+def _news(found: Sequence[_Found], texts: Sequence[str], said: set[str]) -> list[_Found]:
+    """Return what is not in `said` yet by its text, and add it there."""
+    news = [each for each, text in zip(found, texts, strict=True) if text not in said]
+    said.update(texts)
+    return news

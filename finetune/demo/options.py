@@ -22,7 +22,7 @@ class DemoOptions:
 
 @dataclass(frozen=True)
 class DemoDataOptions:
-    out_dir: Annotated[FilePath, POSITIONAL, WRITABLE_FOLDER]
+    out: Annotated[FilePath, POSITIONAL, WRITABLE_FOLDER]
     """Where to write train.jsonl, eval.jsonl, and the .wav and .json files."""
 
     num_dialogues: Annotated[int, Ge(2), Le(100_000)] = 60

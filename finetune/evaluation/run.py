@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from finetune.config import TrainArgs, resolved_sources
+from finetune.config import SOURCES, TrainArgs, resolved_sources
 from finetune.data import num_different
 from finetune.distributed import peak_memory_gb
 from finetune.errors import UserError
@@ -112,6 +112,14 @@ def _with_data(options: Options, args: TrainArgs) -> Options:
             "--data: name the JSONL of the recordings; the checkpoint's configuration names no "
             "data.eval_data."
         )
+    key = f"data.eval_data of {options.checkpoint / CONFIGURATION}"
+    try:
+        SOURCES.require(args.data.eval_data, key)
+    except UserError as error:
+        raise UserError(
+            f"--data was not given, and {error} Name the recordings with --data, or work in the "
+            "folder in which the run was started."
+        ) from None
     return dataclasses.replace(options, data=args.data.eval_data)
 
 

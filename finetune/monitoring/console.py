@@ -129,9 +129,12 @@ def describe(metrics: Mapping[str, float]) -> str:
     parts = []
     if "loss" in metrics:
         kinds = [
-            f"{k} {metrics[f'{k}_loss']:.2f}" for k in ("text", "audio") if f"{k}_loss" in metrics
+            f"{k} {format_loss(metrics[f'{k}_loss'])}"
+            for k in ("text", "audio")
+            if f"{k}_loss" in metrics
         ]
-        parts.append(f"loss {metrics['loss']:.2f}" + (f" ({' '.join(kinds)})" if kinds else ""))
+        loss = format_loss(metrics["loss"])
+        parts.append(f"loss {loss}" + (f" ({' '.join(kinds)})" if kinds else ""))
     if "lr" in metrics:
         parts.append(f"lr {metrics['lr']:.1e}")
     if "step_sec" in metrics:
@@ -139,6 +142,11 @@ def describe(metrics: Mapping[str, float]) -> str:
     if "tokens_per_sec" in metrics:
         parts.append(f"{format_count(metrics['tokens_per_sec'])} tokens/s")
     return "  ".join(parts)
+
+
+def format_loss(value: float) -> str:
+    """`5.31`; `2.35e+32` of a run that diverges."""
+    return f"{value:.2f}" if abs(value) < 1e5 else f"{value:.2e}"
 
 
 def format_count(value: float) -> str:

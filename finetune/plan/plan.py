@@ -4,17 +4,17 @@ The model is made of `meta` tensors: no weights are read, no GPU is needed.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from moshi.models import loaders
 
 from finetune.config import ModelPaths, TrainArgs
-from finetune.data import Reading, count_frames, load_sources
+from finetune.data import DataSet, Reading, count_frames, load_sources
 from finetune.distributed import shard_size
 from finetune.errors import UserError, counted
-from finetune.model import plan_model, read_codes_of, shape_from_hub
+from finetune.model import find_checkpoint, plan_model, read_codes_of, shape_from_hub
 from finetune.monitoring import format_count, format_duration
 from finetune.plan.advice import no_way, way_to_speed, ways_to_fit
 from finetune.plan.describe import cautions_of_steps, describe_roles
@@ -33,8 +33,24 @@ _NO_SHAPE = (
 )
 
 
-def plan(args: TrainArgs, *, num_gpus: int, gpu_memory_gb: float) -> Iterator[str]:
-    """Lines to print.
+class Verdict(NamedTuple):
+    """A verdict says whether a run fits, and what else `train` would end with."""
+
+    fits: bool
+    problems: list[str]
+
+
+_Lines = Generator[str, None, list[str]]
+"""Lines to print; returned is what `train` would end with."""
+
+
+def plan(
+    args: TrainArgs, *, num_gpus: int, gpu_memory_gb: float | None
+) -> Generator[str, None, Verdict]:
+    """Yield lines to print, and return whether the run can be trained.
+
+    Args:
+        gpu_memory_gb: None: there is no GPU that it is to fit into.
 
     Raises:
         UserError: an impossible configuration.
@@ -42,26 +58,55 @@ def plan(args: TrainArgs, *, num_gpus: int, gpu_memory_gb: float) -> Iterator[st
     info, source = shape_of(args.moshi_paths)
     model = plan_model(args, info)
     memory = estimate(args, model, num_gpus)
+    on_gpu = args.device != "cpu"
     yield f"parameters: {', '.join(describe_roles(args, model))}; {source}"
-    yield _describe_sharing(args, num_gpus)
-    yield "memory of each GPU at its peak, estimated:"
+    if on_gpu or num_gpus > 1:
+        yield _describe_sharing(args, num_gpus)
+    yield f"memory {'of each GPU ' if on_gpu else ''}at its peak, estimated:"
     for field in dataclasses.fields(memory):
         yield f"  {field.name:<10} {_size(getattr(memory, field.name)):>10}"
-    yield f"  {'peak':<10} {_size(memory.peak):>10} of {gpu_memory_gb:g} GB"
+    of_all = f" of {gpu_memory_gb:g} GB" if gpu_memory_gb is not None else ""
+    yield f"  {'peak':<10} {_size(memory.peak):>10}{of_all}"
     if args.ttt.enabled:
         yield f"TTT state, when it streams: {_size(state_bytes(model, 1))} a stream"
         if layer_class(args.ttt.method).cost(args.ttt) is None:
             yield f"what training with ttt.method {args.ttt.method} costs is not known, nor counted"
-    yield from _describe_time(args, model, num_gpus)
+    problems = yield from _describe_time(args, model, num_gpus)
+    problems += _problems_of_base(args)
+    if gpu_memory_gb is None:
+        return Verdict(True, problems)
+    fits_in = yield from _describe_fit(args, info, model, num_gpus, gpu_memory_gb)
+    return Verdict(fits_in, problems)
+
+
+def _problems_of_base(args: TrainArgs) -> list[str]:
+    """Return what a base lacks that lies on this machine."""
+    try:
+        if Path(args.moshi_paths.hf_repo_id or "").is_dir():
+            find_checkpoint(args.moshi_paths, is_new_run=True)
+    except UserError as error:
+        return [str(error)]
+    return []
+
+
+def _describe_fit(
+    args: TrainArgs,
+    info: loaders.CheckpointInfo,
+    model: TTTLMModel,
+    num_gpus: int,
+    gpu_memory_gb: float,
+) -> Generator[str, None, bool]:
+    """Yield whether the run fits, and what to change; return whether it does."""
 
     def is_enough(then: Memory) -> bool:
         return fits(then, gpu_memory_gb * GB)
 
+    memory = estimate(args, model, num_gpus)
     if is_enough(memory):
         if faster := way_to_speed(args, model, info, num_gpus, is_enough):
             yield _describe_faster(*faster, model, num_gpus)
         yield "it fits"
-        return
+        return True
     yield f"it does not fit: {memory.peak / GB:.1f} GB, and CUDA needs room of its own"
     ways = ways_to_fit(args, model, info, num_gpus, is_enough)
     for way in ways:
@@ -69,6 +114,7 @@ def plan(args: TrainArgs, *, num_gpus: int, gpu_memory_gb: float) -> Iterator[st
     if not ways:
         said, then = no_way(args, model, info, num_gpus)
         yield f"  {said}; the smallest GPU that would do has {smallest_gpu_gb(then)} GB"
+    return False
 
 
 def shape_of(
@@ -116,7 +162,7 @@ def _describe_sharing(args: TrainArgs, num_gpus: int) -> str:
     return f"{num_gpus} GPUs: {where} of the model, each over {size} (parallel.shard_size)"
 
 
-def _describe_time(args: TrainArgs, model: TTTLMModel, num_gpus: int) -> Iterator[str]:
+def _describe_time(args: TrainArgs, model: TTTLMModel, num_gpus: int) -> _Lines:
     num_frames = count_frames(args.duration_sec)
     segments_per_step = args.batch_size * args.num_microbatches * num_gpus
     tokens_per_step = segments_per_step * num_frames * (1 + model.dep_q)
@@ -127,15 +173,10 @@ def _describe_time(args: TrainArgs, model: TTTLMModel, num_gpus: int) -> Iterato
     )
     segment_frames = segment_shares = None
     cautions: list[str] = []
+    problems: list[str] = []
+    said: set[str] = set()
     try:
-        data = load_sources(
-            args.data.train_data,
-            key="data.train_data",
-            num_frames=num_frames,
-            on_error=args.data.on_error,
-            reads=read_codes_of(args.moshi_paths),
-            reading=Reading.of(args.data, training=True),
-        )
+        data = _load(args, said, training=True)
         segment_frames, segment_shares = data.segment_frames, data.segment_shares
         steps = data.num_segments / segments_per_step
         yield (
@@ -144,11 +185,36 @@ def _describe_time(args: TrainArgs, model: TTTLMModel, num_gpus: int) -> Iterato
         )
         cautions += cautions_of_steps(args, data.num_segments, num_gpus)
     except UserError as error:
-        yield f"data: steps of an epoch are not known: {error}"
+        problems.append(str(error))
+        yield "data: steps of an epoch are not known, for what is said at the end"
+    try:
+        if args.do_eval:
+            _load(args, said, training=False)
+    except UserError as error:
+        problems.append(str(error))
     yield describe_ttt(args, model, segment_frames)
     for caution in (*cautions_of_ttt(args, model, segment_frames, segment_shares), *cautions):
         yield f"warning: {caution}"
-    yield _describe_step_time(args, step_time(args, model, num_gpus))
+    if args.device != "cpu":
+        yield _describe_step_time(args, step_time(args, model, num_gpus))
+    return problems
+
+
+def _load(args: TrainArgs, said: set[str], *, training: bool) -> DataSet:
+    """Inspect the data as a run does at its start.
+
+    Raises:
+        UserError: see `load_sources`.
+    """
+    return load_sources(
+        args.data.train_data if training else args.data.eval_data,
+        key="data.train_data" if training else "data.eval_data",
+        num_frames=count_frames(args.duration_sec),
+        on_error=args.data.on_error,
+        reads=read_codes_of(args.moshi_paths),
+        reading=Reading.of(args.data, training=training),
+        said=said,
+    )
 
 
 def _describe_faster(what: str, args: TrainArgs, model: TTTLMModel, num_gpus: int) -> str:

@@ -13,7 +13,9 @@ from finetune.data import (
     ReadCodes,
     Recording,
     TextEncoder,
+    as_errors,
     inspect_listing,
+    wrong_in_all,
 )
 from finetune.kept import write_whole
 from finetune.monitoring import console
@@ -26,6 +28,7 @@ from finetune.recordings.options import CheckOptions
 from finetune.recordings.work import do_all
 
 _LINE_REMEDY = "correct the line, or what it names, as the message says"
+_WITHOUT_TOKENS = "text tokens were not looked at: no tokenizer is here, name one: --tokenizer"
 
 _FAST_AT_ONCE = 16
 """Recordings that a worker looks at before it hands back what it found: some 50 ms."""
@@ -71,18 +74,38 @@ def inspect_data(options: CheckOptions, overrides: Mapping[str, Any]) -> Report:
         word_start=listing.word_start,
         reads=listing.reads,
     )
-    found = _inspect_all(options, listing, work, text)
+    found, is_new = _inspect_all(options, listing, work, text)
+    together = _wrong_lists(options.data, listing, found)
     checked = [
         Checked(origin, "", 0.0, 0, 0, [Finding("malformed-line", "error", problem, _LINE_REMEDY)])
         for origin, problem in listing.problems
     ]
     checked += [Checked(each.origin, str(each.path), *_facts(found[each])) for each in listing.all]
-    together = inspect_listing(
+    together += inspect_listing(
         listing.recordings,
         listing.evaluation,
         {recording: each.digest for recording, each in found.items()},
     )
-    return Report(options.data, checked, together, _notes(options, tokenizer, listing))
+    said_before = () if is_new else (_WITHOUT_TOKENS,)
+    return Report(options.data, checked, together, _notes(options, tokenizer, listing), said_before)
+
+
+def _wrong_lists(
+    data: Path, listing: Listing, found: Mapping[Recording, Inspection]
+) -> list[Finding]:
+    """Return what is wrong with lists as a whole, and make it an error of each of their
+    recordings."""
+    errors = []
+    are_wrong: list[Inspection] = []
+    for path, recordings in listing.sources:
+        usable = [found[each] for each in recordings if not found[each].errors]
+        wrong = wrong_in_all([each.findings for each in usable])
+        of_run = "" if path == data else f"{path}: "
+        errors += [each._replace(message=f"{of_run}{each.message}") for each in wrong]
+        are_wrong += usable if wrong else []
+    for inspection in are_wrong:
+        inspection.findings = as_errors(inspection.findings)
+    return errors
 
 
 def _facts(found: Inspection) -> tuple[float, int, int, list[Finding]]:
@@ -94,7 +117,7 @@ def _notes(options: CheckOptions, tokenizer: Path | None, listing: Listing) -> l
     if options.fast:
         notes.append("of the audio, a few words of each recording were heard (--fast)")
     if tokenizer is None:
-        notes.append("text tokens were not looked at: no tokenizer is here, name one: --tokenizer")
+        notes.append(_WITHOUT_TOKENS)
     if listing.has_codes and listing.reads is None:
         notes.append(
             "codes were not compared with a model: give, in place of a list, a run's YAML file "
@@ -108,8 +131,9 @@ def _inspect_all(
     listing: Listing,
     work: Callable[[Recording], Inspection],
     text: TextEncoder | None,
-) -> dict[Recording, Inspection]:
-    """Return what is found in each recording, by now or at an earlier time."""
+) -> tuple[dict[Recording, Inspection], bool]:
+    """Return what is found in each recording, by now or at an earlier time, and whether any was
+    inspected now."""
     data = options.data.resolve()
     path = options.cache or data.with_name(f".{data.name}.checked")
     tokens = text.fingerprint if text is not None else None
@@ -136,7 +160,7 @@ def _inspect_all(
             found[done.job] = done.result
             if (key := keys[done.job]) is not None:
                 ledger.put(key, [*_facts(done.result), done.result.digest])
-    return found
+    return found, bool(missing)
 
 
 def _inspect(

@@ -1,7 +1,7 @@
 """What `moshi-ttt data check` found, as lines, as a table, and as JSON."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,8 @@ class Report:
     checked: list[Checked]
     together: list[Finding]
     notes: list[str]
+    said_before: Sequence[str] = ()
+    """Notes that a terminal has shown when these recordings were inspected."""
 
     @property
     def num_errors(self) -> int:
@@ -89,7 +91,7 @@ def sentences(report: Report) -> Iterator[str]:
         f"{counted(len(report.checked), 'recording')}, {report.duration_sec / 3600:.2f} h: "
         f"{report.num_errors} with errors, {num_warned} with warnings alone"
     )
-    yield from (f"note: {note}" for note in report.notes)
+    yield from (f"note: {note}" for note in report.notes if note not in report.said_before)
 
 
 def as_json(report: Report) -> dict[str, Any]:

@@ -80,8 +80,6 @@ def describe_data(options: StatsOptions, overrides: Mapping[str, Any]) -> Iterat
     if not statistics.each:
         raise UserError(f"{options.data} has no recording that can be read.")
     console.print(table_of(statistics))
-    if tokenizer is None:
-        yield "note: text tokens were not counted: no tokenizer is here, name one: --tokenizer"
     if options.out is not None:
         draw(statistics, options.out)
         yield f"wrote {options.out}"

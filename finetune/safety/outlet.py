@@ -92,12 +92,21 @@ def fill_standard_descriptors() -> None:
         sys.stderr = os.fdopen(2, "w", closefd=False)
 
 
+class _WithLevel(logging.Formatter):
+    """What a command says that keeps no log: `warning: …`, as `setup_logging` has it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return f"{record.levelname.lower()}: {super().format(record)}"
+
+
 @contextmanager
 def outlets() -> Iterator[None]:
     """Standard output and error as `Outlet`, for the length of a command."""
     fill_standard_descriptors()
     # It warns of folders that are not its own, and that it is busy: nothing that a user can mend.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(_WithLevel())
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = Outlet(sys.stdout), Outlet(sys.stderr)
     try:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,22 @@ _SETTINGS = (
     "text_padding_weight", "first_codebook_weight_multiplier",
 )  # fmt: skip
 
+_FLAGS = {
+    "config_path": "config-path",
+    "moshi_weights": "moshi-weight",
+    "mimi_weights": "mimi-weight",
+    "tokenizer": "tokenizer",
+    "lora_weights": "lora-weight",
+}
+"""Of `moshi.server`, by the arguments of `CheckpointInfo.from_hf_repo`."""
 
-def model_card(args: TrainArgs, options: ExportOptions) -> str:
-    """The README.md of an export. No path of the machine that trained it is in it."""
+
+def model_card(args: TrainArgs, options: ExportOptions, config: Mapping[str, Any]) -> str:
+    """The README.md of an export. No path of the machine that trained it is in it.
+
+    Args:
+        config: what the export's config.json holds.
+    """
     base = _base(args)
     is_kyutai = base is not None and base.startswith("kyutai/")
     front = ["---", "library_name: moshi", "tags: [speech, full-duplex, test-time-training]"]
@@ -39,7 +53,7 @@ def model_card(args: TrainArgs, options: ExportOptions) -> str:
             "",
             "## How to run it",
             "",
-            *_how_to_run(args, options, base),
+            *_how_to_run(args, options, base, config),
             "",
             "## Training",
             "",
@@ -66,10 +80,12 @@ def _base(args: TrainArgs) -> str | None:
     return None if repo is None or args.moshi_paths.random_init or Path(repo).exists() else repo
 
 
-def _how_to_run(args: TrainArgs, options: ExportOptions, base: str | None) -> list[str]:
+def _how_to_run(
+    args: TrainArgs, options: ExportOptions, base: str | None, config: Mapping[str, Any]
+) -> list[str]:
     repo = options.push or "THIS_REPOSITORY"
     if options.form == "merged":
-        lines = ["With stock [`moshi`](https://github.com/kyutai-labs/moshi):", ""]
+        lines = ["With stock [`moshi`](https://github.com/kyutai-labs/moshi), from the hub:", ""]
         lines += ["```sh", f"python -m moshi.server --hf-repo {repo}", "```"]
     else:
         lines = ["Adapters alone, for stock [`moshi`](https://github.com/kyutai-labs/moshi):", ""]
@@ -79,6 +95,7 @@ def _how_to_run(args: TrainArgs, options: ExportOptions, base: str | None) -> li
             "--config-path config.json",
             "```",
         ]
+    lines += _from_local_files(options, config)
     differs = []
     if args.ttt.enabled:
         differs += [
@@ -102,6 +119,42 @@ def _how_to_run(args: TrainArgs, options: ExportOptions, base: str | None) -> li
             "```",
         ]
     return lines
+
+
+def _from_local_files(options: ExportOptions, config: Mapping[str, Any]) -> list[str]:
+    """Return how stock `moshi` loads the folder without asking the hub for anything: every file is
+    named, as a path."""
+    places = {
+        "config_path": "config.json",
+        "moshi_weights": "model.safetensors",
+        "mimi_weights": config["mimi_name"],
+        "tokenizer": config["tokenizer_name"],
+    }
+    if options.form == "adapters":
+        places |= {"moshi_weights": "BASE/model.safetensors", "lora_weights": "lora.safetensors"}
+    lines = ["", "From local files, without the hub, in this folder:", ""]
+    if "mimi_config_name" in config:
+        # The server has no option for it, and would look on the hub.
+        places["mimi_config_path"] = config["mimi_config_name"]
+    else:
+        flags = [f"--{_FLAGS[key]} {name}" for key, name in places.items()]
+        lines += ["```sh", f"python -m moshi.server --static none {' '.join(flags)}"]
+        lines += ["python -m moshi.client   # in another terminal", "```", "", "or in Python:", ""]
+    return [
+        *lines,
+        "```python",
+        "from pathlib import Path",
+        "",
+        "from moshi.models.loaders import CheckpointInfo",
+        "",
+        "info = CheckpointInfo.from_hf_repo(",
+        '    "none",',
+        *[f'    {key}=Path("{name}"),' for key, name in places.items()],
+        ")",
+        'moshi, mimi = info.get_moshi("cuda"), info.get_mimi("cuda")',
+        "tokenizer = info.get_text_tokenizer()",
+        "```",
+    ]
 
 
 def _training(args: TrainArgs) -> list[str]:

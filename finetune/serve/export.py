@@ -85,8 +85,7 @@ def export_checkpoint(options: ExportOptions) -> Exported:
     with whole_folder(out) as partial:
         dtype = next(model.parameters()).dtype
         _write_weights(model, args, options, partial, dtype)
-        _write_rest(args, info, options, partial)
-        card = model_card(args, options)
+        card = model_card(args, options, _write_rest(args, info, options, partial))
         (partial / "README.md").write_text(card, encoding="utf-8")
         codes = _some_codes(model)
         for layer in model.transformer.layers:
@@ -173,7 +172,8 @@ def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | Non
 
 def _write_rest(
     args: TrainArgs, info: loaders.CheckpointInfo, options: ExportOptions, out: Path
-) -> None:
+) -> dict[str, Any]:
+    """Write everything but weights and the card; return what config.json holds."""
     raw = loaders._lm_kwargs if info.raw_config is None else info.raw_config
     config: dict[str, Any] = changed_shape(raw, args.model)
     for key in ("lora", "lora_name", "lora_rank", "lora_scaling"):
@@ -197,6 +197,7 @@ def _write_rest(
     for path in (info.mimi_weights, info.tokenizer):
         shutil.copyfile(path, out / path.name)
     (out / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    return config
 
 
 def _some_codes(model: TTTLMModel) -> Tensor:

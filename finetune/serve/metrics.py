@@ -55,7 +55,7 @@ class ServerMetrics:
         self.refused = Counter(
             "moshi_ttt_refused", "Callers who were refused.", ["reason"], registry=registry
         )
-        for reason in ("full", "token", "origin", "host", "draining", "failed"):
+        for reason in ("full", "token", "origin", "host", "draining", "failed", "format"):
             self.refused.labels(reason)
         self.malformed = Counter(
             "moshi_ttt_malformed_messages", "Messages of no meaning.", registry=registry

@@ -101,12 +101,15 @@ class Server:
     async def chat(self, request: web.Request) -> web.StreamResponse:
         """A call. Stock clients name no format; queries that this server does not know are those
         of other Moshi servers, and mean nothing."""
-        form: wire.Format = "pcm" if request.query.get("format") == "pcm" else "opus"
+        form = request.query.get("format", "opus")
         ws = web.WebSocketResponse(
             heartbeat=HEARTBEAT_SEC, max_msg_size=wire.MAX_MESSAGE_BYTES, compress=False
         )
         transport = request.transport
         await ws.prepare(request)
+        if form not in get_args(wire.Format):
+            why = f"format: opus or pcm, got {form[:40]!r}"
+            return await self._refuse(ws, transport, "format", WSCloseCode.POLICY_VIOLATION, why)
         if self.board.is_over:
             return await self._refuse(ws, transport, "failed", WSCloseCode.INTERNAL_ERROR, _FAILED)
         if self.draining:
@@ -120,7 +123,7 @@ class Server:
         self.sockets[ws] = transport
         why = "vanished"
         try:
-            why = await talk(ws, transport, call, self.board, form)
+            why = await talk(ws, transport, call, self.board, form)  # type: ignore[arg-type]
         finally:
             self.sockets.pop(ws, None)
             # To the call it looks as if the caller had closed it.

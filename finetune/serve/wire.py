@@ -105,9 +105,12 @@ def action_of(kind: int, payload: bytes) -> Action | None:
         raise Malformed("unknown kind of message")
     try:
         asked = json.loads(payload)
+    except (ValueError, RecursionError) as error:
+        raise Malformed(f"no JSON ({str(error)[:80]}); there are {_REQUESTS}") from None
+    try:
         wanted = asked["do"]
         if wanted == "ttt" and isinstance(asked["on"], bool):
             return "ttt_on" if asked["on"] else "ttt_off"
         return _ACTIONS[wanted]
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (KeyError, TypeError):
         raise Malformed(f"unknown request; there are {_REQUESTS}") from None

@@ -55,7 +55,7 @@ _BLOCK_SAMPLES = 10 * SAMPLE_RATE_HZ
 
 @dataclass(frozen=True)
 class RecallAudioOptions:
-    out_dir: Annotated[FilePath, POSITIONAL, WRITABLE_FOLDER]
+    out: Annotated[FilePath, POSITIONAL, WRITABLE_FOLDER]
     """The folder to write to; new, or one that the same call has begun."""
 
     talk: Annotated[TalkOptions, Prefix("")] = field(default_factory=TalkOptions)
@@ -87,7 +87,7 @@ def write_recall_audio(options: RecallAudioOptions) -> Iterator[str]:
     Raises:
         UserError: the folder holds something else, or cannot be written; or see `make_talk`.
     """
-    folder, wanted = options.out_dir, options.talk
+    folder, wanted = options.out, options.talk
     num_talks, width = wanted.num_talks, max(3, len(str(wanted.num_talks - 1)))
     talks = [make_talk(wanted, index, options.seed) for index in range(num_talks)]
     to_make = [talk for talk in talks if not (_place_of(folder, talk, width) / META).exists()]

@@ -142,7 +142,9 @@ def test_the_loss_curve_is_drawn(demo_run: tuple[Path, Any]) -> None:
         (["sweep", "--table"], "--file is missing"),
         (["plot"], "--run_dir is missing"),
         (["demo-data", "--outdir=x"], "unknown option: --outdir"),
-        (["demo-data"], "--out_dir is missing"),
+        (["demo-data", "--out_dir=x"], "unknown option: --out_dir. Did you mean --out?"),
+        (["recall-audio", "--out_dir=x"], "unknown option: --out_dir. Did you mean --out?"),
+        (["demo-data"], "--out is missing"),
         (["data", "indx"], "unknown command: data indx. Did you mean data index?"),
         (["index", "x"], "unknown command: index. Did you mean data index?"),
         (["dat"], "unknown command: dat. Did you mean data?"),
@@ -375,7 +377,7 @@ def test_help_and_page_show_what_is_given_without_a_name(
 
 @pytest.mark.parametrize("dashes", [[], ["--"]])
 @pytest.mark.parametrize(
-    "words", [["moshi-ttt", "demo-data", "{}", "--seed=1"], ["train.py", "--out_dir", "{}"]]
+    "words", [["moshi-ttt", "demo-data", "{}", "--seed=1"], ["train.py", "--out", "{}"]]
 )
 def test_help_runs_nothing_whatever_else_is_given(
     words: list[str],

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from data_tools import some_words, write_jsonl, write_recording
 from helpers import tiny_lm_kwargs
-from training_tools import logged, train
+from training_tools import logged, train, trainer
 
 from finetune.config import OptimArgs, TrainArgs, load_config
 from finetune.config.args import DataArgs
@@ -239,3 +240,26 @@ def test_a_run_on_a_gpu_warns_where_no_kernel_scans(
     model = build_model(tiny_lm_kwargs(dim=32), ttt, device="cpu", dtype=torch.float32)
     warn_of_slow_layers(model)
     assert ("16 or 32 frames" in caplog.text) == warns
+
+
+def test_what_is_wrong_with_a_list_that_trains_and_evaluates_is_said_once(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [write_recording(tmp_path, f"{number}.wav", 2.0) for number in range(3)]
+    (tmp_path / "0.json").unlink()
+    words = {"alignments": some_words(2.0), "mood": "calm"}
+    (tmp_path / "1.json").write_text(json.dumps(words))
+    lists = {key: str(write_jsonl(tmp_path / f"{key}.jsonl", lines)) for key in ("one", "other")}
+    for evaluated, times in (("one", 1), ("other", 2)):
+        overrides = {
+            "data.train_data": lists["one"],
+            "data.eval_data": lists[evaluated],
+            "data.on_error": "skip",
+            "do_eval": True,
+            "max_steps": 1,
+        }
+        trainer(config, tmp_path / f"run {evaluated}", overrides)
+        said = capsys.readouterr().out
+        assert said.count("0.json is missing") == said.count("[unused-keys]") == times
+        for key in ("train", "eval"):
+            assert f"data.{key}_data: skipped 1 recording because of data.on_error=skip" in said

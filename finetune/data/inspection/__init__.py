@@ -14,6 +14,7 @@ from finetune.data.inspection.findings import Finding, Inspection, Subject
 from finetune.data.inspection.listening import listen
 from finetune.data.inspection.listing import in_training, inspect_listing, num_different
 from finetune.data.inspection.transcript_checks import CHECKS as TRANSCRIPT_CHECKS
+from finetune.data.inspection.whole_list import as_errors, wrong_in_all
 from finetune.data.problems import FileProblem
 from finetune.data.sides import Sides
 from finetune.data.text import TextEncoder
@@ -24,6 +25,7 @@ __all__ = [
     "Finding",
     "Inspection",
     "Subject",
+    "as_errors",
     "in_training",
     "inspect_listing",
     "inspect_recording",
@@ -32,9 +34,10 @@ __all__ = [
     "num_different",
     "power_of",
     "wordless_speech",
+    "wrong_in_all",
 ]
 
-VERSION = 5
+VERSION = 6
 """Of the checks. What was found good by earlier ones is inspected again."""
 
 

@@ -126,15 +126,16 @@ def channels(subject: Subject, heard: Heard) -> Iterator[Finding]:
         )
         return
     if heard.is_complete and has_words and heard.peak[0] < SILENT:
-        where = (
-            "both channels are" if heard.peak[1] < SILENT else f"the {subject.main_side} channel is"
-        )
+        is_all_silent = heard.peak[1] < SILENT
+        where = "both channels are" if is_all_silent else f"the {subject.main_side} channel is"
         yield Finding(
             "silent-channel",
             "error",
             f"{where} silent in {subject.name}, although the transcript gives {MAIN_SPEAKER} words",
-            f"put Moshi on the {subject.main_side} (channels may be swapped, or one was lost), or "
-            "set data.main_channel",
+            f"make it again from its source, or {subject.leave_out}"
+            if is_all_silent
+            else f"put Moshi on the {subject.main_side} (channels may be swapped, or one was lost)"
+            f", or set data.main_channel to {subject.user_side}",
         )
         return
     if heard.is_complete and others and heard.peak[1] < SILENT:
@@ -152,8 +153,8 @@ def channels(subject: Subject, heard: Heard) -> Iterator[Finding]:
             "warning",
             f"while {MAIN_SPEAKER} has words in {subject.name}, the {subject.user_side} channel is "
             f"loud and the {subject.main_side} one is not",
-            f"put Moshi on the {subject.main_side}, set data.main_channel, or correct the speaker "
-            "names",
+            f"put Moshi on the {subject.main_side}, set data.main_channel to {subject.user_side}, "
+            "or correct the speaker names",
         )
 
 

@@ -8,6 +8,7 @@ from finetune.data.text import FRAME_RATE_HZ
 from finetune.data.transcripts import MAIN_SPEAKER, OTHER_SPEAKER, USER_SPEAKER, Word
 
 _UNITS = {"milliseconds": 1e3, "samples at 24 kHz": 24e3, "samples at 16 kHz": 16e3}
+_SHORTEST_WORD_SEC = 0.02
 _TIMES_REMEDY = "check that times are in seconds, and that it is the transcript of this recording"
 _OVERLAP_SEC = 0.1
 _MAX_OVERLAPPING_SHARE = 0.2
@@ -19,21 +20,38 @@ _MAX_LOST_SHARE = 0.2
 def main_speaker(subject: Subject) -> Iterator[Finding]:
     """Yield a finding if there are words, but none of Moshi's."""
     if subject.other_words and not subject.main_words:
-        speakers = sorted({word.speaker for word in subject.other_words})[:3]
-        # By these names Moshi is meant to be someone else: words are missing, no name is wrong.
-        remedy = (
-            "if Moshi speaks there, add its words, with moshi-ttt data annotate --overwrite for "
-            "example"
-            if {*speakers} <= {USER_SPEAKER, OTHER_SPEAKER}
-            else "check the speaker names"
-        )
+        speakers = sorted({word.speaker for word in subject.other_words}, key=_unlike_main)
         yield Finding(
             "no-main-speaker",
             "warning",
             f"{subject.text_name} holds words, but none of {MAIN_SPEAKER}, so Moshi says nothing "
-            f"there (speakers: {', '.join(speakers)})",
-            remedy,
+            f"there (speakers: {', '.join(speakers[:3])})",
+            _name_remedy(speakers),
         )
+
+
+def _unlike_main(speaker: str) -> tuple[bool, str]:
+    """Return what names are sorted by: first what differs from the main speaker's in case alone."""
+    return speaker.strip().casefold() != MAIN_SPEAKER.casefold(), speaker
+
+
+def _name_remedy(speakers: Sequence[str]) -> str:
+    """Return what to do about words of these speakers, sorted, none of whom is the main one."""
+    first, names = speakers[0], {*speakers} - {USER_SPEAKER, OTHER_SPEAKER}
+    if not _unlike_main(first)[0]:
+        return (
+            f"write {MAIN_SPEAKER!r} in place of {first!r}: names count with their capitals and "
+            "spaces"
+        )
+    # By these names Moshi is meant to be someone else: words are missing, no name is wrong.
+    if not names:
+        return (
+            "if Moshi speaks there, add its words, with moshi-ttt data annotate --overwrite for "
+            "example"
+        )
+    if len(names) == 1:
+        return f"if {names.pop()!r} is Moshi, write {MAIN_SPEAKER!r} in place of it"
+    return f"write {MAIN_SPEAKER!r} in place of the name that is Moshi's"
 
 
 def times(subject: Subject) -> Iterator[Finding]:
@@ -85,8 +103,14 @@ def _other_unit(subject: Subject) -> str | None:
     late = sum(w.start_sec >= duration_sec for w in subject.main_words)
     if not duration_sec or last < 10 * duration_sec or 2 * late < len(subject.main_words):
         return None
-    # The unit in which the last word is nearest to the end.
-    fitting = {name: last / each for name, each in _UNITS.items() if last / each <= duration_sec}
+    lengths = sorted(w.end_sec - w.start_sec for w in subject.main_words)
+    typical = lengths[len(lengths) // 2]
+    # The unit in which the last word is nearest to the end, and in which words take some time.
+    fitting = {
+        name: last / each
+        for name, each in _UNITS.items()
+        if last / each <= duration_sec and typical / each >= _SHORTEST_WORD_SEC
+    }
     return max(fitting, key=lambda name: fitting[name]) if fitting else None
 
 

@@ -1,5 +1,7 @@
 """What a resumed run takes from its checkpoint besides weights and moments."""
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,3 +52,37 @@ def test_what_has_been_said_of_ttt_is_not_said_again(
     assert capsys.readouterr().out.count(line) == 1
     train(config, tmp_path, {**how, "resume": True})
     assert capsys.readouterr().out.count(line) == 0
+
+
+def test_a_damaged_checkpoint_is_answered_with_the_ways_that_are_open(
+    config: Path, finished_run: Callable[..., Any], tmp_path: Path
+) -> None:
+    def refused(resume: bool | str) -> str:
+        with pytest.raises(UserError) as stopped:
+            trainer(config, run_dir, {"resume": resume})
+        return str(stopped.value)
+
+    run_dir = tmp_path / "run"
+    finished_run(run_dir, {"ckpt_freq": 2})
+    first, last = checkpoint(run_dir, 2), checkpoint(run_dir, 4)
+    cut = (last / "resume.pt").read_bytes()[:100]
+    (last / "resume.pt").write_bytes(cut)
+    from_weights = f"moshi_paths.init_from: {last}."
+    said = refused(True)
+    assert f"Delete {last} to resume from the one before. Or: " in said
+    assert said.endswith(from_weights)
+    # The one before is there, and damaged as well: that was looked at.
+    shutil.copytree(first, tmp_path / "kept")
+    (first / "resume.pt").write_bytes(cut)
+    said = refused("auto")
+    assert "Delete" not in said and said.endswith(from_weights)
+    shutil.rmtree(first)
+    said = refused(True)
+    assert "Delete" not in said and said.endswith(from_weights)
+    train(config, tmp_path / "new", {"moshi_paths.init_from": str(last), "max_steps": 1})
+    for weights in (last / "consolidated").glob("*.safetensors"):
+        weights.write_bytes(weights.read_bytes()[:-1])
+    said = refused(True)
+    assert "Delete" not in said and "init_from" not in said and "--overwrite_run_dir" in said
+    shutil.move(tmp_path / "kept", first)
+    assert refused(True).endswith(f"Delete {last} to resume from the one before.")

@@ -20,7 +20,7 @@ from finetune.serve import GenerateOptions, ServeOptions
 
 ROOT = Path(__file__).parents[3]
 MEMORY = ROOT / "example/memory"
-MADE = {"out", "out_dir", "joined_dir", "sweep_dir", "report", "json", "html"}
+MADE = {"out", "joined_dir", "sweep_dir", "report", "json", "html"}
 """Options that name what a command makes: there must be room for it."""
 LATER = {"session", "cache", "init run_dir"}
 """Options that name what may be there, or is made by somebody else: looked at where it is used."""

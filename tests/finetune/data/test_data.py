@@ -21,7 +21,7 @@ from data_tools import (
 )
 from torchaudio.functional import resample
 
-from finetune.config import DataArgs, parse_sources
+from finetune.config import DataArgs, parse_sources, require_sources
 from finetune.data import (
     Word,
     build_eval_loader,
@@ -34,6 +34,7 @@ from finetune.data import (
 from finetune.data.loader import EvalLoader, TrainLoader
 from finetune.data.order import SampleOrder
 from finetune.data.text import TimedTokens
+from finetune.errors import UserError
 
 PAD, END = 3, 0
 
@@ -218,6 +219,15 @@ def test_weights_of_sources() -> None:
     assert [(str(path), weight) for path, weight in pairs] == [
         ("a.jsonl", 2.0), ("C:\\b.jsonl", 1.0), ("s3:c.jsonl", 0.5), ("d", 10.0),
     ]  # fmt: skip
+
+
+def test_a_weight_that_is_no_number_is_called_so(tmp_path: Path) -> None:
+    listed = tmp_path / "a.jsonl"
+    listed.write_text("{}\n")
+    with pytest.raises(UserError, match=r"If 'two' is to be the weight of .*a\.jsonl, it must be"):
+        require_sources([path for path, _ in parse_sources(f"{listed}:two", "k")], "k")
+    with pytest.raises(UserError, match=r"b\.jsonl:two does not exist\. Correct the path\."):
+        require_sources([tmp_path / "b.jsonl:two"], "k")
 
 
 def test_a_source_has_its_weight_in_what_is_drawn(tmp_path: Path) -> None:

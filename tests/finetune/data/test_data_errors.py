@@ -231,10 +231,10 @@ def test_wav_of_unknown_length_is_not_truncated(tmp_path: Path) -> None:
 def test_transcripts_without_the_main_speaker_are_warned_of(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    line = write_recording(tmp_path, "a.wav", 1.0)
+    lines = [write_recording(tmp_path, name, 1.0) for name in ("a.wav", "good.wav")]
     (tmp_path / "a.json").write_text('{"alignments": [["hi", [0.1, 0.3], "SPEAKER_00"]]}')
     with caplog.at_level(logging.WARNING):
-        train_loader(write_jsonl(tmp_path / "a.jsonl", [line]))
+        train_loader(write_jsonl(tmp_path / "a.jsonl", lines))
     assert "none of SPEAKER_MAIN" in caplog.text
 
 

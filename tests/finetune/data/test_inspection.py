@@ -224,10 +224,31 @@ def test_a_side_without_words_may_be_heard_a_little(case: Case, change: Any) -> 
 def test_who_lacks_words_is_told_from_who_has_another_name(case: Case) -> None:
     for speaker, remedy in (
         ("SPEAKER_USER", "add its words, with moshi-ttt data annotate --overwrite"),
-        ("SPEAKER_00", "check the speaker names"),
+        ("SPEAKER_00", "if 'SPEAKER_00' is Moshi, write 'SPEAKER_MAIN' in place of it"),
+        ("Speaker_Main", "write 'SPEAKER_MAIN' in place of 'Speaker_Main': names count with"),
+        ("SPEAKER_MAIN ", "write 'SPEAKER_MAIN' in place of 'SPEAKER_MAIN ': names count with"),
     ):
         case.words(lambda words, who=speaker: [[text, times, who] for text, times, _ in words])
         assert remedy in case.found(thorough=True)["no-main-speaker"].remedy
+
+
+def test_words_after_the_end_are_in_another_unit_only_if_they_would_be_words_in_it(
+    case: Case,
+) -> None:
+    case.audio(lambda samples: samples[: RATE_HZ // 10])
+    case.words(lambda _: [["hello", [5.0, 5.3], "SPEAKER_MAIN"]])
+    assert [*case.found(thorough=False)] == ["words-after-the-end"]
+    case.words(lambda _: [["hello", [10, 90], "SPEAKER_MAIN"]])
+    assert "milliseconds" in case.found(thorough=False)["other-time-units"].message
+
+
+def test_two_silent_channels_are_not_swapped(case: Case) -> None:
+    case.audio(lambda samples: 0 * samples)
+    found = case.found(thorough=True)["silent-channel"]
+    assert "both channels are silent" in found.message
+    assert "data.main_channel" not in found.remedy and "swapped" not in found.remedy
+    case.audio(lambda samples: samples + np.array([0, 0.1]))
+    assert "data.main_channel to right" in case.found(thorough=True)["silent-channel"].remedy
 
 
 def test_a_missing_transcript_names_the_command_that_makes_it(case: Case) -> None:

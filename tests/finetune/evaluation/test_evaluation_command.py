@@ -9,7 +9,7 @@ import pytest
 import torch
 from data_tools import write_dataset
 from evaluation_tools import options
-from training_tools import train, trainer
+from training_tools import checkpoint, train, trainer
 
 from finetune.cli import evaluate, run
 from finetune.distributed import Watch
@@ -76,6 +76,29 @@ def test_speech_that_cannot_be_checked_is_told_at_the_start(
     said = capsys.readouterr().out
     assert ("health of speech is not checked" in said) == (why is not None) and (why or "") in said
     assert (run.speech_check is None) == (why is not None or not overrides.get("health_sec"))
+
+
+def test_data_of_the_run_that_are_not_there_are_told_with_where_they_are_named(
+    config: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(config.parent)
+    named = {"data.eval_data": "eval/all.jsonl", "max_steps": 1}
+    train(config, tmp_path / "run", named)
+    saved = checkpoint(tmp_path / "run", 1)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    assert run(lambda: evaluate(checkpoint=str(saved), tasks="position")) == 1
+    said = capsys.readouterr().err
+    assert (
+        f"--data was not given, and data.eval_data of {saved / 'args.yaml'}: eval/all.jsonl does "
+        f"not exist. Correct the path. Relative paths start from the current folder, {elsewhere}. "
+        "Name the recordings with --data"
+    ) in said
+    assert "--data:" not in said
 
 
 @pytest.mark.parametrize(

@@ -318,6 +318,8 @@ def test_numbers_for_people() -> None:
     assert [format_duration(x) for x in (58, 725, 11220)] == ["0:58", "12:05", "3:07:00"]
     assert describe({}) == ""
     assert describe({"loss": float("nan")}) == "loss nan"
+    diverged = {"loss": 2.351e32, "text_loss": 12345.678, "audio_loss": 1e5}
+    assert describe(diverged) == "loss 2.35e+32 (text 12345.68 audio 1.00e+05)"
 
 
 # --- plot

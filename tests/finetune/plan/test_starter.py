@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from forked import COMMAND, run_on_terminal
 from full_disk import FULL, room_for
 from recordings_tools import call
 
-from finetune.config import load_config
+from finetune.config import TrainArgs, load_config
 from finetune.plan import plan, starter
 
 ROOT = Path(__file__).parents[3]
@@ -119,23 +120,50 @@ def test_attention_is_cut_only_where_it_would_see_all(
     assert ("what attention sees (8 s)" in out.read_text()) is (context is not None)
 
 
-def test_a_small_model_without_weights_is_warned_of(
+@pytest.mark.parametrize("goal", ["adapt", "remember"])
+def test_a_small_model_gets_what_it_learns_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], goal: str
+) -> None:
+    def written(name: str, repo: Path) -> TrainArgs:
+        out = tmp_path / f"{name}.yaml"
+        words = [f"--goal={goal}", "--gpu_memory=8", f"--repo={repo}", f"--run_dir={tmp_path}/run"]
+        assert call("init", out, "--data", listed, *words) == 0
+        return load_config(out)
+
+    def learns_fast(args: TrainArgs) -> bool:
+        return (args.optim.lr, args.optim.ttt_lr, args.param_dtype) == (2e-3, 2e-3, "float32")
+
+    dialogues = ROOT / "example/demo/dialogues"
+    listed = tmp_path / "data.jsonl"
+    lines = [json.loads(each) for each in (dialogues / "train.jsonl").read_text().splitlines()]
+    listed.write_text(
+        "".join(
+            f"{json.dumps({**each, 'path': str(dialogues / each['path'])})}\n" for each in lines
+        )
+    )
+    empty = written("empty", ROOT / "example/demo/model")
+    said = capsys.readouterr().out
+    assert "has no weights of Moshi, so that all of it is trained from random ones" in said
+    assert "far smaller than Moshi 7B (128 wide)" in said and "but: " not in said
+    assert learns_fast(empty) and empty.full_finetuning and empty.moshi_paths.random_init
+    # What was written trains.
+    few = ["--device=cpu", "--max_steps=2", "--compile=false", f"--data.cache_dir={tmp_path}/codes"]
+    assert call("train", tmp_path / "empty.yaml", *few) == 0
+    capsys.readouterr()
+
+    trained = written("trained", ROOT / "example/memory")
+    assert learns_fast(trained) and trained.lora.enable and not trained.moshi_paths.random_init
+    assert "random" not in capsys.readouterr().out
+
+
+def test_a_base_that_lacks_more_than_weights_is_warned_of(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out, model = tmp_path / "my.yaml", ROOT / "example/demo/model"
-    words = ["--goal=adapt", "--gpu_memory=8", f"--repo={model}", f"--run_dir={tmp_path}/run"]
-    assert call("init", out, "--data", data(tmp_path, 30), *words) == 0
+    shutil.copy(ROOT / "example/demo/model/config.json", tmp_path)
+    words = ["--goal=adapt", "--gpu_memory=8", f"--repo={tmp_path}"]
+    assert call("init", tmp_path / "my.yaml", "--data", data(tmp_path, 30), *words) == 0
     said = capsys.readouterr().out
-    missing = f"moshi_paths.moshi_path: there is no file {model}/model.safetensors; correct the"
-    assert f"but: train will end with this error: {missing}" in said
-    assert "moshi_paths.random_init: true" in said
-    assert "param_dtype are those of Moshi 7B, and" in said and "far smaller (128 wide)" in said
-    assert "with some 2e-3, and on a CPU in float32" in out.read_text()
-    assert call("train", out, "--device=cpu") == 1
-    assert missing in capsys.readouterr().err
-    words[2] = f"--repo={ROOT / 'example/memory'}"
-    assert call("init", tmp_path / "other.yaml", "--data", data(tmp_path, 30), *words) == 0
-    assert "but: train will end" not in capsys.readouterr().out
+    assert "but: train will end with this error: moshi_paths.mimi_config_path: there is no" in said
 
 
 def test_a_folder_that_holds_a_run_is_not_named(

@@ -145,3 +145,18 @@ def test_a_line_without_its_length_is_told_what_is_expected(
     said = capsys.readouterr().out
     assert "data.jsonl:1: malformed line: `duration` is missing: expected {" in said
     assert "1 recording, 0.00 h: 1 with errors" in said
+
+
+def test_that_there_is_no_tokenizer_is_said_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, note = tmp_path / "data.jsonl", "text tokens were not looked at"
+    report = tmp_path / "found.json"
+    for name, times in (("a", 1), ("", 0), ("b", 1)):
+        if name:
+            add(tmp_path, name, speech(len(name) + ord(name)))
+        assert call("data", "check", data, "--workers=1", "--json", report) == 0
+        assert capsys.readouterr().out.count(note) == times
+        assert note in report.read_text(), "a report is complete"
+    assert call("data", "stats", data, "--workers=1") == 0
+    assert "tokenizer" not in capsys.readouterr().out

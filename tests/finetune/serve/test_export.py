@@ -36,6 +36,11 @@ def trained(
     return checkpoint(run_dir, 2)
 
 
+def card_of(args: TrainArgs, checkpoint: Path) -> str:
+    names = {"mimi_name": "mimi.safetensors", "tokenizer_name": "tokenizer.model"}
+    return model_card(args, ExportOptions(checkpoint, checkpoint / "out"), names)
+
+
 def stock(folder: Path, **places: Any) -> Any:
     info = loaders.CheckpointInfo.from_hf_repo(
         "none",
@@ -140,16 +145,13 @@ def test_the_card_says_held_out_of_no_other_recordings(
     }
     (tmp_path / "info.json").write_text(json.dumps({"step": 2, "eval_loss": 0.5}))
     data = DataArgs(train_data=str(train), eval_data=str(paths[evaluated]))
-    card = model_card(TrainArgs(data=data, run_dir=""), ExportOptions(tmp_path, tmp_path / "out"))
+    card = card_of(TrainArgs(data=data, run_dir=""), tmp_path)
     assert said in card and str(tmp_path) not in card
 
 
 def test_the_card_of_a_run_without_an_evaluation_names_no_loss(tmp_path: Path) -> None:
     (tmp_path / "info.json").write_text(json.dumps({"step": 2, "eval_loss": None}))
-    card = model_card(
-        TrainArgs(data=DataArgs(train_data="a.jsonl"), run_dir=""),
-        ExportOptions(tmp_path, tmp_path / "out"),
-    )
+    card = card_of(TrainArgs(data=DataArgs(train_data="a.jsonl"), run_dir=""), tmp_path)
     assert "Step 2; its loss was not measured." in card
     assert "Others were" not in card
 
@@ -162,7 +164,7 @@ def test_the_card_names_the_settings_that_were_others_before(tmp_path: Path) -> 
     info = {"step": 4, "eval_loss": None, "earlier_parts": parts}
     (tmp_path / "info.json").write_text(json.dumps(info))
     args = TrainArgs(data=DataArgs(train_data="a.jsonl"), run_dir="")
-    card = model_card(args, ExportOptions(tmp_path, tmp_path / "out"))
+    card = card_of(args, tmp_path)
     assert (
         "These settings are of the end. Others were until step 2 `optim.lr`, `data.train_data`; "
         "until step 3 `seed`."
@@ -181,7 +183,7 @@ def test_the_card_has_the_options_of_its_method_alone(
     tmp_path: Path, method: str, read: set[str], foreign: set[str]
 ) -> None:
     args = TrainArgs(DataArgs(), "", ttt=TTTArgs(enabled=True, method=method))
-    card = model_card(args, ExportOptions(tmp_path, tmp_path / "out"))
+    card = card_of(args, tmp_path)
     settings = json.loads(card.split("```json\n")[1].split("```")[0])["ttt"]
     assert settings["method"] == method and settings["layer_frequency"] == 6
     assert settings.keys() >= read and not settings.keys() & foreign

@@ -147,6 +147,9 @@ def test_who_asks_for_what_there_is_not_is_told_so() -> None:
             for message, said in (
                 (b'\x04{"do": "fly"}', requests),
                 (b'\x04{"do": "ttt", "on": "maybe"}', requests),
+                (b"\x04[1]", requests),
+                (b"\x04{do: forget}", "no JSON (Expecting property name"),
+                (b"\x04\xff", "no JSON ("),
                 (b"\x09what", "unknown kind of message"),
                 (b"\x01abc", "half a sample"),
             ):
@@ -154,6 +157,22 @@ def test_who_asks_for_what_there_is_not_is_told_so() -> None:
                 assert (await next_bytes(ws, 5)).decode().startswith(said), message
             # The call goes on.
             await say_pcm(ws, speech(2, 7))
+
+    asyncio.run(scenario())
+
+
+def test_an_unknown_format_is_named() -> None:
+    model, codec = parts("sum")
+
+    async def scenario() -> None:
+        async with serving(model, codec, 1) as server:
+            async with calling(server, "?format=foo") as ws:
+                closed = await asyncio.wait_for(ws.receive(), 10)
+                assert closed.data == 1008 and closed.extra == "format: opus or pcm, got 'foo'"
+            for query in ("?format=opus", "?format=pcm", "?other=foo"):
+                async with calling(server, query) as ws:
+                    await next_bytes(ws, 0)
+                    await ws.close()
 
     asyncio.run(scenario())
 

@@ -1,0 +1,38 @@
+"""`moshi-ttt plan`: what a run takes, and at the end whether `train` would start."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from finetune.config import PlanOptions, TrainArgs, require_inputs
+from finetune.errors import UserError
+from finetune.plan.plan import plan
+from finetune.plan.starter_yaml import made_for
+
+_USUAL_GB = 80.0
+
+
+def planned(options: PlanOptions, args: TrainArgs, overrides: Mapping[str, Any]) -> Iterator[str]:
+    """Yield lines to print.
+
+    Raises:
+        UserError: an impossible configuration; or, when all is said, the run does not fit, or names
+            what `train` would end with.
+    """
+    of_init = made_for(options.config)
+    num_gpus = options.gpus or (of_init[0] if of_init else 1)
+    memory_gb = options.gpu_memory
+    if memory_gb is None and args.device != "cpu":
+        memory_gb = of_init[1] if of_init else _USUAL_GB
+        why = "as moshi-ttt init was told" if of_init else "as nothing says otherwise"
+        yield f"for GPUs of {memory_gb:g} GB, {why} (--gpu_memory)"
+    verdict = yield from plan(args, num_gpus=num_gpus, gpu_memory_gb=memory_gb)
+    # Files that are not there are what train looks for first, and all that it says then.
+    try:
+        require_inputs(options.config, args, overrides)
+        problems = "\n".join(verdict.problems)
+    except UserError as error:
+        problems = str(error)
+    if problems:
+        raise UserError(f"train would end with this: {problems}")
+    if not verdict.fits:
+        raise UserError("this run does not fit; change what is named above.")

@@ -1,0 +1,100 @@
+"""A list all of whose recordings have a fault is wrong as a whole, whatever its length: for
+`data check`, and for whatever reads it."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+from data_tools import tiny_codec
+from recordings_tools import WORDS, add, findings_of, speech
+
+from finetune.config import DataArgs
+from finetune.data import build_train_loader, check_recordings
+from finetune.data.loader import TrainLoader
+from finetune.errors import UserError
+
+MAIN, USER = "SPEAKER_MAIN", "SPEAKER_USER"
+
+
+def named(main: str, user: str) -> list[Any]:
+    return [[text, times, main if who == MAIN else user] for text, times, who in WORDS]
+
+
+FAULTS: dict[str, tuple[list[Any], str]] = {
+    "swapped-channels": (named(USER, MAIN), "set data.main_channel to right"),
+    "no-main-speaker": (named("SPEAKER_00", USER), "if 'SPEAKER_00' is Moshi, write"),
+    "other-case": (named("Speaker_Main", "Speaker_User"), "in place of 'Speaker_Main'"),
+    "two-names": (named("SPEAKER_00", "SPEAKER_01"), "in place of the name that is Moshi's"),
+}
+
+
+def train_loader(data: Path, **changes: Any) -> TrainLoader:
+    args = DataArgs(train_data=str(data), num_workers=0, **changes)
+    return build_train_loader(
+        args, tiny_codec(), duration_sec=1.0, batch_size=1, seed=0, device="cpu", store=None
+    )
+
+
+@pytest.mark.parametrize("number", [1, 3])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_all_recordings_have_is_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], fault: str, number: int
+) -> None:
+    words, remedy = FAULTS[fault]
+    for seed in range(number):
+        add(tmp_path, f"a{seed}", speech(seed), words=words)
+    data = tmp_path / "data.jsonl"
+    for options in ([], ["--fast"], []):
+        status, found = findings_of(data, *options)
+        assert status == 1 and found["together"] == {"in-every-recording"}
+        said = capsys.readouterr().out
+        assert f"{number} recording" in said and f" {number} with errors, 0 with warnings" in said
+    for on_error in ("raise", "skip"):
+        with pytest.raises(UserError) as stopped:
+            train_loader(data, on_error=on_error)
+        assert remedy in str(stopped.value) and "data.on_error=skip" not in str(stopped.value)
+    with pytest.raises(UserError, match="would be wrong"):
+        check_recordings(str(data), key="--data")
+
+    add(tmp_path, "good", speech(9))
+    status, found = findings_of(data)
+    assert status == 0 and found["together"] == set(), "what some recordings have may be meant"
+    assert train_loader(data).num_segments == number + 1
+
+
+def test_names_that_differ_over_the_list_are_answered_for_all_of_it(tmp_path: Path) -> None:
+    for seed, name in enumerate(("Anna", "Ben")):
+        add(tmp_path, f"a{seed}", speech(seed), words=named(name, USER))
+    with pytest.raises(UserError, match="the name that the transcripts give Moshi"):
+        train_loader(tmp_path / "data.jsonl")
+
+
+def test_recordings_that_cannot_be_used_do_not_make_a_list_right(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    add(tmp_path, "mono", speech()[:, 0])
+    add(tmp_path, "swapped", speech(1), words=FAULTS["swapped-channels"][0])
+    data = tmp_path / "data.jsonl"
+    status, found = findings_of(data)
+    assert status == 1 and found["together"] == {"in-every-recording"}
+    with pytest.raises(UserError, match="2 problems"):
+        train_loader(data)
+    with caplog.at_level(logging.WARNING), pytest.raises(UserError, match="1 problem in the data"):
+        train_loader(data, on_error="skip")
+
+
+def test_each_list_of_a_run_is_judged_by_itself(tmp_path: Path) -> None:
+    folders = {"right": WORDS, "wrong": FAULTS["no-main-speaker"][0]}
+    for number, (name, words) in enumerate(folders.items()):
+        (tmp_path / name).mkdir()
+        add(tmp_path / name, name, speech(number), words=words)
+    spec = ",".join(f"{tmp_path / name / 'data.jsonl'}" for name in folders)
+    run = Path(__file__).parents[3] / "example/demo.yaml"
+    status, found = findings_of(
+        run, f"--data.train_data={spec}", "--data.eval_data=", "--do_eval=false"
+    )
+    assert status == 1 and found["together"] == {"in-every-recording"}
+    assert found["right"] == set()
+    with pytest.raises(UserError, match=r"wrong/data\.jsonl: no-main-speaker in 1 of 1 recording"):
+        train_loader(Path(spec))
