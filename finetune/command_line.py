@@ -18,6 +18,7 @@ import fire
 from finetune.config import BARE, help_page, read_options, require_there
 from finetune.errors import UserError
 from finetune.interrupt import ending_on_signals, signal_of
+from finetune.kept import require_outputs
 from finetune.safety import learn_from_words, not_too_long, outlets, redact
 from ttt.options import abbreviated
 
@@ -33,7 +34,8 @@ RENAMED = {"encode": "data encode"}
 def command(function: Callable[..., None], group: str = "") -> Words:
     """Make a command of a function of options and, if it takes them, of a configuration's keys.
 
-    It is called when the options are known to be right, and all that they name is there.
+    It is called when the options are known to be right, all that they name is there, and what they
+    have as `outputs` replaces nothing that it must not.
 
     Args:
         group: the command is in this group, and its function is called `GROUP_NAME`.
@@ -48,6 +50,9 @@ def command(function: Callable[..., None], group: str = "") -> Words:
         if hasattr(options, "check"):
             options.check()
         require_there(options)
+        if hasattr(options, "outputs"):
+            overwrite = getattr(options, "overwrite", None)
+            require_outputs(options.outputs(), overwrite=overwrite)
         function(options, overrides) if with_overrides else function(options)
 
     words.__doc__ = function.__doc__

@@ -3,6 +3,7 @@
 from finetune.kept.checkpoint_folders import is_stock, require_checkpoint, require_part
 from finetune.kept.checkpoint_names import CHECKPOINT_NAME, DIVERGED, checkpoints_in, step_of
 from finetune.kept.lock import FileLock, held_folder
+from finetune.kept.outputs import MARK, Output, mark_of, require_not_read, require_outputs
 from finetune.kept.records import Records, fingerprint_of, read_records
 from finetune.kept.wav import WavWriter, write_wav
 from finetune.kept.whole import (
@@ -21,8 +22,10 @@ from finetune.kept.whole import (
 __all__ = [
     "CHECKPOINT_NAME",
     "DIVERGED",
+    "MARK",
     "FileLock",
     "Kept",
+    "Output",
     "Records",
     "WavWriter",
     "checkpoints_in",
@@ -30,12 +33,15 @@ __all__ = [
     "held_folder",
     "is_free_folder",
     "is_stock",
+    "mark_of",
     "name_when_whole",
     "read_records",
     "refuse_to_replace",
     "require_checkpoint",
     "require_free_folder",
     "require_new_file",
+    "require_not_read",
+    "require_outputs",
     "require_part",
     "require_writable",
     "step_of",
