@@ -42,7 +42,6 @@ from finetune.config.must_exist import (
     SOURCES,
     WRITABLE,
     is_configuration,
-    require_file,
 )
 from finetune.config.options import BARE, ask_for_missing, read_options, require_there
 from finetune.config.read import (
@@ -124,7 +123,6 @@ __all__ = [
     "read_options",
     "read_yaml",
     "require_configuration",
-    "require_file",
     "require_sources",
     "require_there",
     "resolved_sources",

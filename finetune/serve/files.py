@@ -1,6 +1,5 @@
 """Recordings in, answers out: many side by side, through the engine of calls."""
 
-import json
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -273,9 +272,8 @@ class _Conversation:
         """Put words and sound in their places, each only when it is whole; return what could not
         be."""
         self._reader.close()
-        transcript = json.dumps(self.words.transcript(), ensure_ascii=False)
         try:
-            write_whole(self.job.transcript, transcript + "\n")
+            write_whole(self.job.transcript, self.words.transcript())
         except UserError as error:
             self._file.discard()
             return self._unwritten or error

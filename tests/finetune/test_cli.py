@@ -85,9 +85,22 @@ def test_a_dialogue_is_continued_to_a_wav_one_can_listen_to(
     printed = capsys.readouterr().out
     assert "|" in printed and all(word in printed for word in own_words)
 
-    again = tmp_path / "again.wav"
+    # Beside it, the words of all of it, with their times.
+    said = json.loads(sound.with_suffix(".json").read_text())["alignments"]
+    assert " ".join(word for word, *_ in said) == printed_words(printed)
+    assert [word for word, (start, _), _ in said if start < 1.5][: len(own_words)] == own_words
+    ends = [times[1] for _, times, _ in said]
+    assert ends == sorted(ends) and ends[-1] <= len(audio) / rate + 0.08
+
+    again = tmp_path / "new/again.wav"
     assert call([*arguments[:-2], f"--out={again}", "--prompt_sec=2"]) == 0
     assert again.read_bytes() == sound.read_bytes(), "the same seed gives the same sound"
+
+
+def printed_words(printed: str) -> str:
+    """The words of the line that says what Moshi said, without the sign between both parts."""
+    (line,) = (line for line in printed.splitlines() if line.startswith("Moshi: "))
+    return " ".join(line.removeprefix("Moshi: ").replace(" | ", " ").split())
 
 
 def test_the_loss_curve_is_drawn(demo_run: tuple[Path, Any]) -> None:

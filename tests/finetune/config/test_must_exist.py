@@ -90,7 +90,7 @@ def test_what_is_there_and_what_is_not_given_are_not_refused(tmp_path: Path) -> 
         ),
         (
             ["generate", "--checkpoint=example/memory", "--audio=docs", "--prompt_sec=1"],
-            "--audio: docs is a folder; name a file.",
+            "--audio: docs is a folder, and --prompt_sec goes on with one recording; name a file.",
         ),
         (
             ["serve", "--checkpoint=example"],
