@@ -15,7 +15,7 @@ from typing import Any, NoReturn, get_type_hints
 
 import fire
 
-from finetune.config import BARE, help_page, read_options, require_there
+from finetune.config import BARE, files_read, help_page, read_options, require_there
 from finetune.errors import UserError
 from finetune.interrupt import ending_on_signals, signal_of
 from finetune.kept import require_outputs
@@ -52,7 +52,8 @@ def command(function: Callable[..., None], group: str = "") -> Words:
         require_there(options)
         if hasattr(options, "outputs"):
             overwrite = getattr(options, "overwrite", None)
-            require_outputs(options.outputs(), overwrite=overwrite)
+            inputs = files_read(options)
+            require_outputs(options.outputs(), inputs=inputs, overwrite=overwrite)
         function(options, overrides) if with_overrides else function(options)
 
     words.__doc__ = function.__doc__

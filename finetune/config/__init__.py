@@ -41,6 +41,7 @@ from finetune.config.must_exist import (
     SOURCE,
     SOURCES,
     WRITABLE,
+    files_read,
     is_configuration,
 )
 from finetune.config.options import BARE, ask_for_missing, read_options, require_there
@@ -107,6 +108,7 @@ __all__ = [
     "check_config",
     "completion_script",
     "explain",
+    "files_read",
     "fill",
     "flatten",
     "help_page",

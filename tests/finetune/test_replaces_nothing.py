@@ -49,7 +49,6 @@ WORDS = {
         ((*WORDS["show"], "--out=mine.png"), "mine.png"),
         ((*WORDS["show"],), "segment.png"),
         ((*WORDS["show"],), "segment.wav"),
-        ((*WORDS["check"], "--json=list.jsonl"), "list.jsonl"),
         ((*WORDS["check"], f"--json={ONE}.json"), f"{ONE}.json"),
         ((*WORDS["check"], "--html=run.yaml"), "run.yaml"),
         ((*WORDS["check"], f"--cache={ONE}.wav"), f"{ONE}.wav"),
@@ -57,9 +56,11 @@ WORDS = {
         ((*WORDS["stats"], "--out=mine.png"), "mine.png"),
         ((*WORDS["plot"], "--out=mine.png"), "mine.png"),
         ((*WORDS["plot"],), "run/loss.png"),
-        (("init", "list.jsonl"), "list.jsonl"),
+        (("init", "mine.yaml"), "mine.yaml"),
         ((*WORDS["generate"], "--report=run"), "run/report.html"),
         (("data", "index", "."), "data.jsonl"),
+        (("recall", "--out=.", "--steps=2"), "report.md"),
+        (("recall", "--out=.", "--steps=2"), "recall.png"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else value,
 )
@@ -113,6 +114,63 @@ def test_of_one_command_another_replaces_nothing(folder: Path) -> None:
     assert call(*WORDS["plot"], "--out=a.png") == 1
     assert call(*WORDS["show"], "--out=a.png") == 1
     assert contents(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "read"),
+    [
+        ((*WORDS["check"], "--json=list.jsonl"), "--json: list.jsonl"),
+        ((*WORDS["check"], "--html=link"), "--html: link"),
+        ((*WORDS["check"], "--cache=link"), "--cache: link"),
+        (("init", "list.jsonl", "--data=list.jsonl"), "--out: list.jsonl"),
+        (
+            (
+                *("evaluate", f"{ROOT}/example/memory", "--pairs=pairs.jsonl", "--out=."),
+                *("--tasks=pairs", "--overwrite"),
+            ),
+            "--out: pairs.jsonl",
+        ),
+        (
+            (
+                *("data", "index", "parts", "--pair={id}.wav,{id}_user.wav", "--join"),
+                *("--joined_dir=parts", "--overwrite", "--out=new.jsonl"),
+            ),
+            "--joined_dir: parts/a.wav",
+        ),
+    ],
+    ids=lambda value: None if isinstance(value, str) else " ".join(value[:3]),
+)
+def test_what_a_command_reads_stays(
+    folder: Path, words: tuple[str, ...], read: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where it may replace what is there, and through links."""
+    (folder / "link").symlink_to("list.jsonl")
+    (folder / "pairs.jsonl").write_text("{}\n")
+    (folder / "parts").mkdir()
+    for name in ("a", "a_user"):
+        soundfile.write(folder / f"parts/{name}.wav", [0.0] * 24000, 24000)
+    before = contents(folder)
+    assert call(*words) == 1
+    assert f"{read} is read by this command, and would be lost" in capsys.readouterr().err
+    assert contents(folder) == before
+
+
+def test_words_beside_a_recording_that_is_to_be_joined_stay(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "parts/stereo").mkdir(parents=True)
+    for side in ("left", "right"):
+        soundfile.write(folder / f"parts/a_{side}.wav", [0.0] * 24000, 24000)
+        (folder / f"parts/a_{side}.txt").write_text("of the part")
+    (folder / "parts/stereo/a.left.txt").write_text("mine")
+    words = ("data", "index", "parts", "--pair={id}_left.wav,{id}_right.wav", "--join")
+    before = contents(folder)
+    assert call(*words) == 1
+    said = " ".join(capsys.readouterr().out.split())
+    assert "parts/stereo/a.left.txt is there, and there is no parts/stereo/a.wav" in said
+    assert contents(folder) == before
+    assert call(*words, "--overwrite") == 0
+    assert (folder / "parts/stereo/a.left.txt").read_text() == "of the part"
 
 
 def test_a_segment_that_is_listed_itself_stays(
