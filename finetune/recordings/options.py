@@ -136,7 +136,7 @@ class CheckOptions:
         return self.cache or data.with_name(f".{data.name}.checked")
 
     def outputs(self) -> list[Output]:
-        kept = Output(self.ledger, "--cache", is_own=_holds_results, is_needed=False)
+        kept = Output(self.ledger, "--cache", CHECK, is_own=_holds_results, is_needed=False)
         written = (self.json, "--json"), (self.html, "--html")
         return [kept, *(Output(path, name, CHECK) for path, name in written if path is not None)]
 

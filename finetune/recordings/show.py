@@ -43,6 +43,7 @@ def show_segment(options: ShowOptions, overrides: Mapping[str, Any]) -> tuple[li
     recording = _entry(options.file, options.index, reading)
     require_not_read(options.outputs(), recording.files)
     shown = _read(recording, options, args)
+    again = ", in the place of those of an earlier call" if options.out.exists() else ""
     draw(shown, options.out)
     write_wav(options.sound, shown.samples.T, SAMPLE_RATE_HZ, comment=mark_of(SHOW))
     lines = [f"{each.severity}: {each} [{each.code}]" for each in shown.findings]
@@ -51,7 +52,10 @@ def show_segment(options: ShowOptions, overrides: Mapping[str, Any]) -> tuple[li
             f"tokens and codes are not shown: moshi_paths.hf_repo_id {args.moshi_paths.hf_repo_id} "
             f"is no folder on this machine (a path starts from the current folder, {Path.cwd()})"
         )
-    lines += [f"wrote {options.out}", f"wrote {options.sound}   left Moshi, right the user"]
+    lines += [
+        f"wrote {options.out}",
+        f"wrote {options.sound}   left Moshi, right the user{again}",
+    ]
     return lines, all(each.severity != "error" for each in shown.findings)
 
 

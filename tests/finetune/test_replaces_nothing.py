@@ -96,6 +96,14 @@ def test_what_a_command_has_written_it_writes_again(
         assert sorted(path.name for path in (folder / "new").iterdir()) == files
 
 
+def test_a_segment_in_the_place_of_another_is_said_to_be(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for said in (False, True):
+        assert call(*WORDS["show"]) == 0
+        assert ("in the place of those of an earlier call" in capsys.readouterr().out) is said
+
+
 def test_a_report_is_written_again_and_answers_are_not(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
