@@ -6,26 +6,27 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from finetune.kept import write_whole
+from finetune.errors import UserError
+from finetune.kept import Output, require_outputs, write_whole
 
 
 def json_file(text: str) -> Path:
-    """Return the path of a file that can be written, for argparse.
+    """Return the path of a new file that can be written, for argparse.
 
     It is tried at once: a benchmark of many minutes must not end with "no such folder".
 
     Raises:
-        argparse.ArgumentTypeError: it cannot be written.
+        argparse.ArgumentTypeError: it cannot be written, or something is there: numbers of another
+            machine, most often.
     """
     path = Path(text)
-    is_new = not path.exists()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.open("a").close()
+        require_outputs([Output(path, "file")])
     except OSError as error:
         raise argparse.ArgumentTypeError(f"{path} cannot be written: {error.strerror}") from error
-    if is_new:
-        path.unlink()
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
     return path
 
 

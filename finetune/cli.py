@@ -35,12 +35,7 @@ from finetune.config import (
 from finetune.demo import DemoDataOptions, DemoOptions
 from finetune.errors import UserError, counted
 from finetune.evaluation import Options as EvaluateOptions
-from finetune.kept import (
-    refuse_to_replace,
-    require_free_folder,
-    require_new_file,
-    require_writable,
-)
+from finetune.kept import require_free_folder
 from finetune.recall import RecallOptions
 from finetune.recordings import (
     AnnotateOptions,
@@ -105,8 +100,6 @@ def data_index(options: IndexOptions) -> None:
     Hidden files are passed over. With --pair, two mono files for each dialogue are listed:
     moshi-ttt data index FOLDER --pair '{id}_left.wav,{id}_right.wav'
     """
-    refuse_to_replace([options.jsonl], overwrite=options.overwrite)
-    require_writable(options.jsonl, "--out")
     from finetune.recordings import index_folder
 
     print_all(index_folder(options))
@@ -182,7 +175,6 @@ def init(options: InitOptions) -> None:
 
     moshi-ttt init my.yaml --data talks/data.jsonl --goal remember --gpu_memory 80
     """
-    require_new_file(options.out)
 
     def check_data(data: Path) -> None:
         from finetune.plan import recording_lengths
@@ -290,7 +282,7 @@ def plot(options: PlotOptions) -> None:
     """Draw the loss curves of a run."""
     from finetune.monitoring import plot_losses
 
-    print(f"wrote {plot_losses(options.run_dir, options.out or options.run_dir / 'loss.png')}")
+    print(f"wrote {plot_losses(options.run_dir, options.png)}")
 
 
 @command

@@ -15,10 +15,10 @@ from typing import Any, NoReturn, get_type_hints
 
 import fire
 
-from finetune.config import BARE, help_page, read_options, require_there
+from finetune.config import BARE, files_read, help_page, read_options, require_there
 from finetune.errors import UserError
 from finetune.interrupt import ending_on_signals, signal_of
-from finetune.kept import without_empty_folders
+from finetune.kept import require_outputs, without_empty_folders
 from finetune.safety import learn_from_words, not_too_long, outlets, redact
 from ttt.options import abbreviated
 
@@ -37,7 +37,8 @@ _VERSION = {"--version", "-V"}
 def command(function: Callable[..., None], group: str = "") -> Words:
     """Make a command of a function of options and, if it takes them, of a configuration's keys.
 
-    It is called when the options are known to be right, and all that they name is there.
+    It is called when the options are known to be right, all that they name is there, and what they
+    have as `outputs` replaces nothing that it must not.
 
     Args:
         group: the command is in this group, and its function is called `GROUP_NAME`.
@@ -52,6 +53,10 @@ def command(function: Callable[..., None], group: str = "") -> Words:
         if hasattr(options, "check"):
             options.check()
         require_there(options)
+        if hasattr(options, "outputs"):
+            overwrite = getattr(options, "overwrite", None)
+            inputs = files_read(options)
+            require_outputs(options.outputs(), inputs=inputs, overwrite=overwrite)
         function(options, overrides) if with_overrides else function(options)
 
     words.__doc__ = function.__doc__

@@ -336,9 +336,7 @@ class CheckpointWriter:
                 "Older checkpoints are untouched: make room, then continue from the latest with "
                 "--resume."
             )
-        return (
-            "No checkpoint was saved before: make room, then start anew with --overwrite_run_dir."
-        )
+        return "No checkpoint was saved before: make room, then start anew with --resume=auto."
 
     def _report(self) -> None:
         if not self.world.is_main:

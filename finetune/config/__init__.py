@@ -42,8 +42,8 @@ from finetune.config.must_exist import (
     SOURCES,
     WRITABLE,
     WRITABLE_FOLDER,
+    files_read,
     is_configuration,
-    require_file,
 )
 from finetune.config.options import BARE, ask_for_missing, read_options, require_there
 from finetune.config.read import (
@@ -111,6 +111,7 @@ __all__ = [
     "check_config",
     "completion_script",
     "explain",
+    "files_read",
     "fill",
     "flatten",
     "help_page",
@@ -127,7 +128,6 @@ __all__ = [
     "read_options",
     "read_yaml",
     "require_configuration",
-    "require_file",
     "require_inputs",
     "require_sources",
     "require_there",

@@ -10,6 +10,7 @@ from finetune.config.args import Size
 from finetune.config.marks import POSITIONAL
 from finetune.config.must_exist import CONFIGURATION, FOLDER, SOURCE, WRITABLE
 from finetune.config.values import FilePath, PathText, PngPath
+from finetune.kept import Output
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,9 @@ class InitOptions:
     run_dir: FilePath = Path("runs/first")
     """The run folder that the file names; if that holds something, one of a similar name."""
 
+    def outputs(self) -> list[Output]:
+        return [Output(self.out)]
+
 
 @dataclass(frozen=True)
 class PlotOptions:
@@ -85,6 +89,14 @@ class PlotOptions:
 
     out: Annotated[PngPath | None, WRITABLE] = None
     """The PNG to write; null: RUN_DIR/loss.png."""
+
+    @property
+    def png(self) -> Path:
+        """The picture that is written."""
+        return self.out or self.run_dir / "loss.png"
+
+    def outputs(self) -> list[Output]:
+        return [Output(self.png, command="plot")]
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,20 @@ def what_is_missing(options: Any, dashes: str = "", prefix: str = "") -> Iterato
                 yield field.key, f"{name}: {value} cannot be read: {error.strerror}."
 
 
+def files_read(options: Any) -> Iterator[Path]:
+    """Yield the files that options name, and that must be there."""
+    cls: type = type(options)
+    for field in fields_of(cls):
+        value = getattr(options, field.name)
+        marks = marks_of(field.kind, MustExist)
+        if field.section:
+            yield from files_read(value)
+        elif value is not None and marks and not {WRITABLE, WRITABLE_FOLDER}.intersection(marks):
+            several = {SOURCES, DATA}.intersection(marks)
+            paths = (path for path, _ in parse_sources(str(value), field.key))
+            yield from (path for path in (paths if several else [Path(value)]) if path.is_file())
+
+
 def is_configuration(path: Path) -> bool:
     """Return whether a path is that of a run's YAML file, by its name."""
     return path.suffix.lower() in (".yaml", ".yml")

@@ -16,12 +16,21 @@ logger = logging.getLogger(__name__)
 
 RESULTS = "results.json"
 REPORT = "report.html"
+KEPT_CONFIGURATION = "checkpoint.yaml"
+"""The copy of the checkpoint's configuration in the output folder. That may be a run's folder,
+which has an `args.yaml` of its own."""
 _OF_NO_RESULT = {
     *("checkpoint", "out", "overwrite", "device", "batch_size", "block_frames"),
     *("recall.max_minutes", "wandb.project", "wandb.offline", "wandb.run_name"),
 }
 """Options in which two calls may differ that are the same evaluation. Of the checkpoint its
 fingerprint counts, and not its place; what was not heard in time the next call hears."""
+
+
+def files_of(tasks: Iterable[str]) -> list[str]:
+    """Return the names of the files that an evaluation writes when all is measured."""
+    of_tasks = (name for task in tasks for name in (f"{task}.csv", *TASKS[task].more_files))
+    return [RESULTS, REPORT, KEPT_CONFIGURATION, *of_tasks]
 
 
 def require_nothing_replaced(out: Path, model: Mapping[str, Any], told: Mapping[str, Any]) -> None:
@@ -36,7 +45,10 @@ def require_nothing_replaced(out: Path, model: Mapping[str, Any], told: Mapping[
     """
     kept = Kept(out / RESULTS).read()
     if kept is None:
-        changes = [f"{REPORT} is of something else"] if (out / REPORT).exists() else []
+        # One that was stopped has left results of its tasks, and may have left more.
+        is_begun = any(fingerprint_of(out / f"{task}.jsonl") for task in TASKS)
+        names = [] if is_begun else files_of(told["tasks"])
+        changes = [f"{name} is of something else" for name in names if (out / name).exists()]
     elif isinstance(kept.get("model"), dict) and isinstance(kept.get("options"), dict):
         changes = list(_changes(kept, model, json.loads(json.dumps(without_nan(dict(told))))))
     else:

@@ -7,8 +7,10 @@ from typing import Annotated, Any
 
 from finetune.errors import UserError
 from finetune.evaluation.common_options import DEFAULT_OUT, CommonOptions, default_out
+from finetune.evaluation.earlier import files_of
 from finetune.evaluation.tasks import TASKS
 from finetune.evaluation.tasks.base import TaskOptions
+from finetune.kept import Output
 from ttt.options import OneOf
 
 
@@ -45,6 +47,12 @@ class Options(CommonOptions, TaskOptions):
             for name in ("offline", "run_name"):
                 if getattr(self.wandb, name):
                     raise UserError(f"--wandb.{name}: name the project too: --wandb.project=NAME.")
+
+    def outputs(self) -> list[Output]:
+        """Return the files in `out`, of which none may be one that is read. Whether they are of
+        another evaluation is known when the checkpoint is."""
+        names = [*files_of(self.tasks), *(f"{task}.jsonl" for task in self.tasks)]
+        return [Output(self.out / name, is_own=Path.is_file, is_needed=False) for name in names]
 
 
 @cache

@@ -27,9 +27,6 @@ from ttt.registry import METHODS
 
 CONFIGURATION = "args.yaml"
 """In a checkpoint."""
-KEPT_CONFIGURATION = "checkpoint.yaml"
-"""Its copy in the output folder of an evaluation. That may be a run's folder, which has an
-`args.yaml` of its own."""
 _PLACES = ("start_layer", "layer_frequency")
 
 Json = dict[str, Any]

@@ -21,12 +21,17 @@ from finetune.errors import UserError
 from finetune.evaluation.bench import Bench, Inputs, load_bench, usable_recordings
 from finetune.evaluation.common_options import ALWAYS_READ, what_takes_less
 from finetune.evaluation.dashboard import to_wandb
-from finetune.evaluation.earlier import REPORT, RESULTS, remove_others, require_nothing_replaced
+from finetune.evaluation.earlier import (
+    KEPT_CONFIGURATION,
+    REPORT,
+    RESULTS,
+    remove_others,
+    require_nothing_replaced,
+)
 from finetune.evaluation.fingerprints import checkpoint_fingerprint
 from finetune.evaluation.options import Options
 from finetune.evaluation.origin import (
     CONFIGURATION,
-    KEPT_CONFIGURATION,
     describe_details,
     describe_origin,
     earlier_notes,

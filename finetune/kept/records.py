@@ -33,7 +33,7 @@ class Records:
         self.path = path
         self.records: list[dict[str, Any]] = []
         header = json.loads(json.dumps({"fingerprint": fingerprint}))
-        lines = _complete_lines(path, "--out")
+        lines = _complete_lines(path, "--out") or _line_of_another(path)
         if lines:
             earlier = _parse(path, lines[0], "--out").get("fingerprint")
             if earlier != header["fingerprint"]:
@@ -109,6 +109,15 @@ def _complete_lines(path: Path, option: str) -> list[str]:
         return path.read_bytes().decode().split("\n")[:-1] if path.exists() else []
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{option}: cannot read {path}: {error}.") from error
+
+
+def _line_of_another(path: Path) -> list[str]:
+    """Return the only line of a file where it is not the beginning of a header, which was cut off:
+    somebody else's."""
+    start = b'{"fingerprint": '
+    content = path.read_bytes() if path.exists() else b""
+    is_cut_off = content[: len(start)] == start[: len(content)]
+    return [] if is_cut_off else [content.decode()]
 
 
 def _parse(path: Path, line: str, option: str) -> dict[str, Any]:

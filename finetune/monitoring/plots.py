@@ -54,7 +54,7 @@ def plot_losses(run_dir: Path, out: Path) -> Path:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     tidy(axes)
     _add_legend(axes, n_train=len(train), has_eval=bool(evaluation))
-    save_png(figure, out)
+    save_png(figure, out, "plot")
     return out
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from finetune.errors import UserError
 from finetune.kept import make_folder, write_whole
+from finetune.recall.options import EXPERIMENT
 
 
 def prepare_folder(out: Path, experiment: str) -> None:
@@ -21,7 +22,7 @@ def prepare_folder(out: Path, experiment: str) -> None:
             trial.unlink()
         except OSError as error:
             raise UserError(f"--out: cannot write to {folder}: {error.strerror}.") from error
-    mark = out / "experiment.txt"
+    mark = out / EXPERIMENT
     earlier = mark.read_text(encoding="utf-8").strip() if mark.is_file() else experiment
     if earlier != experiment:
         raise UserError(

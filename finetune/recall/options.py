@@ -8,9 +8,12 @@ from annotated_types import Ge, Le
 
 from finetune.config import WRITABLE_FOLDER, FilePath, Seed, Size
 from finetune.errors import UserError
+from finetune.kept import Output
 from finetune.recall.arms import check_arms
 from ttt.options import abbreviated
 
+EXPERIMENT = "experiment.txt"
+"""The file of a folder that tells which experiment's results are in it."""
 Variant = Literal["text", "audio", "joint", "segments", "spoken"]
 
 
@@ -64,3 +67,10 @@ class RecallOptions:
     def folder(self) -> Path:
         """Return where results go: if nothing is said, no two experiments into one folder."""
         return self.out or Path("runs/recall") / ("gpu_" * (self.preset == "gpu") + self.variant)
+
+    def outputs(self) -> list[Output]:
+        """Return the files of a folder that is no experiment's yet: of its own, they are made
+        anew."""
+        names = ("report.md", "recall.csv", "recall.png")
+        is_own = (self.folder / EXPERIMENT).is_file()
+        return [] if is_own else [Output(self.folder / name) for name in names]

@@ -134,12 +134,10 @@ def _inspect_all(
 ) -> tuple[dict[Recording, Inspection], bool]:
     """Return what is found in each recording, by now or at an earlier time, and whether any was
     inspected now."""
-    data = options.data.resolve()
-    path = options.cache or data.with_name(f".{data.name}.checked")
     tokens = text.fingerprint if text is not None else None
     found: dict[Recording, Inspection] = {}
     keys = {}
-    with Ledger(path) as ledger:
+    with Ledger(options.ledger) as ledger:
         for recording in listing.all:
             known_by = (INSPECTION_VERSION, options.fast, tokens, recording.duration_sec)
             reads = (listing.reads,) if recording.has_codes else ()

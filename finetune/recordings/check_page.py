@@ -2,7 +2,9 @@
 
 from collections import Counter
 
+from finetune.kept import mark_of
 from finetune.recordings.check_report import Report, sentences
+from finetune.recordings.options import CHECK
 from finetune.report import Page, Section, Table, html_page
 
 _MAX_PER_KIND = 200
@@ -45,5 +47,6 @@ def page_of(report: Report) -> str:
             else [],
             conclusions=[summary, *good],
             notes=report.notes,
+            generator=mark_of(CHECK),
         )
     )

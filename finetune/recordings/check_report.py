@@ -11,7 +11,9 @@ from rich.table import Table
 
 from finetune.data import Finding
 from finetune.errors import counted
+from finetune.kept import MARK, mark_of
 from finetune.recordings.files import listed
+from finetune.recordings.options import CHECK
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,7 @@ def sentences(report: Report) -> Iterator[str]:
 def as_json(report: Report) -> dict[str, Any]:
     """Return a report as JSON has it."""
     return {
+        MARK: mark_of(CHECK),
         "data": str(report.data),
         "num_recordings": len(report.checked),
         "num_with_errors": report.num_errors,

@@ -9,7 +9,7 @@ from finetune.kept import write_whole
 from finetune.recordings.annotate import transcript_path
 from finetune.recordings.files import json_lines, listed
 from finetune.recordings.options import IndexOptions
-from finetune.recordings.pairs import Pair, find_pairs, join
+from finetune.recordings.pairs import Pair, find_pairs, join, require_kept
 from finetune.recordings.work import RecordingError, do_all
 from finetune.safety import AUDIO_SUFFIXES, find_files, is_recording_name, path_problem, shown
 
@@ -42,6 +42,7 @@ def index_folder(options: IndexOptions) -> Iterator[str]:
     dialogues = [files for files in dialogues if files not in unnamed]
     if options.join:
         pairs = [pair for pair in pairs if (pair.left, pair.right) not in unnamed]
+        require_kept(pairs)
         done_all = list(do_all(join, pairs, title="joining"))
         problems += [each.problem for each in done_all if each.problem is not None]
         dialogues = [(each.job.joined,) for each in done_all if each.problem is None]

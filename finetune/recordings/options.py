@@ -1,5 +1,6 @@
 """Options of the commands `moshi-ttt data …`."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -19,8 +20,11 @@ from finetune.config import (
     PngPath,
 )
 from finetune.errors import UserError
+from finetune.kept import Output
 
 Workers = Annotated[int, Ge(1), Le(1024)]
+CHECK, SHOW, STATS = "data check", "data show", "data stats"
+"""Commands that mark what they write."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,9 @@ class IndexOptions:
     def jsonl(self) -> Path:
         """The JSONL that is written."""
         return self.out or self.folder / "data.jsonl"
+
+    def outputs(self) -> list[Output]:
+        return [Output(self.jsonl)]
 
     def check(self) -> None:
         """Check the options against one another.
@@ -123,6 +130,32 @@ class CheckOptions:
     workers: Workers | None = None
     """Processes; null: one for each core."""
 
+    @property
+    def ledger(self) -> Path:
+        """Where results are kept."""
+        data = self.data.resolve()
+        return self.cache or data.with_name(f".{data.name}.checked")
+
+    def outputs(self) -> list[Output]:
+        kept = Output(self.ledger, "--cache", CHECK, is_own=_holds_results, is_needed=False)
+        written = (self.json, "--json"), (self.html, "--html")
+        return [kept, *(Output(path, name, CHECK) for path, name in written if path is not None)]
+
+
+_RESULTS = re.compile(rb'\n+(\["[0-9a-f]{24}"|\[?"?[0-9a-f]{0,24}\Z)')
+"""How a file of results begins, which may have been cut off at once: with the key of the first."""
+
+
+def _holds_results(path: Path) -> bool:
+    if not path.is_file():
+        return not path.is_dir()  # in a device, nothing is kept
+    try:
+        with path.open("rb") as file:
+            head = file.read(4096)
+    except OSError:
+        return True  # nor can it be written, of which there is a warning
+    return not head or _RESULTS.match(head) is not None
+
 
 @dataclass(frozen=True)
 class ShowOptions:
@@ -143,7 +176,16 @@ class ShowOptions:
     are shown as well."""
 
     out: Annotated[PngPath, WRITABLE] = Path("segment.png")
-    """The picture to write, a PNG; the sound goes beside it, as a stereo wav."""
+    """The picture to write, a PNG; the sound goes beside it, as a stereo wav. Those of an earlier
+    call are replaced."""
+
+    @property
+    def sound(self) -> Path:
+        """Where the sound goes."""
+        return self.out.with_suffix(".wav")
+
+    def outputs(self) -> list[Output]:
+        return [Output(path, command=SHOW) for path in (self.out, self.sound)]
 
 
 @dataclass(frozen=True)
@@ -160,3 +202,6 @@ class StatsOptions:
 
     workers: Workers | None = None
     """Processes; null: one for each core."""
+
+    def outputs(self) -> list[Output]:
+        return [Output(self.out, command=STATS)] if self.out is not None else []

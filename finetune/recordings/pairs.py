@@ -14,7 +14,7 @@ import soundfile
 
 from finetune.data import OTHER_SPEAKER, MonoPair, Sides, inspect_audio
 from finetune.errors import UserError
-from finetune.kept import write_wav, write_whole
+from finetune.kept import Output, require_not_read, write_wav, write_whole
 from finetune.recordings.annotate import SPEAKERS
 from finetune.recordings.work import RecordingError
 from finetune.safety import all_files
@@ -83,6 +83,17 @@ def _by_id(folder: Path, side: str) -> dict[str, Path]:
         if match and not path.name.startswith("."):
             found[match["id"]] = path
     return found
+
+
+def require_kept(pairs: Iterable[Pair]) -> None:
+    """Check that no joined file would replace one that is to be joined.
+
+    Raises:
+        UserError: one would.
+    """
+    pairs = list(pairs)
+    parts = [path for pair in pairs for path in (pair.left, pair.right)]
+    require_not_read([Output(pair.joined, "--joined_dir") for pair in pairs], parts)
 
 
 def join(pair: Pair) -> None:
@@ -181,7 +192,7 @@ def _carry_words(pair: Pair, *, again: bool) -> None:
         for channel, text in zip(("left", "right"), texts, strict=True):
             target = pair.joined.with_name(f"{pair.joined.stem}.{channel}.txt")
             if text.is_file() and is_due(target, [text]):
-                write_whole(target, text.read_bytes())
+                _write_words(pair, target, text.read_bytes())
     name = str(pair.left)
     dialogue = MonoPair(pair.left, name, name, math.nan, user_path=pair.right)
     transcripts = [path for path in dialogue.transcript_paths if path.is_file()]
@@ -196,4 +207,18 @@ def _carry_words(pair: Pair, *, again: bool) -> None:
         for word in words
     ]
     content = json.dumps({"alignments": alignments}, ensure_ascii=False)
-    write_whole(target, content + "\n")
+    _write_words(pair, target, f"{content}\n".encode())
+
+
+def _write_words(pair: Pair, target: Path, content: bytes) -> None:
+    """
+    Raises:
+        RecordingError: other words are there, and not of a joined file: somebody else's.
+    """
+    is_own = pair.overwrite or pair.joined.exists() or not target.exists()
+    if not is_own and target.read_bytes() != content:
+        raise RecordingError(
+            f"{target} is there, and there is no {pair.joined} that it is of: move it away, or "
+            "--overwrite replaces it"
+        )
+    write_whole(target, content)

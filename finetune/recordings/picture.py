@@ -9,6 +9,7 @@ import numpy as np
 
 from finetune.data import FRAME_RATE_HZ, Word
 from finetune.recordings.annotate import SPEAKERS
+from finetune.recordings.options import SHOW
 from finetune.recordings.shown import SAMPLE_RATE_HZ, Shown, Streams
 from finetune.report import ALARM, COLORS, DARK, GRID, save_png
 
@@ -43,7 +44,7 @@ def draw(shown: Shown, out: Path) -> None:
     last.set_xlim(shown.start_sec, shown.start_sec + shown.duration_sec)
     last.set_xlabel("seconds from the start of the recording")
     all_axes[0].set_title(_title(shown), loc="left", fontsize=10)
-    save_png(figure, out)
+    save_png(figure, out, SHOW)
 
 
 def _title(shown: Shown) -> str:

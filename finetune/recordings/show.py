@@ -19,10 +19,10 @@ from finetune.data import (
     open_source,
 )
 from finetune.errors import UserError, counted
-from finetune.kept import write_wav
+from finetune.kept import mark_of, require_not_read, write_wav
 from finetune.model import build_codec, find_checkpoint, plan_model
 from finetune.recordings.listing import options_of_list
-from finetune.recordings.options import ShowOptions
+from finetune.recordings.options import SHOW, ShowOptions
 from finetune.recordings.picture import draw
 from finetune.recordings.shown import SAMPLE_RATE_HZ, Shown, Streams
 from finetune.step import LossWeights, target_weights
@@ -41,17 +41,21 @@ def show_segment(options: ShowOptions, overrides: Mapping[str, Any]) -> tuple[li
     of_data = args.data if args else options_of_list(overrides, "--config, a run's YAML file")
     reading = Reading.of(of_data, training=True)
     recording = _entry(options.file, options.index, reading)
+    require_not_read(options.outputs(), recording.files)
     shown = _read(recording, options, args)
+    again = ", in the place of those of an earlier call" if options.out.exists() else ""
     draw(shown, options.out)
-    sound = options.out.with_suffix(".wav")
-    write_wav(sound, shown.samples.T, SAMPLE_RATE_HZ)
+    write_wav(options.sound, shown.samples.T, SAMPLE_RATE_HZ, comment=mark_of(SHOW))
     lines = [f"{each.severity}: {each} [{each.code}]" for each in shown.findings]
     if args is not None and shown.streams is None:
         lines.append(
             f"tokens and codes are not shown: moshi_paths.hf_repo_id {args.moshi_paths.hf_repo_id} "
             f"is no folder on this machine (a path starts from the current folder, {Path.cwd()})"
         )
-    lines += [f"wrote {options.out}", f"wrote {sound}   left Moshi, right the user"]
+    lines += [
+        f"wrote {options.out}",
+        f"wrote {options.sound}   left Moshi, right the user{again}",
+    ]
     return lines, all(each.severity != "error" for each in shown.findings)
 
 

@@ -18,7 +18,7 @@ from finetune.recordings.annotate import SPEAKERS
 from finetune.recordings.encoder import WordStart, text_encoder
 from finetune.recordings.files import listed
 from finetune.recordings.listing import list_data
-from finetune.recordings.options import StatsOptions
+from finetune.recordings.options import STATS, StatsOptions
 from finetune.recordings.work import do_all
 from finetune.report import COLORS, save_png, tidy
 
@@ -200,7 +200,7 @@ def draw(statistics: Statistics, out: Path) -> None:
         for side in (0, 1)
     ]
     _histogram(rates, paces, "words a minute of speech", ["Moshi", "the user"])
-    save_png(figure, out)
+    save_png(figure, out, STATS)
 
 
 def _histogram(

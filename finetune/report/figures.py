@@ -7,7 +7,7 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from finetune.kept import write_whole
+from finetune.kept import mark_of, write_whole
 from finetune.report.tables import duration_text
 
 if TYPE_CHECKING:
@@ -65,14 +65,18 @@ def time_axis(axes: Axes, longest_sec: float) -> None:
     axes.minorticks_off()
 
 
-def save_png(figure: Figure, path: Path) -> None:
+def save_png(figure: Figure, path: Path, command: str = "") -> None:
     """Write a figure that is there as a whole, or not at all; its folder is made.
+
+    Args:
+        command: whose mark it gets, see `finetune.kept.Output`.
 
     Raises:
         UserError: it cannot be written.
     """
     target = io.BytesIO()
-    figure.savefig(target, format="png")
+    metadata = {"Software": mark_of(command)} if command else None
+    figure.savefig(target, format="png", metadata=metadata)
     write_whole(path, target.getvalue())
 
 

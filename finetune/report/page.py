@@ -46,6 +46,8 @@ class Page:
     conclusions: Sequence[str] = ()
     """Those that begin with Alarm or Warning stand out."""
     notes: Sequence[str] = ()
+    generator: str = ""
+    """The mark of the command that wrote it, see `finetune.kept.Output`."""
 
 
 def html_page(page: Page) -> str:

@@ -4,9 +4,10 @@ from pathlib import Path
 
 from finetune.errors import UserError
 from finetune.inference import continue_dialogue, load_for_inference, nonfinite_weights
-from finetune.kept import write_wav
+from finetune.kept import write_wav, write_whole
 from finetune.serve.options import GenerateOptions
 from finetune.serve.targets import Job
+from finetune.serve.words import Words
 
 
 def continue_recording(options: GenerateOptions, job: Job) -> tuple[str, Path]:
@@ -28,5 +29,9 @@ def continue_recording(options: GenerateOptions, job: Job) -> tuple[str, Path]:
         temperature=options.temperature,
         text_temperature=options.text_temperature,
     )
+    words = Words(codec)
+    for token in continuation.codes[0].tolist():
+        words.add(token)
+    write_whole(job.transcript, words.transcript())
     write_wav(job.target, continuation.audio.T.numpy(), codec.sample_rate_hz)
     return continuation.text, job.target

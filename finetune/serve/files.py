@@ -1,9 +1,9 @@
 """Recordings in, answers out: many side by side, through the engine of calls."""
 
-import json
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -113,7 +113,7 @@ class _Desk:
                     open_jobs = self._advance(open_jobs)
                     progress.advance(len(open_jobs), len(self.outcome.written))
             except KeyboardInterrupt:
-                logger.info("%s", self._what_is_kept(len(jobs)))
+                logger.info("%s", self._what_is_kept(len(jobs), open_jobs))
                 raise
             finally:
                 for each in open_jobs:
@@ -122,13 +122,15 @@ class _Desk:
             self.report.write()
         return self.outcome
 
-    def _what_is_kept(self, num_jobs: int) -> str:
-        """Return what is to be said when somebody stops it."""
+    def _what_is_kept(self, num_jobs: int, open_jobs: list["_Conversation"]) -> str:
+        """Return what is to be said when somebody stops it, and keep what there is of one answer:
+        it may be of an hour, and of several the next call makes those again that are missing."""
         num_written = len(self.outcome.written)
         said = f"interrupted; {num_written} of {num_jobs} answers are kept"
-        if num_jobs == 1:
+        if num_jobs == 1 and not num_written:
             session = ", and the session is as it was" if self.session is not None else ""
-            return f"interrupted; nothing of the answer is kept{session}"
+            begun = open_jobs[0].keep_part() if open_jobs else "nothing of the answer is kept"
+            return f"interrupted; {begun}{session}"
         if self.options.overwrite:
             return f"{said}, and where others were before, these still are"
         how = "the same command" if self.options.missing else "with --missing the same command"
@@ -276,9 +278,8 @@ class _Conversation:
         """Put words and sound in their places, each only when it is whole; return what could not
         be."""
         self._reader.close()
-        transcript = json.dumps(self.words.transcript(), ensure_ascii=False)
         try:
-            write_whole(self.job.transcript, transcript + "\n")
+            write_whole(self.job.transcript, self.words.transcript())
         except UserError as error:
             self._file.discard()
             return self._unwritten or error
@@ -289,6 +290,21 @@ class _Conversation:
         except UserError as error:
             self._unwritten = error
         return UserError(f"{self._unwritten} The words are in {self.job.transcript}.")
+
+    def keep_part(self) -> str:
+        """Keep what there is so far, under a name that no whole answer has; return what is to be
+        said of it."""
+        if not self.num_written:
+            return "nothing of the answer is kept"
+        self.job = Job(self.job.source, _free_name(self.job.target))
+        self._file.path = self.job.target
+        unwritten = self.keep()
+        if unwritten is not None:
+            return f"the answer is not kept: {unwritten}"
+        return (
+            f"{self.num_written / self.rate_hz:.1f} s of the answer are kept in {self.job.target}, "
+            f"and their words in {self.job.transcript}"
+        )
 
     def discard(self) -> None:
         self._reader.close()
@@ -320,3 +336,13 @@ class _Conversation:
         if self.options.user_channel == "mix":
             return block.mean(axis=0)
         return block[1 if self.options.user_channel == "right" else 0]
+
+
+def _free_name(target: Path) -> Path:
+    """Return the first name for a part of an answer that neither its sound nor its words would
+    share."""
+    for number in count(1):
+        job = Job(target, target.with_stem(f"{target.stem}.interrupted{number}"))
+        if not job.target.exists() and not job.transcript.exists():
+            return job.target
+    raise AssertionError

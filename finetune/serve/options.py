@@ -21,6 +21,7 @@ from finetune.config import (
     Size,
 )
 from finetune.errors import UserError
+from finetune.kept import Output
 from ttt.options import NonNegative, abbreviated
 
 FRAMES_PER_SEC = 12.5
@@ -154,6 +155,13 @@ class GenerateOptions:
         # It takes one recording, hears the right channel, writes both, and uses TTT throughout.
         unread = "input_dir", "session", "report", "user_channel", "stereo", "batch_size", "ttt"
         self._refuse_given(*unread, "missing", why="with --prompt_sec")
+
+    def outputs(self) -> list[Output]:
+        """Return what is known before recordings are looked for: not the answers."""
+        if self.report is None:
+            return []
+        names = "report.json", "report.html"
+        return [Output(self.report / name, "--report", "generate") for name in names]
 
     def _refuse_given(self, *names: str, why: str) -> None:
         """Refuse options that nothing would read.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from finetune.data import FRAME_RATE_HZ
 from finetune.errors import UserError
-from finetune.kept import make_folder, write_whole
+from finetune.kept import MARK, make_folder, mark_of, write_whole
 from finetune.report import Entry, Page, Section, Table, html_page, line_style, svg_element, tidy
 from finetune.serve.engine import Engine, Row
 from finetune.serve.words import Words
@@ -89,6 +89,7 @@ class Report:
         """Write both files."""
         self.done.sort(key=lambda each: each["recording"])
         whole = {
+            MARK: mark_of("generate"),
             "meaning": MEANING,
             "update_frames": self.update_frames,
             "layers": list(self.layers),
@@ -130,7 +131,9 @@ def _page(whole: dict[str, Any]) -> str:
     entries = [Entry(name, text) for name, text in MEANING.items()]
     layers = whole["layers"]
     chapters = [_chapter(each, layers) for each in whole["recordings"]]
-    return html_page(Page("What TTT did", [Section("", entries=entries), *chapters]))
+    return html_page(
+        Page("What TTT did", [Section("", entries=entries), *chapters], generator=whole[MARK])
+    )
 
 
 def _chapter(recording: dict[str, Any], layers: list[int]) -> Section:

@@ -4,7 +4,6 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune.config import require_file
 from finetune.errors import UserError, counted
 from finetune.kept import make_folder, refuse_to_replace
 from finetune.safety import find_files
@@ -76,10 +75,14 @@ def _found(options: GenerateOptions) -> list[Job]:
                 f"({error.strerror}); choose another name."
             ) from None
         return jobs
+    if options.audio.is_dir():
+        raise UserError(
+            f"--audio: {options.audio} is a folder, and --prompt_sec goes on with one recording; "
+            "name a file."
+        )
     out = options.out or Path("continuation.wav" if options.prompt_sec else "output.wav")
-    if out.suffix != ".wav" or not out.absolute().parent.is_dir():
-        raise UserError(f"--out: {out} must be a .wav file in a folder that exists.")
-    require_file(options.audio, "--audio")  # where one dialogue goes on, a folder is none
+    if out.suffix != ".wav":
+        raise UserError(f"--out: {out} must end in .wav, as the answer to one recording.")
     return _checked(options, [Job(options.audio, out)])
 
 
@@ -93,7 +96,7 @@ def _checked(options: GenerateOptions, jobs: list[Job]) -> list[Job]:
     }
     answered: dict[Path, Path] = {}
     for job in jobs:
-        for path in _files_of(job, options):
+        for path in _files_of(job):
             place = path.resolve()
             if place in recordings:
                 raise UserError(
@@ -113,9 +116,8 @@ def _checked(options: GenerateOptions, jobs: list[Job]) -> list[Job]:
             if place.is_dir():
                 raise UserError(f"{path}, where an answer would go, is a folder; rename it.")
             answered[place] = job.source
-    others = [("session", options.session)]
-    if options.report is not None:
-        others += [("report", options.report / name) for name in ("report.json", "report.html")]
+    others: list[tuple[str, Path | None]] = [("session", options.session)]
+    others += [("report", output.path) for output in options.outputs()]
     for option, other in others:
         if other is not None and other.resolve() in recordings | transcripts | answered.keys():
             raise UserError(
@@ -131,13 +133,12 @@ def _checked(options: GenerateOptions, jobs: list[Job]) -> list[Job]:
         return to_do
     rest = ", --missing to answer the others alone" if len(jobs) > 1 else ""
     refuse_to_replace(
-        [path for job in jobs for path in _files_of(job, options)],
+        [path for job in jobs for path in _files_of(job)],
         overwrite=options.overwrite,
         alternative=("--out" if options.input_dir is None else "--output_name") + rest,
     )
     return jobs
 
 
-def _files_of(job: Job, options: GenerateOptions) -> list[Path]:
-    # What is continued has no words of its own beside it.
-    return [job.target] if options.prompt_sec else [job.target, job.transcript]
+def _files_of(job: Job) -> list[Path]:
+    return [job.target, job.transcript]

@@ -1,5 +1,6 @@
 """Tokens, one a frame, as words with their times."""
 
+import json
 from dataclasses import dataclass, field
 
 from finetune.data import FRAME_RATE_HZ, Codec
@@ -45,7 +46,8 @@ class Words:
                 self.done.append((text, *times))
         self._tokens = []
 
-    def transcript(self) -> dict[str, list[list[object]]]:
-        """Return all words as a transcript for training has them."""
+    def transcript(self) -> str:
+        """Return all words as the file of a transcript for training has them."""
         self.close()
-        return {"alignments": [[w, [start, end], "SPEAKER_MAIN"] for w, start, end in self.done]}
+        words = [[w, [start, end], "SPEAKER_MAIN"] for w, start, end in self.done]
+        return json.dumps({"alignments": words}, ensure_ascii=False) + "\n"

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 from finetune.config import FOLDER, POSITIONAL, WRITABLE, WRITABLE_FOLDER, FilePath, Prefix, Seed
 from finetune.errors import UserError
-from finetune.kept import Kept, WavWriter, require_room
+from finetune.kept import MARK, Kept, Output, WavWriter, mark_of, require_room
 from finetune.report import markdown_lines
 from finetune.safety import read_text
 from finetune.spoken.answers import (
@@ -45,6 +45,7 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "recall_audio.json"
 META, INPUT = "meta.json", "input.wav"
+SCORE = "recall-score"
 _NEEDED = {"distance_sec", "kind", "fact", "question", "answer", "window_sec", "told_values"} | {
     *BASELINES
 }
@@ -78,6 +79,9 @@ class RecallScoreOptions:
 
     seed: Seed = 0
     """Seed of the bootstrap."""
+
+    def outputs(self) -> list[Output]:
+        return [Output(self.out, command=SCORE)] if self.out is not None else []
 
 
 def write_recall_audio(options: RecallAudioOptions) -> Iterator[str]:
@@ -231,7 +235,8 @@ def score_recall(options: RecallScoreOptions) -> Iterator[str]:
             yield from [*markdown_lines(table), ""]
     yield guessing_text(summary)
     if options.out is not None:
-        Kept(options.out).write({**summary, "answers": answers, "missing": missing})
+        marked = {MARK: mark_of(SCORE), **summary}
+        Kept(options.out).write({**marked, "answers": answers, "missing": missing})
         yield f"wrote {options.out}"
 
 

@@ -1,18 +1,29 @@
 """`moshi-ttt sweep`: check everything, run what is left to run, compare."""
 
 from collections.abc import Mapping
+from functools import partial
 
 from finetune.errors import UserError
+from finetune.kept import Output, require_outputs
 from finetune.monitoring import console
 from finetune.sweep.at_once import refuse
+from finetune.sweep.content import TABLE
 from finetune.sweep.options import SweepOptions
 from finetune.sweep.plan import Sweep, option, read_sweep
+from finetune.sweep.record import has_record
 from finetune.sweep.remarks import cautions, seed_remarks
 from finetune.sweep.report import plot_sweep, write_page
 from finetune.sweep.run import run_sweep, runnable_problems
-from finetune.sweep.slurm import write_array
-from finetune.sweep.table import collect, only_in_file, print_table, write_tables
+from finetune.sweep.slurm import SCRIPT, is_script, write_array
+from finetune.sweep.table import (
+    collect,
+    only_in_file,
+    print_table,
+    table_is_there,
+    write_tables,
+)
 
+PICTURE_NAME, PAGE_NAME = "loss.png", "report.html"
 OVERWRITES = (
     "with --overwrite_run_dir in it, this script replaces finished runs without asking if it is "
     "submitted again after a change of the sweep's file or its base. Write it anew without that "
@@ -65,7 +76,19 @@ def _checked(options: SweepOptions, overrides: Mapping[str, object]) -> Sweep:
     overwrite = options.overwrite_run_dir
     others = [] if options.table else list(runnable_problems(sweep, chosen, overwrite=overwrite))
     refuse(options.file, of_file, others)
+    require_outputs(_outputs(sweep, slurm=options.slurm), inputs=[options.file, sweep.base])
     return sweep
+
+
+def _outputs(sweep: Sweep, *, slurm: bool) -> list[Output]:
+    """Return the files that are written into the sweep's folder, which is a sweep's where there is
+    a table of one, or a record of one of these runs."""
+    is_own = table_is_there(sweep.folder) or any(map(has_record, sweep.runs.values()))
+    written = partial(Output, option="--sweep_dir", command="sweep", is_needed=False)
+    if slurm:
+        return [written(sweep.folder / SCRIPT, is_own=is_script)]
+    names = [f"{TABLE}.csv", f"{TABLE}.json", PICTURE_NAME, PAGE_NAME]
+    return [written(sweep.folder / name, is_own=lambda _: is_own) for name in names]
 
 
 def show_results(sweep: Sweep, *, overwrite: bool = False) -> None:
@@ -86,8 +109,8 @@ def show_results(sweep: Sweep, *, overwrite: bool = False) -> None:
         console.print(f"\n{_explain_not_replaced(sweep, lost)}", markup=False, soft_wrap=True)
         return
     written = write_tables(rows, sweep.folder)
-    picture = plot_sweep(sweep, sweep.folder / "loss.png")
-    written += [picture, write_page(sweep, rows, picture, sweep.folder / "report.html")]
+    picture = plot_sweep(sweep, sweep.folder / PICTURE_NAME)
+    written += [picture, write_page(sweep, rows, picture, sweep.folder / PAGE_NAME)]
     console.print(f"\nwrote {', '.join(str(path) for path in written)}", soft_wrap=True)
 
 

@@ -58,6 +58,11 @@ def read_record(run: PlannedRun) -> Record:
     return record
 
 
+def has_record(run: PlannedRun) -> bool:
+    """Return whether anything is known of a run."""
+    return _kept(run).path.is_file()
+
+
 def write_record(run: PlannedRun, record: Record) -> None:
     _kept(run).write(dataclasses.asdict(record))
 

@@ -12,6 +12,9 @@ from ttt.options import abbreviated
 
 # Two minutes before the time is over the job is told to stop; it saves, and the same array goes on.
 DEFAULTS = {"signal": "B:TERM@120"}
+SCRIPT = "sweep.sbatch"
+_SIGN = "what waits for a run is in its task."
+"""In a comment of each script."""
 
 
 def array_problems(sweep: Sweep, overrides: Iterable[str]) -> Iterator[str]:
@@ -45,6 +48,14 @@ def _options(sweep: Sweep, *, num_chains: int) -> dict[str, str]:
     }
 
 
+def is_script(path: Path) -> bool:
+    """Return whether a file is a script of `write_array`."""
+    try:
+        return _SIGN in path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+
+
 def write_array(
     sweep: Sweep, only: Collection[str], arguments: list[str], warning: str = ""
 ) -> Path:
@@ -68,7 +79,7 @@ def write_array(
         "#!/bin/bash",
         *(f"#SBATCH --{key}={value}" for key, value in options.items()),
         "",
-        f"# {number} runs in {len(chains)} tasks; what waits for a run is in its task.",
+        f"# {number} runs in {len(chains)} tasks; {_SIGN}",
         *([f"# Warning: {warning}"] if warning else []),
         "CHAINS=(",
         *(f"  {','.join(chain)}" for chain in chains),
@@ -77,6 +88,6 @@ def write_array(
         "# exec: the signal is for the program, which saves and ends.",
         f'exec {shlex.join(command)} --only="${{CHAINS[$SLURM_ARRAY_TASK_ID]}}"',
     ]
-    script = folder / "sweep.sbatch"
+    script = folder / SCRIPT
     write_whole(script, "\n".join(lines) + "\n")
     return script

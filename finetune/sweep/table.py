@@ -237,6 +237,14 @@ def print_table(rows: Sequence[Row]) -> None:
 # --- for programs ---------------------------------------------------------------------------------
 
 
+def table_is_there(folder: Path) -> bool:
+    """Return whether a folder has the table of a sweep, also of an earlier version."""
+    try:
+        return (folder / f"{TABLE}.csv").read_bytes().startswith(b"run,status,")
+    except OSError:
+        return False
+
+
 def only_in_file(rows: Sequence[Row], folder: Path) -> list[str]:
     """Return the runs of which the table in a folder has losses, and these rows have none; those of
     a run that has diverged since are of no use."""

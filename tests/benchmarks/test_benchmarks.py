@@ -348,3 +348,7 @@ def test_a_file_that_cannot_be_written_is_named_before_anything_is_measured(
     made = tmp_path / "new/results.json"
     assert program("ops").parse(["--json", str(made)]).json == made
     assert made.parent.is_dir() and not made.exists()
+    made.write_text("numbers of another machine")
+    with pytest.raises(SystemExit):
+        program("ops").parse(["--json", str(made)])
+    assert f"{made} is there already" in capsys.readouterr().err

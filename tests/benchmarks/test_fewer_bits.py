@@ -66,8 +66,8 @@ def test_peaks_are_compared_with_the_plan(
 ) -> None:
     program("small_gpu")
     peaks, path = program("peaks"), tmp_path / "peaks.json"
-    small = ["--model=tiny", "--device=cpu", "--frames=20", "--dtype=float32", f"--json={path}"]
-    plans = [result["planned_gb"] for result in peaks.main(small)]
+    small = ["--model=tiny", "--device=cpu", "--frames=20", "--dtype=float32"]
+    plans = [result["planned_gb"] for result in peaks.main([*small, f"--json={path}"])]
     assert [len(r["losses"]) for r in json.loads(path.read_text())["results"]] == [2] * 6
     assert min(plans) > 0 and len(set(plans)) == 6
     case = "float8, TTT alone, B 8"

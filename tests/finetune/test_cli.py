@@ -5,17 +5,16 @@ import re
 import shutil
 import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import soundfile
+from recordings_tools import call
 from training_tools import finish, start_program
 
-from finetune import cli, command_line, generate, inference
-from finetune.__main__ import main
+from finetune import generate, inference
 from finetune.cli import run
 from finetune.monitoring import metrics_path, read_metrics
 
@@ -69,7 +68,7 @@ def test_a_dialogue_is_continued_to_a_wav_one_can_listen_to(
     sound = tmp_path / "continuation.wav"
     arguments = ["generate", f"--checkpoint={run_dir}/checkpoints/checkpoint_000012"]
     arguments += [f"--audio={DIALOGUES / 'eval_000.wav'}", f"--out={sound}", "--prompt_sec=2"]
-    assert call(arguments) == 0
+    assert call(*arguments) == 0
     audio, rate = soundfile.read(sound)
     heard, _ = soundfile.read(DIALOGUES / "eval_000.wav")
     assert rate == 24_000 and audio.shape == (len(heard), 2)
@@ -86,14 +85,27 @@ def test_a_dialogue_is_continued_to_a_wav_one_can_listen_to(
     printed = capsys.readouterr().out
     assert "|" in printed and all(word in printed for word in own_words)
 
-    again = tmp_path / "again.wav"
-    assert call([*arguments[:-2], f"--out={again}", "--prompt_sec=2"]) == 0
+    # Beside it, the words of all of it, with their times.
+    said = json.loads(sound.with_suffix(".json").read_text())["alignments"]
+    assert " ".join(word for word, *_ in said) == printed_words(printed)
+    assert [word for word, (start, _), _ in said if start < 1.5][: len(own_words)] == own_words
+    ends = [times[1] for _, times, _ in said]
+    assert ends == sorted(ends) and ends[-1] <= len(audio) / rate + 0.08
+
+    again = tmp_path / "new/again.wav"
+    assert call(*arguments[:-2], f"--out={again}", "--prompt_sec=2") == 0
     assert again.read_bytes() == sound.read_bytes(), "the same seed gives the same sound"
+
+
+def printed_words(printed: str) -> str:
+    """The words of the line that says what Moshi said, without the sign between both parts."""
+    (line,) = (line for line in printed.splitlines() if line.startswith("Moshi: "))
+    return " ".join(line.removeprefix("Moshi: ").replace(" | ", " ").split())
 
 
 def test_the_loss_curve_is_drawn(demo_run: tuple[Path, Any]) -> None:
     run_dir, _ = demo_run
-    assert call(["plot", str(run_dir)]) == 0
+    assert call("plot", str(run_dir)) == 0
     assert (run_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -225,7 +237,7 @@ def test_a_mistake_is_one_message(
         "wav": DIALOGUES / "eval_000.wav",
         "tmp": tmp_path,
     }
-    assert call([word.format(**names) for word in arguments]) == 1
+    assert call(*(word.format(**names) for word in arguments)) == 1
     said = capsys.readouterr().err
     assert message.format(**names) in said and said.startswith("\nerror: ")
     assert said.count("\n") == 2, "one paragraph"
@@ -237,57 +249,16 @@ def test_a_mistake_is_one_message(
 def test_a_misspelled_key_is_not_taken_for_an_option(
     capsys: pytest.CaptureFixture[str], given: str, meant: str
 ) -> None:
-    assert call(["data", "check", "example/demo.yaml", f"--{given}=2"]) == 1
+    assert call("data", "check", "example/demo.yaml", f"--{given}=2") == 1
     assert f"{given}: unknown key, did you mean {meant}?" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "beginning"),
-    [
-        (["--version"], f"moshi-ttt {version('moshi-ttt')}\n"),
-        *(
-            (words.split(), f"moshi-ttt {version('moshi-ttt')}\n")
-            for words in ("version", "-V", "train --version", "data check -V", "--version train")
-        ),
-        *(
-            (words.split(), "moshi-ttt COMMAND [--OPTION=VALUE ...]")
-            for words in ("help", "help help", "help --help", "-h")
-        ),
-        *(
-            (words.split(), "    moshi-ttt train CONFIG")
-            for words in ("help train", "--help train", "train help", "train --help --version")
-        ),
-        *(
-            (words.split(), "    moshi-ttt data check DATA")
-            for words in ("help data check", "data help check", "data check help", "-h data check")
-        ),
-        *((words.split(), "moshi-ttt data COMMAND") for words in ("help data", "data help")),
-    ],
-)
-def test_help_and_the_version_are_commands_too(
-    capsys: pytest.CaptureFixture[str], arguments: list[str], beginning: str
-) -> None:
-    assert call(arguments) == 0
-    assert capsys.readouterr().out.startswith(beginning)
 
 
 def test_a_list_is_no_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text("{}")
     for name in ("train", "plan", "encode", "sweep"):
-        assert call([name, str(path)]) == 1
+        assert call(name, str(path)) == 1
         assert f"{path} is a list of recordings, and no conf" in capsys.readouterr().err
-
-
-def call(arguments: list[Any]) -> str | int | None:
-    """`moshi-ttt ...` in this process; its exit status."""
-    old, sys.argv = sys.argv, ["moshi-ttt", *arguments]
-    try:
-        with pytest.raises(SystemExit) as leaving:
-            main()
-    finally:
-        sys.argv = old
-    return leaving.value.code
 
 
 def test_an_unforeseen_error_keeps_its_traceback() -> None:
@@ -321,75 +292,3 @@ def test_the_demonstration(tmp_path: Path) -> None:
     assert on > 40 and off < 25
     memory = tmp_path / "runs/demo/memory"
     assert {path.suffix for path in memory.iterdir()} == {".wav", ".png"}
-
-
-def test_a_group_lists_its_commands_and_encode_answers_to_its_old_name(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for words in (["data"], ["data", "--help"]):
-        assert call(words) == 0
-        shown = capsys.readouterr().out
-        assert "\n  annotate  " in shown and "\n  train" not in shown
-    assert call(["--help"]) == 0
-    shown = capsys.readouterr().out
-    assert "\n  data  " in shown and "annotate" not in shown
-    assert call(["encode", "--help"]) == 0
-    assert "moshi-ttt data encode CONFIG [" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    "command",
-    ["train", "plan", "evaluate", "sweep", "recall", "demo-data", "data index", "data encode"],
-)
-def test_help_is_given_when_it_is_asked_for(
-    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["moshi-ttt", *command.split(), "--help"])
-    monkeypatch.setenv("PAGER", "cat")
-    with pytest.raises(SystemExit) as left:
-        main()
-    assert not left.value.code
-    shown = capsys.readouterr()
-    assert f"moshi-ttt {command}" in shown.out + shown.err
-
-
-@pytest.mark.parametrize(
-    ("command", "usage"),
-    [
-        ("train", "CONFIG [--OPTION=VALUE ...] [--KEY=VALUE ...]"),
-        ("config", "[KEY] [--OPTION=VALUE ...]"),
-        ("export", "CHECKPOINT --out=... [--OPTION=VALUE ...]"),
-        ("recall", "[--OPTION=VALUE ...]"),
-    ],
-)
-def test_help_and_page_show_what_is_given_without_a_name(
-    command: str, usage: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert call([command, "--help"]) == 0
-    shown, page = capsys.readouterr().out, (ROOT / "docs/commands.md").read_text()
-    (section,) = [each for each in page.split("\n## ") if each.startswith(f"{command}\n")]
-    place = usage.split()[0].strip("[]")
-    for text in (shown, section):
-        assert f"    moshi-ttt {command} {usage}\n" in text
-        name = f"{place}, --{place.lower()} " if place.isalpha() else "--out "
-        assert f"\n{name}" in text.replace("`", "").replace("| ", "").replace("\n  ", "\n")
-
-
-@pytest.mark.parametrize("dashes", [[], ["--"]])
-@pytest.mark.parametrize(
-    "words", [["moshi-ttt", "demo-data", "{}", "--seed=1"], ["train.py", "--out", "{}"]]
-)
-def test_help_runs_nothing_whatever_else_is_given(
-    words: list[str],
-    dashes: Any,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    given = [word.format(tmp_path / "made") for word in words]
-    monkeypatch.setattr(sys, "argv", [*given, *dashes, "--help"])
-    monkeypatch.setenv("PAGER", "cat")
-    program = cli.COMMANDS if words[0] == "moshi-ttt" else cli.demo_data
-    assert command_line.call(program, name=words[0]) == 0
-    assert "num_dialogues" in "".join(capsys.readouterr())
-    assert not (tmp_path / "made").exists()

@@ -370,7 +370,7 @@ def test_where_no_checkpoint_was_saved_the_advice_leads_out(
         run.train()
     largest_file(resource.RLIM_INFINITY)
     assert "No checkpoint was saved before: make room" in str(ended.value)
-    assert "--overwrite_run_dir" in str(ended.value) and "--resume" not in str(ended.value)
+    assert "--resume=auto" in str(ended.value) and "--overwrite" not in str(ended.value)
     with pytest.raises(UserError, match=r"no complete checkpoint .* --resume=auto"):
         trainer(config, tmp_path / "cut", {**overrides, "resume": True})
     with pytest.raises(UserError, match="already holds a run") as refused:

@@ -22,6 +22,12 @@ ROOT = Path(__file__).parents[3]
 MEMORY = ROOT / "example/memory"
 MADE = {"out", "joined_dir", "sweep_dir", "report", "json", "html"}
 """Options that name what a command makes: there must be room for it."""
+OWN_FOLDERS = {
+    *("export out", "demo out", "demo-data out", "recall-audio out", "sweep sweep_dir"),
+    *("generate out", "data index joined_dir"),
+}
+"""Options that name a folder whose files have names of their own: it must be new, or a record in it
+or a mark in a file tells that the command has made it, which is looked at where it is written."""
 LATER = {"session", "cache", "init run_dir"}
 """Options that name what may be there, or is made by somebody else: looked at where it is used."""
 
@@ -41,6 +47,21 @@ def test_every_option_with_a_path_says_whether_it_must_be_there(name: str) -> No
         if marks:
             assert (marks in ([WRITABLE], [WRITABLE_FOLDER])) == (field.key in MADE)
             assert {Path, str} & {*members(field.kind)}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_that_names_what_is_made_replaces_nothing_unasked(name: str) -> None:
+    """Either what it names is among the outputs, which are looked at before the command begins, or
+    it is known to be looked at elsewhere: see tests/finetune/test_replaces_nothing.py."""
+    fields = [field for field in all_fields(options_of(name)) if not field.section]
+    for field in fields:
+        is_made = bool({WRITABLE, WRITABLE_FOLDER}.intersection(marks_of(field.kind, MustExist)))
+        if not is_made or f"{name} {field.key}" in OWN_FOLDERS:
+            continue
+        given = {each.key: Path("there") for each in fields if each.is_required}
+        path = given[field.key] = Path("made.png")
+        outputs = options_of(name)(**given).outputs()
+        assert any(path in (each.path, *each.path.parents) for each in outputs)
 
 
 def test_everything_that_is_missing_is_named_at_once(tmp_path: Path) -> None:
@@ -90,7 +111,7 @@ def test_what_is_there_and_what_is_not_given_are_not_refused(tmp_path: Path) -> 
         ),
         (
             ["generate", "--checkpoint=example/memory", "--audio=docs", "--prompt_sec=1"],
-            "--audio: docs is a folder; name a file.",
+            "--audio: docs is a folder, and --prompt_sec goes on with one recording; name a file.",
         ),
         (
             ["serve", "--checkpoint=example"],

@@ -185,7 +185,7 @@ def test_a_folder_that_is_typed_otherwise_is_no_other(
     evaluate_in(".", {"baseline": tmp_path / "w/ev"})
 
 
-@pytest.mark.parametrize("name", ["report.html", "results.json"])
+@pytest.mark.parametrize("name", ["report.html", "results.json", "checkpoint.yaml", "position.csv"])
 def test_what_is_of_no_evaluation_stays(
     trained: tuple[Path, Path], tmp_path: Path, name: str
 ) -> None:

@@ -77,3 +77,21 @@ def test_records_are_read_by_others_with_what_they_depend_on(tmp_path: Path) -> 
     path.write_text("{}\n[]\n")
     with pytest.raises(UserError, match=r"--with: .*records\.jsonl is damaged"):
         read_records(path, "--with")
+
+
+def test_records_replace_no_file_of_somebody_else(tmp_path: Path) -> None:
+    """Also one whose only line does not end; one of ours may have been cut off in its first."""
+    path = tmp_path / "position.jsonl"
+    for mine, told in (
+        ('{"mine": 1}', "holds results of another"),
+        ("mine", "is damaged"),
+        ('{"fingerprints": 1', "is damaged"),
+    ):
+        path.write_text(mine)
+        with pytest.raises(UserError, match=told):
+            Records(path, {"a": 1})
+        assert path.read_text() == mine
+    for cut_off in ("", '{"fing', '{"fingerprint": {"a'):
+        path.write_text(cut_off)
+        assert not list(Records(path, {"a": 1}))
+        assert path.read_text() == '{"fingerprint": {"a": 1}}\n'

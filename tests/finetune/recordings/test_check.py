@@ -132,7 +132,7 @@ def test_a_list_with_moshi_on_the_right_is_checked_without_a_configuration(tmp_p
     found = [findings_of(data, *option) for option in ([], [right], [])]
     assert found[0] == found[2], "what was found of one side is not taken for the other's"
     assert "swapped-channels" in str(found[0]) and "swapped-channels" not in str(found[1])
-    picture = tmp_path / "a.png"
+    picture = tmp_path / "shown.png"
     assert call("data", "show", data, right, "--out", picture) == 0 and picture.exists()
 
 

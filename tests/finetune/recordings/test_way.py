@@ -116,7 +116,7 @@ def test_a_transcript_that_cannot_be_read_is_said_by_the_status_too(
     shutil.copy(DIALOGUES / "train_000.wav", tmp_path / "a.wav")
     (tmp_path / "a.json").write_text('{"alignments": [')
     (tmp_path / "data.jsonl").write_text('{"path": "a.wav", "duration": 5.0}\n')
-    out = tmp_path / "a.png"
+    out = tmp_path / "shown.png"
     assert call("data", "show", tmp_path / "data.jsonl", "--out", out) == 1
     said = capsys.readouterr().out
     assert "[transcript-malformed]" in said and f"wrote {out}" in said and out.exists()

@@ -1,5 +1,6 @@
 """The file of `moshi-ttt generate --session`: no conversation is lost, or begun, without a word."""
 
+import json
 import signal
 from pathlib import Path
 from typing import Any
@@ -207,12 +208,60 @@ def test_one_that_is_stopped_leaves_its_session_as_it_was(
     path = tmp_path / "call.session"
     assert generate(f"--session={path}") == 0
     before = path.read_bytes()
-
-    def stopped(*_: Any) -> Any:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Engine, "step", stopped)
+    stop_after(0, monkeypatch)
     assert generate(f"--session={path}") == 128 + signal.SIGINT
     said = capsys.readouterr().out
     assert "interrupted; nothing of the answer is kept, and the session is as it was" in said
     assert path.read_bytes() == before and not [*tmp_path.glob(".call*")]
+
+
+def stop_after(num_steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have somebody press Ctrl-C after so many frames."""
+    step, left = Engine.step, iter(range(num_steps))
+
+    def stopped(engine: Engine, frames: Any) -> Any:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return step(engine, frames)
+
+    monkeypatch.setattr(Engine, "step", stopped)
+
+
+def test_what_there_is_of_one_answer_is_kept_when_it_is_stopped(
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It is not taken for the answer, and replaces nothing, nor another part of it."""
+    soundfile.write(tmp_path / "a.wav", speech_like(30 * 0.08, 24000, channels=1), 24000)
+    words = ["generate", f"--checkpoint={trained}", f"--audio={tmp_path}/a.wav", *GREEDY]
+    whole = tmp_path / "whole.wav"
+    assert call(*words, f"--out={whole}") == 0
+    out = tmp_path / "out/b.wav"
+    for name, num_steps in (("b.interrupted1", 12), ("b.interrupted2", 20)):
+        with monkeypatch.context() as patch:
+            stop_after(num_steps, patch)
+            assert call(*words, f"--out={out}") == 128 + signal.SIGINT
+        part, _ = soundfile.read(out.with_name(f"{name}.wav"))
+        assert (part == soundfile.read(whole)[0][: len(part)]).all()
+        seconds = len(part) / 24000
+        assert (num_steps - 5) * 0.08 < seconds <= num_steps * 0.08
+        said = capsys.readouterr().out
+        assert (
+            f"interrupted; {seconds:.1f} s of the answer are kept in {out.parent}/{name}.wav"
+            in said
+        )
+        known, all_words = (
+            json.loads(path.read_text())["alignments"]
+            for path in (out.with_name(f"{name}.json"), whole.with_suffix(".json"))
+        )
+        assert known, "there are words to keep"
+        # The last one may have gone on.
+        assert known[:-1] == all_words[: len(known[:-1])]
+    assert sorted(path.name for path in out.parent.iterdir()) == [
+        *("b.interrupted1.json", "b.interrupted1.wav"),
+        *("b.interrupted2.json", "b.interrupted2.wav"),
+    ]
+    assert call(*words, f"--out={out}") == 0
+    assert out.read_bytes() == whole.read_bytes()

@@ -43,10 +43,9 @@ def test_answers_never_replace_what_belongs_to_a_recording(tmp_path: Path) -> No
     (tmp_path / "a.json").touch()
     single = {"audio": tmp_path / "a.flac"}
     for out in ("a.wav", "link.wav"):
-        with pytest.raises(UserError, match="would go, is the place of a recording"):
-            jobs(**single, out=tmp_path / out)
-    # There, no words are written.
-    assert jobs(**single, out=tmp_path / "a.wav", prompt_sec=1.0)
+        for prompt_sec in (0.0, 1.0):
+            with pytest.raises(UserError, match="would go, is the place of a recording"):
+                jobs(**single, out=tmp_path / out, prompt_sec=prompt_sec)
     with pytest.raises(UserError, match="would go, is the place of a recording"):
         jobs(input_dir=tmp_path / "tree", input_name="input.flac", output_name="input.wav")
     for session in ("b.wav", "b.json", "a.flac", "a.json"):
@@ -71,14 +70,13 @@ def test_answers_that_are_there_are_replaced_only_when_asked(tmp_path: Path) -> 
     for how, named in (
         ({**one, "out": tmp_path / "x.wav"}, rf"{tmp_path}/x\.wav {asks}"),
         ({**one, "out": tmp_path / "y.wav"}, rf"{tmp_path}/y\.json {asks}"),
+        ({**one, "out": tmp_path / "y.wav", "prompt_sec": 1.0}, rf"{tmp_path}/y\.json {asks}"),
         ({**several, "out": tmp_path / "out"}, rf"out/b\.wav \(and 1 more\) {or_rest}"),
         ({"input_dir": tmp_path / "tree"}, r"output\.wav is there .* another --output_name, or"),
     ):
         with pytest.raises(UserError, match=named):
             jobs(**how)
         assert jobs(**how, overwrite=True)
-    # Where a dialogue goes on, no words are written.
-    assert jobs(**one, out=tmp_path / "y.wav", prompt_sec=1.0)
 
 
 def test_recordings_of_a_folder_are_found_at_any_depth(

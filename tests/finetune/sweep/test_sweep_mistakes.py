@@ -261,3 +261,33 @@ def test_mistakes_in_the_file(
     assert sweep(path, "--slurm", "--wandb.key=deadbeefcafe") == 1
     assert "no place for secrets" in capsys.readouterr().err
     assert not [*tmp_path.rglob("*.sbatch")]
+
+
+@pytest.mark.parametrize("name", ["table.csv", "table.json", "loss.png", "report.html"])
+def test_files_of_no_sweep_stay(
+    write: Callable[..., Any], commands: list[Any], name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write({"a": None})
+    kept = path.parent / "sweep" / name
+    kept.parent.mkdir()
+    kept.write_text("mine")
+    for words in ([], ["--table"], ["--overwrite_run_dir"]):
+        assert sweep(path, *words) == 1
+        said = capsys.readouterr().err
+        assert f"{kept} is there already, and was not written by moshi-ttt sweep: give an" in said
+    assert not commands and [*kept.parent.iterdir()] == [kept] and kept.read_text() == "mine"
+
+
+def test_a_script_of_no_sweep_stays(
+    write: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write({"a": None})
+    script = path.parent / "sweep/sweep.sbatch"
+    script.parent.mkdir()
+    script.write_text("#!/bin/bash\n#SBATCH --job-name=mine\n")
+    assert sweep(path, "--slurm") == 1
+    assert f"{script} is there already, and was not written by" in capsys.readouterr().err
+    assert "mine" in script.read_text()
+    script.unlink()
+    for _ in range(2):
+        assert sweep(path, "--slurm") == 0

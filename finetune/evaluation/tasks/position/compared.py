@@ -3,10 +3,10 @@
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from finetune.evaluation.earlier import KEPT_CONFIGURATION
 from finetune.evaluation.fingerprints import checkpoint_fingerprint
 from finetune.evaluation.origin import (
     CONFIGURATION,
-    KEPT_CONFIGURATION,
     Difference,
     describe_origin,
     differences,
