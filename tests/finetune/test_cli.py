@@ -190,8 +190,8 @@ def test_the_loss_curve_is_drawn(demo_run: tuple[Path, Any]) -> None:
                 ("generate {checkpoint} --audio={wav} --report={wav}", "report"),
                 ("recall --out={wav}", "out"),
                 ("demo --out={wav}", "out"),
-                ("demo-data {wav}", "out_dir"),
-                ("recall-audio {wav}", "out_dir"),
+                ("demo-data {wav}", "out"),
+                ("recall-audio {wav}", "out"),
                 ("export {checkpoint} --out={wav}", "out"),
             )
         ),
