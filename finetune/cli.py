@@ -28,7 +28,6 @@ from finetune.config import (
     ask_for_missing,
     completion_script,
     explain,
-    flatten,
     load_config,
     pages,
 )
@@ -77,17 +76,13 @@ def plan(options: PlanOptions, overrides: dict[str, Any]) -> None:
     """Say what a run would take, without a GPU: memory, steps, tokens, hours.
 
     The exit status is 0 if `train` can be expected to start: where the run does not fit, or names
-    data or files with which `train` would end, as seen from this machine, it is 1.
+    data or files with which `train` would end, as seen from this machine, it is 1. With --table,
+    which is about any run, it is 0.
     """
     args = load_config(options.config, overrides)
-    from finetune.plan import planned, table
+    from finetune.plan import planned
 
-    if options.table:
-        given, num_gpus = flatten(overrides), options.gpus or 1
-        lines = table(args, num_gpus=num_gpus, gpu_memory_gb=options.gpu_memory, given=given)
-    else:
-        lines = planned(options, args, overrides)
-    print_all(lines)
+    print_all(planned(options, args, overrides))
 
 
 # --- data ----------------------------------------------------------------------------------------

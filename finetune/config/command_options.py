@@ -10,7 +10,7 @@ from finetune.config.args import Size
 from finetune.config.marks import POSITIONAL
 from finetune.config.must_exist import CONFIGURATION, FOLDER, SOURCE, WRITABLE
 from finetune.config.values import FilePath, PathText, PngPath
-from finetune.kept import Output
+from finetune.kept import Output, is_png
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,9 @@ class PlotOptions:
         return self.out or self.run_dir / "loss.png"
 
     def outputs(self) -> list[Output]:
-        return [Output(self.png, command="plot")]
+        # The run's own name for it: earlier versions left no mark.
+        is_own = None if self.out else is_png
+        return [Output(self.png, command="plot", is_own=is_own)]
 
 
 @dataclass(frozen=True)

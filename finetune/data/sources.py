@@ -103,12 +103,12 @@ def load_sources(
             is said here is added.
 
     Raises:
-        UserError: a path or weight is wrong, nothing usable is left, all of a source is wrong in
-            the same way, or (`on_error="raise"`) anything at all is broken; the message lists the
-            problems.
+        UserError: a path or weight is wrong, nothing usable is left, all of it is such that
+            nothing would be learned right, or (`on_error="raise"`) anything at all is broken; the
+            message lists the problems.
     """
     problems: list[str] = []
-    wrong_lists: list[str] = []
+    everything: list[_Checked] = []
     warnings: list[tuple[str, Finding]] = []
     sources: list[WeightedSource] = []
     num_skipped = 0
@@ -119,7 +119,7 @@ def load_sources(
         checked = _check_source(path, key, checks, reading)
         recordings = [each.recording for each in checked if each.recording is not None]
         problems += [problem for each in checked for problem in each.problems]
-        wrong_lists += _wrong_as_a_whole(path, checked)
+        everything += checked
         warnings += [(each.origin, found) for each in checked for found in each.warnings]
         warnings += [(str(path), found) for found in inspect_listing(recordings)]
         num_skipped += len(checked) - len(recordings)
@@ -127,13 +127,14 @@ def load_sources(
         sources.append(WeightedSource(path, weight, recordings, segments))
     checks.flush()
 
+    wrong = _wrong_as_a_whole(everything)
     if problems and on_error == "raise":
         raise UserError(
-            f"{_listing([*wrong_lists, *problems])}\n"
+            f"{_listing([*wrong, *problems])}\n"
             "Or set data.on_error=skip to train without what is broken."
         )
-    if wrong_lists:
-        raise UserError(f"{key}: {_listing(wrong_lists)}")
+    if wrong:
+        raise UserError(f"{key}: {_listing(wrong)}")
     said = set() if said is None else said
     _warn(_news(problems, problems, said), num_skipped, key)
     for source in sources:
@@ -173,28 +174,23 @@ def check_recordings(
     """Return all usable recordings that `spec` names, and what is wrong with each of the others.
 
     Raises:
-        UserError: a path is wrong, a file cannot be read or is empty, or all of a source is wrong.
+        UserError: a path is wrong, or a file cannot be read or is empty.
     """
     checks = Checks(None, text)
     checked: list[_Checked] = []
-    wrong_lists: list[str] = []
     for path, _ in parse_sources(spec, key):
-        of_source = _check_source(path, key, checks, reading)
-        wrong_lists += _wrong_as_a_whole(path, of_source)
-        checked += of_source
-    if wrong_lists:
-        raise UserError(f"{key}: {_listing(wrong_lists)}")
+        checked += _check_source(path, key, checks, reading)
     recordings = [each.recording for each in checked if each.recording is not None]
     warn_of([(each.origin, found) for each in checked for found in each.warnings], key)
     return recordings, [problem for each in checked for problem in each.problems]
 
 
-def _wrong_as_a_whole(path: Path, checked: Sequence[_Checked]) -> list[str]:
-    """Return what is wrong with all that can be used of a source."""
+def _wrong_as_a_whole(checked: Sequence[_Checked]) -> list[str]:
+    """Return what is wrong with all that can be used of a key's data."""
     usable = [each for each in checked if each.recording is not None]
     # What is read from its other side as well is judged by the side that it was made for.
     own = [each.warnings for each in usable if not isinstance(each.recording, OtherSide)]
-    return [f"{path}: {found}" for found in wrong_in_all(own)]
+    return [str(found) for found in wrong_in_all(own)]
 
 
 def listed_recordings(spec: str, *, key: str) -> list[Recording]:

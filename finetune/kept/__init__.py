@@ -4,7 +4,7 @@ from finetune.kept.checkpoint_folders import is_stock, require_checkpoint, requi
 from finetune.kept.checkpoint_names import CHECKPOINT_NAME, DIVERGED, checkpoints_in, step_of
 from finetune.kept.folders import make_folder, without_empty_folders
 from finetune.kept.lock import FileLock, held_folder
-from finetune.kept.outputs import MARK, Output, mark_of, require_not_read, require_outputs
+from finetune.kept.outputs import MARK, Output, is_png, mark_of, require_not_read, require_outputs
 from finetune.kept.records import Records, fingerprint_of, read_records
 from finetune.kept.wav import WavWriter, write_wav
 from finetune.kept.whole import (
@@ -34,6 +34,7 @@ __all__ = [
     "fingerprint_of",
     "held_folder",
     "is_free_folder",
+    "is_png",
     "is_stock",
     "make_folder",
     "mark_of",

@@ -52,6 +52,15 @@ class Output:
         return bool(self.command) and _has_mark(self.path, self.command)
 
 
+def is_png(path: Path) -> bool:
+    """Return whether a file is a picture, also of an earlier version, which left no mark."""
+    try:
+        with path.open("rb") as file:
+            return file.read(4) == b"\x89PNG"
+    except OSError:
+        return False
+
+
 def require_outputs(
     outputs: Sequence[Output], *, inputs: Iterable[Path] = (), overwrite: bool | None = None
 ) -> None:

@@ -186,7 +186,7 @@ def _describe_time(args: TrainArgs, model: TTTLMModel, num_gpus: int) -> _Lines:
         cautions += cautions_of_steps(args, data.num_segments, num_gpus)
     except UserError as error:
         problems.append(str(error))
-        yield "data: steps of an epoch are not known, for what is said at the end"
+        yield "data: how many steps an epoch has is not known; the end of this page says why"
     try:
         if args.do_eval:
             _load(args, said, training=False)

@@ -75,7 +75,7 @@ def inspect_data(options: CheckOptions, overrides: Mapping[str, Any]) -> Report:
         reads=listing.reads,
     )
     found, is_new = _inspect_all(options, listing, work, text)
-    together = _wrong_lists(options.data, listing, found)
+    together = _wrong_as_a_whole(listing, found)
     checked = [
         Checked(origin, "", 0.0, 0, 0, [Finding("malformed-line", "error", problem, _LINE_REMEDY)])
         for origin, problem in listing.problems
@@ -90,18 +90,15 @@ def inspect_data(options: CheckOptions, overrides: Mapping[str, Any]) -> Report:
     return Report(options.data, checked, together, _notes(options, tokenizer, listing), said_before)
 
 
-def _wrong_lists(
-    data: Path, listing: Listing, found: Mapping[Recording, Inspection]
-) -> list[Finding]:
-    """Return what is wrong with lists as a whole, and make it an error of each of their
-    recordings."""
+def _wrong_as_a_whole(listing: Listing, found: Mapping[Recording, Inspection]) -> list[Finding]:
+    """Return what is wrong with all data of training or of evaluation, and make it an error of
+    each recording."""
     errors = []
     are_wrong: list[Inspection] = []
-    for path, recordings in listing.sources:
+    for key, recordings in (("", listing.recordings), ("data.eval_data: ", listing.evaluation)):
         usable = [found[each] for each in recordings if not found[each].errors]
         wrong = wrong_in_all([each.findings for each in usable])
-        of_run = "" if path == data else f"{path}: "
-        errors += [each._replace(message=f"{of_run}{each.message}") for each in wrong]
+        errors += [each._replace(message=f"{key}{each.message}") for each in wrong]
         are_wrong += usable if wrong else []
     for inspection in are_wrong:
         inspection.findings = as_errors(inspection.findings)

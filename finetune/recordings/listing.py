@@ -32,8 +32,6 @@ class Listing:
 
     recordings: list[Recording] = field(default_factory=list)
     evaluation: list[Recording] = field(default_factory=list)
-    sources: list[tuple[Path, list[Recording]]] = field(default_factory=list)
-    """Each path that is named, for training or evaluation, with its recordings."""
     problems: list[tuple[str, str]] = field(default_factory=list)
     """Of lines: where, and what is wrong."""
     tokenizer: Path | None = None
@@ -114,9 +112,7 @@ def options_of_list(overrides: Mapping[str, Any], needs: str) -> DataArgs:
 def _list(spec: str, key: str, reading: Reading, found: list[Recording], listing: Listing) -> None:
     for path, _ in parse_sources(spec, key):
         entries = open_source(path, key, reading).entries()
-        named = [entry.recording for entry in entries if entry.recording is not None]
-        found += named
-        listing.sources.append((path, named))
+        found += [entry.recording for entry in entries if entry.recording is not None]
         listing.problems += [(each.origin, each.problem) for each in entries if each.problem]
 
 

@@ -9,6 +9,8 @@ import pytest
 import soundfile
 from recordings_tools import call
 
+from finetune.config.command_options import PlotOptions
+
 ROOT = Path(__file__).parents[2]
 DIALOGUES = ROOT / "example/demo/dialogues"
 ONE = "eval_000"
@@ -241,3 +243,15 @@ def test_scores_replace_nothing_of_the_talks(
     for _ in range(2):
         assert call("recall-score", talks, f"--out={scores}") == 0
     assert json.loads(scores.read_text())["answers"]
+
+
+def test_the_picture_in_a_runs_folder_may_be_of_an_earlier_version(tmp_path: Path) -> None:
+    """Which left no mark; by its name it is the run's."""
+    picture = tmp_path / "loss.png"
+    picture.write_bytes(b"\x89PNG of before")
+    (own,) = PlotOptions(tmp_path).outputs()
+    assert own.path == picture and own.may_replace()
+    (named,) = PlotOptions(tmp_path, out=picture).outputs()
+    assert not named.may_replace()
+    picture.write_text("mine")
+    assert not own.may_replace()

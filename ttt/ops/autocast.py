@@ -4,7 +4,6 @@ Inverses, sums over chunks and fast weights need the digits of float32: see docs
 """
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
@@ -26,10 +25,10 @@ def without_autocast(function: Callable[Given, Returned]) -> Callable[Given, Ret
 
     @wraps(function)
     def call(*args: Given.args, **kwargs: Given.kwargs) -> Returned:
-        with ExitStack() as off:
-            for device in DEVICES:
-                if torch.is_autocast_enabled(device):
-                    off.enter_context(torch.autocast(device, enabled=False))
-            return function(*args, **kwargs)
+        for device in DEVICES:
+            if torch.is_autocast_enabled(device):
+                with torch.autocast(device, enabled=False):
+                    return call(*args, **kwargs)
+        return function(*args, **kwargs)
 
     return call

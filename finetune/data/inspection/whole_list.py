@@ -1,5 +1,6 @@
-"""What every recording of a list has is no exception: where it makes training wrong, so is all of
-the list."""
+"""What every recording has is no exception: where it makes training wrong, so are all the data.
+
+Of some recordings it may be meant: in a list beside others Moshi may only listen."""
 
 from collections.abc import Sequence
 
@@ -14,10 +15,10 @@ _OTHER_NAMES = f"write {MAIN_SPEAKER} in place of the name that the transcripts 
 
 
 def wrong_in_all(found: Sequence[Sequence[Finding]]) -> list[Finding]:
-    """Return an error for each kind of warning that makes all of a list wrong.
+    """Return an error for each kind of warning that makes all the data wrong.
 
     Args:
-        found: of each recording of one list that can be used.
+        found: of each recording that can be used, of all lists that are trained on together.
     """
     wrong = [[each for each in findings if each.code in KINDS] for findings in found]
     if not wrong or not all(wrong):
@@ -31,7 +32,7 @@ def wrong_in_all(found: Sequence[Sequence[Finding]]) -> list[Finding]:
                 "in-every-recording",
                 "error",
                 f"{code} in {len(same)} of {counted(len(found), 'recording')}, and none is right, "
-                f"so that training on this list would be wrong. First: {same[0].message}",
+                f"so that training on this would be wrong. First: {same[0].message}",
                 _OTHER_NAMES if has_other_names else same[0].remedy,
             )
         )
@@ -39,6 +40,6 @@ def wrong_in_all(found: Sequence[Sequence[Finding]]) -> list[Finding]:
 
 
 def as_errors(findings: Sequence[Finding]) -> list[Finding]:
-    """Return the findings of a recording of such a list, with those that make it wrong as
+    """Return the findings of a recording of such data, with those that make it wrong as
     errors."""
     return [each._replace(severity="error") if each.code in KINDS else each for each in findings]

@@ -96,14 +96,14 @@ def test_a_file_of_init_is_planned_for_the_gpus_that_init_was_told(
     capsys.readouterr()
     call("plan", out)
     said = capsys.readouterr().out
-    assert "for GPUs of 24 GB, as moshi-ttt init was told" in said and "of 24 GB\n" in said
+    assert " of 24 GB, as moshi-ttt init was told (--gpus, --gpu_memory)\n" in said
     assert "2 GPUs: one copy of the model" in said and "80 GB" not in said
     call("plan", out, "--gpus=4", "--gpu_memory=40")
     said = capsys.readouterr().out
     assert "4 GPUs" in said and "of 40 GB\n" in said and "24 GB" not in said
     out.write_text("\n".join(out.read_text().splitlines()[1:]))
     call("plan", out)
-    assert "for GPUs of 80 GB, as nothing says otherwise" in capsys.readouterr().out
+    assert "for GPUs of 80 GB, as no other size was given" in capsys.readouterr().out
 
 
 def test_on_a_cpu_nothing_is_said_of_gpus(config: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import ttt
 from ttt import TTTArgs, ops
+from ttt.ops.autocast import without_autocast
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 Op = Callable[..., Tensor]
@@ -148,3 +149,14 @@ def test_a_model_of_32_bits_trains_under_autocast(args: TTTArgs) -> None:
     found.float().square().mean().backward()
     for name, parameter in ttt.ttt_parameters(model).items():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_what_is_so_marked_can_be_compiled_as_a_whole(enabled: bool) -> None:
+    """Parts of a layer are: PyTorch's compiler reads what stands around them, too."""
+    product = without_autocast(torch.mm)
+    compiled = torch.compile(product, backend="eager", fullgraph=True)
+    x = torch.randn(8, 8)
+    with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+        assert torch.equal(compiled(x, x), product(x, x))
+        assert compiled(x, x).dtype == torch.float32

@@ -27,13 +27,17 @@ def turned(
 
 
 class _Turned(torch.autograd.Function):
+    # Apart from `setup_context`, as `torch.func` asks for.
     @staticmethod
     def forward(
-        ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, interleave: bool
+        qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, interleave: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.save_for_backward(cos, sin)
-        ctx.interleave = interleave
         return parts(qkv, cos, sin, num_heads, interleave)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _, cos, sin, _, ctx.interleave = inputs
+        ctx.save_for_backward(cos, sin)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 NUMBERS = 4096
-"""That a program turns back: some heads of a frame."""
+"""Numbers that one program turns back: some heads of a frame."""
 
 
 @triton.jit

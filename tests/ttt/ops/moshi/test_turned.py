@@ -40,6 +40,17 @@ def test_gradients_are_those_of_its_parts(interleave: bool, is_compiled: bool) -
     torch.testing.assert_close(own, exact, rtol=1e-12, atol=1e-12)
 
 
+def test_functions_of_torch_func_pass_through() -> None:
+    cos, sin = table(8, True)
+    qkv = torch.randn(BATCH, FRAMES, 3 * 8)
+
+    def total(x: torch.Tensor) -> torch.Tensor:
+        return torch.stack(turned(x, 1, (cos, sin), interleave=True)).square().sum()
+
+    # Turning changes no norm.
+    torch.testing.assert_close(torch.func.grad(total)(qkv), 2 * qkv)
+
+
 @on_a_device
 @INTERLEAVE
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
