@@ -2,6 +2,7 @@
 for something else. What it has written itself, it writes again."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -229,6 +230,25 @@ def test_what_is_kept_beside_a_list_may_be_damaged_all_over(folder: Path) -> Non
         for _ in range(2):
             assert call(*WORDS["check"]) == 0
         assert (folder / ".list.jsonl.checked").read_bytes().startswith(content)
+
+
+def test_a_file_of_results_that_cannot_be_reached_is_done_without(
+    folder: Path, caplog: pytest.LogCaptureFixture, request: pytest.FixtureRequest
+) -> None:
+    """Of a link to a name too long, a loop of links, or a file in a folder that may not be read the
+    system does not even say whether it is there."""
+    (folder / "far").symlink_to("x" * 300)
+    (folder / "loop").symlink_to("loop")
+    (folder / "closed").mkdir(mode=0)
+    request.addfinalizer(lambda: (folder / "closed").chmod(0o700))
+    names = ["far", "far/kept", "loop", "loop/kept"]
+    if os.geteuid():
+        names.append("closed/kept")
+    for name in names:
+        caplog.clear()
+        assert call(*WORDS["check"], f"--cache={name}") == 0
+        (said,) = [each.getMessage() for each in caplog.records if "--cache" in each.getMessage()]
+        assert said.startswith(f"{name} cannot be written (")
 
 
 @pytest.fixture(scope="module")
