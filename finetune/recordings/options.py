@@ -47,7 +47,9 @@ class IndexOptions:
     """With --join: where joined recordings go; null: FOLDER/stereo."""
 
     overwrite: bool = False
-    """Replace a JSONL and joined recordings that are there already."""
+    """Replace a JSONL and joined recordings that are there already. Texts and transcripts beside a
+    joined recording that somebody has changed stay where its two files are the same as before; else
+    they are moved aside, as `NAME.json.before`."""
 
     @property
     def jsonl(self) -> Path:
