@@ -205,6 +205,9 @@ class Store:
         """The files of this process, made when there is something to write."""
         if self._own is None and self.can_write:
             try:
+                if not self._num_read_bytes:
+                    # It was empty: a run that has made it too, and has failed, may have removed it.
+                    make_folder(self.folder)
                 self._own = _Writer(self.folder)
             except OSError as error:
                 self._stop_writing(error)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from finetune.data.problems import FileProblem
+from finetune.kept import MARK
 from finetune.safety import parse_json, read_text
 
 MAIN_SPEAKER = "SPEAKER_MAIN"
@@ -87,7 +88,7 @@ def transcript_of(content: Any, name: str) -> Transcript:
             f"it must have the form {_FORMAT}",
             code="transcript-malformed",
         )
-    unused = {str(key) for key in content if key != "alignments"}
+    unused = {str(key) for key in content if key not in ("alignments", MARK)}
     words = []
     for index, entry in enumerate(content["alignments"]):
         if not _is_alignment(entry):

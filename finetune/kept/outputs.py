@@ -45,7 +45,7 @@ class Output:
 
     def may_replace(self) -> bool:
         """Return whether what is there, if anything is, is only an earlier such file."""
-        if not self.path.exists():
+        if not os.path.exists(self.path):  # or cannot be reached, and so not be replaced
             return True
         if self.is_own is not None:
             return self.is_own(self.path)
@@ -77,11 +77,11 @@ def require_outputs(
     for each in outputs:
         if each.is_needed:
             require_writable(each.path, each.option)
-        if each.path.is_dir():
+        if os.path.isdir(each.path):  # unlike that of a path, of what cannot be reached it is False
             raise UserError(f"{each.option}: {each.path} is a folder; name a file.")
-    options: dict[Path, str] = {}
+    options: dict[str, str] = {}
     for each in outputs:
-        place = each.path.resolve()
+        place = os.path.realpath(each.path)
         if place in options:
             raise UserError(
                 f"{each.option}: {options[place]} writes to {each.path} as well; give two names."

@@ -46,6 +46,8 @@ def index_folder(options: IndexOptions) -> Iterator[str]:
         done_all = list(do_all(join, pairs, title="joining"))
         problems += [each.problem for each in done_all if each.problem is not None]
         dialogues = [(each.job.joined,) for each in done_all if each.problem is None]
+        if notes := [note for each in done_all for note in each.result or ()]:
+            yield f"words that somebody has changed: {listed(notes)}"
     durations_sec: dict[Files, float] = {}
     for done in do_all(_duration_sec, dialogues, title="measuring"):
         if done.result is not None:

@@ -70,9 +70,10 @@ class Ledger:
         except OSError:
             return
         for line in lines:
-            with suppress(ValueError, TypeError):
+            with suppress(ValueError, TypeError, RecursionError):
                 key, result = json.loads(line)
-                yield key, result
+                if isinstance(key, str):
+                    yield key, result
 
 
 def file_key(recording: Recording, *circumstances: object) -> str | None:

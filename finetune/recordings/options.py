@@ -47,7 +47,9 @@ class IndexOptions:
     """With --join: where joined recordings go; null: FOLDER/stereo."""
 
     overwrite: bool = False
-    """Replace a JSONL and joined recordings that are there already."""
+    """Replace a JSONL and joined recordings that are there already. Texts and transcripts beside a
+    joined recording that somebody has changed stay where its two files are the same as before; else
+    they are moved aside, as `NAME.json.before`."""
 
     @property
     def jsonl(self) -> Path:
@@ -137,24 +139,38 @@ class CheckOptions:
         return self.cache or data.with_name(f".{data.name}.checked")
 
     def outputs(self) -> list[Output]:
-        kept = Output(self.ledger, "--cache", CHECK, is_own=_holds_results, is_needed=False)
+        # By its name, the file beside DATA is one of results, whatever has happened to it.
+        is_own = _is_named if self.cache is None else _holds_results
+        kept = Output(self.ledger, "--cache", CHECK, is_own=is_own, is_needed=False)
         written = (self.json, "--json"), (self.html, "--html")
         return [kept, *(Output(path, name, CHECK) for path, name in written if path is not None)]
 
 
-_RESULTS = re.compile(rb'\n+(\["[0-9a-f]{24}"|\[?"?[0-9a-f]{0,24}\Z)')
-"""How a file of results begins, which may have been cut off at once: with the key of the first."""
+_RESULT = re.compile(rb'\["[0-9a-f]{24}"')
+"""How a line of a file of results begins: with a key."""
+_CUT_OFF = re.compile(rb'(\[("[0-9a-f]{0,24})?)?\n?')
+"""A line that was cut off before its key was there."""
+_LINE_BYTES = 4096
+
+
+def _is_named(_: Path) -> bool:
+    return True
 
 
 def _holds_results(path: Path) -> bool:
+    """Return whether a file has results in it, or would have if nothing had cut it off."""
     if not path.is_file():
         return not path.is_dir()  # in a device, nothing is kept
     try:
         with path.open("rb") as file:
-            head = file.read(4096)
+            are_cut_off = True
+            while line := file.readline(_LINE_BYTES):
+                if _RESULT.match(line):
+                    return True
+                are_cut_off = are_cut_off and _CUT_OFF.fullmatch(line) is not None
     except OSError:
         return True  # nor can it be written, of which there is a warning
-    return not head or _RESULTS.match(head) is not None
+    return are_cut_off
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Two mono files of a dialogue, one a speaker: found by their names, and joined if wanted."""
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -8,16 +9,25 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soundfile
 
 from finetune.data import OTHER_SPEAKER, MonoPair, Sides, inspect_audio
 from finetune.errors import UserError
-from finetune.kept import Output, require_not_read, write_wav, write_whole
+from finetune.kept import (
+    MARK,
+    Output,
+    mark_of,
+    require_not_read,
+    write_wav,
+    write_whole,
+    writing,
+)
 from finetune.recordings.annotate import SPEAKERS
 from finetune.recordings.work import RecordingError
-from finetune.safety import all_files
+from finetune.safety import all_files, parse_json
 
 _MAX_WAV_BYTES = 2**32 - 2**16
 _ID = "{id}"
@@ -96,11 +106,15 @@ def require_kept(pairs: Iterable[Pair]) -> None:
     require_not_read([Output(pair.joined, "--joined_dir") for pair in pairs], parts)
 
 
-def join(pair: Pair) -> None:
+def join(pair: Pair) -> list[str]:
     """Write the stereo file of a pair, and its texts or transcript if both files have one.
 
     Samples are not changed: 16 bits stay 16 bits, everything else becomes 32-bit floats. What
     was joined from these two, as they are now, stays as it is, and gets words that are newer.
+    Words that somebody has changed are never lost.
+
+    Returns:
+        what was done with such words, a line for each file.
 
     Raises:
         FileProblem: a file cannot be read.
@@ -115,11 +129,12 @@ def join(pair: Pair) -> None:
             f"one of them, as in `ffmpeg -i in.wav -ar {max(rates)} out.wav`, or leave out --join"
         )
     is_made = _is_made_already(pair)
-    _carry_words(pair, again=not is_made)
+    notes = _carry_words(pair, again=not is_made)
     if is_made:
-        return
+        return notes
     samples = sides.read(0, info.num_samples, rates[0]).T.contiguous().numpy()
     _write_wav(pair, samples, rates[0])  # the last, as what says that all of it is made
+    return notes
 
 
 def _is_made_already(pair: Pair) -> bool:
@@ -177,9 +192,9 @@ def _is_16_bits(path: Path) -> bool:
         return False
 
 
-def _carry_words(pair: Pair, *, again: bool) -> None:
+def _carry_words(pair: Pair, *, again: bool) -> list[str]:
     """Put the texts or the transcripts of both files beside the joined one: if they are not there,
-    if the files' own are newer, or `again`."""
+    if the files' own are newer, or `again`. Returns notes, see `join`."""
 
     def is_due(target: Path, sources: Iterable[Path]) -> bool:
         if again or not target.exists():
@@ -187,18 +202,19 @@ def _carry_words(pair: Pair, *, again: bool) -> None:
         made_at = target.stat().st_mtime_ns
         return any(source.stat().st_mtime_ns > made_at for source in sources)
 
+    notes = []
     texts = [path.with_suffix(".txt") for path in (pair.left, pair.right)]
     if texts[0].is_file():
         for channel, text in zip(("left", "right"), texts, strict=True):
             target = pair.joined.with_name(f"{pair.joined.stem}.{channel}.txt")
             if text.is_file() and is_due(target, [text]):
-                _write_words(pair, target, text.read_bytes())
+                notes += _write_words(pair, target, text.read_bytes())
     name = str(pair.left)
     dialogue = MonoPair(pair.left, name, name, math.nan, user_path=pair.right)
     transcripts = [path for path in dialogue.transcript_paths if path.is_file()]
     target = pair.joined.with_suffix(".json")
     if dialogue.transcript_paths[0] not in transcripts or not is_due(target, transcripts):
-        return
+        return notes
     # A transcript beside Moshi's file alone holds the words of both, and says who speaks.
     words = sorted(dialogue.load_transcript().words, key=lambda word: word.start_sec)
     called = {OTHER_SPEAKER: SPEAKERS[1]}
@@ -206,19 +222,63 @@ def _carry_words(pair: Pair, *, again: bool) -> None:
         [word.text, [word.start_sec, word.end_sec], called.get(word.speaker, word.speaker)]
         for word in words
     ]
-    content = json.dumps({"alignments": alignments}, ensure_ascii=False)
-    _write_words(pair, target, f"{content}\n".encode())
+    marked = {MARK: _words_mark(alignments), "alignments": alignments}
+    content = json.dumps(marked, ensure_ascii=False)
+    return notes + _write_words(pair, target, f"{content}\n".encode())
 
 
-def _write_words(pair: Pair, target: Path, content: bytes) -> None:
-    """
+def _write_words(pair: Pair, target: Path, content: bytes) -> list[str]:
+    """Write words that were joined. Others that are there stay beside the recording that they are
+    of; where that is made anew of other files, they are moved aside. Returns notes, see `join`.
+
     Raises:
         RecordingError: other words are there, and not of a joined file: somebody else's.
     """
-    is_own = pair.overwrite or pair.joined.exists() or not target.exists()
-    if not is_own and target.read_bytes() != content:
+    there = target.read_bytes() if target.exists() else None
+    if there is not None and _words_in(there) == _words_in(content):
+        return []
+    if there is None or _is_as_joined(there):
+        write_whole(target, content)
+        return []
+    if pair.joined.exists() and _comment_of(pair.joined) == _mark(pair):
+        return [
+            f"{target} stays, as it is not what was joined: move it away to have the words of "
+            f"{pair.left.name} and {pair.right.name} instead"
+        ]
+    if not pair.overwrite:
         raise RecordingError(
             f"{target} is there, and there is no {pair.joined} that it is of: move it away, or "
-            "--overwrite replaces it"
+            "--overwrite moves it aside"
         )
+    names = (f"{target.name}.before{number or ''}" for number in itertools.count())
+    aside = next(path for path in map(target.with_name, names) if not os.path.lexists(path))
+    with writing(aside):
+        target.rename(aside)
     write_whole(target, content)
+    return [f"{target} is joined anew; what was there is {aside.name} now"]
+
+
+def _words_mark(alignments: object) -> str:
+    """Return the mark of a transcript that was joined, which fits no other words."""
+    digest = hashlib.blake2b(json.dumps(alignments).encode(), digest_size=12).hexdigest()
+    return f"{mark_of('data index')}, {digest}"
+
+
+def _words_in(content: bytes) -> object:
+    """Return the words of a transcript, and of all else the content."""
+    found = _parsed(content)
+    return found.get("alignments", content)
+
+
+def _is_as_joined(content: bytes) -> bool:
+    """Return whether a transcript is one that was joined, and has not been changed since."""
+    found = _parsed(content)
+    return MARK in found and found[MARK] == _words_mark(found.get("alignments"))
+
+
+def _parsed(content: bytes) -> dict[str, Any]:
+    try:
+        found = parse_json(content)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -2,6 +2,7 @@
 for something else. What it has written itself, it writes again."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -54,7 +55,6 @@ WORDS = {
         ((*WORDS["check"], f"--json={ONE}.json"), f"{ONE}.json"),
         ((*WORDS["check"], "--html=run.yaml"), "run.yaml"),
         ((*WORDS["check"], f"--cache={ONE}.wav"), f"{ONE}.wav"),
-        ((*WORDS["check"],), ".list.jsonl.checked"),
         ((*WORDS["stats"], "--out=mine.png"), "mine.png"),
         ((*WORDS["plot"], "--out=mine.png"), "mine.png"),
         ((*WORDS["plot"],), "run/loss.png"),
@@ -207,14 +207,50 @@ def test_two_outputs_in_one_file_are_refused(
     assert contents(folder) == before
 
 
-def test_results_are_kept_where_they_were_cut_off(folder: Path) -> None:
-    """Killed while the first is written, a file of results is one all the same."""
-    assert call(*WORDS["check"], "--cache=kept") == 0
-    whole = (folder / "kept").read_bytes()
-    for size in (0, 1, 2, 3, 10, len(whole) - 5, len(whole)):
-        (folder / "kept").write_bytes(whole[:size])
-        assert call(*WORDS["check"], "--cache=kept") == 0
-    assert (folder / "kept").read_bytes().startswith(whole)
+@pytest.mark.parametrize(
+    ("words", "name"), [(["--cache=kept"], "kept"), ([], ".list.jsonl.checked")]
+)
+def test_results_are_kept_where_they_were_cut_off(
+    folder: Path, words: list[str], name: str
+) -> None:
+    """Killed while the first is written, or later, a file of results is one all the same; also
+    when others have come behind that, and when it was cut off again."""
+    assert call(*WORDS["check"], *words) == 0
+    whole = (folder / name).read_bytes()
+    cut_off = [whole[:size] for size in (0, 1, 2, 3, 10, len(whole) - 5, len(whole))]
+    for content in (*cut_off, b'\n["ab\n\n["\n["0', b"\0" * 5000 + whole, b"?\n" + whole):
+        (folder / name).write_bytes(content)
+        for _ in range(2):
+            assert call(*WORDS["check"], *words) == 0
+        after = (folder / name).read_bytes()
+        assert after.startswith(content) and whole.strip() in after
+
+
+def test_what_is_kept_beside_a_list_may_be_damaged_all_over(folder: Path) -> None:
+    for content in (b"\0" * 5000, b"\0" * 5000 + b"\n{}", b"[[1], 2]\n" + b"[" * 10**6):
+        (folder / ".list.jsonl.checked").write_bytes(content)
+        for _ in range(2):
+            assert call(*WORDS["check"]) == 0
+        assert (folder / ".list.jsonl.checked").read_bytes().startswith(content)
+
+
+def test_a_file_of_results_that_cannot_be_reached_is_done_without(
+    folder: Path, caplog: pytest.LogCaptureFixture, request: pytest.FixtureRequest
+) -> None:
+    """Of a link to a name too long, a loop of links, or a file in a folder that may not be read the
+    system does not even say whether it is there."""
+    (folder / "far").symlink_to("x" * 300)
+    (folder / "loop").symlink_to("loop")
+    (folder / "closed").mkdir(mode=0)
+    request.addfinalizer(lambda: (folder / "closed").chmod(0o700))
+    names = ["far", "far/kept", "loop", "loop/kept"]
+    if os.geteuid():
+        names.append("closed/kept")
+    for name in names:
+        caplog.clear()
+        assert call(*WORDS["check"], f"--cache={name}") == 0
+        (said,) = [each.getMessage() for each in caplog.records if "--cache" in each.getMessage()]
+        assert said.startswith(f"{name} cannot be written (")
 
 
 @pytest.fixture(scope="module")

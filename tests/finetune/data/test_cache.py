@@ -12,6 +12,7 @@ import torch
 from data_tools import MIMI_CONFIG, speech_like, tiny_codec, tiny_mimi, write_dataset
 from moshi.models.loaders import get_mimi
 
+from finetune.command_line import run
 from finetune.config import DataArgs
 from finetune.data import (
     Codec,
@@ -297,3 +298,21 @@ def test_ranks_that_check_at_the_same_time_see_each_other(
             args, tiny_codec(), duration_sec=1.0, batch_size=4, seed=0, device="cpu", store=one
         )
         assert found.num_segments == 8
+
+
+def test_a_run_that_fails_takes_no_folder_from_one_that_shares_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "shared/codes"
+    others: list[Store] = []
+
+    def fails() -> None:
+        Store(folder)
+        others.append(Store(folder))
+        raise UserError("no")
+
+    assert run(fails) == 1 and not folder.exists()
+    others[0].append(b"k" * 16, b"codes")
+    blob = Store(folder).find(b"k" * 16)
+    assert blob is not None and blob.read() == b"codes"
+    assert not caplog.records

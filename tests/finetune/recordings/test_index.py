@@ -315,3 +315,75 @@ def test_words_that_come_later_are_carried_to_a_joined_file(tmp_path: Path) -> N
     carried.write_text("corrected by hand, and newer")
     assert call(*words, folder / "4.jsonl") == 0
     assert carried.read_text() == "corrected by hand, and newer"
+
+
+def transcript(word: str) -> str:
+    return json.dumps({"alignments": [[word, [0.1, 0.4], "SPEAKER_MAIN"]]})
+
+
+def test_a_joined_transcript_that_was_corrected_is_never_lost(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = mono_folder(tmp_path, ["train_000"])
+    source, carried = folder / "train_000_left.json", folder / "stereo/train_000.json"
+    text, carried_text = folder / "train_000_left.txt", folder / "stereo/train_000.left.txt"
+    source.write_text(transcript("hello"))
+    words = ["data", "index", folder, "--join", "--overwrite", "--pair"]
+    assert call(*words, PAIR) == 0
+    carried.write_text(carried.read_text().replace("hello", "hallo"))
+    carried_text.write_text("corrected")
+    corrected = carried.read_bytes()
+    capsys.readouterr()
+
+    later = carried.stat().st_mtime_ns + 10**9
+    for newer in (False, True):
+        if newer:
+            os.utime(source, ns=(later, later))
+            text.write_text("also newer")
+            os.utime(text, ns=(later, later))
+        for again in (words, [*words[:-2], "--out", folder / f"{newer}.jsonl", "--pair"]):
+            assert call(*again, PAIR) == 0
+            assert carried.read_bytes() == corrected and carried_text.read_text() == "corrected"
+            said = " ".join(capsys.readouterr().out.split())
+            is_due = newer or again is words
+            assert (f"{carried} stays, as it is not what was joined: move" in said) is is_due
+            assert (f"{carried_text} stays, as it is" in said) is is_due
+
+    # Of other files, as in the other order, the words are others.
+    shutil.copy(source, folder / "train_000_right.json")
+    for seconds, number in enumerate(("", "1"), 10):
+        later += seconds * 10**9
+        os.utime(folder / "train_000_left.wav", ns=(later, later))
+        assert call(*words, PAIR) == 0
+        aside = folder / f"stereo/train_000.json.before{number}"
+        assert aside.read_bytes() == corrected
+        assert f"what was there is {aside.name} now" in " ".join(capsys.readouterr().out.split())
+        assert len(json.loads(carried.read_text())["alignments"]) == 2
+        carried.write_bytes(corrected)
+    assert (folder / "stereo/train_000.left.txt.before").read_text() == "corrected"
+    assert carried_text.read_text() == "also newer"
+
+
+def test_a_joined_transcript_that_nobody_has_changed_is_joined_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also one of an earlier version, which has no mark; the mark itself is no finding."""
+    folder = mono_folder(tmp_path, ["train_000"])
+    source, carried = folder / "train_000_left.json", folder / "stereo/train_000.json"
+    words = ["data", "index", folder, "--pair", PAIR, "--join", "--overwrite"]
+    for word in ("hello", "hallo"):
+        source.write_text(transcript(word))
+        assert call(*words) == 0
+        assert json.loads(carried.read_text())["alignments"] == [[word, [0.1, 0.4], "SPEAKER_MAIN"]]
+    carried.write_text(transcript("hallo"))
+    assert call(*words) == 0
+    assert "somebody" not in capsys.readouterr().out
+    assert sorted(path.suffix for path in carried.parent.iterdir()) == [
+        ".json",
+        ".txt",
+        ".txt",
+        ".wav",
+    ]
+    assert call(*words) == 0
+    call("data", "check", folder / "data.jsonl", "--fast", "--workers=1")
+    assert "not used" not in capsys.readouterr().out
