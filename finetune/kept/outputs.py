@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.errors import UserError
-from finetune.kept.whole import refuse_to_replace, require_writable
+from finetune.kept.whole import refuse_to_replace, require_plain, require_writable
 
 MARK = "written_by"
 """The key of the mark in a JSON file, where it is the first."""
@@ -71,12 +71,14 @@ def require_outputs(
         overwrite: other files are replaced; None: there is no such option.
 
     Raises:
-        UserError: one cannot be written, is a folder, is an input or another output as well, or
+        UserError: one cannot be written, is no plain file, is an input or another output, or
             would replace what is not the command's.
     """
     for each in outputs:
         if each.is_needed:
             require_writable(each.path, each.option)
+        elif os.path.realpath(each.path) != os.devnull:  # by which nothing is kept
+            require_plain(each.path, each.option)
         if os.path.isdir(each.path):  # unlike that of a path, of what cannot be reached it is False
             raise UserError(f"{each.option}: {each.path} is a folder; name a file.")
     options: dict[str, str] = {}
@@ -131,8 +133,6 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 
 def _has_mark(path: Path, command: str) -> bool:
-    if not path.is_file():
-        return False  # a device
     try:
         with path.open("rb") as file:
             head = file.read(_HEAD_BYTES)

@@ -97,8 +97,14 @@ def require_writable(path: Path, option: str) -> None:
 
     Raises:
         UserError: nothing can be made where it lies, or in the first folder above that is there; or
-            the disk is full.
+            the disk is full; or it is a pipe, a device, or a link to nothing.
     """
+    require_plain(path, option)
+    if os.path.islink(path) and not os.path.exists(path):
+        raise UserError(
+            f"{option}: {path} is a link to {os.readlink(path)}, which is not there, and would be "
+            "replaced; remove the link, or choose another name."
+        )
     try:
         # Asked for its rights, the system does not tell of a disk that is read-only; and on a full
         # one there may be room for a file, but not for what is in it.
@@ -107,6 +113,26 @@ def require_writable(path: Path, option: str) -> None:
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"{option}: cannot write to {path}: {reason}.") from error
+
+
+def require_plain(path: Path, option: str) -> None:
+    """Check that a path is no pipe and no device, nor a name of one that is a file at the moment.
+
+    Args:
+        option: what has named it, for messages.
+
+    Raises:
+        UserError: it is.
+    """
+    # Of what cannot be reached these are all False, where a path's own raise.
+    if not os.path.exists(path) or os.path.isdir(path):
+        return
+    place = os.path.realpath(path.parent)  # of /dev/fd/1 in /proc
+    if not os.path.isfile(path) or place == "/dev" or place.startswith("/proc/"):
+        raise UserError(
+            f"{option}: {path} is a pipe or a device, but a plain file is needed; choose another "
+            "name."
+        )
 
 
 def require_room(path: Path, num_bytes: float) -> None:

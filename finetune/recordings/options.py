@@ -159,8 +159,6 @@ def _is_named(_: Path) -> bool:
 
 def _holds_results(path: Path) -> bool:
     """Return whether a file has results in it, or would have if nothing had cut it off."""
-    if not path.is_file():
-        return not path.is_dir()  # in a device, nothing is kept
     try:
         with path.open("rb") as file:
             are_cut_off = True

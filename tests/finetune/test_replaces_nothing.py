@@ -253,6 +253,45 @@ def test_a_file_of_results_that_cannot_be_reached_is_done_without(
         assert said.startswith(f"{name} cannot be written (")
 
 
+@pytest.mark.parametrize("option", ["--json", "--html", "--cache"])
+@pytest.mark.parametrize("name", ["pipe", "link", "/dev/stdout", "/dev/fd/1", "/dev/zero"])
+def test_pipes_and_devices_are_told_that_a_file_is_needed(
+    folder: Path, option: str, name: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Also where standard output is a file, as here."""
+    os.mkfifo(folder / "pipe")
+    (folder / "link").symlink_to("pipe")
+    before = sorted(folder.iterdir())
+    assert call(*WORDS["check"], f"{option}={name}") == 1
+    wanted = f"{option}: {name} is a pipe or a device, but a plain file is needed; choose"
+    assert wanted in capfd.readouterr().err
+    assert sorted(folder.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        (*WORDS["check"], "--json=link.png"),
+        (*WORDS["show"], "--out=link.png"),
+        (*WORDS["plot"], "--out=link.png"),
+        (*WORDS["stats"], "--out=link.png"),
+        ("data", "index", ".", "--out=link.jsonl", "--overwrite"),
+        ("init", "link.yaml", f"--data={DIALOGUES}/train.jsonl"),
+    ],
+    ids=lambda words: " ".join(words[:2]),
+)
+def test_a_link_to_nothing_stays(
+    folder: Path, words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    links = [folder / f"link.{suffix}" for suffix in ("png", "jsonl", "yaml")]
+    for link in links:
+        link.symlink_to("elsewhere/mine")
+    assert call(*words) == 1
+    said = capsys.readouterr().err
+    assert "is a link to elsewhere/mine, which is not there, and would be replaced" in said
+    assert all(link.is_symlink() for link in links)
+
+
 @pytest.fixture(scope="module")
 def talks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of talks, the first of which has an answer."""
