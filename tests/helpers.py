@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from ttt import TTTArgs, TTTLMModel, build_model
+from ttt.layers import blocks
 from ttt.layers.mixer_state import TTTMixerState
 
 DELAYS = [0, 0, 1, 1, 1, 0, 1, 1, 1]
@@ -145,3 +146,20 @@ def random_codes(
     text = torch.randint(0, text_card, (batch, 1, num_frames), generator=generator)
     audio = torch.randint(0, card, (batch, num_streams - 1, num_frames), generator=generator)
     return torch.cat([text, audio], dim=1)
+
+
+def assert_layer_keeps_alone(model: TTTLMModel, codes: torch.Tensor, x: torch.Tensor) -> None:
+    """Assert that of all that is as large as its input x, a layer keeps x for its backward pass."""
+    rope = model._rope_table(codes)
+    weights = blocks.layer_of(model.transformer.layers[1])
+    kept: set[int] = set()
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().nbytes() >= x.nbytes:
+            kept.add(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    model.execution.layer(blocks.layer_block, x, weights, rope)  # compiles
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.execution.layer(blocks.layer_block, x, weights, rope).sum().backward()
+    assert kept == {x.untyped_storage().data_ptr()}

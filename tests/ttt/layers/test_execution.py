@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import (
     as_if_trained,
+    assert_layer_keeps_alone,
     random_codes,
     tiny_args,
     tiny_delta_args,
@@ -102,20 +103,9 @@ def test_a_compiled_layer_that_is_made_again_keeps_its_input_alone(
     torch._dynamo.reset()
     execution._compiled.cache_clear()
     model = prepared(PLAIN, lora=True, checkpointing=True, compile=True)
-    weights = blocks.layer_of(model.transformer.layers[1])
-    rope = model._rope_table(random_codes(num_frames=300))
+    codes = random_codes(num_frames=300)
     x = torch.randn(2, 300, model.dim, dtype=torch.float64, requires_grad=True)
-    kept: set[int] = set()
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.untyped_storage().nbytes() >= x.nbytes:
-            kept.add(tensor.untyped_storage().data_ptr())
-        return tensor
-
-    model.execution.layer(blocks.layer_block, x, weights, rope)  # compiles
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model.execution.layer(blocks.layer_block, x, weights, rope).sum().backward()
-    assert kept == {x.untyped_storage().data_ptr()}
+    assert_layer_keeps_alone(model, codes, x)
 
 
 class Products(TorchDispatchMode):

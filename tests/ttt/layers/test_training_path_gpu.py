@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import (
     as_if_trained,
+    assert_layer_keeps_alone,
     moshi_like,
     random_codes,
     tiny_args,
@@ -16,7 +17,6 @@ from moshi.modules.lora import LoRALinear, replace_all_linear_with_lora
 
 from finetune.step import LossWeights, stream_sums
 from ttt import TTTArgs, TTTLMModel, build_model
-from ttt.layers import blocks
 from ttt.layers.execution import Checkpointing
 from ttt.ops.moshi.attention import _blockwise, causal_attention
 from ttt.ops.moshi.depth_attention import depth_attention
@@ -133,20 +133,9 @@ def test_a_compiled_layer_that_is_made_again_keeps_its_input_alone() -> None:
     model = lora_model(
         scale=0.01, compile=True, dtype=torch.bfloat16, args=METHODS["plain"], checkpointing=True
     ).train()
-    weights = blocks.layer_of(model.transformer.layers[1])
-    rope = model._rope_table(random_codes(batch=4, num_frames=640).cuda())
+    codes = random_codes(batch=4, num_frames=640).cuda()
     x = torch.randn(4, 640, model.dim, dtype=torch.bfloat16, device="cuda", requires_grad=True)
-    kept: set[int] = set()
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.untyped_storage().nbytes() >= x.nbytes:
-            kept.add(tensor.untyped_storage().data_ptr())
-        return tensor
-
-    model.execution.layer(blocks.layer_block, x, weights, rope)  # compiles
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model.execution.layer(blocks.layer_block, x, weights, rope).sum().backward()
-    assert kept == {x.untyped_storage().data_ptr()}
+    assert_layer_keeps_alone(model, codes, x)
 
 
 METHODS: dict[str, Any] = {
