@@ -22,8 +22,10 @@ def make_folder(folder: Path) -> None:
 
 @contextmanager
 def without_empty_folders() -> Iterator[None]:
-    """Where what runs in here ends by an error, the folders that it has made are removed in which
-    there is nothing: who mends the mistake finds everything as it was."""
+    """Remove the folders that were made in here and have nothing in them, if an error ends it.
+
+    Who mends the mistake then finds everything as it was.
+    """
     before = len(_made)
     try:
         yield

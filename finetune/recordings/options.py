@@ -134,7 +134,7 @@ class CheckOptions:
 
     @property
     def ledger(self) -> Path:
-        """Where results are kept."""
+        """Return the file that results are kept in."""
         data = self.data.resolve()
         return self.cache or data.with_name(f".{data.name}.checked")
 
@@ -195,7 +195,7 @@ class ShowOptions:
 
     @property
     def sound(self) -> Path:
-        """Where the sound goes."""
+        """Return the file that the sound goes to."""
         return self.out.with_suffix(".wav")
 
     def outputs(self) -> list[Output]:

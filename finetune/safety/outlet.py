@@ -93,7 +93,7 @@ def fill_standard_descriptors() -> None:
 
 
 class _WithLevel(logging.Formatter):
-    """What a command says that keeps no log: `warning: …`, as `setup_logging` has it."""
+    """The format of commands that keep no log: `warning: …`, as `setup_logging` has it."""
 
     def format(self, record: logging.LogRecord) -> str:
         return f"{record.levelname.lower()}: {super().format(record)}"

@@ -109,10 +109,11 @@ class CompactAdamW(torch.optim.AdamW):
 class _Full(NamedTuple):
     """A moment of parameters that are stepped together, in float32."""
 
-    flat: Tensor
-    """One parameter after the other, each up to the end of its last block, with zeros."""
+    flat: Tensor | None
+    """One parameter after the other, each up to the end of its last block, with zeros; None: it is
+    kept in float32, and stepped where it is."""
     of_parameters: list[Tensor]
-    """Its parts, in the parameters' shapes."""
+    """Each parameter's, in its shape."""
 
 
 def _batches(parameters: Sequence[tuple[Tensor, int]]) -> Iterator[list[Tensor]]:
@@ -141,7 +142,7 @@ def _batches(parameters: Sequence[tuple[Tensor, int]]) -> Iterator[list[Tensor]]
 def _in_full(states: list[dict[str, Tensor]], name: str) -> _Full:
     kept = [state[name] for state in states]
     if kept[0].dtype == torch.float32:
-        return _Full(kept[0], kept)
+        return _Full(None, kept)
     lengths = [-(-moment.numel() // BLOCK) * BLOCK for moment in kept]
     has_scales = f"{name}_scales" in states[0]
     if has_scales:
@@ -164,10 +165,11 @@ def _in_full(states: list[dict[str, Tensor]], name: str) -> _Full:
 
 
 def _keep(states: list[dict[str, Tensor]], name: str, moment: _Full) -> None:
+    if moment.flat is None:
+        return
     kept = [state[name] for state in states]
     if f"{name}_scales" not in states[0]:
-        if kept[0].dtype != torch.float32:
-            torch._foreach_copy_(kept, moment.of_parameters)
+        torch._foreach_copy_(kept, moment.of_parameters)
         return
     codes, scales = _quantize(moment.flat, name)
     all_scales = [state[f"{name}_scales"] for state in states]

@@ -1,5 +1,5 @@
-"""What the In-Place operators refuse. Nothing is asked of a device, so only numbers of Python and
-shapes are looked at."""
+"""Checks of the In-Place operators' arguments. Nothing is asked of a device, so only numbers of
+Python and shapes are looked at."""
 
 from torch import Tensor
 

@@ -24,8 +24,11 @@ def compiled_turned(
 def _turned(
     qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, interleave: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of this kind of operator the compiler sees what is in it. Of an autograd function too, but of
-    that it keeps all that is made, also in layers that are to be made again."""
+    """Return q, k and v.
+
+    The compiler sees what is in an operator of this kind. It sees into an autograd function too,
+    but keeps all that one makes, also in layers that are to be made again.
+    """
     q, k, v = parts(qkv, cos, sin, num_heads, interleave)
     # What an operator returns may be no view of what it was given.
     return q, k, v.clone()
