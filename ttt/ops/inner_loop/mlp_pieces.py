@@ -1,0 +1,95 @@
+"""What the forward and the backward kernels of TTT-MLP have in common; `mlp_blocks` says what they
+compute and names the shapes."""
+
+import triton
+import triton.language as tl
+
+COUNTS = ["num_heads", "num_batches", "num_writes", "first", "last", "start", "num_units"]
+"""Triton would compile a kernel again where one of these is 1, or a multiple of 16."""
+
+
+@triton.jit
+def _terms(x, SPLIT: tl.constexpr):
+    """Return what X is multiplied as: its terms; see `scan_triton.SPLIT_TYPES`."""
+    if not SPLIT:
+        return (x.to(tl.float32),)
+    elif x.dtype == tl.bfloat16:
+        return (x,)
+    else:
+        x = x.to(tl.float32)
+        bits = x.to(tl.int32, bitcast=True)
+        low = x - (bits & -65536).to(tl.float32, bitcast=True)
+        return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True), low.to(tl.bfloat16)
+
+
+@triton.jit
+def _flip(x):
+    """Xᵀ, of terms."""
+    if len(x) == 1:
+        return (tl.trans(x[0]),)
+    else:
+        return tl.trans(x[0]), tl.trans(x[1])
+
+
+@triton.jit
+def _plus(total, x, y):
+    """total + X Y in float32, of terms."""
+    if len(y) == 2:
+        total = tl.dot(x[0], y[1], total)
+    if len(x) == 2:
+        total = tl.dot(x[1], y[0], total)
+    return tl.dot(x[0], y[0], total, input_precision="tf32x3")
+
+
+@triton.jit
+def _frames(x, places, real):
+    """Return frames [T, ·] from memory, zero where there are none."""
+    return tl.load(x + places, mask=real[:, None], other=0.0)
+
+
+@triton.jit
+def _place(row, first, last, start, M: tl.constexpr, K: tl.constexpr):
+    """Return the first frame of a block in what is kept of a group, rows of whole blocks."""
+    num_blocks = ((last - first) * K + M - 1) // M
+    return row * num_blocks * M + (start - first) * K
+
+
+@triton.jit
+def _writes(start, num_writes, M: tl.constexpr, K: tl.constexpr):
+    """Return which frames from mini-batch `start` on write, [M, 1]."""
+    return (tl.arange(0, M) // K < num_writes - start)[:, None]
+
+
+@triton.jit
+def _write_scale(token_scale, start, num_writes, M: tl.constexpr, K: tl.constexpr):
+    """Return w [M, 1], of the frames from mini-batch `start` on."""
+    return tl.where(_writes(start, num_writes, M, K), tl.load(token_scale + K - 1), 0.0)
+
+
+@triton.jit
+def _before(M: tl.constexpr, K: tl.constexpr):
+    """Return whether the mini-batch of frame s is before that of frame t, [M, M]."""
+    t = tl.arange(0, M)
+    return t[None, :] // K < t[:, None] // K
+
+
+@triton.jit
+def _own(M: tl.constexpr, K: tl.constexpr):
+    """Return whether frame s is in the mini-batch of frame t, and not after t, [M, M]."""
+    t = tl.arange(0, M)
+    return (t[None, :] // K == t[:, None] // K) & (t[None, :] <= t[:, None])
+
+
+@triton.jit
+def _read_scale(token_scale, M: tl.constexpr, K: tl.constexpr):
+    """Return R [M, M]."""
+    scale = tl.load(token_scale + tl.arange(0, M) % K)
+    earlier = tl.where(_before(M, K), tl.load(token_scale + K - 1), 0.0)
+    return tl.where(_own(M, K), scale[:, None], earlier)
+
+
+@triton.jit
+def _gelu(x, gate):
+    """Return tanh-GELU of x and its derivative; `gate` is what it multiplies x by."""
+    y = x * gate
+    return y, gate + y * (1 - gate) * (1.5957691216057308 + 0.2140644488 * x * x)
