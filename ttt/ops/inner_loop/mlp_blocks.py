@@ -35,21 +35,23 @@ class Shape:
 
     tile: int
     """Hidden units at once."""
-    warps: int
+    warps: int = 4
     all_tiles: bool = True
     stages: int = 1
 
 
 SHAPES = {
-    mlp_forward.mlp_update: Shape(64, 4, all_tiles=False),
-    mlp_forward.mlp_writes: Shape(32, 4),
-    mlp_forward.mlp_reads: Shape(32, 8),
-    mlp_backward.mlp_back_frames: Shape(32, 8),
-    mlp_backward.mlp_back_tiles: Shape(32, 8, all_tiles=False),
-    mlp_backward.mlp_back_units: Shape(32, 8),
-    mlp_backward.mlp_back_writes: Shape(32, 8),
-    mlp_backward.mlp_back_inputs: Shape(32, 8),
-    mlp_backward.mlp_back_weights: Shape(32, 8, all_tiles=False),
+    mlp_forward.mlp_update: Shape(32, all_tiles=False),
+    mlp_forward.mlp_writes: Shape(32, stages=3),
+    mlp_forward.mlp_reads: Shape(32, stages=2),
+    mlp_backward.mlp_back_frames: Shape(32),
+    mlp_backward.mlp_back_starts: Shape(32, all_tiles=False),
+    mlp_backward.mlp_back_ends: Shape(32, all_tiles=False),
+    mlp_backward.mlp_back_units: Shape(32, stages=2),
+    mlp_backward.mlp_back_writes: Shape(32, stages=2),
+    mlp_backward.mlp_back_inputs: Shape(32, stages=2),
+    mlp_backward.mlp_back_first: Shape(32, all_tiles=False),
+    mlp_backward.mlp_back_second: Shape(32, all_tiles=False),
 }
 """The fastest of those that were tried; see docs/benchmarks.md."""
 
@@ -76,15 +78,16 @@ def forward(
 ) -> tuple[tuple[Tensor, ...], Kept]:
     """The weights after a group, whose part of `out` it fills; and what the backward pass needs, if
     `keep`."""
-    launch = _Launch(frames, weights, num_writes, group, split)
+    launch, width = _Launch(frames, weights, num_writes, group, split), out.shape[-1]
     num_kept = launch.num_blocks * BLOCK if keep else 0
     kept = tuple(launch.new(num_kept, "D") for _ in range(3))
     kept += tuple(launch.new(num_kept, "F") for _ in range(2))
     after = tuple(x.clone(memory_format=torch.contiguous_format) for x in weights)
     launch.know(dict(zip(("w1", "b1", "w2", "b2"), after, strict=True)), out=out, KEEP=keep)
     launch.know(dict(zip(KEPT, kept, strict=True)))
-    launch.know({name: launch.new(BLOCK, "D") for name in ("z1", "zq1", "x2", "slope", "s1")})
-    launch.know(s2=launch.new(BLOCK, "F"))
+    launch.know({name: launch.new(BLOCK, "D") for name in ("z1", "zq1", "slope")})
+    launch.know({name: launch.terms(BLOCK, "D") for name in ("x2", "s1")})
+    launch.know(s2=launch.terms(BLOCK, "F"), w2_terms=launch.terms(width, "D"))
     for start in launch.starts:
         launch(mlp_forward.mlp_update, start)
         launch(mlp_forward.mlp_writes, start)
@@ -116,23 +119,27 @@ def backward(
     w1, _, w2, _ = (x.clone(memory_format=torch.contiguous_format) for x in ends)
     launch.know(dict(zip(RESULTS, results, strict=True)), dict(zip(KEPT, kept, strict=True)))
     launch.know(w1=w1, w2=w2)
-    hidden = ("x2", "d_zq1", "d_s1", "d_x2", "d_u", "d_z1")
-    launch.know({name: launch.new(BLOCK, "D") for name in hidden})
-    wide = ("s2", "d_zq2", "d_s2", "d_z2", "d_target")
-    launch.know({name: launch.new(BLOCK, "F") for name in wide})
+    launch.know({name: launch.new(BLOCK, "D") for name in ("d_s1", "d_x2")})
+    hidden = ("x2", "xq2", "s1", "d_zq1", "d_u", "d_z1")
+    launch.know({name: launch.terms(BLOCK, "D") for name in hidden})
+    launch.know({name: launch.new(BLOCK, "F") for name in ("d_s2", "d_target")})
+    launch.know({name: launch.terms(BLOCK, "F") for name in ("s2", "d_zq2", "d_z2")})
+    launch.know(w2_terms=launch.terms(frames[0].shape[-1], "D"))
     squares = (
         "queries_keys", "keys_keys", "s2_s2", "d_zq2_s2", "x2_x2", "d_zq1_s1", "d_u_x2", "d_z2_s2"
     )  # fmt: skip
     launch.know({name: launch.new(BLOCK, "M") for name in squares})
-    num_tiles = launch.num_tiles(mlp_backward.mlp_back_tiles)
-    launch.know(d_scales=launch.new(1, "M"), NUM_TILES=num_tiles)
+    num_scales = launch.num_tiles(mlp_backward.mlp_back_ends)
+    launch.know(d_scales=launch.new(1, "M"), NUM_SCALES=num_scales)
     for start in reversed(launch.starts):
         launch(mlp_backward.mlp_back_frames, start)
-        launch(mlp_backward.mlp_back_tiles, start)
+        launch(mlp_backward.mlp_back_starts, start)
+        launch(mlp_backward.mlp_back_ends, start)
         launch(mlp_backward.mlp_back_units, start)
         launch(mlp_backward.mlp_back_writes, start)
         launch(mlp_backward.mlp_back_inputs, start)
-        launch(mlp_backward.mlp_back_weights, start)
+        launch(mlp_backward.mlp_back_first, start)
+        launch(mlp_backward.mlp_back_second, start)
 
 
 class _Launch:
@@ -179,6 +186,13 @@ class _Launch:
     def new(self, num_frames: int, width: str) -> Tensor:
         """Return memory of every row's own."""
         return self._like.new_empty(self._rows, num_frames, self._values[width])
+
+    def terms(self, num_frames: int, width: str) -> Tensor:
+        """Return memory for terms."""
+        if not self._values["SPLIT"]:
+            return self.new(num_frames, width)
+        shape = self._rows, 2 * num_frames, self._values[width]
+        return self._like.new_empty(shape, dtype=torch.bfloat16)
 
     def num_tiles(self, kernel: Any) -> int:
         """Return the number of tiles of hidden units."""

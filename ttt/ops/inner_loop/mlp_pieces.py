@@ -23,6 +23,41 @@ def _terms(x, SPLIT: tl.constexpr):
 
 
 @triton.jit
+def _load_terms(x, places, SIZE: tl.constexpr, SPLIT: tl.constexpr):
+    """Return terms that `_store_terms` left at these places of a row of SIZE numbers."""
+    if SPLIT:
+        return tl.load(x + places), tl.load(x + SIZE + places)
+    else:
+        return (tl.load(x + places),)
+
+
+@triton.jit
+def _load_some(x, places, real, SIZE: tl.constexpr, SPLIT: tl.constexpr):
+    """Return such terms of frames, zero where there are none."""
+    if SPLIT:
+        return _frames(x, places, real), _frames(x + SIZE, places, real)
+    else:
+        return (_frames(x, places, real),)
+
+
+@triton.jit
+def _store_terms(x, places, terms, SIZE: tl.constexpr):
+    """Store terms for products to come, which then need not make them again."""
+    tl.store(x + places, terms[0])
+    if len(terms) == 2:
+        tl.store(x + SIZE + places, terms[1])
+
+
+@triton.jit
+def _sum_terms(x):
+    """Return X in float32, of terms."""
+    if len(x) == 1:
+        return x[0]
+    else:
+        return x[0].to(tl.float32) + x[1].to(tl.float32)
+
+
+@triton.jit
 def _flip(x):
     """Xᵀ, of terms."""
     if len(x) == 1:
@@ -56,14 +91,8 @@ def _place(row, first, last, start, M: tl.constexpr, K: tl.constexpr):
 
 @triton.jit
 def _writes(start, num_writes, M: tl.constexpr, K: tl.constexpr):
-    """Return which frames from mini-batch `start` on write, [M, 1]."""
-    return (tl.arange(0, M) // K < num_writes - start)[:, None]
-
-
-@triton.jit
-def _write_scale(token_scale, start, num_writes, M: tl.constexpr, K: tl.constexpr):
-    """Return w [M, 1], of the frames from mini-batch `start` on."""
-    return tl.where(_writes(start, num_writes, M, K), tl.load(token_scale + K - 1), 0.0)
+    """Return which frames from mini-batch `start` on write, [M]."""
+    return tl.arange(0, M) // K < num_writes - start
 
 
 @triton.jit
