@@ -18,13 +18,13 @@ from ttt.ops.inner_loop.kernels import (
 from ttt.ops.inner_loop.mlp_pieces import (
     COUNTS,
     _before,
+    _block,
     _flip,
     _frames,
     _gelu,
     _load_some,
     _load_terms,
     _own,
-    _place,
     _plus,
     _read_scale,
     _store_terms,
@@ -47,7 +47,7 @@ def mlp_back_frames(
     m, f = tl.arange(0, M), tl.arange(0, F)
     frames, square = m[:, None] * F + f[None, :], row * M * M + m[:, None] * M + m[None, :]
     here = (row * num_batches + start) * K
-    there = _place(row, first, last, start, M, K)
+    kept_frames = _block(row, first, last, start, True, M, K) * M * F + frames
     own = row * (1 + SPLIT) * M * F
     real = m < (last - start) * K
     norm_w = tl.load(norm_weight + row % num_heads * F + f)
@@ -59,14 +59,14 @@ def mlp_back_frames(
     query_terms = _terms(_frames(q + here * F, frames, real), SPLIT)
     tl.store(queries_keys + square, _plus(ones, query_terms, key_turned))
     target = _frames(v + here * F, frames, real).to(tl.float32) - key.to(tl.float32)
-    written = _gradient(tl.load(kept_z2 + there * F + frames), target, norm_w, norm_b, EPS, F)
+    written = _gradient(tl.load(kept_z2 + kept_frames), target, norm_w, norm_b, EPS, F)
     written *= tl.load(eta + here + m, mask=real, other=0.0)[:, None]
     s2_terms = _terms(written, SPLIT)
     _store_terms(s2 + own, frames, s2_terms, M * F)
     s2_turned = _flip(s2_terms)
     tl.store(s2_s2 + square, _plus(ones - 1, s2_terms, s2_turned))
     d_found = _frames(d_out + here * F, frames, real).to(tl.float32)
-    normed, rstd = _normed(tl.load(kept_zq2 + there * F + frames), EPS, F)
+    normed, rstd = _normed(tl.load(kept_zq2 + kept_frames), EPS, F)
     _add_to(d_norm_weight + row * F + f, tl.sum(d_found * normed, 0))
     _add_to(d_norm_bias + row * F + f, tl.sum(d_found, 0))
     d_zq2_terms = _terms(rstd * _project(d_found * norm_w[None, :], normed, F), SPLIT)
@@ -76,49 +76,68 @@ def mlp_back_frames(
 
 @triton.jit(do_not_specialize=COUNTS)
 def mlp_back_starts(
-    k, token_scale, w1, w2, w2_terms, kept_z1, kept_zq1, kept_u,
-    s2, d_zq2, d_zq2_s2, x2, xq2, s1, d_zq1,
+    q, k, token_scale, w1, b1, w2, w2_terms, s1,
+    s2, d_zq2, queries_keys, keys_keys, s2_s2, d_zq2_s2, z1, u, x2, xq2, d_zq1,
     num_batches, num_writes, first, last, start,
     K: tl.constexpr, F: tl.constexpr, D: tl.constexpr, M: tl.constexpr, TILE: tl.constexpr,
     SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """A tile of the weights of the block's start, from those of its end, and what read it:
-    d_zq1."""
+    """A tile of the weights of the block's start, from those of its end, and what they gave: z1,
+    x2, u, xq2; d_zq1."""
     row, j = tl.program_id(0).to(tl.int64), tl.program_id(1) * TILE
     m, f, h = tl.arange(0, M), tl.arange(0, F), tl.arange(0, TILE)
     frames, hidden = m[:, None] * F + f[None, :], j + m[:, None] * D + h[None, :]
-    square = m[:, None] * M + m[None, :]
+    square = row * M * M + m[:, None] * M + m[None, :]
     here = (row * num_batches + start) * K
-    there = _place(row, first, last, start, M, K) * D + hidden
     own = row * (1 + SPLIT) * M
     rows1, rows2 = j + f[:, None] * D + h[None, :], (j + h[:, None]) * F + f[None, :]
-    w1, w2 = w1 + row * F * D, w2 + row * F * D
-    x2, xq2, s1, d_zq1 = x2 + own * D, xq2 + own * D, s1 + own * D, d_zq1 + own * D
-    writes = _writes(start, num_writes, M, K) & (m < (last - start) * K)
+    w1, b1, w2 = w1 + row * F * D, b1 + row * D + j + h, w2 + row * F * D
+    s1 += _block(row, first, last, start, True, M, K) * (1 + SPLIT) * M * D
+    real = m < (last - start) * K
+    writes = _writes(start, num_writes, M, K) & real
     scale = tl.load(token_scale + K - 1)
-    z = tl.load(kept_z1 + there)
-    gelu, slope = _gelu(z, _gate(z))
-    x2_terms = _terms(gelu, SPLIT)
-    _store_terms(x2, hidden, x2_terms, M * D)
-    s1_terms = _terms(slope * tl.load(kept_u + there), SPLIT)
-    _store_terms(s1, hidden, s1_terms, M * D)
-    key_turned = _flip(_terms(_frames(k + here * F, frames, writes), SPLIT))
-    written = _plus(tl.zeros((F, TILE), tl.float32), key_turned, s1_terms)
-    tl.store(w1 + rows1, tl.load(w1 + rows1) + scale * written)
-    s2_terms = _load_some(s2 + own * F, frames, writes, M * F, SPLIT)
-    written = _plus(tl.zeros((TILE, F), tl.float32), _flip(x2_terms), s2_terms)
+    read = -_read_scale(token_scale, M, K)
+    earlier = tl.where(_before(M, K), -scale, 0.0)
+    # The first layer.
+    s1_terms = _load_terms(s1, hidden, M * D, SPLIT)
+    written_terms = _load_some(s1, hidden, writes, M * D, SPLIT)
+    key_terms = _terms(_frames(k + here * F, frames, real), SPLIT)
+    written = _plus(tl.zeros((F, TILE), tl.float32), _flip(key_terms), written_terms)
+    weight = tl.load(w1 + rows1) + scale * written
+    tl.store(w1 + rows1, weight)
+    bias = tl.load(b1) + scale * tl.sum(_sum_terms(written_terms), 0)
+    tl.store(b1, bias)
+    weight_terms = _terms(weight, SPLIT)
+    given = tl.broadcast_to(bias[None, :], (M, TILE))
+    found = _plus(given, key_terms, weight_terms)
+    steps = earlier * tl.load(keys_keys + square)
+    found = _plus(found, _terms(steps, SPLIT), s1_terms)
+    tl.store(z1 + row * M * D + hidden, found)
+    x2_terms = _terms(found * _gate(found), SPLIT)
+    _store_terms(x2 + own * D, hidden, x2_terms, M * D)
+    query_terms = _terms(_frames(q + here * F, frames, real), SPLIT)
+    found = _plus(given, query_terms, weight_terms)
+    steps = read * tl.load(queries_keys + square)
+    found = _plus(found, _terms(steps, SPLIT), s1_terms)
+    gelu, slope = _gelu(found, _gate(found))
+    _store_terms(xq2 + own * D, hidden, _terms(gelu, SPLIT), M * D)
+    # The second.
+    s2_terms = _load_terms(s2 + own * F, frames, M * F, SPLIT)
+    written_terms = _load_some(s2 + own * F, frames, writes, M * F, SPLIT)
+    written = _plus(tl.zeros((TILE, F), tl.float32), _flip(x2_terms), written_terms)
     weight = tl.load(w2 + rows2) + scale * written
     tl.store(w2 + rows2, weight)
     weight_terms = _terms(weight, SPLIT)
     _store_terms(w2_terms + row * (1 + SPLIT) * F * D, rows2, weight_terms, F * D)
-    d_read = -_read_scale(token_scale, M, K) * tl.load(d_zq2_s2 + row * M * M + square)
+    weight_turned = _flip(weight_terms)
+    steps = earlier * tl.load(s2_s2 + square)
+    found = _plus(tl.zeros((M, TILE), tl.float32), _terms(steps, SPLIT), x2_terms)
+    tl.store(u + row * M * D + hidden, _plus(found, s2_terms, weight_turned))
+    d_read = read * tl.load(d_zq2_s2 + square)
     d_xq2 = _plus(tl.zeros((M, TILE), tl.float32), _terms(d_read, SPLIT), x2_terms)
     d_zq2_terms = _load_terms(d_zq2 + own * F, frames, M * F, SPLIT)
-    d_xq2 = _plus(d_xq2, d_zq2_terms, _flip(weight_terms))
-    z = tl.load(kept_zq1 + there)
-    gelu, slope = _gelu(z, _gate(z))
-    _store_terms(xq2, hidden, _terms(gelu, SPLIT), M * D)
-    _store_terms(d_zq1, hidden, _terms(slope * d_xq2, SPLIT), M * D)
+    d_xq2 = _plus(d_xq2, d_zq2_terms, weight_turned)
+    _store_terms(d_zq1 + own * D, hidden, _terms(slope * d_xq2, SPLIT), M * D)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -137,7 +156,8 @@ def mlp_back_ends(
     square = row * M * M + m[:, None] * M + m[None, :]
     here = (row * num_batches + start) * K
     own = row * (1 + SPLIT) * M
-    xq2, s1, d_zq1 = xq2 + own * D, s1 + own * D, d_zq1 + own * D
+    xq2, d_zq1 = xq2 + own * D, d_zq1 + own * D
+    s1 += _block(row, first, last, start, True, M, K) * (1 + SPLIT) * M * D
     rows1, rows2 = j + f[:, None] * D + h[None, :], (j + h[:, None]) * F + f[None, :]
     writes = _writes(start, num_writes, M, K) & (m < (last - start) * K)
     scale = tl.load(token_scale + K - 1)
@@ -175,7 +195,8 @@ def mlp_back_units(
     square = row * M * M + m[:, None] * M + m[None, :]
     own = row * (1 + SPLIT) * M
     d_w2 += row * F * D + h[:, None] * F + f[None, :]
-    x2, xq2, s1, d_zq1 = x2 + own * D, xq2 + own * D, s1 + own * D, d_zq1 + own * D
+    x2, xq2, d_zq1 = x2 + own * D, xq2 + own * D, d_zq1 + own * D
+    s1 += _block(row, first, last, start, True, M, K) * (1 + SPLIT) * M * D
     nothing = tl.zeros((M, M), tl.float32)
     found_x2_x2, found_xq2_x2, found_d_zq1_s1 = nothing + 1, nothing + 1, nothing
     taken = tl.broadcast_to(tl.load(d_b2 + row * F + f)[None, :], (M, F))
@@ -211,125 +232,136 @@ def mlp_back_units(
 
 @triton.jit
 def _write_backward(
-    k, v, eta, norm_w, norm_b, w2_terms, write_scale, kept_z1, kept_u, kept_z2, d_v, d_eta,
-    s2, keys_keys, s2_s2, x2, d_s1, d_x2, d_s2, x2_x2, d_u, d_z1, d_z2, d_target, d_u_x2, d_z2_s2,
-    count, num_units,
-    N: tl.constexpr, PAST: tl.constexpr, LATER: tl.constexpr, EPS: tl.constexpr, K: tl.constexpr,
+    k, v, eta, norm_w, norm_b, w2_terms, write_scale, kept_z2, d_v, d_eta,
+    s2, keys_keys, s2_s2, z1, u, x2, d_s1, d_x2, d_s2, x2_x2, d_u, d_z1, d_z2, d_target, d_u_x2,
+    d_z2_s2, count, num_units,
+    N: tl.constexpr, LATER: tl.constexpr, EPS: tl.constexpr, K: tl.constexpr,
     F: tl.constexpr, D: tl.constexpr, M: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """Go backwards through what a block's mini-batch N writes.
+    """One pass over the second layer's weights: d_z1 of mini-batch N + 1, if there is one, and then
+    d_u and d_z2 of mini-batch N, if there is one.
 
     Args:
         k, v, eta, d_v, d_eta: pointers to the block's frames, of which `count` are real.
-        PAST, LATER: how many of the block's first frames are looked at for those before N, and of
-            its last ones for those after N.
+        LATER: how many of the block's last frames are looked at for those after N + 1.
 
     Returns:
         Gradients: by frame to the scale of writes [K], to the norm's weight and bias [F]."""
-    t, f, h = tl.arange(0, K), tl.arange(0, F), tl.arange(0, TILE)
-    m = tl.arange(0, M)
+    NEXT: tl.constexpr = N + 1
+    t, f, h, m = tl.arange(0, K), tl.arange(0, F), tl.arange(0, TILE), tl.arange(0, M)
+    rows2 = h[:, None] * F + f[None, :]
     own_frames = (N * K + t[:, None]) * F + f[None, :]
     own_hidden = (N * K + t[:, None]) * D + h[None, :]
-    frames, hidden = m[:, None] * F + f[None, :], m[:, None] * D + h[None, :]
-    rows2 = h[:, None] * F + f[None, :]
-    real = N * K + t < count
-    # Of the mini-batches before, and of those after.
-    p = tl.arange(0, PAST if PAST > 0 else K)
-    past_hidden, past_frames = p[:, None] * D + h[None, :], p[:, None] * F + f[None, :]
-    past, past_squares = p < N * K, (N * K + t[:, None]) * M + p[None, :]
+    next_hidden = (NEXT * K + t[:, None]) * D + h[None, :]
+    hidden, frames = m[:, None] * D + h[None, :], m[:, None] * F + f[None, :]
+    own_square = (N * K + t[:, None]) * M + m[None, :]
+    own_turned = m[None, :] * M + N * K + t[:, None]
+    next_square = (NEXT * K + t[:, None]) * M + m[None, :]
+    next_turned = m[None, :] * M + NEXT * K + t[:, None]
+    # Of the frames after N + 1, and of the same for all frames.
     a = M - (LATER if LATER > 0 else K) + tl.arange(0, LATER if LATER > 0 else K)
+    later = a >= NEXT * K + K
     later_hidden, later_frames = a[:, None] * D + h[None, :], a[:, None] * F + f[None, :]
-    later, later_squares = a >= N * K + K, (N * K + t[:, None]) * M + a[None, :]
-    later_turned = a[None, :] * M + N * K + t[:, None]
-    later_scale = tl.where(later, -write_scale, 0.0)[None, :]
+    real = N * K + t < count
+    is_past, is_after = (m < N * K)[None, :], (m >= NEXT * K)[None, :]
+    if NEXT * K < M:
+        d_z2_terms = _load_terms(d_z2, (NEXT * K + t[:, None]) * F + f[None, :], M * F, SPLIT)
+        read = tl.load(d_z2_s2 + next_square, mask=(m < NEXT * K)[None, :], other=0.0)
+        is_later = (m >= NEXT * K + K)[None, :]
+        read += tl.load(d_z2_s2 + next_turned, mask=is_later, other=0.0)
+        read_terms = _terms(-write_scale * read, SPLIT)
     if LATER > 0:
-        steps_terms = _terms(later_scale * tl.load(keys_keys + later_squares), SPLIT)
-    if PAST > 0:
-        products = tl.zeros((K, PAST), tl.float32)
-    found2 = tl.load(d_s2 + own_frames)
-    for j in range(0, num_units, TILE):
-        own_d_s1 = tl.load(d_s1 + j + own_hidden)
+        steps = tl.load(s2_s2 + (NEXT * K + t[:, None]) * M + a[None, :])
+        later_scale = tl.where(later, -write_scale, 0.0)[None, :]
+        steps2_terms = _terms(later_scale * steps, SPLIT)
+    if NEXT * K < M and N >= 0:
+        # What comes from N + 1, and what from later ones.
+        next_keys = tl.load(keys_keys + (N * K + t[:, None]) * M + NEXT * K + t[None, :])
+        next_steps_terms = _terms(-write_scale * next_keys, SPLIT)
         if LATER > 0:
-            d_z1_terms = _load_some(d_z1, j + later_hidden, later, M * D, SPLIT)
-            own_d_s1 = _plus(own_d_s1, steps_terms, d_z1_terms)
-        z = tl.load(kept_z1 + j + own_hidden)
-        gate = _gate(z)
-        inner = 1.5957691216057308 + 0.2140644488 * z * z
-        rest = 1 - gate
-        bend = 2 * inner + z * (0.4281288976 * z + (rest - gate) * inner * inner)
-        bend *= gate * rest * tl.load(kept_u + j + own_hidden)
-        # From here on the part of d_z1 that comes through gelu'.
-        tl.store(d_s1 + j + own_hidden, bend * own_d_s1)
-        d_u_terms = _terms((gate + z * gate * rest * inner) * own_d_s1, SPLIT)
-        _store_terms(d_u, j + own_hidden, d_u_terms, M * D)
-        if PAST > 0:
-            past_x2_terms = _load_some(x2, j + past_hidden, past, M * D, SPLIT)
-            products = _plus(products, d_u_terms, _flip(past_x2_terms))
+            keys = later_scale * tl.load(keys_keys + (N * K + t[:, None]) * M + a[None, :])
+            steps1_terms = _terms(keys, SPLIT)
+    if N >= 0:
+        found2 = tl.load(d_s2 + own_frames)
+        products = tl.zeros((K, M), tl.float32)
+    for j in range(0, num_units, TILE):
         weight_terms = _load_terms(w2_terms, j * F + rows2, F * D, SPLIT)
-        found2 = _plus(found2, d_u_terms, weight_terms)
+        x2_terms = _load_terms(x2, j + hidden, M * D, SPLIT)
+        if NEXT * K < M:
+            found = _plus(tl.load(d_x2 + j + next_hidden), read_terms, x2_terms)
+            if LATER > 0:
+                later_d_u_terms = _load_some(d_u, j + later_hidden, later, M * D, SPLIT)
+                found = _plus(found, steps2_terms, later_d_u_terms)
+            found = _plus(found, d_z2_terms, _flip(weight_terms))
+            z = tl.load(z1 + j + next_hidden)
+            _x2, slope = _gelu(z, _gate(z))
+            next_d_z1 = tl.load(d_s1 + j + next_hidden) + slope * found
+            next_d_z1_terms = _terms(next_d_z1, SPLIT)
+            _store_terms(d_z1, j + next_hidden, next_d_z1_terms, M * D)
+        if N >= 0:
+            own_d_s1 = tl.load(d_s1 + j + own_hidden)
+            if NEXT * K < M:
+                own_d_s1 = _plus(own_d_s1, next_steps_terms, next_d_z1_terms)
+            if LATER > 0:
+                later_d_z1_terms = _load_some(d_z1, j + later_hidden, later, M * D, SPLIT)
+                own_d_s1 = _plus(own_d_s1, steps1_terms, later_d_z1_terms)
+            z = tl.load(z1 + j + own_hidden)
+            gate = _gate(z)
+            inner = 1.5957691216057308 + 0.2140644488 * z * z
+            rest = 1 - gate
+            bend = 2 * inner + z * (0.4281288976 * z + (rest - gate) * inner * inner)
+            bend *= gate * rest * tl.load(u + j + own_hidden)
+            # From here on the part of d_z1 that comes through gelu'.
+            tl.store(d_s1 + j + own_hidden, bend * own_d_s1)
+            d_u_terms = _terms((gate + z * gate * rest * inner) * own_d_s1, SPLIT)
+            _store_terms(d_u, j + own_hidden, d_u_terms, M * D)
+            if N > 0:
+                products = _plus(products, d_u_terms, _flip(x2_terms))
+            found2 = _plus(found2, d_u_terms, weight_terms)
     d_scale = tl.zeros((K,), tl.float32)
-    if PAST > 0:
-        tl.store(d_u_x2 + past_squares, products)
-        d_scale -= tl.sum(products * tl.load(s2_s2 + past_squares), 1)
-        past_s2_terms = _load_some(s2, past_frames, past, M * F, SPLIT)
-        found2 = _plus(found2, _terms(-write_scale * products, SPLIT), past_s2_terms)
-    if LATER > 0:
-        products = tl.load(d_u_x2 + later_turned, mask=later[None, :], other=0.0)
-        later_s2_terms = _load_some(s2, later_frames, later, M * F, SPLIT)
-        found2 = _plus(found2, _terms(-write_scale * products, SPLIT), later_s2_terms)
-        products = later_scale * tl.load(x2_x2 + later_squares)
-        later_d_z2_terms = _load_some(d_z2, later_frames, later, M * F, SPLIT)
-        found2 = _plus(found2, _terms(products, SPLIT), later_d_z2_terms)
-    target = _frames(v, own_frames, real).to(tl.float32)
-    target -= _frames(k, own_frames, real).to(tl.float32)
-    z2 = tl.load(kept_z2 + own_frames)
-    g = _gradient(z2, target, norm_w, norm_b, EPS, F)
-    tl.store(d_eta + N * K + t, tl.sum(found2 * g, 1), mask=real)
-    rate = tl.load(eta + N * K + t, mask=real, other=0.0)[:, None]
-    own_d_z2, own_d_target, d_norm_w, d_norm_b = _gradient_backward(
-        rate * found2, z2, target, norm_w, norm_b, EPS, F
-    )
-    tl.store(d_v + own_frames, own_d_target.to(d_v.dtype.element_ty), mask=real[:, None])
-    tl.store(d_target + own_frames, own_d_target)
-    d_z2_terms = _terms(own_d_z2, SPLIT)
-    _store_terms(d_z2, own_frames, d_z2_terms, M * F)
-    if PAST > 0:
-        products = tl.zeros((K, PAST), tl.float32)
-        products = _plus(products, d_z2_terms, _flip(past_s2_terms))
-        tl.store(d_z2_s2 + past_squares, products)
-        past_scale = tl.where(past, -write_scale, 0.0)[None, :]
-        past_terms = _terms(past_scale * products, SPLIT)
-        d_scale -= tl.sum(products * tl.load(x2_x2 + past_squares), 1)
-    if LATER > 0:
-        products = tl.load(d_z2_s2 + later_turned, mask=later[None, :], other=0.0)
-        later_terms = _terms(-write_scale * products, SPLIT)
-        steps_terms = _terms(later_scale * tl.load(s2_s2 + later_squares), SPLIT)
-    for j in range(0, num_units, TILE):
-        found = tl.load(d_x2 + j + own_hidden)
-        if PAST > 0:
-            past_x2_terms = _load_some(x2, j + past_hidden, past, M * D, SPLIT)
-            found = _plus(found, past_terms, past_x2_terms)
-        if LATER > 0:
-            later_x2_terms = _load_some(x2, j + later_hidden, later, M * D, SPLIT)
-            found = _plus(found, later_terms, later_x2_terms)
-            later_d_u_terms = _load_some(d_u, j + later_hidden, later, M * D, SPLIT)
-            found = _plus(found, steps_terms, later_d_u_terms)
-        weight_terms = _load_terms(w2_terms, j * F + rows2, F * D, SPLIT)
-        found = _plus(found, d_z2_terms, _flip(weight_terms))
-        z = tl.load(kept_z1 + j + own_hidden)
-        _x2, slope = _gelu(z, _gate(z))
-        own_d_z1 = tl.load(d_s1 + j + own_hidden) + slope * found
-        _store_terms(d_z1, j + own_hidden, _terms(own_d_z1, SPLIT), M * D)
-    # The next mini-batch reads what other threads have stored.
-    tl.debug_barrier()
+    d_norm_w, d_norm_b = tl.zeros((F,), tl.float32), tl.zeros((F,), tl.float32)
+    if N >= 0:
+        own_s2_s2, own_x2_x2 = tl.load(s2_s2 + own_square), tl.load(x2_x2 + own_square)
+        s2_terms = _load_terms(s2, frames, M * F, SPLIT)
+        products = tl.where(is_past, products, 0.0)
+        tl.store(d_u_x2 + own_square, products)
+        d_scale -= tl.sum(products * own_s2_s2, 1)
+        products += tl.load(d_u_x2 + own_turned, mask=is_after, other=0.0)
+        found2 = _plus(found2, _terms(-write_scale * products, SPLIT), s2_terms)
+        if NEXT * K < M:
+            steps = tl.where(is_after, -write_scale * own_x2_x2, 0.0)
+            after = m >= NEXT * K
+            after_d_z2_terms = _load_some(d_z2, frames, after, M * F, SPLIT)
+            found2 = _plus(found2, _terms(steps, SPLIT), after_d_z2_terms)
+        target = _frames(v, own_frames, real).to(tl.float32)
+        target -= _frames(k, own_frames, real).to(tl.float32)
+        z2 = tl.load(kept_z2 + own_frames)
+        g = _gradient(z2, target, norm_w, norm_b, EPS, F)
+        tl.store(d_eta + N * K + t, tl.sum(found2 * g, 1), mask=real)
+        rate = tl.load(eta + N * K + t, mask=real, other=0.0)[:, None]
+        own_d_z2, own_d_target, d_norm_w, d_norm_b = _gradient_backward(
+            rate * found2, z2, target, norm_w, norm_b, EPS, F
+        )
+        tl.store(d_v + own_frames, own_d_target.to(d_v.dtype.element_ty), mask=real[:, None])
+        tl.store(d_target + own_frames, own_d_target)
+        d_z2_terms = _terms(own_d_z2, SPLIT)
+        _store_terms(d_z2, own_frames, d_z2_terms, M * F)
+        if N > 0:
+            products = _plus(tl.zeros((K, M), tl.float32), d_z2_terms, _flip(s2_terms))
+            products = tl.where(is_past, products, 0.0)
+            tl.store(d_z2_s2 + own_square, products)
+            d_scale -= tl.sum(products * own_x2_x2, 1)
+        # The next pass reads what other threads have stored.
+        tl.debug_barrier()
     return d_scale, d_norm_w, d_norm_b
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def mlp_back_writes(
-    k, v, eta, token_scale, norm_weight, norm_bias, w2_terms, kept_z1, kept_u, kept_z2,
+    k, v, eta, token_scale, norm_weight, norm_bias, w2_terms, kept_z2,
     d_v, d_eta, d_token_scale, d_norm_weight, d_norm_bias,
-    s2, keys_keys, s2_s2, x2, d_s1, d_x2, d_s2, x2_x2, d_u, d_z1, d_z2, d_target, d_u_x2, d_z2_s2,
+    s2, keys_keys, s2_s2, z1, u, x2, d_s1, d_x2, d_s2, x2_x2, d_u, d_z1, d_z2, d_target, d_u_x2,
+    d_z2_s2,
     num_heads, num_batches, first, last, start, num_units,
     EPS: tl.constexpr, K: tl.constexpr, F: tl.constexpr, D: tl.constexpr, M: tl.constexpr,
     TILE: tl.constexpr, SPLIT: tl.constexpr,
@@ -339,24 +371,24 @@ def mlp_back_writes(
     row = tl.program_id(0).to(tl.int64)
     t, f = tl.arange(0, K), tl.arange(0, F)
     here = (row * num_batches + start) * K
-    there = _place(row, first, last, start, M, K)
+    block = _block(row, first, last, start, True, M, K)
     own, square = row * (1 + SPLIT), row * M * M
     norm_w = tl.load(norm_weight + row % num_heads * F + f)
     norm_b = tl.load(norm_bias + row % num_heads * F + f)
     write_scale = tl.load(token_scale + K - 1)
     d_norm_w, d_norm_b = tl.zeros((F,), tl.float32), tl.zeros((F,), tl.float32)
     d_scale = tl.zeros((K,), tl.float32)
-    for back in tl.static_range(0, M // K):
+    for i in tl.static_range(0, M // K + 1):
         own_d_scale, own_d_norm_w, own_d_norm_b = _write_backward(
             k + here * F, v + here * F, eta + here, norm_w, norm_b, w2_terms + own * F * D,
-            write_scale, kept_z1 + there * D, kept_u + there * D, kept_z2 + there * F,
-            d_v + here * F, d_eta + here, s2 + own * M * F, keys_keys + square, s2_s2 + square,
-            x2 + own * M * D, d_s1 + row * M * D, d_x2 + row * M * D, d_s2 + row * M * F,
-            x2_x2 + square, d_u + own * M * D, d_z1 + own * M * D, d_z2 + own * M * F,
-            d_target + row * M * F, d_u_x2 + square, d_z2_s2 + square,
-            (last - start) * K, num_units,
-            M // K - 1 - back, (M // K - 1 - back) * K if M // K - 1 - back < 3 else M,
-            back * K if back < 3 else M, EPS, K, F, D, M, TILE, SPLIT,
+            write_scale, kept_z2 + block * M * F, d_v + here * F, d_eta + here,
+            s2 + own * M * F, keys_keys + square, s2_s2 + square,
+            z1 + row * M * D, u + row * M * D, x2 + own * M * D, d_s1 + row * M * D,
+            d_x2 + row * M * D, d_s2 + row * M * F, x2_x2 + square,
+            d_u + own * M * D, d_z1 + own * M * D, d_z2 + own * M * F, d_target + row * M * F,
+            d_u_x2 + square, d_z2_s2 + square, (last - start) * K, num_units,
+            M // K - 1 - i, 0 if i <= 1 else ((i - 1) * K if i <= 3 else M),
+            EPS, K, F, D, M, TILE, SPLIT,
         )  # fmt: skip
         d_scale += own_d_scale
         d_norm_w += own_d_norm_w
@@ -383,7 +415,8 @@ def mlp_back_inputs(
     real = m < (last - start) * K
     rows1 = row * F * D + f[:, None] * D + h[None, :]
     own = row * (1 + SPLIT) * M * D
-    s1, d_zq1, d_z1 = s1 + own, d_zq1 + own, d_z1 + own
+    d_zq1, d_z1 = d_zq1 + own, d_z1 + own
+    s1 += _block(row, first, last, start, True, M, K) * (1 + SPLIT) * M * D
     writes = _writes(start, num_writes, M, K) & real
     scale = tl.load(token_scale + K - 1)
     # What the block writes into weights that later blocks read.

@@ -55,7 +55,7 @@ SHAPES = {
 }
 """The fastest of those that were tried; see docs/benchmarks.md."""
 
-KEPT = ("kept_z1", "kept_zq1", "kept_u", "kept_z2", "kept_zq2")
+KEPT = ("s1", "kept_z2", "kept_zq2")
 RESULTS = (
     "d_out", "d_q", "d_k", "d_v", "d_eta", "d_token_scale", "d_norm_weight", "d_norm_bias",
     "d_w1", "d_b1", "d_w2", "d_b2",
@@ -63,7 +63,8 @@ RESULTS = (
 """The names of kernels' parameters."""
 
 Kept = tuple[Tensor, ...]
-"""Z1, ZQ1 and U [rows, ·, D], Z2 and ZQ2 [rows, ·, f] of a group's frames, in whole blocks."""
+"""S1 [rows, ·, D], in terms by block, and Z2 and ZQ2 [rows, ·, f] of a group's frames, in whole
+blocks."""
 
 
 def forward(
@@ -78,16 +79,16 @@ def forward(
 ) -> tuple[tuple[Tensor, ...], Kept]:
     """The weights after a group, whose part of `out` it fills; and what the backward pass needs, if
     `keep`."""
-    launch, width = _Launch(frames, weights, num_writes, group, split), out.shape[-1]
+    launch = _Launch(frames, weights, num_writes, group, split)
     num_kept = launch.num_blocks * BLOCK if keep else 0
-    kept = tuple(launch.new(num_kept, "D") for _ in range(3))
-    kept += tuple(launch.new(num_kept, "F") for _ in range(2))
+    s1 = launch.terms(num_kept or BLOCK, "D")
+    kept = s1, launch.new(num_kept, "F"), launch.new(num_kept, "F")
     after = tuple(x.clone(memory_format=torch.contiguous_format) for x in weights)
     launch.know(dict(zip(("w1", "b1", "w2", "b2"), after, strict=True)), out=out, KEEP=keep)
     launch.know(dict(zip(KEPT, kept, strict=True)))
     launch.know({name: launch.new(BLOCK, "D") for name in ("z1", "zq1", "slope")})
-    launch.know({name: launch.terms(BLOCK, "D") for name in ("x2", "s1")})
-    launch.know(s2=launch.terms(BLOCK, "F"), w2_terms=launch.terms(width, "D"))
+    launch.know(x2=launch.terms(BLOCK, "D"), s2=launch.terms(BLOCK, "F"))
+    launch.know(w2_terms=launch.terms(out.shape[-1], "D"))
     for start in launch.starts:
         launch(mlp_forward.mlp_update, start)
         launch(mlp_forward.mlp_writes, start)
@@ -116,11 +117,11 @@ def backward(
             become those to the weights of its start.
     """
     launch = _Launch(frames, ends, num_writes, group, split)
-    w1, _, w2, _ = (x.clone(memory_format=torch.contiguous_format) for x in ends)
+    w1, b1, w2, _ = (x.clone(memory_format=torch.contiguous_format) for x in ends)
     launch.know(dict(zip(RESULTS, results, strict=True)), dict(zip(KEPT, kept, strict=True)))
-    launch.know(w1=w1, w2=w2)
-    launch.know({name: launch.new(BLOCK, "D") for name in ("d_s1", "d_x2")})
-    hidden = ("x2", "xq2", "s1", "d_zq1", "d_u", "d_z1")
+    launch.know(w1=w1, b1=b1, w2=w2)
+    launch.know({name: launch.new(BLOCK, "D") for name in ("z1", "u", "d_s1", "d_x2")})
+    hidden = ("x2", "xq2", "d_zq1", "d_u", "d_z1")
     launch.know({name: launch.terms(BLOCK, "D") for name in hidden})
     launch.know({name: launch.new(BLOCK, "F") for name in ("d_s2", "d_target")})
     launch.know({name: launch.terms(BLOCK, "F") for name in ("s2", "d_zq2", "d_z2")})

@@ -6,12 +6,12 @@ import triton.language as tl
 from ttt.ops.inner_loop.kernels import _gate, _gradient, _normed
 from ttt.ops.inner_loop.mlp_pieces import (
     COUNTS,
+    _block,
     _flip,
     _frames,
     _gelu,
     _load_some,
     _load_terms,
-    _place,
     _plus,
     _read_scale,
     _store_terms,
@@ -25,8 +25,8 @@ from ttt.ops.inner_loop.mlp_pieces import (
 def mlp_update(
     q, k, token_scale, w1, b1, w2, b2, w2_terms, z1, zq1, x2, s1, s2,
     num_batches, num_writes, first, last, start,
-    K: tl.constexpr, F: tl.constexpr, D: tl.constexpr, M: tl.constexpr, TILE: tl.constexpr,
-    SPLIT: tl.constexpr,
+    KEEP: tl.constexpr, K: tl.constexpr, F: tl.constexpr, D: tl.constexpr, M: tl.constexpr,
+    TILE: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """A tile of hidden units takes what the block before has written; then the first layer reads
     the block's keys and queries: z1, zq1."""
@@ -50,7 +50,8 @@ def mlp_update(
     _store_terms(w2_terms + row * (1 + SPLIT) * F * D, rows2, _terms(weight, SPLIT), F * D)
     if j == 0:
         tl.store(b2, tl.load(b2) - scale * tl.sum(_sum_terms(s2_terms), 0))
-    s1_terms = _load_some(s1 + own * D, hidden, was, M * D, SPLIT)
+    s1 += _block(row, first, last, start - M // K, KEEP, M, K) * (1 + SPLIT) * M * D
+    s1_terms = _load_some(s1, hidden, was, M * D, SPLIT)
     key_turned = _flip(_terms(_frames(k + here * F - M * F, frames, was), SPLIT))
     written = _plus(tl.zeros((F, TILE), tl.float32), key_turned, s1_terms)
     weight = tl.load(w1 + rows1) - scale * written
@@ -69,78 +70,92 @@ def mlp_update(
 
 @triton.jit
 def _write(
-    k, v, eta, norm_w, norm_b, w2_terms, bias2, write_scale, z1, x2, slope, s1, s2,
-    kept_z1, kept_u, kept_z2, count, num_units,
-    N: tl.constexpr, PAST: tl.constexpr, EPS: tl.constexpr, KEEP: tl.constexpr, K: tl.constexpr,
-    F: tl.constexpr, D: tl.constexpr, M: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr,
+    k, v, eta, norm_w, norm_b, w2_terms, bias2, write_scale, z1, x2, slope, s1, s2, kept_z2,
+    count, num_units,
+    N: tl.constexpr, PAST: tl.constexpr, SEEN: tl.constexpr, EPS: tl.constexpr,
+    KEEP: tl.constexpr, K: tl.constexpr, F: tl.constexpr, D: tl.constexpr, M: tl.constexpr,
+    TILE: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """What a block's mini-batch N writes.
+    """One pass over the second layer's weights: s1 of mini-batch N, if there is one, and then x2
+    and s2 of the next, if there is one.
 
     Args:
         k, v, eta: pointers to the block's frames, of which `count` are real.
-        PAST: how many frames are looked at to read what mini-batches before N have written, N · K
-            or more."""
+        PAST, SEEN: how many frames are looked at for those of the mini-batches before N, and for
+            those up to N: N · K and N · K + K, or more."""
+    NEXT: tl.constexpr = N + 1
     t, f, h = tl.arange(0, K), tl.arange(0, F), tl.arange(0, TILE)
-    m = tl.arange(0, PAST if PAST > 0 else K)
-    own_frames = (N * K + t[:, None]) * F + f[None, :]
-    own_hidden = (N * K + t[:, None]) * D + h[None, :]
-    frames, hidden = m[:, None] * F + f[None, :], m[:, None] * D + h[None, :]
     rows2 = h[:, None] * F + f[None, :]
-    past, real = m < N * K, N * K + t < count
-    scale = tl.where(past, -write_scale, 0.0)[None, :]
-    if PAST > 0:
+    p, m = tl.arange(0, PAST if PAST > 0 else K), tl.arange(0, SEEN if SEEN > 0 else K)
+    past, seen = p < N * K, m < NEXT * K
+    past_hidden, past_frames = p[:, None] * D + h[None, :], p[:, None] * F + f[None, :]
+    seen_hidden, seen_frames = m[:, None] * D + h[None, :], m[:, None] * F + f[None, :]
+    own, own_frames = N * K + t, (N * K + t[:, None]) * F + f[None, :]
+    own_hidden = (N * K + t[:, None]) * D + h[None, :]
+    next_frames = (NEXT * K + t[:, None]) * F + f[None, :]
+    next_hidden = (NEXT * K + t[:, None]) * D + h[None, :]
+    real, next_real = own < count, NEXT * K + t < count
+    if N >= 0:
+        # What frames of mini-batch N read of those before: of those the coefficients are zero where
+        # there are none.
+        s2_terms = _load_terms(s2, own_frames, M * F, SPLIT)
+        seen_s2_terms = _load_some(s2, seen_frames, m < N * K, M * F, SPLIT)
+        steps2 = _plus(tl.zeros((K, SEEN), tl.float32), s2_terms, _flip(seen_s2_terms))
+        steps2_terms = _terms(-write_scale * steps2, SPLIT)
+    if N >= 0 and NEXT * K < M:
         key_terms = _terms(_frames(k, own_frames, real), SPLIT)
-        past_key_terms = _terms(_frames(k, frames, past & (m < count)), SPLIT)
+        next_key_terms = _terms(_frames(k, next_frames, next_real), SPLIT)
+        ones = tl.zeros((K, K), tl.float32) + 1
+        steps1 = -write_scale * _plus(ones, next_key_terms, _flip(key_terms))
+        own_steps1_terms = _terms(steps1, SPLIT)
+        products = tl.zeros((K, SEEN), tl.float32) + 1
+    if N > 0 and NEXT * K < M:
+        past_key_terms = _terms(_frames(k, past_frames, past & (p < count)), SPLIT)
         ones = tl.zeros((K, PAST), tl.float32) + 1
-        steps_terms = _terms(scale * _plus(ones, key_terms, _flip(past_key_terms)), SPLIT)
-        products = ones
+        steps1 = _plus(ones, next_key_terms, _flip(past_key_terms))
+        steps1_terms = _terms(tl.where(past, -write_scale, 0.0)[None, :] * steps1, SPLIT)
     found2 = tl.broadcast_to(bias2[None, :], (K, F))
     for j in range(0, num_units, TILE):
-        found1 = tl.load(z1 + j + own_hidden)
-        if PAST > 0:
-            past_s1_terms = _load_some(s1, j + hidden, past, M * D, SPLIT)
-            found1 = _plus(found1, steps_terms, past_s1_terms)
-        own_x2, own_slope = _gelu(found1, _gate(found1))
-        x2_terms = _terms(own_x2, SPLIT)
-        _store_terms(x2, j + own_hidden, x2_terms, M * D)
-        tl.store(slope + j + own_hidden, own_slope)
-        if KEEP:
-            tl.store(kept_z1 + j + own_hidden, found1)
-        if PAST > 0:
-            past_x2_terms = _load_some(x2, j + hidden, past, M * D, SPLIT)
-            products = _plus(products, x2_terms, _flip(past_x2_terms))
         weight_terms = _load_terms(w2_terms, j * F + rows2, F * D, SPLIT)
-        found2 = _plus(found2, x2_terms, weight_terms)
-    if PAST > 0:
-        past_s2_terms = _load_some(s2, frames, past, M * F, SPLIT)
-        found2 = _plus(found2, _terms(scale * products, SPLIT), past_s2_terms)
-    if KEEP:
-        tl.store(kept_z2 + own_frames, found2)
-    target = _frames(v, own_frames, real).to(tl.float32)
-    target -= _frames(k, own_frames, real).to(tl.float32)
-    rate = tl.load(eta + N * K + t, mask=real, other=0.0)
-    s2_terms = _terms(rate[:, None] * _gradient(found2, target, norm_w, norm_b, EPS, F), SPLIT)
-    _store_terms(s2, own_frames, s2_terms, M * F)
-    if PAST > 0:
-        steps_terms = _terms(scale * _plus(ones - 1, s2_terms, _flip(past_s2_terms)), SPLIT)
-    for j in range(0, num_units, TILE):
-        u = tl.zeros((K, TILE), tl.float32)
-        if PAST > 0:
-            u = _plus(u, steps_terms, _load_some(x2, j + hidden, past, M * D, SPLIT))
-        weight_terms = _load_terms(w2_terms, j * F + rows2, F * D, SPLIT)
-        u = _plus(u, s2_terms, _flip(weight_terms))
+        if N >= 0:
+            seen_x2_terms = _load_some(x2, j + seen_hidden, seen, M * D, SPLIT)
+            u = _plus(tl.zeros((K, TILE), tl.float32), steps2_terms, seen_x2_terms)
+            u = _plus(u, s2_terms, _flip(weight_terms))
+            s1_terms = _terms(tl.load(slope + j + own_hidden) * u, SPLIT)
+            _store_terms(s1, j + own_hidden, s1_terms, M * D)
+        if NEXT * K < M:
+            found1 = tl.load(z1 + j + next_hidden)
+            if N >= 0:
+                found1 = _plus(found1, own_steps1_terms, s1_terms)
+            if N > 0:
+                past_s1_terms = _load_some(s1, j + past_hidden, past, M * D, SPLIT)
+                found1 = _plus(found1, steps1_terms, past_s1_terms)
+            next_x2, next_slope = _gelu(found1, _gate(found1))
+            x2_terms = _terms(next_x2, SPLIT)
+            _store_terms(x2, j + next_hidden, x2_terms, M * D)
+            tl.store(slope + j + next_hidden, next_slope)
+            if N >= 0:
+                products = _plus(products, x2_terms, _flip(seen_x2_terms))
+            found2 = _plus(found2, x2_terms, weight_terms)
+    if NEXT * K < M:
+        if N >= 0:
+            seen_s2_terms = _load_some(s2, seen_frames, seen, M * F, SPLIT)
+            products = tl.where(seen, -write_scale, 0.0)[None, :] * products
+            found2 = _plus(found2, _terms(products, SPLIT), seen_s2_terms)
         if KEEP:
-            tl.store(kept_u + j + own_hidden, u)
-        own_s1 = tl.load(slope + j + own_hidden) * u
-        _store_terms(s1, j + own_hidden, _terms(own_s1, SPLIT), M * D)
-    # The next mini-batch reads what other threads have stored.
-    tl.debug_barrier()
+            tl.store(kept_z2 + next_frames, found2)
+        target = _frames(v, next_frames, next_real).to(tl.float32)
+        target -= _frames(k, next_frames, next_real).to(tl.float32)
+        rate = tl.load(eta + NEXT * K + t, mask=next_real, other=0.0)
+        next_s2 = rate[:, None] * _gradient(found2, target, norm_w, norm_b, EPS, F)
+        _store_terms(s2, next_frames, _terms(next_s2, SPLIT), M * F)
+        # The next pass reads what other threads have stored.
+        tl.debug_barrier()
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def mlp_writes(
-    k, v, eta, token_scale, norm_weight, norm_bias, w2_terms, b2, z1, x2, slope, s1, s2,
-    kept_z1, kept_u, kept_z2,
+    k, v, eta, token_scale, norm_weight, norm_bias, w2_terms, b2, z1, x2, slope, s1, s2, kept_z2,
     num_heads, num_batches, first, last, start, num_units,
     EPS: tl.constexpr, KEEP: tl.constexpr, K: tl.constexpr, F: tl.constexpr, D: tl.constexpr,
     M: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr,
@@ -149,28 +164,26 @@ def mlp_writes(
     row = tl.program_id(0).to(tl.int64)
     f = tl.arange(0, F)
     here = (row * num_batches + start) * K
-    there = _place(row, first, last, start, M, K)
+    block = _block(row, first, last, start, KEEP, M, K)
     own = row * (1 + SPLIT)
-    k, v, eta = k + here * F, v + here * F, eta + here
     norm_w = tl.load(norm_weight + row % num_heads * F + f)
     norm_b = tl.load(norm_bias + row % num_heads * F + f)
     bias2 = tl.load(b2 + row * F + f)
     write_scale = tl.load(token_scale + K - 1)
-    for n in tl.static_range(0, M // K):
+    for i in tl.static_range(0, M // K + 1):
         _write(
-            k, v, eta, norm_w, norm_b, w2_terms + own * F * D, bias2, write_scale,
-            z1 + row * M * D, x2 + own * M * D, slope + row * M * D, s1 + own * M * D,
-            s2 + own * M * F,
-            kept_z1 + there * D, kept_u + there * D, kept_z2 + there * F,
+            k + here * F, v + here * F, eta + here, norm_w, norm_b, w2_terms + own * F * D, bias2,
+            write_scale, z1 + row * M * D, x2 + own * M * D, slope + row * M * D,
+            s1 + block * (1 + SPLIT) * M * D, s2 + own * M * F, kept_z2 + block * M * F,
             (last - start) * K, num_units,
-            n, n * K if n < 3 else M, EPS, KEEP, K, F, D, M, TILE, SPLIT,
+            i - 1, 0 if i <= 1 else ((i - 1) * K if i <= 3 else M), i * K if i <= 2 else M,
+            EPS, KEEP, K, F, D, M, TILE, SPLIT,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def mlp_reads(
-    q, k, token_scale, norm_weight, norm_bias, w2_terms, b2, out, zq1, x2, s1, s2,
-    kept_zq1, kept_zq2,
+    q, k, token_scale, norm_weight, norm_bias, w2_terms, b2, out, zq1, x2, s1, s2, kept_zq2,
     num_heads, num_batches, first, last, start, num_units,
     EPS: tl.constexpr, KEEP: tl.constexpr, K: tl.constexpr, F: tl.constexpr, D: tl.constexpr,
     M: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr,
@@ -180,12 +193,12 @@ def mlp_reads(
     m, f, h = tl.arange(0, M), tl.arange(0, F), tl.arange(0, TILE)
     frames, hidden = m[:, None] * F + f[None, :], m[:, None] * D + h[None, :]
     here = (row * num_batches + start) * K
-    there = _place(row, first, last, start, M, K)
+    block = _block(row, first, last, start, KEEP, M, K)
     real = m < (last - start) * K
     rows2 = h[:, None] * F + f[None, :]
     w2_terms += row * (1 + SPLIT) * F * D
     own = row * (1 + SPLIT) * M
-    zq1, x2, s1 = zq1 + row * M * D, x2 + own * D, s1 + own * D
+    zq1, x2, s1 = zq1 + row * M * D, x2 + own * D, s1 + block * (1 + SPLIT) * M * D
     read = _read_scale(token_scale, M, K)
     products = tl.zeros((M, M), tl.float32) + 1
     query_terms = _terms(_frames(q + here * F, frames, real), SPLIT)
@@ -195,8 +208,6 @@ def mlp_reads(
     for j in range(0, num_units, TILE):
         s1_terms = _load_terms(s1, j + hidden, M * D, SPLIT)
         found1 = _plus(tl.load(zq1 + j + hidden), steps, s1_terms)
-        if KEEP:
-            tl.store(kept_zq1 + there * D + j + hidden, found1)
         xq2_terms = _terms(found1 * _gate(found1), SPLIT)
         x2_turned = _flip(_load_terms(x2, j + hidden, M * D, SPLIT))
         products = _plus(products, xq2_terms, x2_turned)
@@ -205,7 +216,7 @@ def mlp_reads(
     s2_terms = _load_terms(s2 + own * F, frames, M * F, SPLIT)
     found2 = _plus(found2, _terms(-read * products, SPLIT), s2_terms)
     if KEEP:
-        tl.store(kept_zq2 + there * F + frames, found2)
+        tl.store(kept_zq2 + block * M * F + frames, found2)
     normed, _rstd = _normed(found2, EPS, F)
     norm_w = tl.load(norm_weight + row % num_heads * F + f)
     norm_b = tl.load(norm_bias + row % num_heads * F + f)

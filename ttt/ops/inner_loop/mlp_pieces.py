@@ -83,10 +83,14 @@ def _frames(x, places, real):
 
 
 @triton.jit
-def _place(row, first, last, start, M: tl.constexpr, K: tl.constexpr):
-    """Return the first frame of a block in what is kept of a group, rows of whole blocks."""
-    num_blocks = ((last - first) * K + M - 1) // M
-    return row * num_blocks * M + (start - first) * K
+def _block(row, first, last, start, KEEP: tl.constexpr, M: tl.constexpr, K: tl.constexpr):
+    """Return the number of a row's block among all that are kept of a group, or among the rows
+    alone."""
+    if KEEP:
+        num_blocks = ((last - first) * K + M - 1) // M
+        return row * num_blocks + (start - first) * K // M
+    else:
+        return row
 
 
 @triton.jit
