@@ -75,69 +75,85 @@ def mlp_back_frames(
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def mlp_back_starts(
-    q, k, token_scale, w1, b1, w2, w2_terms, s1,
-    s2, d_zq2, queries_keys, keys_keys, s2_s2, d_zq2_s2, z1, u, x2, xq2, d_zq1,
+def mlp_back_first(
+    q, k, token_scale, w1, b1, s1, queries_keys, keys_keys, z1, x2, xq2, slope,
     num_batches, num_writes, first, last, start,
     K: tl.constexpr, F: tl.constexpr, D: tl.constexpr, M: tl.constexpr, TILE: tl.constexpr,
     SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """A tile of the weights of the block's start, from those of its end, and what they gave: z1,
-    x2, u, xq2; d_zq1."""
+    """A tile of the first layer of the block's start, from that of its end, and what it gave: z1,
+    x2, xq2; slope is gelu'(zq1)."""
     row, j = tl.program_id(0).to(tl.int64), tl.program_id(1) * TILE
     m, f, h = tl.arange(0, M), tl.arange(0, F), tl.arange(0, TILE)
     frames, hidden = m[:, None] * F + f[None, :], j + m[:, None] * D + h[None, :]
     square = row * M * M + m[:, None] * M + m[None, :]
     here = (row * num_batches + start) * K
-    own = row * (1 + SPLIT) * M
-    rows1, rows2 = j + f[:, None] * D + h[None, :], (j + h[:, None]) * F + f[None, :]
-    w1, b1, w2 = w1 + row * F * D, b1 + row * D + j + h, w2 + row * F * D
+    own = row * (1 + SPLIT) * M * D
+    w1, b1 = w1 + row * F * D + j + f[:, None] * D + h[None, :], b1 + row * D + j + h
     s1 += _block(row, first, last, start, True, M, K) * (1 + SPLIT) * M * D
     real = m < (last - start) * K
-    writes = _writes(start, num_writes, M, K) & real
     scale = tl.load(token_scale + K - 1)
-    read = -_read_scale(token_scale, M, K)
-    earlier = tl.where(_before(M, K), -scale, 0.0)
-    # The first layer.
-    s1_terms = _load_terms(s1, hidden, M * D, SPLIT)
-    written_terms = _load_some(s1, hidden, writes, M * D, SPLIT)
     key_terms = _terms(_frames(k + here * F, frames, real), SPLIT)
+    writes = _writes(start, num_writes, M, K) & real
+    written_terms = _load_some(s1, hidden, writes, M * D, SPLIT)
     written = _plus(tl.zeros((F, TILE), tl.float32), _flip(key_terms), written_terms)
-    weight = tl.load(w1 + rows1) + scale * written
-    tl.store(w1 + rows1, weight)
+    weight = tl.load(w1) + scale * written
+    tl.store(w1, weight)
     bias = tl.load(b1) + scale * tl.sum(_sum_terms(written_terms), 0)
     tl.store(b1, bias)
     weight_terms = _terms(weight, SPLIT)
     given = tl.broadcast_to(bias[None, :], (M, TILE))
+    s1_terms = _load_terms(s1, hidden, M * D, SPLIT)
+    steps = tl.where(_before(M, K), -scale, 0.0) * tl.load(keys_keys + square)
     found = _plus(given, key_terms, weight_terms)
-    steps = earlier * tl.load(keys_keys + square)
     found = _plus(found, _terms(steps, SPLIT), s1_terms)
     tl.store(z1 + row * M * D + hidden, found)
-    x2_terms = _terms(found * _gate(found), SPLIT)
-    _store_terms(x2 + own * D, hidden, x2_terms, M * D)
+    _store_terms(x2 + own, hidden, _terms(found * _gate(found), SPLIT), M * D)
+    steps = -_read_scale(token_scale, M, K) * tl.load(queries_keys + square)
     query_terms = _terms(_frames(q + here * F, frames, real), SPLIT)
     found = _plus(given, query_terms, weight_terms)
-    steps = read * tl.load(queries_keys + square)
     found = _plus(found, _terms(steps, SPLIT), s1_terms)
-    gelu, slope = _gelu(found, _gate(found))
-    _store_terms(xq2 + own * D, hidden, _terms(gelu, SPLIT), M * D)
-    # The second.
-    s2_terms = _load_terms(s2 + own * F, frames, M * F, SPLIT)
+    gelu, own_slope = _gelu(found, _gate(found))
+    _store_terms(xq2 + own, hidden, _terms(gelu, SPLIT), M * D)
+    tl.store(slope + row * M * D + hidden, own_slope)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def mlp_back_second(
+    token_scale, w2, w2_terms, s2, d_zq2, s2_s2, d_zq2_s2, x2, slope, u, d_zq1,
+    num_writes, first, last, start,
+    K: tl.constexpr, F: tl.constexpr, D: tl.constexpr, M: tl.constexpr, TILE: tl.constexpr,
+    SPLIT: tl.constexpr,
+):  # fmt: skip
+    """A tile of the second layer of the block's start, from that of its end, and what it hands
+    back: u, d_zq1."""
+    row, j = tl.program_id(0).to(tl.int64), tl.program_id(1) * TILE
+    m, f, h = tl.arange(0, M), tl.arange(0, F), tl.arange(0, TILE)
+    frames, hidden = m[:, None] * F + f[None, :], j + m[:, None] * D + h[None, :]
+    square = row * M * M + m[:, None] * M + m[None, :]
+    own = row * (1 + SPLIT) * M
+    rows2 = (j + h[:, None]) * F + f[None, :]
+    w2 += row * F * D + rows2
+    scale = tl.load(token_scale + K - 1)
+    x2_terms = _load_terms(x2 + own * D, hidden, M * D, SPLIT)
+    writes = _writes(start, num_writes, M, K) & (m < (last - start) * K)
     written_terms = _load_some(s2 + own * F, frames, writes, M * F, SPLIT)
     written = _plus(tl.zeros((TILE, F), tl.float32), _flip(x2_terms), written_terms)
-    weight = tl.load(w2 + rows2) + scale * written
-    tl.store(w2 + rows2, weight)
+    weight = tl.load(w2) + scale * written
+    tl.store(w2, weight)
     weight_terms = _terms(weight, SPLIT)
     _store_terms(w2_terms + row * (1 + SPLIT) * F * D, rows2, weight_terms, F * D)
     weight_turned = _flip(weight_terms)
-    steps = earlier * tl.load(s2_s2 + square)
+    steps = tl.where(_before(M, K), -scale, 0.0) * tl.load(s2_s2 + square)
     found = _plus(tl.zeros((M, TILE), tl.float32), _terms(steps, SPLIT), x2_terms)
-    tl.store(u + row * M * D + hidden, _plus(found, s2_terms, weight_turned))
-    d_read = read * tl.load(d_zq2_s2 + square)
-    d_xq2 = _plus(tl.zeros((M, TILE), tl.float32), _terms(d_read, SPLIT), x2_terms)
+    s2_terms = _load_terms(s2 + own * F, frames, M * F, SPLIT)
+    hidden_alone = row * M * D + hidden
+    tl.store(u + hidden_alone, _plus(found, s2_terms, weight_turned))
+    steps = -_read_scale(token_scale, M, K) * tl.load(d_zq2_s2 + square)
+    found = _plus(tl.zeros((M, TILE), tl.float32), _terms(steps, SPLIT), x2_terms)
     d_zq2_terms = _load_terms(d_zq2 + own * F, frames, M * F, SPLIT)
-    d_xq2 = _plus(d_xq2, d_zq2_terms, weight_turned)
-    _store_terms(d_zq1 + own * D, hidden, _terms(slope * d_xq2, SPLIT), M * D)
+    found = _plus(found, d_zq2_terms, weight_turned) * tl.load(slope + hidden_alone)
+    _store_terms(d_zq1 + own * D, hidden, _terms(found, SPLIT), M * D)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -451,7 +467,7 @@ def mlp_back_inputs(
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def mlp_back_first(
+def mlp_grad_first(
     q, k, d_w1, d_b1, d_zq1, d_z1,
     num_batches, last, start,
     K: tl.constexpr, F: tl.constexpr, D: tl.constexpr, M: tl.constexpr, TILE: tl.constexpr,
@@ -476,7 +492,7 @@ def mlp_back_first(
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def mlp_back_second(
+def mlp_grad_second(
     d_w2, d_b2, s2, d_zq2, x2, xq2, d_u, d_z2,
     F: tl.constexpr, D: tl.constexpr, M: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip

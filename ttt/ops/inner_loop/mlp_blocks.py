@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ttt.ops.inner_loop import mlp_backward, mlp_forward
-from ttt.ops.inner_loop.pieces import EPSILON
+from ttt.ops.inner_loop.pieces import EPSILON, memory
 
 BLOCK = 64
 """M, of whole mini-batches."""
@@ -41,17 +41,19 @@ class Shape:
 
 
 SHAPES = {
-    mlp_forward.mlp_update: Shape(32, all_tiles=False),
-    mlp_forward.mlp_writes: Shape(32, stages=3),
-    mlp_forward.mlp_reads: Shape(32, stages=2),
+    mlp_forward.mlp_first: Shape(64, all_tiles=False),
+    mlp_forward.mlp_second: Shape(64, all_tiles=False),
+    mlp_forward.mlp_writes: Shape(64, stages=2),
+    mlp_forward.mlp_reads: Shape(32, stages=3),
     mlp_backward.mlp_back_frames: Shape(32),
-    mlp_backward.mlp_back_starts: Shape(32, all_tiles=False),
-    mlp_backward.mlp_back_ends: Shape(32, all_tiles=False),
-    mlp_backward.mlp_back_units: Shape(32, stages=2),
-    mlp_backward.mlp_back_writes: Shape(32, stages=2),
-    mlp_backward.mlp_back_inputs: Shape(32, stages=2),
-    mlp_backward.mlp_back_first: Shape(32, all_tiles=False),
-    mlp_backward.mlp_back_second: Shape(32, all_tiles=False),
+    mlp_backward.mlp_back_first: Shape(64, all_tiles=False),
+    mlp_backward.mlp_back_second: Shape(64, all_tiles=False),
+    mlp_backward.mlp_back_ends: Shape(128, all_tiles=False),
+    mlp_backward.mlp_back_units: Shape(64),
+    mlp_backward.mlp_back_writes: Shape(64, stages=2),
+    mlp_backward.mlp_back_inputs: Shape(64, stages=2),
+    mlp_backward.mlp_grad_first: Shape(64, all_tiles=False),
+    mlp_backward.mlp_grad_second: Shape(128, all_tiles=False),
 }
 """The fastest of those that were tried; see docs/benchmarks.md."""
 
@@ -80,21 +82,29 @@ def forward(
     """The weights after a group, whose part of `out` it fills; and what the backward pass needs, if
     `keep`."""
     launch = _Launch(frames, weights, num_writes, group, split)
-    num_kept = launch.num_blocks * BLOCK if keep else 0
-    s1 = launch.terms(num_kept or BLOCK, "D")
-    kept = s1, launch.new(num_kept, "F"), launch.new(num_kept, "F")
+    num_kept = launch.num_blocks * BLOCK
+    kept = (
+        launch.terms(num_kept, "D", exists=keep),
+        launch.new(num_kept, "F", exists=keep),
+        launch.new(num_kept, "F", exists=keep),
+    )
     after = tuple(x.clone(memory_format=torch.contiguous_format) for x in weights)
     launch.know(dict(zip(("w1", "b1", "w2", "b2"), after, strict=True)), out=out, KEEP=keep)
     launch.know(dict(zip(KEPT, kept, strict=True)))
     launch.know({name: launch.new(BLOCK, "D") for name in ("z1", "zq1", "slope")})
     launch.know(x2=launch.terms(BLOCK, "D"), s2=launch.terms(BLOCK, "F"))
+    if not keep:
+        launch.know(s1=launch.terms(BLOCK, "D"))
     launch.know(w2_terms=launch.terms(out.shape[-1], "D"))
     for start in launch.starts:
-        launch(mlp_forward.mlp_update, start)
+        launch(mlp_forward.mlp_first, start)
+        launch(mlp_forward.mlp_second, start)
         launch(mlp_forward.mlp_writes, start)
         launch(mlp_forward.mlp_reads, start)
     # What the last block has written.
-    launch(mlp_forward.mlp_update, group[0] + launch.num_blocks * launch.per_block)
+    end = group[0] + launch.num_blocks * launch.per_block
+    launch(mlp_forward.mlp_first, end)
+    launch(mlp_forward.mlp_second, end)
     return after, kept
 
 
@@ -120,7 +130,7 @@ def backward(
     w1, b1, w2, _ = (x.clone(memory_format=torch.contiguous_format) for x in ends)
     launch.know(dict(zip(RESULTS, results, strict=True)), dict(zip(KEPT, kept, strict=True)))
     launch.know(w1=w1, b1=b1, w2=w2)
-    launch.know({name: launch.new(BLOCK, "D") for name in ("z1", "u", "d_s1", "d_x2")})
+    launch.know({name: launch.new(BLOCK, "D") for name in ("z1", "slope", "u", "d_s1", "d_x2")})
     hidden = ("x2", "xq2", "d_zq1", "d_u", "d_z1")
     launch.know({name: launch.terms(BLOCK, "D") for name in hidden})
     launch.know({name: launch.new(BLOCK, "F") for name in ("d_s2", "d_target")})
@@ -134,13 +144,14 @@ def backward(
     launch.know(d_scales=launch.new(1, "M"), NUM_SCALES=num_scales)
     for start in reversed(launch.starts):
         launch(mlp_backward.mlp_back_frames, start)
-        launch(mlp_backward.mlp_back_starts, start)
+        launch(mlp_backward.mlp_back_first, start)
+        launch(mlp_backward.mlp_back_second, start)
         launch(mlp_backward.mlp_back_ends, start)
         launch(mlp_backward.mlp_back_units, start)
         launch(mlp_backward.mlp_back_writes, start)
         launch(mlp_backward.mlp_back_inputs, start)
-        launch(mlp_backward.mlp_back_first, start)
-        launch(mlp_backward.mlp_back_second, start)
+        launch(mlp_backward.mlp_grad_first, start)
+        launch(mlp_backward.mlp_grad_second, start)
 
 
 class _Launch:
@@ -184,16 +195,16 @@ class _Launch:
         for some in (*values, more):
             self._values.update(some)
 
-    def new(self, num_frames: int, width: str) -> Tensor:
-        """Return memory of every row's own."""
-        return self._like.new_empty(self._rows, num_frames, self._values[width])
+    def new(self, num_frames: int, width: str, *, exists: bool = True) -> Tensor:
+        """Return memory of every row's own; see `memory`."""
+        return memory(self._like, self._rows, num_frames, self._values[width], exists=exists)
 
-    def terms(self, num_frames: int, width: str) -> Tensor:
+    def terms(self, num_frames: int, width: str, *, exists: bool = True) -> Tensor:
         """Return memory for terms."""
         if not self._values["SPLIT"]:
-            return self.new(num_frames, width)
+            return self.new(num_frames, width, exists=exists)
         shape = self._rows, 2 * num_frames, self._values[width]
-        return self._like.new_empty(shape, dtype=torch.bfloat16)
+        return memory(self._like, *shape, exists=exists, dtype=torch.bfloat16)
 
     def num_tiles(self, kernel: Any) -> int:
         """Return the number of tiles of hidden units."""

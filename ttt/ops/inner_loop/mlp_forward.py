@@ -22,40 +22,29 @@ from ttt.ops.inner_loop.mlp_pieces import (
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def mlp_update(
-    q, k, token_scale, w1, b1, w2, b2, w2_terms, z1, zq1, x2, s1, s2,
+def mlp_first(
+    q, k, token_scale, w1, b1, z1, zq1, s1,
     num_batches, num_writes, first, last, start,
     KEEP: tl.constexpr, K: tl.constexpr, F: tl.constexpr, D: tl.constexpr, M: tl.constexpr,
     TILE: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """A tile of hidden units takes what the block before has written; then the first layer reads
-    the block's keys and queries: z1, zq1."""
+    """A tile of the first layer takes what the block before has written, and is read by the
+    block's keys and queries: z1, zq1."""
     row, j = tl.program_id(0).to(tl.int64), tl.program_id(1) * TILE
     m, f, h = tl.arange(0, M), tl.arange(0, F), tl.arange(0, TILE)
     frames, hidden = m[:, None] * F + f[None, :], j + m[:, None] * D + h[None, :]
     here = (row * num_batches + start) * K
-    rows1, rows2 = j + f[:, None] * D + h[None, :], (j + h[:, None]) * F + f[None, :]
-    w1, w2 = w1 + row * F * D, w2 + row * F * D
+    w1 += row * F * D + j + f[:, None] * D + h[None, :]
     b1 += row * D + j + h
-    b2 += row * F + f
-    own = row * (1 + SPLIT) * M
+    s1 += _block(row, first, last, start - M // K, KEEP, M, K) * (1 + SPLIT) * M * D
+    scale = tl.load(token_scale + K - 1)
     was = _writes(start - M // K, num_writes, M, K)
     was = was & (start > first) & (m < (last - start) * K + M)
-    scale = tl.load(token_scale + K - 1)
-    x2_turned = _flip(_load_some(x2 + own * D, hidden, was, M * D, SPLIT))
-    s2_terms = _load_some(s2 + own * F, frames, was, M * F, SPLIT)
-    written = _plus(tl.zeros((TILE, F), tl.float32), x2_turned, s2_terms)
-    weight = tl.load(w2 + rows2) - scale * written
-    tl.store(w2 + rows2, weight)
-    _store_terms(w2_terms + row * (1 + SPLIT) * F * D, rows2, _terms(weight, SPLIT), F * D)
-    if j == 0:
-        tl.store(b2, tl.load(b2) - scale * tl.sum(_sum_terms(s2_terms), 0))
-    s1 += _block(row, first, last, start - M // K, KEEP, M, K) * (1 + SPLIT) * M * D
     s1_terms = _load_some(s1, hidden, was, M * D, SPLIT)
     key_turned = _flip(_terms(_frames(k + here * F - M * F, frames, was), SPLIT))
     written = _plus(tl.zeros((F, TILE), tl.float32), key_turned, s1_terms)
-    weight = tl.load(w1 + rows1) - scale * written
-    tl.store(w1 + rows1, weight)
+    weight = tl.load(w1) - scale * written
+    tl.store(w1, weight)
     bias = tl.load(b1) - scale * tl.sum(_sum_terms(s1_terms), 0)
     tl.store(b1, bias)
     weight_terms = _terms(weight, SPLIT)
@@ -66,6 +55,33 @@ def mlp_update(
     tl.store(z1 + hidden, _plus(given, key_terms, weight_terms))
     query_terms = _terms(_frames(q + here * F, frames, real), SPLIT)
     tl.store(zq1 + hidden, _plus(given, query_terms, weight_terms))
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def mlp_second(
+    token_scale, w2, b2, w2_terms, x2, s2,
+    num_writes, first, last, start,
+    K: tl.constexpr, F: tl.constexpr, D: tl.constexpr, M: tl.constexpr, TILE: tl.constexpr,
+    SPLIT: tl.constexpr,
+):  # fmt: skip
+    """A tile of the second layer takes what the block before has written."""
+    row, j = tl.program_id(0).to(tl.int64), tl.program_id(1) * TILE
+    m, f, h = tl.arange(0, M), tl.arange(0, F), tl.arange(0, TILE)
+    frames, hidden = m[:, None] * F + f[None, :], j + m[:, None] * D + h[None, :]
+    rows2 = (j + h[:, None]) * F + f[None, :]
+    w2, b2 = w2 + row * F * D + rows2, b2 + row * F + f
+    own = row * (1 + SPLIT) * M
+    scale = tl.load(token_scale + K - 1)
+    was = _writes(start - M // K, num_writes, M, K)
+    was = was & (start > first) & (m < (last - start) * K + M)
+    x2_turned = _flip(_load_some(x2 + own * D, hidden, was, M * D, SPLIT))
+    s2_terms = _load_some(s2 + own * F, frames, was, M * F, SPLIT)
+    written = _plus(tl.zeros((TILE, F), tl.float32), x2_turned, s2_terms)
+    weight = tl.load(w2) - scale * written
+    tl.store(w2, weight)
+    _store_terms(w2_terms + row * (1 + SPLIT) * F * D, rows2, _terms(weight, SPLIT), F * D)
+    if j == 0:
+        tl.store(b2, tl.load(b2) - scale * tl.sum(_sum_terms(s2_terms), 0))
 
 
 @triton.jit

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ttt.ops import recompute
 from ttt.ops.autocast import without_autocast
 from ttt.ops.inner_loop import linear_kernels, mlp_blocks
-from ttt.ops.inner_loop.pieces import EPSILON, InnerLayers, flatten
-from ttt.ops.recompute import discards_what_is_saved
+from ttt.ops.inner_loop.pieces import EPSILON, InnerLayers, flatten, memory
 
 SPLIT_TYPES: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
 """For frames of these types, factors of products are split in two bfloat16 terms, which is exact to
@@ -103,19 +103,24 @@ class _Scan(torch.autograd.Function):
         *weights: Tensor,
     ) -> tuple[Tensor, ...]:
         frames = tuple(_aligned(x) for x in (q, k, v, eta, token_scale, ln_weight, ln_bias))
-        out = torch.empty_like(frames[0])
         groups = _groups(q.shape[2], group_size or q.shape[2])
         starts: list[Tensor] = []
         kept: tuple[Tensor, ...] = ()
         ctx.has_kept = group_size is None
-        keep = ctx.has_kept and not discards_what_is_saved()
-        for group in groups:
-            starts += weights
-            weights, kept = _forward(frames, weights, out, num_writes, group, keep=keep)
-        if ctx.has_kept and not keep:
-            # Of the shapes that checkpointing expects again, and no memory.
-            num_frames = math.prod(q.shape[:4])
-            kept = tuple(x.new_empty(1, 1).expand(num_frames, x.shape[1]) for x in kept)
+        made = recompute.kept() if ctx.has_kept else None
+        if made is not None:
+            starts, (out, *rest) = list(weights), made
+            weights, kept = tuple(rest[: len(starts)]), tuple(rest[len(starts) :])
+        else:
+            out = torch.empty_like(frames[0])
+            keep = ctx.has_kept and (
+                recompute.may_keep() or not recompute.discards_what_is_saved()
+            )
+            for group in groups:
+                starts += weights
+                weights, kept = _forward(frames, weights, out, num_writes, group, keep=keep)
+            if recompute.may_keep() and keep:
+                recompute.keep((out, *weights, *kept))
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*frames, *starts, *((*weights, *kept) if ctx.has_kept else ()))
         ctx.num_writes, ctx.groups = num_writes, groups
@@ -188,8 +193,8 @@ def _forward(
     if len(weights) == 4:
         return mlp_blocks.forward(frames, weights, out, num_writes, group, keep=keep, split=split)
     rows, size, width = math.prod(out.shape[:2]), *out.shape[3:]
-    num_kept = rows * size * (group[1] - group[0]) if keep else 0
-    kept = tuple(out.new_empty(num_kept, width, dtype=torch.float32) for _ in range(2))
+    num_kept = rows * size * (group[1] - group[0])
+    kept = tuple(memory(weights[0], num_kept, width, exists=keep) for _ in range(2))
     after = tuple(_to_overwrite(weights, weights))
     _launch(
         linear_kernels.linear_forward,
