@@ -3,6 +3,7 @@
 The model runs in stock `moshi`'s `LMGen`, one frame at a time, with its TTT state.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ from finetune.model import (
 from finetune.safety import all_finite
 from ttt import TTTLMModel, eager_streaming, ttt_parameters, use_in_rows
 from ttt.layers.frozen import frozen_linears
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -195,14 +198,15 @@ def continue_dialogue(
     seed: int = 0,
     temperature: float = 0.8,
     text_temperature: float = 0.7,
-    on_stop: Callable[[Continuation | None], object] = lambda _: None,
+    on_stop: Callable[[Continuation | None], object] | None = None,
 ) -> Continuation:
     """Moshi hears the user's channel of `dialogue` to its end, and speaks after `prompt_sec`.
 
     During the prompt, Moshi's own words and voice are those of the recording.
 
     Args:
-        on_stop: takes what there is when somebody stops it; None: nothing is beyond the prompt.
+        on_stop: takes what there is when somebody stops it, or None if that is not more than the
+            prompt.
 
     Raises:
         UserError: the prompt is as long as the recording; see `generate_codes`.
@@ -217,10 +221,13 @@ def continue_dialogue(
         )
 
     def stopped(frames: Sequence[Tensor]) -> None:
-        if len(frames) <= prompt_frames:
-            on_stop(None)
-        else:
-            on_stop(_heard(codec, dialogue, torch.cat([*frames], dim=2), prompt_frames))
+        if on_stop is None:
+            return
+        begun = None
+        if len(frames) > prompt_frames:
+            logger.info("keeping what there is of the answer; Ctrl-C again leaves at once")
+            begun = _heard(codec, dialogue, torch.cat([*frames], dim=2), prompt_frames)
+        on_stop(begun)
 
     torch.manual_seed(seed)
     said = generate_codes(

@@ -86,18 +86,16 @@ def read_with(tmp_path_factory: pytest.TempPathFactory, place: Any, value: Any) 
 
 
 LISTS = [
-    (command, field.key)
-    for command in COMMANDS.values()
+    (name, field.key)
+    for name, command in COMMANDS.items()
     for field in all_fields(complete(vars(command)["options"]))
     if any(get_origin(kind) is tuple for kind in members(field.kind))
 ]
 
 
-@pytest.mark.parametrize(
-    ("command", "name"), LISTS, ids=lambda each: getattr(each, "__name__", each)
-)
-def test_an_empty_list_on_a_command_line_is_never_all_there_are(command: Any, name: str) -> None:
-    options, takes_keys = (vars(command)[each] for each in ("options", "with_overrides"))
+@pytest.mark.parametrize(("command", "name"), LISTS, ids=str)
+def test_an_empty_list_on_a_command_line_is_never_all_there_are(command: str, name: str) -> None:
+    options, takes_keys = (vars(COMMANDS[command])[each] for each in ("options", "with_overrides"))
     needed = [f.key for f in all_fields(complete(options)) if f.is_required and f.key != name]
     for text in ("", " ", ",", "[]"):
         given = {**dict.fromkeys(needed, "x"), name: text}
