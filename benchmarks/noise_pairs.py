@@ -4,7 +4,7 @@
 
 The good one is an utterance of Moshi's, mono, with its words beside it. The bad one, of the same
 length and loudness and with the same words, is white noise, noise with the utterance's spectrum, or
-the utterance reversed: `--num_pairs` of each, each of another utterance. For
+the utterance reversed: `--num_pairs` of each, each of another utterance, in a new folder. For
 `moshi-ttt evaluate --pairs data/pairs/pairs.jsonl`.
 """
 
@@ -17,6 +17,8 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
+from finetune.kept import require_free_folder
+
 GROUPS = ("white noise", "noise shaped like the speech", "reversed speech")
 MAX_PAUSE_SEC = 0.3
 UTTERANCE_SEC = (1.5, 5.0)
@@ -28,6 +30,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--num_pairs", type=int, default=100)
     args = parser.parse_args()
+    require_free_folder(args.out, "out")
     args.out.mkdir(parents=True, exist_ok=True)
     found = [u for line in args.dialogues.open() for u in utterances(args.dialogues.parent, line)]
     random.Random(0).shuffle(found)

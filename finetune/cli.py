@@ -176,7 +176,7 @@ def init(options: InitOptions) -> None:
 
         recording_lengths("--data", data)
 
-    answers = ask_for_missing(options, ["data", "goal", "gpu_memory"], {"data": check_data})
+    answers = ask_for_missing(options, {"data": check_data})
     from finetune.checkpoint import free_run_dir
     from finetune.plan import Wanted, write_config
 

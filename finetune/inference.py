@@ -3,7 +3,8 @@
 The model runs in stock `moshi`'s `LMGen`, one frame at a time, with its TTT state.
 """
 
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +34,8 @@ from finetune.model import (
 from finetune.safety import all_finite
 from ttt import TTTLMModel, eager_streaming, ttt_parameters, use_in_rows
 from ttt.layers.frozen import frozen_linears
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -195,10 +198,15 @@ def continue_dialogue(
     seed: int = 0,
     temperature: float = 0.8,
     text_temperature: float = 0.7,
+    on_stop: Callable[[Continuation | None], object] | None = None,
 ) -> Continuation:
     """Moshi hears the user's channel of `dialogue` to its end, and speaks after `prompt_sec`.
 
     During the prompt, Moshi's own words and voice are those of the recording.
+
+    Args:
+        on_stop: takes what there is when somebody stops it, or None if that is not more than the
+            prompt.
 
     Raises:
         UserError: the prompt is as long as the recording; see `generate_codes`.
@@ -211,6 +219,16 @@ def continue_dialogue(
             f"--prompt_sec: {prompt_sec:g} s leave nothing to say of a recording of "
             f"{num_frames / FRAME_RATE_HZ:.1f} s ({dialogue.path})."
         )
+
+    def stopped(frames: Sequence[Tensor]) -> None:
+        if on_stop is None:
+            return
+        begun = None
+        if len(frames) > prompt_frames:
+            logger.info("keeping what there is of the answer; Ctrl-C again leaves at once")
+            begun = _heard(codec, dialogue, torch.cat([*frames], dim=2), prompt_frames)
+        on_stop(begun)
+
     torch.manual_seed(seed)
     said = generate_codes(
         model,
@@ -218,7 +236,13 @@ def continue_dialogue(
         prompt_frames=prompt_frames,
         temperature=temperature,
         text_temperature=text_temperature,
+        on_stop=stopped,
     )
+    return _heard(codec, dialogue, said, prompt_frames)
+
+
+def _heard(codec: Codec, dialogue: Segment, said: Tensor, prompt_frames: int) -> Continuation:
+    """Return codes [1, 1 + dep_q, T], of the dialogue's beginning or all of it, as they sound."""
     voice = codec.decode(said[:, 1:])[0]
     user = dialogue.audio[1:]
     num_samples = min(voice.shape[-1], user.shape[-1])
@@ -239,6 +263,7 @@ def generate_codes(
     text_temperature: float,
     ttt_rows: Tensor | None = None,
     after_step: Callable[[], object] = lambda: None,
+    on_stop: Callable[[Sequence[Tensor]], object] = lambda _: None,
     use_cuda_graphs: bool = True,
 ) -> Tensor:
     """Moshi's text and audio codes, [B, 1 + dep_q, T], given the user's in `codes` [B, 17, T].
@@ -248,6 +273,7 @@ def generate_codes(
     Args:
         ttt_rows: a mask [B] of booleans, the rows that use TTT; None: all.
         after_step: is called after every frame, while the model is streaming.
+        on_stop: takes the frames that there are when somebody stops it, [B, 1 + dep_q, 1] each.
         use_cuda_graphs: on a GPU. In training one could not be recorded while another thread
             encodes audio.
 
@@ -265,12 +291,13 @@ def generate_codes(
     generator = SteadyLMGen(model, temperature, text_temperature, on_text_hook=force_text)
     delays = torch.tensor(model.delays[1 : 1 + model.dep_q], device=codes.device)
     streams = torch.arange(1, 1 + model.dep_q, device=codes.device)
-    frames = []
+    frames: list[Tensor] = []
     num_steps = num_frames + max(model.delays)
     # Read once, at the end: a GPU would wait for every step.
     healthy_steps = torch.tensor(num_steps, device=codes.device)
     streaming = generator.streaming if use_cuda_graphs else partial(eager_streaming, generator)
-    with _caches_of(model, num_steps), streaming(num_rows):
+    keeping = _handing_over(frames, healthy_steps, max(model.delays), on_stop)
+    with keeping, _caches_of(model, num_steps), streaming(num_rows):
         if ttt_rows is not None:
             use_in_rows(generator, ttt_rows)
         # Step s predicts text frame s and, of a delayed stream, frame s - delay. It reads the
@@ -289,7 +316,7 @@ def generate_codes(
             after_step()
             assert generator.healthy is not None
             broken_at = torch.where(generator.healthy.all(), num_steps, step)
-            healthy_steps = healthy_steps.minimum(broken_at)
+            torch.minimum(healthy_steps, broken_at, out=healthy_steps)
             if frame is not None:
                 frames.append(frame)
     if healthy_steps < num_steps:
@@ -298,6 +325,25 @@ def generate_codes(
             "on; use an earlier checkpoint."
         )
     return torch.cat(frames, dim=2)[:, :, :num_frames]
+
+
+@contextmanager
+def _handing_over(
+    frames: Sequence[Tensor],
+    healthy_steps: Tensor,
+    lag: int,
+    on_stop: Callable[[Sequence[Tensor]], object],
+) -> Iterator[None]:
+    """Hand over what there is, as far as it is sound, if somebody stops what is made in here.
+
+    Args:
+        lag: steps from a frame's first prediction to its last, after which it is there.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        on_stop(frames[: max(0, int(healthy_steps) - lag)])
+        raise
 
 
 @contextmanager

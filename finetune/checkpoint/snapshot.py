@@ -1,6 +1,7 @@
 """What a checkpoint holds, in memory, until it is written."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -8,6 +9,7 @@ from torch import Tensor
 from finetune.checkpoint.consolidated import consolidated
 from finetune.config import TrainArgs
 from finetune.distributed import World, shard_size
+from finetune.kept import checkpoints_in, step_of
 from finetune.model import adapter_roles
 from finetune.step import moment_bytes
 from ttt import TTTLMModel
@@ -42,6 +44,8 @@ class CheckpointBytes(NamedTuple):
     """In the host's memory, until it is written, by this process."""
     written: float = 0.0
     """On the disk, by all processes."""
+    num_at_once: int = 1
+    """How many more than now lie on the disk at the same time, as `num_ckpt_keep` says."""
 
 
 def checkpoint_bytes(args: TrainArgs, model: TTTLMModel, world: World) -> CheckpointBytes:
@@ -62,4 +66,18 @@ def checkpoint_bytes(args: TrainArgs, model: TTTLMModel, world: World) -> Checkp
     copied = kept / shard_size(args, world.size) if args.ckpt_async else 0.0
     if world.is_main and (args.ckpt_async or world.device.type == "cuda"):
         copied += weights
-    return CheckpointBytes(copied, kept + weights)
+    return CheckpointBytes(copied, kept + weights, _num_at_once(args))
+
+
+def _num_at_once(args: TrainArgs) -> int:
+    """Return how many checkpoints more than now there will be on the disk at the same time."""
+    # Those of a run that is replaced make room for others as well.
+    there = list(map(step_of, checkpoints_in(Path(args.run_dir) / "checkpoints")))
+    done = min(there[-1], args.max_steps) if there and args.resume else 0
+    every = args.ckpt_freq if args.ckpt_freq >= 1 else args.max_steps
+    num_to_come = -(-args.max_steps // every) - done // every
+    if args.num_ckpt_keep is None:
+        return num_to_come
+    # An old one is deleted when the next one is complete; the best one is kept besides.
+    most = args.num_ckpt_keep + 1 + args.do_eval
+    return min(num_to_come, max(1, most - len(there)))

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Le
 
 from finetune.config.args import Size
-from finetune.config.marks import POSITIONAL
+from finetune.config.marks import ASKED, POSITIONAL
 from finetune.config.must_exist import CONFIGURATION, FOLDER, SOURCE, WRITABLE
 from finetune.config.values import FilePath, PathText, PngPath
 from finetune.kept import Output, is_png
@@ -56,18 +56,18 @@ class InitOptions:
     out: Annotated[FilePath, POSITIONAL, WRITABLE] = Path("my.yaml")
     """The YAML file to write; one that is there is never replaced."""
 
-    data: Annotated[FilePath | None, SOURCE] = None
-    """The JSONL to train on; null: it is asked for."""
+    data: Annotated[FilePath | None, SOURCE, ASKED] = None
+    """The JSONL to train on."""
 
     eval_data: Annotated[FilePath | None, SOURCE] = None
     """A JSONL to evaluate on; null: none."""
 
-    goal: Literal["remember", "adapt"] | None = None
+    goal: Annotated[Literal["remember", "adapt"] | None, ASKED] = None
     """`remember`: TTT that carries what was said beyond attention's reach. `adapt`: another voice,
-    manner or subject, without TTT. null: it is asked for."""
+    manner or subject, without TTT."""
 
-    gpu_memory: Annotated[float, Ge(1), Le(1e5)] | None = None
-    """Memory of each GPU, in GB; null: it is asked for."""
+    gpu_memory: Annotated[Annotated[float, Ge(1), Le(1e5)] | None, ASKED] = None
+    """Memory of each GPU, in GB."""
 
     gpus: Size = 1
     """How many GPUs, on one host."""

@@ -89,6 +89,8 @@ def default_text(field: Field) -> str:
         return f"`{','.join(map(str, field.default))}`"
     if isinstance(field.default, str | Path):
         return f"`{field.default}`" if str(field.default) else "empty"
+    if field.is_asked:
+        return "asked for"
     return "null" if field.default is None else str(field.default).lower()
 
 
@@ -133,10 +135,9 @@ def commands_page(commands: Mapping[str, Callable[..., Any]]) -> str:
     for name, command in commands.items():
         lines += [f"## {name}", "", _text(command), "", *_usage(name, command), ""]
         lines += ["| option | type | default | meaning |", "| --- | --- | --- | --- |"]
-        lines += [
-            f"| {_names(field)} | {type_name(field.kind)} | {default_text(field)} | {field.doc} |"
-            for field in _options(command)
-        ]
+        for field in _options(command):
+            kind, default = type_name(field.given_kind), default_text(field)
+            lines.append(f"| {_names(field)} | {kind} | {default} | {field.doc} |")
         lines.append("")
     return "\n".join(lines)
 
@@ -147,7 +148,7 @@ def help_page(name: str, command: Callable[..., Any]) -> str:
     for field in _options(command):
         lines.append(f"  {_names(field).replace('`', '')}   ({default_text(field).strip('`')})")
         lines += textwrap.wrap(
-            f"{field.doc} [{type_name(field.kind)}]",
+            f"{field.doc} [{type_name(field.given_kind)}]",
             96,
             initial_indent=" " * 6,
             subsequent_indent=" " * 6,

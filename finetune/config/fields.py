@@ -10,9 +10,9 @@ from dataclasses import MISSING, dataclass
 from functools import cache
 from typing import Annotated, Any, TypeVar, get_origin, get_type_hints
 
-from finetune.config.marks import Prefix
+from finetune.config.marks import Asked, Prefix
 from finetune.config.similar import similar_keys
-from finetune.config.values import NULLS, members, parse
+from finetune.config.values import NULLS, members, parse, without_null
 from ttt.options import Change, OneOf, abbreviated
 
 # What is wrong, by dotted key ("optim.lr", or "full_finetuning, lora.enable"), with its remedy.
@@ -46,6 +46,15 @@ class Field:
     @property
     def is_required(self) -> bool:
         return self.section is None and self.default is MISSING
+
+    @property
+    def is_asked(self) -> bool:
+        return bool(marks_of(self.kind, Asked))
+
+    @property
+    def given_kind(self) -> Any:
+        """Return the type of what may be given: null is not, where a command asks."""
+        return without_null(self.kind) if self.is_asked else self.kind
 
     @property
     def prefix(self) -> str:
@@ -157,7 +166,7 @@ def fill(cls: type, flat: Mapping[str, Any]) -> tuple[Any, list[Problem]]:
                 problems.append((key, "is a section: expected keys of its own below it"))
         else:
             try:
-                values[key] = parse(raw, fields[key].kind)
+                values[key] = parse(raw, fields[key].given_kind)
             except ValueError as error:
                 problems.append((key, str(error)))
     for key, field in fields.items():

@@ -23,6 +23,15 @@ POSITIONAL = Positional()
 
 
 @dataclass(frozen=True)
+class Asked:
+    """An option that is null until the command has asked for it on the terminal: nobody can give
+    null."""
+
+
+ASKED = Asked()
+
+
+@dataclass(frozen=True)
 class MustExist:
     """Mark of an option that names what must be there already: a file, or room to write one.
 

@@ -11,7 +11,7 @@ from finetune.config.args import TrainArgs
 from finetune.config.fields import Field, all_fields, complete, fill, marks_of
 from finetune.config.marks import MustExist, Positional
 from finetune.config.must_exist import what_is_missing
-from finetune.config.values import members, parse, without_null
+from finetune.config.values import members, parse
 from finetune.errors import UserError
 from finetune.safety import learn_from, redact
 from ttt.options import abbreviated
@@ -162,10 +162,10 @@ def _raise(problems: Sequence[str]) -> None:
 
 
 def ask_for_missing(
-    options: Any, names: Sequence[str], checks: Mapping[str, Callable[[Any], object]] | None = None
+    options: Any, checks: Mapping[str, Callable[[Any], object]] | None = None
 ) -> Any:
-    """Return options with answers in the place of those that are null, asked on the terminal; an
-    answer that is no value, or names what is not there, is asked for again.
+    """Return options with answers in the place of those that are `ASKED` and null; an answer
+    that is no value, or names what is not there, is asked for again.
 
     Args:
         checks: by name, what raises `UserError` for an answer that is of no use.
@@ -173,14 +173,13 @@ def ask_for_missing(
     Raises:
         UserError: one is null, and there is no terminal, or no answer.
     """
-    fields = {field.key: field for field in all_fields(type(options))}
-    for name in names:
-        if getattr(options, name) is not None:
+    for field in all_fields(type(options)):
+        name, answer = field.key, None
+        if not field.is_asked or getattr(options, name) is not None:
             continue
         if not sys.stdin.isatty():
             raise UserError(f"--{name} is missing. Ask for --help to see what it is.")
-        field, answer = fields[name], None
-        question = field.doc.split(" null:")[0].removesuffix(";").removesuffix(".")
+        question = field.doc.removesuffix(".")
         while answer is None:
             try:
                 text = input(f"{question}.\n{name}: ").strip()
@@ -203,7 +202,7 @@ def _answer(text: str, field: Field) -> Any:
     Raises:
         ValueError, UserError: it is no value of the option, or names what is not there.
     """
-    answer = parse(text, without_null(field.kind))
+    answer = parse(text, field.given_kind)
     for mark in marks_of(field.kind, MustExist):
         mark.require(answer, f"--{field.key}")
     return answer

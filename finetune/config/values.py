@@ -83,7 +83,9 @@ def parse(raw: Any, kind: Any) -> Any:
     """
     options = members(kind)
     several = next((each for each in options if get_origin(each) in (list, tuple)), None)
-    if several is not None and raw not in NULLS:
+    # `--only=$RUNS` of an empty variable is no wish for what null would mean, which is all.
+    is_empty = raw == "" and get_origin(several) is tuple
+    if several is not None and (is_empty or raw not in NULLS):
         return _parse_several(raw, several)
     broken = None
     for candidate in _candidates(raw) if isinstance(raw, str) else ():

@@ -19,7 +19,7 @@ from finetune.data.inspection import (
     wrong_in_all,
 )
 from finetune.data.inspection import VERSION as INSPECTION_VERSION
-from finetune.data.layouts import SOURCES, Entry, MonoPair, Source, StereoFile, open_source
+from finetune.data.layouts import SOURCES, Entry, MonoPair, Source, StereoFile, list_entries
 from finetune.data.lines import parse_line
 from finetune.data.loader import (
     EvalLoader,
@@ -51,6 +51,7 @@ from finetune.data.transcripts import (
     USER_SPEAKER,
     Word,
     read_transcript,
+    shared_transcripts,
 )
 
 __all__ = [
@@ -99,16 +100,17 @@ __all__ = [
     "inspect_audio",
     "inspect_listing",
     "inspect_recording",
+    "list_entries",
     "listed_recordings",
     "load_sources",
     "num_different",
     "open_checked_store",
-    "open_source",
     "open_store",
     "parse_line",
     "power_of",
     "read_audio",
     "read_transcript",
+    "shared_transcripts",
     "text_stream",
     "tokenize_segment",
     "warn_if_shared",

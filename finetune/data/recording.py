@@ -67,6 +67,12 @@ class Recording(ABC):
         """Return the files on disk that its audio, or its codes, lie in."""
         return (self.path,)
 
+    @property
+    def own_transcripts(self) -> tuple[tuple[Path, Path], ...]:
+        """Return the files beside its audio that hold nothing but its words, there or not, each
+        after the file, or the name of the codes, whose words these are."""
+        return ()
+
     def moved(self, places: Mapping[Path, Path]) -> "Recording":
         """Return it as it would be in other files.
 

@@ -11,7 +11,7 @@ from finetune.config import parse_sources
 from finetune.data.checks import Checks
 from finetune.data.codes import ReadCodes
 from finetune.data.inspection import Finding, inspect_listing, wrong_in_all
-from finetune.data.layouts import Entry, open_source
+from finetune.data.layouts import Entry, list_entries
 from finetune.data.reading import Reading
 from finetune.data.recording import OtherSide, Recording, SegmentRef, cut
 from finetune.data.store import Store
@@ -199,8 +199,8 @@ def listed_recordings(spec: str, *, key: str) -> list[Recording]:
     Raises:
         UserError: a path is wrong, or a list cannot be read or is empty.
     """
-    sources = [open_source(path, key) for path, _ in parse_sources(spec, key)]
-    listed = [entry.recording for source in sources for entry in source.entries()]
+    sources = [list_entries(path, key) for path, _ in parse_sources(spec, key)]
+    listed = [entry.recording for entries in sources for entry in entries]
     return [recording for recording in listed if recording is not None]
 
 
@@ -229,7 +229,7 @@ def _check_source(
     part: slice = slice(None),
 ) -> list[_Checked]:
     """Check all entries of a source, or part of them."""
-    entries = open_source(path, key, reading).entries()[part]
+    entries = list_entries(path, key, reading)[part]
     logger.info("checking %s of %s", counted(len(entries), "recording"), path)
     with ThreadPoolExecutor(_NUM_CHECK_THREADS) as pool:
         checked = list(pool.map(lambda entry: _check(entry, checks), entries))

@@ -1,6 +1,8 @@
 """Transcripts: the words of a recording with their times."""
 
 import json
+import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -103,6 +105,33 @@ def transcript_of(content: Any, name: str) -> Transcript:
         if len(entry) > 3:
             unused.add("alignments[…][3]")
     return Transcript(words, frozenset(unused))
+
+
+def shared_transcripts(transcripts: Iterable[tuple[Path, Path]], leave_out: str) -> dict[Path, str]:
+    """Return what is wrong with files whose transcript is that of another as well, such as `x.wav`
+    and `x.flac` in one folder, by file.
+
+    Args:
+        transcripts: files of audio, or names of codes, each with its transcript.
+        leave_out: how to do without one of them, for messages.
+    """
+    first: dict[str, Path] = {}
+    sharing: dict[str, list[Path]] = {}
+    for file, transcript in transcripts:
+        place = os.path.normpath(transcript)
+        if first.setdefault(place, file) != file:
+            sharing.setdefault(place, [first[place]]).append(file)
+    problems = {}
+    for place, files in sharing.items():
+        by_file = {os.path.realpath(file): file for file in files}  # a link is no other file
+        for file in files if len(by_file) > 1 else ():
+            own = os.path.realpath(file)
+            other = next(each for found, each in by_file.items() if found != own)
+            problems[file] = (
+                f"{file} and {other} share the transcript {place}, which can be of one of them "
+                f"alone: give the other another name, or {leave_out}"
+            )
+    return problems
 
 
 def _is_alignment(entry: Any) -> bool:

@@ -12,7 +12,7 @@ from finetune.distributed.sharding import (
     whole,
 )
 from finetune.distributed.watchdog import Watch
-from finetune.distributed.world import World, join_world, num_processes, peak_memory_gb
+from finetune.distributed.world import World, device_of, join_world, num_processes, peak_memory_gb
 
 __all__ = [
     "FEW",
@@ -20,6 +20,7 @@ __all__ = [
     "Watch",
     "World",
     "build_sharding",
+    "device_of",
     "join_world",
     "let_go",
     "like_parameter",

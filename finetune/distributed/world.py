@@ -185,6 +185,26 @@ def num_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def device_of(device: Literal["auto", "cpu", "cuda"], local_rank: int) -> torch.device:
+    """Return where a process of this host computes.
+
+    Raises:
+        UserError: `cuda` was asked for and there is none, or there are fewer than processes.
+    """
+    available = torch.cuda.device_count()
+    if device == "cpu" or (device == "auto" and not available):
+        return torch.device("cpu")
+    if not available:
+        raise UserError("device: cuda, and PyTorch sees no GPU here. Set device: cpu, or auto.")
+    if local_rank >= available:
+        raise UserError(
+            f"device: this host has {available} CUDA devices, and process {local_rank} of it needs "
+            "one. Start fewer processes (torchrun --nproc-per-node, or processes in the file of a "
+            "sweep), or set device: cpu."
+        )
+    return torch.device("cuda", local_rank)
+
+
 def join_world(
     device: Literal["auto", "cpu", "cuda"],
     *,
@@ -202,23 +222,13 @@ def join_world(
             `gather`); None: `timeout`.
 
     Raises:
-        UserError: `cuda` was asked for and there is none, or there are fewer than processes.
+        UserError: see `device_of`.
     """
     size = num_processes()
     rank = int(os.environ.get("RANK", 0))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    available = torch.cuda.device_count()
-    if device == "cpu" or (device == "auto" and not available):
-        place = torch.device("cpu")
-    elif not available:
-        raise UserError("device: cuda, and PyTorch sees no GPU here. Set device: cpu, or auto.")
-    elif local_rank >= available:
-        raise UserError(
-            f"device: this host has {available} CUDA devices, and process {local_rank} of it needs "
-            f"one. Start fewer processes (torchrun --nproc-per-node), or set device: cpu."
-        )
-    else:
-        place = torch.device("cuda", local_rank)
+    place = device_of(device, local_rank)
+    if place.type == "cuda":
         torch.cuda.set_device(place)
     if size > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"

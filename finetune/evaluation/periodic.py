@@ -3,7 +3,8 @@ and whether the model still speaks."""
 
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -41,19 +42,16 @@ def evaluate(
         text_nll, audio_nll: without weights, in nats per token.
         text_perplexity, audio_perplexity: exp of these.
     """
-    was_training = model.training
-    model.eval()
     total = torch.zeros(2, 4, dtype=torch.float64)
     # All zero tokens, which weigh nothing, where another process has more batches than this one.
     codes = torch.full((1, model.num_codebooks, 16), model.zero_token_id, device=world.device)
-    for batch in world.in_step(batches, should_stop):
-        codes = torch.full_like(codes, model.zero_token_id) if batch is None else batch.codes
-        output = model(codes, with_heads=False)
-        for row, sums in enumerate(stream_sums(model, output, codes, weights)):
-            parts = (sums.loss, sums.weight, sums.nll, sums.count)
-            total[row] += torch.stack([part.double() for part in parts]).cpu()
-    model.train(was_training)
-    let_go(model)
+    with _evaluating(model):
+        for batch in world.in_step(batches, should_stop):
+            codes = torch.full_like(codes, model.zero_token_id) if batch is None else batch.codes
+            output = model(codes, with_heads=False)
+            for row, sums in enumerate(stream_sums(model, output, codes, weights)):
+                parts = (sums.loss, sums.weight, sums.nll, sums.count)
+                total[row] += torch.stack([part.double() for part in parts]).cpu()
     totals = world.sum_over_data(total.to(world.device)).tolist()
     (text_loss, text_nll), (audio_loss, audio_nll) = (
         (loss / max(weight, 1e-9), nll / max(count, 1)) for loss, weight, nll, count in totals
@@ -67,6 +65,18 @@ def evaluate(
         "text_perplexity": math.exp(min(text_nll, 700.0)),
         "audio_perplexity": math.exp(min(audio_nll, 700.0)),
     }
+
+
+@contextmanager
+def _evaluating(model: TTTLMModel) -> Iterator[None]:
+    """Have a model evaluate; after this it is as it was, also where an error has ended it."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+        let_go(model)
 
 
 def build_speech_check(args: TrainArgs, codec: Codec, world: World) -> "SpeechCheck | None":
@@ -136,22 +146,19 @@ class SpeechCheck:
             self._codes = self._first_segments(batches)
         if not len(self._codes):
             return {}
-        was_training = model.training
-        model.eval()
         try:
-            results = check_health(
-                model,
-                self.codec,
-                self._codes,
-                prompt_frames=self.prompt_frames,
-                seed=self.seed,
-                after_frame=after_frame,
-            )
+            with _evaluating(model):
+                results = check_health(
+                    model,
+                    self.codec,
+                    self._codes,
+                    prompt_frames=self.prompt_frames,
+                    seed=self.seed,
+                    after_frame=after_frame,
+                )
         except torch.OutOfMemoryError:
             logger.warning("no memory to check the health of speech; health_sec: 0 turns it off")
             return {}
-        finally:
-            model.train(was_training)
         own, usual = means(results, "generated"), means(results, "recorded")
         # Before the first step there may be random weights, which say nothing of the run.
         for alarm in alarms(own, usual) if step else []:

@@ -9,6 +9,7 @@ from finetune.model.build import (
     load_model,
     model_shape,
     plan_model,
+    require_machine,
 )
 from finetune.model.exported import TTT_FILE, exported_ttt_args, unused_ttt
 from finetune.model.find import find_checkpoint, find_recorded
@@ -43,6 +44,7 @@ __all__ = [
     "parameters_by_role",
     "plan_model",
     "read_codes_of",
+    "require_machine",
     "shape_from_hub",
     "trainable_by_role",
     "unused_ttt",

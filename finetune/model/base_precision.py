@@ -43,10 +43,10 @@ def require_bitsandbytes(what: str) -> None:
         )
 
 
-def require_precision(model: TTTLMModel, precision: str, device: torch.device) -> None:
+def require_precision(precision: str, device: torch.device) -> None:
     """
     Raises:
-        UserError: this machine cannot compute with such weights, or the model does not suit them.
+        UserError: this machine cannot compute with such weights.
     """
     if precision == "nf4":
         require_bitsandbytes("base_precision: nf4")
@@ -60,6 +60,15 @@ def require_precision(model: TTTLMModel, precision: str, device: torch.device) -
             f"{torch.cuda.get_device_name(device)} has {'.'.join(map(str, capability))}; choose "
             f"nf4 or bfloat16."
         )
+
+
+def require_widths(model: TTTLMModel, precision: str, device: torch.device) -> None:
+    """
+    Raises:
+        UserError: the model does not suit such weights.
+    """
+    if precision != "float8" or device.type != "cuda":
+        return
     for name, layer in frozen_linears(model):
         if layer.in_features % MULTIPLE or layer.out_features % MULTIPLE:
             raise UserError(

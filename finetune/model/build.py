@@ -15,7 +15,12 @@ from finetune.config import LoraArgs, ModelArgs, TrainArgs
 from finetune.data import Codec
 from finetune.errors import UserError
 from finetune.model.adapters import no_base
-from finetune.model.base_precision import freeze_base, require_bitsandbytes, require_precision
+from finetune.model.base_precision import (
+    freeze_base,
+    require_bitsandbytes,
+    require_precision,
+    require_widths,
+)
 from finetune.model.compilers import require_compiler
 from finetune.model.fill import Sharder, WeightFiles, fill
 from finetune.model.init_from import (
@@ -114,6 +119,23 @@ def plan_model(
     return model.train()
 
 
+def require_machine(args: TrainArgs, device: torch.device) -> None:
+    """Check that this machine has what a run on `device` needs, whatever its model.
+
+    Raises:
+        UserError: it lacks a compiler, a package, or a GPU of the kind.
+    """
+    compile = _compiles(args, device)
+    require_compiler(device, compile=compile, dtype=getattr(torch, args.param_dtype))
+    require_precision(args.base_precision, device)
+    if args.optim.state == "int8":
+        require_bitsandbytes("optim.state: int8")
+
+
+def _compiles(args: TrainArgs, device: torch.device) -> bool:
+    return device.type == "cuda" if args.compile is None else args.compile
+
+
 def load_model(
     args: TrainArgs,
     info: loaders.CheckpointInfo,
@@ -136,17 +158,14 @@ def load_model(
             compiler for what runs on the device.
     """
     paths, device = args.moshi_paths, torch.device(device)
-    compile = device.type == "cuda" if args.compile is None else args.compile
-    require_compiler(device, compile=compile, dtype=getattr(torch, args.param_dtype))
+    require_machine(args, device)
     shape = changed_shape(model_shape(info), args.model)
     earlier = open_earlier_run(paths) if paths.init_from else None
     if earlier is not None:
         there = _with_known_names(earlier.config)
         require_fit(earlier, args, shape, {key: there.get(key) for key in shape})
-    model = plan_model(args, info, compile=compile)
-    require_precision(model, args.base_precision, device)
-    if args.optim.state == "int8":
-        require_bitsandbytes("optim.state: int8")
+    model = plan_model(args, info, compile=_compiles(args, device))
+    require_widths(model, args.base_precision, device)
     if check is not None:
         check(model)
     files = _weight_files(model, args, info, earlier)

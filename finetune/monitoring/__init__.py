@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         metrics_path,
         open_wandb,
         read_metrics,
+        require_wandb,
     )
     from finetune.monitoring.phases import Phases, StepProfiler
     from finetune.monitoring.plots import plot_losses, running_mean, series
@@ -45,6 +46,7 @@ __all__ = [
     "open_wandb",
     "plot_losses",
     "read_metrics",
+    "require_wandb",
     "running_mean",
     "series",
     "setup_logging",
@@ -52,7 +54,7 @@ __all__ = [
 
 _MODULES = {
     **dict.fromkeys(("KINDS", "Kind", "MetricsLogger"), "metrics"),
-    **dict.fromkeys(("metrics_path", "open_wandb", "read_metrics"), "metrics"),
+    **dict.fromkeys(("metrics_path", "open_wandb", "read_metrics", "require_wandb"), "metrics"),
     **dict.fromkeys(("Phases", "StepProfiler"), "phases"),
     **dict.fromkeys(("plot_losses", "running_mean", "series"), "plots"),
     "RunLog": "run_log",

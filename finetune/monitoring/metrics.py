@@ -279,8 +279,12 @@ def _new_writer(folder: Path, first_step: int) -> Any:
     return SummaryWriter(str(folder), purge_step=first_step, flush_secs=TENSORBOARD_FLUSH_SEC)
 
 
-def open_wandb(run_dir: Path, args: WandbSettings, config: dict[str, Any], resumed: bool) -> Any:
-    """Start the wandb run, or continue the one named in `run_dir/wandb_run_id`."""
+def require_wandb() -> Any:
+    """Return the package.
+
+    Raises:
+        UserError: it is not installed.
+    """
     try:
         import wandb
     except ImportError as error:
@@ -288,7 +292,12 @@ def open_wandb(run_dir: Path, args: WandbSettings, config: dict[str, Any], resum
             "wandb.project is set, but the package wandb is not installed: "
             "pip install 'moshi-ttt[wandb]', or unset wandb.project."
         ) from error
+    return wandb
 
+
+def open_wandb(run_dir: Path, args: WandbSettings, config: dict[str, Any], resumed: bool) -> Any:
+    """Start the wandb run, or continue the one named in `run_dir/wandb_run_id`."""
+    wandb = require_wandb()
     offline = args.offline or os.environ.get("WANDB_MODE") == "offline"
     id_file = run_dir / "wandb_run_id"
     run_id = id_file.read_text(encoding="utf-8").strip() if resumed and id_file.exists() else None

@@ -58,6 +58,7 @@ def require_room(
     world: World,
     copied_bytes: float = 0.0,
     written_bytes: float = 0.0,
+    num_at_once: int = 1,
     *,
     force: bool = False,
 ) -> None:
@@ -68,13 +69,14 @@ def require_room(
         copied_bytes: that this process copies into the host's memory for a checkpoint.
         written_bytes: that a checkpoint has on the disk. It may be cleaned up meanwhile: where they
             find no room now, there is a warning.
+        num_at_once: how many such are to lie there at the same time.
         force: a run that cannot fit gets a warning, and goes on.
 
     Raises:
         UserError: it cannot fit; names what to change.
     """
     if world.is_main:
-        _warn_of_disk(args, written_bytes)
+        _warn_of_disk(args, written_bytes, num_at_once)
     memory = estimate(args, model, world.size)
     on_gpu = world.device.type == "cuda"
     training = at_least(memory)
@@ -99,10 +101,12 @@ def require_room(
             return
 
 
-def _warn_of_disk(args: TrainArgs, num_bytes: float) -> None:
+def _warn_of_disk(args: TrainArgs, num_bytes: float, num_at_once: int) -> None:
     run_dir = Path(args.run_dir)
     folder = next((each for each in (run_dir, *run_dir.parents) if each.is_dir()), run_dir)
     free_bytes = shutil.disk_usage(folder).free
+    if num_at_once * num_bytes <= free_bytes:
+        return
     if num_bytes > free_bytes:
         logger.warning(
             "run_dir: a checkpoint takes %.2f GB, and %.2f GB are free on the disk of %s: free "
@@ -111,6 +115,18 @@ def _warn_of_disk(args: TrainArgs, num_bytes: float) -> None:
             free_bytes / GB,
             run_dir,
             args.ckpt_freq,
+        )
+    else:
+        logger.warning(
+            "run_dir: %d more checkpoints of %.2f GB are to lie there at once (num_ckpt_keep: %s), "
+            "and %.2f GB are free on the disk of %s, which is enough for %d: free some space until "
+            "then, keep fewer, or name another folder.",
+            num_at_once,
+            num_bytes / GB,
+            "null" if args.num_ckpt_keep is None else args.num_ckpt_keep,
+            free_bytes / GB,
+            run_dir,
+            free_bytes // num_bytes,
         )
 
 

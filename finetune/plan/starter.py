@@ -11,7 +11,7 @@ import numpy as np
 from moshi.models import loaders
 
 from finetune.config import ModelPaths, Precision, TrainArgs, load_config, parse_sources
-from finetune.data import FRAME_RATE_HZ, Entry, FileProblem, count_frames, open_source
+from finetune.data import FRAME_RATE_HZ, Entry, FileProblem, count_frames, list_entries
 from finetune.errors import UserError
 from finetune.kept import require_new_file, write_whole
 from finetune.model import find_checkpoint, model_shape, plan_model
@@ -126,7 +126,7 @@ def _entries(key: str, path: Path) -> list[Entry]:
             "number after a colon is a weight, and ~ is a home folder. Give it another name, or a "
             "link."
         )
-    return open_source(path, key).entries()
+    return list_entries(path, key)
 
 
 def recording_lengths(key: str, data: Path) -> np.ndarray:

@@ -106,7 +106,8 @@ def annotate_data(options: AnnotateOptions) -> Iterator[str]:
     yield from _cautions_of_few_words([each.wordless for each in written if each.wordless])
     if problems:
         raise UserError(
-            f"recordings that have no transcript; all others are done: {listed(sorted(problems))}"
+            "recordings that have no transcript of their own; all others are done: "
+            f"{listed(sorted(problems))}"
         )
     yield f"next: moshi-ttt data check {options.data}"
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from finetune.data import Sides, inspect_audio
+from finetune.data import Sides, inspect_audio, shared_transcripts
 from finetune.errors import UserError, counted
 from finetune.kept import write_whole
 from finetune.recordings.annotate import transcript_path
@@ -15,6 +15,7 @@ from finetune.safety import AUDIO_SUFFIXES, find_files, is_recording_name, path_
 
 Files = tuple[Path, ...]
 """A stereo file, or two mono files, Moshi's first."""
+_LEAVE_OUT = "move it out of the folder"
 
 
 def index_folder(options: IndexOptions) -> Iterator[str]:
@@ -37,7 +38,7 @@ def index_folder(options: IndexOptions) -> Iterator[str]:
     else:
         pairs, problems = find_pairs(folder, options.pair, options.joined_dir, options.overwrite)
         dialogues = [(pair.left, pair.right) for pair in pairs]
-    unnamed = {files: problem for files in dialogues if (problem := _name_problem(files))}
+    unnamed = _unusable_names(dialogues)
     problems += unnamed.values()
     dialogues = [files for files in dialogues if files not in unnamed]
     if options.join:
@@ -67,6 +68,18 @@ def index_folder(options: IndexOptions) -> Iterator[str]:
         yield f"next: {bare} no transcript (.json); moshi-ttt data annotate {out}"
     else:
         yield f"next: moshi-ttt data check {out}"
+
+
+def _unusable_names(dialogues: Sequence[Files]) -> dict[Files, str]:
+    """Return what is wrong with the names of dialogues, by their files."""
+    paths = (path for files in dialogues for path in files)
+    shared = shared_transcripts(((path, transcript_path(path)) for path in paths), _LEAVE_OUT)
+    problems = {}
+    for files in dialogues:
+        found = [_name_problem(files), *map(shared.get, files)]
+        if problem := next(filter(None, found), None):
+            problems[files] = problem
+    return problems
 
 
 def _name_problem(files: Files) -> str | None:

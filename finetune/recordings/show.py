@@ -16,7 +16,7 @@ from finetune.data import (
     Segment,
     Word,
     count_frames,
-    open_source,
+    list_entries,
 )
 from finetune.errors import UserError, counted
 from finetune.kept import mark_of, require_not_read, write_wav
@@ -60,7 +60,7 @@ def show_segment(options: ShowOptions, overrides: Mapping[str, Any]) -> tuple[li
 
 
 def _entry(path: Path, index: int, reading: Reading) -> Recording:
-    entries = open_source(path, "--file", reading).entries()
+    entries = list_entries(path, "--file", reading)
     if index >= len(entries):
         raise UserError(
             f"--index {index}: {path} has {counted(len(entries), 'recording')}, numbered from 0."

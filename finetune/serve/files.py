@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ from finetune.serve.progress import Progress
 from finetune.serve.report import Report
 from finetune.serve.session import Identity, identify, load_session, pack
 from finetune.serve.session_file import SessionFile
-from finetune.serve.targets import Job
+from finetune.serve.targets import NOTHING_KEPT, Job
 from finetune.serve.words import Words
 
 logger = logging.getLogger(__name__)
@@ -129,7 +128,7 @@ class _Desk:
         said = f"interrupted; {num_written} of {num_jobs} answers are kept"
         if num_jobs == 1 and not num_written:
             session = ", and the session is as it was" if self.session is not None else ""
-            begun = open_jobs[0].keep_part() if open_jobs else "nothing of the answer is kept"
+            begun = open_jobs[0].keep_part() if open_jobs else NOTHING_KEPT
             return f"interrupted; {begun}{session}"
         if self.options.overwrite:
             return f"{said}, and where others were before, these still are"
@@ -295,16 +294,13 @@ class _Conversation:
         """Keep what there is so far, under a name that no whole answer has; return what is to be
         said of it."""
         if not self.num_written:
-            return "nothing of the answer is kept"
-        self.job = Job(self.job.source, _free_name(self.job.target))
+            return NOTHING_KEPT
+        self.job = self.job.part()
         self._file.path = self.job.target
         unwritten = self.keep()
         if unwritten is not None:
             return f"the answer is not kept: {unwritten}"
-        return (
-            f"{self.num_written / self.rate_hz:.1f} s of the answer are kept in {self.job.target}, "
-            f"and their words in {self.job.transcript}"
-        )
+        return self.job.kept_for(self.num_written / self.rate_hz)
 
     def discard(self) -> None:
         self._reader.close()
@@ -336,13 +332,3 @@ class _Conversation:
         if self.options.user_channel == "mix":
             return block.mean(axis=0)
         return block[1 if self.options.user_channel == "right" else 0]
-
-
-def _free_name(target: Path) -> Path:
-    """Return the first name for a part of an answer that neither its sound nor its words would
-    share."""
-    for number in count(1):
-        job = Job(target, target.with_stem(f"{target.stem}.interrupted{number}"))
-        if not job.target.exists() and not job.transcript.exists():
-            return job.target
-    raise AssertionError

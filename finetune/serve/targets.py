@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 from finetune.errors import UserError, counted
@@ -11,6 +12,7 @@ from finetune.serve.options import GenerateOptions
 
 logger = logging.getLogger(__name__)
 
+NOTHING_KEPT = "nothing of the answer is kept"
 RECORDINGS = {".wav", ".flac", ".mp3", ".ogg", ".opus"}
 
 
@@ -24,6 +26,23 @@ class Job:
     @property
     def transcript(self) -> Path:
         return self.target.with_suffix(".json")
+
+    def part(self) -> "Job":
+        """Return where a part of the answer goes that is all there is: under the first name that
+        no whole answer has, and neither its sound nor its words would share."""
+        for number in count(1):
+            name = f"{self.target.stem}.interrupted{number}"
+            part = Job(self.source, self.target.with_stem(name))
+            if not part.target.exists() and not part.transcript.exists():
+                return part
+        raise AssertionError
+
+    def kept_for(self, num_sec: float) -> str:
+        """Return what is said of such a part when it is kept."""
+        return (
+            f"{num_sec:.1f} s of the answer are kept in {self.target}, and their words in "
+            f"{self.transcript}"
+        )
 
 
 def list_jobs(options: GenerateOptions) -> list[Job]:

@@ -73,8 +73,8 @@ def _checked(options: SweepOptions, overrides: Mapping[str, object]) -> Sweep:
         options.file, overrides, options.sweep_dir, with_inputs=not options.table
     )
     chosen = options.only or tuple(sweep.runs)
-    overwrite = options.overwrite_run_dir
-    others = [] if options.table else list(runnable_problems(sweep, chosen, overwrite=overwrite))
+    how = {"overwrite": options.overwrite_run_dir, "here": not options.slurm}
+    others = [] if options.table else list(runnable_problems(sweep, chosen, **how))
     refuse(options.file, of_file, others)
     require_outputs(_outputs(sweep, slurm=options.slurm), inputs=[options.file, sweep.base])
     return sweep

@@ -146,7 +146,7 @@ def read_sweep(
         for key, text in own_key_problems(own)
     ]
     if no_base := base_problem(content):
-        listed = [no_base, *problems, *_grouped(found, len(entries))]
+        listed = [no_base, *problems, *grouped(found, len(entries))]
         raise UserError(list_problems(file, listed))
     base, target = Path(content["base"]), folder or Path(str(content.get("sweep_dir")))
     common = common_keys(content)
@@ -169,8 +169,8 @@ def read_sweep(
         left_out += [(name, text) for text in checked.left_out]
     if with_inputs and not only_at_once:
         found += _check_inputs(runs, unsound, missing)
-    problems = [*problems, *_grouped(found, len(runs))]
-    for line in () if problems or only_at_once else _grouped(left_out, len(runs)):
+    problems = [*problems, *grouped(found, len(runs))]
+    for line in () if problems or only_at_once else grouped(left_out, len(runs)):
         logger.warning(line)
     sweep = Sweep(file, base, target, runs, num_processes(content), slurm_options(content))
     return Read(sweep, problems)
@@ -279,7 +279,7 @@ def by_text(found: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
     return names
 
 
-def _grouped(found: Iterable[_Found], num_runs: int) -> Iterator[str]:
+def grouped(found: Iterable[_Found], num_runs: int) -> Iterator[str]:
     """Return one line for what is so of several runs."""
     for text, having in by_text(found).items():
         names_shown = ", ".join(map(abbreviated, having))

@@ -25,6 +25,7 @@ from finetune.kept import make_folder, require_writable
 from finetune.monitoring import console, format_duration
 from finetune.safety import is_secret
 from finetune.step import HAS_DIVERGED, lower_rates
+from finetune.sweep.machine import machine_problems
 from finetune.sweep.plan import PlannedRun, Sweep, option
 from finetune.sweep.record import (
     Record,
@@ -65,7 +66,7 @@ def run_sweep(
         UserError: what a run starts from is missing, a run would be replaced unasked, another
             process is at work here, or the folder cannot be written.
     """
-    for problem in runnable_problems(sweep, only, overwrite=overwrite):
+    for problem in runnable_problems(sweep, only, overwrite=overwrite, here=True):
         raise UserError(problem)
     chosen = [run for name, run in sweep.runs.items() if name in only]
     require_writable(sweep.folder, "sweep_dir")
@@ -85,13 +86,16 @@ def run_sweep(
     return int(failed)
 
 
-def runnable_problems(sweep: Sweep, only: Collection[str], *, overwrite: bool) -> Iterator[str]:
-    """Yield why runs cannot be run: what one starts from is missing, or one would be replaced
-    unasked.
+def runnable_problems(
+    sweep: Sweep, only: Collection[str], *, overwrite: bool, here: bool
+) -> Iterator[str]:
+    """Yield why runs cannot be run: what one starts from is missing, one would be replaced unasked,
+    or there is no such GPU, package or number of processes.
 
     Args:
         only: their names.
         overwrite: runs of other settings are replaced.
+        here: they are to run on this machine.
     """
     chosen = []
     for run in (run for name, run in sweep.runs.items() if name in only):
@@ -107,6 +111,8 @@ def runnable_problems(sweep: Sweep, only: Collection[str], *, overwrite: bool) -
             yield f"{run.name} starts from {run.after}, which is not finished: run that."
         else:
             chosen.append(run)
+    to_run = [run for run in chosen if _done(sweep, run.name) != "finished"]
+    yield from machine_problems(sweep, to_run, here=here)
     if not overwrite:
         yield from replacing_problems(sweep, chosen)
 

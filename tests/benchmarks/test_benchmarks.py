@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from finetune.errors import UserError
+
 
 @pytest.fixture
 def benchmark(program: Callable[..., Any]) -> ModuleType:
@@ -352,3 +354,21 @@ def test_a_file_that_cannot_be_written_is_named_before_anything_is_measured(
     with pytest.raises(SystemExit):
         program("ops").parse(["--json", str(made)])
     assert f"{made} is there already" in capsys.readouterr().err
+
+
+def test_pairs_of_speech_and_noise_replace_nothing(
+    program: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dialogues = Path(__file__).parents[2] / "example/demo/dialogues/train.jsonl"
+    out = tmp_path / "pairs"
+    monkeypatch.setattr(sys, "argv", ["", str(dialogues), str(out), "--num_pairs=1"])
+    made = program("noise_pairs")
+    monkeypatch.setattr(made, "UTTERANCE_SEC", (0.2, 5.0))  # the dialogues are short
+    monkeypatch.setattr(made, "MAX_PAUSE_SEC", 0.1)
+    made.main()
+    pairs = [json.loads(line) for line in (out / "pairs.jsonl").read_text().splitlines()]
+    assert pairs and all((out / pair[kind]).is_file() for pair in pairs for kind in ("good", "bad"))
+    kept = {path: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(UserError, match="is there already; name a folder that is new or empty"):
+        made.main()
+    assert {path: path.read_bytes() for path in out.iterdir()} == kept

@@ -97,3 +97,61 @@ def test_a_checkpoint_is_warned_of(
     trainer(config, tmp_path / "run", {"ckpt_freq": 7})
     said = "warning: run_dir: a checkpoint takes 3.00 GB, and 3.00 GB are free on the disk of"
     assert (said in capsys.readouterr().out) is is_warned
+
+
+@pytest.mark.parametrize(
+    ("changes", "most"),
+    [
+        ({}, 4),  # the last three, and one that is being written
+        ({"do_eval": True}, 5),  # and the best
+        ({"num_ckpt_keep": 1}, 2),
+        ({"num_ckpt_keep": None}, 7),
+        ({"ckpt_freq": 6}, 3),
+        ({"ckpt_freq": 0}, 1),
+        ({"num_ckpt_keep": None, "ckpt_freq": 5}, 3),
+        ({"do_ckpt": False}, 0),
+    ],
+    ids=str,
+)
+def test_checkpoints_that_lie_there_at_once_are_warned_of(
+    config: Path,
+    tmp_path: Path,
+    free: SimpleNamespace,
+    changes: dict[str, Any],
+    most: int,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As many as there are when it trains, on a disk that has room for all."""
+    given = {"ckpt_freq": 2, "max_steps": 13, "num_ckpt_keep": 3, **changes}
+    free.free = 10**12
+    run = trainer(config, tmp_path / "run", given)
+    assert "to lie there at once" not in capsys.readouterr().out
+    size = checkpoint_bytes(run.args, run.model, run.world).written
+    assert most == 0 or size > 0
+    for num_free, is_warned in ((most, False), (most - 1, True)):
+        free.free = int(max(0, num_free) * size) + 1
+        trainer(config, tmp_path / "run", given)
+        said = capsys.readouterr().out
+        if most > 1:
+            begins = f"warning: run_dir: {most} more checkpoints of {size / 1e9:.2f} GB are to lie"
+            assert (begins in said) is is_warned
+            assert (f"which is enough for {num_free}: free some" in said) is is_warned
+        else:
+            assert "to lie there at once" not in said
+
+
+def test_checkpoints_that_are_there_are_not_counted_again(
+    config: Path, tmp_path: Path, free: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    free.free = 10**12
+    given = {"ckpt_freq": 1, "max_steps": 6, "num_ckpt_keep": 3}
+    done = trainer(config, tmp_path / "run", given)
+    size = checkpoint_bytes(done.args, done.model, done.world).written
+    assert done.train() == 0
+    longer = {"resume": True, "max_steps": 20}
+    for num_kept, is_warned in ((3, False), (5, True)):
+        free.free = int(size) + 1
+        trainer(config, tmp_path / "run", {**given, **longer, "num_ckpt_keep": num_kept})
+        said = capsys.readouterr().out
+        assert ("run_dir: 3 more checkpoints" in said) is is_warned
+        assert ("more checkpoints" in said) is is_warned

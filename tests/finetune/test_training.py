@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from training_tools import (
 )
 
 import finetune.trainer
+from finetune.data import Batch
 from finetune.distributed import World
 from finetune.errors import UserError
 from finetune.evaluation import evaluate
@@ -250,6 +252,15 @@ def test_evaluation_leaves_the_model_as_it_was(
     before = {name: weight.clone() for name, weight in run.model.state_dict().items()}
     run.evaluate()
     assert_same_weights(run.model.state_dict(), before)
+    assert all(module.training is training for module in run.model.modules())
+
+    def broken() -> Iterator[Batch]:
+        assert run.eval_data is not None
+        yield next(iter(run.eval_data))
+        raise UserError("a recording is broken")
+
+    with pytest.raises(UserError, match="a recording is broken"):
+        evaluate(run.model, broken(), run.loss_weights, ALONE)
     assert all(module.training is training for module in run.model.modules())
     assert all(p.grad is None for p in run.model.parameters())
 

@@ -30,19 +30,41 @@ def main_speaker(subject: Subject) -> Iterator[Finding]:
         )
 
 
+def other_spelling(subject: Subject) -> Iterator[Finding]:
+    """Yield a finding if some of Moshi's words have its name in another spelling than the rest."""
+    others = subject.other_words if subject.main_words else []
+    lost = [word for word in others if not _unlike_main(word.speaker)[0]]
+    if lost:
+        names = sorted({word.speaker for word in lost})
+        yield Finding(
+            "other-spelling",
+            "warning",
+            f"{_count(lost, subject.transcript.words)} in {subject.text_name} are of "
+            f"{', '.join(map(repr, names[:3]))}, which is not {MAIN_SPEAKER!r}, first "
+            f"{_quoted(lost[0])}, and are left out",
+            _spelling_remedy(names[0]),
+        )
+
+
 def _unlike_main(speaker: str) -> tuple[bool, str]:
-    """Return what names are sorted by: first what differs from the main speaker's in case alone."""
-    return speaker.strip().casefold() != MAIN_SPEAKER.casefold(), speaker
+    """Return what names are sorted by: first what is the main speaker's but for capitals, spaces
+    and marks."""
+    return _letters(speaker) != _letters(MAIN_SPEAKER), speaker
+
+
+def _letters(speaker: str) -> str:
+    return "".join(filter(str.isalnum, speaker)).casefold()
+
+
+def _spelling_remedy(speaker: str) -> str:
+    return f"write {MAIN_SPEAKER!r} in place of {speaker!r}: names count with every character"
 
 
 def _name_remedy(speakers: Sequence[str]) -> str:
     """Return what to do about words of these speakers, sorted, none of whom is the main one."""
     first, names = speakers[0], {*speakers} - {USER_SPEAKER, OTHER_SPEAKER}
     if not _unlike_main(first)[0]:
-        return (
-            f"write {MAIN_SPEAKER!r} in place of {first!r}: names count with their capitals and "
-            "spaces"
-        )
+        return _spelling_remedy(first)
     # By these names Moshi is meant to be someone else: words are missing, no name is wrong.
     if not names:
         return (
@@ -222,6 +244,7 @@ def _quoted(word: Word) -> str:
 
 CHECKS: tuple[Callable[[Subject], Iterator[Finding]], ...] = (
     main_speaker,
+    other_spelling,
     times,
     order,
     sentences,

@@ -93,6 +93,10 @@ class CodesArray(CodesRecording):
     def files(self) -> tuple[Path, ...]:
         return (self.path,) if self.has_text else (self.path, self.transcript_path)
 
+    @property
+    def own_transcripts(self) -> tuple[tuple[Path, Path], ...]:
+        return () if self.has_text else ((Path(self.title), self.transcript_path),)
+
     def read_words(self) -> list[Word]:
         return [] if self.has_text else read_transcript(self.transcript_path)
 

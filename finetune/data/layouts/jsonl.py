@@ -48,6 +48,10 @@ class StereoFile(AudioRecording):
     def files(self) -> tuple[Path, ...]:
         return (self.path, self.transcript_path)
 
+    @property
+    def own_transcripts(self) -> tuple[tuple[Path, Path], ...]:
+        return ((self.path, self.transcript_path),)
+
     def load_transcript(self) -> Transcript:
         return load_transcript(self.transcript_path)
 
@@ -88,6 +92,10 @@ class MonoPair(AudioRecording):
         moshi, user = self.transcript_paths
         there = (user,) if user.exists() else ()
         return (self.path, self.user_path, moshi, *there)
+
+    @property
+    def own_transcripts(self) -> tuple[tuple[Path, Path], ...]:
+        return tuple(zip(self.audio_files, self.transcript_paths, strict=True))
 
     @property
     def audio_files(self) -> tuple[Path, ...]:

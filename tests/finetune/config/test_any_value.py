@@ -4,14 +4,17 @@ import copy
 import functools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.config import load_config, save_config
+from finetune.cli import COMMANDS
+from finetune.config import load_config, read_options, save_config
+from finetune.config.fields import all_fields, complete
+from finetune.config.values import members
 from finetune.errors import UserError
 from finetune.sweep.plan import load_sweep
 
@@ -80,3 +83,21 @@ def read_with(tmp_path_factory: pytest.TempPathFactory, place: Any, value: Any) 
             save_config(load_config(changed), changed)
     except UserError as error:
         assert len(str(error)) <= 2000
+
+
+LISTS = [
+    (name, field.key)
+    for name, command in COMMANDS.items()
+    for field in all_fields(complete(vars(command)["options"]))
+    if any(get_origin(kind) is tuple for kind in members(field.kind))
+]
+
+
+@pytest.mark.parametrize(("command", "name"), LISTS, ids=str)
+def test_an_empty_list_on_a_command_line_is_never_all_there_are(command: str, name: str) -> None:
+    options, takes_keys = (vars(COMMANDS[command])[each] for each in ("options", "with_overrides"))
+    needed = [f.key for f in all_fields(complete(options)) if f.is_required and f.key != name]
+    for text in ("", " ", ",", "[]"):
+        given = {**dict.fromkeys(needed, "x"), name: text}
+        with pytest.raises(UserError, match=f"^--{name}: expected at least one"):
+            read_options(options, [], given, with_overrides=takes_keys)

@@ -136,6 +136,9 @@ WARNINGS: dict[str, Any] = {
     "no-main-speaker": lambda case: case.words(
         lambda words: [[text, times, "SPEAKER_00"] for text, times, _ in words]
     ),
+    "other-spelling": lambda case: case.words(
+        lambda words: [[*words[0][:2], "Speaker_Main"], *words[1:]]
+    ),
     "unused-keys": lambda case: case.content(text_conditions={"mood": "calm"}),
 }
 
@@ -230,6 +233,16 @@ def test_who_lacks_words_is_told_from_who_has_another_name(case: Case) -> None:
     ):
         case.words(lambda words, who=speaker: [[text, times, who] for text, times, _ in words])
         assert remedy in case.found(thorough=True)["no-main-speaker"].remedy
+
+
+def test_words_of_moshi_under_another_spelling_of_its_name_are_named(case: Case) -> None:
+    for speaker in ("Speaker_Main", " SPEAKER_MAIN", "speaker-main", "SPEAKER MAIN"):
+        case.words(lambda words, who=speaker: [*words[:-1], [*words[-1][:2], who]])
+        found = case.found(thorough=True)["other-spelling"]
+        assert f"1 of 8 words in transcript {case.transcript} are of {speaker!r}" in found.message
+        assert f"write 'SPEAKER_MAIN' in place of {speaker!r}" in found.remedy
+    case.words(lambda words: [*words[:-1], [*words[-1][:2], "SPEAKER_USER"]])
+    assert case.found(thorough=True) == {}
 
 
 def test_words_after_the_end_are_in_another_unit_only_if_they_would_be_words_in_it(

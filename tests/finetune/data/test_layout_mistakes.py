@@ -27,7 +27,7 @@ from layout_tools import (
 )
 from recordings_tools import call
 
-from finetune.data.layouts import open_source
+from finetune.data.layouts import list_entries
 from finetune.data.layouts.saved_dataset import _open_arrow
 from finetune.data.problems import FileProblem
 from finetune.errors import UserError
@@ -272,7 +272,7 @@ def test_a_table_is_looked_through_once_a_version(
 
     monkeypatch.setattr(pyarrow.ipc, "open_stream", Told)
     path = saved_dataset(tmp_path, stereo)
-    entries = open_source(path, "data.train_data").entries()
+    entries = list_entries(path, "data.train_data")
     for entry in entries:
         _open_arrow.cache_clear()  # as others that are opened do
         assert entry.recording is not None and entry.recording.read_words()

@@ -15,7 +15,7 @@ from recordings_tools import call, findings_of
 from training_tools import logged, train
 
 from finetune.config import load_config
-from finetune.data import open_source
+from finetune.data import list_entries
 from finetune.data.decoders import ForwardDecoder
 from finetune.encode import encode_data
 from finetune.errors import UserError
@@ -124,7 +124,7 @@ def test_a_pair_may_have_two_rates_and_lengths(tmp_path: Path, stereo: Path) -> 
     samples = samples_of(stereo, 0)[:, 1]
     soundfile.write(tmp_path / "0_user.wav", samples[:-960:2], 12000)
     assert findings_of(path)[1]["0_moshi"] == set()
-    recording = open_source(path, "data").entries()[0].recording
+    recording = list_entries(path, "data")[0].recording
     assert recording is not None
     audio = recording.read_audio(0, 10**6, 24000)
     assert audio.shape == (2, 48000) and not audio[1, -960:].any() and audio[1, -1200:].any()
@@ -139,7 +139,7 @@ def test_a_pair_that_is_decoded_from_its_start_is_decoded_once(
         soundfile.write(tmp_path / f"0_{side}.mp3", samples, rate_hz)
     path.write_text(path.read_text().replace('0_moshi.wav"', '0_moshi.mp3"')
                     .replace('0_user.wav"', '0_user.mp3"'))  # fmt: skip
-    recording = open_source(path, "data").entries()[0].recording
+    recording = list_entries(path, "data")[0].recording
     assert recording is not None
     restarts: list[Any] = []
     restart = ForwardDecoder._restart

@@ -21,7 +21,7 @@ from finetune.data import (
     Recording,
     build_train_loader,
     inspect_listing,
-    open_source,
+    list_entries,
     open_store,
     warn_if_shared,
 )
@@ -82,7 +82,7 @@ def test_what_is_wrong_with_one_of_two_that_share_files_is_found(
 
 
 def recordings_of(path: Path) -> list[Recording]:
-    found = [entry.recording for entry in open_source(path, "data").entries()]
+    found = [entry.recording for entry in list_entries(path, "data")]
     return [recording for recording in found if recording is not None]
 
 

@@ -271,7 +271,7 @@ def test_float8_needs_a_gpu_and_widths_that_have_it(
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A100")
     cuda = torch.device("cuda")
     with pytest.raises(UserError, match=r"8\.9 or later: Ada, Hopper.*A100 has 8\.0"):
-        base_precision.require_precision(model, "float8", cuda)
+        base_precision.require_precision("float8", cuda)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     with pytest.raises(UserError, match=r"multiples of 16, and .* is \d+ x"):
-        base_precision.require_precision(model, "float8", cuda)
+        base_precision.require_widths(model, "float8", cuda)

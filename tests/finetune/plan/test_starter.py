@@ -281,6 +281,25 @@ def test_on_a_terminal_what_is_missing_is_asked_for(
     assert "--goal is missing" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("--goal=learn", "error: --goal: expected remember or adapt, got 'learn'"),
+        ("--goal=null", "error: --goal: expected remember or adapt, got nothing"),
+        ("--gpu_memory=much", "error: --gpu_memory: expected a number, got 'much'"),
+        ("--data=", "error: --data: expected a path, got nothing"),
+    ],
+)
+def test_null_is_no_choice_where_the_command_asks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], word: str, message: str
+) -> None:
+    given = {"--data": data(tmp_path, 60), "--goal": "adapt", "--gpu_memory": 80}
+    name, _, text = word.partition("=")
+    words = [f"{key}={value}" for key, value in (given | {name: text}).items()]
+    assert call("init", tmp_path / "my.yaml", *words) == 1
+    assert capsys.readouterr().err.strip() == message
+
+
 def test_a_terminal_shows_how_many_recordings_are_read(tmp_path: Path) -> None:
     words = ["--data", data(tmp_path, 60), "--goal=adapt", "--gpu_memory=80"]
     status, said = run_on_terminal(COMMAND, "init", tmp_path / "my.yaml", *words)

@@ -219,6 +219,8 @@ def test_jobs_come_back_in_order(tmp_path: Path, workers: int) -> None:
         ({"study": "scale"}, "unknown option: --study"),
         ({"seeds": ","}, "--seeds: expected at least one"),
         ({"arms": ","}, "--arms: expected at least one"),
+        ({"arms": ""}, "--arms: expected at least one"),
+        ({"lengths": ""}, "--lengths: expected at least one"),
         ({"lengths": "1"}, "--lengths: expected whole numbers of at least 2"),
         ({"lengths": "0,4"}, "--lengths: expected whole numbers of at least 2"),
     ],

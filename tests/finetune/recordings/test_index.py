@@ -12,7 +12,7 @@ import pytest
 import soundfile
 from recordings_tools import DIALOGUES, NAMES, call, lines_of, mono_folder, plain_folder
 
-from finetune.data import Reading, open_source
+from finetune.data import Reading, list_entries
 from finetune.recordings import pairs
 
 PAIR = "{id}_left.wav,{id}_right.wav"
@@ -84,7 +84,7 @@ def test_names_that_a_jsonl_cannot_hold_or_a_reader_would_misread(
         str(folder / "a:2.wav"),
     }
     assert "caf\\udce9.wav' is not called so in UTF-8" in capsys.readouterr().out
-    listed = open_source(folder / "data.jsonl", "data", Reading()).entries()
+    listed = list_entries(folder / "data.jsonl", "data", Reading())
     assert all(entry.recording and entry.recording.path.is_file() for entry in listed)
 
 

@@ -1,13 +1,16 @@
 """A list all of whose recordings have a fault is wrong as a whole, whatever its length: for
 `data check`, and for whatever reads it."""
 
+import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import soundfile
 from data_tools import tiny_codec
-from recordings_tools import WORDS, add, findings_of, speech
+from recordings_tools import WORDS, add, call, findings_of, lines_of, speech
 
 from finetune.config import DataArgs
 from finetune.data import build_train_loader, check_recordings
@@ -102,3 +105,77 @@ def test_in_one_list_of_several_moshi_may_only_listen(tmp_path: Path) -> None:
     assert of_run(silent) == (1, {"in-every-recording"})
     with pytest.raises(UserError, match="no-main-speaker in 1 of 1 recording"):
         train_loader(Path(silent))
+
+
+def test_words_under_another_spelling_of_the_main_speaker_are_said_by_check_and_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    add(tmp_path, "a", words=[["well", [0.05, 0.1], "Speaker_Main"], *WORDS])
+    data = tmp_path / "data.jsonl"
+    assert findings_of(data)[1]["a"] == {"other-spelling"}
+    said = capsys.readouterr().out.replace("\n", " ")
+    with caplog.at_level(logging.WARNING):
+        train_loader(data)
+    for text in (said, caplog.text):
+        assert f"1 of 3 words in transcript {tmp_path / 'a.json'} are of 'Speaker_Main'" in text
+
+
+# --- one transcript for two recordings ------------------------------------------------------------
+
+
+def two_with_one_transcript(folder: Path) -> None:
+    """Write `a.wav` and `a.flac`, of other speech, and a good recording."""
+    folder.mkdir(exist_ok=True)
+    for name, seed in (("good", 1), ("a", 2)):
+        soundfile.write(folder / f"{name}.wav", speech(seed), 24_000)
+        (folder / f"{name}.json").write_text(json.dumps({"alignments": WORDS}))
+    soundfile.write(folder / "a.flac", speech(3, 0.9), 24_000)
+
+
+def test_a_transcript_is_of_one_recording_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    two_with_one_transcript(tmp_path)
+    lines = {"a.wav": 1.0, "a.flac": 0.9, "good.wav": 1.0, "./a.wav": 1.0}
+    texts = [json.dumps({"path": name, "duration": sec}) for name, sec in lines.items()]
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(texts))
+    both = f"{tmp_path / 'a.wav'} and {tmp_path / 'a.flac'} share the transcript"
+    status, found = findings_of(data)
+    assert status == 1 and found["good"] == set() and both in capsys.readouterr().out
+    with pytest.raises(UserError, match=both):
+        train_loader(data)
+    assert train_loader(data, on_error="skip").num_segments == 1
+    kept = (tmp_path / "a.json").read_bytes()
+    assert call("data", "annotate", data, "--overwrite") == 1
+    assert both in capsys.readouterr().err and (tmp_path / "a.json").read_bytes() == kept
+
+    data.write_text(texts[1])  # the other file may lie there
+    assert findings_of(data)[0] == 0
+    (tmp_path / "link.flac").symlink_to("a.flac")
+    (tmp_path / "a.flac").rename(tmp_path / "link.wav")
+    (tmp_path / "link.flac").unlink()
+    (tmp_path / "link.flac").symlink_to("link.wav")
+    shutil.copy(tmp_path / "a.json", tmp_path / "link.json")
+    data.write_text("\n".join(texts[1].replace("a.flac", f"link.{e}") for e in ("wav", "flac")))
+    assert findings_of(data)[0] == 0
+
+
+def test_an_index_leaves_out_what_would_share_a_transcript_by_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    two_with_one_transcript(tmp_path / "talks")
+    assert call("data", "index", tmp_path / "talks") == 0
+    assert [line["path"] for line in lines_of(tmp_path / "talks/data.jsonl")] == ["good.wav"]
+    said = capsys.readouterr().out
+    for name, other in (("a.wav", "a.flac"), ("a.flac", "a.wav")):
+        paths = [tmp_path / "talks" / each for each in (name, other, "a.json")]
+        assert "{} and {} share the transcript {}".format(*paths) in said
+    assert "give the other another name, or move it out of the folder" in said
+
+    (tmp_path / "mono").mkdir()
+    for suffix in ("wav", "flac"):
+        soundfile.write(tmp_path / f"mono/b.{suffix}", speech()[:, 0], 24_000)
+    pair = "--pair={id}.wav,{id}.flac"
+    assert call("data", "index", tmp_path / "mono", pair, "--join") == 1
+    assert "share the transcript" in capsys.readouterr().out

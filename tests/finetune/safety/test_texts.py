@@ -9,7 +9,7 @@ import pytest
 
 from finetune.config import load_config
 from finetune.data import Reading, StereoFile, read_transcript
-from finetune.data.layouts import open_source
+from finetune.data.layouts import list_entries
 from finetune.data.problems import FileProblem
 from finetune.errors import UserError
 from finetune.evaluation.tasks.pairs.score import read_pairs
@@ -28,7 +28,7 @@ READERS: dict[str, tuple[str, str, Callable[[Path], Any]]] = {
     "list": (
         "a.jsonl",
         '{"path": "caf\u00e9.wav", "duration": 4.0}\n',
-        lambda path: open_source(path, "--data").entries(),
+        lambda path: list_entries(path, "--data"),
     ),
     "transcript": (
         "a.json",

@@ -13,6 +13,7 @@ from full_disk import FULL, room_for
 from recordings_tools import call
 from training_tools import checkpoint, train
 
+from finetune.inference import SteadyLMGen
 from finetune.interrupt import Stopped
 from finetune.serve import files, session_file
 from finetune.serve.engine import Engine
@@ -265,3 +266,44 @@ def test_what_there_is_of_one_answer_is_kept_when_it_is_stopped(
     ]
     assert call(*words, f"--out={out}") == 0
     assert out.read_bytes() == whole.read_bytes()
+
+
+def test_what_there_is_of_the_rest_of_a_dialogue_is_kept_when_it_is_stopped(
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    soundfile.write(tmp_path / "a.wav", speech_like(30 * 0.08, 24000), 24000)
+    words = ["generate", f"--checkpoint={trained}", f"--audio={tmp_path}/a.wav", "--prompt_sec=0.4"]
+    assert call(*words, f"--out={tmp_path}/whole.wav") == 0
+    whole, _ = soundfile.read(tmp_path / "whole.wav")
+    out, step = tmp_path / "out/b.wav", SteadyLMGen.step
+    for num_steps, kept in ((0, []), (6, []), (20, ["b.interrupted1.json", "b.interrupted1.wav"])):
+        left = iter(range(num_steps))
+
+        def stopped(*args: Any, left: Any = left, **options: Any) -> Any:
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            return step(*args, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(SteadyLMGen, "step", stopped)
+            assert call(*words, f"--out={out}") == 128 + signal.SIGINT
+        said = capsys.readouterr().out
+        assert sorted(path.name for path in out.parent.glob("*")) == kept
+        if not kept:
+            assert "interrupted; nothing of the answer is kept" in said
+    part, _ = soundfile.read(out.with_name("b.interrupted1.wav"))
+    assert 18 * 1920 <= len(part) <= 20 * 1920
+    assert abs(part - whole[: len(part)]).max() < 1e-3
+    name = out.parent / "b.interrupted1"
+    assert (
+        f"interrupted; {len(part) / 24000:.1f} s of the answer are kept in {name}.wav, and their "
+        f"words in {name}.json" in said
+    )
+    begun, all_words = (
+        json.loads(path.read_text())["alignments"]
+        for path in (Path(f"{name}.json"), tmp_path / "whole.json")
+    )
+    assert begun and begun[:-1] == all_words[: len(begun) - 1]
