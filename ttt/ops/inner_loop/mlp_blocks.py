@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ttt.ops.inner_loop import mlp_backward, mlp_forward
+from ttt.ops.inner_loop import mlp_back_writes, mlp_backward, mlp_forward
 from ttt.ops.inner_loop.pieces import EPSILON, memory
 
 BLOCK = 64
@@ -50,7 +50,7 @@ SHAPES = {
     mlp_backward.mlp_back_second: Shape(64, all_tiles=False),
     mlp_backward.mlp_back_ends: Shape(128, all_tiles=False),
     mlp_backward.mlp_back_units: Shape(64),
-    mlp_backward.mlp_back_writes: Shape(64, stages=2),
+    mlp_back_writes.mlp_back_writes: Shape(64, stages=2),
     mlp_backward.mlp_back_inputs: Shape(64, stages=2),
     mlp_backward.mlp_grad_first: Shape(64, all_tiles=False),
     mlp_backward.mlp_grad_second: Shape(128, all_tiles=False),
@@ -148,7 +148,7 @@ def backward(
         launch(mlp_backward.mlp_back_second, start)
         launch(mlp_backward.mlp_back_ends, start)
         launch(mlp_backward.mlp_back_units, start)
-        launch(mlp_backward.mlp_back_writes, start)
+        launch(mlp_back_writes.mlp_back_writes, start)
         launch(mlp_backward.mlp_back_inputs, start)
         launch(mlp_backward.mlp_grad_first, start)
         launch(mlp_backward.mlp_grad_second, start)

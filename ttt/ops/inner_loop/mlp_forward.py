@@ -3,12 +3,13 @@
 import triton
 import triton.language as tl
 
-from ttt.ops.inner_loop.kernels import _gate, _gradient, _normed
+from ttt.ops.inner_loop.kernels import _gradient, _normed
 from ttt.ops.inner_loop.mlp_pieces import (
     COUNTS,
     _block,
     _flip,
     _frames,
+    _gate,
     _gelu,
     _load_some,
     _load_terms,
@@ -146,7 +147,7 @@ def _write(
             if N > 0:
                 past_s1_terms = _load_some(s1, j + past_hidden, past, M * D, SPLIT)
                 found1 = _plus(found1, steps1_terms, past_s1_terms)
-            next_x2, next_slope = _gelu(found1, _gate(found1))
+            next_x2, next_slope = _gelu(found1)
             x2_terms = _terms(next_x2, SPLIT)
             _store_terms(x2, j + next_hidden, x2_terms, M * D)
             tl.store(slope + j + next_hidden, next_slope)

@@ -122,7 +122,16 @@ def _read_scale(token_scale, M: tl.constexpr, K: tl.constexpr):
 
 
 @triton.jit
-def _gelu(x, gate):
-    """Return tanh-GELU of x and its derivative; `gate` is what it multiplies x by."""
+def _gate(x):
+    """Return what the tanh-GELU multiplies x by, by instructions that take no care of tiny
+    numbers."""
+    root = tl.rsqrt(1 + tl.exp2(x * (-2.302208198 - 0.1029432396 * x * x)))
+    return root * root
+
+
+@triton.jit
+def _gelu(x):
+    """Return tanh-GELU of x and its derivative."""
+    gate = _gate(x)
     y = x * gate
     return y, gate + y * (1 - gate) * (1.5957691216057308 + 0.2140644488 * x * x)

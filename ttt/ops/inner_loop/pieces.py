@@ -17,7 +17,9 @@ Written = tuple[tuple[Tensor, Tensor], ...]
 """What frames write, layer by layer: inputs x [B, H, K, in] and errors eta · g [B, H, K, out]."""
 
 
-def memory(like: Tensor, *shape: int, exists: bool = True, dtype: torch.dtype | None = None) -> Tensor:
+def memory(
+    like: Tensor, *shape: int, exists: bool = True, dtype: torch.dtype | None = None
+) -> Tensor:
     """Return memory of a shape; or what has that shape and takes none, for activation checkpointing
     to find as the second forward pass will have it."""
     if exists:

@@ -1,14 +1,16 @@
-"""The scan of TTT-Linear and TTT-MLP on a CUDA device: one kernel for a group of mini-batches.
+"""The scan of TTT-Linear and TTT-MLP on a CUDA device, by kernels of its own.
 
 Every head of every row is a scan of its own, over mini-batches of a few frames: as many small
 products as PyTorch would launch kernels for, hundreds of them a mini-batch with their gradients.
-Here one program takes one head through a whole group, forwards or backwards.
+Here one kernel takes the heads of TTT-Linear through a whole group of mini-batches, forwards or
+backwards; those of TTT-MLP go through it by blocks of mini-batches, see `mlp_blocks`.
 
-The backward pass needs what the layers gave for the group's frames, and goes through it from its
-end: a mini-batch's own weights are those of its end with what it wrote added back,
+The backward pass goes through a group from its end, with what the forward pass has kept of it: the
+weights of a start are those of the end with what was written added back,
 `W_n = W_{n+1} + xᵀ (η ⊙ g)`, so no weights are kept inside a group. With groups, the fast weights
 are kept between them, and the backward pass runs each forwards again; without, all mini-batches are
-one group, and the forward pass keeps what the layers gave.
+one group. Under activation checkpointing TTT-MLP may keep what there is of it in the first forward
+pass, and its scan then runs once.
 """
 
 import math
@@ -45,6 +47,7 @@ SHAPES = {
     "linear_backward": Shape(tile=64, warps=4),
 }
 """The fastest of those that were tried; see docs/benchmarks.md."""
+
 
 def scan(
     q: Tensor,
@@ -113,9 +116,7 @@ class _Scan(torch.autograd.Function):
             weights, kept = tuple(rest[: len(starts)]), tuple(rest[len(starts) :])
         else:
             out = torch.empty_like(frames[0])
-            keep = ctx.has_kept and (
-                recompute.may_keep() or not recompute.discards_what_is_saved()
-            )
+            keep = ctx.has_kept and (recompute.may_keep() or not recompute.discards_what_is_saved())
             for group in groups:
                 starts += weights
                 weights, kept = _forward(frames, weights, out, num_writes, group, keep=keep)
