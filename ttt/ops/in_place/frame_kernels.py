@@ -1,14 +1,14 @@
-"""The Triton kernels of `ttt.ops.in_place.stream` that take a frame in, and carry frames over to the
-next chunk. Those of the write itself are in `kernels.py`."""
+"""The Triton kernels of `ttt.ops.in_place.stream` that take frames in and carry them over.
+
+Those of the write itself are in `kernels.py`.
+"""
 
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def _read(
-    change, z, row, place, d, width, hidden, end, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):
+def _read(change, z, row, place, d, width, hidden, end, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """One row's S, at its rows d, times the first `end` numbers of the vector at a place of z."""
     total = tl.zeros((ROWS, BLOCK), change.dtype.element_ty)
     for start in range(0, end, BLOCK):
@@ -147,9 +147,7 @@ def keep_kernel(
         tiles = tl.cdiv(hidden, BLOCK)
         if tile < tiles:
             key = pending_z + (row * (lag + chunk_size) + count - 1) * hidden
-            _keep_key(
-                z, key, is_frame, row, tile, lag, hidden, HAS_PADDING, IS_DIVIDED, ACC, BLOCK
-            )
+            _keep_key(z, key, is_frame, row, tile, lag, hidden, HAS_PADDING, IS_DIVIDED, ACC, BLOCK)
         else:
             value = pending_source + (row * (tail + chunk_size) + tail + count - 1) * width
             _keep_source(source, value, row, tile - tiles, width, IS_NORMALIZED, ACC, BLOCK)

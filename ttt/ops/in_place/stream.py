@@ -24,6 +24,8 @@ from ttt.ops.in_place import frame_kernels, kernels
 
 PROGRAMS = 264
 """Programs for a row's write: two for each multiprocessor of an H100."""
+TILE = 1024
+"""Numbers of a frame that a program keeps or carries over at a time."""
 _DTYPES: dict[torch.dtype, Any] = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
@@ -87,7 +89,7 @@ def stream_frame(
     size, tail = pending_z.shape[1] - lag, pending_source.shape[1] - pending_z.shape[1] + lag
     read, filled = _read(change, z, pending_read, num_pending, exec_mask, rows_on, lag)
     width, hidden = source.shape[2], z.shape[2]
-    frame_kernels.keep_kernel[(triton.cdiv(hidden, 1024) + triton.cdiv(width, 1024), len(z))](
+    frame_kernels.keep_kernel[(triton.cdiv(hidden, TILE) + triton.cdiv(width, TILE), len(z))](
         z.contiguous(),
         source.contiguous(),
         pending_z,
@@ -104,7 +106,7 @@ def stream_frame(
         IS_DIVIDED=divides_by_keys,
         IS_NORMALIZED=gate is not None,
         ACC=_DTYPES[change.dtype],
-        BLOCK=1024,
+        BLOCK=TILE,
     )
     write = _Write(filled, chunk_size=size, dtype=change.dtype)
     keys = pending_z[:, :size]
@@ -173,7 +175,7 @@ def _carry_over(
     and S is float32, which tiles multiply slowly."""
     batch, width, hidden = change.shape
     reads = pending_read is not None and lag > 0
-    tiles = triton.cdiv(hidden, 1024) + triton.cdiv(width, 1024)
+    tiles = triton.cdiv(hidden, TILE) + triton.cdiv(width, TILE)
     frame_kernels.carry_kernel[(triton.cdiv(width, 8) if reads else tiles, batch)](
         change,
         pending_z,
@@ -188,7 +190,7 @@ def _carry_over(
         READS=reads,
         ROWS=8,
         BLOCK=512,
-        TILE=1024,
+        TILE=TILE,
     )
 
 
