@@ -59,6 +59,9 @@ def test_a_step_on_the_device_equals_the_plain_one(
         # More than one of them for a frame.
         monkeypatch.setattr(stream, "TILE", 16)
     module = tiny_model(args, dtype=dtype).to(DEVICE).ttt_layers[0]
+    if module.target_gate is not None:
+        # With 0.1 the conv would be multiplied by 1.
+        module.target_gate.data.fill_(0.13)
     chunk_size = args.chunk_size
     outputs: dict[str, Any] = {}
     for way in ("plain", "kernels"):
@@ -75,7 +78,7 @@ def test_a_step_on_the_device_equals_the_plain_one(
                 state.rows_on.copy_(torch.tensor([True, True, True, step % 4 != 3]))
                 if step == chunk_size + 2:
                     state.reset(torch.tensor([True, False, False, False]).to(DEVICE))
-                present = torch.tensor([[True], [step % 5 != 4], [step != 2], [True]]).to(DEVICE)
+                present = torch.tensor([[True], [step % 5 != 3], [step != 2], [True]]).to(DEVICE)
                 before = [tensor[~state.learns] for tensor in state.tensors().values()]
                 step_of = module._stream_frame if way == "kernels" else module._stream_frames
                 # None says that all are frames.
