@@ -309,13 +309,8 @@ class InPlaceGating(TTTLayer[InPlaceState]):
             piece = slice(start, start + length)
             query = z[:, piece].to(state.change.dtype)
             outputs.append(torch.bmm(query, state.change.transpose(1, 2)))
-            self._append(
-                key[:, piece],
-                source[:, piece],
-                outputs[-1],
-                None if is_frame is None else is_frame[:, piece],
-                state,
-            )
+            present = None if is_frame is None else is_frame[:, piece]
+            self._append(key[:, piece], source[:, piece], outputs[-1], present, state)
             self._write_complete_chunks(state)
             start += length
         return self.in_rows_on(torch.cat(outputs, dim=1).to(z.dtype))
@@ -349,6 +344,7 @@ class InPlaceGating(TTTLayer[InPlaceState]):
                 lr=self.args.inner_learning_rate,
                 max_delta_norm=self.args.max_delta_norm,
                 log_beta=self.log_write_strength,
+                max_beta=MAX_WRITE_STRENGTH,
                 divides_by_keys=self.divides_by_keys,
             )
 

@@ -18,7 +18,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ttt.config import MAX_WRITE_STRENGTH
 from ttt.ops.autocast import without_autocast
 from ttt.ops.in_place import frame_kernels, kernels
 
@@ -58,6 +57,7 @@ def stream_frame(
     lr: float = 1.0,
     max_delta_norm: float | None = None,
     log_beta: Tensor | None = None,
+    max_beta: float = math.inf,
 ) -> Tensor:
     """Read the state with one frame, keep the frame, and write the chunks that it completes.
 
@@ -82,6 +82,7 @@ def stream_frame(
         divides_by_keys: the frame is written with z / ‖z‖², and not with z.
         lr, max_delta_norm: of `sum`.
         log_beta: one element, log β; `delta` if given.
+        max_beta: β where `log_beta` says more.
 
     Returns:
         [B, 1, d], S z in the dtype of z, and zero in rows that are off.
@@ -120,7 +121,8 @@ def stream_frame(
         assert pending_read is not None
         residual = torch.empty_like(pending_read)[:, :size]
         write.product(mixed, weights, residual, minus=pending_read[:, :size])
-        errors = write.product(write.inverse(keys, log_beta), residual, torch.empty_like(residual))
+        inverses = write.inverse(keys, log_beta, max_beta)
+        errors = write.product(inverses, residual, torch.empty_like(residual))
         write.product(errors.mT, keys, change, beta=decay)
     if lag or tail:
         _carry_over(change, pending_z, pending_source, pending_read, filled, lag, tail)
@@ -308,7 +310,7 @@ class _Write:
         )
         return out
 
-    def inverse(self, z: Tensor, log_beta: Tensor) -> Tensor:
+    def inverse(self, z: Tensor, log_beta: Tensor, max_beta: float = math.inf) -> Tensor:
         """(Z Zᵀ + λ I)⁻¹, zero where λ is, [B, C, C]: a view of a padded tensor."""
         block = 32 if self.chunk_size <= 256 else 64
         padded = triton.cdiv(self.chunk_size, block) * block
@@ -319,7 +321,7 @@ class _Write:
             self.filled,
             self.chunk_size,
             padded,
-            MAX_LOG_BETA=math.log(MAX_WRITE_STRENGTH),
+            MAX_LOG_BETA=math.log(max_beta),
             ACC=_DTYPES[self.dtype],
             BLOCK=block,
         )

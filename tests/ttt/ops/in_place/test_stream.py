@@ -127,7 +127,9 @@ def test_beta_is_bounded_as_in_the_plain_form() -> None:
     for beta in (MAX_WRITE_STRENGTH / 100, MAX_WRITE_STRENGTH, 50 * MAX_WRITE_STRENGTH):
         module.log_write_strength.data.fill_(math.log(beta))
         write = stream._Write(torch.tensor([3], device=DEVICE), chunk_size=3, dtype=torch.float32)
-        inverses.append(write.inverse(keys, module.log_write_strength)[0].cpu().double())
+        inverses.append(
+            write.inverse(keys, module.log_write_strength, MAX_WRITE_STRENGTH)[0].cpu().double()
+        )
         # (G + λ I)⁻¹ with λ = mean ‖z‖² / β.
         wide = keys[0].cpu().double()
         strength = wide.square().sum(1).mean() / module.write_strength.item()
