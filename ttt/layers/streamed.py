@@ -23,7 +23,7 @@ class Streamed:
 
     def streamed(self, added: Tensor, to: Tensor) -> Tensor:
         """Return what a step of a stream adds to `to`: `added` [B, T, d], and zero in rows that are
-        switched off."""
+        switched off. A layer whose `added` is zero there already calls `note_effect` alone."""
         if self._streaming_state is not None:
             added = self.in_rows_on(added)
         self.note_effect(added, to)
