@@ -145,9 +145,10 @@ class InPlaceGating(TTTLayer[InPlaceState]):
             return self.linear_out(self._activations(x))
         assert source is not None
         if (state := self._streaming_state) is not None:
-            z, source = self._activations(x), self._scaled(source)
+            z = self._activations(x)
             learned, plain = self._stream(z, source, is_frame, state), self.linear_out(z)
-            return plain + self.streamed(learned, plain)
+            self.note_effect(learned, plain)
+            return plain + learned
         z, source = self.execution.piece(InPlaceGating._prepare, self, x, source)
         written = complete(is_frame, self.lag) if self.args.carries else None
         learned = self._learn(z, source, written)
@@ -203,10 +204,6 @@ class InPlaceGating(TTTLayer[InPlaceState]):
             decay=decay,
             lag=self.lag,
         )
-
-    def _keys(self, z: Tensor) -> Tensor:
-        """Return what z is written with, as z itself."""
-        return z * inverse_square(z).to(z.dtype) if self.divides_by_keys else z
 
     @without_autocast
     def _targets(self, source: Tensor) -> Tensor:
@@ -295,45 +292,39 @@ class InPlaceGating(TTTLayer[InPlaceState]):
     def _stream(
         self, z: Tensor, source: Tensor, is_frame: Tensor | None, state: InPlaceState
     ) -> Tensor:
-        """S z of T more frames, [B, T, d]; rows may differ in position."""
-        if is_frame is None or not self.args.carries:
-            is_frame = torch.ones(z.shape[:2], dtype=torch.bool, device=z.device)
+        """S z of T more frames, [B, T, d], and zero in rows that are switched off; rows may differ
+        in position."""
         stream = self._stream_frame if z.is_cuda and z.shape[1] == 1 else self._stream_frames
-        return stream(z, source, is_frame, state).to(z.dtype)
+        return stream(z, source, is_frame if self.args.carries else None, state)
 
     def _stream_frames(
-        self, z: Tensor, source: Tensor, is_frame: Tensor, state: InPlaceState
+        self, z: Tensor, source: Tensor, is_frame: Tensor | None, state: InPlaceState
     ) -> Tensor:
         outputs, start, num_frames = [], 0, z.shape[1]
+        source = self._scaled(source)
+        key = z * inverse_square(z).to(z.dtype) if self.divides_by_keys else z
         while start < num_frames:
             # As many frames as no row's chunk ends before.
             length = min(num_frames - start, self.args.chunk_size - int(state.num_pending.max()))
             piece = slice(start, start + length)
             query = z[:, piece].to(state.change.dtype)
             outputs.append(torch.bmm(query, state.change.transpose(1, 2)))
-            self._append(
-                self._keys(z[:, piece]),
-                source[:, piece],
-                outputs[-1],
-                is_frame[:, piece],
-                state,
-            )
+            present = None if is_frame is None else is_frame[:, piece]
+            self._append(key[:, piece], source[:, piece], outputs[-1], present, state)
             self._write_complete_chunks(state)
             start += length
-        return torch.cat(outputs, dim=1)
+        return self.in_rows_on(torch.cat(outputs, dim=1).to(z.dtype))
 
     def _stream_frame(
-        self, z: Tensor, source: Tensor, is_frame: Tensor, state: InPlaceState
+        self, z: Tensor, source: Tensor, is_frame: Tensor | None, state: InPlaceState
     ) -> Tensor:
         """Stream one frame, and ask nothing of the device: a CUDA graph can hold it."""
         from ttt.ops.in_place.stream import stream_frame
 
-        is_delta = self.log_write_strength is not None
         # Triton launches on the current device.
         with torch.cuda.device_of(z):
             return stream_frame(
                 z,
-                self._keys(z),
                 source,
                 is_frame,
                 change=state.change,
@@ -341,19 +332,24 @@ class InPlaceGating(TTTLayer[InPlaceState]):
                 pending_source=state.pending_source,
                 pending_read=state.pending_read,
                 num_pending=state.num_pending,
-                learns=state.learns,
-                conv=self.gated_conv,
+                exec_mask=state.exec_mask,
+                rows_on=state.rows_on,
+                conv=self.target_conv,
+                gate=self.target_gate,
+                gate_speed=GATE_SPEED,
                 projection=self.target_proj,
                 num_behind=0 if self.args.carries else self.num_behind,
                 lag=self.lag,
                 decay=self.args.state_decay,
-                lr=1.0 if is_delta else self.args.inner_learning_rate,
+                lr=self.args.inner_learning_rate,
                 max_delta_norm=self.args.max_delta_norm,
-                beta=self.write_strength,
+                log_beta=self.log_write_strength,
+                max_beta=MAX_WRITE_STRENGTH,
+                divides_by_keys=self.divides_by_keys,
             )
 
     def _append(
-        self, z: Tensor, source: Tensor, read: Tensor, is_frame: Tensor, state: InPlaceState
+        self, z: Tensor, source: Tensor, read: Tensor, is_frame: Tensor | None, state: InPlaceState
     ) -> None:
         """Keep frames of the open chunk. A paused row's land where its next ones will."""
         positions = state.num_pending[:, None] + torch.arange(z.shape[1], device=z.device)
@@ -365,11 +361,11 @@ class InPlaceGating(TTTLayer[InPlaceState]):
             if buffer is not None:
                 index = (offset + positions)[:, :, None].expand(-1, -1, buffer.shape[-1])
                 buffer.scatter_(1, index, new.to(buffer.dtype))
-        rows, frames = (state.learns[:, None] & ~is_frame).nonzero(as_tuple=True)
-        if len(rows):
+        if is_frame is not None and len(absent := (state.learns[:, None] & ~is_frame).nonzero()):
             # Their own keys, and those that they would be part of the targets of.
-            absent = positions[rows, frames, None] + torch.arange(self.lag + 1, device=z.device)
-            state.pending_z[rows[:, None], absent] = 0
+            rows, frames = absent.T
+            places = positions[rows, frames, None] + torch.arange(self.lag + 1, device=z.device)
+            state.pending_z[rows[:, None], places] = 0
         state.num_pending += z.shape[1] * state.learns
 
     def _write_complete_chunks(self, state: InPlaceState) -> None:

@@ -23,14 +23,21 @@ class Streamed:
 
     def streamed(self, added: Tensor, to: Tensor) -> Tensor:
         """Return what a step of a stream adds to `to`: `added` [B, T, d], and zero in rows that are
-        switched off."""
-        state = self._streaming_state
-        if state is not None:
-            added = torch.where(state.rows_on.view(-1, 1, 1), added, 0.0)
+        switched off. A layer whose `added` is zero there already calls `note_effect` alone."""
+        if self._streaming_state is not None:
+            added = self.in_rows_on(added)
+        self.note_effect(added, to)
+        return added
+
+    def in_rows_on(self, added: Tensor) -> Tensor:
+        """Return `added` [B, T, d], and zero in rows of the stream that are switched off."""
+        return torch.where(self._streaming_state.rows_on.view(-1, 1, 1), added, 0.0)
+
+    def note_effect(self, added: Tensor, to: Tensor) -> None:
+        """Measure what a step of a stream adds to `to`, if somebody asks for it."""
         if self.measures_stream:
             part, whole = (x.detach().float().flatten(1).norm(dim=1) for x in (added, to))
             self.stream_effect = part / whole.clamp(min=torch.finfo(torch.float32).tiny)
-        return added
 
     def open_frames(self) -> Tensor | None:
         """Return how many frames each row of a stream has in its open chunk, [B]; None if a frame

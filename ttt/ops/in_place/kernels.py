@@ -1,7 +1,7 @@
-"""The Triton kernels of `ttt.ops.in_place.stream`, which says what they are for.
+"""The Triton kernels of a write in `ttt.ops.in_place.stream`, which says what they are for.
 
-Those that take `num_pending` and `chunk_size` act on the rows that have as many frames pending, and
-return at once in the others.
+They act on the rows whose open chunk is full, `filled` being `chunk_size`, and return at once in
+the others.
 """
 
 import triton
@@ -9,96 +9,28 @@ import triton.language as tl
 
 
 @triton.jit
-def _read(change, z, out, row, place, width, hidden, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """One row's S times the vector at a place of z, to the same place of OUT."""
-    d = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    total = tl.zeros((ROWS, BLOCK), change.dtype.element_ty)
-    for start in range(0, hidden, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        query = tl.load(z + place * hidden + i, mask=i < hidden, other=0.0)
-        inside = (d < width)[:, None] & (i < hidden)[None, :]
-        weights = change + (row * width + d)[:, None] * hidden + i[None, :]
-        total += tl.load(weights, mask=inside, other=0.0) * query[None, :].to(total.dtype)
-    tl.store(out + place * width + d, tl.sum(total, 1), mask=d < width)
-
-
-@triton.jit
-def read_kernel(change, z, out, width, hidden, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(1).to(tl.int64)
-    _read(change, z, out, row, row, width, hidden, ROWS, BLOCK)
-
-
-@triton.jit
-def read_carried_kernel(
-    change,
-    z,
-    out,
-    num_pending,
-    chunk_size,
-    rows,
-    length,
-    width,
-    hidden,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    row = tl.program_id(1).to(tl.int64)
-    if tl.load(num_pending + row) == chunk_size:
-        for frame in range(0, length):
-            _read(change, z, out, row, row * rows + frame, width, hidden, ROWS, BLOCK)
-
-
-@triton.jit
-def append_kernel(
-    x,
-    buffer,
-    num_pending,
-    absent,
-    rows,
-    size,
-    offset,
-    HAS_ABSENT: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    row = tl.program_id(1).to(tl.int64)
-    first = row * rows + tl.load(num_pending + row)
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    value = tl.load(x + row * size + i, mask=i < size)
-    if HAS_ABSENT:  # noqa: SIM102 (what is not there must not be compiled)
-        if tl.load(absent + row):
-            value = tl.zeros_like(value)
-            for frame in range(0, offset):
-                tl.store(buffer + (first + frame) * size + i, value, mask=i < size)
-    tl.store(buffer + (first + offset) * size + i, value, mask=i < size)
-
-
-@triton.jit
-def carry_kernel(buffer, num_pending, chunk_size, rows, size, length, BLOCK: tl.constexpr):
-    row = tl.program_id(1).to(tl.int64)
-    if tl.load(num_pending + row) == chunk_size:
-        i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        for frame in range(0, length):
-            place = buffer + (row * rows + frame) * size + i
-            tl.store(place, tl.load(place + chunk_size * size, mask=i < size), mask=i < size)
-
-
-@triton.jit
 def conv_kernel(
     source,
     weight,
+    gate,
     out,
-    num_pending,
+    filled,
     chunk_size,
     rows,
     width,
     kernel_size,
     num_behind,
+    gate_speed,
+    HAS_GATE: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(1).to(tl.int64)
-    if tl.load(num_pending + row) == chunk_size:
+    if tl.load(filled + row) == chunk_size:
         across = tl.cdiv(width, BLOCK)
+        if HAS_GATE:
+            # Rounded as `gated_conv` of `ttt.layers.in_place` is.
+            factor = (tl.load(gate).to(ACC) * gate_speed).to(gate.dtype.element_ty).to(ACC)
         for tile in range(tl.program_id(0), chunk_size * across, tl.num_programs(0)):
             frame = tile // across
             i = tile % across * BLOCK + tl.arange(0, BLOCK)
@@ -108,6 +40,8 @@ def conv_kernel(
                 inside = (i < width) & (other >= 0) & (other < rows)
                 x = tl.load(source + (row * rows + other) * width + i, mask=inside, other=0.0)
                 w = tl.load(weight + i * kernel_size + k, mask=inside, other=0.0)
+                if HAS_GATE:
+                    w = (w.to(ACC) * factor).to(weight.dtype.element_ty)
                 total += x.to(ACC) * w.to(ACC)
             tl.store(out + (row * chunk_size + frame) * width + i, total, mask=i < width)
 
@@ -119,7 +53,7 @@ def product_kernel(
     out,
     minus,
     scale,
-    num_pending,
+    filled,
     chunk_size,
     rows,
     columns,
@@ -146,7 +80,7 @@ def product_kernel(
     BLOCK_K: tl.constexpr,
 ):
     row = tl.program_id(1).to(tl.int64)
-    if tl.load(num_pending + row) == chunk_size:
+    if tl.load(filled + row) == chunk_size:
         across = tl.cdiv(columns, BLOCK_N)
         for tile in range(tl.program_id(0), tl.cdiv(rows, BLOCK_M) * across, tl.num_programs(0)):
             m = tile // across * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -189,14 +123,14 @@ def scale_kernel(
     gram_z,
     gram_v,
     out,
-    num_pending,
+    filled,
     chunk_size,
     max_delta_norm,
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    if tl.load(num_pending + row) == chunk_size:
+    if tl.load(filled + row) == chunk_size:
         size = chunk_size * chunk_size
         total = tl.zeros((BLOCK,), ACC)
         for start in range(0, size, BLOCK):
@@ -233,11 +167,18 @@ def _invert_tile(x, BLOCK: tl.constexpr):
 
 @triton.jit
 def inverse_kernel(
-    matrix, beta, num_pending, chunk_size, padded, ACC: tl.constexpr, BLOCK: tl.constexpr
+    matrix,
+    log_beta,
+    filled,
+    chunk_size,
+    padded,
+    MAX_LOG_BETA: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """(G + λ I)⁻¹ in place, by Gauss-Jordan elimination of blocks; one program a row."""
     row = tl.program_id(0).to(tl.int64)
-    if tl.load(num_pending + row) == chunk_size:
+    if tl.load(filled + row) == chunk_size:
         matrix += row * padded * padded
         i = tl.arange(0, BLOCK)
         total = tl.zeros((BLOCK,), ACC)
@@ -247,7 +188,10 @@ def inverse_kernel(
             square = tl.load(diagonal, mask=a + i < chunk_size, other=0.0)
             total += square
             count += tl.sum((square > 0).to(tl.int32), 0)
-        strength = tl.sum(total, 0) / tl.maximum(count, 1) / tl.load(beta)
+        # β as `write_strength` of `ttt.layers.in_place` has it.
+        log = tl.load(log_beta).to(ACC)
+        beta = tl.exp(log - tl.maximum(log - MAX_LOG_BETA, 0.0))
+        strength = tl.sum(total, 0) / tl.maximum(count, 1) / beta
         # In units of λ. A silent chunk becomes the identity here, and zero at the end.
         unit = tl.where(strength > 0, 1.0 / tl.where(strength > 0, strength, 1.0), 0.0)
         for a in range(0, padded, BLOCK):
