@@ -32,6 +32,7 @@ class Methods:
 
 
 IN_PLACE = Methods(("in_place",))
+IN_PLACE_AND_MLP = Methods(("in_place", "mlp"))
 INNER_LOOP = Methods(("linear", "mlp"))
 
 

@@ -115,8 +115,8 @@ class TTTLayer(Streamed, StreamingModule[StateT]):
     is any learning in a sequence without a single update."""
 
     may_keep: bool = False
-    """Whether its operator may keep what it has made where the layer is made again: what the layer
-    returns must then be nothing but a sum with the operator's result."""
+    """Whether its operator may keep what it has made where the layer is made again. If it does not
+    keep its result, what the layer returns must be nothing but a sum with that."""
 
     def __init__(self, place: Place, args: TTTArgs):
         super().__init__()

@@ -360,6 +360,10 @@ class TTTMLP(TTTMixer):
     default_base_lr = 10.0
     default_base_lr_without_conv = 0.1
 
+    def __init__(self, place: Place, args: TTTArgs):
+        super().__init__(place, args)
+        self.may_keep = args.keep_writes
+
     @classmethod
     def cost(cls, args: TTTArgs) -> Cost:
         # 8e3 of the bytes are reckoned and not measured: what the convolutions read.

@@ -46,9 +46,9 @@ def forward_passes(
     """Return contexts for a function's first forward pass and for those that make it again.
 
     Args:
-        may_keep: operators may keep what they have made. One that does returns, when it runs again,
-            its result no more, but NaN: right where that is only added to something, as then no
-            gradient needs it.
+        may_keep: operators may keep what they have made. One that does not keep its result returns
+            NaN when it runs again: right where that is only added to something, as then no gradient
+            needs it.
     """
     shelf: list[tuple[Tensor, ...]] | None = [] if may_keep else None
     return _Pass(True, shelf), _Pass(False, shelf)

@@ -1,6 +1,7 @@
 """The kernels of TTT-Linear; `ttt.ops.inner_loop.kernels` says how to read them.
 
-W goes through in tiles of rows: a whole one would fill the registers.
+A program takes one head of one row through mini-batches `first` to `last - 1`, forwards or
+backwards. W goes through in tiles of rows: a whole one would fill the registers.
 """
 
 import triton

@@ -17,6 +17,16 @@ Written = tuple[tuple[Tensor, Tensor], ...]
 """What frames write, layer by layer: inputs x [B, H, K, in] and errors eta · g [B, H, K, out]."""
 
 
+def memory(
+    like: Tensor, *shape: int, exists: bool = True, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Return memory of a shape; or what has that shape and takes none, for activation checkpointing
+    to find as the second forward pass will have it."""
+    if exists:
+        return like.new_empty(shape, dtype=dtype)
+    return like.new_empty(1, dtype=dtype).expand(shape)
+
+
 def flatten(layers: InnerLayers) -> tuple[Tensor, ...]:
     """((w1, b1), …) as (w1, b1, …), as the operators take and give them; `Written` likewise."""
     return tuple(x for pair in layers for x in pair)
