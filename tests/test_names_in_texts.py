@@ -76,5 +76,5 @@ def test_what_texts_name_is_there(path: Path) -> None:
 
 
 def test_names_that_lead_nowhere_are_noticed() -> None:
-    text = '"""See `scan_kernels._line`, `kernels._lines`, `TTTLayer.backward`, `kernels._line`."""'
+    text = '"""See `scan_kernels._line`, `kernels._lines`, `TTTLayer.backward`, `kernels._dot`."""'
     assert missing(text) == ["scan_kernels._line", "kernels._lines", "TTTLayer.backward"]

@@ -114,7 +114,7 @@ class TTTArgs:
     """With `gradient_checkpointing: true`, keep what the chunks of a layer write (`write: delta`),
     or the mini-batches (`mlp`, where the GPU kernels run), for the backward pass, which makes all
     else of the layer again: a step of Moshi 7B takes 1 % less time, and up to 18 kB more for each
-    frame and layer; with `mlp` 5 %, and 106 kB."""
+    frame and layer; with `mlp` 4 %, and 120 kB."""
 
     qk_conv_kernel_size: Annotated[int, Ge(1), Le(4096), INNER_LOOP] = 4
     """Frames that a query and a key of `linear` and `mlp` are made of, each by a convolution of its

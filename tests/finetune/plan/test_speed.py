@@ -28,7 +28,6 @@ FLOAT8: dict[str, Any] = {"base_precision": "float8"}
         ({"ttt": TTTArgs(enabled=True, write="sum", target="text")}, 1.679),
         ({"ttt": TTTArgs(enabled=True, write="delta")}, 1.714),
         ({"ttt": TTTArgs(enabled=True, method="linear")}, 1.773),
-        ({"ttt": TTTArgs(enabled=True, method="mlp")}, 2.174),
         ({**OFF, "gradient_checkpointing": "selective"}, 1.270),
         ({**OFF, "selective_layers": 5}, 1.584),
         ({**OFF, "selective_layers": 16}, 1.470),
@@ -40,7 +39,7 @@ FLOAT8: dict[str, Any] = {"base_precision": "float8"}
         (SHARDED, 1.816),
     ],
     ids=[
-        *("off", "sum", "delta", "linear", "mlp", "selective"),
+        *("off", "sum", "delta", "linear", "selective"),
         *("selective in 5", "in 16", "hidden, in 32"),
         *("float8, off", "float8, delta"),
         *("float8, selective", "sharded, all weights", "sharded"),

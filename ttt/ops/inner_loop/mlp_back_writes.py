@@ -152,7 +152,7 @@ def mlp_back_writes(
     d_v, d_eta, d_token_scale, d_norm_weight, d_norm_bias,
     s2, keys_keys, s2_s2, z1, u, x2, d_s1, d_x2, d_s2, x2_x2, d_u, d_z1, d_z2, d_target, d_u_x2,
     d_z2_s2,
-    num_heads, num_batches, first, last, start, num_units,
+    num_heads, num_batches, num_kept, first, last, start, num_units,
     EPS: tl.constexpr, K: tl.constexpr, F: tl.constexpr, D: tl.constexpr, M: tl.constexpr,
     TILE: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
@@ -161,7 +161,7 @@ def mlp_back_writes(
     row = tl.program_id(0).to(tl.int64)
     t, f = tl.arange(0, K), tl.arange(0, F)
     here = (row * num_batches + start) * K
-    block = _block(row, first, last, start, True, M, K)
+    block = _block(row, first, start, num_kept, M, K)
     own, square = row * (1 + SPLIT), row * M * M
     norm_w = tl.load(norm_weight + row % num_heads * F + f)
     norm_b = tl.load(norm_bias + row % num_heads * F + f)

@@ -38,7 +38,7 @@ def mlp_back_frames(
     q, k, v, eta, token_scale, norm_weight, norm_bias, kept_z2, kept_zq2,
     d_out, d_norm_weight, d_norm_bias,
     s2, d_zq2, queries_keys, keys_keys, s2_s2, d_zq2_s2,
-    num_heads, num_batches, first, last, start,
+    num_heads, num_batches, num_kept, first, last, start,
     EPS: tl.constexpr, K: tl.constexpr, F: tl.constexpr, M: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """What takes no weights: s2, d_zq2, and products of a block's frames with each other."""
@@ -46,7 +46,7 @@ def mlp_back_frames(
     m, f = tl.arange(0, M), tl.arange(0, F)
     frames, square = m[:, None] * F + f[None, :], row * M * M + m[:, None] * M + m[None, :]
     here = (row * num_batches + start) * K
-    kept_frames = _block(row, first, last, start, True, M, K) * M * F + frames
+    kept_frames = _block(row, first, start, num_kept, M, K) * M * F + frames
     own = row * (1 + SPLIT) * M * F
     real = m < (last - start) * K
     norm_w = tl.load(norm_weight + row % num_heads * F + f)
@@ -76,7 +76,7 @@ def mlp_back_frames(
 @triton.jit(do_not_specialize=COUNTS)
 def mlp_back_first(
     q, k, token_scale, w1, b1, s1, queries_keys, keys_keys, z1, x2, xq2, slope,
-    num_batches, num_writes, first, last, start,
+    num_batches, num_writes, num_kept, first, last, start,
     K: tl.constexpr, F: tl.constexpr, D: tl.constexpr, M: tl.constexpr, TILE: tl.constexpr,
     SPLIT: tl.constexpr,
 ):  # fmt: skip
@@ -89,7 +89,7 @@ def mlp_back_first(
     here = (row * num_batches + start) * K
     own = row * (1 + SPLIT) * M * D
     w1, b1 = w1 + row * F * D + j + f[:, None] * D + h[None, :], b1 + row * D + j + h
-    s1 += _block(row, first, last, start, True, M, K) * (1 + SPLIT) * M * D
+    s1 += _block(row, first, start, num_kept, M, K) * (1 + SPLIT) * M * D
     real = m < (last - start) * K
     scale = tl.load(token_scale + K - 1)
     key_terms = _terms(_frames(k + here * F, frames, real), SPLIT)
@@ -159,7 +159,7 @@ def mlp_back_second(
 def mlp_back_ends(
     k, token_scale, d_w1, d_b1, d_w2, s2, queries_keys, d_zq2_s2, xq2, s1, d_zq1, d_s1, d_x2,
     d_scales,
-    num_batches, num_writes, first, last, start,
+    num_batches, num_writes, num_kept, first, last, start,
     K: tl.constexpr, F: tl.constexpr, D: tl.constexpr, M: tl.constexpr, TILE: tl.constexpr,
     SPLIT: tl.constexpr,
 ):  # fmt: skip
@@ -172,7 +172,7 @@ def mlp_back_ends(
     here = (row * num_batches + start) * K
     own = row * (1 + SPLIT) * M
     xq2, d_zq1 = xq2 + own * D, d_zq1 + own * D
-    s1 += _block(row, first, last, start, True, M, K) * (1 + SPLIT) * M * D
+    s1 += _block(row, first, start, num_kept, M, K) * (1 + SPLIT) * M * D
     rows1, rows2 = j + f[:, None] * D + h[None, :], (j + h[:, None]) * F + f[None, :]
     writes = _writes(start, num_writes, M, K) & (m < (last - start) * K)
     scale = tl.load(token_scale + K - 1)
@@ -198,7 +198,7 @@ def mlp_back_ends(
 def mlp_back_units(
     token_scale, d_w2, d_b2, d_token_scale,
     s2, d_zq2, queries_keys, d_zq2_s2, x2, xq2, s1, d_zq1, d_s2, x2_x2, d_zq1_s1, d_scales,
-    num_writes, first, last, start, num_units,
+    num_writes, num_kept, first, last, start, num_units,
     K: tl.constexpr, F: tl.constexpr, D: tl.constexpr, M: tl.constexpr, TILE: tl.constexpr,
     SPLIT: tl.constexpr, NUM_SCALES: tl.constexpr,
 ):  # fmt: skip
@@ -211,7 +211,7 @@ def mlp_back_units(
     own = row * (1 + SPLIT) * M
     d_w2 += row * F * D + h[:, None] * F + f[None, :]
     x2, xq2, d_zq1 = x2 + own * D, xq2 + own * D, d_zq1 + own * D
-    s1 += _block(row, first, last, start, True, M, K) * (1 + SPLIT) * M * D
+    s1 += _block(row, first, start, num_kept, M, K) * (1 + SPLIT) * M * D
     nothing = tl.zeros((M, M), tl.float32)
     found_x2_x2, found_xq2_x2, found_d_zq1_s1 = nothing + 1, nothing + 1, nothing
     taken = tl.broadcast_to(tl.load(d_b2 + row * F + f)[None, :], (M, F))
@@ -249,7 +249,7 @@ def mlp_back_units(
 def mlp_back_inputs(
     q, k, token_scale, w1, d_w1, d_out, d_q, d_k, d_token_scale,
     keys_keys, s1, d_zq1, d_zq1_s1, d_z1, d_target,
-    num_batches, num_writes, first, last, start, num_units,
+    num_batches, num_writes, num_kept, first, last, start, num_units,
     K: tl.constexpr, F: tl.constexpr, D: tl.constexpr, M: tl.constexpr, TILE: tl.constexpr,
     SPLIT: tl.constexpr,
 ):  # fmt: skip
@@ -263,7 +263,7 @@ def mlp_back_inputs(
     rows1 = row * F * D + f[:, None] * D + h[None, :]
     own = row * (1 + SPLIT) * M * D
     d_zq1, d_z1 = d_zq1 + own, d_z1 + own
-    s1 += _block(row, first, last, start, True, M, K) * (1 + SPLIT) * M * D
+    s1 += _block(row, first, start, num_kept, M, K) * (1 + SPLIT) * M * D
     writes = _writes(start, num_writes, M, K) & real
     scale = tl.load(token_scale + K - 1)
     # What the block writes into weights that later blocks read.

@@ -82,19 +82,13 @@ def forward(
     """The weights after a group, whose part of `out` it fills; and what the backward pass needs, if
     `keep`."""
     launch = _Launch(frames, weights, num_writes, group, split)
-    num_kept = launch.num_blocks * BLOCK
-    kept = (
-        launch.terms(num_kept, "D", exists=keep),
-        launch.new(num_kept, "F", exists=keep),
-        launch.new(num_kept, "F", exists=keep),
-    )
+    num_kept = launch.num_blocks if keep else 1
+    made = launch.kept(num_kept)
     after = tuple(x.clone(memory_format=torch.contiguous_format) for x in weights)
-    launch.know(dict(zip(("w1", "b1", "w2", "b2"), after, strict=True)), out=out, KEEP=keep)
-    launch.know(dict(zip(KEPT, kept, strict=True)))
+    launch.know(dict(zip(("w1", "b1", "w2", "b2"), after, strict=True)), out=out)
+    launch.know(dict(zip(KEPT, made, strict=True)), num_kept=num_kept)
     launch.know({name: launch.new(BLOCK, "D") for name in ("z1", "zq1", "slope")})
     launch.know(x2=launch.terms(BLOCK, "D"), s2=launch.terms(BLOCK, "F"))
-    if not keep:
-        launch.know(s1=launch.terms(BLOCK, "D"))
     launch.know(w2_terms=launch.terms(out.shape[-1], "D"))
     for start in launch.starts:
         launch(mlp_forward.mlp_first, start)
@@ -105,7 +99,7 @@ def forward(
     end = group[0] + launch.num_blocks * launch.per_block
     launch(mlp_forward.mlp_first, end)
     launch(mlp_forward.mlp_second, end)
-    return after, kept
+    return after, made if keep else launch.kept(launch.num_blocks, exists=False)
 
 
 def backward(
@@ -129,7 +123,7 @@ def backward(
     launch = _Launch(frames, ends, num_writes, group, split)
     w1, b1, w2, _ = (x.clone(memory_format=torch.contiguous_format) for x in ends)
     launch.know(dict(zip(RESULTS, results, strict=True)), dict(zip(KEPT, kept, strict=True)))
-    launch.know(w1=w1, b1=b1, w2=w2)
+    launch.know(w1=w1, b1=b1, w2=w2, num_kept=launch.num_blocks)
     launch.know({name: launch.new(BLOCK, "D") for name in ("z1", "slope", "u", "d_s1", "d_x2")})
     hidden = ("x2", "xq2", "d_zq1", "d_u", "d_z1")
     launch.know({name: launch.terms(BLOCK, "D") for name in hidden})
@@ -205,6 +199,12 @@ class _Launch:
             return self.new(num_frames, width, exists=exists)
         shape = self._rows, 2 * num_frames, self._values[width]
         return memory(self._like, *shape, exists=exists, dtype=torch.bfloat16)
+
+    def kept(self, num_blocks: int, *, exists: bool = True) -> Kept:
+        """Return memory for what is kept of blocks."""
+        num_frames = num_blocks * BLOCK
+        s1 = self.terms(num_frames, "D", exists=exists)
+        return s1, *(self.new(num_frames, "F", exists=exists) for _ in range(2))
 
     def num_tiles(self, kernel: Any) -> int:
         """Return the number of tiles of hidden units."""

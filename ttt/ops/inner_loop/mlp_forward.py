@@ -25,8 +25,8 @@ from ttt.ops.inner_loop.mlp_pieces import (
 @triton.jit(do_not_specialize=COUNTS)
 def mlp_first(
     q, k, token_scale, w1, b1, z1, zq1, s1,
-    num_batches, num_writes, first, last, start,
-    KEEP: tl.constexpr, K: tl.constexpr, F: tl.constexpr, D: tl.constexpr, M: tl.constexpr,
+    num_batches, num_writes, num_kept, first, last, start,
+    K: tl.constexpr, F: tl.constexpr, D: tl.constexpr, M: tl.constexpr,
     TILE: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """A tile of the first layer takes what the block before has written, and is read by the
@@ -37,7 +37,7 @@ def mlp_first(
     here = (row * num_batches + start) * K
     w1 += row * F * D + j + f[:, None] * D + h[None, :]
     b1 += row * D + j + h
-    s1 += _block(row, first, last, start - M // K, KEEP, M, K) * (1 + SPLIT) * M * D
+    s1 += _block(row, first, start - M // K, num_kept, M, K) * (1 + SPLIT) * M * D
     scale = tl.load(token_scale + K - 1)
     was = _writes(start - M // K, num_writes, M, K)
     was = was & (start > first) & (m < (last - start) * K + M)
@@ -90,7 +90,7 @@ def _write(
     k, v, eta, norm_w, norm_b, w2_terms, bias2, write_scale, z1, x2, slope, s1, s2, kept_z2,
     count, num_units,
     N: tl.constexpr, PAST: tl.constexpr, SEEN: tl.constexpr, EPS: tl.constexpr,
-    KEEP: tl.constexpr, K: tl.constexpr, F: tl.constexpr, D: tl.constexpr, M: tl.constexpr,
+    K: tl.constexpr, F: tl.constexpr, D: tl.constexpr, M: tl.constexpr,
     TILE: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """One pass over the second layer's weights: s1 of mini-batch N, if there is one, and then x2
@@ -159,8 +159,7 @@ def _write(
             seen_s2_terms = _load_some(s2, seen_frames, seen, M * F, SPLIT)
             products = tl.where(seen, -write_scale, 0.0)[None, :] * products
             found2 = _plus(found2, _terms(products, SPLIT), seen_s2_terms)
-        if KEEP:
-            tl.store(kept_z2 + next_frames, found2)
+        tl.store(kept_z2 + next_frames, found2)
         target = _frames(v, next_frames, next_real).to(tl.float32)
         target -= _frames(k, next_frames, next_real).to(tl.float32)
         rate = tl.load(eta + NEXT * K + t, mask=next_real, other=0.0)
@@ -173,15 +172,15 @@ def _write(
 @triton.jit(do_not_specialize=COUNTS)
 def mlp_writes(
     k, v, eta, token_scale, norm_weight, norm_bias, w2_terms, b2, z1, x2, slope, s1, s2, kept_z2,
-    num_heads, num_batches, first, last, start, num_units,
-    EPS: tl.constexpr, KEEP: tl.constexpr, K: tl.constexpr, F: tl.constexpr, D: tl.constexpr,
+    num_heads, num_batches, num_kept, first, last, start, num_units,
+    EPS: tl.constexpr, K: tl.constexpr, F: tl.constexpr, D: tl.constexpr,
     M: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """What a block's mini-batches write, one after the other: x2 and s2, s1; slope is gelu'(z1)."""
     row = tl.program_id(0).to(tl.int64)
     f = tl.arange(0, F)
     here = (row * num_batches + start) * K
-    block = _block(row, first, last, start, KEEP, M, K)
+    block = _block(row, first, start, num_kept, M, K)
     own = row * (1 + SPLIT)
     norm_w = tl.load(norm_weight + row % num_heads * F + f)
     norm_b = tl.load(norm_bias + row % num_heads * F + f)
@@ -194,15 +193,15 @@ def mlp_writes(
             s1 + block * (1 + SPLIT) * M * D, s2 + own * M * F, kept_z2 + block * M * F,
             (last - start) * K, num_units,
             i - 1, 0 if i <= 1 else ((i - 1) * K if i <= 3 else M), i * K if i <= 2 else M,
-            EPS, KEEP, K, F, D, M, TILE, SPLIT,
+            EPS, K, F, D, M, TILE, SPLIT,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def mlp_reads(
     q, k, token_scale, norm_weight, norm_bias, w2_terms, b2, out, zq1, x2, s1, s2, kept_zq2,
-    num_heads, num_batches, first, last, start, num_units,
-    EPS: tl.constexpr, KEEP: tl.constexpr, K: tl.constexpr, F: tl.constexpr, D: tl.constexpr,
+    num_heads, num_batches, num_kept, first, last, start, num_units,
+    EPS: tl.constexpr, K: tl.constexpr, F: tl.constexpr, D: tl.constexpr,
     M: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """What a block's frames read: out."""
@@ -210,7 +209,7 @@ def mlp_reads(
     m, f, h = tl.arange(0, M), tl.arange(0, F), tl.arange(0, TILE)
     frames, hidden = m[:, None] * F + f[None, :], m[:, None] * D + h[None, :]
     here = (row * num_batches + start) * K
-    block = _block(row, first, last, start, KEEP, M, K)
+    block = _block(row, first, start, num_kept, M, K)
     real = m < (last - start) * K
     rows2 = h[:, None] * F + f[None, :]
     w2_terms += row * (1 + SPLIT) * F * D
@@ -232,8 +231,7 @@ def mlp_reads(
         found2 = _plus(found2, xq2_terms, weight_terms)
     s2_terms = _load_terms(s2 + own * F, frames, M * F, SPLIT)
     found2 = _plus(found2, _terms(-read * products, SPLIT), s2_terms)
-    if KEEP:
-        tl.store(kept_zq2 + block * M * F + frames, found2)
+    tl.store(kept_zq2 + block * M * F + frames, found2)
     normed, _rstd = _normed(found2, EPS, F)
     norm_w = tl.load(norm_weight + row % num_heads * F + f)
     norm_b = tl.load(norm_bias + row % num_heads * F + f)

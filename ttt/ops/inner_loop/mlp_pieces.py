@@ -4,7 +4,10 @@ compute and names the shapes."""
 import triton
 import triton.language as tl
 
-COUNTS = ["num_heads", "num_batches", "num_writes", "first", "last", "start", "num_units"]
+COUNTS = [
+    *("num_heads", "num_batches", "num_writes", "num_kept", "num_units"),
+    *("first", "last", "start"),
+]
 """Triton would compile a kernel again where one of these is 1, or a multiple of 16."""
 
 
@@ -83,14 +86,11 @@ def _frames(x, places, real):
 
 
 @triton.jit
-def _block(row, first, last, start, KEEP: tl.constexpr, M: tl.constexpr, K: tl.constexpr):
-    """Return the number of a row's block among all that are kept of a group, or among the rows
-    alone."""
-    if KEEP:
-        num_blocks = ((last - first) * K + M - 1) // M
-        return row * num_blocks + (start - first) * K // M
-    else:
-        return row
+def _block(row, first, start, num_kept, M: tl.constexpr, K: tl.constexpr):
+    """Return the place of a row's block where `num_kept` blocks a row are kept, all of a group or
+    the last one alone. (Whether all are is no constant: kernels that are compiled apart may sum in
+    another order.)"""
+    return row * num_kept + tl.minimum((start - first) * K // M, num_kept - 1)
 
 
 @triton.jit
