@@ -387,7 +387,9 @@ def test_what_chunks_write_is_kept_where_there_is_room() -> None:
     run = dataclasses.replace(MOSHI, ttt=ttt)
     (line,) = (each for each in planned(run, gpu_memory_gb=42) if each.startswith("faster"))
     assert "left: ttt.keep_writes: true (37.8 GB" in line
-    assert advised(dataclasses.replace(MOSHI, **HIDDEN), 40)[0] == "ttt.keep_writes: false"
+    mlp = {"ttt": TTTArgs(enabled=True, method="mlp")}
+    for changes, room in ((HIDDEN, 40), (mlp, 45)):
+        assert advised(dataclasses.replace(MOSHI, **changes), room)[0] == "ttt.keep_writes: false"
     # Where it is enough to keep less, no more GPUs are named for that.
     ways = advised(dataclasses.replace(MOSHI, gradient_checkpointing=False), 80)
     assert ways[0].startswith("gradient_checkpointing: true") and "GPUs" not in " ".join(ways)
