@@ -36,7 +36,11 @@ def index_folder(options: IndexOptions) -> Iterator[str]:
             yield f"passed over {len(hidden)} hidden files ({hidden[0].name}, for example)"
         dialogues = [(path,) for path in paths]
     else:
-        pairs, problems = find_pairs(folder, options.pair, options.joined_dir, options.overwrite)
+        found = find_pairs(folder, options.pair, options.joined_dir, options.overwrite)
+        pairs, problems = found.pairs, found.problems
+        if others := found.others:
+            files = counted(len(others), "audio file")
+            yield f"passed over {files} that --pair does not name ({others[0].name}, for example)"
         dialogues = [(pair.left, pair.right) for pair in pairs]
     unnamed = _unusable_names(dialogues)
     problems += unnamed.values()
