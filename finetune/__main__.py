@@ -4,6 +4,7 @@ All programs begin here, so that Ctrl-C is a message from the first import on. A
 command line is read, `finetune.interrupt` sees to it.
 """
 
+import atexit
 import os
 import signal
 import sys
@@ -15,6 +16,9 @@ def begin(program: str) -> None:
     # Where a shell has it ignored, as of what runs in the background, it stays so until then.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _stop)
+        # The first to be registered is the last to be called. Then Python takes itself apart, and
+        # has no handlers any more: the signal would take the place of the exit status.
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
     try:
         from finetune.cli import COMMANDS, train
         from finetune.command_line import call
