@@ -11,6 +11,7 @@ if __name__ == "__main__":
     # All programs begin there, before these imports.
     runpy.run_module("finetune", run_name="__main__")
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -359,7 +360,7 @@ def demo_data(options: DemoDataOptions) -> None:
     )
     what = f"{options.num_dialogues} dialogues, listed in train.jsonl and eval.jsonl"
     print(f"wrote {out}: {what}" if is_new else f"{out} holds them already: {what}")
-    print(f"next: moshi-ttt data check {out / 'train.jsonl'}")
+    print(f"next: moshi-ttt data check {shlex.quote(str(out / 'train.jsonl'))}")
     print(f"then: {training_command(out)}")
 
 

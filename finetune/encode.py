@@ -68,10 +68,12 @@ def _run(fill: CacheFill, duration_sec: float) -> None:
                 pace * duration_sec,
                 format_duration((len(fill) - num_done) / pace),
             )
+    num_alike = fill.num_missing - fill.num_encoded - fill.num_skipped
     logger.info(
-        "encoded %s in %s; %s there before%s",
+        "encoded %s in %s; %s there before%s%s",
         counted(fill.num_encoded, "segment"),
         format_duration(time.monotonic() - started_at),
         counted(num_at_start, "was", "were"),
+        f", {num_alike} had codes by then, as copies of others have" if num_alike else "",
         f", {fill.num_skipped} could not be read" if fill.num_skipped else "",
     )

@@ -5,18 +5,40 @@ import multiprocessing
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any, NoReturn
 
 logger = logging.getLogger(__name__)
 
 _ONE_CTRL_C_SEC = 1.0
-"""Signals this close are one: a Ctrl-C can come from the terminal and once more from a launcher."""
+"""Signals this close are one: a Ctrl-C can come from the terminal and once more from a launcher,
+or from a hand that presses twice."""
 _LOOK_AGAIN_SEC = 0.05
 """Between two looks whether an import has ended."""
+
+
+class _Asked:
+    """When this process was first asked to stop; None: it was not."""
+
+    at: float | None = None
+
+    @classmethod
+    def is_first(cls) -> bool:
+        """Note that a signal has come. Returns whether none had come before."""
+        if cls.at is not None:
+            return False
+        cls.at = time.monotonic()
+        return True
+
+    @classmethod
+    def is_old(cls) -> bool:
+        """Return whether a signal that comes now is another one than the first."""
+        return cls.at is not None and time.monotonic() > cls.at + _ONE_CTRL_C_SEC
 
 
 def stop_signals() -> list[signal.Signals]:
@@ -32,6 +54,12 @@ def answer_to(number: int) -> str:
     """Return what a run does after the first signal, and how it is left at once."""
     name = signal.Signals(number).name
     return f"{name}: finishing this step, then saving. Ctrl-C (again) leaves at once."
+
+
+def _leave_at_once(number: int) -> NoReturn:
+    """End this process with a message, wherever it is, without any clearing up."""
+    os.write(2, f"\nstopped by {signal.Signals(number).name}\n".encode())
+    os._exit(128 + number)
 
 
 class Stopped(KeyboardInterrupt):
@@ -74,42 +102,75 @@ def ending_on_signals() -> Iterator[None]:
     """Signals that ask to stop end what runs in here as Ctrl-C does, so that it is cleared up;
     where no step is under way that should be finished. See `Interrupt` for the others.
 
-    While a module is imported the first one waits until it is, as some of them, in C, lose an
-    exception or break by it, and the second ends the process.
+    The first one is raised as `Stopped`. While a module is imported it waits until it is, as some
+    of them, in C, lose an exception or break by it; and where Python itself ignores an exception,
+    as in `__del__`, it is raised again. What ends by it clears up: a second one does not disturb
+    that in the first second, and later ends the process.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     here = os.getpid()
-    waiting: list[int] = []
+    first: list[int] = []
+    ignored_before = sys.unraisablehook
+    _Asked.at = None
 
     def stop(number: int, frame: FrameType | None) -> None:
         if os.getpid() != here:
             # In a process that was forked: it ends as if nobody had asked for more.
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-            return
+        elif _Asked.is_first():
+            first.append(number)
+            look(signal.SIGALRM, frame)
+        elif _Asked.is_old():
+            _leave_at_once(number)
+
+    def look(number: int, frame: FrameType | None) -> None:
         if not _is_importing(frame):
-            raise Stopped(number)
-        if waiting:
-            os.write(2, f"\nstopped by {signal.Signals(number).name}\n".encode())
-            os._exit(128 + number)
-        waiting.append(number)
+            raise Stopped(first[0])
         signal.setitimer(signal.ITIMER_REAL, _LOOK_AGAIN_SEC)
 
-    def look_again(number: int, frame: FrameType | None) -> None:
-        if not _is_importing(frame):
-            raise Stopped(waiting[0])
-        signal.setitimer(signal.ITIMER_REAL, _LOOK_AGAIN_SEC)
+    def ignored(what: Any) -> None:
+        if isinstance(what.exc_value, Stopped) and os.getpid() == here:
+            signal.setitimer(signal.ITIMER_REAL, _LOOK_AGAIN_SEC)
+        else:
+            ignored_before(what)
 
     previous = {number: signal.signal(number, stop) for number in stop_signals()}
-    previous[signal.SIGALRM] = signal.signal(signal.SIGALRM, look_again)
+    previous[signal.SIGALRM] = signal.signal(signal.SIGALRM, look)
+    sys.unraisablehook = ignored
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
+        sys.unraisablehook = ignored_before
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def held_signals() -> Iterator[None]:
+    """Signals that ask to stop wait for the end of what runs in here, which is short: it calls C
+    code that calls Python, and through C no exception passes. Python would print and forget it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    previous: dict[int, Any] = {}
+    try:
+        for number in map(int, (*stop_signals(), signal.SIGALRM)):
+            if signal.getsignal(number) is not None:  # else it is handled in C, and stays so
+                previous[number] = signal.signal(number, lambda number, frame: came.append(number))
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        for number in came:
+            if callable(previous[number]):
+                previous[number](number, None)
+            else:
+                signal.raise_signal(number)
 
 
 def _is_importing(frame: FrameType | None) -> bool:
@@ -127,11 +188,11 @@ class Interrupt:
 
     def __init__(self) -> None:
         self.signal_number: int | None = None
-        self._noted_at = 0.0
         self._previous: dict[int, object] = {}
         self._receive, self._send = socket.socketpair()
 
     def __enter__(self) -> "Interrupt":
+        _Asked.at = None
         self._send.setblocking(False)
         self._previous_fd = signal.set_wakeup_fd(self._send.fileno(), warn_on_full_buffer=False)
         for number in stop_signals():
@@ -154,9 +215,9 @@ class Interrupt:
     def _note(self, number: int) -> None:
         if number not in self._previous:
             return
-        now = time.monotonic()
         if self.signal_number is None:
-            self.signal_number, self._noted_at = number, now
+            _Asked.is_first()
+            self.signal_number = number
             logger.info(answer_to(number))
-        elif number == signal.SIGINT and now > self._noted_at + _ONE_CTRL_C_SEC:
-            os._exit(128 + number)
+        elif number == signal.SIGINT and _Asked.is_old():
+            _leave_at_once(number)

@@ -95,7 +95,8 @@ class Trainer:
             require_room(args, info, planned, self.world, *sizes, force=force)
             self.frozen_base = frozen_base(args, planned, info, resume_from)
 
-        self.model = load_model(args, info, self.world.device, self.sharding, check=check)
+        places = self.world.device, self.sharding
+        self.model = load_model(args, info, *places, check=check, is_new_run=not resume_from)
         self.codec = build_codec(info, self.model, word_start=args.data.word_start)
         self.loss_weights = LossWeights(
             args.text_padding_weight, args.first_codebook_weight_multiplier
@@ -193,7 +194,6 @@ class Trainer:
         self.watch.at(self.step + 1, "data")
         with self.phases.phase("data_wait", on_device=False):
             batches = self.next_batches()
-
         self.step += 1
         self.eval_loss = None
         self.watch.at(self.step, "forward and backward")

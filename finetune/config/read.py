@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import shlex
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -188,7 +189,8 @@ def _check(
     is_of_a_run: bool,
 ) -> Checked:
     if written.keys() >= {"base", "sweep_dir"}:
-        raise UserError(f"{path} is a sweep, not one run's configuration: moshi-ttt sweep {path}")
+        command = f"moshi-ttt sweep {shlex.quote(str(path))}"
+        raise UserError(f"{path} is a sweep, not one run's configuration: {command}")
     from_command_line = flatten(overrides or {})
     learn_from(written)
     learn_from(from_command_line)

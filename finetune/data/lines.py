@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -48,7 +49,17 @@ def _missing(key: str, fields: Mapping[str, Any], required: Mapping[str, Kind]) 
 
 def _kind_problem(key: str, value: Any, kind: Kind) -> list[str]:
     is_right = isinstance(value, str) if kind == "text" else type(value) in (int, float)
+    if is_right and kind == "a number" and not _is_finite(value):
+        return [f"`{key}` is {_short(value)}, and must be a finite number"]
     return [] if is_right else [f"`{key}` is {_short(value)}, and must be {kind}"]
+
+
+def _is_finite(number: float) -> bool:
+    """Python's JSON has NaN and Infinity, and whole numbers beyond all floats."""
+    try:
+        return math.isfinite(number)
+    except OverflowError:
+        return False
 
 
 def _short(value: Any) -> str:

@@ -121,11 +121,13 @@ def load_sources(
         problems += [problem for each in checked for problem in each.problems]
         everything += checked
         warnings += [(each.origin, found) for each in checked for found in each.warnings]
-        warnings += [(str(path), found) for found in inspect_listing(recordings)]
         num_skipped += len(checked) - len(recordings)
         segments = [ref for recording in recordings for ref in cut(recording, num_frames)]
         sources.append(WeightedSource(path, weight, recordings, segments))
     checks.flush()
+    # Of all sources together: what is listed in two of them is listed twice.
+    listed = [recording for source in sources for recording in source.recordings]
+    warnings += [("", found) for found in inspect_listing(listed)]
 
     wrong = _wrong_as_a_whole(everything)
     if problems and on_error == "raise":

@@ -56,10 +56,15 @@ def load_transcript(path: Path) -> Transcript:
     try:
         content = parse_json(read_text(path))
     except FileNotFoundError:
+        remedy = (
+            "make it with moshi-ttt data annotate, or write one with the word times, in the form "
+            f"{_FORMAT}; an empty list means that Moshi says nothing"
+        )
+        if (alike := in_capitals(path)) is not None:
+            remedy = f"rename {alike.name}, which is there, to {path.name}"
         raise FileProblem(
             f"transcript {path} is missing",
-            "make it with moshi-ttt data annotate, or write one with the word times, in the form "
-            f"{_FORMAT}; an empty list means that Moshi says nothing",
+            remedy,
             code="transcript-missing",
         ) from None
     except OSError as error:
@@ -73,6 +78,13 @@ def load_transcript(path: Path) -> Transcript:
             f"transcript {path} is not valid JSON ({error})", _AGAIN, code="transcript-malformed"
         ) from None
     return transcript_of(content, f"transcript {path}")
+
+
+def in_capitals(path: Path) -> Path | None:
+    """Return the file that a transcript is taken for where its ending is in capitals."""
+    # Of a whole folder it would be asked for each recording that has none.
+    alike = path.with_suffix(path.suffix.upper())
+    return alike if alike.is_file() else None
 
 
 def transcript_of(content: Any, name: str) -> Transcript:

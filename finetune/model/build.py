@@ -143,6 +143,7 @@ def load_model(
     sharder: Sharder | None = None,
     *,
     check: Callable[[TTTLMModel], None] | None = None,
+    is_new_run: bool = True,
 ) -> TTTLMModel:
     """The model to train, on `device`, with its trainable parameters marked.
 
@@ -152,6 +153,7 @@ def load_model(
     Args:
         sharder: cuts the model between processes while it is loaded.
         check: called with the model on `meta`, before any of its weights are made or read.
+        is_new_run: a checkpoint of the run itself does not take the place of what is read.
 
     Raises:
         UserError: weights that do not fit the model, an impossible TTT configuration, or no
@@ -169,7 +171,7 @@ def load_model(
     if check is not None:
         check(model)
     files = _weight_files(model, args, info, earlier)
-    if earlier is not None:
+    if earlier is not None and is_new_run:
         logger.info(describe_start(args, earlier))
     scale = shape.get("layer_scale")
     fill(

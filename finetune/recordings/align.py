@@ -37,6 +37,7 @@ class Aligner:
         from pocketsphinx import Decoder
 
         self._decoder: Any = Decoder(lm=None, samprate=SAMPLE_RATE_HZ, loglevel="FATAL")
+        self._taught: set[str] = set()
 
     @staticmethod
     def require() -> None:
@@ -80,8 +81,17 @@ class Aligner:
                 return _times(spans, [len(several) for several in parts], hops)
         raise RecordingError("the text does not fit what is heard")
 
+    def unknown(self, words: Sequence[str]) -> list[str]:
+        """Return the words that the English dictionary lacks, whose sounds are guessed from their
+        letters."""
+        return [word for word in words if not all(map(self._is_english, spoken_form(word)))]
+
+    def _is_english(self, part: str) -> bool:
+        return part not in self._taught and self._decoder.lookup_word(part) is not None
+
     def _teach(self, part: str) -> None:
         if self._decoder.lookup_word(part) is None:
+            self._taught.add(part)
             self._decoder.add_word(part, sounds_of(part, self._decoder.lookup_word), True)
 
     def _search(

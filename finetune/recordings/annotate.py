@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache, partial
@@ -34,6 +35,9 @@ SPEAKERS = (MAIN_SPEAKER, USER_SPEAKER)
 """Moshi and the user, who are on the left and the right unless it is the other way round."""
 
 _MANY_WORDS = 5
+_FEWEST_TO_TELL, _MOST_UNKNOWN = 10, 0.2
+"""From so many words on, their language shows in how many of them the English dictionary lacks:
+some 4 percent of everyday English, and 35 to 60 of other European languages."""
 _OLDER = "transcript is older than its text", "transcripts are older than their texts"
 
 Entry = tuple[str, tuple[float, float], str]
@@ -46,10 +50,12 @@ class _Written(NamedTuple):
 
     Args:
         wordless: the side of which much is said without words, and how much, if there is one.
+        unknown: the side whose words are mostly not English, and how many, if there is one.
     """
 
     num_words: int
     wordless: str = ""
+    unknown: str = ""
 
 
 def annotate_data(options: AnnotateOptions) -> Iterator[str]:
@@ -82,6 +88,7 @@ def annotate_data(options: AnnotateOptions) -> Iterator[str]:
         already = counted(len(dialogues) - len(missing), f"{some} has", f"{some} have")
         yield f"{already} a transcript already"
     if options.engine == "align":
+        yield from _warn_of_unread(missing)
         yield from _warn_of_older(set(dialogues) - set(missing), main_channel)
         Aligner.require()
         align = partial(_align, main_channel=main_channel)
@@ -104,12 +111,13 @@ def annotate_data(options: AnnotateOptions) -> Iterator[str]:
     num_words = sum(each.num_words for each in written)
     yield f"wrote {counted(len(written), 'transcript')} with {counted(num_words, 'word')}"
     yield from _cautions_of_few_words([each.wordless for each in written if each.wordless])
+    yield from _cautions_of_unknown_words([each.unknown for each in written if each.unknown])
     if problems:
         raise UserError(
             "recordings that have no transcript of their own; all others are done: "
             f"{listed(sorted(problems))}"
         )
-    yield f"next: moshi-ttt data check {options.data}"
+    yield f"next: moshi-ttt data check {shlex.quote(str(options.data))}"
 
 
 def _main_channel(options: AnnotateOptions, of_run: Channel | None) -> Channel:
@@ -148,6 +156,22 @@ def _warn_of_older(annotated: set[Dialogue], main_channel: Channel) -> Iterator[
         )
 
 
+def _warn_of_unread(dialogues: Sequence[Dialogue]) -> Iterator[str]:
+    """Yield a warning if a text of both speakers lies beside those of each channel, which count."""
+    both = [each.path.with_suffix(".txt") for each in dialogues if isinstance(each, StereoFile)]
+    unread = [
+        path
+        for path in both
+        if path.is_file() and any(path.with_suffix(f".{c}.txt").is_file() for c in CHANNELS)
+    ]
+    if unread:
+        texts = counted(len(unread), "text is", "texts are")
+        yield (
+            f"warning: {texts} not read, as a text of a channel lies beside it ({unread[0].name}, "
+            "for example): remove the one or the other"
+        )
+
+
 def _cautions_of_few_words(sides: Sequence[str]) -> Iterator[str]:
     """Yield a warning if texts leave over much of what is said: most fit speech, also of others."""
     if sides:
@@ -155,6 +179,16 @@ def _cautions_of_few_words(sides: Sequence[str]) -> Iterator[str]:
             f"warning: much of what is said has no words, in {listed(sorted(sides))}\nlisten to "
             "it: if that is speech of this side, check that its text is of this recording and "
             "channel, and complete; laughter, music and the other side's echo need none"
+        )
+
+
+def _cautions_of_unknown_words(sides: Sequence[str]) -> Iterator[str]:
+    """Yield a warning if texts may be in another language: words of any fit some sounds."""
+    if sides:
+        yield (
+            "warning: many words are not in the English dictionary, so that their sounds are "
+            f"guessed, in {listed(sorted(sides))}\nif that is another language, the times are not "
+            "to be trusted: remove these transcripts and use --engine whisper, which knows many"
         )
 
 
@@ -182,7 +216,7 @@ def _align(dialogue: Dialogue, main_channel: Channel) -> _Written:
     samples = read_channels(dialogue)
     power = power_of(samples, round(HOP_SEC * SAMPLE_RATE_HZ))
     found: list[Entry] = []
-    wordless = []
+    wordless, unknown = [], []
     speakers = _speakers(dialogue, main_channel)
     for channel, (words, speaker) in enumerate(zip(texts, speakers, strict=True)):
         try:
@@ -202,7 +236,12 @@ def _align(dialogue: Dialogue, main_channel: Channel) -> _Written:
         left_over = wordless_speech(power[:, [channel, 1 - channel]], times, HOP_SEC)
         if left_over.is_much:
             wordless.append(f"{_name(dialogue, channel)}: {left_over.share:.0%} of it")
-    return _write(dialogue, found)._replace(wordless=", ".join(wordless))
+        strange = _aligner().unknown(words)
+        if len(words) >= _FEWEST_TO_TELL and len(strange) > _MOST_UNKNOWN * len(words):
+            some = f"{len(strange)} of {len(words)}, such as {strange[0]!r}"
+            unknown.append(f"{_name(dialogue, channel)}: {some}")
+    written = _write(dialogue, found)
+    return written._replace(wordless=", ".join(wordless), unknown=", ".join(unknown))
 
 
 def _fits(samples: np.ndarray, words: Sequence[str]) -> bool:

@@ -1,5 +1,6 @@
 """A folder of recordings becomes a JSONL: `moshi-ttt data index`."""
 
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -36,7 +37,11 @@ def index_folder(options: IndexOptions) -> Iterator[str]:
             yield f"passed over {len(hidden)} hidden files ({hidden[0].name}, for example)"
         dialogues = [(path,) for path in paths]
     else:
-        pairs, problems = find_pairs(folder, options.pair, options.joined_dir, options.overwrite)
+        found = find_pairs(folder, options.pair, options.joined_dir, options.overwrite)
+        pairs, problems = found.pairs, found.problems
+        if others := found.others:
+            files = counted(len(others), "audio file")
+            yield f"passed over {files} that --pair does not name ({others[0].name}, for example)"
         dialogues = [(pair.left, pair.right) for pair in pairs]
     unnamed = _unusable_names(dialogues)
     problems += unnamed.values()
@@ -62,12 +67,13 @@ def index_folder(options: IndexOptions) -> Iterator[str]:
     write_whole(out, json_lines(_lines(durations_sec, out)))
     total_sec = sum(durations_sec.values())
     yield f"wrote {out}: {counted(len(durations_sec), 'recording')}, {total_sec / 3600:.2f} h"
+    quoted = shlex.quote(str(out))
     num_bare = sum(not transcript_path(files[0]).exists() for files in durations_sec)
     if num_bare:
         bare = counted(num_bare, "has", "have")
-        yield f"next: {bare} no transcript (.json); moshi-ttt data annotate {out}"
+        yield f"next: {bare} no transcript (.json); moshi-ttt data annotate {quoted}"
     else:
-        yield f"next: moshi-ttt data check {out}"
+        yield f"next: moshi-ttt data check {quoted}"
 
 
 def _unusable_names(dialogues: Sequence[Files]) -> dict[Files, str]:

@@ -27,7 +27,7 @@ from finetune.kept import (
 )
 from finetune.recordings.annotate import SPEAKERS
 from finetune.recordings.work import RecordingError
-from finetune.safety import all_files, parse_json
+from finetune.safety import AUDIO_SUFFIXES, all_files, find_files, parse_json
 
 _MAX_WAV_BYTES = 2**32 - 2**16
 _ID = "{id}"
@@ -43,10 +43,20 @@ class Pair:
     overwrite: bool
 
 
-def find_pairs(
-    folder: Path, pattern: str, joined_dir: Path | None, overwrite: bool
-) -> tuple[list[Pair], list[str]]:
-    """Return the pairs of a folder by the names of their files, and what has no partner.
+@dataclass(frozen=True)
+class Found:
+    """What a pattern finds in a folder."""
+
+    pairs: list[Pair]
+    problems: list[str]
+    """Of files that a side of the pattern names, and that are in no pair."""
+    others: list[Path]
+    """Audio files that neither side names; but for joined ones."""
+
+
+def find_pairs(folder: Path, pattern: str, joined_dir: Path | None, overwrite: bool) -> Found:
+    """Return the pairs of a folder by the names of their files, and what has no partner. Endings
+    such as .wav and .WAV are the same.
 
     Args:
         pattern: `LEFT,RIGHT`, names from `folder` on with `{id}` in each.
@@ -55,22 +65,26 @@ def find_pairs(
         UserError: no such pattern, or nothing is called so.
     """
     left, right = _parse(pattern)
-    sides = [_by_id(folder, side) for side in (left, right)]
+    problems: list[str] = []
+    sides = [_by_id(folder, side, problems) for side in (left, right)]
     if not sides[0] and not sides[1]:
         raise UserError(
             f"--pair {pattern}: no file in {folder} is called so. Names start from there, as in "
             "'moshi/{id}.wav,user/{id}.wav'."
         )
-    pairs, problems = [], []
+    named = {path for side in sides for path in side.values()}
+    made_in = joined_dir or folder / "stereo"
+    pairs = []
     for name in sorted(sides[0].keys() | sides[1].keys()):
-        joined = (joined_dir or folder / "stereo") / f"{name}.wav"
         if name in sides[0] and name in sides[1]:
-            pairs.append(Pair(sides[0][name], sides[1][name], joined, overwrite))
+            pairs.append(Pair(sides[0][name], sides[1][name], made_in / f"{name}.wav", overwrite))
         else:
             here, other = (0, right) if name in sides[0] else (1, left)
             missing = folder / other.replace(_ID, name)
             problems.append(f"{sides[here][name]} has no partner: there is no {missing}")
-    return pairs, problems
+    audio, _ = find_files(folder, AUDIO_SUFFIXES)
+    others = [path for path in audio if path not in named and not path.is_relative_to(made_in)]
+    return Found(pairs, problems, others)
 
 
 def _parse(pattern: str) -> tuple[str, str]:
@@ -83,15 +97,21 @@ def _parse(pattern: str) -> tuple[str, str]:
     return sides[0], sides[1]
 
 
-def _by_id(folder: Path, side: str) -> dict[str, Path]:
-    """Return the files that one side of a pattern names, by what stands for `{id}`."""
+def _by_id(folder: Path, side: str, problems: list[str]) -> dict[str, Path]:
+    """Return the files that one side of a pattern names, by what stands for `{id}`; what is wrong
+    is added to `problems`."""
     before, after = side.split(_ID)
-    name = re.compile(re.escape(before) + r"(?P<id>.+)" + re.escape(after))
-    found = {}
+    stem, ending = os.path.splitext(after)
+    name = re.compile(
+        re.escape(before) + r"(?P<id>.+)" + re.escape(stem) + f"(?i:{re.escape(ending)})"
+    )
+    found: dict[str, Path] = {}
     for path in all_files(folder):
         match = name.fullmatch(path.relative_to(folder).as_posix())
         if match and not path.name.startswith("."):
-            found[match["id"]] = path
+            other = found.setdefault(match["id"], path)
+            if other != path:
+                problems.append(f"{path} is called as {other} is: give one another name")
     return found
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,8 +109,9 @@ def write_recall_audio(options: RecallAudioOptions) -> Iterator[str]:
     there = f", {num_there} of them were there already" if num_there else ""
     minutes = sum(talk.duration_sec for talk in talks) / 60
     yield f"{folder} holds {num_talks} talks{there}: {minutes:.0f} minutes of audio"
-    yield f"next: moshi-ttt generate --checkpoint CHECKPOINT --input_dir {folder}"
-    yield f"then: moshi-ttt recall-score {folder}"
+    quoted = shlex.quote(str(folder))
+    yield f"next: moshi-ttt generate --checkpoint CHECKPOINT --input_dir {quoted}"
+    yield f"then: moshi-ttt recall-score {quoted}"
 
 
 def _place_of(folder: Path, talk: Talk, width: int) -> Path:

@@ -22,6 +22,7 @@ import torch
 import torchaudio
 
 from finetune.errors import UserError
+from finetune.interrupt import held_signals
 from finetune.spoken.sample_rate import SAMPLE_RATE_HZ
 
 _ESPEAK_SAMPLE_RATE = 22_050
@@ -106,7 +107,8 @@ def synthesize(text: str, voice: Voice) -> Speech:
         UserError: espeak-ng is not installed or lacks the voice or its variant, or a word of the
             text has no letter or digit and cannot be spoken.
     """
-    pcm, events = _run_espeak(text, voice)
+    with held_signals():  # espeak calls Python, and through it no exception passes
+        pcm, events = _run_espeak(text, voice)
     words = _place_words(text, events, pcm)
     # In float64 the resampled values do not depend on the number of threads once rounded to int16.
     samples = torchaudio.functional.resample(

@@ -6,6 +6,7 @@ Beside the run folder NAME lie NAME.log, what the run has printed, and NAME.json
 import fcntl
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -161,7 +162,7 @@ def _run_one(
         if run.after:
             record.started_from = read_record(sweep.runs[run.after]).ended_at
         write_record(run, record)
-        _say(f"{label}: running; tail -f {log.name}")
+        _say(f"{label}: running; tail -f {shlex.quote(log.name)}")
         started_at, log_start = time.monotonic(), log.tell()
         code = children.run(_command(sweep, run, options), log, label, _environment(run))
         took_sec = time.monotonic() - started_at

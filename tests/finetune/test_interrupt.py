@@ -1,4 +1,5 @@
-"""Ctrl-C in the first seconds of a command, in which its modules are imported."""
+"""Ctrl-C where an exception would be lost, or a second one would break what the first has begun:
+in imports, in what C code calls, in clearing up, and while Python ends."""
 
 import importlib
 import os
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import COMMAND, Program
 
 from finetune.interrupt import Stopped, ending_on_signals
 
@@ -91,3 +93,116 @@ def test_a_second_one_does_not_wait(tmp_path: Path) -> None:
         run.send_signal(signal.SIGINT)
     assert run.wait() == 128 + signal.SIGINT
     assert run.stderr is not None and run.stderr.read() == "\nstopped by SIGINT\n"
+
+
+SPEAKS = """
+import signal
+from finetune.spoken import speech
+class Types:
+    def __getattr__(self, name):
+        return getattr(speech_types, name)
+    def string_at(self, *arguments):
+        global blocks
+        blocks += 1
+        if blocks == 40:
+            signal.raise_signal(signal.SIGINT)
+        return speech_types.string_at(*arguments)
+blocks = 0
+speech_types = speech.ctypes
+speech.ctypes = Types()
+"""
+"""Ctrl-C while espeak hands over what it has spoken, where it came in four of nine tries."""
+
+
+@pytest.mark.parametrize("command", [["demo-data", "--out"], ["recall-audio"]])
+def test_it_ends_a_command_that_speaks(tmp_path: Path, command: list[str]) -> None:
+    program = Program(SPEAKS + COMMAND, *command, tmp_path / "out")
+    output, _ = program.communicate(timeout=60)
+    assert program.returncode == 128 + signal.SIGINT, output
+    assert "stopped by SIGINT" in output and "Traceback" not in output, output
+    assert not any(tmp_path.iterdir())
+
+
+class Closes:
+    """What Python calls by itself, and whose exceptions it ignores."""
+
+    def __del__(self) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_it_is_not_lost_where_python_ignores_exceptions(capfd: pytest.CaptureFixture[str]) -> None:
+    hook = sys.unraisablehook
+    with pytest.raises(Stopped), ending_on_signals():
+        Closes()
+        time.sleep(10)
+    assert sys.unraisablehook is hook and "ignored" not in capfd.readouterr().err
+
+
+def test_a_second_one_close_by_does_not_disturb_the_clearing_up() -> None:
+    is_clear = False
+    with pytest.raises(Stopped), ending_on_signals():
+        try:
+            signal.raise_signal(signal.SIGINT)
+        finally:
+            signal.raise_signal(signal.SIGINT)
+            is_clear = True
+    assert is_clear
+
+
+CLEARS_UP = """
+from finetune.interrupt import ending_on_signals
+with ending_on_signals():
+    try:
+        print("ready", flush=True)
+        time.sleep(60)
+    finally:
+        print("clears up", flush=True)
+        time.sleep(60)
+"""
+
+
+def test_a_second_one_ends_a_clearing_up_that_hangs() -> None:
+    program = Program(f"import time\n{CLEARS_UP}")
+    assert program.stdout is not None
+    assert program.stdout.readline() == "ready\n"
+    program.send_signal(signal.SIGINT)
+    assert program.stdout.readline() == "clears up\n"
+    time.sleep(1.1)
+    program.send_signal(signal.SIGINT)
+    output, _ = program.communicate(timeout=30)
+    assert (program.returncode, output) == (128 + signal.SIGINT, "\nstopped by SIGINT\n")
+
+
+PRESSED_AT_EXIT = """
+import atexit, os, signal
+import finetune.cli
+# Forked from a test that a shell runs in the background, it has the signal ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+def press(*_):
+    signal.raise_signal(signal.SIGINT)
+class Late:
+    def __del__(self, kill=os.kill, arguments=(os.getpid(), signal.SIGINT)):
+        kill(*arguments)
+def command(*words):
+    if WHEN == "at exit":
+        atexit.register(press)
+    else:
+        signal.late = Late()  # a module that is taken apart at the very end
+    if IS_SECOND:
+        press()
+finetune.cli.COMMANDS["config"] = command
+"""
+
+
+@pytest.mark.parametrize("when", ["at exit", "taken apart"])
+@pytest.mark.parametrize("is_second", [True, False])
+def test_one_while_python_ends_is_no_traceback(when: str, is_second: bool) -> None:
+    """The second of two came there, in what torch clears up; a later one took the place of the
+    exit status."""
+    told = f"WHEN, IS_SECOND = {when!r}, {is_second}\n"
+    program = Program(told + PRESSED_AT_EXIT + COMMAND, "config")
+    output, _ = program.communicate(timeout=60)
+    # Before Python takes itself apart, it ends what may hang.
+    is_stopped = is_second or when == "at exit"
+    assert program.returncode == (128 + signal.SIGINT if is_stopped else 0), output
+    assert output == ("\nstopped by SIGINT\n" if is_second else "")

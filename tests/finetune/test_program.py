@@ -94,7 +94,8 @@ def test_a_second_ctrl_c_leaves_at_once(config: Path, tmp_path: Path) -> None:
     with pytest.raises(subprocess.TimeoutExpired):  # Ctrl-C twice within a second is one
         run.wait(timeout=1.2)
     os.killpg(run.pid, signal.SIGINT)
-    assert finish(run)[0] == 128 + signal.SIGINT
+    status, output = finish(run)
+    assert status == 128 + signal.SIGINT and output.endswith("\nstopped by SIGINT\n"), output
     assert not (tmp_path / "checkpoints").exists()
 
 

@@ -18,6 +18,7 @@ from finetune.data.transcripts import (
     OTHER_SPEAKER,
     Transcript,
     Word,
+    in_capitals,
     load_transcript,
 )
 from finetune.errors import UserError, counted
@@ -106,13 +107,11 @@ class MonoPair(AudioRecording):
         return replace(self, path=moshi, user_path=user)
 
     def load_transcript(self) -> Transcript:
-        moshi, user = (
-            load_transcript(path) if path.exists() or path == self.transcript_paths[0] else None
-            for path in self.transcript_paths
-        )
-        assert moshi is not None
-        if user is None:
+        moshi = load_transcript(self.transcript_paths[0])
+        path = self.transcript_paths[1]
+        if not path.exists() and in_capitals(path) is None:
             return moshi
+        user = load_transcript(path)
         words = [
             *self._of_one(moshi, self.transcript_paths[0], MAIN_SPEAKER),
             *self._of_one(user, self.transcript_paths[1], OTHER_SPEAKER),

@@ -136,6 +136,9 @@ class LhotseSource(Source):
             return Entry(origin, None, str(problem))
 
     def _recording(self, cut: "MultiCut", origin: str) -> CutOfTwo:
+        for name, number in (("start", cut.start), ("duration", cut.duration)):
+            if not math.isfinite(number):
+                raise _Unusable(f"the {name} of the cut is {number}: correct the manifest")
         left, right = sorted(cut.channel)
         if self.reading.main_channel == "right":
             left, right = right, left

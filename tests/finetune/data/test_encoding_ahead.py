@@ -69,6 +69,19 @@ def test_encoding_ahead_goes_on_where_it_was_stopped(
     assert set(logged(tmp_path / "run", "encoded_segments")) == {0}
 
 
+def test_copies_of_recordings_are_counted(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Twenty were to be encoded, sixteen were, and nothing was said of the others."""
+    data = Path(str(load_config(config).data.train_data))
+    folder = shutil.copytree(data.parent, tmp_path / "copies")
+    both = {"data.train_data": f"{data},{folder / data.name}", "do_eval": False}
+    encode_data(load_config(config, {**both, "data.cache_dir": tmp_path / "cache"}))
+    said = capsys.readouterr().out
+    assert "14 of 14 segments are to be encoded" in said and "encoded 7 segments" in said
+    assert "0 were there before, 7 had codes by then, as copies of others have" in said
+
+
 UNEQUAL = """
 import os, sys, time
 from datetime import timedelta

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 import shutil
 import sys
 from collections.abc import Callable
@@ -175,6 +176,8 @@ MISTAKES: dict[str, Callable[[Path, Path], Path]] = {
     "it is listed with 2.0 s, but": changed_cuts(
         lambda cut: cut.update(start=2.5, supervisions=[])
     ),
+    "the start of the cut is nan": changed_cuts(lambda cut: cut.update(start=math.nan)),
+    "the duration of the cut is inf": changed_cuts(lambda cut: cut.update(duration=math.inf)),
     "nothing is left of the part that starts at 9 s": changed_cuts(
         lambda cut: cut.update(start=9.0, supervisions=[])
     ),

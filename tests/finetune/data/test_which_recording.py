@@ -114,6 +114,20 @@ def test_the_same_part_in_two_manifests_is_trained_on_and_evaluated(
     assert "3 of 3 recordings" in found[0].message, "two files of which one is named by a link"
 
 
+def test_a_recording_of_two_lists_is_named_at_the_start(
+    stereo: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = json.loads(stereo.read_text().splitlines()[0])
+    again = tmp_path / "again.jsonl"
+    again.write_text(json.dumps(first | {"path": str(stereo.parent / first["path"])}))
+    args = DataArgs(train_data=f"{stereo},{again}:0.5", num_workers=0)
+    options: dict[str, Any] = {"duration_sec": 1.0, "batch_size": 1, "seed": 0, "device": "cpu"}
+    build_train_loader(args, tiny_codec(), store=None, **options)
+    (said,) = [each for each in caplog.messages if "[listed-twice]" in each]
+    assert said.startswith("data.train_data: 1 recording is listed more than once")
+    assert f"{first['path']} 2 times" in said
+
+
 def test_one_key_stands_before_the_message(stereo: Path, caplog: pytest.LogCaptureFixture) -> None:
     trained: Any = SimpleNamespace(recordings=recordings_of(stereo))
     warn_if_shared(trained, trained)

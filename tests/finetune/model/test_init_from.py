@@ -150,7 +150,9 @@ def test_embeddings_that_trained_beside_lora_stay_in_a_chain(config: Path, tmp_p
     assert_same_weights(weights(start(config, tmp_path / "four", second, options).model), expected)
 
 
-def test_resuming_goes_on_where_it_was_and_not_at_the_start(config: Path, tmp_path: Path) -> None:
+def test_resuming_goes_on_where_it_was_and_not_at_the_start(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     earlier, _ = trained(config, tmp_path / "one", FULL)
     options = FULL | {"moshi_paths.init_from": str(earlier), "param_dtype": "float32"}
     train(config, tmp_path / "whole", options | {"max_steps": 4})
@@ -160,8 +162,11 @@ def test_resuming_goes_on_where_it_was_and_not_at_the_start(config: Path, tmp_pa
     half.save()
     half.writer.wait()
     half.metrics.close()
+    assert f"starting from the weights of {earlier}" in capsys.readouterr().out
     resumed = train(config, tmp_path / "half", options | {"max_steps": 4, "resume": True})
     assert resumed.step == 4
+    said = capsys.readouterr().out
+    assert "resuming" in said and "starting from the weights" not in said
     assert logged(tmp_path / "half") == logged(tmp_path / "whole")
 
 

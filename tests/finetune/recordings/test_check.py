@@ -55,6 +55,23 @@ def test_only_what_changed_is_inspected_again(
     assert sorted(inspected[4:]) == ["a", "b", "c"], "another inspection"
 
 
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1" + "0" * 400])
+def test_a_length_that_is_no_number_is_a_finding_of_its_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], number: str
+) -> None:
+    add(tmp_path, "a")
+    add(tmp_path, "b", speech(1))
+    with (tmp_path / "data.jsonl").open("a") as lines:
+        lines.write(f'{{"path": "c.wav", "duration": {number}}}\n')
+    out = tmp_path / "found.json"
+    assert call("data", "check", tmp_path / "data.jsonl", "--json", out, "--workers=2") == 1
+    found = json.loads(out.read_text())["recordings"]
+    wrong = {each["origin"].rpartition(":")[2]: each["findings"] for each in found}
+    assert [finding["code"] for finding in wrong["3"]] == ["malformed-line"]
+    assert "must be a finite number" in wrong["3"][0]["message"]
+    assert "malformed-line" not in str([wrong["1"], wrong["2"]]), "the others are looked at"
+
+
 def test_processes_look_at_each_recording_once(tmp_path: Path) -> None:
     for number in range(35):
         add(tmp_path, f"{number:02}", np.zeros((24_000, 2)) if number == 17 else speech(number))
