@@ -2,6 +2,7 @@
 
 import math
 import os
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,12 +15,18 @@ from finetune.config import ModelPaths, Precision, TrainArgs, load_config, parse
 from finetune.data import FRAME_RATE_HZ, Entry, FileProblem, count_frames, list_entries
 from finetune.errors import UserError
 from finetune.kept import require_new_file, write_whole
-from finetune.model import find_checkpoint, model_shape, plan_model
+from finetune.model import (
+    exported_ttt_args,
+    find_checkpoint,
+    model_shape,
+    plan_model,
+    unused_ttt,
+)
 from finetune.monitoring import counting
 from finetune.plan.memory import Memory, estimate, fits
 from finetune.plan.plan import GB, shape_of
 from finetune.plan.starter_yaml import SMALL_WIDTH, Goal, Size, Wanted, whole_gb, yaml_of
-from ttt import TTTLMModel
+from ttt import TTTArgs, TTTLMModel
 
 _FRAMES_A_STEP = 20_000
 """16 segments of 100 s, what the shipped examples train on at once."""
@@ -51,12 +58,13 @@ def write_config(wanted: Wanted, out: Path) -> Iterator[str]:
 
 
 def _next_steps(wanted: Wanted, out: Path, *, are_data_good: bool) -> Iterator[str]:
-    options = f"--config {out} --gpus {wanted.gpus} --gpu_memory {wanted.gpu_memory_gb:g}"
+    quoted = shlex.quote(str(out))
+    options = f"--config {quoted} --gpus {wanted.gpus} --gpu_memory {wanted.gpu_memory_gb:g}"
     # In any folder: train.py lies in the checkout alone.
     launcher = f"torchrun --nproc-per-node {wanted.gpus} -m finetune"
-    steps = [] if are_data_good else [f"moshi-ttt data check {out}"]
+    steps = [] if are_data_good else [f"moshi-ttt data check {quoted}"]
     steps += [f"moshi-ttt plan {options}"]
-    steps += [f"{'moshi-ttt' if wanted.gpus == 1 else launcher} train {out}"]
+    steps += [f"{'moshi-ttt' if wanted.gpus == 1 else launcher} train {quoted}"]
     for number, step in enumerate(steps):
         yield f"{'then' if number else 'next'}: {step}"
 
@@ -81,6 +89,11 @@ def _first_problem(entries: Sequence[Entry]) -> str | None:
 
 def _cautions(wanted: Wanted, size: Size) -> Iterator[str]:
     """Yield what is to be known of the file before a run is started with it."""
+    if size.own_ttt is not None:
+        yield (
+            f"note: {wanted.repo} was trained with TTT, and the run goes on from it "
+            "(moshi_paths.init_from), with the values of ttt that it was trained with"
+        )
     if size.is_small:
         yield (
             f"note: {wanted.repo} is far smaller than Moshi 7B ({size.width} wide), so that "
@@ -104,6 +117,18 @@ def _missing(paths: ModelPaths) -> UserError | None:
     except UserError as error:
         return error
     return None
+
+
+def _own_ttt(repo: str) -> TTTArgs | None:
+    """Return the TTT of a folder that `moshi-ttt export` has written with all weights, or of one
+    like it; None: it has none, or is no local folder.
+
+    Raises:
+        UserError: the file is damaged, or of a later version.
+    """
+    file = unused_ttt(ModelPaths(hf_repo_id=repo))
+    own = None if file is None else exported_ttt_args(file)
+    return own if own is not None and own.enabled else None
 
 
 def _begins_at_random(repo: str, width: int) -> bool:
@@ -150,7 +175,8 @@ def recording_lengths(key: str, data: Path) -> np.ndarray:
     lengths = [length for length in lengths if length > 0]
     if not lengths:
         raise UserError(
-            f"{data} lists no recording that has a length; moshi-ttt data check {data} says why."
+            f"{data} lists no recording that has a length; "
+            f"moshi-ttt data check {shlex.quote(str(data))} says why."
         )
     return np.sort(lengths)
 
@@ -196,6 +222,7 @@ def _sizes(wanted: Wanted, lengths_sec: np.ndarray, shape: Mapping[str, Any]) ->
     steps = math.ceil(_EPOCHS * num_segments / (segments_a_step * wanted.gpus))
     max_steps = min(max(steps, _MIN_STEPS), _MAX_STEPS)
     random_init = _begins_at_random(wanted.repo, shape["dim"])
+    own_ttt = None if random_init else _own_ttt(wanted.repo)
     # In fewer bits the base is not cut, and does not train.
     ways: dict[tuple[Precision, int], None] = dict.fromkeys(
         [("bfloat16", 1), ("bfloat16", wanted.gpus)]
@@ -218,6 +245,7 @@ def _sizes(wanted: Wanted, lengths_sec: np.ndarray, shape: Mapping[str, Any]) ->
                 max_steps,
                 attention_context,
                 base_precision,
+                own_ttt,
             )
             batch_size //= 2
 

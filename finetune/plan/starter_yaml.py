@@ -1,5 +1,7 @@
 """The text of a first configuration, with its comments."""
 
+import dataclasses
+import json
 import os
 import re
 from dataclasses import dataclass
@@ -58,6 +60,8 @@ class Size:
     max_steps: int
     attention_context: int | None
     base_precision: Precision
+    own_ttt: TTTArgs | None
+    """The TTT that lies beside the model's weights, which the run goes on from."""
 
     @property
     def is_small(self) -> bool:
@@ -103,10 +107,14 @@ def yaml_of(wanted: Wanted, size: Size, peak_bytes: float | None, lengths_sec: n
         "",
         "moshi_paths:",
         f"  hf_repo_id: {_quoted(wanted.repo)}",
+        *_start_lines(wanted, size),
         *_trained_lines(size),
         "",
     ]
-    lines += _ttt_lines(wanted.goal, num_frames, size.num_layers)
+    if size.own_ttt is not None:
+        lines += _own_ttt_lines(size.own_ttt)
+    else:
+        lines += _ttt_lines(wanted.goal, num_frames, size.num_layers)
     if size.attention_context is not None:
         lines += [
             "# Most recordings are hardly longer than what attention sees "
@@ -150,6 +158,34 @@ def whole_gb(num_bytes: float) -> str:
     return f"{num_bytes / GB:.0f}" if num_bytes >= GB else f"{num_bytes / GB:.1g}"
 
 
+def _start_lines(wanted: Wanted, size: Size) -> list[str]:
+    if size.own_ttt is None:
+        return []
+    return [f"  init_from: {_quoted(wanted.repo)}   # of its weights TTT's as well, which goes on"]
+
+
+def _own_ttt_lines(own: TTTArgs) -> list[str]:
+    """Return the TTT that a model was trained with: all that is not as by default."""
+    default = TTTArgs(method=own.method)
+    values = {
+        each.name: getattr(own, each.name)
+        for each in dataclasses.fields(own)
+        if each.name in ("enabled", "method", "chunk_size")
+        or getattr(own, each.name) != getattr(default, each.name)
+    }
+    lines = [f"  {name}: {_in_yaml(value)}" for name, value in values.items()]
+    return [
+        "# As the model was trained: with other values its TTT would mean something else.",
+        "ttt:",
+        *lines,
+        "",
+    ]
+
+
+def _in_yaml(value: object) -> str:
+    return json.dumps(value)
+
+
 def _trained_lines(size: Size) -> list[str]:
     if size.random_init:
         return [
@@ -161,16 +197,17 @@ def _trained_lines(size: Size) -> list[str]:
 
 
 def _rate_lines(size: Size) -> list[str]:
+    start = "start from nothing" if size.own_ttt is None else "go on from the model's"
     if size.is_small:
         return [
             "optim:",
             f"  lr: 2e-3       # for a model of this width, {size.width}; Moshi 7B takes 2e-6",
-            "  ttt_lr: 2e-3   # TTT parameters, which start from nothing",
+            f"  ttt_lr: 2e-3   # TTT parameters, which {start}",
         ]
     return [
         "optim:",
         "  lr: 2e-6       # LoRA",
-        "  ttt_lr: 3e-4   # TTT parameters, which start from nothing",
+        f"  ttt_lr: 3e-4   # TTT parameters, which {start}",
     ]
 
 

@@ -14,6 +14,7 @@ from full_disk import FULL, room_for
 from recordings_tools import call
 
 from finetune.config import TrainArgs, load_config
+from finetune.model import exported_ttt_args
 from finetune.plan import plan, starter
 
 ROOT = Path(__file__).parents[3]
@@ -154,6 +155,27 @@ def test_a_small_model_gets_what_it_learns_with(
     trained = written("trained", ROOT / "example/memory")
     assert learns_fast(trained) and trained.lora.enable and not trained.moshi_paths.random_init
     assert "random" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("goal", ["remember", "adapt"])
+def test_a_model_with_ttt_goes_on_as_it_was_trained(
+    tmp_path: Path, goal: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its memory was thrown away, with another chunk_size than it had."""
+    repo, out = ROOT / "example/memory", tmp_path / "my first.yaml"
+    words = [f"--goal={goal}", "--gpu_memory=8", f"--repo={repo}", f"--run_dir={tmp_path}/run"]
+    listed = ROOT / "example/demo/dialogues/train.jsonl"
+    assert call("init", out, "--data", listed, *words) == 0
+    said = capsys.readouterr().out
+    assert f"note: {repo} was trained with TTT, and the run goes on from it" in said
+    assert f"train '{out}'" in said, "it can be pasted"
+    args = load_config(out)
+    assert args.moshi_paths.init_from == args.moshi_paths.hf_repo_id == str(repo)
+    assert args.ttt == exported_ttt_args(repo / "ttt.safetensors")
+    assert args.ttt.chunk_size == 32
+    # What plan and train say of TTT that is left behind.
+    assert call("plan", "--config", out, "--gpu_memory=8", "--device=cpu") == 0
+    assert "leaves it out" not in capsys.readouterr().out
 
 
 def test_a_base_that_lacks_more_than_weights_is_warned_of(
