@@ -32,3 +32,21 @@ def run_interpreted(file: str) -> str:
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
     return done.stdout
+
+
+def with_products_of_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the interpreter multiply bfloat16, as which it has integers: it would multiply these."""
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    create_dot = InterpreterBuilder.create_dot
+
+    def in_float32(x: Any) -> Any:
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        return TensorHandle((x.data.astype("uint32") << 16).view("float32"), tl.float32)
+
+    def product(self: Any, a: Any, b: Any, *args: Any) -> Any:
+        return create_dot(self, in_float32(a), in_float32(b), *args)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", product)

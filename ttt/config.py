@@ -27,6 +27,8 @@ from ttt.registry import METHODS, method_texts
 MAX_WRITE_STRENGTH = 1e3
 """Upper bound of β. Above it, float32 no longer solves for a chunk's writes where keys are much
 alike (docs/numerics.md)."""
+MLP_KERNEL_SIZES = (16, 32)
+"""Sizes of mini-batches that the GPU kernels of `mlp` take."""
 _DEFAULT_LEARNING_RATE = {"relative": 3.0, "none": 1e-3}
 
 
@@ -112,9 +114,10 @@ class TTTArgs:
 
     keep_writes: Annotated[bool, IN_PLACE_AND_MLP, HARMLESS] = True
     """With `gradient_checkpointing: true`, keep what the chunks of a layer write (`write: delta`),
-    or the mini-batches (`mlp`, where the GPU kernels run), for the backward pass, which makes all
-    else of the layer again: a step of Moshi 7B takes 1 % less time, and up to 18 kB more for each
-    frame and layer; with `mlp` 4 %, and 120 kB."""
+    or the mini-batches (`mlp`, where the GPU kernels run and with `scan_checkpoint_group_size:
+    null`), for the backward pass, which makes all else of the layer again: a step of Moshi 7B takes
+    1 % less time, and up to 18 kB more for each frame and layer; with `mlp`, as reckoned from its
+    operator, 4 % and 120 kB."""
 
     qk_conv_kernel_size: Annotated[int, Ge(1), Le(4096), INNER_LOOP] = 4
     """Frames that a query and a key of `linear` and `mlp` are made of, each by a convolution of its
@@ -145,7 +148,8 @@ class TTTArgs:
 
     scan_checkpoint_group_size: Annotated[Count | None, INNER_LOOP, HARMLESS] = None
     """Mini-batches that `linear` and `mlp` keep together for the backward pass: less memory for
-    small groups, as only the fast weights are kept between them, and one pass forwards more. null:
+    small groups, as only the fast weights are kept between them, and one pass forwards more. (On a
+    GPU `mlp` takes blocks of 64 frames: groups of fewer take as long as these.) null:
     all of them with `gradient_checkpointing: true`, where one layer at a time keeps anything, if a
     kernel does the scan (on CUDA, for powers of two; see [mathematics.md](mathematics.md)); else
     16."""
@@ -176,7 +180,11 @@ class TTTArgs:
     def keeps_writes(self) -> bool:
         """Return whether there is something that `keep_writes` keeps."""
         is_sum = self.reads("write") and self.write == "sum"
-        is_read = self.reads("keep_writes") and not is_sum
+        # Where the kernels run, and all mini-batches are one group.
+        is_whole = self.method != "mlp" or (
+            self.scan_checkpoint_group_size is None and self.mini_batch_size in MLP_KERNEL_SIZES
+        )
+        is_read = self.reads("keep_writes") and not is_sum and is_whole
         return self.enabled and is_read and self.keep_writes
 
     @property

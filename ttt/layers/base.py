@@ -76,8 +76,8 @@ class Place:
 
 @dataclass(frozen=True)
 class Cost:
-    """Cost of training with a method, beside that without TTT; as measured, with GPU kernels
-    (docs/benchmarks.md, docs/distributed.md)."""
+    """Cost of training with a method, beside that without TTT; as measured, if nothing else is
+    said, with GPU kernels (docs/benchmarks.md, docs/distributed.md)."""
 
     time_factor: float
     """Time of a step with TTT in five of 32 layers of Moshi 7B, relative to that without."""

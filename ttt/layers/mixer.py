@@ -368,7 +368,7 @@ class TTTMLP(TTTMixer):
     def cost(cls, args: TTTArgs) -> Cost:
         # Reckoned, from times and memory of the operator and from steps with the kernels before
         # (1.33 and 243e3): no step was measured with these.
-        time_factor, own, again = (1.26, 52e3, 120e3) if args.keep_writes else (1.31, 158e3, 0.0)
+        time_factor, own, again = (1.26, 52e3, 120e3) if args.keeps_writes else (1.31, 158e3, 0.0)
         kept_time_factor = 1.31 + NOT_SPARED
         return Cost(time_factor, own, kept_time_factor, KEPT_BYTES_PER_FRAME, again)
 

@@ -67,10 +67,14 @@ def may_keep() -> bool:
 
 
 def keep(tensors: tuple[Tensor, ...]) -> None:
-    """Keep tensors for when the operator runs again; only where `may_keep` says so."""
+    """Keep tensors for when the operator runs again; only where `may_keep` says so.
+
+    Without their history: a result would keep the graph that keeps this, and all of it would stay
+    in memory where no backward pass follows.
+    """
     current = _current.get()
     assert current is not None and current.shelf is not None
-    current.shelf.append(tensors)
+    current.shelf.append(tuple(x.detach() for x in tensors))
 
 
 def kept() -> tuple[Tensor, ...] | None:

@@ -35,7 +35,7 @@ from ttt.ops.inner_loop.mlp_pieces import (
 
 @triton.jit(do_not_specialize=COUNTS)
 def mlp_back_frames(
-    q, k, v, eta, token_scale, norm_weight, norm_bias, kept_z2, kept_zq2,
+    q, k, v, eta, norm_weight, norm_bias, kept_z2, kept_zq2,
     d_out, d_norm_weight, d_norm_bias,
     s2, d_zq2, queries_keys, keys_keys, s2_s2, d_zq2_s2,
     num_heads, num_batches, num_kept, first, last, start,
@@ -120,7 +120,7 @@ def mlp_back_first(
 @triton.jit(do_not_specialize=COUNTS)
 def mlp_back_second(
     token_scale, w2, w2_terms, s2, d_zq2, s2_s2, d_zq2_s2, x2, slope, u, d_zq1,
-    num_writes, first, last, start,
+    num_writes, last, start,
     K: tl.constexpr, F: tl.constexpr, D: tl.constexpr, M: tl.constexpr, TILE: tl.constexpr,
     SPLIT: tl.constexpr,
 ):  # fmt: skip

@@ -4,6 +4,8 @@ compute and names the shapes."""
 import triton
 import triton.language as tl
 
+from ttt.ops.inner_loop.kernels import _halves
+
 COUNTS = [
     *("num_heads", "num_batches", "num_writes", "num_kept", "num_units"),
     *("first", "last", "start"),
@@ -19,10 +21,7 @@ def _terms(x, SPLIT: tl.constexpr):
     elif x.dtype == tl.bfloat16:
         return (x,)
     else:
-        x = x.to(tl.float32)
-        bits = x.to(tl.int32, bitcast=True)
-        low = x - (bits & -65536).to(tl.float32, bitcast=True)
-        return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True), low.to(tl.bfloat16)
+        return _halves(x.to(tl.float32))
 
 
 @triton.jit

@@ -154,7 +154,8 @@ class _Scan(torch.autograd.Function):
                 weights, kept = _forward(frames, start, out, ctx.num_writes, group, keep=True)
             results = (d_out, *d_frames, d_scale, *d_norm, *d_weights)
             _backward(frames, weights, kept, results, ctx.num_writes, group)
-        # Some of what was kept is overwritten. Another pass, if one is asked for, goes forwards.
+        # TTT-Linear overwrites some of what was kept. Another pass, if one is asked for, goes
+        # forwards.
         ctx.has_kept = False
         d_shared = (d_scale.sum((0, 1)), *(x.sum(0) for x in d_norm))
         return *d_frames, *d_shared, None, None, *d_weights

@@ -281,8 +281,7 @@ def kernel_sizes(num_layers: int) -> tuple[int, ...]:
 
 
 def has_kernel(q: Tensor, size: int, num_layers: int) -> bool:
-    """Return whether one kernel, of `scan_triton`, can take q [..., f] in mini-batches of
-    `size`."""
+    """Return whether the kernels of `scan_triton` can take q [..., f] in mini-batches of `size`."""
     fits = size in kernel_sizes(num_layers) and q.shape[-1] in KERNEL_WIDTHS
     return fits and q.is_cuda and q.dtype != torch.float64
 

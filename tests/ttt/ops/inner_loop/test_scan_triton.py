@@ -6,7 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from interpreted import DEVICE, INTERPRETED, calls_the_interpreter, on_a_device, run_interpreted
+from interpreted import (
+    DEVICE,
+    INTERPRETED,
+    calls_the_interpreter,
+    on_a_device,
+    run_interpreted,
+    with_products_of_bfloat16,
+)
 from test_ttt_linear_mlp import METHODS, every_method, random_inputs
 from torch.utils.checkpoint import checkpoint
 
@@ -18,7 +25,7 @@ pytest.importorskip("triton")
 
 @calls_the_interpreter
 def test_kernels_interpreted_on_the_cpu() -> None:
-    assert "28 passed" in run_interpreted(__file__)
+    assert "30 passed" in run_interpreted(__file__)
 
 
 def moderate_inputs(
@@ -337,3 +344,25 @@ def test_frames_of_16_bits_are_computed_in_float32(
     found = kernels(op, *inputs, torch.float32, frames_dtype=torch.bfloat16)
     for a, b in zip(found, exact, strict=True):
         assert (a - b).norm() / b.norm() < 5e-3
+
+
+@on_a_device
+@pytest.mark.skipif(not INTERPRETED, reason="bounds of sums in the interpreter's order")
+@every_method
+def test_fast_weights_have_more_digits_than_frames(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Factors of products are two terms of 16 bits: with one alone, or with one of the products of
+    terms left out, the fast weights would be further off."""
+    op = METHODS[method][0]
+    (q, k, v, *rest), token_scale = moderate_inputs(method, 80, 16, 16, False)
+    frames, rest = [x.bfloat16().double() for x in (q, k, v)], [x.double() for x in rest]
+    with torch.no_grad():
+        _, exact = op(*frames, *rest, token_scale=token_scale.double())
+        monkeypatch.setattr(ttt_linear_mlp, "has_kernel", lambda *_: True)
+        with_products_of_bfloat16(monkeypatch)
+        arguments = [x.bfloat16() for x in frames] + [x.float() for x in rest]
+        _, found = op(*arguments, token_scale=token_scale.float())
+    for a, b in zip(found, exact, strict=True):
+        # Below 2⁻¹⁶; with one term alone it would be 2⁻⁸ of each product.
+        assert (a - b).norm() / b.norm() < 1e-5
