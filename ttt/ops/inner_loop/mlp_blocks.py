@@ -51,11 +51,12 @@ SHAPES = {
     mlp_backward.mlp_back_ends: Shape(128, all_tiles=False),
     mlp_backward.mlp_back_units: Shape(64),
     mlp_back_writes.mlp_back_writes: Shape(64, stages=2),
-    mlp_backward.mlp_back_inputs: Shape(64, stages=2),
+    mlp_backward.mlp_back_inputs: Shape(64),
     mlp_backward.mlp_grad_first: Shape(64, all_tiles=False),
     mlp_backward.mlp_grad_second: Shape(128, all_tiles=False),
 }
-"""The fastest of those that were tried; see docs/benchmarks.md."""
+"""The fastest of those with four warps that were tried; see docs/benchmarks.md, also for what more
+warps and, in `mlp_back_writes`, one stage did."""
 
 KEPT = ("s1", "kept_z2", "kept_zq2")
 RESULTS = (
