@@ -173,17 +173,13 @@ def _own_ttt_lines(own: TTTArgs) -> list[str]:
         if each.name in ("enabled", "method", "chunk_size")
         or getattr(own, each.name) != getattr(default, each.name)
     }
-    lines = [f"  {name}: {_in_yaml(value)}" for name, value in values.items()]
+    lines = [f"  {name}: {json.dumps(value)}" for name, value in values.items()]
     return [
         "# As the model was trained: with other values its TTT would mean something else.",
         "ttt:",
         *lines,
         "",
     ]
-
-
-def _in_yaml(value: object) -> str:
-    return json.dumps(value)
 
 
 def _trained_lines(size: Size) -> list[str]:

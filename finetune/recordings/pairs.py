@@ -45,7 +45,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Found:
-    """What a pattern finds in a folder."""
+    """What was found in a folder is pairs of files, and files that are in none."""
 
     pairs: list[Pair]
     problems: list[str]

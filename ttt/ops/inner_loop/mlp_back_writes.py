@@ -10,8 +10,8 @@ from ttt.ops.inner_loop.mlp_pieces import (
     _block,
     _flip,
     _frames,
-    _gate,
     _gelu,
+    _gelu_derivatives,
     _load_some,
     _load_terms,
     _plus,
@@ -28,8 +28,8 @@ def _write_backward(
     N: tl.constexpr, LATER: tl.constexpr, EPS: tl.constexpr, K: tl.constexpr,
     F: tl.constexpr, D: tl.constexpr, M: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """One pass over the second layer's weights: d_z1 of mini-batch N + 1, if there is one, and then
-    d_u and d_z2 of mini-batch N, if there is one.
+    """Pass over the second layer's weights once: for d_z1 of mini-batch N + 1, if there is one,
+    and then d_u and d_z2 of mini-batch N, if there is one.
 
     Args:
         k, v, eta, d_v, d_eta: pointers to the block's frames, of which `count` are real.
@@ -96,14 +96,10 @@ def _write_backward(
                 later_d_z1_terms = _load_some(d_z1, j + later_hidden, later, M * D, SPLIT)
                 own_d_s1 = _plus(own_d_s1, steps1_terms, later_d_z1_terms)
             z = tl.load(z1 + j + own_hidden)
-            gate = _gate(z)
-            inner = 1.5957691216057308 + 0.2140644488 * z * z
-            rest = 1 - gate
-            bend = 2 * inner + z * (0.4281288976 * z + (rest - gate) * inner * inner)
-            bend *= gate * rest * tl.load(u + j + own_hidden)
+            slope, bend = _gelu_derivatives(z, tl.load(u + j + own_hidden))
             # From here on the part of d_z1 that comes through gelu'.
             tl.store(d_s1 + j + own_hidden, bend * own_d_s1)
-            d_u_terms = _terms((gate + z * gate * rest * inner) * own_d_s1, SPLIT)
+            d_u_terms = _terms(slope * own_d_s1, SPLIT)
             _store_terms(d_u, j + own_hidden, d_u_terms, M * D)
             if N > 0:
                 products = _plus(products, d_u_terms, _flip(x2_terms))
@@ -156,8 +152,8 @@ def mlp_back_writes(
     EPS: tl.constexpr, K: tl.constexpr, F: tl.constexpr, D: tl.constexpr, M: tl.constexpr,
     TILE: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """A block's mini-batches from the last to the first: d_u, d_z2, d_z1, and of what frames were
-    given d_eta and d_v; d_target is d_v in float32."""
+    """Go through a block's mini-batches from the last to the first, for d_u, d_z2, d_z1, and of
+    what frames were given d_eta and d_v; d_target is d_v in float32."""
     row = tl.program_id(0).to(tl.int64)
     t, f = tl.arange(0, K), tl.arange(0, F)
     here = (row * num_batches + start) * K
@@ -177,6 +173,7 @@ def mlp_back_writes(
             d_x2 + row * M * D, d_s2 + row * M * F, x2_x2 + square,
             d_u + own * M * D, d_z1 + own * M * D, d_z2 + own * M * F, d_target + row * M * F,
             d_u_x2 + square, d_z2_s2 + square, (last - start) * K, num_units,
+            # Frames are looked at by powers of two.
             M // K - 1 - i, 0 if i <= 1 else ((i - 1) * K if i <= 3 else M),
             EPS, K, F, D, M, TILE, SPLIT,
         )  # fmt: skip

@@ -7,12 +7,7 @@ then the rest from its last mini-batch to its first, and then what all of it goe
 import triton
 import triton.language as tl
 
-from ttt.ops.inner_loop.kernels import (
-    _add_to,
-    _gradient,
-    _normed,
-    _project,
-)
+from ttt.ops.inner_loop.kernels import _add_to, _gradient, _normed, _project
 from ttt.ops.inner_loop.mlp_pieces import (
     COUNTS,
     _before,
@@ -41,7 +36,7 @@ def mlp_back_frames(
     num_heads, num_batches, num_kept, first, last, start,
     EPS: tl.constexpr, K: tl.constexpr, F: tl.constexpr, M: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """What takes no weights: s2, d_zq2, and products of a block's frames with each other."""
+    """Make what takes no weights: s2, d_zq2, and products of a block's frames with each other."""
     row = tl.program_id(0).to(tl.int64)
     m, f = tl.arange(0, M), tl.arange(0, F)
     frames, square = m[:, None] * F + f[None, :], row * M * M + m[:, None] * M + m[None, :]
@@ -163,8 +158,8 @@ def mlp_back_ends(
     K: tl.constexpr, F: tl.constexpr, D: tl.constexpr, M: tl.constexpr, TILE: tl.constexpr,
     SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """Of a tile of hidden units d_s1 and d_x2, but for what mini-batches add to those before them:
-    of what the weights of the block's end take, and of what the block's queries read."""
+    """Make d_s1 and d_x2 of a tile of hidden units, but for what mini-batches add to those before
+    them: of what the weights of the block's end take, and of what the block's queries read."""
     row, j = tl.program_id(0).to(tl.int64), tl.program_id(1) * TILE
     m, f, h = tl.arange(0, M), tl.arange(0, F), tl.arange(0, TILE)
     frames, hidden = m[:, None] * F + f[None, :], j + m[:, None] * D + h[None, :]

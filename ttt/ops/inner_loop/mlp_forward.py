@@ -93,8 +93,8 @@ def _write(
     K: tl.constexpr, F: tl.constexpr, D: tl.constexpr, M: tl.constexpr,
     TILE: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """One pass over the second layer's weights: s1 of mini-batch N, if there is one, and then x2
-    and s2 of the next, if there is one.
+    """Pass over the second layer's weights once: for s1 of mini-batch N, if there is one, and then
+    x2 and s2 of the next, if there is one.
 
     Args:
         k, v, eta: pointers to the block's frames, of which `count` are real.
@@ -176,7 +176,8 @@ def mlp_writes(
     EPS: tl.constexpr, K: tl.constexpr, F: tl.constexpr, D: tl.constexpr,
     M: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """What a block's mini-batches write, one after the other: x2 and s2, s1; slope is gelu'(z1)."""
+    """Make what a block's mini-batches write, one after the other: x2 and s2, s1; slope is
+    gelu'(z1)."""
     row = tl.program_id(0).to(tl.int64)
     f = tl.arange(0, F)
     here = (row * num_batches + start) * K
@@ -192,6 +193,7 @@ def mlp_writes(
             write_scale, z1 + row * M * D, x2 + own * M * D, slope + row * M * D,
             s1 + block * (1 + SPLIT) * M * D, s2 + own * M * F, kept_z2 + block * M * F,
             (last - start) * K, num_units,
+            # Frames are looked at by powers of two.
             i - 1, 0 if i <= 1 else ((i - 1) * K if i <= 3 else M), i * K if i <= 2 else M,
             EPS, K, F, D, M, TILE, SPLIT,
         )  # fmt: skip
@@ -204,7 +206,7 @@ def mlp_reads(
     EPS: tl.constexpr, K: tl.constexpr, F: tl.constexpr, D: tl.constexpr,
     M: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """What a block's frames read: out."""
+    """Make what a block's frames read: out."""
     row = tl.program_id(0).to(tl.int64)
     m, f, h = tl.arange(0, M), tl.arange(0, F), tl.arange(0, TILE)
     frames, hidden = m[:, None] * F + f[None, :], m[:, None] * D + h[None, :]

@@ -134,3 +134,13 @@ def _gelu(x):
     gate = _gate(x)
     y = x * gate
     return y, gate + y * (1 - gate) * (1.5957691216057308 + 0.2140644488 * x * x)
+
+
+@triton.jit
+def _gelu_derivatives(x, factor):
+    """Return the first derivative of tanh-GELU, and the second one times `factor`."""
+    gate = _gate(x)
+    inner = 1.5957691216057308 + 0.2140644488 * x * x
+    rest = 1 - gate
+    bend = 2 * inner + x * (0.4281288976 * x + (rest - gate) * inner * inner)
+    return gate + x * gate * rest * inner, bend * (gate * rest * factor)
