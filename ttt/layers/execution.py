@@ -101,9 +101,20 @@ class Execution:
         anything is to be made again, then all of it."""
         return _checkpointed(function, self.checkpointing is not False, *args)
 
-    def piece(self, block: Callable[..., Any], *args: Any) -> Any:
-        """`block(*args)`, a piece of a `split_layer`."""
-        return self._run(block, self.checkpointing == "selective" and "selective", *args)
+    def piece(
+        self, block: Callable[..., Any], *args: Any, keeps_products_alone: bool = False
+    ) -> Any:
+        """`block(*args)`, a piece of a `split_layer`.
+
+        Args:
+            keeps_products_alone: where the layer is made again, the backward pass makes all but the
+                results of attention and large products once more. It then is one pass over memory
+                with what follows from it, where an addition of LoRA and a gate would be two: to
+                write a sum for the backward pass, and to read it.
+        """
+        is_selective = self.checkpointing == "selective"
+        is_selective |= keeps_products_alone and self.compile and self.makes_layers_again
+        return self._run(block, is_selective and "selective", *args)
 
     def _run(self, block: Callable[..., Any], mode: Checkpointing, *args: Any) -> Any:
         if not torch.is_grad_enabled():

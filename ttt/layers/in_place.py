@@ -149,7 +149,9 @@ class InPlaceGating(TTTLayer[InPlaceState]):
             learned, plain = self._stream(z, source, is_frame, state), self.linear_out(z)
             self.note_effect(learned, plain)
             return plain + learned
-        z, source = self.execution.piece(InPlaceGating._prepare, self, x, source)
+        z, source = self.execution.piece(
+            InPlaceGating._prepare, self, x, source, keeps_products_alone=True
+        )
         written = complete(is_frame, self.lag) if self.args.carries else None
         learned = self._learn(z, source, written)
         # At last: activation checkpointing then does not make it again.
