@@ -220,18 +220,23 @@ def gradient_of_products(d_scores: Tensor, window: Window, cut: Cut) -> Tensor:
 def weighted_frames(
     parts: Sequence[Tensor], x: Tensor, out: Tensor, *, alpha: float = 1.0, beta: float = 0.0
 ) -> None:
-    """OUT = beta · OUT + alpha · Σ PARTS X, of [N, L, L] and [N, L, ·]."""
-    length = x.shape[1]
+    """OUT = beta · OUT + alpha · Σ PARTS X, of symmetric [N, F, F] and [N, F, ·]; for `out` with
+    fewer frames, of the first ones alone.
+
+    Columns are taken for rows: along rows, cuBLAS sums fast only where 8 divides how many numbers
+    there are; along columns, only where 8 divides how many columns.
+    """
+    length = out.shape[1]
     even = length // ROW_MULTIPLE * ROW_MULTIPLE
-    for part in parts if even else ():
-        out.baddbmm_(part[:, :, :even], x[:, :even], beta=beta, alpha=alpha)
-        beta = 1.0
     if even < length:
-        # cuBLAS has fast kernels only for sums over a multiple of 8.
-        missing = -(length - even) * len(parts) % ROW_MULTIPLE
-        weights = F.pad(torch.cat([part[:, :, even:] for part in parts], 2), (0, missing))
-        frames = F.pad(x[:, even:].repeat(1, len(parts), 1), (0, 0, 0, missing))
-        out.baddbmm_(weights, frames, beta=beta, alpha=alpha)
+        missing = even + ROW_MULTIPLE - length
+        weights = [F.pad(part[:, :, even:length], (0, missing)).mT for part in parts]
+        found = [terms.product(part, x)[:, : length - even] for part in weights]
+        rest, last = alpha * torch.stack(found).sum(0), out[:, even:]
+        last.copy_(rest if beta == 0 else rest.add_(last, alpha=beta))
+    for part in parts if even else ():
+        out[:, :even].baddbmm_(part[:, :, :even].mT, x, beta=beta, alpha=alpha)
+        beta = 1.0
 
 
 def gram(x: Tensor) -> Tensor:

@@ -207,13 +207,11 @@ class _Delta(torch.autograd.Function):
                 x, is_empty = e.new_empty(shape, dtype=beta.dtype), later.value is None
                 if not is_empty:
                     later.read(_keys(frames[0], window, cut)[: x.shape[1]], x.zero_()[0])
-                y = delta_window.write_backward(
-                    kept, window.own(d_out), x, window, cut, is_empty=is_empty
+                y, left_of_x = delta_window.write_backward(
+                    kept, window.own(d_out), x, window.own(d_v), window, cut, is_empty=is_empty
                 )
-                window.own(d_v)[:, : x.shape[1]] = x
-                window.own(d_v)[:, x.shape[1] :] = 0
                 d_products, d_strengths = delta_gradient.of_products(
-                    kept, x, y, e, beta, window, cut
+                    kept, left_of_x, y, e, beta, window, cut
                 )
                 d_beta -= (d_strengths * kept.strengths).sum() / beta
                 num_read = window.lead + x.shape[1]

@@ -27,13 +27,10 @@ def of_products(
     [N, n].
 
     Args:
-        x: [N, n C, d], X in the accumulating type.
-        y, e: [N, ⌈L / C⌉, C', m, d] and [N, n, C', m, d], Y as left terms and E as right ones.
+        x, e: [N, n, C', m, d], X as left terms and E as right ones.
+        y: [N, ⌈L / C⌉, C', m, d], Y as left terms.
     """
-    left_of_x, size = torch.empty_like(e), cut.chunk_size
-    for i in range(e.shape[1]):
-        terms.of_values(x[:, i * size : (i + 1) * size], size, left_of_x[:, i], swap=True)
-    left_of_x = left_of_x[:, :, :size]
+    left_of_x = x[:, :, : cut.chunk_size]
     if kept.strengths.shape[1] > 0 and y.dtype != beta.dtype and terms.has_kernels(y):
         return _by_kernel(kept, left_of_x, y, e, beta, window, cut)
     total, d_strengths = _plain(kept, left_of_x, y, e, beta, window, cut)
@@ -180,11 +177,13 @@ def add_weighted(
 
     The first part is the smallest: what it adds to is then rounded once.
     """
-    beta = 0.0 if replace else 1.0
-    if not 0 < num_read < frames.shape[1]:
-        chunks.weighted_frames(parts, frames, d_frames, beta=beta)
+    keep, count = 0.0 if replace else 1.0, frames.shape[1]
+    # Their weights among each other are zero, so that some of these may be read.
+    end = -(-num_read // chunks.ROW_MULTIPLE) * chunks.ROW_MULTIPLE
+    if num_read in (0, count) or end > count:
+        chunks.weighted_frames(parts, frames, d_frames, beta=keep)
         return
-    closed, still_open = slice(num_read), slice(num_read, None)
-    chunks.weighted_frames([x[:, closed] for x in parts], frames, d_frames[:, closed], beta=beta)
-    parts = [x[:, still_open, :num_read] for x in parts]
-    chunks.weighted_frames(parts, frames[:, :num_read], d_frames[:, still_open], beta=beta)
+    chunks.weighted_frames(parts, frames, d_frames[:, :num_read], beta=keep)
+    for part in parts:
+        d_frames[:, num_read:].baddbmm_(part[:, num_read:, :end], frames[:, :end], beta=keep)
+        keep = 1.0

@@ -142,7 +142,7 @@ def write(
     """
     lag, size, length = cut.lag, cut.chunk_size, v.shape[1]
     lead, offset = window.lead, cut.offset(window)
-    errors, keep = None, 0.0 if edge is None else 1.0
+    first_read, errors, keep = edge, None, 0.0 if edge is None else 1.0
     for i, first, last in _steps(length, cut):
         start, stop = i * size, min((i + 1) * size, length)
         if i == first:
@@ -166,14 +166,10 @@ def write(
             )
         if stop - start < size:
             continue
-        residual = torch.empty_like(out[:, start:stop])
-        torch.sub(v[:, start + lag : stop], out[:, start : stop - lag], out=residual[:, lag:])
-        residual[:, :lag] = v[:, start : start + lag]
         if lag and errors is not None:
-            residual[:, :lag] -= cut.decay * out[:, start - lag : start]
-            residual[:, :lag] -= torch.bmm(kept.again[:, i], errors)
-        elif edge is not None:
-            residual[:, :lag] -= edge
+            before = out[:, start - lag : start]
+            first_read = torch.baddbmm(before, kept.again[:, i], errors, beta=cut.decay)
+        residual = _residual(v[:, start:stop], out[:, start:stop], first_read, lag)
         errors = torch.bmm(kept.inverses[:, i], residual)
         terms.of_values(errors, size, e[:, i])
 
@@ -182,26 +178,32 @@ def write_backward(
     kept: Kept,
     d_out: Tensor,
     x: Tensor,
+    d_v: Tensor,
     window: chunks.Window,
     cut: chunks.Cut,
     *,
     is_empty: bool,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """The adjoint of `write`, last chunk first.
 
     Args:
         d_out: [N, L, d].
         x: [N, n C, d] in the accumulating type, what E receives from later windows; becomes X.
+        d_v: [N, L, d], the gradient to V, which is X where a chunk is complete and 0 elsewhere.
         is_empty: nothing has been received of later windows, and X need not hold anything.
 
     Returns:
-        Y, [N, ⌈L / C⌉, C', m, d], as from `terms.of_values` with swapped terms; 0 for frames
-        past the end.
+        Y and X, [N, ⌈L / C⌉, C', m, d] and [N, n, C', m, d], as from `terms.of_values` with
+        swapped terms; Y is 0 for frames past the end.
     """
     lag, size, dtype = cut.lag, cut.chunk_size, d_out.dtype
     batch, length, width = d_out.shape
     num_chunks = -(-length // size)
-    y = d_out.new_empty(batch, num_chunks, *terms.shape(size, dtype), width)
+    y, left_of_x = (
+        d_out.new_empty(batch, n, *terms.shape(size, dtype), width)
+        for n in (num_chunks, length // size)
+    )
+    d_v[:, x.shape[1] :] = 0
     for i, first, last in reversed(list(_steps(length, cut))):
         start, stop = i * size, (i + 1) * size
         less = None
@@ -217,18 +219,85 @@ def write_backward(
             if i + 1 < last:
                 later = _transposed(kept, slice(start, stop), i + 1, last, window, dtype, cut)
                 _times(later, y[:, i + 1 : last], own_x, 1.0)
-            following = x[:, stop : stop + lag]
-            if following.shape[1]:
-                again = kept.again[:, i + 1].mT
-                received = torch.baddbmm(own_x, again, following, alpha=-1)
-            else:
-                received = own_x.clone()
+            # The last chunk has none after it.
+            again = kept.again[:, i + 1 : i + 2].flatten(1, 2)
+            following = x[:, stop : stop + again.shape[1]]
+            received = _received(own_x, again, following)
             torch.bmm(kept.inverses[:, i], received, out=own_x)
+            terms.of_values(own_x, size, left_of_x[:, i], swap=True, rounded=d_v[:, start:stop])
             less = x[:, start + lag : stop + lag]
             if cut.decay != 1:
                 less = torch.cat([less[:, : size - lag], cut.decay * following], 1)
         terms.of_values(d_out[:, start:stop], size, y[:, i], less=less, swap=True)
-    return y
+    return y, left_of_x
+
+
+ROWS, COLUMNS = 16, 256
+"""What one program of the kernels below takes."""
+
+
+def _residual(v: Tensor, read: Tensor, first: Tensor | None, lag: int) -> Tensor:
+    """V less what its keys read, [N, C, d] in the accumulating type.
+
+    Args:
+        v: [N, C, d] of a chunk.
+        read: [N, C, d] in the accumulating type, what the chunk's frames read, which are keys `lag`
+            frames later.
+        first: [N, lag, d], what the keys of the first pairs read; None: nothing.
+    """
+    batch, size, width = v.shape
+    out = torch.empty(v.shape, dtype=read.dtype, device=v.device)
+    if v.dtype == read.dtype or not terms.has_kernels(v):
+        torch.sub(v[:, lag:], read[:, : size - lag], out=out[:, lag:])
+        out[:, :lag] = v[:, :lag] if first is None else v[:, :lag] - first
+        return out
+    from ttt.ops.in_place import delta_kernels as kernels
+
+    num_first, first = (0, read) if first is None else (lag, first)
+    with torch.cuda.device_of(v):
+        kernels.residual_kernel[(-(-size // ROWS), -(-width // COLUMNS), batch)](
+            v,
+            read,
+            first,
+            out,
+            size,
+            width,
+            lag,
+            num_first,
+            *v.stride()[:2],
+            *read.stride()[:2],
+            *first.stride()[:2],
+            ROWS=ROWS,
+            COLUMNS=COLUMNS,
+        )
+    return out
+
+
+def _received(x: Tensor, again: Tensor, following: Tensor) -> Tensor:
+    """X of a chunk, [N, C, d], less what the next one's first pairs hand back, `again`ᵀ
+    `following` of [N, lag, C] and [N, lag, d]."""
+    if x.dtype != torch.float32 or not terms.has_kernels(x):
+        return torch.baddbmm(x, again.mT, following, alpha=-1)
+    from ttt.ops.in_place import delta_kernels as kernels
+
+    batch, size, width = x.shape
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    with torch.cuda.device_of(x):
+        kernels.received_kernel[(-(-size // ROWS), -(-width // COLUMNS), batch)](
+            x,
+            again,
+            following,
+            out,
+            size,
+            width,
+            again.shape[1],
+            *x.stride()[:2],
+            *again.stride()[:2],
+            *following.stride()[:2],
+            ROWS=ROWS,
+            COLUMNS=COLUMNS,
+        )
+    return out
 
 
 def _transposed(

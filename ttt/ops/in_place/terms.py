@@ -136,7 +136,13 @@ def of_weights(
 
 
 def of_values(
-    x: Tensor, size: int, out: Tensor, *, less: Tensor | None = None, swap: bool = False
+    x: Tensor,
+    size: int,
+    out: Tensor,
+    *,
+    less: Tensor | None = None,
+    swap: bool = False,
+    rounded: Tensor | None = None,
 ) -> None:
     """Write the frames of a chunk, x − less, and their sum, as right terms, to `out`.
 
@@ -149,12 +155,16 @@ def of_values(
         out: [N, C', m, d].
         less: [N, up to T, d] in the accumulating type; None: nothing.
         swap: left terms, for weights that have right ones.
+        rounded: [N, T, d], also gets the frames, in its type.
     """
     dtype = out.dtype
     if num_terms(dtype) == 1 or not has_kernels(x):
+        length = x.shape[1]
         x = F.pad(x.to(accumulating_dtype(dtype)), (0, 0, 0, size - x.shape[1]))
         if less is not None:
             x = x - F.pad(less, (0, 0, 0, size - less.shape[1]))
+        if rounded is not None:
+            rounded.copy_(x[:, :length])
         if num_terms(dtype) > 1:
             total = x.sum(1, keepdim=True)
             ends = [total, total, _rest(total, dtype)]
@@ -165,11 +175,13 @@ def of_values(
 
     batch, length, width = x.shape
     minus = x if less is None else less
+    also = out if rounded is None else rounded
     with torch.cuda.device_of(x):
-        kernels.values_kernel[(-(-width // 64), batch)](
+        kernels.values_kernel[(-(-width // 32), batch)](
             x,
             minus,
             out,
+            also,
             length,
             0 if less is None else less.shape[1],
             size,
@@ -179,9 +191,12 @@ def of_values(
             minus.stride(0),
             minus.stride(1),
             out.stride(0),
+            also.stride(0),
+            also.stride(1),
+            IS_ROUNDED=rounded is not None,
             IS_LEFT=swap,
-            ROWS=32,
-            COLUMNS=64,
+            ROWS=64,
+            COLUMNS=32,
             PADDING=PADDING,
             num_warps=4,
         )

@@ -80,6 +80,7 @@ def values_kernel(
     x,
     less,
     out,
+    rounded,
     length,
     less_length,
     size,
@@ -89,12 +90,16 @@ def values_kernel(
     less_batch,
     less_row,
     out_batch,
+    rounded_batch,
+    rounded_row,
+    IS_ROUNDED: tl.constexpr,
     IS_LEFT: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     PADDING: tl.constexpr,
 ):
-    """A chunk's frames less those of `less`, and their sum; both are zero past their lengths."""
+    """A chunk's frames less those of `less`, and their sum; both are zero past their lengths.
+    IS_ROUNDED: also the frames in 16 bits."""
     batch = tl.program_id(1).to(tl.int64)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros((COLUMNS,), tl.float32)
@@ -109,6 +114,9 @@ def values_kernel(
         total += tl.sum(value, 0)
         place = out + batch * out_batch + row[:, None] * 3 * width + column[None, :]
         _store(place, width, value, (row < size)[:, None] & here, IS_LEFT)
+        if IS_ROUNDED:
+            place = rounded + batch * rounded_batch + row[:, None] * rounded_row + column[None, :]
+            tl.store(place, value.to(rounded.dtype.element_ty), mask=inside)
     end = tl.arange(0, PADDING)
     rest = _rest(total, out.dtype.element_ty)
     ends = tl.where(((end == 0) | (end == 1))[:, None], total[None, :], 0.0)

@@ -39,15 +39,16 @@ def test_terms_of_the_gradient(
         kept = delta_window.prepare(window.frames(z), rows, beta, window, cut)
         count, num_chunks = window.length // SIZE, -(-window.length // SIZE)
         batch, shape = len(rows), terms.shape(SIZE, torch.bfloat16)
-        x = torch.randn(batch, count * SIZE, WIDTH)
-        e, y = (
-            torch.empty(batch, n, *shape, WIDTH, dtype=torch.bfloat16) for n in (count, num_chunks)
+        x, e, y = (
+            torch.empty(batch, n, *shape, WIDTH, dtype=torch.bfloat16)
+            for n in (count, count, num_chunks)
         )
         for chunk in range(num_chunks):
             here = slice(chunk * SIZE, min(window.length, (chunk + 1) * SIZE))
             values = torch.randn(batch, here.stop - here.start, WIDTH)
             terms.of_values(values, SIZE, y[:, chunk], swap=True)
             if chunk < count:
+                terms.of_values(torch.randn(batch, SIZE, WIDTH), SIZE, x[:, chunk], swap=True)
                 terms.of_values(torch.randn(batch, SIZE, WIDTH), SIZE, e[:, chunk])
         results: list[Any] = []
         for place, has_kernels in (("cpu", False), (DEVICE, True)):

@@ -19,7 +19,7 @@ PRODUCTS = torch.backends.cuda.matmul
 
 @calls_the_interpreter
 def test_kernels_interpreted_on_the_cpu() -> None:
-    assert "23 passed" in run_interpreted(__file__)
+    assert "27 passed" in run_interpreted(__file__)
 
 
 def assert_same_terms(
@@ -80,22 +80,28 @@ def test_weights(
 def test_values(
     length: int, less_length: int | None, swap: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of 16 or 32 bits, less other values in part of the rows."""
+    """Of 16 or 32 bits, less other values in part of the rows; and these rounded, if asked for."""
     torch.manual_seed(0)
     size, width = 40, 70
     x = torch.randn(2, 3 * length, width)[:, length : 2 * length]
     x = x if less_length is None else x.bfloat16()
     less = None if less_length is None else torch.randn(2, 50, width)[:, 1 : 1 + less_length]
     results: list[Any] = []
+    rounded_results: list[Any] = []
     for device, has_kernels in (("cpu", False), (DEVICE, True)):
         monkeypatch.setattr(terms, "has_kernels", lambda x, found=has_kernels: found)
         shape = terms.shape(size, torch.bfloat16)
         out = torch.full((2, 2, *shape, width), torch.nan, dtype=torch.bfloat16, device=device)
         own_less = None if less is None else less.to(device)
-        terms.of_values(x.to(device), size, out[:, 1], less=own_less, swap=swap)
-        assert out[:, 0].isnan().all()
+        rounded = torch.full((2, size, width), torch.nan, dtype=torch.bfloat16, device=device)
+        also = {"rounded": rounded[:, :length]} if swap else {}
+        terms.of_values(x.to(device), size, out[:, 1], less=own_less, swap=swap, **also)
+        assert out[:, 0].isnan().all() and rounded[:, length:].isnan().all()
+        assert rounded.isnan().all() == (not swap)
         results.append(out[:, 1])
+        rounded_results.append(rounded[:, :length].cpu())
     plain, made = results
+    torch.testing.assert_close(*rounded_results, rtol=2**-7, atol=0, equal_nan=True)
     assert_same_terms(made, plain, low=2 if swap else 1, dim=2, ends=(size, size + 2))
 
 
@@ -125,6 +131,31 @@ def test_inverses(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     made, *_ = delta_window.inverse(gram.float().to(DEVICE), 10.0)
     torch.testing.assert_close(made.cpu().double(), exact, rtol=1e-3, atol=1e-4)
     assert made[1, 2].abs().max() == 0
+
+
+@on_a_device
+@pytest.mark.parametrize("lag, is_first", [(0, False), (1, True), (5, True), (5, False)])
+def test_what_inverses_are_multiplied_with(
+    lag: int, is_first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a chunk among others, in tensors whose rows lie apart."""
+    torch.manual_seed(0)
+    size, width, chunk = 20, 300, slice(1, 21)
+    v, read, x = (torch.randn(2, 50, width) for _ in range(3))
+    first, following = (torch.randn(2, lag + 3, width)[:, :lag] for _ in range(2))
+    again = torch.randn(2, lag, 2 * size)[:, :, :size]
+    results: list[list[torch.Tensor]] = []
+    for device, has_kernels in (("cpu", False), (DEVICE, True)):
+        monkeypatch.setattr(terms, "has_kernels", lambda x, found=has_kernels: found)
+        own = [t.to(device) for t in (v.bfloat16(), read, first, x, again, following)]
+        own_v, own_read, own_first, own_x, own_again, own_following = own
+        residual = delta_window._residual(
+            own_v[:, chunk], own_read[:, chunk], own_first if is_first else None, lag
+        )
+        received = delta_window._received(own_x[:, chunk], own_again, own_following)
+        results.append([residual.cpu(), received.cpu()])
+    for made, plain in zip(*reversed(results), strict=True):
+        torch.testing.assert_close(made, plain, rtol=1e-5, atol=1e-5)
 
 
 @pytest.fixture
