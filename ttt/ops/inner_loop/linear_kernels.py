@@ -74,7 +74,7 @@ def linear_forward(
 
 @triton.jit(do_not_specialize=COUNTS)
 def linear_backward(
-    q, k, v, eta, token_scale, norm_weight, norm_bias, w1, b1, scratch, kept_z, kept_zq,
+    q, k, v, eta, token_scale, norm_weight, norm_bias, w1, scratch, kept_z, kept_zq,
     d_out, d_q, d_k, d_v, d_eta, d_token_scale, d_norm_weight, d_norm_bias, d_w1, d_b1,
     num_heads, num_batches, num_writes, first, last, num_units,
     EPS: tl.constexpr, K: tl.constexpr, F: tl.constexpr, TILE: tl.constexpr,

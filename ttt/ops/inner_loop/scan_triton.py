@@ -222,11 +222,11 @@ def _backward(
         split = frames[0].dtype in SPLIT_TYPES
         mlp_blocks.backward(frames, ends, kept, results, num_writes, group, split=split)
         return
-    changing = _to_overwrite(ends, ends)
+    (weight,) = _to_overwrite(ends[:1], ends[:1])
     _launch(
         linear_kernels.linear_backward,
         frames,
-        (*changing, _scratch(frames[0]), *kept, *results),
+        (weight, _scratch(frames[0]), *kept, *results),
         (num_writes, *group),
     )
 
