@@ -83,10 +83,11 @@ def test_bfloat16_is_as_exact_as_its_inputs(
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("beta, bound", [(10.0, 0.15), (100.0, 0.3)])
+@pytest.mark.parametrize("beta, bound", [(10.0, 0.06), (100.0, 0.3)])
 def test_gradients_of_silence_in_long_chunks(beta: float, bound: float, device: str) -> None:
     """They hang on sums of E and X in which nearly all cancels: products that round more than those
-    of float32 have them three to ten times as wrong."""
+    of float32 have them three to ten times as wrong, and so does a sum over frames in pieces, of
+    which each is rounded."""
     _, d_z, _ = errors("silence", beta, device, chunk_size=256, num_frames=1100)
     assert d_z < bound
 
