@@ -230,7 +230,7 @@ class InPlaceGating(TTTLayer[InPlaceState]):
             return Cost(1.03, 30e3 + own, 1.03, 56e3)
         # E is kept in two terms of 16 bits, and the inverses.
         again = 4 * (4096 * (1 + PADDING / args.chunk_size) + args.chunk_size)
-        time_factor, again = (1.05, again) if args.keep_writes else (1.06, 0.0)
+        time_factor, again = (1.04, again) if args.keep_writes else (1.05, 0.0)
         return Cost(time_factor, 30e3 + own, 1.043, 56e3, again)
 
     @classmethod
