@@ -4,14 +4,14 @@ The model is made of `meta` tensors: no weights are read, no GPU is needed.
 """
 
 import dataclasses
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from moshi.models import loaders
 
 from finetune.config import ModelPaths, TrainArgs
-from finetune.data import DataSet, Reading, count_frames, load_sources
+from finetune.data import DataSet, Reading, Recording, count_frames, load_sources
 from finetune.distributed import shard_size
 from finetune.errors import UserError, counted
 from finetune.model import find_checkpoint, plan_model, read_codes_of, shape_from_hub
@@ -175,8 +175,10 @@ def _describe_time(args: TrainArgs, model: TTTLMModel, num_gpus: int) -> _Lines:
     cautions: list[str] = []
     problems: list[str] = []
     said: set[str] = set()
+    trained: list[Recording] = []
     try:
         data = _load(args, said, training=True)
+        trained = data.recordings
         segment_frames, segment_shares = data.segment_frames, data.segment_shares
         steps = data.num_segments / segments_per_step
         yield (
@@ -189,7 +191,7 @@ def _describe_time(args: TrainArgs, model: TTTLMModel, num_gpus: int) -> _Lines:
         yield "data: how many steps an epoch has is not known; the end of this page says why"
     try:
         if args.do_eval:
-            _load(args, said, training=False)
+            _load(args, said, trained, training=False)
     except UserError as error:
         problems.append(str(error))
     yield describe_ttt(args, model, segment_frames)
@@ -200,7 +202,9 @@ def _describe_time(args: TrainArgs, model: TTTLMModel, num_gpus: int) -> _Lines:
     return problems
 
 
-def _load(args: TrainArgs, said: set[str], *, training: bool) -> DataSet:
+def _load(
+    args: TrainArgs, said: set[str], beside: Sequence[Recording] = (), *, training: bool
+) -> DataSet:
     """Inspect the data as a run does at its start.
 
     Raises:
@@ -214,6 +218,7 @@ def _load(args: TrainArgs, said: set[str], *, training: bool) -> DataSet:
         reads=read_codes_of(args.moshi_paths),
         reading=Reading.of(args.data, training=training),
         said=said,
+        beside=beside,
     )
 
 
