@@ -45,12 +45,13 @@ _Lines = Generator[str, None, list[str]]
 
 
 def plan(
-    args: TrainArgs, *, num_gpus: int, gpu_memory_gb: float | None
+    args: TrainArgs, *, num_gpus: int, gpu_memory_gb: float | None, memory_only: bool = False
 ) -> Generator[str, None, Verdict]:
     """Yield lines to print, and return whether the run can be trained.
 
     Args:
         gpu_memory_gb: None: there is no GPU that it is to fit into.
+        memory_only: nothing else is looked at: no data, and no files of the base.
 
     Raises:
         UserError: an impossible configuration.
@@ -71,8 +72,10 @@ def plan(
         yield f"TTT state, when it streams: {_size(state_bytes(model, 1))} a stream"
         if layer_class(args.ttt.method).cost(args.ttt) is None:
             yield f"what training with ttt.method {args.ttt.method} costs is not known, nor counted"
-    problems = yield from _describe_time(args, model, num_gpus)
-    problems += _problems_of_base(args)
+    problems: list[str] = []
+    if not memory_only:
+        problems += yield from _describe_time(args, model, num_gpus)
+        problems += _problems_of_base(args)
     if gpu_memory_gb is None:
         return Verdict(True, problems)
     fits_in = yield from _describe_fit(args, info, model, num_gpus, gpu_memory_gb)
