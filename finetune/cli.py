@@ -77,8 +77,9 @@ def plan(options: PlanOptions, overrides: dict[str, Any]) -> None:
     """Say what a run would take, without a GPU: memory, steps, tokens, hours.
 
     The exit status is 0 if `train` can be expected to start: where the run does not fit, or names
-    data or files with which `train` would end, as seen from this machine, it is 1. With --table,
-    which is about any run, it is 0.
+    data or files with which `train` would end, as seen from this machine, it is 1. With
+    --memory_only it says whether the run fits, whatever else it lacks. With --table, which is about
+    any run, it is 0.
     """
     args = load_config(options.config, overrides)
     from finetune.plan import planned

@@ -10,6 +10,7 @@ from finetune.config.args import Size
 from finetune.config.marks import ASKED, POSITIONAL
 from finetune.config.must_exist import CONFIGURATION, FOLDER, SOURCE, WRITABLE
 from finetune.config.values import FilePath, PathText, PngPath
+from finetune.errors import UserError
 from finetune.kept import Output, is_png
 
 
@@ -43,6 +44,18 @@ class PlanOptions:
 
     table: bool = False
     """Instead: the largest batches of LoRA, TTT and all weights, on `--gpus` GPUs of each size."""
+
+    memory_only: bool = False
+    """Look at memory alone, also where the data are not at hand: the exit status is 0 if the run
+    fits into `--gpu_memory`, else 1."""
+
+    def check(self) -> None:
+        """
+        Raises:
+            UserError: two options exclude one another.
+        """
+        if self.table and self.memory_only:
+            raise UserError("--memory_only is about one run, and --table about many; give one.")
 
 
 @dataclass(frozen=True)

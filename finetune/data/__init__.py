@@ -19,7 +19,15 @@ from finetune.data.inspection import (
     wrong_in_all,
 )
 from finetune.data.inspection import VERSION as INSPECTION_VERSION
-from finetune.data.layouts import SOURCES, Entry, MonoPair, Source, StereoFile, list_entries
+from finetune.data.layouts import (
+    SOURCES,
+    Entry,
+    MonoPair,
+    Source,
+    StereoFile,
+    list_entries,
+    list_together,
+)
 from finetune.data.lines import parse_line
 from finetune.data.loader import (
     EvalLoader,
@@ -101,6 +109,7 @@ __all__ = [
     "inspect_listing",
     "inspect_recording",
     "list_entries",
+    "list_together",
     "listed_recordings",
     "load_sources",
     "num_different",

@@ -10,6 +10,7 @@ from finetune.config import DataArgs
 from finetune.data.batches import Batcher
 from finetune.data.codec import Codec
 from finetune.data.reading import Reading
+from finetune.data.recording import Recording, SegmentRef
 from finetune.data.sources import load_sources
 from finetune.data.store import Store
 from finetune.data.text import count_frames
@@ -59,16 +60,13 @@ class CacheFill:
         specs = {"data.train_data": args.train_data}
         if with_eval:
             specs["data.eval_data"] = args.eval_data
-        parts = [
-            load_sources(
-                spec,
-                key=key,
-                reading=Reading.of(args, training=key == "data.train_data"),
-                **options,
-            )
-            for key, spec in specs.items()
-        ]
-        segments = [ref for part in parts for source in part.sources for ref in source.segments]
+        segments: list[SegmentRef] = []
+        recordings: list[Recording] = []
+        for key, spec in specs.items():
+            reading = Reading.of(args, training=key == "data.train_data")
+            data = load_sources(spec, key=key, reading=reading, beside=recordings, **options)
+            segments += [ref for source in data.sources for ref in source.segments]
+            recordings += data.recordings
         self._store = store
         self._num_appended_before = store.num_appended
         self._refs = list(dict.fromkeys(segments))[rank::world_size]

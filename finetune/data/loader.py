@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import torch
@@ -106,10 +106,15 @@ def build_eval_loader(
     device: torch.device | str,
     store: Store | None,
     said: set[str] | None = None,
+    beside: Sequence[Recording] = (),
 ) -> "EvalLoader":
-    """Check all evaluation data and make the loader of one rank. Arguments as for training."""
+    """Check all evaluation data and make the loader of one rank. Arguments as for training.
+
+    Args:
+        beside: what trains; see `load_sources`.
+    """
     num_frames = count_frames(duration_sec)
-    data = _load(args, codec, num_frames, store, said, training=False)
+    data = _load(args, codec, num_frames, store, said, beside, training=False)
     batcher = Batcher(args, codec, num_frames, batch_size, torch.device(device), store)
     return EvalLoader(batcher, data, rank, world_size)
 
@@ -120,6 +125,7 @@ def _load(
     num_frames: int,
     store: Store | None,
     said: set[str] | None,
+    beside: Sequence[Recording] = (),
     *,
     training: bool,
 ) -> DataSet:
@@ -133,6 +139,7 @@ def _load(
         reads=codec.reads,
         reading=Reading.of(args, training=training),
         said=said,
+        beside=beside,
     )
 
 
@@ -181,7 +188,7 @@ def build_loaders(
     )
     if not args.do_eval:
         return train, None
-    evaluation = build_eval_loader(args.data, codec, **places)
+    evaluation = build_eval_loader(args.data, codec, beside=train.recordings, **places)
     if world.is_main:
         warn_if_shared(train, evaluation)
     return train, evaluation

@@ -11,7 +11,7 @@ from finetune.config import parse_sources
 from finetune.data.checks import Checks
 from finetune.data.codes import ReadCodes
 from finetune.data.inspection import Finding, inspect_listing, wrong_in_all
-from finetune.data.layouts import Entry, list_entries
+from finetune.data.layouts import Entry, list_entries, list_together
 from finetune.data.reading import Reading
 from finetune.data.recording import OtherSide, Recording, SegmentRef, cut
 from finetune.data.store import Store
@@ -88,6 +88,7 @@ def load_sources(
     reads: ReadCodes | None = None,
     reading: Reading | None = None,
     said: set[str] | None = None,
+    beside: Sequence[Recording] = (),
 ) -> DataSet:
     """Read and check everything that a configuration key names.
 
@@ -101,6 +102,7 @@ def load_sources(
         reading: what is done with the audio; None: nothing.
         said: what was warned of before, in other data of the run; it is not said again, and what
             is said here is added.
+        beside: recordings of the run's other data: what has the words of one of them is broken.
 
     Raises:
         UserError: a path or weight is wrong, nothing usable is left, all of it is such that
@@ -115,8 +117,10 @@ def load_sources(
     if store is not None:
         store.refresh(at_once=True)  # the other ranks have just checked their shares
     checks = Checks(store, text, reads)
-    for path, weight in parse_sources(spec, key):
-        checked = _check_source(path, key, checks, reading)
+    paths, weights = zip(*parse_sources(spec, key), strict=True)
+    listed = list_together(paths, key, reading, beside)
+    for path, weight, entries in zip(paths, weights, listed, strict=True):
+        checked = _check_source(path, entries, checks, reading)
         recordings = [each.recording for each in checked if each.recording is not None]
         problems += [problem for each in checked for problem in each.problems]
         everything += checked
@@ -126,8 +130,8 @@ def load_sources(
         sources.append(WeightedSource(path, weight, recordings, segments))
     checks.flush()
     # Of all sources together: what is listed in two of them is listed twice.
-    listed = [recording for source in sources for recording in source.recordings]
-    warnings += [("", found) for found in inspect_listing(listed)]
+    usable = [recording for source in sources for recording in source.recordings]
+    warnings += [("", found) for found in inspect_listing(usable)]
 
     wrong = _wrong_as_a_whole(everything)
     if problems and on_error == "raise":
@@ -166,7 +170,8 @@ def check_share_of_sources(
     """
     checks = Checks(store, text, reads)
     for path, _ in parse_sources(spec, key):
-        _check_source(path, key, checks, reading, slice(rank, None, world_size))
+        share = list_entries(path, key, reading)[rank::world_size]
+        _check_source(path, share, checks, reading)
     checks.flush()
 
 
@@ -180,8 +185,9 @@ def check_recordings(
     """
     checks = Checks(None, text)
     checked: list[_Checked] = []
-    for path, _ in parse_sources(spec, key):
-        checked += _check_source(path, key, checks, reading)
+    paths = [path for path, _ in parse_sources(spec, key)]
+    for path, entries in zip(paths, list_together(paths, key, reading), strict=True):
+        checked += _check_source(path, entries, checks, reading)
     recordings = [each.recording for each in checked if each.recording is not None]
     warn_of([(each.origin, found) for each in checked for found in each.warnings], key)
     return recordings, [problem for each in checked for problem in each.problems]
@@ -225,13 +231,11 @@ def warn_of(found: Sequence[tuple[str, Finding]], key: str) -> None:
 
 def _check_source(
     path: Path,
-    key: str,
+    entries: Sequence[Entry],
     checks: Checks,
     reading: Reading | None,
-    part: slice = slice(None),
 ) -> list[_Checked]:
-    """Check all entries of a source, or part of them."""
-    entries = list_entries(path, key, reading)[part]
+    """Check entries of a source."""
     logger.info("checking %s of %s", counted(len(entries), "recording"), path)
     with ThreadPoolExecutor(_NUM_CHECK_THREADS) as pool:
         checked = list(pool.map(lambda entry: _check(entry, checks), entries))

@@ -1,5 +1,6 @@
 """Transcripts: the words of a recording with their times."""
 
+import functools
 import json
 import os
 from collections.abc import Iterable
@@ -127,10 +128,11 @@ def shared_transcripts(transcripts: Iterable[tuple[Path, Path]], leave_out: str)
         transcripts: files of audio, or names of codes, each with its transcript.
         leave_out: how to do without one of them, for messages.
     """
+    folder = functools.cache(os.path.realpath)  # lists may name one by several paths
     first: dict[str, Path] = {}
     sharing: dict[str, list[Path]] = {}
     for file, transcript in transcripts:
-        place = os.path.normpath(transcript)
+        place = os.path.join(folder(transcript.parent), transcript.name)
         if first.setdefault(place, file) != file:
             sharing.setdefault(place, [first[place]]).append(file)
     problems = {}

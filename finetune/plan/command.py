@@ -16,8 +16,8 @@ def planned(options: PlanOptions, args: TrainArgs, overrides: Mapping[str, Any])
     """Yield lines to print.
 
     Raises:
-        UserError: an impossible configuration; or, when all is said, the run does not fit, or names
-            what `train` would end with.
+        UserError: an impossible configuration, or no memory to fit into where that alone is asked;
+            or, when all is said, the run does not fit, or names what `train` would end with.
     """
     of_init = made_for(options.config)
     num_gpus = options.gpus or (of_init[0] if of_init else 1)
@@ -36,13 +36,20 @@ def planned(options: PlanOptions, args: TrainArgs, overrides: Mapping[str, Any])
             yield f"for {where}, as moshi-ttt init was told ({not_given})"
         elif options.gpu_memory is None:
             yield f"for GPUs of {memory_gb:g} GB, as no other size was given (--gpu_memory)"
-    verdict = yield from plan(args, num_gpus=num_gpus, gpu_memory_gb=memory_gb)
-    # Files that are not there are what train looks for first, and all that it says then.
-    try:
-        require_inputs(options.config, args, overrides)
-        problems = "\n".join(verdict.problems)
-    except UserError as error:
-        problems = str(error)
+    elif options.memory_only and memory_gb is None:
+        raise UserError(
+            "--memory_only: with device: cpu, give --gpu_memory, to see what fits into it."
+        )
+    verdict = yield from plan(
+        args, num_gpus=num_gpus, gpu_memory_gb=memory_gb, memory_only=options.memory_only
+    )
+    problems = "\n".join(verdict.problems)
+    if not options.memory_only:
+        # Files that are not there are what train looks for first, and all that it says then.
+        try:
+            require_inputs(options.config, args, overrides)
+        except UserError as error:
+            problems = str(error)
     if problems:
         raise UserError(f"train would end with this: {problems}")
     if not verdict.fits:

@@ -4,14 +4,14 @@ The model is made of `meta` tensors: no weights are read, no GPU is needed.
 """
 
 import dataclasses
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from moshi.models import loaders
 
 from finetune.config import ModelPaths, TrainArgs
-from finetune.data import DataSet, Reading, count_frames, load_sources
+from finetune.data import DataSet, Reading, Recording, count_frames, load_sources
 from finetune.distributed import shard_size
 from finetune.errors import UserError, counted
 from finetune.model import find_checkpoint, plan_model, read_codes_of, shape_from_hub
@@ -45,12 +45,13 @@ _Lines = Generator[str, None, list[str]]
 
 
 def plan(
-    args: TrainArgs, *, num_gpus: int, gpu_memory_gb: float | None
+    args: TrainArgs, *, num_gpus: int, gpu_memory_gb: float | None, memory_only: bool = False
 ) -> Generator[str, None, Verdict]:
     """Yield lines to print, and return whether the run can be trained.
 
     Args:
         gpu_memory_gb: None: there is no GPU that it is to fit into.
+        memory_only: nothing else is looked at: no data, and no files of the base.
 
     Raises:
         UserError: an impossible configuration.
@@ -71,8 +72,10 @@ def plan(
         yield f"TTT state, when it streams: {_size(state_bytes(model, 1))} a stream"
         if layer_class(args.ttt.method).cost(args.ttt) is None:
             yield f"what training with ttt.method {args.ttt.method} costs is not known, nor counted"
-    problems = yield from _describe_time(args, model, num_gpus)
-    problems += _problems_of_base(args)
+    problems: list[str] = []
+    if not memory_only:
+        problems += yield from _describe_time(args, model, num_gpus)
+        problems += _problems_of_base(args)
     if gpu_memory_gb is None:
         return Verdict(True, problems)
     fits_in = yield from _describe_fit(args, info, model, num_gpus, gpu_memory_gb)
@@ -175,8 +178,10 @@ def _describe_time(args: TrainArgs, model: TTTLMModel, num_gpus: int) -> _Lines:
     cautions: list[str] = []
     problems: list[str] = []
     said: set[str] = set()
+    trained: list[Recording] = []
     try:
         data = _load(args, said, training=True)
+        trained = data.recordings
         segment_frames, segment_shares = data.segment_frames, data.segment_shares
         steps = data.num_segments / segments_per_step
         yield (
@@ -189,7 +194,7 @@ def _describe_time(args: TrainArgs, model: TTTLMModel, num_gpus: int) -> _Lines:
         yield "data: how many steps an epoch has is not known; the end of this page says why"
     try:
         if args.do_eval:
-            _load(args, said, training=False)
+            _load(args, said, trained, training=False)
     except UserError as error:
         problems.append(str(error))
     yield describe_ttt(args, model, segment_frames)
@@ -200,7 +205,9 @@ def _describe_time(args: TrainArgs, model: TTTLMModel, num_gpus: int) -> _Lines:
     return problems
 
 
-def _load(args: TrainArgs, said: set[str], *, training: bool) -> DataSet:
+def _load(
+    args: TrainArgs, said: set[str], beside: Sequence[Recording] = (), *, training: bool
+) -> DataSet:
     """Inspect the data as a run does at its start.
 
     Raises:
@@ -214,6 +221,7 @@ def _load(args: TrainArgs, said: set[str], *, training: bool) -> DataSet:
         reads=read_codes_of(args.moshi_paths),
         reading=Reading.of(args.data, training=training),
         said=said,
+        beside=beside,
     )
 
 

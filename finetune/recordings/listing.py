@@ -17,7 +17,7 @@ from finetune.config import (
     load_config,
     parse_sources,
 )
-from finetune.data import ReadCodes, Reading, Recording, list_entries
+from finetune.data import ReadCodes, Reading, Recording, list_together
 from finetune.errors import UserError
 from finetune.model import find_checkpoint, read_codes_of
 from finetune.recordings.encoder import WordStart
@@ -110,8 +110,8 @@ def options_of_list(overrides: Mapping[str, Any], needs: str) -> DataArgs:
 
 
 def _list(spec: str, key: str, reading: Reading, found: list[Recording], listing: Listing) -> None:
-    for path, _ in parse_sources(spec, key):
-        entries = list_entries(path, key, reading)
+    paths = [path for path, _ in parse_sources(spec, key)]
+    for entries in list_together(paths, key, reading, listing.recordings):
         found += [entry.recording for entry in entries if entry.recording is not None]
         listing.problems += [(each.origin, each.problem) for each in entries if each.problem]
 

@@ -1,6 +1,7 @@
 """The layouts in which data may lie on disk."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
 from finetune.data.layouts.base import Entry, Source
@@ -25,6 +26,7 @@ __all__ = [
     "Source",
     "StereoFile",
     "list_entries",
+    "list_together",
 ]
 
 SOURCES: list[type[Source]] = [
@@ -48,14 +50,39 @@ def list_entries(path: Path, key: str, reading: Reading | None = None) -> list[E
     Raises:
         UserError: see `Source.entries`.
     """
-    kind = next((kind for kind in SOURCES if kind.reads(path)), SOURCES[-1])
-    return [*_with_own_words(kind(path, key, reading or Reading()).entries())]
+    (entries,) = list_together([path], key, reading)
+    return entries
 
 
-def _with_own_words(entries: Sequence[Entry]) -> Iterator[Entry]:
-    recordings = [entry.recording for entry in entries if entry.recording is not None]
+def list_together(
+    paths: Sequence[Path],
+    key: str,
+    reading: Reading | None = None,
+    beside: Sequence[Recording] = (),
+) -> list[list[Entry]]:
+    """Return what is at each of some paths, as `list_entries` does of one; no two recordings, of
+    whichever paths, have the same words.
+
+    Args:
+        beside: recordings of other data, whose words are theirs.
+
+    Raises:
+        UserError: see `Source.entries`.
+    """
+    listed = [_source_at(path, key, reading or Reading()).entries() for path in paths]
+    found = (entry.recording for entries in listed for entry in entries)
+    recordings = chain(beside, (each for each in found if each is not None))
     transcripts = (each for recording in recordings for each in recording.own_transcripts)
     problems = shared_transcripts(transcripts, Recording.leave_out)
+    return [[*_with_own_words(entries, problems)] for entries in listed]
+
+
+def _source_at(path: Path, key: str, reading: Reading) -> Source:
+    kind = next((kind for kind in SOURCES if kind.reads(path)), SOURCES[-1])
+    return kind(path, key, reading)
+
+
+def _with_own_words(entries: Sequence[Entry], problems: Mapping[Path, str]) -> Iterator[Entry]:
     for entry in entries:
         if problems and entry.recording is not None:
             files = (file for file, _ in entry.recording.own_transcripts)

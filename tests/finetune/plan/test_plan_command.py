@@ -74,6 +74,28 @@ def test_what_does_not_fit_ends_with_status_1(
     assert "it does not fit" in captured.out and "this run does not fit" in captured.err
 
 
+@pytest.mark.parametrize("size_gb, status", [(80, 0), (16, 1)])
+def test_of_memory_alone_the_status_says_whether_the_run_fits(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], size_gb: int, status: int
+) -> None:
+    monkeypatch.chdir(ROOT)
+    words = ["example/moshi_ttt.yaml", f"--gpu_memory={size_gb}", "--memory_only"]
+    assert call("plan", *words) == status, "the file names data that are not there"
+    captured = capsys.readouterr()
+    assert f" of {size_gb} GB" in captured.out and "data" not in captured.out
+    assert ("this run does not fit" in captured.err) == bool(status)
+
+
+def test_memory_alone_is_asked_of_one_run_and_a_size(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call("plan", config, "--memory_only", "--table") == 1
+    assert "give one" in capsys.readouterr().err
+    assert call("plan", config, "--memory_only") == 1
+    assert "--memory_only: with device: cpu, give --gpu_memory" in capsys.readouterr().err
+    assert call("plan", config, "--memory_only", "--gpu_memory=80") == 0
+
+
 def test_the_placeholders_of_an_example_are_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

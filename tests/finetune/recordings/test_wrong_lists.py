@@ -12,9 +12,10 @@ import soundfile
 from data_tools import tiny_codec
 from recordings_tools import WORDS, add, call, findings_of, lines_of, speech
 
-from finetune.config import DataArgs
+from finetune.config import DataArgs, load_config
 from finetune.data import build_train_loader, check_recordings
-from finetune.data.loader import TrainLoader
+from finetune.data.loader import EvalLoader, TrainLoader, build_loaders
+from finetune.distributed import join_world
 from finetune.errors import UserError
 
 MAIN, USER = "SPEAKER_MAIN", "SPEAKER_USER"
@@ -37,6 +38,12 @@ def train_loader(data: Path, **changes: Any) -> TrainLoader:
     return build_train_loader(
         args, tiny_codec(), duration_sec=1.0, batch_size=1, seed=0, device="cpu", store=None
     )
+
+
+def loaders(run: Path, options: list[str]) -> tuple[TrainLoader, EvalLoader | None]:
+    """Return those of a run's configuration, as training makes them at its start."""
+    changes = dict(option.removeprefix("--").split("=", 1) for option in options)
+    return build_loaders(load_config(run, changes), tiny_codec(), join_world("cpu"))
 
 
 @pytest.mark.parametrize("number", [1, 3])
@@ -159,6 +166,39 @@ def test_a_transcript_is_of_one_recording_alone(
     shutil.copy(tmp_path / "a.json", tmp_path / "link.json")
     data.write_text("\n".join(texts[1].replace("a.flac", f"link.{e}") for e in ("wav", "flac")))
     assert findings_of(data)[0] == 0
+
+
+@pytest.mark.parametrize("among", ["training", "evaluation"])
+def test_nor_do_recordings_of_two_lists_share_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], among: str
+) -> None:
+    two_with_one_transcript(tmp_path / "talks")
+    (tmp_path / "link").symlink_to("talks")  # by which the other list names the same folder
+    lists = []
+    for place, names in (("talks", ("good.wav", "a.wav")), ("link", ("a.flac", "good.wav"))):
+        lines = [
+            {"path": f"{place}/{name}", "duration": 0.9 if name == "a.flac" else 1.0}
+            for name in names
+        ]
+        lists.append(tmp_path / f"{place}.jsonl")
+        lists[-1].write_text("\n".join(map(json.dumps, lines)))
+    train, evaluation = (",".join(map(str, lists)), "") if among == "training" else lists
+    run = Path(__file__).parents[3] / "example/demo.yaml"
+    keys = {"train_data": train, "eval_data": evaluation, "cache_dir": tmp_path / "codes"}
+    options = [f"--data.{key}={value}" for key, value in keys.items()]
+    options += [f"--do_eval={among == 'evaluation'}"]
+    files = tmp_path / "link/a.flac", tmp_path / "talks/a.wav"
+    both = "{} and {} share the transcript".format(*files)
+    for command in ("plan", "data encode"):
+        assert call(*command.split(), run, *options) == 1
+        assert both in capsys.readouterr().err, command
+    status, found = findings_of(run, *options)
+    assert status == 1 and both in capsys.readouterr().out and not found["good"]
+    with pytest.raises(UserError, match=both):
+        loaders(run, options)
+    num_left = [2, 0] if among == "training" else [2, 1]
+    skipping = loaders(run, [*options, "--data.on_error=skip"])
+    assert [0 if each is None else each.num_segments for each in skipping] == num_left
 
 
 def test_an_index_leaves_out_what_would_share_a_transcript_by_name(
