@@ -155,8 +155,12 @@ def _stages(
         kept_main += cost.kept_bytes_per_frame * ttt_frames * len(keeping & own_layers)
         if args.gradient_checkpointing is True:
             length, size = count_frames(args.duration_sec), args.ttt.update_frames
-            written = ttt_frames * (length // size * size) / length
-            kept_main += cost.again_bytes_per_frame * written * len(own_layers - keeping)
+            if (block := cost.again_block_frames) is not None:
+                written = math.ceil(length / block) * block
+            else:
+                written = length // size * size
+            again = cost.again_bytes_per_frame * written + cost.again_bytes_per_segment
+            kept_main += again * ttt_frames / length * len(own_layers - keeping)
     share = 0.0 if args.gradient_checkpointing is True else share
     kept_depth = width * (
         (len(depth) + 3) * depth_rows * depth_dim + share * len(depth) * num_frames * depth_products

@@ -90,7 +90,12 @@ class Cost:
     """Of what each of these layers then keeps, beside the results of its products."""
     again_bytes_per_frame: float = 0.0
     """Of what each of these layers keeps for itself where it is made again, for a frame of a
-    complete chunk."""
+    complete chunk, or of a block."""
+    again_bytes_per_segment: float = 0.0
+    """Of what it keeps so beside that, however short a segment is."""
+    again_block_frames: int | None = None
+    """Frames of the blocks that it keeps whole, also at the end of a segment; None: it keeps
+    complete chunks."""
 
 
 StateT = TypeVar("StateT", bound=TTTState)

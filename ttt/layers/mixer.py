@@ -18,6 +18,7 @@ from ttt.layers.mixer_measure import measure
 from ttt.layers.mixer_state import TTTMixerState
 from ttt.ops.autocast import without_autocast
 from ttt.ops.inner_loop.pieces import (
+    BLOCK,
     InnerLayers,
     Written,
     flatten,
@@ -368,9 +369,12 @@ class TTTMLP(TTTMixer):
     def cost(cls, args: TTTArgs) -> Cost:
         # Reckoned, from times and memory of the operator and from steps with the kernels before
         # (1.33 and 243e3): no step was measured with these.
-        time_factor, own, again = (1.26, 52e3, 120e3) if args.keeps_writes else (1.31, 158e3, 0.0)
         kept_time_factor = 1.31 + NOT_SPARED
-        return Cost(time_factor, own, kept_time_factor, KEPT_BYTES_PER_FRAME, again)
+        if not args.keeps_writes:
+            return Cost(1.31, 158e3, kept_time_factor, KEPT_BYTES_PER_FRAME)
+        # By count: S1, Z2, ZQ2 and the output; and the weights after it, of heads 128 wide.
+        frame, segment = (4 * 4 + 2 * 4 + 2) * 4096, (2 * 4 * 128 + 5) * 4 * 4096
+        return Cost(1.26, 52e3, kept_time_factor, KEPT_BYTES_PER_FRAME, frame, segment, BLOCK)
 
 
 def _either(numbers: Sequence[int]) -> str:

@@ -23,10 +23,7 @@ import torch
 from torch import Tensor
 
 from ttt.ops.inner_loop import mlp_back_writes, mlp_backward, mlp_forward
-from ttt.ops.inner_loop.pieces import EPSILON, memory
-
-BLOCK = 64
-"""M, of whole mini-batches."""
+from ttt.ops.inner_loop.pieces import BLOCK, EPSILON, memory
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,9 @@ from torch import Tensor
 EPSILON = 1e-6
 """Of the layer norm inside the loop."""
 
+BLOCK = 64
+"""M, the frames that the kernels of TTT-MLP take at once, of whole mini-batches."""
+
 InnerLayers = tuple[tuple[Tensor, Tensor], ...]
 """The fast weights of f_W, layer by layer: W [B, H, in, out] and b [B, H, out]."""
 
