@@ -377,7 +377,7 @@ class Trainer:
             if self.step > self.writer.last_step:
                 self.save()
             self.writer.wait()
-            logger.info("stopped after step %d; continue with --resume", self.step)
+            logger.info("stopped after step %d; continue with %s", self.step, self.folder.resuming)
         else:
             self.folder.earn()
             logger.info("stopped after step %d; nothing saved (do_ckpt: false)", self.step)

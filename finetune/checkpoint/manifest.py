@@ -83,8 +83,11 @@ def first_problem(
                 return f"{file} is damaged (it was {entries[name]['bytes']} bytes long)"
             if _checksum(file) != entries[name]["sha256"]:
                 return f"{file} is damaged (its checksum is not that in {NAME})"
+    except FileNotFoundError:
+        return f"{folder / NAME} is missing, so the checkpoint is damaged"
     except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{folder / NAME} is missing or damaged ({type(error).__name__}: {error})"
+        why = error.strerror if isinstance(error, OSError) else "what it holds is no list of files"
+        return f"{folder / NAME} is damaged, or cannot be read: {why}"
     return None
 
 

@@ -6,6 +6,7 @@ without a checkpoint.
 """
 
 import logging
+import shlex
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import chain, count
@@ -74,6 +75,12 @@ class RunFolder:
         self._log = RunLog(enabled=world.is_main)
         self._made: list[Path] = []
         self._had_lock_file = True
+
+    @property
+    def resuming(self) -> str:
+        """Return the options that continue the run. The command may have named another `run_dir`
+        than its file, which may have a run there as well."""
+        return f"--resume --run_dir={shlex.quote(str(self.run_dir))}"
 
     # --- before the first step --------------------------------------------------------------------
 

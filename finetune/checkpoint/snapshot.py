@@ -37,13 +37,17 @@ class Snapshot:
         return sum(t.numel() * t.element_size() for t in tensors)
 
 
+SPARE_BYTES = 2**24
+"""What must be free on the disk besides a checkpoint's tensors."""
+
+
 class CheckpointBytes(NamedTuple):
     """The size of a checkpoint, in bytes."""
 
     copied: float = 0.0
     """In the host's memory, until it is written, by this process."""
     written: float = 0.0
-    """On the disk, by all processes."""
+    """On the disk, by all processes, and free beside it."""
     num_at_once: int = 1
     """How many more than now lie on the disk at the same time, as `num_ckpt_keep` says."""
 
@@ -66,7 +70,7 @@ def checkpoint_bytes(args: TrainArgs, model: TTTLMModel, world: World) -> Checkp
     copied = kept / shard_size(args, world.size) if args.ckpt_async else 0.0
     if world.is_main and (args.ckpt_async or world.device.type == "cuda"):
         copied += weights
-    return CheckpointBytes(copied, kept + weights, _num_at_once(args))
+    return CheckpointBytes(copied, kept + weights + SPARE_BYTES, _num_at_once(args))
 
 
 def _num_at_once(args: TrainArgs) -> int:

@@ -32,7 +32,7 @@ from finetune.checkpoint.consolidated import consolidated, consolidated_texts
 from finetune.checkpoint.earlier_parts import EARLIER, Part, earlier_parts_of
 from finetune.checkpoint.run_dir import INFO, delete_old, list_checkpoints
 from finetune.checkpoint.run_record import RunRecord, fsync
-from finetune.checkpoint.snapshot import Snapshot
+from finetune.checkpoint.snapshot import SPARE_BYTES, Snapshot
 from finetune.config import TrainArgs, save_config
 from finetune.distributed import Sharding, World, like_parameter
 from finetune.errors import UserError
@@ -42,9 +42,6 @@ from finetune.step import Optimizer
 from ttt import TTTLMModel
 
 logger = logging.getLogger(__name__)
-
-SPARE_BYTES = 2**24
-"""What must be free on the disk besides a checkpoint's tensors."""
 
 LEAVING_SEC = 60.0
 """How long a run that ends by an error waits for a checkpoint that is being written."""

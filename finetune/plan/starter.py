@@ -99,6 +99,14 @@ def _cautions(wanted: Wanted, size: Size) -> Iterator[str]:
             f"note: {wanted.repo} is far smaller than Moshi 7B ({size.width} wide), so that "
             "optim.lr, optim.ttt_lr and param_dtype are those of example/demo.yaml"
         )
+    if size.attention_context is not None:
+        yield (
+            f"warning: attention sees {size.window_sec:g} s, which is most of a recording or all "
+            "of it, so that TTT would have nothing to do: the file cuts attention to "
+            f"{size.attention_context / FRAME_RATE_HZ:g} s (model.attention_context), which is an "
+            "experiment, and no model to ship. --goal adapt leaves attention as it is; so does "
+            f"--goal remember with recordings of more than {1.2 * size.window_sec:.0f} s"
+        )
     if size.random_init:
         yield (
             f"note: {wanted.repo} has no weights of Moshi, so that all of it is trained from "

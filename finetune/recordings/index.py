@@ -104,14 +104,20 @@ def _name_problem(files: Files) -> str | None:
 def _duration_sec(files: Files) -> float:
     """Return the length of a dialogue. Raises `FileProblem` if it cannot be used."""
     if len(files) == 2:
-        return Sides.of_two(*files).measure().duration_sec
+        return _not_empty(files, Sides.of_two(*files).measure().duration_sec)
     info = inspect_audio(files[0], channels=(1, 2))
     if info.num_channels == 1:
         raise RecordingError(
             f"{files[0]} is mono: if each speaker has a file, --pair lists both; else put Moshi on "
             "the left and the user on the right of one file"
         )
-    return info.duration_sec
+    return _not_empty(files, info.duration_sec)
+
+
+def _not_empty(files: Files, duration_sec: float) -> float:
+    if duration_sec == 0:
+        raise RecordingError(f"{files[0]} is empty: record or copy it again")
+    return duration_sec
 
 
 def _lines(durations_sec: dict[Files, float], out: Path) -> Iterator[dict[str, object]]:

@@ -76,7 +76,7 @@ def test_a_signal_saves_and_leaves_with_a_message(
     status, output = finish(run)
     assert status == 128 + number
     assert f"{number.name}: finishing this step" in output
-    assert "continue with --resume" in output.splitlines()[-1]
+    assert f"continue with --resume --run_dir={tmp_path}" in output.splitlines()[-1]
     assert "Traceback" not in output
     last = logged_steps(tmp_path)[-1]
     assert f"stopped after step {last}" in output

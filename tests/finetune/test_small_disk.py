@@ -10,7 +10,7 @@ from recordings_tools import call
 from training_tools import FULL, LORA, trainer
 
 from finetune.checkpoint import CheckpointBytes, CheckpointWriter, checkpoint_bytes
-from finetune.checkpoint.snapshot import Snapshot
+from finetune.checkpoint.snapshot import SPARE_BYTES, Snapshot
 
 ROOT = Path(__file__).parents[2]
 DIALOGUES = ROOT / "example/demo/dialogues"
@@ -75,7 +75,7 @@ def test_the_size_of_a_checkpoint_is_known_before_the_first_step(
     done = trainer(config, tmp_path / "run", {"max_steps": 1, **kind})
     known = checkpoint_bytes(done.args, done.model, done.world).written
     assert done.train() == 0
-    assert snapshots[0].num_bytes == pytest.approx(known, rel=0.01)
+    assert snapshots[0].num_bytes == pytest.approx(known - SPARE_BYTES, rel=0.01)
 
 
 @pytest.mark.parametrize(("missing_bytes", "is_warned"), [(1, True), (0, False)])

@@ -37,7 +37,7 @@ __all__ = [
     "wrong_in_all",
 ]
 
-VERSION = 7
+VERSION = 8
 """Of the checks. What was found good by earlier ones is inspected again."""
 
 

@@ -1,5 +1,6 @@
 """Checks of the audio of a recording. Each yields findings."""
 
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ _CODEC_FRAME_SAMPLES = 1152
 _MAX_ERROR_CODEC_FRAMES = 3
 _INTEGER_UNITS_PEAK = 4.0
 _MAX_CLIPPED_SHARE = 1e-3
+_QUIET_PEAK = 1e-2
 _SWAPPED_FACTOR = 10.0
 _MIN_SWAPPED_SHARE = 0.8
 _MIN_LOUD_SEC = 1.0
@@ -94,7 +96,7 @@ def _kind_of(path: Path, subject: Subject) -> Iterator[Finding]:
 
 
 def level(subject: Subject, heard: Heard) -> Iterator[Finding]:
-    """Yield findings about samples beyond full scale, and at it."""
+    """Yield findings about samples beyond full scale, at it, and far below."""
     peak = float(heard.peak.max())
     if peak > _INTEGER_UNITS_PEAK:
         yield Finding(
@@ -111,6 +113,14 @@ def level(subject: Subject, heard: Heard) -> Iterator[Finding]:
             f"{heard.clipped_share:.1%} of the samples of {subject.name} are at full scale, in "
             "runs: it was recorded or converted too loud",
             "make it again with less gain; what was cut off does not come back",
+        )
+    elif heard.is_complete and SILENT <= peak < _QUIET_PEAK:
+        yield Finding(
+            "too-quiet",
+            "warning",
+            f"samples of {subject.name} reach {20 * math.log10(peak):.0f} dB of full scale and no "
+            "more: a codec hears next to nothing, and so does a search for words",
+            "make it again with more gain",
         )
 
 

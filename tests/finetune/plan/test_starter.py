@@ -111,7 +111,7 @@ def test_layers_learn_that_the_model_has(
 
 @pytest.mark.parametrize(("length_sec", "context"), [(30, None), (6, 25)])
 def test_attention_is_cut_only_where_it_would_see_all(
-    tmp_path: Path, length_sec: int, context: int | None
+    tmp_path: Path, length_sec: int, context: int | None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The model of the demonstration sees 8 s."""
     out = tmp_path / "my.yaml"
@@ -119,6 +119,8 @@ def test_attention_is_cut_only_where_it_would_see_all(
     assert call("init", out, "--data", data(tmp_path, length_sec), *words) == 0
     assert load_config(out).model.attention_context == context
     assert ("what attention sees (8 s)" in out.read_text()) is (context is not None)
+    said = "warning: attention sees 8 s, which is most of a recording or all of it"
+    assert (said in capsys.readouterr().out) is (context is not None)
 
 
 @pytest.mark.parametrize("goal", ["adapt", "remember"])

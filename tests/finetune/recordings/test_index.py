@@ -60,6 +60,7 @@ def test_hidden_files_are_passed_over_and_broken_ones_named(
     shutil.copy(folder / "train_000.wav", folder / ".trash/old.wav")
     (folder / "broken.wav").write_text("no audio")
     soundfile.write(folder / "mono.wav", np.zeros(24_000), 24_000)
+    soundfile.write(folder / "nothing.wav", np.zeros((0, 2)), 24_000)
     assert call("data", "index", folder) == 0
     assert [line["path"] for line in lines_of(folder / "data.jsonl")] == ["train_000.wav"]
     said = capsys.readouterr().out
@@ -67,6 +68,7 @@ def test_hidden_files_are_passed_over_and_broken_ones_named(
     assert "broken.wav cannot be read" in said
     assert "copy or convert it again" in said and "remove its line" not in said  # there is none yet
     assert "mono.wav is mono" in said and "--pair" in said
+    assert "nothing.wav is empty: record or copy it again" in said
 
 
 def test_names_that_a_jsonl_cannot_hold_or_a_reader_would_misread(

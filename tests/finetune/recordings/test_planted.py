@@ -103,6 +103,7 @@ PLANTED: dict[str, Callable[[Path, str], None]] = {
     "channels-equal": audio(equal),
     "integer-units": audio(lambda: speech(12) * 32768, subtype="FLOAT"),
     "clipping": audio(clipped),
+    "too-quiet": audio(lambda: speech(32) * 1e-3),
     "wrong-duration": audio(lambda: speech(13), duration_sec=3.0),
     "too-short": audio(lambda: speech(14)[:1000], words=[]),
     "truncated": truncated,
