@@ -37,23 +37,28 @@ def write(folder: Path, entries: Entries) -> None:
 def read(folder: Path) -> Entries:
     """
     Raises:
-        OSError, ValueError: there is none, or it is damaged.
+        OSError: there is none, or it cannot be read.
+        ValueError: it is damaged, or another program's.
     """
     entries = read_json(folder / NAME)
-    if not isinstance(entries, dict):
-        raise ValueError(f"{NAME} is no list of files")
+    if not isinstance(entries, dict) or not all(map(_is_entry, entries.values())):
+        raise ValueError("what it holds is no list of files")
     if outside := [name for name in entries if not stays_inside(name)]:
-        raise ValueError(f"{NAME} names {outside[0]!r}, which is not in its folder")
+        raise ValueError(f"it names {outside[0]!r}, which is not in its folder")
     return entries
+
+
+def _is_entry(described: object) -> bool:
+    return isinstance(described, dict) and {"bytes", "sha256"} <= described.keys()
 
 
 def is_own(folder: Path) -> bool:
     """Return whether the file of this name is a list as `describe` makes it; others may have it."""
     try:
-        entries = read(folder).values()
+        read(folder)
     except (OSError, ValueError):
         return False
-    return all(isinstance(each, dict) and {"bytes", "sha256"} <= each.keys() for each in entries)
+    return True
 
 
 def is_whole(folder: Path) -> bool:
@@ -61,7 +66,7 @@ def is_whole(folder: Path) -> bool:
     try:
         entries = read(folder)
         return all((folder / n).stat().st_size == e["bytes"] for n, e in entries.items())
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError):
         return False
 
 
@@ -85,8 +90,8 @@ def first_problem(
                 return f"{file} is damaged (its checksum is not that in {NAME})"
     except FileNotFoundError:
         return f"{folder / NAME} is missing, so the checkpoint is damaged"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "what it holds is no list of files"
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
         return f"{folder / NAME} is damaged, or cannot be read: {why}"
     return None
 
