@@ -72,6 +72,61 @@ def linear_forward(
     tl.store(b1 + row * F + f, bias)
 
 
+@triton.jit
+def _queries_backward(
+    k, w1, written, d_out, d_zq, d_products, d_q, num_units,
+    K: tl.constexpr, F: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """Make a mini-batch's d_q, a tile at a time; W becomes what it was before the mini-batch.
+
+    Args:
+        k, d_out, d_q: pointers to the mini-batch's frames.
+        w1: pointers to the first tile.
+        written: pointer to what the mini-batch has written, the scale times s.
+        d_zq: pointers to the frames of one program's memory."""
+    t, f, h = tl.arange(0, K), tl.arange(0, F), tl.arange(0, TILE)
+    frames, part = t[:, None] * F + f[None, :], t[:, None] * F + h[None, :]
+    for j in range(0, num_units, TILE):
+        key = tl.load(k + j + part)
+        weight = tl.load(w1 + j * F)
+        weight += _dot(tl.trans(key), tl.load(written + frames), SPLIT)
+        tl.store(w1 + j * F, weight)
+        d_query = tl.load(d_out + j + part).to(tl.float32)
+        d_query += _dot(d_products, key, SPLIT)
+        d_query += _dot(tl.load(d_zq), tl.trans(weight), SPLIT)
+        tl.store(d_q + j + part, d_query.to(d_q.dtype.element_ty))
+
+
+@triton.jit
+def _keys_backward(
+    q, k, w1, written, d_target, d_zq, d_z, d_products, d_w1, d_k, num_units,
+    K: tl.constexpr, F: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """Make a mini-batch's d_k, a tile at a time; d_W becomes that of the weights before the
+    mini-batch.
+
+    Args:
+        q, k, d_k: pointers to the mini-batch's frames.
+        w1, d_w1: pointers to the first tile; those of w1 are before the mini-batch.
+        written, d_target: pointers to what the mini-batch has written, and d_target.
+        d_zq, d_z: pointers to the frames of one program's memory."""
+    t, f, h = tl.arange(0, K), tl.arange(0, F), tl.arange(0, TILE)
+    frames, part = t[:, None] * F + f[None, :], t[:, None] * F + h[None, :]
+    for j in range(0, num_units, TILE):
+        query = tl.load(q + j + part)
+        d_key = _dot(tl.trans(d_products), query, SPLIT)
+        d_key -= tl.load(d_target + j + part)
+        d_weight = tl.load(d_w1 + j * F)
+        d_key -= _dot(tl.load(written + frames), tl.trans(d_weight), SPLIT)
+        own_d_z = tl.load(d_z)
+        d_key += _dot(own_d_z, tl.trans(tl.load(w1 + j * F)), SPLIT)
+        d_weight += _dot(tl.trans(query), tl.load(d_zq), SPLIT)
+        key = tl.load(k + j + part)
+        d_weight += _dot(tl.trans(key), own_d_z, SPLIT)
+        tl.store(d_w1 + j * F, d_weight)
+        tl.store(d_k + j + part, d_key.to(d_k.dtype.element_ty))
+
+
 @triton.jit(do_not_specialize=COUNTS)
 def linear_backward(
     q, k, v, eta, token_scale, norm_weight, norm_bias, w1, scratch, kept_z, kept_zq,
@@ -136,30 +191,15 @@ def linear_backward(
         tl.store(kept_z + there + frames, written * s)
         tl.store(own_d_z, d_z)
         tl.debug_barrier()
-        for j in range(0, num_units, TILE):
-            key = tl.load(k + here * F + j + part)
-            # The weights of this mini-batch's start, from those of its end.
-            weight = tl.load(w1 + tile + j * F)
-            weight += _dot(tl.trans(key), tl.load(kept_z + there + frames), SPLIT)
-            tl.store(w1 + tile + j * F, weight)
-            d_query = tl.load(d_out + here * F + j + part).to(tl.float32)
-            d_query += _dot(d_products, key, SPLIT)
-            d_query += _dot(tl.load(own_d_zq), tl.trans(weight), SPLIT)
-            tl.store(d_q + here * F + j + part, d_query.to(d_q.dtype.element_ty))
+        _queries_backward(
+            k + here * F, w1 + tile, kept_z + there, d_out + here * F, own_d_zq, d_products,
+            d_q + here * F, num_units, K, F, TILE, SPLIT,
+        )  # fmt: skip
         tl.debug_barrier()
-        for j in range(0, num_units, TILE):
-            query = tl.load(q + here * F + j + part)
-            d_key = _dot(tl.trans(d_products), query, SPLIT)
-            d_key -= tl.load(kept_zq + there + j + part)
-            d_weight = tl.load(d_w1 + tile + j * F)
-            d_key -= _dot(tl.load(kept_z + there + frames), tl.trans(d_weight), SPLIT)
-            d_z = tl.load(own_d_z)
-            d_key += _dot(d_z, tl.trans(tl.load(w1 + tile + j * F)), SPLIT)
-            d_weight += _dot(tl.trans(query), tl.load(own_d_zq), SPLIT)
-            key = tl.load(k + here * F + j + part)
-            d_weight += _dot(tl.trans(key), d_z, SPLIT)
-            tl.store(d_w1 + tile + j * F, d_weight)
-            tl.store(d_k + here * F + j + part, d_key.to(d_k.dtype.element_ty))
+        _keys_backward(
+            q + here * F, k + here * F, w1 + tile, kept_z + there, kept_zq + there, own_d_zq,
+            own_d_z, d_products, d_w1 + tile, d_k + here * F, num_units, K, F, TILE, SPLIT,
+        )  # fmt: skip
         tl.debug_barrier()
     tl.store(d_b1 + row * F + f, d_bias)
     _add_to(d_norm_weight + row * F + f, d_norm_w)

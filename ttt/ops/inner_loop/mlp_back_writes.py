@@ -21,6 +21,63 @@ from ttt.ops.inner_loop.mlp_pieces import (
 
 
 @triton.jit
+def _errors_backward(
+    k, v, eta, norm_w, norm_b, write_scale, kept_z2, d_v, d_eta, s2, s2_s2, x2_x2, d_z2, d_target,
+    d_u_x2, d_z2_s2, count, found2, products,
+    N: tl.constexpr, EPS: tl.constexpr, K: tl.constexpr, F: tl.constexpr, M: tl.constexpr,
+    SPLIT: tl.constexpr,
+):  # fmt: skip
+    """Go backwards through the errors of mini-batch N, for d_z2, d_eta, d_v and d_target.
+
+    Args:
+        found2: what is known of d_s2 [K, F]: what comes through hidden units is missing.
+        products: d_u X2ᵀ [K, M].
+
+    Returns:
+        As `_write_backward` does."""
+    NEXT: tl.constexpr = N + 1
+    t, f, m = tl.arange(0, K), tl.arange(0, F), tl.arange(0, M)
+    own_frames = (N * K + t[:, None]) * F + f[None, :]
+    own_square = (N * K + t[:, None]) * M + m[None, :]
+    own_turned = m[None, :] * M + N * K + t[:, None]
+    frames = m[:, None] * F + f[None, :]
+    real = N * K + t < count
+    is_past, is_after = (m < N * K)[None, :], (m >= NEXT * K)[None, :]
+    own_s2_s2, own_x2_x2 = tl.load(s2_s2 + own_square), tl.load(x2_x2 + own_square)
+    s2_terms = _load_terms(s2, frames, M * F, SPLIT)
+    products = tl.where(is_past, products, 0.0)
+    tl.store(d_u_x2 + own_square, products)
+    d_scale = -tl.sum(products * own_s2_s2, 1)
+    products += tl.load(d_u_x2 + own_turned, mask=is_after, other=0.0)
+    found2 = _plus(found2, _terms(-write_scale * products, SPLIT), s2_terms)
+    if NEXT * K < M:
+        steps = tl.where(is_after, -write_scale * own_x2_x2, 0.0)
+        after_d_z2_terms = _load_some(d_z2, frames, m >= NEXT * K, M * F, SPLIT)
+        found2 = _plus(found2, _terms(steps, SPLIT), after_d_z2_terms)
+    target = _frames(v, own_frames, real).to(tl.float32)
+    target -= _frames(k, own_frames, real).to(tl.float32)
+    z2 = tl.load(kept_z2 + own_frames)
+    g = _gradient(z2, target, norm_w, norm_b, EPS, F)
+    tl.store(d_eta + N * K + t, tl.sum(found2 * g, 1), mask=real)
+    rate = tl.load(eta + N * K + t, mask=real, other=0.0)[:, None]
+    own_d_z2, own_d_target, d_norm_w, d_norm_b = _gradient_backward(
+        rate * found2, z2, target, norm_w, norm_b, EPS, F
+    )
+    tl.store(d_v + own_frames, own_d_target.to(d_v.dtype.element_ty), mask=real[:, None])
+    tl.store(d_target + own_frames, own_d_target)
+    d_z2_terms = _terms(own_d_z2, SPLIT)
+    _store_terms(d_z2, own_frames, d_z2_terms, M * F)
+    if N > 0:
+        products = _plus(tl.zeros((K, M), tl.float32), d_z2_terms, _flip(s2_terms))
+        products = tl.where(is_past, products, 0.0)
+        tl.store(d_z2_s2 + own_square, products)
+        d_scale -= tl.sum(products * own_x2_x2, 1)
+    # The next pass reads what other threads have stored.
+    tl.debug_barrier()
+    return d_scale, d_norm_w, d_norm_b
+
+
+@triton.jit
 def _write_backward(
     k, v, eta, norm_w, norm_b, w2_terms, write_scale, kept_z2, d_v, d_eta,
     s2, keys_keys, s2_s2, z1, u, x2, d_s1, d_x2, d_s2, x2_x2, d_u, d_z1, d_z2, d_target, d_u_x2,
@@ -43,17 +100,13 @@ def _write_backward(
     own_frames = (N * K + t[:, None]) * F + f[None, :]
     own_hidden = (N * K + t[:, None]) * D + h[None, :]
     next_hidden = (NEXT * K + t[:, None]) * D + h[None, :]
-    hidden, frames = m[:, None] * D + h[None, :], m[:, None] * F + f[None, :]
-    own_square = (N * K + t[:, None]) * M + m[None, :]
-    own_turned = m[None, :] * M + N * K + t[:, None]
+    hidden = m[:, None] * D + h[None, :]
     next_square = (NEXT * K + t[:, None]) * M + m[None, :]
     next_turned = m[None, :] * M + NEXT * K + t[:, None]
     # The frames after N + 1.
     a = M - (LATER if LATER > 0 else K) + tl.arange(0, LATER if LATER > 0 else K)
     later = a >= NEXT * K + K
     later_hidden = a[:, None] * D + h[None, :]
-    real = N * K + t < count
-    is_past, is_after = (m < N * K)[None, :], (m >= NEXT * K)[None, :]
     if NEXT * K < M:
         d_z2_terms = _load_terms(d_z2, (NEXT * K + t[:, None]) * F + f[None, :], M * F, SPLIT)
         read = tl.load(d_z2_s2 + next_square, mask=(m < NEXT * K)[None, :], other=0.0)
@@ -104,42 +157,14 @@ def _write_backward(
             if N > 0:
                 products = _plus(products, d_u_terms, _flip(x2_terms))
             found2 = _plus(found2, d_u_terms, weight_terms)
-    d_scale = tl.zeros((K,), tl.float32)
-    d_norm_w, d_norm_b = tl.zeros((F,), tl.float32), tl.zeros((F,), tl.float32)
     if N >= 0:
-        own_s2_s2, own_x2_x2 = tl.load(s2_s2 + own_square), tl.load(x2_x2 + own_square)
-        s2_terms = _load_terms(s2, frames, M * F, SPLIT)
-        products = tl.where(is_past, products, 0.0)
-        tl.store(d_u_x2 + own_square, products)
-        d_scale -= tl.sum(products * own_s2_s2, 1)
-        products += tl.load(d_u_x2 + own_turned, mask=is_after, other=0.0)
-        found2 = _plus(found2, _terms(-write_scale * products, SPLIT), s2_terms)
-        if NEXT * K < M:
-            steps = tl.where(is_after, -write_scale * own_x2_x2, 0.0)
-            after = m >= NEXT * K
-            after_d_z2_terms = _load_some(d_z2, frames, after, M * F, SPLIT)
-            found2 = _plus(found2, _terms(steps, SPLIT), after_d_z2_terms)
-        target = _frames(v, own_frames, real).to(tl.float32)
-        target -= _frames(k, own_frames, real).to(tl.float32)
-        z2 = tl.load(kept_z2 + own_frames)
-        g = _gradient(z2, target, norm_w, norm_b, EPS, F)
-        tl.store(d_eta + N * K + t, tl.sum(found2 * g, 1), mask=real)
-        rate = tl.load(eta + N * K + t, mask=real, other=0.0)[:, None]
-        own_d_z2, own_d_target, d_norm_w, d_norm_b = _gradient_backward(
-            rate * found2, z2, target, norm_w, norm_b, EPS, F
-        )
-        tl.store(d_v + own_frames, own_d_target.to(d_v.dtype.element_ty), mask=real[:, None])
-        tl.store(d_target + own_frames, own_d_target)
-        d_z2_terms = _terms(own_d_z2, SPLIT)
-        _store_terms(d_z2, own_frames, d_z2_terms, M * F)
-        if N > 0:
-            products = _plus(tl.zeros((K, M), tl.float32), d_z2_terms, _flip(s2_terms))
-            products = tl.where(is_past, products, 0.0)
-            tl.store(d_z2_s2 + own_square, products)
-            d_scale -= tl.sum(products * own_x2_x2, 1)
-        # The next pass reads what other threads have stored.
-        tl.debug_barrier()
-    return d_scale, d_norm_w, d_norm_b
+        return _errors_backward(
+            k, v, eta, norm_w, norm_b, write_scale, kept_z2, d_v, d_eta, s2, s2_s2, x2_x2, d_z2,
+            d_target, d_u_x2, d_z2_s2, count, found2, products, N, EPS, K, F, M, SPLIT,
+        )  # fmt: skip
+    else:
+        nothing = tl.zeros((F,), tl.float32)
+        return tl.zeros((K,), tl.float32), nothing, nothing
 
 
 @triton.jit(do_not_specialize=COUNTS)

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ttt.ops.autocast import without_autocast
 from ttt.ops.compiler_marks import uncompiled
-from ttt.ops.inner_loop.layout import lay_out
+from ttt.ops.inner_loop.layout import Layout, lay_out
 from ttt.ops.inner_loop.pieces import (
     InnerLayers,
     inner_errors,
@@ -200,24 +200,17 @@ def inner_scan(
     documents: Tensor | None = None,
 ) -> tuple[Tensor, InnerLayers]:
     """`ttt_linear` or `ttt_mlp`, by the number of layers."""
-    size, num_frames = token_scale.numel(), q.shape[2]
-    if token_scale.dim() != 1 or size == 0:
-        shape = list(token_scale.shape)
-        raise ValueError(f"token_scale: must be [K], of at least one frame, got {shape}")
     if scan_checkpoint_group_size is not None and scan_checkpoint_group_size < 1:
         raise ValueError(
             "scan_checkpoint_group_size: must be at least 1, or None, got "
             f"{scan_checkpoint_group_size}"
         )
-    least = max(num_frames, SMALL_SIZE)
-    if size > least:
-        # A mini-batch that the sequence does not fill writes nothing, so a shorter one does as well
-        # that it does not fill either.
-        size = least + 1
-        token_scale = token_scale[:size]
+    num_frames = q.shape[2]
+    token_scale = _shortened(token_scale, num_frames)
+    size = token_scale.numel()
     dtype = torch.promote_types(q.dtype, torch.float32)
     batch = q.shape[0]
-    layers = initial = tuple(
+    layers = tuple(
         (w.to(dtype).expand(batch, *w.shape[-3:]), b.to(dtype).expand(batch, *b.shape[-2:]))
         for w, b in layers
     )
@@ -242,16 +235,71 @@ def inner_scan(
             num_writes=num_frames // size,
             group_size=scan_checkpoint_group_size,
         )
-        return layout.gather(out, num_frames), layers
+    else:
+        out, layers = _scan(
+            q,
+            k,
+            v,
+            eta,
+            layers,
+            ln_weight,
+            ln_bias,
+            token_scale=token_scale,
+            layout=layout,
+            group_size=scan_checkpoint_group_size,
+        )
+    return layout.gather(out, num_frames), layers
+
+
+def _shortened(token_scale: Tensor, num_frames: int) -> Tensor:
+    """Return the scales of mini-batches that a sequence fills, or of one frame more than it has: a
+    mini-batch that the sequence does not fill writes nothing, so a shorter one does as well that it
+    does not fill either.
+
+    Raises:
+        ValueError: they are not [K], of at least one frame.
+    """
+    if token_scale.dim() != 1 or token_scale.numel() == 0:
+        shape = list(token_scale.shape)
+        raise ValueError(f"token_scale: must be [K], of at least one frame, got {shape}")
+    least = max(num_frames, SMALL_SIZE)
+    return token_scale if token_scale.numel() <= least else token_scale[: least + 1]
+
+
+def kernel_sizes(num_layers: int) -> tuple[int, ...]:
+    """Return the sizes of mini-batches that the kernels take."""
+    return (16, 32, 64)[: 4 - num_layers]
+
+
+def has_kernel(q: Tensor, size: int, num_layers: int) -> bool:
+    """Return whether the kernels of `scan_triton` can take q [..., f] in mini-batches of `size`."""
+    fits = size in kernel_sizes(num_layers) and q.shape[-1] in KERNEL_WIDTHS
+    return fits and q.is_cuda and q.dtype != torch.float64
+
+
+def _scan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    eta: Tensor,
+    initial: InnerLayers,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    *,
+    token_scale: Tensor,
+    layout: Layout,
+    group_size: int | None,
+) -> tuple[Tensor, InnerLayers]:
+    """`inner_scan` of frames laid out in mini-batches, [B, H, N, K, ·], by PyTorch's operators."""
     # Row t of the mask is scaled by token_scale[t].
+    size = token_scale.numel()
     read_scale = token_scale[:, None] * token_scale.new_ones(size, size).tril()
     write_scale = (token_scale[-1] * layout.complete)[:, None, :, None, None]
 
     # Split and unbind, not slices: the gradient of a slice is as large as what it was cut from.
-    pieces = [
-        x.split(scan_checkpoint_group_size or layout.num_mini_batches, dim=2)
-        for x in (q, k, v, eta, write_scale)
-    ]
+    frames = (q, k, v, eta, write_scale)
+    pieces = [x.split(group_size or layout.num_mini_batches, dim=2) for x in frames]
+    layers = initial
     first = 0
     outputs = []
     for piece in zip(*pieces, strict=True):
@@ -266,24 +314,12 @@ def inner_scan(
             layers,
         )
         first = last
-        if scan_checkpoint_group_size is None or not torch.is_grad_enabled():
+        if group_size is None or not torch.is_grad_enabled():
             out, layers = _group(*arguments)
         else:
             out, layers = checkpoint(_group, *arguments, use_reentrant=False)
         outputs.append(out)
-    out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
-    return layout.gather(out, num_frames), layers
-
-
-def kernel_sizes(num_layers: int) -> tuple[int, ...]:
-    """Return the sizes of mini-batches that the kernels take."""
-    return (16, 32, 64)[: 4 - num_layers]
-
-
-def has_kernel(q: Tensor, size: int, num_layers: int) -> bool:
-    """Return whether the kernels of `scan_triton` can take q [..., f] in mini-batches of `size`."""
-    fits = size in kernel_sizes(num_layers) and q.shape[-1] in KERNEL_WIDTHS
-    return fits and q.is_cuda and q.dtype != torch.float64
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2), layers
 
 
 def _group(
