@@ -3,11 +3,12 @@
 What models and data are checked with is slow to import, and imported where they are.
 """
 
+import functools
 import logging
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from finetune.config import (
     Checked,
@@ -30,6 +31,9 @@ from finetune.sweep.content import (
     slurm_options,
 )
 from ttt.options import abbreviated
+
+if TYPE_CHECKING:
+    from finetune.data import Reading
 
 logger = logging.getLogger(__name__)
 
@@ -246,29 +250,46 @@ def _check_model(run: PlannedRun, runs: Mapping[str, PlannedRun]) -> list[_Found
     return [(run.name, text) for text in found]
 
 
-def _check_data(runs: Iterable[PlannedRun], missing: Mapping[str, Collection[str]]) -> list[_Found]:
-    """Broken recordings and the like; data that several runs share are read once."""
-    from finetune.data import Reading, count_frames, load_sources
+class _Place(NamedTuple):
+    """What `load_sources` is told of a run's data."""
 
-    users: dict[tuple[str, str, int, Literal["raise", "skip"], Reading], list[str]] = {}
+    key: str
+    spec: str
+    num_frames: int
+    on_error: Literal["raise", "skip"]
+    reading: "Reading"
+    beside: "_Place | None"
+
+
+def _check_data(runs: Iterable[PlannedRun], missing: Mapping[str, Collection[str]]) -> list[_Found]:
+    """Broken recordings and the like; data that are the same for several runs are read once."""
+    from finetune.data import Reading, Recording, count_frames, load_sources
+
+    said: set[str] = set()
+
+    @functools.cache
+    def read(place: _Place) -> tuple[Sequence[Recording], str]:
+        """Return what it has, and what is wrong with it."""
+        options = place._asdict()
+        options["beside"] = () if place.beside is None else read(place.beside)[0]
+        try:
+            return load_sources(said=said, **options).recordings, ""
+        except UserError as error:
+            return (), str(error)
+
+    found = []
     for run in runs:
-        data, num_frames = run.args.data, count_frames(run.args.duration_sec)
+        data, place = run.args.data, None
         used = {"data.train_data": data.train_data}
         if run.args.do_eval:
             used["data.eval_data"] = data.eval_data
         for key, spec in used.items():
-            if key in missing[run.name]:
-                continue
-            reading = Reading.of(data, training=key == "data.train_data")
-            place = (key, spec, num_frames, data.on_error, reading)
-            users.setdefault(place, []).append(run.name)
-    found = []
-    for (key, spec, num_frames, on_error, reading), names in users.items():
-        try:
-            load_sources(spec, key=key, num_frames=num_frames, on_error=on_error, reading=reading)
-        except UserError as error:
-            found += [(name, str(error)) for name in names]
-    return found
+            if key not in missing[run.name]:
+                reading = Reading.of(data, training=key == "data.train_data")
+                num_frames = count_frames(run.args.duration_sec)
+                place = _Place(key, spec, num_frames, data.on_error, reading, place)
+                found.append((run.name, read(place)[1]))
+    return [(name, text) for name, text in found if text]
 
 
 def by_text(found: Iterable[tuple[str, str]]) -> dict[str, list[str]]:

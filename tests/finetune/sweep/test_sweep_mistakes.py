@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import sweep_tools
+from data_tools import write_jsonl, write_recording
 from full_disk import FULL, room_for
 from sweep_tools import COMMON, sweep
 
@@ -196,6 +197,25 @@ def test_broken_data_come_in_one_order(write: Callable[..., Any], tmp_path: Path
     for process in processes:
         message, _ = process.communicate(timeout=120)
         assert re.findall(r"(data\.\w+)\.jsonl:1: malformed", message) == keys
+
+
+def test_recordings_that_share_a_transcript_are_named_where_one_run_uses_both(
+    write: Callable[..., Any], tmp_path: Path
+) -> None:
+    lists = {}
+    for suffix in ("wav", "flac"):
+        line = write_recording(tmp_path, f"a.{suffix}", 4.0)
+        lists[suffix] = str(write_jsonl(tmp_path / f"{suffix}.jsonl", [line]))
+    both = {"data.train_data": lists["wav"], "data.eval_data": lists["flac"]}
+    runs = {
+        "both": both,
+        "unseen": both | {"do_eval": False},
+        "train": {"data.train_data": lists["wav"]},
+        "evaluation": {"data.eval_data": lists["flac"]},
+    }
+    message = problems(write, runs)
+    assert f"{tmp_path / 'a.flac'} and {tmp_path / 'a.wav'} share the transcript" in message
+    assert "has a problem" in message and re.search(r"\bboth: ", message)
 
 
 @pytest.mark.parametrize(
