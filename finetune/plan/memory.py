@@ -175,7 +175,9 @@ def _stages(
     working_main = in_full + width * _working(main) * per_main
     stages = [(kept_main + kept_depth, working_depth, 0.0), (kept_main, working_main, 0.0)]
     if cost is not None:
-        stages.append((kept_main, working_main, cost.bytes_per_frame * ttt_frames))
+        own = cost.bytes_per_frame * ttt_frames
+        own += cost.bytes_per_segment * args.batch_size * model.dim / 4096
+        stages.append((kept_main, working_main, own))
     return stages
 
 

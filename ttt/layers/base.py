@@ -83,7 +83,10 @@ class Cost:
     """Time of a step with TTT in five of 32 layers of Moshi 7B, relative to that without."""
     bytes_per_frame: float
     """Of memory at the peak, for a frame of the batch of a model 4096 wide, beside what the block
-    takes anyway: so that the sum is what training steps took, at 16 x 1250 frames."""
+    takes anyway: so that the sum is what training steps took, at 16 x 1250 frames. It may be
+    negative: the block takes most while the layer is not at work."""
+    bytes_per_segment: float
+    """Of what it takes so beside that, however short a segment is."""
     kept_time_factor: float
     """`time_factor` where these layers are not made again, with what the others then take."""
     kept_bytes_per_frame: float

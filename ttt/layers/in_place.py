@@ -227,11 +227,11 @@ class InPlaceGating(TTTLayer[InPlaceState]):
         own = 17e3 if args.target == "hidden" else 0.0
         # 56 kB by `delta` with target `hidden`; others keep no more, and were not measured.
         if args.write == "sum":
-            return Cost(1.03, 30e3 + own, 1.03, 56e3)
+            return Cost(1.03, 30e3 + own, 0.0, 1.03, 56e3)
         # E is kept in two terms of 16 bits, and the inverses.
         again = 4 * (4096 * (1 + PADDING / args.chunk_size) + args.chunk_size)
         time_factor, again = (1.04, again) if args.keep_writes else (1.05, 0.0)
-        return Cost(time_factor, 30e3 + own, 1.043, 56e3, again)
+        return Cost(time_factor, 30e3 + own, 0.0, 1.043, 56e3, again)
 
     @classmethod
     def how_to_strengthen(cls, args: TTTArgs) -> str:

@@ -339,6 +339,8 @@ smaller, keeps less."""
 NOT_SPARED = 0.032
 """Share of a step without TTT that five layers without it spare if they are not made again, and
 these do not: their scan is made again all the same, by groups. Measured with TTT-MLP."""
+_MEASURED_FRAMES = 1250
+"""Of the segments whose training steps were measured."""
 
 
 class TTTLinear(TTTMixer):
@@ -348,8 +350,12 @@ class TTTLinear(TTTMixer):
 
     @classmethod
     def cost(cls, args: TTTArgs) -> Cost:
+        # By count: weights at the end of a segment and, going back, those at its start, each with
+        # its gradient; and what a mini-batch has for itself.
+        segment = 7e6
         # 8e3 of the bytes are reckoned and not measured: what the convolutions read.
-        return Cost(1.09, 167e3, 1.09 + NOT_SPARED, kept_bytes_per_frame=KEPT_BYTES_PER_FRAME)
+        frame = 167e3 - segment / _MEASURED_FRAMES
+        return Cost(1.09, frame, segment, 1.09 + NOT_SPARED, KEPT_BYTES_PER_FRAME)
 
 
 class TTTMLP(TTTMixer):
@@ -368,12 +374,17 @@ class TTTMLP(TTTMixer):
     @classmethod
     def cost(cls, args: TTTArgs) -> Cost:
         # Without what is kept reckoned, from times and memory of the operator and a step with it.
-        kept_time_factor = 1.31 + NOT_SPARED
+        kept = 1.31 + NOT_SPARED, KEPT_BYTES_PER_FRAME
+        # By count, of heads 128 wide: the weights after it; and going back, these and their
+        # gradients, and what a block has for itself.
+        after = (2 * 4 * 128 + 5) * 4 * 4096
+        segment = 93.5e6
         if not args.keeps_writes:
-            return Cost(1.31, 158e3, kept_time_factor, KEPT_BYTES_PER_FRAME)
-        # By count: S1, Z2, ZQ2 and the output; and the weights after it, of heads 128 wide.
-        frame, segment = (4 * 4 + 2 * 4 + 2) * 4096, (2 * 4 * 128 + 5) * 4 * 4096
-        return Cost(1.26, 52e3, kept_time_factor, KEPT_BYTES_PER_FRAME, frame, segment, BLOCK)
+            segment += after
+            return Cost(1.31, 158e3 - segment / _MEASURED_FRAMES, segment, *kept)
+        # S1, Z2, ZQ2 and the output.
+        again = (4 * 4 + 2 * 4 + 2) * 4096, after, BLOCK
+        return Cost(1.26, 52e3 - segment / _MEASURED_FRAMES, segment, *kept, *again)
 
 
 def _either(numbers: Sequence[int]) -> str:
