@@ -56,8 +56,11 @@ def train(options: TrainOptions, overrides: dict[str, Any]) -> None:
     Any of its keys may be given as well: --optim.lr=1e-4 --ttt.chunk_size=64 --resume
     """
     args = load_config(options.config, overrides, inputs_exist=True)
-    from finetune.checkpoint import next_commands
+    from finetune.checkpoint import next_commands, require_own_folder
     from finetune.trainer import Trainer
+
+    if "run_dir" not in overrides:
+        require_own_folder(options.config, Path(args.run_dir))
 
     trainer = Trainer(args, config=options.config, force=options.force)
     if status := trainer.train():

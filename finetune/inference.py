@@ -17,7 +17,12 @@ from moshi.models.lm import LMGen
 from safetensors.torch import load_file
 from torch import Tensor
 
-from finetune.checkpoint import load_trained_weights, require_sound, require_sound_start
+from finetune.checkpoint import (
+    frozen_fingerprint_of,
+    load_trained_weights,
+    require_sound,
+    require_sound_start,
+)
 from finetune.config import DataArgs, ModelPaths, Precision, TrainArgs, load_run_config
 from finetune.data import FRAME_RATE_HZ, Codec, Segment, count_frames
 from finetune.distributed import join_world
@@ -29,6 +34,7 @@ from finetune.model import (
     exported_ttt_args,
     find_checkpoint,
     find_recorded,
+    frozen_fingerprint,
     load_model,
 )
 from finetune.safety import all_finite
@@ -65,7 +71,8 @@ def load_for_inference(
             folder as they are.
 
     Raises:
-        UserError: no checkpoint there, a damaged one, or its base model cannot be found any more.
+        UserError: no checkpoint there, a damaged one, or its base model cannot be found any more,
+            or was replaced.
     """
     args = checkpoint_args(checkpoint, device)
     if base_precision is not None:
@@ -80,7 +87,12 @@ def load_for_inference(
         require_sound_start(args.moshi_paths, world)
     if is_stock(checkpoint) and device_used.type == "cpu":
         args.param_dtype = "float32"
-    model = load_model(args, info, device_used)
+
+    def check(planned: TTTLMModel) -> None:
+        _require_its_base(checkpoint, frozen_fingerprint(planned, args, info))
+
+    has_base = not is_stock(checkpoint) and not _has_all_weights(checkpoint)
+    model = load_model(args, info, device_used, check=check if has_base else None)
     if not is_stock(checkpoint):
         load_trained_weights(model, args, checkpoint)
     elif args.ttt.enabled:
@@ -98,6 +110,20 @@ def find_base(checkpoint: Path, args: TrainArgs) -> loaders.CheckpointInfo:
     if is_stock(checkpoint):
         return find_checkpoint(args.moshi_paths)
     return find_recorded(checkpoint / "args.yaml", args.moshi_paths)
+
+
+def _has_all_weights(checkpoint: Path) -> bool:
+    return (checkpoint / "consolidated" / "consolidated.safetensors").is_file()
+
+
+def _require_its_base(checkpoint: Path, fingerprint: str | None) -> None:
+    trained_on = frozen_fingerprint_of(checkpoint)
+    if trained_on is not None and trained_on != fingerprint:
+        raise UserError(
+            f"{checkpoint} was trained on other frozen weights than these: the files that "
+            f"moshi_paths names in {checkpoint / 'args.yaml'} were replaced. Put back those that "
+            "it was trained on."
+        )
 
 
 def nonfinite_weights(model: TTTLMModel) -> str | None:
@@ -144,7 +170,7 @@ def checkpoint_args(checkpoint: Path, device: str = "auto") -> TrainArgs:
         )
     require_checkpoint(checkpoint, "--checkpoint")
     args = load_run_config(checkpoint / "args.yaml", {"device": device})
-    if (checkpoint / "consolidated" / "consolidated.safetensors").is_file():
+    if _has_all_weights(checkpoint):
         # All weights are here: what they started from may be gone.
         args.moshi_paths.init_from = None
         # Merged, they are no longer the base that was kept in fewer bits.

@@ -23,6 +23,7 @@ from finetune.checkpoint.run_folder import (
     free_run_dir,
     frozen_base,
     holds_something,
+    require_own_folder,
     require_same_parameters,
 )
 from finetune.checkpoint.run_record import replaced_run, run_wrote
@@ -54,6 +55,7 @@ __all__ = [
     "next_commands",
     "parts_before",
     "replaced_run",
+    "require_own_folder",
     "require_same_parameters",
     "require_sound",
     "require_sound_start",

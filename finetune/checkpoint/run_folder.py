@@ -53,6 +53,26 @@ def free_run_dir(run_dir: Path) -> Path:
     return next(each for each in chain([run_dir], names) if not holds_something(each))
 
 
+def require_own_folder(config: Path, run_dir: Path) -> None:
+    """Refuse a configuration that lies in a run's folder, or in a checkpoint of it, and names
+    another folder: the run was moved or copied, and what it would go on with, or replace, lies
+    where it once was.
+
+    Raises:
+        UserError: it is so.
+    """
+    folder = config.parent
+    if folder.parent.name == "checkpoints":
+        folder = folder.parent.parent
+    if folder.resolve() != run_dir.resolve() and RunRecord(folder).exists():
+        own = shlex.quote(str(folder))
+        raise UserError(
+            f"run_dir: {config} is of the run in {folder}, and names {run_dir}, where that was "
+            f"before it was moved or copied. Say which is meant: --run_dir={own} for the run "
+            "there, or the folder of a new one."
+        )
+
+
 class RunFolder:
     """Entered around training; `starting` around what comes before.
 

@@ -222,9 +222,14 @@ def join_world(
             `gather`); None: `timeout`.
 
     Raises:
-        UserError: see `device_of`.
+        UserError: see `device_of`; or what `torchrun` sets is there in part.
     """
     size = num_processes()
+    if size > 1 and "RANK" not in os.environ:
+        raise UserError(
+            f"WORLD_SIZE is {size} in the environment, and RANK is not set: start with torchrun, "
+            "which sets both, or unset WORLD_SIZE."
+        )
     rank = int(os.environ.get("RANK", 0))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     place = device_of(device, local_rank)

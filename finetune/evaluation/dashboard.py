@@ -21,7 +21,7 @@ def scalars(results: Mapping[str, Any]) -> dict[str, float]:
 
 def to_wandb(options: Options, results: Mapping[str, Any], page: str) -> None:
     config = {"evaluation": dict(results["options"]), "model": results["model"]}
-    run = open_wandb(options.out, options.wandb, config, resumed=False)
+    run = open_wandb(options.out, options.wandb, config, resumed=False, keeps_id=False)
     import wandb
 
     run.log({**scalars(results), "report": wandb.Html(page, inject=False)})

@@ -14,19 +14,13 @@ from finetune.monitoring.console import (
 )
 
 if TYPE_CHECKING:
-    from finetune.monitoring.metrics import (
-        KINDS,
-        Kind,
-        MetricsLogger,
-        metrics_path,
-        open_wandb,
-        read_metrics,
-        require_wandb,
-    )
+    from finetune.monitoring.kinds import KINDS, Kind
+    from finetune.monitoring.metrics import MetricsLogger, metrics_path, read_metrics
     from finetune.monitoring.phases import Phases, StepProfiler
     from finetune.monitoring.plots import plot_losses, running_mean, series
     from finetune.monitoring.run_log import RunLog
     from finetune.monitoring.ttt_effect import EffectWatch
+    from finetune.monitoring.wandb_run import open_wandb, require_wandb
 
 __all__ = [
     "KINDS",
@@ -53,8 +47,9 @@ __all__ = [
 ]
 
 _MODULES = {
-    **dict.fromkeys(("KINDS", "Kind", "MetricsLogger"), "metrics"),
-    **dict.fromkeys(("metrics_path", "open_wandb", "read_metrics", "require_wandb"), "metrics"),
+    **dict.fromkeys(("KINDS", "Kind"), "kinds"),
+    **dict.fromkeys(("MetricsLogger", "metrics_path", "read_metrics"), "metrics"),
+    **dict.fromkeys(("open_wandb", "require_wandb"), "wandb_run"),
     **dict.fromkeys(("Phases", "StepProfiler"), "phases"),
     **dict.fromkeys(("plot_losses", "running_mean", "series"), "plots"),
     "RunLog": "run_log",

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Le
+from annotated_types import Ge, Le, Lt
 
-from finetune.config import WRITABLE_FOLDER, FilePath, Seed, Size
+from finetune.config import WRITABLE_FOLDER, FilePath, Size
 from finetune.errors import UserError
 from finetune.kept import Output
 from finetune.recall.arms import check_arms
@@ -34,7 +34,7 @@ class RecallOptions:
     arms: tuple[str, ...] | None = None
     """Arms to run; null: all of the preset."""
 
-    seeds: tuple[Seed, ...] = (0,)
+    seeds: tuple[Annotated[int, Ge(0), Lt(1000)], ...] = (0,)
     """Seeds to run each arm with."""
 
     steps: Annotated[int, Ge(2), Le(10**9)] | None = None

@@ -355,3 +355,12 @@ def test_what_is_counted_agrees_with_its_number() -> None:
         "1 recording was",
         "3 recordings were",
     ]
+
+
+def test_half_of_what_torchrun_sets_is_named(
+    fails: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it is left in a cluster's shell."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    assert "WORLD_SIZE is 2 in the environment, and RANK is not set" in fails()

@@ -14,6 +14,7 @@ from training_tools import FULL, LORA, checkpoint, logged, sign, train, trainer
 from finetune.checkpoint import earlier_parts_of, load_resume_state
 from finetune.config import load_config
 from finetune.errors import UserError
+from finetune.inference import load_for_inference
 
 LONGER: dict[str, Any] = {"max_steps": 5, "resume": True}
 
@@ -64,6 +65,10 @@ def test_a_base_may_move_but_not_change(
     # In their place, under the same name.
     with pytest.raises(UserError, match="the files that moshi_paths names were replaced"):
         resume(config, tmp_path / "same", **options, **there, max_steps=6)
+    # Nor is anything said, measured or exported of what was never trained.
+    load_for_inference(checkpoint(tmp_path / "unmoved", 5), "cpu")
+    with pytest.raises(UserError, match=r"other frozen weights .* were replaced\. Put back"):
+        load_for_inference(checkpoint(tmp_path / "same", 5), "cpu")
 
 
 def test_the_same_base_and_data_elsewhere_are_no_other_configuration(

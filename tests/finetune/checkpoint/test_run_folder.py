@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import run_folder_tools
 from forked import Program
+from recordings_tools import call
 from run_folder_tools import OVERWRITE, tree
 from training_tools import checkpoint, train, trainer
 
@@ -259,3 +260,18 @@ def test_retention_deletes_what_the_run_wrote_alone(config: Path, tmp_path: Path
     assert run.train() == 0
     assert notes.read_text() == "mine"
     assert [p.name[-1] for p in list_checkpoints(tmp_path)] == ["1", "4"]
+
+
+def test_the_configuration_of_a_run_that_was_moved_does_not_act_on_its_old_place(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(config, tmp_path / "run", {})
+    before = tree(tmp_path / "run")
+    copy = shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    for args in (copy / "args.yaml", checkpoint(copy, 4) / "args.yaml"):
+        assert call("train", args, "--overwrite_run_dir", "--max_steps=1") == 1
+        assert f"--run_dir={copy} for the run there" in capsys.readouterr().err
+    assert tree(tmp_path / "run") == before
+    for own in (copy, tmp_path / "run"):
+        named = () if own.name == "run" else (f"--run_dir={own}",)
+        assert call("train", own / "args.yaml", "--resume", *named) in (0, None)

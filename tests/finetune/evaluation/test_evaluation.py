@@ -66,8 +66,8 @@ def test_wandb_gets_the_numbers_and_the_report(
         log = staticmethod(logged.update)
         finish = staticmethod(lambda: finished.append(True))
 
-    def opened(folder: Any, args: Any, config: Any, *, resumed: Any) -> Any:
-        assert (args.project, args.offline) == ("speech", True) and not resumed
+    def opened(folder: Any, args: Any, config: Any, *, resumed: Any, keeps_id: bool) -> Any:
+        assert (args.project, args.offline) == ("speech", True) and not resumed and not keeps_id
         assert config["evaluation"]["arms"] == ("off",)
         return Run
 
@@ -274,7 +274,8 @@ def test_a_file_of_one_dialogue_is_found_in_results_that_call_it_by_the_file(
     results = tmp_path / "out/position.jsonl"
     results.write_text(results.read_text().replace("one.npz/a", "one.npz"))
     recordings, _ = check_recordings(chosen["data"], key="data")
-    record = {"recording": recordings[0].location, "num_frames": 20}
+    record = json.loads(results.read_text().splitlines()[1])
+    record["recording"] = recordings[0].location
     assert len(Baseline(tmp_path / "out", {}, recordings).comparable([record])) == 1
 
 
@@ -377,3 +378,22 @@ def test_a_baseline_is_compared_by_what_was_read(
     results = evaluate_checkpoint(options(trained, tmp_path / "out", **chosen))
     assert results["position"]["num_recordings"] == 1
     assert "size_bytes was" in results["missing"]["baseline"][0]
+    transcript = tmp_path / "data/1.json"
+    words = json.loads(transcript.read_text())["alignments"]
+    transcript.write_text(json.dumps({"alignments": words[1:]}))
+    results = evaluate_checkpoint(options(trained, tmp_path / "out", **chosen))
+    assert "its words, or their times, were others" in results["missing"]["baseline"][1]
+    assert not results["position"]["differences"]
+
+
+def test_health_of_what_was_replaced_is_measured_again(
+    trained: tuple[Path, Path], tmp_path: Path
+) -> None:
+    chosen = {"data": str(write_dataset(tmp_path / "data", [2.0])), "tasks": ("health",)}
+    first, again, new = (tmp_path / name for name in ("out", "out", "new"))
+    found = [evaluate_checkpoint(options(trained, first, **chosen))["health"]]
+    write_recording(tmp_path / "data", "0.wav", 2.0, seed=9)
+    found += [
+        evaluate_checkpoint(options(trained, out, **chosen))["health"] for out in (again, new)
+    ]
+    assert found[0] != found[1] == found[2]

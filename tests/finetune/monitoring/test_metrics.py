@@ -19,6 +19,7 @@ from finetune.monitoring import (
     describe,
     format_count,
     format_duration,
+    open_wandb,
     plot_losses,
     read_metrics,
 )
@@ -353,3 +354,14 @@ def test_plot_without_metrics_says_what_is_missing(tmp_path: Path) -> None:
     (tmp_path / "metrics.train.jsonl").write_text("hello\n")
     with pytest.raises(UserError, match=r"metrics\.train\.jsonl, line 1"):
         plot_losses(tmp_path, tmp_path / "loss.png")
+
+
+def test_an_evaluation_in_a_runs_folder_is_not_that_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = SimpleNamespace(id="evaluation", dir=str(tmp_path), define_metric=lambda *_, **__: None)
+    wandb = SimpleNamespace(init=lambda **_: run, Settings=dict)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    (tmp_path / "wandb_run_id").write_text("training")
+    open_wandb(tmp_path, Wandb("p"), {}, resumed=False, keeps_id=False)
+    assert (tmp_path / "wandb_run_id").read_text() == "training"

@@ -44,6 +44,7 @@ class Health(Task):
         import torch
 
         from finetune.data import FRAME_RATE_HZ, count_frames
+        from finetune.evaluation.fingerprints import file_versions
         from finetune.evaluation.tasks.health.measure import check_health
         from finetune.evaluation.tasks.health.prompts import choose_prompts
         from finetune.evaluation.tasks.health.summary import summarize_health
@@ -55,6 +56,8 @@ class Health(Task):
         prompts = [list(codes)[index % len(codes)] for index in range(wanted.num_continuations)]
         # By their files, where each holds one: so they are called in earlier results.
         by_file = Counter(str(recording.path) for recording in bench.recordings)
+        # What is replaced while it is read counts as the earlier one.
+        versions = [file_versions(*recording.files) for recording in prompts]
         names = [str(r.path) if by_file[str(r.path)] == 1 else r.location for r in prompts]
         settings = {
             **dataclasses.asdict(wanted),
@@ -64,9 +67,14 @@ class Health(Task):
             "prompts": names,
         }
         records = bench.records(self.name, settings)
+        by_index = {
+            record["index"]: record
+            for record in records
+            if record.get("version") == versions[record["index"]]
+        }
         for start in range(0, len(prompts), batch_size):
             batch = prompts[start : start + batch_size]
-            if {*range(start, start + len(batch))} <= {record["index"] for record in records}:
+            if {*range(start, start + len(batch))} <= by_index.keys():
                 continue
             results = check_health(
                 bench.model,
@@ -78,9 +86,9 @@ class Health(Task):
                 text_temperature=wanted.text_temperature,
             )
             for index, result in enumerate(results, start):
-                records.append({"index": index, **result})
+                by_index[index] = {"index": index, "version": versions[index], **result}
+                records.append(by_index[index])
             logger.info("health: %d of %d continuations", start + len(batch), len(prompts))
-        by_index = {record["index"]: record for record in records}
         return {
             **summarize_health([by_index[i] for i in range(len(prompts))], seed=seed),
             "prompt_sec": prompt_frames / FRAME_RATE_HZ,

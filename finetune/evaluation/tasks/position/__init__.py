@@ -100,6 +100,11 @@ class Position(Task):
             )
         found = work.results()
         baseline, compared = prepared or (None, None)
+        if baseline and baseline.dtype != bench.identity["dtype"]:
+            warnings.append(
+                f"The baseline was evaluated in {baseline.dtype}, and this checkpoint in "
+                f"{bench.identity['dtype']}: small differences may be those of rounding."
+            )
         summary = summarize_positions(
             found + (baseline.comparable(found) if baseline else []),
             bin_frames=settings["bin_frames"],

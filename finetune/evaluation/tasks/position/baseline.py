@@ -45,6 +45,8 @@ class Baseline:
         header, records = earlier
         self.fingerprint = str(header.get("checkpoint"))
         """Of its checkpoint."""
+        self.dtype = str(header.get("dtype"))
+        """In which it was evaluated."""
         _require_same_settings(folder, header, settings)
         arms = {record["arm"] for record in records}
         if not arms:
@@ -83,21 +85,35 @@ class Baseline:
 
     def comparable(self, records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Return the baseline's records that are of the same frames as these."""
-        num_frames = {record["recording"]: record["num_frames"] for record in records}
+        own = {record["recording"]: record for record in records}
         return [
             record
             for record in self._records
-            if (frames := num_frames.get(record["recording"]))
-            and self._is_of_the_same(record, frames, "num_frames")
+            if (other := own.get(record["recording"]))
+            and self._is_of_the_same(record, other["num_frames"], "num_frames")
+            and self._has_the_same_words(record, other)
         ]
+
+    def _has_the_same_words(self, record: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+        """By how many tokens of each kind there are in each bin."""
+        if _counts(record) == _counts(other):
+            return True
+        self._miss(f"{record['recording']}: its words, or their times, were others in the baseline")
+        return False
 
     def _is_of_the_same(self, record: Mapping[str, Any], value: int, name: str) -> bool:
         if record[name] == value:
             return True
-        text = f"{record['recording']}: {name} was {record[name]} in the baseline, is {value}"
+        self._miss(f"{record['recording']}: {name} was {record[name]} in the baseline, is {value}")
+        return False
+
+    def _miss(self, text: str) -> None:
         self.missing.append(text)
         logger.warning("missing: %s", text)
-        return False
+
+
+def _counts(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: of["count"] for name, of in record["streams"].items()}
 
 
 def _require_same_settings(
