@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.checkpoint import earlier_parts_of
-from finetune.config import DataArgs, TrainArgs, parse_sources
+from finetune.config import DataArgs, TrainArgs, load_run_config, parse_sources
 from finetune.data import in_training, listed_recordings, num_different
 from finetune.errors import UserError, counted
 from finetune.serve.options import ExportOptions
@@ -57,7 +57,7 @@ def model_card(args: TrainArgs, options: ExportOptions, config: Mapping[str, Any
             "",
             "## Training",
             "",
-            *_training(args),
+            *_training(args, options.checkpoint),
             *_earlier_parts(options.checkpoint),
             "",
             "## Evaluation",
@@ -157,7 +157,7 @@ def _from_local_files(options: ExportOptions, config: Mapping[str, Any]) -> list
     ]
 
 
-def _training(args: TrainArgs) -> list[str]:
+def _training(args: TrainArgs, checkpoint: Path) -> list[str]:
     settings: dict[str, Any] = {key: getattr(args, key) for key in _SETTINGS if hasattr(args, key)}
     settings["optim"] = dataclasses.asdict(args.optim)
     if args.lora.enable:
@@ -165,8 +165,19 @@ def _training(args: TrainArgs) -> list[str]:
     settings["ttt"] = _ttt(args.ttt)
     names = [Path(part.split(":")[0]).name for part in (args.data.train_data or "").split(",")]
     data = ", ".join(f"`{name}`" for name in names if name) or "not known"
-    return [f"Data: {data}. Describe here whose voices they are, and who agreed.", "", "```json",
-            json.dumps(settings, indent=1, default=str), "```"]  # fmt: skip
+    before = " It was trained on other data before: name them too." * _had_other_data(checkpoint)
+    return [f"Data: {data}.{before} Describe here whose voices they are, and who agreed.", "",
+            "```json", json.dumps(settings, indent=1, default=str), "```"]  # fmt: skip
+
+
+def _had_other_data(checkpoint: Path) -> bool:
+    """Return whether other data than the configuration's may have trained the model: of the run
+    that this one began from, or of this one before it was resumed."""
+    path = checkpoint / "args.yaml"
+    began = load_run_config(path).moshi_paths.init_from if path.is_file() else None
+    return bool(began) or any(
+        "data.train_data" in part["before"] for part in earlier_parts_of(checkpoint)
+    )
 
 
 def _earlier_parts(checkpoint: Path) -> list[str]:
@@ -195,10 +206,10 @@ def _evaluation(data: DataArgs, checkpoint: Path) -> list[str]:
     more = "`moshi-ttt evaluate` measures more."
     if loss is None:
         return [f"Step {step}; its loss was not measured. {more}"]
-    return [f"Step {step}; loss on {_evaluated(data)}: {loss:.3f} nats a token. {more}"]
+    return [f"Step {step}; loss on {_evaluated(data, checkpoint)}: {loss:.3f} nats a token. {more}"]
 
 
-def _evaluated(data: DataArgs) -> str:
+def _evaluated(data: DataArgs, checkpoint: Path) -> str:
     """Return what the recordings of `eval_data` are to a model that `train_data` has trained."""
     trained_on = "recordings that it was trained on"
     paths, trained_paths = (
@@ -214,6 +225,8 @@ def _evaluated(data: DataArgs) -> str:
         return "recordings of which this export cannot see whether it was trained on them"
     num_shared, total = len(in_training(trained, evaluated)), num_different(evaluated)
     if not num_shared:
+        if _had_other_data(checkpoint):
+            return "recordings that its last training did not have"
         return "held-out recordings"
     if num_shared == total:
         return trained_on

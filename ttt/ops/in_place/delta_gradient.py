@@ -178,7 +178,8 @@ def add_weighted(
     The first part is the smallest: what it adds to is then rounded once.
     """
     keep, count = 0.0 if replace else 1.0, frames.shape[1]
-    # Their weights among each other are zero, so that some of these may be read.
+    # Their weights among each other are zero, so that some of these may be read; one that is not
+    # finite then spoils the others of the open chunk, as it does those of complete ones.
     end = -(-num_read // chunks.ROW_MULTIPLE) * chunks.ROW_MULTIPLE
     if num_read in (0, count) or end > count:
         chunks.weighted_frames(parts, frames, d_frames, beta=keep)
