@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from finetune.checkpoint import (
-    frozen_fingerprint_of,
     load_trained_weights,
+    require_own_base,
     require_sound,
     require_sound_start,
 )
@@ -34,7 +34,6 @@ from finetune.model import (
     exported_ttt_args,
     find_checkpoint,
     find_recorded,
-    frozen_fingerprint,
     load_model,
 )
 from finetune.safety import all_finite
@@ -85,14 +84,10 @@ def load_for_inference(
     require_sound(checkpoint)
     if not is_stock(checkpoint):
         require_sound_start(args.moshi_paths, world)
+        require_own_base(checkpoint)
     if is_stock(checkpoint) and device_used.type == "cpu":
         args.param_dtype = "float32"
-
-    def check(planned: TTTLMModel) -> None:
-        _require_its_base(checkpoint, frozen_fingerprint(planned, args, info))
-
-    has_base = not is_stock(checkpoint) and not _has_all_weights(checkpoint)
-    model = load_model(args, info, device_used, check=check if has_base else None)
+    model = load_model(args, info, device_used)
     if not is_stock(checkpoint):
         load_trained_weights(model, args, checkpoint)
     elif args.ttt.enabled:
@@ -110,20 +105,6 @@ def find_base(checkpoint: Path, args: TrainArgs) -> loaders.CheckpointInfo:
     if is_stock(checkpoint):
         return find_checkpoint(args.moshi_paths)
     return find_recorded(checkpoint / "args.yaml", args.moshi_paths)
-
-
-def _has_all_weights(checkpoint: Path) -> bool:
-    return (checkpoint / "consolidated" / "consolidated.safetensors").is_file()
-
-
-def _require_its_base(checkpoint: Path, fingerprint: str | None) -> None:
-    trained_on = frozen_fingerprint_of(checkpoint)
-    if trained_on is not None and trained_on != fingerprint:
-        raise UserError(
-            f"{checkpoint} was trained on other frozen weights than these: the files that "
-            f"moshi_paths names in {checkpoint / 'args.yaml'} were replaced. Put back those that "
-            "it was trained on."
-        )
 
 
 def nonfinite_weights(model: TTTLMModel) -> str | None:
@@ -170,7 +151,7 @@ def checkpoint_args(checkpoint: Path, device: str = "auto") -> TrainArgs:
         )
     require_checkpoint(checkpoint, "--checkpoint")
     args = load_run_config(checkpoint / "args.yaml", {"device": device})
-    if _has_all_weights(checkpoint):
+    if (checkpoint / "consolidated" / "consolidated.safetensors").is_file():
         # All weights are here: what they started from may be gone.
         args.moshi_paths.init_from = None
         # Merged, they are no longer the base that was kept in fewer bits.

@@ -8,11 +8,11 @@ from finetune.checkpoint.earlier_parts import (
     parts_before,
 )
 from finetune.checkpoint.next_commands import next_commands
+from finetune.checkpoint.resume_file import frozen_fingerprint_of
 from finetune.checkpoint.run_dir import (
     eval_loss_of,
     fill_shards,
     first_whole,
-    frozen_fingerprint_of,
     list_checkpoints,
     load_resume_state,
     load_trained_weights,
@@ -28,7 +28,12 @@ from finetune.checkpoint.run_folder import (
 )
 from finetune.checkpoint.run_record import replaced_run, run_wrote
 from finetune.checkpoint.snapshot import CheckpointBytes, checkpoint_bytes
-from finetune.checkpoint.soundness import require_sound, require_sound_start, seal
+from finetune.checkpoint.soundness import (
+    require_own_base,
+    require_sound,
+    require_sound_start,
+    seal,
+)
 from finetune.checkpoint.writer import CheckpointWriter
 from finetune.kept import step_of
 
@@ -55,6 +60,7 @@ __all__ = [
     "next_commands",
     "parts_before",
     "replaced_run",
+    "require_own_base",
     "require_own_folder",
     "require_same_parameters",
     "require_sound",

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from finetune.checkpoint.run_dir import INFO, frozen_fingerprint_of
+from finetune.checkpoint.resume_file import frozen_fingerprint_of
+from finetune.checkpoint.run_dir import INFO
 from finetune.config import TrainArgs, changed_keys, keys_that
 from finetune.kept import step_of
 from finetune.safety import read_json

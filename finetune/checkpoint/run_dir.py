@@ -18,7 +18,6 @@ A checkpoint is written under another name and renamed when it is complete;
 import logging
 import math
 import os
-import pickle
 import warnings
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
@@ -30,6 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from finetune.checkpoint import manifest
+from finetune.checkpoint.resume_file import read_resume_file
 from finetune.checkpoint.run_record import RunRecord
 from finetune.checkpoint.soundness import problem_of_weights
 from finetune.checkpoint.tensor_reader import TensorReader
@@ -162,7 +162,7 @@ def load_resume_state(checkpoint: Path) -> dict[str, Any]:
     Raises:
         UserError: it cannot be read, or another version has written it.
     """
-    state = _resume_file(checkpoint)
+    state = read_resume_file(checkpoint)
     if (
         not isinstance(state, dict)
         or {"base", *state} - {"random"} != RESUME_STATE
@@ -171,24 +171,6 @@ def load_resume_state(checkpoint: Path) -> dict[str, Any]:
     ):
         raise UserError(_OF_ANOTHER_VERSION.format(checkpoint))
     return state
-
-
-def frozen_fingerprint_of(checkpoint: Path) -> str | None:
-    """Return what tells the frozen weights that a checkpoint was trained on from others; None where
-    all its weights train, and where nothing says it: resume.pt is of an earlier version, lost or
-    damaged."""
-    try:
-        found = _resume_file(checkpoint)["base"]["fingerprint"]
-    except (UserError, LookupError, TypeError):
-        return None
-    return found if isinstance(found, str) else None
-
-
-def _resume_file(checkpoint: Path) -> Any:
-    try:
-        return torch.load(checkpoint / "resume.pt", map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-        raise UserError(f"cannot read {checkpoint / 'resume.pt'}: {error}") from error
 
 
 def fill_shards(

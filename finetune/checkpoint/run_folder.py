@@ -55,8 +55,8 @@ def free_run_dir(run_dir: Path) -> Path:
 
 def require_own_folder(config: Path, run_dir: Path) -> None:
     """Refuse a configuration that lies in a run's folder, or in a checkpoint of it, and names
-    another folder: the run was moved or copied, and what it would go on with, or replace, lies
-    where it once was.
+    another folder: the run was moved or copied, or the path counts from another folder than this;
+    what it would go on with, or replace, is not the run that it is of.
 
     Raises:
         UserError: it is so.
@@ -67,9 +67,9 @@ def require_own_folder(config: Path, run_dir: Path) -> None:
     if folder.resolve() != run_dir.resolve() and RunRecord(folder).exists():
         own = shlex.quote(str(folder))
         raise UserError(
-            f"run_dir: {config} is of the run in {folder}, and names {run_dir}, where that was "
-            f"before it was moved or copied. Say which is meant: --run_dir={own} for the run "
-            "there, or the folder of a new one."
+            f"run_dir: {config} is of the run in {folder}, and names {run_dir}, which is another "
+            "folder: the run was moved or copied, or began in another working folder. Say which is "
+            f"meant: --run_dir={own} for the run there, or the folder of a new one."
         )
 
 

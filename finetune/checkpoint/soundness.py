@@ -1,16 +1,24 @@
-"""Whether the weights that are loaded are those that were written: the checksums of their
-checkpoint, or of the exported model, say so, before a result is made of others."""
+"""Whether the weights that are loaded are those that were written, and lie on those that they were
+trained on: the checksums of their checkpoint, or of the exported model, and the fingerprint of its
+frozen weights say so, before a result is made of others."""
 
 import logging
 from collections.abc import Iterator
 from pathlib import Path
 
 from finetune.checkpoint import manifest
-from finetune.config import ModelPaths
+from finetune.checkpoint.resume_file import frozen_fingerprint_of
+from finetune.config import ModelPaths, load_run_config
 from finetune.distributed import World
 from finetune.errors import UserError
 from finetune.kept import is_stock
-from finetune.model import open_earlier_run
+from finetune.model import (
+    ALL_WEIGHTS,
+    find_recorded,
+    frozen_fingerprint,
+    open_earlier_run,
+    plan_model,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -56,23 +64,45 @@ def require_sound(checkpoint: Path) -> None:
         raise UserError(f"{problem}: copy it again, or use another one.")
 
 
+def require_own_base(checkpoint: Path) -> None:
+    """Compare the frozen weights that a run's checkpoint would be loaded with, with those that it
+    was trained on, as far as it says which they were.
+
+    Raises:
+        UserError: they were replaced, or are not there.
+    """
+    trained_on, file = frozen_fingerprint_of(checkpoint), checkpoint / _CONFIGURATION
+    if trained_on is None or (checkpoint / _WEIGHTS / ALL_WEIGHTS).is_file():
+        return
+    args = load_run_config(file)
+    info = find_recorded(file, args.moshi_paths)
+    if frozen_fingerprint(plan_model(args, info), args, info) != trained_on:
+        raise UserError(
+            f"{checkpoint} was trained on other frozen weights than these: the files that "
+            f"moshi_paths names in {file} were replaced. Put back those that it was trained on."
+        )
+
+
 def problem_of_weights(checkpoint: Path) -> str | None:
     """Return what is wrong with what is loaded of a run's checkpoint where nothing is resumed."""
     return manifest.first_problem(checkpoint, chosen=lambda names: filter(_is_loaded, names))
 
 
 def require_sound_start(paths: ModelPaths, world: World) -> list[Path]:
-    """Do the same with all checkpoints and exported models that a run's weights are read from, on
-    the first of its processes; return them.
+    """Do both with all checkpoints and exported models that a run's weights are read from, on the
+    first of its processes; return them.
 
     Raises:
-        UserError: one is damaged, or is none; on all processes.
+        UserError: one is damaged, or is none, or lies on other weights; on all processes.
     """
 
     def compare() -> list[Path]:
         found = list(_checkpoints_below(paths))
         for checkpoint in found:
             require_sound(checkpoint)
+        for checkpoint in found:
+            if not is_stock(checkpoint):
+                require_own_base(checkpoint)
         return found
 
     return world.done_by_first(compare)

@@ -1,5 +1,6 @@
 """This package makes a model with its weights from a configuration."""
 
+from finetune.model.adapters import ALL_WEIGHTS
 from finetune.model.base_precision import freeze_base
 from finetune.model.build import (
     add_lora,
@@ -24,6 +25,7 @@ from finetune.model.read_codes import read_codes_of
 from finetune.model.roles import count_by_role, parameters_by_role, trainable_by_role
 
 __all__ = [
+    "ALL_WEIGHTS",
     "HUB_ERRORS",
     "TTT_FILE",
     "adapter_roles",

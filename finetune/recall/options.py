@@ -34,7 +34,8 @@ class RecallOptions:
     arms: tuple[str, ...] | None = None
     """Arms to run; null: all of the preset."""
 
-    seeds: tuple[Annotated[int, Ge(0), Lt(1000)], ...] = (0,)
+    # From 1500 on a stream that trains could be one that is measured.
+    seeds: tuple[Annotated[int, Ge(0), Lt(1500)], ...] = (0,)
     """Seeds to run each arm with."""
 
     steps: Annotated[int, Ge(2), Le(10**9)] | None = None

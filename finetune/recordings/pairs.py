@@ -45,7 +45,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Found:
-    """What was found in a folder is pairs of files, and files that are in none."""
+    """A folder is found to have pairs of files, and files that are in none."""
 
     pairs: list[Pair]
     problems: list[str]

@@ -165,7 +165,9 @@ def _training(args: TrainArgs, checkpoint: Path) -> list[str]:
     settings["ttt"] = _ttt(args.ttt)
     names = [Path(part.split(":")[0]).name for part in (args.data.train_data or "").split(",")]
     data = ", ".join(f"`{name}`" for name in names if name) or "not known"
-    before = " It was trained on other data before: name them too." * _had_other_data(checkpoint)
+    before = ""
+    if _had_other_data(checkpoint):
+        before = " An earlier training may have had others: name them too."
     return [f"Data: {data}.{before} Describe here whose voices they are, and who agreed.", "",
             "```json", json.dumps(settings, indent=1, default=str), "```"]  # fmt: skip
 

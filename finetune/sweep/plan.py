@@ -251,7 +251,7 @@ def _check_model(run: PlannedRun, runs: Mapping[str, PlannedRun]) -> list[_Found
 
 
 class _Place(NamedTuple):
-    """What `load_sources` is told of a run's data."""
+    """A place is what `load_sources` is told of one of a run's lists of data."""
 
     key: str
     spec: str

@@ -69,6 +69,9 @@ def test_a_base_may_move_but_not_change(
     load_for_inference(checkpoint(tmp_path / "unmoved", 5), "cpu")
     with pytest.raises(UserError, match=r"other frozen weights .* were replaced\. Put back"):
         load_for_inference(checkpoint(tmp_path / "same", 5), "cpu")
+    start = {"moshi_paths.init_from": str(checkpoint(tmp_path / "same", 5))}
+    with pytest.raises(UserError, match=r"other frozen weights .* were replaced\. Put back"):
+        train(config, tmp_path / "next", options | start)
 
 
 def test_the_same_base_and_data_elsewhere_are_no_other_configuration(

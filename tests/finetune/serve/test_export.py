@@ -147,14 +147,14 @@ def test_the_card_says_held_out_of_no_other_recordings(
     data = DataArgs(train_data=str(train), eval_data=str(paths[evaluated]))
     card = card_of(TrainArgs(data=data, run_dir=""), tmp_path)
     assert said in card and str(tmp_path) not in card
-    assert "on other data before" not in card
+    assert "An earlier training" not in card
 
     # What trained it until it was resumed is no longer in its configuration.
     part = {"until_step": 1, "before": {"data.train_data": "elsewhere.jsonl"}}
     info = {"step": 2, "eval_loss": 0.5, "earlier_parts": [part]}
     (tmp_path / "info.json").write_text(json.dumps(info))
     card = card_of(TrainArgs(data=data, run_dir=""), tmp_path)
-    assert "held-out" not in card and "trained on other data before: name them" in card
+    assert "held-out" not in card and "An earlier training may have had others" in card
 
 
 def test_the_card_of_a_run_without_an_evaluation_names_no_loss(tmp_path: Path) -> None:

@@ -52,12 +52,13 @@ class Health(Task):
         wanted, seed, batch_size = options.health, bench.options.seed, bench.options.batch_size
         prompt_frames = max(1, count_frames(wanted.prompt_sec))
         num_frames = prompt_frames + max(1, count_frames(wanted.health_sec))
+        # What is replaced while it is read counts as the earlier one, and is read again next time.
+        version_of = {each: file_versions(*each.files) for each in bench.recordings}
         codes, num_frames = choose_prompts(bench, wanted, prompt_frames, num_frames)
         prompts = [list(codes)[index % len(codes)] for index in range(wanted.num_continuations)]
+        versions = [version_of[recording] for recording in prompts]
         # By their files, where each holds one: so they are called in earlier results.
         by_file = Counter(str(recording.path) for recording in bench.recordings)
-        # What is replaced while it is read counts as the earlier one.
-        versions = [file_versions(*recording.files) for recording in prompts]
         names = [str(r.path) if by_file[str(r.path)] == 1 else r.location for r in prompts]
         settings = {
             **dataclasses.asdict(wanted),
